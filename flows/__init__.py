@@ -1,0 +1,1 @@
+"""Prefect flows and MLflow tracking around the stages; nothing is computed here."""

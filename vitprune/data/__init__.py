@@ -1,0 +1,51 @@
+"""Image sources, the manifest, the calibration table and loaders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitprune.data.augment import AUGMENTATIONS, Transform, data_config, transform
+from vitprune.data.calibration import draw_calibration, load_calibration
+from vitprune.data.loaders import Batch, ImageTable, eval_batches, open_split, train_batches
+from vitprune.data.parquet import open_parquet
+from vitprune.data.sources import Source, join, open_digits, open_folder
+from vitprune.data.splits import Manifest, build_manifest
+from vitprune.data.timm_names import open_timm
+from vitprune.errors import BadInput
+
+__all__ = [
+    "AUGMENTATIONS",
+    "Batch",
+    "ImageTable",
+    "Manifest",
+    "Source",
+    "Transform",
+    "build_manifest",
+    "data_config",
+    "draw_calibration",
+    "eval_batches",
+    "load_calibration",
+    "open_source",
+    "open_split",
+    "train_batches",
+    "transform",
+]
+
+
+def open_source(spec: str, classes: Sequence[str] | None = None, eval_source: str | None = None) -> Source:
+    """Open digits, folder:PATH, parquet:PATH or a timm data set name; `eval_source` gives the eval split instead.
+
+    Raises:
+        BadInput: the source is unknown, missing, empty or not what its name says.
+    """
+    if eval_source is not None:
+        return join(open_source(spec, classes), open_source(eval_source, classes))
+    kind, _, path = spec.partition(":")
+    if kind in ("folder", "parquet") and not path:
+        raise BadInput(f"dataset.source: {spec!r} lacks the path; write {kind}:PATH")
+    if spec == "digits":
+        return open_digits(classes)
+    if kind == "folder":
+        return open_folder(Path(path), classes)
+    if kind == "parquet":
+        return open_parquet(Path(path), classes)
+    return open_timm(spec, classes)

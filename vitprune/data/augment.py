@@ -1,0 +1,140 @@
+"""From pixels to the tensor a model takes: timm's transforms, and the augmentation presets."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.data.auto_augment import RandAugment
+from timm.layers import PatchEmbed
+from torch import nn
+from torch.nn import functional
+from torchvision.transforms import Compose
+
+from vitprune.errors import BadInput
+
+# Arguments of timm.data.create_transform for training. `deit` is the recipe of DeiT (Touvron 2021, table 9).
+TIMM_PRESETS: dict[str, dict[str, Any]] = {
+    "light": {"color_jitter": None},
+    "deit": {"color_jitter": 0.3, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"},
+}
+AUGMENTATIONS = ("none", "digits", *TIMM_PRESETS)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to an image on its way into the model.
+
+    `image` takes a Pillow image of mode `mode` and returns float32 of `shape` (C, H, W); `random` says whether it draws
+    random numbers. `batch`, where there is one, takes (B, C, H, W) and uniform numbers (B, 4) and returns (B, C, H, W).
+    """
+
+    image: Callable[[Image.Image], torch.Tensor]
+    mode: str
+    shape: tuple[int, int, int]
+    random: bool
+    batch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """Return timm's data config of a model as it was built, not as its weights were published.
+
+    timm's own answer keeps the published input size and three channels when the model was made with another img_size
+    or in_chans. At another size nothing is cropped: crop_pct belongs to the published size.
+    """
+    config: dict[str, Any] = resolve_model_data_config(model)
+    channels, height, width = config["input_size"]
+    for module in model.modules():
+        if isinstance(module, PatchEmbed) and module.img_size is not None:
+            height, width = module.img_size
+            break
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = channels if first is None else first.in_channels
+    if (height, width) != tuple(config["input_size"][1:]):
+        config["crop_pct"] = 1.0
+    if channels == 1:
+        config["mean"] = (sum(config["mean"]) / len(config["mean"]),)
+        config["std"] = (sum(config["std"]) / len(config["std"]),)
+    config["input_size"] = (channels, height, width)
+    return config
+
+
+def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
+    """Make the transform of a data config: for evaluation (None), or with an augmentation preset for training.
+
+    none: as for evaluation. light: random resized crop and flip. deit: RandAugment, colour jitter and erasing as well.
+    digits: rotation by +-10 degrees, shift by +-1/8, size 0.9..1.1, no flip.
+
+    Raises:
+        BadInput: the preset is unknown or the model takes neither 1 nor 3 channels.
+    """
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise BadInput(f"model.args.in_chans: {channels} channels; images have 1 (grey) or 3 (colour)")
+    if augment is not None and augment not in AUGMENTATIONS:
+        raise BadInput(f"augment: {augment!r} is unknown; use one of {', '.join(AUGMENTATIONS)}")
+    shape = tuple(config["input_size"])
+    if augment in TIMM_PRESETS:
+        return Transform(_augmented(config, TIMM_PRESETS[augment]), "RGB", shape, True, None)
+    batch = None
+    if augment == "digits":
+        # What moves in from outside the image is black, in the normalised scale of each channel.
+        black = [-mean / std for mean, std in zip(config["mean"], config["std"], strict=True)]
+        batch = RandomAffine(torch.tensor(black).view(1, -1, 1, 1))
+    return Transform(create_transform(**config), "L" if channels == 1 else "RGB", shape, False, batch)
+
+
+def _augmented(config: dict[str, Any], preset: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    if config["input_size"][0] == 3:
+        return _posterize_kept_legal(create_transform(**config, **preset, is_training=True))
+    # timm's augmentations are made for colour: a grey image goes through as three equal channels, and one is kept.
+    size, mean, std = (3, *config["input_size"][1:]), tuple(config["mean"]) * 3, tuple(config["std"]) * 3
+    colour = config | {"input_size": size, "mean": mean, "std": std}
+    return Grey(_posterize_kept_legal(create_transform(**colour, **preset, is_training=True)))
+
+
+def _posterize_kept_legal(compose: Compose) -> Callable[[Image.Image], torch.Tensor]:
+    """Keep RandAugment from posterizing to 0 bits: a black image before Pillow 13, a ValueError since (timm 1.0.31)."""
+    for step in compose.transforms:
+        if isinstance(step, RandAugment):
+            for operation in step.ops:
+                if operation.name == "PosterizeIncreasing":
+                    operation.magnitude_max = 9  # of 10, which is where 1 bit becomes 0
+    return compose  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Grey:
+    """Runs a colour transform on a grey image."""
+
+    colour: Callable[[Image.Image], torch.Tensor]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return (1, H, W) for a Pillow image of any mode."""
+        return self.colour(image.convert("L").convert("RGB"))[:1]
+
+
+@dataclass(frozen=True, eq=False)
+class RandomAffine:
+    """Turns, shifts and scales each image of a batch by its own four numbers; `black` (1, C, 1, 1) moves in."""
+
+    black: torch.Tensor
+    degrees: float = 10.0
+    shift: float = 1 / 8
+    scale: float = 0.1
+
+    def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Move images (B, C, H, W) by numbers (B, 4) from 0..1, bilinear."""
+        angle, across, down, size = (2 * numbers - 1).unbind(1)
+        angle = angle * math.radians(self.degrees)
+        size = 1 + self.scale * size
+        cosine, sine = torch.cos(angle) / size, torch.sin(angle) / size
+        # grid_sample's coordinates run from -1 to 1, so a shift by the whole width is 2
+        across, down = 2 * self.shift * across, 2 * self.shift * down
+        theta = torch.stack([cosine, -sine, across, sine, cosine, down], dim=1).view(-1, 2, 3)
+        grid = functional.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
+        moved = functional.grid_sample(images - self.black, grid, padding_mode="zeros", align_corners=False)
+        return moved + self.black

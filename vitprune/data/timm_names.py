@@ -1,0 +1,114 @@
+"""Data sets by timm's names, through its own factory: hfds/... (Hugging Face) and torch/... (torchvision)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from timm.data import ImageDataset, create_dataset
+
+from vitprune.data.images import encode
+from vitprune.data.sources import Source, not_there
+from vitprune.errors import BadInput
+
+STREAMS = ("hfids", "tfds", "wds")
+EVAL_SPLITS = ("validation", "val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class TimmReader:
+    """Reads images by split and row out of timm's data sets; what has no encoded form is encoded as PNG."""
+
+    spec: str
+    datasets: dict[str, Any]
+
+    def __call__(self, image_id: str, /) -> bytes:
+        """Return the bytes of row ROW of split SPLIT, for the id SPLIT#ROW."""
+        split, _, digits = image_id.partition("#")
+        if split not in self.datasets or not digits.isdecimal() or int(digits) >= len(self.datasets[split]):
+            raise not_there(image_id, self.spec)
+        dataset = self.datasets[split]
+        if isinstance(dataset, ImageDataset):
+            with dataset.reader[int(digits)][0] as file:
+                return bytes(file.read())
+        return encode(dataset[int(digits)][0])
+
+
+def open_timm(spec: str, classes: Sequence[str] | None) -> Source:
+    """Open a timm data set name, NAME or NAME:ROOT; its train split, and validation (val, test) where there is one.
+
+    Raises:
+        BadInput: the name is unknown, its package is not installed, or it is a stream (rows cannot be read by number).
+    """
+    name, _, root = spec.partition(":")
+    prefix = name.partition("/")[0].lower()
+    if prefix in STREAMS:
+        raise BadInput(
+            f"dataset.source: {spec} is a stream, which cannot be read by row; store it as parquet:PATH or use hfds/"
+        )
+    if prefix not in ("hfds", "torch") or "/" not in name:
+        raise BadInput(
+            f"dataset.source: {spec!r} is unknown; use digits, folder:PATH, parquet:PATH, hfds/NAME or torch/NAME:ROOT"
+        )
+    if name.lower() in ("torch/folder", "torch/image_folder"):
+        raise BadInput(f"dataset.source: {spec} is an image folder; write folder:{root or 'PATH'}")
+    datasets = {"train": _created(spec, name, root, "train")} | _evaluation(name, root)
+    found, names = _labels(spec, datasets, classes)
+    splits = tuple("train" if split == "train" else "eval" for split, labels in found.items() for _ in labels)
+    return Source(
+        spec,
+        tuple(f"{split}#{row}" for split, labels in found.items() for row in range(len(labels))),
+        tuple(label for labels in found.values() for label in labels),
+        names,
+        splits if len(datasets) == 2 else None,
+        TimmReader(spec, datasets),
+    )
+
+
+def _created(spec: str, name: str, root: str, split: str) -> Any:
+    try:
+        return create_dataset(name, root=root or None, split=split)
+    except ImportError:
+        raise BadInput(f"dataset.source: {spec} needs the package datasets; run `pip install datasets`") from None
+    except (
+        Exception
+    ) as error:  # whatever the reader, the network or the package raises, it is this name that cannot be opened
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"dataset.source: {spec} cannot be opened: {reason}") from None
+
+
+def _evaluation(name: str, root: str) -> dict[str, Any]:
+    for split in EVAL_SPLITS:
+        try:
+            return {split: create_dataset(name, root=root or None, split=split)}
+        except (ValueError, KeyError):  # how Hugging Face and torchvision say that there is no such split
+            continue
+    return {}
+
+
+def _labels(
+    spec: str, datasets: dict[str, Any], classes: Sequence[str] | None
+) -> tuple[dict[str, list[int]], tuple[str, ...] | None]:
+    names = tuple(classes) if classes is not None else _names(datasets["train"])
+    found: dict[str, list[int]] = {}
+    for split, dataset in datasets.items():
+        # A torchvision data set has no common way to its labels but to read its rows.
+        rows = dataset.reader.iter_targets() if isinstance(dataset, ImageDataset) else (row[1] for row in dataset)
+        try:
+            found[split] = [int(label) for label in rows]
+        except (TypeError, ValueError):
+            raise BadInput(
+                f"dataset.source: {spec} has labels that are not integers; store it as parquet:PATH"
+            ) from None
+        worst = max(found[split], default=0)
+        if min(found[split], default=0) < 0 or (names is not None and worst >= len(names)):
+            raise BadInput(
+                f"dataset.source: {spec}, split {split}, has labels outside its classes; check dataset.classes"
+            )
+    return found, names
+
+
+def _names(dataset: Any) -> tuple[str, ...] | None:
+    if not isinstance(dataset, ImageDataset) or not dataset.reader.class_to_idx:
+        return None
+    by_name: dict[str, int] = dataset.reader.class_to_idx
+    return tuple(str(name) for name in sorted(by_name, key=lambda name: by_name[name]))

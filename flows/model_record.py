@@ -1,0 +1,37 @@
+"""The final model as a model of MLflow 3: safetensors and config.json, nothing pickled."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelStatus
+
+KEY, DIGEST = "vitprune.key", "vitprune.model_sha256"
+
+
+def record_model(
+    client: MlflowClient, experiment: str, run: str, key: str, spool: Path, files: Iterable[Mapping[str, Any]]
+) -> str:
+    """Log the folder of a model that was spooled, once for each `key`; the model's id."""
+    files = list(files)
+    model = find_model(client, experiment, KEY, key)
+    if model is None:
+        tags = {KEY: key, DIGEST: model_digest(files) or ""}
+        model = client.create_logged_model(experiment, "vitprune", run, tags, model_type="timm")
+    if model.status != LoggedModelStatus.READY:
+        folder = (spool / files[0]["path"]).parent
+        client.log_model_artifacts(model.model_id, str(folder))
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return str(model.model_id)
+
+
+def find_model(client: MlflowClient, experiment: str, tag: str, value: str) -> LoggedModel | None:
+    """Return the first model that bears a tag."""
+    found = client.search_logged_models([experiment], f"tags.`{tag}` = '{value}'", max_results=1)
+    return found[0] if found else None
+
+
+def model_digest(files: Iterable[Mapping[str, Any]]) -> str | None:
+    """Return the digest of the weights among a model's files."""
+    return next((file["sha256"] for file in files if file["path"].endswith("model.safetensors")), None)

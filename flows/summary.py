@@ -1,0 +1,34 @@
+"""The comparison of the dense and the pruned model, as rows of text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (what, dense, pruned) from metrics/evaluate.json."""
+    dense, pruned, kept = evaluation["dense"], evaluation["pruned"], evaluation.get("kept", {})
+    found = [
+        ("top-1", f"{dense['top1']:.2f} %", f"{pruned['top1']:.2f} %"),
+        ("top-5", f"{dense['top5']:.2f} %", f"{pruned['top5']:.2f} %"),
+    ]
+    for key, name in (("params", "params"), ("nonzero_params", "non-zero params"), ("macs", "MACs")):
+        found.append((name, amount(dense[key]), amount(pruned[key]) + _share(kept.get(key))))
+    found.append(("non-zero MACs", amount(dense["nonzero_macs"]), amount(pruned["nonzero_macs"])))
+    found.append(("latency (p10 to p90)", _latency(dense["latency_ms"]), _latency(pruned["latency_ms"])))
+    return found
+
+
+def amount(value: float) -> str:
+    """Return a count in thousands, millions or billions."""
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= unit:
+            return f"{value / unit:.2f}{name}"
+    return f"{value:.0f}"
+
+
+def _share(kept: float | None) -> str:
+    return "" if kept is None else f" ({100 * kept:.0f} %)"
+
+
+def _latency(spread: Mapping[str, Any]) -> str:
+    return f"{spread['median']:.2f} ms ({spread['p10']:.2f} to {spread['p90']:.2f})"

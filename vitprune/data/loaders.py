@@ -161,6 +161,8 @@ def _from_workers(samples: "SeededRows", cut: Sequence[np.ndarray], workers: int
     except BadInput as error:
         # torch puts the worker's whole traceback into the message; the last line of it is ours.
         line = str(error).strip().splitlines()[-1]
+        # Its traceback holds the loader in a cycle, and a loader that dies in one waits 5 seconds for each worker.
+        error.__traceback__ = None
         raise BadInput(line.removeprefix("vitprune.errors.BadInput: ")) from None
 
 

@@ -1,0 +1,84 @@
+"""Makes vision transformers smaller and proves it: one command per stage of the pipeline, and a few to look around."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vitprune import models, stages
+from vitprune.errors import BadInput
+from vitprune.evaluate import cost_of, count
+from vitprune.families import find_groups
+from vitprune.groups import KINDS
+from vitprune.methods import METHODS
+
+Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
+IN_ORDER, LOOKING = "Stages, in order", "Looking around"
+
+
+def application() -> typer.Typer:
+    """Build the command line: one command per stage, then those to look around."""
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+    for name, stage in stages.STAGES.items():
+        app.command(name, help=stage.__doc__, rich_help_panel=IN_ORDER)(_command(name))
+    app.command("report", rich_help_panel=IN_ORDER)(report)
+    for command in (methods, inspect):
+        app.command(rich_help_panel=LOOKING)(command)
+    return app
+
+
+def main() -> None:
+    """Run the command line: one clear line and exit code 2 for bad input."""
+    try:
+        application()()
+    except BadInput as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _command(stage: str) -> Callable[[Path], None]:
+    def command(project: Project = Path()) -> None:
+        stages.run(stage, project)
+
+    return command
+
+
+def report(project: Project = Path()) -> None:
+    """Write the report, one page that works offline, from all tables."""
+    from vitprune.report import write_report  # matplotlib takes a second to import
+
+    write_report(project, project / "out/report/report.html")
+
+
+def methods() -> None:
+    """Print the table of methods."""
+    table = Table("method", "kinds and scopes", "", box=None, pad_edge=False)
+    for name, row in METHODS.items():
+        scopes = ", ".join(f"{kind}: {scope}" for kind, scope in row.scopes.items())
+        table.add_row(f"[bold]{name}", scopes, row.about)
+    Console().print(table)
+
+
+def inspect(model: Annotated[str, typer.Argument(help="A timm model's name, or a saved model's directory.")]) -> None:
+    """Print a model's groups, with the parameters and MACs behind each of them."""
+    network = models.load(model) if Path(model).is_dir() else models.create(model)
+    example = stages.example_input(network, 1)
+    whole = count(network, example)
+    console = Console()
+    console.print(f"[bold]{model}[/]: {whole.params / 1e6:.2f} M parameters, {whole.macs / 1e9:.3f} G MACs")
+    table = Table("group", "kind", "units", "parameters", "MACs", box=None, pad_edge=False)
+    for kind in KINDS:
+        try:
+            groups = find_groups(network, [kind])
+        except BadInput as error:
+            console.print(f"[dim]{kind}: {error}")
+            continue
+        for group in groups:
+            shape = " x ".join(str(side) for side in group.shape)
+            weights, macs = cost_of(network, group, example)
+            table.add_row(group.name, kind, shape, f"{weights:,}", f"{macs:,}")
+    console.print(table)

@@ -1,0 +1,51 @@
+"""UP-ViTs' criterion: how far the model's answer moves, in nats, when one unit is removed."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.criteria import Batches, Importance
+from vitprune.errors import BadInput
+from vitprune.groups import Group, shrink, zero
+from vitprune.progress import track
+
+
+@torch.no_grad()
+def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: int) -> Importance:
+    """Score a unit by sum over images of KL(model || model without it): remove one unit, run the model, repeat.
+
+    The slow oracle that faster scorers are held against: units x images forward passes. Residual channels are
+    shrunk away, the others zeroed, which is the same function.
+
+    Source: UP-ViTs equation 1.
+    """
+    if not batches:
+        raise BadInput("kl: needs images; give batches")
+    device = next(model.parameters()).device
+    images = [batch.to(device) for batch, _ in batches]
+    training = model.training
+    model.eval()
+    answers = [model(batch).double().log_softmax(-1) for batch in images]
+    units = [(group, unit) for group in groups for unit in range(group.units)]
+    scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+    for group, unit in track(units, "removing one unit at a time"):
+        scores[group.name][unit] = _divergence(_without(model, group, unit), images, answers)
+    model.train(training)
+    return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
+
+
+def _without(model: nn.Module, group: Group, unit: int) -> nn.Module:
+    mask = torch.ones(group.units, dtype=torch.bool)
+    mask[unit] = False
+    remove = shrink if group.kind == "residual" else zero
+    return remove(copy.deepcopy(model), [group], {group.name: mask.view(group.shape)})
+
+
+def _divergence(pruned: nn.Module, images: list[Tensor], answers: list[Tensor]) -> float:
+    total = 0.0
+    for batch, answer in zip(images, answers, strict=True):
+        change = answer - pruned(batch).double().log_softmax(-1)  # (B, classes)
+        total += float((answer.exp() * change).sum())
+    return total

@@ -1,0 +1,77 @@
+"""Criteria that read weights, or weights and their gradients: random, magnitude, energy, taylor."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitprune.criteria import Batches, Importance
+from vitprune.errors import BadInput
+from vitprune.groups import Group, unit_sums
+
+
+def random(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: int) -> Importance:
+    """Score every unit by a draw from a uniform distribution: the baseline that knows nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    return Importance({g.name: torch.rand(g.shape, generator=generator, dtype=torch.float64) for g in groups})
+
+
+def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: int) -> Importance:
+    """Score a unit by the L2 norm of all weights that would go with it (a single weight: its absolute value)."""
+    squares = {name: parameter.detach().double().square() for name, parameter in _named(model, groups).items()}
+    return Importance({group.name: unit_sums(group, squares).sqrt() for group in groups})
+
+
+def energy(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: int) -> Importance:
+    """Score a weight by its share of the energy of all weights of its layer that are at least as large.
+
+    w_(j)^2 / sum_{k<=j} w_(k)^2 with |w_(1)| >= |w_(2)| >= ..., in float64; 0 for a weight that is 0.
+
+    Source: DIMAP equation 10; LAMP (Lee et al. 2021) is the same score written from the other end.
+    """
+    named = _named(model, groups)
+    return Importance({group.name: _energy(_only_weight(group, named)) for group in groups})
+
+
+def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: int) -> Importance:
+    """Score a unit by the squared first-order change of the loss on its removal, summed over batches.
+
+    sum over batches of (sum over the unit's weights of gradient * weight)^2, cross-entropy loss.
+
+    Source: Molchanov et al. 2019, equation 8.
+    """
+    if not batches:
+        raise BadInput("taylor: needs images with labels; give batches")
+    named = _named(model, groups)
+    device = next(model.parameters()).device
+    scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
+    training = model.training
+    model.eval()
+    for images, labels in batches:
+        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        products = {name: g * w.detach() for (name, w), g in zip(named.items(), gradients, strict=True)}
+        for group in groups:
+            scores[group.name] += unit_sums(group, products).square()
+    model.train(training)
+    return Importance(scores)
+
+
+def _named(model: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
+    names = dict.fromkeys(part.param for group in groups for part in group.slices)
+    return {name: model.get_parameter(name) for name in names}
+
+
+def _only_weight(group: Group, named: dict[str, nn.Parameter]) -> Tensor:
+    if group.kind != "weight":
+        raise BadInput(f"{group.name}: the energy score is for single weights, not for kind {group.kind!r}")
+    return named[group.slices[0].param].detach().cpu()
+
+
+def _energy(weight: Tensor) -> Tensor:
+    squares = weight.double().square().flatten()
+    order = squares.argsort(descending=True, stable=True)
+    ranked = squares[order]
+    share = (ranked / ranked.cumsum(0)).nan_to_num(nan=0.0)  # descending: total - cumsum would cancel
+    return torch.empty_like(share).scatter_(0, order, share).view(weight.shape)

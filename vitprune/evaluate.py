@@ -1,0 +1,187 @@
+"""What a model does and costs: accuracy, parameters, MACs, latency."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import numpy
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitprune.errors import BadInput
+from vitprune.families import find_groups
+from vitprune.groups import Group
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Cost of one image. `nominal_macs` spreads the zeros evenly over the prunable layers, as DIMAP's paper does;
+    `nonzero_macs` counts each layer's own.
+    """
+
+    params: int
+    nonzero_params: int
+    macs: int
+    nonzero_macs: int
+    nominal_macs: int
+
+
+def count(model: nn.Module, example_input: Tensor) -> Counts:
+    """Parameters and multiply-accumulates of one image; `example_input` (B, C, H, W) gives its size.
+
+    MACs are half the FLOPs of matrix products, convolutions and attention, counted with fused attention off (it
+    is under-counted on CPU otherwise).
+    """
+    total, per_layer = _macs(model, example_input[:1])
+    zeros = {name: _zero_share(model.get_parameter(f"{name}.weight")) for name in per_layer}
+    parameters = list(model.parameters())
+    return Counts(
+        params=sum(p.numel() for p in parameters),
+        nonzero_params=sum(int(p.count_nonzero()) for p in parameters),
+        macs=total,
+        nonzero_macs=total - round(sum(macs * zeros[name] for name, macs in per_layer.items())),
+        nominal_macs=total - _nominal_saving(model, per_layer),
+    )
+
+
+def cost_of(model: nn.Module, group: Group, example_input: Tensor) -> tuple[int, int]:
+    """Weights that go if the whole group goes, and the MACs of one image in the layers that it cuts."""
+    per_layer = _macs(model, example_input[:1])[1]
+    names = dict.fromkeys(part.param for part in group.slices)
+    weights = sum(model.get_parameter(name).numel() for name in names)
+    return weights, sum(per_layer.get(name.removesuffix(".weight"), 0) for name in names)
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], Tensor]:
+    """Top-1 and top-5 in percent, and the predicted class of every image (N,)."""
+    device = next(model.parameters()).device
+    right1 = right5 = seen = 0
+    predictions = []
+    model.eval()
+    with torch.no_grad():
+        for images, labels in batches:
+            logits = model(images.to(device)).float().cpu()  # (B, classes)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = best == labels.cpu().unsqueeze(1)
+            right1, right5, seen = right1 + int(hits[:, 0].sum()), right5 + int(hits.sum()), seen + len(labels)
+            predictions.append(best[:, 0])
+    if not seen:
+        raise BadInput("evaluate: there is no image to evaluate on; check the eval split")
+    return {"top1": 100 * right1 / seen, "top5": 100 * right5 / seen}, torch.cat(predictions)
+
+
+def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> list[dict[str, float]]:
+    """Milliseconds of a forward pass of each model: median, p10 and p90 over `runs`, after a warm-up.
+
+    The models take turns, so that what else the machine does in between meets all of them alike.
+    """
+    device = next(models[0].parameters()).device
+    batch = example_input.to(device)
+    times: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for run in range(-max(3, runs // 5), runs):
+            for model, own in zip(models, times, strict=True):
+                _wait(device)
+                start = time.perf_counter()
+                model.eval()(batch)
+                _wait(device)
+                if run >= 0:
+                    own.append(1000 * (time.perf_counter() - start))
+    return [_spread(own) | {"runs": runs, "batch": len(batch)} for own in times]
+
+
+def _spread(times: list[float]) -> dict[str, float]:
+    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
+    return {"median": statistics.median(times), "p10": deciles[0], "p90": deciles[8]}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine behind a measurement."""
+    cuda = device.type == "cuda"
+    return {
+        "vitprune": metadata.version("vitprune"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Switch fused attention off inside the model while counting."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True  # type: ignore[assignment]
+
+
+def _macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
+    """MACs of the whole model, and of every Linear and Conv2d layer by name."""
+    per_layer: dict[str, int] = {}
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    handles = [layer.register_forward_hook(partial(_add_macs, per_layer, name)) for name, layer in layers]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _plain_attention(model), FlopCounterMode(display=False) as counter:
+            model(image.to(next(model.parameters())))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return int(counter.get_total_flops() // 2), per_layer
+
+
+def _add_macs(
+    per_layer: dict[str, int], name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    weight = layer.get_parameter("weight")  # every weight of a channel's row is used once per output position
+    per_layer[name] = per_layer.get(name, 0) + output.numel() // weight.shape[0] * weight.numel()
+
+
+def _zero_share(weight: Tensor) -> float:
+    return 1 - int(weight.count_nonzero()) / weight.numel()
+
+
+def _nominal_saving(model: nn.Module, per_layer: dict[str, int]) -> int:
+    """MACs saved if every prunable layer had the mean sparsity of all of them. Source: DIMAP section 4."""
+    try:
+        groups = find_groups(model, ["weight"])
+    except BadInput:  # a model without groups has no prunable layers to average over
+        return 0
+    weights = [model.get_parameter(group.name) for group in groups]
+    zeros = sum(w.numel() - int(w.count_nonzero()) for w in weights)
+    prunable = sum(per_layer[group.name.removesuffix(".weight")] for group in groups)
+    return round(prunable * zeros / sum(w.numel() for w in weights))

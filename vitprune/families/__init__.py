@@ -1,0 +1,86 @@
+"""Finding a model's groups: the only part that knows architectures by name."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vitprune.errors import BadInput
+from vitprune.families import parts, swin, vit
+from vitprune.groups import KINDS, Group, cut_to
+
+Finder = Callable[[nn.Module, str], list[Group]]
+
+FAMILIES: dict[type[nn.Module], Finder] = {
+    VisionTransformer: vit.groups,
+    VisionTransformerDistilled: vit.groups,
+    SwinTransformer: swin.groups,
+}
+
+
+def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
+    """Find all groups of the given kinds in a timm model, in the order of its layers.
+
+    Raises:
+        BadInput: a kind is unknown, or the model or one of its modules is not understood; it is named.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise BadInput(f"kind {unknown[0]!r}: unknown; use some of {', '.join(KINDS)}")
+    finder = FAMILIES.get(type(model))
+    if finder is None:
+        known = ", ".join(family.__name__ for family in FAMILIES)
+        raise BadInput(f"{type(model).__name__}: this model is not supported yet; supported are {known}")
+    return [group for kind in kinds for group in finder(model, kind)]
+
+
+def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -> list[Group]:
+    """Read attention groups as `number` merged heads (UP-ViTs); None leaves them as they are."""
+    return [parts.merge_heads(model, group, number) if number else group for group in groups]
+
+
+def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every group that can be cut, by name: all that is needed to rebuild a shrunk model."""
+    shapes = {}
+    for kind in ("residual", "attention", "ffn"):
+        try:
+            shapes.update({group.name: group.shape for group in find_groups(model, [kind])})
+        except BadInput:  # a kind that this model cannot lose has kept its size
+            continue
+    return shapes
+
+
+def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Cut a dense model to a recorded structure, in place; what its weights are afterwards does not matter.
+
+    Raises:
+        BadInput: the structure names a group that the model does not have, or is larger than the model.
+    """
+    wanted = {name: tuple(shape) for name, shape in shapes.items()}
+    for kind in ("head", "residual", "attention", "ffn"):
+        if not wanted or structure(model) == wanted:
+            break
+        for group in find_groups(model, [kind]):
+            if kind == "head":
+                _cut_heads(model, group, wanted)
+            elif group.name in wanted:
+                cut_to(model, group, wanted[group.name])
+    lost = {name: shape for name, shape in wanted.items() if structure(model).get(name) != shape}
+    if lost:
+        name, shape = next(iter(lost.items()))
+        raise BadInput(f"structure: {type(model).__name__} has no group {name} that could take the shape {list(shape)}")
+    return model
+
+
+def _cut_heads(model: nn.Module, group: Group, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Cut whole heads where the recorded attention has fewer of them and none is wider (merged) than before."""
+    number, width = wanted.get(group.owner, (group.shape[0], 0))
+    if number < group.shape[0] and width <= parts.head_dim(model.get_submodule(group.owner)):
+        cut_to(model, group, (number,))
+
+
+def uniform_args(model: nn.Module) -> dict[str, int | float]:
+    """Arguments of timm.create_model that give the model's shapes, empty where none do."""
+    return vit.uniform_args(model) if isinstance(model, VisionTransformer) else {}

@@ -1,0 +1,99 @@
+"""Groups of timm's VisionTransformer: ViT, DeiT, DeiT3, DINOv2 and whatever else is built of its Block."""
+
+from typing import Any
+
+from timm.layers import Attention, LayerNorm, Mlp, RmsNorm
+from timm.models.vision_transformer import Block, LayerScale
+from torch import nn
+
+from vitprune.families import parts
+from vitprune.groups import Group, ParamSlice
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, LayerNorm, RmsNorm)
+TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
+
+
+def groups(model: Any, kind: str) -> list[Group]:
+    """All groups of one kind.
+
+    Raises:
+        BadInput: a block, attention or MLP of the model is of a type that is not understood.
+    """
+    if kind == "residual":
+        return [_residual(model)]
+    blocks = [(f"blocks.{index}", _plain(f"blocks.{index}", block)) for index, block in enumerate(model.blocks)]
+    if kind == "weight":
+        return [group for path, block in blocks for group in parts.weights(path, block)]
+    if kind == "ffn":
+        return [parts.ffn(f"{path}.mlp", block.mlp) for path, block in blocks]
+    if kind == "head":
+        return [parts.heads(f"{path}.attn", _separable(f"{path}.attn", block.attn)) for path, block in blocks]
+    for path, block in blocks:
+        if not isinstance(block.attn.q_norm, nn.Identity):
+            raise parts.refuse(f"{path}.attn.q_norm", block.attn.q_norm, "a norm over the head couples its channels")
+    return [parts.attention(f"{path}.attn", _separable(f"{path}.attn", block.attn)) for path, block in blocks]
+
+
+def uniform_args(model: Any) -> dict[str, int | float]:
+    """embed_dim, depth, num_heads and mlp_ratio of a model whose blocks are all alike, else nothing."""
+    width, depth = model.embed_dim, len(model.blocks)
+    shapes = {(b.attn.num_heads, b.attn.attn_dim, b.mlp.fc1.out_features) for b in model.blocks if type(b) is Block}
+    if len(shapes) != 1 or any(type(b) is not Block or type(b.mlp) is not Mlp for b in model.blocks):
+        return {}
+    number, inner, hidden = shapes.pop()
+    if inner != width or int(width * (hidden / width)) != hidden:
+        return {}
+    return {"embed_dim": width, "depth": depth, "num_heads": number, "mlp_ratio": hidden / width}
+
+
+def _plain(path: str, block: Any) -> Any:
+    if type(block) is not Block:
+        raise parts.refuse(path, block, "only timm's plain transformer Block is understood here")
+    if type(block.attn) is not Attention:
+        raise parts.refuse(f"{path}.attn", block.attn, "only timm's plain Attention is understood here")
+    if type(block.mlp) is not Mlp:
+        raise parts.refuse(f"{path}.mlp", block.mlp, "only timm's plain Mlp is understood here")
+    return block
+
+
+def _separable(path: str, attn: Any) -> Any:
+    if not isinstance(attn.norm, nn.Identity):
+        raise parts.refuse(f"{path}.norm", attn.norm, "a norm over all heads couples them")
+    if attn.gate is not None:
+        raise parts.refuse(f"{path}.gate", attn.gate, "gated attention is not understood here")
+    return attn
+
+
+def _residual(model: Any) -> Group:
+    """Channels of the residual stream, through the whole model. Source: UP-ViTs section 1.1."""
+    found: list[ParamSlice] = []
+    inner: set[str] = set()
+    for path, module in model.named_modules():
+        if path == "patch_embed.proj" or path.endswith((".attn.proj", ".mlp.fc2")):
+            found += parts.slices(module, path, 0)
+            if path != "patch_embed.proj":
+                inner.add(f"{path}.weight")
+        if path.endswith((".attn.qkv", ".mlp.fc1")) or (
+            path in ("head", "head_dist") and isinstance(module, nn.Linear)
+        ):
+            found += parts.slices(module, path, 1)
+            inner |= {f"{path}.weight", f"{path}.bias"}
+        elif isinstance(module, NORMS) and ".attn." not in path and ".mlp." not in path:
+            found += [ParamSlice(f"{path}.{leaf}", 0) for leaf, _ in module.named_parameters()]
+        elif isinstance(module, LayerScale):
+            found.append(ParamSlice(f"{path}.gamma", 0))
+    found += [ParamSlice(name, 2) for name in TOKENS if getattr(model, name, None) is not None]
+    reached = {part.param for part in found} | inner
+    for name, _ in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if name not in reached and not (".attn." in name and owner.endswith((".q_norm", ".k_norm"))):
+            raise parts.refuse(
+                owner or name, model.get_submodule(owner), f"its place in the residual stream ({name}) is unknown"
+            )
+    return Group("residual", "residual", (model.embed_dim,), tuple(found), resize=_resize_width)
+
+
+def _resize_width(model: Any, shape: tuple[int, ...]) -> None:
+    model.embed_dim = model.num_features = model.head_hidden_size = shape[0]
+    for feature in model.feature_info:
+        feature["num_chs"] = shape[0]

@@ -1,0 +1,187 @@
+"""Groups of units that may go, and the two ways to let them go: zero and shrink."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.errors import BadInput
+
+Scores = dict[str, Tensor]
+Masks = dict[str, Tensor]
+Resize = Callable[[nn.Module, tuple[int, ...]], None]
+
+KINDS = ("weight", "ffn", "attention", "head", "residual")
+
+
+@dataclass(frozen=True)
+class ParamSlice:
+    """Address of a group's units in one parameter: its axis read as (outer, units, inner).
+
+    `axis=None` means that every element of the parameter is a unit of its own.
+    """
+
+    param: str
+    axis: int | None
+    outer: int = 1
+    inner: int = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one kind that may go, and every slice that goes with each of them.
+
+    `shape` is the shape of the group's scores and masks; attention channels are (heads, channels), and all heads
+    keep the same number. `pool` names the DIMAP module of a weight. `owner` is the module whose own sizes `resize`
+    sets to a new shape once the slices are cut.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    slices: tuple[ParamSlice, ...]
+    pool: str = ""
+    owner: str = ""
+    resize: Resize | None = None
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return torch.Size(self.shape).numel()
+
+
+def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
+    """Indices along the slice's axis that belong to the chosen units; `chosen` is a bool vector over all units."""
+    grid = torch.arange(part.outer * chosen.numel() * part.inner).view(part.outer, chosen.numel(), part.inner)
+    return grid[:, chosen.flatten().cpu()].flatten()
+
+
+def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
+    """Sum per unit of one value per weight, over all slices of the group, in float64; shape of the group."""
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for part in group.slices:
+        value = values[part.param].detach().to("cpu", torch.float64)
+        if part.axis is None:
+            total += value.flatten()
+        else:
+            rows = value.movedim(part.axis, 0).reshape(part.outer, group.units, -1)  # (outer, units, inner * rest)
+            total += rows.sum(dim=(0, 2))
+    return total.view(group.shape)
+
+
+@torch.no_grad()
+def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
+    """Set every slice of the removed units to zero, in place.
+
+    Raises:
+        BadInput: a residual channel is to be zeroed (LayerNorm statistics would still run over it), or a mask does
+            not fit its group.
+    """
+    for group in groups:
+        if group.kind == "residual" and not bool(masks[group.name].all()):
+            raise BadInput(
+                f"{group.name}: residual channels cannot be zeroed, LayerNorm would still count them; shrink them"
+            )
+        keep = _fitting(group, masks)
+        for part in group.slices:
+            parameter = model.get_parameter(part.param)
+            if part.axis is None:
+                parameter.masked_fill_(~keep.view_as(parameter).to(parameter.device), 0)
+            else:
+                parameter.index_fill_(part.axis, positions(part, ~keep).to(parameter.device), 0)
+    return model
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
+    """Cut the removed units out of every slice, in place, so that the tensors become smaller.
+
+    Raises:
+        BadInput: the group has no smaller form (single weights), nothing would be left, heads would keep different
+            numbers of channels, or two groups share an axis of one parameter. The model is untouched then.
+    """
+    _refuse_shared_axes(groups)
+    cuts = [(group, _fitting(group, masks), _kept_shape(group, masks[group.name])) for group in groups]
+    for group, keep, shape in cuts:
+        _cut(model, group, keep, shape)
+    return model
+
+
+@torch.no_grad()
+def cut_to(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None:
+    """Give a group a smaller shape, keeping its first units: the frame that a saved model's weights fill.
+
+    Raises:
+        BadInput: the shape is larger than the group.
+    """
+    size = torch.Size(shape).numel()
+    if size > group.units or len(shape) != len(group.shape):
+        raise BadInput(
+            f"{group.name}: shape {list(shape)} does not fit into {list(group.shape)}; is this the right model?"
+        )
+    _cut(model, group, torch.arange(group.units) < size, shape)
+
+
+def _fitting(group: Group, masks: Masks) -> Tensor:
+    if group.name not in masks:
+        raise BadInput(f"{group.name}: no mask for this group; give one bool tensor of shape {list(group.shape)}")
+    mask = masks[group.name]
+    if mask.dtype != torch.bool or mask.numel() != group.units:
+        raise BadInput(
+            f"{group.name}: mask is {mask.dtype} {list(mask.shape)}, needed is torch.bool {list(group.shape)}"
+        )
+    return mask.flatten()
+
+
+def _kept_shape(group: Group, mask: Tensor) -> tuple[int, ...]:
+    if group.kind == "weight":
+        raise BadInput(f"{group.name}: single weights cannot be cut out of a tensor; use zero")
+    rows = mask.view(group.shape).flatten(1) if len(group.shape) > 1 else mask.view(1, -1)
+    counts = rows.sum(dim=1).unique()
+    if counts.numel() > 1:
+        raise BadInput(
+            f"{group.name}: heads would keep {rows.sum(dim=1).tolist()} channels; all must keep the same number"
+        )
+    if int(counts) == 0:
+        raise BadInput(f"{group.name}: all {group.units} units would go; keep at least one")
+    return (group.shape[0], int(counts)) if len(group.shape) > 1 else (int(counts),)
+
+
+def _refuse_shared_axes(groups: Sequence[Group]) -> None:
+    taken: dict[tuple[str, int | None], str] = {}
+    for group in groups:
+        for part in group.slices:
+            other = taken.setdefault((part.param, part.axis), group.name)
+            if other != group.name:
+                raise BadInput(
+                    f"{part.param}: groups {other} and {group.name} cut the same axis; "
+                    "shrink one, find the groups again, then shrink the other"
+                )
+
+
+def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -> None:
+    if shape == group.shape:
+        return
+    for part in group.slices:
+        assert part.axis is not None
+        path, _, leaf = part.param.rpartition(".")
+        owner = model.get_submodule(path)
+        old = model.get_parameter(part.param)
+        if keep.numel() * part.outer * part.inner != old.shape[part.axis]:
+            raise BadInput(f"{part.param}: axis {part.axis} is {old.shape[part.axis]} long, the group is out of date")
+        new = old.index_select(part.axis, positions(part, keep).to(old.device))
+        setattr(owner, leaf, nn.Parameter(new.contiguous(), requires_grad=old.requires_grad))
+        _match_weight(owner)
+    if group.resize is not None:
+        group.resize(model.get_submodule(group.owner), shape)
+
+
+def _match_weight(module: nn.Module) -> None:
+    """Set a plain layer's recorded sizes to those of its weight."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(module.weight.shape)

@@ -1,0 +1,66 @@
+"""The table of methods: what may go, what it is worth, who competes. Two methods differ only as their rows do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vitprune.criteria import Criterion, kl, weights
+from vitprune.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: criterion x scope per kind. A single sparsity applies to `kinds`, the others must be asked for."""
+
+    criterion: Criterion
+    scopes: Mapping[str, str]
+    kinds: tuple[str, ...]
+    free_scope: bool
+    about: str
+
+
+def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = False) -> Method:
+    return Method(criterion, {"weight": scope}, ("weight",), free_scope, about)
+
+
+def _structured(criterion: Criterion, about: str) -> Method:
+    scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
+    return Method(criterion, scopes, ("ffn", "attention"), True, about)
+
+
+METHODS: dict[str, Method] = {
+    "random": _single(weights.random, "global", "weights drawn at random: the floor", free_scope=True),
+    "magnitude": _single(weights.magnitude, "global", "smallest weights of the whole model"),
+    "uniform": _single(weights.magnitude, "layer", "smallest weights of each layer"),
+    "lamp": _single(weights.energy, "global", "layer-adaptive magnitude (Lee et al., ICLR 2021)"),
+    "dimap": _single(weights.energy, "module", "data-free, module-aware: qkv, proj, mlp (He & Zhou, ICLR 2024)"),
+    "taylor": _single(weights.taylor, "global", "first-order change of the loss (Molchanov et al., CVPR 2019)"),
+    "n:m": _single(weights.magnitude, "2:4", "N of every M consecutive weights stay", free_scope=True),
+    "channel-magnitude": _structured(weights.magnitude, "units of least L2 norm"),
+    "channel-taylor": _structured(weights.taylor, "units of least first-order change of the loss"),
+    "upvits-literal": Method(
+        kl.literal,
+        {"ffn": "layer", "attention": "head", "residual": "layer"},
+        ("ffn", "attention"),
+        False,
+        "KL divergence, one removal at a time (Yu & Wu, SCIS 2023): slow, the oracle",
+    ),
+}
+
+CRITERIA: dict[str, Criterion] = {
+    "random": weights.random,
+    "magnitude": weights.magnitude,
+    "energy": weights.energy,
+    "taylor": weights.taylor,
+    "kl-literal": kl.literal,
+}
+
+
+def method_named(name: str) -> Method:
+    """The row of a method.
+
+    Raises:
+        BadInput: there is none of that name.
+    """
+    if name not in METHODS:
+        raise BadInput(f"method {name!r}: unknown; use one of {', '.join(METHODS)}")
+    return METHODS[name]

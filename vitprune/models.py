@@ -1,0 +1,138 @@
+"""timm models in and out: create, load, save, rebuild; safetensors and config.json, never pickle."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from vitprune.errors import BadInput
+from vitprune.families import rebuild, structure, uniform_args
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def create(
+    name: str,
+    args: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    pretrained: bool = False,
+    checkpoint: Path | None = None,
+) -> nn.Module:
+    """A timm model with seeded random, pretrained or checkpoint weights.
+
+    Raises:
+        BadInput: timm does not know the name or an argument, or the weights do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **(args or {}))
+        except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
+            raise BadInput(f"model.name {name!r}: timm cannot create it ({str(error).splitlines()[0]})") from None
+    if checkpoint is not None:
+        _fill(model, read_weights(checkpoint), checkpoint)
+    return model
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        BadInput: it is missing or not a safetensors file.
+    """
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; give the path of a safetensors file") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a safetensors file ({error})") from None
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write model.safetensors and config.json: timm's layout plus the structure that rebuilds a shrunk model.
+
+    A model whose blocks are all alike also loads in plain timm, as timm.create_model("local-dir:DIRECTORY").
+
+    Raises:
+        BadInput: the model was not made by timm.create_model.
+    """
+    directory = Path(directory)
+    if not isinstance(getattr(model, "pretrained_cfg", None), Mapping) or "architecture" not in model.pretrained_cfg:
+        raise BadInput(f"{type(model).__name__}: only models made by timm.create_model (or vitprune.load) can be saved")
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f"{CONFIG}.partial"
+    try:
+        save_config_for_hf(model, str(partial), model_args=uniform_args(model))
+        config = json.loads(partial.read_text())
+        config["vitprune"] = {"format": 1, "structure": {name: list(shape) for name, shape in structure(model).items()}}
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        write_weights(model.state_dict(), directory / WEIGHTS)
+        os.replace(partial, directory / CONFIG)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(directory: str | Path) -> nn.Module:
+    """Rebuild a model from a directory that `save` (or timm) wrote, running no code but timm's and ours.
+
+    Raises:
+        BadInput: a file is missing or broken, or weights and structure do not fit each other.
+    """
+    directory = Path(directory)
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        name, pretrained_cfg = config["architecture"], config["pretrained_cfg"]
+    except FileNotFoundError:
+        raise BadInput(f"{directory / CONFIG}: no such file; give a directory written by vitprune.save") from None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise BadInput(f"{directory / CONFIG}: not a timm model config ({error})") from None
+    model = create(name, {"pretrained_cfg": pretrained_cfg, **config.get("model_args", {})})
+    rebuild(model, config.get("vitprune", {}).get("structure", {}))
+    _fill(model, read_weights(directory / WEIGHTS), directory / WEIGHTS)
+    return model.eval()
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights strictly, naming the first one that does not fit."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors:
+            raise BadInput(f"{path}: weight {name} is missing; is this checkpoint of another model?")
+        if name not in own:
+            raise BadInput(
+                f"{path}: weight {name} is not in {type(model).__name__}; is this checkpoint of another model?"
+            )
+        if own[name].shape != tensors[name].shape:
+            raise BadInput(
+                f"{path}: weight {name} has shape {list(tensors[name].shape)}, the model needs {list(own[name].shape)}"
+            )
+    model.load_state_dict(dict(tensors), strict=True)

@@ -1,0 +1,150 @@
+"""params.yaml as types: an unknown key, a wrong type or a value out of range is an error that names the key."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vitprune.errors import BadInput
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Kind = Literal["weight", "ffn", "attention", "head", "residual"]
+
+
+class Section(BaseModel):
+    """A part of params.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Dataset(Section):
+    """Where images come from: digits, folder:PATH, parquet:PATH or a timm dataset name."""
+
+    source: str
+    eval_source: str | None = None
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    skip_limit: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+
+class Model(Section):
+    """A timm model by name, and the arguments of timm.create_model."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+
+class Train(Section):
+    """One training run: epochs, optimizer and schedule (linear warm-up, then cosine to `min_lr`)."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    batch_size: Count = 64
+    optimizer: str = "adamw"
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    smoothing: Fraction = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    augment: Literal["none", "light", "deit", "digits"] = "none"
+
+
+class Dense(Section):
+    """The model to prune: trained here, timm's pretrained weights, or a safetensors checkpoint."""
+
+    start: Literal["train", "pretrained", "checkpoint"]
+    checkpoint: Path | None = None
+    train: Train | None = None
+
+
+class Calibrate(Section):
+    """The calibration set: how many images of the train split, drawn evenly over classes or uniformly."""
+
+    size: Count | None = None
+    balance: Literal["class", "uniform"] = "class"
+
+
+class Score(Section):
+    """How scoring reads the calibration set."""
+
+    batch_size: Count = 64
+
+
+class Prune(Section):
+    """Method, sparsity (one for all, or per kind), and the gradual schedule with its recovery training."""
+
+    method: str
+    sparsity: Fraction | dict[Kind, Fraction] | None
+    scope: str | None = None
+    heads: Count | None = None
+    cycles: Count = 1
+    schedule: Literal["linear", "cubic"] = "cubic"
+    recover: Train | None = None
+
+
+class Distill(Section):
+    """Fine-tuning with the dense model as teacher: cross-entropy + alpha * KL at a temperature."""
+
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    train: Train
+
+
+class Evaluate(Section):
+    """How the two models are measured."""
+
+    batch_size: Count = 64
+    latency_batch: Count = 1
+    latency_runs: Count = 50
+
+
+class Export(Section):
+    """What else is written beside the timm directory."""
+
+    onnx: bool = False
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: int = 0
+    dataset: Dataset
+    model: Model
+    dense: Dense
+    calibrate: Calibrate = Calibrate()
+    score: Score = Score()
+    prune: Prune
+    distill: Distill
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+
+
+def load(path: Path) -> Params:
+    """Read and check a params.yaml.
+
+    Raises:
+        BadInput: the file is missing, is not YAML, or a key is unknown, missing or of a wrong type or value.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; run in a project directory (vitprune init DIR makes one)") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(raw, dict):
+        raise BadInput(f"{path}: must be a mapping of sections, is {type(raw).__name__}")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first error in one line, with its dotted key."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("float", "dict", "constrained")))
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key; remove it or correct its name"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{key}: {problem['msg']}, got {problem['input']!r}{more}"

@@ -1,0 +1,86 @@
+"""Facts as files: JSON metrics, CSV plots, training histories, and the rows of the summary tables."""
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitprune.groups import Group, Masks, Scores
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write facts as JSON under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(facts, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV under a temporary name, then rename it; columns in order of first appearance."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    columns = list(dict.fromkeys(column for row in rows for column in row)) or ["epoch"]
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+class History:
+    """The curve of a stage's training: one JSON line per epoch as it goes, a CSV for plots at the end."""
+
+    def __init__(self, directory: Path, stage: str):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.stage = stage
+        self._rows: list[dict[str, Any]] = []
+        self._path = directory / "history.jsonl"
+        self._path.write_text("")
+
+    @property
+    def epochs(self) -> int:
+        """Epochs recorded so far."""
+        return len(self._rows)
+
+    def add(self, row: Mapping[str, float], cycle: int | None = None) -> None:
+        """Append one epoch."""
+        numbered = ({} if cycle is None else {"cycle": cycle}) | dict(row)
+        self._rows.append(numbered)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"stage": self.stage} | numbered) + "\n")
+
+    def close(self, plot: Path) -> None:
+        """Write the whole curve as CSV."""
+        write_csv(plot, self._rows)
+
+
+def sparsity_rows(groups: Iterable[Group], masks: Masks) -> list[dict[str, Any]]:
+    """Rows of tables.SPARSITY: what each group keeps."""
+    kept = {group.name: int(masks[group.name].sum()) for group in groups}
+    return [
+        {
+            "group": g.name,
+            "kind": g.kind,
+            "units": g.units,
+            "kept": kept[g.name],
+            "sparsity": 1 - kept[g.name] / g.units,
+        }
+        for g in groups
+    ]
+
+
+def summary_rows(groups: Iterable[Group], scores: Scores) -> list[dict[str, Any]]:
+    """Rows of tables.SCORES: the spread of each group's scores."""
+    return [{"group": g.name, "kind": g.kind, "units": g.units} | _spread(scores[g.name]) for g in groups]
+
+
+def _spread(score: torch.Tensor) -> dict[str, float]:
+    ranked = score.flatten().double().sort().values
+    places = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
+    found = {name: float(ranked[round(place * (len(ranked) - 1))]) for name, place in places.items()}
+    return found | {"mean": float(ranked.mean())}

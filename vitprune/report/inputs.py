@@ -1,0 +1,120 @@
+"""What the stages left behind, read for the report: JSON, CSV, params and the git commit; absent files are None."""
+
+import csv
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vitprune.errors import BadInput
+
+# What a run itself rewrites says nothing about the code that computed it.
+_WRITTEN_BY_RUNS = ("metrics", "plots", "dvc.lock")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The git commit of a project, and whether tracked files differed from it."""
+
+    digest: str
+    dirty: bool
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None if there is no such file.
+
+    Raises:
+        BadInput: the file is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise BadInput(f"{path}: not valid JSON ({error}); run the stage that writes it again") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: not a JSON object; run the stage that writes it again")
+    return content
+
+
+def read_columns(path: Path) -> dict[str, list[float | None]]:
+    """Read a CSV file's numeric columns, an empty cell as None; no columns if there is no such file.
+
+    Raises:
+        BadInput: the file is not UTF-8 text.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise BadInput(f"{path}: not a CSV file; run the stage that writes it again") from None
+    columns = {}
+    for name in rows[0] if rows else ():
+        try:
+            columns[name] = [float(row[name]) if row[name] else None for row in rows]
+        except (TypeError, ValueError):
+            continue  # a column of words, such as the stage's name
+    return columns
+
+
+def read_params(path: Path) -> dict[str, str]:
+    """Read a YAML file as dotted keys and the text of their values; empty if there is no such file.
+
+    Raises:
+        BadInput: the file is not a YAML mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct it") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: not a mapping of keys to values; correct it")
+    return dict(_dotted(content, ""))
+
+
+def look_up(record: Mapping[str, Any] | None, dotted: str) -> Any:
+    """The value at a dotted key, or None where any part of the way is missing."""
+    value: Any = record
+    for key in dotted.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def read_commit(project: Path) -> Commit | None:
+    """The commit checked out in a project; None outside git, without git, or before the first commit."""
+    digest = _git(project, "rev-parse", "--verify", "HEAD")
+    if digest is None:
+        return None
+    spared = [f":(exclude){path}" for path in _WRITTEN_BY_RUNS]
+    changes = _git(project, "status", "--porcelain", "--untracked-files=no", "--", ":/", *spared)
+    return Commit(digest.strip(), dirty=bool(changes))
+
+
+def _git(project: Path, *arguments: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-C", str(project), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _dotted(content: Mapping[Any, Any], prefix: str) -> list[tuple[str, str]]:
+    pairs = []
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            pairs += _dotted(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            pairs.append((f"{prefix}{key}", text))
+    return pairs

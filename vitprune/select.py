@@ -1,0 +1,138 @@
+"""From scores to masks with exact counts: who competes with whom is the scope."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitprune.errors import BadInput
+from vitprune.groups import Group, Masks, Scores
+
+SCOPES = ("layer", "global", "module", "isomorphic", "head", "N:M")
+N_OF_M = re.compile(r"(\d+):(\d+)")
+
+
+def select(
+    scores: Scores,
+    sparsity: float,
+    scope: str = "global",
+    groups: Sequence[Group] = (),
+    previous: Masks | None = None,
+    keep_at_least: int = 0,
+) -> Masks:
+    """Remove the units of least score: exactly round(sparsity * units) of every pool that competes.
+
+    Ties go in order of position (group by group, lower index first). Scopes: `layer` (each group alone), `global`
+    (all together), `module` (all groups of one pool name), `isomorphic` (all groups of one structure), `head` (each
+    row of a (heads, channels) group alone), `N:M` (N of every M consecutive weights of a row stay). `module` and
+    `isomorphic` read `groups`. Units that `previous` has removed stay removed and count as removed;
+    `keep_at_least` protects that many best units of every group.
+
+    Raises:
+        BadInput: sparsity is outside 0..1, a score is NaN, a scope is unknown or does not fit a group's shape.
+
+    Source: UP-ViTs section 2 (stable order), DIMAP section 2.5 (one threshold per module).
+    """
+    if not 0 <= sparsity < 1:
+        raise BadInput(f"sparsity {sparsity}: must be at least 0 and below 1 (the fraction to remove)")
+    ranked = {name: _ranked(name, score, previous, keep_at_least) for name, score in scores.items()}
+    pattern = N_OF_M.fullmatch(scope)
+    if pattern:
+        masks = {name: _n_of_m(name, s, int(pattern[1]), int(pattern[2]), sparsity) for name, s in ranked.items()}
+    elif scope == "head":
+        masks = {name: _per_row(name, s, sparsity) for name, s in ranked.items()}
+    else:
+        masks = _per_pool(ranked, sparsity, _pools(scores, scope, groups))
+    if previous is not None:
+        masks = {name: mask & previous[name].view(mask.shape) for name, mask in masks.items()}
+    return masks
+
+
+def sparsity_of(scope: str) -> float | None:
+    """Fraction that an N:M scope removes, or None where the sparsity is free."""
+    pattern = N_OF_M.fullmatch(scope)
+    return 1 - int(pattern[1]) / int(pattern[2]) if pattern else None
+
+
+def _count(sparsity: float, units: int) -> int:
+    return int(sparsity * units + 0.5)
+
+
+def _ranked(name: str, score: Tensor, previous: Masks | None, keep_at_least: int) -> Tensor:
+    """Scores as they compete: what is gone is -inf, what is protected is +inf."""
+    if bool(score.isnan().any()):
+        raise BadInput(f"{name}: {int(score.isnan().sum())} scores are NaN; check the model's weights and the images")
+    ranked = score.detach().to("cpu", torch.float64).clone()
+    if previous is not None:
+        ranked[~previous[name].view(ranked.shape)] = -torch.inf
+    if keep_at_least:
+        best = ranked.flatten().argsort(descending=True, stable=True)[:keep_at_least]
+        ranked.view(-1)[best] = torch.inf
+    return ranked
+
+
+def _keep_best(flat: Tensor, keep: int) -> Tensor:
+    """Bool vector with exactly `keep` True at the largest scores; of equal scores the later positions stay."""
+    remove = flat.numel() - keep
+    if remove == 0:
+        return torch.ones_like(flat, dtype=torch.bool)
+    threshold = flat.kthvalue(remove).values
+    mask = flat > threshold
+    ties = (flat == threshold).nonzero().flatten()
+    mask[ties[remove - int((flat < threshold).sum()) :]] = True
+    return mask
+
+
+def _pools(scores: Scores, scope: str, groups: Sequence[Group]) -> dict[object, list[str]]:
+    if scope == "layer":
+        return {name: [name] for name in scores}
+    if scope == "global":
+        return {scope: list(scores)}
+    if scope not in ("module", "isomorphic"):
+        raise BadInput(f"scope {scope!r}: unknown; use one of {', '.join(SCOPES)} (as in 2:4)")
+    by_name = {group.name: group for group in groups}
+    missing = [name for name in scores if name not in by_name]
+    if missing:
+        raise BadInput(f"scope {scope!r}: needs groups=, which lacks {missing[0]}")
+    pools: dict[object, list[str]] = defaultdict(list)
+    for name in scores:
+        pools[by_name[name].pool if scope == "module" else _structure(by_name[name])].append(name)
+    return pools
+
+
+def _structure(group: Group) -> tuple[object, ...]:
+    """What isomorphic groups share: kind and the addresses of their slices without block numbers."""
+    return (group.kind, *((re.sub(r"\.\d+\.", ".#.", p.param), p.axis, p.outer, p.inner) for p in group.slices))
+
+
+def _per_pool(ranked: Scores, sparsity: float, pools: dict[object, list[str]]) -> Masks:
+    masks: Masks = {}
+    for names in pools.values():
+        flat = torch.cat([ranked[name].flatten() for name in names])
+        keep = _keep_best(flat, flat.numel() - _count(sparsity, flat.numel()))
+        pieces = keep.split([ranked[name].numel() for name in names])
+        masks |= {name: piece.view(ranked[name].shape) for name, piece in zip(names, pieces, strict=True)}
+    return {name: masks[name] for name in ranked}
+
+
+def _per_row(name: str, score: Tensor, sparsity: float) -> Tensor:
+    if score.dim() != 2:
+        raise BadInput(f"{name}: scope 'head' needs scores of shape (heads, channels), these are {list(score.shape)}")
+    keep = score.shape[1] - _count(sparsity, score.shape[1])
+    return torch.stack([_keep_best(row, keep) for row in score])
+
+
+def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float) -> Tensor:
+    if not 0 < n < m:
+        raise BadInput(f"scope '{n}:{m}': N of M weights stay, so N must be between 1 and M - 1")
+    if abs(sparsity - (1 - n / m)) > 1e-9:
+        raise BadInput(f"scope '{n}:{m}': removes {1 - n / m:g}, but sparsity is {sparsity:g}; set it to {1 - n / m:g}")
+    rows = score.flatten(1)
+    if rows.shape[1] % m:
+        raise BadInput(f"{name}: rows of {rows.shape[1]} weights cannot be divided into runs of {m}; leave it out")
+    runs = rows.reshape(-1, m)
+    order = runs.argsort(dim=1, stable=True)  # ascending: the first m - n go
+    mask = torch.ones_like(runs, dtype=torch.bool).scatter(1, order[:, : m - n], False)
+    return mask.view(score.shape)

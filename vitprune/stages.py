@@ -1,0 +1,277 @@
+"""The stages of the pipeline: each reads files of a project directory and writes files of its own."""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from vitprune import data, models, tables
+from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_for
+from vitprune.errors import BadInput
+from vitprune.evaluate import accuracy, count, environment, latency
+from vitprune.export import to_onnx, to_timm
+from vitprune.groups import Group, Masks, Scores
+from vitprune.params import Params, Train, load
+from vitprune.records import History, sparsity_rows, summary_rows, write_csv, write_json
+from vitprune.train import Held, classification, distillation, train
+
+MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
+OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
+MASKS, SCORES = "masks.safetensors", "scores.safetensors"
+
+
+def dataset(params: Params) -> None:
+    """Read every image of the source once and write which split it is in."""
+    settings = params.dataset
+    source = _source(params)
+    manifest = data.build_manifest(source, settings.eval_fraction, params.seed, settings.skip_limit)
+    tables.write(manifest.rows, tables.MANIFEST, MANIFEST)
+    splits = [row["split"] for row in manifest.rows]
+    facts = {
+        "source": settings.source,
+        "classes": len({row["label"] for row in manifest.rows}),
+        "train": splits.count("train"),
+        "eval": splits.count("eval"),
+        "skipped": len(manifest.skipped),
+        "overlap": manifest.overlap,
+        "sha256": models.digest(MANIFEST),
+    }
+    write_json(METRICS / "dataset.json", facts)
+
+
+def dense(params: Params) -> None:
+    """Make the model to prune: train it here, or take timm's weights or a checkpoint."""
+    settings = params.dense
+    if settings.start == "checkpoint" and settings.checkpoint is None:
+        raise BadInput("dense.checkpoint: start is checkpoint, so give the path of a safetensors file")
+    checkpoint = settings.checkpoint if settings.start == "checkpoint" else None
+    model = models.create(
+        params.model.name, params.model.args, params.seed, settings.start == "pretrained", checkpoint
+    ).to(_device())
+    history = History(OUT / "dense", "dense")
+    if settings.start == "train":
+        if settings.train is None:
+            raise BadInput("dense.train: start is train, so give epochs, lr and the rest")
+        task = classification(model, settings.train.smoothing)
+        _train(task, settings.train, params, history, evaluate=_evaluator(model, params))
+    history.close(PLOTS / "dense.csv")
+    models.save(model, OUT / "dense")
+    facts = _facts(model, OUT / "dense") | accuracy(model, _eval_batches(model, params))[0]
+    write_json(METRICS / "dense.json", {"from": settings.start, "epochs": history.epochs} | facts)
+
+
+def calibrate(params: Params) -> None:
+    """Draw the calibration set from the train split."""
+    settings = params.calibrate
+    manifest = tables.read(MANIFEST, tables.MANIFEST)
+    rows = data.draw_calibration(manifest, _source(params), settings.size, settings.balance, params.seed)
+    tables.write(rows, tables.CALIBRATION, CALIBRATION)
+    facts = {"images": len(rows), "balance": settings.balance, "sha256": models.digest(CALIBRATION)}
+    write_json(METRICS / "calibrate.json", facts)
+
+
+def score(params: Params) -> None:
+    """Score every unit of the dense model."""
+    plan = _plan(params)
+    model = models.load(OUT / "dense").to(_device())
+    groups = groups_for(model, plan)
+    scores = plan.row.criterion(model, groups, _calibration(model, params), plan.seed + 1).scores
+    models.write_weights(scores, OUT / "score" / SCORES)
+    rows = summary_rows(groups, scores)
+    tables.write(rows, tables.SCORES, OUT / "score" / "summary.parquet")
+    facts = {"method": plan.method, "groups": len(groups), "units": sum(group.units for group in groups)}
+    write_json(METRICS / "score.json", facts | {"sha256": models.digest(OUT / "score" / SCORES)})
+
+
+def mask(params: Params) -> None:
+    """Choose the masks of the first cycle from the scores."""
+    plan = _plan(params)
+    groups = groups_for(models.load(OUT / "dense"), plan)
+    kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    masks = choose(_scores(), groups, plan, plan.targets()[0], kept)
+    facts = _write_masks(OUT / "mask", groups, masks)
+    write_json(METRICS / "mask.json", {"target": plan.targets()[0]} | facts)
+
+
+def prune(params: Params) -> None:
+    """Prune cycle by cycle and recover after each; every cycle leaves its masks, scores and metrics."""
+    plan = _plan(params)
+    model = models.load(OUT / "dense").to(_device())
+    evaluate = _evaluator(model, params)
+    history = History(OUT / "prune", "prune")
+    rows = []
+    for cycle in compress(model, plan, _calibration(model, params), models.read_weights(OUT / "mask" / MASKS)):
+        before = evaluate()["top1"]
+        if params.prune.recover is not None:
+            task = classification(model, params.prune.recover.smoothing)
+            where = f"recovery after cycle {cycle.number}"
+            _train(task, params.prune.recover, params, history, _held(cycle), evaluate, where, cycle.number)
+        rows.append(_write_cycle(cycle, model, before, evaluate()["top1"]))
+    history.close(PLOTS / "prune.csv")
+    write_csv(PLOTS / "cycles.csv", rows)
+    models.save(model, OUT / "prune")
+    write_json(METRICS / "prune.json", _facts(model, OUT / "prune") | evaluate() | {"cycles": len(rows)})
+
+
+def distill(params: Params) -> None:
+    """Fine-tune the pruned model with the dense one as teacher; what is zero stays zero."""
+    settings, plan = params.distill, _plan(params)
+    model, teacher = models.load(OUT / "prune").to(_device()), models.load(OUT / "dense").to(_device())
+    groups = [group for group in groups_for(models.load(OUT / "dense"), plan) if group.kind == "weight"]
+    held = Held(groups, models.read_weights(OUT / "cycles" / f"{plan.cycles:02d}" / MASKS)) if groups else None
+    history = History(OUT / "distill", "distill")
+    task = distillation(model, teacher, settings.alpha, settings.temperature, settings.train.smoothing)
+    _train(task, settings.train, params, history, held, _evaluator(model, params))
+    history.close(PLOTS / "distill.csv")
+    models.save(model, OUT / "distill")
+    top = accuracy(model, _eval_batches(model, params))[0]
+    write_json(METRICS / "distill.json", _facts(model, OUT / "distill") | top | {"epochs": history.epochs})
+
+
+def evaluate(params: Params) -> None:
+    """Measure the dense and the final model side by side, image by image."""
+    settings = params.evaluate
+    pair = {"dense": OUT / "dense", "pruned": OUT / "distill"}
+    both = {name: models.load(path).to(_device()) for name, path in pair.items()}
+    table = _open("eval", both["dense"], params)
+    example = example_input(both["dense"], settings.latency_batch)
+    times = latency(list(both.values()), example, settings.latency_runs)
+    result: dict[str, Any] = {}
+    predictions = {}
+    for (name, model), time in zip(both.items(), times, strict=True):
+        top, predictions[name] = accuracy(model, data.eval_batches(table, settings.batch_size))
+        speed = {"latency_ms": time, "throughput": 1000 * settings.latency_batch / time["median"]}
+        result[name] = top | asdict(count(model, example.to(_device()))) | speed
+    rows = zip(table.ids, table.labels.tolist(), *(predictions[name].tolist() for name in pair), strict=True)
+    names = tables.EVALUATION.names
+    tables.write(
+        [dict(zip(names, row, strict=True)) for row in rows], tables.EVALUATION, OUT / "evaluate" / "evaluation.parquet"
+    )
+    costs = ("params", "nonzero_params", "macs", "nonzero_macs", "nominal_macs")
+    result["kept"] = {cost: result["pruned"][cost] / result["dense"][cost] for cost in costs}
+    result["top1_drop"] = result["dense"]["top1"] - result["pruned"]["top1"]
+    result |= {"images": len(table), "environment": environment(_device())}
+    write_json(METRICS / "evaluate.json", result)
+
+
+def export(params: Params) -> None:
+    """Write the final model for others: a timm directory, and ONNX if asked."""
+    model = models.load(OUT / "distill")
+    example = example_input(model, 2)
+    facts: dict[str, Any] = {"timm": to_timm(model, OUT / "export" / "timm", example), "onnx": None}
+    if params.export.onnx:
+        facts["onnx"] = to_onnx(model, OUT / "export" / "model.onnx", example)
+    write_json(METRICS / "export.json", facts)
+
+
+STAGES: dict[str, Callable[[Params], None]] = {
+    stage.__name__: stage for stage in (dataset, dense, calibrate, score, mask, prune, distill, evaluate, export)
+}
+
+
+def run(stage: str, project: Path) -> None:
+    """Run one stage in a project directory."""
+    os.chdir(project)
+    STAGES[stage](load(Path("params.yaml")))
+
+
+def _plan(params: Params) -> Plan:
+    p = params.prune
+    return plan_for(p.method, p.sparsity, p.scope, p.heads, p.cycles, p.schedule, params.seed)
+
+
+def _device() -> torch.device:
+    """VITPRUNE_DEVICE, or the GPU where there is one: never a param, so that it does not change what is cached."""
+    return torch.device(os.environ.get("VITPRUNE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _source(params: Params) -> data.Source:
+    return data.open_source(params.dataset.source, eval_source=params.dataset.eval_source)
+
+
+def _open(split: str, model: nn.Module, params: Params, augment: str | None = None) -> data.ImageTable:
+    transform = data.transform(data.data_config(model), augment)
+    table = data.open_split(tables.read(MANIFEST, tables.MANIFEST), _source(params), split, transform)
+    highest, classes = int(table.labels.max()), int(cast(int, model.num_classes))
+    if highest >= classes:
+        raise BadInput(f"model.args.num_classes: {classes}, but the data has label {highest}; set it to {highest + 1}")
+    return table
+
+
+def _eval_batches(model: nn.Module, params: Params) -> Iterable[data.Batch]:
+    return data.eval_batches(_open("eval", model, params), params.evaluate.batch_size)
+
+
+def _evaluator(model: nn.Module, params: Params) -> Callable[[], dict[str, float]]:
+    table = _open("eval", model, params)
+    return lambda: accuracy(model, data.eval_batches(table, params.evaluate.batch_size))[0]
+
+
+def _calibration(model: nn.Module, params: Params) -> list[data.Batch]:
+    return data.load_calibration(CALIBRATION, data.transform(data.data_config(model)), params.score.batch_size)
+
+
+def example_input(model: nn.Module, batch: int) -> Tensor:
+    """Noise of the model's input size, (batch, C, H, W), the same each time."""
+    size = data.data_config(model)["input_size"]
+    return torch.randn((batch, *size), generator=torch.Generator().manual_seed(0))
+
+
+def _train(
+    task: Any,
+    recipe: Train,
+    params: Params,
+    history: History,
+    held: Held | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    name: str | None = None,
+    cycle: int | None = None,
+) -> None:
+    table = _open("train", task.trainable_module, params, recipe.augment)
+    seed = params.seed if cycle is None else params.seed + 1000 * cycle
+    epochs = partial(data.train_batches, table, recipe.batch_size, seed)
+    steps = math.ceil(len(table) / recipe.batch_size)
+    record = partial(history.add, cycle=cycle)
+    train(task, epochs, steps, recipe, seed, record, held, evaluate, name or f"{history.stage} training")
+
+
+def _facts(model: nn.Module, directory: Path) -> dict[str, Any]:
+    counts = count(model, example_input(model, 1))
+    return asdict(counts) | {"sha256": models.digest(directory / models.WEIGHTS)}
+
+
+def _scores() -> Scores:
+    return models.read_weights(OUT / "score" / SCORES)
+
+
+def _held(cycle: Cycle) -> Held | None:
+    return Held(cycle.held, cycle.masks) if cycle.held else None
+
+
+def _write_masks(directory: Path, groups: Iterable[Group], masks: Masks) -> dict[str, Any]:
+    rows = sparsity_rows(groups, masks)
+    models.write_weights(masks, directory / MASKS)
+    tables.write(rows, tables.SPARSITY, directory / "sparsity.parquet")
+    by_kind = pa.Table.from_pylist(rows).group_by("kind").aggregate([("units", "sum"), ("kept", "sum")]).to_pylist()
+    sparsity = {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}
+    return {"sparsity": sparsity, "masks_sha256": models.digest(directory / MASKS)}
+
+
+def _write_cycle(cycle: Cycle, model: nn.Module, before: float, after: float) -> dict[str, Any]:
+    directory = OUT / "cycles" / f"{cycle.number:02d}"
+    scores = cycle.scores or _scores()
+    tables.write(summary_rows(cycle.groups, scores), tables.SCORES, directory / "scores.parquet")
+    facts = {"cycle": cycle.number, "target": dict(cycle.target)} | _write_masks(directory, cycle.groups, cycle.masks)
+    facts |= asdict(count(model, example_input(model, 1))) | {"top1_before": before, "top1_after": after}
+    write_json(directory / "metrics.json", facts)
+    units = sum(group.units for group in cycle.groups)
+    removed = units - sum(int(mask.sum()) for mask in cycle.masks.values())
+    columns = ("top1_before", "top1_after", "params", "macs", "nonzero_params", "nonzero_macs")
+    return {"cycle": cycle.number, "sparsity": removed / units} | {column: facts[column] for column in columns}

@@ -1,0 +1,121 @@
+"""The one training loop, for dense training, recovery and distillation; pruned weights stay at zero."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.task import ClassificationTask, LogitDistillationTask
+from torch import Tensor, nn
+
+from vitprune.errors import BadInput
+from vitprune.groups import Group, Masks, zero
+from vitprune.params import Train
+from vitprune.progress import track
+
+Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> its batches, the same each time it is asked
+Record = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Weights to hold at zero: their groups and masks."""
+
+    groups: Sequence[Group]
+    masks: Masks
+
+
+def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
+    """The task of cross-entropy on labels."""
+    task: nn.Module = ClassificationTask(model, nn.CrossEntropyLoss(label_smoothing=smoothing), verbose=False)
+    return task
+
+
+def distillation(
+    student: nn.Module, teacher: nn.Module, alpha: float, temperature: float, smoothing: float
+) -> nn.Module:
+    """The task of cross-entropy + alpha * KL(teacher || student) on softened logits. Source: UP-ViTs equation 2."""
+    task: nn.Module = LogitDistillationTask(
+        student,
+        teacher.eval().requires_grad_(False),
+        nn.CrossEntropyLoss(label_smoothing=smoothing),
+        distill_loss_weight=alpha,
+        task_loss_weight=1.0,
+        temperature=temperature,
+        verbose=False,
+    )
+    return task
+
+
+def train(
+    task: Any,
+    epochs: Epochs,
+    steps: int,
+    recipe: Train,
+    seed: int,
+    record: Record,
+    held: Held | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    name: str = "training",
+) -> None:
+    """Train the task's model in place, one record per epoch of `steps` batches.
+
+    A fixed seed gives bit-identical weights on CPU.
+
+    Raises:
+        BadInput: the loss is not finite; the weights are those of the step before.
+    """
+    model = task.trainable_module
+    device = next(model.parameters()).device
+    task = task.to(device)
+    optimizer = create_optimizer_v2(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    scheduler = _cosine(optimizer, recipe, steps)
+    step = 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for epoch in track(range(recipe.epochs), name):
+            task.train()
+            losses = []
+            for images, labels in epochs(epoch):
+                scheduler.step_update(step)
+                where = f"{name}, epoch {epoch + 1}, step {step + 1}"
+                losses.append(_step(task, optimizer, images.to(device), labels.to(device), recipe.clip, where))
+                if held is not None:
+                    zero(model, held.groups, held.masks)
+                step += 1
+            row = {"epoch": epoch + 1, "step": step, "loss": sum(losses) / len(losses), "lr": _rate(optimizer)}
+            record(row | (evaluate() if evaluate is not None else {}))
+
+
+def _rate(optimizer: Any) -> float:
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _cosine(optimizer: Any, recipe: Train, steps: int) -> CosineLRScheduler:
+    """Linear warm-up from 0, then a cosine to min_lr at the last step."""
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.epochs * steps,
+        lr_min=recipe.min_lr,
+        warmup_t=round(recipe.warmup_epochs * steps),
+        warmup_lr_init=0.0,
+        t_in_epochs=False,
+    )
+
+
+def _step(task: Any, optimizer: Any, images: Tensor, labels: Tensor, clip: float | None, where: str) -> float:
+    loss = task(images, labels)["loss"]
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise BadInput(
+            f"{where}: the loss is {value}; lower the learning rate (lr) or check the images and the weights"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_(task.trainable_module.parameters(), clip)
+    optimizer.step()
+    return value

@@ -47,11 +47,11 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     """
     config: dict[str, Any] = resolve_model_data_config(model)
     channels, height, width = config["input_size"]
-    for module in model.modules():
-        if isinstance(module, PatchEmbed) and module.img_size is not None:
-            height, width = module.img_size
-            break
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    for module in model.modules():
+        # one that the image enters: behind a stem, its size is not the image's
+        if isinstance(module, PatchEmbed) and module.img_size is not None and module.proj is first:
+            height, width = module.img_size
     channels = channels if first is None else first.in_channels
     if (height, width) != tuple(config["input_size"][1:]):
         config["crop_pct"] = 1.0

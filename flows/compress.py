@@ -86,7 +86,7 @@ def told(results: Sequence[StageResult]) -> str:
     cached = sum(result.cached for result in results)
     if cached == len(results):
         return f"nothing to compute: all {cached} stages were cached"
-    return f"{len(results) - cached} stages ran, {cached} were cached"
+    return f"{len(results) - cached} stages ran, {cached} cached"
 
 
 def _carry_out(project: Path, stage_limit: float | None, warn: Callable[[str], None]) -> Outcome:

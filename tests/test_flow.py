@@ -1,0 +1,186 @@
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.processes import MARK, run
+from flows.recovery import LOCKFILE_COPY, exclusive, is_whole, repair
+from flows.repro import Fault, check_params, reproduce
+from tests import shell_pipeline
+
+pytestmark = pytest.mark.pipeline
+DEAD = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return shell_pipeline.make(tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Prefect server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = tmp_path_factory.mktemp("prefect")
+    env = os.environ | {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(port)]
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/api"
+    wait_for(lambda: answers(url), 120)
+    yield url
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def wait_for(happened: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def of(project: Path) -> list[psutil.Process]:
+    """Every living process that a flow of this project has started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(project) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def sleepers(project: Path) -> list[psutil.Process]:
+    return [process for process in of(project) if process.cmdline()[:1] == ["sleep"]]
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def test_output_comes_line_by_line_and_the_exit_code_is_kept() -> None:
+    lines: list[str] = []
+    ended = run(["sh", "-c", "echo one; echo two >&2; exit 7"], Path("/"), os.environ, None, lines.append)
+    assert (lines, ended.exit_code, ended.timed_out) == (["one", "two"], 7, False)
+
+
+def test_the_limit_kills_a_stage_with_its_grandchildren(project: Path) -> None:
+    (project / "sleep_dataset").touch()
+    result = reproduce("dataset", project, 4, lambda line: None)
+    assert result.fault is Fault.LIMIT
+    assert "--stage-limit 4" in result.error
+    assert of(project) == []
+    (project / "sleep_dataset").unlink()
+    assert reproduce("dataset", project, 60, lambda line: None).exit_code == 0
+
+
+def test_whose_fault_a_failure_is_can_be_told_through_dvc(project: Path) -> None:
+    (project / "bad_dataset").touch()
+    bad = reproduce("dataset", project, None, lambda line: None)
+    assert (bad.fault, bad.exit_code) == (Fault.INPUT, 2)
+    assert bad.error == "dataset: params.yaml: prune.sparsity is 2; give 0 to 1"
+    (project / "bad_dataset").unlink()
+    (project / "lost_dataset").touch()
+    assert reproduce("dataset", project, None, lambda line: None).fault is Fault.INFRASTRUCTURE
+    assert not reproduce("dataset", project, None, lambda line: None).cached
+    assert reproduce("dataset", project, None, lambda line: None).cached
+    shutil.rmtree(project / "data")
+    assert reproduce("dataset", project, None, lambda line: None).cached  # taken from DVC's cache of runs
+    (project / "params.yaml").write_text("seed: 0\n")
+    assert reproduce("dataset", project, None, lambda line: None).fault is Fault.INPUT
+
+
+def test_a_misspelt_parameter_is_found_although_dvc_does_not_look_at_it(project: Path) -> None:
+    assert check_params(project) == ""
+    with (project / "params.yaml").open("a") as file:
+        file.write("sparsty: 1\n")
+    assert "sparsty" in check_params(project)
+
+
+def test_a_second_run_is_refused_in_one_line(project: Path) -> None:
+    with exclusive(project):
+        code, out, err = finish(shell_pipeline.flow(project))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"process {os.getpid()}" in err
+
+
+def test_what_a_kill_left_behind_is_mended(project: Path) -> None:
+    said: list[str] = []
+    assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
+    lock, rwlock = project / "dvc.lock", project / ".dvc/tmp/rwlock"
+    whole = lock.read_text()
+    (project / LOCKFILE_COPY).parent.mkdir()
+    shutil.copyfile(lock, project / LOCKFILE_COPY)
+    lock.write_text(whole[: len(whole) // 2])
+    rwlock.write_text('{"write": {"/so')
+    # its parent ends at once, as a killed flow would have
+    subprocess.run(["sh", "-c", "sleep 600.25 &"], env=os.environ | {MARK: str(project)}, check=True)
+    wait_for(lambda: sleepers(project), 10)
+    repair(project, said.append)
+    wait_for(lambda: not of(project), 10)
+    assert len(said) == 3
+    assert lock.read_text() == whole
+    # the number of a dead DVC process, taken by a process that is not DVC
+    held = {"write": {f"{project}/data/manifest.parquet": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}
+    rwlock.write_text(str(held).replace("'", '"'))
+    repair(project, said.append)
+    assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
+    assert is_whole(lock)
+
+
+def test_bad_input_ends_the_flow_with_code_2_and_one_line(project: Path, server: str) -> None:
+    (project / "bad_dataset").touch()
+    code, _, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
+    assert code == 2
+    assert "Error: dataset: params.yaml: prune.sparsity is 2; give 0 to 1\n" in err
+    assert "Traceback" not in err
+    assert err.count("\n") < 10
+
+
+def test_a_killed_flow_goes_on_and_ends_where_plain_dvc_ends(project: Path, server: str, tmp_path: Path) -> None:
+    plain = shell_pipeline.make(tmp_path / "plain")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=plain, check=True)
+    (project / "sleep_dense").touch()
+    killed = shell_pipeline.flow(project, PREFECT_API_URL=server)
+    wait_for(lambda: sleepers(project), 120)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    wait_for(lambda: not of(project), 10)
+    (project / "sleep_dense").unlink()
+
+    code, out, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
+    assert code == 0, err
+    assert "9 stages ran, 1 cached" in out
+    assert (project / "dvc.lock").read_text() == (plain / "dvc.lock").read_text()
+
+    # a Prefect and an MLflow server that do not answer: the work goes on, told at the end
+    dead = {"PREFECT_API_URL": f"{DEAD}/api", "MLFLOW_TRACKING_URI": DEAD}
+    code, out, err = finish(shell_pipeline.flow(project, **dead))
+    assert code == 0, err
+    assert "nothing to compute: all 10 stages were cached" in out
+    assert out.count(f"Prefect server {DEAD}/api does not answer") == 2
+    assert "vitprune-track replay" in out
+    assert of(project) == []

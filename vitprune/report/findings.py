@@ -95,8 +95,8 @@ def _sparsity_plot(name: str, kind: str, pattern: str, rows: list[dict[str, Any]
     units = sum(row["units"] for row in rows)
     removed = 100 * (1 - sum(row["kept"] for row in rows) / units) if units else None
     title = f"Sparsity of {kind} groups {pattern}".strip()
-    spoken = ", ".join(f"{row['group']} {percent:.0f} %" for row, percent in zip(rows, percents, strict=True))
-    svg = plots.bars(name, f"{title}: {spoken}", labels, percents)
+    described = f"{title}: {len(rows)} groups, {min(percents):.0f} to {max(percents):.0f} % removed"
+    svg = plots.bars(name, described, labels, percents)
     figure = quantities.fixed(f"removed.{kind}{'.' if pattern else ''}{pattern}", removed, 1)
     return plots.Plot(svg, kind, pattern, figure)
 
@@ -121,7 +121,7 @@ def _pattern(group: str) -> str:
 
 
 def calibration(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
-    """Up to 24 calibration images, spread evenly over the table, in order of label.
+    """Up to 24 calibration images, spread evenly over the labels.
 
     Raises:
         BadInput: an image cannot be decoded.
@@ -129,9 +129,10 @@ def calibration(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     table = tables.read(path, tables.CALIBRATION)
-    places = np.unique(np.linspace(0, table.num_rows - 1, min(_PICTURES, table.num_rows)).astype(int))
+    by_label = np.argsort(table["label"].to_numpy(), kind="stable")
+    places = by_label[np.linspace(0, table.num_rows - 1, min(_PICTURES, table.num_rows)).astype(int)]
     pictures = []
-    for row in sorted(table.take(places).to_pylist(), key=lambda row: (row["label"], row["id"])):
+    for row in table.take(places).to_pylist():
         try:
             uri, tiny = plots.thumbnail(row["image"]["bytes"])
         except (OSError, TypeError):
@@ -150,5 +151,4 @@ def calibration(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
         "pictures": pictures,
         "shown": quantities.whole("calibration.shown", len(pictures)),
         "images": quantities.whole("calibration.images", table.num_rows),
-        "balance": "",
     }

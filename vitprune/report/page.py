@@ -16,9 +16,9 @@ _ACCURACIES = (("top1", "Top-1 accuracy, %"), ("top5", "Top-5 accuracy, %"))
 _SIZES = (
     ("params", "Parameters", "stored in the model"),
     ("nonzero_params", "Nonzero parameters", "not exactly zero"),
-    ("macs", "MACs", "multiply-accumulates for one image"),
+    ("macs", "MACs", "multiply-adds per image"),
     ("nonzero_macs", "Nonzero MACs", "those with a nonzero weight"),
-    ("nominal_macs", "Nominal MACs", "as if the zeros were spread evenly, the way papers count"),
+    ("nominal_macs", "Nominal MACs", "zeros spread evenly, as papers count"),
 )
 _DIGESTS = (
     ("dataset", "data/manifest.parquet"),
@@ -64,7 +64,7 @@ def _render(project: Path) -> str:
     names = findings.class_names(dataset)
     dense_top1 = float(evaluation["dense"]["top1"])
     return _template().render(
-        headline=_headline(evaluation, inputs.look_up(dataset, "source")),
+        headline=_headline(evaluation, _source(dataset)),
         images=quantities.whole("images", quantities.finite(evaluation.get("images"))),
         comparison=_comparison(evaluation),
         latency=_latency_setting(evaluation),
@@ -113,7 +113,13 @@ def _pair(evaluation: dict[str, Any], dotted: str) -> tuple[float | None, float 
     return _number(evaluation, f"dense.{dotted}"), _number(evaluation, f"pruned.{dotted}")
 
 
-def _headline(evaluation: dict[str, Any], source: object) -> tuple[str, str]:
+def _source(dataset: dict[str, Any] | None) -> str:
+    # A path names its last part only: the report travels, directories do not.
+    kind, _, path = str(inputs.look_up(dataset, "source") or "").partition(":")
+    return Path(path).stem if path else kind
+
+
+def _headline(evaluation: dict[str, Any], source: str) -> tuple[str, str]:
     lead = "no smaller"
     for key, words in (("macs", "MACs"), ("params", "parameters"), ("nonzero_params", "nonzero parameters")):
         dense, pruned = _pair(evaluation, key)
@@ -132,7 +138,7 @@ def _comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         dense, pruned = _pair(evaluation, key)
         cells = [quantities.fixed(f"dense.{key}", dense, 2), quantities.fixed(f"pruned.{key}", pruned, 2)]
         change = None if dense is None or pruned is None else pruned - dense
-        rows.append(_row(label, "", cells, quantities.signed(f"change.{key}", change, 2, "points")))
+        rows.append(_row(label, "", cells, quantities.signed(f"change.{key}", change, 2), "points"))
     for key, label, note in _SIZES:
         dense, pruned = _pair(evaluation, key)
         cells = [quantities.count(f"dense.{key}", dense), quantities.count(f"pruned.{key}", pruned)]
@@ -144,14 +150,15 @@ def _comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if any(cell.value is not None for cell in row["cells"])]
 
 
-def _row(label: str, note: str, cells: list[Quantity], change: Quantity) -> dict[str, Any]:
-    return {"label": label, "note": note, "cells": cells, "change": change, "spreads": []}
+def _row(label: str, note: str, cells: list[Quantity], change: Quantity, unit: str = "") -> dict[str, Any]:
+    return {"label": label, "note": note, "cells": cells, "change": change, "unit": unit, "spreads": []}
 
 
 def _latency(evaluation: dict[str, Any]) -> dict[str, Any]:
     dense, pruned = _pair(evaluation, "latency_ms.median")
     cells = [_milliseconds("dense.latency_ms.median", dense), _milliseconds("pruned.latency_ms.median", pruned)]
-    row = _row("Latency, ms", "median, p10 to p90", cells, quantities.relative("change.latency_ms", dense, pruned))
+    change = quantities.relative("change.latency_ms", dense, pruned)
+    row = _row("Latency, ms", "median, p10\N{EN DASH}p90", cells, change)
     row["spreads"] = [
         [
             _milliseconds(name, _number(evaluation, name))

@@ -163,6 +163,7 @@ def _inline(document: str, name: str, description: str) -> Markup:
     # A page holds many drawings, so ids must not collide; and it, not the drawing, decides colours and size.
     svg = document[document.index("<svg") :]
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", svg, count=2)
     svg = re.sub(r' id="', f' id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
     for colour, painted in COLOURS.items():

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from vitprune import models, stages
 from vitprune.errors import BadInput
-from vitprune.evaluate import cost_of, count
+from vitprune.evaluate import costs, count
 from vitprune.families import find_groups
 from vitprune.groups import KINDS
 from vitprune.methods import METHODS
@@ -77,8 +77,9 @@ def inspect(model: Annotated[str, typer.Argument(help="A timm model's name, or a
         except BadInput as error:
             console.print(f"[dim]{kind}: {error}")
             continue
+        cost = costs(network, groups, example)
         for group in groups:
             shape = " x ".join(str(side) for side in group.shape)
-            weights, macs = cost_of(network, group, example)
+            weights, macs = cost[group.name]
             table.add_row(group.name, kind, shape, f"{weights:,}", f"{macs:,}")
     console.print(table)

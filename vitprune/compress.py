@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from vitprune.methods import CRITERIA, Method, method_named
 from vitprune.schedule import sparsities
 from vitprune.select import select, sparsity_of
 
-Sparsity = float | Mapping[str, float]
+Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,15 @@ def count(model: nn.Module, example_input: Tensor) -> Counts:
     )
 
 
-def cost_of(model: nn.Module, group: Group, example_input: Tensor) -> tuple[int, int]:
-    """Weights that go if the whole group goes, and the MACs of one image in the layers that it cuts."""
+def costs(model: nn.Module, groups: Sequence[Group], example_input: Tensor) -> dict[str, tuple[int, int]]:
+    """Per group: the weights that go if all of it goes, and the MACs of one image in the layers that it cuts."""
     per_layer = _macs(model, example_input[:1])[1]
-    names = dict.fromkeys(part.param for part in group.slices)
-    weights = sum(model.get_parameter(name).numel() for name in names)
-    return weights, sum(per_layer.get(name.removesuffix(".weight"), 0) for name in names)
+    found = {}
+    for group in groups:
+        names = dict.fromkeys(part.param for part in group.slices)
+        weights = sum(model.get_parameter(name).numel() for name in names)
+        found[group.name] = weights, sum(per_layer.get(name.removesuffix(".weight"), 0) for name in names)
+    return found
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], Tensor]:

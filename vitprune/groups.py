@@ -138,14 +138,12 @@ def _kept_shape(group: Group, mask: Tensor) -> tuple[int, ...]:
     if group.kind == "weight":
         raise BadInput(f"{group.name}: single weights cannot be cut out of a tensor; use zero")
     rows = mask.view(group.shape).flatten(1) if len(group.shape) > 1 else mask.view(1, -1)
-    counts = rows.sum(dim=1).unique()
-    if counts.numel() > 1:
-        raise BadInput(
-            f"{group.name}: heads would keep {rows.sum(dim=1).tolist()} channels; all must keep the same number"
-        )
-    if int(counts) == 0:
+    counts = [int(count) for count in rows.sum(dim=1)]
+    if len(set(counts)) > 1:
+        raise BadInput(f"{group.name}: heads would keep {counts} channels; all must keep the same number")
+    if counts[0] == 0:
         raise BadInput(f"{group.name}: all {group.units} units would go; keep at least one")
-    return (group.shape[0], int(counts)) if len(group.shape) > 1 else (int(counts),)
+    return (group.shape[0], counts[0]) if len(group.shape) > 1 else (counts[0],)
 
 
 def _refuse_shared_axes(groups: Sequence[Group]) -> None:

@@ -38,9 +38,18 @@ def create(
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **(args or {}))
         except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
             raise BadInput(f"model.name {name!r}: timm cannot create it ({str(error).splitlines()[0]})") from None
+    _match_channels(model)
     if checkpoint is not None:
         _fill(model, read_weights(checkpoint), checkpoint)
     return model
+
+
+def _match_channels(model: Any) -> None:
+    """Let mean and std of the config fit a model with another number of channels, by their average."""
+    for key in ("mean", "std"):
+        values = model.pretrained_cfg.get(key)
+        if values and len(values) != model.in_chans:
+            model.pretrained_cfg[key] = (sum(values) / len(values),) * model.in_chans
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -86,7 +95,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         BadInput: the model was not made by timm.create_model.
     """
     directory = Path(directory)
-    if not isinstance(getattr(model, "pretrained_cfg", None), Mapping) or "architecture" not in model.pretrained_cfg:
+    if "architecture" not in getattr(model, "pretrained_cfg", {}):
         raise BadInput(f"{type(model).__name__}: only models made by timm.create_model (or vitprune.load) can be saved")
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f"{CONFIG}.partial"

@@ -112,7 +112,7 @@ def _per_pool(ranked: Scores, sparsity: float, pools: dict[object, list[str]]) -
     for names in pools.values():
         flat = torch.cat([ranked[name].flatten() for name in names])
         keep = _keep_best(flat, flat.numel() - _count(sparsity, flat.numel()))
-        pieces = keep.split([ranked[name].numel() for name in names])
+        pieces = torch.split(keep, [ranked[name].numel() for name in names])
         masks |= {name: piece.view(ranked[name].shape) for name, piece in zip(names, pieces, strict=True)}
     return {name: masks[name] for name in ranked}
 

@@ -1,6 +1,5 @@
 """The stages of the pipeline: each reads files of a project directory and writes files of its own."""
 
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -237,7 +236,7 @@ def _train(
     table = _open("train", task.trainable_module, params, recipe.augment)
     seed = params.seed if cycle is None else params.seed + 1000 * cycle
     epochs = partial(data.train_batches, table, recipe.batch_size, seed)
-    steps = math.ceil(len(table) / recipe.batch_size)
+    steps = data.batch_count(len(table), recipe.batch_size)
     record = partial(history.add, cycle=cycle)
     train(task, epochs, steps, recipe, seed, record, held, evaluate, name or f"{history.stage} training")
 

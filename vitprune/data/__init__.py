@@ -5,7 +5,8 @@ from pathlib import Path
 
 from vitprune.data.augment import AUGMENTATIONS, Transform, data_config, transform
 from vitprune.data.calibration import draw_calibration, load_calibration
-from vitprune.data.loaders import Batch, ImageTable, eval_batches, open_split, train_batches
+from vitprune.data.images import decode
+from vitprune.data.loaders import Batch, ImageTable, batch_count, eval_batches, open_split, train_batches
 from vitprune.data.parquet import open_parquet
 from vitprune.data.sources import Source, join, open_digits, open_folder
 from vitprune.data.splits import Manifest, build_manifest
@@ -19,8 +20,10 @@ __all__ = [
     "Manifest",
     "Source",
     "Transform",
+    "batch_count",
     "build_manifest",
     "data_config",
+    "decode",
     "draw_calibration",
     "eval_batches",
     "load_calibration",

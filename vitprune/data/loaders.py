@@ -127,6 +127,12 @@ def train_batches(table: ImageTable, batch_size: int, seed: int, epoch: int, wor
         yield (images if move is None else move(images, numbers[rows])), labels
 
 
+def batch_count(images: int, batch_size: int) -> int:
+    """Count the batches of one epoch of `train_batches`."""
+    whole, rest = divmod(images, batch_size)
+    return whole + (rest > 1 or not whole)
+
+
 def eval_batches(table: ImageTable, batch_size: int, workers: int = 0) -> Iterator[Batch]:
     """Yield all images once, in order: images (B, C, H, W) float32 and labels (B,) int64."""
     if table.transform.random or table.transform.batch is not None:

@@ -19,7 +19,7 @@ def refuse(path: str, module: nn.Module, why: str) -> BadInput:
 
 def slices(layer: nn.Module, path: str, axis: int, outer: int = 1, inner: int = 1) -> tuple[ParamSlice, ...]:
     """Addresses of a layer's weight along an axis, and of its bias where the axis is the output."""
-    parts = (ParamSlice(f"{path}.weight", axis, outer, inner),)
+    parts: tuple[ParamSlice, ...] = (ParamSlice(f"{path}.weight", axis, outer, inner),)
     if axis == 0 and layer.bias is not None:
         parts += (ParamSlice(f"{path}.bias", 0, outer, inner),)
     return parts

@@ -1,0 +1,35 @@
+# make demo    the whole pipeline on the embedded digits, from nothing
+# make test    the tests, in the same environment
+# make lint    formatting, lint, types, layers
+# make bench   every benchmark in its quick form
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test lint bench install clean
+
+demo: install
+	vitprune-flow
+
+test: install
+	pytest
+
+lint: install
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+
+bench: install
+	for script in benchmarks/*.py; do python $$script --quick || exit 1; done
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,export,dev]'
+	touch $@
+
+clean:
+	rm -rf out metrics plots data/*.parquet dvc.lock .dvc/cache .dvc/tmp mlflow.db mlartifacts .vitprune

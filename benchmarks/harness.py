@@ -1,0 +1,78 @@
+"""What every benchmark shares: its arguments, its result rows, its Markdown table."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vitprune.evaluate import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value; `target` and `holds` where a figure is promised."""
+
+    what: str
+    value: float
+    unit: str
+    target: str | None = None
+    holds: bool | None = None
+    runs: int = 1
+
+
+def arguments(about: str | None) -> argparse.Namespace:
+    """Read the command line: --quick for a short form (<= 5 minutes on 2 cores)."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short form, not written into the documents")
+    parsed = parser.parse_args()
+    parsed.quick = bool(parsed.quick)
+    return parsed
+
+
+def real_data() -> Path:
+    """The folder of real weights and images, or the end of the benchmark with a word about why."""
+    folder = os.environ.get("VITPRUNE_REAL_DATA")
+    if not folder:
+        print("VITPRUNE_REAL_DATA is not set: this benchmark needs real weights and images (CONTRIBUTING.md)")
+        sys.exit(0)
+    return Path(folder)
+
+
+def machine() -> str:
+    """The machine in words."""
+    facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"{facts['device']}, {facts['cores']} x {facts['cpu']}, torch {facts['torch']}, Python {platform.python_version()}"
+
+
+def write_results(name: str, rows: Sequence[Row]) -> None:
+    """Print the rows and write them to benchmarks/results/NAME.json; exit with 1 if a promise does not hold."""
+    RESULTS.mkdir(exist_ok=True)
+    stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
+    (RESULTS / f"{name}.json").write_text(json.dumps([asdict(row) | stamp for row in rows], indent=2) + "\n")
+    table = Table("what", "value", "unit", "target", "holds", title=f"{name}: {stamp['machine']}")
+    for row in rows:
+        table.add_row(
+            row.what, f"{row.value:.4g}", row.unit, row.target or "", {True: "yes", False: "NO", None: ""}[row.holds]
+        )
+    Console().print(table)
+    if any(row.holds is False for row in rows):
+        sys.exit(1)
+
+
+def write_table(path: Path, title: str, about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a Markdown page with one table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {title}", "", " ".join(about.split()), "", f"{datetime.date.today().isoformat()}, {machine()}", ""]
+    lines += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    path.write_text("\n".join(lines) + "\n")

@@ -4,7 +4,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -52,7 +51,7 @@ def real_data() -> Path:
 def machine() -> str:
     """The machine in words."""
     facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return f"{facts['device']}, {facts['cores']} x {facts['cpu']}, torch {facts['torch']}, Python {platform.python_version()}"
+    return f"{facts['device']}, {facts['cores']} x {facts['cpu']}, torch {facts['torch']}, Python {facts['python']}"
 
 
 def write_results(name: str, rows: Sequence[Row]) -> None:

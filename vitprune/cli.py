@@ -1,5 +1,6 @@
 """Makes vision transformers smaller and proves it: one command per stage of the pipeline, and a few to look around."""
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from vitprune.evaluate import costs, count
 from vitprune.families import find_groups
 from vitprune.groups import KINDS
 from vitprune.methods import METHODS
+from vitprune.scaffold import Choice, create
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
-IN_ORDER, LOOKING = "Stages, in order", "Looking around"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+IN_ORDER, LOOKING, OWN = "Stages, in order", "Looking around", "A project of your own"
 
 
 def application() -> typer.Typer:
@@ -28,6 +31,7 @@ def application() -> typer.Typer:
     app.command("report", rich_help_panel=IN_ORDER)(report)
     for command in (methods, inspect):
         app.command(rich_help_panel=LOOKING)(command)
+    app.command(rich_help_panel=OWN)(init)
     return app
 
 
@@ -36,8 +40,17 @@ def main() -> None:
     try:
         application()()
     except BadInput as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _stop(f"{where}{error.strerror}; nothing was half-written, make room and run again")
+
+
+def _stop(line: str) -> None:
+    print(f"Error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _command(stage: str) -> Callable[[Path], None]:
@@ -52,6 +65,19 @@ def report(project: Project = Path()) -> None:
     from vitprune.report import write_report  # matplotlib takes a second to import
 
     write_report(project, project / "out/report/report.html")
+
+
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The project's directory; made if it is not there.")],
+    source: Annotated[str, typer.Option(help="digits, folder:PATH, parquet:PATH, wds/PATH or a timm name.")] = "digits",
+    model: Annotated[str | None, typer.Option(help="A timm model.  [default: deit_tiny_patch16_224]")] = None,
+    method: Annotated[str, typer.Option(help="As listed by vitprune methods.")] = Choice.method,
+    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes, where the data does not say.")] = None,
+) -> None:
+    """Make a project of your own: a git and DVC repository with the pipeline for your images and model."""
+    written = create(directory, Choice(source, model, method, classes))
+    print(f"{directory}: wrote {', '.join(written)}")
+    print(f"Next: cd {directory} && dvc repro (or vitprune-flow); params.yaml decides the result")
 
 
 def methods() -> None:

@@ -1,8 +1,8 @@
 """timm models in and out: create, load, save, rebuild; safetensors and config.json, never pickle."""
 
-import hashlib
+import errno
 import json
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitprune.errors import BadInput
 from vitprune.families import rebuild, structure, uniform_args
+from vitprune.files import replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -68,22 +69,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
-        os.replace(partial, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        try:
+            safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
@@ -97,17 +89,12 @@ def save(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     if "architecture" not in getattr(model, "pretrained_cfg", {}):
         raise BadInput(f"{type(model).__name__}: only models made by timm.create_model (or vitprune.load) can be saved")
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{CONFIG}.partial"
-    try:
+    with replacing(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())
         config["vitprune"] = {"format": 1, "structure": {name: list(shape) for name, shape in structure(model).items()}}
         partial.write_text(json.dumps(config, indent=2) + "\n")
         write_weights(model.state_dict(), directory / WEIGHTS)
-        os.replace(partial, directory / CONFIG)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(directory: str | Path) -> nn.Module:

@@ -38,7 +38,7 @@ class Model(Section):
 class Train(Section):
     """One training run: epochs, optimizer and schedule (linear warm-up, then cosine to `min_lr`)."""
 
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Count
     batch_size: Count = 64
     optimizer: str = "adamw"
     lr: Annotated[float, Field(gt=0)]
@@ -84,11 +84,11 @@ class Prune(Section):
 
 
 class Distill(Section):
-    """Fine-tuning with the dense model as teacher: cross-entropy + alpha * KL at a temperature."""
+    """Fine-tuning by the dense model: cross-entropy + alpha * KL at a temperature; none where train is null."""
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    train: Train
+    train: Train | None = None
 
 
 class Evaluate(Section):
@@ -115,7 +115,7 @@ class Params(Section):
     calibrate: Calibrate = Calibrate()
     score: Score = Score()
     prune: Prune
-    distill: Distill
+    distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
 

@@ -16,6 +16,7 @@ from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_fo
 from vitprune.errors import BadInput
 from vitprune.evaluate import accuracy, count, environment, latency
 from vitprune.export import to_onnx, to_timm
+from vitprune.files import digest
 from vitprune.groups import Group, Masks, Scores
 from vitprune.params import Params, Train, load
 from vitprune.records import History, sparsity_rows, summary_rows, write_csv, write_json
@@ -40,7 +41,7 @@ def dataset(params: Params) -> None:
         "eval": splits.count("eval"),
         "skipped": len(manifest.skipped),
         "overlap": manifest.overlap,
-        "sha256": models.digest(MANIFEST),
+        "sha256": digest(MANIFEST),
     }
     write_json(METRICS / "dataset.json", facts)
 
@@ -72,7 +73,7 @@ def calibrate(params: Params) -> None:
     manifest = tables.read(MANIFEST, tables.MANIFEST)
     rows = data.draw_calibration(manifest, _source(params), settings.size, settings.balance, params.seed)
     tables.write(rows, tables.CALIBRATION, CALIBRATION)
-    facts = {"images": len(rows), "balance": settings.balance, "sha256": models.digest(CALIBRATION)}
+    facts = {"images": len(rows), "balance": settings.balance, "sha256": digest(CALIBRATION)}
     write_json(METRICS / "calibrate.json", facts)
 
 
@@ -86,7 +87,7 @@ def score(params: Params) -> None:
     rows = summary_rows(groups, scores)
     tables.write(rows, tables.SCORES, OUT / "score" / "summary.parquet")
     facts = {"method": plan.method, "groups": len(groups), "units": sum(group.units for group in groups)}
-    write_json(METRICS / "score.json", facts | {"sha256": models.digest(OUT / "score" / SCORES)})
+    write_json(METRICS / "score.json", facts | {"sha256": digest(OUT / "score" / SCORES)})
 
 
 def mask(params: Params) -> None:
@@ -121,13 +122,12 @@ def prune(params: Params) -> None:
 
 def distill(params: Params) -> None:
     """Fine-tune the pruned model with the dense one as teacher; what is zero stays zero."""
-    settings, plan = params.distill, _plan(params)
+    settings = params.distill
     model, teacher = models.load(OUT / "prune").to(_device()), models.load(OUT / "dense").to(_device())
-    groups = [group for group in groups_for(models.load(OUT / "dense"), plan) if group.kind == "weight"]
-    held = Held(groups, models.read_weights(OUT / "cycles" / f"{plan.cycles:02d}" / MASKS)) if groups else None
     history = History(OUT / "distill", "distill")
-    task = distillation(model, teacher, settings.alpha, settings.temperature, settings.train.smoothing)
-    _train(task, settings.train, params, history, held, _evaluator(model, params))
+    if settings.train is not None:
+        task = distillation(model, teacher, settings.alpha, settings.temperature, settings.train.smoothing)
+        _train(task, settings.train, params, history, _held_at_end(teacher, params), _evaluator(model, params))
     history.close(PLOTS / "distill.csv")
     models.save(model, OUT / "distill")
     top = accuracy(model, _eval_batches(model, params))[0]
@@ -243,7 +243,7 @@ def _train(
 
 def _facts(model: nn.Module, directory: Path) -> dict[str, Any]:
     counts = count(model, example_input(model, 1))
-    return asdict(counts) | {"sha256": models.digest(directory / models.WEIGHTS)}
+    return asdict(counts) | {"sha256": digest(directory / models.WEIGHTS)}
 
 
 def _scores() -> Scores:
@@ -254,13 +254,19 @@ def _held(cycle: Cycle) -> Held | None:
     return Held(cycle.held, cycle.masks) if cycle.held else None
 
 
+def _held_at_end(dense: nn.Module, params: Params) -> Held | None:
+    plan = _plan(params)
+    groups = [group for group in groups_for(dense, plan) if group.kind == "weight"]
+    return Held(groups, models.read_weights(OUT / "cycles" / f"{plan.cycles:02d}" / MASKS)) if groups else None
+
+
 def _write_masks(directory: Path, groups: Iterable[Group], masks: Masks) -> dict[str, Any]:
     rows = sparsity_rows(groups, masks)
     models.write_weights(masks, directory / MASKS)
     tables.write(rows, tables.SPARSITY, directory / "sparsity.parquet")
     by_kind = pa.Table.from_pylist(rows).group_by("kind").aggregate([("units", "sum"), ("kept", "sum")]).to_pylist()
     sparsity = {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}
-    return {"sparsity": sparsity, "masks_sha256": models.digest(directory / MASKS)}
+    return {"sparsity": sparsity, "masks_sha256": digest(directory / MASKS)}
 
 
 def _write_cycle(cycle: Cycle, model: nn.Module, before: float, after: float) -> dict[str, Any]:

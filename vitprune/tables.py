@@ -1,6 +1,5 @@
 """Arrow schemas of every table that a stage writes, and Parquet in and out."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitprune.errors import BadInput
+from vitprune.files import replacing
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 MANIFEST = pa.schema([("id", pa.string()), ("split", pa.string()), ("label", pa.int64()), ("sha256", pa.string())])
@@ -31,13 +31,8 @@ EVALUATION = pa.schema([("id", pa.string()), ("label", pa.int64()), ("dense", pa
 
 def write(rows: Sequence[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
     """Write rows as a Parquet table under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial, compression="zstd")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: Path, schema: pa.Schema) -> pa.Table:

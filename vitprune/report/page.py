@@ -1,6 +1,5 @@
 """Puts the page together: the headline, the comparison and the provenance here, every section through Jinja."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jinja2
 
 from vitprune.errors import BadInput
+from vitprune.files import replacing
 from vitprune.report import findings, inputs, quantities, timeline
 from vitprune.report.quantities import Quantity
 
@@ -48,13 +48,8 @@ def write_report(project: Path, out: Path) -> None:
         BadInput: metrics/evaluate.json is missing, or a file cannot be read or contradicts another.
     """
     page = _render(project)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
+    with replacing(out) as partial:
         partial.write_text(page, encoding="utf-8")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _render(project: Path) -> str:

@@ -64,7 +64,7 @@ def _for_photographs(source: str, model: str, classes: int | None) -> dict[str, 
 def _published_classes(model: str) -> int | None:
     """Return the number of classes of timm's weights for a model, None where it has none."""
     if not timm.is_model(model):
-        near = timm.list_models(f"*{model.split('_')[0]}*")[:3]
+        near = timm.list_models(f"{model.split('_')[0]}*")[:3]
         hint = f"; like it are {', '.join(near)}" if near else "; timm.list_models() has them all"
         raise BadInput(f"--model {model!r}: timm has no model of this name{hint}")
     if not timm.is_model_pretrained(model):
@@ -86,10 +86,15 @@ def _for_method(method: str, digits: bool) -> dict[str, Any]:
 def _changed(text: str, key: str, value: Mapping[str, Any] | str | float | None) -> str:
     """Give `section.name` another value, and keep the comment behind it."""
     section, _, name = key.partition(".")
-    line = re.compile(rf"(^{section}:\n(?:[ ]+.*\n)*?[ ]+{name}:)[ ]+.*?([ ]+#.*)?$", re.MULTILINE)
+    line = re.compile(rf"(^{section}:\n(?:[ ]+.*\n)*?)([ ]+{name}:.*?)(?:([ ]+)(#.*))?$", re.MULTILINE)
     written = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
-    new = written.removesuffix("\n").removesuffix("\n...")
-    changed, count = line.subn(lambda match: f"{match[1]} {new}{match[2] or ''}", text, count=1)
+    new = f"  {name}: " + written.removesuffix("\n").removesuffix("\n...")
+
+    def replaced(match: re.Match[str]) -> str:
+        before, old, gap, comment = match.groups()
+        return before + (f"{new.ljust(len(old + gap) - 2)}  {comment}" if comment else new)
+
+    changed, count = line.subn(replaced, text, count=1)
     if count != 1:
         raise ValueError(f"the demo's params.yaml has no line for {key}")
     return changed

@@ -116,7 +116,7 @@ def test_timm_names_are_read_through_timm(tmp_path: Path, digits: data.Source) -
     ("spec", "message"),
     [
         ("digitz", "dataset.source: 'digitz' is unknown"),
-        ("wds/imagenet", "is a stream"),
+        ("tfds/imagenet", "is a stream"),
         ("torch/mnist:/nowhere", "torch/mnist:/nowhere cannot be opened: Dataset not found"),
         ("torch/image_folder:x", "write folder:x"),
         ("folder:", "lacks the path"),

@@ -11,6 +11,7 @@ from vitprune.data.parquet import open_parquet
 from vitprune.data.sources import Source, join, open_digits, open_folder
 from vitprune.data.splits import Manifest, build_manifest
 from vitprune.data.timm_names import open_timm
+from vitprune.data.webdataset import open_webdataset
 from vitprune.errors import BadInput
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 
 
 def open_source(spec: str, classes: Sequence[str] | None = None, eval_source: str | None = None) -> Source:
-    """Open digits, folder:PATH, parquet:PATH or a timm data set name; `eval_source` gives the eval split instead.
+    """Open digits, folder:PATH, parquet:PATH, wds/PATH or a timm data set name; `eval_source` gives the eval split.
 
     Raises:
         BadInput: the source is unknown, missing, empty or not what its name says.
@@ -51,4 +52,6 @@ def open_source(spec: str, classes: Sequence[str] | None = None, eval_source: st
         return open_folder(Path(path), classes)
     if kind == "parquet":
         return open_parquet(Path(path), classes)
+    if spec.startswith("wds/"):
+        return open_webdataset(spec, classes)
     return open_timm(spec, classes)

@@ -10,7 +10,7 @@ from vitprune.data.images import encode
 from vitprune.data.sources import Source, not_there
 from vitprune.errors import BadInput
 
-STREAMS = ("hfids", "tfds", "wds")
+STREAMS = ("hfids", "tfds")
 EVAL_SPLITS = ("validation", "val", "test")
 
 
@@ -47,7 +47,8 @@ def open_timm(spec: str, classes: Sequence[str] | None) -> Source:
         )
     if prefix not in ("hfds", "torch") or "/" not in name:
         raise BadInput(
-            f"dataset.source: {spec!r} is unknown; use digits, folder:PATH, parquet:PATH, hfds/NAME or torch/NAME:ROOT"
+            f"dataset.source: {spec!r} is unknown; use digits, folder:PATH, parquet:PATH, wds/PATH, "
+            "hfds/NAME or torch/NAME:ROOT"
         )
     if name.lower() in ("torch/folder", "torch/image_folder"):
         raise BadInput(f"dataset.source: {spec} is an image folder; write folder:{root or 'PATH'}")

@@ -5,7 +5,6 @@ cut off goes on where it stopped.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,7 +30,7 @@ class Mirror:
     journal: Journal
 
     def put(self) -> str:
-        """Put the whole journal into MLflow and give its spool back; the id of the parent run."""
+        """Put the whole journal into MLflow; the id of the parent run."""
         facts = read(self.journal.path)
         start = next(fact for fact in facts if fact["fact"] == "start")
         stages = [fact for fact in facts if fact["fact"] == "stage"]
@@ -44,7 +43,6 @@ class Mirror:
             self._stage(parent, fact)
         self._compared(parent, stages, end["time"])
         self._end(parent, end["status"], end["time"])
-        shutil.rmtree(self.journal.spool, ignore_errors=True)
         return parent
 
     def _parent(self, start: Fact, stages: Iterable[Fact], end: Fact) -> str:

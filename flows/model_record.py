@@ -13,15 +13,15 @@ KEY, DIGEST = "vitprune.key", "vitprune.model_sha256"
 def record_model(
     client: MlflowClient, experiment: str, run: str, key: str, spool: Path, files: Iterable[Mapping[str, Any]]
 ) -> str:
-    """Log the folder of a model that was spooled, once for each `key`; the model's id."""
+    """Log the files of a model that were spooled, once for each `key`; the model's id."""
     files = list(files)
     model = find_model(client, experiment, KEY, key)
     if model is None:
         tags = {KEY: key, DIGEST: model_digest(files) or ""}
         model = client.create_logged_model(experiment, "vitprune", run, tags, model_type="timm")
     if model.status != LoggedModelStatus.READY:
-        folder = (spool / files[0]["path"]).parent
-        client.log_model_artifacts(model.model_id, str(folder))
+        for file in files:
+            client.log_model_artifact(model.model_id, str(spool / file["path"]))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return str(model.model_id)
 

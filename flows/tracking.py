@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ def _set_aside(journal: Journal) -> None:
     folder = journal.path.parent / MIRRORED
     folder.mkdir(exist_ok=True)
     os.replace(journal.path, folder / journal.path.name)
+    shutil.rmtree(journal.spool, ignore_errors=True)  # last: what was cut off before this can be mirrored again
 
 
 def _is_busy(project: Path) -> bool:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import shell_pipeline
 
 from flows.processes import MARK, run
 from flows.recovery import LOCKFILE_COPY, exclusive, is_whole, repair
 from flows.repro import Fault, check_params, reproduce
-from tests import shell_pipeline
 
 pytestmark = pytest.mark.pipeline
 DEAD = "http://127.0.0.1:9"

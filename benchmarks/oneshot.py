@@ -30,9 +30,10 @@ class Case:
     @property
     def label(self) -> str:
         """What is removed, in words."""
+        scope = f", {self.scope}" if self.scope else ""
         if isinstance(self.sparsity, float):
-            return f"{self.sparsity:.0%} of weights"
-        return ", ".join(f"{share:.0%} of {kind}" for kind, share in self.sparsity.items())
+            return f"{self.sparsity:.0%} of weights{scope}"
+        return ", ".join(f"{share:.0%} of {kind}" for kind, share in self.sparsity.items()) + scope
 
 
 def cases(quick: bool) -> list[Case]:
@@ -43,7 +44,8 @@ def cases(quick: bool) -> list[Case]:
     rows = [Case(method, share) for method in methods for share in weights]
     rows += [Case("n:m", 0.5, "2:4")]
     structured = ["channel-magnitude", "channel-taylor"]
-    return rows + [Case(method, {"ffn": share}) for method in structured for share in units]
+    scopes = [None] if quick else [None, "global"]
+    return rows + [Case(method, {"ffn": share}, scope) for method in structured for scope in scopes for share in units]
 
 
 def main() -> None:

@@ -89,23 +89,30 @@ def methods() -> None:
     Console().print(table)
 
 
-def inspect(model: Annotated[str, typer.Argument(help="A timm model's name, or a saved model's directory.")]) -> None:
+def inspect(
+    model: Annotated[str, typer.Argument(help="A timm model's name, or a saved model's directory.")],
+) -> None:
     """Print a model's groups, with the parameters and MACs behind each of them."""
     network = models.load(model) if Path(model).is_dir() else models.create(model)
     example = stages.example_input(network, 1)
-    whole = count(network, example)
-    console = Console()
-    console.print(f"[bold]{model}[/]: {whole.params / 1e6:.2f} M parameters, {whole.macs / 1e9:.3f} G MACs")
     table = Table("group", "kind", "units", "parameters", "MACs", box=None, pad_edge=False)
+    refused = []
     for kind in KINDS:
         try:
             groups = find_groups(network, [kind])
         except BadInput as error:
-            console.print(f"[dim]{kind}: {error}")
+            refused.append((kind, error))
             continue
         cost = costs(network, groups, example)
         for group in groups:
             shape = " x ".join(str(side) for side in group.shape)
             weights, macs = cost[group.name]
             table.add_row(group.name, kind, shape, f"{weights:,}", f"{macs:,}")
+    if len(refused) == len(KINDS):
+        raise refused[0][1]
+    whole = count(network, example)
+    console = Console()
+    console.print(f"[bold]{model}[/]: {whole.params / 1e6:.2f} M parameters, {whole.macs / 1e9:.3f} G MACs")
+    for kind, why in refused:
+        console.print(f"[dim]{kind}: {why}")
     console.print(table)

@@ -35,7 +35,9 @@ METHODS: dict[str, Method] = {
     "dimap": _single(weights.energy, "module", "data-free, module-aware: qkv, proj, mlp (He & Zhou, ICLR 2024)"),
     "taylor": _single(weights.taylor, "global", "first-order change of the loss (Molchanov et al., CVPR 2019)"),
     "n:m": _single(weights.magnitude, "2:4", "N of every M consecutive weights stay", free_scope=True),
-    "channel-magnitude": _structured(weights.magnitude, "units of least L2 norm"),
+    "channel-magnitude": _structured(
+        weights.magnitude, "units whose rows have the least L2 norm (Li et al., ICLR 2017)"
+    ),
     "channel-taylor": _structured(weights.taylor, "units of least first-order change of the loss"),
     "upvits-literal": Method(
         kl.literal,

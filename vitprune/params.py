@@ -109,6 +109,7 @@ class Params(Section):
     """The whole of params.yaml."""
 
     seed: int = 0
+    threads: Count | None = None
     dataset: Dataset
     model: Model
     dense: Dense

@@ -37,6 +37,7 @@ def dataset(params: Params) -> None:
     facts = {
         "source": settings.source,
         "classes": len({row["label"] for row in manifest.rows}),
+        "class_names": source.classes,
         "train": splits.count("train"),
         "eval": splits.count("eval"),
         "skipped": len(manifest.skipped),
@@ -178,7 +179,10 @@ STAGES: dict[str, Callable[[Params], None]] = {
 def run(stage: str, project: Path) -> None:
     """Run one stage in a project directory."""
     os.chdir(project)
-    STAGES[stage](load(Path("params.yaml")))
+    params = load(Path("params.yaml"))
+    if params.threads is not None:
+        torch.set_num_threads(params.threads)
+    STAGES[stage](params)
 
 
 def _plan(params: Params) -> Plan:

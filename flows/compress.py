@@ -1,6 +1,7 @@
 """The Prefect flow `compress`: ten tasks, each one stage under DVC."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -139,7 +140,5 @@ def mirror(project: Path, flow_run_id: str) -> Mirrored:
 
 
 def main() -> None:
-    """Run `vitprune-flow`."""
-    from flows.launch import main as launch
-
-    launch()
+    """Run `vitprune-flow` in a fresh process: Prefect, imported here, has read its settings already."""
+    os.execv(sys.executable, [sys.executable, "-m", "flows.launch", *sys.argv[1:]])

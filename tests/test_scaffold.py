@@ -57,6 +57,7 @@ def test_a_project_of_digits_is_the_demo(tmp_path: Path) -> None:
         assert stages[name]["deps"].count("requirements.txt") == 1
     assert (project / "requirements.txt").read_text() == "vitprune[pipeline,export]==0.1.0\n"
     assert "entrypoint: flows.compress.compress\n" in (project / "prefect.yaml").read_text()
+    assert "/.venv/" in (project / ".dvcignore").read_text().splitlines()
     assert "analytics = false" in (project / ".dvc/config").read_text()
     assert not list(project.glob("*.partial"))
 
@@ -177,7 +178,14 @@ def test_the_wheel_brings_all_that_init_needs(tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
         wheel.extractall(tmp_path / "installed")
-    scaffold = {"dvc.yaml", "params.yaml", "prefect.yaml", "templates/README.md", "templates/gitignore"}
+    scaffold = {
+        "dvc.yaml",
+        "params.yaml",
+        "prefect.yaml",
+        "templates/README.md",
+        "templates/gitignore",
+        "templates/dvcignore",
+    }
     assert {f"vitprune/scaffold/{name}" for name in scaffold} <= names
     assert {"flows/compress.py", "vitprune/report/templates/report.html.j2", "vitprune/py.typed"} <= names
     assert not {name.split("/")[0] for name in names} - {"flows", "vitprune", "vitprune-0.1.0.dist-info"}

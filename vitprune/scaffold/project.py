@@ -37,7 +37,7 @@ class Choice:
 def create(directory: Path, choice: Choice) -> list[str]:
     """Make a project in a directory, new or not, and return the names of the files written.
 
-    Nothing that is there is overwritten; an existing .gitignore gets the lines that it lacks.
+    Nothing that is there is overwritten; existing .gitignore and .dvcignore get the lines that they lack.
 
     Raises:
         BadInput: the directory holds a project, the choice cannot be used, or git or DVC is missing or fails.
@@ -50,7 +50,8 @@ def create(directory: Path, choice: Choice) -> list[str]:
     classes = choice.classes if choice.classes is not None else found
     texts = {
         REQUIREMENTS: f"vitprune[pipeline,export]=={importlib.metadata.version('vitprune')}\n",
-        ".gitignore": _gitignore(root),
+        ".gitignore": _ignoring(root, "gitignore"),
+        ".dvcignore": _ignoring(root, "dvcignore"),
         "prefect.yaml": _shipped("prefect.yaml").replace("flows/compress.py:compress", "flows.compress.compress"),
         "dvc.yaml": _pipeline(_shipped("dvc.yaml"), path),
         "params.yaml": settings.render(_shipped("params.yaml"), source, choice.model, choice.method, classes),
@@ -110,9 +111,10 @@ def _pipeline(text: str, path: str | None) -> str:
     return about + yaml.safe_dump(pipeline, sort_keys=False, allow_unicode=True)
 
 
-def _gitignore(root: Path) -> str:
-    wanted = (HERE / "templates" / "gitignore").read_text(encoding="utf-8")
-    path = root / ".gitignore"
+def _ignoring(root: Path, name: str) -> str:
+    """Return the text of .gitignore or .dvcignore: what is there, and our lines that it lacks."""
+    wanted = (HERE / "templates" / name).read_text(encoding="utf-8")
+    path = root / f".{name}"
     if not path.exists():
         return wanted
     kept = path.read_text(encoding="utf-8")

@@ -76,14 +76,16 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
 
     Raises:
         BadInput: a residual channel is to be zeroed (LayerNorm statistics would still run over it), or a mask does
-            not fit its group.
+            not fit its group, or a group no longer fits its parameters. The model is untouched then.
     """
-    for group in groups:
-        if group.kind == "residual" and not bool(masks[group.name].all()):
+    fitting = [(group, _fitting(group, masks)) for group in groups]
+    for group, keep in fitting:
+        _refuse_stale(model, group)
+        if group.kind == "residual" and not bool(keep.all()):
             raise BadInput(
                 f"{group.name}: residual channels cannot be zeroed, LayerNorm would still count them; shrink them"
             )
-        keep = _fitting(group, masks)
+    for group, keep in fitting:
         for part in group.slices:
             parameter = model.get_parameter(part.param)
             if part.axis is None:
@@ -99,10 +101,13 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
 
     Raises:
         BadInput: the group has no smaller form (single weights), nothing would be left, heads would keep different
-            numbers of channels, or two groups share an axis of one parameter. The model is untouched then.
+            numbers of channels, two groups share an axis of one parameter, or a group no longer fits its parameters.
+            The model is untouched then.
     """
     _refuse_shared_axes(groups)
     cuts = [(group, _fitting(group, masks), _kept_shape(group, masks[group.name])) for group in groups]
+    for group in groups:
+        _refuse_stale(model, group)
     for group, keep, shape in cuts:
         _cut(model, group, keep, shape)
     return model
@@ -158,6 +163,15 @@ def _refuse_shared_axes(groups: Sequence[Group]) -> None:
                 )
 
 
+def _refuse_stale(model: nn.Module, group: Group) -> None:
+    for part in group.slices:
+        parameter = model.get_parameter(part.param)
+        length = parameter.numel() if part.axis is None else parameter.shape[part.axis]
+        if group.units * part.outer * part.inner != length:
+            axis = "it" if part.axis is None else f"axis {part.axis}"
+            raise BadInput(f"{part.param}: {axis} is {length} long, the group is out of date; find it again")
+
+
 def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -> None:
     if shape == group.shape:
         return
@@ -166,8 +180,6 @@ def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -
         path, _, leaf = part.param.rpartition(".")
         owner = model.get_submodule(path)
         old = model.get_parameter(part.param)
-        if keep.numel() * part.outer * part.inner != old.shape[part.axis]:
-            raise BadInput(f"{part.param}: axis {part.axis} is {old.shape[part.axis]} long, the group is out of date")
         new = old.index_select(part.axis, positions(part, keep).to(old.device))
         setattr(owner, leaf, nn.Parameter(new.contiguous(), requires_grad=old.requires_grad))
         _match_weight(owner)

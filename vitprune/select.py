@@ -28,7 +28,8 @@ def select(
     (all together), `module` (all groups of one pool name), `isomorphic` (all groups of one structure), `head` (each
     row of a (heads, channels) group alone), `N:M` (N of every M consecutive weights of a row stay). `module` and
     `isomorphic` read `groups`. Units that `previous` has removed stay removed and count as removed;
-    `keep_at_least` protects that many best units of every group.
+    `keep_at_least` protects that many best units of every group (of every row under `head`), even where the count
+    would take them.
 
     Raises:
         BadInput: sparsity is outside 0..1, a score is NaN, a scope is unknown or does not fit a group's shape.
@@ -42,18 +43,28 @@ def select(
     if pattern:
         masks = {name: _n_of_m(name, s, int(pattern[1]), int(pattern[2]), sparsity) for name, s in ranked.items()}
     elif scope == "head":
-        masks = {name: _per_row(name, s, sparsity) for name, s in ranked.items()}
+        masks = {name: _per_row(name, s, sparsity, keep_at_least) for name, s in ranked.items()}
     else:
-        masks = _per_pool(ranked, sparsity, _pools(scores, scope, groups))
+        masks = _per_pool(ranked, sparsity, _pools(scores, scope, groups), keep_at_least)
     if previous is not None:
         masks = {name: mask & previous[name].view(mask.shape) for name, mask in masks.items()}
     return masks
 
 
 def sparsity_of(scope: str) -> float | None:
-    """Fraction that an N:M scope removes, or None where the sparsity is free."""
+    """Fraction that an N:M scope removes, or None where the sparsity is free.
+
+    Raises:
+        BadInput: N is not between 1 and M - 1.
+    """
     pattern = N_OF_M.fullmatch(scope)
-    return 1 - int(pattern[1]) / int(pattern[2]) if pattern else None
+    return 1 - _stay(int(pattern[1]), int(pattern[2])) if pattern else None
+
+
+def _stay(n: int, m: int) -> float:
+    if not 0 < n < m:
+        raise BadInput(f"scope '{n}:{m}': N of M weights stay, so N must be between 1 and M - 1")
+    return n / m
 
 
 def _count(sparsity: float, units: int) -> int:
@@ -107,28 +118,29 @@ def _structure(group: Group) -> tuple[object, ...]:
     return (group.kind, *((re.sub(r"\.\d+\.", ".#.", p.param), p.axis, p.outer, p.inner) for p in group.slices))
 
 
-def _per_pool(ranked: Scores, sparsity: float, pools: dict[object, list[str]]) -> Masks:
+def _per_pool(ranked: Scores, sparsity: float, pools: dict[object, list[str]], keep_at_least: int) -> Masks:
     masks: Masks = {}
     for names in pools.values():
         flat = torch.cat([ranked[name].flatten() for name in names])
-        keep = _keep_best(flat, flat.numel() - _count(sparsity, flat.numel()))
+        protected = sum(min(keep_at_least, ranked[name].numel()) for name in names)
+        keep = _keep_best(flat, max(protected, flat.numel() - _count(sparsity, flat.numel())))
         pieces = torch.split(keep, [ranked[name].numel() for name in names])
         masks |= {name: piece.view(ranked[name].shape) for name, piece in zip(names, pieces, strict=True)}
     return {name: masks[name] for name in ranked}
 
 
-def _per_row(name: str, score: Tensor, sparsity: float) -> Tensor:
+def _per_row(name: str, score: Tensor, sparsity: float, keep_at_least: int) -> Tensor:
     if score.dim() != 2:
         raise BadInput(f"{name}: scope 'head' needs scores of shape (heads, channels), these are {list(score.shape)}")
-    keep = score.shape[1] - _count(sparsity, score.shape[1])
+    width = score.shape[1]
+    keep = max(min(keep_at_least, width), width - _count(sparsity, width))
     return torch.stack([_keep_best(row, keep) for row in score])
 
 
 def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float) -> Tensor:
-    if not 0 < n < m:
-        raise BadInput(f"scope '{n}:{m}': N of M weights stay, so N must be between 1 and M - 1")
-    if abs(sparsity - (1 - n / m)) > 1e-9:
-        raise BadInput(f"scope '{n}:{m}': removes {1 - n / m:g}, but sparsity is {sparsity:g}; set it to {1 - n / m:g}")
+    implied = 1 - _stay(n, m)
+    if abs(sparsity - implied) > 1e-9:
+        raise BadInput(f"scope '{n}:{m}': removes {implied:g}, but sparsity is {sparsity:g}; set it to {implied:g}")
     rows = score.flatten(1)
     if rows.shape[1] % m:
         raise BadInput(f"{name}: rows of {rows.shape[1]} weights cannot be divided into runs of {m}; leave it out")

@@ -1,0 +1,37 @@
+"""Small models for every test; the real DeiT-Tiny where VITPRUNE_REAL_DATA has it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny
+from torch import nn
+
+from vitprune import models
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return tiny("vit")
+
+
+@pytest.fixture
+def swin() -> nn.Module:
+    return tiny("swin")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    folder = os.environ.get("VITPRUNE_REAL_DATA")
+    if folder is None:
+        pytest.skip("VITPRUNE_REAL_DATA is not set: no real weights and images to test with")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def real_deit(real_data: Path) -> nn.Module:
+    """DeiT-Tiny with its real weights; shared, so do not change it."""
+    checkpoint = real_data / "deit_tiny_patch16_224.safetensors"
+    if not checkpoint.exists():
+        pytest.skip(f"VITPRUNE_REAL_DATA has no {checkpoint.name}")
+    return models.create("deit_tiny_patch16_224", checkpoint=checkpoint).eval()

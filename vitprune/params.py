@@ -20,9 +20,10 @@ class Section(BaseModel):
 
 
 class Dataset(Section):
-    """Where images come from: digits, folder:PATH, parquet:PATH or a timm dataset name."""
+    """Where images come from: digits, folder:PATH, parquet:PATH or a timm dataset name; `classes` by label."""
 
     source: str
+    classes: list[str] | None = None
     eval_source: str | None = None
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     skip_limit: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -51,7 +52,7 @@ class Train(Section):
 
 
 class Dense(Section):
-    """The model to prune: trained here, timm's pretrained weights, or a safetensors checkpoint."""
+    """The model to prune: where its weights start, and how it is trained here (needed if it starts from nothing)."""
 
     start: Literal["train", "pretrained", "checkpoint"]
     checkpoint: Path | None = None

@@ -48,18 +48,18 @@ def dataset(params: Params) -> None:
 
 
 def dense(params: Params) -> None:
-    """Make the model to prune: train it here, or take timm's weights or a checkpoint."""
+    """Make the model to prune: from random, timm's or a checkpoint's weights, trained here if there is a recipe."""
     settings = params.dense
     if settings.start == "checkpoint" and settings.checkpoint is None:
         raise BadInput("dense.checkpoint: start is checkpoint, so give the path of a safetensors file")
+    if settings.start == "train" and settings.train is None:
+        raise BadInput("dense.train: start is train, so give epochs, lr and the rest")
     checkpoint = settings.checkpoint if settings.start == "checkpoint" else None
     model = models.create(
         params.model.name, params.model.args, params.seed, settings.start == "pretrained", checkpoint
     ).to(_device())
     history = History(OUT / "dense", "dense")
-    if settings.start == "train":
-        if settings.train is None:
-            raise BadInput("dense.train: start is train, so give epochs, lr and the rest")
+    if settings.train is not None:
         task = classification(model, settings.train.smoothing)
         _train(task, settings.train, params, history, evaluate=_evaluator(model, params))
     history.close(PLOTS / "dense.csv")
@@ -196,7 +196,7 @@ def _device() -> torch.device:
 
 
 def _source(params: Params) -> data.Source:
-    return data.open_source(params.dataset.source, eval_source=params.dataset.eval_source)
+    return data.open_source(params.dataset.source, params.dataset.classes, params.dataset.eval_source)
 
 
 def _open(split: str, model: nn.Module, params: Params, augment: str | None = None) -> data.ImageTable:

@@ -85,7 +85,7 @@ def resize_heads(attn: Any, shape: tuple[int, ...]) -> None:
 def resize_channels(attn: Any, shape: tuple[int, ...]) -> None:
     """Record new (heads, channels) and keep the softmax scale of the old head_dim by folding the change into q.
 
-    Both of timm's attention paths scale by the new head_dim, so q carries sqrt(new / old). Source: DESIGN fact 1.
+    Both of timm's attention paths scale by the new head_dim, so q carries sqrt(new / old).
     """
     old_scale, (number, width) = attn.scale, shape
     attn.num_heads, attn.head_dim, attn.attn_dim, attn.scale = number, width, number * width, width**-0.5

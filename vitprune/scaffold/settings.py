@@ -44,17 +44,17 @@ def _for_digits(model: str | None, classes: int | None) -> dict[str, Any]:
 
 
 def _for_photographs(source: str, model: str, classes: int | None) -> dict[str, Any]:
-    """Take the published weights where their head fits the classes, else train from random weights."""
+    """Take the published weights, fine-tuned where the head has other classes; random weights where there are none."""
     published = _published_classes(model)
-    pretrained = published is not None and classes in (None, published)
-    if not pretrained and classes is None:
+    fits = published is not None and classes in (None, published)
+    if published is None and classes is None:
         raise BadInput(f"--classes: timm has no weights of {model}, so the number of classes has to be given")
     return {
         "dataset.source": source,
         "model.name": model,
-        "model.args": {} if pretrained else {"num_classes": classes},
-        "dense.start": "pretrained" if pretrained else "train",
-        "dense.train": None if pretrained else TRAIN | {"augment": "deit"},
+        "model.args": {} if fits else {"num_classes": classes},
+        "dense.start": "train" if published is None else "pretrained",
+        "dense.train": None if fits else TRAIN | {"augment": "deit"},
         "prune.recover": RECOVER,
         "distill.train": DISTILL,
         "evaluate.batch_size": 64,

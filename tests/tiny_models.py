@@ -20,6 +20,7 @@ SWIN = {
 }
 ZOO = {
     "vit": ("vit_tiny_patch16_224", VIT),
+    "thin": ("vit_tiny_patch16_224", VIT | {"mlp_ratio": 0.5}),
     "deit": ("deit_tiny_patch16_224", VIT | {"mlp_ratio": 3.0}),
     "distilled": ("deit_tiny_distilled_patch16_224", VIT),
     "odd": ("vit_tiny_patch16_224", ODD),

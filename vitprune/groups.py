@@ -118,10 +118,10 @@ def cut_to(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None:
     """Give a group a smaller shape, keeping its first units: the frame that a saved model's weights fill.
 
     Raises:
-        BadInput: the shape is larger than the group.
+        BadInput: the shape is larger than the group, or has nothing in it.
     """
     size = torch.Size(shape).numel()
-    if size > group.units or len(shape) != len(group.shape):
+    if not 0 < size <= group.units or len(shape) != len(group.shape):
         raise BadInput(
             f"{group.name}: shape {list(shape)} does not fit into {list(group.shape)}; is this the right model?"
         )

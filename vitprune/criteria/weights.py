@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from vitprune.criteria import Batches, Importance
@@ -49,13 +50,14 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: in
     """
     if not batches:
         raise BadInput("taylor: needs images with labels; give batches")
-    named = _named(model, groups)
+    named = {name: weight.detach().requires_grad_() for name, weight in _named(model, groups).items()}  # frozen or not
     device = next(model.parameters()).device
     scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
     training = model.training
     model.eval()
     for images, labels in batches:
-        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+        with torch.enable_grad():
+            loss = F.cross_entropy(functional_call(model, named, images.to(device)), labels.to(device))
         gradients = torch.autograd.grad(loss, list(named.values()))
         products = {name: g * w.detach() for (name, w), g in zip(named.items(), gradients, strict=True)}
         for group in groups:
@@ -83,7 +85,7 @@ def _only_weight(group: Group, named: dict[str, nn.Parameter]) -> Tensor:
 
 def _energy(weight: Tensor) -> Tensor:
     squares = weight.double().square().flatten()
-    order = squares.argsort(descending=True, stable=True)
+    order = squares.argsort(stable=True).flip(0)  # of equal weights the first counts as the smallest, as in select
     ranked = squares[order]
     share = (ranked / ranked.cumsum(0)).nan_to_num(nan=0.0)  # descending: total - cumsum would cancel
     return torch.empty_like(share).scatter_(0, order, share).view(weight.shape)

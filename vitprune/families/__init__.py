@@ -43,13 +43,14 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every group that can be cut, by name: all that is needed to rebuild a shrunk model."""
-    shapes = {}
-    for kind in ("residual", "attention", "ffn"):
-        try:
-            shapes.update({group.name: group.shape for group in find_groups(model, [kind])})
-        except BadInput:  # a kind that this model cannot lose has kept its size
-            continue
-    return shapes
+    return {group.name: group.shape for kind in ("residual", "attention", "ffn") for group in _cuttable(model, kind)}
+
+
+def _cuttable(model: nn.Module, kind: str) -> list[Group]:
+    try:
+        return find_groups(model, [kind])
+    except BadInput:  # a kind that this model cannot lose has kept its size
+        return []
 
 
 def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
@@ -62,7 +63,7 @@ def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     for kind in ("head", "residual", "attention", "ffn"):
         if not wanted or structure(model) == wanted:
             break
-        for group in find_groups(model, [kind]):
+        for group in _cuttable(model, kind):
             if kind == "head":
                 _cut_heads(model, group, wanted)
             elif group.name in wanted:
@@ -76,7 +77,7 @@ def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
 
 def _cut_heads(model: nn.Module, group: Group, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Cut whole heads where the recorded attention has fewer of them and none is wider (merged) than before."""
-    number, width = wanted.get(group.owner, (group.shape[0], 0))
+    number, width = wanted[group.owner] if len(wanted.get(group.owner, ())) == 2 else (group.shape[0], 0)
     if number < group.shape[0] and width <= parts.head_dim(model.get_submodule(group.owner)):
         cut_to(model, group, (number,))
 

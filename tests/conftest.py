@@ -4,10 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny
 from torch import nn
 
 from vitprune import models
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Models as small as these run up to forty times slower when threads share busy cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from vitprune.families import find_groups, merge_heads
 from vitprune.groups import Group, Masks, Scores, shrink, zero
 from vitprune.methods import CRITERIA, Method, method_named
 from vitprune.schedule import sparsities
-from vitprune.select import select, sparsity_of
+from vitprune.select import SCOPES, select, sparsity_of
 
 Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
 
@@ -80,10 +80,16 @@ def plan_for(
     if scope and not row.free_scope:
         raise BadInput(f"prune.scope {scope!r}: method {method} has a scope of its own; leave it null")
     implied = sparsity_of(scope or row.scopes[row.kinds[0]])
+    if scope and implied is None and scope not in SCOPES:
+        raise BadInput(f"prune.scope {scope!r}: unknown; use one of {', '.join(SCOPES)} (as in 2:4)")
+    if implied is not None and "weight" not in row.scopes:
+        raise BadInput(f"prune.scope {scope!r}: N:M is for single weights, which method {method} does not prune")
     if sparsity is None and implied is None:
         raise BadInput(f"prune.sparsity: method {method} needs one; give the fraction to remove, 0 to 1")
     wanted = implied if sparsity is None else sparsity
     shares = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(row.kinds, float(wanted or 0))
+    if not shares:
+        raise BadInput("prune.sparsity: names no kind; give the fraction to remove of at least one")
     for kind, share in shares.items():
         if kind not in row.scopes:
             raise BadInput(f"prune.sparsity.{kind}: method {method} prunes only {', '.join(row.scopes)}")

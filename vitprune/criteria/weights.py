@@ -87,5 +87,5 @@ def _energy(weight: Tensor) -> Tensor:
     squares = weight.double().square().flatten()
     order = squares.argsort(stable=True).flip(0)  # of equal weights the first counts as the smallest, as in select
     ranked = squares[order]
-    share = (ranked / ranked.cumsum(0)).nan_to_num(nan=0.0)  # descending: total - cumsum would cancel
+    share = torch.where(ranked == 0, 0.0, ranked / ranked.cumsum(0))  # descending: total - cumsum would cancel
     return torch.empty_like(share).scatter_(0, order, share).view(weight.shape)

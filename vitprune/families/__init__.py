@@ -43,7 +43,8 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every group that can be cut, by name: all that is needed to rebuild a shrunk model."""
-    return {group.name: group.shape for kind in ("residual", "attention", "ffn") for group in _cuttable(model, kind)}
+    heads = _cuttable(model, "attention") or _cuttable(model, "head")
+    return {group.name: group.shape for group in _cuttable(model, "residual") + heads + _cuttable(model, "ffn")}
 
 
 def _cuttable(model: nn.Module, kind: str) -> list[Group]:
@@ -77,6 +78,9 @@ def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
 
 def _cut_heads(model: nn.Module, group: Group, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Cut whole heads where the recorded attention has fewer of them and none is wider (merged) than before."""
+    if group.name in wanted:  # its channels cannot be cut, so its heads are what was recorded
+        cut_to(model, group, wanted[group.name])
+        return
     number, width = wanted[group.owner] if len(wanted.get(group.owner, ())) == 2 else (group.shape[0], 0)
     if number < group.shape[0] and width <= parts.head_dim(model.get_submodule(group.owner)):
         cut_to(model, group, (number,))

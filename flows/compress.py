@@ -1,7 +1,6 @@
 """The Prefect flow `compress`: ten tasks, each one stage under DVC."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -137,8 +136,3 @@ def mirror(project: Path, flow_run_id: str) -> Mirrored:
     except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return Mirrored(0, 1, error=last)
-
-
-def main() -> None:
-    """Run `vitprune-flow` in a fresh process: Prefect, imported here, has read its settings already."""
-    os.execv(sys.executable, [sys.executable, "-m", "flows.launch", *sys.argv[1:]])

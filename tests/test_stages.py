@@ -87,7 +87,7 @@ def test_zeros_only_grow_over_the_cycles_and_each_mask_has_its_digest(finish):
 
 
 def test_residual_channels_are_shrunk_and_never_zeroed(finish):
-    project = finish("residual", method="channel-magnitude", sparsity={"residual": 0.25}, cycles=2)
+    project = finish("residual", method="channel-magnitude", kinds=["residual"], sparsity={"residual": 0.25}, cycles=2)
     weights = weights_of(project)
     assert weights["pos_embed"].shape[-1] == 36
     assert weights["blocks.0.mlp.fc2.weight"].abs().sum(dim=1).min() > 0
@@ -98,7 +98,8 @@ def test_residual_channels_are_shrunk_and_never_zeroed(finish):
 
 def test_up_vits_merges_heads_and_the_model_loads_in_plain_timm(finish):
     sparsity = {"ffn": 0.5, "attention": 0.5, "residual": 0.5}
-    project = finish("upvits", method="upvits-literal", sparsity=sparsity, heads=1, cycles=1, recover=None)
+    settings = {"kinds": list(sparsity), "sparsity": sparsity, "heads": 1, "cycles": 1, "recover": None}
+    project = finish("upvits", method="upvits-literal", **settings)
     model = vitprune.load(project / "out/distill")
     assert [(b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in model.blocks] == [(1, 24, 96)] * 2
     assert json.loads((project / "metrics/export.json").read_text())["timm"]["loads_plain_timm"] is True

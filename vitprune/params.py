@@ -73,9 +73,13 @@ class Score(Section):
 
 
 class Prune(Section):
-    """Method, sparsity (one for all, or per kind), and the gradual schedule with its recovery training."""
+    """Method, the kinds that it scores, sparsity (one for all, or per kind), the gradual schedule and its recovery.
+
+    `kinds` null means the method's usual ones; a kind that is not scored cannot be pruned.
+    """
 
     method: str
+    kinds: list[Kind] | None = None
     sparsity: Fraction | dict[Kind, Fraction] | None
     scope: str | None = None
     heads: Count | None = None

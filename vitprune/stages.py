@@ -1,7 +1,7 @@
 """The stages of the pipeline: each reads files of a project directory and writes files of its own."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,10 @@ from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_fo
 from vitprune.errors import BadInput
 from vitprune.evaluate import accuracy, count, environment, latency
 from vitprune.export import to_onnx, to_timm
+from vitprune.families import find_groups, merge_heads
 from vitprune.files import digest
 from vitprune.groups import Group, Masks, Scores
+from vitprune.methods import method_named
 from vitprune.params import Params, Train, load
 from vitprune.records import History, sparsity_rows, summary_rows, write_csv, write_json
 from vitprune.train import Held, classification, distillation, train
@@ -82,7 +84,7 @@ def score(params: Params) -> None:
     """Score every unit of the dense model."""
     plan = _plan(params)
     model = models.load(OUT / "dense").to(_device())
-    groups = groups_for(model, plan)
+    groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
     scores = plan.row.criterion(model, groups, _calibration(model, params), plan.seed + 1).scores
     models.write_weights(scores, OUT / "score" / SCORES)
     rows = summary_rows(groups, scores)
@@ -185,9 +187,18 @@ def run(stage: str, project: Path) -> None:
     STAGES[stage](params)
 
 
+def _kinds(params: Params) -> Sequence[str]:
+    return params.prune.kinds or method_named(params.prune.method).kinds
+
+
 def _plan(params: Params) -> Plan:
-    p = params.prune
-    return plan_for(p.method, p.sparsity, p.scope, p.heads, p.cycles, p.schedule, params.seed)
+    p, kinds = params.prune, _kinds(params)
+    sparsity = dict.fromkeys(kinds, p.sparsity) if isinstance(p.sparsity, float) else p.sparsity
+    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, params.seed)
+    unscored = [kind for kind in plan.sparsity if kind not in kinds]
+    if unscored:
+        raise BadInput(f"prune.sparsity.{unscored[0]}: only {', '.join(kinds)} are scored; add it to prune.kinds")
+    return plan
 
 
 def _device() -> torch.device:

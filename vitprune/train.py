@@ -66,12 +66,13 @@ def train(
     A fixed seed gives bit-identical weights on CPU.
 
     Raises:
-        BadInput: the loss is not finite; the weights are those of the step before.
+        BadInput: the optimizer is unknown, there is nothing to train on, or the loss is not finite; the weights are
+            those of the step before.
     """
     model = task.trainable_module
     device = next(model.parameters()).device
     task = task.to(device)
-    optimizer = create_optimizer_v2(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = _optimizer(model, recipe)
     scheduler = _cosine(optimizer, recipe, steps)
     step = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -86,8 +87,21 @@ def train(
                 if held is not None:
                     zero(model, held.groups, held.masks)
                 step += 1
-            row = {"epoch": epoch + 1, "step": step, "loss": sum(losses) / len(losses), "lr": _rate(optimizer)}
+            row = {"epoch": epoch + 1, "step": step, "loss": _mean(losses, name), "lr": _rate(optimizer)}
             record(row | (evaluate() if evaluate is not None else {}))
+
+
+def _optimizer(model: nn.Module, recipe: Train) -> Any:
+    try:
+        return create_optimizer_v2(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    except ValueError as error:
+        raise BadInput(f"train.optimizer {recipe.optimizer!r}: timm cannot make it ({error})") from None
+
+
+def _mean(losses: Sequence[float], name: str) -> float:
+    if not losses:
+        raise BadInput(f"{name}: there is no batch to train on; check the train split")
+    return sum(losses) / len(losses)
 
 
 def _rate(optimizer: Any) -> float:

@@ -1,6 +1,5 @@
 """What a flow run shows in Prefect: a Markdown report, a table of sparsity per layer, a link to the run of MLflow."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from flows.summary import rows
+from flows.summary import evaluation, rows
 from flows.tracking import Mirrored
 
 
@@ -29,10 +28,10 @@ def publish(
 def markdown(project: Path, stages: Sequence[Mapping[str, Any]]) -> str:
     """Return the comparison of the dense and the pruned model and the stages' times as Markdown."""
     lines = ["# Dense against pruned", ""]
-    path = project / "metrics/evaluate.json"
-    if path.is_file():
+    measured = evaluation(project)
+    if measured is not None:
         lines += ["| | dense | pruned |", "|---|---:|---:|"]
-        lines += [f"| {name} | {dense} | {pruned} |" for name, dense, pruned in rows(json.loads(path.read_text()))]
+        lines += [f"| {name} | {dense} | {pruned} |" for name, dense, pruned in rows(measured)]
     lines += ["", "| stage | | seconds |", "|---|---|---:|"]
     for stage in stages:
         how = "failed" if stage["exit_code"] else "cached" if stage["cached"] else "ran"

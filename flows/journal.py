@@ -17,11 +17,12 @@ import yaml
 
 from flows.recovery import STATE
 from flows.repro import StageResult
+from flows.summary import evaluation
 
 # What the record of a stage holds besides metrics/STAGE.json and plots/STAGE.csv; the model is kept as a folder.
 KEPT = {
     "mask": ("out/mask/masks.safetensors", "out/mask/sparsity.parquet"),
-    "evaluate": ("out/evaluate/evaluation.parquet",),
+    "evaluate": ("out/evaluate/evaluation.parquet", "metrics/latency.json"),
     "report": ("out/report/report.html",),
 }
 CURVES = {stage: f"out/{stage}/history.jsonl" for stage in ("dense", "prune", "distill")}
@@ -86,6 +87,8 @@ class Journal:
         if stage == "prune":
             names.append("plots/cycles.csv")
         metrics = _json(self.project / f"metrics/{stage}.json")
+        if stage == "evaluate":
+            metrics = evaluation(self.project) or metrics
         left: dict[str, Any] = {
             "files": [self._keep(name) for name in names if (self.project / name).is_file()],
             "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},

@@ -4,7 +4,6 @@ Prefect reads its settings from the environment while it is imported, hence a mo
 """
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -146,15 +145,15 @@ def _table(project: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from flows.summary import rows
+    from flows.summary import evaluation, rows
 
-    path = project / "metrics/evaluate.json"
-    if not path.is_file():
+    measured = evaluation(project)
+    if measured is None:
         return
     table = Table()
     for name in ("", "dense", "pruned"):
         table.add_column(name, justify="left" if not name else "right")
-    for row in rows(json.loads(path.read_text(encoding="utf-8"))):
+    for row in rows(measured):
         table.add_row(*row)
     Console().print(table)
 

@@ -104,17 +104,35 @@ def load(directory: str | Path) -> nn.Module:
         BadInput: a file is missing or broken, or weights and structure do not fit each other.
     """
     directory = Path(directory)
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-        name, pretrained_cfg = config["architecture"], config["pretrained_cfg"]
-    except FileNotFoundError:
-        raise BadInput(f"{directory / CONFIG}: no such file; give a directory written by vitprune.save") from None
-    except (json.JSONDecodeError, KeyError) as error:
-        raise BadInput(f"{directory / CONFIG}: not a timm model config ({error})") from None
-    model = create(name, {"pretrained_cfg": pretrained_cfg, **config.get("model_args", {})})
+    config = _config(directory / CONFIG)
+    model = create(config["architecture"], {"pretrained_cfg": config["pretrained_cfg"], **config.get("model_args", {})})
     rebuild(model, config.get("vitprune", {}).get("structure", {}))
-    _fill(model, read_weights(directory / WEIGHTS), directory / WEIGHTS)
+    tensors = read_weights(directory / WEIGHTS)
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(types) == 1:
+        model.to(types.pop())
+    _fill(model, tensors, directory / WEIGHTS)
     return model.eval()
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; give a directory written by vitprune.save") from None
+    except ValueError as error:  # not JSON, or not even text
+        raise BadInput(f"{path}: not a timm model config ({error})") from None
+    types = {"architecture": str, "pretrained_cfg": dict, "model_args": dict, "vitprune": dict}
+    given = ({"model_args": {}, "vitprune": {}} | config) if isinstance(config, dict) else {}
+    wrong = [key for key, kind in types.items() if not isinstance(given.get(key), kind)]
+    if wrong:
+        raise BadInput(f"{path}: not a timm model config ({wrong[0]} is missing or of a wrong type)")
+    shapes = given["vitprune"].get("structure", {})
+    if not isinstance(shapes, dict) or not all(
+        isinstance(shape, list) and all(type(size) is int for size in shape) for shape in shapes.values()
+    ):
+        raise BadInput(f"{path}: vitprune.structure must map names of groups to lists of whole numbers")
+    return given
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

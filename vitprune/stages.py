@@ -138,29 +138,26 @@ def distill(params: Params) -> None:
 
 
 def evaluate(params: Params) -> None:
-    """Measure the dense and the final model side by side, image by image."""
-    settings = params.evaluate
-    pair = {"dense": OUT / "dense", "pruned": OUT / "distill"}
-    both = {name: models.load(path).to(_device()) for name, path in pair.items()}
-    table = _open("eval", both["dense"], params)
-    example = example_input(both["dense"], settings.latency_batch)
-    times = latency(list(both.values()), example, settings.latency_runs)
+    """Measure the dense and the final model side by side, image by image; what a clock said is a file of its own."""
+    pair = {"dense": models.load(OUT / "dense").to(_device()), "pruned": models.load(OUT / "distill").to(_device())}
+    table = _open("eval", pair["dense"], params)
+    example = example_input(pair["dense"], params.evaluate.latency_batch).to(_device())
     result: dict[str, Any] = {}
-    predictions = {}
-    for (name, model), time in zip(both.items(), times, strict=True):
-        top, predictions[name] = accuracy(model, data.eval_batches(table, settings.batch_size))
-        speed = {"latency_ms": time, "throughput": 1000 * settings.latency_batch / time["median"]}
-        result[name] = top | asdict(count(model, example.to(_device()))) | speed
-    rows = zip(table.ids, table.labels.tolist(), *(predictions[name].tolist() for name in pair), strict=True)
+    predictions = []
+    for name, model in pair.items():
+        top, answers = accuracy(model, data.eval_batches(table, params.evaluate.batch_size))
+        predictions.append(answers.tolist())
+        result[name] = top | asdict(count(model, example))
     names = tables.EVALUATION.names
-    tables.write(
-        [dict(zip(names, row, strict=True)) for row in rows], tables.EVALUATION, OUT / "evaluate" / "evaluation.parquet"
-    )
+    rows = [
+        dict(zip(names, row, strict=True)) for row in zip(table.ids, table.labels.tolist(), *predictions, strict=True)
+    ]
+    tables.write(rows, tables.EVALUATION, OUT / "evaluate" / "evaluation.parquet")
     costs = ("params", "nonzero_params", "macs", "nonzero_macs", "nominal_macs")
     result["kept"] = {cost: result["pruned"][cost] / result["dense"][cost] for cost in costs}
     result["top1_drop"] = result["dense"]["top1"] - result["pruned"]["top1"]
-    result |= {"images": len(table), "environment": environment(_device())}
-    write_json(METRICS / "evaluate.json", result)
+    write_json(METRICS / "evaluate.json", result | {"images": len(table)})
+    write_json(METRICS / "latency.json", _latencies(pair, example, params.evaluate.latency_runs))
 
 
 def export(params: Params) -> None:
@@ -259,6 +256,15 @@ def _train(
 def _facts(model: nn.Module, directory: Path) -> dict[str, Any]:
     counts = count(model, example_input(model, 1))
     return asdict(counts) | {"sha256": digest(directory / models.WEIGHTS)}
+
+
+def _latencies(pair: dict[str, nn.Module], example: Tensor, runs: int) -> dict[str, Any]:
+    times = latency(list(pair.values()), example, runs)
+    measured = {
+        name: {"latency_ms": time, "throughput": 1000 * len(example) / time["median"]}
+        for name, time in zip(pair, times, strict=True)
+    }
+    return measured | {"environment": environment(example.device)}
 
 
 def _scores() -> Scores:

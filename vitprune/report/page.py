@@ -97,6 +97,8 @@ def _evaluation(path: Path) -> dict[str, Any]:
     for key in (f"{model}.{figure}" for model in _MODELS for figure in ("top1", "params", "macs")):
         if _number(evaluation, key) is None:
             raise BadInput(f"{path}: key {key} is missing or not a number; run `vitprune evaluate` again")
+    for name, measured in (inputs.read_json(path.with_name("latency.json")) or {}).items():
+        evaluation[name] = evaluation.get(name, {}) | measured
     return evaluation
 
 

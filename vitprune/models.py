@@ -105,8 +105,8 @@ def load(directory: str | Path) -> nn.Module:
     """
     directory = Path(directory)
     config = _config(directory / CONFIG)
-    model = create(config["architecture"], {"pretrained_cfg": config["pretrained_cfg"], **config.get("model_args", {})})
-    rebuild(model, config.get("vitprune", {}).get("structure", {}))
+    model = create(config["architecture"], {"pretrained_cfg": config["pretrained_cfg"], **config["model_args"]})
+    rebuild(model, config["vitprune"].get("structure", {}))
     tensors = read_weights(directory / WEIGHTS)
     types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(types) == 1:
@@ -123,7 +123,7 @@ def _config(path: Path) -> dict[str, Any]:
     except ValueError as error:  # not JSON, or not even text
         raise BadInput(f"{path}: not a timm model config ({error})") from None
     types = {"architecture": str, "pretrained_cfg": dict, "model_args": dict, "vitprune": dict}
-    given = ({"model_args": {}, "vitprune": {}} | config) if isinstance(config, dict) else {}
+    given: dict[str, Any] = ({"model_args": {}, "vitprune": {}} | config) if isinstance(config, dict) else {}
     wrong = [key for key, kind in types.items() if not isinstance(given.get(key), kind)]
     if wrong:
         raise BadInput(f"{path}: not a timm model config ({wrong[0]} is missing or of a wrong type)")

@@ -1,5 +1,6 @@
 """params.yaml as types: an unknown key, a wrong type or a value out of range is an error that names the key."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ Kind = Literal["weight", "ffn", "attention", "head", "residual"]
 class Section(BaseModel):
     """A part of params.yaml."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dataset(Section):
@@ -113,7 +114,7 @@ class Export(Section):
 class Params(Section):
     """The whole of params.yaml."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     threads: Count | None = None
     dataset: Dataset
     model: Model
@@ -136,7 +137,7 @@ def load(path: Path) -> Params:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; run in a project directory (vitprune init DIR makes one)") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: must be a mapping of sections, is {type(raw).__name__}")
@@ -147,10 +148,18 @@ def load(path: Path) -> Params:
 
 
 def _first(error: ValidationError) -> str:
-    """The first error in one line, with its dotted key."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("float", "dict", "constrained")))
+    """The first error in one line, with its dotted key; of a key that may be of several types, the nearest."""
+    problems = [(_dotted(problem["loc"]), problem) for problem in error.errors()]
+    start = problems[0][0]
+    near = [(key, problem) for key, problem in problems if f"{key}.".startswith(f"{start}.")]
+    key, problem = max(near, key=lambda pair: pair[0].count("."))
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; remove it or correct its name"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    others = len(problems) - len(near)
+    more = f" (and {others} more)" if others else ""
     return f"{key}: {problem['msg']}, got {problem['input']!r}{more}"
+
+
+def _dotted(places: Sequence[int | str]) -> str:
+    """The key of an error, without the names that pydantic gives to the types of a union."""
+    return ".".join(str(part) for part in places if not str(part).startswith(("constrained-", "dict[", "[key]")))

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitprune import models, stages
+from vitprune import data, models, stages
 from vitprune.errors import BadInput
 from vitprune.evaluate import costs, count
 from vitprune.families import find_groups
@@ -94,7 +94,7 @@ def inspect(
 ) -> None:
     """Print a model's groups, with the parameters and MACs behind each of them."""
     network = models.load(model) if Path(model).is_dir() else models.create(model)
-    example = stages.example_input(network, 1)
+    example = data.example_input(network, 1)
     table = Table("group", "kind", "units", "parameters", "MACs", box=None, pad_edge=False)
     refused = []
     for kind in KINDS:

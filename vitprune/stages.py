@@ -7,26 +7,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from vitprune import data, models, tables
 from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_for
+from vitprune.cycles import MASKS, write_cycle, write_masks
 from vitprune.errors import BadInput
 from vitprune.evaluate import accuracy, count, environment, latency
 from vitprune.export import to_onnx, to_timm
 from vitprune.families import find_groups, merge_heads
 from vitprune.files import digest
-from vitprune.groups import Group, Masks, Scores
+from vitprune.groups import Scores
 from vitprune.methods import method_named
 from vitprune.params import Params, Train, load
-from vitprune.records import History, sparsity_rows, summary_rows, write_csv, write_json
+from vitprune.records import History, summary_rows, write_csv, write_json
 from vitprune.train import Held, classification, distillation, train
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
-MASKS, SCORES = "masks.safetensors", "scores.safetensors"
+SCORES = "scores.safetensors"
 
 
 def dataset(params: Params) -> None:
@@ -99,7 +99,7 @@ def mask(params: Params) -> None:
     groups = groups_for(models.load(OUT / "dense"), plan)
     kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
     masks = choose(_scores(), groups, plan, plan.targets()[0], kept)
-    facts = _write_masks(OUT / "mask", groups, masks)
+    facts = write_masks(OUT / "mask", groups, masks)
     write_json(METRICS / "mask.json", {"target": plan.targets()[0]} | facts)
 
 
@@ -116,7 +116,7 @@ def prune(params: Params) -> None:
             task = classification(model, params.prune.recover.smoothing)
             where = f"recovery after cycle {cycle.number}"
             _train(task, params.prune.recover, params, history, _held(cycle), evaluate, where, cycle.number)
-        rows.append(_write_cycle(cycle, model, before, evaluate()["top1"]))
+        rows.append(write_cycle(OUT / "cycles", cycle, cycle.scores or _scores(), model, before, evaluate()["top1"]))
     history.close(PLOTS / "prune.csv")
     write_csv(PLOTS / "cycles.csv", rows)
     models.save(model, OUT / "prune")
@@ -141,7 +141,7 @@ def evaluate(params: Params) -> None:
     """Measure the dense and the final model side by side, image by image; what a clock said is a file of its own."""
     pair = {"dense": models.load(OUT / "dense").to(_device()), "pruned": models.load(OUT / "distill").to(_device())}
     table = _open("eval", pair["dense"], params)
-    example = example_input(pair["dense"], params.evaluate.latency_batch).to(_device())
+    example = data.example_input(pair["dense"], params.evaluate.latency_batch).to(_device())
     result: dict[str, Any] = {}
     predictions = []
     for name, model in pair.items():
@@ -163,7 +163,7 @@ def evaluate(params: Params) -> None:
 def export(params: Params) -> None:
     """Write the final model for others: a timm directory, and ONNX if asked."""
     model = models.load(OUT / "distill")
-    example = example_input(model, 2)
+    example = data.example_input(model, 2)
     facts: dict[str, Any] = {"timm": to_timm(model, OUT / "export" / "timm", example), "onnx": None}
     if params.export.onnx:
         facts["onnx"] = to_onnx(model, OUT / "export" / "model.onnx", example)
@@ -229,12 +229,6 @@ def _calibration(model: nn.Module, params: Params) -> list[data.Batch]:
     return data.load_calibration(CALIBRATION, data.transform(data.data_config(model)), params.score.batch_size)
 
 
-def example_input(model: nn.Module, batch: int) -> Tensor:
-    """Noise of the model's input size, (batch, C, H, W), the same each time."""
-    size = data.data_config(model)["input_size"]
-    return torch.randn((batch, *size), generator=torch.Generator().manual_seed(0))
-
-
 def _train(
     task: Any,
     recipe: Train,
@@ -254,7 +248,7 @@ def _train(
 
 
 def _facts(model: nn.Module, directory: Path) -> dict[str, Any]:
-    counts = count(model, example_input(model, 1))
+    counts = count(model, data.example_input(model, 1))
     return asdict(counts) | {"sha256": digest(directory / models.WEIGHTS)}
 
 
@@ -279,25 +273,3 @@ def _held_at_end(dense: nn.Module, params: Params) -> Held | None:
     plan = _plan(params)
     groups = [group for group in groups_for(dense, plan) if group.kind == "weight"]
     return Held(groups, models.read_weights(OUT / "cycles" / f"{plan.cycles:02d}" / MASKS)) if groups else None
-
-
-def _write_masks(directory: Path, groups: Iterable[Group], masks: Masks) -> dict[str, Any]:
-    rows = sparsity_rows(groups, masks)
-    models.write_weights(masks, directory / MASKS)
-    tables.write(rows, tables.SPARSITY, directory / "sparsity.parquet")
-    by_kind = pa.Table.from_pylist(rows).group_by("kind").aggregate([("units", "sum"), ("kept", "sum")]).to_pylist()
-    sparsity = {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}
-    return {"sparsity": sparsity, "masks_sha256": digest(directory / MASKS)}
-
-
-def _write_cycle(cycle: Cycle, model: nn.Module, before: float, after: float) -> dict[str, Any]:
-    directory = OUT / "cycles" / f"{cycle.number:02d}"
-    scores = cycle.scores or _scores()
-    tables.write(summary_rows(cycle.groups, scores), tables.SCORES, directory / "scores.parquet")
-    facts = {"cycle": cycle.number, "target": dict(cycle.target)} | _write_masks(directory, cycle.groups, cycle.masks)
-    facts |= asdict(count(model, example_input(model, 1))) | {"top1_before": before, "top1_after": after}
-    write_json(directory / "metrics.json", facts)
-    units = sum(group.units for group in cycle.groups)
-    removed = units - sum(int(mask.sum()) for mask in cycle.masks.values())
-    columns = ("top1_before", "top1_after", "params", "macs", "nonzero_params", "nonzero_macs")
-    return {"cycle": cycle.number, "sparsity": removed / units} | {column: facts[column] for column in columns}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitprune.data.augment import AUGMENTATIONS, Transform, data_config, transform
+from vitprune.data.augment import AUGMENTATIONS, Transform, data_config, example_input, transform
 from vitprune.data.calibration import draw_calibration, load_calibration
 from vitprune.data.images import decode
 from vitprune.data.loaders import Batch, ImageTable, batch_count, eval_batches, open_split, train_batches
@@ -27,6 +27,7 @@ __all__ = [
     "decode",
     "draw_calibration",
     "eval_batches",
+    "example_input",
     "load_calibration",
     "open_source",
     "open_split",

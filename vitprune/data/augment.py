@@ -62,6 +62,11 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
+def example_input(model: nn.Module, batch: int) -> torch.Tensor:
+    """Return noise of the model's input size, (batch, C, H, W), the same each time."""
+    return torch.randn((batch, *data_config(model)["input_size"]), generator=torch.Generator().manual_seed(0))
+
+
 def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
     """Make the transform of a data config: for evaluation (None), or with an augmentation preset for training.
 

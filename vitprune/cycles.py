@@ -31,7 +31,7 @@ def write_masks(directory: Path, groups: Iterable[Group], masks: Masks) -> dict[
 def write_cycle(
     parent: Path, cycle: Cycle, scores: Scores, model: nn.Module, before: float, after: float
 ) -> dict[str, Any]:
-    """Write a cycle under parent/NN; returns its row of plots/cycles.csv. Top-1 before and after recovery in percent."""
+    """Write a cycle under parent/NN; returns its row of plots/cycles.csv. Top-1 before and after recovery, percent."""
     directory = parent / f"{cycle.number:02d}"
     tables.write(summary_rows(cycle.groups, scores), tables.SCORES, directory / "scores.parquet")
     facts = {"cycle": cycle.number, "target": dict(cycle.target)} | write_masks(directory, cycle.groups, cycle.masks)

@@ -84,8 +84,8 @@ def is_whole(lock: Path) -> bool:
 
 
 def _entry_is_whole(entry: Any) -> bool:
-    if not isinstance(entry, dict) or "cmd" not in entry:
-        return False
+    if not isinstance(entry, dict) or "cmd" not in entry or not entry.get("outs"):
+        return False  # DVC writes the outs last
     files = [*(entry.get("deps") or []), *(entry.get("outs") or [])]
     return all(isinstance(file, dict) and "path" in file and "hash" in file and "md5" in file for file in files)
 

@@ -20,7 +20,7 @@ if [ -f lost_$stage ]; then rm lost_$stage; kill -9 $$; fi
 for out in "$@"; do
   case $out in
     */) mkdir -p $out; echo "$stage made this" > ${out}weights ;;
-    metrics/evaluate.json) cp evaluate.json $out ;;
+    metrics/evaluate.json | metrics/latency.json) cp $(basename $out) $out ;;
     *.json) mkdir -p metrics; echo '{"top1": 90.0}' > $out ;;
     *.csv) mkdir -p plots; echo 'step,loss' > $out ;;
     *) mkdir -p data; echo "$stage made this" > $out ;;
@@ -30,7 +30,8 @@ done
 """
 
 RESULT = """{"top1": 97.0, "top5": 99.0, "params": 1000000, "nonzero_params": 1000000, "macs": 2000000,
-"nonzero_macs": 2000000, "nominal_macs": 2000000, "latency_ms": {"median": 1.0, "p10": 0.9, "p90": 1.1}}"""
+"nonzero_macs": 2000000, "nominal_macs": 2000000}"""
+SPEED = '{"latency_ms": {"median": 1.0, "p10": 0.9, "p90": 1.1}}'
 
 
 def make(project: Path) -> Path:
@@ -45,6 +46,7 @@ def make(project: Path) -> Path:
     (project / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
     (project / "stage.sh").write_text(SCRIPT)
     (project / "evaluate.json").write_text(f'{{"dense": {RESULT}, "pruned": {RESULT}, "kept": {{"params": 1.0}}}}')
+    (project / "latency.json").write_text(f'{{"dense": {SPEED}, "pruned": {SPEED}, "environment": {{}}}}')
     (project / ".gitignore").write_text("/out/\n/metrics/\n/plots/\n/data/\n/.vitprune/\n/ml*\n")
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=project, check=True)

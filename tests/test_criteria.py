@@ -157,6 +157,17 @@ def test_taylor_needs_no_gradient_switched_on(vit: torch.nn.Module) -> None:
     assert not any(p.requires_grad for p in vit.parameters())
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "kl-literal"])
+def test_dropout_takes_no_part_in_scoring(criterion: str) -> None:
+    vit = tiny("thin")
+    groups, data = find_groups(vit, ["head"]), batches(vit)
+    for block in vit.blocks:
+        block.mlp.drop1.p = 0.5
+    expected = score(vit.eval(), groups, criterion, data)
+    found = score(vit.train(), groups, criterion, data)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("kind", ["ffn", "attention"])
 def test_kl_is_the_divergence_of_the_literal_removal(kind: str) -> None:
     vit = tiny("thin")

@@ -16,7 +16,7 @@ VITS = [name for name in ZOO if name != "swin"]
 
 def fused(model: torch.nn.Module, on: bool) -> torch.nn.Module:
     for module in model.modules():
-        if hasattr(module, "fused_attn"):
+        if "fused_attn" in vars(module):
             module.fused_attn = on
     return model
 

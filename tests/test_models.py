@@ -2,7 +2,6 @@
 
 import json
 import pickletools
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,93 +177,6 @@ def test_a_directory_of_plain_timm_loads(tmp_path: Path) -> None:
     model = single("vit")
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     assert same_state(load(tmp_path), state(model))
-
-
-@pytest.fixture
-def folder(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> Path:
-    """A saved model to break."""
-    return Path(shutil.copytree(saved[0] / "all", tmp_path / "model"))
-
-
-def refused(folder: Path) -> str:
-    with pytest.raises(BadInput) as error:
-        load(folder)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def rewrite(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def reconfigure(folder: Path, change) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_a_wrong_shape_is_named(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({"head.weight": torch.ones(7, 3)}))
-    told = refused(folder)
-    assert told.startswith(f"{folder / 'model.safetensors'}: weight head.weight has shape [7, 3], the model needs [7,")
-
-
-def test_missing_and_surplus_weights_are_named(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({"surplus": torch.ones(1)}))
-    assert "weight surplus is not in VisionTransformer" in refused(folder)
-    rewrite(folder, lambda tensors: (tensors.pop("surplus"), tensors.pop("blocks.0.mlp.fc1.bias")))
-    assert "weight blocks.0.mlp.fc1.bias is missing" in refused(folder)
-
-
-@pytest.mark.parametrize("size", [0, 4, 100, 5000])
-def test_a_truncated_file_is_named(folder: Path, size: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-    assert refused(folder).startswith(f"{path}: not a safetensors file")
-
-
-def test_missing_files_are_named(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    assert refused(folder).startswith(f"{folder / 'model.safetensors'}: no such file")
-    (folder / "config.json").unlink()
-    assert refused(folder).startswith(f"{folder / 'config.json'}: no such file")
-    assert refused(folder / "nowhere").startswith(f"{folder / 'nowhere' / 'config.json'}: no such file")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe\x00", b"{}", b'{"architecture": "x"}']
-)
-def test_a_broken_config_is_named(folder: Path, content: bytes) -> None:
-    (folder / "config.json").write_bytes(content)
-    assert refused(folder).startswith(f"{folder / 'config.json'}: not a timm model config")
-
-
-@pytest.mark.parametrize(
-    "structure",
-    [[], "blocks", {"residual": 4}, {"residual": ["a"]}, {"residual": [0]}, {"residual": [-1]}, {"residual": [1.5]}],
-)
-def test_a_broken_structure_is_named(folder: Path, structure: object) -> None:
-    reconfigure(folder, lambda config: config["vitprune"].update(structure=structure))
-    told = refused(folder)
-    assert told.startswith((f"{folder / 'config.json'}: vitprune.structure must map", "residual: shape"))
-
-
-def test_a_config_of_another_model_is_named(folder: Path) -> None:
-    reconfigure(folder, lambda config: config.update(architecture="no_such_model"))
-    assert refused(folder).startswith("model.name 'no_such_model': timm cannot create it")
-    reconfigure(folder, lambda config: config.update(architecture="resnet18", model_args={}))
-    assert refused(folder).startswith("model.name 'resnet18': timm cannot create it")
-    reconfigure(folder, lambda config: config.update(architecture="vit_tiny_patch16_224", model_args={"depth": "two"}))
-    assert refused(folder).startswith("model.name 'vit_tiny_patch16_224': timm cannot create it")
-
-
-def test_a_failed_save_leaves_the_old_model(saved: tuple[Path, dict[str, nn.Module]], folder: Path) -> None:
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(BadInput, match=r"^Linear: only models made by timm.create_model"):
-        save(nn.Linear(2, 2), folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_create_is_seeded_and_leaves_the_callers_random_numbers_alone() -> None:

@@ -120,7 +120,7 @@ def score(
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-    return function(model, groups, batches, seed).scores
+    return function(model, groups, _lasting(batches), seed).scores
 
 
 def choose(scores: Scores, groups: Sequence[Group], plan: Plan, target: Mapping[str, float], kept: Masks) -> Masks:
@@ -139,6 +139,7 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
 
     `first` gives the masks of the first cycle, where they were chosen before.
     """
+    batches = _lasting(batches)
     dense = groups_for(model, plan)
     kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense}
     for number, target in enumerate(plan.targets(), start=1):
@@ -183,6 +184,13 @@ def prune(
             raise BadInput(f"{type(model).__name__}: the pruned model's output is not finite; check the dense model's")
         pruned.train(model.training)
     return pruned
+
+
+def _lasting(batches: Batches) -> Batches:
+    """Refuse what can be read only once: every cycle reads all batches again."""
+    if isinstance(batches, Iterator):
+        raise BadInput("batches: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
+    return batches
 
 
 def _in_dense(group: Group, scores: Scores, kept: Masks) -> Tensor:

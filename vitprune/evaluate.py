@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitprune.errors import BadInput
 from vitprune.families import find_groups
 from vitprune.groups import Group
+from vitprune.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,11 @@ def _macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
     kinds = (nn.Linear, nn.Conv2d)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
     handles = [layer.register_forward_hook(partial(_add_macs, per_layer, name)) for name, layer in layers]
-    training = model.training
-    model.eval()
+    counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), _plain_attention(model), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), evaluating(model), _plain_attention(model), counter:
             model(image.to(next(model.parameters())))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return int(counter.get_total_flops() // 2), per_layer

@@ -173,9 +173,7 @@ def _refuse_stale(model: nn.Module, group: Group) -> None:
 
 
 def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -> None:
-    if shape == group.shape:
-        return
-    for part in group.slices:
+    for part in () if shape == group.shape else group.slices:
         assert part.axis is not None
         path, _, leaf = part.param.rpartition(".")
         owner = model.get_submodule(path)
@@ -183,7 +181,7 @@ def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -
         new = old.index_select(part.axis, positions(part, keep).to(old.device))
         setattr(owner, leaf, nn.Parameter(new.contiguous(), requires_grad=old.requires_grad))
         _match_weight(owner)
-    if group.resize is not None:
+    if group.resize is not None:  # also where nothing goes: heads may merge without losing a channel
         group.resize(model.get_submodule(group.owner), shape)
 
 

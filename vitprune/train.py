@@ -129,7 +129,8 @@ def _step(task: Any, optimizer: Any, images: Tensor, labels: Tensor, clip: float
         )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if clip is not None:
-        nn.utils.clip_grad_norm_(task.trainable_module.parameters(), clip)
+    norm = float(nn.utils.clip_grad_norm_(task.trainable_module.parameters(), math.inf if clip is None else clip))
+    if not math.isfinite(norm):
+        raise BadInput(f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights")
     optimizer.step()
     return value

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitprune.criteria import Batches, Importance
 from vitprune.errors import BadInput
 from vitprune.groups import Group, shrink, zero
+from vitprune.modes import evaluating
 from vitprune.progress import track
 
 
@@ -25,14 +26,12 @@ def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: i
         raise BadInput("kl: needs images; give batches")
     device = next(model.parameters()).device
     images = [batch.to(device) for batch, _ in batches]
-    training = model.training
-    model.eval()
-    answers = [model(batch).double().log_softmax(-1) for batch in images]
     units = [(group, unit) for group in groups for unit in range(group.units)]
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
-    for group, unit in track(units, "removing one unit at a time"):
-        scores[group.name][unit] = _divergence(_without(model, group, unit), images, answers)
-    model.train(training)
+    with evaluating(model):
+        answers = [model(batch).double().log_softmax(-1) for batch in images]
+        for group, unit in track(units, "removing one unit at a time"):
+            scores[group.name][unit] = _divergence(_without(model, group, unit), images, answers)
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 

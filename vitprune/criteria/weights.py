@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vitprune.criteria import Batches, Importance
 from vitprune.errors import BadInput
 from vitprune.groups import Group, unit_sums
+from vitprune.modes import evaluating
 
 
 def random(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: int) -> Importance:
@@ -53,16 +54,13 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: in
     named = {name: weight.detach().requires_grad_() for name, weight in _named(model, groups).items()}  # frozen or not
     device = next(model.parameters()).device
     scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
-    training = model.training
-    model.eval()
     for images, labels in batches:
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             loss = F.cross_entropy(functional_call(model, named, images.to(device)), labels.to(device))
         gradients = torch.autograd.grad(loss, list(named.values()))
         products = {name: g * w.detach() for (name, w), g in zip(named.items(), gradients, strict=True)}
         for group in groups:
             scores[group.name] += unit_sums(group, products).square()
-    model.train(training)
     return Importance(scores)
 
 

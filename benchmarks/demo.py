@@ -39,10 +39,10 @@ def main() -> None:
         cells.append(
             [str(seed), *(f"{figure:.2f}" for figure in figures), f"{kept['macs']:.3f}", f"{kept['params']:.3f}"]
         )
-    write_results("demo", rows)
     if not quick:
         header = ["seed", "dense top-1 %", "pruned top-1 %", "change", "MACs left", "parameters left"]
         write_table(ROOT / "docs/results/demo.md", "The demo over three seeds", __doc__ or "", header, cells)
+    write_results("demo", rows, quick)
 
 
 def run(seed: int) -> dict[str, dict[str, float]]:

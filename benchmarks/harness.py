@@ -54,11 +54,15 @@ def machine() -> str:
     return f"{facts['device']}, {facts['cores']} x {facts['cpu']}, torch {facts['torch']}, Python {facts['python']}"
 
 
-def write_results(name: str, rows: Sequence[Row]) -> None:
-    """Print the rows and write them to benchmarks/results/NAME.json; exit with 1 if a promise does not hold."""
+def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
+    """Print the rows and write them to benchmarks/results/NAME.json (quick: NAME-quick.json, which git ignores).
+
+    Exits with 1 if a promise does not hold.
+    """
     RESULTS.mkdir(exist_ok=True)
     stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
-    (RESULTS / f"{name}.json").write_text(json.dumps([asdict(row) | stamp for row in rows], indent=2) + "\n")
+    path = RESULTS / (f"{name}-quick.json" if quick else f"{name}.json")
+    path.write_text(json.dumps([asdict(row) | stamp for row in rows], indent=2) + "\n")
     table = Table("what", "value", "unit", "target", "holds", title=f"{name}: {stamp['machine']}")
     for row in rows:
         table.add_row(

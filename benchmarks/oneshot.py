@@ -70,7 +70,6 @@ def main() -> None:
         shares = cost.nonzero_params / whole.params, cost.nonzero_macs / whole.macs
         table.append((case.method, case.label, top1, top1 - base, *shares))
         rows.append(Row(f"{case.method}, {case.label}", top1, "top-1 %"))
-    write_results("oneshot", rows)
     if not quick:
         header = ["method", "removed", "top-1 %", "change", "non-zero params", "non-zero MACs"]
         cells = [[m, what, f"{a:.1f}", f"{d:+.1f}", f"{p:.2f}x", f"{c:.2f}x"] for m, what, a, d, p, c in table]
@@ -78,6 +77,7 @@ def main() -> None:
         write_table(
             ROOT / "docs/results/oneshot.md", "One-shot pruning of DeiT-Tiny, no training", about, header, cells
         )
+    write_results("oneshot", rows, quick)
 
 
 def load_images(path: Path, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from vitprune.errors import BadInput
 from vitprune.families import find_groups
 from vitprune.groups import Group
 from vitprune.modes import evaluating
+from vitprune.progress import track
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     device = next(model.parameters()).device
     right1 = right5 = seen = 0
     predictions = []
-    model.eval()
-    with torch.no_grad():
-        for images, labels in batches:
+    with torch.no_grad(), evaluating(model):
+        for images, labels in track(batches, "evaluating"):
             logits = model(images.to(device)).float().cpu()  # (B, classes)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = best == labels.cpu().unsqueeze(1)
@@ -92,7 +92,7 @@ def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> li
     batch = example_input.to(device)
     times: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
-        for run in range(-max(3, runs // 5), runs):
+        for run in track(range(-max(3, runs // 5), runs), "measuring latency"):
             for model, own in zip(models, times, strict=True):
                 _wait(device)
                 start = time.perf_counter()

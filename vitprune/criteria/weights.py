@@ -12,6 +12,7 @@ from vitprune.criteria import Batches, Importance
 from vitprune.errors import BadInput
 from vitprune.groups import Group, unit_sums
 from vitprune.modes import evaluating
+from vitprune.progress import track
 
 
 def random(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: int) -> Importance:
@@ -54,7 +55,7 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: in
     named = {name: weight.detach().requires_grad_() for name, weight in _named(model, groups).items()}  # frozen or not
     device = next(model.parameters()).device
     scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
-    for images, labels in batches:
+    for images, labels in track(batches, "taking gradients"):
         with evaluating(model), torch.enable_grad():
             loss = F.cross_entropy(functional_call(model, named, images.to(device)), labels.to(device))
         gradients = torch.autograd.grad(loss, list(named.values()))

@@ -27,12 +27,12 @@ def main() -> None:
     for seed in range(1 if quick else 3):
         found = run(seed)
         dense, pruned, kept = found["dense"], found["pruned"], found["kept"]
-        drop, share = dense["top1"] - pruned["top1"], min(kept["macs"], kept["params"])
+        drop, share = dense["top1"] - pruned["top1"], kept["macs"]
         rows += [
             Row(f"seed {seed}: dense", dense["top1"], "top-1 %", f">= {LEAST_DENSE}", dense["top1"] >= LEAST_DENSE),
             Row(f"seed {seed}: pruned", pruned["top1"], "top-1 %"),
             Row(f"seed {seed}: drop", drop, "points", f"<= {LARGEST_DROP}", drop <= LARGEST_DROP),
-            Row(f"seed {seed}: MACs left", kept["macs"], "of dense", f"<= {LARGEST_SHARE}", share <= LARGEST_SHARE),
+            Row(f"seed {seed}: MACs left", share, "of dense", f"<= {LARGEST_SHARE}", share <= LARGEST_SHARE),
             Row(f"seed {seed}: parameters left", kept["params"], "of dense"),
         ]
         figures = [dense["top1"], pruned["top1"], -drop]

@@ -126,7 +126,7 @@ def _result(stage: str, project: Path, stage_limit: float | None) -> StageResult
 
 def mirror(project: Path, flow_run_id: str) -> Mirrored:
     """Mirror the journals to MLflow in a process of its own, whose failure costs the run nothing."""
-    command = [sys.executable, "-W", "ignore", "-m", "flows.tracking", "replay", "--json"]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "flows.tracking", "replay", "--json"]
     command += ["--project", str(project), "--flow-run", flow_run_id]
     done = subprocess.run(
         command, env=environment(project), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL

@@ -14,6 +14,7 @@ import psutil  # type: ignore[import-untyped]
 import yaml
 
 from flows.processes import kill_marked
+from flows.repro import STAGES
 
 STATE = Path(".vitprune")
 LOCKFILE_COPY = STATE / "dvc.lock.whole"
@@ -59,7 +60,7 @@ def repair(project: Path, tell: Callable[[str], None]) -> None:
         if is_whole(copy):
             shutil.copyfile(copy, lock)
         else:
-            lock.unlink()
+            lock.replace(lock.with_name("dvc.lock.broken"))
         tell("dvc.lock was cut off by a kill; took the last whole one")
 
 
@@ -73,21 +74,22 @@ def keep_lockfile(project: Path) -> None:
 
 
 def is_whole(lock: Path) -> bool:
-    """Whether a dvc.lock can be read and every entry in it is complete."""
+    """Whether a dvc.lock can be read and every entry of a stage of ours is complete."""
     try:
         content = yaml.safe_load(lock.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False
     if not isinstance(content, dict) or "schema" not in content:
         return False
-    return all(_entry_is_whole(entry) for entry in (content.get("stages") or {}).values())
+    entries = content.get("stages") or {}
+    return all(_entry_is_whole(entries[stage]) for stage in STAGES if stage in entries)
 
 
 def _entry_is_whole(entry: Any) -> bool:
     if not isinstance(entry, dict) or "cmd" not in entry or not entry.get("outs"):
         return False  # DVC writes the outs last
     files = [*(entry.get("deps") or []), *(entry.get("outs") or [])]
-    return all(isinstance(file, dict) and "path" in file and "hash" in file and "md5" in file for file in files)
+    return all(isinstance(file, dict) and "path" in file and "hash" in file for file in files)
 
 
 def _release_dead(directory: Path, tell: Callable[[str], None]) -> None:

@@ -62,8 +62,11 @@ def reproduce(stage: str, project: Path, limit: float | None, tell: Callable[[st
     `limit` is in seconds. What runs at the limit, with all its descendants, is killed.
     """
     lines: list[str] = []
+    ran = False
 
     def line(text: str) -> None:
+        nonlocal ran
+        ran = ran or text == f"Running stage '{stage}':"
         lines.append(text)
         del lines[:-400]
         if text.strip() and not _is_chatter(text):
@@ -77,7 +80,7 @@ def reproduce(stage: str, project: Path, limit: float | None, tell: Callable[[st
         error = f"{stage}: stopped after {seconds:.0f} s by --stage-limit {limit:g}; raise the limit and start again"
         return StageResult(stage, False, started, seconds, ended.exit_code, Fault.LIMIT, error)
     if ended.exit_code == 0:
-        return StageResult(stage, f"Running stage '{stage}':" not in lines, started, seconds, 0)
+        return StageResult(stage, not ran, started, seconds, 0)
     fault, code = _whose_fault(ended.exit_code, lines)
     return StageResult(stage, False, started, seconds, code, fault, _error_line(stage, lines, code))
 

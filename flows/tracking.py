@@ -49,18 +49,25 @@ def _mirror(project: Path, waiting: list[Journal]) -> Mirrored:
     from flows.mirror import Mirror
     from flows.store import open_client, short_patience, tracking_uri
 
-    uri, run, experiment, done = tracking_uri(project), "", "", 0
+    uri, run, experiment, done, why = tracking_uri(project), "", "", 0, ""
     try:
         client, experiment = open_client(project)
         with short_patience(60):  # it has answered; the time is for large files
             for journal in waiting:
-                run = Mirror(client, experiment, journal).put()
+                try:
+                    run = Mirror(client, experiment, journal).put()
+                except ValueError as error:  # this one's files are not what they were; the others can still go
+                    why = _first_line(error)
+                    continue
                 _set_aside(journal)
                 done += 1
-    except (MlflowException, OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Mirrored(done, len(waiting) - done, run, experiment, uri, why)
-    return Mirrored(done, 0, run, experiment, uri)
+    except (MlflowException, OSError) as error:
+        why = _first_line(error)
+    return Mirrored(done, len(waiting) - done, run, experiment, uri, why)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _waiting(project: Path, flow_run_id: str | None) -> list[Journal]:

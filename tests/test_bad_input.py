@@ -103,10 +103,22 @@ def test_a_missing_file_names_the_stage_that_writes_it(project, refuse):
     assert "out/dense/config.json: no such file" in refuse("score")
 
 
-@pytest.mark.parametrize("spec", ["parquet:nowhere.parquet", "folder:nowhere", "wds/nowhere", "noidea"])
-def test_a_source_that_is_not_there(project, refuse, spec):
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("parquet:here.parquet", "here.parquet: no such"),
+        ("folder:here", "here: no such folder"),
+        ("wds/here", "here: no such"),
+        ("hearsay", "hearsay"),
+    ],
+)
+def test_a_source_that_is_not_there(project, refuse, spec, told):
     change(project, "dataset.source", spec)
-    assert "no" in refuse("dataset")
+    assert told in refuse("dataset")
+
+
+def test_a_project_that_is_not_there(refuse):
+    assert "here: no such directory" in refuse("dataset", "--project", "here")
 
 
 def test_calibration_larger_than_the_data(project, refuse):

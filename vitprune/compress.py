@@ -97,6 +97,8 @@ def plan_for(
             raise BadInput(f"prune.sparsity.{kind}: {share} is not at least 0 and below 1 (the fraction to remove)")
     if implied is not None and (cycles > 1 or abs(shares["weight"] - implied) > 1e-9):
         raise BadInput(f"prune: an N:M scope removes {implied:g} at once; set sparsity to null and cycles to 1")
+    if heads is not None and "attention" not in shares:
+        raise BadInput(f"prune.heads {heads}: merges heads where attention channels go, and none do; set it to null")
     if {"head", "attention"} <= set(shares):
         raise BadInput("prune.sparsity: head and attention cut the same axis; choose one of them")
     plan = Plan(method, shares, scope, heads, cycles, schedule, seed)
@@ -137,7 +139,7 @@ def choose(scores: Scores, groups: Sequence[Group], plan: Plan, target: Mapping[
 def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None = None) -> Iterator[Cycle]:
     """Prune a model in place, cycle by cycle; what drives the iterator may train the model between two cycles.
 
-    `first` gives the masks of the first cycle, where they were chosen before.
+    `first` gives the masks of the first cycle, where they were chosen before; for its update, a method still scores.
     """
     batches = _lasting(batches)
     dense = groups_for(model, plan)
@@ -146,7 +148,7 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
         now = groups_for(model, plan)
         scores: Scores = {}
         importance = Importance({})
-        if number > 1 or first is None:
+        if number > 1 or first is None or plan.row.update:
             importance = plan.row.criterion(model, now, batches, plan.seed + number)
             scores = {group.name: _in_dense(group, importance.scores, kept) for group in dense}
         masks = first if first is not None and number == 1 else choose(scores, dense, plan, target, kept)
@@ -157,8 +159,8 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
 
 def prune(
     model: nn.Module,
-    method: str = "upvits-literal",
-    sparsity: Sparsity | None = 0.5,
+    method: str,
+    sparsity: Sparsity | None,
     batches: Batches = (),
     example_input: Tensor | None = None,
     *,

@@ -91,12 +91,14 @@ def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> li
     device = next(models[0].parameters()).device
     batch = example_input.to(device)
     times: list[list[float]] = [[] for _ in models]
+    for model in models:
+        model.eval()
     with torch.inference_mode():
-        for run in track(range(-max(3, runs // 5), runs), "measuring latency"):
+        for run in range(-max(3, runs // 5), runs):  # without a progress bar, whose thread would be measured too
             for model, own in zip(models, times, strict=True):
                 _wait(device)
                 start = time.perf_counter()
-                model.eval()(batch)
+                model(batch)
                 _wait(device)
                 if run >= 0:
                     own.append(1000 * (time.perf_counter() - start))

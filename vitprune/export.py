@@ -10,22 +10,31 @@ from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.errors import BadInput
+from vitprune.files import replacing
+
+TOLERANCE = 1e-3  # of logits, far above rounding and far below a wrong weight
 
 
 def to_timm(model: nn.Module, directory: Path, example_input: Tensor) -> dict[str, Any]:
     """Save a model and load it back, with vitprune and, if its blocks are all alike, with plain timm.
 
     Returns whether plain timm loads it, and the largest difference of the logits.
+
+    Raises:
+        BadInput: what was loaded back is another function.
     """
     models.save(model, directory)
     answer = _answer(model, example_input)
     difference = float((_answer(models.load(directory), example_input) - answer).abs().max())
+    plain = True
     try:
-        plain = timm.create_model(f"local-dir:{directory}", pretrained=True)
+        theirs = timm.create_model(f"local-dir:{directory}", pretrained=True)
+        difference = max(difference, float((_answer(theirs, example_input) - answer).abs().max()))
     except RuntimeError:  # layers of different widths: timm has no words for them
-        return {"loads_plain_timm": False, "max_abs_diff": difference}
-    difference = max(difference, float((_answer(plain, example_input) - answer).abs().max()))
-    return {"loads_plain_timm": True, "max_abs_diff": difference}
+        plain = False
+    if not difference <= TOLERANCE:
+        raise BadInput(f"{directory}: loaded again, its logits differ by {difference:.3g}; do not use it")
+    return {"loads_plain_timm": plain, "max_abs_diff": difference}
 
 
 def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, Any]:
@@ -39,7 +48,6 @@ def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, An
         import onnxscript  # noqa: F401  torch.onnx needs it and says so less clearly
     except ImportError as error:
         raise BadInput(f"export.onnx: {error.name} is not installed; pip install 'vitprune[export]'") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations, nothing a user can act on
         program = torch.onnx.export(
@@ -52,7 +60,8 @@ def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, An
             verbose=False,
         )
     assert program is not None
-    program.save(str(path))
+    with replacing(path) as partial:
+        program.save(str(partial))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": example_input.numpy()})
     difference = float((torch.from_numpy(logits) - _answer(model, example_input)).abs().max())

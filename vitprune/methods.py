@@ -16,6 +16,7 @@ class Method:
     kinds: tuple[str, ...]
     free_scope: bool
     about: str
+    update: bool = False  # the criterion also gives new values for the weights that stay
 
 
 def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = False) -> Method:

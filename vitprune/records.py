@@ -35,7 +35,8 @@ class History:
         self.stage = stage
         self._rows: list[dict[str, Any]] = []
         self._path = directory / "history.jsonl"
-        self._path.write_text("")
+        self._path.unlink(missing_ok=True)  # the record of an earlier run may hold a link to the old file
+        self._path.touch()
 
     @property
     def epochs(self) -> int:

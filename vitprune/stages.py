@@ -66,8 +66,9 @@ def dense(params: Params) -> None:
         _train(task, settings.train, params, history, evaluate=_evaluator(model, params))
     history.close(PLOTS / "dense.csv")
     models.save(model, OUT / "dense")
+    start = {"from": settings.start, "checkpoint_sha256": digest(checkpoint) if checkpoint else None}
     facts = _facts(model, OUT / "dense") | accuracy(model, _eval_batches(model, params))[0]
-    write_json(METRICS / "dense.json", {"from": settings.start, "epochs": history.epochs} | facts)
+    write_json(METRICS / "dense.json", start | {"epochs": history.epochs} | facts)
 
 
 def calibrate(params: Params) -> None:
@@ -177,6 +178,8 @@ STAGES: dict[str, Callable[[Params], None]] = {
 
 def run(stage: str, project: Path) -> None:
     """Run one stage in a project directory."""
+    if not project.is_dir():
+        raise BadInput(f"{project}: no such directory; give a project's (vitprune init DIR makes one)")
     os.chdir(project)
     params = load(Path("params.yaml"))
     if params.threads is not None:

@@ -290,14 +290,3 @@ def test_prune_is_score_select_and_apply_by_hand(vit: nn.Module) -> None:
     weights = find_groups(vit, ["weight"])
     masks = select(score(vit, weights, "energy"), 0.3, "module", weights)
     assert same_state(prune(vit, "dimap", 0.3), state(zero(copy.deepcopy(vit), weights, masks)))
-
-
-def test_an_iterator_of_batches_is_refused_since_every_cycle_reads_them_again(vit):
-    groups = find_groups(vit, ["ffn"])
-    with pytest.raises(BadInput, match="used up after one pass"):
-        score(vit, groups, "taylor", iter([(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))]))
-
-
-def test_heads_merge_even_where_no_channel_goes(vit):
-    merged = prune(vit, "upvits-literal", {"attention": 0.0}, batches(vit), heads=1)
-    assert [(block.attn.num_heads, block.attn.head_dim) for block in merged.blocks] == [(1, 48)] * 2

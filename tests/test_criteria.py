@@ -29,7 +29,7 @@ def energy_of(values: list[float]) -> list[float]:
 
 
 def test_energy_by_hand() -> None:
-    # 9/9, 1/(9+4+1), 4/(9+4); dimap.md section 2.2
+    # 9/9, 1/(9+4+1), 4/(9+4); DIMAP, equation 10
     assert energy_of([3.0, -1.0, 2.0]) == pytest.approx([1.0, 0.0714, 0.3077], abs=5e-5)
     assert energy_of([3.0, -1.0, 2.0]) == pytest.approx([1, 1 / 14, 4 / 13], abs=1e-15)
 
@@ -243,3 +243,9 @@ def test_an_unknown_criterion_is_refused_and_a_function_is_one(vit: torch.nn.Mod
         score(vit, groups, "best")
     own, named = score(vit, groups, by_weights.magnitude), score(vit, groups, "magnitude")
     assert all(torch.equal(own[name], named[name]) for name in named)
+
+
+def test_an_iterator_of_batches_is_refused_since_every_cycle_reads_them_again(vit):
+    groups = find_groups(vit, ["ffn"])
+    with pytest.raises(BadInput, match="used up after one pass"):
+        score(vit, groups, "taylor", iter([(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))]))

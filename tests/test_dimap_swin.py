@@ -1,4 +1,4 @@
-"""DIMAP on the three Swins of its paper: what may go, what is left, what it costs (dimap.md, sections 1, 2.6 and 4)."""
+"""DIMAP on the three Swins of its paper: what may go, what is left, what it costs."""
 
 import functools
 

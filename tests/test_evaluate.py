@@ -9,7 +9,7 @@ from torch import nn
 from vitprune import BadInput, count, find_groups, prune, shrink, zero
 from vitprune.evaluate import accuracy, costs, environment, latency
 
-# upvits.md section 4, at 224 x 224, attention products counted
+# stock DeiT, at 224 x 224, attention products counted
 DEIT = {"tiny": (5_717_416, 1.254), "small": (22_050_664, 4.599), "base": (86_567_656, 17.564)}
 
 

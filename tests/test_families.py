@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 from oracles import literal_vit
-from tiny_models import ZOO, answer, images, random_masks, redrawn, tiny
+from tiny_models import ZOO, answer, batches, images, random_masks, redrawn, tiny
 from torch import nn
 
-from vitprune import BadInput, find_groups, select, shrink, zero
+from vitprune import BadInput, find_groups, prune, select, shrink, zero
 from vitprune.families import merge_heads, rebuild, structure, uniform_args
 from vitprune.groups import KINDS
 
@@ -209,3 +209,8 @@ def test_uniform_args_are_those_of_timm(vit: nn.Module, swin: nn.Module) -> None
     groups = find_groups(vit, ["ffn"])[:1]
     shrink(vit, groups, random_masks(groups, 1))
     assert uniform_args(vit) == {}
+
+
+def test_heads_merge_even_where_no_channel_goes(vit):
+    merged = prune(vit, "upvits-literal", {"attention": 0.0}, batches(vit), heads=1)
+    assert [(block.attn.num_heads, block.attn.head_dim) for block in merged.blocks] == [(1, 48)] * 2

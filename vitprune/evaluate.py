@@ -180,7 +180,7 @@ def _zero_share(weight: Tensor) -> float:
 
 
 def _nominal_saving(model: nn.Module, per_layer: dict[str, int]) -> int:
-    """MACs saved if every prunable layer had the mean sparsity of all of them. Source: DIMAP section 4."""
+    """MACs saved if every prunable layer had the mean sparsity of all of them. Source: DIMAP, table 1."""
     try:
         groups = find_groups(model, ["weight"])
     except BadInput:  # a model without groups has no prunable layers to average over

@@ -10,7 +10,7 @@ def sparsities(final: float, cycles: int, shape: str = "cubic") -> list[float]:
 
     linear: final * k / n; cubic: final * (1 - (1 - k / n)^3), which removes most while much is left.
 
-    Source: Zhu & Gupta 2017, equation 1 (cubic); CAP section 6.
+    Source: Zhu & Gupta 2017, equation 1 (cubic).
     """
     if shape not in SHAPES:
         raise BadInput(f"schedule {shape!r}: unknown; use one of {', '.join(SHAPES)}")

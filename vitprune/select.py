@@ -34,7 +34,7 @@ def select(
     Raises:
         BadInput: sparsity is outside 0..1, a score is NaN, a scope is unknown or does not fit a group's shape.
 
-    Source: UP-ViTs section 2 (stable order), DIMAP section 2.5 (one threshold per module).
+    Source: UP-ViTs (the same share in each group, stable order), DIMAP (one threshold per module).
     """
     if not 0 <= sparsity < 1:
         raise BadInput(f"sparsity {sparsity}: must be at least 0 and below 1 (the fraction to remove)")

@@ -28,7 +28,7 @@ def slices(layer: nn.Module, path: str, axis: int, outer: int = 1, inner: int = 
 def weights(path: str, block: nn.Module) -> list[Group]:
     """Every single weight of a block's qkv, proj, fc1 and fc2, one group per layer.
 
-    Source: DIMAP section 1, CAP section 6.
+    Source: DIMAP, appendix B; CAP prunes the same layers.
     """
     found = []
     for name, pool in PRUNABLE.items():
@@ -41,7 +41,7 @@ def weights(path: str, block: nn.Module) -> list[Group]:
 
 
 def ffn(path: str, mlp: Any) -> Group:
-    """Hidden units of a plain MLP: fc1 row and bias, fc2 column. Source: UP-ViTs section 1.3."""
+    """Hidden units of a plain MLP: fc1 row and bias, fc2 column. Source: UP-ViTs, component 3."""
     for leaf in ("fc1", "fc2"):
         if not isinstance(getattr(mlp, leaf, None), nn.Linear):
             raise refuse(path, mlp, f"{leaf} is not a Linear layer")
@@ -59,7 +59,7 @@ def head_dim(attn: Any) -> int:
 def attention(path: str, attn: Any) -> Group:
     """Channels of an attention's heads, q, k and v together; shape (heads, channels).
 
-    Source: UP-ViTs section 1.2.
+    Source: UP-ViTs, component 2.
     """
     width = head_dim(attn)
     parts = slices(attn.qkv, f"{path}.qkv", 0, outer=3) + slices(attn.proj, f"{path}.proj", 1)
@@ -100,7 +100,7 @@ def merge_heads(model: nn.Module, group: Group, number: int) -> Group:
     Raises:
         BadInput: the heads do not divide, or each has parameters of its own that cannot merge.
 
-    Source: UP-ViTs section 2.
+    Source: UP-ViTs, merging h_b heads into h_t.
     """
     attn = model.get_submodule(group.owner)
     if group.kind != "attention" or group.shape[0] == number:

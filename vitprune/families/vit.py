@@ -65,7 +65,7 @@ def _separable(path: str, attn: Any) -> Any:
 
 
 def _residual(model: Any) -> Group:
-    """Channels of the residual stream, through the whole model. Source: UP-ViTs section 1.1."""
+    """Channels of the residual stream, through the whole model. Source: UP-ViTs, component 1."""
     found: list[ParamSlice] = []
     inner: set[str] = set()
     for path, module in model.named_modules():

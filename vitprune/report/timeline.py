@@ -7,7 +7,6 @@ from vitprune.report import inputs, plots, quantities
 from vitprune.report.quantities import Quantity
 
 _CYCLE_SIZES = ("params", "macs", "nonzero_params", "nonzero_macs")
-_STAGES = (("dense", "Dense training"), ("prune", "Recovery while pruning"), ("distill", "Distillation"))
 _LEGIBLE_POINTS = 40  # a curve with fewer points than this shows each
 _DASHES = ("-", "--", ":", "-.")
 

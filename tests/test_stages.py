@@ -116,9 +116,9 @@ def test_one_shot_n_of_m_leaves_two_of_every_four(finish):
 @pytest.mark.real
 def test_the_stages_on_real_images_and_weights(monkeypatch, tmp_path, real_data):
     params = yaml.safe_load((ROOT / "recipes/deit_tiny_ffn_oneshot.yaml").read_text())
-    params["dataset"] |= {"source": f"parquet:{real_data / 'imagenet-val-800.parquet'}", "eval_fraction": 0.25}
+    params["dataset"] |= {"source": f"parquet:{real_data / 'imagenet-val-800.parquet'}", "eval_fraction": 0.1}
     params["dense"]["checkpoint"] = str(real_data / "deit_tiny_patch16_224.safetensors")
-    params["calibrate"]["size"], params["evaluate"]["latency_runs"], params["export"]["onnx"] = 60, 2, False
+    params["calibrate"]["size"], params["evaluate"]["latency_runs"], params["export"]["onnx"] = 50, 2, False
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     for stage in ORDER:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ import tiny_project
 
 from flows.journal import Journal, read
 from flows.repro import STAGES, StageResult, environment
+from vitprune import stages
+from vitprune.report import write_report
 
 pytestmark = pytest.mark.pipeline
 
@@ -74,9 +77,13 @@ def record(project: Path, name: str, cached: bool = False) -> Journal:
 
 @pytest.fixture(scope="module")
 def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project in which all real stages have run."""
+    """A project in which all real stages have run, in this process for speed, and whose outputs DVC has taken over."""
     project = tiny_project.make(tmp_path_factory.mktemp("tiny") / "project")
-    command = [sys.executable, "-m", "dvc", "repro", "-q"]
+    with contextlib.chdir(project):
+        for stage in STAGES[:-1]:
+            stages.run(stage, project)
+    write_report(project, project / "out/report/report.html")
+    command = [sys.executable, "-m", "dvc", "commit", "-q", "--force"]
     subprocess.run(command, cwd=project, env=environment(project), check=True, stdout=subprocess.DEVNULL)
     return project
 

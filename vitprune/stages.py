@@ -106,22 +106,24 @@ def mask(params: Params) -> None:
 
 def prune(params: Params) -> None:
     """Prune cycle by cycle and recover after each; every cycle leaves its masks, scores and metrics."""
-    plan = _plan(params)
+    plan, recover = _plan(params), params.prune.recover
     model = models.load(OUT / "dense").to(_device())
     evaluate = _evaluator(model, params)
     history = History(OUT / "prune", "prune")
-    rows = []
+    rows, now = [], {}
     for cycle in compress(model, plan, _calibration(model, params), models.read_weights(OUT / "mask" / MASKS)):
-        before = evaluate()["top1"]
-        if params.prune.recover is not None:
-            task = classification(model, params.prune.recover.smoothing)
+        before = now = evaluate()
+        if recover is not None:
+            task = classification(model, recover.smoothing)
             where = f"recovery after cycle {cycle.number}"
-            _train(task, params.prune.recover, params, history, _held(cycle), evaluate, where, cycle.number)
-        rows.append(write_cycle(OUT / "cycles", cycle, cycle.scores or _scores(), model, before, evaluate()["top1"]))
+            _train(task, recover, params, history, _held(cycle), evaluate, where, cycle.number)
+            now = evaluate()
+        scores = cycle.scores or _scores()
+        rows.append(write_cycle(OUT / "cycles", cycle, scores, model, before["top1"], now["top1"]))
     history.close(PLOTS / "prune.csv")
     write_csv(PLOTS / "cycles.csv", rows)
     models.save(model, OUT / "prune")
-    write_json(METRICS / "prune.json", _facts(model, OUT / "prune") | evaluate() | {"cycles": len(rows)})
+    write_json(METRICS / "prune.json", _facts(model, OUT / "prune") | now | {"cycles": len(rows)})
 
 
 def distill(params: Params) -> None:

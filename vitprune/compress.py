@@ -125,8 +125,13 @@ def score(
     return function(model, groups, _lasting(batches), seed).scores
 
 
-def choose(scores: Scores, groups: Sequence[Group], plan: Plan, target: Mapping[str, float], kept: Masks) -> Masks:
-    """Masks of one cycle, each kind by its own scope; structured groups keep at least one unit."""
+def choose(
+    scores: Scores, groups: Sequence[Group], plan: Plan, target: Mapping[str, float], kept: Masks | None = None
+) -> Masks:
+    """Masks of one cycle, each kind by its own scope; structured groups keep at least one unit.
+
+    What the cycles before have kept is in `kept`; None where there is none before.
+    """
     masks: Masks = {}
     for kind, share in target.items():
         same = [group for group in groups if group.kind == kind]

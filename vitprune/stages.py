@@ -1,7 +1,7 @@
 """The stages of the pipeline: each reads files of a project directory and writes files of its own."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -60,15 +60,15 @@ def dense(params: Params) -> None:
     model = models.create(
         params.model.name, params.model.args, params.seed, settings.start == "pretrained", checkpoint
     ).to(_device())
+    evaluate = _evaluator(model, params)
     history = History(OUT / "dense", "dense")
     if settings.train is not None:
         task = classification(model, settings.train.smoothing)
-        _train(task, settings.train, params, history, evaluate=_evaluator(model, params))
+        _train(task, settings.train, params, history, evaluate=evaluate)
     history.close(PLOTS / "dense.csv")
     models.save(model, OUT / "dense")
     start = {"from": settings.start, "checkpoint_sha256": digest(checkpoint) if checkpoint else None}
-    facts = _facts(model, OUT / "dense") | accuracy(model, _eval_batches(model, params))[0]
-    write_json(METRICS / "dense.json", start | {"epochs": history.epochs} | facts)
+    write_json(METRICS / "dense.json", start | {"epochs": history.epochs} | _facts(model, OUT / "dense") | evaluate())
 
 
 def calibrate(params: Params) -> None:
@@ -98,8 +98,7 @@ def mask(params: Params) -> None:
     """Choose the masks of the first cycle from the scores."""
     plan = _plan(params)
     groups = groups_for(models.load(OUT / "dense"), plan)
-    kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
-    masks = choose(_scores(), groups, plan, plan.targets()[0], kept)
+    masks = choose(_scores(), groups, plan, plan.targets()[0])
     facts = write_masks(OUT / "mask", groups, masks)
     write_json(METRICS / "mask.json", {"target": plan.targets()[0]} | facts)
 
@@ -130,14 +129,14 @@ def distill(params: Params) -> None:
     """Fine-tune the pruned model with the dense one as teacher; what is zero stays zero."""
     settings = params.distill
     model, teacher = models.load(OUT / "prune").to(_device()), models.load(OUT / "dense").to(_device())
+    evaluate = _evaluator(model, params)
     history = History(OUT / "distill", "distill")
     if settings.train is not None:
         task = distillation(model, teacher, settings.alpha, settings.temperature, settings.train.smoothing)
-        _train(task, settings.train, params, history, _held_at_end(teacher, params), _evaluator(model, params))
+        _train(task, settings.train, params, history, _held_at_end(teacher, params), evaluate)
     history.close(PLOTS / "distill.csv")
     models.save(model, OUT / "distill")
-    top = accuracy(model, _eval_batches(model, params))[0]
-    write_json(METRICS / "distill.json", _facts(model, OUT / "distill") | top | {"epochs": history.epochs})
+    write_json(METRICS / "distill.json", _facts(model, OUT / "distill") | evaluate() | {"epochs": history.epochs})
 
 
 def evaluate(params: Params) -> None:
@@ -219,10 +218,6 @@ def _open(split: str, model: nn.Module, params: Params, augment: str | None = No
     if highest >= classes:
         raise BadInput(f"model.args.num_classes: {classes}, but the data has label {highest}; set it to {highest + 1}")
     return table
-
-
-def _eval_batches(model: nn.Module, params: Params) -> Iterable[data.Batch]:
-    return data.eval_batches(_open("eval", model, params), params.evaluate.batch_size)
 
 
 def _evaluator(model: nn.Module, params: Params) -> Callable[[], dict[str, float]]:

@@ -1,6 +1,5 @@
 """Real images: scanned digits always, photographs where they are."""
 
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,11 +20,8 @@ def manifest(digits: data.Source) -> pa.Table:
 
 
 @pytest.fixture(scope="session")
-def photographs() -> Path:
-    folder = os.environ.get("VITPRUNE_REAL_DATA")
-    if folder is None:
-        pytest.skip("VITPRUNE_REAL_DATA is not set")
-    path = Path(folder) / "imagenet-val-800.parquet"
+def photographs(real_data: Path) -> Path:
+    path = real_data / "imagenet-val-800.parquet"
     if not path.exists():
         pytest.skip(f"VITPRUNE_REAL_DATA has no {path.name}")
     return path

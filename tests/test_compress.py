@@ -11,7 +11,7 @@ from torch import nn
 
 from vitprune import METHODS, BadInput, find_groups, plan_for, prune, score, select, shrink, zero
 from vitprune.compress import Cycle, compress, groups_for
-from vitprune.criteria import Importance
+from vitprune.criteria import Importance, Setting
 from vitprune.criteria import weights as by_weights
 from vitprune.methods import Method
 from vitprune.params import Train
@@ -146,14 +146,14 @@ def test_an_update_comes_before_the_cut(vit: nn.Module, monkeypatch: pytest.Monk
     """A criterion whose survivors double their output, and whose bias becomes the number of units that stay."""
     seen = []
 
-    def doubling(model: nn.Module, groups, data, seed: int) -> Importance:
+    def doubling(model: nn.Module, groups, data, setting: Setting) -> Importance:
         def update(masks):
             seen.append({name: tuple(mask.shape) for name, mask in masks.items()})
             doubled = {f"{name}.fc2.weight": 2 * model.get_parameter(f"{name}.fc2.weight") for name in masks}
             left = {n: torch.full_like(model.get_parameter(f"{n}.fc2.bias"), float(m.sum())) for n, m in masks.items()}
             return doubled | {f"{name}.fc2.bias": value for name, value in left.items()}
 
-        return Importance(by_weights.magnitude(model, groups, data, seed).scores, update)
+        return Importance(by_weights.magnitude(model, groups, data, setting).scores, update)
 
     monkeypatch.setitem(METHODS, "doubling", Method(doubling, {"ffn": "layer"}, ("ffn",), False, "for this test"))
     dense = tiny("vit")
@@ -167,8 +167,8 @@ def test_an_update_comes_before_the_cut(vit: nn.Module, monkeypatch: pytest.Monk
 
 
 def test_an_update_of_weights_is_followed_by_the_zeros(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ones(model: nn.Module, groups, data, seed: int) -> Importance:
-        scores = by_weights.magnitude(model, groups, data, seed).scores
+    def ones(model: nn.Module, groups, data, setting: Setting) -> Importance:
+        scores = by_weights.magnitude(model, groups, data, setting).scores
         return Importance(scores, lambda masks: {name: torch.ones(mask.shape) for name, mask in masks.items()})
 
     monkeypatch.setitem(METHODS, "ones", Method(ones, {"weight": "global"}, ("weight",), False, "for this test"))

@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Criterion, Importance
+from vitprune.criteria import DEFAULTS, Batches, Criterion, Importance, Setting
 from vitprune.errors import BadInput
 from vitprune.families import find_groups, merge_heads
 from vitprune.groups import Group, Masks, Scores, shrink, zero
@@ -29,12 +29,16 @@ class Plan:
     heads: int | None = None
     cycles: int = 1
     schedule: str = "cubic"
-    seed: int = 0
+    setting: Setting = DEFAULTS
 
     @property
     def row(self) -> Method:
         """The method's row in the table."""
         return method_named(self.method)
+
+    def setting_of(self, cycle: int) -> Setting:
+        """How the cycle of that number scores: every one has a seed of its own."""
+        return replace(self.setting, seed=self.setting.seed + cycle)
 
     def scope_of(self, kind: str) -> str:
         """Who competes among the units of a kind; attention channels always compete inside their head."""
@@ -69,7 +73,7 @@ def plan_for(
     heads: int | None = None,
     cycles: int = 1,
     schedule: str = "cubic",
-    seed: int = 0,
+    setting: Setting = DEFAULTS,
 ) -> Plan:
     """Check a method's settings against its row; a single sparsity applies to the row's usual kinds.
 
@@ -101,7 +105,7 @@ def plan_for(
         raise BadInput(f"prune.heads {heads}: merges heads where attention channels go, and none do; set it to null")
     if {"head", "attention"} <= set(shares):
         raise BadInput("prune.sparsity: head and attention cut the same axis; choose one of them")
-    plan = Plan(method, shares, scope, heads, cycles, schedule, seed)
+    plan = Plan(method, shares, scope, heads, cycles, schedule, setting)
     plan.targets()
     return plan
 
@@ -122,7 +126,7 @@ def score(
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-    return function(model, groups, _lasting(batches), seed).scores
+    return function(model, groups, _lasting(batches), Setting(seed)).scores
 
 
 def choose(
@@ -154,7 +158,7 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
         scores: Scores = {}
         importance = Importance({})
         if number > 1 or first is None or plan.row.update:
-            importance = plan.row.criterion(model, now, batches, plan.seed + number)
+            importance = plan.row.criterion(model, now, batches, plan.setting_of(number))
             scores = {group.name: _in_dense(group, importance.scores, kept) for group in dense}
         masks = first if first is not None and number == 1 else choose(scores, dense, plan, target, kept)
         _apply(model, now, masks, kept, importance)
@@ -182,7 +186,7 @@ def prune(
         BadInput: a setting, a module or the result cannot be used; the message names it.
     """
     pruned = copy.deepcopy(model)
-    for _ in compress(pruned, plan_for(method, sparsity, scope, heads, seed=seed), batches):
+    for _ in compress(pruned, plan_for(method, sparsity, scope, heads, setting=Setting(seed)), batches):
         pass
     if example_input is not None:
         with torch.no_grad():

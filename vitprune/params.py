@@ -68,9 +68,16 @@ class Calibrate(Section):
 
 
 class Score(Section):
-    """How scoring reads the calibration set."""
+    """How scoring runs: images per batch, memory of the candidates in flight (MiB), classes whose gradients are taken.
+
+    `autocast` runs Fisher's passes in bfloat16; `confidence` is that of the kept set where scores are estimated first.
+    """
 
     batch_size: Count = 64
+    memory_mb: Count = 1024
+    classes: Count = 8
+    autocast: bool = False
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
 
 
 class Prune(Section):

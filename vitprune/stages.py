@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitprune import data, models, tables
 from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_for
+from vitprune.criteria import Setting
 from vitprune.cycles import MASKS, write_cycle, write_masks
 from vitprune.errors import BadInput
 from vitprune.evaluate import accuracy, count, environment, latency
@@ -86,7 +87,7 @@ def score(params: Params) -> None:
     plan = _plan(params)
     model = models.load(OUT / "dense").to(_device())
     groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
-    scores = plan.row.criterion(model, groups, _calibration(model, params), plan.seed + 1).scores
+    scores = plan.row.criterion(model, groups, _calibration(model, params), plan.setting_of(1)).scores
     models.write_weights(scores, OUT / "score" / SCORES)
     rows = summary_rows(groups, scores)
     tables.write(rows, tables.SCORES, OUT / "score" / "summary.parquet")
@@ -195,11 +196,17 @@ def _kinds(params: Params) -> Sequence[str]:
 def _plan(params: Params) -> Plan:
     p, kinds = params.prune, _kinds(params)
     sparsity = dict.fromkeys(kinds, p.sparsity) if isinstance(p.sparsity, float) else p.sparsity
-    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, params.seed)
+    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params))
     unscored = [kind for kind in plan.sparsity if kind not in kinds]
     if unscored:
         raise BadInput(f"prune.sparsity.{unscored[0]}: only {', '.join(kinds)} are scored; add it to prune.kinds")
     return plan
+
+
+def _setting(params: Params) -> Setting:
+    """How criteria run."""
+    s = params.score
+    return Setting(params.seed, s.memory_mb << 20, s.classes, s.autocast, s.confidence)
 
 
 def _device() -> torch.device:

@@ -1,7 +1,7 @@
 """What a unit is worth: a criterion reads a model, its groups and batches, and gives one score per unit."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -12,14 +12,35 @@ Update = Callable[[Masks], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
+class Setting:
+    """How a criterion runs: its seed, and limits that change time and memory, or the last digits of an estimate.
+
+    `memory` (bytes) bounds the activations of candidates in flight, `classes` counts the classes of an image whose
+    gradients are taken one by one, `autocast` lets forward and backward passes run in bfloat16, `confidence` is the
+    probability that a kept set is the exact one.
+    """
+
+    seed: int = 0
+    memory: int = 1 << 30
+    classes: int = 8
+    autocast: bool = False
+    confidence: float = 0.99
+
+
+DEFAULTS = Setting()
+
+
+@dataclass(frozen=True)
 class Importance:
     """Scores (larger = worth more) and, where the criterion has one, the update of the surviving weights.
 
-    `update` maps masks to new values by parameter name, by which the survivors make up for what goes.
+    `update` maps masks to new values by parameter name, by which the survivors make up for what goes. `facts` are
+    figures about the scoring itself, for its metrics.
     """
 
     scores: Scores
     update: Update | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
-Criterion = Callable[[nn.Module, Sequence[Group], Batches, int], Importance]
+Criterion = Callable[[nn.Module, Sequence[Group], Batches, Setting], Importance]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance
+from vitprune.criteria import Batches, Importance, Setting
 from vitprune.errors import BadInput
 from vitprune.groups import Group, shrink, zero
 from vitprune.modes import evaluating
@@ -14,7 +14,7 @@ from vitprune.progress import track
 
 
 @torch.no_grad()
-def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, seed: int) -> Importance:
+def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
     """Score a unit by sum over images of KL(model || model without it): remove one unit, run the model, repeat.
 
     The slow oracle that faster scorers are held against: units x images forward passes. Residual channels are

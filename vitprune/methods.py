@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitprune.criteria import Criterion, kl, weights
+from vitprune.criteria import Criterion, exact, kl, weights
 from vitprune.errors import BadInput
 
 
@@ -47,6 +47,13 @@ METHODS: dict[str, Method] = {
         False,
         "KL divergence, one removal at a time (Yu & Wu, SCIS 2023): slow, the oracle",
     ),
+    "upvits-exact": Method(
+        exact.exact,
+        {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"},
+        ("ffn", "attention"),
+        False,
+        "the same scores, running again only what a removal changes",
+    ),
 }
 
 CRITERIA: dict[str, Criterion] = {
@@ -55,6 +62,7 @@ CRITERIA: dict[str, Criterion] = {
     "energy": weights.energy,
     "taylor": weights.taylor,
     "kl-literal": kl.literal,
+    "kl-exact": exact.exact,
 }
 
 

@@ -31,11 +31,12 @@ def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting
     with evaluating(model):
         answers = [model(batch).double().log_softmax(-1) for batch in images]
         for group, unit in track(units, "removing one unit at a time"):
-            scores[group.name][unit] = _divergence(_without(model, group, unit), images, answers)
+            scores[group.name][unit] = _divergence(without(model, group, unit), images, answers)
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 
-def _without(model: nn.Module, group: Group, unit: int) -> nn.Module:
+def without(model: nn.Module, group: Group, unit: int) -> nn.Module:
+    """A copy of the model without one unit of a group: residual channels shrunk away, others zeroed."""
     mask = torch.ones(group.units, dtype=torch.bool)
     mask[unit] = False
     remove = shrink if group.kind == "residual" else zero

@@ -77,3 +77,51 @@ def kl(first: Tensor, second: Tensor) -> float:
     """Sum over images of KL(first || second), in nats, from logits."""
     p, q = first.softmax(-1), second.softmax(-1)
     return float((p * (p / q).log()).sum())
+
+
+def gated_norm(x: Tensor, norm: nn.LayerNorm, gate: Tensor) -> Tensor:
+    """LayerNorm whose mean and variance count channel c gate[c] times, and whose output is gated."""
+    mean = (x * gate).sum(-1, keepdim=True) / gate.sum()
+    variance = ((x - mean).square() * gate).sum(-1, keepdim=True) / gate.sum()
+    return ((x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias) * gate
+
+
+def gated_attention(x: Tensor, attn: nn.Module, heads: Tensor, channels: Tensor) -> Tensor:
+    """Attention with a gate on each head's output, and one on what each channel adds to logits and output."""
+    number, width = attn.num_heads, attn.head_dim
+    q, k, v = attn.qkv(x).unflatten(-1, (3, number, width)).permute(2, 0, 3, 1, 4)  # (B, heads, N, channels) each
+    gate = channels.view(number, 1, width)
+    z = ((q * gate) @ k.transpose(-2, -1) * attn.scale).softmax(-1) @ (v * gate)
+    return attn.proj((z * heads.view(number, 1, 1)).transpose(1, 2).flatten(2))
+
+
+def gated_vit(model: nn.Module, images: Tensor, gates: dict[str, Tensor]) -> Tensor:
+    """Logits of a plain ViT with a gate on every unit: at 1 the dense model, at 0 the model without the unit.
+
+    gates: as the library names the groups ("residual", "blocks.0.attn", "blocks.0.attn.heads", "blocks.0.mlp").
+    """
+    one = torch.ones((), dtype=images.dtype)
+    live = gates.get("residual", torch.ones(model.embed_dim, dtype=images.dtype))
+    patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
+    x = torch.cat([model.cls_token.expand(len(images), -1, -1), patches], dim=1) + model.pos_embed
+    for number, block in enumerate(model.blocks):
+        path, attn = f"blocks.{number}", block.attn
+        heads = gates.get(f"{path}.attn.heads", one.expand(attn.num_heads))
+        channels = gates.get(f"{path}.attn", one.expand(attn.num_heads, attn.head_dim))
+        x = x + gated_attention(gated_norm(x, block.norm1, live), attn, heads, channels)
+        hidden = block.mlp.act(block.mlp.fc1(gated_norm(x, block.norm2, live)))
+        x = x + block.mlp.fc2(hidden * gates.get(f"{path}.mlp", one))
+    return model.head(gated_norm(x, model.norm, live)[:, 0])
+
+
+def fisher_quadratic(model: nn.Module, images: Tensor, groups: list) -> dict[str, Tensor]:
+    """1/2 sum over classes of p_c (d log p_c / d gate)^2 for each image alone; group name -> (units, B)."""
+    found = {group.name: torch.zeros(group.units, len(images), dtype=images.dtype) for group in groups}
+    for place, image in enumerate(images):
+        gates = {group.name: torch.ones(group.shape, dtype=images.dtype, requires_grad=True) for group in groups}
+        answer = gated_vit(model, image[None], gates)[0].log_softmax(-1)
+        for logp in answer:
+            slopes = torch.autograd.grad(logp, list(gates.values()), retain_graph=True)
+            for name, slope in zip(gates, slopes, strict=True):
+                found[name][:, place] += logp.detach().exp() * slope.flatten().square() / 2
+    return found

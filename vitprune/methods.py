@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitprune.criteria import Criterion, exact, kl, weights
+from vitprune.criteria import Criterion, exact, fisher, kl, weights
 from vitprune.errors import BadInput
 
 
@@ -26,6 +26,11 @@ def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = Fal
 def _structured(criterion: Criterion, about: str) -> Method:
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
     return Method(criterion, scopes, ("ffn", "attention"), True, about)
+
+
+def _upvits(criterion: Criterion, about: str) -> Method:
+    scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
+    return Method(criterion, scopes, ("ffn", "attention"), False, about)
 
 
 METHODS: dict[str, Method] = {
@@ -54,6 +59,7 @@ METHODS: dict[str, Method] = {
         False,
         "the same scores, running again only what a removal changes",
     ),
+    "upvits-fisher": _upvits(fisher.fisher, "KL divergence to second order, all units from a few backward passes"),
 }
 
 CRITERIA: dict[str, Criterion] = {
@@ -63,6 +69,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": weights.taylor,
     "kl-literal": kl.literal,
     "kl-exact": exact.exact,
+    "kl-fisher": fisher.fisher,
 }
 
 

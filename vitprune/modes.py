@@ -1,4 +1,4 @@
-"""Training and evaluation mode, module by module."""
+"""Training and evaluation mode, module by module; parameters that take no gradient."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,3 +16,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Switch gradients of all parameters off, and on again where they were."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

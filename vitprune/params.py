@@ -68,7 +68,7 @@ class Calibrate(Section):
 
 
 class Score(Section):
-    """How scoring runs: images per batch, memory of the candidates in flight (MiB), classes whose gradients are taken.
+    """How scoring runs: images per batch, memory of the candidates in flight (MiB), gradients per image.
 
     `autocast` runs Fisher's passes in bfloat16; `confidence` is that of the kept set where scores are estimated first.
     """

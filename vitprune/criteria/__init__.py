@@ -15,9 +15,10 @@ Update = Callable[[Masks], dict[str, Tensor]]
 class Setting:
     """How a criterion runs: its seed, and limits that change time and memory, or the last digits of an estimate.
 
-    `memory` (bytes) bounds the activations of candidates in flight, `classes` counts the classes of an image whose
-    gradients are taken one by one, `autocast` lets forward and backward passes run in bfloat16, `confidence` is the
-    probability that a kept set is the exact one.
+    `memory` (bytes) bounds the activations of candidates in flight, `classes` counts the gradients that are taken of an
+    image's answer (half of its likeliest classes, half of all others mixed), `autocast` lets forward and backward
+    passes run in bfloat16, `confidence` is the expected share of a kept set that is exact. `first` is the position of
+    the first image among all images, where the batches are a part of them.
     """
 
     seed: int = 0
@@ -25,6 +26,7 @@ class Setting:
     classes: int = 8
     autocast: bool = False
     confidence: float = 0.99
+    first: int = 0
 
 
 DEFAULTS = Setting()

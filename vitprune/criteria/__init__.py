@@ -38,11 +38,13 @@ class Importance:
 
     `update` maps masks to new values by parameter name, by which the survivors make up for what goes. `facts` are
     figures about the scoring itself, for its metrics.
+    `statistics` are what the update needs, so that another run need not look at the images again.
     """
 
     scores: Scores
     update: Update | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Criterion = Callable[[nn.Module, Sequence[Group], Batches, Setting], Importance]

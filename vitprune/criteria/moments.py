@@ -1,0 +1,161 @@
+"""Second moments of what a unit's consumer reads, and the metric in which errors of its output cost nats."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.criteria import Batches, Setting
+from vitprune.criteria.fisher import pulls
+from vitprune.errors import BadInput
+from vitprune.groups import Group
+from vitprune.modes import evaluating, frozen
+from vitprune.progress import track
+
+Statistics = dict[str, Tensor]  # float64 sums, by "path of a layer/what"
+HALVES = (
+    2  # moments of the even and of the odd images, so that a ridge can be chosen on images that it was not fitted to
+)
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """The one Linear layer that reads a group's units: its input channels are (units, inner)."""
+
+    path: str
+    units: int
+    inner: int
+
+
+def consumer(model: nn.Module, group: Group) -> Consumer:
+    """The consumer of a group of FFN units, heads or attention channels.
+
+    Raises:
+        BadInput: not exactly one Linear layer reads the units.
+    """
+    found = [
+        Consumer(part.param.removesuffix(".weight"), group.units, part.inner)
+        for part in group.slices
+        if part.axis == 1 and isinstance(model.get_submodule(part.param.rpartition(".")[0]), nn.Linear)
+    ]
+    if len(found) != 1 or group.kind == "residual":
+        raise BadInput(f"{group.name}: {len(found)} layers read its units; an update needs exactly one Linear layer")
+    return found[0]
+
+
+def producer(model: nn.Module, group: Group) -> str:
+    """Path of the one layer that makes q, k and v of an attention group.
+
+    Raises:
+        BadInput: q, k and v do not come from one Linear layer.
+    """
+    found = [
+        part.param.removesuffix(".weight")
+        for part in group.slices
+        if part.axis == 0 and part.outer == 3 and part.param.endswith(".weight")
+    ]
+    if len(found) != 1:
+        raise BadInput(f"{group.name}: its q, k and v do not come from one Linear layer; use heads or ffn here")
+    return found[0]
+
+
+def collect(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Statistics:
+    """Sums over all tokens of all images, for the consumer of every group.
+
+    PATH/inputs (halves, k+1, k+1): second moment of its input with a 1 appended; PATH/metric (o, o): second moment of
+    the answer's gradient by its output, which is Fisher's; and for attention groups of the layer that makes q, k, v:
+    PATH/query and PATH/key (heads, c, c), k centred over the tokens of a softmax; PATH/slope (heads,), squared gradient
+    by q; PATH/tokens, their number.
+
+    Raises:
+        BadInput: no batches, or a group without one consumer.
+    """
+    if not batches:
+        raise BadInput("second moments: need images; give batches")
+    readers = list(dict.fromkeys(consumer(model, group).path for group in groups))
+    heads = {producer(model, group): group.shape[0] for group in groups if group.kind == "attention"}
+    total: Statistics = {}
+    first = setting.first
+    with evaluating(model), frozen(model):
+        for images, _ in track(batches, "taking second moments"):
+            for name, value in _of_batch(model, readers, heads, images, setting, first).items():
+                total[name] = total[name] + value if name in total else value
+            first += len(images)
+    return total
+
+
+def _of_batch(
+    model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: Setting, first: int
+) -> Statistics:
+    device = next(model.parameters()).device
+    with torch.enable_grad(), _recording(model, readers, list(heads)) as (inputs, outputs):
+        logits = model(images.to(device).requires_grad_())
+    found: Statistics = {}
+    parity = (torch.arange(first, first + len(images), device=device) % HALVES).to(torch.long)
+    for path in readers:
+        found[f"{path}/inputs"] = _by_half(inputs[path], parity, len(images))
+    for path, number in heads.items():
+        found |= _of_heads(path, outputs[path].detach(), number)
+    watched = list(outputs)
+    for pull in pulls(logits.detach().double().softmax(dim=-1), setting, first):
+        slopes = torch.autograd.grad(logits, [outputs[p] for p in watched], pull.to(logits.dtype), retain_graph=True)
+        for path, slope in zip(watched, slopes, strict=True):
+            if path in heads:
+                _add(found, f"{path}/slope", _query_square(slope, heads[path]))
+            else:
+                flat = slope.flatten(0, -2)
+                _add(found, f"{path}/metric", (flat.T @ flat).double().cpu())
+    return found
+
+
+def _add(found: Statistics, name: str, value: Tensor) -> None:
+    found[name] = found[name] + value if name in found else value
+
+
+def _by_half(value: Tensor, parity: Tensor, images: int) -> Tensor:
+    """Second moment of the rows with a 1 appended, for even and for odd images; (halves, k+1, k+1) float64."""
+    rows = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1).reshape(images, -1, value.shape[-1] + 1)
+    halves = [rows[parity == half].flatten(0, 1) for half in range(HALVES)]
+    return torch.stack([(half.T @ half).double().cpu() for half in halves])
+
+
+def _of_heads(path: str, qkv: Tensor, heads: int) -> Statistics:
+    """Moments of q and of k (centred over the tokens that attend to each other, as softmax does not see a shift)."""
+    query, key, _ = qkv.reshape(-1, qkv.shape[-2], 3, heads, qkv.shape[-1] // (3 * heads)).unbind(dim=2)
+    shifted = key - key.mean(dim=1, keepdim=True)  # (windows, tokens, heads, c)
+    return {
+        f"{path}/query": torch.einsum("bthc,bthd->hcd", query, query).double().cpu(),
+        f"{path}/key": torch.einsum("bthc,bthd->hcd", shifted, shifted).double().cpu(),
+        f"{path}/tokens": torch.tensor(float(query.shape[0] * query.shape[1]), dtype=torch.float64),
+    }
+
+
+def _query_square(slope: Tensor, heads: int) -> Tensor:
+    query = slope[..., : slope.shape[-1] // 3].reshape(-1, heads, slope.shape[-1] // (3 * heads))
+    return query.double().square().sum(dim=(0, 2)).cpu()  # (heads,)
+
+
+@contextmanager
+def _recording(
+    model: nn.Module, readers: Sequence[str], makers: Sequence[str]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """While this is open, the inputs of the readers and the outputs of readers and makers are kept, by path."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(path: str, read: bool) -> object:
+        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[path] = output
+            if read:
+                inputs[path] = given[0].detach()
+
+        return model.get_submodule(path).register_forward_hook(hook)
+
+    handles = [keep(path, True) for path in readers] + [keep(path, False) for path in makers]
+    try:
+        yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()  # type: ignore[attr-defined]

@@ -1,0 +1,146 @@
+"""Structured greedy OBS: units of every kind in nats, each removed where it costs least, and the survivors refitted."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.criteria import Batches, Importance, Setting
+from vitprune.criteria.bases import Bases, bases
+from vitprune.criteria.elimination import eliminate, refit
+from vitprune.criteria.moments import Consumer, Statistics, collect, consumer, producer
+from vitprune.errors import BadInput
+from vitprune.groups import Group, Masks, Scores
+
+RIDGE = 1e-3  # of elimination; the refit chooses its own
+
+
+def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+    """Score FFN units and heads by greedy elimination, attention channels after `rebase`; all in nats per image set.
+
+    FFN units and heads are removed one by one at w_j^T G w_j / [C^-1]_jj, C the second moment of what the consumer
+    reads and G the Fisher matrix of what it writes, both downdated. Attention channels are those of a new basis of
+    each head (bases.py), in which the last ones carry least. `update` gives the new basis and the refitted consumer
+    for any masks; the images are not needed again.
+
+    Raises:
+        BadInput: no batches, single weights or residual channels, or a module that has no one consumer.
+
+    Source: CAP's elimination and UP-ViTs' currency in one; the refit is ridge regression on the dense outputs.
+    """
+    refused = [group for group in groups if group.kind not in ("ffn", "head", "attention")]
+    if refused:
+        raise BadInput(f"{refused[0].name}: unit-obs scores ffn, head and attention, not kind {refused[0].kind!r}")
+    return resume(model, groups, collect(model, groups, batches, setting), setting)
+
+
+def resume(model: nn.Module, groups: Sequence[Group], statistics: Statistics, setting: Setting) -> Importance:
+    """Scores and update from statistics that were collected before on the same model and groups."""
+    scores: Scores = {}
+    for group in groups:
+        find = _channels if group.kind == "attention" else _eliminated
+        scores[group.name] = find(model, group, statistics)
+    return Importance(scores, lambda masks: updated(model, groups, statistics, masks), statistics=statistics)
+
+
+def updated(model: nn.Module, groups: Sequence[Group], statistics: Statistics, masks: Masks) -> dict[str, Tensor]:
+    """New values of the consumers' weights and biases, and of q, k and v in their new bases, for these masks."""
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        found |= (
+            _rebased(model, group, statistics, masks[group.name])
+            if group.kind == "attention"
+            else refitted(model, group, statistics, masks[group.name])
+        )
+    return found
+
+
+def refitted(model: nn.Module, group: Group, statistics: Statistics, mask: Tensor) -> dict[str, Tensor]:
+    """The consumer of a group refitted to its dense output on what the mask keeps; nothing where it keeps all."""
+    if bool(mask.all()):
+        return {}
+    reader = consumer(model, group)
+    kept = mask.flatten().repeat_interleave(reader.inner).nonzero().flatten()
+    return _solved(model, reader, statistics, kept)
+
+
+def rebased(model: nn.Module, group: Group, statistics: Statistics) -> dict[str, Tensor]:
+    """q, k, v and proj of an attention group in its new basis, by parameter name: another form of the same function."""
+    turn, (qkv, proj) = _bases(model, group, statistics), (producer(model, group), consumer(model, group).path)
+    sides = torch.cat([turn.query, turn.key, turn.value]).transpose(1, 2)  # (3 * heads, c, c)
+    found = {}
+    for name in (f"{qkv}.weight", f"{qkv}.bias"):
+        old = dict(model.named_parameters()).get(name)
+        if old is not None:
+            rows = old.detach().cpu().double().reshape(len(sides), sides.shape[1], -1)
+            found[name] = (sides @ rows).reshape(old.shape)
+    weight = model.get_parameter(f"{proj}.weight").detach().cpu().double()
+    found[f"{proj}.weight"] = weight @ _blocks(turn.back)
+    return found
+
+
+def _rebased(model: nn.Module, group: Group, statistics: Statistics, mask: Tensor) -> dict[str, Tensor]:
+    """The new basis, and proj refitted to its dense output on the channels of it that stay."""
+    if bool(mask.all()):
+        return {}
+    basis = _blocks(_bases(model, group, statistics).value)
+    kept = mask.flatten().nonzero().flatten()
+    return rebased(model, group, statistics) | _solved(model, consumer(model, group), statistics, kept, basis)
+
+
+def _solved(
+    model: nn.Module, reader: Consumer, statistics: Statistics, kept: Tensor, basis: Tensor | None = None
+) -> dict[str, Tensor]:
+    layer = model.get_submodule(reader.path)
+    weight, bias = layer.get_parameter("weight").detach().cpu(), dict(layer.named_parameters()).get("bias")
+    solved = refit(weight, statistics[f"{reader.path}/inputs"], kept, bias is not None, basis)
+    full = torch.zeros(weight.shape, dtype=torch.float64).index_copy(1, kept, solved.weight)
+    found = {f"{reader.path}.weight": full}
+    if bias is not None:
+        found[f"{reader.path}.bias"] = bias.detach().cpu() + solved.bias
+    return found
+
+
+def _eliminated(model: nn.Module, group: Group, statistics: Statistics) -> Tensor:
+    reader = consumer(model, group)
+    inputs = statistics[f"{reader.path}/inputs"].sum(dim=0)
+    weight = model.get_parameter(f"{reader.path}.weight").detach().cpu()
+    return eliminate(weight, inputs, _metric(statistics, reader.path), reader.inner, RIDGE).view(group.shape)
+
+
+def _metric(statistics: Statistics, path: str) -> Tensor:
+    """Fisher matrix of a consumer's output per token (o, o): half of error^T metric error, summed, is nats."""
+    return statistics[f"{path}/metric"] / statistics[f"{path}/inputs"][:, -1, -1].sum()
+
+
+def _bases(model: nn.Module, group: Group, statistics: Statistics) -> Bases:
+    maker, reader = producer(model, group), consumer(model, group).path
+    weight = model.get_parameter(f"{reader}.weight").detach().cpu()
+    moments = statistics[f"{reader}/inputs"].sum(dim=0)
+    return bases(statistics[f"{maker}/query"], statistics[f"{maker}/key"], moments, weight)
+
+
+def _channels(model: nn.Module, group: Group, statistics: Statistics) -> Tensor:
+    """Nats of every channel of the new basis, by what its logits and its output carry; (heads, c), falling.
+
+    The mean square of a logit's gradient follows from that of q's, as they differ by the second moment of k.
+    """
+    maker, reader = producer(model, group), consumer(model, group).path
+    turn = _bases(model, group, statistics)
+    spread = statistics[f"{maker}/key"].diagonal(dim1=1, dim2=2).sum(dim=1)  # (heads,)
+    slope = statistics[f"{maker}/slope"] / (statistics[f"{maker}/tokens"] * spread).clamp_min(1e-300)
+    weight = model.get_parameter(f"{reader}.weight").detach().cpu().double()
+    columns = (weight @ _blocks(turn.back)).T  # (heads * c, o), for inputs of variance 1
+    output = torch.einsum("co,op,cp->c", columns, _metric(statistics, reader), columns).view(group.shape)
+    output *= statistics[f"{reader}/inputs"][:, -1, -1].sum()
+    nats = (slope[:, None] * turn.logits + output) / 2
+    return nats.flip(1).cummax(dim=1).values.flip(1)
+
+
+def _blocks(parts: Tensor) -> Tensor:
+    """The transposed heads' matrices along the diagonal of one; (heads, c, c) -> (heads * c, heads * c)."""
+    heads, width, _ = parts.shape
+    joined = torch.zeros(heads, width, heads, width, dtype=parts.dtype)
+    for head in range(heads):
+        joined[head, :, head] = parts[head].T
+    return joined.view(heads * width, heads * width)

@@ -10,7 +10,8 @@ from vitprune.chain import Branch, Chain
 from vitprune.criteria import Batches, Importance, Setting
 from vitprune.criteria.kl import without
 from vitprune.criteria.narrow import narrowed
-from vitprune.criteria.passes import full_precision, needed, onwards, prefixes
+from vitprune.criteria.passes import needed, onwards, prefixes
+from vitprune.criteria.products import full_precision, keep_freed_memory
 from vitprune.criteria.removals import Around, remover
 from vitprune.errors import BadInput
 from vitprune.families.chains import chain as chain_of
@@ -62,6 +63,7 @@ def divergences(
     device = next(model.parameters()).device
     found = {group.name: torch.empty(len(units), len(images), dtype=torch.float64) for group, units in jobs}
     with evaluating(model), full_precision(device):
+        keep_freed_memory(device)
         size = _images_at_once(chain, images[:1].to(device), setting)
         runs = _runs(model, chain, jobs, images, size, setting, found)
         effort = sum(len(units) * _depth(chain, group) for group, units in jobs) * -(-len(images) // size)

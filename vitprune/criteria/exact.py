@@ -115,7 +115,7 @@ def _runs(
         some = images[first : first + size].to(device)
         streams = prefixes(chain, some)
         teacher = _Teacher(some, streams, chain.finish(streams[-1]).double())
-        for group, units in jobs:
+        for group, units in (job for job in jobs if len(job[1])):
             done = 0
             for part in _answers(model, chain, group, units, teacher, setting):
                 rows = slice(done, done + len(part))

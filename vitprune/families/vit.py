@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from timm.layers import Attention, LayerNorm, Mlp, RmsNorm
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
 from vitprune.families import parts
 from vitprune.groups import Group, ParamSlice
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, LayerNorm, RmsNorm)
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
@@ -78,7 +77,7 @@ def _residual(model: Any) -> Group:
         ):
             found += parts.slices(module, path, 1)
             inner |= {f"{path}.weight", f"{path}.bias"}
-        elif isinstance(module, NORMS) and ".attn." not in path and ".mlp." not in path:
+        elif isinstance(module, parts.NORMS) and ".attn." not in path and ".mlp." not in path:
             found += [ParamSlice(f"{path}.{leaf}", 0) for leaf, _ in module.named_parameters()]
         elif isinstance(module, LayerScale):
             found.append(ParamSlice(f"{path}.gamma", 0))

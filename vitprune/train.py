@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, zero
+from vitprune.losses import CrossEntropy
 from vitprune.params import Train
 from vitprune.progress import track
 
@@ -30,18 +31,23 @@ class Held:
 
 def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
     """The task of cross-entropy on labels."""
-    task: nn.Module = ClassificationTask(model, nn.CrossEntropyLoss(label_smoothing=smoothing), verbose=False)
+    task: nn.Module = ClassificationTask(model, CrossEntropy(smoothing), verbose=False)
     return task
 
 
 def distillation(
     student: nn.Module, teacher: nn.Module, alpha: float, temperature: float, smoothing: float
 ) -> nn.Module:
-    """The task of cross-entropy + alpha * KL(teacher || student) on softened logits. Source: UP-ViTs equation 2."""
+    """The task of cross-entropy + alpha * KL(teacher || student) on softened logits.
+
+    The divergence is summed over the positions of a sequence, if there are any, and averaged over the batch.
+
+    Source: UP-ViTs equation 2.
+    """
     task: nn.Module = LogitDistillationTask(
         student,
         teacher.eval().requires_grad_(False),
-        nn.CrossEntropyLoss(label_smoothing=smoothing),
+        CrossEntropy(smoothing),
         distill_loss_weight=alpha,
         task_loss_weight=1.0,
         temperature=temperature,
@@ -64,7 +70,7 @@ def feature_distillation(
         task: nn.Module = FeatureDistillationTask(
             student,
             teacher.eval().requires_grad_(False),
-            nn.CrossEntropyLoss(label_smoothing=smoothing),
+            CrossEntropy(smoothing),
             distill_loss_weight=alpha,
             task_loss_weight=1.0,
             dtype=next(student.parameters()).dtype,

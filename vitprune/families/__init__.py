@@ -11,6 +11,8 @@ from torch import nn
 
 from vitprune.errors import BadInput
 from vitprune.families import parts, pvt, swin, vit
+from vitprune.families.decoder import Decoder
+from vitprune.families.decoder import groups as decoder_groups
 from vitprune.groups import KINDS, Group, cut_to
 
 Finder = Callable[[nn.Module, str], list[Group]]
@@ -20,6 +22,7 @@ FAMILIES: dict[type[nn.Module], Finder] = {
     VisionTransformerDistilled: vit.groups,
     SwinTransformer: swin.groups,
     PyramidVisionTransformerV2: pvt.groups,
+    Decoder: decoder_groups,
 }
 
 

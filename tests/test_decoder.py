@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from vitprune import count, find_groups, prune, score, shrink, zero
 from vitprune.compress import compress, plan_for
+from vitprune.criteria.exact import exact
 from vitprune.families import merge_heads, rebuild, structure
-from vitprune.families.decoder import Decoder
+from vitprune.families.decoder import Decoder, chain
 from vitprune.losses import cross_entropy
 from vitprune.params import Train
 from vitprune.train import classification, distillation, feature_distillation, train
@@ -95,6 +96,21 @@ def test_kl_is_summed_over_positions(kind: str) -> None:
         cut = shrink(copy.deepcopy(model), [group], {group.name: torch.arange(group.units) != unit})
         each = [kl(answer(model, tokens)[:, place], answer(cut, tokens)[:, place]) for place in range(LENGTH)]
         assert float(found[unit]) == pytest.approx(sum(each), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attention", "head", "residual"])
+def test_exact_scoring_is_the_literal_removal(kind: str) -> None:
+    model, data = decoder(), batches()
+    groups = find_groups(model, [kind])
+    expected = score(model, groups, "kl-literal", data)
+    for name, found in score(model, groups, exact, data).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-15)
+
+
+def test_a_chain_is_its_model() -> None:
+    model, tokens = decoder(), texts()
+    with torch.no_grad():
+        torch.testing.assert_close(chain(model)(tokens), answer(model, tokens), **CLOSE)
 
 
 def test_taylor_takes_the_loss_over_all_positions() -> None:

@@ -16,9 +16,9 @@ from vitprune.families import merge_heads
 from vitprune.families.chains import chain
 from vitprune.groups import Group, shrink, zero
 
-MODELS = ["vit", "thin", "distilled", "odd", "extra", "swin"]
+MODELS = ["vit", "thin", "distilled", "odd", "extra", "swin", "pvt", "pvt-linear"]
 KINDS = ["ffn", "attention", "head", "residual"]
-PAIRS = [(name, kind) for name in MODELS for kind in KINDS if (name, kind) != ("swin", "residual")]
+PAIRS = [(name, kind) for name in MODELS for kind in KINDS]
 VARIANTS = {
     "pre-norm": ({"pre_norm": True, "fc_norm": True}, KINDS),
     "no class token": ({"class_token": False, "global_pool": "avg"}, KINDS),

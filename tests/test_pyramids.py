@@ -3,12 +3,14 @@
 import pytest
 import timm
 import torch
-from oracles import LiveNorm
+from oracles import LiveNorm, kl
 from timm.models.pvt_v2 import Attention
 from tiny_models import answer, images, random_masks, same_state, state, tiny
 from torch import nn
 
 from vitprune import BadInput, find_groups, prune, shrink, zero
+from vitprune.criteria import Setting
+from vitprune.criteria.fisher import per_image
 from vitprune.evaluate import count
 from vitprune.families import merge_heads, structure, uniform_args
 from vitprune.families.pvt_attention import CutAttention
@@ -220,3 +222,42 @@ def test_what_is_not_understood_in_a_pvt_is_named(pvt: nn.Module, path: str, kin
     pvt.set_submodule(path, nn.Sequential())
     with pytest.raises(BadInput, match=why):
         find_groups(pvt, [kind])
+
+
+class GatedNorm(nn.Module):
+    """A model's own LayerNorm whose statistics count channel c `gate[c]` times; its readers see gate * output."""
+
+    def __init__(self, norm: nn.LayerNorm, gate: torch.Tensor, readers: bool):
+        super().__init__()
+        self.norm, self.gate, self.readers = norm, gate, readers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = (self.gate * x).sum(-1, keepdim=True) / self.gate.sum()
+        variance = (self.gate * (x - mean) ** 2).sum(-1, keepdim=True) / self.gate.sum()
+        y = (x - mean) / (variance + self.norm.eps).sqrt() * self.norm.weight + self.norm.bias
+        return self.gate * y if self.readers else y
+
+
+def gated(name: str, group: str, unit: int, by: float) -> nn.Module:
+    model = tiny(name)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            stream, side_by_side = stream_of(path)
+            gate = torch.ones(len(module.weight) // side_by_side, dtype=torch.float64)
+            if group.endswith(stream):
+                gate[unit] += by
+            enters = path == "patch_embed.norm" or (name == "pvt" and path.endswith("downsample.norm"))
+            model.set_submodule(path, GatedNorm(module, gate.repeat(side_by_side), readers=not enters))
+    return model
+
+
+@pytest.mark.parametrize("name", ["pvt", "swin"])
+def test_fisher_is_the_curvature_of_the_divergence_as_a_stream_fades(name: str) -> None:
+    model, step = tiny(name), 1e-3
+    groups, x = find_groups(model, ["residual"]), images(tiny(name), 2)
+    found = per_image(model, groups, x, Setting(classes=1000))
+    dense = answer(model, x)
+    for group in groups:
+        for unit in (0, group.units // 2):
+            apart = [kl(dense, answer(gated(name, group.name, unit, by), x)) for by in (-step, step)]
+            assert sum(apart) / 2 / step**2 == pytest.approx(float(found[group.name][unit].sum()), rel=5e-3)

@@ -150,7 +150,9 @@ def _answers(
 
 
 def _divergence(whole: Tensor, logits: Tensor) -> Tensor:
-    """KL in nats of candidates' logits (C * B, classes) from the model's (B, classes); (C, B).
+    """KL in nats of candidates' logits (C * B, ..., classes) from the model's (B, ..., classes); (C, B).
+
+    The answers of a sequence, one per position, are summed.
 
     With d = the logits' change less its mean under p, sum p (log p - log q) = log(1 + sum p (e^d - 1)): the error is
     that of one part in 10^16 of d, where the difference of logarithms would lose it of 1.
@@ -159,8 +161,10 @@ def _divergence(whole: Tensor, logits: Tensor) -> Tensor:
     change = logits.double().view(-1, *whole.shape) - whole
     change = change - (share * change).sum(-1, keepdim=True)
     if bool((change > 500).any()):  # the exponential would overflow
-        return (whole.log_softmax(-1) + change).logsumexp(-1)
-    return (share * change.expm1()).sum(-1).log1p()
+        each = (whole.log_softmax(-1) + change).logsumexp(-1)
+    else:
+        each = (share * change.expm1()).sum(-1).log1p()
+    return each.flatten(2).sum(2) if each.dim() > 2 else each
 
 
 def _candidates(streams: Sequence[Tensor], place: int, setting: Setting) -> int:

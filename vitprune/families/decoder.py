@@ -1,11 +1,13 @@
 """A causal language model of timm's own blocks, and its groups: what is pruned in a ViT is pruned in it alike."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from vitprune.chain import Branch, Chain, Perceptron, Step
 from vitprune.families import parts, vit
 from vitprune.groups import Group, ParamSlice
 
@@ -74,3 +76,15 @@ def _stream(model: Any) -> Group:
 
 def _resize_width(model: Any, shape: tuple[int, ...]) -> None:
     model.embed_dim = model.num_features = model.head_hidden_size = model.token_embed.embedding_dim = shape[0]
+
+
+def chain(model: Any) -> Chain:
+    """The two branches of every block, then norm and head; the answer is (B, T, vocabulary)."""
+    steps: list[Step] = []
+    for index, block in enumerate(model.blocks):
+        path, attn, mlp, whole = f"blocks.{index}", partial(block.attn, is_causal=True), block.mlp, nn.Identity()
+        steps += [
+            Branch(f"{path}.attn", "attention", block.norm1, attn, whole, block.attn.proj),
+            Branch(f"{path}.mlp", "ffn", block.norm2, mlp, whole, mlp.fc2, Perceptron(mlp.fc1, mlp.act)),
+        ]
+    return Chain(model.embed, tuple(steps), (model.norm, model.head))

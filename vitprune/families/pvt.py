@@ -23,7 +23,7 @@ def groups(model: Any, kind: str) -> list[Group]:
         BadInput: a block, attention, MLP or norm of the model is of a type that is not understood.
     """
     blocks = [
-        (f"stages.{number}.blocks.{index}", _plain(f"stages.{number}.blocks.{index}", block))
+        (f"stages.{number}.blocks.{index}", plain(f"stages.{number}.blocks.{index}", block))
         for number, stage in enumerate(model.stages)
         for index, block in enumerate(stage.blocks)
     ]
@@ -61,7 +61,12 @@ def _shape(block: Any) -> tuple[int, int, int, int] | None:
     return attn.dim, attn.num_heads, block.mlp.fc1.out_features, ratio
 
 
-def _plain(path: str, block: Any) -> Any:
+def plain(path: str, block: Any) -> Any:
+    """The block itself.
+
+    Raises:
+        BadInput: it, its attention or its MLP is of a type that is not understood.
+    """
     if type(block) is not Block:
         raise parts.refuse(path, block, "only timm's PVTv2 Block is understood here")
     if type(block.attn) not in (Attention, CutAttention):

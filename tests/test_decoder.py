@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from vitprune import count, find_groups, prune, score, shrink, zero
 from vitprune.compress import compress, plan_for
+from vitprune.criteria import Setting
 from vitprune.criteria.exact import exact
+from vitprune.criteria.fisher import fisher
 from vitprune.families import merge_heads, rebuild, structure
 from vitprune.families.decoder import Decoder, chain
 from vitprune.losses import cross_entropy
@@ -173,3 +175,14 @@ def test_methods_prune_a_decoder_in_cycles(method: str) -> None:
         kept = [float(mask.double().mean()) for mask in cycle.masks.values()]
     assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.02)
     assert answer(model, texts()).isfinite().all()
+
+
+def test_fisher_ranks_units_as_exact_scores_do() -> None:
+    model, data = decoder(), batches(4)
+    groups = find_groups(model, ["ffn"])
+    true = score(model, groups, "kl-exact", data)
+    near = fisher(model, groups, data, Setting(classes=64)).scores
+    for group in groups:
+        ranks = torch.stack([found[group.name].argsort().argsort().double() for found in (true, near)])
+        assert float(torch.corrcoef(ranks)[0, 1]) > 0.8
+        assert 0.5 < float(near[group.name].sum() / true[group.name].sum()) < 2

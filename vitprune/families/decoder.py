@@ -30,7 +30,11 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
         for weight in (self.token_embed.weight, self.pos_embed):
-            nn.init.normal_(weight, std=0.02)
+            nn.init.normal_(weight, std=0.1)
+        for block in self.blocks:  # every branch starts by adding nothing, so that depth does no harm at first
+            for layer in (block.attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream (B, T, width) of tokens (B, T)."""

@@ -15,8 +15,8 @@ from vitprune.groups import Group, ParamSlice
 class Decoder(nn.Module):
     """Token and position embeddings, pre-norm blocks that look back only, a norm and a head.
 
-    `context` is the largest number of tokens; `num_classes`, `in_chans` and `pretrained_cfg` are what timm's training
-    tasks ask of any model.
+    `context` is the largest number of tokens. What else timm's models carry about themselves is here too: its training
+    tasks ask for it, and cutting a ViT keeps it up to date.
     """
 
     def __init__(self, vocabulary: int, context: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0):
@@ -24,6 +24,7 @@ class Decoder(nn.Module):
         self.num_classes, self.context, self.in_chans = vocabulary, context, 1
         self.embed_dim = self.num_features = self.head_hidden_size = width
         self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,)}
+        self.feature_info = [{"num_chs": width, "module": f"blocks.{index}"} for index in range(depth)]
         self.token_embed = nn.Embedding(vocabulary, width)
         self.pos_embed = nn.Parameter(torch.empty(1, context, width))
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias=True) for _ in range(depth))
@@ -31,10 +32,9 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, vocabulary)
         for weight in (self.token_embed.weight, self.pos_embed):
             nn.init.normal_(weight, std=0.1)
-        for block in self.blocks:  # every branch starts by adding nothing, so that depth does no harm at first
-            for layer in (block.attn.proj, block.mlp.fc2):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        for name, parameter in self.blocks.named_parameters():
+            if ".attn.proj." in name or ".mlp.fc2." in name:  # a branch starts by adding nothing
+                nn.init.zeros_(parameter)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream (B, T, width) of tokens (B, T)."""
@@ -79,7 +79,8 @@ def _stream(model: Any) -> Group:
 
 
 def _resize_width(model: Any, shape: tuple[int, ...]) -> None:
-    model.embed_dim = model.num_features = model.head_hidden_size = model.token_embed.embedding_dim = shape[0]
+    vit.resize_width(model, shape)
+    model.token_embed.embedding_dim = shape[0]
 
 
 def chain(model: Any) -> Chain:

@@ -34,6 +34,8 @@ def groups(model: Any, kind: str) -> list[Group]:
         return [group for path, block in blocks for group in parts.weights(path, block, PRUNABLE)]
     if kind == "ffn":
         return [_ffn(f"{path}.mlp", block.mlp) for path, block in blocks]
+    if kind not in ("head", "attention"):
+        raise parts.refuse("stages", model.stages, f"groups of kind {kind!r} are not understood yet")
     find = _heads if kind == "head" else _attention
     return [find(f"{path}.attn", block.attn) for path, block in blocks]
 

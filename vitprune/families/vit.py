@@ -89,10 +89,11 @@ def _residual(model: Any) -> Group:
             raise parts.refuse(
                 owner or name, model.get_submodule(owner), f"its place in the residual stream ({name}) is unknown"
             )
-    return Group("residual", "residual", (model.embed_dim,), tuple(found), resize=_resize_width)
+    return Group("residual", "residual", (model.embed_dim,), tuple(found), resize=resize_width)
 
 
-def _resize_width(model: Any, shape: tuple[int, ...]) -> None:
+def resize_width(model: Any, shape: tuple[int, ...]) -> None:
+    """Record a new width of the residual stream."""
     model.embed_dim = model.num_features = model.head_hidden_size = shape[0]
     for feature in model.feature_info:
         feature["num_chs"] = shape[0]

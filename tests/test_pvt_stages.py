@@ -24,7 +24,13 @@ def project_in(path: Path) -> Path:
     params["dense"]["train"] = TRAIN
     params["distill"] = {"kind": "features", "alpha": 20.0, "train": TRAIN}
     params["calibrate"]["size"], params["evaluate"]["latency_runs"], params["export"]["onnx"] = 100, 3, False
-    params["prune"] |= {"kinds": list(SPARSITY), "sparsity": SPARSITY, "cycles": 1, "recover": None}
+    params["prune"] |= {
+        "method": "upvits-fisher",
+        "kinds": list(SPARSITY),
+        "sparsity": SPARSITY,
+        "cycles": 1,
+        "recover": None,
+    }
     path.mkdir()
     (path / "params.yaml").write_text(yaml.safe_dump(params))
     return path

@@ -12,6 +12,19 @@ def live_norm(x: Tensor, norm: nn.LayerNorm, live: Tensor) -> Tensor:
     return ((x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias) * live
 
 
+class LiveNorm(nn.Module):
+    """A model's own LayerNorm over its live channels only; removed channels come out as zero."""
+
+    def __init__(self, norm: nn.LayerNorm, live: Tensor):
+        super().__init__()
+        self.norm, self.live = norm, live.nonzero().flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.norm.weight[self.live], self.norm.bias[self.live]
+        part = nn.functional.layer_norm(x[..., self.live], (len(self.live),), weight, bias, self.norm.eps)
+        return torch.zeros_like(x).index_copy(-1, self.live, part)
+
+
 def literal_attention(x: Tensor, attn: nn.Module, keep: Tensor) -> Tensor:
     """Attention over the kept channels of (possibly merged) heads, at the scale of the original heads.
 

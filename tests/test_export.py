@@ -35,7 +35,7 @@ def test_a_uniform_model_is_for_plain_timm_too(tmp_path: Path) -> None:
     assert answer(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images(pruned)).shape == (3, 7)
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
 def test_an_uneven_model_is_for_vitprune_alone_and_says_so(name: str, tmp_path: Path) -> None:
     pruned = uneven(name)
     assert to_timm(pruned, tmp_path, images(pruned)) == {"loads_plain_timm": False, "max_abs_diff": 0.0}

@@ -34,12 +34,12 @@ def test_groups_of_a_vit_by_hand(vit: nn.Module) -> None:
     assert len(found["weight"]) == 8
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "swin"])
+@pytest.mark.parametrize("name", ZOO)
 def test_every_parameter_is_reached_or_inside_a_block(name: str) -> None:
     model = tiny(name)
     reached = {part.param for kind in KINDS[1:] for g in find_groups(model, [kind]) for part in g.slices}
     assert {n for n, _ in model.named_parameters()} - reached == {
-        n for n, _ in model.named_parameters() if n in ("head.bias", "head_dist.bias")
+        n for n, _ in model.named_parameters() if n in ("head.bias", "head_dist.bias", "head.fc.bias")
     }
 
 
@@ -48,8 +48,10 @@ def test_groups_of_a_swin(swin: nn.Module) -> None:
     assert names == [f"layers.{stage}.blocks.{block}.mlp" for stage in range(2) for block in range(2)]
     assert [g.shape for g in find_groups(swin, ["attention"])] == [(3, 8), (3, 8), (6, 8), (6, 8)]
     assert [g.units for g in find_groups(swin, ["head"])] == [3, 3, 6, 6]
-    with pytest.raises(BadInput, match=r"^layers \(.*residual channels of a hierarchical model"):
-        find_groups(swin, ["residual"])
+    assert [(g.name, g.units) for g in find_groups(swin, ["residual"])] == [
+        ("layers.0.residual", 24),
+        ("layers.1.residual", 48),
+    ]
 
 
 def test_groups_come_in_the_order_of_the_kinds(vit: nn.Module) -> None:
@@ -70,7 +72,8 @@ def test_groups_come_in_the_order_of_the_kinds(vit: nn.Module) -> None:
         ("vit_tiny_patch16_224", {"scale_mlp_norm": True}, ["ffn"], r"^blocks.0.mlp.norm .*couples its hidden units"),
         ("vit_small_patch16_36x1_224", {"depth": 2}, ["ffn"], None),
         ("vit_small_patch16_18x2_224", {"depth": 2}, ["ffn"], r"^blocks.0 \(ParallelThingsBlock\): only timm's plain"),
-        ("swin_tiny_patch4_window7_224", {"depths": (2, 2)}, ["residual"], r"^layers "),
+        ("swin_tiny_patch4_window7_224", {"global_pool": "catavgmax"}, ["residual"], r"^head .*several pools side"),
+        ("pvt_v2_b0", {"norm_layer": nn.BatchNorm1d}, ["residual"], r"^stages.0.norm .BatchNorm1d.: only LayerNorm"),
         ("vit_tiny_patch16_224", {}, ["heads"], r"^kind 'heads': unknown; use some of weight, ffn"),
     ],
 )
@@ -156,7 +159,8 @@ CUTS = {
 @pytest.mark.parametrize(
     ("name", "cut"),
     [(name, cut) for name in ("vit", "odd", "distilled", "extra") for cut in CUTS]
-    + [("swin", cut) for cut in ("ffn", "attention", "heads", "heads+ffn")],
+    + [("swin", cut) for cut in CUTS if cut != "merged"]
+    + [(name, cut) for name in ("pvt", "pvt-linear") for cut in CUTS],
 )
 def test_a_cut_model_is_rebuilt_from_its_structure(name: str, cut: str) -> None:
     kinds, merged = CUTS[cut]

@@ -60,6 +60,9 @@ def cut_models() -> dict[str, nn.Module]:
         "weights": prune(single("vit"), "magnitude", 0.5),
         "swin": uneven("swin", ["attention", "ffn"]),
         "swin-heads": uneven("swin", ["head", "ffn"]),
+        "swin-all": uneven("swin", ["residual", "attention", "ffn"]),
+        "pvt": uneven("pvt", ["residual", "attention", "ffn"]),
+        "pvt-linear": uneven("pvt-linear", ["residual", "head", "ffn"]),
     }
     norms = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT, qk_norm=True), 0)
     groups = find_groups(norms, ["head"])
@@ -120,7 +123,7 @@ def test_a_model_is_two_files_and_no_pickle(saved: tuple[Path, dict[str, nn.Modu
 
 def test_what_was_loaded_can_be_cut_and_saved_again(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
     folder, _ = saved
-    for name in ("all", "merged", "heads", "swin-heads"):
+    for name in ("all", "merged", "heads", "swin-heads", "pvt-linear"):
         model = load(folder / name)
         groups = find_groups(model, ["ffn", "attention"])
         shrink(model, groups, random_masks(groups, 2))
@@ -133,7 +136,7 @@ def test_what_was_loaded_can_be_cut_and_saved_again(saved: tuple[Path, dict[str,
 
 def test_saving_twice_writes_the_same_bytes(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
     folder, _ = saved
-    for name in ("all", "swin"):
+    for name in ("all", "swin", "pvt"):
         save(load(folder / name), tmp_path / name)
         for file in ("config.json", "model.safetensors"):
             assert (tmp_path / name / file).read_bytes() == (folder / name / file).read_bytes()
@@ -146,6 +149,9 @@ UNIFORM = [
     ("distilled", {"attention": 0.5, "residual": 0.5}),
     ("extra", {"ffn": 0.5}),
     ("swin", None),
+    ("pvt", {"ffn": 0.25, "attention": 0.5, "residual": 0.5}),
+    ("pvt", {"ffn": 0.25}),
+    ("pvt-linear", {"ffn": 0.5, "attention": 0.5, "residual": 0.5}),
 ]
 
 

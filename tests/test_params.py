@@ -117,6 +117,7 @@ def test_a_missing_key_is_named(told, key: str) -> None:
         ("distill.alpha", -1),
         ("distill.alpha", float("inf")),
         ("distill.temperature", 0),
+        ("distill.kind", "patches"),
         ("evaluate.latency_runs", 0),
         ("export.onnx", "maybe"),
     ],

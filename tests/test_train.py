@@ -7,9 +7,9 @@ import torch
 from tiny_models import batches, random_masks, same_state, state, tiny
 from torch import nn
 
-from vitprune import BadInput, find_groups, zero
+from vitprune import BadInput, find_groups, prune, zero
 from vitprune.params import Train
-from vitprune.train import Held, classification, distillation, train
+from vitprune.train import Held, classification, distillation, feature_distillation, train
 
 RECIPE = Train(epochs=2, lr=0.01, weight_decay=0.1)
 
@@ -165,9 +165,52 @@ def test_distillation_changes_the_student_only() -> None:
 
 
 def test_a_cut_student_learns_from_its_teacher() -> None:
-    from vitprune import prune
-
     teacher = tiny("vit")
     student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
     rows = fit(student, Train(epochs=5, lr=0.005), task=distillation(student, teacher, 1.0, 2.0, 0.0))
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def features_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the head of a PVTv2 reads."""
+    return model.stages(model.patch_embed(images)).mean(dim=(-1, -2))
+
+
+def test_feature_distillation_is_cross_entropy_and_the_squared_error_of_pooled_features() -> None:
+    student, teacher = tiny("pvt", 0), tiny("pvt", 1)
+    images, labels = batches(student, 1, 6)[0]
+    with torch.no_grad():
+        logits = student(images)
+        entropy = float(-logits.log_softmax(-1)[torch.arange(6), labels].mean())
+        error = float(((features_of(student, images) - features_of(teacher, images)) ** 2).sum() / (6 * 40))
+        for alpha in (0.0, 20.0):
+            task = feature_distillation(student, teacher, alpha, 0.0, 0).eval()
+            assert float(task(images, labels)["loss"]) == pytest.approx(entropy + alpha * error, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vit", "distilled", "swin", "pvt"])
+def test_a_narrower_student_learns_its_teachers_features(name: str) -> None:
+    teacher = tiny(name)
+    before = state(teacher)
+    student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
+    names = student.state_dict().keys()
+    task = feature_distillation(student, teacher, 20.0, 0.0, seed=3)
+    rows = fit(student, Train(epochs=5, lr=0.005), task=task)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert student.state_dict().keys() == names  # the layer between the widths is not part of the model
+    assert same_state(teacher, before)
+
+
+def test_feature_distillation_is_the_same_to_the_bit_and_holds_zeros() -> None:
+    found = []
+    for number in range(2):
+        torch.rand(number + 1)
+        teacher = tiny("pvt")
+        student = prune(teacher, "channel-magnitude", {"residual": 0.25})
+        groups = find_groups(student, ["weight"])
+        masks = random_masks(groups, 0.5)
+        held = Held(groups, masks)
+        fit(zero(student, groups, masks), task=feature_distillation(student, teacher, 20.0, 0.0, 0), held=held)
+        assert all(torch.equal(student.get_parameter(n) != 0, mask) for n, mask in masks.items())
+        found.append(state(student))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

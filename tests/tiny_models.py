@@ -5,6 +5,7 @@ import functools
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
@@ -18,6 +19,14 @@ SWIN = {
     "window_size": 4,
     "num_classes": 7,
 }
+PVT = {
+    "depths": (2, 1, 1),
+    "embed_dims": (16, 24, 40),
+    "num_heads": (2, 3, 4),
+    "mlp_ratios": (2.0, 1.5, 2.0),
+    "sr_ratios": (4, 2, 1),
+    "num_classes": 7,
+}
 ZOO = {
     "vit": ("vit_tiny_patch16_224", VIT),
     "thin": ("vit_tiny_patch16_224", VIT | {"mlp_ratio": 0.5}),
@@ -26,6 +35,8 @@ ZOO = {
     "odd": ("vit_tiny_patch16_224", ODD),
     "extra": ("vit_tiny_patch16_224", VIT | EXTRA),
     "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "pvt": ("pvt_v2_b0", PVT),
+    "pvt-linear": ("pvt_v2_b2_li", PVT),
 }
 
 
@@ -52,7 +63,8 @@ def redrawn(model: nn.Module, seed: int) -> nn.Module:
 def images(model: nn.Module, number: int = 3, seed: int = 1) -> Tensor:
     """Noise of the model's input size, in the type of its weights."""
     generator = torch.Generator().manual_seed(seed)
-    size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    patches = model.patch_embed
+    size = (patches.proj.in_channels, *(patches.img_size if isinstance(patches, PatchEmbed) else (32, 32)))
     return torch.randn((number, *size), generator=generator, dtype=next(model.parameters()).dtype)
 
 

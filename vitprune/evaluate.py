@@ -161,11 +161,17 @@ def _macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), evaluating(model), _plain_attention(model), counter:
-            model(image.to(next(model.parameters())))
+            model(_for(model, image))
     finally:
         for handle in handles:
             handle.remove()
     return int(counter.get_total_flops() // 2), per_layer
+
+
+def _for(model: nn.Module, given: Tensor) -> Tensor:
+    """The input on the model's device, and in the type of its weights unless it is whole numbers (tokens)."""
+    weight = next(model.parameters())
+    return given.to(weight) if given.is_floating_point() else given.to(weight.device)
 
 
 def _add_macs(

@@ -97,8 +97,13 @@ class Prune(Section):
 
 
 class Distill(Section):
-    """Fine-tuning by the dense model: cross-entropy + alpha * KL at a temperature; none where train is null."""
+    """Fine-tuning by the dense model: cross-entropy + alpha * distance from it; none where train is null.
 
+    The distance is the KL divergence of logits at a temperature, or the mean squared error of the features before the
+    head, which has no temperature.
+    """
+
+    kind: Literal["logits", "features"] = "logits"
     alpha: Annotated[float, Field(ge=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     train: Train | None = None

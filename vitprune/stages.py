@@ -23,7 +23,7 @@ from vitprune.groups import Scores
 from vitprune.methods import method_named
 from vitprune.params import Params, Train, load
 from vitprune.records import History, summary_rows, write_csv, write_json
-from vitprune.train import Held, classification, distillation, train
+from vitprune.train import Held, classification, distillation, feature_distillation, train
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
@@ -133,7 +133,7 @@ def distill(params: Params) -> None:
     evaluate = _evaluator(model, params)
     history = History(OUT / "distill", "distill")
     if settings.train is not None:
-        task = distillation(model, teacher, settings.alpha, settings.temperature, settings.train.smoothing)
+        task = _distillation(model, teacher, params, settings.train.smoothing)
         _train(task, settings.train, params, history, _held_at_end(teacher, params), evaluate)
     history.close(PLOTS / "distill.csv")
     models.save(model, OUT / "distill")
@@ -236,6 +236,13 @@ def _calibration(model: nn.Module, params: Params) -> list[data.Batch]:
     return data.load_calibration(CALIBRATION, data.transform(data.data_config(model)), params.score.batch_size)
 
 
+def _distillation(student: nn.Module, teacher: nn.Module, params: Params, smoothing: float) -> nn.Module:
+    settings = params.distill
+    if settings.kind == "features":
+        return feature_distillation(student, teacher, settings.alpha, smoothing, params.seed)
+    return distillation(student, teacher, settings.alpha, settings.temperature, smoothing)
+
+
 def _train(
     task: Any,
     recipe: Train,
@@ -246,7 +253,7 @@ def _train(
     name: str | None = None,
     cycle: int | None = None,
 ) -> None:
-    table = _open("train", task.trainable_module, params, recipe.augment)
+    table = _open("train", task.get_eval_model(), params, recipe.augment)
     seed = params.seed if cycle is None else params.seed + 1000 * cycle
     epochs = partial(data.train_batches, table, recipe.batch_size, seed)
     steps = data.batch_count(len(table), recipe.batch_size)

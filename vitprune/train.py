@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from timm.task import ClassificationTask, LogitDistillationTask
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, zero
+from vitprune.losses import CrossEntropy
 from vitprune.params import Train
 from vitprune.progress import track
 
@@ -30,23 +31,51 @@ class Held:
 
 def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
     """The task of cross-entropy on labels."""
-    task: nn.Module = ClassificationTask(model, nn.CrossEntropyLoss(label_smoothing=smoothing), verbose=False)
+    task: nn.Module = ClassificationTask(model, CrossEntropy(smoothing), verbose=False)
     return task
 
 
 def distillation(
     student: nn.Module, teacher: nn.Module, alpha: float, temperature: float, smoothing: float
 ) -> nn.Module:
-    """The task of cross-entropy + alpha * KL(teacher || student) on softened logits. Source: UP-ViTs equation 2."""
+    """The task of cross-entropy + alpha * KL(teacher || student) on softened logits.
+
+    The divergence is summed over the positions of a sequence, if there are any, and averaged over the batch.
+
+    Source: UP-ViTs equation 2.
+    """
     task: nn.Module = LogitDistillationTask(
         student,
         teacher.eval().requires_grad_(False),
-        nn.CrossEntropyLoss(label_smoothing=smoothing),
+        CrossEntropy(smoothing),
         distill_loss_weight=alpha,
         task_loss_weight=1.0,
         temperature=temperature,
         verbose=False,
     )
+    return task
+
+
+def feature_distillation(
+    student: nn.Module, teacher: nn.Module, alpha: float, smoothing: float, seed: int
+) -> nn.Module:
+    """The task of cross-entropy + alpha * mean squared error of the features before the head, pooled over positions.
+
+    Where the student's features are fewer, a Linear layer drawn from the seed and trained with it maps them.
+
+    Source: UP-ViTs' variant for PVTv2, as described by others (alpha 20); the letter itself does not give it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        task: nn.Module = FeatureDistillationTask(
+            student,
+            teacher.eval().requires_grad_(False),
+            CrossEntropy(smoothing),
+            distill_loss_weight=alpha,
+            task_loss_weight=1.0,
+            dtype=next(student.parameters()).dtype,
+            verbose=False,
+        )
     return task
 
 
@@ -69,7 +98,7 @@ def train(
         BadInput: the optimizer is unknown, there is nothing to train on, or the loss is not finite; the weights are
             those of the step before.
     """
-    model = task.trainable_module
+    model, pruned = task.trainable_module, task.get_eval_model()  # the task may train more than the model
     device = next(model.parameters()).device
     task = task.to(device)
     optimizer = _optimizer(model, recipe)
@@ -85,7 +114,7 @@ def train(
                 where = f"{name}, epoch {epoch + 1}, step {step + 1}"
                 losses.append(_step(task, optimizer, images.to(device), labels.to(device), recipe.clip, where))
                 if held is not None:
-                    zero(model, held.groups, held.masks)
+                    zero(pruned, held.groups, held.masks)
                 step += 1
             row = {"epoch": epoch + 1, "step": step, "loss": _mean(losses, name), "lr": _rate(optimizer)}
             record(row | (evaluate() if evaluate is not None else {}))

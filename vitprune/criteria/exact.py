@@ -10,7 +10,8 @@ from vitprune.chain import Branch, Chain
 from vitprune.criteria import Batches, Importance, Setting
 from vitprune.criteria.kl import without
 from vitprune.criteria.narrow import narrowed
-from vitprune.criteria.passes import full_precision, needed, onwards, prefixes
+from vitprune.criteria.passes import needed, onwards, prefixes
+from vitprune.criteria.products import full_precision, keep_freed_memory
 from vitprune.criteria.removals import Around, remover
 from vitprune.errors import BadInput
 from vitprune.families.chains import chain as chain_of
@@ -62,6 +63,7 @@ def divergences(
     device = next(model.parameters()).device
     found = {group.name: torch.empty(len(units), len(images), dtype=torch.float64) for group, units in jobs}
     with evaluating(model), full_precision(device):
+        keep_freed_memory(device)
         size = _images_at_once(chain, images[:1].to(device), setting)
         runs = _runs(model, chain, jobs, images, size, setting, found)
         effort = sum(len(units) * _depth(chain, group) for group, units in jobs) * -(-len(images) // size)
@@ -113,7 +115,7 @@ def _runs(
         some = images[first : first + size].to(device)
         streams = prefixes(chain, some)
         teacher = _Teacher(some, streams, chain.finish(streams[-1]).double())
-        for group, units in jobs:
+        for group, units in (job for job in jobs if len(job[1])):
             done = 0
             for part in _answers(model, chain, group, units, teacher, setting):
                 rows = slice(done, done + len(part))
@@ -148,7 +150,9 @@ def _answers(
 
 
 def _divergence(whole: Tensor, logits: Tensor) -> Tensor:
-    """KL in nats of candidates' logits (C * B, classes) from the model's (B, classes); (C, B).
+    """KL in nats of candidates' logits (C * B, ..., classes) from the model's (B, ..., classes); (C, B).
+
+    The answers of a sequence, one per position, are summed.
 
     With d = the logits' change less its mean under p, sum p (log p - log q) = log(1 + sum p (e^d - 1)): the error is
     that of one part in 10^16 of d, where the difference of logarithms would lose it of 1.
@@ -157,8 +161,10 @@ def _divergence(whole: Tensor, logits: Tensor) -> Tensor:
     change = logits.double().view(-1, *whole.shape) - whole
     change = change - (share * change).sum(-1, keepdim=True)
     if bool((change > 500).any()):  # the exponential would overflow
-        return (whole.log_softmax(-1) + change).logsumexp(-1)
-    return (share * change.expm1()).sum(-1).log1p()
+        each = (whole.log_softmax(-1) + change).logsumexp(-1)
+    else:
+        each = (share * change.expm1()).sum(-1).log1p()
+    return each.flatten(2).sum(2) if each.dim() > 2 else each
 
 
 def _candidates(streams: Sequence[Tensor], place: int, setting: Setting) -> int:

@@ -18,7 +18,8 @@ def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting
     """Score a unit by sum over images of KL(model || model without it): remove one unit, run the model, repeat.
 
     The slow oracle that faster scorers are held against: units x images forward passes. Residual channels are
-    shrunk away, the others zeroed, which is the same function.
+    shrunk away, the others zeroed, which is the same function. Where the model answers at every position of a
+    sequence, with logits (B, positions, classes), the divergences of all positions are summed.
 
     Source: UP-ViTs equation 1.
     """
@@ -46,6 +47,6 @@ def without(model: nn.Module, group: Group, unit: int) -> nn.Module:
 def _divergence(pruned: nn.Module, images: list[Tensor], answers: list[Tensor]) -> float:
     total = 0.0
     for batch, answer in zip(images, answers, strict=True):
-        change = answer - pruned(batch).double().log_softmax(-1)  # (B, classes)
+        change = answer - pruned(batch).double().log_softmax(-1)  # (B, ..., classes)
         total += float((answer.exp() * change).sum())
     return total

@@ -1,41 +1,10 @@
 """Forward passes for scoring: plain branches fast, in full precision, and only for the tokens that the answer reads."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitprune.chain import Branch, Chain, SelfAttention, Step
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Without gradients, autocast and TF32, whatever the caller has switched on."""
-    backends: Any = torch.backends
-    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
-
-
-def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A Linear layer's output.
-
-    On a CPU in float32 by oneDNN, as torch.compile does it: MKL leaves half of the vector unit of an AMD core idle.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch._C._has_mkldnn:
-        return F.linear(x, layer.weight, layer.bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), layer.weight, layer.bias, "none", [], "")
-    return product
+from vitprune.criteria.products import activated, attended, linear
 
 
 def projected(inside: SelfAttention, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,13 +18,35 @@ def consumed(branch: Branch, stream: Tensor, queries: int | None = None) -> Tens
     """What a branch's consumer reads, for the first `queries` tokens if the branch is plain; (B, ..., inputs)."""
     if branch.inside is None:
         return _captured(branch, stream)
-    normed = branch.norm(stream)
     if isinstance(branch.inside, SelfAttention):
-        q, k, v = projected(branch.inside, normed)
-        z = F.scaled_dot_product_attention(q[:, :, :queries], k, v, scale=branch.inside.scale)
-        return z.transpose(1, 2).flatten(2)
-    hidden: Tensor = branch.inside.act(linear(normed[:, :queries], branch.inside.fc1))
-    return hidden
+        return _heads(branch.inside, branch.norm(stream), queries)
+    return activated(branch.norm(stream[:, :queries]), branch.inside.fc1, branch.inside.act)
+
+
+def _heads(inside: SelfAttention, normed: Tensor, queries: int | None) -> Tensor:
+    """Outputs of an attention's heads side by side, (B, queries, heads * width)."""
+    width = inside.qkv.out_features // (3 * inside.heads)
+    if queries is not None and queries < width and isinstance(inside.k_norm, nn.Identity):
+        return _few(inside, normed, queries, width)
+    q, k, v = projected(inside, normed)
+    return attended(q[:, :, :queries], k, v, inside.scale)
+
+
+def _few(inside: SelfAttention, normed: Tensor, queries: int, width: int) -> Tensor:
+    """The same for few queries, without any key or value: q (W_k n) = (q W_k) n and sum a (W_v n) = W_v (sum a n).
+
+    The keys' bias adds the same to all logits of a query, so softmax drops it; the weights a sum to 1.
+    """
+    heads, channels = inside.heads, normed.shape[-1]
+    weights = inside.qkv.weight.view(3, heads, width, channels)
+    bias = None if inside.qkv.bias is None else inside.qkv.bias.view(3, heads, width)
+    q = torch.einsum("bqd,hwd->bqhw", normed[:, :queries], weights[0])
+    q = inside.q_norm(q if bias is None else q + bias[0])
+    seen = torch.einsum("bqhw,hwd->bqhd", q, weights[1]).flatten(1, 2)  # (B, queries * heads, channels)
+    share = (inside.scale * seen @ normed.transpose(1, 2)).softmax(-1)
+    mixed = (share @ normed).view(-1, queries, heads, channels)
+    z = torch.einsum("bqhd,hwd->bqhw", mixed, weights[2])
+    return (z if bias is None else z + bias[2]).flatten(2)
 
 
 def forward(step: Step, stream: Tensor, queries: int | None = None) -> Tensor:

@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from vitprune.criteria import Batches, Importance, Setting
 from vitprune.errors import BadInput
 from vitprune.groups import Group, unit_sums
+from vitprune.losses import cross_entropy
 from vitprune.modes import evaluating
 from vitprune.progress import track
 
@@ -57,7 +57,7 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
     scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
     for images, labels in track(batches, "taking gradients"):
         with evaluating(model), torch.enable_grad():
-            loss = F.cross_entropy(functional_call(model, named, images.to(device)), labels.to(device))
+            loss = cross_entropy(functional_call(model, named, images.to(device)), labels.to(device))
         gradients = torch.autograd.grad(loss, list(named.values()))
         products = {name: g * w.detach() for (name, w), g in zip(named.items(), gradients, strict=True)}
         for group in groups:

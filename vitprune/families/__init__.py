@@ -1,14 +1,18 @@
 """Finding a model's groups: the only part that knows architectures by name."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitprune.errors import BadInput
-from vitprune.families import parts, swin, vit
+from vitprune.families import parts, pvt, swin, vit
+from vitprune.families.decoder import Decoder
+from vitprune.families.decoder import groups as decoder_groups
 from vitprune.groups import KINDS, Group, cut_to
 
 Finder = Callable[[nn.Module, str], list[Group]]
@@ -17,6 +21,8 @@ FAMILIES: dict[type[nn.Module], Finder] = {
     VisionTransformer: vit.groups,
     VisionTransformerDistilled: vit.groups,
     SwinTransformer: swin.groups,
+    PyramidVisionTransformerV2: pvt.groups,
+    Decoder: decoder_groups,
 }
 
 
@@ -86,6 +92,8 @@ def _cut_heads(model: nn.Module, group: Group, wanted: Mapping[str, tuple[int, .
         cut_to(model, group, (number,))
 
 
-def uniform_args(model: nn.Module) -> dict[str, int | float]:
+def uniform_args(model: nn.Module) -> dict[str, Any]:
     """Arguments of timm.create_model that give the model's shapes, empty where none do."""
+    if isinstance(model, PyramidVisionTransformerV2):
+        return pvt.uniform_args(model)
     return vit.uniform_args(model) if isinstance(model, VisionTransformer) else {}

@@ -6,13 +6,14 @@ from typing import Any
 import timm.layers
 from timm.layers import Attention, Mlp
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from vitprune.chain import Branch, Chain, Perceptron, SelfAttention, Step
 from vitprune.errors import BadInput
-from vitprune.families import parts
+from vitprune.families import decoder, parts, pvt_chain
 
 
 def chain(model: nn.Module) -> Chain:
@@ -112,4 +113,6 @@ CHAINS: dict[type[nn.Module], Callable[[Any], Chain]] = {
     VisionTransformer: _vit,
     VisionTransformerDistilled: _vit,
     SwinTransformer: _swin,
+    PyramidVisionTransformerV2: pvt_chain.chain,
+    decoder.Decoder: decoder.chain,
 }

@@ -1,14 +1,17 @@
 """Groups of the parts that families share: MLP, fused-qkv attention, single weights."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm, RmsNorm
 from torch import nn
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice
 
+NORMS = (nn.LayerNorm, nn.RMSNorm, LayerNorm, RmsNorm)
 PRUNABLE = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}
 
 
@@ -25,13 +28,35 @@ def slices(layer: nn.Module, path: str, axis: int, outer: int = 1, inner: int = 
     return parts
 
 
-def weights(path: str, block: nn.Module) -> list[Group]:
-    """Every single weight of a block's qkv, proj, fc1 and fc2, one group per layer.
+def norm(layer: nn.Module, path: str, outer: int = 1) -> tuple[ParamSlice, ...]:
+    """Addresses of a LayerNorm's or RMSNorm's own parameters; nothing for no norm at all."""
+    if not isinstance(layer, (*NORMS, nn.Identity)):
+        raise refuse(path, layer, "only LayerNorm and RMSNorm are understood between channels")
+    return tuple(ParamSlice(f"{path}.{leaf}", 0, outer) for leaf, _ in layer.named_parameters())
+
+
+def stream(
+    model: nn.Module, writers: Sequence[str], readers: Sequence[str], norms: Sequence[str]
+) -> tuple[ParamSlice, ...]:
+    """Addresses of the channels of one residual stream: rows of the layers that write it, columns of its readers."""
+    found: tuple[ParamSlice, ...] = ()
+    for axis, paths in ((0, writers), (1, readers)):
+        for path in paths:
+            layer = model.get_submodule(path)
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                found += slices(layer, path, axis)
+            elif not isinstance(layer, nn.Identity):
+                raise refuse(path, layer, "expected a Linear or Conv2d layer at the residual stream")
+    return found + tuple(part for path in norms for part in norm(model.get_submodule(path), path))
+
+
+def weights(path: str, block: nn.Module, prunable: Mapping[str, str] = PRUNABLE) -> list[Group]:
+    """Every single weight of a block's qkv, proj, fc1 and fc2, one group per layer; `prunable` maps path to pool.
 
     Source: DIMAP, appendix B; CAP prunes the same layers.
     """
     found = []
-    for name, pool in PRUNABLE.items():
+    for name, pool in prunable.items():
         layer = block.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise refuse(f"{path}.{name}", layer, "expected a Linear layer")
@@ -52,8 +77,8 @@ def ffn(path: str, mlp: Any) -> Group:
 
 
 def head_dim(attn: Any) -> int:
-    """Channels per head of a fused-qkv attention."""
-    return int(attn.qkv.out_features // (3 * attn.num_heads))
+    """Channels per head of an attention."""
+    return int(attn.proj.in_features // attn.num_heads)
 
 
 def attention(path: str, attn: Any) -> Group:

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from timm.layers import Attention, LayerNorm, Mlp, RmsNorm
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
 from vitprune.families import parts
 from vitprune.groups import Group, ParamSlice
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, LayerNorm, RmsNorm)
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
@@ -78,7 +77,7 @@ def _residual(model: Any) -> Group:
         ):
             found += parts.slices(module, path, 1)
             inner |= {f"{path}.weight", f"{path}.bias"}
-        elif isinstance(module, NORMS) and ".attn." not in path and ".mlp." not in path:
+        elif isinstance(module, parts.NORMS) and ".attn." not in path and ".mlp." not in path:
             found += [ParamSlice(f"{path}.{leaf}", 0) for leaf, _ in module.named_parameters()]
         elif isinstance(module, LayerScale):
             found.append(ParamSlice(f"{path}.gamma", 0))
@@ -90,10 +89,11 @@ def _residual(model: Any) -> Group:
             raise parts.refuse(
                 owner or name, model.get_submodule(owner), f"its place in the residual stream ({name}) is unknown"
             )
-    return Group("residual", "residual", (model.embed_dim,), tuple(found), resize=_resize_width)
+    return Group("residual", "residual", (model.embed_dim,), tuple(found), resize=resize_width)
 
 
-def _resize_width(model: Any, shape: tuple[int, ...]) -> None:
+def resize_width(model: Any, shape: tuple[int, ...]) -> None:
+    """Record a new width of the residual stream."""
     model.embed_dim = model.num_features = model.head_hidden_size = shape[0]
     for feature in model.feature_info:
         feature["num_chs"] = shape[0]

@@ -1,0 +1,21 @@
+"""The loss on labels, for one answer per image or one per position of a sequence."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of logits (..., classes) on labels (...), in nats."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing)
+
+
+class CrossEntropy(nn.Module):
+    """The same as a module, as timm's tasks take it."""
+
+    def __init__(self, smoothing: float = 0.0):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean over all answers."""
+        return cross_entropy(logits, labels, self.smoothing)

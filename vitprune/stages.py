@@ -19,10 +19,11 @@ from vitprune.evaluate import accuracy, count, environment, latency
 from vitprune.export import to_onnx, to_timm
 from vitprune.families import find_groups, merge_heads
 from vitprune.files import digest
-from vitprune.groups import Scores
+from vitprune.groups import Group, Scores
 from vitprune.methods import method_named
 from vitprune.params import Params, Train, load
 from vitprune.records import History, summary_rows, write_csv, write_json
+from vitprune.released import read_all
 from vitprune.train import Held, classification, distillation, train
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
@@ -88,11 +89,15 @@ def score(params: Params) -> None:
     model = models.load(OUT / "dense").to(_device())
     groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
     scores = plan.row.criterion(model, groups, _calibration(model, params), plan.setting_of(1)).scores
-    models.write_weights(scores, OUT / "score" / SCORES)
-    rows = summary_rows(groups, scores)
-    tables.write(rows, tables.SCORES, OUT / "score" / "summary.parquet")
-    facts = {"method": plan.method, "groups": len(groups), "units": sum(group.units for group in groups)}
-    write_json(METRICS / "score.json", facts | {"sha256": digest(OUT / "score" / SCORES)})
+    _write_scores(plan, groups, scores, {})
+
+
+def import_scores(params: Params, directory: Path, parsing: str) -> None:
+    """Take the dense model's scores from the lists of UP-ViTs' authors, as the score stage would have left them."""
+    plan = _plan(params)
+    model = models.load(OUT / "dense")
+    groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
+    _write_scores(plan, groups, read_all(directory, groups, parsing), {"lists": directory.name, "parsing": parsing})
 
 
 def mask(params: Params) -> None:
@@ -180,13 +185,18 @@ STAGES: dict[str, Callable[[Params], None]] = {
 
 def run(stage: str, project: Path) -> None:
     """Run one stage in a project directory."""
+    STAGES[stage](enter(project))
+
+
+def enter(project: Path) -> Params:
+    """Go to a project directory and read its params."""
     if not project.is_dir():
         raise BadInput(f"{project}: no such directory; give a project's (vitprune init DIR makes one)")
     os.chdir(project)
     params = load(Path("params.yaml"))
     if params.threads is not None:
         torch.set_num_threads(params.threads)
-    STAGES[stage](params)
+    return params
 
 
 def _kinds(params: Params) -> Sequence[str]:
@@ -207,6 +217,13 @@ def _setting(params: Params) -> Setting:
     """How criteria run."""
     s = params.score
     return Setting(params.seed, s.memory_mb << 20, s.classes, s.autocast, s.confidence)
+
+
+def _write_scores(plan: Plan, groups: Sequence[Group], scores: Scores, more: dict[str, Any]) -> None:
+    models.write_weights(scores, OUT / "score" / SCORES)
+    tables.write(summary_rows(groups, scores), tables.SCORES, OUT / "score" / "summary.parquet")
+    facts = {"method": plan.method, "groups": len(groups), "units": sum(group.units for group in groups)}
+    write_json(METRICS / "score.json", facts | more | {"sha256": digest(OUT / "score" / SCORES)})
 
 
 def _device() -> torch.device:

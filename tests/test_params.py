@@ -132,7 +132,7 @@ def test_a_wrong_type_or_value_is_named_and_shown(told, key: str, value: object)
     [
         ({"ffn": 1.5}, "prune.sparsity.ffn"),
         ({"ffn": 0.5, "attention": -0.1}, "prune.sparsity.attention"),
-        ({"block": 0.5}, "prune.sparsity.block"),
+        ({"blocks": 0.5}, "prune.sparsity.blocks"),
         ({"ffn": "half"}, "prune.sparsity.ffn"),
     ],
 )

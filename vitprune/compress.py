@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import DEFAULTS, Batches, Criterion, Importance, Setting
+from vitprune.depth import dense_names, living, next_step
 from vitprune.errors import BadInput
 from vitprune.families import find_groups, merge_heads
 from vitprune.groups import Group, Masks, Scores, shrink, zero
 from vitprune.methods import CRITERIA, Method, method_named
 from vitprune.schedule import sparsities
-from vitprune.select import SCOPES, select, sparsity_of
+from vitprune.select import SCOPES, select, select_blocks, sparsity_of
 
 Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
 
@@ -134,15 +135,19 @@ def choose(
 ) -> Masks:
     """Masks of one cycle, each kind by its own scope; structured groups keep at least one unit.
 
-    What the cycles before have kept is in `kept`; None where there is none before.
+    What the cycles before have kept is in `kept`; None where there is none before. A kind that `target` does not name
+    stays as it is. Blocks go first: what belongs to them goes too, and a share is one of what they leave.
     """
-    masks: Masks = {}
-    for kind, share in target.items():
-        same = [group for group in groups if group.kind == kind]
+    masks = dict(kept) if kept else {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    for kind, share in sorted(target.items(), key=lambda pair: pair[0] != "block"):
+        same = [group for group in living(groups, masks) if group.kind == kind]
         own = {group.name: scores[group.name] for group in same}
-        floor = 0 if kind == "weight" else 1
-        masks |= select(own, share, plan.scope_of(kind), same, kept, floor)
-    return masks
+        if kind == "block":
+            masks |= select_blocks(own, share, kept)
+        else:
+            masks |= select(own, share, plan.scope_of(kind), same, kept, 0 if kind == "weight" else 1)
+    alive = {group.name for group in living(groups, masks)}
+    return {name: mask if name in alive else torch.zeros_like(mask) for name, mask in masks.items()}
 
 
 def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None = None) -> Iterator[Cycle]:
@@ -154,15 +159,19 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
     dense = groups_for(model, plan)
     kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense}
     for number, target in enumerate(plan.targets(), start=1):
-        now = groups_for(model, plan)
-        scores: Scores = {}
-        importance = Importance({})
-        if number > 1 or first is None or plan.row.update:
-            importance = plan.row.criterion(model, now, batches, plan.setting_of(number))
-            scores = {group.name: _in_dense(group, importance.scores, kept) for group in dense}
-        masks = first if first is not None and number == 1 else choose(scores, dense, plan, target, kept)
-        _apply(model, now, masks, kept, importance)
-        kept = masks
+        step: Mapping[str, float] = {}
+        while step != target:
+            step, now = next_step(dense, target, kept), groups_for(model, plan)
+            names = dense_names(dense, now, kept)
+            scores: Scores = {}
+            importance = Importance({})
+            if first is None or plan.row.update:
+                importance = plan.row.criterion(model, now, batches, plan.setting_of(number))
+                own = {names[name]: score for name, score in importance.scores.items()}
+                scores = {group.name: _in_dense(group, own, kept) for group in dense}
+            masks = choose(scores, dense, plan, step, kept) if first is None else first
+            _apply(model, [(group, names[group.name]) for group in now], masks, kept, importance)
+            kept, first = masks, None
         yield Cycle(number, target, dense, scores, masks)
 
 
@@ -206,6 +215,8 @@ def _lasting(batches: Batches) -> Batches:
 
 def _in_dense(group: Group, scores: Scores, kept: Masks) -> Tensor:
     """Scores of the living units at their places in the dense group; shape of the dense group."""
+    if group.name not in scores:  # it has gone with its block
+        return torch.zeros(group.shape, dtype=torch.float64)
     own = scores[group.name].to("cpu", torch.float64)
     if group.kind == "weight":
         return own
@@ -215,13 +226,18 @@ def _in_dense(group: Group, scores: Scores, kept: Masks) -> Tensor:
 
 
 @torch.no_grad()
-def _apply(model: nn.Module, now: Sequence[Group], masks: Masks, kept: Masks, importance: Importance) -> None:
-    """Weights become zero, units are cut out; first the survivors take their update, if there is one."""
-    weights = [group for group in now if group.kind == "weight"]
-    units = [group for group in now if group.kind != "weight"]
-    living = {g.name: masks[g.name].flatten()[kept[g.name].flatten()].view(g.shape) for g in units}
+def _apply(
+    model: nn.Module, now: Sequence[tuple[Group, str]], masks: Masks, kept: Masks, importance: Importance
+) -> None:
+    """Weights become zero, units are cut out; first the survivors take their update, if there is one.
+
+    `now` has the groups of the model as it is, each with its name in the dense model.
+    """
+    weights = [group for group, _ in now if group.kind == "weight"]
+    units = [(group, name) for group, name in now if group.kind != "weight"]
+    left = {g.name: masks[name].flatten()[kept[name].flatten()].view(g.shape) for g, name in units}
     if importance.update is not None:
-        for name, value in importance.update(living | {g.name: masks[g.name] for g in weights}).items():
+        for name, value in importance.update(left | {g.name: masks[g.name] for g in weights}).items():
             model.get_parameter(name).copy_(value)
     zero(model, weights, masks)
-    shrink(model, units, living)
+    shrink(model, [group for group, _ in units], left)

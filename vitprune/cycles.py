@@ -1,6 +1,6 @@
 """What a pruning cycle leaves behind: masks, the spread of scores, and what the model does and costs after it."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,34 @@ from vitprune.files import digest
 from vitprune.groups import Group, Masks, Scores
 from vitprune.records import sparsity_rows, summary_rows, write_json
 
-MASKS = "masks.safetensors"
+MASKS, SCORES = "masks.safetensors", "scores.safetensors"
 
 
-def write_masks(directory: Path, groups: Iterable[Group], masks: Masks) -> dict[str, Any]:
-    """Write masks and the table of what each group keeps; returns the sparsity per kind and the masks' digest."""
+def write_scores(directory: Path, groups: Sequence[Group], scores: Scores) -> dict[str, Any]:
+    """Write scores and the table of their spread; returns what there is of them and their digest."""
+    models.write_weights(scores, directory / SCORES)
+    tables.write(summary_rows(groups, scores), tables.SCORES, directory / "summary.parquet")
+    units = sum(group.units for group in groups)
+    return {"groups": len(groups), "units": units, "sha256": digest(directory / SCORES)}
+
+
+def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
+    """Write masks and the table of what each group keeps; returns the sparsity per kind and the masks' digest.
+
+    Where whole blocks may go, also the paths of the sub-layers that have gone.
+    """
     rows = sparsity_rows(groups, masks)
     models.write_weights(masks, directory / MASKS)
     tables.write(rows, tables.SPARSITY, directory / "sparsity.parquet")
     by_kind = pa.Table.from_pylist(rows).group_by("kind").aggregate([("units", "sum"), ("kept", "sum")]).to_pylist()
     sparsity = {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}
-    return {"sparsity": sparsity, "masks_sha256": digest(directory / MASKS)}
+    facts: dict[str, Any] = {"sparsity": sparsity, "masks_sha256": digest(directory / MASKS)}
+    for group in groups:
+        if group.kind == "block":
+            facts["gone"] = [
+                body for (body, *_), keep in zip(group.sublayers, masks[group.name], strict=True) if not keep
+            ]
+    return facts
 
 
 def write_cycle(

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune.errors import BadInput
 from vitprune.families import find_groups
-from vitprune.groups import Group
+from vitprune.groups import Group, inside
 from vitprune.modes import evaluating
 from vitprune.progress import track
 
@@ -60,7 +60,9 @@ def costs(model: nn.Module, groups: Sequence[Group], example_input: Tensor) -> d
     per_layer = _macs(model, example_input[:1])[1]
     found = {}
     for group in groups:
+        inner = {path for paths in group.sublayers for path in paths}
         names = dict.fromkeys(part.param for part in group.slices)
+        names |= dict.fromkeys(name for name, _ in model.named_parameters() if inside(name, inner))
         weights = sum(model.get_parameter(name).numel() for name in names)
         found[group.name] = weights, sum(per_layer.get(name.removesuffix(".weight"), 0) for name in names)
     return found

@@ -11,7 +11,7 @@ from vitprune.errors import BadInput
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Kind = Literal["weight", "ffn", "attention", "head", "residual"]
+Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
 
 
 class Section(BaseModel):

@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from vitprune import data, models, tables
 from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_for
 from vitprune.criteria import Setting
-from vitprune.cycles import MASKS, write_cycle, write_masks
+from vitprune.cycles import MASKS, SCORES, write_cycle, write_masks, write_scores
+from vitprune.depth import next_step
 from vitprune.errors import BadInput
 from vitprune.evaluate import accuracy, count, environment, latency
 from vitprune.export import to_onnx, to_timm
 from vitprune.families import find_groups, merge_heads
 from vitprune.files import digest
-from vitprune.groups import Group, Scores
+from vitprune.groups import Scores
 from vitprune.methods import method_named
 from vitprune.params import Params, Train, load
-from vitprune.records import History, summary_rows, write_csv, write_json
+from vitprune.records import History, write_csv, write_json
 from vitprune.released import read_all
 from vitprune.train import Held, classification, distillation, train
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
-SCORES = "scores.safetensors"
 
 
 def dataset(params: Params) -> None:
@@ -89,7 +89,7 @@ def score(params: Params) -> None:
     model = models.load(OUT / "dense").to(_device())
     groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
     scores = plan.row.criterion(model, groups, _calibration(model, params), plan.setting_of(1)).scores
-    _write_scores(plan, groups, scores, {})
+    write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, scores))
 
 
 def import_scores(params: Params, directory: Path, parsing: str) -> None:
@@ -97,16 +97,20 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
     plan = _plan(params)
     model = models.load(OUT / "dense")
     groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
-    _write_scores(plan, groups, read_all(directory, groups, parsing), {"lists": directory.name, "parsing": parsing})
+    facts = {"method": plan.method, "lists": directory.name, "parsing": parsing}
+    write_json(
+        METRICS / "score.json", facts | write_scores(OUT / "score", groups, read_all(directory, groups, parsing))
+    )
 
 
 def mask(params: Params) -> None:
     """Choose the masks of the first cycle from the scores."""
     plan = _plan(params)
     groups = groups_for(models.load(OUT / "dense"), plan)
-    masks = choose(_scores(), groups, plan, plan.targets()[0])
+    target = next_step(groups, plan.targets()[0])
+    masks = choose(_scores(), groups, plan, target)
     facts = write_masks(OUT / "mask", groups, masks)
-    write_json(METRICS / "mask.json", {"target": plan.targets()[0]} | facts)
+    write_json(METRICS / "mask.json", {"target": dict(target)} | facts)
 
 
 def prune(params: Params) -> None:
@@ -217,13 +221,6 @@ def _setting(params: Params) -> Setting:
     """How criteria run."""
     s = params.score
     return Setting(params.seed, s.memory_mb << 20, s.classes, s.autocast, s.confidence)
-
-
-def _write_scores(plan: Plan, groups: Sequence[Group], scores: Scores, more: dict[str, Any]) -> None:
-    models.write_weights(scores, OUT / "score" / SCORES)
-    tables.write(summary_rows(groups, scores), tables.SCORES, OUT / "score" / "summary.parquet")
-    facts = {"method": plan.method, "groups": len(groups), "units": sum(group.units for group in groups)}
-    write_json(METRICS / "score.json", facts | more | {"sha256": digest(OUT / "score" / SCORES)})
 
 
 def _device() -> torch.device:

@@ -17,6 +17,8 @@ def groups(model: Any, kind: str) -> list[Group]:
     """
     if kind == "residual":
         raise parts.refuse("layers", model.layers, "residual channels of a hierarchical model are not understood yet")
+    if kind == "block":
+        raise parts.refuse("layers", model.layers, "its blocks come in pairs of plain and shifted windows")
     blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, SwinTransformerBlock)]
     for path, block in blocks:
         if type(block.mlp) is not Mlp:

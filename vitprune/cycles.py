@@ -51,7 +51,8 @@ def write_cycle(
     """Write a cycle under parent/NN; returns its row of plots/cycles.csv. Top-1 before and after recovery, percent."""
     directory = parent / f"{cycle.number:02d}"
     tables.write(summary_rows(cycle.groups, scores), tables.SCORES, directory / "scores.parquet")
-    facts = {"cycle": cycle.number, "target": dict(cycle.target)} | write_masks(directory, cycle.groups, cycle.masks)
+    facts = {"cycle": cycle.number, "target": dict(cycle.target), "cost": dict(cycle.cost)}
+    facts |= write_masks(directory, cycle.groups, cycle.masks)
     facts |= asdict(count(model, data.example_input(model, 1))) | {"top1_before": before, "top1_after": after}
     write_json(directory / "metrics.json", facts)
     units = sum(group.units for group in cycle.groups)

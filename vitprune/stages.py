@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune import data, models, tables
-from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_for
+from vitprune.compress import Cycle, choose, compress, cost_of, goal, groups_for, meter_for
 from vitprune.criteria import Setting
 from vitprune.cycles import MASKS, SCORES, write_cycle, write_masks, write_scores
 from vitprune.depth import next_step
@@ -23,6 +23,7 @@ from vitprune.files import digest
 from vitprune.groups import Scores
 from vitprune.methods import method_named
 from vitprune.params import Params, Train, load
+from vitprune.plans import Plan, plan_for
 from vitprune.records import History, write_csv, write_json
 from vitprune.released import read_all
 from vitprune.train import Held, classification, distillation, train
@@ -98,19 +99,20 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
     model = models.load(OUT / "dense")
     groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
     facts = {"method": plan.method, "lists": directory.name, "parsing": parsing}
-    write_json(
-        METRICS / "score.json", facts | write_scores(OUT / "score", groups, read_all(directory, groups, parsing))
-    )
+    facts |= write_scores(OUT / "score", groups, read_all(directory, groups, parsing))
+    write_json(METRICS / "score.json", facts)
 
 
 def mask(params: Params) -> None:
     """Choose the masks of the first cycle from the scores."""
     plan = _plan(params)
-    groups = groups_for(models.load(OUT / "dense"), plan)
-    target = next_step(groups, plan.targets()[0])
+    model = models.load(OUT / "dense").to(_device())
+    groups = groups_for(model, plan)
+    share_of = meter_for(model, groups, plan)
+    target = next_step(groups, goal(_scores(), groups, plan, 1, share_of))
     masks = choose(_scores(), groups, plan, target)
-    facts = write_masks(OUT / "mask", groups, masks)
-    write_json(METRICS / "mask.json", {"target": dict(target)} | facts)
+    facts = {"target": dict(target), "cost": cost_of(masks, plan, 1, share_of)}
+    write_json(METRICS / "mask.json", facts | write_masks(OUT / "mask", groups, masks))
 
 
 def prune(params: Params) -> None:
@@ -209,8 +211,9 @@ def _kinds(params: Params) -> Sequence[str]:
 
 def _plan(params: Params) -> Plan:
     p, kinds = params.prune, _kinds(params)
-    sparsity = dict.fromkeys(kinds, p.sparsity) if isinstance(p.sparsity, float) else p.sparsity
-    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params))
+    one = 1.0 if p.target is not None and p.sparsity is None else p.sparsity  # for all kinds alike
+    sparsity = dict.fromkeys(kinds, one) if isinstance(one, float) else one
+    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params), p.target)
     unscored = [kind for kind in plan.sparsity if kind not in kinds]
     if unscored:
         raise BadInput(f"prune.sparsity.{unscored[0]}: only {', '.join(kinds)} are scored; add it to prune.kinds")

@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
     ),
     "upvits-fisher": _upvits(fisher.fisher, "KL divergence to second order, all units from a few backward passes"),
     "upvits-blocks": Method(
-        kl.literal,
+        exact.exact,
         {"block": "layer"},
         ("block",),
         False,

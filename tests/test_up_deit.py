@@ -8,15 +8,12 @@ import torch
 from tiny_models import answer, images, same_state, state
 from torch import nn
 
-from vitprune import find_groups, plan_for, save, score, shrink
-from vitprune.compress import choose
-from vitprune.families import merge_heads
+from vitprune import plan_for, save, score, shrink
+from vitprune.compress import choose, groups_for
+from vitprune.params import Prune, load
 
-SHAPES = {  # share removed, merged heads, parameters
-    "deit_small_patch16_224": (0.5, 6, 22_050_664),
-    "deit_tiny_patch16_224": (0.75, 3, 5_717_416),
-}
-KINDS = ("residual", "attention", "ffn")
+RECIPES = Path(__file__).parent.parent / "recipes"
+STOCK = {"up_deit_small": ("deit_small_patch16_224", 22_050_664), "up_deit_tiny": ("deit_tiny_patch16_224", 5_717_416)}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +30,10 @@ def base() -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("target", SHAPES)
-def test_deit_base_becomes_up_deit(base: nn.Module, target: str, tmp_path: Path) -> None:
-    share, heads, parameters = SHAPES[target]
-    pruned = cut(base, share, heads)
+@pytest.mark.parametrize("recipe", STOCK)
+def test_deit_base_becomes_up_deit(base: nn.Module, recipe: str, tmp_path: Path) -> None:
+    target, parameters = STOCK[recipe]
+    pruned = cut(base, load(RECIPES / f"{recipe}.yaml").prune)
     assert sum(p.numel() for p in pruned.parameters()) == parameters
     x = images(pruned, 1)
     save(pruned, tmp_path)
@@ -47,12 +44,13 @@ def test_deit_base_becomes_up_deit(base: nn.Module, target: str, tmp_path: Path)
         assert torch.equal(answer(again, x), answer(pruned, x))
 
 
-def cut(base: nn.Module, share: float, heads: int) -> nn.Module:
-    """Cut the model by random scores; a new model, the given one keeps its tensors."""
+def cut(base: nn.Module, settings: Prune) -> nn.Module:
+    """Cut the model as a recipe says, by random scores; a new model, the given one keeps its tensors."""
     with torch.device("meta"):
         model = timm.create_model("deit_base_patch16_224")
     model.load_state_dict(base.state_dict(), assign=True)
-    plan = plan_for("upvits-literal", dict.fromkeys(KINDS, share), heads=heads)
-    groups = merge_heads(model, find_groups(model, KINDS), heads)
+    shares = dict.fromkeys(settings.kinds, settings.sparsity)
+    plan = plan_for(settings.method, shares, settings.scope, settings.heads)
+    groups = groups_for(model, plan)
     masks = choose(score(model, groups, "random"), groups, plan, plan.targets()[0])
     return shrink(model, groups, masks).eval()

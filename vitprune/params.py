@@ -40,7 +40,12 @@ class Model(Section):
 
 
 class Train(Section):
-    """One training run: epochs, optimizer and schedule (linear warm-up, then cosine to `min_lr`)."""
+    """One training run: epochs, optimizer and schedule (linear warm-up, then cosine to `min_lr`).
+
+    `cutmix` is the parameter of its Beta distribution, `drop_path` the rate of stochastic depth in the last block,
+    `ema` the decay, step by step, of the average of the weights that the run ends with; 0 is without any of them.
+    `amp` runs the passes in bfloat16.
+    """
 
     epochs: Count
     batch_size: Count = 64
@@ -52,6 +57,10 @@ class Train(Section):
     smoothing: Fraction = 0.0
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     augment: Literal["none", "light", "deit", "digits"] = "none"
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    drop_path: Fraction = 0.0
+    ema: Fraction = 0.0
+    amp: bool = False
 
 
 class Dense(Section):

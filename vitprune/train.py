@@ -1,7 +1,8 @@
 """The one training loop, for dense training, recovery and distillation; pruned weights stay at zero."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,27 +81,36 @@ def train(
     task = task.to(device)
     optimizer = _optimizer(model, recipe)
     scheduler = _cosine(optimizer, recipe, steps)
-    average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
     mix = _mixer(task, recipe, seed)
     step = 0
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with forked, stochastic_depth(model, recipe.drop_path):
+    with forked, stochastic_depth(model, recipe.drop_path), _settling(model, recipe.ema, held) as settle:
         torch.manual_seed(seed)
         for epoch in track(range(recipe.epochs), name):
             task.train()
             losses = []
             for images, labels in epochs(epoch):
                 scheduler.step_update(step)
-                where = f"{name}, epoch {epoch + 1}, step {step + 1}"
-                batch = mix(images.to(device), labels.to(device))
+                batch, where = mix(images.to(device), labels.to(device)), f"{name}, epoch {epoch + 1}, step {step + 1}"
                 losses.append(_step(task, optimizer, batch, recipe, where))
-                if held is not None:
-                    zero(model, held.groups, held.masks)
                 step += 1
-                if average is not None:
-                    average.update(model, step)
+                settle(step)
             row = {"epoch": epoch + 1, "step": step, "loss": _mean(losses, name), "lr": _rate(optimizer)}
             record(row | (evaluate() if evaluate is not None else {}))
+
+
+@contextmanager
+def _settling(model: nn.Module, decay: float, held: Held | None) -> Iterator[Callable[[int], None]]:
+    """What is done after each step: zeros are zeros again, and the average moves; the model ends with the average."""
+    average = ModelEmaV3(model, decay, use_warmup=True) if decay else None
+
+    def settle(step: int) -> None:
+        if held is not None:
+            zero(model, held.groups, held.masks)
+        if average is not None:
+            average.update(model, step)
+
+    yield settle
     if average is not None:
         model.load_state_dict(average.module.state_dict())
 

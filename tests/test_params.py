@@ -110,6 +110,9 @@ def test_a_missing_key_is_named(told, key: str) -> None:
         ("prune.sparsity", float("nan")),
         ("prune.sparsity", "half"),
         ("prune.sparsity", [0.5]),
+        ("prune.target", {}),
+        ("prune.target", 0.5),
+        ("prune.target", {"macs": 0.5, "params": 0.5}),
         ("prune.heads", 0),
         ("prune.cycles", 0),
         ("prune.cycles", 2.5),
@@ -133,12 +136,29 @@ def test_a_wrong_type_or_value_is_named_and_shown(told, key: str, value: object)
     [
         ({"ffn": 1.5}, "prune.sparsity.ffn"),
         ({"ffn": 0.5, "attention": -0.1}, "prune.sparsity.attention"),
-        ({"block": 0.5}, "prune.sparsity.block"),
+        ({"blocks": 0.5}, "prune.sparsity.blocks"),
         ({"ffn": "half"}, "prune.sparsity.ffn"),
     ],
 )
 def test_a_sparsity_per_kind_is_named_by_its_kind(told, value: dict, key: str) -> None:
     assert told("prune.sparsity", value).startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [({"macs": 0}, "prune.target.macs"), ({"macs": 1}, "prune.target.macs"), ({"flops": 0.5}, "prune.target.flops")],
+)
+def test_a_target_is_named_by_its_cost(told, value: dict, key: str) -> None:
+    assert told("prune.target", value).startswith(f"{key}: ")
+
+
+def test_a_target_beside_one_sparsity_is_refused(tmp_path: Path) -> None:
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["prune"] |= {"sparsity": 0.5, "target": {"macs": 0.5}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(BadInput, match=r"params.yaml: prune: .*give a target or one sparsity, not both") as error:
+        load(tmp_path / "params.yaml")
+    assert "\n" not in str(error.value)
 
 
 def test_several_errors_are_counted(told, tmp_path: Path) -> None:

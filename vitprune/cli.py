@@ -32,6 +32,7 @@ def application() -> typer.Typer:
     for command in (methods, inspect):
         app.command(rich_help_panel=LOOKING)(command)
     app.command(rich_help_panel=OWN)(init)
+    app.command(rich_help_panel=OWN)(import_scores)
     return app
 
 
@@ -78,6 +79,18 @@ def init(
     written = create(directory, Choice(source, model, method, classes))
     print(f"{directory}: wrote {', '.join(written)}")
     print(f"Next: cd {directory} && dvc repro (or vitprune-flow); params.yaml decides the result")
+
+
+def import_scores(
+    lists: Annotated[Path, typer.Argument(metavar="DIR", help="Where the lists of UP-ViTs' authors are.")],
+    parsing: Annotated[str, typer.Option(help="correct, or authors_compat: as their ranking reads them.")] = "correct",
+    project: Project = Path(),
+) -> None:
+    """Take the scores of UP-ViTs' authors for those of the score stage."""
+    directory = lists.resolve()
+    stages.import_scores(stages.enter(project), directory, parsing)
+    print(f"{project / stages.OUT / 'score'}: written from {directory}")
+    print("Next: dvc commit -f score && dvc repro")
 
 
 def methods() -> None:

@@ -1,113 +1,42 @@
 """The heart: for each cycle score, select, apply; whoever drives it recovers the model in between."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import DEFAULTS, Batches, Criterion, Importance, Setting
+from vitprune.criteria import Batches, Criterion, Importance, Setting
+from vitprune.depth import dense_names, living, next_step
 from vitprune.errors import BadInput
 from vitprune.families import find_groups, merge_heads
 from vitprune.groups import Group, Masks, Scores, shrink, zero
-from vitprune.methods import CRITERIA, Method, method_named
-from vitprune.schedule import sparsities
-from vitprune.select import SCOPES, select, sparsity_of
-
-Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do to a model: method, final sparsity per kind, and the schedule that leads there."""
-
-    method: str
-    sparsity: Mapping[str, float]
-    scope: str | None = None
-    heads: int | None = None
-    cycles: int = 1
-    schedule: str = "cubic"
-    setting: Setting = DEFAULTS
-
-    @property
-    def row(self) -> Method:
-        """The method's row in the table."""
-        return method_named(self.method)
-
-    def setting_of(self, cycle: int) -> Setting:
-        """How the cycle of that number scores: every one has a seed of its own."""
-        return replace(self.setting, seed=self.setting.seed + cycle)
-
-    def scope_of(self, kind: str) -> str:
-        """Who competes among the units of a kind; attention channels always compete inside their head."""
-        return self.scope if self.scope and kind != "attention" else self.row.scopes[kind]
-
-    def targets(self) -> list[dict[str, float]]:
-        """Sparsity per kind after each cycle."""
-        by_kind = {kind: sparsities(final, self.cycles, self.schedule) for kind, final in self.sparsity.items()}
-        return [{kind: steps[cycle] for kind, steps in by_kind.items()} for cycle in range(self.cycles)]
+from vitprune.methods import CRITERIA
+from vitprune.plans import Plan, Sparsity, plan_for
+from vitprune.select import select, select_blocks
+from vitprune.targets import PRECISION, Meter, meter, solve
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """One step: `masks` and `scores` are in the dense model's coordinates, masks cumulative (zeros only grow)."""
+    """One step: `masks` and `scores` are in the dense model's coordinates, masks cumulative (zeros only grow).
+
+    `target` is the sparsity per kind; `cost`, where the plan has one, what was wanted and reached of it.
+    """
 
     number: int
     target: Mapping[str, float]
     groups: Sequence[Group]
     scores: Scores
     masks: Masks
+    cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def held(self) -> list[Group]:
         """Groups whose removed weights are still there as zeros, and must be held at zero in training."""
         return [group for group in self.groups if group.kind == "weight"]
-
-
-def plan_for(
-    method: str,
-    sparsity: Sparsity | None,
-    scope: str | None = None,
-    heads: int | None = None,
-    cycles: int = 1,
-    schedule: str = "cubic",
-    setting: Setting = DEFAULTS,
-) -> Plan:
-    """Check a method's settings against its row; a single sparsity applies to the row's usual kinds.
-
-    Raises:
-        BadInput: unknown method, scope, kind or schedule, a sparsity outside 0..1, or N:M with another sparsity.
-    """
-    row = method_named(method)
-    if scope and not row.free_scope:
-        raise BadInput(f"prune.scope {scope!r}: method {method} has a scope of its own; leave it null")
-    implied = sparsity_of(scope or row.scopes[row.kinds[0]])
-    if scope and implied is None and scope not in SCOPES:
-        raise BadInput(f"prune.scope {scope!r}: unknown; use one of {', '.join(SCOPES)} (as in 2:4)")
-    if implied is not None and "weight" not in row.scopes:
-        raise BadInput(f"prune.scope {scope!r}: N:M is for single weights, which method {method} does not prune")
-    if sparsity is None and implied is None:
-        raise BadInput(f"prune.sparsity: method {method} needs one; give the fraction to remove, 0 to 1")
-    wanted = implied if sparsity is None else sparsity
-    shares = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(row.kinds, float(wanted or 0))
-    if not shares:
-        raise BadInput("prune.sparsity: names no kind; give the fraction to remove of at least one")
-    for kind, share in shares.items():
-        if kind not in row.scopes:
-            raise BadInput(f"prune.sparsity.{kind}: method {method} prunes only {', '.join(row.scopes)}")
-        if not 0 <= share < 1:
-            raise BadInput(f"prune.sparsity.{kind}: {share} is not at least 0 and below 1 (the fraction to remove)")
-    if implied is not None and (cycles > 1 or abs(shares["weight"] - implied) > 1e-9):
-        raise BadInput(f"prune: an N:M scope removes {implied:g} at once; set sparsity to null and cycles to 1")
-    if heads is not None and "attention" not in shares:
-        raise BadInput(f"prune.heads {heads}: merges heads where attention channels go, and none do; set it to null")
-    if {"head", "attention"} <= set(shares):
-        raise BadInput("prune.sparsity: head and attention cut the same axis; choose one of them")
-    plan = Plan(method, shares, scope, heads, cycles, schedule, setting)
-    plan.targets()
-    return plan
 
 
 def groups_for(model: nn.Module, plan: Plan) -> list[Group]:
@@ -134,15 +63,43 @@ def choose(
 ) -> Masks:
     """Masks of one cycle, each kind by its own scope; structured groups keep at least one unit.
 
-    What the cycles before have kept is in `kept`; None where there is none before.
+    What the cycles before have kept is in `kept`; None where there is none before. A kind that `target` does not name
+    stays as it is. Blocks go first: what belongs to them goes too, and a share is one of what they leave.
     """
-    masks: Masks = {}
-    for kind, share in target.items():
-        same = [group for group in groups if group.kind == kind]
+    masks = dict(kept) if kept else {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    for kind, share in sorted(target.items(), key=lambda pair: pair[0] != "block"):
+        same = [group for group in living(groups, masks) if group.kind == kind]
         own = {group.name: scores[group.name] for group in same}
-        floor = 0 if kind == "weight" else 1
-        masks |= select(own, share, plan.scope_of(kind), same, kept, floor)
-    return masks
+        if kind == "block":
+            masks |= select_blocks(own, share, kept)
+        else:
+            masks |= select(own, share, plan.scope_of(kind), same, kept, 0 if kind == "weight" else 1)
+    alive = {group.name for group in living(groups, masks)}
+    return {name: mask if name in alive else torch.zeros_like(mask) for name, mask in masks.items()}
+
+
+def goal(
+    scores: Scores, groups: Sequence[Group], plan: Plan, number: int, share_of: Meter | None, kept: Masks | None = None
+) -> Mapping[str, float]:
+    """Sparsity per kind after a cycle: the plan's own, or what its cost asks for."""
+    if share_of is None:
+        return plan.targets()[number - 1]
+    ((cost, limit),) = plan.costs()[number - 1].items()
+    return plan.shares(
+        solve(lambda scalar: choose(scores, groups, plan, plan.shares(scalar), kept), share_of, limit, PRECISION[cost])
+    )
+
+
+def meter_for(model: nn.Module, groups: Sequence[Group], plan: Plan) -> Meter | None:
+    """What measures candidates for a plan with a cost; the model must still be the dense one."""
+    return meter(model, groups, next(iter(plan.target))) if plan.target else None
+
+
+def cost_of(masks: Masks, plan: Plan, number: int, share_of: Meter | None) -> dict[str, dict[str, float]]:
+    """What a cycle was to cost and costs, as fractions of the dense model; empty where the plan has no cost."""
+    if share_of is None:
+        return {}
+    return {cost: {"target": limit, "reached": share_of(masks)} for cost, limit in plan.costs()[number - 1].items()}
 
 
 def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None = None) -> Iterator[Cycle]:
@@ -153,17 +110,29 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
     batches = _lasting(batches)
     dense = groups_for(model, plan)
     kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense}
-    for number, target in enumerate(plan.targets(), start=1):
-        now = groups_for(model, plan)
-        scores: Scores = {}
-        importance = Importance({})
-        if number > 1 or first is None or plan.row.update:
-            importance = plan.row.criterion(model, now, batches, plan.setting_of(number))
-            scores = {group.name: _in_dense(group, importance.scores, kept) for group in dense}
-        masks = first if first is not None and number == 1 else choose(scores, dense, plan, target, kept)
-        _apply(model, now, masks, kept, importance)
-        kept = masks
-        yield Cycle(number, target, dense, scores, masks)
+    share_of = meter_for(model, dense, plan)
+    for number in range(1, plan.cycles + 1):
+        complete = False
+        while not complete:
+            now = groups_for(model, plan)
+            names = dense_names(dense, now, kept)
+            scores: Scores = {}
+            importance = Importance({})
+            if first is None or plan.row.update:
+                importance = plan.row.criterion(model, now, batches, plan.setting_of(number))
+                own = {names[name]: score for name, score in importance.scores.items()}
+                scores = {group.name: _in_dense(group, own, kept) for group in dense}
+            target: Mapping[str, float]
+            if first is not None and share_of is not None:
+                masks, target, complete = first, _removed(dense, first), "block" not in plan.sparsity
+            else:
+                target = goal(scores, dense, plan, number, share_of, kept)
+                step = next_step(dense, target, kept)
+                masks = choose(scores, dense, plan, step, kept) if first is None else first
+                complete = step == target
+            _apply(model, [(group, names[group.name]) for group in now], masks, kept, importance)
+            kept, first = masks, None
+        yield Cycle(number, target, dense, scores, masks, cost_of(masks, plan, number, share_of))
 
 
 def prune(
@@ -176,17 +145,19 @@ def prune(
     scope: str | None = None,
     heads: int | None = None,
     seed: int = 0,
+    target: Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Prune a copy of a timm model in one shot and return it; the model itself is untouched.
 
     `sparsity` is the fraction of units to remove, one for all kinds or one per kind; `batches` are (images, labels)
-    for the methods that look at data; `example_input` (B, C, H, W), if given, is run through the result.
+    for the methods that look at data; `target`, such as {"macs": 0.5}, takes the
+    sparsity's place; `example_input` (B, C, H, W), if given, is run through the result.
 
     Raises:
         BadInput: a setting, a module or the result cannot be used; the message names it.
     """
     pruned = copy.deepcopy(model)
-    for _ in compress(pruned, plan_for(method, sparsity, scope, heads, setting=Setting(seed)), batches):
+    for _ in compress(pruned, plan_for(method, sparsity, scope, heads, setting=Setting(seed), target=target), batches):
         pass
     if example_input is not None:
         with torch.no_grad():
@@ -195,6 +166,15 @@ def prune(
             raise BadInput(f"{type(model).__name__}: the pruned model's output is not finite; check the dense model's")
         pruned.train(model.training)
     return pruned
+
+
+def _removed(groups: Sequence[Group], masks: Masks) -> dict[str, float]:
+    """Share of the units of each kind that masks remove."""
+    units, gone = Counter[str](), Counter[str]()
+    for group in groups:
+        units[group.kind] += group.units
+        gone[group.kind] += int((~masks[group.name]).sum())
+    return {kind: gone[kind] / units[kind] for kind in units}
 
 
 def _lasting(batches: Batches) -> Batches:
@@ -206,6 +186,8 @@ def _lasting(batches: Batches) -> Batches:
 
 def _in_dense(group: Group, scores: Scores, kept: Masks) -> Tensor:
     """Scores of the living units at their places in the dense group; shape of the dense group."""
+    if group.name not in scores:  # it has gone with its block
+        return torch.zeros(group.shape, dtype=torch.float64)
     own = scores[group.name].to("cpu", torch.float64)
     if group.kind == "weight":
         return own
@@ -215,13 +197,18 @@ def _in_dense(group: Group, scores: Scores, kept: Masks) -> Tensor:
 
 
 @torch.no_grad()
-def _apply(model: nn.Module, now: Sequence[Group], masks: Masks, kept: Masks, importance: Importance) -> None:
-    """Weights become zero, units are cut out; first the survivors take their update, if there is one."""
-    weights = [group for group in now if group.kind == "weight"]
-    units = [group for group in now if group.kind != "weight"]
-    living = {g.name: masks[g.name].flatten()[kept[g.name].flatten()].view(g.shape) for g in units}
+def _apply(
+    model: nn.Module, now: Sequence[tuple[Group, str]], masks: Masks, kept: Masks, importance: Importance
+) -> None:
+    """Weights become zero, units are cut out; first the survivors take their update, if there is one.
+
+    `now` has the groups of the model as it is, each with its name in the dense model.
+    """
+    weights = [group for group, _ in now if group.kind == "weight"]
+    units = [(group, name) for group, name in now if group.kind != "weight"]
+    left = {g.name: masks[name].flatten()[kept[name].flatten()].view(g.shape) for g, name in units}
     if importance.update is not None:
-        for name, value in importance.update(living | {g.name: masks[g.name] for g in weights}).items():
+        for name, value in importance.update(left | {g.name: masks[g.name] for g in weights}).items():
             model.get_parameter(name).copy_(value)
     zero(model, weights, masks)
-    shrink(model, units, living)
+    shrink(model, [group for group, _ in units], left)

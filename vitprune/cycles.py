@@ -1,6 +1,6 @@
 """What a pruning cycle leaves behind: masks, the spread of scores, and what the model does and costs after it."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,34 @@ from vitprune.files import digest
 from vitprune.groups import Group, Masks, Scores
 from vitprune.records import sparsity_rows, summary_rows, write_json
 
-MASKS = "masks.safetensors"
+MASKS, SCORES = "masks.safetensors", "scores.safetensors"
 
 
-def write_masks(directory: Path, groups: Iterable[Group], masks: Masks) -> dict[str, Any]:
-    """Write masks and the table of what each group keeps; returns the sparsity per kind and the masks' digest."""
+def write_scores(directory: Path, groups: Sequence[Group], scores: Scores) -> dict[str, Any]:
+    """Write scores and the table of their spread; returns what there is of them and their digest."""
+    models.write_weights(scores, directory / SCORES)
+    tables.write(summary_rows(groups, scores), tables.SCORES, directory / "summary.parquet")
+    units = sum(group.units for group in groups)
+    return {"groups": len(groups), "units": units, "sha256": digest(directory / SCORES)}
+
+
+def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
+    """Write masks and the table of what each group keeps; returns the sparsity per kind and the masks' digest.
+
+    Where whole blocks may go, also the paths of the sub-layers that have gone.
+    """
     rows = sparsity_rows(groups, masks)
     models.write_weights(masks, directory / MASKS)
     tables.write(rows, tables.SPARSITY, directory / "sparsity.parquet")
     by_kind = pa.Table.from_pylist(rows).group_by("kind").aggregate([("units", "sum"), ("kept", "sum")]).to_pylist()
     sparsity = {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}
-    return {"sparsity": sparsity, "masks_sha256": digest(directory / MASKS)}
+    facts: dict[str, Any] = {"sparsity": sparsity, "masks_sha256": digest(directory / MASKS)}
+    for group in groups:
+        if group.kind == "block":
+            facts["gone"] = [
+                body for (body, *_), keep in zip(group.sublayers, masks[group.name], strict=True) if not keep
+            ]
+    return facts
 
 
 def write_cycle(
@@ -34,7 +51,8 @@ def write_cycle(
     """Write a cycle under parent/NN; returns its row of plots/cycles.csv. Top-1 before and after recovery, percent."""
     directory = parent / f"{cycle.number:02d}"
     tables.write(summary_rows(cycle.groups, scores), tables.SCORES, directory / "scores.parquet")
-    facts = {"cycle": cycle.number, "target": dict(cycle.target)} | write_masks(directory, cycle.groups, cycle.masks)
+    facts = {"cycle": cycle.number, "target": dict(cycle.target), "cost": dict(cycle.cost)}
+    facts |= write_masks(directory, cycle.groups, cycle.masks)
     facts |= asdict(count(model, data.example_input(model, 1))) | {"top1_before": before, "top1_after": after}
     write_json(directory / "metrics.json", facts)
     units = sum(group.units for group in cycle.groups)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune.errors import BadInput
 from vitprune.families import find_groups
-from vitprune.groups import Group
+from vitprune.groups import Group, inside
 from vitprune.modes import evaluating
 from vitprune.progress import track
 
@@ -43,7 +43,7 @@ def count(model: nn.Module, example_input: Tensor) -> Counts:
     MACs are half the FLOPs of matrix products, convolutions and attention, counted with fused attention off (it
     is under-counted on CPU otherwise).
     """
-    total, per_layer = _macs(model, example_input[:1])
+    total, per_layer = macs(model, example_input[:1])
     zeros = {name: _zero_share(model.get_parameter(f"{name}.weight")) for name in per_layer}
     parameters = list(model.parameters())
     return Counts(
@@ -57,10 +57,12 @@ def count(model: nn.Module, example_input: Tensor) -> Counts:
 
 def costs(model: nn.Module, groups: Sequence[Group], example_input: Tensor) -> dict[str, tuple[int, int]]:
     """Per group: the weights that go if all of it goes, and the MACs of one image in the layers that it cuts."""
-    per_layer = _macs(model, example_input[:1])[1]
+    per_layer = macs(model, example_input[:1])[1]
     found = {}
     for group in groups:
+        inner = {path for paths in group.sublayers for path in paths}
         names = dict.fromkeys(part.param for part in group.slices)
+        names |= dict.fromkeys(name for name, _ in model.named_parameters() if inside(name, inner))
         weights = sum(model.get_parameter(name).numel() for name in names)
         found[group.name] = weights, sum(per_layer.get(name.removesuffix(".weight"), 0) for name in names)
     return found
@@ -152,7 +154,7 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
             module.fused_attn = True  # type: ignore[assignment]
 
 
-def _macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
+def macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
     """MACs of the whole model, and of every Linear and Conv2d layer by name."""
     per_layer: dict[str, int] = {}
     kinds = (nn.Linear, nn.Conv2d)

@@ -1,6 +1,6 @@
 """Groups of units that may go, and the two ways to let them go: zero and shrink."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,9 @@ from vitprune.errors import BadInput
 Scores = dict[str, Tensor]
 Masks = dict[str, Tensor]
 Resize = Callable[[nn.Module, tuple[int, ...]], None]
+Drop = Callable[[nn.Module, Tensor], None]
 
-KINDS = ("weight", "ffn", "attention", "head", "residual")
+KINDS = ("weight", "ffn", "attention", "head", "residual", "block")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Group:
     `shape` is the shape of the group's scores and masks; attention channels are (heads, channels), and all heads
     keep the same number. `pool` names the DIMAP module of a weight. `owner` is the module whose own sizes `resize`
     sets to a new shape once the slices are cut.
+
+    Blocks go in pairs of neighbours, so the units of their group are sub-layers, in the order of the model: attention,
+    FFN, attention, and so on. `sublayers` holds the paths of the modules of each (its body first), and `drop` takes the
+    others out of the model.
     """
 
     name: str
@@ -44,11 +49,42 @@ class Group:
     pool: str = ""
     owner: str = ""
     resize: Resize | None = None
+    sublayers: tuple[tuple[str, ...], ...] = ()
+    drop: Drop | None = None
 
     @property
     def units(self) -> int:
         """Number of units."""
         return torch.Size(self.shape).numel()
+
+    @property
+    def candidates(self) -> int:
+        """Number of units that may go first; the last sub-layer of a model has no next one to go with."""
+        return self.units - 1 if self.kind == "block" else self.units
+
+
+def mask_without(group: Group, unit: int) -> Tensor:
+    """Mask that removes one unit alone; of blocks, a sub-layer and the next one, so unit 2i is block i.
+
+    Unit 2i + 1 is the FFN of block i and the attention of block i + 1: what is left of the two is a hybrid block.
+
+    Source: UP-ViTs, block pruning.
+    """
+    mask = torch.ones(group.units, dtype=torch.bool)
+    mask[unit : unit + (2 if group.kind == "block" else 1)] = False
+    return mask.view(group.shape)
+
+
+def leaving(groups: Iterable[Group], masks: Masks) -> tuple[str, ...]:
+    """Paths of the modules that go as a whole, with the sub-layer that they belong to."""
+    blocks = [group for group in groups if group.kind == "block"]
+    pairs = [pair for group in blocks for pair in zip(group.sublayers, masks[group.name].tolist(), strict=True)]
+    return tuple(path for paths, keep in pairs if not keep for path in paths)
+
+
+def inside(name: str, paths: Iterable[str]) -> bool:
+    """Whether a module, parameter or group belongs to one of the modules at these paths."""
+    return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
 
 def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
@@ -81,10 +117,10 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     fitting = [(group, _fitting(group, masks)) for group in groups]
     for group, keep in fitting:
         _refuse_stale(model, group)
-        if group.kind == "residual" and not bool(keep.all()):
-            raise BadInput(
-                f"{group.name}: residual channels cannot be zeroed, LayerNorm would still count them; shrink them"
-            )
+        why = {"residual": "residual channels cannot be zeroed, LayerNorm would still count them; shrink them"}
+        why |= {"block": "blocks cannot be zeroed, they are taken out of the model; shrink them"}
+        if group.kind in why and not bool(keep.all()):
+            raise BadInput(f"{group.name}: {why[group.kind]}")
     for group, keep in fitting:
         for part in group.slices:
             parameter = model.get_parameter(part.param)
@@ -99,16 +135,20 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
 def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     """Cut the removed units out of every slice, in place, so that the tensors become smaller.
 
+    Whole sub-layers go last, as those behind them get other names; what belongs to one of them needs no mask.
+
     Raises:
         BadInput: the group has no smaller form (single weights), nothing would be left, heads would keep different
-            numbers of channels, two groups share an axis of one parameter, or a group no longer fits its parameters.
-            The model is untouched then.
+            numbers of channels, sub-layers would not form blocks, two groups share an axis of one parameter, or a
+            group no longer fits its parameters. The model is untouched then.
     """
     _refuse_shared_axes(groups)
-    cuts = [(group, _fitting(group, masks), _kept_shape(group, masks[group.name])) for group in groups]
     for group in groups:
         _refuse_stale(model, group)
-    for group, keep, shape in cuts:
+    blocks = [(group, _fitting(group, masks)) for group in groups if group.kind == "block"]
+    doomed = leaving([group for group, _ in blocks], masks)
+    others = [(g, _fitting(g, masks)) for g in groups if g.kind != "block" and not inside(g.name, doomed)]
+    for group, keep, shape in [(group, keep, _kept_shape(group, keep)) for group, keep in others + blocks]:
         _cut(model, group, keep, shape)
     return model
 
@@ -125,7 +165,8 @@ def cut_to(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None:
         raise BadInput(
             f"{group.name}: shape {list(shape)} does not fit into {list(group.shape)}; is this the right model?"
         )
-    _cut(model, group, torch.arange(group.units) < size, shape)
+    keep = torch.arange(group.units) < size
+    _cut(model, group, keep, _kept_shape(group, keep) if group.kind == "block" else shape)
 
 
 def _fitting(group: Group, masks: Masks) -> Tensor:
@@ -142,6 +183,9 @@ def _fitting(group: Group, masks: Masks) -> Tensor:
 def _kept_shape(group: Group, mask: Tensor) -> tuple[int, ...]:
     if group.kind == "weight":
         raise BadInput(f"{group.name}: single weights cannot be cut out of a tensor; use zero")
+    left = mask.flatten().nonzero().flatten()
+    if group.kind == "block" and (len(left) % 2 or bool((left % 2 != torch.arange(len(left)) % 2).any())):
+        raise BadInput(f"{group.name}: what is left would not alternate attention and FFN; remove pairs of neighbours")
     rows = mask.view(group.shape).flatten(1) if len(group.shape) > 1 else mask.view(1, -1)
     counts = [int(count) for count in rows.sum(dim=1)]
     if len(set(counts)) > 1:
@@ -164,6 +208,10 @@ def _refuse_shared_axes(groups: Sequence[Group]) -> None:
 
 
 def _refuse_stale(model: nn.Module, group: Group) -> None:
+    modules = dict(model.named_modules()) if group.sublayers else {}
+    for body, *_ in group.sublayers:
+        if body not in modules:
+            raise BadInput(f"{group.name}: the model has no {body}, the group is out of date; find it again")
     for part in group.slices:
         parameter = model.get_parameter(part.param)
         length = parameter.numel() if part.axis is None else parameter.shape[part.axis]
@@ -183,6 +231,8 @@ def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -
         _match_weight(owner)
     if group.resize is not None:  # also where nothing goes: heads may merge without losing a channel
         group.resize(model.get_submodule(group.owner), shape)
+    if group.drop is not None:
+        group.drop(model.get_submodule(group.owner), keep)
 
 
 def _match_weight(module: nn.Module) -> None:

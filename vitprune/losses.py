@@ -5,8 +5,9 @@ from torch.nn import functional as F
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of logits (..., classes) on labels (...), in nats."""
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing)
+    """Mean cross-entropy of logits (..., classes) on labels (...), or on shares of classes (..., classes), in nats."""
+    targets = labels.flatten(0, -2) if labels.is_floating_point() else labels.flatten()
+    return F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=smoothing)
 
 
 class CrossEntropy(nn.Module):

@@ -60,6 +60,13 @@ METHODS: dict[str, Method] = {
         "the same scores, running again only what a removal changes",
     ),
     "upvits-fisher": _upvits(fisher.fisher, "KL divergence to second order, all units from a few backward passes"),
+    "upvits-blocks": Method(
+        exact.exact,
+        {"block": "layer"},
+        ("block",),
+        False,
+        "KL divergence of whole blocks, scored again after each; what is left between two forms hybrid blocks",
+    ),
 }
 
 CRITERIA: dict[str, Criterion] = {

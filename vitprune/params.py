@@ -1,17 +1,19 @@
 """params.yaml as types: an unknown key, a wrong type or a value out of range is an error that names the key."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vitprune.errors import BadInput
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Kind = Literal["weight", "ffn", "attention", "head", "residual"]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Cost = Literal["params", "macs", "latency"]
+Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
 
 
 class Section(BaseModel):
@@ -38,7 +40,12 @@ class Model(Section):
 
 
 class Train(Section):
-    """One training run: epochs, optimizer and schedule (linear warm-up, then cosine to `min_lr`)."""
+    """One training run: epochs, optimizer and schedule (linear warm-up, then cosine to `min_lr`).
+
+    `cutmix` is the parameter of its Beta distribution, `drop_path` the rate of stochastic depth in the last block,
+    `ema` the decay, step by step, of the average of the weights that the run ends with; 0 is without any of them.
+    `amp` runs the passes in bfloat16.
+    """
 
     epochs: Count
     batch_size: Count = 64
@@ -50,6 +57,10 @@ class Train(Section):
     smoothing: Fraction = 0.0
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     augment: Literal["none", "light", "deit", "digits"] = "none"
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    drop_path: Fraction = 0.0
+    ema: Fraction = 0.0
+    amp: bool = False
 
 
 class Dense(Section):
@@ -83,17 +94,25 @@ class Score(Section):
 class Prune(Section):
     """Method, the kinds that it scores, sparsity (one for all, or per kind), the gradual schedule and its recovery.
 
-    `kinds` null means the method's usual ones; a kind that is not scored cannot be pruned.
+    `kinds` null means the method's usual ones; a kind that is not scored cannot be pruned. A `target`, one cost as a
+    fraction of the dense model's, takes the place of the sparsity; sparsities per kind are relative to each other then.
     """
 
     method: str
     kinds: list[Kind] | None = None
     sparsity: Fraction | dict[Kind, Fraction] | None
+    target: Annotated[Mapping[Cost, Share], Field(min_length=1, max_length=1)] | None = None
     scope: str | None = None
     heads: Count | None = None
     cycles: Count = 1
     schedule: Literal["linear", "cubic"] = "cubic"
     recover: Train | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.target is not None and isinstance(self.sparsity, float):
+            raise ValueError("give a target or one sparsity, not both; beside a target, sparsity is null or per kind")
+        return self
 
 
 class Distill(Section):

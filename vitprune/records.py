@@ -76,7 +76,7 @@ def summary_rows(groups: Iterable[Group], scores: Scores) -> list[dict[str, Any]
 
 
 def _spread(score: torch.Tensor) -> dict[str, float]:
-    ranked = score.flatten().double().sort().values
+    ranked = score[score.isfinite()].double().sort().values  # what cannot go scores infinity
     places = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
     found = {name: float(ranked[round(place * (len(ranked) - 1))]) for name, place in places.items()}
     return found | {"mean": float(ranked.mean())}

@@ -36,8 +36,7 @@ def select(
 
     Source: UP-ViTs (the same share in each group, stable order), DIMAP (one threshold per module).
     """
-    if not 0 <= sparsity < 1:
-        raise BadInput(f"sparsity {sparsity}: must be at least 0 and below 1 (the fraction to remove)")
+    _refuse_outside(sparsity)
     ranked = {name: _ranked(name, score, previous, keep_at_least) for name, score in scores.items()}
     pattern = N_OF_M.fullmatch(scope)
     if pattern:
@@ -49,6 +48,44 @@ def select(
     if previous is not None:
         masks = {name: mask & previous[name].view(mask.shape) for name, mask in masks.items()}
     return masks
+
+
+def select_blocks(scores: Scores, sparsity: float, previous: Masks | None = None) -> Masks:
+    """Remove pairs of neighbouring sub-layers, exactly round(sparsity * blocks) of each group, but never the last one.
+
+    The score of a sub-layer is that of its pair with the next one that is left; of equal pairs the first goes. A
+    removal forms a new pair, which nobody has scored: it goes where no other is left, so score again after each.
+
+    Raises:
+        BadInput: sparsity is outside 0..1, or a score is NaN.
+
+    Source: UP-ViTs, progressive block pruning.
+    """
+    _refuse_outside(sparsity)
+    masks: Masks = {}
+    for name, score in scores.items():
+        mask = torch.ones(score.shape, dtype=torch.bool) if previous is None else previous[name].clone()
+        blocks = score.numel() // 2
+        keep = 2 * (blocks - blocks_removed(sparsity, blocks))
+        _remove_pairs(_ranked(name, score, None, 0).tolist(), mask, keep)
+        masks[name] = mask
+    return masks
+
+
+def blocks_removed(sparsity: float, blocks: int) -> int:
+    """How many of so many blocks a sparsity removes; one always stays."""
+    return min(_count(sparsity, blocks), blocks - 1)
+
+
+def _remove_pairs(ranked: list[float], mask: Tensor, keep: int) -> None:
+    left = mask.nonzero().flatten().tolist()
+    while len(left) > keep:
+        worths = [ranked[unit] for unit in left[:-1]]
+        at = worths.index(min(worths))
+        mask[left[at : at + 2]] = False
+        if at > 0:  # its next one is another now
+            ranked[left[at - 1]] = float("inf")
+        del left[at : at + 2]
 
 
 def sparsity_of(scope: str) -> float | None:
@@ -65,6 +102,11 @@ def _stay(n: int, m: int) -> float:
     if not 0 < n < m:
         raise BadInput(f"scope '{n}:{m}': N of M weights stay, so N must be between 1 and M - 1")
     return n / m
+
+
+def _refuse_outside(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise BadInput(f"sparsity {sparsity}: must be at least 0 and below 1 (the fraction to remove)")
 
 
 def _count(sparsity: float, units: int) -> int:

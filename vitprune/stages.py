@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vitprune import data, models, tables
-from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_for
+from vitprune.compress import Cycle, choose, compress, cost_of, goal, groups_for, meter_for
 from vitprune.criteria import Setting
-from vitprune.cycles import MASKS, write_cycle, write_masks
+from vitprune.cycles import MASKS, SCORES, write_cycle, write_masks, write_scores
+from vitprune.depth import next_step
 from vitprune.errors import BadInput
 from vitprune.evaluate import accuracy, count, environment, latency
 from vitprune.export import to_onnx, to_timm
@@ -22,12 +23,13 @@ from vitprune.files import digest
 from vitprune.groups import Scores
 from vitprune.methods import method_named
 from vitprune.params import Params, Train, load
-from vitprune.records import History, summary_rows, write_csv, write_json
+from vitprune.plans import Plan, plan_for
+from vitprune.records import History, write_csv, write_json
+from vitprune.released import read_all
 from vitprune.train import Held, classification, distillation, feature_distillation, train
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
-SCORES = "scores.safetensors"
 
 
 def dataset(params: Params) -> None:
@@ -88,20 +90,29 @@ def score(params: Params) -> None:
     model = models.load(OUT / "dense").to(_device())
     groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
     scores = plan.row.criterion(model, groups, _calibration(model, params), plan.setting_of(1)).scores
-    models.write_weights(scores, OUT / "score" / SCORES)
-    rows = summary_rows(groups, scores)
-    tables.write(rows, tables.SCORES, OUT / "score" / "summary.parquet")
-    facts = {"method": plan.method, "groups": len(groups), "units": sum(group.units for group in groups)}
-    write_json(METRICS / "score.json", facts | {"sha256": digest(OUT / "score" / SCORES)})
+    write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, scores))
+
+
+def import_scores(params: Params, directory: Path, parsing: str) -> None:
+    """Take the dense model's scores from the lists of UP-ViTs' authors, as the score stage would have left them."""
+    plan = _plan(params)
+    model = models.load(OUT / "dense")
+    groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
+    facts = {"method": plan.method, "lists": directory.name, "parsing": parsing}
+    facts |= write_scores(OUT / "score", groups, read_all(directory, groups, parsing))
+    write_json(METRICS / "score.json", facts)
 
 
 def mask(params: Params) -> None:
     """Choose the masks of the first cycle from the scores."""
     plan = _plan(params)
-    groups = groups_for(models.load(OUT / "dense"), plan)
-    masks = choose(_scores(), groups, plan, plan.targets()[0])
-    facts = write_masks(OUT / "mask", groups, masks)
-    write_json(METRICS / "mask.json", {"target": plan.targets()[0]} | facts)
+    model = models.load(OUT / "dense").to(_device())
+    groups = groups_for(model, plan)
+    share_of = meter_for(model, groups, plan)
+    target = next_step(groups, goal(_scores(), groups, plan, 1, share_of))
+    masks = choose(_scores(), groups, plan, target)
+    facts = {"target": dict(target), "cost": cost_of(masks, plan, 1, share_of)}
+    write_json(METRICS / "mask.json", facts | write_masks(OUT / "mask", groups, masks))
 
 
 def prune(params: Params) -> None:
@@ -180,13 +191,18 @@ STAGES: dict[str, Callable[[Params], None]] = {
 
 def run(stage: str, project: Path) -> None:
     """Run one stage in a project directory."""
+    STAGES[stage](enter(project))
+
+
+def enter(project: Path) -> Params:
+    """Go to a project directory and read its params."""
     if not project.is_dir():
         raise BadInput(f"{project}: no such directory; give a project's (vitprune init DIR makes one)")
     os.chdir(project)
     params = load(Path("params.yaml"))
     if params.threads is not None:
         torch.set_num_threads(params.threads)
-    STAGES[stage](params)
+    return params
 
 
 def _kinds(params: Params) -> Sequence[str]:
@@ -195,8 +211,9 @@ def _kinds(params: Params) -> Sequence[str]:
 
 def _plan(params: Params) -> Plan:
     p, kinds = params.prune, _kinds(params)
-    sparsity = dict.fromkeys(kinds, p.sparsity) if isinstance(p.sparsity, float) else p.sparsity
-    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params))
+    one = 1.0 if p.target is not None and p.sparsity is None else p.sparsity  # for all kinds alike
+    sparsity = dict.fromkeys(kinds, one) if isinstance(one, float) else one
+    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params), p.target)
     unscored = [kind for kind in plan.sparsity if kind not in kinds]
     if unscored:
         raise BadInput(f"prune.sparsity.{unscored[0]}: only {', '.join(kinds)} are scored; add it to prune.kinds")

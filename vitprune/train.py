@@ -1,23 +1,29 @@
 """The one training loop, for dense training, recovery and distillation; pruned weights stay at zero."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from vitprune.data import cutmix
 from vitprune.errors import BadInput
+from vitprune.families.dropping import stochastic_depth
 from vitprune.groups import Group, Masks, zero
 from vitprune.losses import CrossEntropy
 from vitprune.params import Train
 from vitprune.progress import track
 
 Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> its batches, the same each time it is asked
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels -> images and shares of the classes
 Record = Callable[[dict[str, float]], None]
 
 
@@ -92,7 +98,8 @@ def train(
 ) -> None:
     """Train the task's model in place, one record per epoch of `steps` batches.
 
-    A fixed seed gives bit-identical weights on CPU.
+    A fixed seed gives bit-identical weights on CPU. With an average of the weights (ema), what is recorded on the way
+    is of the weights that train, and the model ends with their average.
 
     Raises:
         BadInput: the optimizer is unknown, there is nothing to train on, or the loss is not finite; the weights are
@@ -103,21 +110,38 @@ def train(
     task = task.to(device)
     optimizer = _optimizer(model, recipe)
     scheduler = _cosine(optimizer, recipe, steps)
+    mix = _mixer(task, recipe, seed)
     step = 0
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, stochastic_depth(pruned, recipe.drop_path), _settling(pruned, recipe.ema, held) as settle:
         torch.manual_seed(seed)
         for epoch in track(range(recipe.epochs), name):
             task.train()
             losses = []
             for images, labels in epochs(epoch):
                 scheduler.step_update(step)
-                where = f"{name}, epoch {epoch + 1}, step {step + 1}"
-                losses.append(_step(task, optimizer, images.to(device), labels.to(device), recipe.clip, where))
-                if held is not None:
-                    zero(pruned, held.groups, held.masks)
+                batch, where = mix(images.to(device), labels.to(device)), f"{name}, epoch {epoch + 1}, step {step + 1}"
+                losses.append(_step(task, optimizer, batch, recipe, where))
                 step += 1
+                settle(step)
             row = {"epoch": epoch + 1, "step": step, "loss": _mean(losses, name), "lr": _rate(optimizer)}
             record(row | (evaluate() if evaluate is not None else {}))
+
+
+@contextmanager
+def _settling(model: nn.Module, decay: float, held: Held | None) -> Iterator[Callable[[int], None]]:
+    """What is done after each step: zeros are zeros again, and the average moves; the model ends with the average."""
+    average = ModelEmaV3(model, decay, use_warmup=True) if decay else None
+
+    def settle(step: int) -> None:
+        if held is not None:
+            zero(model, held.groups, held.masks)
+        if average is not None:
+            average.update(model, step)
+
+    yield settle
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
 
 
 def _optimizer(model: nn.Module, recipe: Train) -> Any:
@@ -149,8 +173,16 @@ def _cosine(optimizer: Any, recipe: Train, steps: int) -> CosineLRScheduler:
     )
 
 
-def _step(task: Any, optimizer: Any, images: Tensor, labels: Tensor, clip: float | None, where: str) -> float:
-    loss = task(images, labels)["loss"]
+def _mixer(task: Any, recipe: Train, seed: int) -> Mix:
+    if not recipe.cutmix:
+        return lambda images, labels: (images, labels)
+    classes, generator = int(task.get_eval_model().num_classes), np.random.default_rng(seed)
+    return lambda images, labels: cutmix(images, labels, classes, recipe.cutmix, generator)
+
+
+def _step(task: Any, optimizer: Any, batch: tuple[Tensor, Tensor], recipe: Train, where: str) -> float:
+    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=recipe.amp):
+        loss = task(*batch)["loss"]
     value = float(loss.detach())
     if not math.isfinite(value):
         raise BadInput(
@@ -158,7 +190,9 @@ def _step(task: Any, optimizer: Any, images: Tensor, labels: Tensor, clip: float
         )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = float(nn.utils.clip_grad_norm_(task.trainable_module.parameters(), math.inf if clip is None else clip))
+    norm = float(
+        nn.utils.clip_grad_norm_(task.trainable_module.parameters(), math.inf if recipe.clip is None else recipe.clip)
+    )
     if not math.isfinite(norm):
         raise BadInput(f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights")
     optimizer.step()

@@ -19,7 +19,7 @@ from vitprune.groups import Group
 from vitprune.modes import evaluating
 from vitprune.progress import track
 
-KINDS = ("residual", "attention", "head", "ffn")
+KINDS = ("residual", "attention", "head", "ffn", "block")
 STREAMS = 20  # activations of a branch in flight, in streams of its size
 CACHE = 16 << 20  # bytes; on a CPU, candidates that fall out of the processor's cache are slower
 
@@ -37,11 +37,13 @@ def exact(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: 
     """
     if not batches:
         raise BadInput("kl: needs images; give batches")
-    everything = {group.name: torch.arange(group.units) for group in groups}
+    everything = {group.name: torch.arange(group.candidates) for group in groups}
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+    for group in groups:
+        scores[group.name][group.candidates :] = torch.inf
     for images, _ in track(batches, "scoring units, batch by batch"):
         for name, found in divergences(model, groups, everything, images, setting).items():
-            scores[name] += found.sum(1)
+            scores[name][: len(found)] += found.sum(1)
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 
@@ -84,10 +86,12 @@ class _Teacher:
 def _check(chain: Chain, group: Group, units: Tensor) -> None:
     if group.kind not in KINDS:
         raise BadInput(f"{group.name}: exact scoring removes {', '.join(KINDS)}, not kind {group.kind!r}")
-    if group.kind != "residual" and chain.branch(group.owner or group.name) is None:
-        raise BadInput(f"{group.name}: the model has no branch of that name; find its groups again")
-    if len(units) and not 0 <= int(units.min()) <= int(units.max()) < group.units:
-        raise BadInput(f"{group.name}: has units 0 to {group.units - 1}; {int(units.max())} is not one of them")
+    bodies = [body for body, *_ in group.sublayers] or [group.owner or group.name]
+    missing = [body for body in bodies if group.kind != "residual" and chain.branch(body) is None]
+    if missing:
+        raise BadInput(f"{missing[0]}: the model has no branch of that name; find its groups again")
+    if len(units) and not 0 <= int(units.min()) <= int(units.max()) < group.candidates:
+        raise BadInput(f"{group.name}: has units 0 to {group.candidates - 1}; {int(units.max())} is not one of them")
 
 
 def _place(chain: Chain, group: Group) -> int:
@@ -138,6 +142,11 @@ def _answers(
             else:
                 logits = without(model, group, int(some))(teacher.images)
             yield _divergence(teacher.logits, logits)
+        return
+    if group.kind == "block":
+        for unit in units.tolist():  # two neighbouring branches are left out
+            start = chain.branch(group.sublayers[unit][0]) or 0
+            yield _divergence(teacher.logits, onwards(chain, start + 2, teacher.streams[start]))
         return
     place = _place(chain, group)
     branch = chain.steps[place]

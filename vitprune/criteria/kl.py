@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Importance, Setting
 from vitprune.errors import BadInput
-from vitprune.groups import Group, shrink, zero
+from vitprune.groups import Group, mask_without, shrink, zero
 from vitprune.modes import evaluating
 from vitprune.progress import track
 
@@ -17,18 +17,19 @@ from vitprune.progress import track
 def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
     """Score a unit by sum over images of KL(model || model without it): remove one unit, run the model, repeat.
 
-    The slow oracle that faster scorers are held against: units x images forward passes. Residual channels are
-    shrunk away, the others zeroed, which is the same function. Where the model answers at every position of a
-    sequence, with logits (B, positions, classes), the divergences of all positions are summed.
+    The slow oracle that faster scorers are held against: units x images forward passes. Residual channels and blocks
+    are shrunk away, the others zeroed, which is the same function. A sub-layer goes together with the next one; the
+    last, which has none, scores infinity. Where the model answers at every position of a sequence, with logits
+    (B, positions, classes), the divergences of all positions are summed.
 
-    Source: UP-ViTs equation 1.
+    Source: UP-ViTs equation 1; for blocks, the pairs of its block pruning.
     """
     if not batches:
         raise BadInput("kl: needs images; give batches")
     device = next(model.parameters()).device
     images = [batch.to(device) for batch, _ in batches]
-    units = [(group, unit) for group in groups for unit in range(group.units)]
-    scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+    units = [(group, unit) for group in groups for unit in range(group.candidates)]
+    scores = {group.name: torch.full((group.units,), torch.inf, dtype=torch.float64) for group in groups}
     with evaluating(model):
         answers = [model(batch).double().log_softmax(-1) for batch in images]
         for group, unit in track(units, "removing one unit at a time"):
@@ -37,11 +38,9 @@ def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting
 
 
 def without(model: nn.Module, group: Group, unit: int) -> nn.Module:
-    """A copy of the model without one unit of a group: residual channels shrunk away, others zeroed."""
-    mask = torch.ones(group.units, dtype=torch.bool)
-    mask[unit] = False
-    remove = shrink if group.kind == "residual" else zero
-    return remove(copy.deepcopy(model), [group], {group.name: mask.view(group.shape)})
+    """A copy of the model without one unit of a group: residual channels and blocks shrunk away, others zeroed."""
+    remove = shrink if group.kind in ("residual", "block") else zero
+    return remove(copy.deepcopy(model), [group], {group.name: mask_without(group, unit)})
 
 
 def _divergence(pruned: nn.Module, images: list[Tensor], answers: list[Tensor]) -> float:

@@ -66,6 +66,9 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
 
 
 def _named(model: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
+    bare = [group.name for group in groups if not group.slices]
+    if bare:
+        raise BadInput(f"{bare[0]}: a block is not worth the sum of its weights; use a criterion that runs the model")
     names = dict.fromkeys(part.param for group in groups for part in group.slices)
     return {name: model.get_parameter(name) for name in names}
 

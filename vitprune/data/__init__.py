@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vitprune.data.augment import AUGMENTATIONS, Transform, data_config, example_input, transform
 from vitprune.data.calibration import draw_calibration, load_calibration
+from vitprune.data.cutmix import cutmix
 from vitprune.data.images import decode
 from vitprune.data.loaders import Batch, ImageTable, batch_count, eval_batches, open_split, train_batches
 from vitprune.data.parquet import open_parquet
@@ -23,6 +24,7 @@ __all__ = [
     "Transform",
     "batch_count",
     "build_manifest",
+    "cutmix",
     "data_config",
     "decode",
     "draw_calibration",

@@ -50,7 +50,8 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every group that can be cut, by name: all that is needed to rebuild a shrunk model."""
     heads = _cuttable(model, "attention") or _cuttable(model, "head")
-    return {group.name: group.shape for group in _cuttable(model, "residual") + heads + _cuttable(model, "ffn")}
+    found = _cuttable(model, "block") + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
+    return {group.name: group.shape for group in found}
 
 
 def _cuttable(model: nn.Module, kind: str) -> list[Group]:
@@ -67,7 +68,7 @@ def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
         BadInput: the structure names a group that the model does not have, or is larger than the model.
     """
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
-    for kind in ("head", "residual", "attention", "ffn"):
+    for kind in ("block", "head", "residual", "attention", "ffn"):
         if not wanted or structure(model) == wanted:
             break
         for group in _cuttable(model, kind):

@@ -17,6 +17,8 @@ def groups(model: Any, kind: str) -> list[Group]:
     Raises:
         BadInput: a block, MLP or norm is of a type that is not understood.
     """
+    if kind == "block":
+        raise parts.refuse("layers", model.layers, "its blocks come in pairs of plain and shifted windows")
     blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, SwinTransformerBlock)]
     for path, block in blocks:
         if type(block.mlp) is not Mlp:

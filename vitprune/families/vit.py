@@ -1,14 +1,17 @@
 """Groups of timm's VisionTransformer: ViT, DeiT, DeiT3, DINOv2 and whatever else is built of its Block."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, LayerScale
-from torch import nn
+from torch import Tensor, nn
 
 from vitprune.families import parts
 from vitprune.groups import Group, ParamSlice
 
+ATTENTION = ("attn", "norm1", "ls1", "drop_path1")
+FFN = ("mlp", "norm2", "ls2", "drop_path2")
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
@@ -21,6 +24,8 @@ def groups(model: Any, kind: str) -> list[Group]:
     if kind == "residual":
         return [_residual(model)]
     blocks = [(f"blocks.{index}", _plain(f"blocks.{index}", block)) for index, block in enumerate(model.blocks)]
+    if kind == "block":
+        return [_depth([path for path, _ in blocks])]
     if kind == "weight":
         return [group for path, block in blocks for group in parts.weights(path, block)]
     if kind == "ffn":
@@ -61,6 +66,24 @@ def _separable(path: str, attn: Any) -> Any:
     if attn.gate is not None:
         raise parts.refuse(f"{path}.gate", attn.gate, "gated attention is not understood here")
     return attn
+
+
+def _depth(paths: Sequence[str]) -> Group:
+    """Sub-layers, attention and FFN in turn. Source: UP-ViTs, block pruning."""
+    found = [tuple(f"{path}.{leaf}" for leaf in leaves) for path in paths for leaves in (ATTENTION, FFN)]
+    return Group("blocks", "block", (len(found),), (), sublayers=tuple(found), drop=_drop)
+
+
+def _drop(model: Any, keep: Tensor) -> None:
+    """Make plain blocks of what is left, each attention with the FFN behind it."""
+    attention, ffn = keep.view(-1, 2).unbind(1)  # (blocks,) each
+    firsts = [block for block, stays in zip(model.blocks, attention, strict=True) if stays]
+    seconds = [block for block, stays in zip(model.blocks, ffn, strict=True) if stays]
+    for first, second in zip(firsts, seconds, strict=True):  # a second is never an earlier first
+        for leaf in FFN:
+            setattr(first, leaf, getattr(second, leaf))
+    model.blocks = nn.Sequential(*firsts)
+    model.feature_info = model.feature_info[: len(firsts)]
 
 
 def _residual(model: Any) -> Group:

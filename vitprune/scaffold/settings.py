@@ -16,7 +16,7 @@ DEFAULT_MODEL = "deit_tiny_patch16_224"
 TRAIN = {"epochs": 100, "batch_size": 256, "lr": 0.0005, "weight_decay": 0.05, "warmup_epochs": 5, "smoothing": 0.1}
 RECOVER = {"epochs": 3, "batch_size": 128, "lr": 0.0001, "weight_decay": 0.05, "augment": "light"}
 DISTILL = {"epochs": 30, "batch_size": 128, "lr": 0.0001, "weight_decay": 0.05, "warmup_epochs": 1, "augment": "deit"}
-SPARSITY = {"ffn": 0.5, "attention": 0.25, "head": 0.25, "residual": 0.1}
+SPARSITY = {"ffn": 0.5, "attention": 0.25, "head": 0.25, "residual": 0.1, "block": 0.25}
 
 
 def render(demo: str, source: str, model: str | None, method: str, classes: int | None) -> str:
@@ -75,8 +75,12 @@ def _published_classes(model: str) -> int | None:
 def _for_method(method: str, digits: bool) -> dict[str, Any]:
     row = method_named(method)
     if "weight" not in row.kinds:
-        # the demo's own figures suit its small model and every structured method
-        own = {} if digits else {"prune.sparsity": {kind: SPARSITY[kind] for kind in row.kinds}}
+        # the demo's own figures suit its small model and every method of its kinds
+        own = (
+            {}
+            if digits and row.kinds == ("ffn", "attention")
+            else {"prune.sparsity": {kind: SPARSITY[kind] for kind in row.kinds}}
+        )
         return {"prune.method": method} | own
     if sparsity_of(row.scopes["weight"]) is not None:  # N:M says itself how much goes, all at once
         return {"prune.method": method, "prune.sparsity": None, "prune.cycles": 1}

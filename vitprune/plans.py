@@ -1,0 +1,126 @@
+"""What is to be done to a model: a method and how much of each kind goes, checked against the method's row."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vitprune.criteria import DEFAULTS, Setting
+from vitprune.errors import BadInput
+from vitprune.methods import Method, method_named
+from vitprune.schedule import sparsities
+from vitprune.select import SCOPES, sparsity_of
+from vitprune.targets import check, relative
+
+Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do to a model: method, final sparsity per kind, and the schedule that leads there.
+
+    With a `target`, a cost and its fraction of the dense model's, the sparsities are only relative to each other: the
+    largest is 1, and all are multiplied by the one scalar that reaches the cost.
+    """
+
+    method: str
+    sparsity: Mapping[str, float]
+    scope: str | None = None
+    heads: int | None = None
+    cycles: int = 1
+    schedule: str = "cubic"
+    setting: Setting = DEFAULTS
+    target: Mapping[str, float] | None = None
+
+    @property
+    def row(self) -> Method:
+        """The method's row in the table."""
+        return method_named(self.method)
+
+    def setting_of(self, cycle: int) -> Setting:
+        """How the cycle of that number scores: every one has a seed of its own."""
+        return replace(self.setting, seed=self.setting.seed + cycle)
+
+    def scope_of(self, kind: str) -> str:
+        """Who competes among the units of a kind; attention channels always compete inside their head."""
+        return self.scope if self.scope and kind != "attention" else self.row.scopes[kind]
+
+    def shares(self, scalar: float) -> dict[str, float]:
+        """Sparsity per kind at a scalar, where a cost decides how much goes."""
+        return {kind: share * scalar for kind, share in self.sparsity.items()}
+
+    def costs(self) -> list[dict[str, float]]:
+        """Fraction of the dense model's cost that may be left after each cycle."""
+        gone = {c: sparsities(1 - final, self.cycles, self.schedule) for c, final in (self.target or {}).items()}
+        return [{cost: 1 - steps[cycle] for cost, steps in gone.items()} for cycle in range(self.cycles)]
+
+    def targets(self) -> list[dict[str, float]]:
+        """Sparsity per kind after each cycle."""
+        by_kind = {kind: sparsities(final, self.cycles, self.schedule) for kind, final in self.sparsity.items()}
+        return [{kind: steps[cycle] for kind, steps in by_kind.items()} for cycle in range(self.cycles)]
+
+
+def plan_for(
+    method: str,
+    sparsity: Sparsity | None,
+    scope: str | None = None,
+    heads: int | None = None,
+    cycles: int = 1,
+    schedule: str = "cubic",
+    setting: Setting = DEFAULTS,
+    target: Mapping[Any, float] | None = None,
+) -> Plan:
+    """Check a method's settings against its row; a single sparsity applies to the row's usual kinds.
+
+    A `target` such as {"macs": 0.5} takes the place of the sparsity; beside it, sparsities per kind are relative.
+
+    Raises:
+        BadInput: unknown method, scope, kind or schedule, a sparsity outside 0..1, N:M with another sparsity, or a
+            target that is none.
+    """
+    row = method_named(method)
+    implied = _refuse_scope(method, scope)
+    if target is not None:
+        check(target, list(sparsity) if isinstance(sparsity, Mapping) else row.kinds)
+        if implied is not None or isinstance(sparsity, float):
+            raise BadInput("prune.target: takes a sparsity's place; set sparsity to null, or to a share for each kind")
+        shares = relative(sparsity or dict.fromkeys(row.kinds, 1.0))
+    elif sparsity is None and implied is None:
+        raise BadInput(f"prune.sparsity: method {method} needs one; give the fraction to remove, 0 to 1")
+    else:
+        wanted = implied if sparsity is None else sparsity
+        shares = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(row.kinds, float(wanted or 0))
+    _refuse_shares(method, shares, 1.0 if target is None else math.inf)
+    if implied is not None and (cycles > 1 or abs(shares["weight"] - implied) > 1e-9):
+        raise BadInput(f"prune: an N:M scope removes {implied:g} at once; set sparsity to null and cycles to 1")
+    if heads is not None and "attention" not in shares:
+        raise BadInput(f"prune.heads {heads}: merges heads where attention channels go, and none do; set it to null")
+    plan = Plan(method, shares, scope, heads, cycles, schedule, setting, target)
+    plan.targets()
+    return plan
+
+
+def _refuse_scope(method: str, scope: str | None) -> float | None:
+    """Check a scope against the method's row; returns the sparsity that it implies, if it does."""
+    row = method_named(method)
+    if scope and not row.free_scope:
+        raise BadInput(f"prune.scope {scope!r}: method {method} has a scope of its own; leave it null")
+    implied = sparsity_of(scope or row.scopes[row.kinds[0]])
+    if scope and implied is None and scope not in SCOPES:
+        raise BadInput(f"prune.scope {scope!r}: unknown; use one of {', '.join(SCOPES)} (as in 2:4)")
+    if implied is not None and "weight" not in row.scopes:
+        raise BadInput(f"prune.scope {scope!r}: N:M is for single weights, which method {method} does not prune")
+    return implied
+
+
+def _refuse_shares(method: str, shares: Mapping[str, float], below: float) -> None:
+    scopes = method_named(method).scopes
+    if not shares:
+        raise BadInput("prune.sparsity: names no kind; give the fraction to remove of at least one")
+    for kind, share in shares.items():
+        if kind not in scopes:
+            raise BadInput(f"prune.sparsity.{kind}: method {method} prunes only {', '.join(scopes)}")
+        if not 0 <= share < below:
+            raise BadInput(f"prune.sparsity.{kind}: {share} is not at least 0 and below 1 (the fraction to remove)")
+    if {"head", "attention"} <= set(shares):
+        raise BadInput("prune.sparsity: head and attention cut the same axis; choose one of them")

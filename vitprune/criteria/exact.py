@@ -1,12 +1,12 @@
 """UP-ViTs' criterion, exactly, from what the whole model has computed: only what a removal changes is run again."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.chain import Branch, Chain
+from vitprune.chain import Branch, Chain, SelfAttention, Step
 from vitprune.criteria import Batches, Importance, Setting
 from vitprune.criteria.kl import without
 from vitprune.criteria.narrow import narrowed
@@ -21,7 +21,8 @@ from vitprune.progress import track
 
 KINDS = ("residual", "attention", "head", "ffn", "block")
 STREAMS = 20  # activations of a branch in flight, in streams of its size
-CACHE = 16 << 20  # bytes; on a CPU, candidates that fall out of the processor's cache are slower
+LOGITS = 4  # copies of attention's logits and of the answer
+CACHE = 24 << 20  # bytes; on a CPU, candidates that fall out of the processor's cache are slower
 
 
 def exact(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
@@ -66,21 +67,31 @@ def divergences(
     found = {group.name: torch.empty(len(units), len(images), dtype=torch.float64) for group, units in jobs}
     with evaluating(model), full_precision(device):
         keep_freed_memory(device)
-        size = _images_at_once(chain, images[:1].to(device), setting)
-        runs = _runs(model, chain, jobs, images, size, setting, found)
+        size = 1
+        if len(images) > 1:
+            size = _images_at_once(_whole(model, chain, images[:1].to(device)), setting.memory)
+        parts = (slice(first, first + size) for first in range(0, len(images), size))
+        wholes = ((part, _whole(model, chain, images[part].to(device))) for part in parts)
         effort = sum(len(units) * _depth(chain, group) for group, units in jobs) * -(-len(images) // size)
-        for _ in track(runs, "removing units", total=effort):
+        for _ in track(_filled(found, jobs, wholes, setting.memory), "removing units", total=effort):
             pass
     return found
 
 
 @dataclass(frozen=True)
-class _Teacher:
-    """What the whole model makes of some images: every step's input stream and the logits."""
+class _Whole:
+    """The whole model and what it makes of some images: every step's input stream and, in float64, the logits."""
 
+    model: nn.Module
+    chain: Chain
     images: Tensor
     streams: list[Tensor]
     logits: Tensor
+
+
+def _whole(model: nn.Module, chain: Chain, images: Tensor) -> _Whole:
+    streams = prefixes(chain, images)
+    return _Whole(model, chain, images, streams, chain.finish(streams[-1]).double())
 
 
 def _check(chain: Chain, group: Group, units: Tensor) -> None:
@@ -104,58 +115,65 @@ def _depth(chain: Chain, group: Group) -> int:
     return len(chain.steps) - _place(chain, group)
 
 
-def _runs(
-    model: nn.Module,
-    chain: Chain,
-    jobs: Sequence[tuple[Group, Tensor]],
-    images: Tensor,
-    size: int,
-    setting: Setting,
+def _filled(
     found: dict[str, Tensor],
+    jobs: Sequence[tuple[Group, Tensor]],
+    wholes: Iterable[tuple[slice, _Whole]],
+    memory: int,
 ) -> Iterator[None]:
-    """Fill `found`, some images and some candidates at a time; yields once per step that a candidate has run."""
-    device = next(model.parameters()).device
-    for first in range(0, len(images), size):
-        some = images[first : first + size].to(device)
-        streams = prefixes(chain, some)
-        teacher = _Teacher(some, streams, chain.finish(streams[-1]).double())
+    """Fill in some images and some candidates at a time; yields once per step that a candidate has run."""
+    for images, whole in wholes:
         for group, units in (job for job in jobs if len(job[1])):
-            done = 0
-            for part in _answers(model, chain, group, units, teacher, setting):
-                rows = slice(done, done + len(part))
-                found[group.name][rows, first : first + size] = part.cpu()
-                done += len(part)
-                yield from [None] * (len(part) * _depth(chain, group))
+            first = 0
+            for part in _answers(whole, group, units, memory):
+                found[group.name][first : first + len(part), images] = part.cpu()
+                first += len(part)
+                yield from [None] * (len(part) * _depth(whole.chain, group))
 
 
-def _answers(
-    model: nn.Module, chain: Chain, group: Group, units: Tensor, teacher: _Teacher, setting: Setting
-) -> Iterator[Tensor]:
+def _answers(whole: _Whole, group: Group, units: Tensor, memory: int) -> Iterator[Tensor]:
     """Divergences of the units, some at a time; (C, B)."""
-    device = teacher.images.device
-    if group.kind == "residual":
-        count = _candidates(teacher.streams, 0, setting) if chain.narrow else 1
-        for some in torch.split(units, count):
-            if chain.narrow:
-                candidates = narrowed(chain, some.to(device), len(teacher.images))
-                logits = onwards(candidates, 0, candidates.embed(teacher.streams[0]))
-            else:
-                logits = without(model, group, int(some))(teacher.images)
-            yield _divergence(teacher.logits, logits)
-        return
-    if group.kind == "block":
-        for unit in units.tolist():  # two neighbouring branches are left out
-            start = chain.branch(group.sublayers[unit][0]) or 0
-            yield _divergence(teacher.logits, onwards(chain, start + 2, teacher.streams[start]))
-        return
-    place = _place(chain, group)
-    branch = chain.steps[place]
+    run = RUNS.get(group.kind, _branch_run)(whole, group)
+    lone = group.kind == "block" or (group.kind == "residual" and not whole.chain.narrow)
+    count = 1 if lone else max(1, _limit(whole, memory) // _in_flight(whole, _place(whole.chain, group)))
+    for some in torch.split(units, count):
+        yield _divergence(whole.logits, run(some.to(whole.logits.device)))
+
+
+def _branch_run(whole: _Whole, group: Group) -> Step:
+    """Logits (C * B, classes) of the model without units (C,) of one branch."""
+    place = _place(whole.chain, group)
+    branch = whole.chain.steps[place]
     assert isinstance(branch, Branch)
-    around = Around(branch, teacher.streams[place], teacher.streams[place + 1], needed(chain, place))
-    removed = remover(model, group, around)
-    for some in torch.split(units, _candidates(teacher.streams, place, setting)):
-        logits = onwards(chain, place + 1, removed(some).flatten(0, 1))
-        yield _divergence(teacher.logits, logits)
+    around = Around(branch, whole.streams[place], whole.streams[place + 1], needed(whole.chain, place))
+    removed = remover(whole.model, group, around)
+    return lambda units: onwards(whole.chain, place + 1, removed(units).flatten(0, 1))
+
+
+def _narrow_run(whole: _Whole, group: Group) -> Step:
+    """The same for residual channels; where the chain is not known to be narrow, the model is cut, one at a time."""
+
+    def run(units: Tensor) -> Tensor:
+        if not whole.chain.narrow:
+            logits: Tensor = without(whole.model, group, int(units))(whole.images)
+            return logits
+        candidates = narrowed(whole.chain, units, len(whole.images))
+        return onwards(candidates, 0, candidates.embed(whole.streams[0]))
+
+    return run
+
+
+def _block_run(whole: _Whole, group: Group) -> Step:
+    """The same for pairs of neighbouring branches, one pair at a time, which are left out."""
+
+    def run(units: Tensor) -> Tensor:
+        start = whole.chain.branch(group.sublayers[int(units)][0]) or 0
+        return onwards(whole.chain, start + 2, whole.streams[start])
+
+    return run
+
+
+RUNS: dict[str, Callable[[_Whole, Group], Step]] = {"residual": _narrow_run, "block": _block_run}
 
 
 def _divergence(whole: Tensor, logits: Tensor) -> Tensor:
@@ -176,20 +194,20 @@ def _divergence(whole: Tensor, logits: Tensor) -> Tensor:
     return each.flatten(2).sum(2) if each.dim() > 2 else each
 
 
-def _candidates(streams: Sequence[Tensor], place: int, setting: Setting) -> int:
-    """How many candidates of all images fit into the memory at once, from the largest stream that they still run."""
-    largest = max(stream.nbytes for stream in streams[place + 1 :])
-    return max(1, _limit(streams[0].device, setting) // (STREAMS * largest))
+def _in_flight(whole: _Whole, place: int) -> int:
+    """Bytes that one candidate holds on its way from a step on: of a branch, of attention's logits, of the answer."""
+    largest = max(whole.streams[place + 1 :], key=lambda stream: stream.nbytes)
+    inner = [step.inside for step in whole.chain.steps[place + 1 :] if isinstance(step, Branch)]
+    heads = max((inside.heads for inside in inner if isinstance(inside, SelfAttention)), default=0)
+    pairs = largest[..., 0].numel() * largest[0, ..., 0].numel()
+    return STREAMS * largest.nbytes + LOGITS * (heads * pairs * largest.element_size() + whole.logits.nbytes)
 
 
-def _images_at_once(chain: Chain, image: Tensor, setting: Setting) -> int:
-    """How many images' streams and one candidate of each fit into the memory."""
-    streams = prefixes(chain, image)
-    largest = max(stream.nbytes for stream in streams)
-    kept = (setting.memory // 2) // sum(stream.nbytes for stream in streams)
-    return max(1, min(kept, _limit(image.device, setting) // (STREAMS * largest)))
+def _images_at_once(one: _Whole, memory: int) -> int:
+    """How many images' streams and a candidate of each fit into the memory, from those of one image."""
+    kept = memory // 2 // sum(stream.nbytes for stream in one.streams)
+    return max(1, min(kept, _limit(one, memory) // _in_flight(one, 0)))
 
 
-def _limit(device: torch.device, setting: Setting) -> int:
-    limit = setting.memory // 2
-    return min(limit, CACHE) if device.type == "cpu" else limit
+def _limit(whole: _Whole, memory: int) -> int:
+    return min(memory // 2, CACHE) if whole.logits.device.type == "cpu" else memory // 2

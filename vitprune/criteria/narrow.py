@@ -21,16 +21,14 @@ def narrowed(chain: Chain, channels: Tensor, images: int) -> Chain:
     rows = torch.arange(len(lone), device=lone.device)
 
     def emptied(stream: Tensor) -> Tensor:
-        stream[rows, ..., lone] = 0
+        if len(channels) == 1:  # the usual case on a CPU, and faster
+            stream[..., channels] = 0
+        else:
+            stream[rows, ..., lone] = 0
         return stream
 
     def norm(whole: nn.LayerNorm, stream: Tensor) -> Tensor:
-        left = stream.shape[-1] - 1
-        centred = emptied(stream - stream.sum(-1, keepdim=True) / left)
-        normed = centred * (centred.square().sum(-1, keepdim=True) / left + whole.eps).rsqrt()
-        if whole.weight is not None:
-            normed = normed * whole.weight
-        return emptied(normed if whole.bias is None else normed + whole.bias)
+        return emptied(_live(whole, stream))
 
     def step(whole: Step) -> Step:
         if isinstance(whole, nn.LayerNorm):
@@ -45,3 +43,19 @@ def narrowed(chain: Chain, channels: Tensor, images: int) -> Chain:
         tuple(step(whole) for whole in chain.ending),
         chain.reads,
     )
+
+
+def _live(norm: nn.LayerNorm, stream: Tensor) -> Tensor:
+    """LayerNorm of streams that are zero in one channel, by the mean and variance of the others.
+
+    With n channels of mean m and variance v over all, those are m n / (n - 1) and (v - m^2 / (n - 1)) n / (n - 1).
+    """
+    number = stream.shape[-1]
+    normed, mean, scale = torch.native_layer_norm(stream, (number,), None, None, norm.eps)
+    more = number / (number - 1)
+    variance = more * (scale.pow(-2) - norm.eps - mean.square() / (number - 1))
+    own = (variance + norm.eps).rsqrt()  # (C * images, ..., 1)
+    normed = torch.addcmul((1 - more) * mean * own, normed, own / scale)
+    if norm.weight is not None:
+        normed = normed * norm.weight if norm.bias is None else torch.addcmul(norm.bias, normed, norm.weight)
+    return normed

@@ -73,7 +73,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "n
 
 
 def _batched(left: Tensor, right: Tensor) -> Tensor:
-    """Products (G, n, c) @ (G, c, m) in one call, each a group of a 1 x 1 convolution; torch binds no batched product."""
+    """Products (G, n, c) @ (G, c, m) in one call, each a group of a convolution; torch binds no batched product."""
     number, rows, inner = left.shape
     filters, image = left.reshape(number * rows, inner, 1, 1), right.reshape(1, number * inner, 1, -1)
     one = [1, 1]

@@ -2,19 +2,20 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import DEFAULTS, Batches, Criterion, Importance, Setting
+from vitprune.criteria.racing import Settled
 from vitprune.errors import BadInput
 from vitprune.families import find_groups, merge_heads
 from vitprune.groups import Group, Masks, Scores, shrink, zero
 from vitprune.methods import CRITERIA, Method, method_named
 from vitprune.schedule import sparsities
-from vitprune.select import SCOPES, select, sparsity_of
+from vitprune.select import SCOPES, Contest, contests, select, sparsity_of
 
 Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
 
@@ -59,6 +60,7 @@ class Cycle:
     groups: Sequence[Group]
     scores: Scores
     masks: Masks
+    facts: Mapping[str, float] = field(default_factory=dict)  # about what was settled by measuring again
 
     @property
     def held(self) -> list[Group]:
@@ -145,6 +147,35 @@ def choose(
     return masks
 
 
+def settle(
+    model: nn.Module,
+    batches: Batches,
+    scores: Scores,
+    groups: Sequence[Group],
+    plan: Plan,
+    target: Mapping[str, float],
+    cycle: int = 1,
+    kept: Masks | None = None,
+) -> Settled:
+    """Scores that tell who stays in a cycle: a method's own, measured again where it has a way to settle a doubt.
+
+    `scores` are of the units that the model still has, `groups` the dense model's, as for `choose`.
+    """
+    if plan.row.settle is None:
+        return Settled(scores, {})
+    alive = kept or {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    fields: list[Contest] = []
+    for kind, share in target.items():
+        same = [group for group in groups if group.kind == kind]
+        own = {group.name: alive[group.name] for group in same}
+        fields += contests(own, share, plan.scope_of(kind), same, kept, 1)
+    place = {name: mask.flatten().cumsum(0) - 1 for name, mask in alive.items()}  # of a living unit in the model
+    now = [Contest(tuple((name, place[name][units]) for name, units in c.places), c.remove) for c in fields]
+    found = [group for group in groups_for(model, plan) if group.kind in target]
+    own = {group.name: scores[group.name] for group in found}
+    return plan.row.settle(model, found, batches, own, now, plan.setting_of(cycle))
+
+
 def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None = None) -> Iterator[Cycle]:
     """Prune a model in place, cycle by cycle; what drives the iterator may train the model between two cycles.
 
@@ -156,14 +187,16 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
     for number, target in enumerate(plan.targets(), start=1):
         now = groups_for(model, plan)
         scores: Scores = {}
+        facts: Mapping[str, float] = {}
         importance = Importance({})
         if number > 1 or first is None or plan.row.update:
             importance = plan.row.criterion(model, now, batches, plan.setting_of(number))
-            scores = {group.name: _in_dense(group, importance.scores, kept) for group in dense}
+            settled = settle(model, batches, importance.scores, dense, plan, target, number, kept)
+            scores, facts = {group.name: _in_dense(group, settled.scores, kept) for group in dense}, settled.facts
         masks = first if first is not None and number == 1 else choose(scores, dense, plan, target, kept)
         _apply(model, now, masks, kept, importance)
         kept = masks
-        yield Cycle(number, target, dense, scores, masks)
+        yield Cycle(number, target, dense, scores, masks, facts)
 
 
 def prune(

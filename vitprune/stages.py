@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune import data, models, tables
-from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_for
+from vitprune.compress import Cycle, Plan, choose, compress, groups_for, plan_for, settle
 from vitprune.criteria import Setting
 from vitprune.cycles import MASKS, write_cycle, write_masks
 from vitprune.errors import BadInput
@@ -96,12 +96,15 @@ def score(params: Params) -> None:
 
 
 def mask(params: Params) -> None:
-    """Choose the masks of the first cycle from the scores."""
+    """Choose the masks of the first cycle from the scores, measured again where they leave in doubt who stays."""
     plan = _plan(params)
-    groups = groups_for(models.load(OUT / "dense"), plan)
-    masks = choose(_scores(), groups, plan, plan.targets()[0])
+    model, target = models.load(OUT / "dense").to(_device()), plan.targets()[0]
+    groups = groups_for(model, plan)
+    batches = _calibration(model, params) if plan.row.settle else []
+    settled = settle(model, batches, _scores(), groups, plan, target)
+    masks = choose(settled.scores, groups, plan, target)
     facts = write_masks(OUT / "mask", groups, masks)
-    write_json(METRICS / "mask.json", {"target": plan.targets()[0]} | facts)
+    write_json(METRICS / "mask.json", {"target": target} | facts | {"settled": dict(settled.facts) or None})
 
 
 def prune(params: Params) -> None:

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vitprune import data, models, tables
-from vitprune.compress import Cycle, choose, compress, cost_of, goal, groups_for, meter_for
+from vitprune import data, models, sharding, tables
+from vitprune.compress import Cycle, choose, compress, cost_of, goal, groups_for, meter_for, settle
 from vitprune.criteria import Setting
 from vitprune.cycles import MASKS, SCORES, write_cycle, write_masks, write_scores
 from vitprune.depth import next_step
@@ -30,6 +30,7 @@ from vitprune.train import Held, classification, distillation, feature_distillat
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
+PARTIAL = Path(".vitprune/partial")  # outside of what DVC empties before a stage
 
 
 def dataset(params: Params) -> None:
@@ -85,12 +86,17 @@ def calibrate(params: Params) -> None:
 
 
 def score(params: Params) -> None:
-    """Score every unit of the dense model."""
+    """Score every unit of the dense model; under torchrun, in several processes at once."""
     plan = _plan(params)
-    model = models.load(OUT / "dense").to(_device())
-    groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
-    scores = plan.row.criterion(model, groups, _calibration(model, params), plan.setting_of(1)).scores
+    with sharding.team() as mates:
+        model = models.load(OUT / "dense").to(_device())
+        groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
+        work = sharding.Work(plan.row.criterion, groups, _calibration(model, params), plan.setting_of(1))
+        scores = work.scores(model, plan.row.additive, PARTIAL, mates)
+    if scores is None:  # the first process has them
+        return
     write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, scores))
+    sharding.finished(PARTIAL)
 
 
 def import_scores(params: Params, directory: Path, parsing: str) -> None:
@@ -104,15 +110,18 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
 
 
 def mask(params: Params) -> None:
-    """Choose the masks of the first cycle from the scores."""
+    """Choose the masks of the first cycle from the scores, measured again where they leave in doubt who stays."""
     plan = _plan(params)
     model = models.load(OUT / "dense").to(_device())
     groups = groups_for(model, plan)
     share_of = meter_for(model, groups, plan)
     target = next_step(groups, goal(_scores(), groups, plan, 1, share_of))
-    masks = choose(_scores(), groups, plan, target)
-    facts = {"target": dict(target), "cost": cost_of(masks, plan, 1, share_of)}
-    write_json(METRICS / "mask.json", facts | write_masks(OUT / "mask", groups, masks))
+    batches = _calibration(model, params) if plan.row.settle else []
+    settled = settle(model, batches, _scores(), groups, plan, target)
+    masks = choose(settled.scores, groups, plan, target)
+    facts: dict[str, Any] = {"target": dict(target), "cost": cost_of(masks, plan, 1, share_of)}
+    facts |= {"settled": dict(settled.facts) or None} | write_masks(OUT / "mask", groups, masks)
+    write_json(METRICS / "mask.json", facts)
 
 
 def prune(params: Params) -> None:
@@ -227,8 +236,9 @@ def _setting(params: Params) -> Setting:
 
 
 def _device() -> torch.device:
-    """VITPRUNE_DEVICE, or the GPU where there is one: never a param, so that it does not change what is cached."""
-    return torch.device(os.environ.get("VITPRUNE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """VITPRUNE_DEVICE, or the process's own GPU where there is one: never a param, so that what is cached stays."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return torch.device(os.environ.get("VITPRUNE_DEVICE") or own)
 
 
 def _source(params: Params) -> data.Source:

@@ -26,9 +26,9 @@ def main() -> None:
     directory, model = Path(sys.argv[1]), tiny("vit")
     work = sharding.Work(slow, find_groups(model, ["ffn", "residual"]), batches(model, 5, 2), DEFAULTS)
     with sharding.team() as mates:
-        scores = work.scores(model, True, directory / "partial", mates)
-    if scores is not None:
-        write_weights(scores, directory / "scores.safetensors")
+        found = work.importance(model, True, directory / "partial", mates)
+    if found is not None:
+        write_weights(found.scores, directory / "scores.safetensors")
 
 
 if __name__ == "__main__":

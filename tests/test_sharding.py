@@ -40,7 +40,7 @@ def done_in(directory: Path) -> int:
 def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path, criterion) -> None:
     groups, data = find_groups(vit, ["ffn", "head"]), batches(vit, 3)
     work = sharding.Work(criterion, groups, data, replace(DEFAULTS, classes=2))
-    found = work.scores(vit, True, tmp_path, sharding.Team())
+    found = work.importance(vit, True, tmp_path, sharding.Team()).scores
     expected = criterion(vit, groups, data, work.setting).scores
     for name, score in expected.items():
         assert found[name].shape == score.shape
@@ -50,9 +50,12 @@ def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path
 def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_path: Path) -> None:
     groups, data = find_groups(vit, ["ffn"]), batches(vit, 3)
     work = sharding.Work(fisher, groups, data, DEFAULTS)
-    first = work.scores(vit, True, tmp_path, sharding.Team())
+    first = work.importance(vit, True, tmp_path, sharding.Team()).scores
     (path,) = tmp_path.glob("scores-*.safetensors")
-    assert all(torch.equal(first[n], score) for n, score in work.scores(vit, True, tmp_path, sharding.Team()).items())
+    assert all(
+        torch.equal(first[n], score)
+        for n, score in work.importance(vit, True, tmp_path, sharding.Team()).scores.items()
+    )
     assert list(tmp_path.iterdir()) == [path]  # found again, nothing else beside it
     others = [
         replace(work, setting=replace(DEFAULTS, seed=1)),
@@ -61,10 +64,10 @@ def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_pat
         replace(work, groups=groups[:1]),
     ]
     for other in others:
-        other.scores(vit, True, tmp_path, sharding.Team())
+        other.importance(vit, True, tmp_path, sharding.Team())
     with torch.no_grad():
         vit.head.bias[0] += 1
-    changed = work.scores(vit, True, tmp_path, sharding.Team())
+    changed = work.importance(vit, True, tmp_path, sharding.Team()).scores
     assert len(list(tmp_path.iterdir())) == 6
     assert not torch.equal(changed["blocks.0.mlp"], first["blocks.0.mlp"])
     sharding.finished(tmp_path)
@@ -84,7 +87,7 @@ def test_killed_and_taken_up_by_two_processes_it_is_the_same_to_the_bit(vit: nn.
     assert done_in(tmp_path) == 5
     work = sharding.Work(fisher, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULTS)
     found = load_file(tmp_path / "scores.safetensors")
-    expected = work.scores(vit, True, tmp_path / "other", sharding.Team())
+    expected = work.importance(vit, True, tmp_path / "other", sharding.Team()).scores
     assert all(torch.equal(found[name], score) for name, score in expected.items())
 
 
@@ -104,9 +107,9 @@ def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:
     work = sharding.Work(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULTS)
-    assert work.scores(vit, False, tmp_path, sharding.Team()) is not None
+    assert work.importance(vit, False, tmp_path, sharding.Team()) is not None
     with pytest.raises(BadInput, match=r"^magnitude: its scores are no sums over images; use one process$"):
-        work.scores(vit, False, tmp_path, sharding.Team(0, 2))
+        work.importance(vit, False, tmp_path, sharding.Team(0, 2))
     additive = {name for name, row in METHODS.items() if row.additive}
     assert {"taylor", "channel-taylor", "upvits", "upvits-literal", "upvits-exact", "upvits-fisher"} <= additive
     assert not {"random", "magnitude", "lamp", "dimap", "channel-magnitude"} & additive

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Criterion, Importance, Setting
+from vitprune.budget import Prices, prices, spend
+from vitprune.criteria import Batches, Criterion, Importance, Setting, Statistics
 from vitprune.criteria.racing import Settled
 from vitprune.depth import dense_names, living, next_step
 from vitprune.errors import BadInput
@@ -60,8 +61,24 @@ def score(
     return function(model, groups, _lasting(batches), Setting(seed)).scores
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What candidates cost, where a plan has a target (`share_of`), and what a unit saves, where units are bought."""
+
+    share_of: Meter | None = None
+    prices: Prices = field(default_factory=dict)
+
+
+FREE = Costs()
+
+
 def choose(
-    scores: Scores, groups: Sequence[Group], plan: Plan, target: Mapping[str, float], kept: Masks | None = None
+    scores: Scores,
+    groups: Sequence[Group],
+    plan: Plan,
+    target: Mapping[str, float],
+    kept: Masks | None = None,
+    costs: Costs = FREE,
 ) -> Masks:
     """Masks of one cycle, each kind by its own scope; structured groups keep at least one unit.
 
@@ -69,7 +86,13 @@ def choose(
     stays as it is. Blocks go first: what belongs to them goes too, and a share is one of what they leave.
     """
     masks = dict(kept) if kept else {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    bought = [group for group in groups if group.kind in plan.bought and group.kind in target]
+    if bought:
+        own = {group.name: scores[group.name] for group in bought}
+        masks |= spend(own, target[bought[0].kind], bought, costs.prices, kept)
     for kind, share in sorted(target.items(), key=lambda pair: pair[0] != "block"):
+        if kind in plan.bought:
+            continue
         same = [group for group in living(groups, masks) if group.kind == kind]
         own = {group.name: scores[group.name] for group in same}
         if kind == "block":
@@ -81,27 +104,35 @@ def choose(
 
 
 def goal(
-    scores: Scores, groups: Sequence[Group], plan: Plan, number: int, share_of: Meter | None, kept: Masks | None = None
+    scores: Scores, groups: Sequence[Group], plan: Plan, number: int, costs: Costs, kept: Masks | None = None
 ) -> Mapping[str, float]:
     """Sparsity per kind after a cycle: the plan's own, or what its cost asks for."""
-    if share_of is None:
+    if costs.share_of is None:
         return plan.targets()[number - 1]
     ((cost, limit),) = plan.costs()[number - 1].items()
-    return plan.shares(
-        solve(lambda scalar: choose(scores, groups, plan, plan.shares(scalar), kept), share_of, limit, PRECISION[cost])
+
+    def masks_at(scalar: float) -> Masks:
+        return choose(scores, groups, plan, plan.shares(scalar), kept, costs)
+
+    return plan.shares(solve(masks_at, costs.share_of, limit, PRECISION[cost]))
+
+
+def costs_for(model: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
+    """What a plan has to know of costs; the model must still be the dense one."""
+    bought = [group for group in groups if group.kind in plan.bought]
+    return Costs(
+        meter(model, groups, next(iter(plan.target))) if plan.target else None,
+        prices(bought, meter(model, bought, "macs")) if bought else {},
     )
 
 
-def meter_for(model: nn.Module, groups: Sequence[Group], plan: Plan) -> Meter | None:
-    """What measures candidates for a plan with a cost; the model must still be the dense one."""
-    return meter(model, groups, next(iter(plan.target))) if plan.target else None
-
-
-def cost_of(masks: Masks, plan: Plan, number: int, share_of: Meter | None) -> dict[str, dict[str, float]]:
+def cost_of(masks: Masks, plan: Plan, number: int, costs: Costs) -> dict[str, dict[str, float]]:
     """What a cycle was to cost and costs, as fractions of the dense model; empty where the plan has no cost."""
-    if share_of is None:
+    if costs.share_of is None:
         return {}
-    return {cost: {"target": limit, "reached": share_of(masks)} for cost, limit in plan.costs()[number - 1].items()}
+    return {
+        cost: {"target": limit, "reached": costs.share_of(masks)} for cost, limit in plan.costs()[number - 1].items()
+    }
 
 
 def settle(
@@ -133,15 +164,18 @@ def settle(
     return plan.row.settle(model, found, batches, own, now, plan.setting_of(cycle))
 
 
-def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None = None) -> Iterator[Cycle]:
+def compress(
+    model: nn.Module, plan: Plan, batches: Batches, first: Masks | None = None, statistics: Statistics | None = None
+) -> Iterator[Cycle]:
     """Prune a model in place, cycle by cycle; what drives the iterator may train the model between two cycles.
 
-    `first` gives the masks of the first cycle, where they were chosen before; for its update, a method still scores.
+    `first` gives the masks of the first cycle, where they were chosen before, and `statistics` what scoring left for
+    the update then; without them a method with an update scores again.
     """
     batches = _lasting(batches)
     dense = groups_for(model, plan)
     kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense}
-    share_of = meter_for(model, dense, plan)
+    costs = costs_for(model, dense, plan)
     for number in range(1, plan.cycles + 1):
         complete = False
         while not complete:
@@ -149,24 +183,23 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
             names = dense_names(dense, now, kept)
             scores: Scores = {}
             facts: Mapping[str, float] = {}
-            importance = Importance({})
-            if first is None or plan.row.update:
-                importance = plan.row.criterion(model, now, batches, plan.setting_of(number))
+            importance = _judged(model, now, batches, plan, number, first is not None, statistics)
+            if importance.scores:
                 scores = _all_in_dense(dense, names, importance.scores, kept)
             target: Mapping[str, float]
-            if first is not None and share_of is not None:
+            if first is not None and costs.share_of is not None:
                 masks, target, complete = first, _removed(dense, first), "block" not in plan.sparsity
             else:
-                target = goal(scores, dense, plan, number, share_of, kept)
+                target = goal(scores, dense, plan, number, costs, kept)
                 step = next_step(dense, target, kept)
                 if first is None:
                     settled = settle(model, batches, importance.scores, dense, plan, step, number, kept)
                     scores, facts = _all_in_dense(dense, names, settled.scores, kept), settled.facts
-                masks = choose(scores, dense, plan, step, kept) if first is None else first
+                masks = choose(scores, dense, plan, step, kept, costs) if first is None else first
                 complete = step == target
             _apply(model, [(group, names[group.name]) for group in now], masks, kept, importance)
             kept, first = masks, None
-        yield Cycle(number, target, dense, scores, masks, cost_of(masks, plan, number, share_of), facts)
+        yield Cycle(number, target, dense, scores, masks, cost_of(masks, plan, number, costs), facts)
 
 
 def prune(
@@ -216,6 +249,24 @@ def _lasting(batches: Batches) -> Batches:
     if isinstance(batches, Iterator):
         raise BadInput("batches: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
     return batches
+
+
+def _judged(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Batches,
+    plan: Plan,
+    number: int,
+    chosen: bool,
+    statistics: Statistics | None,
+) -> Importance:
+    """Scores and update of a cycle; where the masks are chosen, only the update, from statistics if there are any."""
+    update = plan.row.update
+    if chosen and update is None:
+        return Importance({})
+    if chosen and update is not None and statistics:
+        return Importance({}, update(model, groups, statistics))
+    return plan.row.criterion(model, groups, batches, plan.setting_of(number))
 
 
 def _all_in_dense(dense: Sequence[Group], names: Mapping[str, str], scores: Scores, kept: Masks) -> Scores:

@@ -10,20 +10,25 @@ from torch import nn
 
 from vitprune import data, models, tables
 from vitprune.compress import Cycle
+from vitprune.criteria import Importance
 from vitprune.evaluate import count
 from vitprune.files import digest
 from vitprune.groups import Group, Masks, Scores
 from vitprune.records import sparsity_rows, summary_rows, write_json
 
-MASKS, SCORES = "masks.safetensors", "scores.safetensors"
+MASKS, SCORES, STATISTICS = "masks.safetensors", "scores.safetensors", "statistics.safetensors"
 
 
-def write_scores(directory: Path, groups: Sequence[Group], scores: Scores) -> dict[str, Any]:
-    """Write scores and the table of their spread; returns what there is of them and their digest."""
+def write_scores(directory: Path, groups: Sequence[Group], found: Importance) -> dict[str, Any]:
+    """Write scores, the table of their spread and what the update needs; returns figures and the scores' digest."""
+    scores = found.scores
     models.write_weights(scores, directory / SCORES)
+    (directory / STATISTICS).unlink(missing_ok=True)
+    if found.statistics:
+        models.write_weights(found.statistics, directory / STATISTICS)
     tables.write(summary_rows(groups, scores), tables.SCORES, directory / "summary.parquet")
     units = sum(group.units for group in groups)
-    return {"groups": len(groups), "units": units, "sha256": digest(directory / SCORES)}
+    return {"groups": len(groups), "units": units, **found.facts, "sha256": digest(directory / SCORES)}
 
 
 def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[str, Any]:

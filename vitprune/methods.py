@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitprune.criteria import Criterion, exact, fisher, kl, racing, weights
+from vitprune.criteria import Criterion, Updater, exact, fisher, kl, obs, racing, weights
 from vitprune.errors import BadInput
 
 ADDITIVE = (weights.taylor, kl.literal, exact.exact, fisher.fisher)
@@ -18,7 +18,7 @@ class Method:
     kinds: tuple[str, ...]
     free_scope: bool
     about: str
-    update: bool = False  # the criterion also gives new values for the weights that stay
+    update: Updater | None = None  # the criterion's update, from the statistics that it has left
     settle: racing.Settle | None = None  # measures again where the criterion's scores leave in doubt who stays
 
     @property
@@ -58,6 +58,30 @@ METHODS: dict[str, Method] = {
         "KL divergence (Yu & Wu, SCIS 2023): to second order, then exactly where it decides who stays",
         racing.settle,
     ),
+    "upvits-refit": Method(
+        obs.with_refit(fisher.fisher),
+        {"ffn": "layer", "attention": "head", "head": "layer"},
+        ("ffn", "attention"),
+        True,
+        "KL divergence to second order, as UP-ViTs selects, and the consumers refitted to the dense outputs",
+        obs.refitting,
+    ),
+    "upvits-global": Method(
+        obs.with_refit(fisher.fisher),
+        {"ffn": "macs", "attention": "macs", "head": "macs"},
+        ("ffn", "attention"),
+        False,
+        "KL divergence per MAC saved, all blocks and components competing, and the refit (ours)",
+        obs.refitting,
+    ),
+    "unit-obs": Method(
+        obs.unit_obs,
+        {"ffn": "macs", "attention": "macs", "head": "macs"},
+        ("ffn", "attention"),
+        True,
+        "greedy elimination of units in nats per MAC, attention in a basis of its own, and the refit (ours)",
+        obs.turning,
+    ),
     "upvits-literal": Method(
         kl.literal,
         {"ffn": "layer", "attention": "head", "residual": "layer"},
@@ -84,6 +108,7 @@ CRITERIA: dict[str, Criterion] = {
     "kl-literal": kl.literal,
     "kl-exact": exact.exact,
     "kl-fisher": fisher.fisher,
+    "unit-obs": obs.unit_obs,
 }
 
 

@@ -43,7 +43,15 @@ class Plan:
 
     def scope_of(self, kind: str) -> str:
         """Who competes among the units of a kind; attention channels always compete inside their head."""
-        return self.scope if self.scope and kind != "attention" else self.row.scopes[kind]
+        if self.scope and (kind != "attention" or self.scope == "macs"):
+            return self.scope
+        own = self.row.scopes[kind]
+        return "head" if kind == "attention" and self.scope else own
+
+    @property
+    def bought(self) -> list[str]:
+        """Kinds whose units compete with each other, of whatever kind they are, by what they save."""
+        return [kind for kind in self.sparsity if self.scope_of(kind) == "macs"]
 
     def shares(self, scalar: float) -> dict[str, float]:
         """Sparsity per kind at a scalar, where a cost decides how much goes."""
@@ -96,6 +104,8 @@ def plan_for(
     if heads is not None and "attention" not in shares:
         raise BadInput(f"prune.heads {heads}: merges heads where attention channels go, and none do; set it to null")
     plan = Plan(method, shares, scope, heads, cycles, schedule, setting, target)
+    if len({shares[kind] for kind in plan.bought}) > 1:
+        raise BadInput(f"prune.sparsity: {', '.join(plan.bought)} compete for one share of the MACs; give all the same")
     plan.targets()
     return plan
 
@@ -106,8 +116,8 @@ def _refuse_scope(method: str, scope: str | None) -> float | None:
     if scope and not row.free_scope:
         raise BadInput(f"prune.scope {scope!r}: method {method} has a scope of its own; leave it null")
     implied = sparsity_of(scope or row.scopes[row.kinds[0]])
-    if scope and implied is None and scope not in SCOPES:
-        raise BadInput(f"prune.scope {scope!r}: unknown; use one of {', '.join(SCOPES)} (as in 2:4)")
+    if scope and implied is None and scope not in (*SCOPES, "macs"):
+        raise BadInput(f"prune.scope {scope!r}: unknown; use one of {', '.join(SCOPES)} (as in 2:4), macs")
     if implied is not None and "weight" not in row.scopes:
         raise BadInput(f"prune.scope {scope!r}: N:M is for single weights, which method {method} does not prune")
     return implied

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
-from vitprune.criteria import Batches, Criterion, Setting
+from vitprune.criteria import Batches, Criterion, Importance, Setting
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
 from vitprune.models import read_weights, write_weights
@@ -71,7 +71,7 @@ class Work:
         """Number of units."""
         return sum(group.units for group in self.groups)
 
-    def scores(self, model: nn.Module, additive: bool, directory: Path, mates: Team) -> Scores | None:
+    def importance(self, model: nn.Module, additive: bool, directory: Path, mates: Team) -> Importance | None:
         """Scores over all batches, in the first process; None in the others.
 
         Additive ones are shared and resumed: in each round every process scores one batch, and the first adds the
@@ -83,10 +83,10 @@ class Work:
         """
         if additive:
             total = self._summed(model, directory, mates)
-            return None if mates.rank else _by_group(self.groups, total)
+            return None if mates.rank else Importance(_by_group(self.groups, total))
         if mates.size > 1:
             raise BadInput(f"{self.criterion.__qualname__}: its scores are no sums over images; use one process")
-        return self.criterion(model, self.groups, self.batches, self.setting).scores
+        return self.criterion(model, self.groups, self.batches, self.setting)
 
     def _summed(self, model: nn.Module, directory: Path, mates: Team) -> Tensor:
         path = directory / f"scores-{self._digest(model)}.safetensors" if mates.rank == 0 else directory

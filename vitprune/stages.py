@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vitprune import data, models, sharding, tables
-from vitprune.compress import Cycle, choose, compress, cost_of, goal, groups_for, meter_for, settle
-from vitprune.criteria import Setting
-from vitprune.cycles import MASKS, SCORES, write_cycle, write_masks, write_scores
+from vitprune.compress import Cycle, choose, compress, cost_of, costs_for, goal, groups_for, settle
+from vitprune.criteria import Importance, Setting, Statistics
+from vitprune.cycles import MASKS, SCORES, STATISTICS, write_cycle, write_masks, write_scores
 from vitprune.depth import next_step
 from vitprune.errors import BadInput
 from vitprune.evaluate import accuracy, count, environment, latency
@@ -92,10 +92,10 @@ def score(params: Params) -> None:
         model = models.load(OUT / "dense").to(_device())
         groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
         work = sharding.Work(plan.row.criterion, groups, _calibration(model, params), plan.setting_of(1))
-        scores = work.scores(model, plan.row.additive, PARTIAL, mates)
-    if scores is None:  # the first process has them
+        found = work.importance(model, plan.row.additive, PARTIAL, mates)
+    if found is None:  # the first process has them
         return
-    write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, scores))
+    write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, found))
     sharding.finished(PARTIAL)
 
 
@@ -105,7 +105,7 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
     model = models.load(OUT / "dense")
     groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
     facts = {"method": plan.method, "lists": directory.name, "parsing": parsing}
-    facts |= write_scores(OUT / "score", groups, read_all(directory, groups, parsing))
+    facts |= write_scores(OUT / "score", groups, Importance(read_all(directory, groups, parsing)))
     write_json(METRICS / "score.json", facts)
 
 
@@ -114,12 +114,12 @@ def mask(params: Params) -> None:
     plan = _plan(params)
     model = models.load(OUT / "dense").to(_device())
     groups = groups_for(model, plan)
-    share_of = meter_for(model, groups, plan)
-    target = next_step(groups, goal(_scores(), groups, plan, 1, share_of))
+    costs = costs_for(model, groups, plan)
+    target = next_step(groups, goal(_scores(), groups, plan, 1, costs))
     batches = _calibration(model, params) if plan.row.settle else []
     settled = settle(model, batches, _scores(), groups, plan, target)
-    masks = choose(settled.scores, groups, plan, target)
-    facts: dict[str, Any] = {"target": dict(target), "cost": cost_of(masks, plan, 1, share_of)}
+    masks = choose(settled.scores, groups, plan, target, costs=costs)
+    facts: dict[str, Any] = {"target": dict(target), "cost": cost_of(masks, plan, 1, costs)}
     facts |= {"settled": dict(settled.facts) or None} | write_masks(OUT / "mask", groups, masks)
     write_json(METRICS / "mask.json", facts)
 
@@ -131,7 +131,8 @@ def prune(params: Params) -> None:
     evaluate = _evaluator(model, params)
     history = History(OUT / "prune", "prune")
     rows, now = [], {}
-    for cycle in compress(model, plan, _calibration(model, params), models.read_weights(OUT / "mask" / MASKS)):
+    masks, statistics = models.read_weights(OUT / "mask" / MASKS), _statistics()
+    for cycle in compress(model, plan, _calibration(model, params), masks, statistics):
         before = now = evaluate()
         if recover is not None:
             task = classification(model, recover.smoothing)
@@ -297,6 +298,11 @@ def _latencies(pair: dict[str, nn.Module], example: Tensor, runs: int) -> dict[s
 
 def _scores() -> Scores:
     return models.read_weights(OUT / "score" / SCORES)
+
+
+def _statistics() -> Statistics | None:
+    """What scoring left for the update, where the method has one."""
+    return models.read_weights(OUT / "score" / STATISTICS) if (OUT / "score" / STATISTICS).exists() else None
 
 
 def _held(cycle: Cycle) -> Held | None:

@@ -47,4 +47,6 @@ class Importance:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+Statistics = dict[str, Tensor]  # float64 sums over images, by "path of a layer/what"
+Updater = Callable[[nn.Module, Sequence[Group], Statistics], Update]  # the update from what was summed before
 Criterion = Callable[[nn.Module, Sequence[Group], Batches, Setting], Importance]

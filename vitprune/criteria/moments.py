@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Setting
+from vitprune.criteria import Batches, Setting, Statistics
 from vitprune.criteria.pulls import pulls
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 from vitprune.modes import evaluating, frozen
 from vitprune.progress import track
 
-Statistics = dict[str, Tensor]  # float64 sums, by "path of a layer/what"
 HALVES = (
     2  # moments of the even and of the odd images, so that a ridge can be chosen on images that it was not fitted to
 )

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, Setting
+from vitprune.criteria import Batches, Criterion, Importance, Setting, Statistics, Update
 from vitprune.criteria.bases import Bases, bases
 from vitprune.criteria.elimination import eliminate, refit
-from vitprune.criteria.moments import Consumer, Statistics, collect, consumer, producer
+from vitprune.criteria.moments import Consumer, collect, consumer, producer
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 
@@ -31,28 +31,48 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
     refused = [group for group in groups if group.kind not in ("ffn", "head", "attention")]
     if refused:
         raise BadInput(f"{refused[0].name}: unit-obs scores ffn, head and attention, not kind {refused[0].kind!r}")
-    return resume(model, groups, collect(model, groups, batches, setting), setting)
-
-
-def resume(model: nn.Module, groups: Sequence[Group], statistics: Statistics, setting: Setting) -> Importance:
-    """Scores and update from statistics that were collected before on the same model and groups."""
+    statistics = collect(model, groups, batches, setting)
     scores: Scores = {}
     for group in groups:
         find = _channels if group.kind == "attention" else _eliminated
         scores[group.name] = find(model, group, statistics)
-    return Importance(scores, lambda masks: updated(model, groups, statistics, masks), statistics=statistics)
+    return Importance(scores, turning(model, groups, statistics), statistics=statistics)
 
 
-def updated(model: nn.Module, groups: Sequence[Group], statistics: Statistics, masks: Masks) -> dict[str, Tensor]:
-    """New values of the consumers' weights and biases, and of q, k and v in their new bases, for these masks."""
-    found: dict[str, Tensor] = {}
-    for group in groups:
-        found |= (
-            _rebased(model, group, statistics, masks[group.name])
-            if group.kind == "attention"
-            else refitted(model, group, statistics, masks[group.name])
-        )
-    return found
+def turning(model: nn.Module, groups: Sequence[Group], statistics: Statistics) -> Update:
+    """The update that gives q, k and v new bases, and refits the consumers, for any masks of these groups."""
+
+    def update(masks: Masks) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for group in (group for group in groups if group.name in masks):
+            find = _rebased if group.kind == "attention" else refitted
+            found |= find(model, group, statistics, masks[group.name])
+        return found
+
+    return update
+
+
+def refitting(model: nn.Module, groups: Sequence[Group], statistics: Statistics) -> Update:
+    """The update that refits the consumers alone, for masks of any criterion."""
+
+    def update(masks: Masks) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for group in (group for group in groups if group.name in masks and group.kind != "residual"):
+            found |= refitted(model, group, statistics, masks[group.name])
+        return found
+
+    return update
+
+
+def with_refit(criterion: Criterion) -> Criterion:
+    """The same scores, and the refit as their update."""
+
+    def refitted_too(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+        found = criterion(model, groups, batches, setting)
+        statistics = collect(model, [group for group in groups if group.kind != "residual"], batches, setting)
+        return Importance(found.scores, refitting(model, groups, statistics), found.facts, statistics)
+
+    return refitted_too
 
 
 def refitted(model: nn.Module, group: Group, statistics: Statistics, mask: Tensor) -> dict[str, Tensor]:

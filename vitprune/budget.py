@@ -1,0 +1,85 @@
+"""Selection across kinds: all units of a model compete by what they are worth per MAC that they save."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from vitprune.errors import BadInput
+from vitprune.groups import Group, Masks, Scores
+from vitprune.targets import Meter
+
+Prices = dict[str, float]  # by group: the share of the dense model's MACs that one unit (of each head) saves
+
+
+@dataclass(frozen=True)
+class _Lot:
+    """Units that go at once: one, or for attention channels the worst left of each head, as all heads stay alike."""
+
+    rate: float
+    price: float
+    group: str
+    units: Tensor
+
+
+def prices(groups: Sequence[Group], share_of: Meter) -> Prices:
+    """What a unit of each group saves, measured on the dense model with one unit less.
+
+    Raises:
+        BadInput: a group's units cannot be bought one at a time (single weights, blocks).
+    """
+    whole = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    found: Prices = {}
+    for group in groups:
+        if group.kind in ("weight", "block") or group.shape[-1] < 2:
+            raise BadInput(f"{group.name}: units of kind {group.kind!r} have no price in MACs; use another scope")
+        less = whole[group.name].clone()
+        less[..., 0] = False
+        found[group.name] = 1 - share_of(whole | {group.name: less})
+    return found
+
+
+def spend(scores: Scores, share: float, groups: Sequence[Group], costs: Prices, previous: Masks | None = None) -> Masks:
+    """Remove the units worth least per MAC until a share of all their MACs is gone; every group keeps one (per head).
+
+    A larger share removes more, and never other units. What `previous` has removed stays removed and counts.
+
+    Raises:
+        BadInput: the share is outside 0..1, or a score is NaN.
+
+    Source: UP-ViTs' score as one currency, in nats, across blocks and components.
+    """
+    if not 0 <= share < 1:
+        raise BadInput(f"sparsity {share}: must be at least 0 and below 1 (the fraction of MACs to remove)")
+    masks = {
+        g.name: torch.ones(g.shape, dtype=torch.bool) if previous is None else previous[g.name].view(g.shape).clone()
+        for g in groups
+    }
+    budget = share * sum(costs[group.name] * group.shape[-1] for group in groups)
+    lots: list[_Lot] = []
+    for group in groups:
+        budget -= costs[group.name] * int((~masks[group.name]).sum()) / (group.units / group.shape[-1])
+        lots += _lots(group, scores[group.name], masks[group.name], costs[group.name])
+    for lot in sorted(lots, key=attrgetter("rate")):
+        if budget < lot.price * (1 - 1e-9):
+            break
+        budget -= lot.price
+        masks[lot.group].view(-1)[lot.units] = False
+    return masks
+
+
+def _lots(group: Group, scores: Tensor, alive: Tensor, price: float) -> list[_Lot]:
+    """What of a group can go, in the order in which it must: rates rise, so that a later lot never goes first."""
+    if bool(scores.isnan().any()):
+        raise BadInput(f"{group.name}: {int(scores.isnan().sum())} scores are NaN; check the model's weights")
+    rows = scores.detach().cpu().double().reshape(-1, group.shape[-1])
+    there = alive.reshape(rows.shape)
+    left = int(there[0].sum())
+    places = torch.arange(rows.numel()).view(rows.shape)
+    order = torch.stack(
+        [place[keep][row[keep].argsort(stable=True)] for place, row, keep in zip(places, rows, there, strict=True)]
+    )
+    worth = rows.flatten()[order].sum(dim=0).cummax(dim=0).values  # (left,), over the rows
+    return [_Lot(float(worth[n]) / price, price, group.name, order[:, n]) for n in range(left - 1)]

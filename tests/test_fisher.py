@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from vitprune import BadInput, Group, data, find_groups
 from vitprune.criteria import DEFAULTS
 from vitprune.criteria.exact import divergences
-from vitprune.criteria.fisher import fisher, per_image, pulls
+from vitprune.criteria.fisher import fisher, per_image
 from vitprune.criteria.kl import literal
+from vitprune.criteria.pulls import pulls
 from vitprune.families import merge_heads
 
 ALL = ["residual", "attention", "head", "ffn"]
@@ -97,18 +98,30 @@ def test_merged_heads_have_the_scores_of_their_channels(vit: nn.Module) -> None:
     assert all(torch.equal(one[name].flatten(), other[name].flatten()) for name in one)
 
 
-def test_the_pulls_make_up_the_fisher_matrix() -> None:
+@pytest.mark.parametrize("head", [None, torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()])
+def test_the_pulls_make_up_the_fisher_matrix(head: Tensor | None) -> None:
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15, 0.0], dtype=torch.float64)
     fisher_matrix = p.diag() - p[:, None] * p
-    for classes, number, many in ((6, 6, 1), (5, 5, 4000), (1, 2, 4000)):
-        taken = list(pulls(p.expand(many, 6), replace(DEFAULTS, classes=classes, seed=5), first=0))
-        assert len(taken) == number
-        found = sum(torch.einsum("ia,ib->ab", pull, pull) / many for pull in taken)
-        torch.testing.assert_close(found, fisher_matrix, rtol=0, atol=1e-15 if many == 1 else 4e-3)
-    first, second, *_ = pulls(p[None], replace(DEFAULTS, classes=4), first=0)  # of the likeliest class, and of the next
-    unit = torch.eye(6, dtype=torch.float64)
-    torch.testing.assert_close(first[0], 0.4**0.5 * (unit[1] - p))
-    torch.testing.assert_close(second[0], 0.3**0.5 * (unit[3] - p))
+    for number, taken, many in ((6, 6, 1), (5, 5, 4000), (1, 2, 4000)):
+        found = list(pulls(p.expand(many, 6), head, number, 5, range(many)))
+        assert len(found) == taken
+        total = sum(torch.einsum("ia,ib->ab", pull, pull) / many for pull in found)
+        torch.testing.assert_close(total, fisher_matrix, rtol=0, atol=1e-15 if many == 1 else 0.01)
+    leading = list(pulls(p[None], head, 4, 0, [0]))[:2]
+    weight = torch.eye(6, dtype=torch.float64) if head is None else head
+    seen = torch.cat(leading) @ weight  # what reaches the head's input: the best of rank two
+    best = torch.linalg.eigvalsh(weight.T @ fisher_matrix @ weight)[-2:].sum()
+    assert float(seen.square().sum()) == pytest.approx(float(best), rel=1e-2)
+
+
+def test_answers_of_several_tokens_do_not_meet() -> None:
+    p = torch.rand(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
+    total = torch.zeros(12, 12, dtype=torch.float64)
+    for seed in range(2000):
+        for pull in pulls(p, None, 4, seed, [0]):
+            total += pull.flatten()[:, None] * pull.flatten() / 2000
+    expected = torch.block_diag(*[row.diag() - row[:, None] * row for row in p[0]])
+    torch.testing.assert_close(total, expected, rtol=0, atol=0.02)
 
 
 def test_the_drawn_signs_make_no_bias(vit: nn.Module) -> None:

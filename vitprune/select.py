@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from vitprune.groups import Group, Masks, Scores
 
 SCOPES = ("layer", "global", "module", "isomorphic", "head", "N:M")
 N_OF_M = re.compile(r"(\d+):(\d+)")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Units that compete: the name of each group that takes part with flat indices into it, and how many have to go."""
+
+    places: tuple[tuple[str, Tensor], ...]
+    remove: int
 
 
 def select(
@@ -41,10 +50,8 @@ def select(
     pattern = N_OF_M.fullmatch(scope)
     if pattern:
         masks = {name: _n_of_m(name, s, int(pattern[1]), int(pattern[2]), sparsity) for name, s in ranked.items()}
-    elif scope == "head":
-        masks = {name: _per_row(name, s, sparsity, keep_at_least) for name, s in ranked.items()}
     else:
-        masks = _per_pool(ranked, sparsity, _pools(scores, scope, groups), keep_at_least)
+        masks = _settled(ranked, contests(scores, sparsity, scope, groups, previous, keep_at_least))
     if previous is not None:
         masks = {name: mask & previous[name].view(mask.shape) for name, mask in masks.items()}
     return masks
@@ -86,6 +93,56 @@ def _remove_pairs(ranked: list[float], mask: Tensor, keep: int) -> None:
         if at > 0:  # its next one is another now
             ranked[left[at - 1]] = float("inf")
         del left[at : at + 2]
+
+
+def contests(
+    scores: Scores,
+    sparsity: float,
+    scope: str = "global",
+    groups: Sequence[Group] = (),
+    previous: Masks | None = None,
+    keep_at_least: int = 0,
+) -> list[Contest]:
+    """Who competes in `select`, of the units that are still there, and how many of them have to go.
+
+    Of the scores only names and shapes count.
+
+    Raises:
+        BadInput: a scope is unknown or does not fit a group's shape, or it is N:M, which has a contest per few weights.
+    """
+    if scope == "head":
+        pools = [[(name, row)] for name, score in scores.items() for row in _rows(name, score)]
+    else:
+        named = _pools(scores, scope, groups).values()
+        pools = [[(name, torch.arange(scores[name].numel())) for name in names] for names in named]
+    return [_contest(pool, sparsity, previous, keep_at_least) for pool in pools]
+
+
+def _contest(
+    pool: Sequence[tuple[str, Tensor]], sparsity: float, previous: Masks | None, keep_at_least: int
+) -> Contest:
+    """What is gone counts as removed, and no group loses its last protected units."""
+    units = sum(len(places) for _, places in pool)
+    if previous is None:
+        living = list(pool)
+    else:
+        living = [(name, places[previous[name].flatten().cpu()[places]]) for name, places in pool]
+    left = sum(len(places) for _, places in living)
+    protected = sum(min(keep_at_least, len(places)) for _, places in living)
+    remove = min(_count(sparsity, units) - (units - left), left - protected)
+    return Contest(tuple(living), max(0, remove))
+
+
+def _settled(ranked: Scores, fields: Sequence[Contest]) -> Masks:
+    """The best of each contest stay; what takes part in none is gone."""
+    masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in ranked.items()}
+    for contest in fields:
+        flat = torch.cat([ranked[name].flatten()[places] for name, places in contest.places])
+        keep = _keep_best(flat, len(flat) - contest.remove)
+        pieces = torch.split(keep, [len(places) for _, places in contest.places])
+        for (name, places), piece in zip(contest.places, pieces, strict=True):
+            masks[name].view(-1)[places] = piece
+    return masks
 
 
 def sparsity_of(scope: str) -> float | None:
@@ -160,23 +217,10 @@ def _structure(group: Group) -> tuple[object, ...]:
     return (group.kind, *((re.sub(r"\.\d+\.", ".#.", p.param), p.axis, p.outer, p.inner) for p in group.slices))
 
 
-def _per_pool(ranked: Scores, sparsity: float, pools: dict[object, list[str]], keep_at_least: int) -> Masks:
-    masks: Masks = {}
-    for names in pools.values():
-        flat = torch.cat([ranked[name].flatten() for name in names])
-        protected = sum(min(keep_at_least, ranked[name].numel()) for name in names)
-        keep = _keep_best(flat, max(protected, flat.numel() - _count(sparsity, flat.numel())))
-        pieces = torch.split(keep, [ranked[name].numel() for name in names])
-        masks |= {name: piece.view(ranked[name].shape) for name, piece in zip(names, pieces, strict=True)}
-    return {name: masks[name] for name in ranked}
-
-
-def _per_row(name: str, score: Tensor, sparsity: float, keep_at_least: int) -> Tensor:
+def _rows(name: str, score: Tensor) -> Tensor:
     if score.dim() != 2:
         raise BadInput(f"{name}: scope 'head' needs scores of shape (heads, channels), these are {list(score.shape)}")
-    width = score.shape[1]
-    keep = max(min(keep_at_least, width), width - _count(sparsity, width))
-    return torch.stack([_keep_best(row, keep) for row in score])
+    return torch.arange(score.numel()).view(score.shape)
 
 
 def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float) -> Tensor:

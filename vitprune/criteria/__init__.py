@@ -16,7 +16,7 @@ class Setting:
     """How a criterion runs: its seed, and limits that change time and memory, or the last digits of an estimate.
 
     `memory` (bytes) bounds the activations of candidates in flight, `classes` counts the gradients that are taken of an
-    image's answer (half of its likeliest classes, half of all others mixed), `autocast` lets forward and backward
+    image's answer (half in its leading directions, half in random ones), `autocast` lets forward and backward
     passes run in bfloat16, `confidence` is the expected share of a kept set that is exact. `first` is the position of
     the first image among all images, where the batches are a part of them.
     """

@@ -1,13 +1,13 @@
 """UP-ViTs' criterion to second order: all units of all kinds from a few backward passes per image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Importance, Setting
 from vitprune.criteria.gates import Gate, gates_of, watching
+from vitprune.criteria.pulls import pulls
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 from vitprune.modes import evaluating, frozen
@@ -18,8 +18,8 @@ def fisher(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
     """Score a unit by 1/2 sum over images and classes of p_c (d log p_c / d gate of the unit)^2.
 
     The second-order expansion of KL(model || model without the unit) in a gate that closes. `setting.classes` gradients
-    are taken per image: half of them of the likeliest classes one by one, half of all other classes at once, each with
-    a sign drawn for it, which makes no bias. Where they are as many as the classes, each class has its own.
+    are taken per image: half of them in the directions that matter most to its answer, half in random ones that stand
+    for all others without bias. Where they are as many as the classes, each class has its own and the sum is exact.
 
     Raises:
         BadInput: no batches, or a module at which the effect of a removal is not understood.
@@ -31,35 +31,38 @@ def fisher(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     first = setting.first
     for images, _ in track(batches, "taking gradients of answers"):
-        for name, value in per_image(model, groups, images, setting, first).items():
+        for name, value in per_image(model, groups, images, setting, range(first, first + len(images))).items():
             scores[name] += value.sum(dim=1)
         first += len(images)
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 
 def per_image(
-    model: nn.Module, groups: Sequence[Group], images: Tensor, setting: Setting, first: int = 0
+    model: nn.Module, groups: Sequence[Group], images: Tensor, setting: Setting, positions: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
     """The same score image by image: group name -> (units, B) float64 on the CPU.
 
-    `first` is the position of the first image among all, which decides the signs that are drawn.
+    `positions` are those of the images among all, which decide the signs that are drawn (by default from 0).
     """
     gates = gates_of(model, groups)
     device = next(model.parameters()).device
     images = images.to(device)
     with evaluating(model), frozen(model), torch.enable_grad():
         size = max(1, min(len(images), setting.memory // _bytes_of_one(model, gates, images[:1], setting)))
+        where = range(len(images)) if positions is None else positions
         starts = range(0, len(images), size)
-        pieces = [_scored(model, gates, images[n : n + size], setting, first + n) for n in starts]
+        pieces = [_scored(model, gates, images[n : n + size], setting, where[n : n + size]) for n in starts]
     return {group.name: torch.cat([piece[group.name] for piece in pieces], dim=1) for group in groups}
 
 
-def _scored(model: nn.Module, gates: Sequence[Gate], images: Tensor, setting: Setting, first: int) -> dict[str, Tensor]:
+def _scored(
+    model: nn.Module, gates: Sequence[Gate], images: Tensor, setting: Setting, positions: Sequence[int]
+) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     with watching(model, gates, len(images)) as tape:
         logits = _forward(model, images, setting)
         probability = logits.detach().double().softmax(dim=-1)  # (B, ..., classes)
-        for pull in pulls(probability, setting, first):
+        for pull in pulls(probability, tape.head(logits), setting.classes, setting.seed, positions):
             for name, slope in tape.derivatives(logits, pull.to(logits.dtype), gates).items():
                 half = slope.double().square() / 2  # (B, units)
                 total[name] = total[name] + half if name in total else half
@@ -70,38 +73,6 @@ def _forward(model: nn.Module, images: Tensor, setting: Setting) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=setting.autocast):
         logits: Tensor = model(images)
     return logits
-
-
-def pulls(probability: Tensor, setting: Setting, first: int) -> Iterator[Tensor]:
-    """Directions of the logits, each (B, ..., classes), whose outer products sum to the Fisher matrix on average.
-
-    Of one class that is sqrt(p_c) (e_c - p), of the others together the sum of theirs with random signs. Where an image
-    has several answers (one per token), each answer has a random sign too.
-    """
-    classes = probability.shape[-1]
-    own = classes if setting.classes >= classes else (setting.classes + 1) // 2
-    signs = _signs(probability, setting, first)
-    top = probability.topk(own, dim=-1).indices
-    for place in range(own):
-        chosen = top[..., place : place + 1]
-        taken = torch.zeros_like(probability).scatter(-1, chosen, probability.gather(-1, chosen).sqrt())
-        yield _centred(taken if probability.dim() == 2 else taken * next(signs)[..., :1], probability)
-    bundles = 0 if own == classes else max(1, setting.classes - own)
-    for _ in range(bundles):
-        rest = (probability / bundles).sqrt().scatter(-1, top, 0)
-        yield _centred(rest * next(signs), probability)
-
-
-def _centred(taken: Tensor, probability: Tensor) -> Tensor:
-    return taken - probability * taken.sum(dim=-1, keepdim=True)
-
-
-def _signs(probability: Tensor, setting: Setting, first: int) -> Iterator[Tensor]:
-    """Random signs of the shape of the probabilities; an image's depend on the seed and its position alone."""
-    sources = [np.random.default_rng([setting.seed, first + image]) for image in range(len(probability))]
-    while True:
-        drawn = [source.integers(2, size=probability.shape[1:], dtype=np.int8) for source in sources]
-        yield torch.from_numpy(np.stack(drawn)).to(probability) * 2 - 1
 
 
 def _bytes_of_one(model: nn.Module, gates: Sequence[Gate], image: Tensor, setting: Setting) -> int:

@@ -38,6 +38,7 @@ class Tape:
     images: int
     sources: list[Tensor] = field(default_factory=list)  # where backward passes may end
     found: dict[Probe, Tensor] = field(default_factory=dict)  # derivatives by channel, (B, channels)
+    last: list[tuple[nn.Linear, Tensor]] = field(default_factory=list)  # the last Linear layer, what it gave
 
     def watch(self, probe: Probe, tensor: Tensor, reader: Reader) -> Tensor:
         """The same values, whose gradients are read from now on."""
@@ -52,6 +53,10 @@ class Tape:
         if probe in self.found:  # its two gradients would need a sum, and its two inputs different values
             raise _refused(probe[0], "it takes part in the forward pass more than once")
         self.found[probe] = value
+
+    def head(self, logits: Tensor) -> Tensor | None:
+        """Weight (classes, d) of the Linear layer that gave the logits, or None where it was none."""
+        return next((layer.weight.detach() for layer, output in self.last if output is logits), None)
 
     def derivatives(self, logits: Tensor, pull: Tensor, gates: Sequence[Gate]) -> dict[str, Tensor]:
         """Derivative of sum(logits * pull) by the gate of every unit, group name -> (B, units)."""
@@ -152,7 +157,18 @@ def watching(model: nn.Module, gates: Sequence[Gate], images: int) -> Iterator[T
                 widths = [gate.outer * gate.units * gate.inner for gate in gates if gate.probe == probe]
                 handle = module.register_forward_hook(_output_hook(tape, probe, widths[0]))
             stack.callback(handle.remove)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                stack.callback(module.register_forward_hook(_note_hook(tape)).remove)
         yield tape
+
+
+def _note_hook(tape: Tape) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.Linear)
+        tape.last = [(module, output)]  # the head is the last one
+
+    return note
 
 
 def _input_hook(tape: Tape, probe: Probe) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

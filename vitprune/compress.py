@@ -16,6 +16,7 @@ from vitprune.groups import Group, Masks, Scores, shrink, zero
 from vitprune.methods import CRITERIA
 from vitprune.plans import Plan, Sparsity, plan_for
 from vitprune.select import select, select_blocks
+from vitprune.settling import in_dense, settle
 from vitprune.targets import PRECISION, Meter, meter, solve
 
 
@@ -32,6 +33,7 @@ class Cycle:
     scores: Scores
     masks: Masks
     cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)  # about what was settled by measuring again
 
     @property
     def held(self) -> list[Group]:
@@ -117,6 +119,7 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
             now = groups_for(model, plan)
             names = dense_names(dense, now, kept)
             scores: Scores = {}
+            facts: Mapping[str, float] = {}
             importance = Importance({})
             if first is None or plan.row.update:
                 importance = plan.row.criterion(model, now, batches, plan.setting_of(number))
@@ -128,11 +131,14 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
             else:
                 target = goal(scores, dense, plan, number, share_of, kept)
                 step = next_step(dense, target, kept)
+                if first is None:
+                    settled = settle(model, now, batches, scores, dense, plan, step, number, kept)
+                    scores, facts = settled.scores, settled.facts
                 masks = choose(scores, dense, plan, step, kept) if first is None else first
                 complete = step == target
             _apply(model, [(group, names[group.name]) for group in now], masks, kept, importance)
             kept, first = masks, None
-        yield Cycle(number, target, dense, scores, masks, cost_of(masks, plan, number, share_of))
+        yield Cycle(number, target, dense, scores, masks, cost_of(masks, plan, number, share_of), facts)
 
 
 def prune(
@@ -189,11 +195,7 @@ def _in_dense(group: Group, scores: Scores, kept: Masks) -> Tensor:
     if group.name not in scores:  # it has gone with its block
         return torch.zeros(group.shape, dtype=torch.float64)
     own = scores[group.name].to("cpu", torch.float64)
-    if group.kind == "weight":
-        return own
-    full = torch.zeros(group.units, dtype=torch.float64)
-    full[kept[group.name].flatten()] = own.flatten()
-    return full.view(group.shape)
+    return own if group.kind == "weight" else in_dense(group, own, kept)
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ def write_cycle(
     facts = {"cycle": cycle.number, "target": dict(cycle.target), "cost": dict(cycle.cost)}
     facts |= write_masks(directory, cycle.groups, cycle.masks)
     facts |= asdict(count(model, data.example_input(model, 1))) | {"top1_before": before, "top1_after": after}
+    facts |= {"settled": dict(cycle.facts)} if cycle.facts else {}
     write_json(directory / "metrics.json", facts)
     units = sum(group.units for group in cycle.groups)
     removed = units - sum(int(mask.sum()) for mask in cycle.masks.values())

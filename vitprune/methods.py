@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitprune.criteria import Criterion, exact, fisher, kl, weights
+from vitprune.criteria import Criterion, exact, fisher, kl, racing, weights
 from vitprune.errors import BadInput
 
 
@@ -17,6 +17,7 @@ class Method:
     free_scope: bool
     about: str
     update: bool = False  # the criterion also gives new values for the weights that stay
+    settle: racing.Settle | None = None  # measures again where the criterion's scores leave in doubt who stays
 
 
 def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = False) -> Method:
@@ -28,9 +29,9 @@ def _structured(criterion: Criterion, about: str) -> Method:
     return Method(criterion, scopes, ("ffn", "attention"), True, about)
 
 
-def _upvits(criterion: Criterion, about: str) -> Method:
+def _upvits(criterion: Criterion, about: str, settle: racing.Settle | None = None) -> Method:
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
-    return Method(criterion, scopes, ("ffn", "attention"), False, about)
+    return Method(criterion, scopes, ("ffn", "attention"), False, about, settle=settle)
 
 
 METHODS: dict[str, Method] = {
@@ -45,6 +46,11 @@ METHODS: dict[str, Method] = {
         weights.magnitude, "units whose rows have the least L2 norm (Li et al., ICLR 2017)"
     ),
     "channel-taylor": _structured(weights.taylor, "units of least first-order change of the loss"),
+    "upvits": _upvits(
+        fisher.fisher,
+        "KL divergence (Yu & Wu, SCIS 2023): to second order, then exactly where it decides who stays",
+        racing.settle,
+    ),
     "upvits-literal": Method(
         kl.literal,
         {"ffn": "layer", "attention": "head", "residual": "layer"},
@@ -52,13 +58,7 @@ METHODS: dict[str, Method] = {
         False,
         "KL divergence, one removal at a time (Yu & Wu, SCIS 2023): slow, the oracle",
     ),
-    "upvits-exact": Method(
-        exact.exact,
-        {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"},
-        ("ffn", "attention"),
-        False,
-        "the same scores, running again only what a removal changes",
-    ),
+    "upvits-exact": _upvits(exact.exact, "the same scores, running again only what a removal changes"),
     "upvits-fisher": _upvits(fisher.fisher, "KL divergence to second order, all units from a few backward passes"),
     "upvits-blocks": Method(
         exact.exact,

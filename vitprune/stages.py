@@ -26,6 +26,7 @@ from vitprune.params import Params, Train, load
 from vitprune.plans import Plan, plan_for
 from vitprune.records import History, write_csv, write_json
 from vitprune.released import read_all
+from vitprune.settling import settle
 from vitprune.train import Held, classification, distillation, feature_distillation, train
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
@@ -104,14 +105,16 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
 
 
 def mask(params: Params) -> None:
-    """Choose the masks of the first cycle from the scores."""
+    """Choose the masks of the first cycle from the scores, measured again where they leave in doubt who stays."""
     plan = _plan(params)
     model = models.load(OUT / "dense").to(_device())
     groups = groups_for(model, plan)
     share_of = meter_for(model, groups, plan)
     target = next_step(groups, goal(_scores(), groups, plan, 1, share_of))
-    masks = choose(_scores(), groups, plan, target)
-    facts = {"target": dict(target), "cost": cost_of(masks, plan, 1, share_of)}
+    batches = _calibration(model, params) if plan.row.settle else []
+    settled = settle(model, groups, batches, _scores(), groups, plan, target)
+    masks = choose(settled.scores, groups, plan, target)
+    facts = {"target": dict(target), "cost": cost_of(masks, plan, 1, share_of), "settled": dict(settled.facts) or None}
     write_json(METRICS / "mask.json", facts | write_masks(OUT / "mask", groups, masks))
 
 

@@ -124,7 +124,9 @@ def doubt(mean: Tensor, deviation: Tensor, remove: int, draws: Tensor) -> Doubt:
 def heavy_tailed(shape: tuple[int, int], source: torch.Generator) -> Tensor:
     """Draws from Student's t: an image can weigh more than all before it, and some ratios are far from their pool's."""
     normal, *others = torch.randn((1 + FREEDOM, *shape), generator=source, dtype=torch.float64)
-    return normal / torch.stack(others).square().mean(dim=0).sqrt()
+    scale = torch.stack(others).square().mean(dim=0).sqrt()
+    drawn: Tensor = normal / scale
+    return drawn
 
 
 def doubtful(wrong: Tensor, able: Tensor, allowed: float) -> Tensor:
@@ -136,6 +138,6 @@ def doubtful(wrong: Tensor, able: Tensor, allowed: float) -> Tensor:
     return going
 
 
-def pools(names: Sequence[int]) -> Tensor:
+def pools(sizes: Sequence[int]) -> Tensor:
     """Number of its pool for every unit, from the sizes of the pools."""
-    return torch.cat([torch.full((size,), number) for number, size in enumerate(names)])
+    return torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])

@@ -129,3 +129,7 @@ def inspect(
     for kind, why in refused:
         console.print(f"[dim]{kind}: {why}")
     console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from vitprune.criteria import Criterion, exact, fisher, kl, racing, weights
 from vitprune.errors import BadInput
 
+ADDITIVE = (weights.taylor, kl.literal, exact.exact, fisher.fisher)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -18,6 +20,11 @@ class Method:
     about: str
     update: bool = False  # the criterion also gives new values for the weights that stay
     settle: racing.Settle | None = None  # measures again where the criterion's scores leave in doubt who stays
+
+    @property
+    def additive(self) -> bool:
+        """Whether scores are sums over batches, so that processes can share them."""
+        return self.criterion in ADDITIVE
 
 
 def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = False) -> Method:

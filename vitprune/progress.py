@@ -1,5 +1,6 @@
 """A progress bar on stderr for what takes long, and nothing at all where stderr is not a terminal."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -11,13 +12,17 @@ from rich.progress import Progress
 Item = TypeVar("Item")
 
 
-def track(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items unchanged while a bar shows how far they are; bars stack, and each goes away at its end."""
-    if not sys.stderr.isatty():
+def track(iterable: Iterable[Item], description: str, total: int | None = None, done: int = 0) -> Iterator[Item]:
+    """Yield the items unchanged while a bar shows how far they are; bars stack, and each goes away at its end.
+
+    `done` of the total were done before: they count as done, but not in the speed from which the rest is guessed. Of
+    several processes, only the first shows bars.
+    """
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield from iterable
         return
     with Progress(console=_stderr(), transient=True) as progress:
-        yield from progress.track(iterable, total=total, description=description)
+        yield from progress.track(iterable, total=total, completed=done, description=description)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vitprune import data, models, tables
+from vitprune import data, models, sharding, tables
 from vitprune.compress import Cycle, choose, compress, cost_of, goal, groups_for, meter_for
 from vitprune.criteria import Setting
 from vitprune.cycles import MASKS, SCORES, write_cycle, write_masks, write_scores
@@ -31,6 +31,7 @@ from vitprune.train import Held, classification, distillation, feature_distillat
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
+PARTIAL = Path(".vitprune/partial")  # outside of what DVC empties before a stage
 
 
 def dataset(params: Params) -> None:
@@ -86,12 +87,17 @@ def calibrate(params: Params) -> None:
 
 
 def score(params: Params) -> None:
-    """Score every unit of the dense model."""
+    """Score every unit of the dense model; under torchrun, in several processes at once."""
     plan = _plan(params)
-    model = models.load(OUT / "dense").to(_device())
-    groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
-    scores = plan.row.criterion(model, groups, _calibration(model, params), plan.setting_of(1)).scores
+    with sharding.team() as mates:
+        model = models.load(OUT / "dense").to(_device())
+        groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
+        work = sharding.Work(plan.row.criterion, groups, _calibration(model, params), plan.setting_of(1))
+        scores = work.scores(model, plan.row.additive, PARTIAL, mates)
+    if scores is None:  # the first process has them
+        return
     write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, scores))
+    sharding.finished(PARTIAL)
 
 
 def import_scores(params: Params, directory: Path, parsing: str) -> None:
@@ -230,8 +236,9 @@ def _setting(params: Params) -> Setting:
 
 
 def _device() -> torch.device:
-    """VITPRUNE_DEVICE, or the GPU where there is one: never a param, so that it does not change what is cached."""
-    return torch.device(os.environ.get("VITPRUNE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """VITPRUNE_DEVICE, or the process's own GPU where there is one: never a param, so that what is cached stays."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return torch.device(os.environ.get("VITPRUNE_DEVICE") or own)
 
 
 def _source(params: Params) -> data.Source:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Setting
-from vitprune.criteria.fisher import pulls
+from vitprune.criteria.pulls import pulls
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 from vitprune.modes import evaluating, frozen
@@ -99,7 +99,8 @@ def _of_batch(
     for path, number in heads.items():
         found |= _of_heads(path, outputs[path].detach(), number)
     watched = list(outputs)
-    for pull in pulls(logits.detach().double().softmax(dim=-1), setting, first):
+    probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
+    for pull in pulls(probability, None, setting.classes, setting.seed, where):
         slopes = torch.autograd.grad(logits, [outputs[p] for p in watched], pull.to(logits.dtype), retain_graph=True)
         for path, slope in zip(watched, slopes, strict=True):
             if path in heads:

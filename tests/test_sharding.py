@@ -1,0 +1,112 @@
+"""Scores shared among real processes, and taken up after a SIGKILL."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_stages import ORDER, project_in
+from tiny_models import batches
+from torch import nn
+
+from vitprune import BadInput, find_groups, sharding, stages
+from vitprune.criteria import DEFAULTS
+from vitprune.criteria.fisher import fisher
+from vitprune.criteria.weights import magnitude, taylor
+from vitprune.files import digest
+from vitprune.methods import METHODS
+from vitprune.models import read_weights
+
+HERE = Path(__file__).parent
+TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+
+
+def worker(directory: Path, together: bool = False, seconds: float = 0.0) -> subprocess.Popen[bytes]:
+    command = TOGETHER if together else [sys.executable]
+    return subprocess.Popen([*command, str(HERE / "sharding_worker.py"), str(directory), str(seconds)], env=ONE_THREAD)
+
+
+def done_in(directory: Path) -> int:
+    return max((int(read_weights(path)["done"]) for path in (directory / "partial").glob("*.safetensors")), default=0)
+
+
+@pytest.mark.parametrize("criterion", [fisher, taylor])
+def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path, criterion) -> None:
+    groups, data = find_groups(vit, ["ffn", "head"]), batches(vit, 3)
+    work = sharding.Work(criterion, groups, data, replace(DEFAULTS, classes=2))
+    found = work.scores(vit, True, tmp_path, sharding.Team())
+    expected = criterion(vit, groups, data, work.setting).scores
+    for name, score in expected.items():
+        assert found[name].shape == score.shape
+        torch.testing.assert_close(found[name], score, rtol=1e-12, atol=1e-18)
+
+
+def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_path: Path) -> None:
+    groups, data = find_groups(vit, ["ffn"]), batches(vit, 3)
+    work = sharding.Work(fisher, groups, data, DEFAULTS)
+    first = work.scores(vit, True, tmp_path, sharding.Team())
+    (path,) = tmp_path.glob("scores-*.safetensors")
+    assert all(torch.equal(first[n], score) for n, score in work.scores(vit, True, tmp_path, sharding.Team()).items())
+    assert list(tmp_path.iterdir()) == [path]  # found again, nothing else beside it
+    others = [
+        replace(work, setting=replace(DEFAULTS, seed=1)),
+        replace(work, batches=data[:2]),
+        replace(work, criterion=taylor),
+        replace(work, groups=groups[:1]),
+    ]
+    for other in others:
+        other.scores(vit, True, tmp_path, sharding.Team())
+    with torch.no_grad():
+        vit.head.bias[0] += 1
+    changed = work.scores(vit, True, tmp_path, sharding.Team())
+    assert len(list(tmp_path.iterdir())) == 6
+    assert not torch.equal(changed["blocks.0.mlp"], first["blocks.0.mlp"])
+    sharding.finished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_and_taken_up_by_two_processes_it_is_the_same_to_the_bit(vit: nn.Module, tmp_path: Path) -> None:
+    victim = worker(tmp_path, seconds=0.5)
+    while done_in(tmp_path) < 2:
+        assert victim.poll() is None
+        time.sleep(0.02)
+    victim.kill()
+    assert victim.wait(60) == -9
+    assert 2 <= done_in(tmp_path) < 5
+    assert not (tmp_path / "scores.safetensors").exists()
+    assert worker(tmp_path, together=True).wait(120) == 0
+    assert done_in(tmp_path) == 5
+    work = sharding.Work(fisher, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULTS)
+    found = load_file(tmp_path / "scores.safetensors")
+    expected = work.scores(vit, True, tmp_path / "other", sharding.Team())
+    assert all(torch.equal(found[name], score) for name, score in expected.items())
+
+
+def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    project = project_in(tmp_path / "one", method="upvits-fisher", sparsity={"ffn": 0.5}, cycles=1)
+    for stage in ORDER[:4]:
+        monkeypatch.chdir(project)
+        stages.run(stage, project)
+    written = {path: digest(path) for path in (project / "out" / "score").iterdir()}
+    for path in written:
+        path.unlink()
+    command = [*TOGETHER, "-m", "vitprune.cli", "score", "-C", str(project)]
+    subprocess.run(command, env={**ONE_THREAD, "VITPRUNE_DEVICE": "cpu"}, check=True, timeout=120)
+    assert {path: digest(path) for path in (project / "out" / "score").iterdir()} == written
+    assert list((project / ".vitprune" / "partial").iterdir()) == []
+
+
+def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:
+    work = sharding.Work(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULTS)
+    assert work.scores(vit, False, tmp_path, sharding.Team()) is not None
+    with pytest.raises(BadInput, match=r"^magnitude: its scores are no sums over images; use one process$"):
+        work.scores(vit, False, tmp_path, sharding.Team(0, 2))
+    additive = {name for name, row in METHODS.items() if row.additive}
+    assert {"taylor", "channel-taylor", "upvits", "upvits-literal", "upvits-exact", "upvits-fisher"} <= additive
+    assert not {"random", "magnitude", "lamp", "dimap", "channel-magnitude"} & additive

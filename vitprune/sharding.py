@@ -1,0 +1,143 @@
+"""Scores that are sums over images: shared among processes, and taken up again where they were broken off."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+
+from vitprune.criteria import Batches, Criterion, Setting
+from vitprune.errors import BadInput
+from vitprune.groups import Group, Scores
+from vitprune.models import read_weights, write_weights
+from vitprune.progress import track
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that score together: this one's number, and how many they are."""
+
+    rank: int = 0
+    size: int = 1
+
+    def gathered(self, vector: Tensor) -> list[Tensor]:
+        """The same vector (float64, on the CPU) of every process in their order; nothing but in the first."""
+        if self.size == 1:
+            return [vector]
+        room = [torch.empty_like(vector) for _ in range(self.size)] if self.rank == 0 else None
+        distributed.gather(vector, room)
+        return room or []
+
+    def told(self, number: int) -> int:
+        """A number of the first process, in every process."""
+        value = torch.tensor(number)
+        if self.size > 1:
+            distributed.broadcast(value, 0)
+        return int(value)
+
+
+@contextmanager
+def team() -> Iterator[Team]:
+    """Join the processes that torchrun has started (RANK and WORLD_SIZE), or work alone.
+
+    Only sums of scores travel, a few numbers per unit, so gloo carries them from GPUs as well.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Team()
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield Team(distributed.get_rank(), size)
+    finally:
+        distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be scored, and how: all that scores depend on, beside the model."""
+
+    criterion: Criterion
+    groups: Sequence[Group]
+    batches: Batches
+    setting: Setting
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return sum(group.units for group in self.groups)
+
+    def scores(self, model: nn.Module, additive: bool, directory: Path, mates: Team) -> Scores | None:
+        """Scores over all batches, in the first process; None in the others.
+
+        Additive ones are shared and resumed: in each round every process scores one batch, and the first adds the
+        results in the order of the batches, so the sum is the same to the bit for any number of processes. After each
+        round it writes the sum under `directory`; what is there of the same work is taken up.
+
+        Raises:
+            BadInput: several processes are to share scores that are no sums over batches.
+        """
+        if additive:
+            total = self._summed(model, directory, mates)
+            return None if mates.rank else _by_group(self.groups, total)
+        if mates.size > 1:
+            raise BadInput(f"{self.criterion.__qualname__}: its scores are no sums over images; use one process")
+        return self.criterion(model, self.groups, self.batches, self.setting).scores
+
+    def _summed(self, model: nn.Module, directory: Path, mates: Team) -> Tensor:
+        path = directory / f"scores-{self._digest(model)}.safetensors" if mates.rank == 0 else directory
+        total, done = _taken_up(path, self.units) if mates.rank == 0 else (torch.empty(0), 0)
+        done = mates.told(done)
+        rounds = range(done, len(self.batches), mates.size)
+        before = -(-done // mates.size)
+        for begin in track(rounds, "scoring, batch by batch", before + len(rounds), before):
+            parts = mates.gathered(self._part(model, begin + mates.rank))
+            for part in parts:  # those beyond the last batch are zeros
+                total += part
+            if mates.rank == 0:
+                done = min(len(self.batches), begin + mates.size)
+                write_weights({"total": total, "done": torch.tensor(done)}, path)
+        return total
+
+    def _part(self, model: nn.Module, number: int) -> Tensor:
+        """Scores of one batch in a row, group by group (units,), float64."""
+        if number >= len(self.batches):
+            return torch.zeros(self.units, dtype=torch.float64)
+        first = self.setting.first + sum(len(images) for images, _ in self.batches[:number])
+        setting = replace(self.setting, first=first)
+        found = self.criterion(model, self.groups, [self.batches[number]], setting).scores
+        return torch.cat([found[group.name].flatten().to("cpu", torch.float64) for group in self.groups])
+
+    def _digest(self, model: nn.Module) -> str:
+        """Another model, image, setting or kind of machine has another one, so that a stale sum is never taken up."""
+        sha = hashlib.sha256()
+        where = (torch.__version__, next(model.parameters()).device.type, torch.get_num_threads())
+        sha.update(repr((self.criterion.__module__, self.criterion.__qualname__, self.setting, where)).encode())
+        sha.update(repr([(group.name, group.shape, group.slices) for group in self.groups]).encode())
+        weights = [tensor for _, tensor in sorted(model.state_dict().items())]
+        for tensor in [*weights, *(tensor for batch in self.batches for tensor in batch)]:
+            sha.update(repr((tensor.shape, tensor.dtype)).encode())
+            sha.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+        return sha.hexdigest()[:32]
+
+
+def finished(directory: Path) -> None:
+    """Remove the partial sums, once what they became is written."""
+    for path in directory.glob("scores-*.safetensors"):
+        path.unlink()
+
+
+def _taken_up(path: Path, units: int) -> tuple[Tensor, int]:
+    if not path.exists():
+        return torch.zeros(units, dtype=torch.float64), 0
+    found = read_weights(path)
+    return found["total"], int(found["done"])
+
+
+def _by_group(groups: Sequence[Group], total: Tensor) -> Scores:
+    pieces = torch.split(total, [group.units for group in groups])
+    return {group.name: piece.view(group.shape).clone() for group, piece in zip(groups, pieces, strict=True)}

@@ -19,6 +19,7 @@ from vitprune.criteria import kl as by_kl
 from vitprune.depth import dense_names, next_step
 from vitprune.evaluate import costs, count
 from vitprune.families import rebuild, structure
+from vitprune.families.decoder import Decoder
 from vitprune.groups import mask_without
 from vitprune.methods import Method
 from vitprune.select import select_blocks
@@ -34,8 +35,8 @@ def deep(depth: int = 6, seed: int = 0) -> nn.Module:
 def skipping(model: nn.Module, keep: Tensor) -> nn.Module:
     """A copy of the model that leaves sub-layers out while it runs; keep: (2 * blocks,), attention and FFN in turn."""
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x))) if self.with_attention else x
+    def forward(self: nn.Module, x: Tensor, is_causal: bool = False) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), is_causal=is_causal)) if self.with_attention else x
         return x + self.ls2(self.mlp(self.norm2(x))) if self.with_ffn else x
 
     model = copy.deepcopy(model)
@@ -70,6 +71,15 @@ def test_candidates_by_hand() -> None:
     assert bodies == [f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("attn", "mlp")]
     gone = [(~mask_without(group, unit)).nonzero().flatten().tolist() for unit in range(5)]
     assert gone == [[0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
+
+
+def test_a_language_model_loses_blocks_too() -> None:
+    model = redrawn(Decoder(11, 8, 12, 3, 2), 0).double()
+    (group,), tokens = find_groups(model, ["block"]), torch.arange(8).view(1, 8)
+    for unit in range(group.candidates):
+        mask = mask_without(group, unit)
+        smaller = shrink(copy.deepcopy(model), [group], {"blocks": mask})
+        torch.testing.assert_close(answer(smaller, tokens), answer(skipping(model, mask), tokens), **CLOSE)
 
 
 def test_a_hybrid_block_is_made_of_its_two_halves() -> None:

@@ -9,11 +9,12 @@ from tiny_models import answer, random_masks, redrawn, state
 from torch import nn
 from torch.nn import functional as F
 
-from vitprune import count, find_groups, prune, score, shrink, zero
+from vitprune import count, find_groups, prune, score, select, shrink, zero
 from vitprune.compress import compress, plan_for
 from vitprune.criteria import Setting
 from vitprune.criteria.exact import exact
 from vitprune.criteria.fisher import fisher
+from vitprune.criteria.obs import unit_obs
 from vitprune.families import merge_heads, rebuild, structure
 from vitprune.families.decoder import Decoder, chain
 from vitprune.losses import cross_entropy
@@ -186,3 +187,24 @@ def test_fisher_ranks_units_as_exact_scores_do() -> None:
         ranks = torch.stack([found[group.name].argsort().argsort().double() for found in (true, near)])
         assert float(torch.corrcoef(ranks)[0, 1]) > 0.8
         assert 0.5 < float(near[group.name].sum() / true[group.name].sum()) < 2
+
+
+@pytest.mark.parametrize("kind", ["ffn", "head", "attention"])
+def test_units_of_a_decoder_are_eliminated_and_its_survivors_refitted(kind: str) -> None:
+    model, data = decoder(), batches(8)
+    groups = find_groups(model, [kind])
+    importance = unit_obs(model, groups, data, Setting())
+    assert importance.update is not None
+    scope = "head" if kind == "attention" else "layer"
+    masks = select(importance.scores, 0.34, scope, groups)
+    tokens = torch.cat([inputs for inputs, _ in data])
+    plain, refitted = decoder(), decoder()
+    near = select(
+        fisher(model, groups, data, Setting()).scores, 0.34, "head" if kind == "attention" else "layer", groups
+    )
+    with torch.no_grad():
+        for name, value in importance.update(masks).items():
+            refitted.get_parameter(name).copy_(value)
+    dense = answer(model, tokens)
+    lost = [kl(dense, answer(m, tokens)) for m in (shrink(refitted, groups, masks), shrink(plain, groups, near))]
+    assert lost[0] < 0.7 * lost[1]

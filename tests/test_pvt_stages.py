@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 import yaml
 
 import vitprune
-from vitprune import stages
+from vitprune import data, models, stages
 from vitprune.families.pvt_attention import CutAttention
+from vitprune.params import Params
+from vitprune.scaffold import settings
 
 ROOT = Path(__file__).parent.parent
 TRAIN = {"epochs": 4, "batch_size": 32, "lr": 0.003, "augment": "none"}
@@ -52,3 +55,10 @@ def test_a_pvt_is_cut_and_taught_by_features(monkeypatch, tmp_path: Path) -> Non
     assert not any(isinstance(module, CutAttention) for module in model.modules())
     plain = timm.create_model(f"local-dir:{project / 'out/export/timm'}", pretrained=True).eval()
     torch.testing.assert_close(plain(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "vit_tiny_patch16_224"])
+def test_a_project_of_digits_takes_models_of_any_and_of_a_fixed_size(name: str) -> None:
+    text = settings.render((ROOT / "params.yaml").read_text(), "digits", name, "channel-taylor", None)
+    model = Params.model_validate(yaml.safe_load(text)).model
+    assert data.example_input(models.create(model.name, model.args), 2).shape == (2, 1, 32, 32)

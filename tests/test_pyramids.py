@@ -1,5 +1,7 @@
 """Models of several widths, PVTv2 and Swin: a stream per stage, and what lies between two of them."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -14,6 +16,7 @@ from vitprune.criteria.fisher import per_image
 from vitprune.evaluate import count
 from vitprune.families import merge_heads, structure, uniform_args
 from vitprune.families.pvt_attention import CutAttention
+from vitprune.params import load
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 KINDS = ["residual", "attention", "ffn"]
@@ -146,11 +149,14 @@ def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
     assert answer(pvt, x).shape == (3, 7)
 
 
-def test_half_of_b1_is_exactly_b0() -> None:
+def test_the_recipe_makes_exactly_b0_of_b1() -> None:
+    recipe = load(Path(__file__).parent.parent / "recipes/up_pvt_v2_b0.yaml")
     with torch.device("meta"):
-        dense, stock = timm.create_model("pvt_v2_b1"), timm.create_model("pvt_v2_b0")
+        dense, stock = timm.create_model(recipe.model.name), timm.create_model("pvt_v2_b0")
+    assert recipe.prune.kinds == KINDS
+    assert isinstance(recipe.prune.sparsity, float)
     groups = find_groups(dense, KINDS)
-    shrink(dense, groups, random_masks(groups, 0.5))
+    shrink(dense, groups, random_masks(groups, recipe.prune.sparsity))
     assert sum(p.numel() for p in dense.parameters()) == sum(p.numel() for p in stock.parameters()) == 3_666_760
     shapes = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()}
     assert shapes == {name: tuple(tensor.shape) for name, tensor in stock.state_dict().items()}

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VIT, batches, images, same_state, state, tiny
+from tiny_models import VIT, batches, same_state, state, tiny
 from torch import Tensor, nn
 
 from vitprune import METHODS, BadInput, count, find_groups, plan_for, prune, save, shrink, stages
 from vitprune.compress import choose, compress
 from vitprune.criteria import kl as by_kl
 from vitprune.criteria import weights as by_weights
+from vitprune.data import example_input
 from vitprune.families import merge_heads
 from vitprune.methods import Method
 from vitprune.models import read_weights, write_weights
@@ -30,12 +31,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cost(model: nn.Module, what: str) -> int:
-    found = count(model, images(model, 1))
+    found = count(model, example_input(model, 1))
     return found.params if what == "params" else found.macs
 
 
 def nonzero(model: nn.Module, what: str) -> int:
-    found = count(model, images(model, 1))
+    found = count(model, example_input(model, 1))
     return found.nonzero_params if what == "params" else found.nonzero_macs
 
 
@@ -49,6 +50,7 @@ def nonzero(model: nn.Module, what: str) -> int:
         ("vit", {"sparsity": {"residual": 0.5}}),
         ("odd", {"sparsity": {"ffn": 1.0, "block": 0.5}}),
         ("swin", {"scope": "isomorphic"}),
+        ("pvt", {"sparsity": {"ffn": 0.8, "attention": 0.8, "residual": 0.4}}),
     ],
 )
 def test_a_target_is_reached_from_below_by_less_than_one_unit(name: str, settings: dict, what: str) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Criterion, Importance, Setting
+from vitprune.criteria.racing import Settled
 from vitprune.depth import dense_names, living, next_step
 from vitprune.errors import BadInput
 from vitprune.families import find_groups, merge_heads
 from vitprune.groups import Group, Masks, Scores, shrink, zero
 from vitprune.methods import CRITERIA
 from vitprune.plans import Plan, Sparsity, plan_for
-from vitprune.select import select, select_blocks
-from vitprune.settling import in_dense, settle
+from vitprune.select import Contest, contests, select, select_blocks
 from vitprune.targets import PRECISION, Meter, meter, solve
 
 
@@ -104,6 +104,35 @@ def cost_of(masks: Masks, plan: Plan, number: int, share_of: Meter | None) -> di
     return {cost: {"target": limit, "reached": share_of(masks)} for cost, limit in plan.costs()[number - 1].items()}
 
 
+def settle(
+    model: nn.Module,
+    batches: Batches,
+    scores: Scores,
+    groups: Sequence[Group],
+    plan: Plan,
+    target: Mapping[str, float],
+    cycle: int = 1,
+    kept: Masks | None = None,
+) -> Settled:
+    """Scores that tell who stays in a cycle: a method's own, measured again where it has a way to settle a doubt.
+
+    `scores` are of the units that the model still has, `groups` the dense model's, as for `choose`.
+    """
+    if plan.row.settle is None:
+        return Settled(scores, {})
+    alive = kept or {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    fields: list[Contest] = []
+    for kind, share in target.items():
+        same = [group for group in groups if group.kind == kind]
+        own = {group.name: alive[group.name] for group in same}
+        fields += contests(own, share, plan.scope_of(kind), same, kept, 1)
+    place = {name: mask.flatten().cumsum(0) - 1 for name, mask in alive.items()}  # of a living unit in the model
+    now = [Contest(tuple((name, place[name][units]) for name, units in c.places), c.remove) for c in fields]
+    found = [group for group in groups_for(model, plan) if group.kind in target]
+    own = {group.name: scores[group.name] for group in found}
+    return plan.row.settle(model, found, batches, own, now, plan.setting_of(cycle))
+
+
 def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None = None) -> Iterator[Cycle]:
     """Prune a model in place, cycle by cycle; what drives the iterator may train the model between two cycles.
 
@@ -123,8 +152,7 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
             importance = Importance({})
             if first is None or plan.row.update:
                 importance = plan.row.criterion(model, now, batches, plan.setting_of(number))
-                own = {names[name]: score for name, score in importance.scores.items()}
-                scores = {group.name: _in_dense(group, own, kept) for group in dense}
+                scores = _all_in_dense(dense, names, importance.scores, kept)
             target: Mapping[str, float]
             if first is not None and share_of is not None:
                 masks, target, complete = first, _removed(dense, first), "block" not in plan.sparsity
@@ -132,8 +160,8 @@ def compress(model: nn.Module, plan: Plan, batches: Batches, first: Masks | None
                 target = goal(scores, dense, plan, number, share_of, kept)
                 step = next_step(dense, target, kept)
                 if first is None:
-                    settled = settle(model, now, batches, scores, dense, plan, step, number, kept)
-                    scores, facts = settled.scores, settled.facts
+                    settled = settle(model, batches, importance.scores, dense, plan, step, number, kept)
+                    scores, facts = _all_in_dense(dense, names, settled.scores, kept), settled.facts
                 masks = choose(scores, dense, plan, step, kept) if first is None else first
                 complete = step == target
             _apply(model, [(group, names[group.name]) for group in now], masks, kept, importance)
@@ -190,12 +218,22 @@ def _lasting(batches: Batches) -> Batches:
     return batches
 
 
+def _all_in_dense(dense: Sequence[Group], names: Mapping[str, str], scores: Scores, kept: Masks) -> Scores:
+    """Scores of the model as it is, `names` its groups' names in the dense model, at their places there."""
+    own = {names[name]: score for name, score in scores.items()}
+    return {group.name: _in_dense(group, own, kept) for group in dense}
+
+
 def _in_dense(group: Group, scores: Scores, kept: Masks) -> Tensor:
     """Scores of the living units at their places in the dense group; shape of the dense group."""
     if group.name not in scores:  # it has gone with its block
         return torch.zeros(group.shape, dtype=torch.float64)
     own = scores[group.name].to("cpu", torch.float64)
-    return own if group.kind == "weight" else in_dense(group, own, kept)
+    if group.kind == "weight":
+        return own
+    full = torch.zeros(group.units, dtype=torch.float64)
+    full[kept[group.name].flatten()] = own.flatten()
+    return full.view(group.shape)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune import data, models, sharding, tables
-from vitprune.compress import Cycle, choose, compress, cost_of, goal, groups_for, meter_for
+from vitprune.compress import Cycle, choose, compress, cost_of, goal, groups_for, meter_for, settle
 from vitprune.criteria import Setting
 from vitprune.cycles import MASKS, SCORES, write_cycle, write_masks, write_scores
 from vitprune.depth import next_step
@@ -26,8 +26,7 @@ from vitprune.params import Params, Train, load
 from vitprune.plans import Plan, plan_for
 from vitprune.records import History, write_csv, write_json
 from vitprune.released import read_all
-from vitprune.settling import settle
-from vitprune.train import Held, classification, distillation, feature_distillation, train
+from vitprune.train import Held, classification, distilling, train
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
@@ -118,10 +117,11 @@ def mask(params: Params) -> None:
     share_of = meter_for(model, groups, plan)
     target = next_step(groups, goal(_scores(), groups, plan, 1, share_of))
     batches = _calibration(model, params) if plan.row.settle else []
-    settled = settle(model, groups, batches, _scores(), groups, plan, target)
+    settled = settle(model, batches, _scores(), groups, plan, target)
     masks = choose(settled.scores, groups, plan, target)
-    facts = {"target": dict(target), "cost": cost_of(masks, plan, 1, share_of), "settled": dict(settled.facts) or None}
-    write_json(METRICS / "mask.json", facts | write_masks(OUT / "mask", groups, masks))
+    facts: dict[str, Any] = {"target": dict(target), "cost": cost_of(masks, plan, 1, share_of)}
+    facts |= {"settled": dict(settled.facts) or None} | write_masks(OUT / "mask", groups, masks)
+    write_json(METRICS / "mask.json", facts)
 
 
 def prune(params: Params) -> None:
@@ -153,7 +153,7 @@ def distill(params: Params) -> None:
     evaluate = _evaluator(model, params)
     history = History(OUT / "distill", "distill")
     if settings.train is not None:
-        task = _distillation(model, teacher, params, settings.train.smoothing)
+        task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
         _train(task, settings.train, params, history, _held_at_end(teacher, params), evaluate)
     history.close(PLOTS / "distill.csv")
     models.save(model, OUT / "distill")
@@ -261,13 +261,6 @@ def _evaluator(model: nn.Module, params: Params) -> Callable[[], dict[str, float
 
 def _calibration(model: nn.Module, params: Params) -> list[data.Batch]:
     return data.load_calibration(CALIBRATION, data.transform(data.data_config(model)), params.score.batch_size)
-
-
-def _distillation(student: nn.Module, teacher: nn.Module, params: Params, smoothing: float) -> nn.Module:
-    settings = params.distill
-    if settings.kind == "features":
-        return feature_distillation(student, teacher, settings.alpha, smoothing, params.seed)
-    return distillation(student, teacher, settings.alpha, settings.temperature, smoothing)
 
 
 def _train(

@@ -19,7 +19,7 @@ from vitprune.errors import BadInput
 from vitprune.families.dropping import stochastic_depth
 from vitprune.groups import Group, Masks, zero
 from vitprune.losses import CrossEntropy
-from vitprune.params import Train
+from vitprune.params import Distill, Train
 from vitprune.progress import track
 
 Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> its batches, the same each time it is asked
@@ -85,6 +85,13 @@ def feature_distillation(
     return task
 
 
+def distilling(student: nn.Module, teacher: nn.Module, settings: Distill, smoothing: float, seed: int) -> nn.Module:
+    """The task that the settings ask for."""
+    if settings.kind == "features":
+        return feature_distillation(student, teacher, settings.alpha, smoothing, seed)
+    return distillation(student, teacher, settings.alpha, settings.temperature, smoothing)
+
+
 def train(
     task: Any,
     epochs: Epochs,
@@ -98,8 +105,7 @@ def train(
 ) -> None:
     """Train the task's model in place, one record per epoch of `steps` batches.
 
-    A fixed seed gives bit-identical weights on CPU. With an average of the weights (ema), what is recorded on the way
-    is of the weights that train, and the model ends with their average.
+    A fixed seed gives bit-identical weights on CPU. Records are of the weights that train, not of their average.
 
     Raises:
         BadInput: the optimizer is unknown, there is nothing to train on, or the loss is not finite; the weights are

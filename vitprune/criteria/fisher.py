@@ -48,7 +48,7 @@ def per_image(
     """
     gates = gates_of(model, groups)
     device = next(model.parameters()).device
-    images = images.to(device)
+    images = images.detach().to(device)
     with evaluating(model), frozen(model), torch.enable_grad():
         size = max(1, min(len(images), setting.memory // _bytes_of_one(model, gates, images[:1], setting)))
         where = range(len(images)) if positions is None else positions

@@ -91,7 +91,7 @@ def _of_batch(
 ) -> Statistics:
     device = next(model.parameters()).device
     with torch.enable_grad(), _recording(model, readers, list(heads)) as (inputs, outputs):
-        logits = model(images.to(device).requires_grad_())
+        logits = model(images.to(device))
     found: Statistics = {}
     parity = (torch.arange(first, first + len(images), device=device) % HALVES).to(torch.long)
     for path in readers:
@@ -147,10 +147,12 @@ def _recording(
     outputs: dict[str, Tensor] = {}
 
     def keep(path: str, read: bool) -> object:
-        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            outputs[path] = output
+        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # the first one watched is where gradients end: images may be tokens, which have none
+            outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
             if read:
                 inputs[path] = given[0].detach()
+            return outputs[path]
 
         return model.get_submodule(path).register_forward_hook(hook)
 

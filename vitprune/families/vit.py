@@ -82,7 +82,9 @@ def _drop(model: Any, keep: Tensor) -> None:
     for first, second in zip(firsts, seconds, strict=True):  # a second is never an earlier first
         for leaf in FFN:
             setattr(first, leaf, getattr(second, leaf))
-    model.blocks = nn.Sequential(*firsts)
+    model.blocks = model.blocks[: len(firsts)]
+    for place, first in enumerate(firsts):
+        model.blocks[place] = first
     model.feature_info = model.feature_info[: len(firsts)]
 
 

@@ -40,7 +40,10 @@ def _for_digits(model: str | None, classes: int | None) -> dict[str, Any]:
     if model is None:
         return {}
     _published_classes(model)
-    return {"model.name": model, "model.args": {"img_size": 32, "in_chans": 1, "num_classes": 10}}
+    config = timm.get_pretrained_cfg(model)
+    free = config is not None and not config.fixed_input_size  # any size goes in, so none is an argument
+    size: dict[str, Any] = {"pretrained_cfg_overlay": {"input_size": [1, 32, 32]}} if free else {"img_size": 32}
+    return {"model.name": model, "model.args": size | {"in_chans": 1, "num_classes": 10}}
 
 
 def _for_photographs(source: str, model: str, classes: int | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from statistics import mean
 
 import torch
 from harness import Row, arguments, real_data, write_results, write_table
+from kl_race import KINDS, race_rows
 from oneshot import load_images
 from torch import Tensor, nn
 
@@ -66,7 +67,9 @@ def main() -> None:
             ["component", "block", "literal, ms", "exact, ms", "ratio"],
             exact_table(timings),
         )
-    write_results("kl_scoring", exact_rows(timings, quick), quick)
+    literal, exact = ({kind: component(timings, kind)[side] for kind in KINDS} for side in (0, 1))
+    raced = [] if quick else race_rows(model, images, literal, exact, pool=96)
+    write_results("kl_scoring", exact_rows(timings, quick) + raced, quick)
 
 
 def exact_timings(case: Case) -> list[Timing]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from vitprune import Group
+
 
 def live_norm(x: Tensor, norm: nn.LayerNorm, live: Tensor) -> Tensor:
     """LayerNorm with statistics over the live channels only; removed channels come out as zero."""
@@ -138,3 +140,27 @@ def fisher_quadratic(model: nn.Module, images: Tensor, groups: list) -> dict[str
             for name, slope in zip(gates, slopes, strict=True):
                 found[name][:, place] += logp.detach().exp() * slope.flatten().square() / 2
     return found
+
+
+def gated_stream(model: nn.Module, images: Tensor, group: Group, gate: Tensor) -> Tensor:
+    """Logits with a gate on each channel of a residual stream, by hooks where its slices say that it is read.
+
+    Linear layers and convolutions read gated inputs; the statistics of its norms count channel c gate[c] times.
+    """
+    handles = []
+    for part in group.slices:
+        path, _, leaf = part.param.rpartition(".")
+        module = model.get_submodule(path)
+        spread = gate.repeat_interleave(part.inner).repeat(part.outer)
+        if leaf == "weight" and part.axis == 1 and isinstance(module, nn.Linear | nn.Conv2d):
+            shaped = spread[:, None, None] if isinstance(module, nn.Conv2d) else spread
+            handles.append(module.register_forward_pre_hook(lambda _, args, by=shaped: (args[0] * by, *args[1:])))
+        elif leaf == "weight" and isinstance(module, nn.LayerNorm):
+            handles.append(
+                module.register_forward_hook(lambda norm, args, _, by=spread: gated_norm(args[0], norm, by) / by)
+            )
+    with torch.no_grad():
+        logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return logits

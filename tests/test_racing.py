@@ -78,7 +78,7 @@ def test_a_control_saves_measurements() -> None:
     measured, control = made_up()
     setting = replace(DEFAULTS, confidence=0.98)
     with_it, without = (raced(measured, c, setting, control.sum(1)).facts["evaluations"] for c in (control, None))
-    assert with_it < 0.75 * without
+    assert with_it < 0.8 * without
 
 
 def test_a_surrogate_that_is_wrong_is_found_out() -> None:
@@ -109,10 +109,10 @@ def test_doubt_by_hand() -> None:
     found = doubt(torch.tensor([1.0, 3, 2, 4]), torch.ones(4), 2, draws)  # 1 and 3 stay, in two of the draws 2 and 3
     assert found.wrong.tolist() == [0, 0.5, 0.5, 0]
     assert found.overlap == 0.75
-    everyone = torch.ones(4, dtype=torch.bool)
-    assert sorted(doubtful(found.wrong, everyone, 0.1).tolist()) == [1, 2]
-    assert doubtful(found.wrong, everyone, 0.25).tolist() == [2]
-    assert doubtful(found.wrong, torch.tensor([True, True, False, True]), 0.25).tolist() == []
+    everyone, effort = torch.ones(4, dtype=torch.bool), torch.tensor([1, 0.5, 0.6, 1])
+    assert sorted(doubtful(found.wrong, everyone, effort, 0.1).tolist()) == [1, 2]
+    assert doubtful(found.wrong, everyone, effort, 0.25).tolist() == [1]  # the cheaper one
+    assert doubtful(found.wrong, torch.tensor([True, False, True, True]), effort, 0.25).tolist() == []
     assert doubt(torch.ones(4), torch.ones(4), 0, draws).overlap == 1
 
 

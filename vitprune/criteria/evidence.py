@@ -129,9 +129,9 @@ def heavy_tailed(shape: tuple[int, int], source: torch.Generator) -> Tensor:
     return drawn
 
 
-def doubtful(wrong: Tensor, able: Tensor, allowed: float) -> Tensor:
-    """Units to measure on: the fewest, of those that are able, without whom the errors expected are as allowed."""
-    order = wrong.argsort(stable=True)  # ascending: the surest are left alone
+def doubtful(wrong: Tensor, able: Tensor, effort: Tensor, allowed: float) -> Tensor:
+    """Units to measure on: the cheapest, of those that are able, without whom the errors expected are as allowed."""
+    order = (wrong / effort).argsort(stable=True)  # ascending: the surest and the dearest are left alone
     left_alone = wrong[order].cumsum(0) / 2 <= allowed  # an error is two units on the wrong side
     chosen = order[~left_alone]
     going: Tensor = chosen[able[chosen].nonzero().flatten()]

@@ -34,6 +34,8 @@ def fisher(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
         for name, value in per_image(model, groups, images, setting, range(first, first + len(images))).items():
             scores[name] += value.sum(dim=1)
         first += len(images)
+    for group in groups:
+        scores[group.name][group.candidates :] = torch.inf  # the last sub-layer has no next one to go with
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 

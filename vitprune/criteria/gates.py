@@ -12,22 +12,30 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice
 
 CENTRED, UNCENTRED = nn.LayerNorm, ("RMSNorm", "RmsNorm", "RmsNorm2d")
-Probe = tuple[str, str]  # path of a module, and what of it is watched: input, query or norm
+Probe = tuple[str, str]  # path of a module, and what of it is watched: input, query, norm or output
 Reader = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One place where a group's units act: a probe whose channels are read as (outer, units, inner)."""
+    """One place where a group's units act: a probe whose channels are read as (outer, units, inner).
+
+    Where `at` names units, the whole of the probe, one number per image, belongs to each of them.
+    """
 
     group: str
     probe: Probe
     outer: int
     units: int
     inner: int
+    at: tuple[int, ...] = ()
 
     def fold(self, channels: Tensor) -> Tensor:
         """Sum over a unit's channels; (B, channels) -> (B, units)."""
+        if self.at:
+            spread = channels.new_zeros(len(channels), self.units)
+            spread[:, self.at] = channels
+            return spread
         return channels.view(-1, self.outer, self.units, self.inner).sum(dim=(1, 3))
 
 
@@ -76,7 +84,8 @@ def gates_of(model: nn.Module, groups: Sequence[Group]) -> list[Gate]:
     """Every place where the groups' units act, found from their slices alone.
 
     A unit's values are gated where the layers that consume it (slices along axis 1) read them; attention channels
-    also where q enters the logits, residual channels also in the statistics of every norm over the stream.
+    also where q enters the logits, residual channels also in the statistics of every norm over the stream, a block in
+    what its two sub-layers add to the stream.
 
     Raises:
         BadInput: single weights, or a module at which the effect of a removal is not understood.
@@ -86,6 +95,8 @@ def gates_of(model: nn.Module, groups: Sequence[Group]) -> list[Gate]:
         if group.kind == "weight":
             raise BadInput(f"{group.name}: Fisher scores are for units, not for kind 'weight'; use taylor or energy")
         own = [_gate(group, part, (path, "input")) for path, part in _consumers(model, group)]
+        if group.kind == "block":
+            own += [_branch(group, unit) for unit in range(group.units)]
         if group.kind == "attention":
             own.append(_query(model, group))
         if group.kind == "residual":
@@ -98,6 +109,12 @@ def gates_of(model: nn.Module, groups: Sequence[Group]) -> list[Gate]:
 
 def _gate(group: Group, part: ParamSlice, probe: Probe) -> Gate:
     return Gate(group.name, probe, part.outer, group.units, part.inner)
+
+
+def _branch(group: Group, unit: int) -> Gate:
+    """A sub-layer goes as the first of a pair, and as the second of the pair before it."""
+    pairs = [pair for pair in (unit - 1, unit) if 0 <= pair < group.candidates]
+    return Gate(group.name, (group.sublayers[unit][0], "output"), 1, group.units, 1, tuple(pairs))
 
 
 def _refused(path: str, why: str) -> BadInput:
@@ -186,6 +203,8 @@ def _output_hook(tape: Tape, probe: Probe, width: int) -> Callable[[nn.Module, t
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if probe[1] == "query":
             return tape.watch(probe, output, _over_tokens(output.detach(), tape.images, width))
+        if probe[1] == "output":
+            return tape.watch(probe, output, _over_all(output.detach(), tape.images))
         return tape.watch(probe, output, _statistics(module, inputs[0].detach(), tape.images))
 
     return watch
@@ -197,6 +216,13 @@ def _over_tokens(value: Tensor, images: int, width: int) -> Reader:
     def read(gradient: Tensor) -> Tensor:
         product = _exact(value[..., :width]) * _exact(gradient[..., :width])
         return product.reshape(images, -1, width).sum(dim=1)  # (B, width)
+
+    return read
+
+
+def _over_all(value: Tensor, images: int) -> Reader:
+    def read(gradient: Tensor) -> Tensor:
+        return (_exact(value) * _exact(gradient)).reshape(images, -1).sum(dim=1, keepdim=True)  # (B, 1)
 
     return read
 

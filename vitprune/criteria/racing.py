@@ -17,7 +17,7 @@ from vitprune.select import Contest
 
 DRAWS = 200  # from the posterior, to see how often the kept set would be another
 FIRST_IMAGES = 8  # of a unit in its first round; each round after doubles them
-SPARE = 4  # the errors left alone in a round are so many times fewer than those allowed
+SPARE = 2  # the errors left alone in a round are so many times fewer than those allowed
 
 SAMPLE = 8  # units of a group that are measured first
 CHUNK = 64  # images at a time
@@ -90,12 +90,13 @@ def race(
     In each round, every kind not yet settled sends its units most in doubt to more images, twice as many as before.
 
     Source: racing (Maron & Moore 1994) on the ratio to a control variate. It stops at an expected overlap, not when all
-    pairs are apart: two nearly equal units take the most images to tell apart, and it matters least which one goes.
+    pairs are apart: two nearly equal units take the most images to tell apart, and it matters least which one goes. Of
+    equal doubts the one that is cheaper to clear, in the later layers, is cleared first.
     """
     sizes = {name: score.numel() for name, score in scores.items()}
     flat = [_flat(sizes, contest) for contest in contests]
     removals = [contest.remove for contest in contests]
-    field = _Field(sizes, flat, removals, [kinds[contest.places[0][0]] for contest in contests])
+    field = _Field(sizes, flat, removals, [kinds[contest.places[0][0]] for contest in contests], kinds)
     surrogate = torch.cat([score.flatten().to("cpu", torch.float64) for score in scores.values()])
     state = Evidence(surrogate, pools(list(sizes.values())), len(order))
     controls = _Controls(control, order, surrogate)
@@ -121,6 +122,7 @@ class _Field:
     contests: list[Tensor]  # of units, by their places in the row
     remove: list[int]
     kinds: list[str]
+    of: Mapping[str, str]  # kind of each group
 
     def doubts(self, state: Evidence, setting: Setting) -> list[Doubt]:
         mean, deviation = state.posterior()
@@ -150,11 +152,18 @@ class _Field:
             units = torch.cat([self.contests[number] for number in own])
             wrong = torch.cat([doubts[number].wrong for number in own])
             able = state.seen[units] < state.images
-            chosen = doubtful(wrong, able, (1 - setting.confidence) * self.kept(own) / SPARE)
+            effort = self.effort(kind)[units]
+            chosen = doubtful(wrong, able, effort, (1 - setting.confidence) * self.kept(own) / SPARE)
             if not len(chosen):  # what is in doubt is measured, but not what it is compared with
-                chosen = doubtful(wrong, able, 0.0)
+                chosen = doubtful(wrong, able, effort, 0.0)
             sent.append(units[chosen])
         return torch.cat(sent).sort().values
+
+    def effort(self, kind: str) -> Tensor:
+        """What a measurement of each unit costs: the share of the kind's layers that have to run again."""
+        own = [name for name in self.sizes if self.of[name] == kind]
+        steps = {name: (len(own) - number) / len(own) for number, name in enumerate(own)}
+        return torch.cat([torch.full((size,), steps.get(name, 1.0)) for name, size in self.sizes.items()])
 
     def kept(self, contests: Sequence[int]) -> int:
         """How many units of some contests stay."""

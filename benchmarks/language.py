@@ -18,7 +18,8 @@ from harness import Row, arguments, write_results, write_table
 from torch import Tensor, nn
 
 from vitprune import count, plan_for
-from vitprune.compress import choose, compress, groups_for
+from vitprune.choosing import choose, groups_for
+from vitprune.compress import compress
 from vitprune.families.decoder import Decoder
 from vitprune.losses import cross_entropy
 from vitprune.params import Train

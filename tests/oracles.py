@@ -164,3 +164,24 @@ def gated_stream(model: nn.Module, images: Tensor, group: Group, gate: Tensor) -
     for handle in handles:
         handle.remove()
     return logits
+
+
+def naive_elimination(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int) -> tuple[list[int], list[float]]:
+    """Greedy order of units, and half the error after each removal, by a least-squares fit anew for every candidate."""
+    padded = torch.cat([weight, torch.zeros(len(weight), 1, dtype=weight.dtype)], dim=1)
+    gone: list[int] = []
+    totals = []
+    units = weight.shape[1] // inner
+    while len(gone) < units:
+        trials = {}
+        for unit in (unit for unit in range(units) if unit not in gone):
+            alive = [u for u in range(units) if u not in (*gone, unit)]
+            kept = [u * inner + n for u in alive for n in range(inner)] + [weight.shape[1]]
+            fitted = torch.zeros_like(padded)
+            fitted[:, kept] = torch.linalg.solve(inputs[kept][:, kept], inputs[kept] @ padded.T).T
+            change = padded - fitted
+            trials[unit] = float(torch.einsum("oi,ij,pj,op->", change, inputs, change, metric)) / 2
+        best = min(trials, key=lambda unit: trials[unit])
+        gone.append(best)
+        totals.append(trials[best])
+    return gone, totals

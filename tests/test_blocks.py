@@ -14,7 +14,8 @@ from tiny_models import VIT, ZOO, answer, batches, images, random_masks, redrawn
 from torch import Tensor, nn
 
 from vitprune import METHODS, BadInput, data, find_groups, load, plan_for, prune, save, score, shrink, zero
-from vitprune.compress import Cycle, choose, compress
+from vitprune.choosing import choose
+from vitprune.compress import Cycle, compress
 from vitprune.criteria import kl as by_kl
 from vitprune.depth import dense_names, next_step
 from vitprune.evaluate import costs, count

@@ -10,7 +10,8 @@ from tiny_models import VIT, batches, same_state, state, tiny
 from torch import Tensor, nn
 
 from vitprune import METHODS, BadInput, count, find_groups, plan_for, prune, save, shrink, stages
-from vitprune.compress import choose, compress
+from vitprune.choosing import choose
+from vitprune.compress import compress
 from vitprune.criteria import kl as by_kl
 from vitprune.criteria import weights as by_weights
 from vitprune.data import example_input

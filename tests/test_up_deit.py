@@ -9,7 +9,7 @@ from tiny_models import answer, images, same_state, state
 from torch import nn
 
 from vitprune import plan_for, save, score, shrink
-from vitprune.compress import choose, groups_for
+from vitprune.choosing import choose, groups_for
 from vitprune.params import Prune, load
 
 RECIPES = Path(__file__).parent.parent / "recipes"

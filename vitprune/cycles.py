@@ -10,7 +10,7 @@ from torch import nn
 
 from vitprune import data, models, tables
 from vitprune.compress import Cycle
-from vitprune.criteria import Importance
+from vitprune.criteria import Importance, Statistics
 from vitprune.evaluate import count
 from vitprune.files import digest
 from vitprune.groups import Group, Masks, Scores
@@ -29,6 +29,11 @@ def write_scores(directory: Path, groups: Sequence[Group], found: Importance) ->
     tables.write(summary_rows(groups, scores), tables.SCORES, directory / "summary.parquet")
     units = sum(group.units for group in groups)
     return {"groups": len(groups), "units": units, **found.facts, "sha256": digest(directory / SCORES)}
+
+
+def read_statistics(directory: Path) -> Statistics | None:
+    """What `write_scores` left for the update, where the method has one."""
+    return models.read_weights(directory / STATISTICS) if (directory / STATISTICS).exists() else None
 
 
 def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[str, Any]:

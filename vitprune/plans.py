@@ -1,13 +1,14 @@
 """What is to be done to a model: a method and how much of each kind goes, checked against the method's row."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vitprune.criteria import DEFAULTS, Setting
 from vitprune.errors import BadInput
 from vitprune.methods import Method, method_named
+from vitprune.params import Params
 from vitprune.schedule import sparsities
 from vitprune.select import SCOPES, sparsity_of
 from vitprune.targets import check, relative
@@ -134,3 +135,30 @@ def _refuse_shares(method: str, shares: Mapping[str, float], below: float) -> No
             raise BadInput(f"prune.sparsity.{kind}: {share} is not at least 0 and below 1 (the fraction to remove)")
     if {"head", "attention"} <= set(shares):
         raise BadInput("prune.sparsity: head and attention cut the same axis; choose one of them")
+
+
+def kinds_of(params: Params) -> Sequence[str]:
+    """The kinds that params.yaml has scored: those it names, or the method's usual ones."""
+    return params.prune.kinds or method_named(params.prune.method).kinds
+
+
+def plan_of(params: Params) -> Plan:
+    """The plan of a params.yaml.
+
+    Raises:
+        BadInput: a setting cannot be, or a kind is to be pruned that is not scored.
+    """
+    p, kinds = params.prune, kinds_of(params)
+    one = 1.0 if p.target is not None and p.sparsity is None else p.sparsity  # for all kinds alike
+    sparsity = dict.fromkeys(kinds, one) if isinstance(one, float) else one
+    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params), p.target)
+    unscored = [kind for kind in plan.sparsity if kind not in kinds]
+    if unscored:
+        raise BadInput(f"prune.sparsity.{unscored[0]}: only {', '.join(kinds)} are scored; add it to prune.kinds")
+    return plan
+
+
+def _setting(params: Params) -> Setting:
+    """How criteria run."""
+    s = params.score
+    return Setting(params.seed, s.memory_mb << 20, s.classes, s.autocast, s.confidence)

@@ -1,7 +1,7 @@
 """The stages of the pipeline: each reads files of a project directory and writes files of its own."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vitprune import data, models, sharding, tables
-from vitprune.compress import Cycle, choose, compress, cost_of, costs_for, goal, groups_for, settle
-from vitprune.criteria import Importance, Setting, Statistics
-from vitprune.cycles import MASKS, SCORES, STATISTICS, write_cycle, write_masks, write_scores
+from vitprune.choosing import choose, cost_of, costs_for, goal, groups_for, settle
+from vitprune.compress import Cycle, compress
+from vitprune.criteria import Importance
+from vitprune.cycles import MASKS, SCORES, read_statistics, write_cycle, write_masks, write_scores
 from vitprune.depth import next_step
 from vitprune.errors import BadInput
 from vitprune.evaluate import accuracy, count, environment, latency
@@ -21,9 +22,8 @@ from vitprune.export import to_onnx, to_timm
 from vitprune.families import find_groups, merge_heads
 from vitprune.files import digest
 from vitprune.groups import Scores
-from vitprune.methods import method_named
 from vitprune.params import Params, Train, load
-from vitprune.plans import Plan, plan_for
+from vitprune.plans import kinds_of, plan_of
 from vitprune.records import History, write_csv, write_json
 from vitprune.released import read_all
 from vitprune.train import Held, classification, distilling, train
@@ -87,10 +87,10 @@ def calibrate(params: Params) -> None:
 
 def score(params: Params) -> None:
     """Score every unit of the dense model; under torchrun, in several processes at once."""
-    plan = _plan(params)
+    plan = plan_of(params)
     with sharding.team() as mates:
         model = models.load(OUT / "dense").to(_device())
-        groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
+        groups = merge_heads(model, find_groups(model, kinds_of(params)), plan.heads)
         work = sharding.Work(plan.row.criterion, groups, _calibration(model, params), plan.setting_of(1))
         found = work.importance(model, plan.row.additive, PARTIAL, mates)
     if found is None:  # the first process has them
@@ -101,9 +101,9 @@ def score(params: Params) -> None:
 
 def import_scores(params: Params, directory: Path, parsing: str) -> None:
     """Take the dense model's scores from the lists of UP-ViTs' authors, as the score stage would have left them."""
-    plan = _plan(params)
+    plan = plan_of(params)
     model = models.load(OUT / "dense")
-    groups = merge_heads(model, find_groups(model, _kinds(params)), plan.heads)
+    groups = merge_heads(model, find_groups(model, kinds_of(params)), plan.heads)
     facts = {"method": plan.method, "lists": directory.name, "parsing": parsing}
     facts |= write_scores(OUT / "score", groups, Importance(read_all(directory, groups, parsing)))
     write_json(METRICS / "score.json", facts)
@@ -111,7 +111,7 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
 
 def mask(params: Params) -> None:
     """Choose the masks of the first cycle from the scores, measured again where they leave in doubt who stays."""
-    plan = _plan(params)
+    plan = plan_of(params)
     model = models.load(OUT / "dense").to(_device())
     groups = groups_for(model, plan)
     costs = costs_for(model, groups, plan)
@@ -126,12 +126,12 @@ def mask(params: Params) -> None:
 
 def prune(params: Params) -> None:
     """Prune cycle by cycle and recover after each; every cycle leaves its masks, scores and metrics."""
-    plan, recover = _plan(params), params.prune.recover
+    plan, recover = plan_of(params), params.prune.recover
     model = models.load(OUT / "dense").to(_device())
     evaluate = _evaluator(model, params)
     history = History(OUT / "prune", "prune")
     rows, now = [], {}
-    masks, statistics = models.read_weights(OUT / "mask" / MASKS), _statistics()
+    masks, statistics = models.read_weights(OUT / "mask" / MASKS), read_statistics(OUT / "score")
     for cycle in compress(model, plan, _calibration(model, params), masks, statistics):
         before = now = evaluate()
         if recover is not None:
@@ -215,27 +215,6 @@ def enter(project: Path) -> Params:
     return params
 
 
-def _kinds(params: Params) -> Sequence[str]:
-    return params.prune.kinds or method_named(params.prune.method).kinds
-
-
-def _plan(params: Params) -> Plan:
-    p, kinds = params.prune, _kinds(params)
-    one = 1.0 if p.target is not None and p.sparsity is None else p.sparsity  # for all kinds alike
-    sparsity = dict.fromkeys(kinds, one) if isinstance(one, float) else one
-    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params), p.target)
-    unscored = [kind for kind in plan.sparsity if kind not in kinds]
-    if unscored:
-        raise BadInput(f"prune.sparsity.{unscored[0]}: only {', '.join(kinds)} are scored; add it to prune.kinds")
-    return plan
-
-
-def _setting(params: Params) -> Setting:
-    """How criteria run."""
-    s = params.score
-    return Setting(params.seed, s.memory_mb << 20, s.classes, s.autocast, s.confidence)
-
-
 def _device() -> torch.device:
     """VITPRUNE_DEVICE, or the process's own GPU where there is one: never a param, so that what is cached stays."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -300,16 +279,11 @@ def _scores() -> Scores:
     return models.read_weights(OUT / "score" / SCORES)
 
 
-def _statistics() -> Statistics | None:
-    """What scoring left for the update, where the method has one."""
-    return models.read_weights(OUT / "score" / STATISTICS) if (OUT / "score" / STATISTICS).exists() else None
-
-
 def _held(cycle: Cycle) -> Held | None:
     return Held(cycle.held, cycle.masks) if cycle.held else None
 
 
 def _held_at_end(dense: nn.Module, params: Params) -> Held | None:
-    plan = _plan(params)
+    plan = plan_of(params)
     groups = [group for group in groups_for(dense, plan) if group.kind == "weight"]
     return Held(groups, models.read_weights(OUT / "cycles" / f"{plan.cycles:02d}" / MASKS)) if groups else None

@@ -63,10 +63,10 @@ def producer(model: nn.Module, group: Group) -> str:
 def collect(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Statistics:
     """Sums over all tokens of all images, for the consumer of every group.
 
-    PATH/inputs (halves, k+1, k+1): second moment of its input with a 1 appended; PATH/metric (o, o): second moment of
-    the answer's gradient by its output, which is Fisher's; and for attention groups of the layer that makes q, k, v:
-    PATH/query and PATH/key (heads, c, c), k centred over the tokens of a softmax; PATH/slope (heads,), squared gradient
-    by q; PATH/tokens, their number.
+    PATH/inputs (halves, k+1, k+1): second moment of the consumer's input with a 1 appended; PATH/metric (o, o): second
+    moment of the answer's gradient by its output, which is Fisher's. For attention groups, of the layer that makes q, k
+    and v: PATH/query and PATH/key (heads, c, c), k centred over the tokens of a softmax; PATH/slope (heads,), squared
+    gradient by q; PATH/tokens, their number.
 
     Raises:
         BadInput: no batches, or a group without one consumer.
@@ -92,31 +92,34 @@ def _of_batch(
     with torch.enable_grad(), _recording(model, readers, list(heads)) as (inputs, outputs):
         logits = model(images.to(device))
     found: Statistics = {}
-    parity = (torch.arange(first, first + len(images), device=device) % HALVES).to(torch.long)
-    for path in readers:
-        found[f"{path}/inputs"] = _by_half(inputs[path], parity, len(images))
-    for path, number in heads.items():
-        found |= _of_heads(path, outputs[path].detach(), number)
     watched = list(outputs)
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
     for pull in pulls(probability, None, setting.classes, setting.seed, where):
         slopes = torch.autograd.grad(logits, [outputs[p] for p in watched], pull.to(logits.dtype), retain_graph=True)
         for path, slope in zip(watched, slopes, strict=True):
             if path in heads:
-                _add(found, f"{path}/slope", _query_square(slope, heads[path]))
+                query = slope[..., : slope.shape[-1] // 3].reshape(
+                    -1, heads[path], slope.shape[-1] // (3 * heads[path])
+                )
+                _add(found, f"{path}/slope", query.double().square().sum(dim=(0, 2)).cpu())
             else:
                 flat = slope.flatten(0, -2)
                 _add(found, f"{path}/metric", (flat.T @ flat).double().cpu())
+    parity = torch.arange(first, first + len(images), device=device) % HALVES
+    for path in readers:
+        found[f"{path}/inputs"] = _of_inputs(inputs[path], parity)
+    for path, number in heads.items():
+        found |= _of_heads(path, outputs[path].detach(), number)
     return found
 
 
-def _add(found: Statistics, name: str, value: Tensor) -> None:
+def _add(found: dict[str, Tensor], name: str, value: Tensor) -> None:
     found[name] = found[name] + value if name in found else value
 
 
-def _by_half(value: Tensor, parity: Tensor, images: int) -> Tensor:
+def _of_inputs(value: Tensor, parity: Tensor) -> Tensor:
     """Second moment of the rows with a 1 appended, for even and for odd images; (halves, k+1, k+1) float64."""
-    rows = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1).reshape(images, -1, value.shape[-1] + 1)
+    rows = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1).reshape(len(parity), -1, value.shape[-1] + 1)
     halves = [rows[parity == half].flatten(0, 1) for half in range(HALVES)]
     return torch.stack([(half.T @ half).double().cpu() for half in halves])
 
@@ -130,11 +133,6 @@ def _of_heads(path: str, qkv: Tensor, heads: int) -> Statistics:
         f"{path}/key": torch.einsum("bthc,bthd->hcd", shifted, shifted).double().cpu(),
         f"{path}/tokens": torch.tensor(float(query.shape[0] * query.shape[1]), dtype=torch.float64),
     }
-
-
-def _query_square(slope: Tensor, heads: int) -> Tensor:
-    query = slope[..., : slope.shape[-1] // 3].reshape(-1, heads, slope.shape[-1] // (3 * heads))
-    return query.double().square().sum(dim=(0, 2)).cpu()  # (heads,)
 
 
 @contextmanager

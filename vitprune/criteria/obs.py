@@ -11,7 +11,9 @@ from vitprune.criteria.elimination import eliminate, refit
 from vitprune.criteria.moments import Consumer, collect, consumer, producer
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
+from vitprune.progress import track
 
+TINY = 1e-300
 RIDGE = 1e-3  # of elimination; the refit chooses its own
 
 
@@ -33,9 +35,8 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
         raise BadInput(f"{refused[0].name}: unit-obs scores ffn, head and attention, not kind {refused[0].kind!r}")
     statistics = collect(model, groups, batches, setting)
     scores: Scores = {}
-    for group in groups:
-        find = _channels if group.kind == "attention" else _eliminated
-        scores[group.name] = find(model, group, statistics)
+    for group in track(groups, "eliminating units"):
+        scores[group.name] = (_channels if group.kind == "attention" else _eliminated)(model, group, statistics)
     return Importance(scores, turning(model, groups, statistics), statistics=statistics)
 
 
@@ -125,12 +126,8 @@ def _eliminated(model: nn.Module, group: Group, statistics: Statistics) -> Tenso
     reader = consumer(model, group)
     inputs = statistics[f"{reader.path}/inputs"].sum(dim=0)
     weight = model.get_parameter(f"{reader.path}.weight").detach().cpu()
-    return eliminate(weight, inputs, _metric(statistics, reader.path), reader.inner, RIDGE).view(group.shape)
-
-
-def _metric(statistics: Statistics, path: str) -> Tensor:
-    """Fisher matrix of a consumer's output per token (o, o): half of error^T metric error, summed, is nats."""
-    return statistics[f"{path}/metric"] / statistics[f"{path}/inputs"][:, -1, -1].sum()
+    metric = statistics[f"{reader.path}/metric"] / inputs[-1, -1]  # per token
+    return eliminate(weight, inputs, metric, reader.inner, RIDGE).view(group.shape)
 
 
 def _bases(model: nn.Module, group: Group, statistics: Statistics) -> Bases:
@@ -148,12 +145,11 @@ def _channels(model: nn.Module, group: Group, statistics: Statistics) -> Tensor:
     maker, reader = producer(model, group), consumer(model, group).path
     turn = _bases(model, group, statistics)
     spread = statistics[f"{maker}/key"].diagonal(dim1=1, dim2=2).sum(dim=1)  # (heads,)
-    slope = statistics[f"{maker}/slope"] / (statistics[f"{maker}/tokens"] * spread).clamp_min(1e-300)
+    steep = statistics[f"{maker}/slope"] / (statistics[f"{maker}/tokens"] * spread).clamp_min(TINY)
     weight = model.get_parameter(f"{reader}.weight").detach().cpu().double()
     columns = (weight @ _blocks(turn.back)).T  # (heads * c, o), for inputs of variance 1
-    output = torch.einsum("co,op,cp->c", columns, _metric(statistics, reader), columns).view(group.shape)
-    output *= statistics[f"{reader}/inputs"][:, -1, -1].sum()
-    nats = (slope[:, None] * turn.logits + output) / 2
+    output = torch.einsum("co,op,cp->c", columns, statistics[f"{reader}/metric"], columns).view(group.shape)
+    nats = (steep[:, None] * turn.logits + output) / 2
     return nats.flip(1).cummax(dim=1).values.flip(1)
 
 

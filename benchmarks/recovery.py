@@ -77,11 +77,15 @@ class Side:
 
 def main() -> None:
     """Prune by both, train all copies, and write the tables."""
-    extra = {"epochs": (1, "passes over the training images"), "method": ("unit-obs", "this library's method")}
+    extra = {
+        "epochs": (1, "passes over the training images"),
+        "steps": (75, "steps of an epoch, at most; 94 see all images"),
+        "method": ("unit-obs", "this library's method"),
+    }
     asked, real = arguments(__doc__, extra), real_data()
     peers.library()
     torch.set_num_threads(1)
-    steps = batch_count(len(images_of(real, "train")), Budget.batch)
+    steps = min(asked.steps, batch_count(len(images_of(real, "train")), Budget.batch))
     budget = Budget(1, 6, 1, 10) if asked.quick else Budget(asked.epochs, steps)
     with tempfile.TemporaryDirectory(prefix="vitprune-recovery-") as folder:
         found = recovered(prune_both(real, Path(folder), asked.method, asked.quick), real, Path(folder), budget)

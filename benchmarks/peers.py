@@ -3,10 +3,10 @@
 Criteria: L2 norm, Taylor (of weights, of their sums) and Hessian, on rows 600..799 of imagenet-val-800 with labels;
 rankings: local, global (with its normalisation and without), isomorphic; what goes: FFN units, attention channels
 with them, whole heads with them, or every width. Where MACs are the goal, its ratio is found by bisection. Every
-set-up is judged by its cross-entropy on rows 600..699; the three best of each goal are evaluated on rows 0..599, and
-the table has the one of highest top-1. Its Hessian is averaged over images here (`accumulate_grad` of 1.6.1 keeps the
-last one), and attention keeps the scale that its weights were trained with. Needs VITPRUNE_REAL_DATA and
-Torch-Pruning (pip install 'vitprune[bench]'). Writes benchmarks/results/peers.json and docs/results/peers.md.
+set-up is judged by its top-1 on rows 600..799; the four best of each goal are evaluated on rows 0..599, and the table
+has the one of highest top-1. Its Hessian is averaged over images here (`accumulate_grad` of 1.6.1 keeps the last
+one), and attention keeps the scale that its weights were trained with. Needs VITPRUNE_REAL_DATA and Torch-Pruning
+(pip install 'vitprune[bench]'). Writes benchmarks/results/peers.json and docs/results/peers.md.
 """
 
 import copy
@@ -16,7 +16,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from vitprune.losses import cross_entropy
 ROOT = Path(__file__).parent.parent
 CRITERIA = ("l2", "taylor", "taylor of sums", "hessian")
 RANKINGS = ("local", "global", "global, not normalised", "isomorphic")
-FINALISTS, CLOSE = 3, 0.002
+FINALISTS, CLOSE = 4, 0.002
 Batches = Sequence[tuple[Tensor, Tensor]]
 Slopes = Mapping[str, Mapping[str, Tensor]]  # criterion -> parameter -> what Torch-Pruning reads as its gradient
 
@@ -68,15 +68,17 @@ class Goal:
         if self.removed is not None:
             return [Setup(*pair, "ffn") for pair in itertools.product(CRITERIA, RANKINGS[:3])]
         whole = [Setup(*three) for three in itertools.product(CRITERIA, RANKINGS, ("inner", "all"))]
+        whole += Goal(removed=0.5).setups
         return whole + [Setup(criterion, "global", "heads") for criterion in CRITERIA]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A set-up at a goal: loss on calibration images in nats, and top-1 where it came that far."""
+    """A set-up at a goal: top-1 and loss in nats on calibration images, and top-1 on the others where it got so far."""
 
     goal: Goal
     setup: Setup
+    right: float
     loss: float
     params: float
     macs: float
@@ -194,7 +196,7 @@ def loss_of(model: nn.Module, batches: Batches) -> float:
 
 
 def screened(dense: nn.Module, gradients: Slopes, goal: Goal, batches: Batches) -> list[tuple[Found, nn.Module]]:
-    """Every set-up at a goal with its model, the one of least loss first; those that miss the MACs by 1 % are out."""
+    """Every set-up at a goal with its model, the one of highest top-1 first; those that miss the MACs by 1 % are out."""
     whole, image = count(dense, batches[0][0]), batches[0][0]
     found = []
     for setup in goal.setups:
@@ -202,16 +204,14 @@ def screened(dense: nn.Module, gradients: Slopes, goal: Goal, batches: Batches) 
         cost = count(model, image)
         shares = cost.params / whole.params, cost.macs / whole.macs
         if goal.macs is None or abs(shares[1] / goal.macs - 1) <= 0.01:
-            found.append((Found(goal, setup, loss_of(model, batches), *shares), model))
-    return sorted(found, key=lambda pair: pair[0].loss)
+            right = accuracy(model, batches)[0]["top1"]
+            found.append((Found(goal, setup, right, loss_of(model, batches), *shares), model))
+    return sorted(found, key=lambda pair: (-pair[0].right, pair[0].loss))
 
 
 def evaluated(screen: Sequence[tuple[Found, nn.Module]], held_out: Batches) -> list[Found]:
     """The finalists with their top-1, the best first; then the others."""
-    finals = [
-        Found(f.goal, f.setup, f.loss, f.params, f.macs, accuracy(model, held_out)[0]["top1"])
-        for f, model in screen[:FINALISTS]
-    ]
+    finals = [replace(f, top1=accuracy(model, held_out)[0]["top1"]) for f, model in screen[:FINALISTS]]
     return sorted(finals, key=lambda f: -(f.top1 or 0.0)) + [f for f, _ in screen[FINALISTS:]]
 
 
@@ -228,7 +228,7 @@ def solved(folder: Path, goals: Sequence[Goal], images: int) -> list[list[Found]
     dense = load_dense(folder)
     calibration, held_out = split(folder, dense)
     gradients = slopes(dense, calibration[: images // 50])
-    return [evaluated(screened(dense, gradients, goal, calibration[:2]), held_out) for goal in goals]
+    return [evaluated(screened(dense, gradients, goal, calibration), held_out) for goal in goals]
 
 
 def load_dense(folder: Path) -> nn.Module:
@@ -253,7 +253,7 @@ def main() -> None:
         found = halves[number % 2][number // 2]
         best, top1 = found[0], found[0].top1 or 0.0
         rows += [Row(f"{goal}: {f.setup}", f.top1, "top-1 %") for f in found if f.top1 is not None]
-        rows += [Row(f"{goal}: {f.setup}, {f.macs:.3f}x MACs", f.loss, "nats") for f in found]
+        rows += [Row(f"{goal}: {f.setup}, {f.macs:.3f}x MACs, calibration", f.right, "top-1 %") for f in found]
         shares = [f"{best.params:.2f}x", f"{best.macs:.3f}x"]
         cells.append([str(goal), str(best.setup), *shares, f"{top1:.1f}", f"{top1 - base:+.1f}"])
     if not quick:

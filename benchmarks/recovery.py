@@ -1,6 +1,6 @@
 """Recovery of a halved DeiT-Tiny by distillation: pruned by this library, and by Torch-Pruning at equal MACs.
 
-Both prune in one shot on rows 600..799 of imagenet-val-800; of Torch-Pruning, the set-up of least cross-entropy there
+Both prune in one shot on rows 600..799 of imagenet-val-800; of Torch-Pruning, the set-up of highest top-1 there
 (benchmarks/peers.py). The same training for both then, with the same seeds and batches: Imagenette's 3000 training
 images, the dense model as the teacher, AdamW. Top-1 on Imagenette's 1000 validation images, over all 1000 classes.
 Needs VITPRUNE_REAL_DATA and Torch-Pruning. Writes benchmarks/results/recovery.json and docs/results/recovery.md.
@@ -130,11 +130,11 @@ def prune_both(real: Path, folder: Path, method: str, quick: bool) -> list[Side]
 
 
 def rival_of(dense: nn.Module, calibration: peers.Batches, quick: bool) -> tuple[str, nn.Module]:
-    """Torch-Pruning's set-up of least loss on calibration images, and its model; the quick form tries one."""
+    """Torch-Pruning's set-up of highest top-1 on calibration images, and its model; the quick form tries one."""
     goal, gradients = peers.Goal(macs=MACS), peers.slopes(dense, calibration)
     if quick:
         return str(goal.setups[0]), peers.torch_pruning_case(dense, gradients, goal.setups[0], goal)
-    found, model = peers.screened(dense, gradients, goal, calibration[:2])[0]
+    found, model = peers.screened(dense, gradients, goal, calibration)[0]
     return str(found.setup), model
 
 

@@ -5,9 +5,10 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,10 +31,12 @@ class Row:
     runs: int = 1
 
 
-def arguments(about: str | None) -> argparse.Namespace:
-    """Read the command line: --quick for a short form (<= 5 minutes on 2 cores)."""
+def arguments(about: str | None, extra: Mapping[str, tuple[Any, str]] | None = None) -> argparse.Namespace:
+    """Read the command line: --quick for a short form (<= 5 minutes on 2 cores), and extra name -> (default, help)."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short form, not written into the documents")
+    for name, (default, text) in (extra or {}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text}; default: {default}")
     parsed = parser.parse_args()
     parsed.quick = bool(parsed.quick)
     return parsed

@@ -8,7 +8,7 @@ from oracles import naive_elimination
 from tiny_models import answer, batches, images, tiny
 from torch import nn
 
-from vitprune import BadInput, find_groups, plan_for
+from vitprune import BadInput, find_groups, plan_for, prune
 from vitprune.budget import prices, spend
 from vitprune.compress import compress
 from vitprune.criteria import DEFAULTS
@@ -16,6 +16,7 @@ from vitprune.criteria.elimination import damped, eliminate, refit
 from vitprune.criteria.moments import collect
 from vitprune.criteria.obs import rebased, refitting, turning, unit_obs
 from vitprune.evaluate import count
+from vitprune.families import merge_heads
 from vitprune.groups import shrink
 from vitprune.select import select
 from vitprune.targets import meter
@@ -66,7 +67,7 @@ def test_the_refit_of_a_copy_is_perfect() -> None:
 def test_the_new_basis_is_the_same_function(name: str) -> None:
     model = tiny(name)
     groups = find_groups(model, ["attention"])
-    statistics = collect(model, groups, batches(model, 3, 8), DEFAULTS)
+    statistics = collect(model, groups, batches(model, 3, 8), DEFAULTS, attention=True)
     turned = copy.deepcopy(model)
     for group in groups:
         for path, value in rebased(model, group, statistics).items():
@@ -91,7 +92,7 @@ def test_the_update_comes_nearer_to_the_dense_answer(vit: nn.Module, kind: str) 
 
 def test_nothing_changes_where_nothing_goes(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
-    statistics = collect(vit, groups, batches(vit), DEFAULTS)
+    statistics = collect(vit, groups, batches(vit), DEFAULTS, attention=True)
     everything = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
     assert turning(vit, groups, statistics)(everything) == {}
     assert refitting(vit, groups, statistics)(everything) == {}
@@ -111,6 +112,12 @@ def test_statistics_stand_for_the_images(vit: nn.Module, method: str) -> None:
 def test_what_has_no_one_consumer_is_refused(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^residual: unit-obs scores ffn, head and attention, not kind 'residual'"):
         unit_obs(vit, find_groups(vit, ["residual"]), batches(vit), DEFAULTS)
+    merged = merge_heads(vit, find_groups(vit, ["attention"]), 1)
+    with pytest.raises(
+        BadInput, match=r"^blocks.0.attn: each of its 3 heads has a basis of its own, so they cannot merge"
+    ):
+        unit_obs(vit, merged, batches(vit), DEFAULTS)
+    assert prune(vit, "upvits-refit", {"attention": 0.5}, batches(vit, 2, 8), heads=1).blocks[0].attn.num_heads == 1
     with pytest.raises(BadInput, match="need images"):
         unit_obs(vit, find_groups(vit, ["ffn"]), [], DEFAULTS)
 

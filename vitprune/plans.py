@@ -43,11 +43,10 @@ class Plan:
         return replace(self.setting, seed=self.setting.seed + cycle)
 
     def scope_of(self, kind: str) -> str:
-        """Who competes among the units of a kind; attention channels always compete inside their head."""
-        if self.scope and (kind != "attention" or self.scope == "macs"):
-            return self.scope
-        own = self.row.scopes[kind]
-        return "head" if kind == "attention" and self.scope else own
+        """Who competes among the units of a kind; attention channels inside their head, or all for the MACs."""
+        if self.scope in (None, "macs"):
+            return self.scope or self.row.scopes[kind]
+        return "head" if kind == "attention" else str(self.scope)
 
     @property
     def bought(self) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,13 @@ def producer(model: nn.Module, group: Group) -> str:
     """Path of the one layer that makes q, k and v of an attention group.
 
     Raises:
-        BadInput: q, k and v do not come from one Linear layer.
+        BadInput: q, k and v do not come from one Linear layer, or the group reads several heads as one.
     """
+    own = cast(Any, model.get_submodule(group.owner)).num_heads
+    if group.shape[0] != own:
+        raise BadInput(
+            f"{group.name}: each of its {own} heads has a basis of its own, so they cannot merge; drop heads"
+        )
     found = [
         part.param.removesuffix(".weight")
         for part in group.slices
@@ -60,11 +66,13 @@ def producer(model: nn.Module, group: Group) -> str:
     return found[0]
 
 
-def collect(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Statistics:
+def collect(
+    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting, attention: bool = False
+) -> Statistics:
     """Sums over all tokens of all images, for the consumer of every group.
 
     PATH/inputs (halves, k+1, k+1): second moment of the consumer's input with a 1 appended; PATH/metric (o, o): second
-    moment of the answer's gradient by its output, which is Fisher's. For attention groups, of the layer that makes q, k
+    moment of the answer's gradient by its output, which is Fisher's. With `attention`, of the layer that makes q, k
     and v: PATH/query and PATH/key (heads, c, c), k centred over the tokens of a softmax; PATH/slope (heads,), squared
     gradient by q; PATH/tokens, their number.
 
@@ -74,7 +82,7 @@ def collect(model: nn.Module, groups: Sequence[Group], batches: Batches, setting
     if not batches:
         raise BadInput("second moments: need images; give batches")
     readers = list(dict.fromkeys(consumer(model, group).path for group in groups))
-    heads = {producer(model, group): group.shape[0] for group in groups if group.kind == "attention"}
+    heads = {producer(model, group): group.shape[0] for group in groups if attention and group.kind == "attention"}
     total: Statistics = {}
     first = setting.first
     with evaluating(model), frozen(model):

@@ -196,7 +196,7 @@ def loss_of(model: nn.Module, batches: Batches) -> float:
 
 
 def screened(dense: nn.Module, gradients: Slopes, goal: Goal, batches: Batches) -> list[tuple[Found, nn.Module]]:
-    """Every set-up at a goal with its model, the one of highest top-1 first; those that miss the MACs by 1 % are out."""
+    """Every set-up at a goal with its model, that of highest top-1 first; those that miss the MACs by 1 % are out."""
     whole, image = count(dense, batches[0][0]), batches[0][0]
     found = []
     for setup in goal.setups:

@@ -3,9 +3,10 @@
 import copy
 
 import pytest
+import timm
 import torch
 from oracles import naive_elimination
-from tiny_models import answer, batches, images, tiny
+from tiny_models import ZOO, answer, batches, images, redrawn, tiny
 from torch import nn
 
 from vitprune import BadInput, find_groups, plan_for, prune
@@ -177,3 +178,15 @@ def test_a_target_in_macs_over_all_kinds(vit: nn.Module, cycles: int) -> None:
     whole = count(vit, images(vit)).macs
     list(compress(vit, plan_for("unit-obs", None, target={"macs": 0.6}, cycles=cycles), batches(vit, 2, 8)))
     assert 0.57 < count(vit, images(vit)).macs / whole <= 0.6
+
+
+@pytest.mark.parametrize("method", ["unit-obs", "upvits-global"])
+def test_a_stage_of_one_head_keeps_it(method: str) -> None:
+    architecture, args = ZOO["pvt"]
+    model = redrawn(timm.create_model(architecture, **args | {"num_heads": (1, 2, 4)}), 0)
+    heads = [group.units for group in find_groups(model, ["head"])]
+    assert 1 in heads
+    pruned = prune(model, method, {"head": 0.6}, batches(model, 2, 4), images(model))
+    left = [group.units for group in find_groups(pruned, ["head"])]
+    assert [now for now, before in zip(left, heads, strict=True) if before == 1] == [1] * heads.count(1)
+    assert sum(left) < sum(heads)

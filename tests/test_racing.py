@@ -175,3 +175,9 @@ def test_the_mask_stage_settles(monkeypatch: pytest.MonkeyPatch, tmp_path) -> No
     assert facts["settled"]["images"] == 100
     assert facts["settled"]["expected_overlap_ffn"] >= 0.99
     assert facts["sparsity"]["ffn"] == 0.5
+
+
+@pytest.mark.parametrize(("sparsity", "cycles"), [(0.0, 1), ({"head": 0.34}, 3)])
+def test_where_nothing_goes_there_is_nothing_to_settle(vit: nn.Module, sparsity: object, cycles: int) -> None:
+    found = list(compress(vit, plan_for("upvits", sparsity, cycles=cycles), batches(vit, 2, 4)))
+    assert any(cycle.facts == {} for cycle in found)

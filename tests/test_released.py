@@ -155,6 +155,10 @@ def test_imported_lists_decide_the_first_masks(tmp_path: Path, monkeypatch: pyte
     lists = {f"blocks.{block}.mlp": drawn(192, 0.01, 1.0, block) for block in range(2)}
     for block in range(2):
         write(tmp_path / f"lists/tiny_ffn_192_kl_{block}_2k.txt", lists[f"blocks.{block}.mlp"])
+    for method in ("upvits", "upvits-refit"):
+        other = params.model_copy(update={"prune": params.prune.model_copy(update={"method": method})})
+        with pytest.raises(BadInput, match=f"^prune.method {method}: would measure again what the lists say"):
+            stages.import_scores(other, tmp_path / "lists", "correct")
     stages.import_scores(params, tmp_path / "lists", "correct")
     stages.mask(params)
     masks = load_file("out/mask/masks.safetensors")

@@ -33,8 +33,11 @@ def prices(groups: Sequence[Group], share_of: Meter) -> Prices:
     whole = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
     found: Prices = {}
     for group in groups:
-        if group.kind in ("weight", "block") or group.shape[-1] < 2:
+        if group.kind in ("weight", "block"):
             raise BadInput(f"{group.name}: units of kind {group.kind!r} have no price in MACs; use another scope")
+        if group.shape[-1] < 2:  # the last one stays, so it is never for sale
+            found[group.name] = 0.0
+            continue
         less = whole[group.name].clone()
         less[..., 0] = False
         found[group.name] = 1 - share_of(whole | {group.name: less})

@@ -120,6 +120,8 @@ def settle(
         fields += contests(own, share, plan.scope_of(kind), same, kept, 1)
     place = {name: mask.flatten().cumsum(0) - 1 for name, mask in alive.items()}  # of a living unit in the model
     now = [Contest(tuple((name, place[name][units]) for name, units in c.places), c.remove) for c in fields]
+    if not any(contest.remove for contest in now):
+        return Settled(scores, {})
     found = [group for group in groups_for(model, plan) if group.kind in target]
     own = {group.name: scores[group.name] for group in found}
     return plan.row.settle(model, found, batches, own, now, plan.setting_of(cycle))

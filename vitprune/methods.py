@@ -58,6 +58,16 @@ METHODS: dict[str, Method] = {
         "KL divergence (Yu & Wu, SCIS 2023): to second order, then exactly where it decides who stays",
         racing.settle,
     ),
+    "upvits-literal": _upvits(kl.literal, "the same scores by one removal at a time: slow, the oracle"),
+    "upvits-exact": _upvits(exact.exact, "KL divergence exactly, running again only what a removal changes"),
+    "upvits-fisher": _upvits(fisher.fisher, "KL divergence to second order, all units from a few backward passes"),
+    "upvits-blocks": Method(
+        exact.exact,
+        {"block": "layer"},
+        ("block",),
+        False,
+        "KL divergence of whole blocks, scored again after each; what is left between two forms hybrid blocks",
+    ),
     "upvits-refit": Method(
         obs.with_refit(fisher.fisher),
         {"ffn": "layer", "attention": "head", "head": "layer"},
@@ -81,22 +91,6 @@ METHODS: dict[str, Method] = {
         True,
         "greedy elimination of units in nats per MAC, attention in a basis of its own, and the refit (ours)",
         obs.turning,
-    ),
-    "upvits-literal": Method(
-        kl.literal,
-        {"ffn": "layer", "attention": "head", "residual": "layer"},
-        ("ffn", "attention"),
-        False,
-        "KL divergence, one removal at a time (Yu & Wu, SCIS 2023): slow, the oracle",
-    ),
-    "upvits-exact": _upvits(exact.exact, "the same scores, running again only what a removal changes"),
-    "upvits-fisher": _upvits(fisher.fisher, "KL divergence to second order, all units from a few backward passes"),
-    "upvits-blocks": Method(
-        exact.exact,
-        {"block": "layer"},
-        ("block",),
-        False,
-        "KL divergence of whole blocks, scored again after each; what is left between two forms hybrid blocks",
     ),
 }
 

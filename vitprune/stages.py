@@ -100,8 +100,14 @@ def score(params: Params) -> None:
 
 
 def import_scores(params: Params, directory: Path, parsing: str) -> None:
-    """Take the dense model's scores from the lists of UP-ViTs' authors, as the score stage would have left them."""
+    """Take the dense model's scores from the lists of UP-ViTs' authors, as the score stage would have left them.
+
+    Raises:
+        BadInput: the method would measure again what the lists say, or a list is missing or broken.
+    """
     plan = plan_of(params)
+    if plan.row.settle or plan.row.update:
+        raise BadInput(f"prune.method {plan.method}: would measure again what the lists say; set it to upvits-exact")
     model = models.load(OUT / "dense")
     groups = merge_heads(model, find_groups(model, kinds_of(params)), plan.heads)
     facts = {"method": plan.method, "lists": directory.name, "parsing": parsing}

@@ -46,15 +46,16 @@ def _half(taken: Tensor, probability: Tensor) -> Tensor:
 def _leading(probability: Tensor, head: Tensor | None, number: int) -> Tensor:
     """Orthonormal vectors of the root's domain that carry most of what reaches the head's input; (..., classes, K)."""
     classes = probability.shape[-1]
-    weight = torch.eye(classes).to(probability) if head is None else head.to(probability)  # (classes, d)
+    weight = None if head is None else head.to(probability)  # (classes, d)
     p = probability[..., None]
-    width = weight.shape[1]
+    width = classes if weight is None else weight.shape[1]
     start = torch.randn((width, number), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q = start.to(p).expand(*probability.shape[:-1], width, number)
     for _ in range(ROUNDS):
-        moved = weight @ q
-        q = torch.linalg.qr(weight.mT @ (p * (moved - (p * moved).sum(dim=-2, keepdim=True))))[0]
-    moved = weight @ q
+        moved = q if weight is None else weight @ q
+        back = p * (moved - (p * moved).sum(dim=-2, keepdim=True))
+        q = torch.linalg.qr(back if weight is None else weight.mT @ back)[0]
+    moved = q if weight is None else weight @ q
     basis: Tensor = torch.linalg.qr(p.sqrt() * (moved - (p * moved).sum(dim=-2, keepdim=True)))[0]
     return basis
 

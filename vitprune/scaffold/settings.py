@@ -77,6 +77,8 @@ def _published_classes(model: str) -> int | None:
 
 def _for_method(method: str, digits: bool) -> dict[str, Any]:
     row = method_named(method)
+    if set(row.scopes.values()) == {"macs"}:  # all kinds share one budget
+        return {"prune.method": method, "prune.sparsity": 0.4}
     if "weight" not in row.kinds:
         # the demo's own figures suit its small model and every method of its kinds
         own = (

@@ -68,7 +68,7 @@ def test_the_refit_of_a_copy_is_perfect() -> None:
 def test_the_new_basis_is_the_same_function(name: str) -> None:
     model = tiny(name)
     groups = find_groups(model, ["attention"])
-    statistics = collect(model, groups, batches(model, 3, 8), DEFAULTS, attention=True)
+    statistics = collect(model, groups, batches(model, 3, 8), DEFAULTS, slopes=True)
     turned = copy.deepcopy(model)
     for group in groups:
         for path, value in rebased(model, group, statistics).items():
@@ -93,7 +93,7 @@ def test_the_update_comes_nearer_to_the_dense_answer(vit: nn.Module, kind: str) 
 
 def test_nothing_changes_where_nothing_goes(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
-    statistics = collect(vit, groups, batches(vit), DEFAULTS, attention=True)
+    statistics = collect(vit, groups, batches(vit), DEFAULTS, slopes=True)
     everything = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
     assert turning(vit, groups, statistics)(everything) == {}
     assert refitting(vit, groups, statistics)(everything) == {}

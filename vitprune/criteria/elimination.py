@@ -15,7 +15,6 @@ class Refit:
 
     weight: Tensor  # (o, kept inputs)
     bias: Tensor  # (o,)
-    ridge: float
 
 
 def eliminate(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int, ridge: float) -> Tensor:
@@ -59,7 +58,7 @@ def refit(weight: Tensor, halves: Tensor, kept: Tensor, constant: bool, basis: T
     errors = [sum(_held_out(turned, a, b, places, ridge) for a, b in _pairs(moments)) for ridge in RIDGES]
     ridge = RIDGES[int(torch.tensor(errors).argmin())]
     solved = _solve(turned, moments.sum(dim=0), places, ridge)
-    return Refit(solved[:, : len(kept)], solved[:, len(kept) :].sum(dim=1), ridge)
+    return Refit(solved[:, : len(kept)], solved[:, len(kept) :].sum(dim=1))
 
 
 def damped(inputs: Tensor, ridge: float) -> Tensor:

@@ -67,14 +67,14 @@ def producer(model: nn.Module, group: Group) -> str:
 
 
 def collect(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting, attention: bool = False
+    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting, slopes: bool = False
 ) -> Statistics:
     """Sums over all tokens of all images, for the consumer of every group.
 
-    PATH/inputs (halves, k+1, k+1): second moment of the consumer's input with a 1 appended; PATH/metric (o, o): second
-    moment of the answer's gradient by its output, which is Fisher's. With `attention`, of the layer that makes q, k
-    and v: PATH/query and PATH/key (heads, c, c), k centred over the tokens of a softmax; PATH/slope (heads,), squared
-    gradient by q; PATH/tokens, their number.
+    PATH/inputs (halves, k+1, k+1): second moment of the consumer's input with a 1 appended, which is all that a refit
+    needs. With `slopes`, by backward passes, PATH/metric (o, o): second moment of the answer's gradient by its output,
+    which is Fisher's; and of an attention's layer that makes q, k and v: PATH/query and PATH/key (heads, c, c), k
+    centred over the tokens of a softmax; PATH/slope (heads,), squared gradient by q; PATH/tokens, their number.
 
     Raises:
         BadInput: no batches, or a group without one consumer.
@@ -82,24 +82,28 @@ def collect(
     if not batches:
         raise BadInput("second moments: need images; give batches")
     readers = list(dict.fromkeys(consumer(model, group).path for group in groups))
-    heads = {producer(model, group): group.shape[0] for group in groups if attention and group.kind == "attention"}
+    heads = {producer(model, group): group.shape[0] for group in groups if slopes and group.kind == "attention"}
     total: Statistics = {}
     first = setting.first
     with evaluating(model), frozen(model):
         for images, _ in track(batches, "taking second moments"):
-            for name, value in _of_batch(model, readers, heads, images, setting, first).items():
-                total[name] = total[name] + value if name in total else value
+            found = _of_batch(model, readers, heads, images, setting if slopes else None, first)
+            for name, value in found.items():
+                _add(total, name, value)
             first += len(images)
     return total
 
 
 def _of_batch(
-    model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: Setting, first: int
+    model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: Setting | None, first: int
 ) -> Statistics:
     device = next(model.parameters()).device
-    with torch.enable_grad(), _recording(model, readers, list(heads)) as (inputs, outputs):
+    with torch.set_grad_enabled(setting is not None), _recording(model, readers, list(heads)) as (inputs, outputs):
         logits = model(images.to(device))
-    found: Statistics = {}
+    parity = torch.arange(first, first + len(images), device=device) % HALVES
+    found = {f"{path}/inputs": _of_inputs(inputs[path], parity) for path in readers}
+    if setting is None:
+        return found
     watched = list(outputs)
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
     for pull in pulls(probability, None, setting.classes, setting.seed, where):
@@ -113,9 +117,6 @@ def _of_batch(
             else:
                 flat = slope.flatten(0, -2)
                 _add(found, f"{path}/metric", (flat.T @ flat).double().cpu())
-    parity = torch.arange(first, first + len(images), device=device) % HALVES
-    for path in readers:
-        found[f"{path}/inputs"] = _of_inputs(inputs[path], parity)
     for path, number in heads.items():
         found |= _of_heads(path, outputs[path].detach(), number)
     return found

@@ -33,7 +33,7 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
     refused = [group for group in groups if group.kind not in ("ffn", "head", "attention")]
     if refused:
         raise BadInput(f"{refused[0].name}: unit-obs scores ffn, head and attention, not kind {refused[0].kind!r}")
-    statistics = collect(model, groups, batches, setting, attention=True)
+    statistics = collect(model, groups, batches, setting, slopes=True)
     scores: Scores = {}
     for group in track(groups, "eliminating units"):
         scores[group.name] = (_channels if group.kind == "attention" else _eliminated)(model, group, statistics)

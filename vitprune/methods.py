@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitprune.criteria import Criterion, Updater, exact, fisher, kl, obs, racing, weights
+from vitprune.criteria import Criterion, Updater, corp, exact, fisher, kl, obs, racing, weights
 from vitprune.errors import BadInput
 
 ADDITIVE = (weights.taylor, kl.literal, exact.exact, fisher.fisher)
@@ -92,6 +92,14 @@ METHODS: dict[str, Method] = {
         "greedy elimination of units in nats per MAC, attention in a basis of its own, and the refit (ours)",
         obs.turning,
     ),
+    "corp": Method(
+        corp.corp,
+        {"ffn": "layer"},
+        ("ffn",),
+        True,
+        "FFN units of least energy and weight, what they carried predicted from the rest (CORP, 2026)",
+        corp.predicting,
+    ),
 }
 
 CRITERIA: dict[str, Criterion] = {
@@ -103,6 +111,7 @@ CRITERIA: dict[str, Criterion] = {
     "kl-exact": exact.exact,
     "kl-fisher": fisher.fisher,
     "unit-obs": obs.unit_obs,
+    "corp": corp.corp,
 }
 
 

@@ -98,7 +98,7 @@ def _of_batch(
     model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: Setting | None, first: int
 ) -> Statistics:
     device = next(model.parameters()).device
-    with torch.set_grad_enabled(setting is not None), _recording(model, readers, list(heads)) as (inputs, outputs):
+    with torch.set_grad_enabled(setting is not None), recording(model, readers, list(heads)) as (inputs, outputs):
         logits = model(images.to(device))
     parity = torch.arange(first, first + len(images), device=device) % HALVES
     found = {f"{path}/inputs": _of_inputs(inputs[path], parity) for path in readers}
@@ -145,7 +145,7 @@ def _of_heads(path: str, qkv: Tensor, heads: int) -> Statistics:
 
 
 @contextmanager
-def _recording(
+def recording(
     model: nn.Module, readers: Sequence[str], makers: Sequence[str]
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """While this is open, the inputs of the readers and the outputs of readers and makers are kept, by path."""

@@ -47,7 +47,8 @@ class Train(Section):
     """One training run: epochs, optimizer and schedule (linear warm-up, then a fall to `min_lr`).
 
     The rate falls as a cosine or a line (`decay`), over each cycle's training anew or once over the whole gradual run
-    (`decay_over`); where there are no cycles the two are the same. `eps` is the optimizer's, null its own default.
+    (`decay_over`), and the optimizer's state starts anew with each cycle or is kept (`optimizer_state`); without cycles
+    these are the same. `eps` is the optimizer's, null its own default.
     `cutmix` is the parameter of its Beta distribution; with a parameter for `mixup` as well, each batch takes one of
     the two at even odds, and `mix_prob` of the batches are mixed at all. `repeats` takes so many views of an image
     into a batch, and as many fewer images into an epoch. `drop_path` is the rate of stochastic depth in the last block,
@@ -63,6 +64,7 @@ class Train(Section):
     decay: Literal["cosine", "linear"] = "cosine"
     decay_over: Literal["cycle", "run"] = "cycle"
     eps: Annotated[float, Field(gt=0)] | None = None
+    optimizer_state: Literal["restart", "keep"] = "restart"
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     smoothing: Fraction = 0.0

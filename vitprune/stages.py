@@ -26,7 +26,7 @@ from vitprune.plans import kinds_of, plan_of
 from vitprune.records import History, write_csv, write_json
 from vitprune.released import read_all
 from vitprune.runs import CALIBRATION, MANIFEST
-from vitprune.train import Held, classification, distilling
+from vitprune.train import Held, Memory, classification, distilling
 
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
 PARTIAL = Path(".vitprune/partial")  # outside of what DVC empties before a stage
@@ -139,11 +139,12 @@ def prune(params: Params) -> None:
     evaluate = runs.evaluator(model, params)
     history = History(OUT / "prune", "prune")
     rows, now = [], {}
+    memory: Memory = {}
     masks, statistics = models.read_weights(OUT / "mask" / MASKS), read_statistics(OUT / "score")
     for cycle in compress(model, plan, _calibration(model, params), masks, statistics):
         before = now = evaluate()
         if recover is not None:
-            runs.recover(model, cycle, plan, params, history, evaluate)
+            runs.recover(model, cycle, plan, params, history, evaluate, memory)
             now = evaluate()
         scores = cycle.scores or _scores()
         rows.append(write_cycle(OUT / "cycles", cycle, scores, model, before["top1"], now["top1"]))

@@ -22,6 +22,7 @@ from vitprune.progress import track
 from vitprune.schedule import rate
 
 Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> its batches, the same each time it is asked
+Memory = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it
 Record = Callable[[dict[str, float]], None]
 
 
@@ -35,10 +36,15 @@ class Held:
 
 @dataclass(frozen=True)
 class Span:
-    """Where a training stands in a gradual run over which the rate falls once: steps before it, and of all cycles."""
+    """Where a training stands in a gradual run: steps before it, steps of all cycles, and what the optimizer knew.
+
+    The rate falls once over all the steps. `memory`, if there is one, is taken up and then replaced by what is known
+    at the end.
+    """
 
     before: int
     total: int
+    memory: Memory | None = None
 
 
 def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
@@ -112,9 +118,9 @@ def train(
 ) -> None:
     """Train the task's model in place, one record per epoch of `steps` batches.
 
-    A fixed seed gives bit-identical weights on CPU. Records are of the weights that train, not of their average. The
-    optimizer starts anew; nothing that it remembers, and no norm that clips, knows of gradients of what is held. The
-    learning rate falls over this training, or over the `span` that it is a part of.
+    A fixed seed gives bit-identical weights on CPU. Records are of the weights that train, not of their average.
+    Nothing that the optimizer remembers, and no norm that clips, knows of gradients of what is held. The learning rate
+    falls over this training, or over the `span` that it is a part of.
 
     Raises:
         BadInput: the optimizer is unknown, there is nothing to train on, or the loss is not finite; the weights are
@@ -123,9 +129,10 @@ def train(
     model, pruned = task.trainable_module, task.get_eval_model()  # the task may train more than the model
     device = next(model.parameters()).device
     task = task.to(device)
-    optimizer, whole = _optimizer(model, recipe), span or Span(0, recipe.epochs * steps)
-    mix = _mixer(task, recipe, seed)
-    step, warmup, hold = 0, round(recipe.warmup_epochs * steps), _holder(pruned, held)
+    optimizer, rate_at = _optimizer(model, recipe), _rates(recipe, steps, span)
+    mix, hold = _mixer(task, recipe, seed), _holder(pruned, held)
+    memory, step = span.memory if span else None, 0
+    _recall(optimizer, pruned, memory, held)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with forked, stochastic_depth(pruned, recipe.drop_path), _settling(pruned, recipe.ema, held) as settle:
         torch.manual_seed(seed)
@@ -133,14 +140,14 @@ def train(
             task.train()
             losses = []
             for images, labels in epochs(epoch):
-                now = rate(whole.before + step, whole.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)
-                _set_rate(optimizer, now)
+                _set_rate(optimizer, now := rate_at(step))
                 batch, where = mix(images.to(device), labels.to(device)), f"{name}, epoch {epoch + 1}, step {step + 1}"
                 losses.append(_step(task, optimizer, batch, recipe, where, hold))
                 step += 1
                 settle(step)
             row = {"epoch": epoch + 1, "step": step, "loss": _mean(losses, name), "lr": now}
             record(row | (evaluate() if evaluate is not None else {}))
+    _keep(optimizer, pruned, memory)
 
 
 @contextmanager
@@ -187,10 +194,35 @@ def _optimizer(model: nn.Module, recipe: Train) -> Any:
         raise BadInput(f"train.optimizer {recipe.optimizer!r}: timm cannot make it ({error})") from None
 
 
+def _keep(optimizer: Any, model: nn.Module, memory: Memory | None) -> None:
+    if memory is not None:
+        memory.clear()
+        memory.update({name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state})
+
+
+def _recall(optimizer: Any, model: nn.Module, memory: Memory | None, held: Held | None) -> None:
+    """Take up what the optimizer knew, but of what is held by now; a parameter of another shape starts anew."""
+    masks = held.masks if held is not None else {}
+    for name, parameter in model.named_parameters() if memory else ():
+        known = (memory or {}).get(name, {})
+        tensors = [value for value in known.values() if isinstance(value, Tensor) and value.dim()]
+        if not known or any(value.shape != parameter.shape for value in tensors):
+            continue
+        for value in tensors if name in masks else ():
+            value.masked_fill_(~masks[name].view_as(value).to(value.device), 0)
+        optimizer.state[parameter].update(known)
+
+
 def _mean(losses: Sequence[float], name: str) -> float:
     if not losses:
         raise BadInput(f"{name}: there is no batch to train on; check the train split")
     return sum(losses) / len(losses)
+
+
+def _rates(recipe: Train, steps: int, span: Span | None) -> Callable[[int], float]:
+    """The learning rate of each step of a training of so many steps per epoch."""
+    whole, warmup = span or Span(0, recipe.epochs * steps), round(recipe.warmup_epochs * steps)
+    return lambda step: rate(whole.before + step, whole.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)
 
 
 def _set_rate(optimizer: Any, now: float) -> None:

@@ -123,18 +123,15 @@ def train(
     falls over this training, or over the `span` that it is a part of.
 
     Raises:
-        BadInput: the optimizer is unknown, there is nothing to train on, or the loss is not finite; the weights are
-            those of the step before.
+        BadInput: an unknown optimizer, nothing to train on, or a loss that is not finite; the last step is not taken.
     """
     model, pruned = task.trainable_module, task.get_eval_model()  # the task may train more than the model
-    device = next(model.parameters()).device
-    task = task.to(device)
+    task = task.to(device := next(model.parameters()).device)
     optimizer, rate_at = _optimizer(model, recipe), _rates(recipe, steps, span)
-    mix, hold = _mixer(task, recipe, seed), _holder(pruned, held)
-    memory, step = span.memory if span else None, 0
-    _recall(optimizer, pruned, memory, held)
+    mix, hold, step = _mixer(task, recipe, seed), _holder(pruned, held), 0
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with forked, stochastic_depth(pruned, recipe.drop_path), _settling(pruned, recipe.ema, held) as settle:
+    kept = _remembering(optimizer, pruned, span.memory if span else None, held)
+    with forked, kept, stochastic_depth(pruned, recipe.drop_path), _settling(pruned, recipe.ema, held) as settle:
         torch.manual_seed(seed)
         for epoch in track(range(recipe.epochs), name):
             task.train()
@@ -147,7 +144,6 @@ def train(
                 settle(step)
             row = {"epoch": epoch + 1, "step": step, "loss": _mean(losses, name), "lr": now}
             record(row | (evaluate() if evaluate is not None else {}))
-    _keep(optimizer, pruned, memory)
 
 
 @contextmanager
@@ -194,23 +190,24 @@ def _optimizer(model: nn.Module, recipe: Train) -> Any:
         raise BadInput(f"train.optimizer {recipe.optimizer!r}: timm cannot make it ({error})") from None
 
 
-def _keep(optimizer: Any, model: nn.Module, memory: Memory | None) -> None:
-    if memory is not None:
-        memory.clear()
-        memory.update({name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state})
+@contextmanager
+def _remembering(optimizer: Any, model: nn.Module, memory: Memory | None, held: Held | None) -> Iterator[None]:
+    """Start from what the optimizer knew, but of what is held by now, and keep what it knows at the end.
 
-
-def _recall(optimizer: Any, model: nn.Module, memory: Memory | None, held: Held | None) -> None:
-    """Take up what the optimizer knew, but of what is held by now; a parameter of another shape starts anew."""
-    masks = held.masks if held is not None else {}
-    for name, parameter in model.named_parameters() if memory else ():
-        known = (memory or {}).get(name, {})
+    A parameter that has another shape by now starts anew.
+    """
+    named, masks = dict(model.named_parameters()), held.masks if held is not None else {}
+    for name, known in (memory or {}).items():
         tensors = [value for value in known.values() if isinstance(value, Tensor) and value.dim()]
-        if not known or any(value.shape != parameter.shape for value in tensors):
+        if name not in named or any(value.shape != named[name].shape for value in tensors):
             continue
         for value in tensors if name in masks else ():
             value.masked_fill_(~masks[name].view_as(value).to(value.device), 0)
-        optimizer.state[parameter].update(known)
+        optimizer.state[named[name]].update(known)
+    yield
+    if memory is not None:
+        memory.clear()
+        memory.update({name: dict(optimizer.state[p]) for name, p in named.items() if p in optimizer.state})
 
 
 def _mean(losses: Sequence[float], name: str) -> float:

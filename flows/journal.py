@@ -27,6 +27,7 @@ KEPT = {
 }
 CURVES = {stage: f"out/{stage}/history.jsonl" for stage in ("dense", "prune", "distill")}
 MODEL_STAGE, MODEL = "distill", "out/distill"
+CHECKPOINT = ("config.json", "model.safetensors")
 DIGESTS = {"dataset": "data/manifest.parquet", "calibrate": "data/calibration.parquet"}
 
 
@@ -99,13 +100,15 @@ class Journal:
         if stage == "prune":
             left["cycles"] = [self._cycle(path) for path in sorted((self.project / "out/cycles").glob("[0-9]*"))]
         if stage == MODEL_STAGE:
-            found = [self.project / MODEL / name for name in ("config.json", "model.safetensors")]
+            found = [self.project / MODEL / name for name in CHECKPOINT]
             left["model"] = [self._keep(str(path.relative_to(self.project))) for path in found if path.is_file()]
         return left
 
     def _cycle(self, folder: Path) -> dict[str, Any]:
         metrics = _json(folder / "metrics.json")
-        files = [self._keep(str(path.relative_to(self.project))) for path in sorted(folder.iterdir()) if path.is_file()]
+        # not its model: DVC has that, metrics.json its digest, and the store is no place for a copy per cycle
+        kept = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in CHECKPOINT]
+        files = [self._keep(str(path.relative_to(self.project))) for path in kept]
         return {
             "cycle": int(folder.name),
             "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},

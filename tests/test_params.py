@@ -101,6 +101,13 @@ def test_a_missing_key_is_named(told, key: str) -> None:
         ("dense.train.smoothing", 1.0),
         ("dense.train.augment", "heavy"),
         ("dense.train.clip", 0),
+        ("dense.train.decay", "step"),
+        ("dense.train.decay_over", "epoch"),
+        ("dense.train.optimizer_state", "forget"),
+        ("dense.train.eps", 0),
+        ("dense.train.mixup", -0.1),
+        ("dense.train.mix_prob", 0),
+        ("dense.train.repeats", 0),
         ("calibrate.size", 0),
         ("calibrate.balance", "even"),
         ("score.batch_size", -1),
@@ -142,6 +149,25 @@ def test_a_wrong_type_or_value_is_named_and_shown(told, key: str, value: object)
 )
 def test_a_sparsity_per_kind_is_named_by_its_kind(told, value: dict, key: str) -> None:
     assert told("prune.sparsity", value).startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ({"shape": "cubic", "initial": 2}, "prune.schedule.initial: Input should be less than 1, got 2"),
+        ({"shape": "sudden"}, "prune.schedule.shape: Input should be 'linear' or 'cubic', got 'sudden'"),
+        ({"shape": "cubic", "start": 0.4}, "prune.schedule.start: unknown key; remove it or correct its name"),
+        ({"steps": [0.5, 2]}, "prune.schedule.steps.1: Input should be less than 1, got 2"),
+        ({"steps": {-1: 0.5}}, "prune.schedule.steps.-1: Input should be greater than or equal to 0, got -1"),
+        ({"steps": {0: 1.5}}, "prune.schedule.steps.0: Input should be less than 1, got 1.5"),
+        ({"steps": []}, "prune.schedule.steps: List should have at least 1 item"),
+        ({"shape": "cubic", "steps": [0.5]}, "prune.schedule: Value error, give a shape, with or without an initial"),
+        ({"steps": [0.5], "initial": 0.1}, "prune.schedule: Value error, give a shape, with or without an initial"),
+        ({}, "prune.schedule: Value error, give a shape, with or without an initial sparsity, or steps"),
+    ],
+)
+def test_a_schedule_is_named_by_what_is_wrong_with_it(told, value: dict, key: str) -> None:
+    assert told("prune.schedule", value).startswith(key)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def check_computed(runs: list[dict], evaluation: dict, cycles: int) -> None:
     for number in range(1, cycles + 1):
         cycle = by_name[f"cycle-{number:02d}"]
         masks = cycle["files"][f"out/cycles/{number:02d}/masks.safetensors"]
+        assert f"out/cycles/{number:02d}/model.safetensors" not in cycle["files"]  # DVC has it
         assert cycle["tags"]["vitprune.masks_sha256"] == masks
         assert cycle["tags"]["mlflow.parentRunId"] == by_name["prune"]["id"]
 

@@ -58,12 +58,17 @@ def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[
 def write_cycle(
     parent: Path, cycle: Cycle, scores: Scores, model: nn.Module, before: float, after: float
 ) -> dict[str, Any]:
-    """Write a cycle under parent/NN; returns its row of plots/cycles.csv. Top-1 before and after recovery, percent."""
+    """Write a cycle under parent/NN, with the model as `models.load` takes it; returns its row of plots/cycles.csv.
+
+    Top-1 before and after recovery, percent.
+    """
     directory = parent / f"{cycle.number:02d}"
+    models.save(model, directory)
     tables.write(summary_rows(cycle.groups, scores), tables.SCORES, directory / "scores.parquet")
     facts = {"cycle": cycle.number, "target": dict(cycle.target), "cost": dict(cycle.cost)}
     facts |= write_masks(directory, cycle.groups, cycle.masks)
     facts |= asdict(count(model, data.example_input(model, 1))) | {"top1_before": before, "top1_after": after}
+    facts["sha256"] = digest(directory / models.WEIGHTS)
     facts |= {"settled": dict(cycle.facts)} if cycle.facts else {}
     write_json(directory / "metrics.json", facts)
     units = sum(group.units for group in cycle.groups)

@@ -11,9 +11,13 @@ from vitprune.errors import BadInput
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Epoch = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Cost = Literal["params", "macs", "latency"]
 Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
+Augment = Literal[
+    "none", "digits", "light", "deit", "light1", "light2", "medium1", "medium2", "deit_wide", "deit_light"
+]
 
 
 class Section(BaseModel):
@@ -40,9 +44,14 @@ class Model(Section):
 
 
 class Train(Section):
-    """One training run: epochs, optimizer and schedule (linear warm-up, then cosine to `min_lr`).
+    """One training run: epochs, optimizer and schedule (linear warm-up, then a fall to `min_lr`).
 
-    `cutmix` is the parameter of its Beta distribution, `drop_path` the rate of stochastic depth in the last block,
+    The rate falls as a cosine or a line (`decay`), over each cycle's training anew or once over the whole gradual run
+    (`decay_over`), and the optimizer's state starts anew with each cycle or is kept (`optimizer_state`); without cycles
+    these are the same. `eps` is the optimizer's, null its own default.
+    `cutmix` is the parameter of its Beta distribution; with a parameter for `mixup` as well, each batch takes one of
+    the two at even odds, and `mix_prob` of the batches are mixed at all. `repeats` takes so many views of an image
+    into a batch, and as many fewer images into an epoch. `drop_path` is the rate of stochastic depth in the last block,
     `ema` the decay, step by step, of the average of the weights that the run ends with; 0 is without any of them.
     `amp` runs the passes in bfloat16.
     """
@@ -52,12 +61,19 @@ class Train(Section):
     optimizer: str = "adamw"
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    decay: Literal["cosine", "linear"] = "cosine"
+    decay_over: Literal["cycle", "run"] = "cycle"
+    eps: Annotated[float, Field(gt=0)] | None = None
+    optimizer_state: Literal["restart", "keep"] = "restart"
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     smoothing: Fraction = 0.0
     clip: Annotated[float, Field(gt=0)] | None = 1.0
-    augment: Literal["none", "light", "deit", "digits"] = "none"
+    augment: Augment = "none"
+    repeats: Count = 1
+    mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
+    mix_prob: Annotated[float, Field(gt=0, le=1)] = 1.0
     drop_path: Fraction = 0.0
     ema: Fraction = 0.0
     amp: bool = False
@@ -91,6 +107,24 @@ class Score(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
 
 
+class Schedule(Section):
+    """Sparsity over the cycles: a shape that starts at the sparsity `initial`, or all `steps` themselves.
+
+    Steps are a list, one sparsity per cycle, or epoch: sparsity, the epochs being those of the whole run at which the
+    cycles prune; `prune.recover.epochs` are those of the last cycle then. Both end at `prune.sparsity`.
+    """
+
+    shape: Literal["linear", "cubic"] | None = None
+    initial: Fraction | None = None
+    steps: Annotated[list[Fraction], Field(min_length=1)] | dict[Epoch, Fraction] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.shape is None) == (self.steps is None) or (self.steps is not None and self.initial is not None):
+            raise ValueError("give a shape, with or without an initial sparsity, or steps")
+        return self
+
+
 class Prune(Section):
     """Method, the kinds that it scores, sparsity (one for all, or per kind), the gradual schedule and its recovery.
 
@@ -105,7 +139,7 @@ class Prune(Section):
     scope: str | None = None
     heads: Count | None = None
     cycles: Count = 1
-    schedule: Literal["linear", "cubic"] = "cubic"
+    schedule: Literal["linear", "cubic"] | Schedule = "cubic"
     recover: Train | None = None
 
     @model_validator(mode="after")
@@ -183,7 +217,7 @@ def _first(error: ValidationError) -> str:
     problems = [(_dotted(problem["loc"]), problem) for problem in error.errors()]
     start = problems[0][0]
     near = [(key, problem) for key, problem in problems if f"{key}.".startswith(f"{start}.")]
-    key, problem = max(near, key=lambda pair: pair[0].count("."))
+    key, problem = max(near, key=lambda pair: (pair[0].count("."), pair[1]["type"] == "value_error"))
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; remove it or correct its name"
     others = len(problems) - len(near)
@@ -191,6 +225,10 @@ def _first(error: ValidationError) -> str:
     return f"{key}: {problem['msg']}, got {problem['input']!r}{more}"
 
 
+# what pydantic puts into an error's place for a type of a union
+TYPES = ("constrained-", "dict[", "[key]", "literal[", "list[", "function-", "Schedule")
+
+
 def _dotted(places: Sequence[int | str]) -> str:
     """The key of an error, without the names that pydantic gives to the types of a union."""
-    return ".".join(str(part) for part in places if not str(part).startswith(("constrained-", "dict[", "[key]")))
+    return ".".join(str(part) for part in places if not str(part).startswith(TYPES))

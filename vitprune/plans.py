@@ -8,8 +8,8 @@ from typing import Any
 from vitprune.criteria import DEFAULTS, Setting
 from vitprune.errors import BadInput
 from vitprune.methods import Method, method_named
-from vitprune.params import Params
-from vitprune.schedule import sparsities
+from vitprune.params import Params, Schedule
+from vitprune.schedule import spans, sparsities
 from vitprune.select import SCOPES, sparsity_of
 from vitprune.targets import check, relative
 
@@ -29,7 +29,7 @@ class Plan:
     scope: str | None = None
     heads: int | None = None
     cycles: int = 1
-    schedule: str = "cubic"
+    schedule: str | Schedule = "cubic"
     setting: Setting = DEFAULTS
     target: Mapping[str, float] | None = None
 
@@ -59,13 +59,25 @@ class Plan:
 
     def costs(self) -> list[dict[str, float]]:
         """Fraction of the dense model's cost that may be left after each cycle."""
-        gone = {c: sparsities(1 - final, self.cycles, self.schedule) for c, final in (self.target or {}).items()}
+        gone = {cost: self._leading_to(1 - final) for cost, final in (self.target or {}).items()}
         return [{cost: 1 - steps[cycle] for cost, steps in gone.items()} for cycle in range(self.cycles)]
 
     def targets(self) -> list[dict[str, float]]:
         """Sparsity per kind after each cycle."""
-        by_kind = {kind: sparsities(final, self.cycles, self.schedule) for kind, final in self.sparsity.items()}
+        by_kind = {kind: self._leading_to(final) for kind, final in self.sparsity.items()}
         return [{kind: steps[cycle] for kind, steps in by_kind.items()} for cycle in range(self.cycles)]
+
+    def epochs(self, last: int) -> list[int]:
+        """Epochs of training after each cycle; the schedule's own, `last` after the last one."""
+        steps = None if isinstance(self.schedule, str) else self.schedule.steps
+        return spans(steps if isinstance(steps, dict) else None, self.cycles, last)
+
+    def _leading_to(self, final: float) -> list[float]:
+        if isinstance(self.schedule, str):
+            return sparsities(final, self.cycles, self.schedule)
+        steps, shape = self.schedule.steps, self.schedule.shape or "cubic"
+        listed = list(steps.values()) if isinstance(steps, dict) else steps
+        return sparsities(final, self.cycles, shape, self.schedule.initial, listed)
 
 
 def plan_for(
@@ -74,7 +86,7 @@ def plan_for(
     scope: str | None = None,
     heads: int | None = None,
     cycles: int = 1,
-    schedule: str = "cubic",
+    schedule: str | Schedule = "cubic",
     setting: Setting = DEFAULTS,
     target: Mapping[Any, float] | None = None,
 ) -> Plan:
@@ -106,7 +118,7 @@ def plan_for(
     plan = Plan(method, shares, scope, heads, cycles, schedule, setting, target)
     if len({shares[kind] for kind in plan.bought}) > 1:
         raise BadInput(f"prune.sparsity: {', '.join(plan.bought)} compete for one share of the MACs; give all the same")
-    plan.targets()
+    _ = plan.targets() if target is None else plan.costs(), plan.epochs(1)
     return plan
 
 

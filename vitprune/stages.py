@@ -3,16 +3,15 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitprune import data, models, sharding, tables
+from vitprune import data, models, runs, sharding, tables
 from vitprune.choosing import choose, cost_of, costs_for, goal, groups_for, settle
-from vitprune.compress import Cycle, compress
+from vitprune.compress import compress
 from vitprune.criteria import Importance
 from vitprune.cycles import MASKS, SCORES, read_statistics, write_cycle, write_masks, write_scores
 from vitprune.depth import next_step
@@ -22,13 +21,13 @@ from vitprune.export import to_onnx, to_timm
 from vitprune.families import find_groups, merge_heads
 from vitprune.files import digest
 from vitprune.groups import Scores
-from vitprune.params import Params, Train, load
+from vitprune.params import Params, load
 from vitprune.plans import kinds_of, plan_of
 from vitprune.records import History, write_csv, write_json
 from vitprune.released import read_all
-from vitprune.train import Held, classification, distilling, train
+from vitprune.runs import CALIBRATION, MANIFEST
+from vitprune.train import Held, Memory, classification, distilling
 
-MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
 PARTIAL = Path(".vitprune/partial")  # outside of what DVC empties before a stage
 
@@ -36,7 +35,7 @@ PARTIAL = Path(".vitprune/partial")  # outside of what DVC empties before a stag
 def dataset(params: Params) -> None:
     """Read every image of the source once and write which split it is in."""
     settings = params.dataset
-    source = _source(params)
+    source = runs.source_of(params)
     manifest = data.build_manifest(source, settings.eval_fraction, params.seed, settings.skip_limit)
     tables.write(manifest.rows, tables.MANIFEST, MANIFEST)
     splits = [row["split"] for row in manifest.rows]
@@ -64,11 +63,11 @@ def dense(params: Params) -> None:
     model = models.create(
         params.model.name, params.model.args, params.seed, settings.start == "pretrained", checkpoint
     ).to(_device())
-    evaluate = _evaluator(model, params)
+    evaluate = runs.evaluator(model, params)
     history = History(OUT / "dense", "dense")
     if settings.train is not None:
         task = classification(model, settings.train.smoothing)
-        _train(task, settings.train, params, history, evaluate=evaluate)
+        runs.fit(task, settings.train, params, history, evaluate=evaluate)
     history.close(PLOTS / "dense.csv")
     models.save(model, OUT / "dense")
     start = {"from": settings.start, "checkpoint_sha256": digest(checkpoint) if checkpoint else None}
@@ -79,7 +78,7 @@ def calibrate(params: Params) -> None:
     """Draw the calibration set from the train split."""
     settings = params.calibrate
     manifest = tables.read(MANIFEST, tables.MANIFEST)
-    rows = data.draw_calibration(manifest, _source(params), settings.size, settings.balance, params.seed)
+    rows = data.draw_calibration(manifest, runs.source_of(params), settings.size, settings.balance, params.seed)
     tables.write(rows, tables.CALIBRATION, CALIBRATION)
     facts = {"images": len(rows), "balance": settings.balance, "sha256": digest(CALIBRATION)}
     write_json(METRICS / "calibrate.json", facts)
@@ -131,19 +130,21 @@ def mask(params: Params) -> None:
 
 
 def prune(params: Params) -> None:
-    """Prune cycle by cycle and recover after each; every cycle leaves its masks, scores and metrics."""
+    """Prune cycle by cycle and recover after each; every cycle leaves its model, masks, scores and metrics.
+
+    The model of a cycle is that of the last step of its recovery: no epoch is chosen by what is evaluated on.
+    """
     plan, recover = plan_of(params), params.prune.recover
     model = models.load(OUT / "dense").to(_device())
-    evaluate = _evaluator(model, params)
+    evaluate = runs.evaluator(model, params)
     history = History(OUT / "prune", "prune")
     rows, now = [], {}
+    memory: Memory = {}
     masks, statistics = models.read_weights(OUT / "mask" / MASKS), read_statistics(OUT / "score")
     for cycle in compress(model, plan, _calibration(model, params), masks, statistics):
         before = now = evaluate()
         if recover is not None:
-            task = classification(model, recover.smoothing)
-            where = f"recovery after cycle {cycle.number}"
-            _train(task, recover, params, history, _held(cycle), evaluate, where, cycle.number)
+            runs.recover(model, cycle, plan, params, history, evaluate, memory)
             now = evaluate()
         scores = cycle.scores or _scores()
         rows.append(write_cycle(OUT / "cycles", cycle, scores, model, before["top1"], now["top1"]))
@@ -157,11 +158,11 @@ def distill(params: Params) -> None:
     """Fine-tune the pruned model with the dense one as teacher; what is zero stays zero."""
     settings = params.distill
     model, teacher = models.load(OUT / "prune").to(_device()), models.load(OUT / "dense").to(_device())
-    evaluate = _evaluator(model, params)
+    evaluate = runs.evaluator(model, params)
     history = History(OUT / "distill", "distill")
     if settings.train is not None:
         task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
-        _train(task, settings.train, params, history, _held_at_end(teacher, params), evaluate)
+        runs.fit(task, settings.train, params, history, _held_at_end(teacher, params), evaluate)
     history.close(PLOTS / "distill.csv")
     models.save(model, OUT / "distill")
     write_json(METRICS / "distill.json", _facts(model, OUT / "distill") | evaluate() | {"epochs": history.epochs})
@@ -170,7 +171,7 @@ def distill(params: Params) -> None:
 def evaluate(params: Params) -> None:
     """Measure the dense and the final model side by side, image by image; what a clock said is a file of its own."""
     pair = {"dense": models.load(OUT / "dense").to(_device()), "pruned": models.load(OUT / "distill").to(_device())}
-    table = _open("eval", pair["dense"], params)
+    table = runs.open_images("eval", pair["dense"], params)
     example = data.example_input(pair["dense"], params.evaluate.latency_batch).to(_device())
     result: dict[str, Any] = {}
     predictions = []
@@ -227,44 +228,8 @@ def _device() -> torch.device:
     return torch.device(os.environ.get("VITPRUNE_DEVICE") or own)
 
 
-def _source(params: Params) -> data.Source:
-    return data.open_source(params.dataset.source, params.dataset.classes, params.dataset.eval_source)
-
-
-def _open(split: str, model: nn.Module, params: Params, augment: str | None = None) -> data.ImageTable:
-    transform = data.transform(data.data_config(model), augment)
-    table = data.open_split(tables.read(MANIFEST, tables.MANIFEST), _source(params), split, transform)
-    highest, classes = int(table.labels.max()), int(cast(int, model.num_classes))
-    if highest >= classes:
-        raise BadInput(f"model.args.num_classes: {classes}, but the data has label {highest}; set it to {highest + 1}")
-    return table
-
-
-def _evaluator(model: nn.Module, params: Params) -> Callable[[], dict[str, float]]:
-    table = _open("eval", model, params)
-    return lambda: accuracy(model, data.eval_batches(table, params.evaluate.batch_size))[0]
-
-
 def _calibration(model: nn.Module, params: Params) -> list[data.Batch]:
     return data.load_calibration(CALIBRATION, data.transform(data.data_config(model)), params.score.batch_size)
-
-
-def _train(
-    task: Any,
-    recipe: Train,
-    params: Params,
-    history: History,
-    held: Held | None = None,
-    evaluate: Callable[[], dict[str, float]] | None = None,
-    name: str | None = None,
-    cycle: int | None = None,
-) -> None:
-    table = _open("train", task.get_eval_model(), params, recipe.augment)
-    seed = params.seed if cycle is None else params.seed + 1000 * cycle
-    epochs = partial(data.train_batches, table, recipe.batch_size, seed)
-    steps = data.batch_count(len(table), recipe.batch_size)
-    record = partial(history.add, cycle=cycle)
-    train(task, epochs, steps, recipe, seed, record, held, evaluate, name or f"{history.stage} training")
 
 
 def _facts(model: nn.Module, directory: Path) -> dict[str, Any]:
@@ -283,10 +248,6 @@ def _latencies(pair: dict[str, nn.Module], example: Tensor, runs: int) -> dict[s
 
 def _scores() -> Scores:
     return models.read_weights(OUT / "score" / SCORES)
-
-
-def _held(cycle: Cycle) -> Held | None:
-    return Held(cycle.held, cycle.masks) if cycle.held else None
 
 
 def _held_at_end(dense: nn.Module, params: Params) -> Held | None:

@@ -8,6 +8,7 @@ from vitprune.data.calibration import draw_calibration, load_calibration
 from vitprune.data.cutmix import cutmix
 from vitprune.data.images import decode
 from vitprune.data.loaders import Batch, ImageTable, batch_count, eval_batches, open_split, train_batches
+from vitprune.data.mixing import Mix, mixer
 from vitprune.data.parquet import open_parquet
 from vitprune.data.sources import Source, join, open_digits, open_folder
 from vitprune.data.splits import Manifest, build_manifest
@@ -20,6 +21,7 @@ __all__ = [
     "Batch",
     "ImageTable",
     "Manifest",
+    "Mix",
     "Source",
     "Transform",
     "batch_count",
@@ -31,6 +33,7 @@ __all__ = [
     "eval_batches",
     "example_input",
     "load_calibration",
+    "mixer",
     "open_source",
     "open_split",
     "train_batches",

@@ -16,10 +16,21 @@ from torchvision.transforms import Compose
 
 from vitprune.errors import BadInput
 
-# Arguments of timm.data.create_transform for training. `deit` is the recipe of DeiT (Touvron 2021, table 9).
+# Arguments of timm.data.create_transform for training. `deit` is the recipe of DeiT (Touvron 2021, table 9); the six
+# after it are CAP's, whose `deit` is called deit_wide here: its crops are less square (docs/decisions/0012). Beside
+# RandAugment timm leaves colour jitter out, here as there.
+ERASED: dict[str, Any] = {"re_prob": 0.25, "re_mode": "pixel"}
+CAP: dict[str, Any] = {"color_jitter": 0.3, "interpolation": "random", "scale": (0.08, 1.0), "ratio": (0.75, 1.33)}
+WIDE: dict[str, Any] = CAP | ERASED | {"ratio": (0.67, 1.5)}
 TIMM_PRESETS: dict[str, dict[str, Any]] = {
     "light": {"color_jitter": None},
-    "deit": {"color_jitter": 0.3, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"},
+    "deit": {"color_jitter": 0.3, "auto_augment": "rand-m9-mstd0.5-inc1", **ERASED},
+    "light1": CAP | {"auto_augment": "rand-m0-n2-inc1"},
+    "light2": CAP | {"auto_augment": "rand-m10-n2-inc1"},
+    "medium1": CAP | {"auto_augment": "rand-m15-n2-inc1"},  # timm stops at 10 of 10: the same as light2
+    "medium2": CAP | {"auto_augment": "rand-m15-n2-inc1"},  # differs by its Mixup and CutMix, which the recipe has
+    "deit_wide": WIDE | {"auto_augment": "rand-m9-mstd0.5-inc1"},
+    "deit_light": WIDE | {"auto_augment": "rand-m6-mstd0.5-inc1"},
 }
 AUGMENTATIONS = ("none", "digits", *TIMM_PRESETS)
 
@@ -70,8 +81,9 @@ def example_input(model: nn.Module, batch: int) -> torch.Tensor:
 def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
     """Make the transform of a data config: for evaluation (None), or with an augmentation preset for training.
 
-    none: as for evaluation. light: random resized crop and flip. deit: RandAugment, colour jitter and erasing as well.
-    digits: rotation by +-10 degrees, shift by +-1/8, size 0.9..1.1, no flip.
+    none: as for evaluation. light: random resized crop and flip. deit: RandAugment and erasing as well.
+    light1, light2, medium1, medium2, deit_light, deit_wide: CAP's, with RandAugment, the last two with erasing and
+    crops of wider ratios. digits: rotation by +-10 degrees, shift by +-1/8, size 0.9..1.1, no flip.
 
     Raises:
         BadInput: the preset is unknown or the model takes neither 1 nor 3 channels.
@@ -94,11 +106,11 @@ def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
 
 def _augmented(config: dict[str, Any], preset: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
     if config["input_size"][0] == 3:
-        return _posterize_kept_legal(create_transform(**config, **preset, is_training=True))
+        return _posterize_kept_legal(create_transform(**(config | preset), is_training=True))
     # timm's augmentations are made for colour: a grey image goes through as three equal channels, and one is kept.
     size, mean, std = (3, *config["input_size"][1:]), tuple(config["mean"]) * 3, tuple(config["std"]) * 3
     colour = config | {"input_size": size, "mean": mean, "std": std}
-    return Grey(_posterize_kept_legal(create_transform(**colour, **preset, is_training=True)))
+    return Grey(_posterize_kept_legal(create_transform(**(colour | preset), is_training=True)))
 
 
 def _posterize_kept_legal(compose: Compose) -> Callable[[Image.Image], torch.Tensor]:

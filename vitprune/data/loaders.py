@@ -111,14 +111,22 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def train_batches(table: ImageTable, batch_size: int, seed: int, epoch: int, workers: int = 0) -> Iterator[Batch]:
+def train_batches(
+    table: ImageTable, batch_size: int, seed: int, epoch: int, workers: int = 0, repeats: int = 1
+) -> Iterator[Batch]:
     """Yield one epoch in a seeded order: images (B, C, H, W) float32 and labels (B,) int64.
 
-    The last batch is smaller; it is left out if it had a single image (batch statistics need two).
+    The last batch is smaller; it is left out if it had a single image (batch statistics need two). With `repeats` an
+    image comes that many times in a row, each time drawn anew by a random transform, and the epoch, no longer for it,
+    has as many fewer images.
+
+    Source: Hoffer et al. 2020 (repeated augmentation), as timm's RepeatAugSampler orders it in a single process.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(table))
-    numbers = torch.from_numpy(rng.random((len(table), 4), dtype=np.float32))
+    numbers = torch.from_numpy(rng.random((len(table) * repeats, 4), dtype=np.float32))
+    # the k-th view of row r is sample r + k * rows, whose random numbers are its own
+    order = (order[:, None] + len(table) * np.arange(repeats)).flatten()[: len(table)]
     cut = [order[start : start + batch_size] for start in range(0, len(table), batch_size)]
     if len(cut) > 1 and len(cut[-1]) == 1:
         cut.pop()
@@ -145,12 +153,12 @@ def eval_batches(table: ImageTable, batch_size: int, workers: int = 0) -> Iterat
 def _batches(table: ImageTable, cut: Sequence[np.ndarray], seed: tuple[int, int], workers: int) -> Iterator[Batch]:
     if table.tensors is not None:
         for rows in cut:
-            yield table.tensors[rows], table.labels[rows]
+            yield table.tensors[rows % len(table)], table.labels[rows % len(table)]
         return
     samples = SeededRows(table, seed)
     if workers == 0:
         for rows in cut:
-            yield torch.stack([samples[int(row)][0] for row in rows]), table.labels[rows]
+            yield torch.stack([samples[int(row)][0] for row in rows]), table.labels[rows % len(table)]
         return
     yield from _from_workers(samples, cut, min(workers, _cores()))
 
@@ -173,7 +181,7 @@ def _from_workers(samples: "SeededRows", cut: Sequence[np.ndarray], workers: int
 
 
 class SeededRows(Dataset[tuple[torch.Tensor, int]]):
-    """The rows of a table, the random ones drawn from (seed, epoch, row) alone."""
+    """The rows of a table, the random ones drawn from (seed, epoch, row) alone; past its end it begins again."""
 
     def __init__(self, table: ImageTable, seed: tuple[int, int]):
         self._table = table
@@ -182,11 +190,12 @@ class SeededRows(Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, sample: int) -> tuple[torch.Tensor, int]:
+        row = sample % len(self._table)
         label = int(self._table.labels[row])
         if not self._table.transform.random:
             return self._table.image(row), label
-        with _seeded((*self._seed, row)):
+        with _seeded((*self._seed, sample)):
             return self._table.image(row), label
 
 

@@ -1,4 +1,4 @@
-"""Single weights of a family whose prunable layers are a table: every layer is named in it, to be pruned or to be kept."""
+"""Single weights of a family whose prunable layers are a table, in which every layer is either pruned or kept."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Which layers of a family lose single weights, as data: the layers that CAP's released recipes mean, and no others.
 
-The recipes name layers by the beginning of their path. That took LayerNorm scales and depth-wise convolutions of XCiT for
-attention and convolution weights, and missed fused qkv. Here a path is meant as a whole. Stems read three channels and
-classifiers are kept in every recipe but one.
+The recipes name layers by the beginning of their path. That took LayerNorm scales and depth-wise convolutions of XCiT
+for attention and convolution weights, and missed fused qkv. Here a path is meant as a whole. Stems and classifiers stay
+whole in the recipes, but for one.
 
 Source: CAP's recipes; EfficientFormer has none and follows the other transformers.
 """

@@ -1,4 +1,4 @@
-"""INT8 after training, by onnxruntime: the weights of an ONNX file per output channel, symmetric, so that zero stays zero."""
+"""INT8 after training, by onnxruntime: weights per output channel, symmetric, so that every zero stays zero."""
 
 import contextlib
 import io
@@ -14,6 +14,7 @@ from torch import Tensor
 from vitprune.errors import BadInput
 from vitprune.files import replacing
 
+Batch = tuple[Tensor, Tensor]  # (images (B, C, H, W), labels (B,))
 IMAGES, BATCH = 128, 16  # that calibrate the ranges of activations; a batch at a time bounds the memory
 PERCENTILE = 99.999  # of an activation's values inside its range
 LAYERS = ["MatMul", "Gemm", "Conv"]  # what has weights; norms, softmax and GELU stay in float
@@ -38,6 +39,13 @@ class Reader:
         """Return the next batch, None at the end."""
         batch = next(self._left, None)
         return None if batch is None else {"images": batch.numpy()}
+
+
+def checked_int8(folder: Path, calibration: Sequence[Batch], evaluation: Iterable[Batch]) -> dict[str, Any]:
+    """Quantize the folder's model.onnx to int8.onnx and run both on the same images; returns all that was measured."""
+    source, path = folder / "model.onnx", folder / "int8.onnx"
+    images = torch.cat([images for images, _ in calibration])
+    return to_int8(source, path, images) | side_by_side([source, path], evaluation)
 
 
 def to_int8(
@@ -106,7 +114,7 @@ def zeros(source: Path, path: Path) -> dict[str, int]:
     return found
 
 
-def side_by_side(paths: Sequence[Path], batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+def side_by_side(paths: Sequence[Path], batches: Iterable[Batch]) -> dict[str, float]:
     """Top-1 of the ONNX files in percent, by file name, and on how many images each has the first one's answer."""
     import onnxruntime
 

@@ -137,9 +137,16 @@ class Evaluate(Section):
 
 
 class Export(Section):
-    """What else is written beside the timm directory."""
+    """What else is written beside the timm directory: an ONNX file, and one in INT8 made of it."""
 
     onnx: bool = False
+    int8: bool = False
+
+    @model_validator(mode="after")
+    def _of_onnx(self) -> Self:
+        if self.int8 and not self.onnx:
+            raise ValueError("INT8 is made of the ONNX file; set export.onnx to true")
+        return self
 
 
 class Params(Section):

@@ -3,14 +3,15 @@
 The INT8 export (made as by `export.int8`) at several sparsities of all prunable weights, one thread, batch 1: OpenVINO
 as it is, and told to use its sparse path (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE). All models take turns, so that
 ratios hold on a busy machine; medians. "sparse kernels" counts the layers whose kernel OpenVINO itself calls sparse:
-where it is 0, the sparse path was not taken, and a ratio other than 1 is noise. OpenVINO takes it on processors with AMX
-alone. Below, one fc1 (768 x 192 at 197 tokens) in float: torch's CSR product beside the dense one. Needs
+where it is 0, the sparse path was not taken, and a ratio other than 1 is noise. OpenVINO takes it on processors with
+AMX alone. Below, one fc1 (768 x 192 at 197 tokens) in float: torch's CSR product beside the dense one. Needs
 VITPRUNE_REAL_DATA and pip install 'vitprune[engine,export]'. Writes benchmarks/results/sparse_engine.json and
 docs/results/sparse_engine.md.
 """
 
 import copy
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -64,9 +65,13 @@ def main() -> None:
 
 def engines(dense: torch.nn.Module, image: torch.Tensor, folder: Path) -> dict[str, Any]:
     """OpenVINO's compiled models by what they are."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own deprecations
-        import openvino
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own deprecations
+            import openvino
+    except ImportError:
+        print("OpenVINO is missing: pip install 'vitprune[engine,export]'")
+        sys.exit(0)
     core, found = openvino.Core(), {}
     plain = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
     for sparsity in SPARSITIES:

@@ -24,8 +24,7 @@ class Reader:
     """Calibration batches as onnxruntime reads them, one range after the other."""
 
     def __init__(self, images: Tensor):
-        count = min(IMAGES, len(images))
-        self._batches = images[:count].split(BATCH)
+        self._batches = torch.split(images[:IMAGES], BATCH)
         self._left = iter(self._batches)
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import answer, batches, images, tiny
+from tiny_models import answer, batches, tiny
 
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULTS
@@ -45,10 +45,14 @@ def test_the_update_is_nearer_to_the_dense_answer_than_none() -> None:
     for name, value in importance.update(masks).items():
         updated.get_parameter(name).data.copy_(value)
     zero(updated, groups, masks)
-    dense = answer(model, images(model))
-    assert (answer(updated, images(model)) - dense).norm() < 0.5 * (answer(plain, images(model)) - dense).norm()
+    seen = batches(model)[0][0]
+    dense = answer(model, seen)
+    assert (answer(updated, seen) - dense).norm() < 0.5 * (answer(plain, seen) - dense).norm()
 
 
 def test_attention_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"corp"):
+    model = tiny("vit")
+    with pytest.raises(BadInput, match=r"^prune.sparsity.attention: method corp prunes only ffn"):
         prune(model, "corp", {"attention": 0.5}, batches(model))
+    with pytest.raises(BadInput, match=r"corp scores ffn, not kind 'attention'"):
+        corp(model, find_groups(model, ["attention"]), batches(model), DEFAULTS)

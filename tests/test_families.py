@@ -67,7 +67,7 @@ def test_groups_come_in_the_order_of_the_kinds(vit: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("architecture", "args", "kinds", "why"),
     [
-        ("resnet18", {}, ["weight"], r"^ResNet: this model is not supported yet; supported are VisionTransformer"),
+        ("mobilenetv3_small_100", {}, ["weight"], r"^MobileNetV3: this model is not supported yet; supported are Vi"),
         ("vit_tiny_patch16_224", {"qk_norm": True}, ["attention"], r"^blocks.0.attn.q_norm \(LayerNorm\): a norm over"),
         ("vit_tiny_patch16_224", {"scale_attn_norm": True}, ["head"], r"^blocks.0.attn.norm .*couples them"),
         ("vit_tiny_patch16_224", {"scale_mlp_norm": True}, ["ffn"], r"^blocks.0.mlp.norm .*couples its hidden units"),

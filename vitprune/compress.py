@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from vitprune.choosing import choose, cost_of, costs_for, goal, groups_for, settle
 from vitprune.criteria import Batches, Criterion, Importance, Setting, Statistics
+from vitprune.criteria.correction import answers
+from vitprune.criteria.correction import correct as correction
 from vitprune.depth import dense_names, next_step
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores, shrink, zero
@@ -31,6 +33,7 @@ class Cycle:
     masks: Masks
     cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)  # about what was settled by measuring again
+    corrected: Mapping[str, float] = field(default_factory=dict)  # what a correction did on images that it did not see
 
     @property
     def held(self) -> list[Group]:
@@ -64,6 +67,7 @@ def compress(
     dense = groups_for(model, plan)
     kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense}
     costs = costs_for(model, dense, plan)
+    wanted = answers(model, batches) if plan.correct else []
     for number in range(1, plan.cycles + 1):
         complete = False
         while not complete:
@@ -87,7 +91,8 @@ def compress(
                 complete = step == target
             _apply(model, [(group, names[group.name]) for group in now], masks, kept, importance)
             kept, first = masks, None
-        yield Cycle(number, target, dense, scores, masks, cost_of(masks, plan, number, costs), facts)
+        corrected = _corrected(model, wanted, batches, plan, number)
+        yield Cycle(number, target, dense, scores, masks, cost_of(masks, plan, number, costs), facts, corrected)
 
 
 def prune(
@@ -101,18 +106,21 @@ def prune(
     heads: int | None = None,
     seed: int = 0,
     target: Mapping[str, float] | None = None,
+    correct: bool = False,
 ) -> nn.Module:
     """Prune a copy of a timm model in one shot and return it; the model itself is untouched.
 
     `sparsity` is the fraction of units to remove, one for all kinds or one per kind; `batches` are (images, labels)
-    for the methods that look at data; `target`, such as {"macs": 0.5}, takes the
-    sparsity's place; `example_input` (B, C, H, W), if given, is run through the result.
+    for the methods that look at data; `target`, such as {"macs": 0.5}, takes the sparsity's place; `correct` moves
+    norms and biases towards the dense answers afterwards, without labels; `example_input` (B, C, H, W), if given, is
+    run through the result.
 
     Raises:
         BadInput: a setting, a module or the result cannot be used; the message names it.
     """
     pruned = copy.deepcopy(model)
-    for _ in compress(pruned, plan_for(method, sparsity, scope, heads, setting=Setting(seed), target=target), batches):
+    plan = plan_for(method, sparsity, scope, heads, setting=Setting(seed), target=target, correct=correct)
+    for _ in compress(pruned, plan, batches):
         pass
     if example_input is not None:
         with torch.no_grad():
@@ -175,6 +183,23 @@ def _in_dense(group: Group, scores: Scores, kept: Masks) -> Tensor:
     return full.view(group.shape)
 
 
+def _corrected(
+    model: nn.Module, wanted: Sequence[Tensor], batches: Batches, plan: Plan, number: int
+) -> Mapping[str, float]:
+    """Move the model towards the dense answers, where the plan says so; returns figures about it."""
+    if not plan.correct:
+        return {}
+    found = correction(model, wanted, batches, plan.setting_of(number))
+    _put(model, found.values)
+    return found.facts
+
+
+@torch.no_grad()
+def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
+
+
 @torch.no_grad()
 def _apply(
     model: nn.Module, now: Sequence[tuple[Group, str]], masks: Masks, kept: Masks, importance: Importance
@@ -187,7 +212,6 @@ def _apply(
     units = [(group, name) for group, name in now if group.kind != "weight"]
     left = {g.name: masks[name].flatten()[kept[name].flatten()].view(g.shape) for g, name in units}
     if importance.update is not None:
-        for name, value in importance.update(left | {g.name: masks[g.name] for g in weights}).items():
-            model.get_parameter(name).copy_(value)
+        _put(model, importance.update(left | {g.name: masks[g.name] for g in weights}))
     zero(model, weights, masks)
     shrink(model, [group for group, _ in units], left)

@@ -70,6 +70,7 @@ def write_cycle(
     facts |= asdict(count(model, data.example_input(model, 1))) | {"top1_before": before, "top1_after": after}
     facts["sha256"] = digest(directory / models.WEIGHTS)
     facts |= {"settled": dict(cycle.facts)} if cycle.facts else {}
+    facts |= {"corrected": dict(cycle.corrected)} if cycle.corrected else {}
     write_json(directory / "metrics.json", facts)
     units = sum(group.units for group in cycle.groups)
     removed = units - sum(int(mask.sum()) for mask in cycle.masks.values())

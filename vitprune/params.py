@@ -130,6 +130,7 @@ class Prune(Section):
 
     `kinds` null means the method's usual ones; a kind that is not scored cannot be pruned. A `target`, one cost as a
     fraction of the dense model's, takes the place of the sparsity; sparsities per kind are relative to each other then.
+    `correct` moves norms and biases once towards the dense answers, after each cycle and before its recovery.
     """
 
     method: str
@@ -140,6 +141,7 @@ class Prune(Section):
     heads: Count | None = None
     cycles: Count = 1
     schedule: Literal["linear", "cubic"] | Schedule = "cubic"
+    correct: bool = False
     recover: Train | None = None
 
     @model_validator(mode="after")
@@ -171,9 +173,16 @@ class Evaluate(Section):
 
 
 class Export(Section):
-    """What else is written beside the timm directory."""
+    """What else is written beside the timm directory: an ONNX file, and one in INT8 made of it."""
 
     onnx: bool = False
+    int8: bool = False
+
+    @model_validator(mode="after")
+    def _of_onnx(self) -> Self:
+        if self.int8 and not self.onnx:
+            raise ValueError("INT8 is made of the ONNX file; set export.onnx to true")
+        return self
 
 
 class Params(Section):

@@ -32,6 +32,7 @@ class Plan:
     schedule: str | Schedule = "cubic"
     setting: Setting = DEFAULTS
     target: Mapping[str, float] | None = None
+    correct: bool = False
 
     @property
     def row(self) -> Method:
@@ -89,6 +90,7 @@ def plan_for(
     schedule: str | Schedule = "cubic",
     setting: Setting = DEFAULTS,
     target: Mapping[Any, float] | None = None,
+    correct: bool = False,
 ) -> Plan:
     """Check a method's settings against its row; a single sparsity applies to the row's usual kinds.
 
@@ -115,7 +117,7 @@ def plan_for(
         raise BadInput(f"prune: an N:M scope removes {implied:g} at once; set sparsity to null and cycles to 1")
     if heads is not None and "attention" not in shares:
         raise BadInput(f"prune.heads {heads}: merges heads where attention channels go, and none do; set it to null")
-    plan = Plan(method, shares, scope, heads, cycles, schedule, setting, target)
+    plan = Plan(method, shares, scope, heads, cycles, schedule, setting, target, correct)
     if len({shares[kind] for kind in plan.bought}) > 1:
         raise BadInput(f"prune.sparsity: {', '.join(plan.bought)} compete for one share of the MACs; give all the same")
     _ = plan.targets() if target is None else plan.costs(), plan.epochs(1)
@@ -162,7 +164,7 @@ def plan_of(params: Params) -> Plan:
     p, kinds = params.prune, kinds_of(params)
     one = 1.0 if p.target is not None and p.sparsity is None else p.sparsity  # for all kinds alike
     sparsity = dict.fromkeys(kinds, one) if isinstance(one, float) else one
-    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params), p.target)
+    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params), p.target, p.correct)
     unscored = [kind for kind in plan.sparsity if kind not in kinds]
     if unscored:
         raise BadInput(f"prune.sparsity.{unscored[0]}: only {', '.join(kinds)} are scored; add it to prune.kinds")

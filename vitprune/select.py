@@ -35,7 +35,7 @@ def select(
 
     Ties go in order of position (group by group, lower index first). Scopes: `layer` (each group alone), `global`
     (all together), `module` (all groups of one pool name), `isomorphic` (all groups of one structure), `head` (each
-    row of a (heads, channels) group alone), `N:M` (N of every M consecutive weights of a row stay). `module` and
+    row of a (heads, channels) group alone), `N:M` (N of every M consecutive input channels of a row stay). `module` and
     `isomorphic` read `groups`. Units that `previous` has removed stay removed and count as removed;
     `keep_at_least` protects that many best units of every group (of every row under `head`), even where the count
     would take them.
@@ -227,10 +227,12 @@ def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float) -> Tensor
     implied = 1 - _stay(n, m)
     if abs(sparsity - implied) > 1e-9:
         raise BadInput(f"scope '{n}:{m}': removes {implied:g}, but sparsity is {sparsity:g}; set it to {implied:g}")
-    rows = score.flatten(1)
-    if rows.shape[1] % m:
-        raise BadInput(f"{name}: rows of {rows.shape[1]} weights cannot be divided into runs of {m}; leave it out")
-    runs = rows.reshape(-1, m)
+    # A run lies along the input channels, for a k x k kernel at one of its positions: a sparse matrix unit multiplies
+    # the kernel as k * k matrices (or as one of k * k * d_in columns, channels last), never neighbouring positions.
+    inputs_last = score.movedim(1, -1)  # (d_out, [k, k,] d_in)
+    if score.shape[1] % m:
+        raise BadInput(f"{name}: rows of {score.shape[1]} weights cannot be divided into runs of {m}; leave it out")
+    runs = inputs_last.reshape(-1, m)
     order = runs.argsort(dim=1, stable=True)  # ascending: the first m - n go
     mask = torch.ones_like(runs, dtype=torch.bool).scatter(1, order[:, : m - n], False)
-    return mask.view(score.shape)
+    return mask.view(inputs_last.shape).movedim(-1, 1).contiguous()

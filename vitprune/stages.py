@@ -21,6 +21,7 @@ from vitprune.export import to_onnx, to_timm
 from vitprune.families import find_groups, merge_heads
 from vitprune.files import digest
 from vitprune.groups import Scores
+from vitprune.int8 import checked_int8
 from vitprune.params import Params, load
 from vitprune.plans import kinds_of, plan_of
 from vitprune.records import History, write_csv, write_json
@@ -192,12 +193,15 @@ def evaluate(params: Params) -> None:
 
 
 def export(params: Params) -> None:
-    """Write the final model for others: a timm directory, and ONNX if asked."""
-    model = models.load(OUT / "distill")
+    """Write the final model for others: a timm directory, and ONNX in float and INT8 if asked."""
+    model, folder = models.load(OUT / "distill"), OUT / "export"
     example = data.example_input(model, 2)
-    facts: dict[str, Any] = {"timm": to_timm(model, OUT / "export" / "timm", example), "onnx": None}
+    facts: dict[str, Any] = {"timm": to_timm(model, folder / "timm", example), "onnx": None, "int8": None}
     if params.export.onnx:
-        facts["onnx"] = to_onnx(model, OUT / "export" / "model.onnx", example)
+        facts["onnx"] = to_onnx(model, folder / "model.onnx", example)
+    if params.export.int8:
+        evaluation = data.eval_batches(runs.open_images("eval", model, params), params.evaluate.batch_size)
+        facts["int8"] = checked_int8(folder, _calibration(model, params), evaluation)
     write_json(METRICS / "export.json", facts)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from vitprune.criteria import Batches, Setting
 from vitprune.criteria.moments import recording
 from vitprune.criteria.pulls import pulls
+from vitprune.errors import BadInput
 from vitprune.modes import evaluating, frozen
 from vitprune.progress import track
 
@@ -35,7 +36,13 @@ class Corrected:
 
 
 def answers(model: nn.Module, batches: Batches) -> list[Tensor]:
-    """Logits of every batch, as the correction wants them of the dense model; (B, ..., classes) each."""
+    """Logits of every batch, as the correction wants them of the dense model; (B, ..., classes) each.
+
+    Raises:
+        BadInput: no batches.
+    """
+    if not batches:
+        raise BadInput("prune.correct: needs images, and there are none; give batches")
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
         return [model(images.to(device)) for images, _ in batches]
@@ -55,7 +62,7 @@ def correct(model: nn.Module, wanted: Sequence[Tensor], batches: Batches, settin
     names = [name for layer in layers for name in layer.names]
     width = sum(model.get_parameter(name).numel() for name in names)
     total = sum(len(images) for images, _ in batches)
-    every = max(1, -(-total * PULLS * width * 4 // setting.memory))
+    every = max(1, -(-total * PULLS * width * next(model.parameters()).element_size() // setting.memory))
     some = [(images[::every], labels[::every]) for images, labels in batches]
     aims = [logits[::every] for logits in wanted]
     slopes, errors = _system(model, layers, aims, some, setting.seed)
@@ -184,11 +191,12 @@ def _step(slopes: Tensor, errors: Tensor, damping: float) -> Tensor:
     """Damped least squares by the rows' inner products; (values,)."""
     products = (slopes @ slopes.T).double()
     damped = products + damping * products.diagonal().mean() * torch.eye(len(products)).to(products)
-    return slopes.T @ torch.linalg.solve(damped, errors).to(slopes)
+    step: Tensor = slopes.T @ torch.linalg.solve(damped, errors).to(slopes)
+    return step
 
 
 def _moved(model: nn.Module, names: Sequence[str], step: Tensor) -> dict[str, Tensor]:
     """Parameters after a step, by name."""
     old = [model.get_parameter(name).detach() for name in names]
-    parts = step.split([value.numel() for value in old])
+    parts = torch.split(step, [value.numel() for value in old])
     return {name: value + part.view_as(value) for name, value, part in zip(names, old, parts, strict=True)}

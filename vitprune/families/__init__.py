@@ -1,16 +1,23 @@
 """Finding a model's groups: the only part that knows architectures by name."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.efficientformer import EfficientFormer
+from timm.models.efficientformer_v2 import EfficientFormerV2
+from timm.models.efficientnet import EfficientNet
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.xcit import Xcit
 from torch import nn
 
 from vitprune.errors import BadInput
-from vitprune.families import parts, pvt, swin, vit
+from vitprune.families import layers, parts, prunable, pvt, swin, vit
 from vitprune.families.decoder import Decoder
 from vitprune.families.decoder import groups as decoder_groups
 from vitprune.groups import KINDS, Group, cut_to
@@ -23,6 +30,12 @@ FAMILIES: dict[type[nn.Module], Finder] = {
     SwinTransformer: swin.groups,
     PyramidVisionTransformerV2: pvt.groups,
     Decoder: decoder_groups,
+    Xcit: partial(layers.weights, prunable.XCIT),
+    EfficientFormer: partial(layers.weights, prunable.EFFICIENTFORMER),
+    EfficientFormerV2: partial(layers.weights, prunable.EFFICIENTFORMER_V2),
+    ConvNeXt: partial(layers.weights, prunable.CONVNEXT),
+    ResNet: partial(layers.weights, prunable.RESNET),
+    EfficientNet: partial(layers.weights, prunable.EFFICIENTNET),
 }
 
 

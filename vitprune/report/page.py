@@ -197,6 +197,13 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
     size = _number(export, "onnx.bytes")
     if size is not None:
         lines.append(("ONNX file, bytes", quantities.whole("export.onnx.bytes", size)))
+    size = _number(export, "int8.bytes")
+    if size is not None:
+        lines.append(("INT8 file, bytes", quantities.whole("export.int8.bytes", size)))
+    for name, label in (("model", "ONNX"), ("int8", "INT8")):
+        top1 = _number(export, f"int8.{name}_top1")
+        if top1 is not None:
+            lines.append((f"Top-1 of the {label} file", Quantity(f"export.int8.{name}_top1", top1, f"{top1:.2f} %")))
     return lines
 
 

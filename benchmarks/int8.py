@@ -1,0 +1,89 @@
+"""INT8 of DeiT-Tiny after pruning half of its weights by LAMP, no training: what calibration costs, what stays zero.
+
+Post-training quantization of the ONNX export: weights per channel and symmetric, inputs of layers with weights in
+8 bits, all else in float. Calibrated on 128 Imagenette training images, evaluated on all 800 of imagenet-val-800 by
+onnxruntime, which also runs the file in float. "agrees" counts images with the same answer as in float.
+Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/int8.json and docs/results/int8.md.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+from harness import Row, arguments, real_data, write_results, write_table
+from oneshot import load_images
+
+from vitprune import data, models, plan_for
+from vitprune.compress import compress
+from vitprune.export import to_onnx
+from vitprune.int8 import IMAGES, side_by_side, to_int8
+
+ROOT = Path(__file__).parent.parent
+Variant = tuple[str, int]  # calibration and bits of the weights
+CHOSEN = ("percentile", 7)
+PROMISE = 0.5  # points of top-1 between the two, either way
+CASES = {0.5: [("percentile", 7), ("percentile", 8), ("minmax", 7)], 0.0: [("percentile", 7)]}
+
+
+def main() -> None:
+    """Quantize, run both files on the same images, and write the tables."""
+    quick = arguments(__doc__).quick
+    folder = real_data()
+    torch.set_num_threads(1)
+    dense = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+    images, labels = load_images(folder / "imagenet-val-800.parquet", dense)
+    if quick:
+        images, labels = images[::8], labels[::8]
+    batches = list(zip(images.split(40), labels.split(40), strict=True))
+    given = calibration_images(folder / "imagenette-train-3000.parquet", dense)
+    rows, table = [], []
+    for sparsity, variants in list(CASES.items())[: 1 if quick else None]:
+        model = copy.deepcopy(dense)
+        for _ in compress(model, plan_for("lamp", sparsity), []):
+            pass
+        for variant, facts in measured(model, variants[: 1 if quick else None], given, batches).items():
+            off = facts["int8"] - facts["float"]
+            holds = abs(off) <= PROMISE if variant == CHOSEN and not quick else None
+            label = f"LAMP {sparsity:.0%}, {variant[0]}, {variant[1]}-bit weights"
+            rows.append(Row(f"{label}: change", off, "points", f"within {PROMISE}", holds))
+            rows.append(Row(f"{label}: agreement", facts["agrees"], "%"))
+            kept = f"{facts['zeros']:,} of {facts['zeros']:,}, now {facts['int8_zeros']:,}"  # to_int8 raises otherwise
+            sizes = f"{facts['float_bytes'] / 1e6:.1f} to {facts['bytes'] / 1e6:.1f}"
+            tops = [f"{facts['float']:.2f}", f"{facts['int8']:.2f}", f"{off:+.2f}", f"{facts['agrees']:.1f} %"]
+            table.append([f"{sparsity:.0%}", variant[0], f"{variant[1]}", *tops, kept, sizes])
+            print(table[-1], flush=True)
+    if not quick:
+        header = ["removed", "calibration", "weight bits", "float top-1 %", "INT8 top-1 %", "change"]
+        header += ["agrees", "zeros that stayed", "MB"]
+        write_table(ROOT / "docs/results/int8.md", "INT8 after pruning", __doc__ or "", header, table)
+    write_results("int8", rows, quick)
+
+
+def measured(
+    model: torch.nn.Module, variants: list[Variant], given: torch.Tensor, batches: list[data.Batch]
+) -> dict[Variant, dict[str, float]]:
+    """Every variant of a model in INT8, all run beside the float file on the same images."""
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name) / "float.onnx"
+        size = to_onnx(model, source, batches[0][0][:2])["bytes"]
+        paths = [source.with_name(f"{calibration}{bits}.onnx") for calibration, bits in variants]
+        facts = [to_int8(source, path, given, *variant) for path, variant in zip(paths, variants, strict=True)]
+        tops = side_by_side([source, *paths], batches)
+    found = {}
+    for variant, path, fact in zip(variants, paths, facts, strict=True):
+        top1, agrees = tops[f"{path.stem}_top1"], tops[f"{path.stem}_agrees"]
+        found[variant] = fact | {"float": tops["float_top1"], "int8": top1, "agrees": agrees, "float_bytes": size}
+    return found
+
+
+def calibration_images(path: Path, model: torch.nn.Module) -> torch.Tensor:
+    """Images that calibrate, spread over the whole file."""
+    source = data.open_source(f"parquet:{path}")
+    transform = data.transform(data.data_config(model))
+    names = source.ids[:: len(source.ids) // IMAGES][:IMAGES]
+    return torch.stack([transform.image(data.decode(source.read(name), transform.mode)) for name in names])
+
+
+if __name__ == "__main__":
+    main()

@@ -237,8 +237,8 @@ def peers(goals: Sequence[Goal]) -> list[str]:
     path = RESULTS / "peers.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     found = []
-    for goal in goals:
-        named = f"{goal.macs:g}x MACs: " if goal.macs else f"{goal.name.replace(' %', '%').lower()}: "
+    for aim in goals:
+        named = f"{aim.macs:g}x MACs: " if aim.macs else f"{aim.name.replace(' %', '%').lower()}: "
         same = [row for row in rows if row["what"].startswith(named)]
         own = [row["value"] for row in same if not row["what"].endswith("calibration")]
         found.append(f"{max(own):.1f}" if own else "-")

@@ -140,19 +140,19 @@ def setup() -> Setup:
 def cuts(entry: Entry, goals: Sequence[Goal]) -> list[Cut]:
     """One line of the table."""
     case = setup()
-    plans = {goal: plan for goal in goals if (plan := entry.plan(goal)) is not None}
-    found = scored(case, entry, plans) if entry.steps == 1 else None
-    return [cut(case, entry, goal, plan, found) for goal, plan in plans.items()]
+    plans = {goal.name: plan for goal in goals if (plan := entry.plan(goal)) is not None}
+    found = scored(case, entry, list(plans.values())) if entry.steps == 1 else None
+    return [cut(case, entry, name, plan, found) for name, plan in plans.items()]
 
 
-def scored(case: Setup, entry: Entry, plans: Mapping[Goal, Plan]) -> Importance:
-    """Scores of all kinds that any of the goals needs, and what the update needs."""
-    kinds = list(dict.fromkeys(kind for goal in plans for kind in goal.kinds))
+def scored(case: Setup, entry: Entry, plans: Sequence[Plan]) -> Importance:
+    """Scores of all kinds that any of the plans needs, and what the update needs."""
+    kinds = list(dict.fromkeys(kind for plan in plans for kind in plan.sparsity))
     row = method_named(entry.method)
     return row.criterion(case.dense, find_groups(case.dense, kinds), case.calibration, DEFAULTS)
 
 
-def cut(case: Setup, entry: Entry, aim: Goal, plan: Plan, found: Importance | None) -> Cut:
+def cut(case: Setup, entry: Entry, name: str, plan: Plan, found: Importance | None) -> Cut:
     """Prune for one goal, evaluate, correct, evaluate again."""
     model = copy.deepcopy(case.dense)
     first = chosen(model, plan, found.scores) if found else None
@@ -161,7 +161,7 @@ def cut(case: Setup, entry: Entry, aim: Goal, plan: Plan, found: Importance | No
     before = accuracy(model, case.held_out)[0]["top1"]
     after = corrected(case, model) if entry.correction else None
     example = case.held_out[0][0][:1]
-    done = Cut(entry.label, aim.name, before, after, count(model, example).macs / count(case.dense, example).macs)
+    done = Cut(entry.label, name, before, after, count(model, example).macs / count(case.dense, example).macs)
     print(done, flush=True)
     return done
 

@@ -12,7 +12,7 @@ from torch import nn
 from vitprune import BadInput, find_groups, plan_for, prune
 from vitprune.budget import prices, spend
 from vitprune.compress import compress
-from vitprune.criteria import DEFAULTS
+from vitprune.criteria import DEFAULTS, Setting
 from vitprune.criteria.elimination import damped, eliminate, refit
 from vitprune.criteria.moments import collect
 from vitprune.criteria.obs import rebased, refitting, turning, unit_obs
@@ -190,3 +190,10 @@ def test_a_stage_of_one_head_keeps_it(method: str) -> None:
     left = [group.units for group in find_groups(pruned, ["head"])]
     assert [now for now, before in zip(left, heads, strict=True) if before == 1] == [1] * heads.count(1)
     assert sum(left) < sum(heads)
+
+
+def test_second_moments_do_not_depend_on_how_many_images_fit_into_memory() -> None:
+    vit = tiny("vit")
+    found = [collect(vit, find_groups(vit, KINDS), batches(vit), Setting(memory=m), slopes=True) for m in (1, 1 << 30)]
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-12)

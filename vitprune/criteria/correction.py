@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from vitprune.criteria import Batches, Setting
+from vitprune.criteria.footprint import images_at_once, portions
 from vitprune.criteria.moments import recording
 from vitprune.criteria.pulls import pulls
 from vitprune.errors import BadInput
@@ -65,7 +66,7 @@ def correct(model: nn.Module, wanted: Sequence[Tensor], batches: Batches, settin
     every = max(1, -(-total * PULLS * width * next(model.parameters()).element_size() // setting.memory))
     some = [(images[::every], labels[::every]) for images, labels in batches]
     aims = [logits[::every] for logits in wanted]
-    slopes, errors = _system(model, layers, aims, some, setting.seed)
+    slopes, errors = _system(model, layers, aims, some, setting)
     odd = torch.arange(sum(len(images) for images, _ in some)) % 2 == 1
     before = sum(_distance(model, {}, aims, some, half) for half in (odd, ~odd)) / 2
     tried = {damping: _held_out(model, names, (slopes, errors), damping, aims, some, odd) for damping in DAMPINGS}
@@ -103,16 +104,19 @@ def _layers(model: nn.Module) -> list[_Layer]:
 
 
 def _system(
-    model: nn.Module, layers: Sequence[_Layer], wanted: Sequence[Tensor], batches: Batches, seed: int
+    model: nn.Module, layers: Sequence[_Layer], wanted: Sequence[Tensor], batches: Batches, setting: Setting
 ) -> tuple[Tensor, Tensor]:
     """Slopes (rows, values) and errors (rows,) of the answers along their directions, PULLS rows per image."""
-    slopes, errors, first = [], [], 0
+    found, first = [], 0
     with evaluating(model), frozen(model):
-        for (images, _), aim in track(list(zip(batches, wanted, strict=True)), "correcting"):
-            found = _of_batch(model, layers, aim, images, seed, first)
-            slopes.append(found[0])
-            errors.append(found[1])
-            first += len(images)
+        with recording(model, [layer.path for layer in layers], []):
+            one = batches[0][0][:1].to(wanted[0].device)
+            size = images_at_once(model, model, one, setting.memory)
+        for (batch, _), aims in track(list(zip(batches, wanted, strict=True)), "correcting"):
+            for images, aim in zip(portions(batch, size), portions(aims, size), strict=True):
+                found.append(_of_batch(model, layers, aim, images, setting.seed, first))
+                first += len(images)
+    slopes, errors = zip(*found, strict=True)
     return torch.cat(slopes), torch.cat(errors)
 
 

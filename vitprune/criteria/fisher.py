@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Importance, Setting
+from vitprune.criteria.footprint import images_at_once
 from vitprune.criteria.gates import Gate, gates_of, watching
 from vitprune.criteria.pulls import pulls
 from vitprune.errors import BadInput
@@ -50,7 +51,8 @@ def per_image(
     device = next(model.parameters()).device
     images = images.detach().to(device)
     with evaluating(model), frozen(model), torch.enable_grad():
-        size = max(1, min(len(images), setting.memory // _bytes_of_one(model, gates, images[:1], setting)))
+        with watching(model, gates, 1):
+            size = images_at_once(model, lambda image: _forward(model, image, setting), images[:1], setting.memory)
         where = range(len(images)) if positions is None else positions
         starts = range(0, len(images), size)
         pieces = [_scored(model, gates, images[n : n + size], setting, where[n : n + size]) for n in starts]
@@ -75,19 +77,3 @@ def _forward(model: nn.Module, images: Tensor, setting: Setting) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=setting.autocast):
         logits: Tensor = model(images)
     return logits
-
-
-def _bytes_of_one(model: nn.Module, gates: Sequence[Gate], image: Tensor, setting: Setting) -> int:
-    """What one image's forward pass keeps for its backward passes, in bytes, the weights not counted."""
-    kept: dict[int, int] = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def note(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in weights:
-            kept[place] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), watching(model, gates, 1):
-        _forward(model, image, setting)
-    return max(1, sum(kept.values()))

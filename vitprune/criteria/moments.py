@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Setting, Statistics
+from vitprune.criteria.footprint import images_at_once, portions
 from vitprune.criteria.pulls import pulls
 from vitprune.errors import BadInput
 from vitprune.groups import Group
@@ -86,12 +87,21 @@ def collect(
     total: Statistics = {}
     first = setting.first
     with evaluating(model), frozen(model):
-        for images, _ in track(batches, "taking second moments"):
-            found = _of_batch(model, readers, heads, images, setting if slopes else None, first)
-            for name, value in found.items():
-                _add(total, name, value)
-            first += len(images)
+        size = _at_once(model, readers, heads, batches[0][0], setting)
+        for batch, _ in track(batches, "taking second moments"):
+            for images in portions(batch, size):
+                found = _of_batch(model, readers, heads, images, setting if slopes else None, first)
+                for name, value in found.items():
+                    _add(total, name, value)
+                first += len(images)
     return total
+
+
+def _at_once(model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: Setting) -> int:
+    """How many images fit into the memory at a time."""
+    one = images[:1].to(next(model.parameters()).device)
+    with recording(model, readers, list(heads)):
+        return images_at_once(model, model, one, setting.memory)
 
 
 def _of_batch(

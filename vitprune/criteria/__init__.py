@@ -19,6 +19,10 @@ class Setting:
     image's answer (half in its leading directions, half in random ones), `autocast` lets forward and backward
     passes run in bfloat16, `confidence` is the expected share of a kept set that is exact. `first` is the position of
     the first image among all images, where the batches are a part of them.
+
+    Of Fisher blocks: `block` weights each, at least; `damp` on the diagonal; as many `gradients`, None for one look at
+    every image; each of one image (`per_sample`) or of the mean loss of `gradient_batch` images. `memory` bounds the
+    matrices that are held. `pattern` is (N, M) where N of every M consecutive weights are to stay.
     """
 
     seed: int = 0
@@ -27,6 +31,12 @@ class Setting:
     autocast: bool = False
     confidence: float = 0.99
     first: int = 0
+    block: int = 192
+    damp: float = 1e-8
+    gradients: int | None = None
+    gradient_batch: int = 128
+    per_sample: bool = True
+    pattern: tuple[int, int] | None = None
 
 
 DEFAULTS = Setting()
@@ -50,3 +60,4 @@ class Importance:
 Statistics = dict[str, Tensor]  # float64 sums over images, by "path of a layer/what"
 Updater = Callable[[nn.Module, Sequence[Group], Statistics], Update]  # the update from what was summed before
 Criterion = Callable[[nn.Module, Sequence[Group], Batches, Setting], Importance]
+Again = Callable[[nn.Module, Sequence[Group], Batches, Setting], Update]  # the update alone, from the images

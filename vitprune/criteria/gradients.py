@@ -1,6 +1,6 @@
 """Gradients of the loss by the weights: one per image, or one per batch as CAP takes them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -122,15 +122,15 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
             handle.remove()
     if loss is None:
         return calls
-    ends = [output for found in calls.values() for _, output in found]
-    missing = [param for param, found in calls.items() if not found]
-    slopes = torch.autograd.grad(loss, ends, allow_unused=True) if not missing else []
-    unused = [param for param, found in calls.items() for _ in found]
-    missing += [param for param, slope in zip(unused, slopes, strict=True) if slope is None] if slopes else []
-    if missing:
-        raise BadInput(f"{missing[0]}: takes no part in the answer, so it has no gradient; leave it out")
-    left = iter(slopes)
-    return {param: [(read, next(left)) for read, _ in found] for param, found in calls.items()}
+    _refuse_unused(calls, [param for param, found in calls.items() if found])
+    ends = [(param, read, output) for param, found in calls.items() for read, output in found]
+    slopes = torch.autograd.grad(loss, [output for *_, output in ends], allow_unused=True)
+    used: dict[str, Calls] = {}
+    for (param, read, _), slope in zip(ends, slopes, strict=True):
+        if slope is not None:
+            used.setdefault(param, []).append((read, slope))
+    _refuse_unused(calls, used)
+    return used
 
 
 def _products(layer: nn.Module, part: Part, images: int, read: Tensor, slope: Tensor) -> Tensor:
@@ -179,8 +179,12 @@ def _slopes(model: nn.Module, parts: Sequence[Part], images: Tensor, labels: Ten
         loss = cross_entropy(functional_call(model, named, images), labels)
     ends = list(named.values())
     slopes = torch.autograd.grad(loss, ends, allow_unused=True) if loss.requires_grad else [None] * len(ends)
-    found = dict(zip(named, slopes, strict=True))
-    unused = [param for param, slope in found.items() if slope is None]
+    found = {param: slope for param, slope in zip(named, slopes, strict=True) if slope is not None}
+    _refuse_unused(named, found)
+    return {part: found[part.param].flatten()[part.start : part.stop] for part in parts}
+
+
+def _refuse_unused(wanted: Iterable[str], found: Container[str]) -> None:
+    unused = [param for param in wanted if param not in found]
     if unused:
         raise BadInput(f"{unused[0]}: takes no part in the answer, so it has no gradient; leave it out")
-    return {part: found[part.param].flatten()[part.start : part.stop] for part in parts}

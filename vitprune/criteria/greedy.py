@@ -26,19 +26,19 @@ def eliminate(inverse: Tensor, weights: Tensor, share: float = 1.0, pattern: Pat
     Source: CAP (Kuznedelev et al. 2023), algorithm 1; as a left-looking Cholesky factorisation of the inverse with
     pivots argmin w_p^2 / h_pp, of which only the diagonal is kept up to date.
     """
+    losses = torch.full(weights.shape, torch.inf, dtype=torch.float64, device=inverse.device)
+    blocks, size = torch.arange(len(weights), device=inverse.device), weights.shape[1]
     if pattern is not None or share >= 1:
-        return _followed(inverse, weights, weights.shape[1], torch.inf, pattern)
-    cap = min(weights.shape[1], int(weights.shape[1] * (share + MARGIN)) + 1)
-    found = _followed(inverse, weights, cap, 0.0, None)
-    wanted = int(share * weights.numel() + 0.5)
-    if not wanted:
-        return found
-    threshold = float(found.flatten().kthvalue(wanted).values)
-    reached = torch.where(found.isfinite(), found, -torch.inf).amax(dim=1)
-    short = ((reached < threshold) & found.isinf().any(dim=1)).nonzero().flatten()
-    if len(short):
-        found[short] = _followed(inverse[short], weights[short], cap, threshold, None)
-    return found
+        _follow(inverse, weights, losses, blocks, size, torch.inf, pattern)
+        return losses
+    cap, wanted = min(size, int(size * (share + MARGIN)) + 1), int(share * weights.numel() + 0.5)
+    _follow(inverse, weights, losses, blocks, cap, 0.0, None)
+    if wanted:
+        threshold = float(losses.flatten().kthvalue(wanted).values)
+        reached = losses.masked_fill(losses.isinf(), -torch.inf).amax(dim=1)
+        short = blocks[(reached < threshold) & losses.isinf().any(dim=1)]
+        _follow(inverse, weights, losses, short, cap, threshold, None)  # from the start: nothing of it is kept
+    return losses
 
 
 def increments(losses: Tensor) -> Tensor:
@@ -53,57 +53,57 @@ def compiled() -> bool:
     return find_spec("numba") is not None
 
 
-def _followed(inverse: Tensor, weights: Tensor, cap: int, limit: float, pattern: Pattern | None) -> Tensor:
-    """Losses of every block up to `cap` weights, and on while they are below `limit`; infinite beyond."""
+def _follow(
+    inverse: Tensor, weights: Tensor, losses: Tensor, blocks: Tensor, cap: int, limit: float, pattern: Pattern | None
+) -> None:
+    """Fill in the losses of some blocks up to `cap` weights, and on while they are below `limit`; infinite beyond."""
     if inverse.device.type == "cpu" and compiled():
-        return _on_cpu(inverse, weights, cap, limit, pattern)
-    return batched(inverse, weights, cap, limit, pattern)
+        _on_cpu(inverse, weights, losses, blocks, cap, limit, pattern)
+    elif len(blocks):
+        losses[blocks] = batched(inverse[blocks], weights[blocks], cap, limit, pattern)
 
 
-def _on_cpu(inverse: Tensor, weights: Tensor, cap: int, limit: float, pattern: Pattern | None) -> Tensor:
+def _on_cpu(
+    inverse: Tensor, weights: Tensor, losses: Tensor, blocks: Tensor, cap: int, limit: float, pattern: Pattern | None
+) -> None:
     from vitprune.criteria.greedy_kernel import eliminate_all  # importing numba takes a second
 
-    found = np.empty(tuple(weights.shape))
     matrices = inverse.double().contiguous().numpy()
     vectors = weights.detach().double().contiguous().numpy()
+    chosen, found = blocks.numpy(), losses.numpy()
     keep, every = pattern or (0, 0)
-    threads = min(torch.get_num_threads(), len(found))
-    edges = np.linspace(0, len(found), 4 * threads + 1 if threads > 1 else 2).astype(int).tolist()
+    threads = torch.get_num_threads()
+    edges = np.linspace(0, len(chosen), 4 * threads + 1 if threads > 1 else 2).astype(int).tolist()
 
     def piece(edge: Sequence[int]) -> None:
-        at = slice(edge[0], edge[1])
-        eliminate_all(matrices[at], vectors[at], found[at], cap, limit, keep, every)
+        eliminate_all(matrices, vectors, found, chosen[edge[0] : edge[1]], cap, limit, keep, every)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(piece, pairwise(edges)))
-    return torch.from_numpy(found)
 
 
 def batched(inverse: Tensor, weights: Tensor, cap: int, limit: float, pattern: Pattern | None = None) -> Tensor:
     """The same in torch, all blocks in step, on any device; for GPUs and where numba is missing."""
     w = weights.detach().double().clone()
-    diagonal = inverse.diagonal(dim1=1, dim2=2).double().clone()
+    variance = inverse.diagonal(dim1=1, dim2=2).double().clone()
     gone = w == 0
     found = torch.full_like(w, torch.inf).masked_fill(gone, 0.0)
-    level = torch.zeros_like(w[:, 0])
-    number = gone.sum(dim=1)
-    factor = torch.zeros(len(w), 0, w.shape[1], dtype=w.dtype, device=w.device)
+    level, number = torch.zeros_like(w[:, 0]), gone.sum(dim=1)
+    factor = torch.zeros_like(inverse, dtype=w.dtype)  # (blocks, steps, B)
     rows = torch.arange(len(w), device=w.device)
-    for _ in range(w.shape[1]):
-        costs = (w.square() / diagonal).masked_fill(gone | _full(gone, pattern), torch.inf)
+    for step in range(w.shape[1]):
+        costs = (w.square() / variance).masked_fill(gone | _full(gone, pattern), torch.inf)
         cost, place = costs.min(dim=1)
         going = cost.isfinite() & ((number < cap) | (level < limit))
         if not bool(going.any()):
             break
         level = torch.where(going, torch.maximum(level + cost / 2, torch.nextafter(level, level + 1)), level)
-        pivot = diagonal[rows, place].sqrt()
-        row = inverse[rows, place].double()
-        if factor.shape[1]:
-            row = row - torch.einsum("bs,bsq->bq", factor[rows, :, place], factor)
-        row = torch.where(going[:, None], row / pivot[:, None], 0.0)
+        before = torch.einsum("bs,bsq->bq", factor[rows, :step, place], factor[:, :step])
+        pivot = variance[rows, place].sqrt()
+        row = torch.where(going[:, None], (inverse[rows, place].double() - before) / pivot[:, None], 0.0)
         w -= (w[rows, place] / pivot)[:, None] * row
-        diagonal = (diagonal - row.square()).clamp_min(LEAST)
-        factor = torch.cat([factor, row[:, None]], dim=1)
+        variance = (variance - row.square()).clamp_min(LEAST)
+        factor[:, step] = row
         found[rows[going], place[going]] = level[going]
         gone[rows[going], place[going]] = True
         number += going

@@ -17,13 +17,15 @@ LEAST = 1e-300  # of a conditional variance that rounding has eaten up
 
 
 @njit(cache=True, nogil=True)
-def eliminate_all(inverse: Array, weights: Array, losses: Array, cap: int, limit: float, keep: int, every: int) -> None:
-    """Fill losses (blocks, B), Python's lock let go of; `every` is 0 where no run of weights has a limit."""
+def eliminate_all(
+    inverse: Array, weights: Array, losses: Array, blocks: Array, cap: int, limit: float, keep: int, every: int
+) -> None:
+    """Fill losses (all, B) of the `blocks`, Python's lock let go of; `every` is 0 where no run has a limit."""
     size = weights.shape[1]
     factor = np.empty((size, size))  # rows: steps; columns: weights in their present order
     state = np.empty((3, size))  # weights, conditional variances, a row of the inverse
     order, lost = np.empty(size, np.int64), np.empty(size, np.int64)
-    for block in range(len(weights)):
+    for block in blocks:
         count = _begin(inverse[block], weights[block], losses[block], state, order, lost, every)
         level, gone = 0.0, size - count
         for step in range(count):

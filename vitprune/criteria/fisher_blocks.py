@@ -12,7 +12,8 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.progress import track
 
-TOGETHER = 64  # blocks at a time, so that their matrices stay near the processor
+TOGETHER, FEW = 64, 16  # blocks at a time, so that their matrices and gradients stay near the processor
+STRIPS, WIDE = 4, 96  # of a block that is wide enough: what lies right of a strip's diagonal is not computed
 
 Worth = Callable[[Tensor, Tensor], Tensor]  # damped Fisher (blocks, B, B) and weights (blocks, B) -> losses (blocks, B)
 Solve = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same and what stays (blocks, B) -> new weights (blocks, B)
@@ -63,6 +64,7 @@ def collect(model: nn.Module, parts: Sequence[Part], batches: Batches, setting: 
         add(sums[part], values)
     number = number_of(batches, setting)
     for total in sums.values():
+        complete(total)
         total /= number
         total.diagonal(dim1=1, dim2=2).add_(damping(setting))
     return sums
@@ -74,18 +76,29 @@ def damping(setting: Setting) -> float:
 
 
 def add(total: Tensor, values: Tensor) -> None:
-    """Add the products of gradients (gradients, weights) to the sums (blocks, B, B) of their blocks.
+    """Add the products of gradients (gradients, weights) to the sums (blocks, B, B) of their blocks, in strips.
 
-    float32 would lose the damping as soon as it is a millionth of the largest entry, however the sum is formed.
+    What is right of the diagonal stays behind until `complete`. float32 would lose the damping as soon as it is a
+    millionth of the largest entry, however the sum is formed.
     """
     blocks, size, _ = total.shape
     lined = values.view(len(values), blocks, size)
     if size == 1:
         total += lined.double().square().sum(dim=0)[:, None]
         return
-    for at in range(0, blocks, TOGETHER):
-        rows = lined[:, at : at + TOGETHER].transpose(0, 1).double()  # (blocks, gradients, B)
-        total[at : at + TOGETHER].baddbmm_(rows.mT, rows)
+    few, strip = FEW if total.device.type == "cpu" else blocks, -(-size // STRIPS) if size >= WIDE else size
+    for at in range(0, blocks, few):
+        rows = lined[:, at : at + few].transpose(0, 1).double()  # (blocks, gradients, B)
+        for left in range(0, size, strip):
+            right = min(left + strip, size)
+            total[at : at + few, left:right, :right].baddbmm_(rows[:, :, left:right].mT, rows[:, :, :right])
+
+
+def complete(total: Tensor) -> None:
+    """Mirror what `add` has summed, so that the matrices (blocks, B, B) are symmetric."""
+    for at in range(0, len(total), TOGETHER):
+        few = total[at : at + TOGETHER]
+        few.copy_(few.tril() + few.tril(-1).mT)
 
 
 def inverse(fisher: Tensor) -> Tensor:
@@ -94,7 +107,7 @@ def inverse(fisher: Tensor) -> Tensor:
     Raises:
         BadInput: one has none, as it is not positive definite.
     """
-    return torch.cholesky_inverse(_factor(fisher))
+    return torch.cholesky_inverse(_factor(fisher)).mT  # symmetric, and so in rows, as the elimination reads it
 
 
 def losses(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, worth: Worth) -> Scores:

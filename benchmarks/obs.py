@@ -9,6 +9,7 @@ drawn: products of an output's slope and an input whose channels correlate, over
 benchmarks/results/obs.json and docs/results/obs.md.
 """
 
+import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,7 @@ def measured(work: Callable[[Tensor], Tensor], given: Tensor) -> tuple[float, in
         before = torch.cuda.memory_allocated()
         took = timed(lambda: work(given))
         return took, torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not hide what is taken now
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _resident("VmHWM")
     took = timed(lambda: work(given))

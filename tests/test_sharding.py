@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from team_worker import setting_of
 from test_stages import ORDER, project_in
 from tiny_models import batches
 from torch import nn
 
 from vitprune import BadInput, find_groups, sharding, stages
 from vitprune.criteria import DEFAULTS
+from vitprune.criteria.cap import ovit
 from vitprune.criteria.fisher import fisher
 from vitprune.criteria.weights import magnitude, taylor
 from vitprune.files import digest
@@ -103,6 +105,18 @@ def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_pat
     subprocess.run(command, env={**ONE_THREAD, "VITPRUNE_DEVICE": "cpu"}, check=True, timeout=120)
     assert {path: digest(path) for path in (project / "out" / "score").iterdir()} == written
     assert list((project / ".vitprune" / "partial").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["per-sample", "per-batch"])
+def test_two_processes_share_the_gradients_and_the_blocks(vit: nn.Module, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "scores.safetensors"
+    command = [*TOGETHER, str(HERE / "team_worker.py"), str(path), kind]
+    subprocess.run(command, env=ONE_THREAD, check=True, timeout=120)
+    expected = ovit(vit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind)).scores
+    found = load_file(path)
+    assert list(found) == sorted(expected)
+    for name, score in expected.items():
+        torch.testing.assert_close(found[name], score, rtol=1e-6, atol=0)
 
 
 def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:

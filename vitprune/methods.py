@@ -21,6 +21,7 @@ class Method:
     update: Updater | None = None  # the criterion's update, from the statistics that it has left
     settle: racing.Settle | None = None  # measures again where the criterion's scores leave in doubt who stays
     again: Again | None = None  # the same update from the images, where what it needs is too large to be left
+    collective: bool = False  # its criterion shares its work among processes by itself
 
     @property
     def additive(self) -> bool:
@@ -33,7 +34,7 @@ def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = Fal
 
 
 def _blockwise(criterion: Criterion, again: Again, about: str) -> Method:
-    return Method(criterion, {"weight": "global"}, ("weight",), True, about, again=again)
+    return Method(criterion, {"weight": "global"}, ("weight",), True, about, again=again, collective=True)
 
 
 def _structured(criterion: Criterion, about: str) -> Method:

@@ -15,29 +15,7 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
 from vitprune.models import read_weights, write_weights
 from vitprune.progress import track
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that score together: this one's number, and how many they are."""
-
-    rank: int = 0
-    size: int = 1
-
-    def gathered(self, vector: Tensor) -> list[Tensor]:
-        """The same vector (float64, on the CPU) of every process in their order; nothing but in the first."""
-        if self.size == 1:
-            return [vector]
-        room = [torch.empty_like(vector) for _ in range(self.size)] if self.rank == 0 else None
-        distributed.gather(vector, room)
-        return room or []
-
-    def told(self, number: int) -> int:
-        """A number of the first process, in every process."""
-        value = torch.tensor(number)
-        if self.size > 1:
-            distributed.broadcast(value, 0)
-        return int(value)
+from vitprune.team import Team
 
 
 @contextmanager
@@ -71,12 +49,15 @@ class Work:
         """Number of units."""
         return sum(group.units for group in self.groups)
 
-    def importance(self, model: nn.Module, additive: bool, directory: Path, mates: Team) -> Importance | None:
+    def importance(
+        self, model: nn.Module, additive: bool, directory: Path, mates: Team, collective: bool = False
+    ) -> Importance | None:
         """Scores over all batches, in the first process; None in the others.
 
         Additive ones are shared and resumed: in each round every process scores one batch, and the first adds the
         results in the order of the batches, so the sum is the same to the bit for any number of processes. After each
-        round it writes the sum under `directory`; what is there of the same work is taken up.
+        round it writes the sum under `directory`; what is there of the same work is taken up. A `collective` criterion
+        shares the work itself, by `setting.team`.
 
         Raises:
             BadInput: several processes are to share scores that are no sums over batches.
@@ -84,6 +65,9 @@ class Work:
         if additive:
             total = self._summed(model, directory, mates)
             return None if mates.rank else Importance(_by_group(self.groups, total))
+        if collective:
+            found = self.criterion(model, self.groups, self.batches, replace(self.setting, team=mates))
+            return None if mates.rank else found
         if mates.size > 1:
             raise BadInput(f"{self.criterion.__qualname__}: its scores are no sums over images; use one process")
         return self.criterion(model, self.groups, self.batches, self.setting)

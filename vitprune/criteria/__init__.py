@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from vitprune.groups import Group, Masks, Scores
+from vitprune.team import ALONE, Team
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # (images (B, C, H, W), labels (B,))
 Update = Callable[[Masks], dict[str, Tensor]]
@@ -23,6 +24,7 @@ class Setting:
     Of Fisher blocks: `block` weights each, at least; `damp` on the diagonal; as many `gradients`, None for one look at
     every image; each of one image (`per_sample`) or of the mean loss of `gradient_batch` images. `memory` bounds the
     matrices that are held. `pattern` is (N, M) where N of every M consecutive weights are to stay.
+    The processes of `team` share the gradients and the blocks.
     """
 
     seed: int = 0
@@ -37,6 +39,7 @@ class Setting:
     gradient_batch: int = 128
     per_sample: bool = True
     pattern: tuple[int, int] | None = None
+    team: Team = field(default=ALONE, repr=False, compare=False)
 
 
 DEFAULTS = Setting()

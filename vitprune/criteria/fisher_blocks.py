@@ -64,7 +64,7 @@ def collect(model: nn.Module, parts: Sequence[Part], batches: Batches, setting: 
         add(sums[part], values)
     number = number_of(batches, setting)
     for total in sums.values():
-        complete(total)
+        complete(setting.team.total(total))
         total /= number
         total.diagonal(dim1=1, dim2=2).add_(damping(setting))
     return sums
@@ -113,12 +113,15 @@ def inverse(fisher: Tensor) -> Tensor:
 def losses(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, worth: Worth) -> Scores:
     """What every weight is worth, by a function of its block; one float64 score per weight."""
     scores = {group.slices[0].param: torch.zeros(group.units, dtype=torch.float64) for group in groups}
-    for part, matrices in fisher:
+    team = fisher.setting.team
+    for number, (part, matrices) in enumerate(fisher):
+        if not team.mine(number):
+            continue
         weights = _weights(model, part)
         starts = range(0, part.blocks, _at_once(matrices))
         found = [worth(matrices[n : n + starts.step], weights[n : n + starts.step]) for n in starts]
         scores[part.param][part.start : part.stop] = torch.cat(found).flatten().cpu()
-    return {group.name: scores[group.slices[0].param].view(group.shape) for group in groups}
+    return {group.name: team.total(scores[group.slices[0].param]).view(group.shape) for group in groups}
 
 
 def updating(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, solve: Solve) -> Update:

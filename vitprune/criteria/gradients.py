@@ -43,7 +43,7 @@ def number_of(batches: Batches, setting: Setting) -> int:
 
 
 def gradients(model: nn.Module, parts: Sequence[Part], batches: Batches, setting: Setting) -> Iterator[Chunk]:
-    """All gradients by the weights of the parts, some at a time; a weight that is zero has none.
+    """The team's own share of the gradients by the weights of the parts, some at a time; a zero weight has none.
 
     The loss is the mean cross-entropy of an image, or of a batch of `gradient_batch` images; the model is in evaluation
     mode and computes in its own precision, never in TF32.
@@ -54,8 +54,10 @@ def gradients(model: nn.Module, parts: Sequence[Part], batches: Batches, setting
     number = number_of(batches, setting)
     device = next(model.parameters()).device
     masks = {part: _flat(model, part) != 0 for part in parts}
-    stream = images_of(batches, number if setting.per_sample else number * setting.gradient_batch, setting.seed)
-    take = _per_image if setting.per_sample else _per_batch
+    if setting.per_sample:
+        stream, take = images_of(batches, number, setting.seed, setting.team.mine), _per_image
+    else:
+        stream, take = images_of(batches, number * setting.gradient_batch, setting.seed), _per_batch
     with evaluating(model), frozen(model), exactly():
         for part, values in take(model, parts, ((x.to(device), y.to(device)) for x, y in stream), setting):
             yield part, values * masks[part]
@@ -150,18 +152,19 @@ def _per_batch(
     model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: Setting
 ) -> Iterator[Chunk]:
     held: list[dict[Part, Tensor]] = []
-    room = 0
+    room, number = 0, -1
     for images, labels in stream:
         while len(images):
             if not room:
+                room, number = setting.gradient_batch, number + 1
                 if len(held) == HELD:
                     yield from _stacked(held)
-                held.append({part: torch.zeros_like(_flat(model, part)) for part in parts})
-                room = setting.gradient_batch
+                if setting.team.mine(number):
+                    held.append({part: torch.zeros_like(_flat(model, part)) for part in parts})
             taken = min(room, len(images))
-            found = _slopes(model, parts, images[:taken], labels[:taken])
-            for part, slope in found.items():
-                held[-1][part] += slope * (taken / setting.gradient_batch)
+            if setting.team.mine(number):
+                for part, slope in _slopes(model, parts, images[:taken], labels[:taken]).items():
+                    held[-1][part] += slope * (taken / setting.gradient_batch)
             room, images, labels = room - taken, images[taken:], labels[taken:]
     yield from _stacked(held)
 

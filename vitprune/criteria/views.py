@@ -1,6 +1,6 @@
 """More images than there are: after the images as they are, random crops and mirrored ones, as in training."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,25 +10,27 @@ from vitprune.criteria import Batches
 from vitprune.errors import BadInput
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop, as timm draws them
-ONE_ROUND = 1 << 20  # apart, so that no two rounds of no two cycles draw the same
+ONE_SEED = 1 << 20  # batches apart, so that no two batches of no two cycles draw the same
 
 
-def images_of(batches: Batches, number: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def images_of(
+    batches: Batches, number: int, seed: int, mine: Callable[[int], bool] = lambda batch: True
+) -> Iterator[tuple[Tensor, Tensor]]:
     """So many images with labels, in batches: first all as they are, then again and again in random views.
+
+    Of them only the batches whose number is `mine`, counted over all turns.
 
     Raises:
         BadInput: more are wanted than there are, and they are no images that could be cropped.
     """
-    given, turn = 0, 0
+    given, place = 0, 0
     while given < number:
-        generator = torch.Generator().manual_seed(seed + ONE_ROUND * turn)
         for images, labels in batches:
-            if given >= number:
-                return
-            taken = images[: number - given]
-            yield (taken if turn == 0 else viewed(taken, generator)), labels[: len(taken)]
-            given += len(taken)
-        turn += 1
+            taken, first = images[: number - given], place < len(batches)
+            if mine(place) and len(taken):
+                generator = torch.Generator().manual_seed(seed * ONE_SEED + place)
+                yield (taken if first else viewed(taken, generator)), labels[: len(taken)]
+            given, place = given + len(taken), place + 1
 
 
 def viewed(images: Tensor, generator: torch.Generator) -> Tensor:

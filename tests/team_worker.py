@@ -1,4 +1,4 @@
-"""Scores a tiny model by CAP as one of several processes: team_worker.py FILE per-sample|per-batch."""
+"""Scores a tiny model by CAP as one of several processes: team_worker.py DIRECTORY."""
 
 import sys
 from dataclasses import replace
@@ -12,6 +12,8 @@ from vitprune.criteria import DEFAULTS, Setting
 from vitprune.criteria.cap import ovit
 from vitprune.models import write_weights
 
+KINDS = ("per-sample", "per-batch")
+
 
 def setting_of(kind: str) -> Setting:
     """Three looks at three batches, more than one portion of blocks."""
@@ -22,11 +24,13 @@ def setting_of(kind: str) -> Setting:
 def main() -> None:
     torch.set_num_threads(1)
     model = tiny("vit")
-    work = sharding.Work(ovit, find_groups(model, ["weight"])[:4], batches(model, 3), setting_of(sys.argv[2]))
+    directory, groups = Path(sys.argv[1]), find_groups(model, ["weight"])[:4]
     with sharding.team() as mates:
-        found = work.importance(model, False, Path(sys.argv[1]).parent, mates, collective=True)
-    if found is not None:
-        write_weights(found.scores, Path(sys.argv[1]))
+        for kind in KINDS:
+            work = sharding.Work(ovit, groups, batches(model, 3), setting_of(kind))
+            found = work.importance(model, False, directory / "partial", mates, collective=True)
+            if found is not None:
+                write_weights(found.scores, directory / f"{kind}.safetensors")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from vitprune.groups import Group, Scores
 from vitprune.models import read_weights, write_weights
 from vitprune.progress import track
 from vitprune.team import Team
+
+WRITE_EVERY = 300.0  # seconds between two writings of sums that may be gigabytes
 
 
 @contextmanager
@@ -66,7 +69,9 @@ class Work:
             total = self._summed(model, directory, mates)
             return None if mates.rank else Importance(_by_group(self.groups, total))
         if collective:
-            found = self.criterion(model, self.groups, self.batches, replace(self.setting, team=mates))
+            name = f"scores-{self._digest(model)}-{mates.rank}-of-{mates.size}"
+            own = replace(self.setting, team=mates, notes=Notebook(directory, name))
+            found = self.criterion(model, self.groups, self.batches, own)
             return None if mates.rank else found
         if mates.size > 1:
             raise BadInput(f"{self.criterion.__qualname__}: its scores are no sums over images; use one process")
@@ -107,6 +112,33 @@ class Work:
             sha.update(repr((tensor.shape, tensor.dtype)).encode())
             sha.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
         return sha.hexdigest()[:32]
+
+
+class Notebook:
+    """What one process has done so far, as files of one work's name in a directory."""
+
+    def __init__(self, directory: Path, name: str, every: float = WRITE_EVERY):
+        self._directory, self._name, self._every = directory, name, every
+        self._written = time.monotonic()
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """What was written under that name, empty where nothing was."""
+        return read_weights(self._path(name)) if self._path(name).exists() else {}
+
+    def due(self) -> bool:
+        """Whether the last writing is some minutes ago."""
+        return time.monotonic() - self._written >= self._every
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name; none: forget it."""
+        if tensors:
+            write_weights(tensors, self._path(name))
+        else:
+            self._path(name).unlink(missing_ok=True)
+        self._written = time.monotonic()
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{self._name}-{name}.safetensors"
 
 
 def finished(directory: Path) -> None:

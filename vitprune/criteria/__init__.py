@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -10,6 +11,19 @@ from vitprune.team import ALONE, Team
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # (images (B, C, H, W), labels (B,))
 Update = Callable[[Masks], dict[str, Tensor]]
+
+
+class Notes(Protocol):
+    """What is done so far, kept where a kill cannot reach it; by names that the criterion chooses."""
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """What was written under that name, empty where nothing was."""
+
+    def due(self) -> bool:
+        """Whether so much time has passed since the last writing that large things are worth it again."""
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name, in the place of what was there; none: forget it."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,7 @@ class Setting:
     Of Fisher blocks: `block` weights each, at least; `damp` on the diagonal; as many `gradients`, None for one look at
     every image; each of one image (`per_sample`) or of the mean loss of `gradient_batch` images. `memory` bounds the
     matrices that are held. `pattern` is (N, M) where N of every M consecutive weights are to stay.
-    The processes of `team` share the gradients and the blocks.
+    The processes of `team` share the gradients and the blocks; each has `notes` of its own, if it has any.
     """
 
     seed: int = 0
@@ -40,6 +54,7 @@ class Setting:
     per_sample: bool = True
     pattern: tuple[int, int] | None = None
     team: Team = field(default=ALONE, repr=False, compare=False)
+    notes: Notes | None = field(default=None, repr=False, compare=False)
 
 
 DEFAULTS = Setting()

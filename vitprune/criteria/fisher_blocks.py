@@ -44,30 +44,51 @@ class FisherBlocks:
         if self._kept:
             yield from self._kept.items()
             return
-        for portion in track(self.portions, "collecting Fisher blocks"):
-            found = collect(self.model, portion, self.batches, self.setting)
-            if len(self.portions) == 1:
-                self._kept = dict(found)
-            for part in portion:
-                yield part, found.pop(part)
+        for number in track(range(len(self.portions)), "collecting Fisher blocks"):
+            yield from self.portion(number)
+
+    def portion(self, number: int) -> Iterator[tuple[Part, Tensor]]:
+        """The parts of one portion with their matrices."""
+        if self._kept:
+            yield from self._kept.items()
+            return
+        found = collect(self.model, self.portions[number], self.batches, self.setting, f"fisher-{number}")
+        if len(self.portions) == 1:
+            self._kept = dict(found)
+        for part in self.portions[number]:
+            yield part, found.pop(part)
 
 
-def collect(model: nn.Module, parts: Sequence[Part], batches: Batches, setting: Setting) -> dict[Part, Tensor]:
-    """Damped Fisher blocks of some parts; (blocks, B, B) each.
+def collect(
+    model: nn.Module, parts: Sequence[Part], batches: Batches, setting: Setting, name: str = "fisher"
+) -> dict[Part, Tensor]:
+    """Damped Fisher blocks of some parts; (blocks, B, B) each. Sums that were noted under the name are taken up.
 
     A gradient of one image has `gradient_batch` times the variance of one of a batch, and the damping goes with it:
     masks and weights depend on their ratio alone.
     """
-    device = next(model.parameters()).device
-    sums = {part: torch.zeros(part.blocks, part.size, part.size, dtype=torch.float64, device=device) for part in parts}
-    for part, values in gradients(model, parts, batches, setting):
+    device, notes = next(model.parameters()).device, setting.notes
+    noted = notes.read(name) if notes else {}
+    done = int(noted["done"]) if noted else 0
+    sums = {}
+    for part in parts:
+        fresh = torch.zeros(part.blocks, part.size, part.size, dtype=torch.float64)
+        sums[part] = noted.get(_label(part), fresh).to(device)
+    for number, (part, values) in enumerate(gradients(model, parts, batches, setting, done), 1):
         add(sums[part], values)
+        if notes and number % len(parts) == 0 and notes.due():
+            rounds = torch.tensor(done + number // len(parts))
+            notes.write(name, {_label(part): total for part, total in sums.items()} | {"done": rounds})
     number = number_of(batches, setting)
     for total in sums.values():
         complete(setting.team.total(total))
         total /= number
         total.diagonal(dim1=1, dim2=2).add_(damping(setting))
     return sums
+
+
+def _label(part: Part) -> str:
+    return f"{part.param}/{part.start}"
 
 
 def damping(setting: Setting) -> float:
@@ -111,17 +132,36 @@ def inverse(fisher: Tensor) -> Tensor:
 
 
 def losses(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, worth: Worth) -> Scores:
-    """What every weight is worth, by a function of its block; one float64 score per weight."""
+    """What every weight is worth, by a function of its block; one float64 score per weight.
+
+    Portions whose scores all processes of the team have noted are not collected again.
+    """
+    team, notes = fisher.setting.team, fisher.setting.notes
     scores = {group.slices[0].param: torch.zeros(group.units, dtype=torch.float64) for group in groups}
-    team = fisher.setting.team
-    for number, (part, matrices) in enumerate(fisher):
-        if not team.mine(number):
-            continue
-        weights = _weights(model, part)
-        starts = range(0, part.blocks, _at_once(matrices))
-        found = [worth(matrices[n : n + starts.step], weights[n : n + starts.step]) for n in starts]
-        scores[part.param][part.start : part.stop] = torch.cat(found).flatten().cpu()
+    for number, parts in enumerate(track(fisher.portions, "collecting Fisher blocks")):
+        found = notes.read(f"scores-{number}") if notes else {}
+        if float(team.total(torch.tensor(float(bool(found))))) < team.size:
+            found = _own_losses(model, fisher, number, worth)
+            if notes:
+                notes.write(f"scores-{number}", found)
+                notes.write(f"fisher-{number}", {})
+        for part in parts:
+            scores[part.param][part.start : part.stop] = found[_label(part)]
     return {group.name: team.total(scores[group.slices[0].param]).view(group.shape) for group in groups}
+
+
+def _own_losses(model: nn.Module, fisher: FisherBlocks, portion: int, worth: Worth) -> dict[str, Tensor]:
+    """Losses of this process's own parts of a portion, zeros of the others; (weights,) each."""
+    found = {}
+    for number, (part, matrices) in enumerate(fisher.portion(portion)):
+        if fisher.setting.team.mine(number):
+            weights = _weights(model, part)
+            starts = range(0, part.blocks, _at_once(matrices))
+            pieces = [worth(matrices[n : n + starts.step], weights[n : n + starts.step]) for n in starts]
+            found[_label(part)] = torch.cat(pieces).flatten().cpu()
+        else:
+            found[_label(part)] = torch.zeros(part.stop - part.start, dtype=torch.float64)
+    return found
 
 
 def updating(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, solve: Solve) -> Update:

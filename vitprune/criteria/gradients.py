@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -42,11 +43,14 @@ def number_of(batches: Batches, setting: Setting) -> int:
     return found
 
 
-def gradients(model: nn.Module, parts: Sequence[Part], batches: Batches, setting: Setting) -> Iterator[Chunk]:
+def gradients(
+    model: nn.Module, parts: Sequence[Part], batches: Batches, setting: Setting, done: int = 0
+) -> Iterator[Chunk]:
     """The team's own share of the gradients by the weights of the parts, some at a time; a zero weight has none.
 
     The loss is the mean cross-entropy of an image, or of a batch of `gradient_batch` images; the model is in evaluation
-    mode and computes in its own precision, never in TF32.
+    mode and computes in its own precision, never in TF32. Every part comes once in a round; the first `done` rounds,
+    of a batch of images or of `HELD` gradients, are left out.
 
     Raises:
         BadInput: there are too few images, or a weight takes no part in the answer.
@@ -55,9 +59,11 @@ def gradients(model: nn.Module, parts: Sequence[Part], batches: Batches, setting
     device = next(model.parameters()).device
     masks = {part: _flat(model, part) != 0 for part in parts}
     if setting.per_sample:
-        stream, take = images_of(batches, number, setting.seed, setting.team.mine), _per_image
+        stream = images_of(batches, number, setting.seed, lambda place: _left(setting, place, done))
+        take = _per_image
     else:
-        stream, take = images_of(batches, number * setting.gradient_batch, setting.seed), _per_batch
+        stream = images_of(batches, number * setting.gradient_batch, setting.seed)
+        take = partial(_per_batch, done=done)
     with evaluating(model), frozen(model), exactly():
         for part, values in take(model, parts, ((x.to(device), y.to(device)) for x, y in stream), setting):
             yield part, values * masks[part]
@@ -72,6 +78,11 @@ def exactly() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _left(setting: Setting, number: int, done: int) -> bool:
+    """Whether a piece of work is this process's own, and not among the first that it has done before."""
+    return setting.team.mine(number) and number // setting.team.size >= done
 
 
 def _flat(model: nn.Module, part: Part) -> Tensor:
@@ -149,7 +160,7 @@ def _products(layer: nn.Module, part: Part, images: int, read: Tensor, slope: Te
 
 
 def _per_batch(
-    model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: Setting
+    model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: Setting, done: int
 ) -> Iterator[Chunk]:
     held: list[dict[Part, Tensor]] = []
     room, number = 0, -1
@@ -159,10 +170,10 @@ def _per_batch(
                 room, number = setting.gradient_batch, number + 1
                 if len(held) == HELD:
                     yield from _stacked(held)
-                if setting.team.mine(number):
+                if _left(setting, number, done * HELD):
                     held.append({part: torch.zeros_like(_flat(model, part)) for part in parts})
             taken = min(room, len(images))
-            if setting.team.mine(number):
+            if _left(setting, number, done * HELD):
                 for part, slope in _slopes(model, parts, images[:taken], labels[:taken]).items():
                     held[-1][part] += slope * (taken / setting.gradient_batch)
             room, images, labels = room - taken, images[taken:], labels[taken:]

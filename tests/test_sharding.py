@@ -4,18 +4,21 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from team_worker import KINDS, setting_of
 from test_stages import ORDER, project_in
 from tiny_models import batches
 from torch import nn
 
 from vitprune import BadInput, find_groups, sharding, stages
-from vitprune.criteria import DEFAULTS
+from vitprune.criteria import DEFAULTS, fisher_blocks, gradients
+from vitprune.criteria.cap import ovit
 from vitprune.criteria.fisher import fisher
 from vitprune.criteria.weights import magnitude, taylor
 from vitprune.files import digest
@@ -103,6 +106,47 @@ def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_pat
     subprocess.run(command, env={**ONE_THREAD, "VITPRUNE_DEVICE": "cpu"}, check=True, timeout=120)
     assert {path: digest(path) for path in (project / "out" / "score").iterdir()} == written
     assert list((project / ".vitprune" / "partial").iterdir()) == []
+
+
+def test_two_processes_share_the_gradients_and_the_blocks(vit: nn.Module, tmp_path: Path) -> None:
+    command = [*TOGETHER, str(HERE / "team_worker.py"), str(tmp_path)]
+    subprocess.run(command, env=ONE_THREAD, check=True, timeout=120)
+    for kind in KINDS:
+        expected = ovit(vit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind)).scores
+        found = load_file(tmp_path / f"{kind}.safetensors")
+        assert list(found) == sorted(expected)
+        for name, score in expected.items():
+            torch.testing.assert_close(found[name], score, rtol=1e-6, atol=0)
+    sharding.finished(tmp_path / "partial")
+    assert list((tmp_path / "partial").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_broken_off_anywhere_are_taken_up(
+    vit: nn.Module, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start gets a few additions further, and at the end all is as if nothing had happened."""
+    work = sharding.Work(ovit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind))
+    monkeypatch.setattr(sharding.Notebook, "due", lambda notebook: True)
+    monkeypatch.setattr(gradients, "HELD", 1)
+    expected = ovit(vit, work.groups, work.batches, work.setting).scores
+    left, add = [0], fisher_blocks.add
+
+    def breaking(total: torch.Tensor, values: torch.Tensor) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        add(total, values)
+
+    monkeypatch.setattr(fisher_blocks, "add", breaking)
+    starts, found = 0, None
+    while found is None:
+        left[0], starts = 7, starts + 1
+        assert starts < 30
+        with suppress(KeyboardInterrupt):
+            found = work.importance(vit, False, tmp_path, sharding.Team(), collective=True)
+    assert starts > 3
+    assert all(torch.equal(found.scores[name], score) for name, score in expected.items())
 
 
 def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:

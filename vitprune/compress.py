@@ -157,7 +157,9 @@ def _judged(
     statistics: Statistics | None,
 ) -> Importance:
     """Scores and update of a cycle; where the masks are chosen, only the update, from statistics if there are any."""
-    update = plan.row.update
+    update, again = plan.row.update, plan.row.again
+    if chosen and again is not None:
+        return Importance({}, again(model, groups, batches, plan.setting_of(number)))
     if chosen and update is None:
         return Importance({})
     if chosen and update is not None and statistics:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitprune.criteria import Criterion, Updater, corp, exact, fisher, kl, obs, racing, weights
+from vitprune.criteria import Again, Criterion, Updater, cap, corp, exact, fastcap, fisher, kl, obs, racing, weights
 from vitprune.errors import BadInput
 
 ADDITIVE = (weights.taylor, kl.literal, exact.exact, fisher.fisher)
@@ -20,6 +20,8 @@ class Method:
     about: str
     update: Updater | None = None  # the criterion's update, from the statistics that it has left
     settle: racing.Settle | None = None  # measures again where the criterion's scores leave in doubt who stays
+    again: Again | None = None  # the same update from the images, where what it needs is too large to be left
+    collective: bool = False  # its criterion shares its work among processes by itself
 
     @property
     def additive(self) -> bool:
@@ -29,6 +31,10 @@ class Method:
 
 def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = False) -> Method:
     return Method(criterion, {"weight": scope}, ("weight",), free_scope, about)
+
+
+def _blockwise(criterion: Criterion, again: Again, about: str) -> Method:
+    return Method(criterion, {"weight": "global"}, ("weight",), True, about, again=again, collective=True)
 
 
 def _structured(criterion: Criterion, about: str) -> Method:
@@ -49,6 +55,34 @@ METHODS: dict[str, Method] = {
     "dimap": _single(weights.energy, "module", "data-free, module-aware: qkv, proj, mlp (He & Zhou, ICLR 2024)"),
     "taylor": _single(weights.taylor, "global", "first-order change of the loss (Molchanov et al., CVPR 2019)"),
     "n:m": _single(weights.magnitude, "2:4", "N of every M consecutive weights stay", free_scope=True),
+    "ovit": _blockwise(
+        cap.ovit, cap.joint, "greedy second-order elimination in blocks, and the update (CAP, NeurIPS 2023); also N:M"
+    ),
+    "ovit-increments": _blockwise(
+        cap.ovit_increments,
+        cap.joint,
+        "the same elimination, ranked by what each weight adds to its block's loss (ours)",
+    ),
+    "woodfisher": _blockwise(
+        cap.woodfisher, cap.independent, "what a weight costs alone, and the sum of single updates (NeurIPS 2020)"
+    ),
+    "woodfisher-joint": _blockwise(
+        cap.with_joint(cap.woodfisher), cap.joint, "the masks of woodfisher, and the update of ovit"
+    ),
+    "fisher-diagonal": _single(
+        cap.fisher_diagonal, "global", "squared weight times the diagonal of Fisher: ovit in blocks of one", True
+    ),
+    "fastcap": Method(
+        fastcap.fastcap,
+        {"weight": "layer"},
+        ("weight",),
+        True,
+        "one Fisher matrix per layer, its update from left to right (CAP, algorithm 2, as intended)",
+        fastcap.compensating,
+    ),
+    "magnitude-obs": _blockwise(
+        cap.with_joint(weights.magnitude), cap.joint, "smallest weights, and the update of ovit for the rest"
+    ),
     "channel-magnitude": _structured(
         weights.magnitude, "units whose rows have the least L2 norm (Li et al., ICLR 2017)"
     ),
@@ -112,6 +146,11 @@ CRITERIA: dict[str, Criterion] = {
     "kl-fisher": fisher.fisher,
     "unit-obs": obs.unit_obs,
     "corp": corp.corp,
+    "ovit": cap.ovit,
+    "ovit-increments": cap.ovit_increments,
+    "woodfisher": cap.woodfisher,
+    "fisher-diagonal": cap.fisher_diagonal,
+    "fastcap": fastcap.fastcap,
 }
 
 

@@ -98,6 +98,8 @@ class Score(Section):
     """How scoring runs: images per batch, memory of the candidates in flight (MiB), gradients per image.
 
     `autocast` runs Fisher's passes in bfloat16; `confidence` is that of the kept set where scores are estimated first.
+    Fisher blocks of single weights: `block`, `damp`, `gradients` (null: every image once), and whether a gradient is of
+    one image (`per_sample`) or of the mean loss of `gradient_batch` images; `memory_mb` bounds the matrices held.
     """
 
     batch_size: Count = 64
@@ -105,6 +107,11 @@ class Score(Section):
     classes: Count = 8
     autocast: bool = False
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
+    block: Count = 192
+    damp: Annotated[float, Field(gt=0)] = 1e-8
+    gradients: Count | None = None
+    gradient_batch: Count = 128
+    per_sample: bool = True
 
 
 class Schedule(Section):

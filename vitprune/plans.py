@@ -10,7 +10,7 @@ from vitprune.errors import BadInput
 from vitprune.methods import Method, method_named
 from vitprune.params import Params, Schedule
 from vitprune.schedule import spans, sparsities
-from vitprune.select import SCOPES, sparsity_of
+from vitprune.select import SCOPES, pattern_of, sparsity_of
 from vitprune.targets import check, relative
 
 Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
@@ -40,8 +40,9 @@ class Plan:
         return method_named(self.method)
 
     def setting_of(self, cycle: int) -> Setting:
-        """How the cycle of that number scores: every one has a seed of its own."""
-        return replace(self.setting, seed=self.setting.seed + cycle)
+        """How the cycle of that number scores: every one has a seed of its own, and N:M is known beforehand."""
+        pattern = pattern_of(self.scope_of("weight")) if "weight" in self.sparsity else None
+        return replace(self.setting, seed=self.setting.seed + cycle, pattern=pattern)
 
     def scope_of(self, kind: str) -> str:
         """Who competes among the units of a kind; attention channels inside their head, or all for the MACs."""
@@ -174,4 +175,15 @@ def plan_of(params: Params) -> Plan:
 def _setting(params: Params) -> Setting:
     """How criteria run."""
     s = params.score
-    return Setting(params.seed, s.memory_mb << 20, s.classes, s.autocast, s.confidence)
+    return Setting(
+        seed=params.seed,
+        memory=s.memory_mb << 20,
+        classes=s.classes,
+        autocast=s.autocast,
+        confidence=s.confidence,
+        block=s.block,
+        damp=s.damp,
+        gradients=s.gradients,
+        gradient_batch=s.gradient_batch,
+        per_sample=s.per_sample,
+    )

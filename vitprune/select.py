@@ -47,9 +47,9 @@ def select(
     """
     _refuse_outside(sparsity)
     ranked = {name: _ranked(name, score, previous, keep_at_least) for name, score in scores.items()}
-    pattern = N_OF_M.fullmatch(scope)
+    pattern = pattern_of(scope)
     if pattern:
-        masks = {name: _n_of_m(name, s, int(pattern[1]), int(pattern[2]), sparsity) for name, s in ranked.items()}
+        masks = {name: _n_of_m(name, s, *pattern, sparsity) for name, s in ranked.items()}
     else:
         masks = _settled(ranked, contests(scores, sparsity, scope, groups, previous, keep_at_least))
     if previous is not None:
@@ -151,8 +151,14 @@ def sparsity_of(scope: str) -> float | None:
     Raises:
         BadInput: N is not between 1 and M - 1.
     """
-    pattern = N_OF_M.fullmatch(scope)
-    return 1 - _stay(int(pattern[1]), int(pattern[2])) if pattern else None
+    pattern = pattern_of(scope)
+    return 1 - _stay(*pattern) if pattern else None
+
+
+def pattern_of(scope: str) -> tuple[int, int] | None:
+    """N and M of a scope N:M, None for any other."""
+    found = N_OF_M.fullmatch(scope)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _stay(n: int, m: int) -> float:

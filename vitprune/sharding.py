@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,29 +16,9 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
 from vitprune.models import read_weights, write_weights
 from vitprune.progress import track
+from vitprune.team import Team
 
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that score together: this one's number, and how many they are."""
-
-    rank: int = 0
-    size: int = 1
-
-    def gathered(self, vector: Tensor) -> list[Tensor]:
-        """The same vector (float64, on the CPU) of every process in their order; nothing but in the first."""
-        if self.size == 1:
-            return [vector]
-        room = [torch.empty_like(vector) for _ in range(self.size)] if self.rank == 0 else None
-        distributed.gather(vector, room)
-        return room or []
-
-    def told(self, number: int) -> int:
-        """A number of the first process, in every process."""
-        value = torch.tensor(number)
-        if self.size > 1:
-            distributed.broadcast(value, 0)
-        return int(value)
+WRITE_EVERY = 300.0  # seconds between two writings of sums that may be gigabytes
 
 
 @contextmanager
@@ -71,12 +52,15 @@ class Work:
         """Number of units."""
         return sum(group.units for group in self.groups)
 
-    def importance(self, model: nn.Module, additive: bool, directory: Path, mates: Team) -> Importance | None:
+    def importance(
+        self, model: nn.Module, additive: bool, directory: Path, mates: Team, collective: bool = False
+    ) -> Importance | None:
         """Scores over all batches, in the first process; None in the others.
 
         Additive ones are shared and resumed: in each round every process scores one batch, and the first adds the
         results in the order of the batches, so the sum is the same to the bit for any number of processes. After each
-        round it writes the sum under `directory`; what is there of the same work is taken up.
+        round it writes the sum under `directory`; what is there of the same work is taken up. A `collective` criterion
+        shares the work itself, by `setting.team`.
 
         Raises:
             BadInput: several processes are to share scores that are no sums over batches.
@@ -84,6 +68,11 @@ class Work:
         if additive:
             total = self._summed(model, directory, mates)
             return None if mates.rank else Importance(_by_group(self.groups, total))
+        if collective:
+            name = f"scores-{self._digest(model)}-{mates.rank}-of-{mates.size}"
+            own = replace(self.setting, team=mates, notes=Notebook(directory, name))
+            found = self.criterion(model, self.groups, self.batches, own)
+            return None if mates.rank else found
         if mates.size > 1:
             raise BadInput(f"{self.criterion.__qualname__}: its scores are no sums over images; use one process")
         return self.criterion(model, self.groups, self.batches, self.setting)
@@ -123,6 +112,33 @@ class Work:
             sha.update(repr((tensor.shape, tensor.dtype)).encode())
             sha.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
         return sha.hexdigest()[:32]
+
+
+class Notebook:
+    """What one process has done so far, as files of one work's name in a directory."""
+
+    def __init__(self, directory: Path, name: str, every: float = WRITE_EVERY):
+        self._directory, self._name, self._every = directory, name, every
+        self._written = time.monotonic()
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """What was written under that name, empty where nothing was."""
+        return read_weights(self._path(name)) if self._path(name).exists() else {}
+
+    def due(self) -> bool:
+        """Whether the last writing is some minutes ago."""
+        return time.monotonic() - self._written >= self._every
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name; none: forget it."""
+        if tensors:
+            write_weights(tensors, self._path(name))
+        else:
+            self._path(name).unlink(missing_ok=True)
+        self._written = time.monotonic()
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{self._name}-{name}.safetensors"
 
 
 def finished(directory: Path) -> None:

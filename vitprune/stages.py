@@ -92,7 +92,7 @@ def score(params: Params) -> None:
         model = models.load(OUT / "dense").to(_device())
         groups = merge_heads(model, find_groups(model, kinds_of(params)), plan.heads)
         work = sharding.Work(plan.row.criterion, groups, _calibration(model, params), plan.setting_of(1))
-        found = work.importance(model, plan.row.additive, PARTIAL, mates)
+        found = work.importance(model, plan.row.additive, PARTIAL, mates, plan.row.collective)
     if found is None:  # the first process has them
         return
     write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, found))

@@ -2,13 +2,28 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from vitprune.groups import Group, Masks, Scores
+from vitprune.team import ALONE, Team
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # (images (B, C, H, W), labels (B,))
 Update = Callable[[Masks], dict[str, Tensor]]
+
+
+class Notes(Protocol):
+    """What is done so far, kept where a kill cannot reach it; by names that the criterion chooses."""
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """What was written under that name, empty where nothing was."""
+
+    def due(self) -> bool:
+        """Whether so much time has passed since the last writing that large things are worth it again."""
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name, in the place of what was there; none: forget it."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +34,11 @@ class Setting:
     image's answer (half in its leading directions, half in random ones), `autocast` lets forward and backward
     passes run in bfloat16, `confidence` is the expected share of a kept set that is exact. `first` is the position of
     the first image among all images, where the batches are a part of them.
+
+    Of Fisher blocks: `block` weights each, at least; `damp` on the diagonal; as many `gradients`, None for one look at
+    every image; each of one image (`per_sample`) or of the mean loss of `gradient_batch` images. `memory` bounds the
+    matrices that are held. `pattern` is (N, M) where N of every M consecutive weights are to stay.
+    The processes of `team` share the gradients and the blocks; each has `notes` of its own, if it has any.
     """
 
     seed: int = 0
@@ -27,6 +47,14 @@ class Setting:
     autocast: bool = False
     confidence: float = 0.99
     first: int = 0
+    block: int = 192
+    damp: float = 1e-8
+    gradients: int | None = None
+    gradient_batch: int = 128
+    per_sample: bool = True
+    pattern: tuple[int, int] | None = None
+    team: Team = field(default=ALONE, repr=False, compare=False)
+    notes: Notes | None = field(default=None, repr=False, compare=False)
 
 
 DEFAULTS = Setting()
@@ -50,3 +78,4 @@ class Importance:
 Statistics = dict[str, Tensor]  # float64 sums over images, by "path of a layer/what"
 Updater = Callable[[nn.Module, Sequence[Group], Statistics], Update]  # the update from what was summed before
 Criterion = Callable[[nn.Module, Sequence[Group], Batches, Setting], Importance]
+Again = Callable[[nn.Module, Sequence[Group], Batches, Setting], Update]  # the update alone, from the images

@@ -56,13 +56,13 @@ class Goal:
 
 GOALS = (
     Goal("25 % of FFN", {"ffn": 0.25}, wanted=78.0),
-    Goal("50 % of FFN", {"ffn": 0.5}, wanted=73.0, deep=True),
+    Goal("50 % of FFN", {"ffn": 0.5}, wanted=73.0),
     Goal("70 % of FFN", {"ffn": 0.7}, wanted=52.0, deep=True),
     Goal("25 % of attention", {"attention": 0.25}, wanted=79.8),
     Goal("50 % of attention", {"attention": 0.5}, wanted=75.0),
     Goal("10 % of residual", {"residual": 0.1}),
     Goal("0.85x MACs", macs=0.85),
-    Goal("0.7x MACs", macs=0.7, wanted=77.5, deep=True),
+    Goal("0.7x MACs", macs=0.7, wanted=77.5),
     Goal("0.5x MACs", macs=0.5, wanted=62.0, deep=True),
 )
 

@@ -11,8 +11,10 @@ from torch import nn
 
 from vitprune import BadInput, find_groups, prune, select
 from vitprune.criteria import DEFAULTS, cap
+from vitprune.criteria.blocks import parts_of
 from vitprune.criteria.fastcap import fastcap
 from vitprune.criteria.fisher_blocks import together
+from vitprune.groups import Group, ParamSlice
 
 
 @pytest.mark.parametrize("method", ["ovit", "woodfisher", "magnitude-obs", "fastcap", "fisher-diagonal"])
@@ -68,3 +70,11 @@ def test_what_cannot_be_is_refused(vit: nn.Module) -> None:
         vit.blocks[1].mlp.fc2.weight[0, 0] = torch.nan
     with pytest.raises(BadInput, match=r"score"):
         prune(vit, "ovit", 0.5, batches(vit))
+
+
+def test_runs_that_are_apart_in_memory_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    group = Group("0.weight", "weight", (4, 4, 3, 3), (ParamSlice("0.weight", None),))
+    with pytest.raises(BadInput, match=r"^0.weight: its runs of 4 input channels are apart in memory \(kernel 3x3\)"):
+        parts_of(model, [group], 16, 4)
+    assert parts_of(model, [group], 16)[0].size == 16

@@ -47,7 +47,8 @@ def parts_of(model: nn.Module, groups: Sequence[Group], wanted: int, multiple: i
     """All weights of groups of single weights, each as one part.
 
     Raises:
-        BadInput: a group is not one of single weights, or its rows cannot be divided into runs of `multiple`.
+        BadInput: a group is not one of single weights, or its rows cannot be divided into runs of `multiple`,
+            or these are not neighbours.
     """
     found = []
     for group in groups:
@@ -55,6 +56,11 @@ def parts_of(model: nn.Module, groups: Sequence[Group], wanted: int, multiple: i
             raise BadInput(f"{group.name}: blocks are of single weights, not of kind {group.kind!r}")
         weight = model.get_parameter(group.slices[0].param)
         row = weight[0].numel()
+        if multiple > 1 and row != weight.shape[1]:
+            raise BadInput(
+                f"{group.name}: its runs of {multiple} input channels are apart in memory (kernel "
+                f"{'x'.join(map(str, weight.shape[2:]))}), and blocks are of neighbours; use method n:m here"
+            )
         if row % multiple:
             raise BadInput(
                 f"{group.name}: rows of {row} weights cannot be divided into runs of {multiple}; leave it out"

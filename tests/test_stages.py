@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -105,6 +106,17 @@ def test_up_vits_merges_heads_and_the_model_loads_in_plain_timm(finish):
     assert json.loads((project / "metrics/export.json").read_text())["timm"]["loads_plain_timm"] is True
     table = pq.read_table(project / "out/mask/sparsity.parquet").to_pylist()
     assert {row["kind"]: row["kept"] for row in table} == {"ffn": 96, "attention": 24, "residual": 24}
+
+
+def test_a_cycle_shows_the_scores_that_chose_its_masks_and_what_a_correction_did(finish):
+    one = {"cycles": 1, "recover": None, "correct": True}
+    project = finish("settled", until="prune", method="upvits", sparsity=0.5, **one)
+    settled = load_file(project / "out/mask/scores.safetensors")
+    assert any(not torch.equal(settled[n], s) for n, s in load_file(project / "out/score/scores.safetensors").items())
+    shown = pq.read_table(project / "out/cycles/01/scores.parquet").to_pylist()
+    assert {row["group"]: row["max"] for row in shown} == {name: float(s.max()) for name, s in settled.items()}
+    corrected = json.loads((project / "out/cycles/01/metrics.json").read_text())["corrected"]
+    assert corrected["nats_after"] <= corrected["nats_before"]
 
 
 def test_one_shot_n_of_m_leaves_two_of_every_four(finish):

@@ -127,6 +127,9 @@ def mask(params: Params) -> None:
     masks = choose(settled.scores, groups, plan, target, costs=costs)
     facts: dict[str, Any] = {"target": dict(target), "cost": cost_of(masks, plan, 1, costs)}
     facts |= {"settled": dict(settled.facts) or None} | write_masks(OUT / "mask", groups, masks)
+    (OUT / "mask" / SCORES).unlink(missing_ok=True)
+    if settled.facts:
+        models.write_weights(settled.scores, OUT / "mask" / SCORES)
     write_json(METRICS / "mask.json", facts)
 
 
@@ -147,7 +150,7 @@ def prune(params: Params) -> None:
         if recover is not None:
             runs.recover(model, cycle, plan, params, history, evaluate, memory)
             now = evaluate()
-        scores = cycle.scores or _scores()
+        scores = cycle.scores or _settled_scores()
         rows.append(write_cycle(OUT / "cycles", cycle, scores, model, before["top1"], now["top1"]))
     history.close(PLOTS / "prune.csv")
     write_csv(PLOTS / "cycles.csv", rows)
@@ -252,6 +255,12 @@ def _latencies(pair: dict[str, nn.Module], example: Tensor, runs: int) -> dict[s
 
 def _scores() -> Scores:
     return models.read_weights(OUT / "score" / SCORES)
+
+
+def _settled_scores() -> Scores:
+    """The scores that chose the first masks: those of the mask stage, where it has measured again."""
+    own = OUT / "mask" / SCORES
+    return models.read_weights(own) if own.exists() else _scores()
 
 
 def _held_at_end(dense: nn.Module, params: Params) -> Held | None:

@@ -161,7 +161,7 @@ def test_a_model_with_too_few_classes(project, refuse):
 
 
 def test_an_unsupported_model_is_refused_by_name(refuse):
-    assert "ResNet: this model is not supported yet" in refuse("inspect", "resnet18")
+    assert "RegNet: this model is not supported yet" in refuse("inspect", "regnetx_002")
 
 
 def test_a_module_that_is_not_understood_is_named(project, refuse):

@@ -28,8 +28,10 @@ def test_scores_are_energy_times_both_norms() -> None:
     block = model.get_submodule(group.slices[0].param.rsplit(".", 2)[0])
     seen = []
     handle = block.get_submodule("fc2").register_forward_hook(lambda module, given, output: seen.append(given[0]))
-    found = corp(model, [group], batches(model), DEFAULTS).scores[group.name]
+    for images, _ in batches(model):
+        answer(model, images)
     handle.remove()
+    found = corp(model, [group], batches(model), DEFAULTS).scores[group.name]
     energy = torch.cat([rows.flatten(0, 1) for rows in seen]).double().square().mean(dim=0)
     fc1, fc2 = (block.get_parameter(f"{layer}.weight").double() for layer in ("fc1", "fc2"))
     torch.testing.assert_close(found, energy * fc1.norm(dim=1) * fc2.norm(dim=0), rtol=1e-5, atol=0)

@@ -8,7 +8,7 @@ from oracles import kl, lamp, literal_vit, naive_masks
 from tiny_models import answer, batches, images, same_state, state, tiny
 from torch.nn import functional as F
 
-from vitprune import CRITERIA, BadInput, find_groups, score, select
+from vitprune import CRITERIA, METHODS, BadInput, find_groups, score, select
 from vitprune.criteria import weights as by_weights
 from vitprune.groups import Group, ParamSlice
 
@@ -220,7 +220,8 @@ def test_kl_of_a_unit_that_does_nothing_is_zero() -> None:
 def test_a_criterion_leaves_the_model_as_it_was(vit: torch.nn.Module, criterion: str, training: bool) -> None:
     vit.train(training)
     before = state(vit)
-    groups = find_groups(vit, [KINDS.get(criterion, "ffn")])
+    kinds = {name: row.kinds[0] for name, row in METHODS.items()} | KINDS
+    groups = find_groups(vit, [kinds.get(criterion, "ffn")])
     data = batches(vit)
     found = score(vit, groups, criterion, data)
     assert not any(images.requires_grad for images, _ in data)

@@ -1,6 +1,8 @@
 """Fisher scores against autograd on explicit gates, against literal removal, and on the real DeiT-Tiny."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,3 +243,12 @@ def real_inputs(real_deit: nn.Module, real_data: Path) -> Tensor:
 def spearman(one: Tensor, other: Tensor) -> float:
     ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
     return float(torch.corrcoef(ranks)[0, 1])
+
+
+def test_a_forward_pass_is_let_go_of(vit: nn.Module) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    vit.get_submodule("head").register_forward_hook(lambda module, given, output: seen.append(weakref.ref(output)))
+    fisher(vit, find_groups(vit, ["ffn", "attention", "residual"]), batches(vit), DEFAULTS)
+    gc.collect()
+    assert len(seen) == 4
+    assert all(ref() is None for ref in seen)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice
@@ -47,6 +48,7 @@ class Tape:
     sources: list[Tensor] = field(default_factory=list)  # where backward passes may end
     found: dict[Probe, Tensor] = field(default_factory=dict)  # derivatives by channel, (B, channels)
     last: list[tuple[nn.Linear, Tensor]] = field(default_factory=list)  # the last Linear layer, what it gave
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def watch(self, probe: Probe, tensor: Tensor, reader: Reader) -> Tensor:
         """The same values, whose gradients are read from now on."""
@@ -54,8 +56,15 @@ class Tape:
         own = tensor.view_as(tensor) if known else tensor.detach().requires_grad_()
         if not known:
             self.sources.append(own)
-        own.register_hook(lambda gradient: self._add(probe, reader(gradient)))  # type: ignore[no-untyped-call]
+        hook = own.register_hook(lambda gradient: self._add(probe, reader(gradient)))  # type: ignore[no-untyped-call]
+        self.hooks.append(hook)
         return own
+
+    def forget(self) -> None:
+        """Let go of the forward pass: its graph holds hooks that hold this tape, a ring that no collector sees."""
+        for hook in self.hooks:
+            hook.remove()
+        self.sources, self.found, self.last = [], {}, []
 
     def _add(self, probe: Probe, value: Tensor) -> None:
         if probe in self.found:  # its two gradients would need a sum, and its two inputs different values
@@ -166,6 +175,7 @@ def watching(model: nn.Module, gates: Sequence[Gate], images: int) -> Iterator[T
     """While this is open, a forward pass over so many images sends its gradients to the tape."""
     tape = Tape(images)
     with ExitStack() as stack:
+        stack.callback(tape.forget)
         for path, what in dict.fromkeys(gate.probe for gate in gates):
             module, probe = model.get_submodule(path), (path, what)
             if what == "input":

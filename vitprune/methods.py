@@ -3,7 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitprune.criteria import Again, Criterion, Updater, cap, corp, exact, fastcap, fisher, kl, obs, racing, weights
+from vitprune.criteria import (
+    Again,
+    Criterion,
+    Updater,
+    cap,
+    corp,
+    exact,
+    fastcap,
+    fisher,
+    kl,
+    obc,
+    obs,
+    racing,
+    weights,
+)
 from vitprune.errors import BadInput
 
 ADDITIVE = (weights.taylor, kl.literal, exact.exact, fisher.fisher)
@@ -80,6 +94,14 @@ METHODS: dict[str, Method] = {
         "one Fisher matrix per layer, its update from left to right (CAP, algorithm 2, as intended)",
         fastcap.compensating,
     ),
+    "obc": Method(
+        obc.obc,
+        {"weight": "global"},
+        ("weight",),
+        True,
+        "rows eliminated by what they read and solved anew (Optimal Brain Compression, NeurIPS 2022); also N:M",
+        obc.solving,
+    ),
     "magnitude-obs": _blockwise(
         cap.with_joint(weights.magnitude), cap.joint, "smallest weights, and the update of ovit for the rest"
     ),
@@ -151,6 +173,7 @@ CRITERIA: dict[str, Criterion] = {
     "woodfisher": cap.woodfisher,
     "fisher-diagonal": cap.fisher_diagonal,
     "fastcap": fastcap.fastcap,
+    "obc": obc.obc,
 }
 
 

@@ -64,7 +64,7 @@ def refit(weight: Tensor, halves: Tensor, kept: Tensor, constant: bool, basis: T
 def damped(inputs: Tensor, ridge: float) -> Tensor:
     """Second moment with a ridge relative to its mean diagonal; the constant's own is next to nothing."""
     mean = float(inputs.diagonal()[:-1].mean())
-    extra = torch.full((len(inputs),), max(ridge * mean, 1e-300), dtype=torch.float64)
+    extra = torch.full_like(inputs[0], max(ridge * mean, 1e-300))
     extra[-1] = 1e-9 * float(inputs[-1, -1])
     return inputs + torch.diag(extra)
 

@@ -3,14 +3,13 @@
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
-from vitprune.criteria import Batches, Setting
+from vitprune.criteria import Batches, Setting, places
 from vitprune.criteria.blocks import Part
 from vitprune.criteria.views import images_of
 from vitprune.errors import BadInput
@@ -93,7 +92,7 @@ def _per_image(
     model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: Setting
 ) -> Iterator[Chunk]:
     owners = {part.param: model.get_submodule(part.param.rpartition(".")[0]) for part in parts}
-    plain = [param for param, owner in owners.items() if _is_plain(owner, param)]
+    plain = [param for param, owner in owners.items() if param.endswith(".weight") and places.plain(owner)]
     others = [part for part in parts if part.param not in plain]
     for images, labels in stream:
         calls = _run(model, {param: owners[param] for param in plain}, images, labels)
@@ -104,14 +103,6 @@ def _per_image(
         if others:
             ones = zip(images[:, None], labels[:, None], strict=True)
             yield from _stacked([_slopes(model, others, image, label) for image, label in ones])
-
-
-def _is_plain(layer: nn.Module, param: str) -> bool:
-    """Whether a layer's gradients follow from what it reads and what is asked of its output."""
-    usual = type(layer) is nn.Linear
-    if type(layer) is nn.Conv2d:
-        usual = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return usual and param.endswith(".weight")
 
 
 def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels: Tensor) -> dict[str, Calls]:
@@ -148,11 +139,7 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
 
 def _products(layer: nn.Module, part: Part, images: int, read: Tensor, slope: Tensor) -> Tensor:
     """Gradients by a part of a layer's weight, image by image, from one call; (images, weights)."""
-    if isinstance(layer, nn.Conv2d):
-        padding = cast(tuple[int, int], layer.padding)
-        read = F.unfold(read, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
-        slope = slope.flatten(2).transpose(1, 2)  # (images, places, outputs)
-    read, slope = (value.reshape(images, -1, value.shape[-1]) for value in (read, slope))
+    read, slope = places.read(layer, read, images), places.written(layer, slope, images)
     width = read.shape[-1]
     first, last = part.start // width, -(-part.stop // width)  # rows of the weight that the part touches
     rows = slope[..., first:last].transpose(1, 2) @ read

@@ -12,6 +12,7 @@ from torch import Tensor
 Pattern = tuple[int, int]  # N of every M consecutive weights stay
 
 MARGIN = 0.2  # of a block, beyond the share that goes of all, before blocks are compared
+RISE = 1e-12  # of what would be equal, so that the order stays
 LEAST = 1e-300  # of a conditional variance that rounding has eaten up
 
 
@@ -45,6 +46,7 @@ def increments(losses: Tensor) -> Tensor:
     """What each weight added to its block's loss, made to rise in the order of removal; (blocks, B)."""
     ranked, order = losses.sort(dim=1, stable=True)
     added = ranked.diff(dim=1, prepend=torch.zeros_like(ranked[:, :1])).cummax(dim=1).values
+    added *= 1 + RISE * torch.arange(added.shape[1], dtype=added.dtype, device=added.device)
     return torch.empty_like(added).scatter_(1, order, added)
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Setting, Statistics
+from vitprune.criteria import Batches, Setting, Statistics, places
 from vitprune.criteria.footprint import images_at_once, portions
 from vitprune.criteria.pulls import pulls
 from vitprune.errors import BadInput
@@ -19,6 +19,8 @@ from vitprune.progress import track
 HALVES = (
     2  # moments of the even and of the odd images, so that a ridge can be chosen on images that it was not fitted to
 )
+
+Slopes = Literal["metric", "each"]
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,35 @@ def collect(
     Raises:
         BadInput: no batches, or a group without one consumer.
     """
-    if not batches:
-        raise BadInput("second moments: need images; give batches")
     readers = list(dict.fromkeys(consumer(model, group).path for group in groups))
     heads = {producer(model, group): group.shape[0] for group in groups if slopes and group.kind == "attention"}
+    return sums(model, readers, heads, batches, setting, "metric" if slopes else None)
+
+
+def sums(
+    model: nn.Module,
+    readers: Sequence[str],
+    heads: dict[str, int],
+    batches: Batches,
+    setting: Setting,
+    slopes: Slopes | None,
+) -> Statistics:
+    """The same of plain layers (`readers`) and of layers that make q, k and v (`heads`: how many), by path.
+
+    With slopes "each", PATH/each (o,) instead of PATH/metric: its diagonal.
+
+    Raises:
+        BadInput: no batches, or a layer takes no part in the answer, or more than one.
+    """
+    if not batches:
+        raise BadInput("second moments: need images; give batches")
     total: Statistics = {}
     first = setting.first
     with evaluating(model), frozen(model):
         size = _at_once(model, readers, heads, batches[0][0], setting)
         for batch, _ in track(batches, "taking second moments"):
             for images in portions(batch, size):
-                found = _of_batch(model, readers, heads, images, setting if slopes else None, first)
+                found = _of_batch(model, readers, heads, images, setting, slopes, first)
                 for name, value in found.items():
                     _add(total, name, value)
                 first += len(images)
@@ -105,28 +125,39 @@ def _at_once(model: nn.Module, readers: Sequence[str], heads: dict[str, int], im
 
 
 def _of_batch(
-    model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: Setting | None, first: int
+    model: nn.Module,
+    readers: Sequence[str],
+    heads: dict[str, int],
+    images: Tensor,
+    setting: Setting,
+    slopes: Slopes | None,
+    first: int,
 ) -> Statistics:
     device = next(model.parameters()).device
-    with torch.set_grad_enabled(setting is not None), recording(model, readers, list(heads)) as (inputs, outputs):
+    with torch.set_grad_enabled(slopes is not None), recording(model, readers, list(heads)) as (inputs, outputs):
         logits = model(images.to(device))
+    unused = [path for path in readers if path not in inputs]
+    if unused:
+        raise BadInput(f"{unused[0]}: takes no part in the answer; leave it out")
     parity = torch.arange(first, first + len(images), device=device) % HALVES
-    found = {f"{path}/inputs": _of_inputs(inputs[path], parity) for path in readers}
-    if setting is None:
+    layers = {path: model.get_submodule(path) for path in readers}
+    found = {f"{path}/inputs": _of_inputs(layer, inputs[path], parity) for path, layer in layers.items()}
+    if slopes is None:
         return found
     watched = list(outputs)
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
     for pull in pulls(probability, None, setting.classes, setting.seed, where):
-        slopes = torch.autograd.grad(logits, [outputs[p] for p in watched], pull.to(logits.dtype), retain_graph=True)
-        for path, slope in zip(watched, slopes, strict=True):
+        steep = torch.autograd.grad(logits, [outputs[p] for p in watched], pull.to(logits.dtype), retain_graph=True)
+        for path, slope in zip(watched, steep, strict=True):
             if path in heads:
                 query = slope[..., : slope.shape[-1] // 3].reshape(
                     -1, heads[path], slope.shape[-1] // (3 * heads[path])
                 )
                 _add(found, f"{path}/slope", query.double().square().sum(dim=(0, 2)).cpu())
             else:
-                flat = slope.flatten(0, -2)
-                _add(found, f"{path}/metric", (flat.T @ flat).double().cpu())
+                flat = places.written(layers[path], slope, len(images)).flatten(0, 1)
+                value = flat.T @ flat if slopes == "metric" else flat.square().sum(dim=0)
+                _add(found, f"{path}/{slopes}", value.double().cpu())
     for path, number in heads.items():
         found |= _of_heads(path, outputs[path].detach(), number)
     return found
@@ -136,9 +167,10 @@ def _add(found: dict[str, Tensor], name: str, value: Tensor) -> None:
     found[name] = found[name] + value if name in found else value
 
 
-def _of_inputs(value: Tensor, parity: Tensor) -> Tensor:
-    """Second moment of the rows with a 1 appended, for even and for odd images; (halves, k+1, k+1) float64."""
-    rows = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1).reshape(len(parity), -1, value.shape[-1] + 1)
+def _of_inputs(layer: nn.Module, value: Tensor, parity: Tensor) -> Tensor:
+    """Second moment of what a layer reads with a 1 appended, for even and for odd images; (halves, k+1, k+1)."""
+    own = places.read(layer, value, len(parity))
+    rows = torch.cat([own, torch.ones_like(own[..., :1])], dim=-1)
     halves = [rows[parity == half].flatten(0, 1) for half in range(HALVES)]
     return torch.stack([(half.T @ half).double().cpu() for half in halves])
 
@@ -164,6 +196,8 @@ def recording(
 
     def keep(path: str, read: bool) -> object:
         def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if path in outputs:
+                raise BadInput(f"{path}: runs more than once in a pass, and has no one input; leave it out")
             # the first one watched is where gradients end: images may be tokens, which have none
             outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
             if read:

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from cuts import load_images
 from harness import Row, arguments, real_data, write_results, write_table
 from kl_race import KINDS, race_rows
-from oneshot import load_images
 from torch import Tensor, nn
 
 from vitprune import find_groups, models

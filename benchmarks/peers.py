@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cuts import load_images
 from harness import Row, arguments, real_data, write_results, write_table
-from oneshot import load_images
 from torch import Tensor, nn
 
 from vitprune import models

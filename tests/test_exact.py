@@ -243,3 +243,14 @@ def test_units_of_real_deit_diverge_as_when_they_are_removed(real_deit, real_dat
     for group in groups:
         expected = one_by_one(real_deit, group, chosen[group.name], inputs)
         torch.testing.assert_close(found[group.name], expected, rtol=1e-2, atol=1e-8)
+
+
+def test_both_ways_to_multiply_agree() -> None:
+    x, layer = torch.randn(2, 5, 8), nn.Linear(8, 6)
+    try:
+        found = products._onednn(x, layer.weight, layer.bias, "gelu")
+        batched = products._batched(torch.ones(3, 5, 8), x[:1].transpose(1, 2).expand(3, 8, 5).contiguous())
+    except (AttributeError, RuntimeError):
+        pytest.skip("this build of torch does not have oneDNN's operators")
+    torch.testing.assert_close(found, nn.functional.gelu(layer(x)))
+    torch.testing.assert_close(batched, (torch.ones(5, 8) @ x[0].T).expand(3, 5, 5))

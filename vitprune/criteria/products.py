@@ -1,8 +1,8 @@
 """The products of a forward pass, in full precision: on a CPU with AVX-512 by oneDNN, elsewhere as torch has them.
 
 oneDNN is what torch.compile puts in their place. MKL, which eager torch calls, leaves half of the vector unit of an AMD
-core with AVX-512 idle: DeiT-Tiny's layers run at 95 GFLOP/s by the one and 205 by the other. On one with AVX2 alone it is
-87 and 81.
+core with AVX-512 idle: DeiT-Tiny's layers run at 95 GFLOP/s by the one and 205 by the other. On one with AVX2 alone it
+is 87 and 81.
 """
 
 import functools

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,31 @@ def load(directory: str | Path) -> nn.Module:
         model.to(types.pop())
     _fill(model, path)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a saved model is: `plain` says that timm alone rebuilds it from its arguments, all blocks being alike."""
+
+    architecture: str
+    pretrained_cfg: Mapping[str, Any]
+    params: int
+    plain: bool
+
+
+def describe(directory: Path) -> Saved:
+    """What the files of a saved model say about it; no weight is read.
+
+    Raises:
+        BadInput: as of `load`.
+    """
+    config, path = read_config(directory / CONFIG), directory / WEIGHTS
+    header = read_header(path)
+    with torch.device("meta"):
+        frame = _dense(config, header)
+    plain = not config.structure or structure(frame) == config.structure
+    check_fit(path, header, _cut(frame, config).state_dict(), type(frame).__name__)
+    return Saved(config.architecture, config.pretrained_cfg, sum(p.numel() for p in frame.parameters()), plain)
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

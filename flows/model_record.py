@@ -1,4 +1,4 @@
-"""The final model as a model of MLflow 3: safetensors and config.json, nothing pickled."""
+"""The final model as a model of MLflow 3: safetensors and config.json, nothing that runs."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

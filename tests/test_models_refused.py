@@ -78,25 +78,6 @@ def test_a_broken_config_is_named(folder: Path, content: bytes) -> None:
     assert refused(folder).startswith(f"{folder / 'config.json'}: not a timm model config")
 
 
-@pytest.mark.parametrize(
-    "structure",
-    [[], "blocks", {"residual": 4}, {"residual": ["a"]}, {"residual": [0]}, {"residual": [-1]}, {"residual": [1.5]}],
-)
-def test_a_broken_structure_is_named(folder: Path, structure: object) -> None:
-    reconfigure(folder, lambda config: config["vitprune"].update(structure=structure))
-    told = refused(folder)
-    assert told.startswith((f"{folder / 'config.json'}: vitprune.structure must map", "residual: shape"))
-
-
-def test_a_config_of_another_model_is_named(folder: Path) -> None:
-    reconfigure(folder, lambda config: config.update(architecture="no_such_model"))
-    assert refused(folder).startswith("model.name 'no_such_model': timm cannot create it")
-    reconfigure(folder, lambda config: config.update(architecture="resnet18", model_args={}))
-    assert refused(folder).startswith("model.name 'resnet18': timm cannot create it")
-    reconfigure(folder, lambda config: config.update(architecture="vit_tiny_patch16_224", model_args={"depth": "two"}))
-    assert refused(folder).startswith("model.name 'vit_tiny_patch16_224': timm cannot create it")
-
-
 def test_a_failed_save_leaves_the_old_model(folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(BadInput, match=r"^Linear: only models made by timm.create_model"):

@@ -1,5 +1,6 @@
 """vitprune makes vision transformers smaller and proves it."""
 
+from vitprune.card import write_card
 from vitprune.compress import prune, score
 from vitprune.errors import BadInput
 from vitprune.evaluate import count
@@ -28,5 +29,6 @@ __all__ = [
     "score",
     "select",
     "shrink",
+    "write_card",
     "zero",
 ]

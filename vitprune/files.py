@@ -12,6 +12,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it on success, remove it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # never through a link that lies there
     try:
         yield partial
         os.replace(partial, path)

@@ -1,9 +1,11 @@
-"""timm models in and out: create, load, save, rebuild; safetensors and config.json, never pickle."""
+"""timm models in and out: create, load, save, rebuild; safetensors and config.json, nothing that runs."""
 
 import errno
 import json
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,16 @@ import torch
 from safetensors import SafetensorError
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vitprune.checkpoints import FLOATS, FORMAT, Config, Entry, check_finite, check_fit, read_config, read_header
 from vitprune.errors import BadInput
 from vitprune.families import rebuild, structure, uniform_args
 from vitprune.files import replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LARGEST_DENSE, SMALL = 64, 1 << 27  # a dense model is at most so many times what is left of it, if it is not small
+MOST_OPERATIONS = 20_000  # of tensors, to build one; the largest of timm take 5,000
 
 
 def create(
@@ -41,7 +47,7 @@ def create(
             raise BadInput(f"model.name {name!r}: timm cannot create it ({str(error).splitlines()[0]})") from None
     _match_channels(model)
     if checkpoint is not None:
-        _fill(model, read_weights(checkpoint), checkpoint)
+        _fill(model, checkpoint)
     return model
 
 
@@ -92,7 +98,10 @@ def save(model: nn.Module, directory: str | Path) -> None:
     with replacing(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())
-        config["vitprune"] = {"format": 1, "structure": {name: list(shape) for name, shape in structure(model).items()}}
+        config["vitprune"] = {
+            "format": FORMAT,
+            "structure": {name: list(shape) for name, shape in structure(model).items()},
+        }
         partial.write_text(json.dumps(config, indent=2) + "\n")
         write_weights(model.state_dict(), directory / WEIGHTS)
 
@@ -100,53 +109,100 @@ def save(model: nn.Module, directory: str | Path) -> None:
 def load(directory: str | Path) -> nn.Module:
     """Rebuild a model from a directory that `save` (or timm) wrote, running no code but timm's and ours.
 
+    The files are somebody else's: everything is checked on a model without memory before one is made.
+
     Raises:
-        BadInput: a file is missing or broken, or weights and structure do not fit each other.
+        BadInput: a file is missing or broken, asks for more than a model needs, or weights, arguments and structure do
+            not fit each other.
     """
     directory = Path(directory)
-    config = _config(directory / CONFIG)
-    model = create(config["architecture"], {"pretrained_cfg": config["pretrained_cfg"], **config["model_args"]})
-    rebuild(model, config["vitprune"].get("structure", {}))
-    tensors = read_weights(directory / WEIGHTS)
-    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(types) == 1:
+    config, path = read_config(directory / CONFIG), directory / WEIGHTS
+    header = read_header(path)
+    with torch.device("meta"):
+        frame = _dense(config, header)
+    check_fit(path, header, _cut(frame, config).state_dict(), type(frame).__name__)
+    model = _cut(_dense(config, header), config)
+    types = {FLOATS[entry.dtype] for entry in header.values() if entry.dtype in FLOATS}
+    if types:
         model.to(types.pop())
-    _fill(model, tensors, directory / WEIGHTS)
+    _fill(model, path)
     return model.eval()
 
 
-def _config(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Saved:
+    """What a saved model is: `plain` says that timm alone rebuilds it from its arguments, all blocks being alike."""
+
+    architecture: str
+    pretrained_cfg: Mapping[str, Any]
+    params: int
+    plain: bool
+
+
+def describe(directory: Path) -> Saved:
+    """What the files of a saved model say about it; no weight is read.
+
+    Raises:
+        BadInput: as of `load`.
+    """
+    config, path = read_config(directory / CONFIG), directory / WEIGHTS
+    header = read_header(path)
+    with torch.device("meta"):
+        frame = _dense(config, header)
+    plain = not config.structure or structure(frame) == config.structure
+    check_fit(path, header, _cut(frame, config).state_dict(), type(frame).__name__)
+    return Saved(config.architecture, config.pretrained_cfg, sum(p.numel() for p in frame.parameters()), plain)
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops what makes tensors without end: a depth in a config is a loop in timm."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._done = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._done += 1
+        if self._done > MOST_OPERATIONS:
+            raise RuntimeError(f"more than {MOST_OPERATIONS} operations, which no model needs")
+        if args and isinstance(args[0], Tensor) and args[0].is_meta and function._schema.name.endswith("_"):
+            return args[0]  # nothing is there to be changed in place
+        return function(*args, **(kwargs or {}))
+
+
+def _dense(config: Config, header: Mapping[str, Entry]) -> nn.Module:
+    """The model that a config's arguments describe, if it is no larger than its weights let expect."""
+    args = {"pretrained_cfg": dict(config.pretrained_cfg), **config.args}
+    given = sum(math.prod(entry.shape) for entry in header.values())
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; give a directory written by vitprune.save") from None
-    except ValueError as error:  # not JSON, or not even text
-        raise BadInput(f"{path}: not a timm model config ({error})") from None
-    types = {"architecture": str, "pretrained_cfg": dict, "model_args": dict, "vitprune": dict}
-    given: dict[str, Any] = ({"model_args": {}, "vitprune": {}} | config) if isinstance(config, dict) else {}
-    wrong = [key for key, kind in types.items() if not isinstance(given.get(key), kind)]
-    if wrong:
-        raise BadInput(f"{path}: not a timm model config ({wrong[0]} is missing or of a wrong type)")
-    shapes = given["vitprune"].get("structure", {})
-    if not isinstance(shapes, dict) or not all(
-        isinstance(shape, list) and all(type(size) is int for size in shape) for shape in shapes.values()
-    ):
-        raise BadInput(f"{path}: vitprune.structure must map names of groups to lists of whole numbers")
-    return given
+        with torch.random.fork_rng(devices=[]), _Operations():
+            model: nn.Module = timm.create_model(config.architecture, pretrained=False, **args)
+            _match_channels(model)
+    except Exception as error:  # timm's code, at somebody else's arguments
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(
+            f"{config.path}: timm cannot create {config.architecture} of these model_args ({told})"
+        ) from None
+    numbers = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+    if numbers > max(SMALL, LARGEST_DENSE * given):
+        raise BadInput(
+            f"{config.path}: model_args describe a model of {numbers} weights, the file has {given}; correct them"
+        )
+    return model
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load weights strictly, naming the first one that does not fit."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        if name not in tensors:
-            raise BadInput(f"{path}: weight {name} is missing; is this checkpoint of another model?")
-        if name not in own:
-            raise BadInput(
-                f"{path}: weight {name} is not in {type(model).__name__}; is this checkpoint of another model?"
-            )
-        if own[name].shape != tensors[name].shape:
-            raise BadInput(
-                f"{path}: weight {name} has shape {list(tensors[name].shape)}, the model needs {list(own[name].shape)}"
-            )
-    model.load_state_dict(dict(tensors), strict=True)
+def _cut(model: nn.Module, config: Config) -> nn.Module:
+    try:
+        return rebuild(model, config.structure)
+    except BadInput as error:
+        raise BadInput(f"{config.path}: vitprune.structure: {error}") from None
+
+
+def _fill(model: nn.Module, path: Path) -> None:
+    """Load a file's weights strictly, naming the first one that does not fit."""
+    check_fit(path, read_header(path), model.state_dict(), type(model).__name__)
+    tensors = read_weights(path)
+    check_finite(path, tensors)
+    model.load_state_dict(tensors, strict=True)

@@ -72,7 +72,11 @@ class Train(Section):
 
 
 class Dense(Section):
-    """The model to prune: where its weights start, and how it is trained here (needed if it starts from nothing)."""
+    """The model to prune: where its weights start, and how it is trained here (needed if it starts from nothing).
+
+    The checkpoint is a safetensors file with the weights of `model`, or the directory of a saved model, pruned or not,
+    which may get another number of classes.
+    """
 
     start: Literal["train", "pretrained", "checkpoint"]
     checkpoint: Path | None = None

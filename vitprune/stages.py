@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune import data, models, runs, sharding, tables
+from vitprune import data, models, runs, sharding, starts, tables
+from vitprune.card import write_card
 from vitprune.choosing import choose, cost_of, costs_for, goal, groups_for, settle
 from vitprune.compress import compress
 from vitprune.criteria import Importance
@@ -55,24 +56,18 @@ def dataset(params: Params) -> None:
 
 def dense(params: Params) -> None:
     """Make the model to prune: from random, timm's or a checkpoint's weights, trained here if there is a recipe."""
-    settings = params.dense
-    if settings.start == "checkpoint" and settings.checkpoint is None:
-        raise BadInput("dense.checkpoint: start is checkpoint, so give the path of a safetensors file")
-    if settings.start == "train" and settings.train is None:
-        raise BadInput("dense.train: start is train, so give epochs, lr and the rest")
-    checkpoint = settings.checkpoint if settings.start == "checkpoint" else None
-    model = models.create(
-        params.model.name, params.model.args, params.seed, settings.start == "pretrained", checkpoint
-    ).to(_device())
+    settings, begun = params.dense, starts.start(params)
+    model = begun.model.to(_device())
     evaluate = runs.evaluator(model, params)
     history = History(OUT / "dense", "dense")
     if settings.train is not None:
         task = classification(model, settings.train.smoothing)
-        runs.fit(task, settings.train, params, history, evaluate=evaluate)
+        runs.fit(task, settings.train, params, history, begun.held, evaluate)
     history.close(PLOTS / "dense.csv")
     models.save(model, OUT / "dense")
-    start = {"from": settings.start, "checkpoint_sha256": digest(checkpoint) if checkpoint else None}
-    write_json(METRICS / "dense.json", start | {"epochs": history.epochs} | _facts(model, OUT / "dense") | evaluate())
+    write_json(
+        METRICS / "dense.json", begun.facts | {"epochs": history.epochs} | _facts(model, OUT / "dense") | evaluate()
+    )
 
 
 def calibrate(params: Params) -> None:
@@ -197,10 +192,11 @@ def evaluate(params: Params) -> None:
 
 
 def export(params: Params) -> None:
-    """Write the final model for others: a timm directory, and ONNX in float and INT8 if asked."""
+    """Write the final model for others: a timm directory with a model card, and ONNX in float and INT8 if asked."""
     model, folder = models.load(OUT / "distill"), OUT / "export"
     example = data.example_input(model, 2)
     facts: dict[str, Any] = {"timm": to_timm(model, folder / "timm", example), "onnx": None, "int8": None}
+    write_card(folder / "timm", Path())
     if params.export.onnx:
         facts["onnx"] = to_onnx(model, folder / "model.onnx", example)
     if params.export.int8:

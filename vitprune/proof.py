@@ -124,7 +124,9 @@ def _costs(dense: nn.Module, groups: Sequence[Group], masks: Masks, counts: Sequ
         share = promised.get(f"{name}.weight", 0)
         expected = cost - cost * share // dense.get_parameter(f"{name}.weight").numel()
         saved += cost - expected
-        if groups[0].kind != "block" and layers_left[name] != expected:  # blocks behind a removed one move up
+        if groups[0].kind == "block":  # those behind a removed one move up, and have other names
+            continue
+        if layers_left[name] > expected or (share and layers_left[name] != expected):
             faults.append(f"{name}: {layers_left[name]} MACs are left, its groups promise {expected}")
     return faults if total - left >= saved else [*faults, f"{total - left} MACs went, its groups promise {saved}"]
 

@@ -67,7 +67,9 @@ def test_groups_come_in_the_order_of_the_kinds(vit: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("architecture", "args", "kinds", "why"),
     [
-        ("mobilenetv3_small_100", {}, ["weight"], r"^MobileNetV3: this model is not supported yet; supported are Vi"),
+        ("mobilenetv3_small_100", {}, ["weight"], None),
+        ("mobilenetv3_small_100", {}, ["residual"], r"^MobileNetV3: groups of kind 'residual' are not understood yet"),
+        ("mobilenetv3_small_100", {}, ["head"], r"^MobileNetV3: there is no attention in it"),
         ("vit_tiny_patch16_224", {"qk_norm": True}, ["attention"], r"^blocks.0.attn.q_norm \(LayerNorm\): a norm over"),
         ("vit_tiny_patch16_224", {"scale_attn_norm": True}, ["head"], r"^blocks.0.attn.norm .*couples them"),
         ("vit_tiny_patch16_224", {"scale_mlp_norm": True}, ["ffn"], r"^blocks.0.mlp.norm .*couples its hidden units"),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitprune import data, models, stages
+from vitprune.check import check as proofs
 from vitprune.errors import BadInput
 from vitprune.evaluate import costs, count
 from vitprune.families import find_groups
@@ -29,7 +30,7 @@ def application() -> typer.Typer:
     for name, stage in stages.STAGES.items():
         app.command(name, help=stage.__doc__, rich_help_panel=IN_ORDER)(_command(name))
     app.command("report", rich_help_panel=IN_ORDER)(report)
-    for command in (methods, inspect):
+    for command in (methods, inspect, check):
         app.command(rich_help_panel=LOOKING)(command)
     app.command(rich_help_panel=OWN)(init)
     app.command(rich_help_panel=OWN)(import_scores)
@@ -129,6 +130,30 @@ def inspect(
     for kind, why in refused:
         console.print(f"[dim]{kind}: {why}")
     console.print(table)
+
+
+def check(
+    model: Annotated[str, typer.Argument(help="A timm model's name; its weights are random.")],
+    ratios: Annotated[str, typer.Option(help="Shares of the units to remove.")] = "0.25,0.5,0.75",
+    kinds: Annotated[str, typer.Option(help="Kinds of group to prove.")] = ",".join(KINDS),
+) -> None:
+    """Prove that a timm model can be cut: what is cut out is what literal removal leaves, in float64."""
+    try:
+        shares = [float(share) for share in ratios.split(",")]
+    except ValueError:
+        raise BadInput(f"--ratios {ratios!r}: expected numbers between 0 and 1, with commas between them") from None
+    table = Table("kind", "removed", "verdict", "difference", "parameters", "MACs", "", box=None, pad_edge=False)
+    failed = False
+    for row in proofs(model, kinds.split(","), shares):
+        cells = ["", "", ""]
+        if row.proof is not None:
+            costs = [(row.proof.params_before, row.proof.params_after), (row.proof.macs_before, row.proof.macs_after)]
+            cells = [f"{row.proof.difference:.1e}", *(f"{before:,} -> {after:,}" for before, after in costs)]
+        failed |= row.verdict == "failed"
+        table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *cells, row.why)
+    Console().print(table)
+    if failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

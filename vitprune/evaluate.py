@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitprune.errors import BadInput
 from vitprune.families import find_groups
 from vitprune.groups import Group, inside
-from vitprune.modes import evaluating
+from vitprune.modes import evaluating, frozen
 from vitprune.progress import track
 
 
@@ -162,7 +162,7 @@ def macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
     handles = [layer.register_forward_hook(partial(_add_macs, per_layer, name)) for name, layer in layers]
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), evaluating(model), _plain_attention(model), counter:
+        with torch.no_grad(), evaluating(model), frozen(model), _plain_attention(model), counter:
             model(_for(model, image))
     finally:
         for handle in handles:

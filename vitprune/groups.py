@@ -35,7 +35,8 @@ class Group:
 
     `shape` is the shape of the group's scores and masks; attention channels are (heads, channels), and all heads
     keep the same number. `pool` names the DIMAP module of a weight. `owner` is the module whose own sizes `resize`
-    sets to a new shape once the slices are cut.
+    sets to a new shape once the slices are cut. `buffers` are slices of buffers, as a BatchNorm's running mean: they
+    are cut with their units and never zeroed, as the weight and bias beside them are, which makes the units zero.
 
     Blocks go in pairs of neighbours, so the units of their group are sub-layers, in the order of the model: attention,
     FFN, attention, and so on. `sublayers` holds the paths of the modules of each (its body first), and `drop` takes the
@@ -51,6 +52,7 @@ class Group:
     resize: Resize | None = None
     sublayers: tuple[tuple[str, ...], ...] = ()
     drop: Drop | None = None
+    buffers: tuple[ParamSlice, ...] = ()
 
     @property
     def units(self) -> int:
@@ -212,22 +214,23 @@ def _refuse_stale(model: nn.Module, group: Group) -> None:
     for body, *_ in group.sublayers:
         if body not in modules:
             raise BadInput(f"{group.name}: the model has no {body}, the group is out of date; find it again")
-    for part in group.slices:
-        parameter = model.get_parameter(part.param)
-        length = parameter.numel() if part.axis is None else parameter.shape[part.axis]
+    for part in group.slices + group.buffers:
+        tensor = _tensor(model, part.param)
+        length = tensor.numel() if part.axis is None else tensor.shape[part.axis]
         if group.units * part.outer * part.inner != length:
             axis = "it" if part.axis is None else f"axis {part.axis}"
             raise BadInput(f"{part.param}: {axis} is {length} long, the group is out of date; find it again")
 
 
 def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -> None:
-    for part in () if shape == group.shape else group.slices:
+    for part in () if shape == group.shape else group.slices + group.buffers:
         assert part.axis is not None
         path, _, leaf = part.param.rpartition(".")
         owner = model.get_submodule(path)
-        old = model.get_parameter(part.param)
-        new = old.index_select(part.axis, positions(part, keep).to(old.device))
-        setattr(owner, leaf, nn.Parameter(new.contiguous(), requires_grad=old.requires_grad))
+        old = _tensor(model, part.param)
+        new = old.index_select(part.axis, positions(part, keep).to(old.device)).contiguous()
+        learned = isinstance(old, nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if learned else new)
         _match_weight(owner)
     if group.resize is not None:  # also where nothing goes: heads may merge without losing a channel
         group.resize(model.get_submodule(group.owner), shape)
@@ -235,10 +238,22 @@ def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -
         group.drop(model.get_submodule(group.owner), keep)
 
 
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by name."""
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
 def _match_weight(module: nn.Module) -> None:
-    """Set a plain layer's recorded sizes to those of its weight."""
+    """Set a plain layer's recorded sizes to those of its weight; a depth-wise convolution has a group per channel."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels:
+        module.groups = module.in_channels = module.out_channels = module.weight.shape[0]
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.Conv2d):
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):

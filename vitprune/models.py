@@ -75,7 +75,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors under a temporary name, then rename it."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        plain[name] = own.clone() if own.data_ptr() in places else own  # of a module that has two names
+        places.add(own.data_ptr())
     with replacing(path) as partial:
         try:
             safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})

@@ -1,7 +1,6 @@
 """Finding a model's groups: the only part that knows architectures by name."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.models.convnext import ConvNeXt
@@ -17,30 +16,34 @@ from timm.models.xcit import Xcit
 from torch import nn
 
 from vitprune.errors import BadInput
-from vitprune.families import layers, parts, prunable, pvt, swin, vit
+from vitprune.families import attentions, layers, prunable, pvt, rules, swin, vit
 from vitprune.families.decoder import Decoder
 from vitprune.families.decoder import groups as decoder_groups
 from vitprune.groups import KINDS, Group, cut_to
 
 Finder = Callable[[nn.Module, str], list[Group]]
 
-FAMILIES: dict[type[nn.Module], Finder] = {
+FAMILIES: dict[type[nn.Module], Finder] = {  # those of which more is known than their parts
     VisionTransformer: vit.groups,
     VisionTransformerDistilled: vit.groups,
     SwinTransformer: swin.groups,
     PyramidVisionTransformerV2: pvt.groups,
     Decoder: decoder_groups,
-    Xcit: partial(layers.weights, prunable.XCIT),
-    EfficientFormer: partial(layers.weights, prunable.EFFICIENTFORMER),
-    EfficientFormerV2: partial(layers.weights, prunable.EFFICIENTFORMER_V2),
-    ConvNeXt: partial(layers.weights, prunable.CONVNEXT),
-    ResNet: partial(layers.weights, prunable.RESNET),
-    EfficientNet: partial(layers.weights, prunable.EFFICIENTNET),
+}
+TABLES: dict[type[nn.Module], layers.Table] = {
+    Xcit: prunable.XCIT,
+    EfficientFormer: prunable.EFFICIENTFORMER,
+    EfficientFormerV2: prunable.EFFICIENTFORMER_V2,
+    ConvNeXt: prunable.CONVNEXT,
+    ResNet: prunable.RESNET,
+    EfficientNet: prunable.EFFICIENTNET,
 }
 
 
 def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
     """Find all groups of the given kinds in a timm model, in the order of its layers.
+
+    Hidden units, heads and channels of heads are found part by part, in whatever model the parts are.
 
     Raises:
         BadInput: a kind is unknown, or the model or one of its modules is not understood; it is named.
@@ -48,16 +51,24 @@ def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise BadInput(f"kind {unknown[0]!r}: unknown; use some of {', '.join(KINDS)}")
-    finder = FAMILIES.get(type(model))
-    if finder is None:
-        known = ", ".join(family.__name__ for family in FAMILIES)
-        raise BadInput(f"{type(model).__name__}: this model is not supported yet; supported are {known}")
-    return [group for kind in kinds for group in finder(model, kind)]
+    return [group for kind in kinds for group in _find(model, kind)]
+
+
+def _find(model: nn.Module, kind: str) -> list[Group]:
+    if type(model) in FAMILIES:
+        return FAMILIES[type(model)](model, kind)
+    if kind in rules.KINDS:
+        return rules.groups(model, kind)
+    if kind != "weight":
+        raise BadInput(f"{type(model).__name__}: groups of kind {kind!r} are not understood yet; ffn and weight may be")
+    if type(model) in TABLES:
+        return layers.weights(TABLES[type(model)], model)
+    return layers.all_weights(model)
 
 
 def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -> list[Group]:
     """Read attention groups as `number` merged heads (UP-ViTs); None leaves them as they are."""
-    return [parts.merge_heads(model, group, number) if number else group for group in groups]
+    return [attentions.merge_heads(model, group, number) if number else group for group in groups]
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -101,8 +112,9 @@ def _cut_heads(model: nn.Module, group: Group, wanted: Mapping[str, tuple[int, .
     if group.name in wanted:  # its channels cannot be cut, so its heads are what was recorded
         cut_to(model, group, wanted[group.name])
         return
+    widths = {found.name: found.shape[1] for found in _cuttable(model, "attention")}
     number, width = wanted[group.owner] if len(wanted.get(group.owner, ())) == 2 else (group.shape[0], 0)
-    if number < group.shape[0] and width <= parts.head_dim(model.get_submodule(group.owner)):
+    if number < group.shape[0] and width <= widths[group.owner]:
         cut_to(model, group, (number,))
 
 

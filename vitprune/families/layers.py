@@ -1,21 +1,18 @@
-"""Single weights of a family whose prunable layers are a table, in which every layer is either pruned or kept."""
+"""Single weights, of all layers or of a family whose prunable layers are a table, where each is pruned or kept."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import Conv2dSame
 from torch import nn
 
 from vitprune.errors import BadInput
 from vitprune.families import parts
-from vitprune.groups import Group, ParamSlice
+from vitprune.families.flow import PLAIN
+from vitprune.groups import Group, ParamSlice, inside
 
-PLAIN = (
-    nn.Linear,
-    nn.Conv2d,
-    Conv2dSame,
-)  # compute with the weights as they are; a StdConv2d moves zeros away from zero
+WITHIN = ("conv", "linear", "ln")  # of a layer with its norm
+POOLS = {"q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "qk": "qkv", "fc1": "mlp", "fc2": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,12 @@ class Table:
     keep: Mapping[str, str]
 
 
-def weights(table: Table, model: Any, kind: str) -> list[Group]:
+def weights(table: Table, model: nn.Module) -> list[Group]:
     """Every single weight of the table's layers, one group per layer in the model's order.
 
     Raises:
-        BadInput: the kind is not `weight`, or a layer of the model is not in the table or of an unexpected type.
+        BadInput: a layer of the model is not in the table or of an unexpected type.
     """
-    if kind != "weight":
-        raise BadInput(f"{type(model).__name__}: groups of kind {kind!r} are not understood yet; weight is")
     found = []
     for path, layer in _matrices(model):
         name = _known(table, path)
@@ -65,3 +60,45 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and parameter.dim() > 1:
             yield path, model.get_submodule(path)
+
+
+def all_weights(model: nn.Module) -> list[Group]:
+    """Every single weight of every Linear and Conv2d layer but stem, classifier and depth-wise convolutions.
+
+    Pools are named after layers: qkv, proj, mlp as in DIMAP, others by their own name.
+
+    Raises:
+        BadInput: a layer with a matrix of weights does not use them as they are, or there is no layer to prune.
+    """
+    found = []
+    config: Any = getattr(model, "pretrained_cfg", {})
+    kept = {_stem(path) for path in _paths(config.get("first_conv"))} | set(_paths(config.get("classifier")))
+    for path, layer in _matrices(model):
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or inside(path, kept):
+            continue
+        if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
+            continue
+        if type(layer) not in PLAIN:
+            raise parts.refuse(path, layer, "expected a Linear or Conv2d layer that uses its weights as they are")
+        param = f"{path}.weight"
+        found.append(Group(param, "weight", tuple(layer.weight.shape), (ParamSlice(param, None),), _pool(path)))
+    if not found:
+        raise BadInput(f"{type(model).__name__}: it has no Linear or Conv2d layer inside whose weights could go")
+    return found
+
+
+def _paths(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _stem(path: str) -> str:
+    """The stem around the first convolution: patch_embed of patch_embed.proj, patch_embeds.0 of patch_embeds.0.proj."""
+    first, *others = path.split(".")
+    return f"{first}.{others[0]}" if len(others) > 1 and others[0].isdecimal() else first
+
+
+def _pool(path: str) -> str:
+    """The last name in a path that is neither a number nor that of a layer within a layer."""
+    names = [name for name in path.split(".") if not name.isdecimal()]
+    name = next((name for name in reversed(names) if name not in WITHIN), names[-1])
+    return POOLS.get(name, name)

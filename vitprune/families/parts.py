@@ -1,10 +1,7 @@
-"""Groups of the parts that families share: MLP, fused-qkv attention, single weights."""
+"""What the groups of several families share: refusals, slices of layers, residual streams, single weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
-import torch
 from timm.layers import LayerNorm, RmsNorm
 from torch import nn
 
@@ -63,75 +60,3 @@ def weights(path: str, block: nn.Module, prunable: Mapping[str, str] = PRUNABLE)
         param = f"{path}.{name}.weight"
         found.append(Group(param, "weight", tuple(layer.weight.shape), (ParamSlice(param, None),), pool))
     return found
-
-
-def ffn(path: str, mlp: Any) -> Group:
-    """Hidden units of a plain MLP: fc1 row and bias, fc2 column. Source: UP-ViTs, component 3."""
-    for leaf in ("fc1", "fc2"):
-        if not isinstance(getattr(mlp, leaf, None), nn.Linear):
-            raise refuse(path, mlp, f"{leaf} is not a Linear layer")
-    if not isinstance(mlp.norm, nn.Identity):
-        raise refuse(f"{path}.norm", mlp.norm, "a norm inside the MLP couples its hidden units")
-    parts = slices(mlp.fc1, f"{path}.fc1", 0) + slices(mlp.fc2, f"{path}.fc2", 1)
-    return Group(path, "ffn", (mlp.fc1.out_features,), parts)
-
-
-def head_dim(attn: Any) -> int:
-    """Channels per head of an attention."""
-    return int(attn.proj.in_features // attn.num_heads)
-
-
-def attention(path: str, attn: Any) -> Group:
-    """Channels of an attention's heads, q, k and v together; shape (heads, channels).
-
-    Source: UP-ViTs, component 2.
-    """
-    width = head_dim(attn)
-    parts = slices(attn.qkv, f"{path}.qkv", 0, outer=3) + slices(attn.proj, f"{path}.proj", 1)
-    return Group(path, "attention", (attn.num_heads, width), parts, owner=path, resize=resize_channels)
-
-
-def heads(path: str, attn: Any) -> Group:
-    """Whole heads of a fused-qkv attention, with their column of a relative-position table where there is one."""
-    width = head_dim(attn)
-    parts = slices(attn.qkv, f"{path}.qkv", 0, outer=3, inner=width) + slices(attn.proj, f"{path}.proj", 1, inner=width)
-    if "relative_position_bias_table" in dict(attn.named_parameters(recurse=False)):
-        parts += (ParamSlice(f"{path}.relative_position_bias_table", 1),)
-    return Group(f"{path}.heads", "head", (attn.num_heads,), parts, owner=path, resize=resize_heads)
-
-
-def resize_heads(attn: Any, shape: tuple[int, ...]) -> None:
-    """Record a new number of heads."""
-    attn.num_heads = shape[0]
-    attn.attn_dim = attn.qkv.out_features // 3
-
-
-@torch.no_grad()
-def resize_channels(attn: Any, shape: tuple[int, ...]) -> None:
-    """Record new (heads, channels) and keep the softmax scale of the old head_dim by folding the change into q.
-
-    Both of timm's attention paths scale by the new head_dim, so q carries sqrt(new / old).
-    """
-    old_scale, (number, width) = attn.scale, shape
-    attn.num_heads, attn.head_dim, attn.attn_dim, attn.scale = number, width, number * width, width**-0.5
-    attn.qkv.weight[: number * width] *= old_scale / attn.scale
-    if attn.qkv.bias is not None:
-        attn.qkv.bias[: number * width] *= old_scale / attn.scale
-
-
-def merge_heads(model: nn.Module, group: Group, number: int) -> Group:
-    """The same channels read as fewer heads: consecutive heads merge, and compete with each other from then on.
-
-    Raises:
-        BadInput: the heads do not divide, or each has parameters of its own that cannot merge.
-
-    Source: UP-ViTs, merging h_b heads into h_t.
-    """
-    attn = model.get_submodule(group.owner)
-    if group.kind != "attention" or group.shape[0] == number:
-        return group
-    if group.shape[0] % number:
-        raise BadInput(f"{group.name}: {group.shape[0]} heads cannot merge into {number}; give a divisor")
-    if "relative_position_bias_table" in dict(attn.named_parameters(recurse=False)):
-        raise refuse(group.owner, attn, "each head has its own position table, so heads cannot merge")
-    return replace(group, shape=(number, group.units // number))

@@ -3,10 +3,9 @@
 from functools import partial
 from typing import Any
 
-import torch
 from timm.models.pvt_v2 import Attention, Block, MlpWithDepthwiseConv
 
-from vitprune.families import parts
+from vitprune.families import parts, rules
 from vitprune.families.pvt_attention import CutAttention, settle
 from vitprune.groups import Group
 
@@ -14,7 +13,7 @@ PRUNABLE = {"attn.q": "qkv", "attn.kv": "qkv", "attn.proj": "proj", "mlp.fc1": "
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """All groups of one kind; the convolutions keep every single weight, as the patch embedding of a ViT does.
+    """All groups of one kind; convolutions keep every single weight, as the patch embedding of a ViT does.
 
     Residual groups are one stream per stage and, of every attention that reduces its map, the channels of the reduced
     map: a space of its own, under a LayerNorm of its own. Cut all of them by the same share and timm's shapes are left.
@@ -32,12 +31,9 @@ def groups(model: Any, kind: str) -> list[Group]:
         return streams + [_reduction(f"{path}.attn", b.attn) for path, b in blocks if b.attn.sr is not None]
     if kind == "weight":
         return [group for path, block in blocks for group in parts.weights(path, block, PRUNABLE)]
-    if kind == "ffn":
-        return [_ffn(f"{path}.mlp", block.mlp) for path, block in blocks]
-    if kind not in ("head", "attention"):
-        raise parts.refuse("stages", model.stages, f"groups of kind {kind!r} are not understood yet")
-    find = _heads if kind == "head" else _attention
-    return [find(f"{path}.attn", block.attn) for path, block in blocks]
+    if kind in rules.KINDS:
+        return rules.groups(model, kind)
+    raise parts.refuse("stages", model.stages, f"groups of kind {kind!r} are not understood yet")
 
 
 def uniform_args(model: Any) -> dict[str, Any]:
@@ -76,47 +72,6 @@ def plain(path: str, block: Any) -> Any:
     if type(block.mlp) is not MlpWithDepthwiseConv:
         raise parts.refuse(f"{path}.mlp", block.mlp, "only timm's MLP with a depth-wise convolution is understood here")
     return block
-
-
-def _ffn(path: str, mlp: Any) -> Group:
-    """Hidden units: fc1 row and bias, their channel of the depth-wise convolution, fc2 column."""
-    found = parts.slices(mlp.fc1, f"{path}.fc1", 0) + parts.slices(mlp.dwconv, f"{path}.dwconv", 0)
-    found += parts.slices(mlp.fc2, f"{path}.fc2", 1)
-    return Group(path, "ffn", (mlp.fc1.out_features,), found, owner=path, resize=_resize_hidden)
-
-
-def _resize_hidden(mlp: Any, shape: tuple[int, ...]) -> None:
-    mlp.dwconv.groups = mlp.dwconv.in_channels = mlp.dwconv.out_channels = shape[0]
-
-
-def _attention(path: str, attn: Any) -> Group:
-    """Channels of the heads: rows of q, of both halves of kv, columns of proj; shape (heads, channels)."""
-    found = parts.slices(attn.q, f"{path}.q", 0) + parts.slices(attn.kv, f"{path}.kv", 0, outer=2)
-    found += parts.slices(attn.proj, f"{path}.proj", 1)
-    return Group(path, "attention", (attn.num_heads, attn.head_dim), found, owner=path, resize=_resize_channels)
-
-
-@torch.no_grad()
-def _resize_channels(attn: Any, shape: tuple[int, ...]) -> None:
-    """Record new (heads, channels) and keep the softmax scale of the old head_dim by folding the change into q."""
-    old_scale, (attn.num_heads, attn.head_dim) = attn.scale, shape
-    attn.scale = attn.head_dim**-0.5
-    for parameter in attn.q.parameters():
-        parameter *= old_scale / attn.scale
-    settle(attn)
-
-
-def _heads(path: str, attn: Any) -> Group:
-    width = attn.head_dim
-    found = parts.slices(attn.q, f"{path}.q", 0, inner=width)
-    found += parts.slices(attn.kv, f"{path}.kv", 0, outer=2, inner=width)
-    found += parts.slices(attn.proj, f"{path}.proj", 1, inner=width)
-    return Group(f"{path}.heads", "head", (attn.num_heads,), found, owner=path, resize=_resize_heads)
-
-
-def _resize_heads(attn: Any, shape: tuple[int, ...]) -> None:
-    attn.num_heads = shape[0]
-    settle(attn)
 
 
 def _reduction(path: str, attn: Any) -> Group:

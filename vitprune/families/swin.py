@@ -7,12 +7,12 @@ from timm.layers import Mlp
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import nn
 
-from vitprune.families import parts
+from vitprune.families import parts, rules
 from vitprune.groups import Group, ParamSlice
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """All groups of one kind; residual channels are one group per stage.
+    """All groups of one kind, those of its parts among them; residual channels are one group per stage.
 
     Raises:
         BadInput: a block, MLP or norm is of a type that is not understood.
@@ -25,12 +25,9 @@ def groups(model: Any, kind: str) -> list[Group]:
             raise parts.refuse(f"{path}.mlp", block.mlp, "only timm's plain Mlp is understood here")
     if kind == "residual":
         return [_stream(model, number) for number in range(len(model.layers))]
-    if kind == "weight":
-        return [group for path, block in blocks for group in parts.weights(path, block)]
-    if kind == "ffn":
-        return [parts.ffn(f"{path}.mlp", block.mlp) for path, block in blocks]
-    find = parts.heads if kind == "head" else parts.attention
-    return [find(f"{path}.attn", block.attn) for path, block in blocks]
+    if kind in rules.KINDS:
+        return rules.groups(model, kind)
+    return [group for path, block in blocks for group in parts.weights(path, block)]
 
 
 def _stream(model: Any, number: int) -> Group:

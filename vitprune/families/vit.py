@@ -7,7 +7,7 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
-from vitprune.families import parts
+from vitprune.families import parts, rules
 from vitprune.groups import Group, ParamSlice
 
 ATTENTION = ("attn", "norm1", "ls1", "drop_path1")
@@ -16,7 +16,7 @@ TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """All groups of one kind.
+    """All groups of one kind; hidden units, heads and their channels are those of the parts.
 
     Raises:
         BadInput: a block, attention or MLP of the model is of a type that is not understood.
@@ -26,16 +26,9 @@ def groups(model: Any, kind: str) -> list[Group]:
     blocks = [(f"blocks.{index}", _plain(f"blocks.{index}", block)) for index, block in enumerate(model.blocks)]
     if kind == "block":
         return [_depth([path for path, _ in blocks])]
-    if kind == "weight":
-        return [group for path, block in blocks for group in parts.weights(path, block)]
-    if kind == "ffn":
-        return [parts.ffn(f"{path}.mlp", block.mlp) for path, block in blocks]
-    if kind == "head":
-        return [parts.heads(f"{path}.attn", _separable(f"{path}.attn", block.attn)) for path, block in blocks]
-    for path, block in blocks:
-        if not isinstance(block.attn.q_norm, nn.Identity):
-            raise parts.refuse(f"{path}.attn.q_norm", block.attn.q_norm, "a norm over the head couples its channels")
-    return [parts.attention(f"{path}.attn", _separable(f"{path}.attn", block.attn)) for path, block in blocks]
+    if kind in rules.KINDS:
+        return rules.groups(model, kind)
+    return [group for path, block in blocks for group in parts.weights(path, block)]
 
 
 def uniform_args(model: Any) -> dict[str, int | float]:
@@ -58,14 +51,6 @@ def _plain(path: str, block: Any) -> Any:
     if type(block.mlp) is not Mlp:
         raise parts.refuse(f"{path}.mlp", block.mlp, "only timm's plain Mlp is understood here")
     return block
-
-
-def _separable(path: str, attn: Any) -> Any:
-    if not isinstance(attn.norm, nn.Identity):
-        raise parts.refuse(f"{path}.norm", attn.norm, "a norm over all heads couples them")
-    if attn.gate is not None:
-        raise parts.refuse(f"{path}.gate", attn.gate, "gated attention is not understood here")
-    return attn
 
 
 def _depth(paths: Sequence[str]) -> Group:

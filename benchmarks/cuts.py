@@ -215,4 +215,4 @@ def _chosen(model: nn.Module, plan: Plan, found: Importance) -> dict[str, Tensor
     groups = groups_for(model, plan)
     costs = costs_for(model, groups, plan)
     own = {group.name: found.scores[group.name] for group in groups}
-    return choose(own, groups, plan, goal(own, groups, plan, 1, costs), costs=costs)
+    return choose(own, groups, plan, goal(own, groups, plan, 1, costs).target, costs=costs)

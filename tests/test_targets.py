@@ -159,9 +159,9 @@ def test_solve_by_hand() -> None:
         (
             "drawn",
             {"target": {"macs": 0.01}},
-            r"^prune.target: 0.01 of the dense model cannot be reached, the",
+            r"^prune.target: 0.01 of the dense model cannot be reached, the smallest is 0.\d{4} \(.* MACs\); the dense",
         ),
-        ("drawn", {"target": {"flops": 0.5}}, r"^prune.target.flops: unknown; use one of params, macs, latency$"),
+        ("drawn", {"target": {"flops": 0.5}}, r"^prune.target.flops: unknown; use one of params, .*, latency_ms$"),
         ("drawn", {"target": {}}, r"^prune.target: names 0 costs"),
         ("drawn", {"target": {"macs": 0.5, "params": 0.5}}, r"^prune.target: names 2 costs"),
         ("drawn", {"target": {"macs": 1.0}}, r"^prune.target.macs: 1.0 is not above 0 and below 1"),
@@ -184,9 +184,14 @@ def test_what_is_no_target_is_refused(vit: nn.Module, method: str, settings: dic
     assert "\n" not in str(refused.value)
 
 
-def test_the_mask_stage_writes_what_it_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_mask_stage_writes_what_it_resolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
+) -> None:
     model = {"name": "vit_tiny_patch16_224", "args": VIT}
-    prune_ = {"method": "channel-magnitude", "kinds": ["ffn"], "sparsity": None, "target": {"params": 0.7}}
+    whole = cost(tiny("vit"), "params")
+    target = {"params": f"{0.7 * whole / 1000}K" if absolute else 0.7}
+    prune_ = {"method": "channel-magnitude", "kinds": ["ffn"], "sparsity": None, "target": target}
     settings = {"dataset": {"source": "digits"}, "model": model, "dense": {"start": "train"}, "prune": prune_}
     monkeypatch.chdir(tmp_path)
     dense = tiny("vit").float()
@@ -199,7 +204,8 @@ def test_the_mask_stage_writes_what_it_resolved(tmp_path: Path, monkeypatch: pyt
     stages.mask(Params.model_validate(settings))
     facts = json.loads(Path("metrics/mask.json").read_text())
     shrink(dense, groups, read_weights(tmp_path / "out/mask/masks.safetensors"))
-    reached = cost(dense, "params") / cost(tiny("vit"), "params")
-    assert facts["cost"] == {"params": {"target": 0.7, "reached": reached}}
+    reached = cost(dense, "params") / whole
+    found = {"target": round(0.7 * whole), "reached": cost(dense, "params"), "dense": whole}
+    assert facts["cost"] == {"params": found if absolute else {"target": 0.7, "reached": reached}}
     assert facts["target"]["ffn"] == pytest.approx(facts["sparsity"]["ffn"], abs=1 / 192)
     assert 0.69 < reached <= 0.7

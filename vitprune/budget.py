@@ -1,30 +1,37 @@
 """Selection across kinds: all units of a model compete by what they are worth per MAC that they save."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from vitprune.bounds import FREE, AllBounds, Bounds, lots, middle
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
-from vitprune.targets import Meter
+from vitprune.targets import Share
 
+NO_BOUNDS: AllBounds = {}
 Prices = dict[str, float]  # by group: the share of the dense model's MACs that one unit (of each head) saves
 
 
 @dataclass(frozen=True)
 class _Lot:
-    """Units that go at once: one, or for attention channels the worst left of each head, as all heads stay alike."""
+    """Units that go at once: one or as many as a multiple asks for, of attention channels the worst left of each head.
+
+    All heads stay alike. The lot goes as long as `enough` of the budget is left.
+    """
 
     rate: float
     price: float
+    enough: float
     group: str
     units: Tensor
 
 
-def prices(groups: Sequence[Group], share_of: Meter) -> Prices:
+def prices(groups: Sequence[Group], share_of: Share) -> Prices:
     """What a unit of each group saves, measured on the dense model with one unit less.
 
     Raises:
@@ -44,10 +51,19 @@ def prices(groups: Sequence[Group], share_of: Meter) -> Prices:
     return found
 
 
-def spend(scores: Scores, share: float, groups: Sequence[Group], costs: Prices, previous: Masks | None = None) -> Masks:
+def spend(
+    scores: Scores,
+    share: float,
+    groups: Sequence[Group],
+    costs: Prices,
+    previous: Masks | None = None,
+    bounds: AllBounds = NO_BOUNDS,
+) -> Masks:
     """Remove the units worth least per MAC until a share of all their MACs is gone; every group keeps one (per head).
 
-    A larger share removes more, and never other units. What `previous` has removed stays removed and counts.
+    A larger share removes more, and never other units. What `previous` has removed stays removed and counts. `bounds`
+    hold as in `select`: shares of a group are shares of its units, a group whose own is said is no part of the budget,
+    and multiples are rounded towards the nearest sum of MACs.
 
     Raises:
         BadInput: the share is outside 0..1, or a score is NaN.
@@ -60,20 +76,23 @@ def spend(scores: Scores, share: float, groups: Sequence[Group], costs: Prices, 
         g.name: torch.ones(g.shape, dtype=torch.bool) if previous is None else previous[g.name].view(g.shape).clone()
         for g in groups
     }
-    budget = share * sum(costs[group.name] * group.shape[-1] for group in groups)
-    lots: list[_Lot] = []
+    budget, line = 0.0, list[_Lot]()
     for group in groups:
-        budget -= costs[group.name] * int((~masks[group.name]).sum()) / (group.units / group.shape[-1])
-        lots += _lots(group, scores[group.name], masks[group.name], costs[group.name])
-    for lot in sorted(lots, key=attrgetter("rate")):
-        if budget < lot.price * (1 - 1e-9):
+        own = bounds.get(group.name, FREE)
+        own = own if share or own.least else replace(own, multiple=1)
+        price = 0.0 if own.alone else costs[group.name]
+        gone = int((~masks[group.name]).sum()) / (group.units / group.shape[-1])
+        budget += price * (share * group.shape[-1] - gone)
+        line += _lots(group, scores[group.name], masks[group.name], price, own)
+    for lot in sorted(line, key=attrgetter("rate")):
+        if budget < lot.enough:
             break
         budget -= lot.price
         masks[lot.group].view(-1)[lot.units] = False
     return masks
 
 
-def _lots(group: Group, scores: Tensor, alive: Tensor, price: float) -> list[_Lot]:
+def _lots(group: Group, scores: Tensor, alive: Tensor, price: float, bounds: Bounds) -> list[_Lot]:
     """What of a group can go, in the order in which it must: rates rise, so that a later lot never goes first."""
     if bool(scores.isnan().any()):
         raise BadInput(f"{group.name}: {int(scores.isnan().sum())} scores are NaN; check the model's weights")
@@ -85,4 +104,13 @@ def _lots(group: Group, scores: Tensor, alive: Tensor, price: float) -> list[_Lo
         [place[keep][row[keep].argsort(stable=True)] for place, row, keep in zip(places, rows, there, strict=True)]
     )
     worth = rows.flatten()[order].sum(dim=0).cummax(dim=0).values  # (left,), over the rows
-    return [_Lot(float(worth[n]) / price, price, group.name, order[:, n]) for n in range(left - 1)]
+    kept = bounds.kept(group.shape[-1], left, protected=1)
+    found = []
+    for lot in lots(left, kept):
+        units, size = order[:, lot[0] : lot[1]].flatten(), lot[1] - lot[0]
+        if lot[0] == 0 and left > kept[-1]:
+            found.append(_Lot(-math.inf, price * size, -math.inf, group.name, units))
+        else:
+            enough = price * size * (0.5 + 1e-9 if bounds.multiple > 1 else 1 - 1e-9)
+            found.append(_Lot(float(worth[middle(lot)]) / price, price * size, enough, group.name, units))
+    return found

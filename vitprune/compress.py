@@ -16,14 +16,15 @@ from vitprune.depth import dense_names, next_step
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores, shrink, zero
 from vitprune.methods import CRITERIA
-from vitprune.plans import Plan, Sparsity, plan_for
+from vitprune.plans import Plan, Rules, Sparsity, Target, Widths, plan_for
 
 
 @dataclass(frozen=True)
 class Cycle:
     """One step: `masks` and `scores` are in the dense model's coordinates, masks cumulative (zeros only grow).
 
-    `target` is the sparsity per kind; `cost`, where the plan has one, what was wanted and reached of it.
+    `target` is the sparsity per kind; `cost`, where the plan has one, what was wanted and reached of it, and why a miss
+    is larger than 2 %.
     """
 
     number: int
@@ -31,7 +32,7 @@ class Cycle:
     groups: Sequence[Group]
     scores: Scores
     masks: Masks
-    cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    cost: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)  # about what was settled by measuring again
     corrected: Mapping[str, float] = field(default_factory=dict)  # what a correction did on images that it did not see
 
@@ -67,7 +68,7 @@ def compress(
     dense = groups_for(model, plan)
     kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense}
     costs = costs_for(model, dense, plan)
-    wanted = answers(model, batches) if plan.correct else []
+    dense_answers = answers(model, batches) if plan.correct else []
     for number in range(1, plan.cycles + 1):
         complete = False
         while not complete:
@@ -75,6 +76,7 @@ def compress(
             names = dense_names(dense, now, kept)
             scores: Scores = {}
             facts: Mapping[str, float] = {}
+            last = ""
             importance = _judged(model, now, batches, plan, number, first is not None, statistics)
             if importance.scores:
                 scores = _all_in_dense(dense, names, importance.scores, kept)
@@ -82,17 +84,18 @@ def compress(
             if first is not None and costs.share_of is not None:
                 masks, target, complete = first, _removed(dense, first), "block" not in plan.sparsity
             else:
-                target = goal(scores, dense, plan, number, costs, kept)
-                step = next_step(dense, target, kept)
+                wanted = goal(scores, dense, plan, number, costs, kept)
+                target, step, last = wanted.target, next_step(dense, wanted.target, kept), wanted.last
                 if first is None:
-                    settled = settle(model, batches, importance.scores, dense, plan, step, number, kept)
+                    settled = settle(model, batches, importance.scores, dense, plan, step, number, kept, costs)
                     scores, facts = _all_in_dense(dense, names, settled.scores, kept), settled.facts
-                masks = choose(scores, dense, plan, step, kept, costs) if first is None else first
+                masks = choose(scores, dense, plan, step, kept, costs, number) if first is None else first
                 complete = step == target
             _apply(model, [(group, names[group.name]) for group in now], masks, kept, importance)
             kept, first = masks, None
-        corrected = _corrected(model, wanted, batches, plan, number)
-        yield Cycle(number, target, dense, scores, masks, cost_of(masks, plan, number, costs), facts, corrected)
+        corrected = _corrected(model, dense_answers, batches, plan, number)
+        cost = cost_of(masks, plan, number, costs, last)
+        yield Cycle(number, target, dense, scores, masks, cost, facts, corrected)
 
 
 def prune(
@@ -105,21 +108,28 @@ def prune(
     scope: str | None = None,
     heads: int | None = None,
     seed: int = 0,
-    target: Mapping[str, float] | None = None,
+    target: Target | None = None,
     correct: bool = False,
+    round_to: Widths | None = None,
+    rules: Rules = (),
 ) -> nn.Module:
     """Prune a copy of a timm model in one shot and return it; the model itself is untouched.
 
     `sparsity` is the fraction of units to remove, one for all kinds or one per kind; `batches` are (images, labels)
-    for the methods that look at data; `target`, such as {"macs": 0.5}, takes the sparsity's place; `correct` moves
-    norms and biases towards the dense answers afterwards, without labels; `example_input` (B, C, H, W), if given, is
-    run through the result.
+    for the methods that look at data; `target`, such as {"macs": 0.5}, {"params": "12M"} or {"latency_ms": 20}, takes
+    the sparsity's place; of every group a multiple of `round_to` stays, one number for all widths or one per kind;
+    `rules` hold for single groups, as {"match": "blocks.0.mlp", "ignore": True}; `correct` moves norms and biases
+    towards the dense answers afterwards, without labels; `example_input` (B, C, H, W), if given, is run through the
+    result.
 
     Raises:
         BadInput: a setting, a module or the result cannot be used; the message names it.
     """
     pruned = copy.deepcopy(model)
-    plan = plan_for(method, sparsity, scope, heads, setting=Setting(seed), target=target, correct=correct)
+    setting = Setting(seed)
+    plan = plan_for(
+        method, sparsity, scope, heads, setting=setting, target=target, correct=correct, round_to=round_to, rules=rules
+    )
     for _ in compress(pruned, plan, batches):
         pass
     if example_input is not None:

@@ -1,29 +1,21 @@
 """params.yaml as types: an unknown key, a wrong type or a value out of range is an error that names the key."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from vitprune.errors import BadInput
+from vitprune.sections import Fraction, Rule, Section, Target
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Epoch = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Cost = Literal["params", "macs", "latency"]
 Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
 Augment = Literal[
     "none", "digits", "light", "deit", "light1", "light2", "medium1", "medium2", "deit_wide", "deit_light"
 ]
-
-
-class Section(BaseModel):
-    """A part of params.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dataset(Section):
@@ -40,7 +32,7 @@ class Model(Section):
     """A timm model by name, and the arguments of timm.create_model."""
 
     name: str
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
 
 
 class Train(Section):
@@ -135,16 +127,19 @@ class Schedule(Section):
 class Prune(Section):
     """Method, the kinds that it scores, sparsity (one for all, or per kind), the gradual schedule and its recovery.
 
-    `kinds` null means the method's usual ones; a kind that is not scored cannot be pruned. A `target`, one cost as a
-    fraction of the dense model's, takes the place of the sparsity; sparsities per kind are relative to each other then.
+    `kinds` null means the method's usual ones; a kind that is not scored cannot be pruned. A `target` takes the place
+    of the sparsity; sparsities per kind are relative to each other then. What stays of every group is a multiple of
+    `round_to`, one for all kinds that are widths or one per kind; `rules` hold for single groups.
     `correct` moves norms and biases once towards the dense answers, after each cycle and before its recovery.
     """
 
     method: str
     kinds: list[Kind] | None = None
     sparsity: Fraction | dict[Kind, Fraction] | None
-    target: Annotated[Mapping[Cost, Share], Field(min_length=1, max_length=1)] | None = None
+    target: Target | None = None
     scope: str | None = None
+    round_to: Count | dict[Kind, Count] | None = None
+    rules: tuple[Rule, ...] = ()
     heads: Count | None = None
     cycles: Count = 1
     schedule: Literal["linear", "cubic"] | Schedule = "cubic"

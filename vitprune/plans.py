@@ -2,17 +2,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vitprune.criteria import DEFAULTS, Setting
 from vitprune.errors import BadInput
 from vitprune.methods import Method, method_named
 from vitprune.params import Params, Schedule
+from vitprune.quantities import Quantity, read
+from vitprune.rules import WIDTHS
 from vitprune.schedule import spans, sparsities
+from vitprune.sections import Rule, rule_of
 from vitprune.select import SCOPES, pattern_of, sparsity_of
-from vitprune.targets import check, relative
+from vitprune.targets import check, is_fraction, relative
 
+Target = Mapping[Any, Quantity]  # one cost: a fraction of the dense model's or an absolute number
+Rules = Sequence[Rule | Mapping[str, Any]]
+Widths = int | Mapping[Any, int]  # one multiple for all kinds that are widths, or one per kind
 Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
 
 
@@ -20,8 +26,8 @@ Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
 class Plan:
     """What to do to a model: method, final sparsity per kind, and the schedule that leads there.
 
-    With a `target`, a cost and its fraction of the dense model's, the sparsities are only relative to each other: the
-    largest is 1, and all are multiplied by the one scalar that reaches the cost.
+    With a `target`, a cost and how much of it may be left, the sparsities are only relative to each other: the largest
+    is 1, and all are multiplied by the one scalar that reaches the cost. `round_to` has a multiple per kind.
     """
 
     method: str
@@ -31,8 +37,10 @@ class Plan:
     cycles: int = 1
     schedule: str | Schedule = "cubic"
     setting: Setting = DEFAULTS
-    target: Mapping[str, float] | None = None
+    target: Mapping[str, Quantity] | None = None
     correct: bool = False
+    round_to: Mapping[str, int] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
 
     @property
     def row(self) -> Method:
@@ -59,10 +67,16 @@ class Plan:
         """Sparsity per kind at a scalar, where a cost decides how much goes."""
         return {kind: share * scalar for kind, share in self.sparsity.items()}
 
-    def costs(self) -> list[dict[str, float]]:
-        """Fraction of the dense model's cost that may be left after each cycle."""
-        gone = {cost: self._leading_to(1 - final) for cost, final in (self.target or {}).items()}
-        return [{cost: 1 - steps[cycle] for cost, steps in gone.items()} for cycle in range(self.cycles)]
+    def costs(self, final: float | None = None) -> list[dict[str, float]]:
+        """Fraction of the dense model's cost that may be left after each cycle; `final` of an absolute target."""
+        ends = {cost: float(asked) if final is None else final for cost, asked in (self.target or {}).items()}
+        left = {cost: [*(1 - gone for gone in self._leading_to(1 - end)[:-1]), end] for cost, end in ends.items()}
+        return [{cost: steps[cycle] for cost, steps in left.items()} for cycle in range(self.cycles)]
+
+    def progress(self, cycle: int, final: float | None = None) -> float:
+        """How much of all that goes is gone after the cycle of that number, `final` as in `costs`; 1 after the last."""
+        gone = max(self.sparsity.values()) if final is None else 1 - final
+        return self._leading_to(gone)[cycle - 1] / gone if cycle < self.cycles and gone else 1.0
 
     def targets(self) -> list[dict[str, float]]:
         """Sparsity per kind after each cycle."""
@@ -90,20 +104,24 @@ def plan_for(
     cycles: int = 1,
     schedule: str | Schedule = "cubic",
     setting: Setting = DEFAULTS,
-    target: Mapping[Any, float] | None = None,
+    target: Target | None = None,
     correct: bool = False,
+    round_to: Widths | None = None,
+    rules: Rules = (),
 ) -> Plan:
     """Check a method's settings against its row; a single sparsity applies to the row's usual kinds.
 
-    A `target` such as {"macs": 0.5} takes the place of the sparsity; beside it, sparsities per kind are relative.
+    A `target` such as {"macs": 0.5} or {"params": "12M"} takes the place of the sparsity; beside it, sparsities per
+    kind are relative. `round_to` and `rules` are those of params.yaml.
 
     Raises:
         BadInput: unknown method, scope, kind or schedule, a sparsity outside 0..1, N:M with another sparsity, or a
-            target that is none.
+            target, a width or a rule that is none.
     """
     row = method_named(method)
     implied = _refuse_scope(method, scope)
     if target is not None:
+        target = {cost: read(asked) for cost, asked in target.items()}
         check(target, list(sparsity) if isinstance(sparsity, Mapping) else row.kinds)
         if implied is not None or isinstance(sparsity, float):
             raise BadInput("prune.target: takes a sparsity's place; set sparsity to null, or to a share for each kind")
@@ -118,11 +136,41 @@ def plan_for(
         raise BadInput(f"prune: an N:M scope removes {implied:g} at once; set sparsity to null and cycles to 1")
     if heads is not None and "attention" not in shares:
         raise BadInput(f"prune.heads {heads}: merges heads where attention channels go, and none do; set it to null")
-    plan = Plan(method, shares, scope, heads, cycles, schedule, setting, target, correct)
-    if len({shares[kind] for kind in plan.bought}) > 1:
-        raise BadInput(f"prune.sparsity: {', '.join(plan.bought)} compete for one share of the MACs; give all the same")
-    _ = plan.targets() if target is None else plan.costs(), plan.epochs(1)
+    widths, held = _widths(round_to, list(shares)), tuple(rule_of(rule, number) for number, rule in enumerate(rules))
+    if implied is not None and any(rule.ignore is None for rule in held):
+        raise BadInput("prune.rules: an N:M scope removes as much of every layer; rules can only ignore some")
+    plan = Plan(method, shares, scope, heads, cycles, schedule, setting, target, correct, widths, held)
+    _refuse_plan(plan)
     return plan
+
+
+def _refuse_plan(plan: Plan) -> None:
+    """Refuse what does not go together."""
+    if len({plan.sparsity[kind] for kind in plan.bought}) > 1:
+        raise BadInput(f"prune.sparsity: {', '.join(plan.bought)} compete for one share of the MACs; give all the same")
+    if plan.target is None:
+        plan.targets()
+    elif is_fraction(plan.target):
+        plan.costs()
+    elif isinstance(plan.schedule, Schedule) and plan.schedule.steps is not None:
+        raise BadInput("prune.schedule.steps: are fractions, and the target is not; give a fraction, or a shape")
+    else:
+        plan.costs(0.0)
+    plan.epochs(1)
+
+
+def _widths(round_to: Widths | None, kinds: Sequence[str]) -> dict[str, int]:
+    """The multiple of every kind that has one."""
+    able = [kind for kind in kinds if kind in WIDTHS]
+    if isinstance(round_to, int) and not able:
+        raise BadInput(f"prune.round_to {round_to}: of {', '.join(kinds)} none is a width; set it to null")
+    wanted = dict.fromkeys(able, round_to) if isinstance(round_to, int) else dict(round_to or {})
+    for kind, multiple in wanted.items():
+        if kind not in able:
+            raise BadInput(f"prune.round_to.{kind}: is not among the widths that go here ({', '.join(able) or 'none'})")
+        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+            raise BadInput(f"prune.round_to.{kind}: {multiple!r} is no whole number of at least 1")
+    return wanted
 
 
 def _refuse_scope(method: str, scope: str | None) -> float | None:
@@ -165,7 +213,20 @@ def plan_of(params: Params) -> Plan:
     p, kinds = params.prune, kinds_of(params)
     one = 1.0 if p.target is not None and p.sparsity is None else p.sparsity  # for all kinds alike
     sparsity = dict.fromkeys(kinds, one) if isinstance(one, float) else one
-    plan = plan_for(p.method, sparsity, p.scope, p.heads, p.cycles, p.schedule, _setting(params), p.target, p.correct)
+    target = p.target.costs if p.target is not None else None
+    plan = plan_for(
+        p.method,
+        sparsity,
+        p.scope,
+        p.heads,
+        p.cycles,
+        p.schedule,
+        _setting(params),
+        target,
+        p.correct,
+        p.round_to,
+        p.rules,
+    )
     unscored = [kind for kind in plan.sparsity if kind not in kinds]
     if unscored:
         raise BadInput(f"prune.sparsity.{unscored[0]}: only {', '.join(kinds)} are scored; add it to prune.kinds")

@@ -3,24 +3,35 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from vitprune.bounds import FREE, AllBounds, in_lots, nearest, rounded, shared
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 
+NO_BOUNDS: AllBounds = {}
 SCOPES = ("layer", "global", "module", "isomorphic", "head", "N:M")
 N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Units that compete: the name of each group that takes part with flat indices into it, and how many have to go."""
+    """Units that compete: the name of each group that takes part with flat indices into it, and how many have to go.
+
+    `kept` has, for each of them, how many may stay; empty where every number may.
+    """
 
     places: tuple[tuple[str, Tensor], ...]
     remove: int
+    kept: tuple[range, ...] = ()
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the units of several groups go in lots of more than one."""
+        return len(self.kept) > 1 and any(kept.step > 1 for kept in self.kept)
 
 
 def select(
@@ -30,6 +41,7 @@ def select(
     groups: Sequence[Group] = (),
     previous: Masks | None = None,
     keep_at_least: int = 0,
+    bounds: AllBounds = NO_BOUNDS,
 ) -> Masks:
     """Remove the units of least score: exactly round(sparsity * units) of every pool that competes.
 
@@ -40,8 +52,16 @@ def select(
     `keep_at_least` protects that many best units of every group (of every row under `head`), even where the count
     would take them.
 
+    `bounds` hold for single groups. One whose share is said has exactly that, and the sparsity is that of the others;
+    the least and the most that may go of a group are kept while the pool's count is, as far as they allow it. A
+    multiple: as if the line between what stays and what goes were moved along the pool's order, each group's count
+    above it rounded to the nearest multiple, until the total is as near as it gets to the asked one (of two equally
+    near the larger). So a larger sparsity removes more, and never other units. At least one multiple stays; a group
+    with fewer units stays whole, and at a sparsity of 0 so do all. Under `head` a bound is of each row.
+
     Raises:
-        BadInput: sparsity is outside 0..1, a score is NaN, a scope is unknown or does not fit a group's shape.
+        BadInput: sparsity is outside 0..1, a score is NaN, a scope is unknown or does not fit a group's shape, or N:M
+            is to keep bounds other than that nothing goes.
 
     Source: UP-ViTs (the same share in each group, stable order), DIMAP (one threshold per module).
     """
@@ -49,9 +69,9 @@ def select(
     ranked = {name: _ranked(name, score, previous, keep_at_least) for name, score in scores.items()}
     pattern = pattern_of(scope)
     if pattern:
-        masks = {name: _n_of_m(name, s, *pattern, sparsity) for name, s in ranked.items()}
+        masks = {name: _n_of_m(name, s, *pattern, sparsity, bounds) for name, s in ranked.items()}
     else:
-        masks = _settled(ranked, contests(scores, sparsity, scope, groups, previous, keep_at_least))
+        masks = _settled(ranked, contests(scores, sparsity, scope, groups, previous, keep_at_least, bounds))
     if previous is not None:
         masks = {name: mask & previous[name].view(mask.shape) for name, mask in masks.items()}
     return masks
@@ -81,7 +101,7 @@ def select_blocks(scores: Scores, sparsity: float, previous: Masks | None = None
 
 def blocks_removed(sparsity: float, blocks: int) -> int:
     """How many of so many blocks a sparsity removes; one always stays."""
-    return min(_count(sparsity, blocks), blocks - 1)
+    return min(rounded(sparsity * blocks), blocks - 1)
 
 
 def _remove_pairs(ranked: list[float], mask: Tensor, keep: int) -> None:
@@ -102,10 +122,12 @@ def contests(
     groups: Sequence[Group] = (),
     previous: Masks | None = None,
     keep_at_least: int = 0,
+    bounds: AllBounds = NO_BOUNDS,
 ) -> list[Contest]:
     """Who competes in `select`, of the units that are still there, and how many of them have to go.
 
-    Of the scores only names and shapes count.
+    Of the scores only names and shapes count. Where the groups of a pool keep multiples, the number is the asked one,
+    and the scores say which multiples come nearest.
 
     Raises:
         BadInput: a scope is unknown or does not fit a group's shape, or it is N:M, which has a contest per few weights.
@@ -113,36 +135,60 @@ def contests(
     if scope == "head":
         pools = [[(name, row)] for name, score in scores.items() for row in _rows(name, score)]
     else:
-        named = _pools(scores, scope, groups).values()
+        named = [pool for names in _pools(scores, scope, groups).values() for pool in shared(bounds, names)]
         pools = [[(name, torch.arange(scores[name].numel())) for name in names] for names in named]
-    return [_contest(pool, sparsity, previous, keep_at_least) for pool in pools]
+    return [_contest(pool, sparsity, previous, keep_at_least, bounds) for pool in pools]
 
 
 def _contest(
-    pool: Sequence[tuple[str, Tensor]], sparsity: float, previous: Masks | None, keep_at_least: int
+    pool: Sequence[tuple[str, Tensor]], sparsity: float, previous: Masks | None, keep_at_least: int, bounds: AllBounds
 ) -> Contest:
-    """What is gone counts as removed, and no group loses its last protected units."""
-    units = sum(len(places) for _, places in pool)
+    """What is gone counts as removed, no group loses its last protected units, and every group keeps its bounds."""
     if previous is None:
         living = list(pool)
     else:
         living = [(name, places[previous[name].flatten().cpu()[places]]) for name, places in pool]
-    left = sum(len(places) for _, places in living)
-    protected = sum(min(keep_at_least, len(places)) for _, places in living)
-    remove = min(_count(sparsity, units) - (units - left), left - protected)
-    return Contest(tuple(living), max(0, remove))
+    kept = []
+    for (name, places), (_, there) in zip(pool, living, strict=True):
+        own = bounds.get(name, FREE)
+        own = own if sparsity or own.least else replace(own, multiple=1)
+        kept.append(own.kept(len(places), len(there), keep_at_least))
+    units, left = (sum(len(places) for _, places in those) for those in (pool, living))
+    stay = units - rounded(sparsity * units)
+    stay = max(min(stay, sum(one[-1] for one in kept)), sum(one[0] for one in kept))
+    if len(kept) == 1:
+        stay = nearest(kept[0], stay)
+    return Contest(tuple(living), left - stay, tuple(kept) if bounds else ())
 
 
 def _settled(ranked: Scores, fields: Sequence[Contest]) -> Masks:
     """The best of each contest stay; what takes part in none is gone."""
     masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in ranked.items()}
     for contest in fields:
-        flat = torch.cat([ranked[name].flatten()[places] for name, places in contest.places])
-        keep = _keep_best(flat, len(flat) - contest.remove)
-        pieces = torch.split(keep, [len(places) for _, places in contest.places])
+        own = [ranked[name].flatten()[places] for name, places in contest.places]
+        if contest.stepped:
+            stay = in_lots([_finite(flat).sort().values.tolist() for flat in own], contest.kept, contest.remove)
+            pieces = [_keep_best(flat, keep) for flat, keep in zip(own, stay, strict=True)]
+        else:
+            flat = torch.cat([_bounded(*pair) for pair in zip(own, contest.kept, strict=True)] if contest.kept else own)
+            pieces = list(torch.split(_keep_best(flat, len(flat) - contest.remove), [len(one) for one in own]))
         for (name, places), piece in zip(contest.places, pieces, strict=True):
             masks[name].view(-1)[places] = piece
     return masks
+
+
+def _bounded(flat: Tensor, kept: range) -> Tensor:
+    """Scores as they compete: what must go, for the group's bounds, is -inf, and what must stay +inf."""
+    if not kept[0] and kept[-1] == len(flat):
+        return _finite(flat)
+    order, flat = flat.argsort(stable=True), _finite(flat)
+    flat[order[: len(flat) - kept[-1]]] = -torch.inf
+    flat[order[len(flat) - kept[0] :]] = torch.inf
+    return flat
+
+
+def _finite(flat: Tensor) -> Tensor:
+    return flat.nan_to_num(posinf=torch.finfo(flat.dtype).max, neginf=torch.finfo(flat.dtype).min)
 
 
 def sparsity_of(scope: str) -> float | None:
@@ -170,10 +216,6 @@ def _stay(n: int, m: int) -> float:
 def _refuse_outside(sparsity: float) -> None:
     if not 0 <= sparsity < 1:
         raise BadInput(f"sparsity {sparsity}: must be at least 0 and below 1 (the fraction to remove)")
-
-
-def _count(sparsity: float, units: int) -> int:
-    return int(sparsity * units + 0.5)
 
 
 def _ranked(name: str, score: Tensor, previous: Masks | None, keep_at_least: int) -> Tensor:
@@ -229,8 +271,12 @@ def _rows(name: str, score: Tensor) -> Tensor:
     return torch.arange(score.numel()).view(score.shape)
 
 
-def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float) -> Tensor:
+def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float, bounds: AllBounds) -> Tensor:
     implied = 1 - _stay(n, m)
+    if bounds.get(name, FREE).most == 0:
+        return torch.ones(score.shape, dtype=torch.bool)
+    if bounds.get(name, FREE) != FREE:
+        raise BadInput(f"{name}: scope '{n}:{m}' removes {implied:g} of every layer; a rule can only ignore one")
     if abs(sparsity - implied) > 1e-9:
         raise BadInput(f"scope '{n}:{m}': removes {implied:g}, but sparsity is {sparsity:g}; set it to {implied:g}")
     # A run lies along the input channels, for a k x k kernel at one of its positions: a sparse matrix unit multiplies

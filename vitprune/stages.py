@@ -121,11 +121,12 @@ def mask(params: Params) -> None:
     model = models.load(OUT / "dense").to(_device())
     groups = groups_for(model, plan)
     costs = costs_for(model, groups, plan)
-    target = next_step(groups, goal(_scores(), groups, plan, 1, costs))
+    wanted = goal(_scores(), groups, plan, 1, costs)
+    target = next_step(groups, wanted.target)
     batches = _calibration(model, params) if plan.row.settle else []
-    settled = settle(model, batches, _scores(), groups, plan, target)
-    masks = choose(settled.scores, groups, plan, target, costs=costs)
-    facts: dict[str, Any] = {"target": dict(target), "cost": cost_of(masks, plan, 1, costs)}
+    settled = settle(model, batches, _scores(), groups, plan, target, costs=costs)
+    masks = choose(settled.scores, groups, plan, target, costs=costs, cycle=1)
+    facts: dict[str, Any] = {"target": dict(target), "cost": cost_of(masks, plan, 1, costs, wanted.last)}
     facts |= {"settled": dict(settled.facts) or None} | write_masks(OUT / "mask", groups, masks)
     (OUT / "mask" / SCORES).unlink(missing_ok=True)
     if settled.facts:

@@ -1,8 +1,9 @@
-"""How much to remove for a model of a given cost: parameters, MACs or latency as a fraction of the dense model's."""
+"""How much to remove for a model of a given cost: parameters, MACs or latency, as a fraction or in absolute units."""
 
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +12,94 @@ from vitprune.data import example_input
 from vitprune.errors import BadInput
 from vitprune.evaluate import latency, macs
 from vitprune.groups import Group, Masks, shrink
+from vitprune.quantities import Quantity, number_of, said
 
-COSTS = ("params", "macs", "latency")
-PRECISION = {"params": 1e-9, "macs": 1e-9, "latency": 0.01}  # of the scalar; what a clock says is no finer
+COUNTS = ("params", "macs")
+COSTS = (*COUNTS, "latency", "latency_ms")
+PRECISION = {"params": 1e-9, "macs": 1e-9, "latency": 0.01, "latency_ms": 0.01}  # of the scalar; a clock is no finer
+CLOSE = 0.02  # of the target: a larger miss is explained
 RUNS = 15  # forward passes of each model behind a latency
-Meter = Callable[[Masks], float]  # masks of the dense model's groups -> cost as a fraction of the dense model's
+Share = Callable[[Masks], float]  # masks of the dense model's groups -> cost as a fraction of the dense model's
+Spread = Mapping[str, float]  # milliseconds: median, p10 and p90, and the dense model's median beside it
 
 
-def check(target: Mapping[str, float], kinds: Sequence[str]) -> None:
-    """Refuse a target that is not one cost and a fraction.
+@dataclass(frozen=True)
+class Meter:
+    """What candidates cost: masks of the dense model's groups to a fraction of the `whole` that the dense model costs.
+
+    The whole is in parameters, MACs or milliseconds; `spread`, of a clock alone, measures anew and tells the times.
+    """
+
+    cost: str
+    whole: float
+    share: Share
+    spread: Callable[[Masks], Spread] | None = None
+
+    def __call__(self, masks: Masks) -> float:
+        """Cost as a fraction of the dense model's."""
+        return self.share(masks)
+
+    def said(self, fraction: float) -> str:
+        """A fraction of the whole in words."""
+        unit = {"params": " parameters", "macs": " MACs"}.get(self.cost, " ms")
+        return said(fraction * self.whole) + unit
+
+
+def check(target: Mapping[str, Quantity], kinds: Sequence[str]) -> None:
+    """Refuse a target that is not one cost and a fraction, or an absolute number where the cost takes one.
+
+    Text that says no quantity is left to `fraction_of`, which can say what the model has.
 
     Raises:
-        BadInput: it names no cost or several, an unknown one, a fraction outside 0..1, or the latency of zeros.
+        BadInput: it names no cost or several, an unknown one, a number that it does not take, or the latency of zeros.
     """
     if len(target) != 1:
         raise BadInput(f"prune.target: names {len(target)} costs; give one of {', '.join(COSTS)}")
-    ((cost, fraction),) = target.items()
+    ((cost, asked),) = target.items()
     if cost not in COSTS:
         raise BadInput(f"prune.target.{cost}: unknown; use one of {', '.join(COSTS)}")
-    if not 0 < fraction < 1:
-        raise BadInput(f"prune.target.{cost}: {fraction} is not above 0 and below 1 (the fraction of the dense model)")
-    if cost == "latency" and "weight" in kinds:
-        raise BadInput("prune.target.latency: single weights become zeros, which take as long; use params or macs")
+    if cost.startswith("latency") and "weight" in kinds:
+        raise BadInput(f"prune.target.{cost}: single weights become zeros, which take as long; use params or macs")
+    if isinstance(asked, str):
+        return
+    if cost == "latency_ms" and not 0 < asked < math.inf:
+        raise BadInput(f"prune.target.latency_ms: {asked} is not above 0 (milliseconds of a forward pass)")
+    if cost != "latency_ms" and not (0 < asked < 1 or (cost in COUNTS and 1 < asked < math.inf)):
+        other = (
+            " nor above 1 (an absolute number, such as 600M)" if cost in COUNTS else "; for milliseconds: latency_ms"
+        )
+        raise BadInput(
+            f"prune.target.{cost}: {asked} is not above 0 and below 1 (the fraction of the dense model){other}"
+        )
+
+
+def is_fraction(target: Mapping[str, Quantity]) -> bool:
+    """Whether a checked target is a fraction, known without the model."""
+    ((cost, asked),) = target.items()
+    return cost != "latency_ms" and not isinstance(asked, str) and asked < 1
+
+
+def fraction_of(target: Mapping[str, Quantity], share_of: Meter, smallest: float) -> float:
+    """A checked target as a fraction of what the dense model has; `smallest` is the least that can be reached.
+
+    Raises:
+        BadInput: text says no quantity, or it is not less than the dense model has or less than can be reached. The
+            line says both.
+    """
+    ((cost, asked),) = target.items()
+    has = f"the smallest is {smallest:.4f} ({share_of.said(smallest)}); the dense model has {share_of.said(1.0)}"
+    try:
+        number = number_of(asked)
+    except ValueError as error:
+        raise BadInput(f"prune.target.{cost}: {error}; {has}") from None
+    absolute = cost == "latency_ms" or number > 1
+    words = share_of.said(number / share_of.whole) if absolute else f"{number:g} of the dense model"
+    fraction = number / share_of.whole if absolute else number
+    if fraction >= 1:
+        raise BadInput(f"prune.target: {words} is not less than the dense model has; {has}")
+    if fraction < smallest:
+        raise BadInput(f"prune.target: {words} cannot be reached, {has}")
+    return fraction
 
 
 def relative(sparsity: Mapping[str, float]) -> dict[str, float]:
@@ -56,18 +123,25 @@ def meter(model: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
     Parameters and MACs are counted on copies without data. Latency is measured, each time in turns with the dense
     model; a copy of it is kept for that.
     """
-    return _clock(copy.deepcopy(model), groups) if cost == "latency" else _counter(model, groups, cost)
+    return _counter(model, groups, cost) if cost in COUNTS else _clock(copy.deepcopy(model), groups, cost)
 
 
-def solve(masks_at: Callable[[float], Masks], share_of: Meter, limit: float, precision: float = 1e-9) -> float:
+def solve(masks_at: Callable[[float], Masks], share_of: Share, limit: float, precision: float = 1e-9) -> float:
     """The least scalar from 0 to 1 whose masks cost no more than the limit, by bisection.
 
-    `masks_at` must remove more, and never other units, as its scalar grows; then the cost found is less than one unit
-    of every pool below the limit.
+    `masks_at` must remove more, and never other units, as its scalar grows; then the cost found is less than one step
+    of every pool below the limit: a unit, or what `round_to` lets go at once.
 
     Raises:
         BadInput: the limit is not reached where all goes that may go; the line says what is.
     """
+    return bracket(masks_at, share_of, limit, precision)[1]
+
+
+def bracket(
+    masks_at: Callable[[float], Masks], share_of: Share, limit: float, precision: float = 1e-9
+) -> tuple[float, float]:
+    """The scalar of `solve` behind one whose masks are the next ones, which cost too much; twice 0 where none do."""
     low, high = 0.0, math.nextafter(1.0, 0.0)
     fewest = _left(masks_at(high))
     smallest = share_of(masks_at(high))
@@ -75,7 +149,7 @@ def solve(masks_at: Callable[[float], Masks], share_of: Meter, limit: float, pre
         raise BadInput(f"prune.target: {limit:g} of the dense model cannot be reached, the smallest is {smallest:.4f}")
     most = _left(masks_at(low))
     if share_of(masks_at(low)) <= limit:
-        return low
+        return low, low
     while high - low > precision and most - fewest > 1:
         middle = (low + high) / 2
         masks = masks_at(middle)
@@ -84,7 +158,34 @@ def solve(masks_at: Callable[[float], Masks], share_of: Meter, limit: float, pre
             high, fewest = middle, left
         else:
             low, most = middle, left
-    return high
+    return low, high
+
+
+def step_between(groups: Sequence[Group], more: Masks, fewer: Masks, share_of: Meter) -> str:
+    """Which units go together as the last ones, and what it would cost if they did not, in words."""
+    units = {g.name: int(more[g.name].sum()) - int(fewer[g.name].sum()) for g in groups}
+    cut = [group for group in groups if units[group.name]]
+    if not cut:
+        return "what the rules remove comes to that, and nothing else has to go"
+    where = cut[0].name if len(cut) == 1 else f"{len(cut)} groups of kind {', '.join({g.kind: 0 for g in cut})}"
+    cost = share_of(more)
+    return (
+        f"the last {sum(units.values())} units go together, of {where}, and without that step it would be "
+        f"{cost:.4f} ({share_of.said(cost)})"
+    )
+
+
+def miss(limit: float, reached: float, share_of: Meter, last: str) -> str:
+    """Why a cost is not within 2 % of its limit, in words; empty where it is.
+
+    Both are fractions of the dense model's cost, and `last` says what the last step was.
+    """
+    if abs(reached / limit - 1) <= CLOSE:
+        return ""
+    off = f"{reached:.4f} ({share_of.said(reached)}) is {abs(reached / limit - 1):.1%}"
+    if reached > limit:
+        return f"{off} above the target: {last or 'the masks were not chosen for it'}"
+    return f"{off} below the target: {last or 'what goes together, by scope, round_to and rules, is larger than that'}"
 
 
 def _left(masks: Masks) -> int:
@@ -117,19 +218,25 @@ def _counter(model: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
         return total - sum(per_layer[n.removesuffix(".weight")] * _zeros(w, masks[n]) for n, w in weights.items())
 
     whole = counted({group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups})
-    return lambda masks: counted(masks) / whole
+    return Meter(cost, whole, lambda masks: counted(masks) / whole)
 
 
 def _zeros(there: Tensor, mask: Tensor) -> float:
     return 1 - int((there & mask).sum()) / there.numel()
 
 
-def _clock(dense: nn.Module, groups: Sequence[Group]) -> Meter:
+def _clock(dense: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
     example = example_input(dense, 1)
 
+    def both(masks: Masks) -> list[dict[str, float]]:
+        return latency([dense, shrink(copy.deepcopy(dense), groups, masks)], example, RUNS)
+
     def share(masks: Masks) -> float:
-        smaller = shrink(copy.deepcopy(dense), groups, masks)
-        whole, part = (times["median"] for times in latency([dense, smaller], example, RUNS))
+        whole, part = (times["median"] for times in both(masks))
         return part / whole
 
-    return share
+    def spread(masks: Masks) -> Spread:
+        whole, part = both(masks)
+        return {"median": part["median"], "p10": part["p10"], "p90": part["p90"], "dense": whole["median"]}
+
+    return Meter(cost, latency([dense], example, 2 * RUNS)[0]["median"], share, spread)

@@ -17,7 +17,19 @@ from vitprune.groups import Group, Masks, Scores
 from vitprune.plans import Plan
 from vitprune.rules import bounds_of
 from vitprune.select import Contest, blocks_removed, contests, select, select_blocks
-from vitprune.targets import COUNTS, PRECISION, Meter, bracket, fraction_of, is_fraction, meter, miss, step_between
+from vitprune.targets import (
+    COUNTS,
+    PRECISION,
+    Meter,
+    Spread,
+    bracket,
+    fraction_of,
+    is_fraction,
+    meter,
+    miss,
+    steadied,
+    step_between,
+)
 
 
 def groups_for(model: nn.Module, plan: Plan) -> list[Group]:
@@ -107,7 +119,14 @@ def goal(
         return choose(scores, groups, plan, shares(scalar), kept, costs, number)
 
     low, high = bracket(masks_at, costs.share_of, limit, PRECISION[cost])
+    if (spread := costs.share_of.spread) is not None:
+        high, reading = steadied(masks_at, lambda masks: _ratio(spread(masks)), limit, high)
+        return Goal(shares(high), f"the clock said {reading:.4f} when it was chosen, the nearest of what was tried")
     return Goal(shares(high), step_between(groups, masks_at(low), masks_at(high), costs.share_of))
+
+
+def _ratio(times: Spread) -> float:
+    return times["median"] / times["dense"]
 
 
 def _of_blocks(target: Mapping[str, float], groups: Sequence[Group], bounds: AllBounds) -> Mapping[str, float]:
@@ -143,21 +162,23 @@ def costs_for(model: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
 def cost_of(masks: Masks, plan: Plan, number: int, costs: Costs, last: str = "") -> dict[str, dict[str, float | str]]:
     """What a cycle was to cost and costs, in the unit of the target; empty where the plan has no cost.
 
-    An absolute target comes with what the dense model has, and milliseconds with their spread (p10 and p90). Where
+    An absolute target comes with what the dense model has, and latencies with their spread in ms (p10 and p90). Where
     more than 2 % lie between the two, `why` says what is in the way, `last` being the goal's last step.
     """
     if costs.share_of is None or plan.target is None:
         return {}
     ((cost, limit),) = plan.costs(costs.final)[number - 1].items()
-    times = costs.share_of.spread(masks) if costs.share_of.spread is not None and cost == "latency_ms" else {}
-    reached = times["median"] / costs.share_of.whole if times else costs.share_of(masks)
+    times = costs.share_of.spread(masks) if costs.share_of.spread is not None else {}
+    reached = _ratio(times) if times else costs.share_of(masks)
+    if cost == "latency_ms":
+        reached = times["median"] / costs.share_of.whole
     found: dict[str, float | str] = {"target": limit, "reached": reached}
     if not is_fraction(plan.target):
         whole, digits = costs.share_of.whole, None if cost in COUNTS else 6
         found = {"target": round(limit * whole, digits), "reached": round(reached * whole, digits), "dense": whole}
     found |= {name: times[name] for name in ("p10", "p90") if name in times}
     if times:
-        drift = f"the dense model takes {times['dense']:.4g} ms beside it, {costs.share_of.whole:.4g} ms at the start"
+        drift = f"the dense model takes {times['dense']:.4g} ms beside it and took {costs.share_of.whole:.4g} ms before"
         last = f"{drift}; {last}" if last else drift
     why = miss(limit, reached, costs.share_of, last)
     return {cost: found | ({"why": why} if why else {})}

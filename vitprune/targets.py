@@ -18,7 +18,8 @@ COUNTS = ("params", "macs")
 COSTS = (*COUNTS, "latency", "latency_ms")
 PRECISION = {"params": 1e-9, "macs": 1e-9, "latency": 0.01, "latency_ms": 0.01}  # of the scalar; a clock is no finer
 CLOSE = 0.02  # of the target: a larger miss is explained
-RUNS = 15  # forward passes of each model behind a latency
+RUNS, LONG = 15, 45  # forward passes of each model behind a latency: while searching, and of what is found
+TRIES = 4  # to correct a search by longer readings
 Share = Callable[[Masks], float]  # masks of the dense model's groups -> cost as a fraction of the dense model's
 Spread = Mapping[str, float]  # milliseconds: median, p10 and p90, and the dense model's median beside it
 
@@ -27,7 +28,7 @@ Spread = Mapping[str, float]  # milliseconds: median, p10 and p90, and the dense
 class Meter:
     """What candidates cost: masks of the dense model's groups to a fraction of the `whole` that the dense model costs.
 
-    The whole is in parameters, MACs or milliseconds; `spread`, of a clock alone, measures anew and tells the times.
+    The whole is in parameters, MACs or milliseconds; `spread`, of a clock alone, measures anew and longer.
     """
 
     cost: str
@@ -161,6 +162,25 @@ def bracket(
     return low, high
 
 
+def steadied(masks_at: Callable[[float], Masks], read: Share, limit: float, scalar: float) -> tuple[float, float]:
+    """The scalar that a search by short readings has found, corrected by long ones, and what the clock said of it.
+
+    A search takes the readings that happen to be low for what they are, so it ends too early. Each try goes along a
+    line from the dense model to the smallest; the best is the largest reading below the limit.
+    """
+    slope = max(1 - read(masks_at(math.nextafter(1.0, 0.0))), CLOSE)
+    tried: dict[float, float] = {}
+    for _ in range(TRIES):
+        tried[scalar] = read(masks_at(scalar))
+        if limit * (1 - CLOSE) <= tried[scalar] <= limit:
+            break
+        aim = limit * (1 - CLOSE / 2)
+        scalar = min(max(scalar + (tried[scalar] - aim) / slope, 0.0), math.nextafter(1.0, 0.0))
+    below = [one for one, reading in tried.items() if reading <= limit]
+    best = max(below, key=tried.__getitem__) if below else min(tried, key=tried.__getitem__)
+    return best, tried[best]
+
+
 def step_between(groups: Sequence[Group], more: Masks, fewer: Masks, share_of: Meter) -> str:
     """Which units go together as the last ones, and what it would cost if they did not, in words."""
     units = {g.name: int(more[g.name].sum()) - int(fewer[g.name].sum()) for g in groups}
@@ -228,15 +248,12 @@ def _zeros(there: Tensor, mask: Tensor) -> float:
 def _clock(dense: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
     example = example_input(dense, 1)
 
-    def both(masks: Masks) -> list[dict[str, float]]:
-        return latency([dense, shrink(copy.deepcopy(dense), groups, masks)], example, RUNS)
-
-    def share(masks: Masks) -> float:
-        whole, part = (times["median"] for times in both(masks))
-        return part / whole
-
-    def spread(masks: Masks) -> Spread:
-        whole, part = both(masks)
+    def both(masks: Masks, runs: int) -> Spread:
+        whole, part = latency([dense, shrink(copy.deepcopy(dense), groups, masks)], example, runs)
         return {"median": part["median"], "p10": part["p10"], "p90": part["p90"], "dense": whole["median"]}
 
-    return Meter(cost, latency([dense], example, 2 * RUNS)[0]["median"], share, spread)
+    def share(masks: Masks) -> float:
+        times = both(masks, RUNS)
+        return times["median"] / times["dense"]
+
+    return Meter(cost, latency([dense], example, LONG)[0]["median"], share, lambda masks: both(masks, LONG))

@@ -2,8 +2,9 @@
 
 MACs at 0.3, 0.5 and 0.8 of the dense model's, parameters at 0.5, MACs, parameters and milliseconds as absolute
 numbers, and MACs in multiples of 8 and under rules. Reached within 2 %, or the note says why not. Latencies are
-measured here, one image at a time, beside the dense model; of Swin only a fraction. A refusal shows its line. Weights are random: where they are does not matter to what
-a model costs. Writes benchmarks/results/targets.json and docs/results/targets.md.
+measured here, one image at a time, beside the dense model; of Swin only a fraction. A refusal shows its line. Weights
+are random: where they are does not matter to what a model costs. Writes benchmarks/results/targets.json and
+docs/results/targets.md.
 """
 
 import copy

@@ -1,9 +1,10 @@
 """Targets asked for and reached: three untrained timm models by channel-magnitude, FFN units and attention together.
 
 MACs at 0.3, 0.5 and 0.8 of the dense model's, parameters at 0.5, MACs, parameters and milliseconds as absolute
-numbers, and MACs in multiples of 8 and under rules. Reached within 2 %, or the note says why not. Every latency is
-measured here, one image at a time, beside the dense model. Weights are random: where they are does not matter to what
-a model costs. Writes benchmarks/results/targets.json and docs/results/targets.md.
+numbers, and MACs in multiples of 8 and under rules. Reached within 2 %, or the note says why not. Latencies are
+measured here, one image at a time, beside the dense model; of Swin only a fraction. A refusal shows its line. Weights
+are random: where they are does not matter to what a model costs. Writes benchmarks/results/targets.json and
+docs/results/targets.md.
 """
 
 import copy
@@ -18,7 +19,7 @@ import torch
 from harness import Row, arguments, write_results, write_table
 from torch import nn
 
-from vitprune import count, plan_for
+from vitprune import BadInput, count, plan_for
 from vitprune.compress import compress
 from vitprune.data import example_input
 from vitprune.evaluate import latency
@@ -58,13 +59,17 @@ def cases(name: str, dense: nn.Module, quick: bool) -> Iterator[Case]:
     found += [Case({"macs": 0.5}, {"scope": "macs", "round_to": 8}, "multiples of 8, all compete")]
     found += [Case({"macs": 0.8}, {"rules": RULES}, "the first blocks whole, 25 % of each FFN at least")]
     yield from [*found, Case({"latency": 0.7})]
-    yield Case({"latency_ms": round(0.7 * latency([dense], example_input(dense, 1), 45)[0]["median"], 2)})
+    if name != MODELS[1]:  # the slowest of them, for which a fraction must do
+        yield Case({"latency_ms": round(0.7 * latency([dense], example_input(dense, 1), 45)[0]["median"], 2)})
 
 
 def measured(name: str, dense: nn.Module, case: Case) -> tuple[list[Row], list[str]]:
     """What a case reaches, as rows and as a line of the table."""
     model, start = copy.deepcopy(dense), time.perf_counter()
-    (cycle,) = compress(model, plan_for("channel-magnitude", None, target=case.target, **case.settings), ())
+    try:
+        (cycle,) = compress(model, plan_for("channel-magnitude", None, target=case.target, **case.settings), ())
+    except BadInput as refused:  # where the clock has drifted since the dense model was timed
+        return [], [name, str(case), "", "refused", "", "", str(refused)]
     seconds = time.perf_counter() - start
     ((cost, record),) = cycle.cost.items()
     asked, reached, why = float(record["target"]), float(record["reached"]), str(record.get("why", ""))

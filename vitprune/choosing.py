@@ -120,13 +120,15 @@ def goal(
 
     low, high = bracket(masks_at, costs.share_of, limit, PRECISION[cost])
     if (spread := costs.share_of.spread) is not None:
-        high, reading = steadied(masks_at, lambda masks: _ratio(spread(masks)), limit, high)
+        whole = costs.share_of.whole
+        high, reading = steadied(masks_at, lambda masks: _by_clock(cost, spread(masks), whole), limit, high)
         return Goal(shares(high), f"the clock said {reading:.4f} when it was chosen, the nearest of what was tried")
     return Goal(shares(high), step_between(groups, masks_at(low), masks_at(high), costs.share_of))
 
 
-def _ratio(times: Spread) -> float:
-    return times["median"] / times["dense"]
+def _by_clock(cost: str, times: Spread, whole: float) -> float:
+    """What a clock says: milliseconds count as they are now, a fraction is one of the dense model beside it."""
+    return times["median"] / (whole if cost == "latency_ms" else times["dense"])
 
 
 def _of_blocks(target: Mapping[str, float], groups: Sequence[Group], bounds: AllBounds) -> Mapping[str, float]:
@@ -169,9 +171,7 @@ def cost_of(masks: Masks, plan: Plan, number: int, costs: Costs, last: str = "")
         return {}
     ((cost, limit),) = plan.costs(costs.final)[number - 1].items()
     times = costs.share_of.spread(masks) if costs.share_of.spread is not None else {}
-    reached = _ratio(times) if times else costs.share_of(masks)
-    if cost == "latency_ms":
-        reached = times["median"] / costs.share_of.whole
+    reached = _by_clock(cost, times, costs.share_of.whole) if times else costs.share_of(masks)
     found: dict[str, float | str] = {"target": limit, "reached": reached}
     if not is_fraction(plan.target):
         whole, digits = costs.share_of.whole, None if cost in COUNTS else 6

@@ -83,3 +83,12 @@ def test_a_failed_save_leaves_the_old_model(folder: Path) -> None:
     with pytest.raises(BadInput, match=r"^Linear: only models made by timm.create_model"):
         save(nn.Linear(2, 2), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_weights_of_several_types_are_not_saved(tmp_path: Path) -> None:
+    architecture, args = ZOO["vit"]
+    model = timm.create_model(architecture, **args)
+    model.head.half()
+    with pytest.raises(BadInput, match=r"^VisionTransformer: weights are torch.float16, torch.float32; give them one"):
+        save(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []

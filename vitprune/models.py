@@ -95,11 +95,14 @@ def save(model: nn.Module, directory: str | Path) -> None:
     A model whose blocks are all alike also loads in plain timm, as timm.create_model("local-dir:DIRECTORY").
 
     Raises:
-        BadInput: the model was not made by timm.create_model.
+        BadInput: the model was not made by timm.create_model, or its weights are of several floating-point types.
     """
     directory = Path(directory)
     if "architecture" not in getattr(model, "pretrained_cfg", {}):
         raise BadInput(f"{type(model).__name__}: only models made by timm.create_model (or vitprune.load) can be saved")
+    types = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    if len(types) > 1:
+        raise BadInput(f"{type(model).__name__}: weights are {', '.join(sorted(map(str, types)))}; give them one type")
     with replacing(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())

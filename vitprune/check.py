@@ -67,7 +67,9 @@ def subject(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, T
     given = dict(args or {})
     model = models.create(name, given)
     channels, *sizes = example_input(model, 1).shape[1:]
-    trials = [] if "img_size" in given or max(sizes) <= SIDES[0] else [(side, side) for side in SIDES]
+    if "img_size" in given:
+        return redrawn(model), _noise(2, channels, given["img_size"], given["img_size"])
+    trials = [] if max(sizes) <= SIDES[0] else [(side, side) for side in SIDES]
     for size in trials:
         images = torch.zeros(1, channels, *size)
         for more in ({}, {"img_size": size[0]}):

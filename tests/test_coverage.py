@@ -10,10 +10,10 @@ import torch
 from timm.layers import GatedMlp, GluMlp, Mlp, SwiGLU
 from timm.models.levit import LevitMlp
 from timm.models.twins import GlobalSubSampleAttn
-from tiny_models import ZOO
+from tiny_models import ZOO, batches
 from torch import nn
 
-from vitprune import BadInput, cli, find_groups, shrink, zero
+from vitprune import BadInput, cli, find_groups, prune, shrink, zero
 from vitprune.check import check, odd_masks, redrawn, subject
 from vitprune.families import rules
 from vitprune.groups import KINDS
@@ -56,7 +56,9 @@ SMALL = {
     "resnext50_32x4d": {"layers": (1, 1, 1, 1)},
     "seresnet50": {"layers": (1, 1, 1, 1), "channels": (16, 16, 24, 24)},
 }
+SMALL["vit_base_patch16_siglip_224"] = ZOO["vit"][1]
 PROVEN = {
+    "vit_base_patch16_siglip_224": "ffn head attention block",
     "beit_base_patch16_224": "ffn head attention weight",
     "swinv2_tiny_window8_256": "ffn head attention weight",
     "xcit_nano_12_p16_224": "ffn head weight",
@@ -298,3 +300,15 @@ def test_the_command_prints_proofs_and_ends_with_1_where_one_fails(monkeypatch, 
 def test_what_cannot_be_proven_is_refused(kinds, ratios, why) -> None:
     with pytest.raises(BadInput, match=why):
         list(check(*VIT[:1], kinds, ratios))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "cait_xxs24_224"])
+def test_channels_that_have_no_basis_of_their_own_are_not_rebased(name: str) -> None:
+    model = timm.create_model(name, num_classes=7, **SMALL[name])
+    with pytest.raises(BadInput, match="its q, k and v do not come from one Linear layer; use heads or ffn here$"):
+        prune(model, "unit-obs", {"attention": 0.5}, batches(model))
+
+
+def test_a_model_without_a_classifier_is_proven_with_one() -> None:
+    dense, _ = subject("vit_small_patch14_dinov2", {"depth": 1, "embed_dim": 48, "num_heads": 3})
+    assert dense.num_classes == 10

@@ -52,7 +52,8 @@ MODELS = (
 )
 SECONDS = 5.0  # for finding all groups of a model
 TITLE = "What each model can lose"
-ABOUT = """Written by benchmarks/coverage.py. Random weights in float64; of every group an odd number of units is left.
+ABOUT = """Written by benchmarks/coverage.py. Random weights in float64; of every group about {removed} of the units are
+removed, and an odd number is left (block: whole blocks).
 Proven: what is cut out leaves the logits of the literal removal (difference below 1e-10 of the largest logit),
 parameters and MACs fall by what the groups promise, gradients are finite, and the model is the same from a file. A
 number is a reason below."""
@@ -83,7 +84,7 @@ def main() -> None:
         rows.append(Row(f"{name}: groups found", found["seconds"], "s", "<= 5 s", found["seconds"] <= SECONDS))
         print(name, cells[name], f"{found['seconds']:.2f} s", flush=True)
     if not given.quick:
-        _document(cells)
+        _document(cells, given.ratios)
     write_results("coverage", rows, given.quick)
 
 
@@ -117,7 +118,7 @@ def _apart(name: str, ratios: str, limit: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _document(cells: dict[str, dict[str, str]]) -> None:
+def _document(cells: dict[str, dict[str, str]], ratios: str) -> None:
     reasons: dict[str, int] = {}
     table = []
     for name, verdicts in cells.items():
@@ -128,7 +129,7 @@ def _document(cells: dict[str, dict[str, str]]) -> None:
             shown.append(f"{verdict.partition(':')[0]} {number}" if number else "proven")
         table.append([f"`{name}`", *shown])
     path = ROOT / "docs/models.md"
-    write_table(path, TITLE, ABOUT, ["model", *KINDS], table)
+    write_table(path, TITLE, ABOUT.format(removed=ratios.replace(",", ", ")), ["model", *KINDS], table)
     listed = [f"{number}. {why.partition(': ')[2]}" for why, number in reasons.items()]
     path.write_text(path.read_text() + "\n" + "\n".join(listed) + "\n")
 

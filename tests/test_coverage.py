@@ -305,7 +305,7 @@ def test_what_cannot_be_proven_is_refused(kinds, ratios, why) -> None:
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "cait_xxs24_224"])
 def test_channels_that_have_no_basis_of_their_own_are_not_rebased(name: str) -> None:
     model = timm.create_model(name, num_classes=7, **SMALL[name])
-    with pytest.raises(BadInput, match="its q, k and v do not come from one Linear layer; use heads or ffn here$"):
+    with pytest.raises(BadInput, match=r"its q, k and v do not come from one Linear layer; use heads or ffn here$"):
         prune(model, "unit-obs", {"attention": 0.5}, batches(model))
 
 

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -220,7 +220,7 @@ def _pools(scores: Scores, scope: str, groups: Sequence[Group]) -> dict[object, 
 
 def _structure(group: Group) -> tuple[object, ...]:
     """What isomorphic groups share: kind and the addresses of their slices without block numbers."""
-    return (group.kind, *((re.sub(r"\.\d+\.", ".#.", p.param), p.axis, p.outer, p.inner) for p in group.slices))
+    return (group.kind, *(replace(part, param=re.sub(r"\.\d+\.", ".#.", part.param)) for part in group.slices))
 
 
 def _rows(name: str, score: Tensor) -> Tensor:

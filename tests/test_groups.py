@@ -142,6 +142,9 @@ def test_positions_by_hand() -> None:
     assert positions(ParamSlice("p", 0, outer=3), gone).tolist() == [1, 4, 7]
     assert positions(ParamSlice("p", 0, inner=2), gone).tolist() == [2, 3]
     assert positions(ParamSlice("p", 0, outer=2, inner=2), gone).tolist() == [2, 3, 8, 9]
+    # two heads of two channels, q and k of each side by side: q00 q01 k00 k01 q10 q11 k10 k11
+    gone = torch.tensor([False, True, True, False])
+    assert positions(ParamSlice("p", 0, heads=2, runs=2), gone).tolist() == [1, 3, 4, 6]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from vitprune.groups import KINDS, Group, Masks
 from vitprune.proof import Proof, prove
 
 RATIOS = (0.25, 0.5, 0.75)
+CLASSES = 10  # of a model that has no classifier
 SIDES = (64, 112, 128)  # of the images that a model is tried with, before those it was made for
 
 
@@ -65,9 +66,14 @@ def subject(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, T
         BadInput: timm cannot create the model.
     """
     given = dict(args or {})
-    model = models.create(name, given)
+    model: Any = models.create(name, given)
+    if model.num_classes == 0:  # its answer would be the residual stream, whose width may change
+        given |= {"num_classes": CLASSES}
+        model = models.create(name, given)
     channels, *sizes = example_input(model, 1).shape[1:]
-    trials = [] if "img_size" in given or max(sizes) <= SIDES[0] else [(side, side) for side in SIDES]
+    if "img_size" in given:
+        return redrawn(model), _noise(2, channels, given["img_size"], given["img_size"])
+    trials = [] if max(sizes) <= SIDES[0] else [(side, side) for side in SIDES]
     for size in trials:
         images = torch.zeros(1, channels, *size)
         for more in ({}, {"img_size": size[0]}):

@@ -20,13 +20,21 @@ KINDS = ("weight", "ffn", "attention", "head", "residual", "block")
 class ParamSlice:
     """Address of a group's units in one parameter: its axis read as (outer, units, inner).
 
-    `axis=None` means that every element of the parameter is a unit of its own.
+    `axis=None` means that every element of the parameter is a unit of its own. Where the units of each head lie several
+    times side by side, the axis is read as (outer, heads, runs, units / heads, inner).
     """
 
     param: str
     axis: int | None
     outer: int = 1
     inner: int = 1
+    heads: int = 1
+    runs: int = 1
+
+    @property
+    def length(self) -> int:
+        """How often a unit lies along the axis."""
+        return self.outer * self.runs * self.inner
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,10 @@ def inside(name: str, paths: Iterable[str]) -> bool:
 
 def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
     """Indices along the slice's axis that belong to the chosen units; `chosen` is a bool vector over all units."""
-    grid = torch.arange(part.outer * chosen.numel() * part.inner).view(part.outer, chosen.numel(), part.inner)
-    return grid[:, chosen.flatten().cpu()].flatten()
+    units = chosen.numel()
+    grid = torch.arange(part.length * units).view(part.outer, part.heads, part.runs, units // part.heads, part.inner)
+    picked = chosen.cpu().view(1, part.heads, 1, -1, 1).expand_as(grid)
+    return grid[picked]
 
 
 def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
@@ -103,8 +113,8 @@ def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
         if part.axis is None:
             total += value.flatten()
         else:
-            rows = value.movedim(part.axis, 0).reshape(part.outer, group.units, -1)  # (outer, units, inner * rest)
-            total += rows.sum(dim=(0, 2))
+            rows = value.movedim(part.axis, 0).reshape(part.outer, part.heads, part.runs, group.units // part.heads, -1)
+            total += rows.sum(dim=(0, 2, 4)).flatten()
     return total.view(group.shape)
 
 
@@ -217,7 +227,7 @@ def _refuse_stale(model: nn.Module, group: Group) -> None:
     for part in group.slices + group.buffers:
         tensor = _tensor(model, part.param)
         length = tensor.numel() if part.axis is None else tensor.shape[part.axis]
-        if group.units * part.outer * part.inner != length:
+        if group.units * part.length != length:
             axis = "it" if part.axis is None else f"axis {part.axis}"
             raise BadInput(f"{part.param}: {axis} is {length} long, the group is out of date; find it again")
 

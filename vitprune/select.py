@@ -262,7 +262,7 @@ def _pools(scores: Scores, scope: str, groups: Sequence[Group]) -> dict[object, 
 
 def _structure(group: Group) -> tuple[object, ...]:
     """What isomorphic groups share: kind and the addresses of their slices without block numbers."""
-    return (group.kind, *((re.sub(r"\.\d+\.", ".#.", p.param), p.axis, p.outer, p.inner) for p in group.slices))
+    return (group.kind, *(replace(part, param=re.sub(r"\.\d+\.", ".#.", part.param)) for part in group.slices))
 
 
 def _rows(name: str, score: Tensor) -> Tensor:

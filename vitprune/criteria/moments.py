@@ -64,7 +64,8 @@ def producer(model: nn.Module, group: Group) -> str:
         for part in group.slices
         if part.axis == 0 and part.outer == 3 and part.param.endswith(".weight")
     ]
-    if len(found) != 1:
+    layers = {part.param.rpartition(".")[0] for part in group.slices + group.buffers}
+    if len(found) != 1 or len(layers) != 2 or "scale" not in vars(model.get_submodule(group.owner)):
         raise BadInput(f"{group.name}: its q, k and v do not come from one Linear layer; use heads or ffn here")
     return found[0]
 

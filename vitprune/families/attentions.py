@@ -11,7 +11,7 @@ from torch import nn
 
 from vitprune.errors import BadInput
 from vitprune.families.flow import Found, along, columns, leaves, rows
-from vitprune.families.heads import BY_HEAD, CLOSED, HEADS, Heads
+from vitprune.families.heads import CLOSED, HEADS, UNLIKE, Heads
 from vitprune.families.parts import refuse
 from vitprune.groups import Group, ParamSlice
 
@@ -38,11 +38,11 @@ def groups(kind: str, path: str, attn: Any) -> list[Group]:
     number, total = attn.num_heads, _reader(attn, heads).weight.shape[1]
     width = total // number
     if kind == "attention":
-        found = _found(path, attn, heads, number * width)
+        found = _found(path, attn, heads, number * width, number)
         found += columns(f"{path}.{heads.reader}", attn.get_submodule(heads.reader))
         resize = partial(_resize_channels, heads)
         return [Group(path, kind, (number, width), found.slices, owner=path, resize=resize, buffers=found.buffers)]
-    found = _found(path, attn, heads, number)
+    found = _found(path, attn, heads, number, number)
     found += columns(f"{path}.{heads.reader}", attn.get_submodule(heads.reader), 1, width)
     found = sum((_owned(path, attn, name, axis) for name, axis in heads.own), found)
     resize = partial(_resize_heads, heads, width)
@@ -70,8 +70,10 @@ def merge_heads(model: nn.Module, group: Group, number: int) -> Group:
 
 
 def _refuse(kind: str, path: str, attn: Any, heads: Heads) -> None:
-    if kind == "attention" and (heads.channels or _head_first(attn)):
-        raise refuse(path, attn, heads.channels or BY_HEAD)
+    if kind == "attention" and heads.channels:
+        raise refuse(path, attn, heads.channels)
+    if kind == "attention" and heads.side_by_side and attn.key_dim != attn.val_dim:
+        raise refuse(path, attn, UNLIKE)
     for leaf, why in (heads.whole | heads.apart if kind == "attention" else heads.whole).items():  # type: ignore[operator]
         if not isinstance(_child(attn, leaf), nn.Identity | None):
             raise refuse(f"{path}.{leaf}", _child(attn, leaf), why)
@@ -89,15 +91,23 @@ def _child(module: Any, name: str) -> Any:
     return getattr(module.get_submodule(path), leaf, None)
 
 
-def _head_first(attn: Any) -> bool:
-    return isinstance(attn, maxxvit.Attention2d | maxxvit.AttentionCl) and bool(attn.head_first)
+def _side_by_side(attn: Any, heads: Heads) -> bool:
+    return heads.side_by_side or (isinstance(attn, maxxvit.Attention2d | maxxvit.AttentionCl) and attn.head_first)
 
 
-def _found(path: str, attn: Any, heads: Heads, units: int) -> Found:
-    """Where the units lie in all that has rows by head."""
+def _found(path: str, attn: Any, heads: Heads, units: int, number: int) -> Found:
+    """Where the units, heads or their channels, lie in all that has rows by head."""
     found = Found()
-    for name, times in heads.rows:
-        child, outer = _child(attn, name), 1 if _head_first(attn) else times
+    for name, outer in heads.rows:
+        child = _child(attn, name)
+        if _side_by_side(attn, heads):
+            runs = _inner(f"{path}.{name}", next(leaves("", child))[1], units)
+            found += (
+                rows(f"{path}.{name}", child, runs).by_head(number)
+                if units > number
+                else rows(f"{path}.{name}", child, 1, runs)
+            )
+            continue
         if isinstance(child, nn.Module):
             _, layer = next(leaves("", child))
             found += rows(f"{path}.{name}", child, outer, _inner(f"{path}.{name}", layer, outer * units))
@@ -147,7 +157,9 @@ def _resize_channels(heads: Heads, attn: Any, shape: tuple[int, ...]) -> None:
         factor, attn.scale = attn.scale / width**-0.5, width**-0.5
         layer = _child(attn, heads.rows[0][0])
         for q in (layer.weight, layer.bias, _child(attn, "q_bias")):
-            if q is not None:
+            if q is not None and _side_by_side(attn, heads):
+                q.view(number, -1, *q.shape[1:])[:, :width] *= factor
+            elif q is not None:
                 q[: number * width] *= factor
     heads.sizes(attn, number, width)
 
@@ -155,7 +167,7 @@ def _resize_channels(heads: Heads, attn: Any, shape: tuple[int, ...]) -> None:
 def _linear(kind: str, path: str, attn: Any) -> Group:
     """Heads of a multi-scale linear attention: rows of q, k and v, groups of each aggregation, columns of proj."""
     if kind == "attention":
-        raise refuse(path, attn, BY_HEAD)
+        raise refuse(path, attn, "its aggregation mixes the channels of a head")
     rows_of_head = 3 * attn.dim
     number = attn.qkv.conv.out_channels // rows_of_head
     found = rows(f"{path}.qkv", attn.qkv, 1, rows_of_head)

@@ -1,7 +1,7 @@
 """Channels from the layer that writes them to the layer that reads them, and what lies between, one by one."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from timm.layers import BatchNormAct2d, Conv2dSame, ConvNormAct, SEModule
@@ -38,6 +38,11 @@ class Found:
 
     slices: tuple[ParamSlice, ...] = ()
     buffers: tuple[ParamSlice, ...] = ()
+
+    def by_head(self, heads: int) -> "Found":
+        """The same, where the runs of each head lie side by side."""
+        parts = (self.slices, self.buffers)
+        return Found(*(tuple(replace(p, outer=1, heads=heads, runs=p.outer) for p in part) for part in parts))
 
     def __add__(self, other: "Found") -> "Found":
         return Found(self.slices + other.slices, self.buffers + other.buffers)

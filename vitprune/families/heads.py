@@ -28,7 +28,7 @@ from vitprune.families import cut_attentions as cut
 from vitprune.families.pvt_attention import CutAttention
 from vitprune.families.pvt_attention import settle as settle_pvt
 
-BY_HEAD = "q, k and v of a head lie side by side, so its channels are not three runs of rows"
+UNLIKE = "its keys and values differ in width, so a channel is not one of each"
 COUPLED = "a norm over the head couples its channels"
 Sizes = Callable[[Any, int, int], None]
 
@@ -40,7 +40,8 @@ class Heads:
     `rows` names what has channels by head, and how many times over; the first rows of the first are q. `reader` reads
     the joined heads, and `own` has one entry per head along an axis. What is in `whole` must be missing for heads to
     go, and what is in `apart` for channels to go, for the reason given; `channels` is a reason why they never can.
-    `sizes` records a number of heads and their width; `scaled` says that logits are scaled by the width.
+    `sizes` records a number of heads and their width; `scaled` says that logits are scaled by the width, and
+    `side_by_side` that q, k and v of one head lie together, before those of the next.
     """
 
     rows: tuple[tuple[str, int], ...] = (("qkv", 3),)
@@ -50,6 +51,7 @@ class Heads:
     apart: Mapping[str, str] = field(default_factory=dict)
     channels: str = ""
     scaled: bool = True
+    side_by_side: bool = False
     sizes: Sizes = cut.settle
 
 
@@ -58,12 +60,17 @@ def _plain(attn: Any, number: int, width: int) -> None:
 
 
 def _levit(attn: Any, number: int, width: int) -> None:
+    _keys(attn, width)
     attn.key_attn_dim, attn.val_attn_dim = number * attn.key_dim, number * attn.val_dim
-    attn.attention_bias_cache = {}
 
 
 def _tiny(attn: Any, number: int, width: int) -> None:
+    _keys(attn, width)
     attn.out_dim = number * attn.val_dim
+
+
+def _keys(attn: Any, width: int) -> None:
+    attn.key_dim, attn.val_dim = width if attn.key_dim == attn.val_dim else attn.key_dim, width
     attn.attention_bias_cache = {}
 
 
@@ -92,7 +99,7 @@ def _window(attn: Any, number: int, width: int) -> None:
 
 BIASES = (("q_bias", 1), ("k_bias", 1), ("v_bias", 1))
 TABLE = ("relative_position_bias_table", 1)
-LEVIT = Heads((("qkv", 1),), "proj.ln", (("attention_biases", 0),), channels=BY_HEAD, sizes=_levit)
+LEVIT = Heads((("qkv", 1),), "proj.ln", (("attention_biases", 0),), scaled=False, side_by_side=True, sizes=_levit)
 PARTITIONED = Heads(own=(("rel_pos", 0),), sizes=_partitioned)
 PVT = Heads((("q", 1), ("kv", 2)), sizes=_pvt)
 NORMS = {"q_norm": COUPLED, "k_norm": COUPLED}
@@ -108,10 +115,12 @@ HEADS: dict[type[nn.Module], Heads] = {
     cait.TalkingHeadAttn: Heads(own=(("proj_l", 0), ("proj_l", 1), ("proj_w", 0), ("proj_w", 1))),
     convit.GPSA: Heads((("qk", 2), ("v", 1)), own=(("pos_proj", 0), ("gating_param", 0))),
     convit.MHSA: Heads(),
-    efficientformer.Attention: Heads((("qkv", 1),), own=(("attention_biases", 0),), channels=BY_HEAD, sizes=_levit),
+    efficientformer.Attention: Heads(
+        (("qkv", 1),), own=(("attention_biases", 0),), scaled=False, side_by_side=True, sizes=_levit
+    ),
     levit.Attention: LEVIT,
     levit.AttentionDownsample: Heads(
-        (("kv", 1), ("q.ln", 1)), "proj.ln", (("attention_biases", 0),), channels=BY_HEAD, sizes=_levit
+        (("kv", 1), ("q.ln", 1)), "proj.ln", (("attention_biases", 0),), scaled=False, side_by_side=True, sizes=_levit
     ),
     maxxvit.Attention2d: PARTITIONED,
     maxxvit.AttentionCl: PARTITIONED,
@@ -124,7 +133,7 @@ HEADS: dict[type[nn.Module], Heads] = {
     swin_transformer_v2.WindowAttention: Heads(
         (("qkv", 3), *BIASES), own=(("logit_scale", 0), ("cpb_mlp.2", 0)), scaled=False
     ),
-    tiny_vit.Attention: Heads((("qkv", 1),), own=(("attention_biases", 0),), channels=BY_HEAD, sizes=_tiny),
+    tiny_vit.Attention: Heads((("qkv", 1),), own=(("attention_biases", 0),), side_by_side=True, sizes=_tiny),
     twins.GlobalSubSampleAttn: Heads((("q", 1), ("kv", 2))),
     twins.LocallyGroupedAttn: Heads(),
     xcit.XCA: Heads(

@@ -38,7 +38,8 @@ def uniform_args(model: Any) -> dict[str, int | float]:
     if len(shapes) != 1 or any(type(b) is not Block or type(b.mlp) is not Mlp for b in model.blocks):
         return {}
     number, inner, hidden = shapes.pop()
-    if inner != width or int(width * (hidden / width)) != hidden:
+    pool = model.attn_pool  # has an MLP of the same ratio, which stays whole
+    if inner != width or int(width * (hidden / width)) != hidden or (pool and pool.mlp.fc1.out_features != hidden):
         return {}
     return {"embed_dim": width, "depth": depth, "num_heads": number, "mlp_ratio": hidden / width}
 

@@ -4,10 +4,11 @@ Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; eve
 """
 
 import copy
+import json
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -109,15 +110,21 @@ class Setup:
 
 
 def measure(
-    entries: Sequence[Entry], goals: Sequence[Goal], setting: Mapping[str, int] | None = None
+    entries: Sequence[Entry], goals: Sequence[Goal], notes: Path, setting: Mapping[str, int] | None = None
 ) -> dict[tuple[str, str], Cut]:
     """All cuts by the labels of entry and goal, each entry in one of two processes of one thread.
 
+    `notes` takes a line per cut as it is made, and what is there already is not made again: delete it to begin anew.
     `setting` are keys of the criteria's Setting that differ from the defaults.
     """
+    done = [Cut(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    made = {(cut.entry, cut.goal) for cut in done}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_cuts, entry, goals, setting or {}) for entry in entries]
-        return {(cut.entry, cut.goal): cut for job in jobs for cut in job.result()}
+        jobs = []
+        for entry in entries:
+            left = [goal for goal in goals if (entry.label, goal.name) not in made]
+            jobs += [pool.submit(_cuts, entry, left, notes, setting or {})] if left else []
+        return {(cut.entry, cut.goal): cut for cut in [*done, *(cut for job in jobs for cut in job.result())]}
 
 
 def setup() -> Setup:
@@ -176,14 +183,19 @@ def lines(done: Mapping[tuple[str, str], Cut], entries: Sequence[Entry], goals: 
     return found
 
 
-def _cuts(entry: Entry, goals: Sequence[Goal], setting: Mapping[str, int]) -> list[Cut]:
-    """One line of the table."""
+def _cuts(entry: Entry, goals: Sequence[Goal], notes: Path, setting: Mapping[str, int]) -> list[Cut]:
+    """One line of the table, noted cut by cut."""
     case = setup()
     own = replace(DEFAULTS, **setting)
     plans = {goal.name: replace(plan, setting=own) for goal in goals if (plan := entry.plan(goal)) is not None}
     shared = [plan for plan in plans.values() if plan.setting_of(1).pattern is None]
     found = _scored(case, shared) if shared and entry.steps == 1 else None
-    return [_cut(case, entry, name, plan, found if plan in shared else None) for name, plan in plans.items()]
+    cuts = []
+    for name, plan in plans.items():
+        cuts.append(_cut(case, entry, name, plan, found if plan in shared else None))
+        with notes.open("a") as file:
+            file.write(json.dumps(asdict(cuts[-1])) + "\n")
+    return cuts
 
 
 def _scored(case: Setup, plans: Sequence[Plan]) -> Importance:

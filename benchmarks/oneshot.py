@@ -11,7 +11,7 @@ Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/oneshot.json and docs/result
 from pathlib import Path
 
 from cuts import Entry, Goal, lines, measure, rows, setup
-from harness import Row, arguments, real_data, write_results, write_table
+from harness import RESULTS, Row, arguments, real_data, write_results, write_table
 
 from vitprune.evaluate import accuracy
 
@@ -51,7 +51,12 @@ def main() -> None:
     real_data()
     goals = [GOALS[1]] if quick else list(GOALS)
     entries = [Entry("magnitude"), Entry("n:m"), Entry("obc", ours=True)] if quick else list(ENTRIES)
-    done = measure(sorted(entries, key=lambda entry: -ENTRIES.index(entry) if not quick else 0), goals, SETTING)
+    done = measure(
+        sorted(entries, key=lambda entry: -ENTRIES.index(entry) if not quick else 0),
+        goals,
+        RESULTS / f"oneshot{'-quick' * quick}-notes.jsonl",
+        SETTING,
+    )
     case = setup()
     everything = accuracy(case.dense, [*case.held_out, *case.calibration])[0]["top1"]
     close = abs(everything - DENSE_ALL) <= TOLERANCE

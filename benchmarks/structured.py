@@ -49,7 +49,9 @@ def main() -> None:
     real_data()
     goals = [GOALS[1], GOALS[7]] if quick else list(GOALS)
     entries = [Entry("corp"), Entry("unit-obs", ours=True)] if quick else list(ENTRIES)
-    done = measure(sorted(entries, key=lambda entry: -entry.steps), goals)
+    done = measure(
+        sorted(entries, key=lambda entry: -entry.steps), goals, RESULTS / f"structured{'-quick' * quick}-notes.jsonl"
+    )
     dense = setup().top1
     if not quick:
         write_table(

@@ -160,8 +160,9 @@ def test_a_model_with_too_few_classes(project, refuse):
     assert "model.args.num_classes: 9" in refuse("dense")
 
 
-def test_an_unsupported_model_is_refused_by_name(refuse):
-    assert "RegNet: this model is not supported yet" in refuse("inspect", "regnetx_002")
+def test_a_model_of_which_nothing_is_understood_is_refused_by_name(refuse):
+    told = refuse("inspect", "nf_regnet_b0")
+    assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights as they are" in told
 
 
 def test_a_module_that_is_not_understood_is_named(project, refuse):

@@ -74,7 +74,7 @@ def all_weights(model: nn.Module) -> list[Group]:
     config: Any = getattr(model, "pretrained_cfg", {})
     kept = {_stem(path) for path in _paths(config.get("first_conv"))} | set(_paths(config.get("classifier")))
     for path, layer in _matrices(model):
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or inside(path, kept):
+        if not path or not isinstance(layer, nn.Linear | nn.Conv2d) or inside(path, kept):
             continue
         if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
             continue
@@ -83,7 +83,7 @@ def all_weights(model: nn.Module) -> list[Group]:
         param = f"{path}.weight"
         found.append(Group(param, "weight", tuple(layer.weight.shape), (ParamSlice(param, None),), _pool(path)))
     if not found:
-        raise BadInput(f"{type(model).__name__}: it has no Linear or Conv2d layer inside whose weights could go")
+        raise BadInput(f"{type(model).__name__}: this model is not supported yet; no layer in it could lose weights")
     return found
 
 

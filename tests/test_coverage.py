@@ -15,6 +15,7 @@ from torch import nn
 
 from vitprune import BadInput, cli, find_groups, prune, shrink, zero
 from vitprune.check import check, odd_masks, redrawn, subject
+from vitprune.evaluate import macs
 from vitprune.families import rules
 from vitprune.groups import KINDS
 from vitprune.proof import promise, prove
@@ -315,3 +316,13 @@ def test_channels_that_have_no_basis_of_their_own_are_not_rebased(name: str) -> 
 def test_a_model_without_a_classifier_is_proven_with_one() -> None:
     dense, _ = subject("vit_small_patch14_dinov2", {"depth": 1, "embed_dim": 48, "num_heads": 3})
     assert dense.num_classes == 10
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "vit_base_patch16_siglip_224"])
+def test_macs_are_counted_where_weights_are_used(name: str) -> None:
+    dense, inputs = subject(name, SMALL[name])
+    total, layers = macs(dense, inputs[:1])
+    assert [
+        group.name for group in find_groups(dense, ["weight"]) if not layers.get(group.name[: -len(".weight")])
+    ] == []
+    assert 0 < sum(layers.values()) < total

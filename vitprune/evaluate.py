@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -15,6 +14,8 @@ import numpy
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune.errors import BadInput
@@ -156,31 +157,37 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
 
 def macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
     """MACs of the whole model, and of every Linear and Conv2d layer by name."""
-    per_layer: dict[str, int] = {}
-    kinds = (nn.Linear, nn.Conv2d)
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
-    handles = [layer.register_forward_hook(partial(_add_macs, per_layer, name)) for name, layer in layers]
+    layers = _Layers(model)
     counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), evaluating(model), frozen(model), _plain_attention(model), counter:
-            model(_for(model, image))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return int(counter.get_total_flops() // 2), per_layer
+    with torch.no_grad(), evaluating(model), frozen(model), _plain_attention(model), counter, layers:
+        model(_for(model, image))
+    return int(counter.get_total_flops() // 2), layers.macs
+
+
+class _Layers(TorchFunctionMode):
+    """Counts MACs where weights are used: some attentions of timm use those of a layer without calling it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        self.names = {id(layer.weight): name for name, layer in layers}
+        self.macs: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in (F.linear, F.conv2d):
+            weight = kwargs["weight"] if kwargs and "weight" in kwargs else args[1]
+            name = self.names.get(id(weight))
+            if name is not None:  # every weight of a channel's row is used once per output position
+                used = output.numel() // weight.shape[0] * weight.numel()
+                self.macs[name] = self.macs.get(name, 0) + used
+        return output
 
 
 def _for(model: nn.Module, given: Tensor) -> Tensor:
     """The input on the model's device, and in the type of its weights unless it is whole numbers (tokens)."""
     weight = next(model.parameters())
     return given.to(weight) if given.is_floating_point() else given.to(weight.device)
-
-
-def _add_macs(
-    per_layer: dict[str, int], name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
-    weight = layer.get_parameter("weight")  # every weight of a channel's row is used once per output position
-    per_layer[name] = per_layer.get(name, 0) + output.numel() // weight.shape[0] * weight.numel()
 
 
 def _zero_share(weight: Tensor) -> float:
@@ -195,5 +202,5 @@ def _nominal_saving(model: nn.Module, per_layer: dict[str, int]) -> int:
         return 0
     weights = [model.get_parameter(group.name) for group in groups]
     zeros = sum(w.numel() - int(w.count_nonzero()) for w in weights)
-    prunable = sum(per_layer[group.name.removesuffix(".weight")] for group in groups)
+    prunable = sum(per_layer.get(group.name.removesuffix(".weight"), 0) for group in groups)
     return round(prunable * zeros / sum(w.numel() for w in weights))

@@ -235,7 +235,9 @@ def _counter(model: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
         if cost == "params":
             return sum(parameter.numel() for parameter in smaller.parameters())
         total, per_layer = macs(smaller, example)
-        return total - sum(per_layer[n.removesuffix(".weight")] * _zeros(w, masks[n]) for n, w in weights.items())
+        return total - sum(
+            per_layer.get(n.removesuffix(".weight"), 0) * _zeros(w, masks[n]) for n, w in weights.items()
+        )
 
     whole = counted({group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups})
     return Meter(cost, whole, lambda masks: counted(masks) / whole)

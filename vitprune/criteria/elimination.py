@@ -55,7 +55,7 @@ def refit(weight: Tensor, halves: Tensor, kept: Tensor, constant: bool, basis: T
     """
     turned, moments = _turned(weight.double(), halves, basis)
     places = torch.cat([kept, torch.tensor([moments.shape[-1] - 1])]) if constant else kept
-    errors = [sum(_held_out(turned, a, b, places, ridge) for a, b in _pairs(moments)) for ridge in RIDGES]
+    errors = [sum(_held_out(turned, a, b, places, ridge) for a, b in pairs(moments)) for ridge in RIDGES]
     ridge = RIDGES[int(torch.tensor(errors).argmin())]
     solved = _solve(turned, moments.sum(dim=0), places, ridge)
     return Refit(solved[:, : len(kept)], solved[:, len(kept) :].sum(dim=1))
@@ -79,7 +79,7 @@ def _turned(weight: Tensor, halves: Tensor, basis: Tensor | None) -> tuple[Tenso
     return torch.linalg.solve(full.T, padded.T).T, full @ halves @ full.T
 
 
-def _pairs(halves: Tensor) -> list[tuple[Tensor, Tensor]]:
+def pairs(halves: Tensor) -> list[tuple[Tensor, Tensor]]:
     """What a ridge is fitted to and tried on; with no images in one half, both are all."""
     if len(halves) < 2 or bool((halves[:, -1, -1] == 0).any()):
         return [(halves.sum(dim=0), halves.sum(dim=0))]

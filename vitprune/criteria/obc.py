@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Importance, Setting, Statistics, Update, places
 from vitprune.criteria.blocks import parts_of
-from vitprune.criteria.elimination import RIDGES, damped
+from vitprune.criteria.elimination import RIDGES, damped, pairs
 from vitprune.criteria.greedy import eliminate, increments
 from vitprune.criteria.moments import sums
 from vitprune.errors import BadInput
@@ -42,7 +42,8 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Se
     for group in track(groups, "eliminating weights"):
         moments = statistics[f"{_path(model, group)}/inputs"].sum(dim=0)
         steep = statistics[f"{_path(model, group)}/each"] / images
-        rows = _rows(model, group) * steep.to(_rows(model, group)).sqrt()[:, None]
+        rows = _rows(model, group)
+        rows = rows * steep.to(rows).sqrt()[:, None]
         scores[group.name] = _judged(rows, _conditional(model, group, moments), setting).view(group.shape)
     return Importance(scores, solving(model, groups, statistics), statistics=statistics)
 
@@ -74,10 +75,7 @@ def solve(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool) -> Tensor:
     """
     stays = torch.cat([keep, torch.full_like(keep[:, :1], constant)], dim=1)
     some = torch.arange(0, len(rows), max(1, len(rows) // TRIED), device=rows.device)
-    pairs = [(halves[0], halves[1]), (halves[1], halves[0])]
-    if bool((halves[:, -1, -1] == 0).any()):
-        pairs = [(halves.sum(dim=0), halves.sum(dim=0))]
-    errors = [sum(_held_out(rows[some], a, b, stays[some], ridge) for a, b in pairs) for ridge in RIDGES]
+    errors = [sum(_held_out(rows[some], a, b, stays[some], ridge) for a, b in pairs(halves)) for ridge in RIDGES]
     return _solved(rows, halves.sum(dim=0), stays, RIDGES[int(torch.tensor(errors).argmin())])
 
 

@@ -93,10 +93,6 @@ def _pvt(attn: Any, number: int, width: int) -> None:
     settle_pvt(attn)
 
 
-def _window(attn: Any, number: int, width: int) -> None:
-    attn.head_dim, attn.attn_dim = width, number * width
-
-
 BIASES = (("q_bias", 1), ("k_bias", 1), ("v_bias", 1))
 TABLE = ("relative_position_bias_table", 1)
 LEVIT = Heads((("qkv", 1),), "proj.ln", (("attention_biases", 0),), scaled=False, side_by_side=True, sizes=_levit)
@@ -129,7 +125,7 @@ HEADS: dict[type[nn.Module], Heads] = {
         sizes=_multiscale,
     ),
     pvt_v2.Attention: PVT,
-    swin_transformer.WindowAttention: Heads(own=(TABLE,), sizes=_window),
+    swin_transformer.WindowAttention: Heads(own=(TABLE,), sizes=_plain),
     swin_transformer_v2.WindowAttention: Heads(
         (("qkv", 3), *BIASES), own=(("logit_scale", 0), ("cpb_mlp.2", 0)), scaled=False
     ),

@@ -19,6 +19,8 @@ from vitprune.check import check
 from vitprune.errors import BadInput
 from vitprune.groups import KINDS
 
+if __name__ != "__main__":  # numba asks for a package of this name, and benchmarks/ is where scripts look first
+    raise ImportError("benchmarks/coverage.py is a script; run it")
 ROOT = Path(__file__).parent.parent
 MODELS = (
     "deit_tiny_patch16_224",

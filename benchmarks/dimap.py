@@ -113,9 +113,9 @@ def normed(model: nn.Module) -> int:
         nonlocal found
         found += inputs[0].numel()
 
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    for norm in norms:
-        norm.register_forward_hook(seen)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(seen)
     with torch.inference_mode():
         model(example_input(model, 1))
     return found
@@ -203,8 +203,7 @@ def thresholds(swin: Swin) -> tuple[list[Row], list[list[str]]]:
 
 def survival(swin: Swin) -> tuple[list[Row], list[list[str]]]:
     """What is left in every stage, per kind of layer, at the largest sparsity."""
-    rows, lines = [], []
-    masks = swin.masks(SHARES[-1], "module")
+    rows, lines, masks = [], [], swin.masks(SHARES[-1], "module")
     for stage in range(4):
         line = [swin.short, f"{stage + 1}"]
         for layer in (*LAYERS, ""):
@@ -235,8 +234,8 @@ def timed(name: str, runs: int) -> tuple[list[Row], list[list[str]]]:
         for what, span in zip(times, (scored - begun, chosen - scored, time.perf_counter() - again), strict=True):
             times[what].append(span)
     found = {what: statistics.median(seconds) for what, seconds in times.items()}
-    both = [own + other for own, other in zip(times["scores"], times["masks"], strict=True)]
-    ratio = statistics.median(both) / found["torch.sort"]
+    both = statistics.median(map(sum, zip(times["scores"], times["masks"], strict=True)))
+    ratio = both / found["torch.sort"]
     what = f"{len(flat) / 1e6:.1f} M weights of {name.split('_patch')[0]}"
     rows = [Row(f"{part}, {what}", seconds, "s", runs=runs) for part, seconds in found.items()]
     rows.append(Row(f"scores and masks by one torch.sort, {what}", ratio, "x", "3 or less", ratio <= 3, runs))
@@ -246,8 +245,8 @@ def timed(name: str, runs: int) -> tuple[list[Row], list[list[str]]]:
 def main() -> None:
     """Measure everything, and write the tables."""
     quick = arguments(__doc__).quick
-    torch.set_num_threads(1)
     names = list(PAPER)[:1] if quick else list(PAPER)
+    torch.set_num_threads(1)
     rows, lines = timed(names[-1], 3)
     tables: dict[str, list[list[str]]] = {"table": [], "ablation": [], "thresholds": [], "survival": [], "time": lines}
     for name in names:

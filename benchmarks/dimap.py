@@ -51,7 +51,7 @@ ABOUT = {
     layers drawn alike it goes as one over their size: mlp, qkv and proj as 3/4 to 1 to 3.""",
     "survival": """What is left of every kind of layer in every stage, in %, at 55 %. Weights of a layer compete by
     their share of its energy, which is small where the layer is large: the last stage pays.""",
-    "time": """Seconds on one thread, in turns within one run, the median of each.""",
+    "time": "Seconds on one thread, in turns within one run, the median of each.",
 }
 
 
@@ -261,7 +261,6 @@ def main() -> None:
             rows += found
             tables[part] += lines
         del swin  # before the next one, which is larger
-        print(f"{name}: done", flush=True)
     if not quick:
         write_page(tables)
     write_results("dimap", rows, quick)

@@ -106,7 +106,7 @@ def run_one(job: Job) -> Result:
     return job.write(Result(job.name, FAILED, seconds, error))
 
 
-@task(name="common stages", cache_policy=NO_CACHE, persist_result=False, log_prints=False)
+@task(task_run_name="shared", cache_policy=NO_CACHE, persist_result=False, log_prints=False)
 def prepare(place: Path, stage_limit: float | None) -> str:
     """Compute once what all runs share, in the place of the first; the others take it from DVC's cache.
 

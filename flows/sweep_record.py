@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,10 +34,11 @@ def put(project: Path, folder: Path, out: Path, ended: str) -> None:
     from mlflow.entities import Param, RunTag
 
     from flows.mirror import KEY
-    from flows.store import open_client, short_patience
+    from flows.store import open_client, short_patience, tracking_uri
     from flows.tracking import replay
 
     plan = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))  # for the runs as well
     client, experiment = open_client(project)  # before any run: the first use of a store is not safe among several
     with short_patience(60):
         for run in plan["runs"]:

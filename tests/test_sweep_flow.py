@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import shell_pipeline
 import yaml
-from test_flow import finish, of, server, sleepers, wait_for
+from test_flow import of, server, sleepers, wait_for
 from test_tracking import look
 
 from flows.places import Unfit, origin
@@ -48,6 +48,11 @@ def start(project: Path, *options: str, **env: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-P", "-m", "flows.sweep_launch", "--project", str(project), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=os.environ | env, text=True, start_new_session=True, **pipes)
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=900)
+    return process.returncode, out, err
 
 
 def test_a_killed_sweep_goes_on_and_names_what_fails(project: Path, server: str, tmp_path: Path) -> None:

@@ -142,7 +142,8 @@ def _axes(axes: Any, points: Sequence[Point], dense: Dense, against: str) -> Non
 def _cost(gain: float, dense: Dense, against: str) -> str:
     if gain <= 0:
         return ""
-    return f"{dense.cost * gain if against == 'throughput' else dense.cost / gain:.3g}"
+    cost = dense.cost * gain if against == "throughput" else dense.cost / gain
+    return f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"
 
 
 def _stairs(axes: Any, best: Sequence[tuple[float, float]]) -> None:

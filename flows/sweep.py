@@ -15,7 +15,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.futures import wait
+from prefect.futures import PrefectConcurrentFuture, PrefectFuture, wait
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
@@ -136,15 +136,19 @@ def sweep(project: Path, folder: Path, out: Path, stage_limit: float | None = No
         return Failed(message=str(error), data=[])
     record(project, folder, out, log.warning)
     results: list[Result] = []
+    futures: list[PrefectFuture[Result]] = []
     try:
         wrong = "" if all(job.known() for job in jobs) else prepare(jobs[0].place, stage_limit)
         if wrong:
             return Failed(message=wrong, data=[])
         named = [run_one.with_options(name=job.name, task_run_name=job.name) for job in jobs]
-        futures = [one.submit(job) for one, job in zip(named, jobs, strict=True)]
+        futures += [one.submit(job) for one, job in zip(named, jobs, strict=True)]
         wait(futures)
         results = [future.result() for future in futures]
     finally:
+        for future in futures:  # an interrupted sweep begins nothing more
+            if isinstance(future, PrefectConcurrentFuture):
+                future.wrapped_future.cancel()
         _end({str(job.place) for job in jobs})
         _tabulate(folder, out, log.warning)
         record(project, folder, out, log.warning, ended=FINISHED if results else "killed")

@@ -29,8 +29,7 @@ ROOT = Path(__file__).parent.parent
 POOLS = ("qkv", "proj", "mlp")
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 SHARES = (0.15, 0.35, 0.55)
-# He & Zhou 2024, table 1: millions of parameters left, FLOPs saved in %
-PAPER: dict[str, dict[float, tuple[float, float]]] = {
+PAPER: dict[str, dict[float, tuple[float, float]]] = {  # table 1: millions of parameters left, FLOPs saved in %
     "swin_tiny_patch4_window7_224": {0.15: (24.4, 13.9), 0.35: (19.2, 32.4), 0.55: (14.0, 50.8)},
     "swin_small_patch4_window7_224": {0.15: (42.5, 14.3), 0.35: (33.1, 33.2), 0.55: (23.7, 52.3)},
     "swin_base_patch4_window7_224": {0.15: (75.2, 14.4), 0.35: (58.4, 33.5), 0.55: (41.7, 52.7)},

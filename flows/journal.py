@@ -19,6 +19,7 @@ from flows.recovery import STATE
 from flows.repro import StageResult
 from flows.summary import evaluation
 
+SWEEP = "VITPRUNE_SWEEP"  # what a run of a sweep is told of it: key, name and run, as JSON
 # What the record of a stage holds besides metrics/STAGE.json and plots/STAGE.csv; the model is kept as a folder.
 KEPT = {
     "mask": ("out/mask/masks.safetensors", "out/mask/sparsity.parquet"),
@@ -69,7 +70,10 @@ class Journal:
         """Write down what the run begins with: parameters, commit, dvc.yaml and params.yaml; seconds since 1970."""
         params = flatten(yaml.safe_load((self.project / "params.yaml").read_text(encoding="utf-8")) or {})
         files = [self._keep(name) for name in ("params.yaml", "dvc.yaml")]
-        self._append({"fact": "start", "time": started, "params": params, "git": _git(self.project), "files": files})
+        start = {"fact": "start", "time": started, "params": params, "git": _git(self.project), "files": files}
+        if sweep := os.environ.get(SWEEP):
+            start["sweep"] = json.loads(sweep)
+        self._append(start)
 
     def stage(self, result: StageResult) -> None:
         """Write down how a stage went and, if it succeeded, what it left."""

@@ -31,7 +31,7 @@ done
 
 RESULT = """{"top1": 97.0, "top5": 99.0, "params": 1000000, "nonzero_params": 1000000, "macs": 2000000,
 "nonzero_macs": 2000000, "nominal_macs": 2000000}"""
-SPEED = '{"latency_ms": {"median": 1.0, "p10": 0.9, "p90": 1.1}}'
+SPEED = '{"latency_ms": {"median": 1.0, "p10": 0.9, "p90": 1.1}, "throughput": 1000.0}'
 
 
 def make(project: Path) -> Path:

@@ -1,8 +1,10 @@
 """Makes vision transformers smaller and proves it: one command per stage of the pipeline, and a few to look around."""
 
 import errno
+import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitprune import data, models, stages
+from vitprune import data, models, stages, sweeps
 from vitprune.check import check as proofs
 from vitprune.errors import BadInput
 from vitprune.evaluate import costs, count
@@ -22,6 +24,7 @@ from vitprune.scaffold import Choice, create
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IN_ORDER, LOOKING, OWN = "Stages, in order", "Looking around", "A project of your own"
+SWEEPS = "Sweeps (vitprune-sweep runs them)"
 
 
 def application() -> typer.Typer:
@@ -34,6 +37,8 @@ def application() -> typer.Typer:
         app.command(rich_help_panel=LOOKING)(command)
     app.command(rich_help_panel=OWN)(init)
     app.command(rich_help_panel=OWN)(import_scores)
+    app.command(rich_help_panel=SWEEPS)(sweep_check)
+    app.command(rich_help_panel=SWEEPS)(sweep_table)
     return app
 
 
@@ -92,6 +97,36 @@ def import_scores(
     stages.import_scores(stages.enter(project), directory, parsing)
     print(f"{project / stages.OUT / 'score'}: written from {directory}")
     print("Next: dvc commit -f score && dvc repro")
+
+
+def sweep_check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The sweep's methods and targets, as YAML.")],
+    project: Project = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the runs with all their settings, as JSON.")] = False,
+) -> None:
+    """Check a sweep's settings against the project's model, and print the runs that it comes to."""
+    wanted = sweeps.read_sweep(file.resolve())
+    params = stages.enter(project)
+    runs = sweeps.runs_of(wanted, Path("params.yaml"))
+    title = f"{params.model.name}: {len(wanted.methods)} methods x {len(wanted.targets)} targets"
+    if as_json:
+        print(json.dumps({"title": title, "against": wanted.against, "runs": [asdict(run) for run in runs]}))
+        return
+    table = Table("run", "method", "target", box=None, pad_edge=False)
+    for run in runs:
+        table.add_row(run.name, run.method, run.target)
+    Console().print(title, table)
+
+
+def sweep_table(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder: .vitprune/sweeps/NAME.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the table and the picture go.")],
+) -> None:
+    """Write the table and the picture of a sweep's runs, as far as they have come."""
+    from vitprune.report.sweep import write_sweep  # matplotlib takes a second to import
+
+    rows = write_sweep(folder, out)
+    print(f"{out}: {sum(row['status'] == 'finished' for row in rows)} of {len(rows)} runs")
 
 
 def methods() -> None:

@@ -84,6 +84,7 @@ PROVEN = {
     "resnet50": "ffn residual",
     "seresnet50": "ffn residual",
     "test_efficientnet": "ffn",
+    "efficientvit_m0": "ffn weight",  # whose MLPs nobody named
 }
 REFUSED = [
     ("xcit_nano_12_p16_224", "attention", r"^blocks.0.attn \(XCA\): attention among channels"),
@@ -106,6 +107,7 @@ REFUSED = [
     ("resnext50_32x4d", "ffn", r"^layer1.0.conv2 \(Conv2d\): what it does to hidden units"),
     ("mixer_s32_224", "head", "^MlpMixer: there is no attention in it"),
     ("volo_d1_224", "head", r"^network.0.0.attn \(OutlookAttention\): this attention is not understood yet"),
+    ("visformer_tiny", "ffn", r"^stage1.0.mlp \(SpatialMlp\): this MLP is not understood yet"),
     ("gmlp_s16_224", "ffn", r"^blocks.0.mlp_channels.gate.norm|^blocks.0.mlp_channels.gate "),
     ("coat_tiny", "residual", "^CoaT: with a narrower residual stream it does not run "),
     ("cait_xxs24_224", "block", "^Cait: groups of kind 'block' are not understood yet"),
@@ -195,17 +197,32 @@ def test_a_unit_behind_a_batch_norm_goes_with_its_statistics() -> None:
 
 
 class OtherMlp(Mlp):
-    """Runs otherwise than its class says."""
+    """Of another class, and nothing else."""
 
 
-@pytest.mark.parametrize("kind", ["ffn", "head"])
-def test_the_first_module_that_is_not_understood_is_named_and_others_do_not_matter(kind: str) -> None:
+class SoftMlp(Mlp):
+    """Its hidden units compete."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(x).softmax(dim=-1))
+
+
+def with_mlp(kind: type[Mlp]) -> nn.Module:
     model = timm.create_model("beit_base_patch16_224", **SMALL["beit_base_patch16_224"])
-    model.blocks[1].mlp.__class__ = OtherMlp
-    if kind == "head":
-        assert len(find_groups(model, ["head"])) == 2
-        return
-    with pytest.raises(BadInput, match=r"^blocks.1.mlp \(OtherMlp\): this MLP is not understood yet"):
+    model.blocks[1].mlp.__class__ = kind
+    return model
+
+
+def test_an_mlp_of_another_class_is_found_by_how_it_runs() -> None:
+    known, other = (find_groups(with_mlp(kind), ["ffn"])[1] for kind in (Mlp, OtherMlp))
+    assert other.name == "blocks.1.mlp.fc1.units"
+    assert set(other.slices) == set(known.slices)
+
+
+def test_the_first_module_that_is_not_understood_is_named_and_others_do_not_matter() -> None:
+    model = with_mlp(SoftMlp)
+    assert len(find_groups(model, ["head"])) == 2
+    with pytest.raises(BadInput, match=r"^blocks.1.mlp \(SoftMlp\): this MLP is not understood yet"):
         find_groups(model, ["ffn"])
 
 

@@ -15,7 +15,7 @@ from vitprune import BadInput, find_groups, load, save, shrink
 from vitprune.check import odd_masks, subject
 from vitprune.criteria import DEFAULTS
 from vitprune.criteria.fisher import per_image
-from vitprune.families import residual
+from vitprune.families import seen
 
 STAGES = {
     "convnext_atto": ["stem.0", "stages.1.downsample.1", "stages.2.downsample.1", "stages.3.downsample.1"],
@@ -114,5 +114,5 @@ def test_a_width_known_by_heart_is_refused_before_a_cut() -> None:
 def test_a_model_is_traced_once_while_its_shapes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = made("convnext_atto")
     first = [group.name for group in find_groups(model, ["residual"])]
-    monkeypatch.setattr(residual, "channels", lambda *given: pytest.fail("traced again"))
+    monkeypatch.setattr(seen, "channels", lambda *given: pytest.fail("traced again"))
     assert [group.name for group in find_groups(model, ["residual"])] == first

@@ -124,7 +124,9 @@ def _product(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     else:
         _contracted(trace, trace.of(left), trace.of(right), result)
     bias, labels = trace.of(args[0]) if len(args) > 2 else None, trace.of(result)
-    if bias is not None and labels is not None:
+    if bias is not None and labels is not None and _shared(trace, bias.shape, labels):
+        trace.later.append((bias, labels))
+    elif bias is not None and labels is not None:
         trace.labels.join(bias, labels)
 
 

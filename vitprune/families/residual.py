@@ -3,23 +3,17 @@
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-from timm.models import get_model_input_config
 from timm.models.metaformer import Scale
-from torch import Tensor, nn
+from torch import nn
 
 from vitprune.errors import BadInput
 from vitprune.families import cut_attentions
-from vitprune.families.streams import Channels, channels
-from vitprune.groups import Group, cut_to, frame, inside
-from vitprune.modes import evaluating
+from vitprune.families.seen import attempt, seen
+from vitprune.families.streams import Channels
+from vitprune.groups import Group, inside
 
-Shapes = tuple[tuple[str, torch.Size], ...]
 WIDTHS = ("num_features", "head_hidden_size", "in_features", "embed_dim")  # of a model, or of its head
-
-_SEEN: WeakKeyDictionary[nn.Module, tuple[Shapes, list[Channels]]] = WeakKeyDictionary()
 
 
 def groups(model: nn.Module) -> list[Group]:
@@ -32,7 +26,7 @@ def groups(model: nn.Module) -> list[Group]:
 
     Source: UP-ViTs, component 1.
     """
-    streams = [one for one in _seen(model) if one.kind == "residual" and len(one.writers) > 1]
+    streams = [one for one in seen(model) if one.kind == "residual" and len(one.writers) > 1]
     streams = [one for one in streams if not _is_answer(model, one)]
     if not streams:
         raise BadInput(f"{type(model).__name__}: it has no residual stream between its layers")
@@ -42,47 +36,8 @@ def groups(model: nn.Module) -> list[Group]:
             raise BadInput(f"{_path(one)}: the residual stream that it writes cannot be cut ({why})")
     features = _features(model, streams)
     found = [_group(model, one, features[place]) for place, one in enumerate(streams)]
-    _try(model, found)
+    attempt(model, found, "a narrower residual stream")
     return found
-
-
-def _seen(model: nn.Module) -> list[Channels]:
-    """What a trace of the model's shapes finds; known until they change."""
-    shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
-    known = _SEEN.get(model)
-    if known is None or known[0] != shapes:
-        small = frame(model)
-        try:
-            found = channels(small, _images(small))
-        except Exception as error:  # whatever a forward pass says to tensors without values
-            raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({_line(error)})") from None
-        _SEEN[model] = known = shapes, found
-    return known[1]
-
-
-def _try(model: nn.Module, found: Sequence[Group]) -> None:
-    """Cut a third of every stream of the model's shapes and run them."""
-    small = frame(model)
-    try:
-        for group in found:
-            cut_to(small, group, (group.units - group.units // 3,))
-        with torch.no_grad(), evaluating(small):
-            small(_images(small))
-    except Exception as error:
-        why = f"with a narrower residual stream it does not run ({_line(error)})"
-        raise BadInput(f"{type(model).__name__}: {why}") from None
-
-
-def _images(model: nn.Module) -> Tensor:
-    return torch.empty(1, *get_model_input_config(model)["input_size"], dtype=_dtype(model), device="meta")
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _is_answer(model: Any, one: Channels) -> bool:

@@ -43,16 +43,30 @@ class History:
         """Epochs recorded so far."""
         return len(self._rows)
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What is recorded so far."""
+        return list(self._rows)
+
+    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what was recorded before, in the place of what is there."""
+        self._rows = [dict(row) for row in rows]
+        with replacing(self._path) as partial:
+            partial.write_text("".join(self._line(row) for row in self._rows))
+
     def add(self, row: Mapping[str, float], cycle: int | None = None) -> None:
         """Append one epoch."""
         numbered = ({} if cycle is None else {"cycle": cycle}) | dict(row)
         self._rows.append(numbered)
         with self._path.open("a") as file:
-            file.write(json.dumps({"stage": self.stage} | numbered) + "\n")
+            file.write(self._line(numbered))
 
     def close(self, plot: Path) -> None:
         """Write the whole curve as CSV."""
         write_csv(plot, self._rows)
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        return json.dumps({"stage": self.stage} | dict(row)) + "\n"
 
 
 def sparsity_rows(groups: Iterable[Group], masks: Masks) -> list[dict[str, Any]]:

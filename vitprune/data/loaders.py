@@ -112,9 +112,9 @@ def _cores() -> int:
 
 
 def train_batches(
-    table: ImageTable, batch_size: int, seed: int, epoch: int, workers: int = 0, repeats: int = 1
+    table: ImageTable, batch_size: int, seed: int, epoch: int, workers: int = 0, repeats: int = 1, begin: int = 0
 ) -> Iterator[Batch]:
-    """Yield one epoch in a seeded order: images (B, C, H, W) float32 and labels (B,) int64.
+    """Yield one epoch in a seeded order, from batch `begin` on: images (B, C, H, W) float32 and labels (B,) int64.
 
     The last batch is smaller; it is left out if it had a single image (batch statistics need two). With `repeats` an
     image comes that many times in a row, each time drawn anew by a random transform, and the epoch, no longer for it,
@@ -122,6 +122,16 @@ def train_batches(
 
     Source: Hoffer et al. 2020 (repeated augmentation), as timm's RepeatAugSampler orders it in a single process.
     """
+    cut, numbers = _epoch(table, batch_size, seed, epoch, repeats)
+    cut, move = cut[begin:], table.transform.batch
+    for rows, (images, labels) in zip(cut, _batches(table, cut, (seed, epoch), workers), strict=True):
+        yield (images if move is None else move(images, numbers[rows])), labels
+
+
+def _epoch(
+    table: ImageTable, batch_size: int, seed: int, epoch: int, repeats: int
+) -> tuple[list[np.ndarray], torch.Tensor]:
+    """The samples of every batch, and four random numbers of each sample."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(table))
     numbers = torch.from_numpy(rng.random((len(table) * repeats, 4), dtype=np.float32))
@@ -130,9 +140,13 @@ def train_batches(
     cut = [order[start : start + batch_size] for start in range(0, len(table), batch_size)]
     if len(cut) > 1 and len(cut[-1]) == 1:
         cut.pop()
-    move = table.transform.batch
-    for rows, (images, labels) in zip(cut, _batches(table, cut, (seed, epoch), workers), strict=True):
-        yield (images if move is None else move(images, numbers[rows])), labels
+    return cut, numbers
+
+
+def batch_ids(table: ImageTable, batch_size: int, seed: int, epoch: int, number: int, repeats: int = 1) -> list[str]:
+    """The ids of the images of one batch of `train_batches`, counted from 0."""
+    cut, _ = _epoch(table, batch_size, seed, epoch, repeats)
+    return [table.ids[int(row) % len(table)] for row in cut[number]]
 
 
 def batch_count(images: int, batch_size: int) -> int:

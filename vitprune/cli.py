@@ -1,6 +1,7 @@
 """Makes vision transformers smaller and proves it: one command per stage of the pipeline, and a few to look around."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitprune import data, models, stages
+from vitprune import data, launch, models, stages
 from vitprune.check import check as proofs
 from vitprune.errors import BadInput, Interrupted
 from vitprune.evaluate import costs, count
@@ -54,12 +55,16 @@ def main() -> None:
 
 
 def _stop(line: str, code: int = 2) -> None:
-    print(f"Error: {line}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0" or code == 2:
+        print(f"Error: {line}", file=sys.stderr)
+    launch.say(code)
     sys.exit(code)
 
 
 def _command(stage: str) -> Callable[[Path], None]:
     def command(project: Project = Path()) -> None:
+        if launch.wanted(stage):
+            raise typer.Exit(launch.together(stage, project))
         stages.run(stage, project)
 
     return command

@@ -10,6 +10,14 @@ class BadInput(ValueError):
     """
 
 
+class NotFinite(BadInput):
+    """A loss or gradient that is not finite, in batch `number` of an epoch, both counted from 0."""
+
+    def __init__(self, line: str, epoch: int, number: int):
+        super().__init__(line)
+        self.epoch, self.number = epoch, number
+
+
 class Interrupted(Exception):
     """Work that the machine broke off: one line that says what happened; another attempt goes on.
 

@@ -62,14 +62,30 @@ def run(params: Params, place: Workplace, history: History, first_scores: Callab
         evaluate = partial(measure, pruned.model)
         if params.prune.recover is not None:
             shelf = place.shelf(f"{number:02d}-training", pruned.kept)
-            runs.recover(pruned.model, pruned.cycle, plan, params, history, shelf, evaluate, done.memory)
+            place.mates.told(number)  # to those that follow
+            runs.recover(pruned.model, pruned.cycle, plan, params, history, shelf, evaluate, done.memory, place.mates)
             measured = evaluate()
         scores = pruned.cycle.scores or first_scores()
         row = write_cycle(CYCLES, pruned.cycle, scores, pruned.model, pruned.measured["top1"], measured["top1"])
         done.model, done.measured, done.rows = pruned.model, measured, [*done.rows, row]
         if plan.cycles > 1 or params.prune.recover is not None:
             _keep_done(place, number, done, history)
+    place.mates.told(0)
     return done
+
+
+def follow(params: Params, place: Workplace, history: History) -> None:
+    """Train with the first process, which tells which cycle is next and has kept what it has pruned."""
+    plan, memory = plan_of(params), Memory()
+    while number := place.mates.told(0):
+        saved = place.shelf(f"{number:02d}-pruned").written()
+        if number > 1 and not memory:
+            before = place.shelf(f"{number - 1:02d}-done").written()
+            memory.update(unpacked(Snapshot(before.tensors(), before.facts), "memory", runs.device()))
+        dense = models.load(OUT / "dense")
+        cycle, model = _cycle(saved, number, groups_for(dense, plan)), models.load(saved.directory / MODEL)
+        shelf = place.shelf(f"{number:02d}-training", saved.sha256)
+        runs.recover(model.to(runs.device()), cycle, plan, params, history, shelf, None, memory, place.mates)
 
 
 def _cycles(params: Params, plan: Plan, place: Workplace, done: Done, measure: Measure) -> Iterator[Pruned]:

@@ -53,6 +53,11 @@ class Shelf:
                 print(f"{error}; not taken up", file=sys.stderr)
         return None
 
+    def written(self) -> Saved:
+        """The last checkpoint, which another process has just written or checked."""
+        entry = self._entries()[-1]
+        return Saved(entry, _json(entry / STATE), _json(entry / INDEX)["sha256"])
+
     def put(
         self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Callable[[Path], object] | None = None
     ) -> Saved:

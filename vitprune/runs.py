@@ -13,14 +13,15 @@ from torch import nn
 
 from vitprune import data, resume, tables
 from vitprune.compress import Cycle
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluate import accuracy
 from vitprune.params import Params, Train
 from vitprune.plans import Plan
 from vitprune.records import History
 from vitprune.resume import Shelf
 from vitprune.saving import Saver, stopping
-from vitprune.train import Held, Memory, NotFinite, Span, classification, train
+from vitprune.team import ALONE, Team
+from vitprune.train import Held, Memory, Span, classification, train
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, KEPT = Path("out"), Path(".vitprune/resume")  # the latter outside of what DVC empties before a stage
@@ -29,6 +30,7 @@ SECTIONS = {  # of params.yaml: what decides the result of a stage that is kept 
     "prune": ("seed", "threads", "dataset", "score", "prune", "evaluate"),
     "distill": ("seed", "threads", "dataset", "prune", "distill", "evaluate"),
 }
+WORKERS = "VITPRUNE_WORKERS"
 TOLD = 8  # ids of a bad batch that an error names
 Evaluate = Callable[[], dict[str, float]]
 
@@ -55,10 +57,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where a stage keeps what it has done so far, and the key by which only the same work is taken up."""
+    """Where a stage keeps what it has done so far, the key by which only the same work is taken up, and who does it."""
 
     directory: Path
     key: str
+    mates: Team = ALONE
 
     def shelf(self, name: str, before: str = "", keep: int = 2) -> Shelf:
         """Checkpoints of a part of the work; it goes on from something, of which `before` is the digest."""
@@ -66,12 +69,12 @@ class Workplace:
 
 
 @contextmanager
-def workplace(stage: str, params: Params, inputs: list[Path]) -> Iterator[Workplace]:
+def workplace(stage: str, params: Params, inputs: list[Path], mates: Team) -> Iterator[Workplace]:
     """Where a stage keeps its work, whose files are `inputs`; empty again once the stage has ended well."""
     settings = {name: params.model_dump(mode="json")[name] for name in SECTIONS[stage]}
     key = resume.key_of(stage, settings, inputs, device().type)
-    yield Workplace(KEPT / f"{stage}-{key}", key)
-    for left in KEPT.glob(f"{stage}-*"):
+    yield Workplace(KEPT / f"{stage}-{key}", key, mates)
+    for left in KEPT.glob(f"{stage}-*") if mates.rank == 0 else ():
         Shelf(left, "").clear()
 
 
@@ -125,6 +128,7 @@ def fit(
     held: Held | None = None,
     evaluate: Evaluate | None = None,
     part: Part | None = None,
+    mates: Team = ALONE,
 ) -> None:
     """Train a task's model on the train images; what is on the shelf of the same training is gone on from.
 
@@ -137,23 +141,37 @@ def fit(
     seed = params.seed if cycle is None else params.seed + 1000 * cycle
     steps = data.batch_count(len(table), recipe.batch_size)
     span = part.span(recipe, steps) if part else None
+    own, workers = (mates.rank, mates.size), data_workers()
     with stopping() as asked:
-        saver = Saver(shelf, lambda: history.rows, asked)
+        saver = Saver(shelf, lambda: history.rows, asked, mates)
         saver.reserve(task.trainable_module)
         begun = saver.begun.facts if saver.begun is not None else {"epoch": 0, "done": 0}
         if saver.begun is not None:
             history.restore(saver.rows)
 
         def batches(epoch: int) -> Iterator[data.Batch]:
-            begin = begun["done"] if epoch == begun["epoch"] else 0
-            return data.train_batches(table, recipe.batch_size, seed, epoch, 0, recipe.repeats, begin)
+            begin, share = begun["done"] if epoch == begun["epoch"] else 0, (0, 1) if recipe.mixes else own
+            return data.train_batches(table, recipe.batch_size, seed, epoch, workers, recipe.repeats, begin, share)
 
         add = partial(history.add, cycle=cycle)
+        evaluate = evaluate if mates.rank == 0 else None
         try:
-            train(task, batches, steps, recipe, seed, add, held, evaluate, name, span, saver)
+            train(task, batches, steps, recipe, seed, add, held, evaluate, name, span, saver, mates)
         except NotFinite as error:
             ids = data.batch_ids(table, recipe.batch_size, seed, error.epoch, error.number, recipe.repeats)
             raise BadInput(f"{error}; its images: {_listed(ids)}{saver.told}") from None
+
+
+def data_workers() -> int:
+    """Processes that decode training images, from the environment: they change no result; 0 is this process itself.
+
+    Raises:
+        BadInput: it is not a whole number of at least 0.
+    """
+    text = os.environ.get(WORKERS, "0")
+    if not text.isdecimal():
+        raise BadInput(f"{WORKERS}={text}: give the number of processes that decode images, 0 for none beside this one")
+    return int(text)
 
 
 def _listed(ids: list[str]) -> str:
@@ -170,6 +188,7 @@ def recover(
     shelf: Shelf,
     evaluate: Evaluate | None = None,
     memory: Memory | None = None,
+    mates: Team = ALONE,
 ) -> None:
     """Train a model that a cycle has pruned, as `prune.recover` says, for as long as its schedule says; zeros stay.
 
@@ -182,4 +201,4 @@ def recover(
     own = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
     held = Held(cycle.held, cycle.masks) if cycle.held else None
     part = Part(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
-    fit(classification(model, recipe.smoothing), own, params, history, shelf, held, evaluate, part)
+    fit(classification(model, recipe.smoothing), own, params, history, shelf, held, evaluate, part, mates)

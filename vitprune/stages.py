@@ -55,15 +55,18 @@ def dataset(params: Params) -> None:
 
 def dense(params: Params) -> None:
     """Make the model to prune: from random, timm's or a checkpoint's weights, trained here if there is a recipe."""
-    settings, begun = params.dense, starts.start(params)
-    model = begun.model.to(device())
-    evaluate = runs.evaluator(model, params)
-    history = History(OUT / "dense", "dense")
+    settings = params.dense
     inputs = [MANIFEST, *([settings.checkpoint] if settings.checkpoint is not None else [])]
-    with runs.workplace("dense", params, inputs) as place:
+    with sharding.team(device()) as mates, runs.workplace("dense", params, inputs, mates) as place:
+        begun = starts.start(params)
+        model = begun.model.to(device())
+        evaluate = runs.evaluator(model, params)
+        history = History(OUT / "dense", "dense", mates.rank == 0)
         if settings.train is not None:
             task = classification(model, settings.train.smoothing)
-            runs.fit(task, settings.train, params, history, place.shelf("training"), begun.held, evaluate)
+            runs.fit(task, settings.train, params, history, place.shelf("training"), begun.held, evaluate, mates=mates)
+        if mates.rank:  # the first process writes
+            return
         history.close(PLOTS / "dense.csv")
         models.save(model, OUT / "dense")
         facts = begun.facts | {"epochs": history.epochs} | _facts(model, OUT / "dense") | evaluate()
@@ -134,9 +137,12 @@ def prune(params: Params) -> None:
 
     The model of a cycle is that of the last step of its recovery: no epoch is chosen by what is evaluated on.
     """
-    history = History(OUT / "prune", "prune")
     inputs = [MANIFEST, CALIBRATION, OUT / "dense", OUT / "score", OUT / "mask"]
-    with runs.workplace("prune", params, inputs) as place:
+    with sharding.team(device()) as mates, runs.workplace("prune", params, inputs, mates) as place:
+        history = History(OUT / "prune", "prune", mates.rank == 0)
+        if mates.rank:
+            gradual.follow(params, place, history)
+            return
         done = gradual.run(params, place, history, _settled_scores)
         history.close(PLOTS / "prune.csv")
         write_csv(PLOTS / "cycles.csv", done.rows)
@@ -147,15 +153,17 @@ def prune(params: Params) -> None:
 
 def distill(params: Params) -> None:
     """Fine-tune the pruned model with the dense one as teacher; what is zero stays zero."""
-    settings = params.distill
-    model, teacher = models.load(OUT / "prune").to(device()), models.load(OUT / "dense").to(device())
-    evaluate = runs.evaluator(model, params)
-    history = History(OUT / "distill", "distill")
-    with runs.workplace("distill", params, [MANIFEST, OUT / "dense", OUT / "prune", OUT / "cycles"]) as place:
+    settings, inputs = params.distill, [MANIFEST, OUT / "dense", OUT / "prune", OUT / "cycles"]
+    with sharding.team(device()) as mates, runs.workplace("distill", params, inputs, mates) as place:
+        model, teacher = models.load(OUT / "prune").to(device()), models.load(OUT / "dense").to(device())
+        evaluate = runs.evaluator(model, params)
+        history = History(OUT / "distill", "distill", mates.rank == 0)
         if settings.train is not None:
             task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
-            held = _held_at_end(teacher, params)
-            runs.fit(task, settings.train, params, history, place.shelf("training"), held, evaluate)
+            held, shelf = _held_at_end(teacher, params), place.shelf("training")
+            runs.fit(task, settings.train, params, history, shelf, held, evaluate, mates=mates)
+        if mates.rank:
+            return
         history.close(PLOTS / "distill.csv")
         models.save(model, OUT / "distill")
         facts = _facts(model, OUT / "distill") | evaluate() | {"epochs": history.epochs}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,21 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vitprune.data import Mix, mixer
-from vitprune.errors import BadInput
+from vitprune.engine import Engine, engine, shared
+from vitprune.errors import BadInput, NotFinite
 from vitprune.families.dropping import stochastic_depth
 from vitprune.groups import Group, Masks, zero
 from vitprune.losses import CrossEntropy
 from vitprune.params import Distill, Train
 from vitprune.progress import track
 from vitprune.schedule import rate
-from vitprune.snapshot import Saving, Snapshot, Standing
+from vitprune.snapshot import Saving, Standing
+from vitprune.team import ALONE, Team
 
 Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> its batches, the same each time it is asked
 Memory = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it
 Record = Callable[[dict[str, float]], None]
+APART = 1_000_003  # between the seeds of two processes, whose random numbers are their own
 
 
 @dataclass(frozen=True)
@@ -49,28 +52,17 @@ class Span:
     memory: Memory | None = None
 
 
-class NotFinite(BadInput):
-    """A loss or gradient that is not finite, in batch `number` of an epoch, both counted from 0."""
-
-    def __init__(self, line: str, epoch: int, number: int):
-        super().__init__(line)
-        self.epoch, self.number = epoch, number
-
-
 @dataclass
 class _Counters:
-    """Where a training stands: whole epochs and steps done, and the losses of the epoch that runs."""
+    """Where a training stands: whole epochs and steps done, the losses of the epoch that runs, parts of a batch."""
 
     epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    parts: int = 1
 
     def noted(self) -> dict[str, Any]:
         return asdict(self) | {"done": len(self.losses)}
-
-    @classmethod
-    def of(cls, begun: Snapshot) -> "_Counters":
-        return cls(**{name: begun.facts[name] for name in ("epoch", "step", "losses")})
 
 
 def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
@@ -142,13 +134,15 @@ def train(
     name: str = "training",
     span: Span | None = None,
     saving: Saving | None = None,
+    mates: Team = ALONE,
 ) -> None:
     """Train the task's model in place, one record per epoch of `steps` batches.
 
     A fixed seed gives bit-identical weights on CPU. Records are of the weights that train, not of their average.
     Nothing that the optimizer remembers, and no norm that clips, knows of gradients of what is held. The learning rate
     falls over this training, or over the `span` that it is a part of. With `saving` it is kept while it runs, and goes
-    on where that begins: of the epoch that was broken off, `epochs` gives the batches that are left then.
+    on where that begins: of the epoch that was broken off, `epochs` gives the batches that are left then. Several
+    processes take the steps of one: `epochs` gives each its share of a batch, or all of it where the recipe mixes.
 
     Raises:
         BadInput: an unknown optimizer, or nothing to train on.
@@ -158,34 +152,37 @@ def train(
     model, pruned = task.trainable_module, task.get_eval_model()  # the task may train more than the model
     task = task.to(device := next(model.parameters()).device)
     optimizer, rate_at = _optimizer(model, recipe), _rates(recipe, steps, span)
-    mix, hold = _mixer(task, recipe, generator := np.random.default_rng(seed)), _holder(pruned, held)
+    mix, hold = _mixer(task, recipe, generator := np.random.default_rng(seed), mates), _holder(pruned, held)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     kept = _remembering(optimizer, pruned, span.memory if span else None, held)
-    with forked, kept, stochastic_depth(pruned, recipe.drop_path), _averaging(pruned, recipe.ema) as average:
-        torch.manual_seed(seed)
-        settle, standing = _settler(pruned, average, held), Standing(model, optimizer, average, generator)
-        at = _go_on(standing, saving)
+    dropping, averaging = stochastic_depth(pruned, recipe.drop_path), _averaging(pruned, recipe.ema)
+    with forked, kept, dropping, averaging as average, engine(task, optimizer, recipe, device, mates) as motor:
+        torch.manual_seed(seed + APART * mates.rank)
+        standing = Standing(model, optimizer, average, generator, motor.scaler, mates)
+        settle, at = _settler(pruned, average, held), _go_on(standing, saving, motor)
         for epoch in track(range(at.epoch, recipe.epochs), name, recipe.epochs, at.epoch):
             task.train()
             for images, labels in epochs(epoch):
                 _set_rate(optimizer, rate_at(at.step))
-                batch, where = mix(images.to(device), labels.to(device)), f"{name}, epoch {epoch + 1}"
-                at.losses.append(_step(task, optimizer, batch, recipe, where, hold, at))
+                at.losses.append(_step(motor, mix(images.to(device), labels.to(device)), name, hold, at))
                 at.step += 1
                 settle(at.step)
                 if saving is not None and saving.due():
                     saving.write(standing.taken(at.noted()))
             row = {"epoch": epoch + 1, "step": at.step, "loss": _mean(at.losses, name), "lr": rate_at(at.step - 1)}
+            row |= {"micro_batches": at.parts} if at.parts != recipe.accumulate else {}  # memory did not suffice
             record(row | (evaluate() if evaluate is not None else {}))
             at.epoch, at.losses = epoch + 1, []
 
 
-def _go_on(standing: Standing, saving: Saving | None) -> _Counters:
+def _go_on(standing: Standing, saving: Saving | None, motor: Engine) -> _Counters:
     """Start anew, or where the training was broken off."""
     if saving is None or saving.begun is None:
-        return _Counters()
+        return _Counters(parts=motor.parts)
     standing.put_back(saving.begun)
-    return _Counters.of(saving.begun)
+    at = _Counters(**{counter.name: saving.begun.facts[counter.name] for counter in fields(_Counters)})
+    motor.parts = at.parts
+    return at
 
 
 @contextmanager
@@ -274,37 +271,23 @@ def _set_rate(optimizer: Any, now: float) -> None:
         group["lr"] = now
 
 
-def _mixer(task: Any, recipe: Train, generator: np.random.Generator) -> Mix:
-    if not recipe.mixup and not recipe.cutmix:
+def _mixer(task: Any, recipe: Train, generator: np.random.Generator, mates: Team) -> Mix:
+    """What makes a process's share of a batch of what it is given; images mix over the whole batch."""
+    if not recipe.mixes:
         return lambda images, labels: (images, labels)
     classes = int(task.get_eval_model().num_classes)
-    return mixer(recipe.mixup, recipe.cutmix, recipe.mix_prob, classes, generator)
+    mix = mixer(recipe.mixup, recipe.cutmix, recipe.mix_prob, classes, generator)
+    return lambda images, labels: shared(*mix(images, labels), mates)
 
 
-def _step(
-    task: Any,
-    optimizer: Any,
-    batch: tuple[Tensor, Tensor],
-    recipe: Train,
-    where: str,
-    hold: Callable[[], None],
-    at: _Counters,
-) -> float:
-    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=recipe.amp):
-        loss = task(*batch)["loss"]
-    value = float(loss.detach())
-    where = f"{where}, step {at.step + 1}"
-    if not math.isfinite(value):
-        told = f"{where}: the loss is {value}; lower the learning rate (lr) or check the images and the weights"
+def _step(motor: Engine, batch: tuple[Tensor, Tensor], name: str, hold: Callable[[], None], at: _Counters) -> float:
+    where = f"{name}, epoch {at.epoch + 1}, step {at.step + 1}"
+    loss, norm = motor.step(*batch, hold, where)
+    at.parts = motor.parts
+    if not math.isfinite(loss):
+        told = f"{where}: the loss is {loss}; lower the learning rate (lr) or check the images and the weights"
         raise NotFinite(told, at.epoch, len(at.losses))
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    hold()
-    norm = float(
-        nn.utils.clip_grad_norm_(task.trainable_module.parameters(), math.inf if recipe.clip is None else recipe.clip)
-    )
     if not math.isfinite(norm):
         told = f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights"
         raise NotFinite(told, at.epoch, len(at.losses))
-    optimizer.step()
-    return value
+    return loss

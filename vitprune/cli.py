@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,13 +13,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitprune import data, models, stages, sweeps
+from vitprune import data, launch, models, stages, sweeps
 from vitprune.check import check as proofs
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, Interrupted
 from vitprune.evaluate import costs, count
 from vitprune.families import find_groups
 from vitprune.groups import KINDS
 from vitprune.methods import METHODS
+from vitprune.runs import OUT
 from vitprune.scaffold import Choice, create
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
@@ -43,11 +45,13 @@ def application() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line: one clear line and exit code 2 for bad input."""
+    """Run the command line: one clear line and exit code 2 for bad input, or one that asks for another attempt."""
     try:
         application()()
     except BadInput as error:
         _stop(str(error))
+    except Interrupted as error:
+        _stop(str(error), error.code)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -55,13 +59,17 @@ def main() -> None:
         _stop(f"{where}{error.strerror}; nothing was half-written, make room and run again")
 
 
-def _stop(line: str) -> None:
-    print(f"Error: {line}", file=sys.stderr)
-    sys.exit(2)
+def _stop(line: str, code: int = 2) -> None:
+    if os.environ.get("RANK", "0") == "0" or code == 2:
+        print(f"Error: {line}", file=sys.stderr)
+    launch.say(code)
+    sys.exit(code)
 
 
 def _command(stage: str) -> Callable[[Path], None]:
     def command(project: Project = Path()) -> None:
+        if launch.wanted(stage):
+            raise typer.Exit(launch.together(stage, project))
         stages.run(stage, project)
 
     return command
@@ -95,7 +103,7 @@ def import_scores(
     """Take the scores of UP-ViTs' authors for those of the score stage."""
     directory = lists.resolve()
     stages.import_scores(stages.enter(project), directory, parsing)
-    print(f"{project / stages.OUT / 'score'}: written from {directory}")
+    print(f"{project / OUT / 'score'}: written from {directory}")
     print("Next: dvc commit -f score && dvc repro")
 
 

@@ -46,7 +46,8 @@ class Train(Section):
     the two at even odds, and `mix_prob` of the batches are mixed at all. `repeats` takes so many views of an image
     into a batch, and as many fewer images into an epoch. `drop_path` is the rate of stochastic depth in the last block,
     `ema` the decay, step by step, of the average of the weights that the run ends with; 0 is without any of them.
-    `amp` runs the passes in bfloat16.
+    `amp` runs the passes in bfloat16 (true) or in float16, whose loss is scaled. A batch goes through in `accumulate`
+    parts, each process's share of it if there are several; batch_size is the whole.
     """
 
     epochs: Count
@@ -69,7 +70,13 @@ class Train(Section):
     mix_prob: Annotated[float, Field(gt=0, le=1)] = 1.0
     drop_path: Fraction = 0.0
     ema: Fraction = 0.0
-    amp: bool = False
+    amp: bool | Literal["bfloat16", "float16"] = False
+    accumulate: Count = 1
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the images of a batch are mixed."""
+        return bool(self.mixup or self.cutmix)
 
 
 class Dense(Section):

@@ -1,10 +1,12 @@
 """A project of the real stages, made by `vitprune init` and small enough to run all ten of them in about a minute."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import yaml
 
+from vitprune import data
 from vitprune.scaffold import Choice, create
 
 ONE_EPOCH = {"epochs": 1, "batch_size": 64, "lr": 0.001}
@@ -19,7 +21,45 @@ def make(project: Path) -> Path:
     params["dense"]["train"] = params["prune"]["recover"] = params["distill"]["train"] = ONE_EPOCH
     params["calibrate"]["size"], params["evaluate"]["latency_runs"], params["export"]["onnx"] = 100, 5, False
     path.write_text(yaml.safe_dump(params, sort_keys=False))
-    git = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
-    for command in ([*git, "add", "-A"], [*git, "commit", "-q", "-m", "A tiny project."]):
-        subprocess.run(command, cwd=project, check=True)
+    commit(project, "A tiny project.")
     return project
+
+
+def make_of_images(project: Path, size: int = 240) -> Path:
+    """Make a project whose images are a folder that DVC keeps, smaller still, and commit it."""
+    write_images(project / "images", range(size))
+    create(project, Choice(f"folder:{project / 'images'}", "vit_tiny_patch16_224"))
+    path = project / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    args = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    params["threads"], params["seed"], params["model"]["args"] = 1, 0, args | {"num_classes": 10}
+    params["dense"] = {"start": "train", "train": ONE_EPOCH | {"epochs": 8}}
+    params["prune"] |= {"sparsity": {"ffn": 0.5, "attention": 0.5}, "cycles": 2, "recover": ONE_EPOCH}
+    params["distill"]["train"], params["calibrate"]["size"] = ONE_EPOCH, 60
+    params["evaluate"] = {"batch_size": 64, "latency_batch": 1, "latency_runs": 5}
+    params["export"] = {"onnx": False}
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    dvc(project, "add", "-q", "images")
+    commit(project, "A tiny project of images.")
+    return project
+
+
+def write_images(folder: Path, numbers: range) -> None:
+    """Write some of the digits as FOLDER/CLASS/NUMBER.png."""
+    digits = data.open_source("digits")
+    for number in numbers:
+        path = folder / str(digits.labels[number]) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(digits.read(digits.ids[number]))
+
+
+def dvc(project: Path, *words: str) -> None:
+    """Run DVC in a project."""
+    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=project, check=True, stdout=subprocess.DEVNULL)
+
+
+def commit(project: Path, message: str) -> None:
+    """Commit everything that git sees."""
+    git = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    for command in ([*git, "add", "-A"], [*git, "commit", "-q", "-m", message]):
+        subprocess.run(command, cwd=project, check=True)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitprune import data, models, stages
+from vitprune import data, models, promotion, stages
 from vitprune.check import check as proofs
 from vitprune.errors import BadInput
 from vitprune.evaluate import costs, count
@@ -34,6 +34,7 @@ def application() -> typer.Typer:
         app.command(rich_help_panel=LOOKING)(command)
     app.command(rich_help_panel=OWN)(init)
     app.command(rich_help_panel=OWN)(import_scores)
+    app.command(rich_help_panel=OWN)(judge)
     return app
 
 
@@ -92,6 +93,22 @@ def import_scores(
     stages.import_scores(stages.enter(project), directory, parsing)
     print(f"{project / stages.OUT / 'score'}: written from {directory}")
     print("Next: dvc commit -f score && dvc repro")
+
+
+def judge(
+    champion: Annotated[Path | None, typer.Option(help="The directory of the model in use.  [default: dense]")] = None,
+    project: Project = Path(),
+) -> None:
+    """Compare the final model with the one in use, image by image, and apply gates.yaml; 1 if a gate fails."""
+    own = champion.resolve() if champion is not None else None
+    params = stages.enter(project)
+    facts = promotion.judge(params, own, promotion.load_gates(promotion.GATES))
+    table = Table("gate", "asked", "measured", "holds", box=None, pad_edge=False)
+    for gate in facts["gates"]:
+        table.add_row(gate["name"], gate["asked"], gate["measured"], "yes" if gate["holds"] else "NO")
+    Console().print(table)
+    if not facts["passed"]:
+        raise typer.Exit(1)
 
 
 def methods() -> None:

@@ -72,7 +72,7 @@ def scores(params: Params) -> Lines:
 
 
 def cycles(params: Params) -> Lines:
-    """Compare every cycle's masks with its model, its tables and the cycle before, and the last with `prune`'s model."""
+    """Compare every cycle's masks with its model, tables and the cycle before, and the last with `prune`'s model."""
     plan, dense = plan_of(params), models.load(OUT / "dense")
     groups = groups_for(dense, plan)
     folders = [OUT / "cycles" / f"{number:02d}" for number in range(1, plan.cycles + 1)]

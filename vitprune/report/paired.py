@@ -50,7 +50,10 @@ class Paired:
 
         Source: McNemar's exact test, one-sided: a binomial tail at even odds.
         """
-        tail = sum(math.comb(self.discordant, lost) for lost in range(self.pruned_only + 1))
+        tail, ways = 0, 1
+        for won in range(self.pruned_only + 1):
+            tail += ways
+            ways = ways * (self.discordant - won) // (won + 1)
         return tail / (1 << self.discordant)
 
 

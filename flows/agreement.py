@@ -154,11 +154,8 @@ def project(evidence: Evidence) -> Lines:
         if not evidence.client.search_runs([evidence.parent.info.experiment_id], wanted, max_results=1):
             yield f"{own}: is of no run on record; changed by hand, or by `dvc repro` without vitprune-flow"
         return
-    inputs = {name: e for name, e in pointers(evidence.project).items() if not evidence.store.lacks({name: e})}
-    for file in (*evidence.store.files(read_lock(own)), *evidence.store.files(inputs)):
-        place = evidence.project / file.path
-        if place.is_file() and md5(place) != file.md5:
-            yield f"{place}: has the MD5 {md5(place)}, {_namer(file)} says {file.md5}"
+    for name, entry in (read_lock(own) | pointers(evidence.project)).items():
+        yield from _as_named(evidence, name, entry)
 
 
 CHECKS: dict[str, Callable[[Evidence], Lines]] = {
@@ -177,6 +174,23 @@ def check(name: str, evidence: Evidence) -> Lines:
 def _pointed(evidence: Evidence) -> set[str]:
     """Paths that the run's .dvc files name."""
     return {out["path"] for entry in pointers(evidence.tree).values() for out in entry["outs"]}
+
+
+def _as_named(evidence: Evidence, name: str, entry: Mapping[str, Any]) -> Lines:
+    """Whether what lies in the project is what an entry names; file by file where DVC's list of a folder is there."""
+    for out in entry.get("outs", ()):
+        place = evidence.project / out["path"]
+        if not place.exists():
+            continue
+        listed = evidence.store.path_of(out["md5"])
+        if place.is_dir() and not listed.is_file():
+            if tree_md5(place) != out["md5"]:
+                yield f"{place}: is not the folder that {name} names"
+            continue
+        for file in evidence.store.files({name: {"outs": [out]}}):
+            own = evidence.project / file.path
+            if own.is_file() and md5(own) != file.md5:
+                yield f"{own}: has the MD5 {md5(own)}, {_namer(file)} says {file.md5}"
 
 
 def _had(evidence: Evidence) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Registry:
         except MlflowException:
             self.client.create_registered_model(self.name)
         return self.client.create_model_version(
-            self.name, model.artifact_location, run, tags=dict(tags), model_id=model.model_id
+            self.name, f"models:/{model.model_id}", run, tags=dict(tags), model_id=model.model_id
         )
 
     def promote(self, version: ModelVersion) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
@@ -23,7 +23,11 @@ from flows.compress import Outcome, compress
 from flows.recovery import STATE, Busy
 from flows.repro import environment
 from flows.store import short_patience, tracking_uri
+from flows.tracking import MIRRORED
 from flows.worktrees import GitFault
+
+if TYPE_CHECKING:
+    from flows.registry import Registry
 
 COMPARISON = ".vitprune/comparison.json"
 
@@ -77,46 +81,52 @@ class _Retraining:
         """Retrain, unless this version of the data has been tried; a worktree stays unless its model is promoted."""
         from flows.registry import registry
 
-        log = get_run_logger()
         models = registry(self.project, self.model)
         base = worktrees.newest(self.project)
         place = worktrees.add(self.project, self.flow_run_id, base)
-        worktrees.take_newest_data(place)
-        version_of_data = worktrees.data_version(place)
-        if tried := models.tried(version_of_data):
+        try:
+            worktrees.take_newest_data(place)
+            version_of_data = worktrees.data_version(place)
+            tried = models.tried(version_of_data)
+        except GitFault:
+            worktrees.remove(self.project, place)
+            raise
+        if tried:
             worktrees.remove(self.project, place)
             how = "promoted" if tried.tags.get("vitprune.passed") == "true" else "held back"
             message = f"nothing to do: version {tried.version} was made of this data and {how}"
             return Retrained("nothing", message, str(tried.version))
-        log.info("data version %s, at commit %s, in %s", version_of_data[:12], base[:12], place)
+        get_run_logger().info("data version %s, commit %s, in %s", version_of_data[:12], base[:12], place)
         outcome = self._compress(place)
-        with contextlib.ExitStack() as stack:
-            champion = models.champion()
-            folder = None
-            if champion is not None:
-                folder = models.weights_of(champion, place / STATE / "champion")
-                stack.callback(_remove, folder)
-            facts = _judged(place, folder)
-        tags = {"vitprune.data_version": version_of_data, "vitprune.passed": str(facts["passed"]).lower()}
-        tags |= {"vitprune.base_commit": base, "vitprune.difference": f"{facts['difference']:.4f}"}
-        tags["vitprune.p_worse"] = f"{facts['p_worse']:.6g}"
+        champion = models.champion()
+        facts = _judged(place, None if champion is None else models.weights_of(champion, place / STATE / "champion"))
         against = "the dense model" if champion is None else f"version {champion.version}"
         _publish(facts, against)
-        if not facts["passed"]:
-            version = models.add(outcome.mirrored.run_id, self._key(place), tags | {"vitprune.kept_in": str(place)})
-            message = f"version {version.version} is held back: {_failed(facts)}; everything is kept in {place}"
-            return Retrained("held", message, str(version.version), outcome.mirrored.run_id)
-        pushed = worktrees.push(place)
-        provenance = self._provenance(place, base, outcome.mirrored.run_id, version_of_data, against, facts)
-        message = f"Retrain on data {version_of_data[:12]}.\n\n{worktrees.provenance(provenance)}"
-        commit = worktrees.commit(self.project, place, self.branch, message)
-        version = models.add(outcome.mirrored.run_id, self._key(place), tags | {"vitprune.commit": commit})
-        models.promote(version)
-        worktrees.remove(self.project, place)
+        tags = {"vitprune.data_version": version_of_data, "vitprune.passed": str(facts["passed"]).lower()}
+        tags |= {"vitprune.base_commit": base, "vitprune.p_worse": f"{facts['p_worse']:.6g}"}
+        tags |= {"vitprune.difference": f"{facts['difference']:.4f}", "vitprune.compared_with": against}
+        challenger = _Challenger(models, place, outcome.mirrored.run_id, tags, facts, against)
+        return self._promoted(challenger) if facts["passed"] else self._held(challenger)
+
+    def _held(self, own: "_Challenger") -> Retrained:
+        """Keep everything for inspection, and the champion."""
+        version = own.models.add(own.run, _flow_of(own.place), {**own.tags, "vitprune.kept_in": str(own.place)})
+        message = f"version {version.version} is held back: {_failed(own.facts)}; everything is kept in {own.place}"
+        return Retrained("held", message, str(version.version), own.run)
+
+    def _promoted(self, own: "_Challenger") -> Retrained:
+        """Push, commit, register and, last of all, move the alias: what a champion names is always there."""
+        pushed = worktrees.push(own.place)
+        facts = worktrees.provenance(self._provenance(own))
+        message = f"Retrain on data {own.tags['vitprune.data_version'][:12]}.\n\n{facts}"
+        commit = worktrees.commit(self.project, own.place, self.branch, message)
+        version = own.models.add(own.run, _flow_of(own.place), {**own.tags, "vitprune.commit": commit})
+        own.models.promote(version)
+        worktrees.remove(self.project, own.place)
         where = "pushed to the DVC remote" if pushed else "not pushed, as no DVC remote is set"
-        message = f"version {version.version} is champion now ({facts['difference']:+.2f} points against {against}), "
-        message += f"commit {commit[:12]} on {self.branch}, outputs {where}"
-        return Retrained("promoted", message, str(version.version), outcome.mirrored.run_id)
+        message = f"version {version.version} is champion now ({own.facts['difference']:+.2f} points against "
+        message += f"{own.against}), commit {commit[:12]} on {self.branch}, outputs {where}"
+        return Retrained("promoted", message, str(version.version), own.run)
 
     def _compress(self, place: Path) -> Outcome:
         """Run the pipeline as a flow within this one."""
@@ -130,23 +140,33 @@ class _Retraining:
             raise _Fault(f"MLflow was not reached ({outcome.mirrored.error}); everything is kept in {place}")
         return outcome
 
-    def _key(self, place: Path) -> str:
-        """The id of the compress flow's run, which its journal is named after."""
-        return next((place / STATE / "journal/mirrored").glob("*.jsonl")).stem
-
-    def _provenance(
-        self, place: Path, base: str, run: str, version: str, against: str, facts: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        data = {f"Data {path}": md5 for path, md5 in worktrees.inputs(place).items()}
-        return data | {
-            "Data-Version": version,
-            "Base-Commit": base,
-            "MLflow-Run": run,
+    def _provenance(self, own: "_Challenger") -> dict[str, Any]:
+        facts, inputs = own.facts, worktrees.inputs(own.place)
+        difference = f"{facts['difference']:+.2f} points of {facts['images']} images, p = {facts['p_worse']:.3g}"
+        return {f"Data {path}": md5 for path, md5 in inputs.items()} | {
+            "Data-Version": own.tags["vitprune.data_version"],
+            "Base-Commit": own.tags["vitprune.base_commit"],
+            "MLflow-Run": own.run,
             "Prefect-Flow-Run": self.flow_run_id,
             "Model-SHA256": facts["challenger_sha256"],
-            "Compared-With": against,
-            "Difference": f"{facts['difference']:+.2f} points of {facts['images']} images, p = {facts['p_worse']:.3g}",
+            "Compared-With": own.against,
+            "Difference": difference,
         }
+
+
+@dataclass(frozen=True)
+class _Challenger:
+    models: "Registry"
+    place: Path
+    run: str
+    tags: Mapping[str, str]
+    facts: Mapping[str, Any]
+    against: str
+
+
+def _flow_of(place: Path) -> str:
+    """The id of the compress flow's run, which its journal is named after."""
+    return next((place / STATE / "journal" / MIRRORED).glob("*.jsonl")).stem
 
 
 def _judged(place: Path, champion: Path | None) -> dict[str, Any]:
@@ -157,7 +177,7 @@ def _judged(place: Path, champion: Path | None) -> dict[str, Any]:
         command, cwd=place, env=environment(place), capture_output=True, text=True, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1) or not (place / COMPARISON).is_file():
         raise _Fault(f"judge: {(done.stderr.strip().splitlines() or ['no word why'])[-1]}; kept in {place}")
     facts: dict[str, Any] = json.loads((place / COMPARISON).read_text(encoding="utf-8"))
     return facts
@@ -176,12 +196,6 @@ def _publish(facts: Mapping[str, Any], against: str) -> None:
     lines.append(f"\nOf {facts['images']} images it lost {facts['lost']} and won {facts['won']}.")
     with contextlib.suppress(Exception):  # a server that refuses a page costs the run nothing
         create_markdown_artifact("\n".join(lines), key="gates", description="What the challenger had to hold")
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

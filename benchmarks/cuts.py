@@ -110,7 +110,7 @@ class Setup:
 
 
 def measure(
-    entries: Sequence[Entry], goals: Sequence[Goal], notes: Path, setting: Mapping[str, int] | None = None
+    entries: Sequence[Entry], goals: Sequence[Goal], notes: Path, setting: Mapping[str, float] | None = None
 ) -> dict[tuple[str, str], Cut]:
     """All cuts by the labels of entry and goal, each entry in one of two processes of one thread.
 
@@ -183,7 +183,7 @@ def lines(done: Mapping[tuple[str, str], Cut], entries: Sequence[Entry], goals: 
     return found
 
 
-def _cuts(entry: Entry, goals: Sequence[Goal], notes: Path, setting: Mapping[str, int]) -> list[Cut]:
+def _cuts(entry: Entry, goals: Sequence[Goal], notes: Path, setting: Mapping[str, float]) -> list[Cut]:
     """One line of the table, noted cut by cut."""
     case = setup()
     own = replace(DEFAULTS, **setting)

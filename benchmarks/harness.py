@@ -76,9 +76,35 @@ def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
         sys.exit(1)
 
 
+@dataclass(frozen=True)
+class Section:
+    """A heading of a page, what it says, and its table."""
+
+    heading: str
+    about: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 def write_table(path: Path, title: str, about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write a Markdown page with one table."""
+    _write_page(path, title, about, _table(header, rows))
+
+
+def write_sections(path: Path, title: str, about: str, sections: Sequence[Section]) -> None:
+    """Write a Markdown page of several tables."""
+    lines = []
+    for section in sections:
+        lines += ["", f"## {section.heading}", "", " ".join(section.about.split()), ""]
+        lines += _table(section.header, section.rows)
+    _write_page(path, title, about, lines[1:])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _write_page(path: Path, title: str, about: str, body: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", " ".join(about.split()), "", f"{datetime.date.today().isoformat()}, {machine()}", ""]
-    lines += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join([*lines, *body]) + "\n")

@@ -21,6 +21,7 @@ from flows.recovery import STATE
 from flows.repro import StageResult
 from flows.summary import evaluation
 
+SWEEP = "VITPRUNE_SWEEP"  # what a run of a sweep is told of it: key, name and run, as JSON
 # What the record of a stage holds besides metrics/STAGE.json and plots/STAGE.csv; the model is kept as a folder.
 KEPT = {
     "mask": ("out/mask/masks.safetensors", "out/mask/sparsity.parquet"),
@@ -72,8 +73,10 @@ class Journal:
         """Write down what the run begins with: params, commit, versions, dvc.yaml, params.yaml; seconds since 1970."""
         params = flatten(yaml.safe_load((self.project / "params.yaml").read_text(encoding="utf-8")) or {})
         files = [self._keep(name) for name in ("params.yaml", "dvc.yaml")]
-        fact = {"fact": "start", "time": started, "params": params, "git": _git(self.project), "versions": _versions()}
-        self._append(fact | {"files": files})
+        start = {"fact": "start", "time": started, "params": params, "git": _git(self.project), "versions": _versions()}
+        if sweep := os.environ.get(SWEEP):
+            start["sweep"] = json.loads(sweep)
+        self._append(start | {"files": files})
 
     def stage(self, result: StageResult) -> None:
         """Write down how a stage went and, if it succeeded, what it left."""

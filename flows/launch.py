@@ -29,13 +29,13 @@ def main() -> None:
     project = options.project.resolve()
     for name in ("dvc.yaml", "params.yaml"):
         if not (project / name).is_file():
-            _refuse(f"{project / name}: no such file; name a project by --project, or make one with `vitprune init`")
+            refuse(f"{project / name}: no such file; name a project by --project, or make one with `vitprune init`")
     try:
         with exclusive(project):
             pass
     except Busy as error:
-        _refuse(str(error))
-    signal.signal(signal.SIGTERM, _interrupt)
+        refuse(str(error))
+    signal.signal(signal.SIGTERM, interrupt)
     notes = settle(project)
     for note in notes:
         print(note, flush=True)
@@ -52,7 +52,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stage-limit", type=float, help="seconds after which a stage is killed (default: none)")
     options = parser.parse_args()
     if options.stage_limit is not None and not options.stage_limit > 0:
-        _refuse(f"--stage-limit {options.stage_limit:g}: must be more than 0 seconds")
+        refuse(f"--stage-limit {options.stage_limit:g}: must be more than 0 seconds")
     return options
 
 
@@ -92,7 +92,7 @@ def answers(server: str) -> bool:
 def _run(project: Path, stage_limit: float | None, notes: list[str]) -> int:
     from flows.compress import Outcome, compress
 
-    _quiet()
+    quiet()
     state = compress(project, stage_limit, return_state=True)
     result: object = state.result(raise_on_failure=False)
     if isinstance(result, Outcome):
@@ -107,7 +107,7 @@ def _run(project: Path, stage_limit: float | None, notes: list[str]) -> int:
     return outcome.exit_code
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Let through to the console only what the flow itself says: the rest of Prefect's log goes to its server."""
 
     def ours(record: logging.LogRecord) -> bool:
@@ -158,12 +158,14 @@ def _table(project: Path) -> None:
     Console().print(table)
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
+    """End with one line and exit code 2: what the user can cause and mend."""
     print(f"Error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """Take a signal for Ctrl-C."""
     raise KeyboardInterrupt
 
 

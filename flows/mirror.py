@@ -54,7 +54,11 @@ class Mirror:
         tags |= {f"vitprune.{_word(file['path'])}_sha256": file["sha256"] for file in (*start["files"], *end["files"])}
         if end["error"]:
             tags["vitprune.error"] = end["error"]
-        run = self._run(flow, f"compress-{flow[:8]}", start["time"], tags)
+        name = f"compress-{flow[:8]}"
+        if sweep := start.get("sweep"):
+            name, above = sweep["run"], {"vitprune.sweep": sweep["name"]}
+            tags |= above | {"mlflow.parentRunId": self._run(sweep["key"], sweep["name"], start["time"], above)}
+        run = self._run(flow, name, start["time"], tags)
         self._params(run, start["params"])
         self._files(run, (*start["files"], *end["files"]))
         self.client.log_text(run, self.journal.path.read_text(encoding="utf-8"), JOURNAL)

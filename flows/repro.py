@@ -53,7 +53,8 @@ _INPUT = re.compile(
     r"|is git-ignored|Stage '.*' not found inside)|^'.*dvc.yaml' (validation failed|is invalid)"
 )
 _EXITED = re.compile(r"^ERROR: failed to reproduce .* exited with (-?\d+)$")
-_KILLED = {-9, -15, 137, 143}  # by a signal from outside: a lost worker, the kernel short of memory
+# by a signal from outside: a lost worker, the kernel short of memory; 75: a stage asks for another attempt
+_KILLED = {-9, -15, 75, 137, 143}
 
 
 def reproduce(stage: str, project: Path, limit: float | None, tell: Callable[[str], None]) -> StageResult:

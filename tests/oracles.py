@@ -1,6 +1,7 @@
 """Slow, obvious versions that the library is held against."""
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from vitprune import Group
@@ -156,9 +157,14 @@ def gated_stream(model: nn.Module, images: Tensor, group: Group, gate: Tensor) -
             shaped = spread[:, None, None] if isinstance(module, nn.Conv2d) else spread
             handles.append(module.register_forward_pre_hook(lambda _, args, by=shaped: (args[0] * by, *args[1:])))
         elif leaf == "weight" and isinstance(module, nn.LayerNorm):
-            handles.append(
-                module.register_forward_hook(lambda norm, args, _, by=spread: gated_norm(args[0], norm, by) / by)
-            )
+            axis = 1 if isinstance(module, LayerNorm2d) else -1
+
+            def gated(
+                norm: nn.Module, args: tuple[Tensor, ...], _: Tensor, by: Tensor = spread, axis: int = axis
+            ) -> Tensor:
+                return (gated_norm(args[0].movedim(axis, -1), norm, by) / by).movedim(-1, axis)
+
+            handles.append(module.register_forward_hook(gated))
     with torch.no_grad():
         logits = model(images)
     for handle in handles:

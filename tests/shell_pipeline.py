@@ -1,6 +1,7 @@
 """A toy pipeline: the ten stages of dvc.yaml as one shell script, to try how processes are run, killed and resumed.
 
-What happens in a stage is switched by files that DVC does not know: `sleep_STAGE`, `bad_STAGE` and `lost_STAGE`.
+What happens in a stage is switched by files that DVC does not know: `sleep_STAGE`, `bad_STAGE`, `lost_STAGE` and
+`code_STAGE`, which holds an exit code.
 """
 
 import os
@@ -17,6 +18,7 @@ stage=$1; shift
 echo "$stage begins"
 if [ -f bad_$stage ]; then echo 'Error: params.yaml: prune.sparsity is 2; give 0 to 1' >&2; exit 2; fi
 if [ -f lost_$stage ]; then rm lost_$stage; kill -9 $$; fi
+if [ -f code_$stage ]; then exit $(cat code_$stage); fi
 for out in "$@"; do
   case $out in
     */) mkdir -p $out; echo "$stage made this" > ${out}weights ;;
@@ -31,7 +33,7 @@ done
 
 RESULT = """{"top1": 97.0, "top5": 99.0, "params": 1000000, "nonzero_params": 1000000, "macs": 2000000,
 "nonzero_macs": 2000000, "nominal_macs": 2000000}"""
-SPEED = '{"latency_ms": {"median": 1.0, "p10": 0.9, "p90": 1.1}}'
+SPEED = '{"latency_ms": {"median": 1.0, "p10": 0.9, "p90": 1.1}, "throughput": 1000.0}'
 
 
 def make(project: Path) -> Path:

@@ -44,7 +44,7 @@ def audit(project: Path, *words: str, **env: str) -> tuple[int, str, str]:
 def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
     said = {
         "honest": "exported: as recorded",
-        "a mask's units change places, in DVC's cache": "artifacts: out/cycles/01/masks.safetensors: DVC's copy",
+        "a mask's units change places, in DVC's cache": "artifacts: out/mask/masks.safetensors: DVC's copy",
         "top-1 raised in MLflow's database": "metric pruned.top1 (step 0) is",
         "a digest edited in the project's dvc.lock": "is of no run on record",
         "a pixel changed in an image": "images: data/manifest.parquet: row",

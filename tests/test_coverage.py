@@ -60,30 +60,31 @@ SMALL = {
 SMALL["vit_base_patch16_siglip_224"] = ZOO["vit"][1]
 PROVEN = {
     "vit_base_patch16_siglip_224": "ffn head attention block",
-    "beit_base_patch16_224": "ffn head attention weight",
-    "swinv2_tiny_window8_256": "ffn head attention weight",
-    "xcit_nano_12_p16_224": "ffn head weight",
-    "cait_xxs24_224": "ffn head attention weight",
-    "levit_128s": "ffn head weight",
-    "levit_conv_128s": "ffn head",
-    "pit_ti_224": "ffn head attention",
-    "tiny_vit_5m_224": "ffn head attention",
-    "efficientformer_l1": "ffn head",
-    "convit_tiny": "ffn head attention weight",
+    "beit_base_patch16_224": "ffn head attention weight residual",
+    "swinv2_tiny_window8_256": "ffn head attention weight residual",
+    "xcit_nano_12_p16_224": "ffn head weight residual",
+    "cait_xxs24_224": "ffn head attention weight residual",
+    "levit_128s": "ffn head weight residual",
+    "levit_conv_128s": "ffn head residual",
+    "pit_ti_224": "ffn head attention residual",
+    "tiny_vit_5m_224": "ffn head attention residual",
+    "efficientformer_l1": "ffn head residual",
+    "convit_tiny": "ffn head attention weight residual",
     "coat_tiny": "ffn weight",
-    "mvitv2_tiny": "head",
-    "twins_pcpvt_small": "ffn head attention weight",
-    "twins_svt_small": "ffn head attention",
-    "mobilevit_xxs": "ffn head attention",
-    "mobilevitv2_050": "ffn",
-    "maxvit_pico_rw_256": "ffn head attention",
-    "maxvit_rmlp_pico_rw_256": "head",
-    "poolformer_s12": "ffn",
-    "efficientvit_b0": "ffn head",
-    "convnext_atto": "ffn",
-    "resnet50": "ffn",
-    "seresnet50": "ffn",
+    "mvitv2_tiny": "head residual",
+    "twins_pcpvt_small": "ffn head attention weight residual",
+    "twins_svt_small": "ffn head attention residual",
+    "mobilevit_xxs": "ffn head attention residual",
+    "mobilevitv2_050": "ffn residual",
+    "maxvit_pico_rw_256": "ffn head attention residual",
+    "maxvit_rmlp_pico_rw_256": "head residual",
+    "poolformer_s12": "ffn residual",
+    "efficientvit_b0": "ffn head residual",
+    "convnext_atto": "ffn residual",
+    "resnet50": "ffn residual",
+    "seresnet50": "ffn residual",
     "test_efficientnet": "ffn",
+    "efficientvit_m0": "ffn weight",  # whose MLPs nobody named
 }
 REFUSED = [
     ("xcit_nano_12_p16_224", "attention", r"^blocks.0.attn \(XCA\): attention among channels"),
@@ -106,8 +107,9 @@ REFUSED = [
     ("resnext50_32x4d", "ffn", r"^layer1.0.conv2 \(Conv2d\): what it does to hidden units"),
     ("mixer_s32_224", "head", "^MlpMixer: there is no attention in it"),
     ("volo_d1_224", "head", r"^network.0.0.attn \(OutlookAttention\): this attention is not understood yet"),
+    ("visformer_tiny", "ffn", r"^stage1.0.mlp \(SpatialMlp\): this MLP is not understood yet"),
     ("gmlp_s16_224", "ffn", r"^blocks.0.mlp_channels.gate.norm|^blocks.0.mlp_channels.gate "),
-    ("beit_base_patch16_224", "residual", "^Beit: groups of kind 'residual' are not understood yet"),
+    ("coat_tiny", "residual", "^CoaT: with a narrower residual stream it does not run "),
     ("cait_xxs24_224", "block", "^Cait: groups of kind 'block' are not understood yet"),
 ]
 
@@ -195,17 +197,32 @@ def test_a_unit_behind_a_batch_norm_goes_with_its_statistics() -> None:
 
 
 class OtherMlp(Mlp):
-    """Runs otherwise than its class says."""
+    """Of another class, and nothing else."""
 
 
-@pytest.mark.parametrize("kind", ["ffn", "head"])
-def test_the_first_module_that_is_not_understood_is_named_and_others_do_not_matter(kind: str) -> None:
+class SoftMlp(Mlp):
+    """Its hidden units compete."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(x).softmax(dim=-1))
+
+
+def with_mlp(kind: type[Mlp]) -> nn.Module:
     model = timm.create_model("beit_base_patch16_224", **SMALL["beit_base_patch16_224"])
-    model.blocks[1].mlp.__class__ = OtherMlp
-    if kind == "head":
-        assert len(find_groups(model, ["head"])) == 2
-        return
-    with pytest.raises(BadInput, match=r"^blocks.1.mlp \(OtherMlp\): this MLP is not understood yet"):
+    model.blocks[1].mlp.__class__ = kind
+    return model
+
+
+def test_an_mlp_of_another_class_is_found_by_how_it_runs() -> None:
+    known, other = (find_groups(with_mlp(kind), ["ffn"])[1] for kind in (Mlp, OtherMlp))
+    assert other.name == "blocks.1.mlp.fc1.units"
+    assert set(other.slices) == set(known.slices)
+
+
+def test_the_first_module_that_is_not_understood_is_named_and_others_do_not_matter() -> None:
+    model = with_mlp(SoftMlp)
+    assert len(find_groups(model, ["head"])) == 2
+    with pytest.raises(BadInput, match=r"^blocks.1.mlp \(SoftMlp\): this MLP is not understood yet"):
         find_groups(model, ["ffn"])
 
 

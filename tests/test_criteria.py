@@ -74,6 +74,20 @@ def test_energy_keeps_its_precision_in_float32() -> None:
     torch.testing.assert_close(found[order], squares / squares.cumsum(0), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_energy_is_the_same_whatever_the_weights_are_kept_in(dtype: torch.dtype) -> None:
+    coarse = torch.randn(5000, generator=torch.Generator().manual_seed(0)).mul(8).round().div(8)  # many ties, and zeros
+    values = torch.cat([coarse, torch.tensor([-0.0, 2.0**-24, -(2.0**-24)])]).to(dtype)
+    model = OneLayer([0.0])
+    model.w = torch.nn.Parameter(values)
+    found = score(model, [Group("w", "weight", (len(values),), (ParamSlice("w", None),))], "energy")["w"]
+    largest_first = sorted(range(len(values)), key=lambda at: (abs(float(values[at])), at), reverse=True)
+    total = 0.0
+    for at in largest_first:
+        total += float(values[at]) ** 2
+        assert float(found[at]) == pytest.approx(float(values[at]) ** 2 / total, rel=1e-12)
+
+
 def test_one_pool_of_energy_is_lamp_of_those_layers(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
     scores = {g.name: lamp(vit.get_parameter(g.name).detach()) for g in groups}

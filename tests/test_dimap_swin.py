@@ -48,10 +48,35 @@ def test_what_is_prunable_and_what_is_left(name: str) -> None:
 
 
 @functools.cache
+def energies() -> dict[str, torch.Tensor]:
+    return score(swin_t(), find_groups(swin_t(), ["weight"]), "energy")
+
+
+@functools.cache
 def energy_masks() -> list[dict[str, torch.Tensor]]:
-    groups = find_groups(swin_t(), ["weight"])
-    scores = score(swin_t(), groups, "energy")
-    return [select(scores, share, "module", groups) for share in SHARES]
+    return [select(energies(), share, "module", find_groups(swin_t(), ["weight"])) for share in SHARES]
+
+
+def lost(masks: dict[str, torch.Tensor], part: str) -> float:
+    own = [mask for name, mask in masks.items() if part in name]
+    return sum(int((~mask).sum()) for mask in own) / sum(mask.numel() for mask in own)
+
+
+def test_one_pool_spares_the_small_layers_and_pays_with_the_large() -> None:
+    """Layers are drawn alike here, so a score goes as one over its layer's size, and so does a module's threshold."""
+    masks = energy_masks()[2]
+    assert [lost(masks, part) for part in (".qkv.", ".proj.", ".mlp.")] == pytest.approx([0.55] * 3, abs=1e-6)
+    highest = {
+        part: max(float(energies()[name][~mask].max()) for name, mask in masks.items() if part in name)
+        for part in (".qkv.", ".proj.", ".mlp.")
+    }
+    assert highest[".proj."] / highest[".qkv."] == pytest.approx(3, rel=0.01)
+    assert highest[".mlp."] / highest[".qkv."] == pytest.approx(0.75, rel=0.01)
+    together = select(energies(), 0.55, "global")
+    assert lost(together, "") == pytest.approx(0.55, abs=1e-6)
+    assert [lost(together, part) for part in (".qkv.", ".proj.", ".mlp.")] == pytest.approx(
+        [0.531, 0.347, 0.583], abs=1e-3
+    )
 
 
 def test_energy_of_all_of_swin_t_prunes_each_layer_by_magnitude() -> None:

@@ -104,6 +104,10 @@ def test_whose_fault_a_failure_is_can_be_told_through_dvc(project: Path) -> None
     (project / "bad_dataset").unlink()
     (project / "lost_dataset").touch()
     assert reproduce("dataset", project, None, lambda line: None).fault is Fault.INFRASTRUCTURE
+    for code, fault in (("75", Fault.INFRASTRUCTURE), ("143", Fault.INFRASTRUCTURE), ("1", Fault.STAGE)):
+        (project / "code_dataset").write_text(code)
+        assert reproduce("dataset", project, None, lambda line: None).fault is fault
+    (project / "code_dataset").unlink()
     assert not reproduce("dataset", project, None, lambda line: None).cached
     assert reproduce("dataset", project, None, lambda line: None).cached
     shutil.rmtree(project / "data")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 from vitprune import BadInput, find_groups, zero
 from vitprune.data import cutmix
 from vitprune.families.dropping import stochastic_depth
-from vitprune.params import Train
+from vitprune.params import Train, load
+from vitprune.plans import plan_of
+from vitprune.schedule import rate
 from vitprune.train import Held, classification, distillation, train
 
 RECIPE = Train(epochs=2, lr=0.01)
@@ -123,3 +126,25 @@ def test_passes_in_bfloat16_leave_the_weights_as_they_are() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.02)
     assert rows[0]["loss"] != expected[0]["loss"]
+
+
+def test_dimap_fine_tunes_as_its_paper_says() -> None:
+    params = load(Path(__file__).parent.parent / "recipes/dimap_swin_tiny.yaml")
+    plan, recover = plan_of(params), params.prune.recover
+    assert recover is not None
+    assert (plan.method, plan.scope_of("weight"), plan.targets()) == ("dimap", "module", [{"weight": 0.55}])
+    assert (recover.epochs, recover.warmup_epochs, recover.optimizer) == (30, 15, "adamw")
+    assert (recover.lr, recover.min_lr, recover.weight_decay) == (2e-5, 2e-7, 1e-8)
+    assert params.distill.train is None
+    rates = [rate(step, 30, recover.lr, recover.min_lr, 15) for step in (0, 1, 14, 15, 30)]
+    assert rates == pytest.approx([0, 2e-5 / 15, 2e-5 * 14 / 15, (2e-5 + 2e-7) / 2, 2e-7])  # the fall counts from 0
+
+    model = tiny("swin").float()
+    groups = find_groups(model, ["weight"])
+    masks = random_masks(groups, 0.55)
+    zero(model, groups, masks)
+    before = state(model)
+    fit(model, recover.model_dump() | {"epochs": 2, "warmup_epochs": 1}, held=Held(groups, masks))
+    for group in groups:
+        assert torch.equal(model.get_parameter(group.name) != 0, masks[group.name])
+        assert not torch.equal(model.get_parameter(group.name), before[group.name])

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from vitprune import find_groups
 from vitprune.families.streams import Channels, channels
+from vitprune.groups import frame
 
 Slice = tuple[str, int | None, int, int]
 
@@ -126,3 +127,55 @@ def test_stages_of_models_that_nobody_named(name: str, widths: list[int]) -> Non
     model = timm.create_model(name, pretrained=False).eval()
     found = [one for one in channels(model, torch.randn(1, 3, 64, 64)) if one.kind == "residual" and not one.why_not]
     assert [one.units for one in found] == widths
+
+
+class Late(nn.Module):
+    """A scale meets two kinds of token, whose channels turn out to be the same only later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.write, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.gamma = nn.Parameter(torch.ones(6))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image).flatten(2).transpose(1, 2)  # (B, N, 6)
+        x = x + self.gamma * torch.cat([self.write(x[:, :1]), x[:, 1:]], dim=1)
+        answer: Tensor = self.head(x.mean(1))
+        return answer
+
+
+def test_a_scale_over_tokens_of_two_kinds() -> None:
+    stream = channels(Late(), torch.randn(1, 3, 8, 8))[0]
+    assert (stream.kind, stream.units, stream.why_not) == ("residual", 6, "")
+    assert ("gamma", 0, 1, 1) in where(stream)
+
+
+class Doubled(nn.Module):
+    """A depth-wise convolution makes two channels of each, and one over stacked maps mixes the maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twofold = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4)
+        self.write, self.mix, self.head = nn.Linear(8, 8), nn.Conv1d(2, 1, 1), nn.Linear(8, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.twofold(self.stem(image)).mean((2, 3))
+        x = x + self.write(x)
+        answer: Tensor = self.head(self.mix(torch.stack([x, x], dim=1))[:, 0])
+        return answer
+
+
+def test_a_channel_that_becomes_two() -> None:
+    stream = next(one for one in channels(Doubled(), torch.randn(1, 3, 8, 8)) if one.kind == "residual")
+    assert (stream.units, stream.why_not) == (4, "")
+    assert where(stream) == {
+        *[("stem.weight", 0, 1, 1), ("stem.bias", 0, 1, 1), ("twofold.weight", 0, 1, 2), ("twofold.bias", 0, 1, 2)],
+        *[("write.weight", 0, 1, 2), ("write.bias", 0, 1, 2), ("write.weight", 1, 1, 2), ("head.weight", 1, 1, 2)],
+    }
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt-linear"])
+def test_shapes_alone_are_enough(name: str) -> None:
+    model = tiny(name)
+    inputs = images(model)[:1]
+    assert channels(frame(model), inputs.to("meta")) == channels(model, inputs)

@@ -1,8 +1,11 @@
 """Makes vision transformers smaller and proves it: one command per stage of the pipeline, and a few to look around."""
 
 import errno
+import json
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,18 +13,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitprune import data, models, promotion, stages
+from vitprune import data, launch, models, promotion, stages, sweeps
 from vitprune.check import check as proofs
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, Interrupted
 from vitprune.evaluate import costs, count
 from vitprune.families import find_groups
 from vitprune.groups import KINDS
 from vitprune.methods import METHODS
+from vitprune.runs import OUT
 from vitprune.scaffold import Choice, create
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IN_ORDER, LOOKING, OWN = "Stages, in order", "Looking around", "A project of your own"
+SWEEPS = "Sweeps (vitprune-sweep runs them)"
 
 
 def application() -> typer.Typer:
@@ -35,15 +40,19 @@ def application() -> typer.Typer:
     app.command(rich_help_panel=OWN)(init)
     app.command(rich_help_panel=OWN)(import_scores)
     app.command(rich_help_panel=OWN)(judge)
+    app.command(rich_help_panel=SWEEPS)(sweep_check)
+    app.command(rich_help_panel=SWEEPS)(sweep_table)
     return app
 
 
 def main() -> None:
-    """Run the command line: one clear line and exit code 2 for bad input."""
+    """Run the command line: one clear line and exit code 2 for bad input, or one that asks for another attempt."""
     try:
         application()()
     except BadInput as error:
         _stop(str(error))
+    except Interrupted as error:
+        _stop(str(error), error.code)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -51,13 +60,17 @@ def main() -> None:
         _stop(f"{where}{error.strerror}; nothing was half-written, make room and run again")
 
 
-def _stop(line: str) -> None:
-    print(f"Error: {line}", file=sys.stderr)
-    sys.exit(2)
+def _stop(line: str, code: int = 2) -> None:
+    if os.environ.get("RANK", "0") == "0" or code == 2:
+        print(f"Error: {line}", file=sys.stderr)
+    launch.say(code)
+    sys.exit(code)
 
 
 def _command(stage: str) -> Callable[[Path], None]:
     def command(project: Project = Path()) -> None:
+        if launch.wanted(stage):
+            raise typer.Exit(launch.together(stage, project))
         stages.run(stage, project)
 
     return command
@@ -91,7 +104,7 @@ def import_scores(
     """Take the scores of UP-ViTs' authors for those of the score stage."""
     directory = lists.resolve()
     stages.import_scores(stages.enter(project), directory, parsing)
-    print(f"{project / stages.OUT / 'score'}: written from {directory}")
+    print(f"{project / OUT / 'score'}: written from {directory}")
     print("Next: dvc commit -f score && dvc repro")
 
 
@@ -109,6 +122,36 @@ def judge(
     Console().print(table)
     if not facts["passed"]:
         raise typer.Exit(1)
+
+
+def sweep_check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The sweep's methods and targets, as YAML.")],
+    project: Project = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the runs with all their settings, as JSON.")] = False,
+) -> None:
+    """Check a sweep's settings against the project's model, and print the runs that it comes to."""
+    wanted = sweeps.read_sweep(file.resolve())
+    params = stages.enter(project)
+    runs = sweeps.runs_of(wanted, Path("params.yaml"))
+    title = f"{params.model.name}: {len(wanted.methods)} methods x {len(wanted.targets)} targets"
+    if as_json:
+        print(json.dumps({"title": title, "against": wanted.against, "runs": [asdict(run) for run in runs]}))
+        return
+    table = Table("run", "method", "target", box=None, pad_edge=False)
+    for run in runs:
+        table.add_row(run.name, run.method, run.target)
+    Console().print(title, table)
+
+
+def sweep_table(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder: .vitprune/sweeps/NAME.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the table and the picture go.")],
+) -> None:
+    """Write the table and the picture of a sweep's runs, as far as they have come."""
+    from vitprune.report.sweep import write_sweep  # matplotlib takes a second to import
+
+    rows = write_sweep(folder, out)
+    print(f"{out}: {sum(row['status'] == 'finished' for row in rows)} of {len(rows)} runs")
 
 
 def methods() -> None:

@@ -42,6 +42,15 @@ class Cycle:
         return [group for group in self.groups if group.kind == "weight"]
 
 
+@dataclass(frozen=True)
+class After:
+    """Where a run was broken off: the dense model that it began with, the last cycle done, and its masks."""
+
+    dense: nn.Module
+    number: int
+    masks: Masks
+
+
 def score(
     model: nn.Module, groups: Sequence[Group], criterion: str | Criterion, batches: Batches = (), seed: int = 0
 ) -> Scores:
@@ -57,19 +66,26 @@ def score(
 
 
 def compress(
-    model: nn.Module, plan: Plan, batches: Batches, first: Masks | None = None, statistics: Statistics | None = None
+    model: nn.Module,
+    plan: Plan,
+    batches: Batches,
+    first: Masks | None = None,
+    statistics: Statistics | None = None,
+    after: After | None = None,
 ) -> Iterator[Cycle]:
     """Prune a model in place, cycle by cycle; what drives the iterator may train the model between two cycles.
 
     `first` gives the masks of the first cycle, where they were chosen before, and `statistics` what scoring left for
-    the update then; without them a method with an update scores again.
+    the update then; without them a method with an update scores again. With `after`, the model is what the last cycle
+    done has left, and the next one follows as if nothing had happened.
     """
-    batches = _lasting(batches)
-    dense = groups_for(model, plan)
-    kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense}
-    costs = costs_for(model, dense, plan)
-    dense_answers = answers(model, batches) if plan.correct else []
-    for number in range(1, plan.cycles + 1):
+    batches, whole = _lasting(batches), model if after is None else after.dense
+    dense = groups_for(whole, plan)
+    kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense} if after is None else after.masks
+    costs = costs_for(whole, dense, plan)
+    dense_answers = answers(whole, batches) if plan.correct else []
+    first = first if after is None else None  # it has been applied
+    for number in range(1 if after is None else after.number + 1, plan.cycles + 1):
         complete = False
         while not complete:
             now = groups_for(model, plan)

@@ -1,5 +1,6 @@
 """Groups of units that may go, and the two ways to let them go: zero and shrink."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -116,6 +117,16 @@ def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
             rows = value.movedim(part.axis, 0).reshape(part.outer, part.heads, part.runs, group.units // part.heads, -1)
             total += rows.sum(dim=(0, 2, 4)).flatten()
     return total.view(group.shape)
+
+
+def frame(model: nn.Module) -> nn.Module:
+    """A copy of a model with its shapes alone: on the meta device, where nothing is stored."""
+    memo: dict[int, object] = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
 
 
 @torch.no_grad()
@@ -257,14 +268,17 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def _match_weight(module: nn.Module) -> None:
-    """Set a plain layer's recorded sizes to those of its weight; a depth-wise convolution has a group per channel."""
+    """Set a plain layer's recorded sizes to those of its weight; in a depth-wise convolution groups are channels."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels:
-        module.groups = module.in_channels = module.out_channels = module.weight.shape[0]
+    elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
+        each, module.out_channels = module.out_channels // module.groups, module.weight.shape[0]
+        module.groups = module.in_channels = module.out_channels // each
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.Conv2d):
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = module.weight.shape[0]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(module.weight.shape)

@@ -1,8 +1,8 @@
 """params.yaml as types: an unknown key, a wrong type or a value out of range is an error that names the key."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from vitprune.errors import BadInput
 from vitprune.sections import Fraction, Rule, Section, Target
 
+SectionType = TypeVar("SectionType", bound=Section)
 Count = Annotated[int, Field(ge=1)]
 Epoch = Annotated[int, Field(ge=0)]
 Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
@@ -45,7 +46,8 @@ class Train(Section):
     the two at even odds, and `mix_prob` of the batches are mixed at all. `repeats` takes so many views of an image
     into a batch, and as many fewer images into an epoch. `drop_path` is the rate of stochastic depth in the last block,
     `ema` the decay, step by step, of the average of the weights that the run ends with; 0 is without any of them.
-    `amp` runs the passes in bfloat16.
+    `amp` runs the passes in bfloat16 (true) or in float16, whose loss is scaled. A batch goes through in `accumulate`
+    parts, each process's share of it if there are several; batch_size is the whole.
     """
 
     epochs: Count
@@ -68,7 +70,13 @@ class Train(Section):
     mix_prob: Annotated[float, Field(gt=0, le=1)] = 1.0
     drop_path: Fraction = 0.0
     ema: Fraction = 0.0
-    amp: bool = False
+    amp: bool | Literal["bfloat16", "float16"] = False
+    accumulate: Count = 1
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the images of a batch are mixed."""
+        return bool(self.mixup or self.cutmix)
 
 
 class Dense(Section):
@@ -213,18 +221,36 @@ def load(path: Path) -> Params:
     Raises:
         BadInput: the file is missing, is not YAML, or a key is unknown, missing or of a wrong type or value.
     """
+    return checked(read(path, "run in a project directory (vitprune init DIR makes one)"), Params, path)
+
+
+def read(path: Path, remedy: str) -> dict[str, Any]:
+    """Read the sections of a YAML file; `remedy` says what to do where there is none.
+
+    Raises:
+        BadInput: the file is missing, is not YAML, or has no sections.
+    """
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; run in a project directory (vitprune init DIR makes one)") from None
+        raise BadInput(f"{path}: no such file; {remedy}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: must be a mapping of sections, is {type(raw).__name__}")
+    return raw
+
+
+def checked(raw: Mapping[str, Any], kind: type[SectionType], where: Path | str) -> SectionType:
+    """Sections as what they should be; `where` they are from begins the message.
+
+    Raises:
+        BadInput: a key is unknown, missing or of a wrong type or value.
+    """
     try:
-        return Params.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise BadInput(f"{path}: {_first(error)}") from None
+        raise BadInput(f"{where}: {_first(error)}") from None
 
 
 def _first(error: ValidationError) -> str:

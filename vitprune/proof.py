@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 
 from vitprune import models
@@ -16,6 +16,7 @@ from vitprune.evaluate import macs
 from vitprune.groups import Group, Masks, inside, leaving, positions, shrink, zero
 from vitprune.modes import evaluating
 
+NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, nn.GroupNorm)  # whose statistics run over channels
 ROUNDING = 1e-10  # of the largest logit, in float64
 MOVED = 1e-6
 
@@ -79,7 +80,7 @@ def literal(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Modul
     for group in groups:
         for part in group.slices:
             module = model.get_submodule(part.param.rpartition(".")[0])
-            if part.param.endswith(".weight") and not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            if part.param.endswith(".weight") and isinstance(module, NORMS):
                 kept = positions(part, masks[group.name])
                 module.register_forward_hook(partial(_live, _narrow(module, kept), kept))
             with torch.no_grad():
@@ -91,13 +92,13 @@ def _narrow(norm: nn.Module, kept: Tensor) -> nn.Module:
     narrow: Any = copy.deepcopy(norm)
     for name, parameter in norm.named_parameters():
         setattr(narrow, name, nn.Parameter(parameter.detach()[kept]))
-    narrow.normalized_shape = (len(kept),)
+    narrow.normalized_shape, narrow.num_channels = (len(kept),), len(kept)
     return narrow  # type: ignore[no-any-return]
 
 
 def _live(narrow: nn.Module, kept: Tensor, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """A norm's answer with statistics over the channels that are left; the others are zero."""
-    axis = 1 if isinstance(norm, LayerNorm2d) else -1
+    axis = 1 if isinstance(norm, LayerNorm2d | nn.GroupNorm) else -1
     return torch.zeros_like(output).index_copy(axis, kept, narrow(args[0].index_select(axis, kept)))
 
 

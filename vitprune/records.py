@@ -30,29 +30,46 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 class History:
     """The curve of a stage's training: one JSON line per epoch as it goes, a CSV for plots at the end."""
 
-    def __init__(self, directory: Path, stage: str):
-        directory.mkdir(parents=True, exist_ok=True)
-        self.stage = stage
+    def __init__(self, directory: Path, stage: str, writes: bool = True):
+        self.stage, self._writes = stage, writes
         self._rows: list[dict[str, Any]] = []
         self._path = directory / "history.jsonl"
-        self._path.unlink(missing_ok=True)  # the record of an earlier run may hold a link to the old file
-        self._path.touch()
+        if writes:  # of several processes, the first
+            directory.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)  # the record of an earlier run may hold a link to the old file
+            self._path.touch()
 
     @property
     def epochs(self) -> int:
         """Epochs recorded so far."""
         return len(self._rows)
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What is recorded so far."""
+        return list(self._rows)
+
+    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what was recorded before, in the place of what is there."""
+        self._rows = [dict(row) for row in rows]
+        if self._writes:
+            with replacing(self._path) as partial:
+                partial.write_text("".join(self._line(row) for row in self._rows))
+
     def add(self, row: Mapping[str, float], cycle: int | None = None) -> None:
         """Append one epoch."""
         numbered = ({} if cycle is None else {"cycle": cycle}) | dict(row)
         self._rows.append(numbered)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"stage": self.stage} | numbered) + "\n")
+        if self._writes:
+            with self._path.open("a") as file:
+                file.write(self._line(numbered))
 
     def close(self, plot: Path) -> None:
         """Write the whole curve as CSV."""
         write_csv(plot, self._rows)
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        return json.dumps({"stage": self.stage} | dict(row)) + "\n"
 
 
 def sparsity_rows(groups: Iterable[Group], masks: Masks) -> list[dict[str, Any]]:

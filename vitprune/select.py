@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,7 +166,7 @@ def _settled(ranked: Scores, fields: Sequence[Contest]) -> Masks:
     """The best of each contest stay; what takes part in none is gone."""
     masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in ranked.items()}
     for contest in fields:
-        own = [ranked[name].flatten()[places] for name, places in contest.places]
+        own = [ranked[name].flatten()[_all_or(places, ranked[name])] for name, places in contest.places]
         if contest.stepped:
             stay = in_lots([_finite(flat).sort().values.tolist() for flat in own], contest.kept, contest.remove)
             pieces = [_keep_best(flat, keep) for flat, keep in zip(own, stay, strict=True)]
@@ -173,8 +174,13 @@ def _settled(ranked: Scores, fields: Sequence[Contest]) -> Masks:
             flat = torch.cat([_bounded(*pair) for pair in zip(own, contest.kept, strict=True)] if contest.kept else own)
             pieces = list(torch.split(_keep_best(flat, len(flat) - contest.remove), [len(one) for one in own]))
         for (name, places), piece in zip(contest.places, pieces, strict=True):
-            masks[name].view(-1)[places] = piece
+            masks[name].view(-1)[_all_or(places, masks[name])] = piece
     return masks
+
+
+def _all_or(places: Tensor, of: Tensor) -> Tensor | slice:
+    """Rising places as an index; if they are all, one that costs nothing."""
+    return slice(None) if len(places) == of.numel() else places
 
 
 def _bounded(flat: Tensor, kept: range) -> Tensor:
@@ -222,7 +228,7 @@ def _ranked(name: str, score: Tensor, previous: Masks | None, keep_at_least: int
     """Scores as they compete: what is gone is -inf, what is protected is +inf."""
     if bool(score.isnan().any()):
         raise BadInput(f"{name}: {int(score.isnan().sum())} scores are NaN; check the model's weights and the images")
-    ranked = score.detach().to("cpu", torch.float64).clone()
+    ranked = score.detach().to("cpu", torch.float64, copy=previous is not None or keep_at_least > 0)
     if previous is not None:
         ranked[~previous[name].view(ranked.shape)] = -torch.inf
     if keep_at_least:
@@ -236,7 +242,7 @@ def _keep_best(flat: Tensor, keep: int) -> Tensor:
     remove = flat.numel() - keep
     if remove == 0:
         return torch.ones_like(flat, dtype=torch.bool)
-    threshold = flat.kthvalue(remove).values
+    threshold = float(np.partition(flat.numpy(), remove - 1)[remove - 1])  # kthvalue is several times slower
     mask = flat > threshold
     ties = (flat == threshold).nonzero().flatten()
     mask[ties[remove - int((flat < threshold).sum()) :]] = True

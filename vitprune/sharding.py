@@ -1,5 +1,6 @@
 """Scores that are sums over images: shared among processes, and taken up again where they were broken off."""
 
+import datetime
 import hashlib
 import os
 import time
@@ -18,20 +19,23 @@ from vitprune.models import read_weights, write_weights
 from vitprune.progress import track
 from vitprune.team import Team
 
+PATIENCE = datetime.timedelta(days=7)
 WRITE_EVERY = 300.0  # seconds between two writings of sums that may be gigabytes
 
 
 @contextmanager
-def team() -> Iterator[Team]:
+def team(device: torch.device | None = None) -> Iterator[Team]:
     """Join the processes that torchrun has started (RANK and WORLD_SIZE), or work alone.
 
-    Only sums of scores travel, a few numbers per unit, so gloo carries them from GPUs as well.
+    Only sums of scores travel, a few numbers per unit, so gloo carries them from GPUs as well; gradients of a training
+    on a `device` that is a GPU go by NCCL. One may wait for the first as long as that scores or measures.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Team()
         return
-    distributed.init_process_group("gloo")
+    cuda = device is not None and device.type == "cuda"
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield Team(distributed.get_rank(), size)
     finally:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune import data, models, runs, sharding, starts, tables
+from vitprune import data, gradual, models, runs, sharding, starts, tables
 from vitprune.card import write_card
 from vitprune.choosing import choose, cost_of, costs_for, goal, groups_for, settle
-from vitprune.compress import compress
 from vitprune.criteria import Importance
-from vitprune.cycles import MASKS, SCORES, read_statistics, write_cycle, write_masks, write_scores
+from vitprune.cycles import MASKS, SCORES, write_masks, write_scores
 from vitprune.depth import next_step
 from vitprune.errors import BadInput
 from vitprune.evaluate import accuracy, count, environment, latency
@@ -27,10 +26,10 @@ from vitprune.params import Params, load
 from vitprune.plans import kinds_of, plan_of
 from vitprune.records import History, write_csv, write_json
 from vitprune.released import read_all
-from vitprune.runs import CALIBRATION, MANIFEST
-from vitprune.train import Held, Memory, classification, distilling
+from vitprune.runs import CALIBRATION, MANIFEST, OUT, calibration, device
+from vitprune.train import Held, classification, distilling
 
-OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
+METRICS, PLOTS = Path("metrics"), Path("plots")
 PARTIAL = Path(".vitprune/partial")  # outside of what DVC empties before a stage
 
 
@@ -56,18 +55,22 @@ def dataset(params: Params) -> None:
 
 def dense(params: Params) -> None:
     """Make the model to prune: from random, timm's or a checkpoint's weights, trained here if there is a recipe."""
-    settings, begun = params.dense, starts.start(params)
-    model = begun.model.to(_device())
-    evaluate = runs.evaluator(model, params)
-    history = History(OUT / "dense", "dense")
-    if settings.train is not None:
-        task = classification(model, settings.train.smoothing)
-        runs.fit(task, settings.train, params, history, begun.held, evaluate)
-    history.close(PLOTS / "dense.csv")
-    models.save(model, OUT / "dense")
-    write_json(
-        METRICS / "dense.json", begun.facts | {"epochs": history.epochs} | _facts(model, OUT / "dense") | evaluate()
-    )
+    settings = params.dense
+    inputs = [MANIFEST, *([settings.checkpoint] if settings.checkpoint is not None else [])]
+    with sharding.team(device()) as mates, runs.workplace("dense", params, inputs, mates) as place:
+        begun = starts.start(params)
+        model = begun.model.to(device())
+        evaluate = runs.evaluator(model, params)
+        history = History(OUT / "dense", "dense", mates.rank == 0)
+        if settings.train is not None:
+            task = classification(model, settings.train.smoothing)
+            runs.fit(task, settings.train, params, history, place.shelf("training"), begun.held, evaluate, mates=mates)
+        if mates.rank:  # the first process writes
+            return
+        history.close(PLOTS / "dense.csv")
+        models.save(model, OUT / "dense")
+        facts = begun.facts | {"epochs": history.epochs} | _facts(model, OUT / "dense") | evaluate()
+        write_json(METRICS / "dense.json", facts)
 
 
 def calibrate(params: Params) -> None:
@@ -84,9 +87,9 @@ def score(params: Params) -> None:
     """Score every unit of the dense model; under torchrun, in several processes at once."""
     plan = plan_of(params)
     with sharding.team() as mates:
-        model = models.load(OUT / "dense").to(_device())
+        model = models.load(OUT / "dense").to(device())
         groups = merge_heads(model, find_groups(model, kinds_of(params)), plan.heads)
-        work = sharding.Work(plan.row.criterion, groups, _calibration(model, params), plan.setting_of(1))
+        work = sharding.Work(plan.row.criterion, groups, calibration(model, params), plan.setting_of(1))
         found = work.importance(model, plan.row.additive, PARTIAL, mates, plan.row.collective)
     if found is None:  # the first process has them
         return
@@ -113,12 +116,12 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
 def mask(params: Params) -> None:
     """Choose the masks of the first cycle from the scores, measured again where they leave in doubt who stays."""
     plan = plan_of(params)
-    model = models.load(OUT / "dense").to(_device())
+    model = models.load(OUT / "dense").to(device())
     groups = groups_for(model, plan)
     costs = costs_for(model, groups, plan)
     wanted = goal(_scores(), groups, plan, 1, costs)
     target = next_step(groups, wanted.target)
-    batches = _calibration(model, params) if plan.row.settle else []
+    batches = calibration(model, params) if plan.row.settle else []
     settled = settle(model, batches, _scores(), groups, plan, target, costs=costs)
     masks = choose(settled.scores, groups, plan, target, costs=costs, cycle=1)
     facts: dict[str, Any] = {"target": dict(target), "cost": cost_of(masks, plan, 1, costs, wanted.last)}
@@ -134,45 +137,44 @@ def prune(params: Params) -> None:
 
     The model of a cycle is that of the last step of its recovery: no epoch is chosen by what is evaluated on.
     """
-    plan, recover = plan_of(params), params.prune.recover
-    model = models.load(OUT / "dense").to(_device())
-    evaluate = runs.evaluator(model, params)
-    history = History(OUT / "prune", "prune")
-    rows, now = [], {}
-    memory: Memory = {}
-    masks, statistics = models.read_weights(OUT / "mask" / MASKS), read_statistics(OUT / "score")
-    for cycle in compress(model, plan, _calibration(model, params), masks, statistics):
-        before = now = evaluate()
-        if recover is not None:
-            runs.recover(model, cycle, plan, params, history, evaluate, memory)
-            now = evaluate()
-        scores = cycle.scores or _settled_scores()
-        rows.append(write_cycle(OUT / "cycles", cycle, scores, model, before["top1"], now["top1"]))
-    history.close(PLOTS / "prune.csv")
-    write_csv(PLOTS / "cycles.csv", rows)
-    models.save(model, OUT / "prune")
-    write_json(METRICS / "prune.json", _facts(model, OUT / "prune") | now | {"cycles": len(rows)})
+    inputs = [MANIFEST, CALIBRATION, OUT / "dense", OUT / "score", OUT / "mask"]
+    with sharding.team(device()) as mates, runs.workplace("prune", params, inputs, mates) as place:
+        history = History(OUT / "prune", "prune", mates.rank == 0)
+        if mates.rank:
+            gradual.follow(params, place, history)
+            return
+        done = gradual.run(params, place, history, _settled_scores)
+        history.close(PLOTS / "prune.csv")
+        write_csv(PLOTS / "cycles.csv", done.rows)
+        models.save(done.model, OUT / "prune")
+        facts = _facts(done.model, OUT / "prune") | done.measured | {"cycles": len(done.rows)}
+        write_json(METRICS / "prune.json", facts)
 
 
 def distill(params: Params) -> None:
     """Fine-tune the pruned model with the dense one as teacher; what is zero stays zero."""
-    settings = params.distill
-    model, teacher = models.load(OUT / "prune").to(_device()), models.load(OUT / "dense").to(_device())
-    evaluate = runs.evaluator(model, params)
-    history = History(OUT / "distill", "distill")
-    if settings.train is not None:
-        task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
-        runs.fit(task, settings.train, params, history, _held_at_end(teacher, params), evaluate)
-    history.close(PLOTS / "distill.csv")
-    models.save(model, OUT / "distill")
-    write_json(METRICS / "distill.json", _facts(model, OUT / "distill") | evaluate() | {"epochs": history.epochs})
+    settings, inputs = params.distill, [MANIFEST, OUT / "dense", OUT / "prune", OUT / "cycles"]
+    with sharding.team(device()) as mates, runs.workplace("distill", params, inputs, mates) as place:
+        model, teacher = models.load(OUT / "prune").to(device()), models.load(OUT / "dense").to(device())
+        evaluate = runs.evaluator(model, params)
+        history = History(OUT / "distill", "distill", mates.rank == 0)
+        if settings.train is not None:
+            task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
+            held, shelf = _held_at_end(teacher, params), place.shelf("training")
+            runs.fit(task, settings.train, params, history, shelf, held, evaluate, mates=mates)
+        if mates.rank:
+            return
+        history.close(PLOTS / "distill.csv")
+        models.save(model, OUT / "distill")
+        facts = _facts(model, OUT / "distill") | evaluate() | {"epochs": history.epochs}
+        write_json(METRICS / "distill.json", facts)
 
 
 def evaluate(params: Params) -> None:
     """Measure the dense and the final model side by side, image by image; what a clock said is a file of its own."""
-    pair = {"dense": models.load(OUT / "dense").to(_device()), "pruned": models.load(OUT / "distill").to(_device())}
+    pair = {"dense": models.load(OUT / "dense").to(device()), "pruned": models.load(OUT / "distill").to(device())}
     table = runs.open_images("eval", pair["dense"], params)
-    example = data.example_input(pair["dense"], params.evaluate.latency_batch).to(_device())
+    example = data.example_input(pair["dense"], params.evaluate.latency_batch).to(device())
     result: dict[str, Any] = {}
     predictions = []
     for name, model in pair.items():
@@ -201,7 +203,7 @@ def export(params: Params) -> None:
         facts["onnx"] = to_onnx(model, folder / "model.onnx", example)
     if params.export.int8:
         evaluation = data.eval_batches(runs.open_images("eval", model, params), params.evaluate.batch_size)
-        facts["int8"] = checked_int8(folder, _calibration(model, params), evaluation)
+        facts["int8"] = checked_int8(folder, calibration(model, params), evaluation)
     write_json(METRICS / "export.json", facts)
 
 
@@ -224,16 +226,6 @@ def enter(project: Path) -> Params:
     if params.threads is not None:
         torch.set_num_threads(params.threads)
     return params
-
-
-def _device() -> torch.device:
-    """VITPRUNE_DEVICE, or the process's own GPU where there is one: never a param, so that what is cached stays."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return torch.device(os.environ.get("VITPRUNE_DEVICE") or own)
-
-
-def _calibration(model: nn.Module, params: Params) -> list[data.Batch]:
-    return data.load_calibration(CALIBRATION, data.transform(data.data_config(model)), params.score.batch_size)
 
 
 def _facts(model: nn.Module, directory: Path) -> dict[str, Any]:

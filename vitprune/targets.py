@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitprune.data import example_input
 from vitprune.errors import BadInput
 from vitprune.evaluate import latency, macs
-from vitprune.groups import Group, Masks, shrink
+from vitprune.groups import Group, Masks, frame, shrink
 from vitprune.quantities import Quantity, number_of, said
 
 COUNTS = ("params", "macs")
@@ -212,24 +212,14 @@ def _left(masks: Masks) -> int:
     return sum(int(mask.sum()) for mask in masks.values())
 
 
-def _frame(model: nn.Module) -> nn.Module:
-    """A copy of a model with its shapes alone: on the meta device, where nothing is stored."""
-    memo: dict[int, object] = {
-        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    return copy.deepcopy(model, memo)
-
-
 def _counter(model: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
-    frame, example = _frame(model), example_input(model, 1).to("meta")
+    small, example = frame(model), example_input(model, 1).to("meta")
     units = [group for group in groups if group.kind != "weight"]
     weights = {g.name: model.get_parameter(g.name).detach().cpu() != 0 for g in groups if g.kind == "weight"}
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
 
     def counted(masks: Masks) -> float:
-        smaller = shrink(copy.deepcopy(frame), units, masks) if units else frame
+        smaller = shrink(copy.deepcopy(small), units, masks) if units else small
         if cost == "params" and weights:
             return nonzero - sum(int((there & ~masks[name]).sum()) for name, there in weights.items())
         if cost == "params":

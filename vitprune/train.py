@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
@@ -13,17 +14,21 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vitprune.data import Mix, mixer
-from vitprune.errors import BadInput
+from vitprune.engine import Engine, engine, shared
+from vitprune.errors import BadInput, NotFinite
 from vitprune.families.dropping import stochastic_depth
 from vitprune.groups import Group, Masks, zero
 from vitprune.losses import CrossEntropy
 from vitprune.params import Distill, Train
 from vitprune.progress import track
 from vitprune.schedule import rate
+from vitprune.snapshot import Saving, Standing
+from vitprune.team import ALONE, Team
 
 Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> its batches, the same each time it is asked
 Memory = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it
 Record = Callable[[dict[str, float]], None]
+APART = 1_000_003  # between the seeds of two processes, whose random numbers are their own
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,19 @@ class Span:
     before: int
     total: int
     memory: Memory | None = None
+
+
+@dataclass
+class _Counters:
+    """Where a training stands: whole epochs and steps done, the losses of the epoch that runs, parts of a batch."""
+
+    epoch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    parts: int = 1
+
+    def noted(self) -> dict[str, Any]:
+        return asdict(self) | {"done": len(self.losses)}
 
 
 def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
@@ -115,41 +133,69 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     name: str = "training",
     span: Span | None = None,
+    saving: Saving | None = None,
+    mates: Team = ALONE,
 ) -> None:
     """Train the task's model in place, one record per epoch of `steps` batches.
 
     A fixed seed gives bit-identical weights on CPU. Records are of the weights that train, not of their average.
     Nothing that the optimizer remembers, and no norm that clips, knows of gradients of what is held. The learning rate
-    falls over this training, or over the `span` that it is a part of.
+    falls over this training, or over the `span` that it is a part of. With `saving` it is kept while it runs, and goes
+    on where that begins: of the epoch that was broken off, `epochs` gives the batches that are left then. Several
+    processes take the steps of one: `epochs` gives each its share of a batch, or all of it where the recipe mixes.
 
     Raises:
-        BadInput: an unknown optimizer, nothing to train on, or a loss that is not finite; the last step is not taken.
+        BadInput: an unknown optimizer, or nothing to train on.
+        NotFinite: a loss or gradient that is not finite; the last step is not taken.
+        Interrupted: it was kept because it was asked to stop.
     """
     model, pruned = task.trainable_module, task.get_eval_model()  # the task may train more than the model
     task = task.to(device := next(model.parameters()).device)
     optimizer, rate_at = _optimizer(model, recipe), _rates(recipe, steps, span)
-    mix, hold, step = _mixer(task, recipe, seed), _holder(pruned, held), 0
+    mix, hold = _mixer(task, recipe, generator := np.random.default_rng(seed), mates), _holder(pruned, held)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     kept = _remembering(optimizer, pruned, span.memory if span else None, held)
-    with forked, kept, stochastic_depth(pruned, recipe.drop_path), _settling(pruned, recipe.ema, held) as settle:
-        torch.manual_seed(seed)
-        for epoch in track(range(recipe.epochs), name):
+    dropping, averaging = stochastic_depth(pruned, recipe.drop_path), _averaging(pruned, recipe.ema)
+    with forked, kept, dropping, averaging as average, engine(task, optimizer, recipe, device, mates) as motor:
+        torch.manual_seed(seed + APART * mates.rank)
+        standing = Standing(model, optimizer, average, generator, motor.scaler, mates)
+        settle, at = _settler(pruned, average, held), _go_on(standing, saving, motor)
+        for epoch in track(range(at.epoch, recipe.epochs), name, recipe.epochs, at.epoch):
             task.train()
-            losses = []
             for images, labels in epochs(epoch):
-                _set_rate(optimizer, now := rate_at(step))
-                batch, where = mix(images.to(device), labels.to(device)), f"{name}, epoch {epoch + 1}, step {step + 1}"
-                losses.append(_step(task, optimizer, batch, recipe, where, hold))
-                step += 1
-                settle(step)
-            row = {"epoch": epoch + 1, "step": step, "loss": _mean(losses, name), "lr": now}
+                _set_rate(optimizer, rate_at(at.step))
+                at.losses.append(_step(motor, mix(images.to(device), labels.to(device)), name, hold, at))
+                at.step += 1
+                settle(at.step)
+                if saving is not None and saving.due():
+                    saving.write(standing.taken(at.noted()))
+            row = {"epoch": epoch + 1, "step": at.step, "loss": _mean(at.losses, name), "lr": rate_at(at.step - 1)}
+            row |= {"micro_batches": at.parts} if at.parts != recipe.accumulate else {}  # memory did not suffice
             record(row | (evaluate() if evaluate is not None else {}))
+            at.epoch, at.losses = epoch + 1, []
+
+
+def _go_on(standing: Standing, saving: Saving | None, motor: Engine) -> _Counters:
+    """Start anew, or where the training was broken off."""
+    if saving is None or saving.begun is None:
+        return _Counters(parts=motor.parts)
+    standing.put_back(saving.begun)
+    at = _Counters(**{counter.name: saving.begun.facts[counter.name] for counter in fields(_Counters)})
+    motor.parts = at.parts
+    return at
 
 
 @contextmanager
-def _settling(model: nn.Module, decay: float, held: Held | None) -> Iterator[Callable[[int], None]]:
-    """What is done after each step: zeros are zeros again, and the average moves; the model ends with the average."""
+def _averaging(model: nn.Module, decay: float) -> Iterator[ModelEmaV3 | None]:
+    """The average of the weights, if there is to be one; the model ends with it."""
     average = ModelEmaV3(model, decay, use_warmup=True) if decay else None
+    yield average
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
+
+
+def _settler(model: nn.Module, average: ModelEmaV3 | None, held: Held | None) -> Callable[[int], None]:
+    """What is done after each step: zeros are zeros again, and the average moves."""
 
     def settle(step: int) -> None:
         if held is not None:
@@ -157,9 +203,7 @@ def _settling(model: nn.Module, decay: float, held: Held | None) -> Iterator[Cal
         if average is not None:
             average.update(model, step)
 
-    yield settle
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
+    return settle
 
 
 def _holder(model: nn.Module, held: Held | None) -> Callable[[], None]:
@@ -227,30 +271,23 @@ def _set_rate(optimizer: Any, now: float) -> None:
         group["lr"] = now
 
 
-def _mixer(task: Any, recipe: Train, seed: int) -> Mix:
-    if not recipe.mixup and not recipe.cutmix:
+def _mixer(task: Any, recipe: Train, generator: np.random.Generator, mates: Team) -> Mix:
+    """What makes a process's share of a batch of what it is given; images mix over the whole batch."""
+    if not recipe.mixes:
         return lambda images, labels: (images, labels)
     classes = int(task.get_eval_model().num_classes)
-    return mixer(recipe.mixup, recipe.cutmix, recipe.mix_prob, classes, seed)
+    mix = mixer(recipe.mixup, recipe.cutmix, recipe.mix_prob, classes, generator)
+    return lambda images, labels: shared(*mix(images, labels), mates)
 
 
-def _step(
-    task: Any, optimizer: Any, batch: tuple[Tensor, Tensor], recipe: Train, where: str, hold: Callable[[], None]
-) -> float:
-    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=recipe.amp):
-        loss = task(*batch)["loss"]
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise BadInput(
-            f"{where}: the loss is {value}; lower the learning rate (lr) or check the images and the weights"
-        )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    hold()
-    norm = float(
-        nn.utils.clip_grad_norm_(task.trainable_module.parameters(), math.inf if recipe.clip is None else recipe.clip)
-    )
+def _step(motor: Engine, batch: tuple[Tensor, Tensor], name: str, hold: Callable[[], None], at: _Counters) -> float:
+    where = f"{name}, epoch {at.epoch + 1}, step {at.step + 1}"
+    loss, norm = motor.step(*batch, hold, where)
+    at.parts = motor.parts
+    if not math.isfinite(loss):
+        told = f"{where}: the loss is {loss}; lower the learning rate (lr) or check the images and the weights"
+        raise NotFinite(told, at.epoch, len(at.losses))
     if not math.isfinite(norm):
-        raise BadInput(f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights")
-    optimizer.step()
-    return value
+        told = f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights"
+        raise NotFinite(told, at.epoch, len(at.losses))
+    return loss

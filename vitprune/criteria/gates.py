@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d, RmsNorm2d
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -251,6 +252,8 @@ def _statistics(norm: Any, value: Tensor, images: int) -> Reader:
     dy_j/dg_c = -w_j / d * (xhat_c + xhat_j (xhat_c^2 - v) / 2) with v = var / (var + eps); without a mean, the first
     term is not there.
     """
+    pixels = isinstance(norm, LayerNorm2d | RmsNorm2d)
+    value = value.movedim(1, -1) if pixels else value
     x = _exact(value).reshape(images, -1, value.shape[-1])  # (B, tokens, d)
     centred = isinstance(norm, CENTRED)
     x = x - x.mean(dim=-1, keepdim=True) if centred else x
@@ -261,7 +264,7 @@ def _statistics(norm: Any, value: Tensor, images: int) -> Reader:
     weight = _exact(norm.weight.detach())
 
     def read(gradient: Tensor) -> Tensor:
-        pull = _exact(gradient).reshape(xhat.shape) * weight
+        pull = _exact(gradient.movedim(1, -1) if pixels else gradient).reshape(xhat.shape) * weight
         along = (pull * xhat).sum(dim=-1)  # (B, tokens)
         total = (torch.einsum("bt,btd->bd", along, xhat.square()) - (along * share).sum(dim=1, keepdim=True)) / 2
         if centred:

@@ -86,8 +86,24 @@ def _only_weight(group: Group, named: dict[str, nn.Parameter]) -> Tensor:
 
 
 def _energy(weight: Tensor) -> Tensor:
-    squares = weight.double().square().flatten()
-    order = squares.argsort(stable=True).flip(0)  # of equal weights the first counts as the smallest, as in select
-    ranked = squares[order]
-    share = torch.where(ranked == 0, 0.0, ranked / ranked.cumsum(0))  # descending: total - cumsum would cancel
+    ranked, order = _descending(weight.flatten())
+    squares = ranked.double().square_()
+    share = squares / squares.cumsum(0)  # descending: total - cumsum would cancel
+    share.masked_fill_(squares == 0, 0.0)
     return torch.empty_like(share).scatter_(0, order, share).view(weight.shape)
+
+
+def _descending(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitudes from large to small, and where each was; of equal ones the first counts as the smallest, as in select.
+
+    A magnitude's bits, read as a whole number, are in the order of the magnitudes, so those of float32 and the position
+    make one number, and numpy sorts such numbers many times faster than torch sorts pairs.
+    """
+    if flat.dtype == torch.float64:
+        order = flat.abs().argsort(stable=True).flip(0)
+        return flat.abs()[order], order
+    keys = flat.float().abs().view(torch.int32).long().bitwise_left_shift_(32)
+    keys += torch.arange(len(flat))
+    keys.numpy().sort()
+    keys = keys.flip(0)
+    return (keys >> 32).int().view(torch.float32), keys.bitwise_and_(0xFFFFFFFF)

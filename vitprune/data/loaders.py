@@ -19,7 +19,7 @@ from vitprune.data.augment import Transform
 from vitprune.data.calibration import read_verified
 from vitprune.data.images import decode
 from vitprune.data.sources import Source
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, Interrupted
 from vitprune.progress import track
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -112,16 +112,33 @@ def _cores() -> int:
 
 
 def train_batches(
-    table: ImageTable, batch_size: int, seed: int, epoch: int, workers: int = 0, repeats: int = 1
+    table: ImageTable,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    workers: int = 0,
+    repeats: int = 1,
+    begin: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Yield one epoch in a seeded order: images (B, C, H, W) float32 and labels (B,) int64.
+    """Yield one epoch in a seeded order, from batch `begin` on: images (B, C, H, W) float32 and labels (B,) int64.
 
     The last batch is smaller; it is left out if it had a single image (batch statistics need two). With `repeats` an
     image comes that many times in a row, each time drawn anew by a random transform, and the epoch, no longer for it,
-    has as many fewer images.
+    has as many fewer images. With `part` (k, n) it is the k-th of n shares of every batch, which may have no image.
 
     Source: Hoffer et al. 2020 (repeated augmentation), as timm's RepeatAugSampler orders it in a single process.
     """
+    cut, numbers = _epoch(table, batch_size, seed, epoch, repeats)
+    cut, move = [np.array_split(rows, part[1])[part[0]] for rows in cut[begin:]], table.transform.batch
+    for rows, (images, labels) in zip(cut, _batches(table, cut, (seed, epoch), workers), strict=True):
+        yield (images if move is None else move(images, numbers[rows])), labels
+
+
+def _epoch(
+    table: ImageTable, batch_size: int, seed: int, epoch: int, repeats: int
+) -> tuple[list[np.ndarray], torch.Tensor]:
+    """The samples of every batch, and four random numbers of each sample."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(table))
     numbers = torch.from_numpy(rng.random((len(table) * repeats, 4), dtype=np.float32))
@@ -130,9 +147,13 @@ def train_batches(
     cut = [order[start : start + batch_size] for start in range(0, len(table), batch_size)]
     if len(cut) > 1 and len(cut[-1]) == 1:
         cut.pop()
-    move = table.transform.batch
-    for rows, (images, labels) in zip(cut, _batches(table, cut, (seed, epoch), workers), strict=True):
-        yield (images if move is None else move(images, numbers[rows])), labels
+    return cut, numbers
+
+
+def batch_ids(table: ImageTable, batch_size: int, seed: int, epoch: int, number: int, repeats: int = 1) -> list[str]:
+    """The ids of the images of one batch of `train_batches`, counted from 0."""
+    cut, _ = _epoch(table, batch_size, seed, epoch, repeats)
+    return [table.ids[int(row) % len(table)] for row in cut[number]]
 
 
 def batch_count(images: int, batch_size: int) -> int:
@@ -158,7 +179,8 @@ def _batches(table: ImageTable, cut: Sequence[np.ndarray], seed: tuple[int, int]
     samples = SeededRows(table, seed)
     if workers == 0:
         for rows in cut:
-            yield torch.stack([samples[int(row)][0] for row in rows]), table.labels[rows % len(table)]
+            images = [samples[int(row)][0] for row in rows]
+            yield (torch.stack(images), table.labels[rows % len(table)]) if images else _nothing(samples)
         return
     yield from _from_workers(samples, cut, min(workers, _cores()))
 
@@ -166,18 +188,30 @@ def _batches(table: ImageTable, cut: Sequence[np.ndarray], seed: tuple[int, int]
 def _from_workers(samples: "SeededRows", cut: Sequence[np.ndarray], workers: int) -> Iterator[Batch]:
     loader: Iterable[Batch] = DataLoader(
         samples,
-        batch_sampler=[rows.tolist() for rows in cut],
+        batch_sampler=[rows.tolist() for rows in cut if len(rows)],
         num_workers=workers,
         generator=torch.Generator(),  # its own, so that the number of workers does not move the global one
     )
+    found = iter(loader)
     try:
-        yield from loader
+        for rows in cut:
+            yield next(found) if len(rows) else _nothing(samples)
     except BadInput as error:
         # torch puts the worker's whole traceback into the message; the last line of it is ours.
         line = str(error).strip().splitlines()[-1]
         # Its traceback holds the loader in a cycle, and a loader that dies in one waits 5 seconds for each worker.
         error.__traceback__ = None
         raise BadInput(line.removeprefix("vitprune.errors.BadInput: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        error.__traceback__ = None
+        line = str(error).splitlines()[0].rstrip(".")
+        raise Interrupted(f"{line}; it was killed, most often for memory: use fewer than {workers} workers") from None
+
+
+def _nothing(samples: "SeededRows") -> Batch:
+    return torch.zeros((0, *samples.shape)), torch.zeros(0, dtype=torch.int64)
 
 
 class SeededRows(Dataset[tuple[torch.Tensor, int]]):
@@ -186,6 +220,11 @@ class SeededRows(Dataset[tuple[torch.Tensor, int]]):
     def __init__(self, table: ImageTable, seed: tuple[int, int]):
         self._table = table
         self._seed = seed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image: (C, H, W)."""
+        return tuple(self._table.transform.shape)
 
     def __len__(self) -> int:
         return len(self._table)

@@ -12,7 +12,7 @@ from vitprune.data.cutmix import cutmix
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels -> images and shares of the classes
 
 
-def mixer(mixup: float, cut: float, prob: float, classes: int, seed: int) -> Mix:
+def mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | np.random.Generator) -> Mix:
     """What mixes the batches of a training, each call the next of a seeded series; Beta parameters, 0 for without.
 
     Without Mixup it is `cutmix`, else timm's Mixup, which draws one of the two for each batch where both are asked for;

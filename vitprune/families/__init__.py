@@ -16,7 +16,7 @@ from timm.models.xcit import Xcit
 from torch import nn
 
 from vitprune.errors import BadInput
-from vitprune.families import attentions, layers, prunable, pvt, rules, swin, vit
+from vitprune.families import attentions, layers, prunable, pvt, residual, rules, swin, vit
 from vitprune.families.decoder import Decoder
 from vitprune.families.decoder import groups as decoder_groups
 from vitprune.groups import KINDS, Group, cut_to
@@ -59,6 +59,8 @@ def _find(model: nn.Module, kind: str) -> list[Group]:
         return FAMILIES[type(model)](model, kind)
     if kind in rules.KINDS:
         return rules.groups(model, kind)
+    if kind == "residual":
+        return residual.groups(model)
     if kind != "weight":
         raise BadInput(f"{type(model).__name__}: groups of kind {kind!r} are not understood yet; ffn and weight may be")
     if type(model) in TABLES:
@@ -100,7 +102,8 @@ def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
                 _cut_heads(model, group, wanted)
             elif group.name in wanted:
                 cut_to(model, group, wanted[group.name])
-    lost = {name: shape for name, shape in wanted.items() if structure(model).get(name) != shape}
+    found = structure(model)
+    lost = {name: shape for name, shape in wanted.items() if found.get(name) != shape}
     if lost:
         name, shape = next(iter(lost.items()))
         raise BadInput(f"structure: {type(model).__name__} has no group {name} that could take the shape {list(shape)}")

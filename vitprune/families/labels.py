@@ -65,9 +65,10 @@ class Labels:
 
     def reasons(self) -> dict[int, str]:
         """Why sets cannot be cut, by their representatives as they are now."""
+        labels = torch.tensor(list(self._stuck), dtype=torch.int64)
         found: dict[int, str] = {}
-        for label, why in self._stuck.items():
-            found.setdefault(int(self.find(torch.tensor([label]))[0]), why)
+        for root, why in zip(self.find(labels).tolist(), self._stuck.values(), strict=True):
+            found.setdefault(root, why)
         return found
 
 
@@ -77,6 +78,16 @@ def core(labels: Tensor) -> Tensor:
         if size > 1 and stride == 0:
             labels = labels.narrow(axis, 0, 1)
     return labels
+
+
+def compact(labels: Tensor) -> Tensor:
+    """The same labels, expanded along every axis where they turn out to be repeated."""
+    small = core(labels)
+    for axis, size in enumerate(small.shape):
+        first = small.narrow(axis, 0, 1)
+        if size > 1 and torch.equal(first, small.narrow(axis, 1, 1)) and bool((small == first).all()):
+            small = first
+    return small.expand(labels.shape)
 
 
 def aligned(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

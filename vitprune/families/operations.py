@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprune.families.labels import core, either
+from vitprune.families.labels import compact, core, either
 from vitprune.families.trace import Trace, Weight
 
 Rule = Callable[[Trace, Any, Sequence[Any], Mapping[str, Any], Any], None]
@@ -55,6 +55,7 @@ def _moved(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     name = func.overloadpacket.__name__
     if name in ("view", "_unsafe_view", "_reshape_alias"):
         moved: Any = given[0].reshape(result.shape)
+        moved = moved if moved.data_ptr() == given[0].data_ptr() else compact(moved)
     elif name in SAME:
         moved = given[0]
     elif name in DRAWN:  # these have no form for whole numbers; a double holds them exactly
@@ -62,7 +63,7 @@ def _moved(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     else:
         moved = func(given if joined else given[0], *args[1:], **kwargs)
     for value, labels in zip(*((result, moved) if isinstance(result, list | tuple) else ([result], [moved]))):  # noqa: B905
-        trace.put(value, labels)
+        trace.put(value, compact(labels) if name in COPIES else labels)
 
 
 def _together(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
@@ -78,7 +79,11 @@ def _together(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     if shape != tuple(result.shape):
         _unknown(trace, func, args)
         return
-    whole = [labels for value, labels in found if not any(_shared(trace, value, other) for _, other in found)]
+    whole = []
+    for value, labels in found:
+        others = [other for _, other in found if _shared(trace, value.shape, other)]
+        trace.later += [(labels, other) for other in others]
+        whole += [] if others else [labels]
     if func.overloadpacket.__name__ in ("add", "add_") and sum(trace.computed(value) for value, _ in found) > 1:
         trace.added.append(core(found[0][1]))
     kept = whole[0]
@@ -88,12 +93,24 @@ def _together(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     trace.put(result, kept.expand(result.shape))
 
 
-def _shared(trace: Trace, value: Tensor, labels: Tensor) -> bool:
-    """Whether a tensor is broadcast along an axis along which labels differ: no channel of them is its own."""
-    dims = max(value.dim(), labels.dim())
-    shape = (1,) * (dims - value.dim()) + tuple(value.shape)
+def settle(trace: Trace) -> None:
+    """Unite what was broadcast along channels that differed when they met, and do not any more."""
+    met = True
+    while met:
+        alone = [(own, other) for own, other in trace.later if _shared(trace, own.shape, other)]
+        met = len(alone) < len(trace.later)
+        for own, other in trace.later if met else ():
+            if not _shared(trace, own.shape, other):
+                trace.labels.join(own, other)
+        trace.later = alone
+
+
+def _shared(trace: Trace, shape: Sequence[int], labels: Tensor) -> bool:
+    """Whether something of a shape is broadcast along an axis along which labels differ: none of them is its own."""
+    dims = max(len(shape), labels.dim())
     padded = labels[(None,) * (dims - labels.dim())]
-    return any(size == 1 and trace.varies(padded, axis) for axis, size in enumerate(shape))
+    sizes = (1,) * (dims - len(shape)) + tuple(shape)
+    return any(size == 1 and trace.varies(padded, axis) for axis, size in enumerate(sizes))
 
 
 def _product(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
@@ -107,7 +124,9 @@ def _product(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     else:
         _contracted(trace, trace.of(left), trace.of(right), result)
     bias, labels = trace.of(args[0]) if len(args) > 2 else None, trace.of(result)
-    if bias is not None and labels is not None:
+    if bias is not None and labels is not None and _shared(trace, bias.shape, labels):
+        trace.later.append((bias, labels))
+    elif bias is not None and labels is not None:
         trace.labels.join(bias, labels)
 
 
@@ -143,15 +162,18 @@ def _convolved(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
     if weight is None:
         _unknown(trace, func, args)
         return
+    if own is not None and any(trace.varies(own, axis) for axis in range(2, value.dim())):
+        _over_places(trace, own, kernel, result)
+        return
     across = (1, -1) + (1,) * (result.dim() - 2)
     rows = trace.axis(weight, 0).view(across)
     if groups == 1:
         if own is not None:
             trace.labels.join(own, trace.axis(weight, 1).view(across))
         trace.writes[weight.name] = None
-    elif groups == value.shape[1] == result.shape[1]:
+    elif groups == value.shape[1]:  # a channel makes one or several, and no other has a part in them
         if own is not None:
-            trace.labels.join(own, rows)
+            trace.labels.join(core(own).repeat_interleave(result.shape[1] // groups, 1), rows)
     else:
         for labels in (own, rows):
             if labels is not None:
@@ -160,6 +182,14 @@ def _convolved(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
     shift = trace.of(bias)
     if shift is not None:
         trace.labels.join(shift, rows.flatten())
+
+
+def _over_places(trace: Trace, own: Tensor, kernel: Tensor, result: Tensor) -> None:
+    """Channels lie where a convolution has its places: one of width 1 passes them on, if all that it mixes agree."""
+    if trace.varies(own, 1) or kernel[0, 0].numel() > 1:
+        trace.stick(own, "it is convolved over")
+    else:
+        trace.put(result, own.narrow(1, 0, 1).expand(result.shape))
 
 
 def _layer_normed(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -219,9 +249,19 @@ def _summed(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def _indexed(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
+    """Elements are picked by number: along these axes, whatever is picked stands and falls together."""
     labels = trace.of(args[0])
-    if labels is not None:
-        trace.put(result, func(labels.contiguous(), args[1]))
+    if labels is None:
+        return
+    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
+        _unknown(trace, func, args)
+        return
+    for axis, index in enumerate(args[1]):
+        if index is not None:
+            trace.labels.join(core(labels), core(labels.narrow(axis, 0, 1)))
+            labels = labels.narrow(axis, 0, 1)
+    first = [None if index is None else torch.zeros(index.shape, dtype=torch.int64) for index in args[1]]
+    trace.put(result, func(labels.contiguous(), first))
 
 
 def _unknown(trace: Trace, func: Any, args: Sequence[Any]) -> None:
@@ -233,6 +273,7 @@ def _unknown(trace: Trace, func: Any, args: Sequence[Any]) -> None:
 
 
 SAME = ("clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh", "lift_fresh_copy")
+COPIES = ("roll", "flip", "repeat", "cat", "stack", "constant_pad_nd")
 DRAWN = ("reflection_pad2d", "replication_pad2d", "im2col")
 KEEPING = ("_softmax", "_log_softmax", "_safe_softmax", "cumsum")
 MOVES = (

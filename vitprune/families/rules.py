@@ -10,6 +10,7 @@ from torch import nn
 from vitprune.errors import BadInput
 from vitprune.families import attentions, ffn
 from vitprune.families.parts import refuse
+from vitprune.families.seen import attempt, seen
 from vitprune.groups import Group, inside
 
 KINDS = ("ffn", "head", "attention")
@@ -34,9 +35,26 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
         if known(module):
             found += ffn.groups(path, module) if kind == "ffn" else attentions.groups(kind, path, module)
         elif path and _looks_like(kind, module) and not _covered(model, path, module, known):
-            raise refuse(path, module, f"this {WORDS[kind]} is not understood yet")
+            traced = _traced(model, path) if kind == "ffn" else []
+            if not traced:
+                raise refuse(path, module, f"this {WORDS[kind]} is not understood yet")
+            found += traced
     if not found:
         raise BadInput(f"{type(model).__name__}: there is no {WORDS[kind]} in it, so it has no groups of kind {kind!r}")
+    return found
+
+
+def _traced(model: nn.Module, path: str) -> list[Group]:
+    """Hidden units of an MLP that nobody named: what is written and read in it alone, as a trace of shapes finds."""
+    found = []
+    for one in seen(model):
+        own = all(inside(part.param, [path]) for part in one.slices)
+        read = any(part.axis == 1 for part in one.slices)
+        if one.kind == "ffn" and one.units > 1 and not one.why_not and one.writers and own and read:
+            name = f"{one.writers[0].rpartition('.')[0]}.units"
+            found.append(Group(name, "ffn", (one.units,), one.slices, buffers=one.buffers))
+    if found:
+        attempt(model, found, f"fewer hidden units in {path}")
     return found
 
 

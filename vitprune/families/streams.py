@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitprune.families.labels import NONE
-from vitprune.families.operations import follow
+from vitprune.families.operations import follow, settle
 from vitprune.families.trace import Trace
 from vitprune.groups import ParamSlice
 from vitprune.modes import evaluating
@@ -133,6 +133,7 @@ def _run(model: nn.Module, example_input: Tensor) -> Trace:
     found = Trace({**dict(model.named_parameters()), **dict(model.named_buffers())}, type(model).__name__)
     with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _paths(model, found), _Tracer(found):
         answer = model(example_input)
+    settle(found)
     for value in answer if isinstance(answer, list | tuple) else [answer]:
         labels = found.of(value)
         if labels is not None:

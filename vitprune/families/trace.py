@@ -28,6 +28,7 @@ class Trace:
         self.writes: dict[str, None] = {}  # weights whose rows make new channels, in the order of the model
         self.added: list[Tensor] = []  # labels of sums of two computed tensors
         self.attended: list[Tensor] = []  # labels of what two computed tensors are contracted over
+        self.later: list[tuple[Tensor, Tensor]] = []  # labels of what is broadcast along an axis where others differ
         self.paths = [name]  # of the modules that run now
         self._shapes = {name: value.shape for name, value in tensors.items()}
         self._known: Any = WeakIdKeyDictionary()

@@ -1,0 +1,142 @@
+"""The step of a training on accelerate: precision, micro-batches, clipping, and processes that share a batch."""
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from vitprune.errors import BadInput
+from vitprune.params import Train
+from vitprune.snapshot import set_random
+from vitprune.team import Team
+
+KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+PRECISIONS = {False: "no", True: "bf16", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class Engine:
+    """Takes steps: forward and backward passes in micro-batches, gradients shared among the processes, the update.
+
+    `parts` is how many micro-batches a process makes of its share; it doubles where memory does not suffice.
+    """
+
+    def __init__(self, task: Any, optimizer: Any, recipe: Train, mates: Team, accelerator: Any):
+        self._module, self._mates, self._accelerator = task.trainable_module, mates, accelerator
+        self._task = accelerator.prepare_model(task, device_placement=False)
+        self._optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
+        self._most = math.inf if recipe.clip is None else recipe.clip
+        self.parts = recipe.accumulate
+
+    @property
+    def scaler(self) -> Any:
+        """What scales the loss in float16; None in other precisions."""
+        return self._accelerator.scaler
+
+    def step(self, images: Tensor, labels: Tensor, hold: Callable[[], None], where: str) -> tuple[float, float]:
+        """Take one step on this process's share of a batch; returns the whole batch's loss and its gradient's norm.
+
+        `hold` is called on the gradients of the whole batch, before their norm counts. Where one of the two is not
+        finite the step is not taken; float16 goes on with a smaller scale.
+
+        Raises:
+            BadInput: memory does not suffice for one image at a time, or for the share of one of several processes.
+        """
+        total = int(self._mates.total(torch.tensor(len(images))))
+        loss = self._passes(images, labels, total, where)
+        value = float(self._mates.total(loss))
+        hold()
+        norm = float(self._accelerator.clip_grad_norm_(self._module.parameters(), self._most))
+        if math.isfinite(value) and (math.isfinite(norm) or self.scaler is not None):
+            self._optimizer.step()
+            norm = 0.0 if self.scaler is not None and not math.isfinite(norm) else norm
+        return value, norm
+
+    def _passes(self, images: Tensor, labels: Tensor, total: int, where: str) -> Tensor:
+        """Gradients of the mean loss of the whole batch; returns what this share adds to it (), float64."""
+        random = {"cpu": torch.get_rng_state()}
+        if images.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        while True:
+            try:
+                return self._backward(images, labels, total)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                told = str(error).partition("\n")[0]
+            self._optimizer.zero_grad(set_to_none=True)
+            self._smaller(len(images), where, told)
+            for kind, state in random.items():
+                set_random(kind, state)
+
+    def _backward(self, images: Tensor, labels: Tensor, total: int) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        value = torch.zeros((), dtype=torch.float64)
+        if not len(images):  # a share without images waits for the others at the same place
+            images, labels = images.new_zeros((1, *images.shape[1:])), labels.new_zeros((1, *labels.shape[1:]))
+            pieces = [(images, labels, 0.0)]
+        else:
+            parts = min(self.parts, len(images))
+            split = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+            pieces = [(x, y, len(x) / total) for x, y in split]
+        for number, (x, y, share) in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else self._accelerator.no_sync(self._task):
+                loss = self._task(x, y)["loss"]
+                self._accelerator.backward(loss * (share * self._mates.size))  # the processes' mean is taken
+            value += loss.detach().double().cpu() * share
+        return value
+
+    def _smaller(self, images: int, where: str, told: str) -> None:
+        if self._mates.size > 1:
+            raise BadInput(f"{where}: out of memory in one of {self._mates.size} processes; double train.accumulate")
+        if self.parts >= images:
+            raise BadInput(f"{where}: out of memory with one image at a time; use a smaller model or img_size ({told})")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.parts = min(images, 2 * self.parts)
+        size = -(-images // self.parts)
+        print(f"{where}: out of memory; going on with {self.parts} micro-batches of {size} images", file=sys.stderr)
+
+
+@contextmanager
+def engine(task: Any, optimizer: Any, recipe: Train, device: torch.device, mates: Team) -> Iterator[Engine]:
+    """An engine for one training; nothing of accelerate's global state is left after it.
+
+    Raises:
+        BadInput: the precision or the kind of launch is none for this device.
+    """
+    threads = torch.get_num_threads()
+    if recipe.amp == "float16" and device.type == "cpu":
+        raise BadInput("train.amp float16: not on a CPU; use bfloat16 or false")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about threads, which are set again below
+            accelerator = Accelerator(
+                cpu=device.type == "cpu", device_placement=False, mixed_precision=PRECISIONS[recipe.amp]
+            )
+        torch.set_num_threads(threads)
+        if accelerator.num_processes != mates.size or accelerator.distributed_type not in KINDS:
+            raise BadInput(f"VITPRUNE_LAUNCH: starts {accelerator.distributed_type.value}; use plain torchrun")
+        yield Engine(task, optimizer, recipe, mates, accelerator)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))
+
+
+def shared(images: Tensor, labels: Tensor, mates: Team) -> tuple[Tensor, Tensor]:
+    """This process's share of a batch: as many images as the others have, or one more or less."""
+    if mates.size == 1:
+        return images, labels
+    return images.tensor_split(mates.size)[mates.rank], labels.tensor_split(mates.size)[mates.rank]

@@ -2,12 +2,16 @@
 # make test    the tests, in the same environment
 # make lint    formatting, lint, types, layers
 # make bench   every benchmark in its quick form
+# make server  PostgreSQL, a Prefect and an MLflow server as plain processes; make server-down ends them
+# make worker  the worker of one GPU: make worker GPU=1
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test lint bench install clean
+GPU ?= 0
+
+.PHONY: demo test lint bench server server-down worker install clean
 
 demo: install
 	vitprune-flow
@@ -24,11 +28,20 @@ lint: install
 bench: install
 	for script in $(filter-out benchmarks/harness.py benchmarks/cuts.py benchmarks/generic.py, $(wildcard benchmarks/*.py)); do python $$script --quick || exit 1; done
 
+server: install
+	deploy/servers up
+
+server-down: install
+	deploy/servers down
+
+worker: install
+	deploy/worker $(GPU)
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,export,dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,server,export,dev]'
 	touch $@
 
 clean:

@@ -6,10 +6,12 @@ A fact is written and on the disk before anything is sent anywhere, so a dead tr
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ KEPT = {
 CURVES = {stage: f"out/{stage}/history.jsonl" for stage in ("dense", "prune", "distill")}
 MODEL_STAGE, MODEL = "distill", "out/distill"
 CHECKPOINT = ("config.json", "model.safetensors")
+WRITTEN_BY_RUNS = ("metrics/", "plots/", "dvc.lock")  # they say nothing about the code that computed them
 DIGESTS = {"dataset": "data/manifest.parquet", "calibrate": "data/calibration.parquet"}
 
 
@@ -67,13 +70,13 @@ class Journal:
         return self.project / STATE / "spool" / self.flow_run_id
 
     def start(self, started: float) -> None:
-        """Write down what the run begins with: parameters, commit, dvc.yaml and params.yaml; seconds since 1970."""
+        """Write down what the run begins with: params, commit, versions, dvc.yaml, params.yaml; seconds since 1970."""
         params = flatten(yaml.safe_load((self.project / "params.yaml").read_text(encoding="utf-8")) or {})
         files = [self._keep(name) for name in ("params.yaml", "dvc.yaml")]
-        start = {"fact": "start", "time": started, "params": params, "git": _git(self.project), "files": files}
+        start = {"fact": "start", "time": started, "params": params, "git": _git(self.project), "versions": _versions()}
         if sweep := os.environ.get(SWEEP):
             start["sweep"] = json.loads(sweep)
-        self._append(start)
+        self._append(start | {"files": files})
 
     def stage(self, result: StageResult) -> None:
         """Write down how a stage went and, if it succeeded, what it left."""
@@ -98,6 +101,7 @@ class Journal:
             "files": [self._keep(name) for name in names if (self.project / name).is_file()],
             "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},
             "lock": _lock_entry(self.project, stage),
+            "sha256": metrics.get("sha256", ""),
         }
         if stage in DIGESTS and (self.project / DIGESTS[stage]).is_file():
             left["digest"] = {"path": DIGESTS[stage], "sha256": sha256(self.project / DIGESTS[stage])}
@@ -116,6 +120,7 @@ class Journal:
         return {
             "cycle": int(folder.name),
             "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},
+            "sha256": metrics.get("sha256", ""),
             "files": files,
         }
 
@@ -181,5 +186,19 @@ def _git(project: Path) -> dict[str, Any]:
     commit = ask("rev-parse", "HEAD")
     if commit is None:
         return {}
-    changed = ask("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "branch": ask("rev-parse", "--abbrev-ref", "HEAD"), "dirty": bool(changed)}
+    changed = ask("diff", "--name-only", "--relative", "HEAD") or ""
+    return {
+        "commit": commit,
+        "branch": ask("rev-parse", "--abbrev-ref", "HEAD"),
+        "dirty": bool(changed),
+        "prefix": ask("rev-parse", "--show-prefix"),
+        "changed": [path for path in changed.splitlines() if not path.startswith(WRITTEN_BY_RUNS)],
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what computes and of what records."""
+    found = {
+        package: metadata.version(package) for package in ("vitprune", "torch", "timm", "dvc", "prefect", "mlflow")
+    }
+    return found | {"python": platform.python_version()}

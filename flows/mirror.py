@@ -18,6 +18,7 @@ from flows.journal import Journal, read, sha256
 from flows.model_record import DIGEST, find_model, model_digest, record_model
 
 Fact = Mapping[str, Any]
+JOURNAL, JOURNAL_DIGEST = "journal.jsonl", "vitprune.journal_sha256"
 KEY, CACHED, HASH = "vitprune.key", "vitprune.cached", "vitprune.dvc_stage_hash"
 
 
@@ -47,9 +48,8 @@ class Mirror:
 
     def _parent(self, start: Fact, stages: Iterable[Fact], end: Fact) -> str:
         flow = self.journal.flow_run_id
-        git = start["git"]
         tags = {"vitprune.prefect_flow_run_id": flow, "vitprune.project": str(self.journal.project)}
-        tags |= {f"mlflow.source.git.{name}": str(value) for name, value in git.items()}
+        tags |= start_tags(start) | {JOURNAL_DIGEST: sha256(self.journal.path)}
         tags |= {f"vitprune.{_stem(d)}_sha256": d["sha256"] for fact in stages if (d := fact.get("digest"))}
         tags |= {f"vitprune.{_word(file['path'])}_sha256": file["sha256"] for file in (*start["files"], *end["files"])}
         if end["error"]:
@@ -61,6 +61,7 @@ class Mirror:
         run = self._run(flow, name, start["time"], tags)
         self._params(run, start["params"])
         self._files(run, (*start["files"], *end["files"]))
+        self.client.log_text(run, self.journal.path.read_text(encoding="utf-8"), JOURNAL)
         return run
 
     def _stage(self, parent: str, fact: Fact) -> None:
@@ -79,7 +80,7 @@ class Mirror:
         source = self._computed_by(lock["sha256"]) if fact["cached"] else None
         if source is not None:
             tags["vitprune.computed_by"] = source
-        tags |= _mask_tags(fact.get("files", ()))
+        tags |= digest_tags(fact)
         ended = fact["started"] + fact["seconds"]
         run = self._run(f"{self.journal.flow_run_id}/{stage}", stage, fact["started"], tags)
         self._params(run, lock["params"])
@@ -107,7 +108,7 @@ class Mirror:
             "vitprune.cycle": str(number),
             CACHED: str(stage["cached"]).lower(),
         }
-        tags |= _mask_tags(cycle["files"])
+        tags |= digest_tags(cycle)
         key = f"{self.journal.flow_run_id}/{stage['stage']}/{number:02d}"
         run = self._run(key, f"cycle-{number:02d}", stage["started"], tags)
         self._metrics(run, cycle["metrics"], ended, step=number)
@@ -195,9 +196,21 @@ class Mirror:
         self.client.set_terminated(run, status, _milliseconds(ended))
 
 
-def _mask_tags(files: Iterable[Fact]) -> dict[str, str]:
-    digest = next((file["sha256"] for file in files if file["path"].endswith("masks.safetensors")), None)
-    return {} if digest is None else {"vitprune.masks_sha256": digest}
+def start_tags(start: Fact) -> dict[str, str]:
+    """Return what a run began with, as tags: the commit, what differed from it, and versions."""
+    git = start["git"]
+    tags = {f"mlflow.source.git.{name}": str(git[name]) for name in ("commit", "branch", "dirty") if name in git}
+    if git:
+        changed = "\n".join(git.get("changed", ()))
+        tags |= {"vitprune.git_prefix": git.get("prefix") or "", "vitprune.git_changed": changed}
+    return tags | {f"vitprune.version.{package}": version for package, version in start.get("versions", {}).items()}
+
+
+def digest_tags(fact: Fact) -> dict[str, str]:
+    """Return the digests of what a stage or a cycle left, as tags: its masks, and what its metrics speak of."""
+    masks = next((file["sha256"] for file in fact.get("files", ()) if file["path"].endswith("masks.safetensors")), None)
+    tags = {} if masks is None else {"vitprune.masks_sha256": masks}
+    return tags | ({"vitprune.sha256": fact["sha256"]} if fact.get("sha256") else {})
 
 
 def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -28,6 +28,7 @@ def short_patience(seconds: int) -> Iterator[None]:
     MLflow's own patience is four minutes for one call.
     """
     wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds)}
+    wanted["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     wanted["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # two lines for each of some twenty runs
     ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)

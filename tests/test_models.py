@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SWIN, VIT, ZOO, answer, images, random_masks, redrawn, same_state, state
 from torch import nn
 
-from vitprune import BadInput, find_groups, load, models, prune, save, shrink
+from vitprune import BadInput, data, find_groups, load, models, prune, save, shrink
 from vitprune.families import merge_heads, structure
 
 ELSEWHERE = """
@@ -132,6 +132,14 @@ def test_what_was_loaded_can_be_cut_and_saved_again(saved: tuple[Path, dict[str,
         assert same_state(again, state(model))
         x = images(model)
         assert torch.equal(answer(again, x), answer(model, x))
+
+
+def test_a_saved_model_sees_its_images_as_before(tmp_path: Path) -> None:
+    model = models.create("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "in_chans": 1, "depth": 1})
+    save(model, tmp_path)
+    before, after = data.data_config(model), data.data_config(load(tmp_path))
+    assert before["crop_pct"] == 1.0  # the published 0.9 is of 224 pixels
+    assert {key: tuple(v) if isinstance(v, list) else v for key, v in after.items()} == before
 
 
 def test_saving_twice_writes_the_same_bytes(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:

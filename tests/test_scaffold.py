@@ -56,7 +56,8 @@ def test_a_project_of_digits_is_the_demo(tmp_path: Path) -> None:
         ]
         assert stages[name]["deps"].count("requirements.txt") == 1
     assert (project / "requirements.txt").read_text() == "vitprune[pipeline,export]==0.1.0\n"
-    assert "entrypoint: flows.compress.compress\n" in (project / "prefect.yaml").read_text()
+    for flow in ("compress", "retrain"):
+        assert f"entrypoint: flows.{flow}.{flow}\n" in (project / "prefect.yaml").read_text()
     assert "/.venv/" in (project / ".dvcignore").read_text().splitlines()
     assert "analytics = false" in (project / ".dvc/config").read_text()
     assert not list(project.glob("*.partial"))

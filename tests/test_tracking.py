@@ -1,4 +1,3 @@
-import contextlib
 import json
 import os
 import shutil
@@ -13,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import tiny_project
+from tiny_project import record
 
-from flows.journal import Journal, read
-from flows.repro import STAGES, StageResult, environment
-from vitprune import stages
-from vitprune.report import write_report
+from flows.journal import read
+from flows.repro import STAGES
 
 pytestmark = pytest.mark.pipeline
 
@@ -65,27 +63,10 @@ def replay(project: Path, uri: str | None) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def record(project: Path, name: str, cached: bool = False) -> Journal:
-    """Write the journal of a flow run that found the project as it is."""
-    journal = Journal(project, name)
-    journal.start(time.time())
-    for stage in STAGES:
-        journal.stage(StageResult(stage, cached, time.time(), 1.5, 0))
-    journal.end("FINISHED", "", time.time())
-    return journal
-
-
 @pytest.fixture(scope="module")
 def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project in which all real stages have run, in this process for speed, and whose outputs DVC has taken over."""
-    project = tiny_project.make(tmp_path_factory.mktemp("tiny") / "project")
-    with contextlib.chdir(project):
-        for stage in STAGES[:-1]:
-            stages.run(stage, project)
-    write_report(project, project / "out/report/report.html")
-    command = [sys.executable, "-m", "dvc", "commit", "-q", "--force"]
-    subprocess.run(command, cwd=project, env=environment(project), check=True, stdout=subprocess.DEVNULL)
-    return project
+    return tiny_project.run_stages(tiny_project.make(tmp_path_factory.mktemp("tiny") / "project"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vitprune import data, launch, models, stages, sweeps
+from vitprune import data, launch, models, promotion, stages, sweeps
 from vitprune.check import check as proofs
 from vitprune.errors import BadInput, Interrupted
 from vitprune.evaluate import costs, count
@@ -39,6 +39,7 @@ def application() -> typer.Typer:
         app.command(rich_help_panel=LOOKING)(command)
     app.command(rich_help_panel=OWN)(init)
     app.command(rich_help_panel=OWN)(import_scores)
+    app.command(rich_help_panel=OWN)(judge)
     app.command(rich_help_panel=SWEEPS)(sweep_check)
     app.command(rich_help_panel=SWEEPS)(sweep_table)
     return app
@@ -105,6 +106,22 @@ def import_scores(
     stages.import_scores(stages.enter(project), directory, parsing)
     print(f"{project / OUT / 'score'}: written from {directory}")
     print("Next: dvc commit -f score && dvc repro")
+
+
+def judge(
+    champion: Annotated[Path | None, typer.Option(help="The directory of the model in use.  [default: dense]")] = None,
+    project: Project = Path(),
+) -> None:
+    """Compare the final model with the one in use, image by image, and apply gates.yaml; 1 if a gate fails."""
+    own = champion.resolve() if champion is not None else None
+    params = stages.enter(project)
+    facts = promotion.judge(params, own, promotion.load_gates(promotion.GATES))
+    table = Table("gate", "asked", "measured", "holds", box=None, pad_edge=False)
+    for gate in facts["gates"]:
+        table.add_row(gate["name"], gate["asked"], gate["measured"], "yes" if gate["holds"] else "NO")
+    Console().print(table)
+    if not facts["passed"]:
+        raise typer.Exit(1)
 
 
 def sweep_check(

@@ -44,9 +44,14 @@ def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[
     rows = sparsity_rows(groups, masks)
     models.write_weights(masks, directory / MASKS)
     tables.write(rows, tables.SPARSITY, directory / "sparsity.parquet")
+    return mask_facts(groups, masks) | {"masks_sha256": digest(directory / MASKS)}
+
+
+def mask_facts(groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
+    """The sparsity per kind that masks leave and, where whole blocks may go, the paths of the sub-layers that have."""
+    rows = sparsity_rows(groups, masks)
     by_kind = pa.Table.from_pylist(rows).group_by("kind").aggregate([("units", "sum"), ("kept", "sum")]).to_pylist()
-    sparsity = {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}
-    facts: dict[str, Any] = {"sparsity": sparsity, "masks_sha256": digest(directory / MASKS)}
+    facts: dict[str, Any] = {"sparsity": {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}}
     for group in groups:
         if group.kind == "block":
             facts["gone"] = [

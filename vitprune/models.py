@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitprune.checkpoints import FLOATS, FORMAT, Config, Entry, check_finite, check_fit, read_config, read_header
+from vitprune.data.augment import data_config
 from vitprune.errors import BadInput
 from vitprune.families import rebuild, structure, uniform_args
 from vitprune.files import replacing
@@ -106,6 +107,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     with replacing(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())
+        config["pretrained_cfg"]["crop_pct"] = data_config(model)["crop_pct"]  # timm writes that of the published size
         config["vitprune"] = {
             "format": FORMAT,
             "structure": {name: list(shape) for name, shape in structure(model).items()},

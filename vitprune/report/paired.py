@@ -44,6 +44,18 @@ class Paired:
         half = 100 * Z95 * math.sqrt(spread) / self.images
         return self.difference - half, self.difference + half
 
+    @property
+    def p_worse(self) -> float:
+        """How often chance alone would let the pruned model lose this many of the images that tell the two apart.
+
+        Source: McNemar's exact test, one-sided: a binomial tail at even odds.
+        """
+        tail, ways = 0, 1
+        for won in range(self.pruned_only + 1):
+            tail += ways
+            ways = ways * (self.discordant - won) // (won + 1)
+        return tail / (1 << self.discordant)
+
 
 @dataclass(frozen=True)
 class ClassResult:

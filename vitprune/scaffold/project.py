@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def create(directory: Path, choice: Choice) -> list[str]:
         REQUIREMENTS: f"vitprune[pipeline,export]=={importlib.metadata.version('vitprune')}\n",
         ".gitignore": _ignoring(root, "gitignore"),
         ".dvcignore": _ignoring(root, "dvcignore"),
-        "prefect.yaml": _shipped("prefect.yaml").replace("flows/compress.py:compress", "flows.compress.compress"),
+        "prefect.yaml": re.sub(r"flows/(\w+)\.py:(\w+)", r"flows.\1.\2", _shipped("prefect.yaml")),
         "dvc.yaml": _pipeline(_shipped("dvc.yaml"), path),
         "params.yaml": settings.render(_shipped("params.yaml"), source, choice.model, choice.method, classes),
     }

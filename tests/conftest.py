@@ -8,7 +8,9 @@ import torch
 from tiny_models import tiny
 from torch import nn
 
-from vitprune import models
+from vitprune import METHODS, models
+from vitprune.criteria import weights
+from vitprune.methods import Method
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,6 +27,13 @@ def vit() -> nn.Module:
 @pytest.fixture
 def swin() -> nn.Module:
     return tiny("swin")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method `drawn` that draws the scores of units of every kind."""
+    scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer", "block": "layer"}
+    monkeypatch.setitem(METHODS, "drawn", Method(weights.random, scopes, ("ffn", "attention"), True, "for tests"))
 
 
 @pytest.fixture(scope="session")

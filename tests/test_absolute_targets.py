@@ -6,32 +6,18 @@ import re
 import pytest
 import timm
 import torch
-from tiny_models import VIT, same_state, state, tiny
+from tiny_models import VIT, cost, same_state, state, tiny
 from torch import Tensor, nn
 
-from vitprune import METHODS, BadInput, count, find_groups, plan_for, prune, shrink
+from vitprune import BadInput, count, find_groups, plan_for, prune, shrink
 from vitprune.compress import compress
-from vitprune.criteria import weights as by_weights
 from vitprune.data import example_input
 from vitprune.evaluate import latency
-from vitprune.methods import Method
 from vitprune.params import Schedule
 from vitprune.quantities import number_of, said
 from vitprune.targets import steadied
 
-SCOPES = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer", "block": "layer"}
-
-
-@pytest.fixture(autouse=True)
-def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that draws the scores of units of every kind."""
-    row = Method(by_weights.random, SCOPES, ("ffn", "attention"), True, "for these tests")
-    monkeypatch.setitem(METHODS, "drawn", row)
-
-
-def cost(model: nn.Module, what: str) -> int:
-    found = count(model, example_input(model, 1))
-    return found.params if what == "params" else found.macs
+pytestmark = pytest.mark.usefixtures("drawn")
 
 
 @pytest.mark.parametrize(("what", "suffix"), [("macs", ""), ("params", "K"), ("macs", "M"), ("params", "G")])

@@ -6,34 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VIT, batches, same_state, state, tiny
+from tiny_models import VIT, batches, cost, same_state, state, tiny
 from torch import Tensor, nn
 
-from vitprune import METHODS, BadInput, count, find_groups, plan_for, prune, save, shrink, stages
+from vitprune import BadInput, count, find_groups, plan_for, prune, save, shrink, stages
 from vitprune.choosing import choose
 from vitprune.compress import compress
 from vitprune.criteria import kl as by_kl
 from vitprune.criteria import weights as by_weights
 from vitprune.data import example_input
 from vitprune.families import merge_heads
-from vitprune.methods import Method
 from vitprune.models import read_weights, write_weights
 from vitprune.params import Params
 from vitprune.targets import meter, solve
 
-SCOPES = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer", "block": "layer"}
-
-
-@pytest.fixture(autouse=True)
-def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that draws the scores of units of every kind."""
-    row = Method(by_weights.random, SCOPES, ("ffn", "attention"), True, "for these tests")
-    monkeypatch.setitem(METHODS, "drawn", row)
-
-
-def cost(model: nn.Module, what: str) -> int:
-    found = count(model, example_input(model, 1))
-    return found.params if what == "params" else found.macs
+pytestmark = pytest.mark.usefixtures("drawn")
 
 
 def nonzero(model: nn.Module, what: str) -> int:

@@ -8,6 +8,9 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from vitprune import count
+from vitprune.data import example_input
+
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 ODD = {"img_size": 24, "patch_size": 8, "embed_dim": 45, "depth": 3, "num_heads": 5, "mlp_ratio": 2.2, "num_classes": 5}
 EXTRA = {"init_values": 0.1, "reg_tokens": 2, "qkv_bias": False, "no_embed_class": True, "global_pool": "avg"}
@@ -76,6 +79,12 @@ def batches(model: nn.Module, number: int = 2, size: int = 3) -> list[tuple[Tens
 def answer(model: nn.Module, inputs: Tensor) -> Tensor:
     with torch.no_grad():
         return model.eval()(inputs)
+
+
+def cost(model: nn.Module, what: str) -> int:
+    """Parameters or MACs of one image."""
+    found = count(model, example_input(model, 1))
+    return found.params if what == "params" else found.macs
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

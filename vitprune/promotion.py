@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
-import torch
 import yaml
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError
 
@@ -83,7 +82,7 @@ def judge(params: Params, champion: Path | None, gates: Gates) -> dict[str, Any]
     """
     rows = tables.read(OUT / "evaluate/evaluation.parquet", tables.EVALUATION)
     if champion is not None:
-        model = models.load(champion).to(_device())
+        model = models.load(champion).to(runs.device())
         table = runs.open_images("eval", model, params)
         _, answers = accuracy(model, data.eval_batches(table, params.evaluate.batch_size))
         if list(table.ids) != rows["id"].to_pylist():
@@ -140,7 +139,3 @@ def _speedup() -> float | None:
         return None
     facts = json.loads(path.read_text(encoding="utf-8"))
     return float(facts["dense"]["latency_ms"]["median"] / facts["pruned"]["latency_ms"]["median"])
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

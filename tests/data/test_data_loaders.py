@@ -29,6 +29,8 @@ def test_data_config_is_that_of_the_model_as_built() -> None:
     assert (plain["input_size"], plain["crop_pct"], len(plain["mean"])) == ((3, 224, 224), 0.9, 3)
     with torch.device("meta"):  # its patches are cut behind a stem, from 112 px
         assert data.data_config(timm.create_model("visformer_tiny"))["input_size"] == (3, 224, 224)
+        levit = timm.create_model("levit_128s", img_size=64)  # which knows its size without a PatchEmbed
+        assert data.data_config(levit)["input_size"] == (3, 64, 64)
 
 
 @pytest.mark.parametrize("config", [GREY8, RGB32], ids=["grey", "colour"])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.auto_augment import RandAugment
-from timm.layers import PatchEmbed
+from timm.models import get_model_input_config
 from torch import nn
 from torch.nn import functional
 from torchvision.transforms import Compose
@@ -57,13 +57,9 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     or in_chans. At another size nothing is cropped: crop_pct belongs to the published size.
     """
     config: dict[str, Any] = resolve_model_data_config(model)
-    channels, height, width = config["input_size"]
+    height, width = get_model_input_config(model)["input_size"][1:]
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    for module in model.modules():
-        # one that the image enters: behind a stem, its size is not the image's
-        if isinstance(module, PatchEmbed) and module.img_size is not None and module.proj is first:
-            height, width = module.img_size
-    channels = channels if first is None else first.in_channels
+    channels = config["input_size"][0] if first is None else first.in_channels
     if (height, width) != tuple(config["input_size"][1:]):
         config["crop_pct"] = 1.0
     if channels == 1:

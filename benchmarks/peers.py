@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.evaluate import accuracy, count
-from vitprune.families import parts, vit
+from vitprune.families import attentions, vit
 from vitprune.losses import cross_entropy
 
 ROOT = Path(__file__).parent.parent
@@ -184,9 +184,10 @@ def resize(attn: Any, part: str) -> None:
     """Let an attention know how many heads or channels it has left."""
     inner = attn.qkv.out_features // 3
     if part == "heads":
-        parts.resize_heads(attn, (inner // attn.head_dim,))
+        attn.num_heads, attn.attn_dim = inner // attn.head_dim, inner
     elif inner != attn.attn_dim:
-        parts.resize_channels(attn, (attn.num_heads, inner // attn.num_heads))
+        (group,) = attentions.groups("attention", "attn", attn)
+        group.resize(attn, group.shape)
 
 
 @torch.no_grad()

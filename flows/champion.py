@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from flows.launch import settle
+from flows.launch import refuse, settle
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     options = _options()
     project = options.project.resolve()
     if not (project / "dvc.yaml").is_file():
-        _refuse(f"{project / 'dvc.yaml'}: no such file; name a project by --project")
+        refuse(f"{project / 'dvc.yaml'}: no such file; name a project by --project")
     try:
         sys.exit(COMMANDS[options.command](project, options))
     except KeyboardInterrupt:
@@ -80,11 +80,6 @@ def _options() -> argparse.Namespace:
             command.add_argument("--branch", default="retrain", help="takes the commits of promoted runs")
             command.add_argument("--stage-limit", type=float, help="seconds after which a stage is killed")
     return parser.parse_args()
-
-
-def _refuse(message: str) -> None:
-    print(f"Error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,7 @@ LOST = "VITPRUNE_LOST_PREFECT"  # the address of the server that a run began wit
 def main() -> None:
     """Run `vitprune-flow`."""
     options = _options()
-    project = options.project.resolve()
-    for name in ("dvc.yaml", "params.yaml"):
-        if not (project / name).is_file():
-            refuse(f"{project / name}: no such file; name a project by --project, or make one with `vitprune init`")
+    project = project_of(options)
     try:
         with exclusive(project):
             pass
@@ -156,6 +153,15 @@ def _table(project: Path) -> None:
     for row in rows(measured):
         table.add_row(*row)
     Console().print(table)
+
+
+def project_of(options: argparse.Namespace) -> Path:
+    """The directory that --project names, if it is a project."""
+    project: Path = options.project.resolve()
+    for name in ("dvc.yaml", "params.yaml"):
+        if not (project / name).is_file():
+            refuse(f"{project / name}: no such file; name a project by --project, or make one with `vitprune init`")
+    return project
 
 
 def refuse(message: str) -> NoReturn:

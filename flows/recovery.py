@@ -25,13 +25,13 @@ class Busy(Exception):
 
 
 @contextmanager
-def exclusive(project: Path) -> Iterator[None]:
-    """Hold the project's lock; the kernel lets it go when this process dies, however it dies.
+def exclusive(project: Path, name: str = "lock", what: str = "run") -> Iterator[None]:
+    """Hold a lock of the project; the kernel lets it go when this process dies, however it dies.
 
     Raises:
-        Busy: another flow holds it.
+        Busy: another process holds it; `what` says at what work it is.
     """
-    path = project / STATE / "lock"
+    path = project / STATE / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
@@ -39,7 +39,7 @@ def exclusive(project: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "just started"
-            raise Busy(f"{project}: another run is at work here ({holder}); wait until it ends, or end it") from None
+            raise Busy(f"{project}: another {what} is at work here ({holder}); wait until it ends, or end it") from None
         file.truncate(0)
         file.write(f"process {os.getpid()}, since {datetime.now():%H:%M:%S}")
         file.flush()

@@ -1,12 +1,11 @@
 """The Prefect flow `retrain`: newest data, a run in a worktree of its own, champion against challenger, promotion."""
 
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from prefect.states import Completed, Failed
 
 from flows import worktrees
 from flows.compress import Outcome, compress
-from flows.recovery import STATE, Busy
+from flows.recovery import STATE, Busy, exclusive
 from flows.repro import environment
 from flows.store import short_patience, tracking_uri
 from flows.tracking import MIRRORED
@@ -55,7 +54,7 @@ def retrain(
     project = project.resolve()
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))  # the worktree's runs belong to the project
     try:
-        with _alone(project), short_patience(60):
+        with exclusive(project, "retrain.lock", "retraining"), short_patience(60):
             result = _Retraining(project, model, branch, stage_limit, str(flow_run.id)).carry_out()
     except (GitFault, Busy, _Fault) as error:
         result = Retrained("failed", str(error), exit_code=1)
@@ -196,16 +195,3 @@ def _publish(facts: Mapping[str, Any], against: str) -> None:
     lines.append(f"\nOf {facts['images']} images it lost {facts['lost']} and won {facts['won']}.")
     with contextlib.suppress(Exception):  # a server that refuses a page costs the run nothing
         create_markdown_artifact("\n".join(lines), key="gates", description="What the challenger had to hold")
-
-
-@contextlib.contextmanager
-def _alone(project: Path) -> Iterator[None]:
-    """Let one retraining of a project run at a time."""
-    path = project / STATE / "retrain.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{project}: another retraining is at work here; wait until it ends") from None
-        yield

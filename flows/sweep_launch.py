@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from flows.launch import interrupt, quiet, refuse, settle
+from flows.launch import interrupt, project_of, quiet, refuse, settle
 from flows.recovery import STATE, Busy, exclusive
 from flows.repro import environment
 
@@ -25,10 +25,7 @@ others. FILE is YAML: methods (a list, or each with settings of prune of its own
 def main() -> None:
     """Run `vitprune-sweep`."""
     options = _options()
-    project = options.project.resolve()
-    for name in ("dvc.yaml", "params.yaml"):
-        if not (project / name).is_file():
-            refuse(f"{project / name}: no such file; name a project by --project, or make one with `vitprune init`")
+    project = project_of(options)
     folder = project / STATE / "sweeps" / (options.file.stem if options.file else options.name)
     signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -1,5 +1,6 @@
 """Slow, obvious versions that the library is held against."""
 
+import pytest
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -170,6 +171,21 @@ def gated_stream(model: nn.Module, images: Tensor, group: Group, gate: Tensor) -
     for handle in handles:
         handle.remove()
     return logits
+
+
+def assert_fades(model: nn.Module, images: Tensor, groups: list[Group], found: dict[str, Tensor]) -> None:
+    """Some units' scores (units, images) are the curvature of the divergence in their gates."""
+    step = 1e-4
+    with torch.no_grad():
+        dense = model(images)
+    for group in groups:
+        for unit in range(0, group.units, max(1, group.units // 3)):
+            apart = []
+            for by in (-step, step):
+                gate = torch.ones(group.units, dtype=torch.float64)
+                gate[unit] += by
+                apart.append(kl(dense, gated_stream(model, images, group, gate)))
+            assert sum(apart) / 2 / step**2 == pytest.approx(float(found[group.name][unit].sum()), rel=1e-3, abs=1e-7)
 
 
 def naive_elimination(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int) -> tuple[list[int], list[float]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import batches, random_masks, state, tiny
+from tiny_models import batches, noisy, random_masks, state, tiny
 from torch import Tensor, nn
 
 from vitprune import BadInput, find_groups, resume, zero
@@ -168,13 +168,6 @@ class Breaking(Saver):
         self.left -= 1
         if not self.left:
             raise Broken
-
-
-def noisy(seed: int = 0) -> nn.Module:
-    model = tiny("vit", seed)
-    for block in model.blocks:
-        block.mlp.drop1.p = 0.2
-    return model
 
 
 def plain(model: nn.Module) -> Any:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import batches, random_masks, same_state, state, tiny
+from tiny_models import batches, noisy, random_masks, same_state, state, tiny
 from torch import nn
 
 from vitprune import BadInput, find_groups, prune, zero
@@ -18,14 +18,6 @@ def fit(model: nn.Module, recipe: Train = RECIPE, seed: int = 0, task: nn.Module
     data, rows = batches(model, 3, 6), []
     train(task or classification(model), lambda epoch: data, len(data), recipe, seed, rows.append, **more)
     return rows
-
-
-def noisy(seed: int = 0) -> nn.Module:
-    """A model whose training draws random numbers."""
-    model = tiny("vit", seed)
-    for block in model.blocks:
-        block.mlp.drop1.p = 0.2
-    return model
 
 
 def test_the_same_seed_is_the_same_to_the_bit() -> None:

@@ -81,6 +81,14 @@ def answer(model: nn.Module, inputs: Tensor) -> Tensor:
         return model.eval()(inputs)
 
 
+def noisy(seed: int = 0) -> nn.Module:
+    """A model whose training draws random numbers."""
+    model = tiny("vit", seed)
+    for block in model.blocks:
+        block.mlp.drop1.p = 0.2
+    return model
+
+
 def cost(model: nn.Module, what: str) -> int:
     """Parameters or MACs of one image."""
     found = count(model, example_input(model, 1))

@@ -29,16 +29,20 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
     known = _known_mlp if kind == "ffn" else attentions.known
     whole = [path for path, module in model.named_modules() if isinstance(module, AttentionPoolLatent)]
     found: list[Group] = []
+    traced: dict[str, list[Group]] = {}
     for path, module in model.named_modules():
         if inside(path, whole):
             continue
         if known(module):
             found += ffn.groups(path, module) if kind == "ffn" else attentions.groups(kind, path, module)
         elif path and _looks_like(kind, module) and not _covered(model, path, module, known):
-            traced = _traced(model, path) if kind == "ffn" else []
-            if not traced:
+            traced[path] = _traced(model, path) if kind == "ffn" else []
+            if not traced[path]:
                 raise refuse(path, module, f"this {WORDS[kind]} is not understood yet")
-            found += traced
+            found += traced[path]
+    if traced:
+        own = [group for groups_of in traced.values() for group in groups_of]
+        attempt(model, own, f"fewer hidden units in {', '.join(traced)}")
     if not found:
         raise BadInput(f"{type(model).__name__}: there is no {WORDS[kind]} in it, so it has no groups of kind {kind!r}")
     return found
@@ -53,8 +57,6 @@ def _traced(model: nn.Module, path: str) -> list[Group]:
         if one.kind == "ffn" and one.units > 1 and not one.why_not and one.writers and own and read:
             name = f"{one.writers[0].rpartition('.')[0]}.units"
             found.append(Group(name, "ffn", (one.units,), one.slices, buffers=one.buffers))
-    if found:
-        attempt(model, found, f"fewer hidden units in {path}")
     return found
 
 

@@ -1,6 +1,7 @@
 """A model's shapes, run once: what stands and falls together in it, and whether it runs when some of that is gone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +15,17 @@ from vitprune.modes import evaluating
 
 Shapes = tuple[tuple[str, torch.Size], ...]
 
-_SEEN: WeakKeyDictionary[nn.Module, tuple[Shapes, list[Channels]]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a model of these shapes: its sets of channels, and why trial cuts failed, empty if they ran."""
+
+    shapes: Shapes
+    found: list[Channels]
+    tried: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def seen(model: nn.Module) -> list[Channels]:
@@ -23,24 +34,36 @@ def seen(model: nn.Module) -> list[Channels]:
     Raises:
         BadInput: it does not run without values.
     """
+    return _known(model).found
+
+
+def attempt(model: nn.Module, groups: Sequence[Group], what: str) -> None:
+    """Cut a third of every group from a copy of the model's shapes and run it; once, until its shapes change.
+
+    Raises:
+        BadInput: it does not run; `what` says what has become narrower.
+    """
+    tried, names = _known(model).tried, tuple(group.name for group in groups)
+    if names not in tried:
+        tried[names] = _failure(model, groups)
+    if tried[names]:
+        raise BadInput(f"{type(model).__name__}: with {what} it does not run ({tried[names]})")
+
+
+def _known(model: nn.Module) -> _Known:
     shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
-    known = _SEEN.get(model)
-    if known is None or known[0] != shapes:
+    known = _KNOWN.get(model)
+    if known is None or known.shapes != shapes:
         small = frame(model)
         try:
             found = channels(small, _images(small))
         except Exception as error:  # whatever a forward pass says to tensors without values
             raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({_line(error)})") from None
-        _SEEN[model] = known = shapes, found
-    return known[1]
+        _KNOWN[model] = known = _Known(shapes, found)
+    return known
 
 
-def attempt(model: nn.Module, groups: Sequence[Group], what: str) -> None:
-    """Cut a third of every group from a copy of the model's shapes and run it.
-
-    Raises:
-        BadInput: it does not run; `what` says what has become narrower.
-    """
+def _failure(model: nn.Module, groups: Sequence[Group]) -> str:
     small = frame(model)
     try:
         for group in groups:
@@ -48,7 +71,8 @@ def attempt(model: nn.Module, groups: Sequence[Group], what: str) -> None:
         with torch.no_grad(), evaluating(small):
             small(_images(small))
     except Exception as error:
-        raise BadInput(f"{type(model).__name__}: with {what} it does not run ({_line(error)})") from None
+        return _line(error)
+    return ""
 
 
 def _images(model: nn.Module) -> Tensor:

@@ -17,7 +17,7 @@ demo: install
 	vitprune-flow
 
 test: install
-	pytest
+	pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: install
 	ruff format --check .

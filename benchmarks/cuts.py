@@ -26,6 +26,10 @@ from vitprune.methods import method_named
 from vitprune.plans import Plan
 
 Batches = Sequence[tuple[Tensor, Tensor]]
+SECOND_ORDER = {
+    "damp": 4e-6,
+    "memory": 3 << 30,
+}  # what a few hundred gradients pin down (docs/LOG.md); room for matrices
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,11 @@ def measure(
             left = [goal for goal in goals if (entry.label, goal.name) not in made]
             jobs += [pool.submit(_cuts, entry, left, notes, setting or {})] if left else []
         return {(cut.entry, cut.goal): cut for cut in [*done, *(cut for job in jobs for cut in job.result())]}
+
+
+def damped(plan: Plan) -> Plan:
+    """The plan with what second-order methods need where there are few gradients."""
+    return replace(plan, setting=replace(plan.setting, **SECOND_ORDER))
 
 
 def setup() -> Setup:

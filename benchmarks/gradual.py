@@ -1,10 +1,10 @@
 """Gradual pruning of DeiT-Tiny to 90 % with recovery: top-1 at 50, 60, 75, 80 and 90 %, all methods trained alike.
 
-After each step, some batches of Imagenette's 3000 training images, AdamW, the rate falling from 2e-4 to 1e-5 as a line
-anew after each step (cyclic), or as one cosine over the whole run; scores from 256 of the training images, taken again
-from the current weights at each step. Top-1 on Imagenette's validation images, over all 1000 classes, after the last
-batch: no step is chosen by it. Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/gradual.json and
-docs/results/gradual.md.
+After each step, some batches of Imagenette's 3000 training images, AdamW, the rate falling from 2e-4 to 1e-5 as a
+line anew after each step (cyclic), or as one cosine over the whole run; scores from 256 of the training images, taken
+again from the current weights at each step, with score.damp 4e-6 (oneshot.md). Top-1 on Imagenette's validation
+images, over all 1000 classes, after the last batch: no step is chosen by it. Needs VITPRUNE_REAL_DATA. Writes
+benchmarks/results/gradual.json and docs/results/gradual.md.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from cuts import damped
 from harness import Row, arguments, real_data, write_results, write_table
 from peers import load_dense
 from recovery import images_of, top1_of
@@ -100,7 +101,7 @@ def pruned(job: Job) -> list[Point]:
     budget, model, memory = job.budget, load_dense(job.real).to(job.device), Memory()
     table = images_of(job.real, "train", budget.augment)
     steps = Schedule(steps=list(budget.sparsities))
-    plan = plan_for(job.method, budget.sparsities[-1], cycles=len(budget.sparsities), schedule=steps)
+    plan = damped(plan_for(job.method, budget.sparsities[-1], cycles=len(budget.sparsities), schedule=steps))
     points: list[Point] = []
     start = time.perf_counter()
     for cycle in compress(model, plan, calibration(job)):

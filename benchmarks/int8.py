@@ -1,9 +1,10 @@
 """INT8 of DeiT-Tiny after pruning half of its weights, no training: what calibration costs, what stays zero.
 
-Post-training quantization of the ONNX export: weights per channel and symmetric, inputs of layers with weights in
-8 bits, all else in float. Calibrated on 128 Imagenette training images, evaluated on all 800 of imagenet-val-800 by
+Post-training quantization of the ONNX export: weights per channel and symmetric, inputs of layers with weights in 8
+bits, all else in float. Calibrated on 128 Imagenette training images, evaluated on all 800 of imagenet-val-800 by
 onnxruntime, which also runs the file in float. "agrees" counts images with the same answer as in float. Methods that
-look at images prune by rows 600..799 of the 800; the promise is of the pruned models.
+look at images prune by rows 600..799 of the 800, with score.damp 4e-6 (oneshot.md); the promise is of the pruned
+models.
 Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/int8.json and docs/results/int8.md.
 """
 
@@ -12,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from cuts import load_images
+from cuts import damped, load_images
 from harness import Row, arguments, real_data, write_results, write_table
 
 from vitprune import data, models, plan_for
@@ -47,7 +48,7 @@ def main() -> None:
     rows, table = [], []
     for method, sparsity, variants in CASES[: 1 if quick else None]:
         model = copy.deepcopy(dense)
-        for _ in compress(model, plan_for(method, sparsity), seen) if sparsity else ():
+        for _ in compress(model, damped(plan_for(method, sparsity)), seen) if sparsity else ():
             pass
         for variant, facts in measured(model, variants[: 1 if quick else None], given, batches).items():
             off = facts["int8"] - facts["float"]

@@ -11,14 +11,13 @@ Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/oneshot.json and docs/result
 
 from pathlib import Path
 
-from cuts import Entry, Goal, lines, measure, rows, setup
+from cuts import SECOND_ORDER, Entry, Goal, lines, measure, rows, setup
 from harness import RESULTS, Row, arguments, real_data, write_results, write_table
 
 from vitprune.evaluate import accuracy
 
 ROOT = Path(__file__).parent.parent
 DENSE_ALL, TOLERANCE = 81.1, 0.2
-SETTING = {"gradients": 200, "damp": 4e-6}
 
 GOALS = (
     Goal("30 %", {"weight": 0.3}),
@@ -56,7 +55,7 @@ def main() -> None:
         sorted(entries, key=lambda entry: -ENTRIES.index(entry) if not quick else 0),
         goals,
         RESULTS / f"oneshot{'-quick' * quick}-notes.jsonl",
-        SETTING,
+        SECOND_ORDER,
     )
     case = setup()
     everything = accuracy(case.dense, [*case.held_out, *case.calibration])[0]["top1"]

@@ -1,8 +1,9 @@
 """Structured pruning, then single weights: DeiT-Tiny at 0.7x MACs, half of what is left at zero, no training.
 
-First units (`unit-obs` or `upvits-refit`, corrected), then weights of the cut model by one of the second-order methods,
-whose update and correction see the dense answers and the cut model's inputs. Calibration on rows 600..799, evaluation
-on rows 0..599 of imagenet-val-800. MB: the checkpoint as it is, and packed by zlib, which is what zeros save on disk.
+First units (`unit-obs` or `upvits-refit`, corrected), then weights of the cut model by one of the second-order
+methods, whose update and correction see the dense answers and the cut model's inputs; score.damp is 4e-6
+(oneshot.md). Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800. MB: the checkpoint as it
+is, and packed by zlib, which is what zeros save on disk.
 Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/stacked.json and docs/results/stacked.md.
 """
 
@@ -12,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuts import Setup, corrected, setup
+from cuts import Setup, corrected, damped, setup
 from harness import Row, arguments, real_data, write_results, write_table
 from torch import nn
 
@@ -73,7 +74,7 @@ def pruned(case: Setup, wanted: Case) -> nn.Module:
     """The dense model cut, its weights set to zero, and corrected after either."""
     model = copy.deepcopy(case.dense)
     plans = [plan_for(wanted.units, None, target={"macs": MACS})] if wanted.units else []
-    plans += [plan_for(wanted.weights, SPARSITY)] if wanted.weights else []
+    plans += [damped(plan_for(wanted.weights, SPARSITY))] if wanted.weights else []
     for plan in plans:
         for _ in compress(model, plan, case.calibration):
             corrected(case, model)

@@ -1,6 +1,8 @@
 """What the documents show works, and what they point to is there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,12 @@ def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     exec(code.replace('_224", pretrained=True)', '_224")'), example)
     plain = timm.create_model("local-dir:smaller", pretrained=True)
     assert plain.blocks[0].mlp.fc1.out_features == 576  # three quarters of 768
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    command = [sys.executable, str(REPOSITORY / "benchmarks/figures.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_decision_is_in_the_list() -> None:

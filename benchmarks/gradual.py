@@ -24,8 +24,9 @@ from recovery import images_of, top1_of
 from vitprune import METHODS, data, plan_for
 from vitprune.compress import compress
 from vitprune.data.loaders import batch_count, train_batches
+from vitprune.optimizers import Memory, Span
 from vitprune.params import Schedule, Train
-from vitprune.train import Held, Memory, Span, classification, train
+from vitprune.train import Held, classification, train
 
 ROOT = Path(__file__).parent.parent
 SPARSITIES = (0.5, 0.6, 0.75, 0.8, 0.9)

@@ -16,17 +16,18 @@ from safetensors.torch import load_file
 from test_sharding import ONE_THREAD
 from tiny_models import batches, random_masks, state, tiny
 from torch import Tensor, nn
-from training_worker import CASES, trained
+from training_worker import CASES, answers, trained
 
 from vitprune import BadInput, data, find_groups, zero
 from vitprune import train as training
 from vitprune.engine import shared
 from vitprune.errors import Interrupted
-from vitprune.params import Train
+from vitprune.params import Train, load
 from vitprune.team import Team
 from vitprune.train import Held, classification, train
 
 HERE = Path(__file__).parent
+HELD = ("adamw", "momentum", "sgd", "lamb", "nadamw", "lion")
 
 
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -41,6 +42,9 @@ def test_several_processes_take_the_steps_of_one(tmp_path: Path, processes: int)
     assert [json.loads((tmp_path / f"size-{rank}.json").read_text()) for rank in range(processes)] == [
         processes
     ] * processes
+    asked = [load_file(tmp_path / f"answers-{rank}.safetensors")["answers"] for rank in range(processes)]
+    assert asked[0].shape == (27, 7)
+    assert all(torch.equal(found, answers()) for found in asked)
     for name, settings in CASES.items():
         alone = trained(settings | {"accumulate": 1}, taught=name == "all")
         files = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(processes)]
@@ -49,6 +53,7 @@ def test_several_processes_take_the_steps_of_one(tmp_path: Path, processes: int)
             assert furthest(step, together) < 1e-9, (name, number)
             assert all(torch.equal(file[f"{number}/{key}"], together[key]) for file in files for key in step)
         assert furthest(alone[0], alone[-1]) > 1e-3
+        assert len(alone) == {"patience": 3}.get(name, 2) * 3 + 1
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 4, 100])
@@ -119,9 +124,18 @@ def test_float16_is_refused_on_a_cpu(vit: nn.Module) -> None:
         train(classification(vit), lambda epoch: batches(vit), 2, Train(epochs=1, lr=0.01, amp="float16"), 0, print)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "sgd"])
+@pytest.mark.parametrize("optimizer", HELD)
 @pytest.mark.parametrize(
-    "more", [{}, {"clip": 0.05}, {"ema": 0.9}, {"accumulate": 3}, {"clip": 0.05, "ema": 0.9, "accumulate": 2}], ids=str
+    "more",
+    [
+        {},
+        {"clip": 0.05},
+        {"ema": 0.9},
+        {"accumulate": 3},
+        {"clip": 0.05, "ema": 0.9, "accumulate": 2},
+        {"ema": 0.9, "layer_decay": 0.7, "checkpointing": True, "channels_last": True},
+    ],
+    ids=str,
 )
 def test_a_pruned_weight_is_zero_after_every_step_and_in_the_average(
     vit: nn.Module, monkeypatch: pytest.MonkeyPatch, optimizer: str, more: dict[str, Any]
@@ -161,6 +175,14 @@ def test_a_pruned_weight_is_zero_after_every_step_and_in_the_average(
     exact(vit)
 
 
+def test_the_optimizers_of_all_recipes_are_among_those_that_are_watched() -> None:
+    found = set()
+    for path in (HERE.parent / "recipes").glob("*.yaml"):
+        params = load(path)
+        found |= {r.optimizer for r in (params.dense.train, params.prune.recover, params.distill.train) if r}
+    assert {"adamw", "momentum"} <= found <= set(HELD)
+
+
 def deadly(row: int) -> bytes:
     """Reads no image, and is killed for it."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -175,6 +197,16 @@ def test_a_worker_that_is_killed_is_told_and_asks_for_another_attempt() -> None:
     with pytest.raises(Interrupted, match=told) as lost:
         list(data.train_batches(table, 4, 0, 0, workers=1))
     assert lost.value.code == 75
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_an_image_that_cannot_be_decoded_while_training_is_named(workers: int) -> None:
+    transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
+    table = data.ImageTable(("a/b.jpg",), torch.zeros(1, dtype=torch.int64), transform, lambda row: b"none", None)
+    told = r"^a/b.jpg: is as the manifest says, but Pillow cannot decode it here; run `vitprune dataset` again$"
+    with pytest.raises(BadInput, match=told):
+        list(data.train_batches(table, 4, 0, 0, workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

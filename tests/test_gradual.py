@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vitprune
 from vitprune import METHODS, find_groups, models, plan_for, stages, zero
-from vitprune import train as training
+from vitprune import optimizers as optimizing
 from vitprune.compress import compress
 from vitprune.criteria import Importance, Setting
 from vitprune.criteria import weights as by_weights
@@ -32,13 +32,13 @@ STEPS = [0.5, 0.6, 0.75, 0.9]
 def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every optimizer that training makes."""
     made: list[Any] = []
-    create: Callable[..., Any] = training.create_optimizer_v2
+    create: Callable[..., Any] = optimizing.create_optimizer_v2
 
     def watched(model: nn.Module, name: str, **more: float) -> Any:
         made.append(create(model, name, **more))
         return made[-1]
 
-    monkeypatch.setattr(training, "create_optimizer_v2", watched)
+    monkeypatch.setattr(optimizing, "create_optimizer_v2", watched)
     return made
 
 

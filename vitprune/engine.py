@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from vitprune.errors import BadInput
 from vitprune.params import Train
@@ -31,8 +32,11 @@ class Engine:
     def __init__(self, task: Any, optimizer: Any, recipe: Train, mates: Team, accelerator: Any):
         self._module, self._mates, self._accelerator = task.trainable_module, mates, accelerator
         self._task = accelerator.prepare_model(task, device_placement=False)
+        self._forward, self._compiled = self._task, recipe.compile
+        if recipe.compile:
+            self._forward = torch.compile(self._task)
         self._optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-        self._most = math.inf if recipe.clip is None else recipe.clip
+        self._most = recipe.clip
         self.parts = recipe.accumulate
 
     @property
@@ -40,8 +44,10 @@ class Engine:
         """What scales the loss in float16; None in other precisions."""
         return self._accelerator.scaler
 
-    def step(self, images: Tensor, labels: Tensor, hold: Callable[[], None], where: str) -> tuple[float, float]:
+    def step(self, batch: tuple[Tensor, ...], hold: Callable[[], None], where: str) -> tuple[float, float]:
         """Take one step on this process's share of a batch; returns the whole batch's loss and its gradient's norm.
+
+        A batch is what the task takes: images first, then labels and what else belongs to each image.
 
         `hold` is called on the gradients of the whole batch, before their norm counts. Where one of the two is not
         finite the step is not taken; float16 goes on with a smaller scale.
@@ -49,50 +55,66 @@ class Engine:
         Raises:
             BadInput: memory does not suffice for one image at a time, or for the share of one of several processes.
         """
-        total = int(self._mates.total(torch.tensor(len(images))))
-        loss = self._passes(images, labels, total, where)
-        value = float(self._mates.total(loss))
+        total = int(self._mates.total(torch.tensor(len(batch[0]))))
+        loss = self._mates.total(self._passes(batch, total, where))
         hold()
-        norm = float(self._accelerator.clip_grad_norm_(self._module.parameters(), self._most))
+        value, norm = torch.stack([loss, self._norm().to(loss)]).tolist()  # one wait for the device
         if math.isfinite(value) and (math.isfinite(norm) or self.scaler is not None):
             self._optimizer.step()
             norm = 0.0 if self.scaler is not None and not math.isfinite(norm) else norm
         return value, norm
 
-    def _passes(self, images: Tensor, labels: Tensor, total: int, where: str) -> Tensor:
+    def _norm(self) -> Tensor:
+        """The norm () of the gradients of the whole batch; where it is clipped, they are."""
+        if self._most is not None:
+            return torch.as_tensor(self._accelerator.clip_grad_norm_(self._module.parameters(), self._most))
+        self._accelerator.unscale_gradients()
+        return get_total_norm([p.grad for p in self._module.parameters() if p.grad is not None])
+
+    def _passes(self, batch: tuple[Tensor, ...], total: int, where: str) -> Tensor:
         """Gradients of the mean loss of the whole batch; returns what this share adds to it (), float64."""
         random = {"cpu": torch.get_rng_state()}
-        if images.device.type == "cuda":
+        if batch[0].device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
         while True:
             try:
-                return self._backward(images, labels, total)
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                return self._backward(batch, total)
+            except Exception as error:
+                memory, told = _out_of_memory(error), str(error).strip().partition("\n")[0]
+                if not memory and not self._compiled:
                     raise
-                told = str(error).partition("\n")[0]
             self._optimizer.zero_grad(set_to_none=True)
-            self._smaller(len(images), where, told)
+            if memory:
+                self._smaller(len(batch[0]), where, told)
+            else:
+                self._eager(where, told)
             for kind, state in random.items():
                 set_random(kind, state)
 
-    def _backward(self, images: Tensor, labels: Tensor, total: int) -> Tensor:
+    def _backward(self, batch: tuple[Tensor, ...], total: int) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
-        value = torch.zeros((), dtype=torch.float64)
-        if not len(images):  # a share without images waits for the others at the same place
-            images, labels = images.new_zeros((1, *images.shape[1:])), labels.new_zeros((1, *labels.shape[1:]))
-            pieces = [(images, labels, 0.0)]
+        value = torch.zeros((), dtype=torch.float64, device=batch[0].device)
+        if not len(batch[0]):  # a share without images waits for the others at the same place
+            pieces = [(tuple(given.new_zeros((1, *given.shape[1:])) for given in batch), 0.0)]
         else:
-            parts = min(self.parts, len(images))
-            split = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-            pieces = [(x, y, len(x) / total) for x, y in split]
-        for number, (x, y, share) in enumerate(pieces):
+            parts = min(self.parts, len(batch[0]))
+            split = zip(*(given.tensor_split(parts) for given in batch), strict=True)
+            pieces = [(piece, len(piece[0]) / total) for piece in split]
+        for number, (piece, share) in enumerate(pieces):
             last = number == len(pieces) - 1
             with nullcontext() if last else self._accelerator.no_sync(self._task):
-                loss = self._task(x, y)["loss"]
+                loss = self._forward(*piece)["loss"]
                 self._accelerator.backward(loss * (share * self._mates.size))  # the processes' mean is taken
-            value += loss.detach().double().cpu() * share
+            value += loss.detach().double() * share
         return value
+
+    def _eager(self, where: str, told: str) -> None:
+        if self._mates.size > 1:
+            raise BadInput(
+                f"{where}: train.compile failed in one of {self._mates.size} processes ({told}); set it to false"
+            )
+        self._forward, self._compiled = self._task, False
+        print(f"{where}: train.compile failed ({told}); going on without it", file=sys.stderr)
 
     def _smaller(self, images: int, where: str, told: str) -> None:
         if self._mates.size > 1:
@@ -127,6 +149,8 @@ def engine(task: Any, optimizer: Any, recipe: Train, device: torch.device, mates
             raise BadInput(f"VITPRUNE_LAUNCH: starts {accelerator.distributed_type.value}; use plain torchrun")
         yield Engine(task, optimizer, recipe, mates, accelerator)
     finally:
+        if recipe.compile:
+            torch.compiler.reset()  # what was compiled for this training is of no use to the next one
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 

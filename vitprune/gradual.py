@@ -13,13 +13,13 @@ from vitprune.choosing import groups_for
 from vitprune.compress import After, Cycle, compress
 from vitprune.cycles import MASKS, read_statistics, write_cycle
 from vitprune.groups import Group, Scores
+from vitprune.optimizers import Memory
 from vitprune.params import Params
 from vitprune.plans import Plan, plan_of
 from vitprune.records import History
 from vitprune.resume import Saved
 from vitprune.runs import OUT, Workplace
 from vitprune.snapshot import Snapshot, packed, unpacked
-from vitprune.train import Memory
 
 MODEL, CYCLES = "model", OUT / "cycles"
 Measured = dict[str, float]

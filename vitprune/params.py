@@ -48,6 +48,11 @@ class Train(Section):
     `ema` the decay, step by step, of the average of the weights that the run ends with; 0 is without any of them.
     `amp` runs the passes in bfloat16 (true) or in float16, whose loss is scaled. A batch goes through in `accumulate`
     parts, each process's share of it if there are several; batch_size is the whole.
+    `layer_decay` gives a layer that share of the rate of the layer above it. `checkpointing` computes blocks again in
+    the backward pass instead of keeping what they computed: less memory, more time, the same numbers. `compile` has
+    torch.compile make code of the passes, and goes on without where it fails; `channels_last` stores images and
+    convolutions that way. `patience` ends the run after so many epochs without a better top-1 of the training weights
+    on the eval split, the one that is reported; weights are those of the last epoch, and rates fall as if it went on.
     """
 
     epochs: Count
@@ -72,6 +77,11 @@ class Train(Section):
     ema: Fraction = 0.0
     amp: bool | Literal["bfloat16", "float16"] = False
     accumulate: Count = 1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    patience: Count | None = None
 
     @property
     def mixes(self) -> bool:
@@ -169,13 +179,23 @@ class Distill(Section):
     """Fine-tuning by the dense model: cross-entropy + alpha * distance from it; none where train is null.
 
     The distance is the KL divergence of logits at a temperature, or the mean squared error of the features before the
-    head, which has no temperature.
+    head, which has no temperature. `cache` asks the dense model once for every image and keeps the answers in memory;
+    images that are augmented or mixed differ from epoch to epoch, and it is refused.
     """
 
     kind: Literal["logits", "features"] = "logits"
     alpha: Annotated[float, Field(ge=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    cache: bool = False
     train: Train | None = None
+
+    @model_validator(mode="after")
+    def _always_alike(self) -> Self:
+        t = self.train
+        if self.cache and t is not None and (t.augment != "none" or t.mixes):
+            key = "augment" if t.augment != "none" else "mixup" if t.mixup else "cutmix"
+            raise ValueError(f"no cache: train.{key} shows an image differently in every epoch; give up one of the two")
+        return self
 
 
 class Evaluate(Section):

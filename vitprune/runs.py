@@ -1,7 +1,7 @@
 """What stages do with a project's images: open a split for a model, evaluate on it, train on it, recover on it."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitprune import data, resume, tables
 from vitprune.compress import Cycle
 from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluate import accuracy
+from vitprune.optimizers import Memory, Span
 from vitprune.params import Params, Train
 from vitprune.plans import Plan
 from vitprune.records import History
 from vitprune.resume import Shelf
 from vitprune.saving import Saver, stopping
+from vitprune.teaching import Recalling, ask, with_answers
 from vitprune.team import ALONE, Team
-from vitprune.train import Held, Memory, Span, classification, train
+from vitprune.train import Epochs, Held, classification, train
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, KEPT = Path("out"), Path(".vitprune/resume")  # the latter outside of what DVC empties before a stage
@@ -129,8 +131,11 @@ def fit(
     evaluate: Evaluate | None = None,
     part: Part | None = None,
     mates: Team = ALONE,
+    recalls: bool = False,
 ) -> None:
     """Train a task's model on the train images; what is on the shelf of the same training is gone on from.
+
+    With `recalls` it is a task of distillation whose teacher is asked once, before all steps.
 
     Raises:
         BadInput: as of `train`; where a loss is not finite, it names the images.
@@ -141,7 +146,7 @@ def fit(
     seed = params.seed if cycle is None else params.seed + 1000 * cycle
     steps = data.batch_count(len(table), recipe.batch_size)
     span = part.span(recipe, steps) if part else None
-    own, workers = (mates.rank, mates.size), data_workers()
+    workers = data_workers()
     with stopping() as asked:
         saver = Saver(shelf, lambda: history.rows, asked, mates)
         saver.reserve(task.trainable_module)
@@ -149,10 +154,11 @@ def fit(
         if saver.begun is not None:
             history.restore(saver.rows)
 
-        def batches(epoch: int) -> Iterator[data.Batch]:
-            begin, share = begun["done"] if epoch == begun["epoch"] else 0, (0, 1) if recipe.mixes else own
-            return data.train_batches(table, recipe.batch_size, seed, epoch, workers, recipe.repeats, begin, share)
-
+        answers = None
+        if recalls:
+            answers = ask(task, params.distill, data.eval_batches(table, recipe.batch_size, workers), mates)
+            task = Recalling(task)
+        batches = _epochs(table, recipe, seed, begun, mates, answers)
         add = partial(history.add, cycle=cycle)
         evaluate = evaluate if mates.rank == 0 else None
         try:
@@ -160,6 +166,23 @@ def fit(
         except NotFinite as error:
             ids = data.batch_ids(table, recipe.batch_size, seed, error.epoch, error.number, recipe.repeats)
             raise BadInput(f"{error}; its images: {_listed(ids)}{saver.told}") from None
+
+
+def _epochs(
+    table: data.ImageTable, recipe: Train, seed: int, begun: Mapping[str, int], mates: Team, answers: Tensor | None
+) -> Epochs:
+    """The batches of each epoch, of the first one those that are left; with the answers to its images, if there are."""
+    workers, share = data_workers(), (0, 1) if recipe.mixes else (mates.rank, mates.size)
+    size, repeats = recipe.batch_size, recipe.repeats
+
+    def batches(epoch: int) -> Iterable[tuple[Tensor, ...]]:
+        begin = begun["done"] if epoch == begun["epoch"] else 0
+        found = data.train_batches(table, size, seed, epoch, workers, repeats, begin, share)
+        if answers is None:
+            return found
+        return with_answers(found, answers, data.batch_rows(table, size, seed, epoch, repeats, begin, share))
+
+    return batches
 
 
 def data_workers() -> int:

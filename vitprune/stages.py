@@ -161,7 +161,8 @@ def distill(params: Params) -> None:
         if settings.train is not None:
             task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
             held, shelf = _held_at_end(teacher, params), place.shelf("training")
-            runs.fit(task, settings.train, params, history, shelf, held, evaluate, mates=mates)
+            recalls = settings.cache
+            runs.fit(task, settings.train, params, history, shelf, held, evaluate, mates=mates, recalls=recalls)
         if mates.rank:
             return
         history.close(PLOTS / "distill.csv")

@@ -1,14 +1,13 @@
 """The one training loop, for dense training, recovery and distillation; pruned weights stay at zero."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -19,15 +18,16 @@ from vitprune.errors import BadInput, NotFinite
 from vitprune.families.dropping import stochastic_depth
 from vitprune.groups import Group, Masks, zero
 from vitprune.losses import CrossEntropy
+from vitprune.optimizers import Span, optimizer_for, rates, remembering, set_rate
 from vitprune.params import Distill, Train
+from vitprune.passes import arranged, placed
 from vitprune.progress import track
-from vitprune.schedule import rate
 from vitprune.snapshot import Saving, Standing
 from vitprune.team import ALONE, Team
 
-Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> its batches, the same each time it is asked
-Memory = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it
+Epochs = Callable[[int], Iterable[tuple[Tensor, ...]]]  # epoch -> its batches, the same each time it is asked
 Record = Callable[[dict[str, float]], None]
+Pair = tuple[nn.Parameter, Tensor]  # and what of it is held at zero
 APART = 1_000_003  # between the seeds of two processes, whose random numbers are their own
 
 
@@ -39,30 +39,28 @@ class Held:
     masks: Masks
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where a training stands in a gradual run: steps before it, steps of all cycles, and what the optimizer knew.
-
-    The rate falls once over all the steps. `memory`, if there is one, is taken up and then replaced by what is known
-    at the end.
-    """
-
-    before: int
-    total: int
-    memory: Memory | None = None
-
-
 @dataclass
 class _Counters:
-    """Where a training stands: whole epochs and steps done, the losses of the epoch that runs, parts of a batch."""
+    """Where a training stands: whole epochs and steps done, the losses of the epoch that runs, parts of a batch.
+
+    `best` is the highest top-1 after an epoch so far, and `since` the epochs that came after it.
+    """
 
     epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)
     parts: int = 1
+    best: float | None = None
+    since: int = 0
 
     def noted(self) -> dict[str, Any]:
         return asdict(self) | {"done": len(self.losses)}
+
+    def waited(self, top1: float) -> int:
+        """Epochs without a better top-1, this one included."""
+        better = self.best is None or top1 > self.best
+        self.best, self.since = (top1, 0) if better else (self.best, self.since + 1)
+        return self.since
 
 
 def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
@@ -143,36 +141,53 @@ def train(
     falls over this training, or over the `span` that it is a part of. With `saving` it is kept while it runs, and goes
     on where that begins: of the epoch that was broken off, `epochs` gives the batches that are left then. Several
     processes take the steps of one: `epochs` gives each its share of a batch, or all of it where the recipe mixes.
+    With `patience` it ends after so many epochs whose `evaluate` gave no better top-1 than one before; the weights are
+    those of the last epoch all the same.
 
     Raises:
-        BadInput: an unknown optimizer, or nothing to train on.
+        BadInput: an unknown optimizer, nothing to train on, or the recipe asks for what the model cannot do.
         NotFinite: a loss or gradient that is not finite; the last step is not taken.
         Interrupted: it was kept because it was asked to stop.
     """
     model, pruned = task.trainable_module, task.get_eval_model()  # the task may train more than the model
     task = task.to(device := next(model.parameters()).device)
-    optimizer, rate_at = _optimizer(model, recipe), _rates(recipe, steps, span)
-    mix, hold = _mixer(task, recipe, generator := np.random.default_rng(seed), mates), _holder(pruned, held)
+    optimizer, rate_at = optimizer_for(model, pruned, recipe), rates(recipe, steps, span)
+    mix, pairs = _mixer(task, recipe, generator := np.random.default_rng(seed), mates), _pairs(pruned, held)
+    hold = _holder(pairs)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    kept = _remembering(optimizer, pruned, span.memory if span else None, held)
+    kept = remembering(optimizer, pruned, span.memory if span else None, held.masks if held else {})
     dropping, averaging = stochastic_depth(pruned, recipe.drop_path), _averaging(pruned, recipe.ema)
-    with forked, kept, dropping, averaging as average, engine(task, optimizer, recipe, device, mates) as motor:
+    running, arrangement = engine(task, optimizer, recipe, device, mates), arranged(task, recipe)
+    with forked, kept, dropping, arrangement, averaging as average, running as motor:
         torch.manual_seed(seed + APART * mates.rank)
         standing = Standing(model, optimizer, average, generator, motor.scaler, mates)
-        settle, at = _settler(pruned, average, held), _go_on(standing, saving, motor)
+        settle, at = _settler(pairs, pruned, average), _go_on(standing, saving, motor)
         for epoch in track(range(at.epoch, recipe.epochs), name, recipe.epochs, at.epoch):
             task.train()
-            for images, labels in epochs(epoch):
-                _set_rate(optimizer, rate_at(at.step))
-                at.losses.append(_step(motor, mix(images.to(device), labels.to(device)), name, hold, at))
+            for images, labels, *more in epochs(epoch):
+                set_rate(optimizer, rate_at(at.step))
+                batch = mix(placed(images, device, recipe), labels.to(device))
+                at.losses.append(_step(motor, (*batch, *(given.to(device) for given in more)), name, hold, at))
                 at.step += 1
                 settle(at.step)
                 if saving is not None and saving.due():
                     saving.write(standing.taken(at.noted()))
             row = {"epoch": epoch + 1, "step": at.step, "loss": _mean(at.losses, name), "lr": rate_at(at.step - 1)}
             row |= {"micro_batches": at.parts} if at.parts != recipe.accumulate else {}  # memory did not suffice
-            record(row | (evaluate() if evaluate is not None else {}))
+            measured = evaluate() if evaluate is not None else {}
+            record(row | measured)
             at.epoch, at.losses = epoch + 1, []
+            if recipe.patience is not None and mates.told(_enough(at, measured, recipe.patience, mates)):
+                break
+
+
+def _enough(at: _Counters, measured: Mapping[str, float], patience: int, mates: Team) -> int:
+    """Whether the first process has waited long enough; only it measures."""
+    if mates.rank:
+        return 0
+    if "top1" not in measured:
+        raise BadInput("train.patience: nothing measures top-1 after an epoch here; set it to null")
+    return int(at.waited(measured["top1"]) >= patience)
 
 
 def _go_on(standing: Standing, saving: Saving | None, motor: Engine) -> _Counters:
@@ -194,29 +209,37 @@ def _averaging(model: nn.Module, decay: float) -> Iterator[ModelEmaV3 | None]:
         model.load_state_dict(average.module.state_dict())
 
 
-def _settler(model: nn.Module, average: ModelEmaV3 | None, held: Held | None) -> Callable[[int], None]:
+def _settler(pairs: Sequence[Pair], model: nn.Module, average: ModelEmaV3 | None) -> Callable[[int], None]:
     """What is done after each step: zeros are zeros again, and the average moves."""
 
+    @torch.no_grad()
     def settle(step: int) -> None:
-        if held is not None:
-            zero(model, held.groups, held.masks)
+        for parameter, gone in pairs:
+            parameter.masked_fill_(gone, 0)
         if average is not None:
             average.update(model, step)
 
     return settle
 
 
-def _holder(model: nn.Module, held: Held | None) -> Callable[[], None]:
+def _pairs(model: nn.Module, held: Held | None) -> list[Pair]:
+    """Each parameter of which something is held at zero, and what: on its device, since every step asks for it.
+
+    Raises:
+        BadInput: a mask does not fit the model.
+    """
+    if held is None:
+        return []
+    zero(model, held.groups, held.masks)
+    named = [(model.get_parameter(group.name), held.masks[group.name]) for group in held.groups]
+    return [(parameter, ~mask.view_as(parameter).to(parameter.device)) for parameter, mask in named]
+
+
+def _holder(pairs: Sequence[Pair]) -> Callable[[], None]:
     """What is done to gradients before they count: those of held weights become zero.
 
     Else they would be in the norm that clips those of the others, and in what the optimizer remembers.
     """
-    if held is None:
-        return lambda: None
-    pairs = []
-    for group in held.groups:
-        parameter = model.get_parameter(group.name)
-        pairs.append((parameter, ~held.masks[group.name].view_as(parameter).to(parameter.device)))
 
     def hold() -> None:
         for parameter, gone in pairs:
@@ -226,49 +249,10 @@ def _holder(model: nn.Module, held: Held | None) -> Callable[[], None]:
     return hold
 
 
-def _optimizer(model: nn.Module, recipe: Train) -> Any:
-    more = {} if recipe.eps is None else {"eps": recipe.eps}
-    try:
-        return create_optimizer_v2(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, **more)
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"train.optimizer {recipe.optimizer!r}: timm cannot make it ({error})") from None
-
-
-@contextmanager
-def _remembering(optimizer: Any, model: nn.Module, memory: Memory | None, held: Held | None) -> Iterator[None]:
-    """Start from what the optimizer knew, but of what is held by now, and keep what it knows at the end.
-
-    A parameter that has another shape by now starts anew.
-    """
-    named, masks = dict(model.named_parameters()), held.masks if held is not None else {}
-    for name, known in (memory or {}).items():
-        tensors = [value for value in known.values() if isinstance(value, Tensor) and value.dim()]
-        if name not in named or any(value.shape != named[name].shape for value in tensors):
-            continue
-        for value in tensors if name in masks else ():
-            value.masked_fill_(~masks[name].view_as(value).to(value.device), 0)
-        optimizer.state[named[name]].update(known)
-    yield
-    if memory is not None:
-        memory.clear()
-        memory.update({name: dict(optimizer.state[p]) for name, p in named.items() if p in optimizer.state})
-
-
 def _mean(losses: Sequence[float], name: str) -> float:
     if not losses:
         raise BadInput(f"{name}: there is no batch to train on; check the train split")
     return sum(losses) / len(losses)
-
-
-def _rates(recipe: Train, steps: int, span: Span | None) -> Callable[[int], float]:
-    """The learning rate of each step of a training of so many steps per epoch."""
-    whole, warmup = span or Span(0, recipe.epochs * steps), round(recipe.warmup_epochs * steps)
-    return lambda step: rate(whole.before + step, whole.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)
-
-
-def _set_rate(optimizer: Any, now: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = now
 
 
 def _mixer(task: Any, recipe: Train, generator: np.random.Generator, mates: Team) -> Mix:
@@ -280,9 +264,9 @@ def _mixer(task: Any, recipe: Train, generator: np.random.Generator, mates: Team
     return lambda images, labels: shared(*mix(images, labels), mates)
 
 
-def _step(motor: Engine, batch: tuple[Tensor, Tensor], name: str, hold: Callable[[], None], at: _Counters) -> float:
+def _step(motor: Engine, batch: tuple[Tensor, ...], name: str, hold: Callable[[], None], at: _Counters) -> float:
     where = f"{name}, epoch {at.epoch + 1}, step {at.step + 1}"
-    loss, norm = motor.step(*batch, hold, where)
+    loss, norm = motor.step(batch, hold, where)
     at.parts = motor.parts
     if not math.isfinite(loss):
         told = f"{where}: the loss is {loss}; lower the learning rate (lr) or check the images and the weights"

@@ -50,8 +50,19 @@ def test_corrupt_images_are_skipped_and_counted(tmp_path: Path, digits: data.Sou
     result = data.build_manifest(source, 0.25, 0, skip_limit=0.05)
     assert result.skipped == ["class3/13.jpg", "class5/25.jpg"]
     assert len(result.rows) == 38
-    with pytest.raises(BadInput, match=r"class3/13.jpg: cannot be decoded, like 2 of 40 .*skip_limit \(0.04\)"):
+    with pytest.raises(
+        BadInput, match=r"class3/13.jpg: cannot be decoded, like 2 of 40 .* \(class5/25.jpg\); .*skip_limit \(0.04\)"
+    ):
         data.build_manifest(source, 0.25, 0, skip_limit=0.04)
+
+
+def test_many_corrupt_images_are_named_up_to_eight(tmp_path: Path, digits: data.Source) -> None:
+    write_folder(tmp_path, digits, range(20))
+    for file in tmp_path.glob("*/*.jpg"):
+        file.write_bytes(b"")
+    told = r"cannot be decoded, like 20 of 20 images of folder:.* \(([^,]*, ){6}[^,]*jpg and 12 more\); mend or remove"
+    with pytest.raises(BadInput, match=told):
+        data.build_manifest(data.open_source(f"folder:{tmp_path}"), 0.25, 0, skip_limit=0.5)
 
 
 def test_a_flipped_bit_in_a_png_is_found(digits: data.Source) -> None:

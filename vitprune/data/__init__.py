@@ -7,7 +7,16 @@ from vitprune.data.augment import AUGMENTATIONS, Transform, data_config, example
 from vitprune.data.calibration import draw_calibration, load_calibration
 from vitprune.data.cutmix import cutmix
 from vitprune.data.images import decode
-from vitprune.data.loaders import Batch, ImageTable, batch_count, batch_ids, eval_batches, open_split, train_batches
+from vitprune.data.loaders import (
+    Batch,
+    ImageTable,
+    batch_count,
+    batch_ids,
+    batch_rows,
+    eval_batches,
+    open_split,
+    train_batches,
+)
 from vitprune.data.mixing import Mix, mixer
 from vitprune.data.parquet import open_parquet
 from vitprune.data.sources import Source, join, open_digits, open_folder
@@ -26,6 +35,7 @@ __all__ = [
     "Transform",
     "batch_count",
     "batch_ids",
+    "batch_rows",
     "build_manifest",
     "cutmix",
     "data_config",

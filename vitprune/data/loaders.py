@@ -48,10 +48,22 @@ class ImageTable:
         return len(self.ids)
 
     def image(self, row: int) -> torch.Tensor:
-        """Return the transformed image (C, H, W); draws from the global generators where the transform is random."""
+        """Return the transformed image (C, H, W); draws from the global generators where the transform is random.
+
+        Raises:
+            BadInput: it has changed since the manifest was made, or cannot be read or decoded any more.
+        """
         if self.tensors is not None:
             return self.tensors[row]
-        return self.transform.image(decode(self.read(row), self.transform.mode))
+        encoded = self.read(row)
+        try:
+            picture = decode(encoded, self.transform.mode)
+        except MemoryError:
+            raise
+        except Exception:  # each of Pillow's decoders has its own errors
+            told = f"{self.ids[row]}: is as the manifest says, but Pillow cannot decode it here"
+            raise BadInput(f"{told}; run `vitprune dataset` again") from None
+        return self.transform.image(picture)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +166,20 @@ def batch_ids(table: ImageTable, batch_size: int, seed: int, epoch: int, number:
     """The ids of the images of one batch of `train_batches`, counted from 0."""
     cut, _ = _epoch(table, batch_size, seed, epoch, repeats)
     return [table.ids[int(row) % len(table)] for row in cut[number]]
+
+
+def batch_rows(
+    table: ImageTable,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    repeats: int = 1,
+    begin: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> list[np.ndarray]:
+    """The rows of the table in the batches of `train_batches`, (B,) int64 each."""
+    cut, _ = _epoch(table, batch_size, seed, epoch, repeats)
+    return [np.array_split(rows, part[1])[part[0]] % len(table) for rows in cut[begin:]]
 
 
 def batch_count(images: int, batch_size: int) -> int:

@@ -15,6 +15,8 @@ from vitprune.data.sources import Source
 from vitprune.errors import BadInput
 from vitprune.progress import track
 
+NAMED = 8  # corrupt images that an error names
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -37,8 +39,10 @@ def build_manifest(source: Source, eval_fraction: float, seed: int, skip_limit: 
     digests = dict(zip(source.ids, _digests(source), strict=True))
     skipped = [image_id for image_id, found in digests.items() if found is None]
     if len(skipped) > skip_limit * len(source.ids):
+        others, more = ", ".join(skipped[1:NAMED]), len(skipped) - NAMED
+        also = f" ({others}{f' and {more} more' if more > 0 else ''})" if others else ""
         raise BadInput(
-            f"{skipped[0]}: cannot be decoded, like {len(skipped)} of {len(source.ids)} images of {source.spec}; "
+            f"{skipped[0]}: cannot be decoded, like {len(skipped)} of {len(source.ids)} images of {source.spec}{also}; "
             f"mend or remove them, or raise dataset.skip_limit ({skip_limit})"
         )
     native = source.splits or ("",) * len(source.ids)

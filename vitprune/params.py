@@ -143,6 +143,7 @@ class Prune(Section):
     of the sparsity; sparsities per kind are relative to each other then. What stays of every group is a multiple of
     `round_to`, one for all kinds that are widths or one per kind; `rules` hold for single groups.
     `correct` moves norms and biases once towards the dense answers, after each cycle and before its recovery.
+    `hold_zeros` holds the zeros of a checkpoint in the recovery; those of the plan's own weights are always held.
     """
 
     method: str
@@ -157,6 +158,7 @@ class Prune(Section):
     schedule: Literal["linear", "cubic"] | Schedule = "cubic"
     correct: bool = False
     recover: Train | None = None
+    hold_zeros: bool = True
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -169,13 +171,14 @@ class Distill(Section):
     """Fine-tuning by the dense model: cross-entropy + alpha * distance from it; none where train is null.
 
     The distance is the KL divergence of logits at a temperature, or the mean squared error of the features before the
-    head, which has no temperature.
+    head, which has no temperature. `hold_zeros` is as in `prune`.
     """
 
     kind: Literal["logits", "features"] = "logits"
     alpha: Annotated[float, Field(ge=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     train: Train | None = None
+    hold_zeros: bool = True
 
 
 class Evaluate(Section):

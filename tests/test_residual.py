@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from oracles import assert_fades
-from test_coverage import SMALL
+from small_models import SMALL
 from torch import nn
 
 from vitprune import BadInput, find_groups, load, save, shrink

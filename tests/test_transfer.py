@@ -15,12 +15,13 @@ from sklearn.datasets import load_digits
 from test_stages import ORDER, project_in
 
 import vitprune
-from vitprune import BadInput, stages
+from vitprune import BadInput, find_groups, shrink, stages
 from vitprune.families import structure
 from vitprune.files import digest
 from vitprune.params import Params
 from vitprune.report import write_report
-from vitprune.starts import start
+from vitprune.starts import held_from, start
+from vitprune.train import Held
 
 ROOT = Path(__file__).parent.parent
 RECIPE = yaml.safe_load((ROOT / "recipes/transfer_deit_tiny_folder.yaml").read_text())
@@ -103,13 +104,31 @@ def test_a_pruned_backbone_learns_other_classes(pruned, tmp_path, monkeypatch):
 
 def test_zeros_of_the_first_pruning_stay_and_it_can_be_pruned_further(pruned, tmp_path, monkeypatch):
     source = pruned("magnitude")
-    recipe = settings(source, prune__sparsity={"ffn": 0.25})
+    recipe = settings(source, prune__sparsity={"ffn": 0.25}, prune__recover=SHORT, distill__train=SHORT)
     found = run_all(tmp_path, recipe, monkeypatch)
     before, dense = (load_file(path / "model.safetensors") for path in (source, Path("out/dense")))
     names = [name for name in before if re.search(r"(qkv|proj|fc1|fc2)\.weight$", name) and "blocks" in name]
     assert sum(int((before[name] == 0).sum()) for name in names) == found["dense"]["held_weights"] > 10_000
     assert all(torch.equal(before[name] == 0, dense[name] == 0) for name in names)
     assert found["evaluate"]["kept"]["params"] < 0.95
+    begun = vitprune.load("out/dense")
+    groups = find_groups(begun, ["ffn"])
+    shrink(begun, groups, {name: mask.bool() for name, mask in load_file("out/cycles/01/masks.safetensors").items()})
+    for stage in ("prune", "distill"):
+        left = load_file(Path("out", stage, "model.safetensors"))
+        assert all(torch.equal(left[name] == 0, begun.get_parameter(name) == 0) for name in names)
+        assert not torch.equal(left[names[0]], begun.get_parameter(names[0]))
+
+
+def test_zeros_of_a_checkpoint_are_held_unless_they_may_grow(pruned):
+    params = Params.model_validate(settings(pruned("magnitude")))
+    model = start(params).model
+    weight, own = model.blocks[0].mlp.fc1.weight, Held([], {})
+    held = held_from(model, params, own, hold=True)
+    assert torch.equal(held.masks["blocks.0.mlp.fc1.weight"], weight != 0)
+    assert held_from(model, params, own, hold=False) is own
+    trained = params.model_copy(update={"dense": params.dense.model_copy(update={"start": "pretrained"})})
+    assert held_from(model, trained, own, hold=True) is own
 
 
 def test_the_new_classifier_is_of_the_seed(pruned):
@@ -146,12 +165,3 @@ def test_what_does_not_fit_the_checkpoint_is_named(change, told, pruned, tmp_pat
     (tmp_path / "data").mkdir()
     with pytest.raises(BadInput, match=f"^{told}"):
         start(Params.model_validate(settings(pruned("channel-magnitude"), **change)))
-
-
-@pytest.mark.parametrize("key", ["prune__recover", "distill__train"])
-def test_what_would_fill_zeros_is_refused(key, pruned):
-    source, told = pruned("magnitude"), key.replace("__", ".")
-    with pytest.raises(BadInput, match=f"^{told}: would fill the zeros of .*; set it to null, or prune single weights"):
-        start(Params.model_validate(settings(source, **{key: SHORT})))
-    weights = settings(source, **{key: SHORT}, prune__kinds=["weight"], prune__method="magnitude")
-    assert start(Params.model_validate(weights)).held is not None

@@ -20,6 +20,8 @@ from vitprune.records import History
 from vitprune.resume import Saved
 from vitprune.runs import OUT, Workplace
 from vitprune.snapshot import Snapshot, packed, unpacked
+from vitprune.starts import held_from
+from vitprune.train import Held
 
 MODEL, CYCLES = "model", OUT / "cycles"
 Measured = dict[str, float]
@@ -63,7 +65,10 @@ def run(params: Params, place: Workplace, history: History, first_scores: Callab
         if params.prune.recover is not None:
             shelf = place.shelf(f"{number:02d}-training", pruned.kept)
             place.mates.told(number)  # to those that follow
-            runs.recover(pruned.model, pruned.cycle, plan, params, history, shelf, evaluate, done.memory, place.mates)
+            held = _held(pruned.model, pruned.cycle, params)
+            runs.recover(
+                pruned.model, pruned.cycle, plan, params, history, shelf, held, evaluate, done.memory, place.mates
+            )
             measured = evaluate()
         scores = pruned.cycle.scores or first_scores()
         row = write_cycle(CYCLES, pruned.cycle, scores, pruned.model, pruned.measured["top1"], measured["top1"])
@@ -85,7 +90,13 @@ def follow(params: Params, place: Workplace, history: History) -> None:
         dense = models.load(OUT / "dense")
         cycle, model = _cycle(saved, number, groups_for(dense, plan)), models.load(saved.directory / MODEL)
         shelf = place.shelf(f"{number:02d}-training", saved.sha256)
-        runs.recover(model.to(runs.device()), cycle, plan, params, history, shelf, None, memory, place.mates)
+        model, held = model.to(runs.device()), _held(model, cycle, params)
+        runs.recover(model, cycle, plan, params, history, shelf, held, None, memory, place.mates)
+
+
+def _held(model: nn.Module, cycle: Cycle, params: Params) -> Held | None:
+    own = Held(cycle.held, cycle.masks) if cycle.held else None
+    return held_from(model, params, own, params.prune.hold_zeros)
 
 
 def _cycles(params: Params, plan: Plan, place: Workplace, done: Done, measure: Measure) -> Iterator[Pruned]:

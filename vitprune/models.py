@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitprune.checkpoints import FLOATS, FORMAT, Config, Entry, check_finite, check_fit, read_config, read_header
 from vitprune.data.augment import data_config
 from vitprune.errors import BadInput
-from vitprune.families import rebuild, structure, uniform_args
+from vitprune.families import Cut, cut_down, recut, structure, uniform_args
 from vitprune.files import replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -130,8 +130,10 @@ def load(directory: str | Path) -> nn.Module:
     header = read_header(path)
     with torch.device("meta"):
         frame = _dense(config, header)
-    check_fit(path, header, _cut(frame, config).state_dict(), type(frame).__name__)
-    model = _cut(_dense(config, header), config)
+    cuts = _cut(frame, config)
+    check_fit(path, header, frame.state_dict(), type(frame).__name__)
+    model = _dense(config, header)
+    recut(model, cuts)
     types = {FLOATS[entry.dtype] for entry in header.values() if entry.dtype in FLOATS}
     if types:
         model.to(types.pop())
@@ -160,7 +162,8 @@ def describe(directory: Path) -> Saved:
     with torch.device("meta"):
         frame = _dense(config, header)
     plain = not config.structure or structure(frame) == config.structure
-    check_fit(path, header, _cut(frame, config).state_dict(), type(frame).__name__)
+    _cut(frame, config)
+    check_fit(path, header, frame.state_dict(), type(frame).__name__)
     return Saved(config.architecture, config.pretrained_cfg, sum(p.numel() for p in frame.parameters()), plain)
 
 
@@ -203,9 +206,9 @@ def _dense(config: Config, header: Mapping[str, Entry]) -> nn.Module:
     return model
 
 
-def _cut(model: nn.Module, config: Config) -> nn.Module:
+def _cut(model: nn.Module, config: Config) -> list[Cut]:
     try:
-        return rebuild(model, config.structure)
+        return cut_down(model, config.structure)
     except BadInput as error:
         raise BadInput(f"{config.path}: vitprune.structure: {error}") from None
 

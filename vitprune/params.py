@@ -153,6 +153,7 @@ class Prune(Section):
     of the sparsity; sparsities per kind are relative to each other then. What stays of every group is a multiple of
     `round_to`, one for all kinds that are widths or one per kind; `rules` hold for single groups.
     `correct` moves norms and biases once towards the dense answers, after each cycle and before its recovery.
+    `hold_zeros` holds the zeros of a checkpoint in the recovery; those of the plan's own weights are always held.
     """
 
     method: str
@@ -167,6 +168,7 @@ class Prune(Section):
     schedule: Literal["linear", "cubic"] | Schedule = "cubic"
     correct: bool = False
     recover: Train | None = None
+    hold_zeros: bool = True
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -180,7 +182,7 @@ class Distill(Section):
 
     The distance is the KL divergence of logits at a temperature, or the mean squared error of the features before the
     head, which has no temperature. `cache` asks the dense model once for every image and keeps the answers in memory;
-    images that are augmented or mixed differ from epoch to epoch, and it is refused.
+    images that are augmented or mixed differ from epoch to epoch, and it is refused. `hold_zeros` is as in `prune`.
     """
 
     kind: Literal["logits", "features"] = "logits"
@@ -188,6 +190,7 @@ class Distill(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     cache: bool = False
     train: Train | None = None
+    hold_zeros: bool = True
 
     @model_validator(mode="after")
     def _always_alike(self) -> Self:

@@ -209,19 +209,20 @@ def recover(
     params: Params,
     history: History,
     shelf: Shelf,
+    held: Held | None,
     evaluate: Evaluate | None = None,
     memory: Memory | None = None,
     mates: Team = ALONE,
 ) -> None:
-    """Train a model that a cycle has pruned, as `prune.recover` says, for as long as its schedule says; zeros stay.
+    """Train a model that a cycle has pruned, as `prune.recover` says, for as long as its schedule says.
 
-    `memory` is what the optimizer knew after the cycle before, where the recipe keeps it; give all cycles the same one.
+    What is `held` stays zero. `memory` is what the optimizer knew after the cycle before, where the recipe keeps it;
+    give all cycles the same one.
     """
     recipe = params.prune.recover
     if recipe is None:
         return
     epochs = plan.epochs(recipe.epochs)
     own = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
-    held = Held(cycle.held, cycle.masks) if cycle.held else None
     part = Part(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
     fit(classification(model, recipe.smoothing), own, params, history, shelf, held, evaluate, part, mates)

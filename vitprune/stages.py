@@ -160,8 +160,8 @@ def distill(params: Params) -> None:
         history = History(OUT / "distill", "distill", mates.rank == 0)
         if settings.train is not None:
             task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
-            held, shelf = _held_at_end(teacher, params), place.shelf("training")
-            recalls = settings.cache
+            held = starts.held_from(model, params, _held_at_end(teacher, params), settings.hold_zeros)
+            shelf, recalls = place.shelf("training"), settings.cache
             runs.fit(task, settings.train, params, history, shelf, held, evaluate, mates=mates, recalls=recalls)
         if mates.rank:
             return

@@ -12,7 +12,6 @@ from vitprune.errors import BadInput
 from vitprune.families import find_groups
 from vitprune.files import digest
 from vitprune.params import Params
-from vitprune.plans import kinds_of
 from vitprune.train import Held
 
 
@@ -28,7 +27,7 @@ class Start:
 def start(params: Params) -> Start:
     """The model that `dense` begins with.
 
-    A checkpoint may be a directory of `save`, whose model is as it was pruned: its zeros are held, and where
+    The zeros of a checkpoint are held. It may be a directory of `save`, whose model is as it was pruned; where
     model.args.num_classes is another number it gets a new classifier, drawn from the seed.
 
     Raises:
@@ -43,8 +42,17 @@ def start(params: Params) -> Start:
     if checkpoint is not None and checkpoint.is_dir():
         return _pruned(checkpoint, params)
     model = models.create(params.model.name, params.model.args, params.seed, settings.start == "pretrained", checkpoint)
-    sha256 = digest(checkpoint) if checkpoint is not None else None
-    return Start(model, None, {"from": settings.start, "checkpoint_sha256": sha256})
+    held = _zeros(model) if checkpoint is not None else None
+    facts: dict[str, Any] = {"from": settings.start, "checkpoint_sha256": digest(checkpoint) if checkpoint else None}
+    return Start(model, held, facts | ({"held_weights": _count(held)} if checkpoint else {}))
+
+
+def held_from(model: nn.Module, params: Params, own: Held | None, hold: bool) -> Held | None:
+    """What a training of the pruned model holds at zero: what its plan removed, `own`, and what came as zero.
+
+    A model that began with a checkpoint inherits its zeros, those that no cut has taken; `hold` false lets them grow.
+    """
+    return _zeros(model) if hold and params.dense.start == "checkpoint" else own
 
 
 def _pruned(directory: Path, params: Params) -> Start:
@@ -60,8 +68,6 @@ def _pruned(directory: Path, params: Params) -> Start:
     if type(classes) is not int or classes < 1:
         raise BadInput(f"model.args.num_classes: {classes!r} is not a number of classes; give a whole number above 0")
     held = _zeros(model)
-    if held is not None:
-        _refuse_training_later(directory, params)
     facts: dict[str, Any] = {"from": "checkpoint", "checkpoint_sha256": digest(directory / models.WEIGHTS)}
     facts |= {"checkpoint_classes": model.num_classes, "held_weights": _count(held)}
     if classes != model.num_classes:
@@ -72,14 +78,6 @@ def _pruned(directory: Path, params: Params) -> Start:
             )
         _new_classifier(model, classes, params.seed)
     return Start(model, held, facts)
-
-
-def _refuse_training_later(directory: Path, params: Params) -> None:
-    """After `dense` only those zeros are held that the plan's own masks have."""
-    later = {"prune.recover": params.prune.recover, "distill.train": params.distill.train}
-    for key, recipe in later.items():
-        if recipe is not None and "weight" not in kinds_of(params):
-            raise BadInput(f"{key}: would fill the zeros of {directory}; set it to null, or prune single weights")
 
 
 def _new_classifier(model: Any, classes: int, seed: int) -> None:

@@ -22,6 +22,7 @@ from vitprune.families.decoder import groups as decoder_groups
 from vitprune.groups import KINDS, Group, cut_to
 
 Finder = Callable[[nn.Module, str], list[Group]]
+Cut = tuple[Group, tuple[int, ...]]
 
 FAMILIES: dict[type[nn.Module], Finder] = {  # those of which more is known than their parts
     VisionTransformer: vit.groups,
@@ -91,34 +92,59 @@ def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     """Cut a dense model to a recorded structure, in place; what its weights are afterwards does not matter.
 
     Raises:
-        BadInput: the structure names a group that the model does not have, or is larger than the model.
+        BadInput: as of `cut_down`.
     """
-    wanted = {name: tuple(shape) for name, shape in shapes.items()}
-    for kind in ("block", "head", "residual", "attention", "ffn"):
-        if not wanted or structure(model) == wanted:
-            break
-        for group in _cuttable(model, kind):
-            if kind == "head":
-                _cut_heads(model, group, wanted)
-            elif group.name in wanted:
-                cut_to(model, group, wanted[group.name])
-    found = structure(model)
-    lost = {name: shape for name, shape in wanted.items() if found.get(name) != shape}
-    if lost:
-        name, shape = next(iter(lost.items()))
-        raise BadInput(f"structure: {type(model).__name__} has no group {name} that could take the shape {list(shape)}")
+    cut_down(model, shapes)
     return model
 
 
-def _cut_heads(model: nn.Module, group: Group, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Cut whole heads where the recorded attention has fewer of them and none is wider (merged) than before."""
-    if group.name in wanted:  # its channels cannot be cut, so its heads are what was recorded
-        cut_to(model, group, wanted[group.name])
-        return
-    widths = {found.name: found.shape[1] for found in _cuttable(model, "attention")}
-    number, width = wanted[group.owner] if len(wanted.get(group.owner, ())) == 2 else (group.shape[0], 0)
-    if number < group.shape[0] and width <= widths[group.owner]:
-        cut_to(model, group, (number,))
+def cut_down(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[Cut]:
+    """Cut a dense model to a recorded structure, in place, and tell the cuts.
+
+    The same cuts by `recut` make the same of another model of the same shapes, which need not be looked at again.
+
+    Raises:
+        BadInput: the structure names a group that the model does not have, or is larger than the model.
+    """
+    wanted = {name: tuple(shape) for name, shape in shapes.items()}
+    cuts: list[Cut] = []
+    for kind in ("block", "head", "residual", "attention", "ffn") if wanted else ():
+        found = _cuttable(model, kind)
+        if kind == "head":
+            cuts += recut(model, _fewer_heads(model, found, wanted))
+        else:
+            cuts += recut(model, [(group, wanted[group.name]) for group in found if group.name in wanted])
+    found_shapes = structure(model) if wanted else {}
+    lost = {name: shape for name, shape in wanted.items() if found_shapes.get(name) != shape}
+    if lost:
+        name, shape = next(iter(lost.items()))
+        raise BadInput(f"structure: {type(model).__name__} has no group {name} that could take the shape {list(shape)}")
+    return cuts
+
+
+def recut(model: nn.Module, cuts: Sequence[Cut]) -> Sequence[Cut]:
+    """Give groups of a model their smaller shapes, in place, keeping their first units; the cuts themselves.
+
+    Raises:
+        BadInput: a shape is larger than its group, or has nothing in it.
+    """
+    for group, shape in cuts:
+        cut_to(model, group, shape)
+    return cuts
+
+
+def _fewer_heads(model: nn.Module, found: Sequence[Group], wanted: Mapping[str, tuple[int, ...]]) -> list[Cut]:
+    """Cuts of whole heads where the recorded attention has fewer of them and none is wider (merged) than before."""
+    widths = {group.name: group.shape[1] for group in _cuttable(model, "attention")}
+    cuts: list[Cut] = []
+    for group in found:
+        if group.name in wanted:  # its channels cannot be cut, so its heads are what was recorded
+            cuts.append((group, wanted[group.name]))
+        elif len(wanted.get(group.owner, ())) == 2:
+            number, width = wanted[group.owner]
+            if number < group.shape[0] and width <= widths[group.owner]:
+                cuts.append((group, (number,)))
+    return cuts
 
 
 def uniform_args(model: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp
+from timm.layers import AttentionRope, RelPosBias, RelPosBiasTf, RelPosMlp
 from timm.models import efficientvit_mit, maxxvit, mvitv2
 from torch import nn
 
@@ -79,6 +79,8 @@ def _refuse(kind: str, path: str, attn: Any, heads: Heads) -> None:
             raise refuse(f"{path}.{leaf}", _child(attn, leaf), why)
     if isinstance(attn, mvitv2.MultiScaleAttention) and attn.unshared:
         raise refuse(path, attn, "its pooling convolutions run over all heads at once")
+    if isinstance(attn, AttentionRope) and attn.num_kv_groups > 1:
+        raise refuse(path, attn, f"{attn.num_kv_groups} heads share one head of keys and values")
 
 
 def _reader(attn: Any, heads: Heads) -> Any:

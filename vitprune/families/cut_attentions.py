@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 import torch
-from timm.models import beit, cait, convit, swin_transformer_v2, twins, xcit
+from timm.layers import apply_rot_embed_cat, resolve_self_attn_mask
+from timm.models import beit, cait, convit, eva, swin_transformer_v2, twins, xcit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,12 +157,39 @@ class CutSubSampled(nn.Module):
         return _projected(self, _attend(self, q, k, v, fused=self.fused_attn))
 
 
+class CutRotary(nn.Module):
+    """EVA's attention, whose queries and keys are turned by their positions."""
+
+    def forward(
+        self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Attend within x (B, N, C); rope (N - prefix, 2 * width) is the sine and cosine of each position."""
+        if self.qkv is None:
+            q, k, v = (_split(layer(x), 1, self.num_heads)[0] for layer in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            q, k, v = _with_biases(self, x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (_turned(self, part, rope).type_as(v) for part in (q, k))
+        bias = resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)
+        mixed = _attend(self, q, k, v, bias, self.fused_attn)
+        return _projected(self, mixed if self.gate is None else mixed * self.gate(x).sigmoid())
+
+
+def _turned(attn: Any, part: Tensor, rope: Tensor) -> Tensor:
+    """Queries or keys (B, heads, N, width), but for prefix tokens, turned by their positions."""
+    first = attn.num_prefix_tokens
+    turned = apply_rot_embed_cat(part[:, :, first:], rope, half=attn.rotate_half)
+    return torch.cat((part[:, :, :first], turned), dim=2)
+
+
 NARROW: dict[type[nn.Module], type[nn.Module]] = {
     beit.Attention: CutBeit,
     cait.ClassAttn: CutClassAttention,
     cait.TalkingHeadAttn: CutTalkingHeads,
     convit.GPSA: CutPositional,
     convit.MHSA: CutConViT,
+    eva.EvaAttention: CutRotary,
     swin_transformer_v2.WindowAttention: CutWindowV2,
     twins.GlobalSubSampleAttn: CutSubSampled,
     twins.LocallyGroupedAttn: CutLocal,

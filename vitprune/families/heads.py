@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from timm.layers import Attention, RelPosBias, RelPosBiasTf, RelPosMlp
+from timm.layers import Attention, AttentionRope, RelPosBias, RelPosBiasTf, RelPosMlp, RotaryEmbeddingMixed
 from timm.models import (
     beit,
     cait,
     coat,
     convit,
     efficientformer,
+    eva,
     levit,
     maxxvit,
     mobilevit,
@@ -30,6 +31,8 @@ from vitprune.families.pvt_attention import settle as settle_pvt
 
 UNLIKE = "its keys and values differ in width, so a channel is not one of each"
 COUPLED = "a norm over the head couples its channels"
+JOINED = "a norm over all heads couples them"
+ROTARY = "where positions are rotary, they turn its channels two by two, by angles that all heads and blocks share"
 Sizes = Callable[[Any, int, int], None]
 
 
@@ -57,6 +60,11 @@ class Heads:
 
 def _plain(attn: Any, number: int, width: int) -> None:
     attn.head_dim, attn.attn_dim = width, number * width
+
+
+def _rotary(attn: Any, number: int, width: int) -> None:
+    attn.num_kv_heads, attn.kv_dim = number, number * width
+    attn.attn_dim = number * width
 
 
 def _levit(attn: Any, number: int, width: int) -> None:
@@ -98,14 +106,17 @@ TABLE = ("relative_position_bias_table", 1)
 LEVIT = Heads((("qkv", 1),), "proj.ln", (("attention_biases", 0),), scaled=False, side_by_side=True, sizes=_levit)
 PARTITIONED = Heads(own=(("rel_pos", 0),), sizes=_partitioned)
 PVT = Heads((("q", 1), ("kv", 2)), sizes=_pvt)
+ROTATED = (("qkv", 3), *((f"{name}_proj", 1) for name in "qkv"), *BIASES, ("gate", 1))
 NORMS = {"q_norm": COUPLED, "k_norm": COUPLED}
 
 HEADS: dict[type[nn.Module], Heads] = {
     Attention: Heads(
-        whole={"norm": "a norm over all heads couples them", "gate": "gated attention is not understood here"},
+        whole={"norm": JOINED, "gate": "gated attention is not understood here"},
         apart=NORMS,
         sizes=_plain,
     ),
+    AttentionRope: Heads(ROTATED, whole={"norm": JOINED}, channels=ROTARY, sizes=_rotary),
+    eva.EvaAttention: Heads(ROTATED, whole={"norm": JOINED}, channels=ROTARY),
     beit.Attention: Heads((("qkv", 3), *BIASES), own=(TABLE,)),
     cait.ClassAttn: Heads((("q", 1), ("k", 1), ("v", 1))),
     cait.TalkingHeadAttn: Heads(own=(("proj_l", 0), ("proj_l", 1), ("proj_w", 0), ("proj_w", 1))),
@@ -139,6 +150,7 @@ HEADS: dict[type[nn.Module], Heads] = {
 HEADS |= {narrow: HEADS[wide] for wide, narrow in cut.NARROW.items()} | {CutAttention: PVT}
 
 CLOSED: dict[type[nn.Module], str] = {
+    RotaryEmbeddingMixed: "each head of each block has angles of its own in it",
     coat.ConvRelPosEnc: "the blocks of a stage share it, and its convolutions split the heads by window",
     coat.FactorAttnConvRelPosEnc: "the blocks of a stage share one position encoding, whose heads differ in window",
     mobilevit.LinearSelfAttention: "it has no heads, and one row of queries before those of its channels",

@@ -20,6 +20,7 @@ from harness import Row, arguments, write_results, write_table
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import tamper_worker  # noqa: E402
 import tampering  # noqa: E402
 import tiny_project  # noqa: E402
 
@@ -82,7 +83,7 @@ def recorded(project: Path, prune: dict[str, Any]) -> Path:
 
 def tampered(project: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Carry out edits in a process of its own; what the audit of each said."""
-    command = [sys.executable, "-W", "ignore", tampering.__file__, str(project), *names]
+    command = [sys.executable, "-W", "ignore", tamper_worker.__file__, str(project), *names]
     path = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests"))
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True)
     rows = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}

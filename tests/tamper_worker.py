@@ -59,7 +59,7 @@ def _audit(project: Path, rerun: bool, run: str, told: "multiprocessing.SimpleQu
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
-            code = 1 if audit(run or newest(project), None, False, rerun) else 0
+            code = 1 if audit(run or newest(project), project if run else None, False, rerun) else 0
         except Unusable as error:
             print(error)
             code = 2

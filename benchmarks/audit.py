@@ -3,7 +3,8 @@
 A small project of 240 scanned digits, pruned in two cycles, is recorded in MLflow; each edit is made on the finished
 run, audited by `vitprune-audit` and taken back. Where "all digests agree", DVC and MLflow have recorded the edited run
 anew, so that only computing again can tell; the last of them changes one bit of the weights, which --rerun finds.
-Writes benchmarks/results/audit.json and docs/results/audit.md.
+What has been found is noted, so that a run which was cut off goes on; remove
+benchmarks/results/audit-notes.jsonl to begin anew. Writes benchmarks/results/audit.json and docs/results/audit.md.
 """
 
 import json
@@ -11,18 +12,23 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import Row, arguments, write_results, write_table
+from harness import RESULTS, Row, arguments, write_results, write_table
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import tamper_worker  # noqa: E402
 import tampering  # noqa: E402
 import tiny_project  # noqa: E402
 
+Found = dict[str, Any]  # name, code and line
+NOTES = RESULTS / "audit-notes.jsonl"
+HEADER = ("run", "audit", "says first")
 QUICK = (
     "a mask's units change places, in DVC's cache",
     "top-1 raised in MLflow's database",
@@ -43,26 +49,53 @@ HONEST: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Plant every edit, audit honest runs, and write the tables."""
+    """Plant every edit, audit honest runs, and write the tables; what is noted from before is not done again."""
     quick = arguments(__doc__).quick
     edits = QUICK if quick else (*tampering.EDITS, *tampering.ONLY_AGAIN)
-    with tempfile.TemporaryDirectory(prefix="vitprune-audit-bench-") as folder:
-        project = recorded(Path(folder) / "project", {})
-        found = tampered(project, edits)
-        honest = {"channel-taylor, two cycles": tampered(project, ("honest",))["honest"]["code"]}
-        if not quick:
-            honest |= others(project, Path(folder))
-    caught, passed = sum(row["code"] == 1 for row in found.values()), sum(code == 0 for code in honest.values())
+    honest = list(HONEST)[: 1 if quick else None]
+    notes = {} if quick else noted()
+    if any(name not in notes for name in (*edits, *honest)):
+        with tempfile.TemporaryDirectory(prefix="vitprune-audit-bench-") as folder:
+            for row in audits(Path(folder), edits, honest, notes):
+                print(json.dumps(row), flush=True)
+                notes[row["name"]] = row
+                if not quick:
+                    with NOTES.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    caught, passed = (sum(notes[name]["code"] == code for name in names) for names, code in ((edits, 1), (honest, 0)))
     rows = [
         Row("edits found", caught, f"of {len(edits)}", f"{len(edits)}", caught == len(edits)),
         Row("honest runs passed", passed, f"of {len(honest)}", f"{len(honest)}", passed == len(honest)),
     ]
     if not quick:
-        cells = [[name, "found" if row["code"] == 1 else "MISSED", f"`{row['line']}`"] for name, row in found.items()]
-        cells += [[f"honest: {name}", "FAILED" if code else "passed", ""] for name, code in honest.items()]
-        about = (__doc__ or "").replace("\n", " ")
-        write_table(ROOT / "docs/results/audit.md", "What an audit finds", about, ["run", "audit", "says first"], cells)
+        cells = [[n, "found" if notes[n]["code"] == 1 else "MISSED", f"`{notes[n]['line']}`"] for n in edits]
+        cells += [[f"honest: {name}", "FAILED" if notes[name]["code"] else "passed", ""] for name in honest]
+        write_table(ROOT / "docs/results/audit.md", "What an audit finds", __doc__ or "", HEADER, cells)
     write_results("audit", rows, quick)
+
+
+def noted() -> dict[str, dict[str, Any]]:
+    """What an earlier, ended run of this benchmark has found."""
+    lines = NOTES.read_text().splitlines() if NOTES.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+def audits(folder: Path, edits: Sequence[str], honest: Sequence[str], notes: Collection[str]) -> Iterator[Found]:
+    """Audit one project after each edit, and honest runs, as far as they are not noted."""
+    first, cached = list(HONEST)[:2]
+    project = recorded(folder / "project", {})
+    yield from tampered(project, [name for name in edits if name not in notes])
+    if first not in notes:
+        yield from tampered(project, ["honest"], first)
+    for number, name in enumerate(honest):
+        if name in (first, *notes):
+            continue
+        if name == cached:
+            tiny_project.record(project, "second", cached=True)
+            tiny_project.put(project)
+            yield from tampered(project, ["honest"], name)
+        else:
+            yield from tampered(recorded(folder / f"honest-{number}", HONEST[name]), ["honest"], name)
 
 
 def recorded(project: Path, prune: dict[str, Any]) -> Path:
@@ -80,31 +113,20 @@ def recorded(project: Path, prune: dict[str, Any]) -> Path:
     return project
 
 
-def tampered(project: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Carry out edits in a process of its own; what the audit of each said."""
-    command = [sys.executable, "-W", "ignore", tampering.__file__, str(project), *names]
-    path = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests"))
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True)
-    rows = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
-    for row in rows.values():
-        row["line"] = row["line"].replace(f"{project}/", "").replace("|", "\\|")
-    return rows
-
-
-def others(project: Path, folder: Path) -> dict[str, int]:
-    """The exit codes of the audits of the other honest runs."""
-    tiny_project.record(project, "second", cached=True)
-    tiny_project.put(project)
-    codes = {}
-    for number, (name, prune) in enumerate(HONEST.items()):
-        if number == 0:
-            continue
-        own = recorded(folder / f"honest-{number}", prune) if prune else project
-        row = tampered(own, ("honest",))["honest"]
-        if row["code"]:
-            print(f"{name}: {row['line']}")
-        codes[name] = row["code"]
-    return codes
+def tampered(project: Path, names: Sequence[str], called: str = "") -> Iterator[Found]:
+    """Carry out edits in a process of its own; what the audit of each said, as it comes, under its name or `called`."""
+    if not names:
+        return
+    command = [sys.executable, "-W", "ignore", tamper_worker.__file__, str(project), *names]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        for row in map(json.loads, worker.stdout):
+            line = row["line"].replace(f"{project}/", "").replace("|", "\\|")
+            yield row | {"line": line, "name": called or row["name"]}
+    if worker.returncode:
+        sys.exit(f"the audits of {project} ended with {worker.returncode}")
 
 
 if __name__ == "__main__":

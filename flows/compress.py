@@ -76,6 +76,9 @@ def compress(project: Path = Path("."), stage_limit: float | None = None) -> Sta
             outcome = _carry_out(project, stage_limit, log.warning)
     except Busy as error:
         outcome = Outcome(error=str(error), exit_code=2)
+    except OSError as error:  # a full disk, say: the run cannot be written down
+        why = error.strerror or str(error)
+        outcome = Outcome(error=f"{error.filename or project}: {why}; mend it and start again", exit_code=1)
     if outcome.error:
         return Failed(message=outcome.error, data=outcome)
     return Completed(message=told(outcome.results), data=outcome)

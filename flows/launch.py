@@ -32,6 +32,8 @@ def main() -> None:
             pass
     except Busy as error:
         refuse(str(error))
+    except OSError as error:
+        refuse(f"{error.filename or project}: {error.strerror or error}")
     signal.signal(signal.SIGTERM, interrupt)
     notes = settle(project)
     for note in notes:
@@ -76,11 +78,11 @@ def settle(project: Path) -> list[str]:
 
 
 def answers(server: str) -> bool:
-    """Whether a Prefect server answers at all; a refusal (no key, say) is an answer too."""
+    """Whether a Prefect server and its database answer at all; a refusal (no key, say) is an answer too."""
     try:
-        urllib.request.urlopen(f"{server.rstrip('/')}/health", timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
+        urllib.request.urlopen(f"{server.rstrip('/')}/ready", timeout=15).close()
+    except urllib.error.HTTPError as error:
+        return error.code < 500
     except (OSError, ValueError):
         return False
     return True
@@ -90,8 +92,12 @@ def _run(project: Path, stage_limit: float | None, notes: list[str]) -> int:
     from flows.compress import Outcome, compress
 
     quiet()
-    state = compress(project, stage_limit, return_state=True)
-    result: object = state.result(raise_on_failure=False)
+    try:
+        state = compress(project, stage_limit, return_state=True)
+        result: object = state.result(raise_on_failure=False)
+        said = state.message or str(result)
+    except Exception as error:  # Prefect's own, from a server that fails in the midst of a run
+        result, said = error, str(error) or type(error).__name__
     if isinstance(result, Outcome):
         outcome = result
     else:
@@ -99,7 +105,7 @@ def _run(project: Path, stage_limit: float | None, notes: list[str]) -> int:
         if server and not answers(server):  # died under way: what is computed is in DVC's cache
             os.environ[LOST] = os.environ.pop("PREFECT_API_URL")
             os.execv(sys.executable, [sys.executable, "-m", "flows.launch", *sys.argv[1:]])
-        outcome = Outcome(error=(state.message or str(result)).splitlines()[0], exit_code=1)
+        outcome = Outcome(error=said.splitlines()[0], exit_code=1)
     _tell(project, outcome, notes)
     return outcome.exit_code
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from flows.recovery import STATE
+from flows.recovery import STATE, cache_dir
 
 # What a run makes itself, beside what dvc.yaml says: the project's own may come from other parameters.
 OWN: tuple[str, ...] = ("out", "metrics", "plots", "dvc.lock", "params.yaml", "mlflow.db", "mlruns", "mlartifacts")
@@ -147,14 +147,11 @@ def _link(source: Path, target: Path) -> None:
 
 def _share_cache(project: Path, home: Path) -> None:
     """Let a place use the project's own settings of DVC, and its cache."""
-    config = configparser.ConfigParser()
-    config.read([project / ".dvc/config", project / ".dvc/config.local"], encoding="utf-8")
-    said = config.get("cache", "dir", fallback="cache")
     local = configparser.ConfigParser()
     local.read(project / ".dvc/config.local", encoding="utf-8")
     if not local.has_section("cache"):
         local.add_section("cache")
-    local.set("cache", "dir", str((project / ".dvc" / said).resolve()))  # relative to the file that says it
+    local.set("cache", "dir", str(cache_dir(project)))
     with (home / ".dvc/config.local").open("w", encoding="utf-8") as file:
         local.write(file)
 

@@ -1,9 +1,11 @@
 """One flow at a time in a project, and the repair of what a killed one left behind."""
 
+import configparser
 import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -18,6 +20,7 @@ from flows.repro import STAGES
 
 STATE = Path(".vitprune")
 LOCKFILE_COPY = STATE / "dvc.lock.whole"
+SETTLED = 2.0  # seconds
 
 
 class Busy(Exception):
@@ -54,6 +57,8 @@ def repair(project: Path, tell: Callable[[str], None]) -> None:
     if count := kill_marked(project):
         tell(f"ended {count} processes that an earlier run, killed, had left behind")
     _release_dead(project / ".dvc" / "tmp", tell)
+    if count := _drop_empty(cache_dir(project) / "runs"):
+        tell(f"removed {count} entries of DVC's cache of runs, cut off by a kill or a full disk")
     lock, copy = project / "dvc.lock", project / LOCKFILE_COPY
     if lock.exists() and not is_whole(lock):
         # DVC writes dvc.lock in place: a kill in that instant leaves half of it
@@ -62,6 +67,25 @@ def repair(project: Path, tell: Callable[[str], None]) -> None:
         else:
             lock.replace(lock.with_name("dvc.lock.broken"))
         tell("dvc.lock was cut off by a kill; took the last whole one")
+
+
+def cache_dir(project: Path) -> Path:
+    """Return the folder of DVC's cache, as the project's settings name it."""
+    config = configparser.ConfigParser()
+    config.read([project / ".dvc/config", project / ".dvc/config.local"], encoding="utf-8")
+    return (project / ".dvc" / config.get("cache", "dir", fallback="cache")).resolve()  # relative to the file
+
+
+def _drop_empty(runs: Path) -> int:
+    """Drop folders of the cache of runs in which nothing is, and over which DVC stumbles for good; their number.
+
+    Another run may share the cache and be about to write there, which takes it an instant: what is new stays.
+    """
+    empty = [folder for folder in runs.glob("*/*") if folder.is_dir() and not any(folder.iterdir())]
+    old = [folder for folder in empty if time.time() - folder.stat().st_mtime > SETTLED]
+    for folder in old:
+        folder.rmdir()
+    return len(old)
 
 
 def keep_lockfile(project: Path) -> None:

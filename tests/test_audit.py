@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tampering
+import tamper_worker
 import tiny_project
 import yaml
 
@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tamper(project: Path, *names: str) -> dict[str, dict]:
-    command = [sys.executable, "-W", "ignore", tampering.__file__, str(project), *names]
+    command = [sys.executable, "-W", "ignore", tamper_worker.__file__, str(project), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
@@ -58,7 +58,7 @@ def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
 
 
 def test_the_command_lists_all_differences_and_refuses_what_is_no_run(project: Path) -> None:
-    run = tampering.newest(project)
+    run = tamper_worker.newest(project)
     code, out, _ = audit(project, run, "--all")
     assert (code, out.splitlines()[-1]) == (0, "PASS")
     assert len(out.splitlines()) == 16
@@ -78,7 +78,7 @@ def test_a_clone_is_audited_from_a_remote_alone(project: Path, tmp_path: Path) -
     uri = f"sqlite:///{project}/mlflow.db"
     # the run began at a commit that names no remote: what the clone says holds
     shutil.copyfile(copy / ".dvc/config", tmp_path / "clone/.dvc/config.local")
-    words = (tampering.newest(project), "--project", str(tmp_path / "clone"))
+    words = (tamper_worker.newest(project), "--project", str(tmp_path / "clone"))
     code, out, err = audit(tmp_path, *words, MLFLOW_TRACKING_URI=uri)
     assert (code, out.splitlines()[-1]) == (0, "PASS"), out + err
     for path in (tmp_path / "store").rglob("*.dir"):

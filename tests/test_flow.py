@@ -155,6 +155,19 @@ def test_what_a_kill_left_behind_is_mended(project: Path) -> None:
     assert is_whole(lock)
 
 
+def test_an_entry_of_the_cache_of_runs_that_was_cut_off_is_dropped(project: Path) -> None:
+    said: list[str] = []
+    assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
+    (entry,) = (project / ".dvc/cache/runs").glob("*/*/*")
+    entry.unlink()
+    os.utime(entry.parent, (0, 0))
+    (project / "dvc.lock").unlink()
+    assert reproduce("dataset", project, None, lambda line: None).exit_code != 0  # as long as it is there
+    repair(project, said.append)
+    assert said == ["removed 1 entries of DVC's cache of runs, cut off by a kill or a full disk"]
+    assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
+
+
 def test_bad_input_ends_the_flow_with_code_2_and_one_line(project: Path, server: str) -> None:
     (project / "bad_dataset").touch()
     code, _, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
@@ -162,6 +175,19 @@ def test_bad_input_ends_the_flow_with_code_2_and_one_line(project: Path, server:
     assert "Error: dataset: params.yaml: prune.sparsity is 2; give 0 to 1\n" in err
     assert "Traceback" not in err
     assert err.count("\n") < 10
+
+
+def test_a_run_that_cannot_be_written_down_says_so(project: Path, server: str) -> None:
+    (project / ".vitprune").touch()
+    code, out, err = finish(shell_pipeline.flow(project))
+    assert (code, out, err) == (2, "", f"Error: {project}/.vitprune: File exists\n")
+    (project / ".vitprune").unlink()
+    (project / ".vitprune").mkdir()
+    (project / ".vitprune/journal").touch()
+    code, _, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
+    assert code == 1
+    assert err.splitlines()[-1] == f"Error: {project}/.vitprune/journal: File exists; mend it and start again"
+    assert "Traceback" not in err
 
 
 def test_a_killed_flow_goes_on_and_ends_where_plain_dvc_ends(project: Path, server: str, tmp_path: Path) -> None:

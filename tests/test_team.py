@@ -4,48 +4,31 @@ Everything is started here and ended here. What it needs beyond Python is said w
 """
 
 import contextlib
-import importlib.util
-import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import loopback
 import pytest
 import tiny_project
 import yaml
 
-from flows.processes import kill_tree
+from flows.launch import answers
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.team]
-REPOSITORY = Path(__file__).parent.parent
 SECRETS = {
     "VITPRUNE_DB_PASSWORD": "planted/database-secret",
     "AWS_SECRET_ACCESS_KEY": "planted-cloud-secret",
     "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-secret",
     "MLFLOW_TRACKING_USERNAME": "planted-mlflow-user",
 }
+ZOMBIES = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "VITPRUNE_ZOMBIE_SECONDS": "60"}
 LAX = {"max_accuracy_loss": 100.0, "alpha": None}
-
-
-def missing() -> str:
-    """What is not installed here and cannot be done without."""
-    found = {
-        "PostgreSQL (apt-get install postgresql)": bool(list(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))),
-        "sshd (apt-get install openssh-server)": shutil.which("sshd", path="/usr/sbin:/usr/bin") is not None,
-        "curl": shutil.which("curl") is not None,
-        "psycopg2 (pip install 'vitprune[server]')": importlib.util.find_spec("psycopg2") is not None,
-        "dvc-ssh (pip install 'vitprune[server]')": importlib.util.find_spec("dvc_ssh") is not None,
-    }
-    return ", ".join(name for name, there in found.items() if not there)
 
 
 @dataclass(frozen=True)
@@ -54,23 +37,11 @@ class Team:
 
     folder: Path
     project: Path
-    env: dict[str, str]
+    servers: loopback.Servers
 
     def run(self, *words: str, where: Path | None = None) -> str:
         """Run a Python module as a user would, and return what it printed."""
-        command, place = [sys.executable, "-W", "ignore", "-m", *words], where or self.project
-        env = self.env | {"PWD": str(place)}  # as a shell says it; prefect.yaml asks for it
-        done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def ask(self, path: str, body: dict[str, Any]) -> Any:
-        """Ask the Prefect server."""
-        request = urllib.request.Request(
-            self.env["PREFECT_API_URL"] + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        return self.servers.run(*words, where=where or self.project)
 
     def retrain(self) -> str:
         """Schedule a run some seconds ahead, wait until the worker has done it, and return how it ended, in words."""
@@ -89,7 +60,7 @@ class Team:
     def runs(self) -> list[dict[str, Any]]:
         """The runs of the deployment that were asked for by hand, not by its schedule."""
         wanted = {"deployments": {"name": {"any_": ["retrain"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 50}
-        return [run for run in self.ask("/flow_runs/filter", wanted) if not run["auto_scheduled"]]
+        return [run for run in self.servers.ask("/flow_runs/filter", wanted) if not run["auto_scheduled"]]
 
     def champion(self) -> str:
         """The version that the alias names."""
@@ -110,88 +81,37 @@ class Team:
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """An SSH server on loopback, for this user and one key; the address of a folder of its own, and the key."""
-    if lacks := missing():
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Remote]:
+    if lacks := loopback.missing():
         pytest.skip(f"not installed: {lacks}")
-    folder, port = tmp_path_factory.mktemp("ssh"), free_port()
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    (folder / "authorized").write_text((folder / "user.pub").read_text())
-    (folder / "config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
-        f"PidFile {folder}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nSubsystem sftp internal-sftp\n"
-    )
-    if os.getuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", folder / "config"], stdout=log, stderr=log)
-    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-    yield f"ssh://{user}@127.0.0.1:{port}{folder}/store", folder / "user"
-    kill_tree(server.pid)
-    server.wait()
+    with loopback.remote(tmp_path_factory.mktemp("ssh") / "remote") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory, ssh: tuple[str, Path]) -> Iterator[Team]:
+def team(tmp_path_factory: pytest.TempPathFactory, remote: loopback.Remote) -> Iterator[Team]:
     """Servers and a worker by the scripts of deploy/, and a project with a remote, deployed."""
     folder = tmp_path_factory.mktemp("team")
-    folder.chmod(0o755)
-    for above in list(folder.parents)[:2]:
-        above.chmod(0o755)  # PostgreSQL runs as another user when this is root
-    ports = {f"VITPRUNE_{name}_PORT": str(free_port()) for name in ("DB", "PREFECT", "MLFLOW")}
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    env |= SECRETS | ports | {"VITPRUNE_SERVERS": str(folder / "servers"), "PYTHON": sys.executable}
-    env |= {"PREFECT_HOME": str(folder / "client"), "PREFECT_WORKER_QUERY_SECONDS": "2", "DO_NOT_TRACK": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), env.get("PYTHONPATH", "")])
-    try:
-        up = subprocess.run([REPOSITORY / "deploy/servers", "up"], env=env, capture_output=True, text=True, check=False)
-        assert up.returncode == 0, up.stderr
-        env |= dict(word.split("=", 1) for word in up.stdout.split() if "=" in word)
-        project = prepared(folder / "project", *ssh)
-        made = Team(folder, project, env)
-        with (folder / "worker.log").open("w") as log:
-            worker = subprocess.Popen(
-                [REPOSITORY / "deploy/worker", "0"], env=env, stdout=log, stderr=log, start_new_session=True
-            )
-        try:
-            wait_for_pool(made)
-            made.run("prefect", "--no-prompt", "deploy", "--all")
-            yield made
-        finally:
-            os.killpg(worker.pid, signal.SIGTERM)
-            kill_tree(worker.pid)
-            worker.wait()
-    finally:
-        subprocess.run([REPOSITORY / "deploy/servers", "down"], env=env, check=False)
+    with loopback.serving(folder, SECRETS | ZOMBIES) as servers:
+        project = prepared(folder / "project", remote)
+        with servers.worker(folder / "worker.log"):
+            servers.run("prefect", "--no-prompt", "deploy", "--all", where=project)
+            yield Team(folder, project, servers)
 
 
-def prepared(project: Path, remote: str, key: Path) -> Path:
+def prepared(project: Path, remote: loopback.Remote) -> Path:
     """A project that has run once, by `dvc repro` as far as DVC can tell, and whose images are in DVC's store alone."""
     tiny_project.run_stages(tiny_project.make_of_images(project, size=200))
-    tiny_project.dvc(project, "remote", "add", "-d", "team", remote)
-    tiny_project.dvc(project, "remote", "modify", "--local", "team", "keyfile", str(key))
+    tiny_project.dvc(project, "remote", "add", "-d", "team", remote.address)
+    tiny_project.dvc(project, "remote", "modify", "--local", "team", "keyfile", str(remote.key))
     (project / "gates.yaml").write_text(yaml.safe_dump(LAX))
     tiny_project.commit(project, "Name the team's remote.")
     shutil.rmtree(project / "images")
     return project
 
 
-def wait_for_pool(team: Team) -> None:
-    deadline = time.monotonic() + 240
-    while not team.ask("/work_pools/filter", {}):
-        assert time.monotonic() < deadline, (team.folder / "worker.log").read_text()
-        time.sleep(0.5)
-
-
-def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, ssh: tuple[str, Path]) -> None:
+def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: loopback.Remote) -> None:
     # the worker makes the first champion at the time that it was scheduled for
     assert "version 1 is champion now" in team.retrain()
     assert team.champion() == "1"
@@ -199,9 +119,8 @@ def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, ssh: tup
     assert "MLflow-Run: " in message
     assert "Data images: " in message
     assert git(team.project, "show", "retrain:dvc.lock").startswith("schema:")
-    stored = Path(ssh[0].split("127.0.0.1:")[1].partition("/")[2]).as_posix()
-    assert list(Path(f"/{stored}").glob("files/md5/*/*"))
-    assert list(Path(f"/{stored}").glob("runs/*/*/*"))  # the cache of runs: others need not compute them
+    assert list(remote.store.glob("files/md5/*/*"))
+    assert list(remote.store.glob("runs/*/*/*"))  # the cache of runs: others need not compute them
 
     # the same data again: nothing to do, and no worktree is left over
     assert team.retrain().startswith("nothing to do: version 1 was made of this data and promoted")
@@ -235,6 +154,39 @@ def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, ssh: tup
     assert found_secrets(team) == []
 
 
+def test_a_run_that_dies_without_a_word_counts_as_crashed(team: Team) -> None:
+    flow = "import time, prefect; prefect.flow(lambda: time.sleep(600), name='victim')()"
+    victim = subprocess.Popen([sys.executable, "-W", "ignore", "-c", flow], env=team.servers.env)
+    try:
+        wait_for_state(team, "RUNNING")
+    finally:
+        victim.kill()
+        victim.wait()
+    assert "No sign of life" in wait_for_state(team, "CRASHED")
+
+
+def test_a_dead_database_is_noticed_and_killed_servers_come_up_again(team: Team) -> None:
+    address = team.servers.env["PREFECT_API_URL"]
+    assert answers(address)
+    team.servers.kill("db")
+    assert not answers(address)
+    for name in ("prefect", "mlflow"):
+        team.servers.kill(name)
+    team.servers.up()  # at once, while what was killed may still be in the table of processes
+    assert answers(address)
+    assert team.champion() in ("", "1")
+
+
+def wait_for_state(team: Team, wanted: str) -> str:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        time.sleep(1)
+        for run in team.servers.ask("/flow_runs/filter", {"flows": {"name": {"any_": ["victim"]}}}):
+            if run["state_type"] == wanted:
+                return str(run["state"]["message"])
+    raise AssertionError(f"the run is not {wanted}")
+
+
 def found_secrets(team: Team) -> list[str]:
     """Files in which a planted secret stands, and rows of the databases."""
     words = [value.encode() for value in SECRETS.values()]
@@ -242,8 +194,8 @@ def found_secrets(team: Team) -> list[str]:
     found = [str(path) for path in files if any(word in path.read_bytes() for word in words)]
     (psql,) = list(Path("/usr/lib/postgresql").glob("*/bin/pg_dump"))[-1:]
     for name in ("prefect", "mlflow"):
-        address = ["-h", "127.0.0.1", "-p", team.env["VITPRUNE_DB_PORT"], "-U", "vitprune", name]
-        env = team.env | {"PGPASSWORD": SECRETS["VITPRUNE_DB_PASSWORD"]}
+        address = ["-h", "127.0.0.1", "-p", team.servers.env["VITPRUNE_DB_PORT"], "-U", "vitprune", name]
+        env = team.servers.env | {"PGPASSWORD": SECRETS["VITPRUNE_DB_PASSWORD"]}
         dump = subprocess.run([psql, *address], env=env, capture_output=True, check=True).stdout
         assert b"retrain" in dump or b"vitprune" in dump
         found += [name for word in words if word in dump]

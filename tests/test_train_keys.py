@@ -1,5 +1,8 @@
 """How a training may run: rates per layer, blocks computed again, compiled passes, another memory format, patience."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
+from test_sharding import ONE_THREAD
 from tiny_models import batches, noisy, random_masks, same_state, state, tiny
 from torch import Tensor, nn
 
@@ -119,6 +124,63 @@ def test_another_memory_format_changes_nothing_but_rounding(name: str) -> None:
         assert seen[0] == [last, last]
         assert all(parameter.is_contiguous() for parameter in model.parameters())
     assert max(float((found[0][key] - found[1][key]).abs().max()) for key in found[0]) < 1e-9
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+from tiny_models import batches, random_masks, tiny
+from vitprune import find_groups, zero
+from vitprune.models import write_weights
+from vitprune.params import Train
+from vitprune.train import Held, classification, train
+torch.set_num_threads(1)
+model = tiny("vit")
+groups = find_groups(model, ["weight"])
+held = Held(groups, random_masks(groups, 0.5))
+zero(model, groups, held.masks)
+names, noise = list(model.state_dict()), batches(model, 2, 6)
+recipe = Train(epochs=2, lr=0.01, compile=sys.argv[2] == "compile", ema=0.5)
+train(classification(model), lambda epoch: noise, 2, recipe, 0, lambda row: None, held)
+assert list(model.state_dict()) == names
+assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in held.masks.items())
+write_weights(model.state_dict(), Path(sys.argv[1]))
+"""
+
+
+def compiled(path: Path, how: str, more: dict[str, str]) -> tuple[dict[str, Tensor], str]:
+    env = ONE_THREAD | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])} | more
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(path / "cache")}
+    file = path / f"{how}.safetensors"
+    command = [sys.executable, "-c", WORKER, str(file), how]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return load_file(file), done.stderr
+
+
+def uncompiled() -> dict[str, Tensor]:
+    """What the worker ends with, without compiling."""
+    model = tiny("vit")
+    groups = find_groups(model, ["weight"])
+    held = Held(groups, random_masks(groups, 0.5))
+    zero(model, groups, held.masks)
+    fit(model, {"ema": 0.5}, held=held, number=2)
+    return state(model)
+
+
+def test_compiled_passes_train_alike(tmp_path: Path) -> None:
+    plain, (code, told) = uncompiled(), compiled(tmp_path, "compile", {})
+    assert "train.compile failed" not in told
+    assert max(float((plain[key] - code[key]).abs().max()) for key in plain) < 1e-9
+
+
+def test_where_nothing_compiles_the_training_goes_on_without(tmp_path: Path) -> None:
+    plain, (left, told) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
+    assert told.count("train.compile failed") == 1
+    assert "training, epoch 1, step 1: train.compile failed (" in told
+    assert "); going on without it" in told
+    assert all(torch.equal(plain[key], left[key]) for key in plain)
 
 
 @pytest.mark.parametrize(

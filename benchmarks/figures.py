@@ -70,6 +70,13 @@ FIGURES = (
     structured("half of the FFN units gone", "50 % of FFN", "50% of ffn"),
     structured("0.7x MACs", "0.7x MACs", "0.7x MACs"),
     Figure(
+        "0.7x MACs, and half of the weights left at zero",
+        "stacked",
+        Value("stacked", "unit-obs to 0.7x MACs, then obc 50%"),
+        Value("stacked", "unit-obs to 0.7x MACs, then magnitude 50%"),
+        "by magnitude",
+    ),
+    Figure(
         "0.5x MACs, then 75 steps of training (Imagenette)",
         "recovery",
         Value("recovery", "vitprune .*after, seed .*"),

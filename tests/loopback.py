@@ -109,7 +109,7 @@ def serving(folder: Path, extra: Mapping[str, str]) -> Iterator[Servers]:
     PostgreSQL runs as another user when this is root, so the folders above have to let it through.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for place in [folder, *list(folder.parents)[:2]]:
+    for place in [folder, *list(folder.parents)[:3]]:
         if place.stat().st_uid == os.getuid():
             place.chmod(place.stat().st_mode | 0o011)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}

@@ -4,20 +4,21 @@ After each step, some batches of Imagenette's 3000 training images, AdamW, the r
 line anew after each step (cyclic), or as one cosine over the whole run; scores from 256 of the training images, taken
 again from the current weights at each step, with score.damp 4e-6 (oneshot.md). Top-1 on Imagenette's validation
 images, over all 1000 classes, after the last batch: no step is chosen by it. Needs VITPRUNE_REAL_DATA. Writes
-benchmarks/results/gradual.json and docs/results/gradual.md.
+benchmarks/results/gradual.json and docs/results/gradual.md, and notes each run that has ended.
 """
 
 import itertools
+import json
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from cuts import damped
-from harness import Row, arguments, real_data, write_results, write_table
+from harness import RESULTS, Row, arguments, real_data, write_results, write_table
 from peers import load_dense
 from recovery import images_of, top1_of
 
@@ -88,12 +89,32 @@ def main() -> None:
     jobs = [Job(name, "cyclic", real, budget, "cuda" if gpu else "cpu") for name in methods]
     again = jobs if gpu else jobs[-1:]  # a CPU has the time for one of them with the other rate: the last
     jobs += [replace(job, rate="one cosine") for job in again]
-    with ProcessPoolExecutor(1 if gpu else 2, multiprocessing.get_context("spawn")) as pool:
-        found = dict(zip(jobs, pool.map(pruned, jobs), strict=True))
+    found = runs(jobs, RESULTS / f"gradual{'-quick' * asked.quick}-notes.jsonl", 1 if gpu else 2)
     dense = top1_of(load_dense(real), real, budget.every)
     if not asked.quick:
         page(found, dense, budget)
     write_results("gradual", rows_of(found, dense, asked.quick), asked.quick)
+
+
+def runs(jobs: Sequence[Job], notes: Path, processes: int) -> dict[Job, list[Point]]:
+    """All runs, those that `notes` has of before among them: delete it to begin anew."""
+    lines = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+    made = [(one.pop("points"), one) for one in lines]
+    found = {job: [Point(**point) for point in points] for job in jobs for points, one in made if one == named(job)}
+    left = [job for job in jobs if job not in found]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        made_now = {pool.submit(pruned, job): job for job in left}
+        for done in as_completed(made_now):
+            job, points = made_now[done], done.result()
+            found[job] = points
+            with notes.open("a") as file:
+                file.write(json.dumps(named(job) | {"points": [asdict(point) for point in points]}) + "\n")
+    return {job: found[job] for job in jobs}
+
+
+def named(job: Job) -> dict[str, str | int]:
+    """What tells a run from the others."""
+    return {"method": job.method, "rate": job.rate, "device": job.device, "steps": job.budget.steps}
 
 
 def pruned(job: Job) -> list[Point]:

@@ -26,10 +26,8 @@ from vitprune.methods import method_named
 from vitprune.plans import Plan
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-SECOND_ORDER = {
-    "damp": 4e-6,
-    "memory": 3 << 30,
-}  # what a few hundred gradients pin down (docs/LOG.md); room for matrices
+# the damping that a few hundred gradients need (docs/LOG.md), and room for half of the matrices at once
+SECOND_ORDER = {"damp": 4e-6, "memory": 4 << 30}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A small project on a team's servers: set back before any of its stages, run, and held against an undisturbed run."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -25,7 +24,7 @@ import tiny_project  # noqa: E402
 
 from flows.journal import read, sha256  # noqa: E402
 from flows.objects import Store, cache_of  # noqa: E402
-from flows.processes import MARK  # noqa: E402
+from flows.processes import mark_of  # noqa: E402
 from flows.rebuild import CLOCK  # noqa: E402
 from flows.recovery import STATE  # noqa: E402
 from flows.repro import STAGES  # noqa: E402
@@ -83,18 +82,17 @@ class Toy:
         """Wait until a stage is at work in the project or a worktree below it; False if that does not come."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if any(process.cmdline()[-1:] == [stage] for process in self.marked()):
+            if any(self.marked(stage)):
                 return True
             time.sleep(0.2)
         return False
 
-    def marked(self) -> Iterator[psutil.Process]:
-        """The living processes that belong to a flow of the project."""
+    def marked(self, stage: str | None = None) -> Iterator[psutil.Process]:
+        """The living processes that belong to a flow of the project; only those of a stage where one is given."""
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                place = process.environ().get(MARK, "")
-                if Path(place).is_relative_to(self.project) and process.status() != psutil.STATUS_ZOMBIE:
-                    yield process
+            place = mark_of(process)
+            if place is not None and Path(place).is_relative_to(self.project) and _lives(process, stage):
+                yield process
 
     def wrong(self, branch: str = "") -> list[str]:
         """What is not as the undisturbed run has left it; of a retraining, what its `branch` says."""
@@ -122,7 +120,7 @@ class Toy:
 
     def _left(self) -> list[str]:
         """Processes and half-written files."""
-        found = [f"process {process.pid} is left: {process.cmdline()[:4]}" for process in self.marked()]
+        found = [f"{process} is left" for process in self.marked()]
         paths = (path for name in (*MADE, str(STATE)) for path in (self.project / name).rglob("*.partial"))
         return found + [f"{path.relative_to(self.project)} is left" for path in paths]
 
@@ -162,6 +160,15 @@ def made(project: Path, servers: loopback.Servers, remote: loopback.Remote, scra
     seconds = {fact["stage"]: fact["seconds"] for fact in read(journal) if fact["fact"] == "stage"}
     lock = (project / "dvc.lock").read_text()
     return Toy(project, toy.whole, servers, digests(project), locked(lock), seconds)
+
+
+def _lives(process: psutil.Process, stage: str | None) -> bool:
+    """Whether a process is more than a zombie, and that of a stage where one is named."""
+    try:
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return alive and (stage is None or process.cmdline()[-1:] == [stage])
+    except (psutil.Error, OSError):
+        return False
 
 
 def flow_of(project: Path, env: Mapping[str, str], log: Path, *words: str) -> "subprocess.Popen[bytes]":

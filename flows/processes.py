@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import psutil  # type: ignore[import-untyped]
 
@@ -99,6 +99,14 @@ def kill_tree(pid: int) -> None:
     psutil.wait_procs([process for process in stopped.values() if process.pid != pid], timeout=5)
 
 
+def mark_of(process: psutil.Process) -> str | None:
+    """The project whose flow started a process; None where none did, it is another user's or it has just ended."""
+    try:
+        return cast("str | None", process.environ().get(MARK))
+    except (psutil.Error, OSError):
+        return None
+
+
 def kill_marked(project: Path) -> int:
     """Kill what an earlier, dead flow of this project has left running; the number of processes killed.
 
@@ -108,11 +116,7 @@ def kill_marked(project: Path) -> int:
     own |= {p.pid for p in psutil.Process().parents()}
     killed = []
     for process in psutil.process_iter():
-        try:
-            marked = process.pid not in own and process.environ().get(MARK) == str(project)
-        except (psutil.Error, OSError):  # another user's process, or one that has just ended
-            continue
-        if marked:
+        if process.pid not in own and mark_of(process) == str(project):
             _signal(process.kill)
             killed.append(process)
     psutil.wait_procs(killed, timeout=5)

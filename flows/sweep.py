@@ -21,7 +21,7 @@ from prefect.states import Completed, Failed
 
 from flows.journal import SWEEP
 from flows.places import Unfit, origin
-from flows.processes import MARK, kill_marked, kill_tree, run
+from flows.processes import kill_marked, kill_tree, mark_of, run
 from flows.recovery import exclusive, repair
 from flows.repro import environment, reproduce
 from flows.summary import evaluation
@@ -178,11 +178,7 @@ def _jobs(project: Path, folder: Path, stage_limit: float | None) -> list[Job]:
 def _end(places: set[str]) -> None:
     """End the runs that are still at work when the sweep is not."""
     for process in psutil.Process().children(recursive=True):
-        try:
-            marked = process.environ().get(MARK) in places
-        except psutil.Error:
-            continue
-        if marked:
+        if mark_of(process) in places:
             kill_tree(process.pid)
 
 

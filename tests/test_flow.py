@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import shell_pipeline
 
-from flows.processes import MARK, run
+from flows.processes import MARK, mark_of, run
 from flows.recovery import LOCKFILE_COPY, exclusive, is_whole, repair
 from flows.repro import Fault, check_params, reproduce
 
@@ -59,20 +60,19 @@ def wait_for(happened: Callable[[], object], seconds: float) -> None:
         time.sleep(0.1)
 
 
-def of(project: Path) -> list[psutil.Process]:
-    """Every living process that a flow of this project has started."""
+def of(project: Path, command: str | None = None) -> list[psutil.Process]:
+    """Every living process that a flow of this project has started, or those that run one command."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == str(project) and process.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(psutil.Error):  # it has ended while it was looked at
+            ours = mark_of(process) == str(project) and process.status() != psutil.STATUS_ZOMBIE
+            if ours and (command is None or process.cmdline()[:1] == [command]):
                 found.append(process)
-        except psutil.Error:
-            continue
     return found
 
 
 def sleepers(project: Path) -> list[psutil.Process]:
-    return [process for process in of(project) if process.cmdline()[:1] == ["sleep"]]
+    return of(project, "sleep")
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:

@@ -24,7 +24,7 @@ from vitprune.criteria import DEFAULTS
 from vitprune.engine import shared
 from vitprune.methods import CRITERIA
 from vitprune.models import read_weights, write_weights
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.team import Team
 from vitprune.train import Held, classification, distillation, train
 

@@ -77,6 +77,13 @@ FIGURES = (
         "by magnitude",
     ),
     Figure(
+        "90 % of the weights at zero in five steps, 18 batches of training after each (Imagenette)",
+        "gradual",
+        Value("gradual", "ovit, cyclic, 90%"),
+        Value("gradual", "magnitude, cyclic, 90%"),
+        "by magnitude",
+    ),
+    Figure(
         "0.5x MACs, then 75 steps of training (Imagenette)",
         "recovery",
         Value("recovery", "vitprune .*after, seed .*"),

@@ -26,7 +26,8 @@ from vitprune import METHODS, data, plan_for
 from vitprune.compress import compress
 from vitprune.data.loaders import batch_count, train_batches
 from vitprune.optimizers import Memory, Span
-from vitprune.params import Schedule, Train
+from vitprune.params import Schedule
+from vitprune.recipe import Train
 from vitprune.train import Held, classification, train
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from vitprune.choosing import choose, groups_for
 from vitprune.compress import compress
 from vitprune.families.decoder import Decoder
 from vitprune.losses import cross_entropy
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.train import classification, distillation, train
 
 ROOT = Path(__file__).parent.parent

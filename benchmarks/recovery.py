@@ -27,7 +27,7 @@ from vitprune.compress import compress
 from vitprune.data.loaders import ImageTable, batch_count, eval_batches, train_batches
 from vitprune.data.sources import Source
 from vitprune.evaluate import accuracy, count
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.train import distillation, train
 
 ROOT = Path(__file__).parent.parent

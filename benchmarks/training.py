@@ -26,7 +26,7 @@ from timm.task import LogitDistillationTask
 from torch import Tensor, nn
 
 from vitprune import data, find_groups, zero
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.train import Held, distillation, train
 
 ROOT = Path(__file__).parent.parent

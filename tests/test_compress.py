@@ -16,7 +16,7 @@ from vitprune.criteria import Importance, Setting
 from vitprune.criteria import weights as by_weights
 from vitprune.evaluate import count
 from vitprune.methods import Method
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.train import Held, classification, train
 
 CLOSE = {"rtol": 0, "atol": 1e-11}

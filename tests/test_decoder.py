@@ -18,7 +18,7 @@ from vitprune.criteria.obs import unit_obs
 from vitprune.families import merge_heads, rebuild, structure
 from vitprune.families.decoder import Decoder, chain
 from vitprune.losses import cross_entropy
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.train import classification, distillation, feature_distillation, train
 
 CLOSE = {"rtol": 0, "atol": 1e-12}

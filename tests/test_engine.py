@@ -22,7 +22,8 @@ from vitprune import BadInput, data, find_groups, zero
 from vitprune import train as training
 from vitprune.engine import shared
 from vitprune.errors import Interrupted
-from vitprune.params import Train, load
+from vitprune.params import load
+from vitprune.recipe import Train
 from vitprune.team import Team
 from vitprune.train import Held, classification, train
 

@@ -21,7 +21,8 @@ from vitprune.criteria import weights as by_weights
 from vitprune.evaluate import accuracy
 from vitprune.files import digest
 from vitprune.methods import Method
-from vitprune.params import Schedule, Train
+from vitprune.params import Schedule
+from vitprune.recipe import Train
 from vitprune.train import Held, Span, classification, train
 
 ROOT = Path(__file__).parent.parent

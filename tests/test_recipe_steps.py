@@ -13,8 +13,9 @@ from tiny_models import PVT, SWIN, VIT, random_masks, state
 from torch import nn
 
 from vitprune import find_groups, prune, runs, stages, zero
-from vitprune.params import Dataset, Params, Train, load
+from vitprune.params import Dataset, Params, load
 from vitprune.plans import plan_of
+from vitprune.recipe import Train
 from vitprune.records import History
 from vitprune.resume import Shelf
 from vitprune.runs import Part

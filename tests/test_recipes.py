@@ -14,8 +14,9 @@ from torch import nn
 from vitprune import BadInput, find_groups, zero
 from vitprune.data import cutmix
 from vitprune.families.dropping import stochastic_depth
-from vitprune.params import Train, load
+from vitprune.params import load
 from vitprune.plans import plan_of
+from vitprune.recipe import Train
 from vitprune.schedule import rate
 from vitprune.train import Held, classification, distillation, train
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitprune import BadInput, find_groups, resume, zero
 from vitprune.optimizers import Memory, Span
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.resume import Shelf, key_of
 from vitprune.saving import EVERY, Saver, minutes, stopping
 from vitprune.snapshot import packed

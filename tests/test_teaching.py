@@ -11,7 +11,8 @@ from tiny_models import images, noisy, random_masks, state, tiny
 from torch import Tensor
 
 from vitprune import BadInput, data, find_groups, runs, stages, zero
-from vitprune.params import Dataset, Distill, Params, Train, checked, load
+from vitprune.params import Dataset, Distill, Params, checked, load
+from vitprune.recipe import Train
 from vitprune.records import History
 from vitprune.resume import Shelf
 from vitprune.teaching import Recalling, ask, with_answers

@@ -8,7 +8,7 @@ from tiny_models import batches, noisy, random_masks, same_state, state, tiny
 from torch import nn
 
 from vitprune import BadInput, find_groups, prune, zero
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.train import Held, classification, distillation, feature_distillation, train
 
 RECIPE = Train(epochs=2, lr=0.01, weight_decay=0.1)

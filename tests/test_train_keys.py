@@ -16,7 +16,7 @@ from tiny_models import batches, noisy, random_masks, same_state, state, tiny
 from torch import Tensor, nn
 
 from vitprune import BadInput, find_groups, prune, zero
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.train import Held, classification, feature_distillation, train
 
 HERE = Path(__file__).parent
@@ -133,7 +133,7 @@ import torch
 from tiny_models import batches, random_masks, tiny
 from vitprune import find_groups, zero
 from vitprune.models import write_weights
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.train import Held, classification, train
 torch.set_num_threads(1)
 model = tiny("vit")

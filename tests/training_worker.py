@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vitprune import find_groups, sharding, zero
 from vitprune.engine import shared
 from vitprune.models import write_weights
-from vitprune.params import Distill, Train
+from vitprune.params import Distill
+from vitprune.recipe import Train
 from vitprune.teaching import ask
 from vitprune.team import ALONE, Team
 from vitprune.train import Held, classification, distillation, train

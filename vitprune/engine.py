@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from vitprune.errors import BadInput
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.snapshot import set_random
 from vitprune.team import Team
 

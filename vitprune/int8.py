@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vitprune.errors import BadInput
+from vitprune.fake_quant import WEIGHT_BITS
 from vitprune.files import replacing
 
 Batch = tuple[Tensor, Tensor]  # (images (B, C, H, W), labels (B,))
@@ -48,7 +49,7 @@ def checked_int8(folder: Path, calibration: Sequence[Batch], evaluation: Iterabl
 
 
 def to_int8(
-    source: Path, path: Path, images: Tensor, calibration: str = "percentile", weight_bits: int = 7
+    source: Path, path: Path, images: Tensor, calibration: str = "percentile", weight_bits: int = WEIGHT_BITS
 ) -> dict[str, Any]:
     """Quantize an exported model's weighted layers and their inputs (QDQ format); returns size and zeros.
 

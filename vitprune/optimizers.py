@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
-from vitprune.params import Train
+from vitprune.recipe import Train
 from vitprune.schedule import rate
 
 Memory = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it

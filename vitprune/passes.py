@@ -1,14 +1,15 @@
-"""What a recipe changes of a model's passes for the time of a training: memory format, blocks computed again."""
+"""What a recipe changes of a model's passes for the time of a training: memory format, blocks computed again, INT8."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
-from vitprune.params import Train
+from vitprune.fake_quant import FakeQuant
+from vitprune.recipe import Train
 
 
 @contextmanager
@@ -24,7 +25,8 @@ def arranged(task: Any, recipe: Train) -> Iterator[None]:
     if recipe.channels_last:
         task.to(memory_format=torch.channels_last)
     try:
-        yield
+        with FakeQuant() if recipe.int8 else nullcontext():
+            yield
     finally:
         if recipe.channels_last:
             task.to(memory_format=torch.contiguous_format)

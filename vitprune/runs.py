@@ -16,8 +16,9 @@ from vitprune.compress import Cycle
 from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluate import accuracy
 from vitprune.optimizers import Memory, Span
-from vitprune.params import Params, Train
+from vitprune.params import Params
 from vitprune.plans import Plan
+from vitprune.recipe import Train
 from vitprune.records import History
 from vitprune.resume import Shelf
 from vitprune.saving import Saver, stopping

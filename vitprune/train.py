@@ -19,9 +19,10 @@ from vitprune.families.dropping import stochastic_depth
 from vitprune.groups import Group, Masks, zero
 from vitprune.losses import CrossEntropy
 from vitprune.optimizers import Span, optimizer_for, rates, remembering, set_rate
-from vitprune.params import Distill, Train
+from vitprune.params import Distill
 from vitprune.passes import arranged, placed
 from vitprune.progress import track
+from vitprune.recipe import Train
 from vitprune.snapshot import Saving, Standing
 from vitprune.team import ALONE, Team
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import loopback
 import toy_runs
 from mlflow import MlflowClient
-from toy_runs import STAGES, Toy
+from toy_runs import STAGES, Toy, loopback
 
 from flows.processes import kill_tree
 from flows.recovery import STATE

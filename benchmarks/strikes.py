@@ -89,10 +89,14 @@ class Site:
         return [f"{stage}: metrics in MLflow are not complete" for stage in lacks] + self.toy.audit(parent.info.run_id)
 
     def names_of_metrics(self, flow: str) -> dict[str, list[str]]:
-        """The names of the metrics of a flow's run and of its stages' runs."""
+        """The names of the metrics of a flow's run and of its stages' runs, or of the runs that computed those."""
         rows = self.found(f"tags.`vitprune.prefect_flow_run_id` = '{flow}'")
-        named = {row.data.tags["vitprune.key"].partition("/")[2]: sorted(row.data.metrics) for row in rows}
+        named = {row.data.tags["vitprune.key"].partition("/")[2]: sorted(self._known(row)) for row in rows}
         return {stage: names for stage, names in named.items() if stage in ("", *STAGES)}
+
+    def _known(self, run: Any) -> set[str]:
+        source = run.data.tags.get("vitprune.computed_by")
+        return {*run.data.metrics, *(self.client().get_run(source).data.metrics if source else ())}
 
     def found(self, wanted: str) -> list[Any]:
         """Runs of MLflow."""

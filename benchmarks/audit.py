@@ -41,7 +41,7 @@ HONEST: dict[str, dict[str, Any]] = {
     "dimap, one shot": {"method": "dimap", "sparsity": 0.4, "cycles": 1},
     "lamp, 2 cycles": {"method": "lamp", "sparsity": 0.6},
     "ovit": {"method": "ovit", "sparsity": 0.5},
-    "upvits": {"method": "upvits", "sparsity": {"residual": 0.25, "attention": 0.25, "ffn": 0.25}, "cycles": 1},
+    "upvits": {"method": "upvits", "kinds": ["residual", "attention", "ffn"], "sparsity": 0.25, "cycles": 1},
     "unit-obs, MACs halved": {"method": "unit-obs", "sparsity": None, "target": {"macs": 0.6}, "cycles": 1},
     "corp": {"method": "corp", "sparsity": {"ffn": 0.5}, "cycles": 1},
     "channel-magnitude, multiples of 8": {"method": "channel-magnitude", "sparsity": {"ffn": 0.5}, "round_to": 8},

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from vitprune import find_groups, sharding, zero
 from vitprune.criteria import DEFAULTS
-from vitprune.engine import shared
 from vitprune.methods import CRITERIA
 from vitprune.models import read_weights, write_weights
 from vitprune.recipe import Train
 from vitprune.team import Team
-from vitprune.train import Held, classification, distillation, train
+from vitprune.training.engine import shared
+from vitprune.training.loop import Held, classification, distillation, train
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}

@@ -25,10 +25,10 @@ from recovery import images_of, top1_of
 from vitprune import METHODS, data, plan_for
 from vitprune.compress import compress
 from vitprune.data.loaders import batch_count, train_batches
-from vitprune.optimizers import Memory, Span
 from vitprune.params import Schedule
 from vitprune.recipe import Train
-from vitprune.train import Held, classification, train
+from vitprune.training.loop import Held, classification, train
+from vitprune.training.optimizers import Memory, Span
 
 ROOT = Path(__file__).parent.parent
 SPARSITIES = (0.5, 0.6, 0.75, 0.8, 0.9)

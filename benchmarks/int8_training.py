@@ -27,7 +27,7 @@ from vitprune.compress import compress
 from vitprune.export import to_onnx
 from vitprune.int8 import side_by_side, to_int8
 from vitprune.recipe import Train
-from vitprune.train import Held, distillation, train
+from vitprune.training.loop import Held, distillation, train
 
 ROOT = Path(__file__).parent.parent
 NAMES = {False: "plain", True: "int8"}

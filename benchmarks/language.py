@@ -23,7 +23,7 @@ from vitprune.compress import compress
 from vitprune.families.decoder import Decoder
 from vitprune.losses import cross_entropy
 from vitprune.recipe import Train
-from vitprune.train import classification, distillation, train
+from vitprune.training.loop import classification, distillation, train
 
 ROOT = Path(__file__).parent.parent
 CONTEXT, BATCH = 128, 8

@@ -28,7 +28,7 @@ from vitprune.data.loaders import ImageTable, batch_count, eval_batches, train_b
 from vitprune.data.sources import Source
 from vitprune.evaluate import accuracy, count
 from vitprune.recipe import Train
-from vitprune.train import distillation, train
+from vitprune.training.loop import distillation, train
 
 ROOT = Path(__file__).parent.parent
 MACS, EQUAL = 0.5, 0.01

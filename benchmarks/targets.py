@@ -71,7 +71,8 @@ def measured(name: str, dense: nn.Module, case: Case) -> tuple[list[Row], list[s
     """What a case reaches, as rows and as a line of the table."""
     model, start = copy.deepcopy(dense), time.perf_counter()
     try:
-        (cycle,) = compress(model, plan_for("channel-magnitude", SHARES.get(name), target=case.target, **case.settings), ())
+        plan = plan_for("channel-magnitude", SHARES.get(name), target=case.target, **case.settings)
+        (cycle,) = compress(model, plan, ())
     except BadInput as refused:  # where the clock has drifted since the dense model was timed
         return [], [name, str(case), "", "refused", "", "", str(refused)]
     seconds = time.perf_counter() - start

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vitprune import data, find_groups, zero
 from vitprune.recipe import Train
-from vitprune.train import Held, distillation, train
+from vitprune.training.loop import Held, distillation, train
 
 ROOT = Path(__file__).parent.parent
 STUDENTS = {"DeiT-Tiny": "deit_tiny_patch16_224", "DeiT-Small": "deit_small_patch16_224"}

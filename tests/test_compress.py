@@ -17,7 +17,7 @@ from vitprune.criteria import weights as by_weights
 from vitprune.evaluate import count
 from vitprune.methods import Method
 from vitprune.recipe import Train
-from vitprune.train import Held, classification, train
+from vitprune.training.loop import Held, classification, train
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
 SINGLE = ["random", "magnitude", "uniform", "lamp", "dimap", "taylor"]

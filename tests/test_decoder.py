@@ -19,7 +19,7 @@ from vitprune.families import merge_heads, rebuild, structure
 from vitprune.families.decoder import Decoder, chain
 from vitprune.losses import cross_entropy
 from vitprune.recipe import Train
-from vitprune.train import classification, distillation, feature_distillation, train
+from vitprune.training.loop import classification, distillation, feature_distillation, train
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 WORDS, LENGTH = 11, 6

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from training_worker import CASES, answers, trained
 
 from vitprune import BadInput, data, find_groups, zero
-from vitprune import train as training
-from vitprune.engine import shared
 from vitprune.errors import Interrupted
 from vitprune.params import load
 from vitprune.recipe import Train
 from vitprune.team import Team
-from vitprune.train import Held, classification, train
+from vitprune.training import loop as training
+from vitprune.training.engine import shared
+from vitprune.training.loop import Held, classification, train
 
 HERE = Path(__file__).parent
 HELD = ("adamw", "momentum", "sgd", "lamb", "nadamw", "lion")

@@ -12,9 +12,9 @@ from tiny_models import ZOO, batches, images, random_masks, redrawn, state
 from torch import Tensor, nn
 
 from vitprune import find_groups
-from vitprune.fake_quant import FakeQuant, rounded_input, rounded_weight
 from vitprune.recipe import Train
-from vitprune.train import Held, classification, distillation, train
+from vitprune.training.fake_quant import FakeQuant, rounded_input, rounded_weight
+from vitprune.training.loop import Held, classification, distillation, train
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from vitprune.resume import Shelf
+from vitprune.training.resume import Shelf
 shelf = Shelf(Path(sys.argv[1]), "key", keep=1)
 first = shelf.put({"number": 1}, {"weights": torch.ones(3)}).directory
 if sys.argv[2] == "limit":  # no file may grow beyond 64 KiB

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import vitprune
 from vitprune import METHODS, find_groups, models, plan_for, stages, zero
-from vitprune import optimizers as optimizing
 from vitprune.compress import compress
 from vitprune.criteria import Importance, Setting
 from vitprune.criteria import weights as by_weights
@@ -23,7 +22,8 @@ from vitprune.files import digest
 from vitprune.methods import Method
 from vitprune.params import Schedule
 from vitprune.recipe import Train
-from vitprune.train import Held, Span, classification, train
+from vitprune.training import optimizers as optimizing
+from vitprune.training.loop import Held, Span, classification, train
 
 ROOT = Path(__file__).parent.parent
 STEPS = [0.5, 0.6, 0.75, 0.9]

@@ -17,9 +17,9 @@ from vitprune.params import Dataset, Params, load
 from vitprune.plans import plan_of
 from vitprune.recipe import Train
 from vitprune.records import History
-from vitprune.resume import Shelf
 from vitprune.runs import Part
-from vitprune.train import Held, classification, distilling
+from vitprune.training.loop import Held, classification, distilling
+from vitprune.training.resume import Shelf
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))}
 STAGES = ("dense", "recover", "distill")

@@ -18,7 +18,7 @@ from vitprune.params import load
 from vitprune.plans import plan_of
 from vitprune.recipe import Train
 from vitprune.schedule import rate
-from vitprune.train import Held, classification, distillation, train
+from vitprune.training.loop import Held, classification, distillation, train
 
 RECIPE = Train(epochs=2, lr=0.01)
 

@@ -12,13 +12,14 @@ import torch
 from tiny_models import batches, noisy, random_masks, state, tiny
 from torch import Tensor, nn
 
-from vitprune import BadInput, find_groups, resume, zero
-from vitprune.optimizers import Memory, Span
+from vitprune import BadInput, find_groups, zero
 from vitprune.recipe import Train
-from vitprune.resume import Shelf, key_of
-from vitprune.saving import EVERY, Saver, minutes, stopping
-from vitprune.snapshot import packed
-from vitprune.train import Held, classification, distillation, feature_distillation, train
+from vitprune.training import resume
+from vitprune.training.loop import Held, classification, distillation, feature_distillation, train
+from vitprune.training.optimizers import Memory, Span
+from vitprune.training.resume import Shelf, key_of
+from vitprune.training.saving import EVERY, Saver, minutes, stopping
+from vitprune.training.snapshot import packed
 
 STEPS = 3  # batches of an epoch
 TOP1 = (0.3, 0.4, 0.4, 0.5, 0.5)  # after each epoch: 3 of them are enough for a patience of 1

@@ -15,8 +15,8 @@ import yaml
 from vitprune import stages
 from vitprune.errors import BadInput
 from vitprune.files import digest
-from vitprune.resume import Shelf
-from vitprune.saving import EVERY, Saver
+from vitprune.training.resume import Shelf
+from vitprune.training.saving import EVERY, Saver
 
 ROOT = Path(__file__).parent.parent
 RECIPE = {"epochs": 2, "batch_size": 512, "lr": 0.002, "augment": "digits", "ema": 0.9, "cutmix": 0.5, "mixup": 0.2}

@@ -14,10 +14,10 @@ from vitprune import BadInput, data, find_groups, runs, stages, zero
 from vitprune.params import Dataset, Distill, Params, checked, load
 from vitprune.recipe import Train
 from vitprune.records import History
-from vitprune.resume import Shelf
-from vitprune.teaching import Recalling, ask, with_answers
 from vitprune.team import Team
-from vitprune.train import Held, distilling, train
+from vitprune.training.loop import Held, distilling, train
+from vitprune.training.resume import Shelf
+from vitprune.training.teaching import Recalling, ask, with_answers
 
 ROOT = Path(__file__).parent.parent
 RECIPE = {"epochs": 3, "batch_size": 6, "lr": 0.01, "clip": 0.5, "ema": 0.5, "drop_path": 0.2}

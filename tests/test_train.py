@@ -9,7 +9,7 @@ from torch import nn
 
 from vitprune import BadInput, find_groups, prune, zero
 from vitprune.recipe import Train
-from vitprune.train import Held, classification, distillation, feature_distillation, train
+from vitprune.training.loop import Held, classification, distillation, feature_distillation, train
 
 RECIPE = Train(epochs=2, lr=0.01, weight_decay=0.1)
 

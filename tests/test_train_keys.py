@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitprune import BadInput, find_groups, prune, zero
 from vitprune.recipe import Train
-from vitprune.train import Held, classification, feature_distillation, train
+from vitprune.training.loop import Held, classification, feature_distillation, train
 
 HERE = Path(__file__).parent
 PLAIN = {"epochs": 1, "lr": 0.1, "optimizer": "sgd", "weight_decay": 0.0, "clip": None}
@@ -134,7 +134,7 @@ from tiny_models import batches, random_masks, tiny
 from vitprune import find_groups, zero
 from vitprune.models import write_weights
 from vitprune.recipe import Train
-from vitprune.train import Held, classification, train
+from vitprune.training.loop import Held, classification, train
 torch.set_num_threads(1)
 model = tiny("vit")
 groups = find_groups(model, ["weight"])

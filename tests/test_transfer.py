@@ -21,7 +21,7 @@ from vitprune.files import digest
 from vitprune.params import Params
 from vitprune.report import write_report
 from vitprune.starts import held_from, start
-from vitprune.train import Held
+from vitprune.training.loop import Held
 
 ROOT = Path(__file__).parent.parent
 RECIPE = yaml.safe_load((ROOT / "recipes/transfer_deit_tiny_folder.yaml").read_text())

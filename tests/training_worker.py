@@ -10,13 +10,13 @@ from tiny_models import batches, random_masks, tiny
 from torch import Tensor, nn
 
 from vitprune import find_groups, sharding, zero
-from vitprune.engine import shared
 from vitprune.models import write_weights
 from vitprune.params import Distill
 from vitprune.recipe import Train
-from vitprune.teaching import ask
 from vitprune.team import ALONE, Team
-from vitprune.train import Held, classification, distillation, train
+from vitprune.training.engine import shared
+from vitprune.training.loop import Held, classification, distillation, train
+from vitprune.training.teaching import ask
 
 STEPS = 3
 CASES = {

@@ -13,15 +13,15 @@ from vitprune.choosing import groups_for
 from vitprune.compress import After, Cycle, compress
 from vitprune.cycles import MASKS, read_statistics, write_cycle
 from vitprune.groups import Group, Scores
-from vitprune.optimizers import Memory
 from vitprune.params import Params
 from vitprune.plans import Plan, plan_of
 from vitprune.records import History
-from vitprune.resume import Saved
 from vitprune.runs import OUT, Workplace
-from vitprune.snapshot import Snapshot, packed, unpacked
 from vitprune.starts import held_from
-from vitprune.train import Held
+from vitprune.training.loop import Held
+from vitprune.training.optimizers import Memory
+from vitprune.training.resume import Saved
+from vitprune.training.snapshot import Snapshot, packed, unpacked
 
 MODEL, CYCLES = "model", OUT / "cycles"
 Measured = dict[str, float]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vitprune.errors import BadInput
-from vitprune.fake_quant import WEIGHT_BITS
 from vitprune.files import replacing
+from vitprune.training.fake_quant import WEIGHT_BITS
 
 Batch = tuple[Tensor, Tensor]  # (images (B, C, H, W), labels (B,))
 IMAGES, BATCH = 128, 16  # that calibrate the ranges of activations; a batch at a time bounds the memory

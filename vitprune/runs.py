@@ -11,20 +11,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vitprune import data, resume, tables
+from vitprune import data, tables
 from vitprune.compress import Cycle
 from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluate import accuracy
-from vitprune.optimizers import Memory, Span
 from vitprune.params import Params
 from vitprune.plans import Plan
 from vitprune.recipe import Train
 from vitprune.records import History
-from vitprune.resume import Shelf
-from vitprune.saving import Saver, stopping
-from vitprune.teaching import Recalling, ask, with_answers
 from vitprune.team import ALONE, Team
-from vitprune.train import Epochs, Held, classification, train
+from vitprune.training import resume
+from vitprune.training.loop import Epochs, Held, classification, train
+from vitprune.training.optimizers import Memory, Span
+from vitprune.training.resume import Shelf
+from vitprune.training.saving import Saver, stopping
+from vitprune.training.teaching import Recalling, ask, with_answers
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, KEPT = Path("out"), Path(".vitprune/resume")  # the latter outside of what DVC empties before a stage

@@ -27,7 +27,7 @@ from vitprune.plans import kinds_of, plan_of
 from vitprune.records import History, write_csv, write_json
 from vitprune.released import read_all
 from vitprune.runs import CALIBRATION, MANIFEST, OUT, calibration, device
-from vitprune.train import Held, classification, distilling
+from vitprune.training.loop import Held, classification, distilling
 
 METRICS, PLOTS = Path("metrics"), Path("plots")
 PARTIAL = Path(".vitprune/partial")  # outside of what DVC empties before a stage

@@ -12,7 +12,7 @@ from vitprune.errors import BadInput
 from vitprune.families import find_groups
 from vitprune.files import digest
 from vitprune.params import Params
-from vitprune.train import Held
+from vitprune.training.loop import Held
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vitprune.data import Mix, mixer
-from vitprune.engine import Engine, engine, shared
 from vitprune.errors import BadInput, NotFinite
 from vitprune.families.dropping import stochastic_depth
 from vitprune.groups import Group, Masks, zero
 from vitprune.losses import CrossEntropy
-from vitprune.optimizers import Span, optimizer_for, rates, remembering, set_rate
 from vitprune.params import Distill
-from vitprune.passes import arranged, placed
 from vitprune.progress import track
 from vitprune.recipe import Train
-from vitprune.snapshot import Saving, Standing
 from vitprune.team import ALONE, Team
+from vitprune.training.engine import Engine, engine, shared
+from vitprune.training.optimizers import Span, optimizer_for, rates, remembering, set_rate
+from vitprune.training.passes import arranged, placed
+from vitprune.training.snapshot import Saving, Standing
 
 Epochs = Callable[[int], Iterable[tuple[Tensor, ...]]]  # epoch -> its batches, the same each time it is asked
 Record = Callable[[dict[str, float]], None]

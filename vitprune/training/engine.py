@@ -16,8 +16,8 @@ from torch.nn.utils import get_total_norm
 
 from vitprune.errors import BadInput
 from vitprune.recipe import Train
-from vitprune.snapshot import set_random
 from vitprune.team import Team
+from vitprune.training.snapshot import set_random
 
 KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 PRECISIONS = {False: "no", True: "bf16", "bfloat16": "bf16", "float16": "fp16"}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
-from vitprune.fake_quant import FakeQuant
 from vitprune.recipe import Train
+from vitprune.training.fake_quant import FakeQuant
 
 
 @contextmanager

@@ -11,7 +11,7 @@ SMALL = {
         "depths": (2, 1),
         "num_heads": (3, 6),
     },
-    "xcit_nano_12_p16_224": {"img_size": 64, "depth": 1, "embed_dim": 48},
+    "xcit_nano_12_p16_224": {"img_size": 64, "depth": 2, "embed_dim": 48},
     "cait_xxs24_224": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4},
     "levit_128s": {"img_size": 64, "embed_dim": (48, 64, 80), "key_dim": 8, "num_heads": (2, 3, 4), "depth": (1, 1, 1)},
     "levit_conv_128s": {
@@ -49,34 +49,36 @@ SMALL |= dict.fromkeys((*ROTARY, "vit_small_patch16_dinov3"), ROPE)
 SMALL["vit_base_patch16_siglip_224"] = ZOO["vit"][1]
 PROVEN = {
     "vit_base_patch16_siglip_224": "ffn head attention block",
-    "beit_base_patch16_224": "ffn head attention weight residual",
-    "swinv2_tiny_window8_256": "ffn head attention weight residual",
-    "xcit_nano_12_p16_224": "ffn head weight residual",
-    "cait_xxs24_224": "ffn head attention weight residual",
-    "levit_128s": "ffn head weight residual",
-    "levit_conv_128s": "ffn head residual",
-    "pit_ti_224": "ffn head attention residual",
+    "beit_base_patch16_224": "ffn head attention weight residual block",
+    "swinv2_tiny_window8_256": "ffn head attention weight residual block",
+    "xcit_nano_12_p16_224": "ffn head weight residual block",
+    "cait_xxs24_224": "ffn head attention weight residual block",
+    "levit_128s": "ffn head weight residual block",
+    "levit_conv_128s": "ffn head residual block",
+    "pit_ti_224": "ffn head attention residual block",
     "tiny_vit_5m_224": "ffn head attention residual",
-    "efficientformer_l1": "ffn head residual",
-    "convit_tiny": "ffn head attention weight residual",
-    "coat_tiny": "ffn weight",
+    "efficientformer_l1": "ffn head residual block",
+    "convit_tiny": "ffn head attention weight residual block",
+    "coat_tiny": "ffn weight block",
     "mvitv2_tiny": "head residual",
-    "twins_pcpvt_small": "ffn head attention weight residual",
-    "twins_svt_small": "ffn head attention residual",
-    "mobilevit_xxs": "ffn head attention residual",
-    "mobilevitv2_050": "ffn residual",
+    "twins_pcpvt_small": "ffn head attention weight residual block",
+    "twins_svt_small": "ffn head attention residual block",
+    "mobilevit_xxs": "ffn head attention residual block",
+    "mobilevitv2_050": "ffn residual block",
     "maxvit_pico_rw_256": "ffn head attention residual",
     "maxvit_rmlp_pico_rw_256": "head residual",
-    "poolformer_s12": "ffn residual",
-    "efficientvit_b0": "ffn head residual",
-    "convnext_atto": "ffn residual",
+    "poolformer_s12": "ffn residual block",
+    "efficientvit_b0": "ffn head residual block",
+    "convnext_atto": "ffn residual block",
     "resnet50": "ffn residual",
     "seresnet50": "ffn residual",
-    "eva02_tiny_patch14_224": "ffn head weight residual",
-    "vit_small_patch16_rope_224": "ffn head weight residual",
-    "vit_small_patch16_dinov3": "head",
+    "eva02_tiny_patch14_224": "ffn head weight residual block",
+    "vit_small_patch16_rope_224": "ffn head weight residual block",
+    "vit_small_patch16_dinov3": "head block",
     "test_efficientnet": "ffn",
-    "efficientvit_m0": "ffn weight",  # whose MLPs nobody named
+    "convnextv2_atto": "block",
+    "vit_small_patch16_rope_mixed_224": "block",
+    "efficientvit_m0": "ffn weight block",  # whose MLPs nobody named
 }
 REFUSED = [
     ("xcit_nano_12_p16_224", "attention", r"^blocks.0.attn \(XCA\): attention among channels"),
@@ -105,5 +107,21 @@ REFUSED = [
     ("visformer_tiny", "ffn", r"^stage1.0.mlp \(SpatialMlp\): this MLP is not understood yet"),
     ("gmlp_s16_224", "ffn", r"^blocks.0.mlp_channels.gate.norm|^blocks.0.mlp_channels.gate "),
     ("coat_tiny", "residual", "^CoaT: with a narrower residual stream it does not run "),
-    ("cait_xxs24_224", "block", "^Cait: groups of kind 'block' are not understood yet"),
+    *(
+        (
+            name,
+            "block",
+            rf"^{block}: neither it nor any other block of \w+ gives back what it is given",
+        )
+        for name, block in {
+            "resnet50": r"layer1.0 \(Bottleneck\)",  # an activation runs over the sum
+            "resnext50_32x4d": r"layer1.0 \(Bottleneck\)",
+            "seresnet50": r"layer1.0 \(Bottleneck\)",
+            "tiny_vit_5m_224": r"stages.0.blocks.0 \(MBConv\)",  # a convolution runs over the stream between two sums
+            "mvitv2_tiny": r"stages.0.blocks.0 \(MultiScaleBlock\)",  # it gives back a size, too
+            "maxvit_pico_rw_256": r"stages.0.blocks.0 \(MaxxVitBlock\)",  # the first of a stage, whose stride is 2
+            "maxvit_rmlp_pico_rw_256": r"stages.0.blocks.0 \(MaxxVitBlock\)",
+            "test_efficientnet": r"blocks.1.0 \(EdgeResidual\)",
+        }.items()
+    ),
 ]

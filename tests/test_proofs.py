@@ -68,6 +68,11 @@ def test_masks_leave_an_odd_number_of_units_and_never_none() -> None:
             assert all(bool((masks[group.name].sum(-1) % 2 == 1).all()) for group in groups)
 
 
+def test_the_only_block_of_a_model_is_no_failure() -> None:
+    (row,) = check(VIT[0], ["block"], [0.5], VIT[1] | {"depth": 1})
+    assert (row.verdict, row.why) == ("refused", "VisionTransformer: it has one block, which stays")
+
+
 def test_the_command_prints_proofs_and_ends_with_1_where_one_fails(monkeypatch, capsys) -> None:
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["vitprune", "check", *words])

@@ -54,9 +54,8 @@ def mask_facts(groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
     facts: dict[str, Any] = {"sparsity": {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}}
     for group in groups:
         if group.kind == "block":
-            facts["gone"] = [
-                body for (body, *_), keep in zip(group.sublayers, masks[group.name], strict=True) if not keep
-            ]
+            pairs = zip(group.sublayers, masks[group.name], strict=True)
+            facts["gone"] = list(dict.fromkeys(body for (body, *_), keep in pairs if not keep))
     return facts
 
 

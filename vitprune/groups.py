@@ -48,8 +48,8 @@ class Group:
     are cut with their units and never zeroed, as the weight and bias beside them are, which makes the units zero.
 
     Blocks go in pairs of neighbours, so the units of their group are sub-layers, in the order of the model: attention,
-    FFN, attention, and so on. `sublayers` holds the paths of the modules of each (its body first), and `drop` takes the
-    others out of the model.
+    FFN, attention, and so on. Of blocks that go as a whole, both units are the block. `sublayers` holds the paths of
+    the modules of each (its body first), and `drop` takes the others out of the model.
     """
 
     name: str
@@ -67,6 +67,11 @@ class Group:
     def units(self) -> int:
         """Number of units."""
         return torch.Size(self.shape).numel()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the units of each block are the block itself, and go together."""
+        return len(self.sublayers) > 1 and self.sublayers[0] == self.sublayers[1]
 
     @property
     def candidates(self) -> int:
@@ -209,6 +214,8 @@ def _kept_shape(group: Group, mask: Tensor) -> tuple[int, ...]:
     left = mask.flatten().nonzero().flatten()
     if group.kind == "block" and (len(left) % 2 or bool((left % 2 != torch.arange(len(left)) % 2).any())):
         raise BadInput(f"{group.name}: what is left would not alternate attention and FFN; remove pairs of neighbours")
+    if group.whole and not torch.equal(mask.flatten()[::2], mask.flatten()[1::2]):
+        raise BadInput(f"{group.name}: half of a block would go; remove both units of every block that goes")
     rows = mask.view(group.shape).flatten(1) if len(group.shape) > 1 else mask.view(1, -1)
     counts = [int(count) for count in rows.sum(dim=1)]
     if len(set(counts)) > 1:

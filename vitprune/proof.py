@@ -75,8 +75,10 @@ def literal(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Modul
     model = copy.deepcopy(dense)
     if groups[0].kind not in ("residual", "block"):
         return zero(model, groups, masks)
-    for path in leaving(groups, masks):
-        model.get_submodule(path).register_forward_hook(lambda *call: torch.zeros_like(call[-1]))
+    for path in dict.fromkeys(leaving(groups, masks)):
+        given = groups[0].whole  # to a block that goes as a whole, and on to the next
+        hook = (lambda module, args, output: args[0]) if given else (lambda *call: torch.zeros_like(call[-1]))
+        model.get_submodule(path).register_forward_hook(hook)
     for group in groups:
         for part in group.slices:
             module = model.get_submodule(part.param.rpartition(".")[0])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitprune.chain import Branch, Chain, SelfAttention, Step
 from vitprune.criteria import Batches, Importance, Setting
-from vitprune.criteria.kl import without
+from vitprune.criteria.kl import literal, without
 from vitprune.criteria.narrow import narrowed
 from vitprune.criteria.passes import needed, onwards, prefixes
 from vitprune.criteria.products import full_precision, keep_freed_memory
@@ -31,6 +31,8 @@ def exact(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: 
     A float64 model is scored in float64 throughout. A float32 model runs in float32, its divergences are taken in
     float64 of float32 logits: those carry rounding of about 1e-6, so a score below some 1e-9 nats per image is noise.
 
+    Blocks that go as a whole are scored by kl.literal itself.
+
     Raises:
         BadInput: there are no images, or the model or a group is not understood; it is named.
 
@@ -38,6 +40,11 @@ def exact(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: 
     """
     if not batches:
         raise BadInput("kl: needs images; give batches")
+    whole = [group for group in groups if group.whole]
+    if whole:
+        others = [group for group in groups if not group.whole]
+        known = literal(model, whole, batches, setting).scores
+        return Importance(known | (exact(model, others, batches, setting).scores if others else {}))
     everything = {group.name: torch.arange(group.candidates) for group in groups}
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     for group in groups:
@@ -97,6 +104,8 @@ def _whole(model: nn.Module, chain: Chain, images: Tensor) -> _Whole:
 def _check(chain: Chain, group: Group, units: Tensor) -> None:
     if group.kind not in KINDS:
         raise BadInput(f"{group.name}: exact scoring removes {', '.join(KINDS)}, not kind {group.kind!r}")
+    if group.whole:
+        raise BadInput(f"{group.name}: blocks that go as a whole are scored by removal alone; use kl-literal")
     bodies = [body for body, *_ in group.sublayers] or [group.owner or group.name]
     missing = [body for body in bodies if group.kind != "residual" and chain.branch(body) is None]
     if missing:

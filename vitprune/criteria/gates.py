@@ -104,6 +104,8 @@ def gates_of(model: nn.Module, groups: Sequence[Group]) -> list[Gate]:
     for group in groups:
         if group.kind == "weight":
             raise BadInput(f"{group.name}: Fisher scores are for units, not for kind 'weight'; use taylor or energy")
+        if group.whole:
+            raise BadInput(f"{group.name}: blocks that go as a whole are scored by removal alone; use kl-literal")
         own = [_gate(group, part, (path, "input")) for path, part in _consumers(model, group)]
         if group.kind == "block":
             own += [_branch(group, unit) for unit in range(group.units)]

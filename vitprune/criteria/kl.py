@@ -19,7 +19,8 @@ def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting
 
     The slow oracle that faster scorers are held against: units x images forward passes. Residual channels and blocks
     are shrunk away, the others zeroed, which is the same function. A sub-layer goes together with the next one; the
-    last, which has none, scores infinity. Where the model answers at every position of a sequence, with logits
+    last, which has none, scores infinity. Of a block that goes as a whole, the first unit has its score and the second
+    scores infinity, as do both of the only one. Where the model answers at every position of a sequence, with logits
     (B, positions, classes), the divergences of all positions are summed.
 
     Source: UP-ViTs equation 1; for blocks, the pairs of its block pruning.
@@ -28,13 +29,20 @@ def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting
         raise BadInput("kl: needs images; give batches")
     device = next(model.parameters()).device
     images = [batch.to(device) for batch, _ in batches]
-    units = [(group, unit) for group in groups for unit in range(group.candidates)]
+    units = [(group, unit) for group in groups for unit in _firsts(group)]
     scores = {group.name: torch.full((group.units,), torch.inf, dtype=torch.float64) for group in groups}
     with evaluating(model):
         answers = [model(batch).double().log_softmax(-1) for batch in images]
         for group, unit in track(units, "removing one unit at a time"):
             scores[group.name][unit] = _divergence(without(model, group, unit), images, answers)
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
+
+
+def _firsts(group: Group) -> range:
+    """Units that are removed in turn; whatever goes with one of them is not among them."""
+    if group.whole:
+        return range(0, group.units if group.units > 2 else 0, 2)
+    return range(group.candidates)
 
 
 def without(model: nn.Module, group: Group, unit: int) -> nn.Module:

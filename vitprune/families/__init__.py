@@ -16,7 +16,7 @@ from timm.models.xcit import Xcit
 from torch import nn
 
 from vitprune.errors import BadInput
-from vitprune.families import attentions, layers, prunable, pvt, residual, rules, swin, vit
+from vitprune.families import attentions, layers, prunable, pvt, residual, rules, skipping, swin, vit
 from vitprune.families.decoder import Decoder
 from vitprune.families.decoder import groups as decoder_groups
 from vitprune.groups import KINDS, Group, cut_to
@@ -31,6 +31,7 @@ FAMILIES: dict[type[nn.Module], Finder] = {  # those of which more is known than
     PyramidVisionTransformerV2: pvt.groups,
     Decoder: decoder_groups,
 }
+HALVED = (VisionTransformer, VisionTransformerDistilled, Decoder)  # whose blocks go in halves; others are skipped whole
 TABLES: dict[type[nn.Module], layers.Table] = {
     Xcit: prunable.XCIT,
     EfficientFormer: prunable.EFFICIENTFORMER,
@@ -56,14 +57,14 @@ def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
 
 
 def _find(model: nn.Module, kind: str) -> list[Group]:
+    if kind == "block" and type(model) not in HALVED:
+        return skipping.groups(model)
     if type(model) in FAMILIES:
         return FAMILIES[type(model)](model, kind)
     if kind in rules.KINDS:
         return rules.groups(model, kind)
     if kind == "residual":
         return residual.groups(model)
-    if kind != "weight":
-        raise BadInput(f"{type(model).__name__}: groups of kind {kind!r} are not understood yet; ffn and weight may be")
     if type(model) in TABLES:
         return layers.weights(TABLES[type(model)], model)
     return layers.all_weights(model)
@@ -75,10 +76,11 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every group that can be cut, by name: all that is needed to rebuild a shrunk model."""
+    """Shape of every group that can be cut, by name, and every skipped block: all that rebuilds a shrunk model."""
+    blocks = _cuttable(model, "block") if type(model) in HALVED else []
     heads = _cuttable(model, "attention") or _cuttable(model, "head")
-    found = _cuttable(model, "block") + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
-    return {group.name: group.shape for group in found}
+    found = blocks + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
+    return skipping.recorded(model) | {group.name: group.shape for group in found}
 
 
 def _cuttable(model: nn.Module, kind: str) -> list[Group]:
@@ -109,6 +111,9 @@ def cut_down(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[Cut]
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     cuts: list[Cut] = []
     for kind in ("block", "head", "residual", "attention", "ffn") if wanted else ():
+        if kind == "block" and type(model) not in HALVED:
+            cuts += recut(model, skipping.cuts(model, wanted))
+            continue
         found = _cuttable(model, kind)
         if kind == "head":
             cuts += recut(model, _fewer_heads(model, found, wanted))

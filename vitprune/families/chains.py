@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitprune.chain import Branch, Chain, Perceptron, SelfAttention, Step
 from vitprune.errors import BadInput
 from vitprune.families import decoder, parts, pvt_chain
+from vitprune.families.skipping import Skipped
 
 
 def chain(model: nn.Module) -> Chain:
@@ -93,7 +94,8 @@ def _swin(model: Any) -> Chain:
         if not isinstance(stage.downsample, nn.Identity):
             steps.append(stage.downsample)
         for index, block in enumerate(stage.blocks):
-            steps += _window_block(f"layers.{number}.blocks.{index}", block)
+            if type(block) is not Skipped:
+                steps += _window_block(f"layers.{number}.blocks.{index}", block)
     return Chain(model.patch_embed, tuple(steps), (model.norm, model.head))
 
 

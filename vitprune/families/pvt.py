@@ -7,6 +7,7 @@ from timm.models.pvt_v2 import Attention, Block, MlpWithDepthwiseConv
 
 from vitprune.families import parts, rules
 from vitprune.families.pvt_attention import CutAttention, settle
+from vitprune.families.skipping import Skipped
 from vitprune.groups import Group
 
 PRUNABLE = {"attn.q": "qkv", "attn.kv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}
@@ -25,15 +26,14 @@ def groups(model: Any, kind: str) -> list[Group]:
         (f"stages.{number}.blocks.{index}", plain(f"stages.{number}.blocks.{index}", block))
         for number, stage in enumerate(model.stages)
         for index, block in enumerate(stage.blocks)
+        if type(block) is not Skipped
     ]
     if kind == "residual":
         streams = [_stream(model, number) for number in range(len(model.stages))]
         return streams + [_reduction(f"{path}.attn", b.attn) for path, b in blocks if b.attn.sr is not None]
     if kind == "weight":
         return [group for path, block in blocks for group in parts.weights(path, block, PRUNABLE)]
-    if kind in rules.KINDS:
-        return rules.groups(model, kind)
-    raise parts.refuse("stages", model.stages, f"groups of kind {kind!r} are not understood yet")
+    return rules.groups(model, kind)
 
 
 def uniform_args(model: Any) -> dict[str, Any]:
@@ -52,8 +52,10 @@ def uniform_args(model: Any) -> dict[str, Any]:
 
 def _shape(block: Any) -> tuple[int, int, int, int] | None:
     """Width, heads, hidden units and reduction ratio of a block in timm's own shape."""
+    if type(block) is not Block:
+        return None
     attn = block.attn
-    if type(block) is not Block or type(attn) is not Attention:
+    if type(attn) is not Attention:
         return None
     ratio = 1 if attn.sr is None else attn.sr.kernel_size[0]
     return attn.dim, attn.num_heads, block.mlp.fc1.out_features, ratio
@@ -92,6 +94,8 @@ def _stream(model: Any, number: int) -> Group:
     writers, norms = [f"{entry}.proj"], [f"{entry}.norm", f"{path}.norm"]
     readers = ["head" if last else f"stages.{number + 1}.downsample.proj"]
     for index, block in enumerate(model.stages[number].blocks):
+        if type(block) is Skipped:
+            continue
         inside = f"{path}.blocks.{index}"
         writers += [f"{inside}.attn.proj", f"{inside}.mlp.fc2"]
         readers += [f"{inside}.attn.q", f"{inside}.mlp.fc1", f"{inside}.attn.{'kv' if block.attn.sr is None else 'sr'}"]
@@ -104,6 +108,7 @@ def _stream(model: Any, number: int) -> Group:
 def _resize_stream(number: int, model: Any, shape: tuple[int, ...]) -> None:
     model.feature_info[number]["num_chs"] = shape[0]
     for block in model.stages[number].blocks:
-        settle(block.attn)
+        if type(block) is not Skipped:
+            settle(block.attn)
     if number + 1 == len(model.stages):
         model.num_features = model.head_hidden_size = shape[0]

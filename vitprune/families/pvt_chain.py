@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vitprune.chain import Branch, Chain, Step
 from vitprune.families import parts
 from vitprune.families.pvt import plain
+from vitprune.families.skipping import Skipped
 
 
 def chain(model: Any) -> Chain:
@@ -21,7 +22,8 @@ def chain(model: Any) -> Chain:
         if number:
             steps.append(partial(_onto_the_next, model.stages[number - 1].norm, stage.downsample))
         for index, block in enumerate(stage.blocks):
-            steps += _block(f"stages.{number}.blocks.{index}", block)
+            if type(block) is not Skipped:
+                steps += _block(f"stages.{number}.blocks.{index}", block)
     return Chain(model.patch_embed, tuple(steps), (model.stages[-1].norm, partial(_answer, model)))
 
 

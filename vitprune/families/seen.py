@@ -51,15 +51,15 @@ def attempt(model: nn.Module, groups: Sequence[Group], what: str) -> None:
 
 
 def _known(model: nn.Module) -> _Known:
-    shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
+    state = shapes(model)
     known = _KNOWN.get(model)
-    if known is None or known.shapes != shapes:
+    if known is None or known.shapes != state:
         small = frame(model)
         try:
-            found = channels(small, _images(small))
+            found = channels(small, images(small))
         except Exception as error:  # whatever a forward pass says to tensors without values
-            raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({_line(error)})") from None
-        _KNOWN[model] = known = _Known(shapes, found)
+            raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({line(error)})") from None
+        _KNOWN[model] = known = _Known(state, found)
     return known
 
 
@@ -69,16 +69,23 @@ def _failure(model: nn.Module, groups: Sequence[Group]) -> str:
         for group in groups:
             cut_to(small, group, (group.units - group.units // 3,))
         with torch.no_grad(), evaluating(small):
-            small(_images(small))
+            small(images(small))
     except Exception as error:
-        return _line(error)
+        return line(error)
     return ""
 
 
-def _images(model: nn.Module) -> Tensor:
+def shapes(model: nn.Module) -> Shapes:
+    """Name and shape of everything in a model's state."""
+    return tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
+
+
+def images(model: nn.Module) -> Tensor:
+    """An image (1, C, H, W) of a model's own size, without values."""
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return torch.empty(1, *get_model_input_config(model)["input_size"], dtype=dtype, device="meta")
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """The first line of an error."""
     return (str(error).splitlines() or [type(error).__name__])[0]

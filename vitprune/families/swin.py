@@ -8,6 +8,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import nn
 
 from vitprune.families import parts, rules
+from vitprune.families.skipping import Skipped
 from vitprune.groups import Group, ParamSlice
 
 
@@ -17,8 +18,6 @@ def groups(model: Any, kind: str) -> list[Group]:
     Raises:
         BadInput: a block, MLP or norm is of a type that is not understood.
     """
-    if kind == "block":
-        raise parts.refuse("layers", model.layers, "its blocks come in pairs of plain and shifted windows")
     blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, SwinTransformerBlock)]
     for path, block in blocks:
         if type(block.mlp) is not Mlp:
@@ -39,7 +38,9 @@ def _stream(model: Any, number: int) -> Group:
         (["patch_embed.proj"], ["patch_embed.norm"]) if number == 0 else ([f"{path}.downsample.reduction"], [])
     )
     readers = ["head.fc"] if last else []
-    for index in range(len(model.layers[number].blocks)):
+    for index, block in enumerate(model.layers[number].blocks):
+        if type(block) is Skipped:
+            continue
         inside = f"{path}.blocks.{index}"
         writers += [f"{inside}.attn.proj", f"{inside}.mlp.fc2"]
         readers += [f"{inside}.attn.qkv", f"{inside}.mlp.fc1"]

@@ -123,7 +123,7 @@ def tampered(project: Path, names: Sequence[str], called: str = "") -> Iterator[
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
         for row in map(json.loads, worker.stdout):
-            line = row["line"].replace(f"{project}/", "").replace("|", "\\|")
+            line = row["line"].replace(f"{project}/", "").replace(str(project), "the project").replace("|", "\\|")
             yield row | {"line": line, "name": called or row["name"]}
     if worker.returncode:
         sys.exit(f"the audits of {project} ended with {worker.returncode}")

@@ -161,7 +161,7 @@ def test_a_model_with_too_few_classes(project, refuse):
 
 
 def test_a_model_of_which_nothing_is_understood_is_refused_by_name(refuse):
-    told = refuse("inspect", "nf_regnet_b0")
+    told = refuse("inspect", "test_nfnet")
     assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights as they are" in told
 
 

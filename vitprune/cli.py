@@ -4,13 +4,16 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from vitprune import data, launch, models, promotion, stages, sweeps
@@ -20,6 +23,8 @@ from vitprune.evaluate import costs, count
 from vitprune.families import find_groups
 from vitprune.groups import KINDS
 from vitprune.methods import METHODS
+from vitprune.proof import Proof
+from vitprune.quantities import said
 from vitprune.runs import OUT
 from vitprune.scaffold import Choice, create
 
@@ -202,18 +207,26 @@ def check(
         shares = [float(share) for share in ratios.split(",")]
     except ValueError:
         raise BadInput(f"--ratios {ratios!r}: expected numbers between 0 and 1, with commas between them") from None
-    table = Table("kind", "removed", "verdict", "difference", "parameters", "MACs", "", box=None, pad_edge=False)
-    failed = False
-    for row in proofs(model, kinds.split(","), shares):
-        cells = ["", "", ""]
-        if row.proof is not None:
-            costs = [(row.proof.params_before, row.proof.params_after), (row.proof.macs_before, row.proof.macs_after)]
-            cells = [f"{row.proof.difference:.1e}", *(f"{before:,} -> {after:,}" for before, after in costs)]
-        failed |= row.verdict == "failed"
-        table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *cells, row.why)
-    Console().print(table)
+    table = Table("kind", "removed", "verdict", "difference", "parameters", "MACs", box=None, pad_edge=False)
+    console, reasons, failed = Console(), [], False
+    with Live(table, console=console, transient=True) if console.is_terminal else nullcontext():
+        for row in proofs(model, kinds.split(","), shares):
+            failed |= row.verdict == "failed"
+            table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *_costs(row.proof))
+            reasons += [f"{row.kind}: {row.why}"] if row.why else []
+    console.print(table)
+    for reason in reasons:
+        console.print(f"[dim]{escape(reason)}", highlight=False)
     if failed:
         raise typer.Exit(1)
+
+
+def _costs(proof: Proof | None) -> Sequence[str]:
+    """Of a proof: the largest difference, and parameters and MACs before and after."""
+    if proof is None:
+        return ()
+    costs = [(proof.params_before, proof.params_after), (proof.macs_before, proof.macs_after)]
+    return [f"{proof.difference:.1e}", *(f"{said(before)} -> {said(after)}" for before, after in costs)]
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ Everything is started here and ended here. What it needs beyond Python is said w
 """
 
 import contextlib
+import itertools
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +93,15 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Remote
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory, remote: loopback.Remote) -> Iterator[Team]:
-    """Servers and a worker by the scripts of deploy/, and a project with a remote, deployed."""
-    folder = tmp_path_factory.mktemp("team")
-    with loopback.serving(folder, SECRETS | ZOMBIES) as servers:
+def team(remote: loopback.Remote) -> Iterator[Team]:
+    """Servers and a worker by the scripts of deploy/, and a project with a remote, deployed.
+
+    Its folder is none of pytest's, which every other pytest that starts closes to the user of PostgreSQL.
+    """
+    with contextlib.ExitStack() as stack:
+        made = tempfile.TemporaryDirectory(prefix="vitprune-team-", ignore_cleanup_errors=True)
+        folder = Path(stack.enter_context(made))
+        servers = stack.enter_context(loopback.serving(folder, SECRETS | ZOMBIES))
         project = prepared(folder / "project", remote)
         with servers.worker(folder / "worker.log"):
             servers.run("prefect", "--no-prompt", "deploy", "--all", where=project)
@@ -106,9 +114,16 @@ def prepared(project: Path, remote: loopback.Remote) -> Path:
     tiny_project.dvc(project, "remote", "add", "-d", "team", remote.address)
     tiny_project.dvc(project, "remote", "modify", "--local", "team", "keyfile", str(remote.key))
     (project / "gates.yaml").write_text(yaml.safe_dump(LAX))
+    in_half_a_day(project)
     tiny_project.commit(project, "Name the team's remote.")
     shutil.rmtree(project / "images")
     return project
+
+
+def in_half_a_day(project: Path) -> None:
+    """Have the cron schedule fall due while no test runs."""
+    path, hour = project / "prefect.yaml", (datetime.now(UTC).hour + 12) % 24
+    path.write_text(path.read_text().replace('cron: "0 3 * * *"', f'cron: "0 {hour} * * *"'))
 
 
 def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: loopback.Remote) -> None:
@@ -152,6 +167,17 @@ def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: 
     shutil.copyfile(team.project / ".dvc/config.local", clone / ".dvc/config.local")
     assert team.run("flows.audit", run, "--project", str(clone), where=team.folder).endswith("PASS\n")
     assert found_secrets(team) == []
+
+
+def test_the_server_plans_what_the_cron_schedule_says(team: Team) -> None:
+    deadline = time.monotonic() + 180  # the server looks once a minute
+    wanted = {"deployments": {"name": {"any_": ["retrain"]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    while not (planned := team.servers.ask("/flow_runs/filter", wanted)):
+        assert time.monotonic() < deadline, "nothing is planned"
+        time.sleep(1)
+    due = sorted(datetime.fromisoformat(run["expected_start_time"]) for run in planned)
+    assert due[0] > datetime.now(UTC)
+    assert {(later - earlier).total_seconds() for earlier, later in itertools.pairwise(due)} == {86400.0}
 
 
 def test_a_run_that_dies_without_a_word_counts_as_crashed(team: Team) -> None:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from harness import RESULTS, Row, write_results, write_table
 
@@ -84,7 +85,8 @@ removed, and an odd number is left (block: whole blocks).
 Proven: what is cut out leaves the logits of the literal removal (difference below 1e-10 of the largest logit),
 parameters and MACs fall by what the groups promise, gradients are finite, and the model is the same from a file. A
 number is a reason below. Torch-Pruning: magnitude, 30 % of the channels, the classifier ignored, heads named where a
-layer is called qkv; its documents say that some models need settings of their own."""
+layer is called qkv; its documents say that some models need settings of their own. Exit code -9 is that of a process
+which the system ended when its memory ran out: this one has {memory:.0f} GiB, shared with one more worker."""
 
 
 def main() -> None:
@@ -183,9 +185,9 @@ def _document(found: dict[str, dict], ratios: str) -> None:
             number = reasons.setdefault(verdict, len(reasons) + 1) if verdict != "proven" else 0
             shown.append(f"{verdict.partition(':')[0]} {number}" if number else "proven")
         table.append([f"`{name}`", *shown, f"{model['seconds']:.1f}", model["peer"]])
-    path = ROOT / "docs/models.md"
+    path, memory = ROOT / "docs/models.md", psutil.virtual_memory().total / 2**30
     columns = ["model", *KINDS, "all groups found in, s", "Torch-Pruning's generic recipe"]
-    write_table(path, TITLE, ABOUT.format(removed=ratios.replace(",", ", ")), columns, table)
+    write_table(path, TITLE, ABOUT.format(removed=ratios.replace(",", ", "), memory=memory), columns, table)
     listed = [f"{number}. {why.partition(': ')[2]}" for why, number in reasons.items()]
     path.write_text(path.read_text() + "\n" + "\n".join(listed) + "\n")
 

@@ -86,7 +86,7 @@ Proven: what is cut out leaves the logits of the literal removal (difference bel
 parameters and MACs fall by what the groups promise, gradients are finite, and the model is the same from a file. A
 number is a reason below. Torch-Pruning: magnitude, 30 % of the channels, the classifier ignored, heads named where a
 layer is called qkv; its documents say that some models need settings of their own. Exit code -9 is that of a process
-which the system ended when its memory ran out: this one has {memory:.0f} GiB, shared with one more worker."""
+which the system ended when its memory ran out: this one has {memory:.0f} GiB for all that runs on it."""
 
 
 def main() -> None:

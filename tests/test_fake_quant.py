@@ -71,6 +71,17 @@ def test_passes_and_gradients_are_those_of_rounding_by_hand(model: nn.Module) ->
     assert not torch.allclose(plain.head.weight.grad, mine["head.weight"], rtol=1e-3, atol=1e-5)
 
 
+def test_a_layer_that_names_what_it_is_given_is_rounded_too() -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    with FakeQuant():
+        found = F.linear(input=x, weight=layer.weight, bias=layer.bias)
+        half = F.linear(x, weight=layer.weight)
+    expected = F.linear(rounded_input(x), rounded_weight(layer.weight), layer.bias)
+    assert torch.equal(found, expected)
+    assert torch.equal(half, F.linear(rounded_input(x), rounded_weight(layer.weight)))
+    assert not torch.equal(found, layer(x))
+
+
 def test_what_does_not_train_is_left_alone(model: nn.Module) -> None:
     x = images(model, 2).float()
     expected = model(x)

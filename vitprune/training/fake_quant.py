@@ -25,9 +25,12 @@ class FakeQuant(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, on rounded tensors if it is a layer that trains."""
-        if func in LAYERS and len(args) > 1 and torch.is_grad_enabled() and args[1].requires_grad:
-            args = (rounded_input(args[0]), rounded_weight(args[1]), *args[2:])
-        return func(*args, **(kwargs or {}))
+        if func not in LAYERS or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        named = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})  # some layers give them by name
+        if named["weight"].requires_grad:
+            named |= {"input": rounded_input(named["input"]), "weight": rounded_weight(named["weight"])}
+        return func(named.pop("input"), named.pop("weight"), *args[2:], **named)
 
 
 def rounded_weight(weight: Tensor, bits: int = WEIGHT_BITS) -> Tensor:

@@ -10,22 +10,19 @@ docs/results/int8_training.md.
 
 import copy
 import itertools
-import tempfile
 from pathlib import Path
 from statistics import mean
 
 import torch
 from cuts import damped
 from harness import Row, arguments, real_data, write_results, write_table
-from int8 import calibration_images
+from int8 import CHOSEN, calibration_images, measured
 from peers import load_dense
 from recovery import images_of
 from torch import nn
 
 from vitprune import data, plan_for
 from vitprune.compress import compress
-from vitprune.export import to_onnx
-from vitprune.int8 import side_by_side, to_int8
 from vitprune.recipe import Train
 from vitprune.training.loop import Held, distillation, train
 
@@ -48,9 +45,9 @@ def main() -> None:
     for seed, int8 in itertools.product(range(seeds), NAMES):
         student = copy.deepcopy(model)
         losses = trained(student, dense, held, real, steps, seed, int8)
-        facts = measured(student, given, validation) | {"loss": losses}
+        facts = measured(student.eval(), [CHOSEN], given, validation)[CHOSEN] | {"loss": losses}
         found[int8].append(facts)
-        tops = [f"{facts[key]:.1f}" for key in ("float_top1", "int8_top1", "int8_agrees")]
+        tops = [f"{facts[key]:.1f}" for key in ("float", "int8", "agrees")]
         kept = f"{facts['zeros']:,.0f}, now {facts['int8_zeros']:,.0f}"  # to_int8 raises where one got lost
         table.append([NAMES[int8], f"{seed}", f"{losses:.4f}", *tops, kept])
         print(table[-1], flush=True)
@@ -58,9 +55,9 @@ def main() -> None:
         Row(f"{name}: {what}", mean(one[key] for one in found[int8]), unit, runs=seeds)
         for int8, name in NAMES.items()
         for key, what, unit in (
-            ("float_top1", "float", "top-1 %"),
-            ("int8_top1", "INT8", "top-1 %"),
-            ("int8_agrees", "agreement", "%"),
+            ("float", "float", "top-1 %"),
+            ("int8", "INT8", "top-1 %"),
+            ("agrees", "agreement", "%"),
         )
     ]
     if not asked.quick:
@@ -94,15 +91,6 @@ def trained(student: nn.Module, dense: nn.Module, held: Held, real: Path, steps:
         held,
     )
     return rows[-1]["loss"]
-
-
-def measured(model: nn.Module, given: torch.Tensor, validation: list[data.Batch]) -> dict[str, float]:
-    """Top-1 of the exported model in float and in INT8, and how many zeros either has."""
-    with tempfile.TemporaryDirectory() as name:
-        paths = [Path(name) / "float.onnx", Path(name) / "int8.onnx"]
-        to_onnx(model.eval(), paths[0], validation[0][0][:2])
-        facts = to_int8(*paths, given)
-        return {key: facts[key] for key in ("zeros", "int8_zeros")} | side_by_side(paths, validation)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 from harness import Row, arguments, real_data, write_results, write_table
+from toy_runs import ROOT, tiny_project
 
 from vitprune.scaffold import Choice, create
 
-ROOT = Path(__file__).parent.parent
 MODEL = "deit_tiny_patch16_224"
 METHODS = ("channel-magnitude", "channel-taylor", "upvits", "unit-obs")
 TARGETS = (0.85, 0.7, 0.5)
-GIT = ("git", "-c", "user.name=vitprune", "-c", "user.email=vitprune@example.org")
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     asked = arguments(__doc__, {"project": ("", "where it is made, to go on after a break; else a folder for once")})
     real = real_data()
     with tempfile.TemporaryDirectory(prefix="vitprune-sweep-") as name:
-        project = Path(asked.project or name).resolve() / "project"
+        project = Path(asked.project or name).resolve() / ("quick" if asked.quick else "project")
         if not project.exists():
             make(project, real, asked.quick)
         methods, targets = (METHODS[:2], TARGETS[:1]) if asked.quick else (METHODS, TARGETS)
@@ -63,8 +62,7 @@ def make(project: Path, real: Path, quick: bool) -> None:
     params["evaluate"] = {"batch_size": 50, "latency_batch": 8, "latency_runs": 3 if quick else 20}
     params["export"] = {"onnx": False}
     path.write_text(yaml.safe_dump(params, sort_keys=False))
-    for command in ((*GIT, "add", "-A"), (*GIT, "commit", "-q", "-m", "A project.")):
-        subprocess.run(command, cwd=project, check=True)
+    tiny_project.commit(project, "A project.")
 
 
 def rows_of(found: dict[str, Any]) -> list[Row]:

@@ -193,7 +193,7 @@ def inspect(
     console = Console()
     console.print(f"[bold]{model}[/]: {whole.params / 1e6:.2f} M parameters, {whole.macs / 1e9:.3f} G MACs")
     for kind, why in refused:
-        console.print(f"[dim]{kind}: {why}")
+        console.print(f"[dim]{kind}: {escape(str(why))}")
     console.print(table)
 
 
@@ -212,7 +212,7 @@ def check(
     with Live(table, console=console, transient=True) if console.is_terminal else nullcontext():
         for row in proofs(model, kinds.split(","), shares):
             failed |= row.verdict == "failed"
-            table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *_costs(row.proof))
+            table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *_cells(row.proof))
             reasons += [f"{row.kind}: {row.why}"] if row.why else []
     console.print(table)
     for reason in reasons:
@@ -221,12 +221,12 @@ def check(
         raise typer.Exit(1)
 
 
-def _costs(proof: Proof | None) -> Sequence[str]:
+def _cells(proof: Proof | None) -> Sequence[str]:
     """Of a proof: the largest difference, and parameters and MACs before and after."""
     if proof is None:
         return ()
-    costs = [(proof.params_before, proof.params_after), (proof.macs_before, proof.macs_after)]
-    return [f"{proof.difference:.1e}", *(f"{said(before)} -> {said(after)}" for before, after in costs)]
+    pairs = [(proof.params_before, proof.params_after), (proof.macs_before, proof.macs_after)]
+    return [f"{proof.difference:.1e}", *(f"{said(before)} -> {said(after)}" for before, after in pairs)]
 
 
 if __name__ == "__main__":

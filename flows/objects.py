@@ -112,15 +112,15 @@ def is_cached(path: str) -> bool:
 
 def cache_of(project: Path) -> Path:
     """Return the folder of a project's DVC cache."""
-    done = _dvc(project, "cache", "dir")
+    done = ask(project, "cache", "dir")
     return (project / done.stdout.strip()).resolve() if done.returncode == 0 else project / ".dvc/cache"
 
 
 def fetch(tree: Path, own: Path, *what: str) -> str:
-    """Fetch into our own folder from the default remote what a tree's dvc.lock names; DVC's last word if it failed."""
-    _dvc(tree, "cache", "dir", "--local", str(own))
-    done = _dvc(tree, "fetch", "-q", *what)
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["dvc fetch failed"])[-1]
+    """Fetch into our own folder from the default remote what a tree's dvc.lock names; why DVC failed, if it did."""
+    ask(tree, "cache", "dir", "--local", str(own))
+    done = ask(tree, "fetch", *what)
+    return "" if done.returncode == 0 else why(done)
 
 
 def take_settings(project: Path, tree: Path) -> None:
@@ -130,9 +130,17 @@ def take_settings(project: Path, tree: Path) -> None:
         shutil.copyfile(local, tree / ".dvc/config.local")
 
 
-def _dvc(where: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def ask(where: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    """Run DVC; without -q, which hides why it fails."""
     command = [sys.executable, "-m", "dvc", *words]
     return subprocess.run(
         command, cwd=where, env=environment(where), capture_output=True, text=True, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def why(done: "subprocess.CompletedProcess[str]") -> str:
+    """Return DVC's reason for a failure, one line."""
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Having any troubles?")]
+    said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (said or lines or [f"exit code {done.returncode}"])[-1].strip()

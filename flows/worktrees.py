@@ -1,8 +1,6 @@
 """Git worktrees of a project for runs of their own, which share DVC's cache, and commits made from them."""
 
 import hashlib
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,8 @@ from typing import Any
 import yaml
 
 from flows.evidence import git
-from flows.objects import cache_of, pointers, take_settings
+from flows.objects import ask, cache_of, pointers, take_settings, why
 from flows.recovery import STATE
-from flows.repro import environment
 
 IDENTITY = {"user.name": "vitprune-retrain", "user.email": "vitprune-retrain@localhost"}
 
@@ -63,10 +60,10 @@ def take_newest_data(place: Path) -> None:
     """
     for path in pointers(place):
         if yaml.safe_load((place / path).read_text(encoding="utf-8")).get("deps"):
-            dvc(place, "update", "-q", path)
+            dvc(place, "update", path)
     names = list(pointers(place))
-    if names and dvc_fails(place, "checkout", "-q", *names):
-        dvc(place, "pull", "-q", *names)
+    if names and dvc_fails(place, "checkout", *names):
+        dvc(place, "pull", *names)
     if told(place, "status", "--porcelain", "--untracked-files=no"):  # the run is to begin at a commit that names them
         told(place, *_identity(place), "commit", "--quiet", "--all", "-m", "Take the newest data.")
 
@@ -118,9 +115,15 @@ def push(place: Path) -> bool:
     Raises:
         GitFault: the remote does not take them.
     """
-    if not dvc(place, "config", "core.remote", refuse=False):
+    remote = dvc(place, "config", "core.remote", refuse=False)
+    if not remote:
         return False
-    dvc(place, "push", "-q", "--run-cache")
+    done = ask(place, "push", "--run-cache")
+    if done.returncode:
+        raise GitFault(
+            f"DVC's remote {remote} does not take the outputs ({why(done)}); everything is kept in {place}, "
+            "and a new start computes nothing again"
+        )
     return True
 
 
@@ -149,14 +152,9 @@ def dvc(where: Path, *words: str, refuse: bool = True) -> str:
     Raises:
         GitFault: it failed, and that is not for the caller to see.
     """
-    command = [sys.executable, "-m", "dvc", *words]
-    done = subprocess.run(
-        command, cwd=where, env=environment(where), capture_output=True, text=True, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    done = ask(where, *words)
     if done.returncode and refuse:
-        last = (done.stderr.strip().splitlines() or ["no word why"])[-1]
-        raise GitFault(f"dvc {' '.join(words[:2])} failed in {where}: {last}")
+        raise GitFault(f"dvc {words[0]} failed in {where}: {why(done)}")
     return "" if done.returncode else done.stdout.strip()
 
 

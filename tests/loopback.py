@@ -1,5 +1,6 @@
 """A team's servers on loopback, by the scripts of deploy/: brought up, killed one by one, brought up again, ended."""
 
+import base64
 import contextlib
 import getpass
 import importlib.util
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -76,9 +78,10 @@ class Servers:
 
     def ask(self, path: str, body: Mapping[str, Any]) -> Any:
         """Ask the Prefect server."""
-        request = urllib.request.Request(
-            self.env["PREFECT_API_URL"] + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        if key := self.env.get("PREFECT_API_AUTH_STRING"):
+            headers["Authorization"] = f"Basic {base64.b64encode(key.encode()).decode()}"
+        request = urllib.request.Request(self.env["PREFECT_API_URL"] + path, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
@@ -187,6 +190,28 @@ def remote(folder: Path) -> Iterator[Remote]:
         yield made
     finally:
         made.unplug()
+
+
+@contextlib.contextmanager
+def bucket(log: Path) -> Iterator[dict[str, str]]:
+    """A server that speaks S3, with the bucket `team`, for as long as the block lasts; what a client needs of it."""
+    env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}", "AWS_DEFAULT_REGION": "eu-central-1"}
+    env |= {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "on loopback"}
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-p", env["AWS_ENDPOINT_URL"].rpartition(":")[2]]
+    with log.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + 60
+        make = urllib.request.Request(f"{env['AWS_ENDPOINT_URL']}/team", method="PUT")
+        while True:
+            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(make, timeout=30):
+                break
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield env
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def wait_until_dead(pid: int) -> None:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,9 +29,12 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.team]
 SECRETS = {
     "VITPRUNE_DB_PASSWORD": "planted/database-secret",
     "AWS_SECRET_ACCESS_KEY": "planted-cloud-secret",
+    "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-mlflow-secret",
     "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-secret",
-    "MLFLOW_TRACKING_USERNAME": "planted-mlflow-user",
+    "PREFECT_SERVER_API_AUTH_STRING": "team:planted-prefect-secret",
+    "PREFECT_API_AUTH_STRING": "team:planted-prefect-secret",
 }
+USER = {"MLFLOW_TRACKING_USERNAME": "admin"}
 ZOMBIES = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "VITPRUNE_ZOMBIE_SECONDS": "60"}
 LAX = {"max_accuracy_loss": 100.0, "alpha": None}
 
@@ -101,7 +106,7 @@ def team(remote: loopback.Remote) -> Iterator[Team]:
     with contextlib.ExitStack() as stack:
         made = tempfile.TemporaryDirectory(prefix="vitprune-team-", ignore_cleanup_errors=True)
         folder = Path(stack.enter_context(made))
-        servers = stack.enter_context(loopback.serving(folder, SECRETS | ZOMBIES))
+        servers = stack.enter_context(loopback.serving(folder, SECRETS | USER | ZOMBIES))
         project = prepared(folder / "project", remote)
         with servers.worker(folder / "worker.log"):
             servers.run("prefect", "--no-prompt", "deploy", "--all", where=project)
@@ -167,6 +172,16 @@ def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: 
     shutil.copyfile(team.project / ".dvc/config.local", clone / ".dvc/config.local")
     assert team.run("flows.audit", run, "--project", str(clone), where=team.folder).endswith("PASS\n")
     assert found_secrets(team) == []
+
+
+def test_nobody_gets_in_without_a_key(team: Team) -> None:
+    refused = {"prefect": f"{team.servers.env['PREFECT_API_URL']}/flow_runs/filter"}
+    refused["mlflow"] = f"{team.servers.env['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/registered-models/search"
+    for name, address in refused.items():
+        body = b"{}" if name == "prefect" else None
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": "application/json"}))
+        assert error.value.code == 401, name
 
 
 def test_the_server_plans_what_the_cron_schedule_says(team: Team) -> None:

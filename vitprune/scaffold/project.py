@@ -17,7 +17,7 @@ import yaml
 from vitprune import data
 from vitprune.errors import BadInput
 from vitprune.params import load
-from vitprune.scaffold import settings
+from vitprune.scaffold import remotes, settings
 
 HERE = Path(__file__).parent
 OURS = ("dvc.yaml", "params.yaml", "prefect.yaml", "requirements.txt")
@@ -27,12 +27,16 @@ LOCAL = ("folder:", "parquet:", "wds/")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a new project prunes: an image source, a timm model, a method; None leaves it to the source."""
+    """What a new project prunes: an image source, a timm model, a method; None leaves it to the source.
+
+    `remote` is where DVC shares what it keeps: a folder or an address; None: nowhere.
+    """
 
     source: str = "digits"
     model: str | None = None
     method: str = "channel-taylor"
     classes: int | None = None
+    remote: str | None = None
 
 
 def create(directory: Path, choice: Choice) -> list[str]:
@@ -47,10 +51,11 @@ def create(directory: Path, choice: Choice) -> list[str]:
     _refuse_existing(root)
     _refuse_without("git", shutil.which("git") is not None, "install git")
     _refuse_without("DVC", importlib.util.find_spec("dvc") is not None, "pip install 'vitprune[pipeline]'")
+    remote = remotes.located(choice.remote) if choice.remote is not None else None
     source, path, found = _located(choice.source, root)
     classes = choice.classes if choice.classes is not None else found
     texts = {
-        REQUIREMENTS: f"vitprune[pipeline,export]=={importlib.metadata.version('vitprune')}\n",
+        REQUIREMENTS: _requirements(remote),
         ".gitignore": _ignoring(root, "gitignore"),
         ".dvcignore": _ignoring(root, "dvcignore"),
         "prefect.yaml": re.sub(r"flows/(\w+)\.py:(\w+)", r"flows.\1.\2", _shipped("prefect.yaml")),
@@ -61,6 +66,8 @@ def create(directory: Path, choice: Choice) -> list[str]:
         texts = {"README.md": _readme(root.name, source)} | texts
     root.mkdir(parents=True, exist_ok=True)
     _make_repository(root)
+    if remote is not None:
+        _name_remote(root, remote)
     _write_all(root, texts)
     return list(texts)
 
@@ -123,6 +130,13 @@ def _ignoring(root: Path, name: str) -> str:
     return kept + ("" if kept.endswith("\n") or not kept else "\n") + "".join(f"{line}\n" for line in missing)
 
 
+def _requirements(remote: str | None) -> str:
+    """Return the packages that the project needs, with that of its remote."""
+    own = f"vitprune[pipeline,export]=={importlib.metadata.version('vitprune')}\n"
+    scheme = remotes.kind(remote) if remote is not None else None
+    return own + (f"dvc[{scheme}]\n" if scheme is not None else "")
+
+
 def _readme(name: str, source: str) -> str:
     template = Template((HERE / "templates" / "README.md").read_text(encoding="utf-8"))
     return template.substitute(name=name, source=source)
@@ -136,8 +150,28 @@ def _make_repository(root: Path) -> None:
     if (root / ".dvc").is_dir():
         return
     subdirectory = ["--subdir"] if not (root / ".git").exists() else []
-    _run([sys.executable, "-m", "dvc", "init", "--quiet", *subdirectory], root)
+    _run([sys.executable, "-m", "dvc", "init", *subdirectory], root)
     _run([sys.executable, "-m", "dvc", "config", "core.analytics", "false"], root)
+
+
+def _name_remote(root: Path, address: str) -> None:
+    """Make an address DVC's default remote, unless it is so already.
+
+    Raises:
+        BadInput: there is another default remote, which stays.
+    """
+    name = _setting(root, "core.remote")
+    there = _setting(root, f"remote.{name}.url") if name else ""
+    if there and there != address:
+        raise BadInput(f"{root}: DVC's default remote is {name}, {there}; leave out --remote to keep it")
+    if not there:
+        _run([sys.executable, "-m", "dvc", "remote", "add", "--default", remotes.NAME, address], root)
+
+
+def _setting(root: Path, key: str) -> str:
+    """Return a setting of DVC; empty where it is not set."""
+    command = [sys.executable, "-m", "dvc", "config", key]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _inside_git(root: Path) -> bool:
@@ -153,7 +187,9 @@ def _run(command: list[str], root: Path) -> None:
     env = os.environ | {"DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        lines = done.stderr.strip().splitlines()
+        said = [line for line in lines if line.startswith(("ERROR: ", "fatal: "))]  # DVC's and git's
+        last = (said or lines or [f"exit code {done.returncode}"])[-1]
         raise BadInput(f"{root}: {' '.join(command[-4:])} failed ({last}); mend it and run init again")
 
 

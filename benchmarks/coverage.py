@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three models, not written into the documents")
     parser.add_argument("--ratios", default="0.25,0.5,0.75", help="shares of units to remove; default: %(default)s")
     parser.add_argument("--limit", type=int, default=600, help="seconds for one model; default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="models at once; default: %(default)s")
     parser.add_argument("--model", help="prove this model alone and print its rows as JSON")
     given = parser.parse_args()
     ratios = [float(ratio) for ratio in given.ratios.split(",")]
@@ -106,13 +108,19 @@ def main() -> None:
     notes = RESULTS / "coverage-notes.jsonl"
     known = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() and not given.quick else []
     done = {one["model"]: one for one in known if one["ratios"] == given.ratios}
-    for name in MODELS[:3] if given.quick else MODELS + FURTHER:
-        found[name] = done.get(name) or _apart(name, given.ratios, given.limit)
-        if name not in done and not given.quick:
-            with notes.open("a") as file:
-                file.write(json.dumps(found[name] | {"model": name, "ratios": given.ratios}) + "\n")
+    names = MODELS[:3] if given.quick else MODELS + FURTHER
+    waiting = [name for name in names if name not in done]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        answers = pool.map(lambda name: _apart(name, given.ratios, given.limit), waiting)
+        for name, one in zip(waiting, answers, strict=True):
+            done[name] = one
+            if not given.quick:
+                with notes.open("a") as file:
+                    file.write(json.dumps(one | {"model": name, "ratios": given.ratios}) + "\n")
+            print(name, one, flush=True)
+    for name in names:
+        found[name] = done[name]
         rows += _rows(name, found[name])
-        print(name, found[name], flush=True)
     if not given.quick:
         _document(found, given.ratios)
     write_results("coverage", rows, given.quick)

@@ -32,12 +32,12 @@ LEAST_LIMIT, SLACK = 420, 4  # a run hangs after so many seconds, or so many tim
 
 def main() -> None:
     """Strike every stage by every fault, note each, and write the tables."""
-    extra = {"only": ("", "faults, with commas, of: " + ", ".join(FAULTS)), "stage": ("", "one stage")}
+    extra = {"only": ("", "faults, with commas, of: " + ", ".join(FAULTS)), "stage": ("", "stages, with commas")}
     asked = arguments(__doc__, extra)
     toy_runs.needed()
     wanted = [(fault, stage) for fault in strikes.possible() for stage in STAGES]
-    wanted = [cell for cell in wanted if asked.only == "" or cell[0] in asked.only.split(",")]
-    wanted = [cell for cell in wanted if asked.stage in ("", cell[1])]
+    for place, words in enumerate((asked.only, asked.stage)):
+        wanted = [cell for cell in wanted if not words or cell[place] in words.split(",")]
     notes = {} if asked.quick else noted()
     waiting = [cell for cell in (QUICK if asked.quick else wanted) if cell not in notes]
     if waiting:

@@ -79,15 +79,7 @@ def distillation(
 
     Source: UP-ViTs equation 2.
     """
-    task: nn.Module = LogitDistillationTask(
-        student,
-        teacher.eval().requires_grad_(False),
-        CrossEntropy(smoothing),
-        distill_loss_weight=alpha,
-        task_loss_weight=1.0,
-        temperature=temperature,
-        verbose=False,
-    )
+    task: nn.Module = LogitDistillationTask(**_taught(student, teacher, alpha, smoothing), temperature=temperature)
     return task
 
 
@@ -102,16 +94,17 @@ def feature_distillation(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        task: nn.Module = FeatureDistillationTask(
-            student,
-            teacher.eval().requires_grad_(False),
-            CrossEntropy(smoothing),
-            distill_loss_weight=alpha,
-            task_loss_weight=1.0,
-            dtype=next(student.parameters()).dtype,
-            verbose=False,
-        )
+        own = _taught(student, teacher, alpha, smoothing)
+        task: nn.Module = FeatureDistillationTask(**own, dtype=next(student.parameters()).dtype)
     return task
+
+
+def _taught(student: nn.Module, teacher: nn.Module, alpha: float, smoothing: float) -> dict[str, Any]:
+    """What both tasks take: who learns from whom, and how much labels and teacher count."""
+    return {
+        "student_model": student, "teacher_model": teacher.eval().requires_grad_(False), "verbose": False,
+        "criterion": CrossEntropy(smoothing), "distill_loss_weight": alpha, "task_loss_weight": 1.0,
+    }  # fmt: skip
 
 
 def distilling(student: nn.Module, teacher: nn.Module, settings: Distill, smoothing: float, seed: int) -> nn.Module:

@@ -12,6 +12,7 @@ left, names of all metrics in MLflow, and `vitprune-audit`. Writes benchmarks/re
 import json
 import os
 import random
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -102,7 +103,7 @@ def write(notes: Mapping[tuple[str, str], Mapping[str, Any]], quick: bool) -> No
         right = sum(not note["wrong"] for note in own.values())
         rows.append(Row(fault, right, "of the stages end right", f"{len(own)}", right == len(own), len(own)))
         cells.append([fault, *(mark(own.get(stage)) for stage in STAGES)])
-        said = dict.fromkeys(note["said"].replace("|", "\\|") for note in own.values() if note["went"] == "said")
+        said = dict.fromkeys(shown(note["said"]) for note in own.values() if note["went"] == "said")
         words += [[fault, f"`{line}`"] for line in list(said)[:3]]
     if not quick:
         sections = [
@@ -111,6 +112,13 @@ def write(notes: Mapping[tuple[str, str], Mapping[str, Any]], quick: bool) -> No
         ]
         write_sections(ROOT / "docs/results/drill.md", "A fault drill", __doc__ or "", sections)
     write_results("drill", rows, quick)
+
+
+def shown(line: str) -> str:
+    """A line without what is another one in every run: the drill's folder, a worktree's name, ports."""
+    line = re.sub(r"/\S*/vitprune-drill-\w+/disk/project", "PROJECT", line)
+    line = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "RUN", line)
+    return re.sub(r"(\('127\.0\.0\.1', )\d+", r"\1PORT", line).replace("|", "\\|")
 
 
 LEGEND = """*went on*: the struck run itself ended right. *said*: it ended with one clear line. *killed*: it could say

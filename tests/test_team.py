@@ -209,13 +209,13 @@ def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: 
 
 
 def test_nobody_gets_in_without_a_key(team: Team) -> None:
-    refused = {"prefect": f"{team.servers.env['PREFECT_API_URL']}/flow_runs/filter"}
-    refused["mlflow"] = f"{team.servers.env['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/registered-models/search"
-    for name, address in refused.items():
-        body = b"{}" if name == "prefect" else None
+    prefect, mlflow = (team.servers.env[name] for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"))
+    asked = {f"{prefect}/flow_runs/filter": b"{}", f"{mlflow}/api/2.0/mlflow/registered-models/search": None}
+    for address, body in asked.items():
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": "application/json"}))
-        assert error.value.code == 401, name
+            urllib.request.urlopen(request)
+        assert error.value.code == 401, address
 
 
 def test_the_server_plans_what_the_cron_schedule_says(team: Team) -> None:

@@ -54,12 +54,18 @@ def open_client(project: Path) -> tuple[MlflowClient, str]:
         _make_current(own)
     client = MlflowClient(tracking_uri=uri)
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vitprune"
-    with short_patience(5):
+    with short_patience(15):  # a server that many flows ask at once is slow to answer
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             return client, experiment.experiment_id
         location = (project / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
-        return client, client.create_experiment(name, artifact_location=location)
+        try:
+            return client, client.create_experiment(name, artifact_location=location)
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+            return client, experiment.experiment_id  # another flow has made it in between
 
 
 def _make_current(database: Path) -> None:

@@ -44,6 +44,24 @@ print(json.dumps({"runs": runs, "models": models}))
 """
 
 
+# another flow makes the experiment after this one has looked for it
+RACE = """
+import sys
+from pathlib import Path
+from mlflow import MlflowClient
+from flows.store import open_client
+look = MlflowClient.get_experiment_by_name
+def too_early(self, name):
+    MlflowClient.get_experiment_by_name = look
+    found = look(self, name)
+    MlflowClient(tracking_uri=self.tracking_uri).create_experiment(name)
+    return found
+MlflowClient.get_experiment_by_name = too_early
+client, experiment = open_client(Path(sys.argv[1]))
+print(client.get_experiment(experiment).name)
+"""
+
+
 def look(uri: str) -> dict[str, list[dict]]:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LOOK, uri], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -184,3 +202,10 @@ def test_two_first_uses_of_the_local_store_at_once_are_safe(project: Path) -> No
         *STAGES,
         "cycle-01",
     }
+
+
+def test_two_flows_that_make_the_experiment_at_once_find_one(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    command = [sys.executable, "-W", "ignore", "-c", RACE, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["vitprune"]), done.stderr

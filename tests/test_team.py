@@ -215,7 +215,8 @@ def test_nobody_gets_in_without_a_key(team: Team) -> None:
         request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request)
-        assert error.value.code == 401, address
+        with error.value as refused:
+            assert refused.code == 401, address
 
 
 def test_the_server_plans_what_the_cron_schedule_says(team: Team) -> None:

@@ -47,6 +47,7 @@ def main() -> None:
 
 
 SIZES = {"report": (1200, 1500), "prefect": (1400, 900), "mlflow": (1400, 1000)}
+CROPPED = {"mlflow.png": 1035}  # the run itself, without the panel beside it
 
 
 def ran(project: Path, servers: loopback.Servers, quick: bool) -> Path:
@@ -104,7 +105,7 @@ def take(browser: list[str], address: str, path: Path, size: tuple[int, int]) ->
         window = f"--window-size={size[0]},{size[1]}"
         subprocess.run([*browser, *options, f"--screenshot={raw}", window, address], check=True, capture_output=True)
         with Image.open(raw) as image:
-            picture = image.convert("RGB")
+            picture = image.convert("RGB").crop((0, 0, CROPPED.get(path.name, image.width), image.height))
     for colours in COLOURS:
         content = io.BytesIO()
         picture.quantize(colours).save(content, "PNG", optimize=True)

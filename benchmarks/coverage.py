@@ -103,8 +103,6 @@ def main() -> None:
     if given.model:
         print(json.dumps(worker(given.model, ratios)))
         return
-    rows: list[Row] = []
-    found: dict[str, dict] = {}
     notes = RESULTS / "coverage-notes.jsonl"
     known = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() and not given.quick else []
     done = {one["model"]: one for one in known if one["ratios"] == given.ratios}
@@ -118,9 +116,8 @@ def main() -> None:
                 with notes.open("a") as file:
                     file.write(json.dumps(one | {"model": name, "ratios": given.ratios}) + "\n")
             print(name, one, flush=True)
-    for name in names:
-        found[name] = done[name]
-        rows += _rows(name, found[name])
+    found = {name: done[name] for name in names}
+    rows = [row for name, one in found.items() for row in _rows(name, one)]
     if not given.quick:
         _document(found, given.ratios)
     write_results("coverage", rows, given.quick)

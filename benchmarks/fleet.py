@@ -50,20 +50,7 @@ def main() -> None:
     asked = arguments(__doc__, {"minutes": (10.0, "how long the plain run trains"), "flows": (4, "at once")})
     toy_runs.needed()
     minutes, flows = (0.2, 2) if asked.quick else (asked.minutes, asked.flows)
-    notes = {} if asked.quick or not NOTES.exists() else json.loads(NOTES.read_text())
-    parts = {
-        "fleet": lambda folder, servers: at_once(folder, servers, flows),
-        "ways": lambda folder, servers: compared(folder, servers, minutes),
-    }
-    for part in [part for part in parts if part not in notes]:
-        with tempfile.TemporaryDirectory(prefix="vitprune-fleet-") as name:
-            folder = Path(name)
-            with loopback.serving(folder / "team", {}) as servers:
-                os.environ |= {key: servers.env[key] for key in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
-                notes[part] = parts[part](folder, servers)
-        if not asked.quick:
-            right = {key: value for key, value in notes.items() if key == "ways" or not any(r["wrong"] for r in value)}
-            NOTES.write_text(json.dumps(right, indent=1))
+    notes = measured(minutes, flows, asked.quick)
     fleet, same = notes["fleet"], notes["ways"]["same"]
     spent = {name: Spent(**one) for name, one in notes["ways"]["spent"].items()}
     good = sum(not row["wrong"] for row in fleet)
@@ -84,6 +71,30 @@ def main() -> None:
     if not asked.quick:
         document(fleet, spent, ratio)
     write_results("fleet", rows, asked.quick)
+
+
+def measured(minutes: float, flows: int, quick: bool) -> dict[str, Any]:
+    """Both parts, each on servers of its own; what was asked alike and has been noted is not measured again."""
+    parts = {
+        "fleet": (flows, lambda folder, servers: at_once(folder, servers, flows)),
+        "ways": (minutes, lambda folder, servers: compared(folder, servers, minutes)),
+    }
+    noted = {} if quick or not NOTES.exists() else json.loads(NOTES.read_text())
+    found = {}
+    for part, (question, measure) in parts.items():
+        if noted.get(part, {}).get("asked") == question:
+            found[part] = noted[part]["found"]
+            continue
+        with tempfile.TemporaryDirectory(prefix="vitprune-fleet-") as name:
+            folder = Path(name)
+            with loopback.serving(folder / "team", {}) as servers:
+                os.environ |= {key: servers.env[key] for key in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
+                found[part] = measure(folder, servers)
+        wrong = part == "fleet" and any(row["wrong"] for row in found[part])
+        if not quick and not wrong:
+            noted[part] = {"asked": question, "found": found[part]}
+            NOTES.write_text(json.dumps(noted, indent=1))
+    return found
 
 
 def document(fleet: Sequence[dict[str, Any]], spent: dict[str, Spent], ratio: float) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny
 from torch import nn
 
+from tests.support.tiny_models import tiny
 from vitprune import METHODS, models
-from vitprune.criteria import weights
-from vitprune.methods import Method
+from vitprune.criteria import magnitude
+from vitprune.pruning.methods import Method
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,7 +38,7 @@ def swin() -> nn.Module:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method `drawn` that draws the scores of units of every kind."""
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer", "block": "layer"}
-    monkeypatch.setitem(METHODS, "drawn", Method(weights.random, scopes, ("ffn", "attention"), True, "for tests"))
+    monkeypatch.setitem(METHODS, "drawn", Method(magnitude.random, scopes, ("ffn", "attention"), True, "for tests"))
 
 
 @pytest.fixture(scope="session")

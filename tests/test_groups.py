@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import LiveNorm, literal_vit
-from tiny_models import ZOO, answer, images, random_masks, same_state, state, tiny
 
+from tests.support.reference_kl import LiveNorm, literal_vit
+from tests.support.tiny_models import ZOO, answer, images, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, shrink, zero
 from vitprune.groups import ParamSlice, cut_to, positions, unit_sums
 

@@ -1,15 +1,15 @@
 """vitprune makes vision transformers smaller and proves it."""
 
-from vitprune.card import write_card
-from vitprune.compress import prune, score
+from vitprune.architectures import find_groups
 from vitprune.errors import BadInput
-from vitprune.evaluate import count
-from vitprune.families import find_groups
+from vitprune.evaluation.accuracy import count
 from vitprune.groups import Group, Masks, ParamSlice, Scores, shrink, zero
-from vitprune.methods import CRITERIA, METHODS
-from vitprune.models import load, save
-from vitprune.plans import plan_for
-from vitprune.select import select
+from vitprune.models.card import write_card
+from vitprune.models.io import load, save
+from vitprune.pruning.methods import CRITERIA, METHODS
+from vitprune.pruning.plan import plan_for
+from vitprune.pruning.prune import prune, score
+from vitprune.pruning.select import select
 
 __version__ = "0.1.0"
 __all__ = [

@@ -16,17 +16,18 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from vitprune import data, launch, models, promotion, stages, sweeps
-from vitprune.check import check as proofs
+from vitprune import data, models
+from vitprune.architectures import find_groups
+from vitprune.config.quantity import said
 from vitprune.errors import BadInput, Interrupted
-from vitprune.evaluate import costs, count
-from vitprune.families import find_groups
+from vitprune.evaluation.accuracy import costs, count
+from vitprune.evaluation.check_model import check as proofs
+from vitprune.evaluation.check_removal import Proof
 from vitprune.groups import KINDS
-from vitprune.methods import METHODS
-from vitprune.proof import Proof
-from vitprune.quantities import said
-from vitprune.runs import OUT
-from vitprune.scaffold import Choice, create
+from vitprune.pipeline import promotion, stages, sweep_plan, torchrun
+from vitprune.pipeline.project_template import Choice, create
+from vitprune.pipeline.stage_context import OUT
+from vitprune.pruning.methods import METHODS
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,14 +69,14 @@ def main() -> None:
 def _stop(line: str, code: int = 2) -> None:
     if os.environ.get("RANK", "0") == "0" or code == 2:
         print(f"Error: {line}", file=sys.stderr)
-    launch.say(code)
+    torchrun.say(code)
     sys.exit(code)
 
 
 def _command(stage: str) -> Callable[[Path], None]:
     def command(project: Project = Path()) -> None:
-        if launch.wanted(stage):
-            raise typer.Exit(launch.together(stage, project))
+        if torchrun.wanted(stage):
+            raise typer.Exit(torchrun.together(stage, project))
         stages.run(stage, project)
 
     return command
@@ -83,7 +84,7 @@ def _command(stage: str) -> Callable[[Path], None]:
 
 def report(project: Project = Path()) -> None:
     """Write the report, one page that works offline, from all tables."""
-    from vitprune.report import write_report  # matplotlib takes a second to import
+    from vitprune.pipeline.report import write_report  # matplotlib takes a second to import
 
     write_report(project, project / "out/report/report.html")
 
@@ -140,9 +141,9 @@ def sweep_check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs with all their settings, as JSON.")] = False,
 ) -> None:
     """Check a sweep's settings against the project's model, and print the runs that it comes to."""
-    wanted = sweeps.read_sweep(file.resolve())
+    wanted = sweep_plan.read_sweep(file.resolve())
     params = stages.enter(project)
-    runs = sweeps.runs_of(wanted, Path("params.yaml"))
+    runs = sweep_plan.runs_of(wanted, Path("params.yaml"))
     title = f"{params.model.name}: {len(wanted.methods)} methods x {len(wanted.targets)} targets"
     if as_json:
         print(json.dumps({"title": title, "against": wanted.against, "runs": [asdict(run) for run in runs]}))
@@ -158,7 +159,7 @@ def sweep_table(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the table and the picture go.")],
 ) -> None:
     """Write the table and the picture of a sweep's runs, as far as they have come."""
-    from vitprune.report.sweep import write_sweep  # matplotlib takes a second to import
+    from vitprune.pipeline.report.sweep_table import write_sweep  # matplotlib takes a second to import
 
     rows = write_sweep(folder, out)
     print(f"{out}: {sum(row['status'] == 'finished' for row in rows)} of {len(rows)} runs")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from on_disk import as_table
 
+from tests.support.on_disk import as_table
 from vitprune import data
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from vitprune.groups import Group, Masks, Scores
-from vitprune.team import ALONE, Team
+from vitprune.runtime.distributed import ALONE, Team
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # (images (B, C, H, W), labels (B,))
 Update = Callable[[Masks], dict[str, Tensor]]

@@ -8,13 +8,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Setting, Statistics, places
-from vitprune.criteria.footprint import images_at_once, portions
-from vitprune.criteria.pulls import pulls
+from vitprune.criteria import Batches, Setting, Statistics, layer_io
+from vitprune.criteria.fisher_directions import pulls
+from vitprune.criteria.memory import images_at_once, portions
 from vitprune.errors import BadInput
 from vitprune.groups import Group
-from vitprune.modes import evaluating, frozen
-from vitprune.progress import track
+from vitprune.runtime.eval_mode import evaluating, frozen
+from vitprune.runtime.progress import track
 
 HALVES = (
     2  # moments of the even and of the odd images, so that a ridge can be chosen on images that it was not fitted to
@@ -156,7 +156,7 @@ def _of_batch(
                 )
                 _add(found, f"{path}/slope", query.double().square().sum(dim=(0, 2)).cpu())
             else:
-                flat = places.written(layers[path], slope, len(images)).flatten(0, 1)
+                flat = layer_io.written(layers[path], slope, len(images)).flatten(0, 1)
                 value = flat.T @ flat if slopes == "metric" else flat.square().sum(dim=0)
                 _add(found, f"{path}/{slopes}", value.double().cpu())
     for path, number in heads.items():
@@ -170,7 +170,7 @@ def _add(found: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 def _of_inputs(layer: nn.Module, value: Tensor, parity: Tensor) -> Tensor:
     """Second moment of what a layer reads with a 1 appended, for even and for odd images; (halves, k+1, k+1)."""
-    own = places.read(layer, value, len(parity))
+    own = layer_io.read(layer, value, len(parity))
     rows = torch.cat([own, torch.ones_like(own[..., :1])], dim=-1)
     halves = [rows[parity == half].flatten(0, 1) for half in range(HALVES)]
     return torch.stack([(half.T @ half).double().cpu() for half in halves])

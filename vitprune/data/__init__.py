@@ -17,11 +17,11 @@ from vitprune.data.loaders import (
     open_split,
     train_batches,
 )
-from vitprune.data.mixing import Mix, mixer
+from vitprune.data.manifest import Manifest, build_manifest
+from vitprune.data.mixup_cutmix import Mix, mixer
 from vitprune.data.parquet import open_parquet
 from vitprune.data.sources import Source, join, open_digits, open_folder
-from vitprune.data.splits import Manifest, build_manifest
-from vitprune.data.timm_names import open_timm
+from vitprune.data.timm_datasets import open_timm
 from vitprune.data.webdataset import open_webdataset
 from vitprune.errors import BadInput
 

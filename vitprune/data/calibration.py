@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from vitprune import tables
 from vitprune.data.augment import Transform
 from vitprune.data.images import decode, digest
+from vitprune.data.manifest import rank_in_class
 from vitprune.data.sources import Source
-from vitprune.data.splits import rank_in_class
 from vitprune.errors import BadInput
-from vitprune.progress import track
+from vitprune.runtime import tables
+from vitprune.runtime.progress import track
 
 DEFAULT_SIZE = 2000
 

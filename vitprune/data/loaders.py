@@ -20,7 +20,7 @@ from vitprune.data.calibration import read_verified
 from vitprune.data.images import decode
 from vitprune.data.sources import Source
 from vitprune.errors import BadInput, Interrupted
-from vitprune.progress import track
+from vitprune.runtime.progress import track
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 MEMORY = 1 << 30

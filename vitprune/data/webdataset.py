@@ -15,7 +15,7 @@ from timm.data.readers.targets import get_field, has_field
 
 from vitprune.data.sources import Source, not_there
 from vitprune.errors import BadInput
-from vitprune.progress import track
+from vitprune.runtime.progress import track
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # in the order in which they are looked for
 LABELS = ("cls", "json")

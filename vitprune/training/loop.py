@@ -12,19 +12,19 @@ from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistilla
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from vitprune.config.params import Distill
+from vitprune.config.train_config import Train
 from vitprune.data import Mix, mixer
 from vitprune.errors import BadInput, NotFinite
-from vitprune.families.dropping import stochastic_depth
+from vitprune.evaluation.losses import CrossEntropy
 from vitprune.groups import Group, Masks, zero
-from vitprune.losses import CrossEntropy
-from vitprune.params import Distill
-from vitprune.progress import track
-from vitprune.recipe import Train
-from vitprune.team import ALONE, Team
-from vitprune.training.engine import Engine, engine, shared
+from vitprune.runtime.distributed import ALONE, Team
+from vitprune.runtime.progress import track
+from vitprune.training.checkpoint import Saving, Standing
+from vitprune.training.forward_options import arranged, placed
 from vitprune.training.optimizers import Span, optimizer_for, rates, remembering, set_rate
-from vitprune.training.passes import arranged, placed
-from vitprune.training.snapshot import Saving, Standing
+from vitprune.training.step import Engine, engine, shared
+from vitprune.training.stochastic_depth import stochastic_depth
 
 Epochs = Callable[[int], Iterable[tuple[Tensor, ...]]]  # epoch -> its batches, the same each time it is asked
 Record = Callable[[dict[str, float]], None]

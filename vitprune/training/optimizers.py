@@ -8,9 +8,9 @@ from typing import Any
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
+from vitprune.config.train_config import Train
 from vitprune.errors import BadInput
-from vitprune.recipe import Train
-from vitprune.schedule import rate
+from vitprune.training.lr_schedule import rate
 
 Memory = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it
 

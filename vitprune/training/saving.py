@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from vitprune.errors import PREEMPTED, BadInput, Interrupted
-from vitprune.team import ALONE, Team
-from vitprune.training.resume import Shelf
-from vitprune.training.snapshot import Snapshot
+from vitprune.runtime.distributed import ALONE, Team
+from vitprune.training.checkpoint import Snapshot
+from vitprune.training.checkpoint_store import Shelf
 
 EVERY = "VITPRUNE_CHECKPOINT_MINUTES"  # of the machine, not of the result: no stage depends on it
 COPIES = 12  # of the weights: they, their average and two moments, in two checkpoints and in one that is written

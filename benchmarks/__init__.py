@@ -1,0 +1,1 @@
+"""Benchmarks; run one as a module: python -m benchmarks.speed.kl_scoring."""

@@ -1,0 +1,98 @@
+"""INT8 of DeiT-Tiny after pruning half of its weights, no training: what calibration costs, what stays zero.
+
+Post-training quantization of the ONNX export: weights per channel and symmetric, inputs of layers with weights in 8
+bits, all else in float. Calibrated on 128 Imagenette training images, evaluated on all 800 of imagenet-val-800 by
+onnxruntime, which also runs the file in float. "agrees" counts images with the same answer as in float. Methods that
+look at images prune by rows 600..799 of the 800, with score.damp 4e-6 (oneshot.md); the promise is of the pruned
+models.
+Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/int8.json and docs/results/int8.md.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.lib.deit_tiny import damped, load_images
+from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
+from vitprune import data, models, plan_for
+from vitprune.models.export import to_onnx
+from vitprune.models.int8 import IMAGES, side_by_side, to_int8
+from vitprune.pruning.prune import compress
+
+ROOT = Path(__file__).parents[2]
+Variant = tuple[str, int]  # calibration and bits of the weights
+CHOSEN = ("percentile", 7)
+PROMISE = 0.5  # points of top-1 between the two, either way
+CASES: list[tuple[str, float, list[Variant]]] = [
+    ("lamp", 0.5, [CHOSEN, ("percentile", 8), ("minmax", 7)]),
+    ("ovit", 0.5, [CHOSEN]),
+    ("obc", 0.5, [CHOSEN]),
+    ("dense", 0.0, [CHOSEN]),
+]
+
+
+def main() -> None:
+    """Quantize, run both files on the same images, and write the tables."""
+    quick = arguments(__doc__).quick
+    folder = real_data()
+    torch.set_num_threads(1)
+    dense = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+    images, labels = load_images(folder / "imagenet-val-800.parquet", dense)
+    if quick:
+        images, labels = images[::8], labels[::8]
+    batches = list(zip(images.split(40), labels.split(40), strict=True))
+    given = calibration_images(folder / "imagenette-train-3000.parquet", dense)
+    seen = [(images[row : row + 50], labels[row : row + 50]) for row in range(600, 800, 50)]
+    rows, table = [], []
+    for method, sparsity, variants in CASES[: 1 if quick else None]:
+        model = copy.deepcopy(dense)
+        for _ in compress(model, damped(plan_for(method, sparsity)), seen) if sparsity else ():
+            pass
+        for variant, facts in measured(model, variants[: 1 if quick else None], given, batches).items():
+            off = facts["int8"] - facts["float"]
+            promised = variant == CHOSEN and sparsity > 0 and not quick
+            promise = (f"within {PROMISE}", abs(off) <= PROMISE) if promised else (None, None)
+            label = f"{method} {sparsity:.0%}, {variant[0]}, {variant[1]}-bit weights"
+            rows.append(Row(f"{label}: change", off, "points", *promise))
+            rows.append(Row(f"{label}: agreement", facts["agrees"], "%"))
+            kept = f"{facts['zeros']:,} of {facts['zeros']:,}, now {facts['int8_zeros']:,}"  # to_int8 raises otherwise
+            sizes = f"{facts['float_bytes'] / 1e6:.1f} to {facts['bytes'] / 1e6:.1f}"
+            tops = [f"{facts['float']:.2f}", f"{facts['int8']:.2f}", f"{off:+.2f}", f"{facts['agrees']:.1f} %"]
+            table.append([method, f"{sparsity:.0%}", variant[0], f"{variant[1]}", *tops, kept, sizes])
+            print(table[-1], flush=True)
+    if not quick:
+        header = ["method", "removed", "calibration", "weight bits", "float top-1 %", "INT8 top-1 %", "change"]
+        header += ["agrees", "zeros that stayed", "MB"]
+        write_table(ROOT / "docs/results/int8.md", "INT8 after pruning", __doc__ or "", header, table)
+    write_results("int8", rows, quick)
+
+
+def measured(
+    model: torch.nn.Module, variants: list[Variant], given: torch.Tensor, batches: list[data.Batch]
+) -> dict[Variant, dict[str, float]]:
+    """Every variant of a model in INT8, all run beside the float file on the same images."""
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name) / "float.onnx"
+        size = to_onnx(model, source, batches[0][0][:2])["bytes"]
+        paths = [source.with_name(f"{calibration}{bits}.onnx") for calibration, bits in variants]
+        facts = [to_int8(source, path, given, *variant) for path, variant in zip(paths, variants, strict=True)]
+        tops = side_by_side([source, *paths], batches)
+    found = {}
+    for variant, path, fact in zip(variants, paths, facts, strict=True):
+        top1, agrees = tops[f"{path.stem}_top1"], tops[f"{path.stem}_agrees"]
+        found[variant] = fact | {"float": tops["float_top1"], "int8": top1, "agrees": agrees, "float_bytes": size}
+    return found
+
+
+def calibration_images(path: Path, model: torch.nn.Module) -> torch.Tensor:
+    """Images that calibrate, spread over the whole file."""
+    source = data.open_source(f"parquet:{path}")
+    transform = data.transform(data.data_config(model))
+    names = source.ids[:: len(source.ids) // IMAGES][:IMAGES]
+    return torch.stack([transform.image(data.decode(source.read(name), transform.mode)) for name in names])
+
+
+if __name__ == "__main__":
+    main()

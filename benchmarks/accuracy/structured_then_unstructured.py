@@ -1,0 +1,93 @@
+"""Structured pruning, then single weights: DeiT-Tiny at 0.7x MACs, half of what is left at zero, no training.
+
+First units (`unit-obs` or `upvits-refit`, corrected), then weights of the cut model by one of the second-order
+methods, whose update and correction see the dense answers and the cut model's inputs; score.damp is 4e-6
+(oneshot.md). Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800. MB: the checkpoint as it
+is, and packed by zlib, which is what zeros save on disk.
+Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/stacked.json and docs/results/stacked.md.
+"""
+
+import copy
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from benchmarks.lib.deit_tiny import Setup, corrected, damped, setup
+from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
+from vitprune import models, plan_for
+from vitprune.evaluation.accuracy import accuracy, count
+from vitprune.pruning.prune import compress
+
+ROOT = Path(__file__).parents[2]
+MACS, SPARSITY = 0.7, 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method for units and one for weights; none leaves them all."""
+
+    units: str | None
+    weights: str | None
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        steps = [f"{self.units} to {MACS}x MACs"] if self.units else []
+        return ", then ".join(steps + ([f"{self.weights} {SPARSITY:.0%}"] if self.weights else [])) or "dense"
+
+
+CASES = [
+    *(Case(units, weights) for units in (None, "unit-obs") for weights in (None, "magnitude", "ovit", "obc")),
+    Case("upvits-refit", None),
+    Case("upvits-refit", "ovit"),
+]
+
+
+def main() -> None:
+    """Prune, count and evaluate every case, and write the tables."""
+    quick = arguments(__doc__).quick
+    real_data()
+    case, rows, table = setup(), [], []
+    whole = count(case.dense, case.held_out[0][0][:1])
+    for wanted in [Case(None, "magnitude")] if quick else CASES:
+        model = pruned(case, wanted)
+        cost, top1 = count(model, case.held_out[0][0][:1]), accuracy(model, case.held_out)[0]["top1"]
+        plain, packed = sizes(model)
+        rows.append(Row(wanted.label, top1, "top-1 %"))
+        rows.append(Row(f"{wanted.label}: non-zero MACs", cost.nonzero_macs / whole.macs, "of dense"))
+        rows.append(Row(f"{wanted.label}: packed", packed, "MB"))
+        shares = [cost.params / whole.params, cost.nonzero_params / whole.params]
+        shares += [cost.macs / whole.macs, cost.nonzero_macs / whole.macs]
+        table.append([wanted.label, f"{top1:.1f}", *(f"{s:.2f}x" for s in shares), f"{plain:.1f}", f"{packed:.1f}"])
+        print(table[-1], flush=True)
+    if not quick:
+        header = ["pruned by", "top-1 %", "params", "non-zero params", "MACs", "non-zero MACs", "MB", "packed"]
+        title = "Units, then weights of DeiT-Tiny, no training"
+        write_table(ROOT / "docs/results/stacked.md", title, __doc__ or "", header, table)
+    write_results("stacked", rows, quick)
+
+
+def pruned(case: Setup, wanted: Case) -> nn.Module:
+    """The dense model cut, its weights set to zero, and corrected after either."""
+    model = copy.deepcopy(case.dense)
+    plans = [plan_for(wanted.units, None, target={"macs": MACS})] if wanted.units else []
+    plans += [damped(plan_for(wanted.weights, SPARSITY))] if wanted.weights else []
+    for plan in plans:
+        for _ in compress(model, plan, case.calibration):
+            corrected(case, model)
+    return model
+
+
+def sizes(model: nn.Module) -> tuple[float, float]:
+    """Megabytes of the checkpoint, and of the same packed."""
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(model, Path(folder))
+        stored = (Path(folder) / "model.safetensors").read_bytes()
+    return len(stored) / 1e6, len(zlib.compress(stored, 1)) / 1e6
+
+
+if __name__ == "__main__":
+    main()

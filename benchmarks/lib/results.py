@@ -1,0 +1,110 @@
+"""What every benchmark shares: its arguments, its result rows, its Markdown table."""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vitprune.evaluation.accuracy import environment
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value; `target` and `holds` where a figure is promised."""
+
+    what: str
+    value: float
+    unit: str
+    target: str | None = None
+    holds: bool | None = None
+    runs: int = 1
+
+
+def arguments(about: str | None, extra: Mapping[str, tuple[Any, str]] | None = None) -> argparse.Namespace:
+    """Read the command line: --quick for a short form (<= 5 minutes on 2 cores), and extra name -> (default, help)."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short form, not written into the documents")
+    for name, (default, text) in (extra or {}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text}; default: {default}")
+    parsed = parser.parse_args()
+    parsed.quick = bool(parsed.quick)
+    return parsed
+
+
+def real_data() -> Path:
+    """The folder of real weights and images, or the end of the benchmark with a word about why."""
+    folder = os.environ.get("VITPRUNE_REAL_DATA")
+    if not folder:
+        print("VITPRUNE_REAL_DATA is not set: this benchmark needs real weights and images (CONTRIBUTING.md)")
+        sys.exit(0)
+    return Path(folder)
+
+
+def machine() -> str:
+    """The machine in words."""
+    facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"{facts['device']}, {facts['cores']} x {facts['cpu']}, torch {facts['torch']}, Python {facts['python']}"
+
+
+def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
+    """Print the rows and write them to benchmarks/results/NAME.json (quick: NAME-quick.json, which git ignores).
+
+    Exits with 1 if a promise does not hold.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
+    path = RESULTS / (f"{name}-quick.json" if quick else f"{name}.json")
+    path.write_text(json.dumps([asdict(row) | stamp for row in rows], indent=2) + "\n")
+    table = Table("what", "value", "unit", "target", "holds", title=f"{name}: {stamp['machine']}")
+    for row in rows:
+        table.add_row(
+            row.what, f"{row.value:.4g}", row.unit, row.target or "", {True: "yes", False: "NO", None: ""}[row.holds]
+        )
+    Console().print(table)
+    if any(row.holds is False for row in rows):
+        sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading of a page, what it says, and its table."""
+
+    heading: str
+    about: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write_table(path: Path, title: str, about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a Markdown page with one table."""
+    _write_page(path, title, about, _table(header, rows))
+
+
+def write_sections(path: Path, title: str, about: str, sections: Sequence[Section]) -> None:
+    """Write a Markdown page of several tables."""
+    lines = []
+    for section in sections:
+        lines += ["", f"## {section.heading}", "", " ".join(section.about.split()), ""]
+        lines += _table(section.header, section.rows)
+    _write_page(path, title, about, lines[1:])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _write_page(path: Path, title: str, about: str, body: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {title}", "", " ".join(about.split()), "", f"{datetime.date.today().isoformat()}, {machine()}", ""]
+    path.write_text("\n".join([*lines, *body]) + "\n")

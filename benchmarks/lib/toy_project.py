@@ -1,0 +1,216 @@
+"""A small project on a team's servers: set back before any of its stages, run, and held against an undisturbed run."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from tests.support import (
+    servers,
+    tamper_worker,
+    tiny_project,
+)
+from vitprune.orchestration.audit.rerun import CLOCK
+from vitprune.orchestration.execution.dvc_cache import Store, cache_of
+from vitprune.orchestration.execution.lock_and_repair import STATE
+from vitprune.orchestration.execution.processes import mark_of
+from vitprune.orchestration.execution.run_stage import STAGES
+from vitprune.orchestration.tracking.journal import read, sha256
+
+ROOT = Path(__file__).parents[2]
+MADE = ("out", "data", "metrics", "plots")
+GIT = ".gitignore"  # which DVC writes
+LOCKS = ("lock", "retrain.lock", "mirror.lock")
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A project, a whole copy of it as an undisturbed run has left it, and what that run found."""
+
+    project: Path
+    whole: Path
+    servers: servers.Servers
+    digests: Mapping[str, str]
+    locked: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+    def set_back(self, stage: str) -> None:
+        """Bring the project to where `stage` and those after it have not run.
+
+        What DVC has cached of the stages after it stays, so that only this one has to be computed.
+        """
+        empty(self.project)
+        subprocess.run(["cp", "-a", f"{self.whole}/.", self.project], check=True)
+        lock = yaml.safe_load((self.project / "dvc.lock").read_text())
+        self._forget(stage, lock["stages"])
+        for name in STAGES[STAGES.index(stage) :]:
+            entry = lock["stages"].pop(name)
+            for out in entry["outs"]:
+                path = self.project / out["path"]
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.project / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+
+    def _forget(self, stage: str, entries: Mapping[str, Any]) -> None:
+        """Take from DVC's cache what is this stage's alone."""
+        cache = cache_of(self.project)
+        store = Store(cache, cache)
+        others = {file.md5 for file in store.files({name: e for name, e in entries.items() if name != stage})}
+        for file in store.files({stage: entries[stage]}):
+            if file.md5 not in others:
+                store.path_of(file.md5).unlink(missing_ok=True)
+        for path in (cache / "runs").glob("*/*/*"):
+            if yaml.safe_load(path.read_text())["cmd"] == f"vitprune {stage}":
+                path.unlink()
+                path.parent.rmdir()
+
+    def flow(self, log: Path, *words: str) -> "subprocess.Popen[bytes]":
+        """Start a command of the flows, such as `vitprune.orchestration.cli_compress`."""
+        return flow_of(self.project, self.servers.env, log, *words)
+
+    def wait_for_stage(self, stage: str, seconds: float) -> bool:
+        """Wait until a stage is at work in the project or a worktree below it; False if that does not come."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if any(self.marked(stage)):
+                return True
+            time.sleep(0.2)
+        return False
+
+    def marked(self, stage: str | None = None) -> Iterator[psutil.Process]:
+        """The living processes that belong to a flow of the project; only those of a stage where one is given."""
+        for process in psutil.process_iter():
+            place = mark_of(process)
+            if place is not None and Path(place).is_relative_to(self.project) and _lives(process, stage):
+                yield process
+
+    def wrong(self, branch: str = "") -> list[str]:
+        """What is not as the undisturbed run has left it; of a retraining, what its `branch` says."""
+        lock = self.project / "dvc.lock"
+        text = told(self.project, "git", "show", f"{branch}:dvc.lock") if branch else lock.read_text()
+        found = [f"{name}: another digest in dvc.lock" for name in unlike(locked(text), self.locked)]
+        if not branch:
+            found += [f"{name}: other bytes" for name in unlike(digests(self.project), self.digests)]
+            status = told(self.project, sys.executable, "-m", "dvc", "status")
+            found += [] if "up to date" in status else [f"dvc status: {' '.join(status.split())[:200]}"]
+        return found + [f"{name} is held" for name in self._held()] + self._left()
+
+    def _held(self) -> Iterator[str]:
+        for name in LOCKS:
+            path = self.project / STATE / name
+            if path.exists():
+                with path.open("a") as file:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        yield f"{STATE / name}"
+        rwlock = self.project / ".dvc/tmp/rwlock"
+        if rwlock.exists() and any(json.loads(rwlock.read_text() or "{}").values()):
+            yield "DVC's rwlock"
+
+    def _left(self) -> list[str]:
+        """Processes and half-written files."""
+        found = [f"{process} is left" for process in self.marked()]
+        paths = (path for name in (*MADE, str(STATE)) for path in (self.project / name).rglob("*.partial"))
+        return found + [f"{path.relative_to(self.project)} is left" for path in paths]
+
+    def audit(self, run: str) -> list[str]:
+        """What `vitprune-audit` says of a run of MLflow, unless it passes."""
+        os.environ["MLFLOW_TRACKING_URI"] = self.servers.env["MLFLOW_TRACKING_URI"]
+        code, said = tamper_worker.audited(self.project, run=run)
+        return [] if code == 0 else [f"audit: {line}" for line in said.strip().splitlines()[-2:-1]]
+
+    def put(self) -> dict[str, Any]:
+        """Mirror to MLflow what it has missed."""
+        said = self.servers.run(
+            "vitprune.orchestration.tracking.replay", "replay", "--json", "--project", str(self.project), where=ROOT
+        )
+        answer: dict[str, Any] = json.loads(said.splitlines()[-1])
+        return answer
+
+
+def needed() -> None:
+    """End the benchmark, with a word about why, where the servers cannot be started."""
+    if lacks := servers.missing():
+        print(f"not installed: {lacks}; this benchmark needs them (CONTRIBUTING.md)")
+        sys.exit(0)
+
+
+def made(project: Path, servers: servers.Servers, remote: servers.Remote, scratch: Path) -> Toy:
+    """Make the project, run it once undisturbed by its flow, and keep a copy in `scratch`."""
+    tiny_project.make_of_images(project)
+    tiny_project.dvc(project, "remote", "add", "-d", "team", remote.address)
+    tiny_project.dvc(project, "remote", "modify", "--local", "team", "keyfile", str(remote.key))
+    (project / "gates.yaml").write_text(yaml.safe_dump({"max_accuracy_loss": 100.0, "alpha": None}))
+    tiny_project.commit(project, "Name the team's remote and its gates.")
+    toy = Toy(project, scratch / "whole", servers, {}, {}, {})
+    log = scratch / "undisturbed.log"
+    if toy.flow(log, "vitprune.orchestration.cli_compress").wait():
+        sys.exit(log.read_text())
+    subprocess.run(["cp", "-a", project, toy.whole], check=True)
+    (journal,) = (project / STATE / "journal/mirrored").glob("*.jsonl")
+    seconds = {fact["stage"]: fact["seconds"] for fact in read(journal) if fact["fact"] == "stage"}
+    lock = (project / "dvc.lock").read_text()
+    return Toy(project, toy.whole, servers, digests(project), locked(lock), seconds)
+
+
+def _lives(process: psutil.Process, stage: str | None) -> bool:
+    """Whether a process is more than a zombie, and that of a stage where one is named."""
+    try:
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return alive and (stage is None or process.cmdline()[-1:] == [stage])
+    except (psutil.Error, OSError):
+        return False
+
+
+def flow_of(project: Path, env: Mapping[str, str], log: Path, *words: str) -> "subprocess.Popen[bytes]":
+    """Start a command of the flows in a process group of its own; its output is written to `log`."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        *(words or ("vitprune.orchestration.cli_compress",)),
+        "--project",
+        str(project),
+    ]
+    with log.open("w") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
+
+
+def digests(project: Path) -> dict[str, str]:
+    """sha256 of every file that the stages leave, but of what a clock has measured."""
+    files = (path for name in MADE for path in (project / name).rglob("*") if path.is_file() and path.name != GIT)
+    names = {str(path.relative_to(project)): path for path in files}
+    return {name: sha256(path) for name, path in sorted(names.items()) if not name.startswith(CLOCK)}
+
+
+def locked(text: str) -> dict[str, str]:
+    """MD5 of every output in a dvc.lock, but of what a clock has measured."""
+    stages = yaml.safe_load(text)["stages"].values()
+    return {o["path"]: o["md5"] for stage in stages for o in stage["outs"] if not f"{o['path']}/".startswith(CLOCK)}
+
+
+def unlike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Names whose values differ, or that only one has."""
+    return sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+
+
+def empty(folder: Path) -> None:
+    """Take away everything in a folder, which may be where a disk is mounted."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def told(where: Path, *command: str) -> str:
+    """What a command printed."""
+    return subprocess.run(command, cwd=where, capture_output=True, text=True, check=False).stdout

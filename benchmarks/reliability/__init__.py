@@ -1,0 +1,1 @@
+"""Faults, kills, tampering and concurrent runs."""

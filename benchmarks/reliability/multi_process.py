@@ -1,0 +1,141 @@
+"""One process against two and four (gloo): Fisher scores, KL scores and training, with and without micro-batches.
+
+A tiny ViT in float64. Scores: the largest difference over all units, relative to the largest score of a group, of 6
+batches. Training: the largest absolute difference of a weight after any step, with the same global batches (the last
+one smaller than the number of processes), AdamW, clipping, weights held at zero; "mixed" adds Mixup, CutMix, averaged
+weights and a teacher.
+Writes benchmarks/results/equality.json and docs/results/equality.md.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from benchmarks.lib.results import Row, arguments, write_results, write_table
+from vitprune import find_groups, zero
+from vitprune.config.train_config import Train
+from vitprune.criteria import DEFAULTS
+from vitprune.models.io import read_weights, write_weights
+from vitprune.pipeline import score_stage
+from vitprune.pruning.methods import CRITERIA
+from vitprune.runtime.distributed import Team
+from vitprune.training.loop import Held, classification, distillation, train
+from vitprune.training.step import shared
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+SCORES = ("kl-fisher", "kl-exact")
+MIXED = {"mixup": 0.3, "cutmix": 0.5, "ema": 0.9}
+TRAININGS: dict[str, dict[str, object]] = {
+    "training": {},
+    "training, 3 micro-batches": {"accumulate": 3},
+    "training, mixed": MIXED,
+    "training, mixed, 3 micro-batches": MIXED | {"accumulate": 3},
+}
+BOUND = 1e-9
+
+
+def main() -> None:
+    """As the first process: start the others, compare, write the tables. As one of them: compute."""
+    if "EQUALITY_OUT" in os.environ:
+        compute(Path(os.environ["EQUALITY_OUT"]))
+        return
+    quick = arguments(__doc__).quick
+    numbers = (1, 2) if quick else (1, 2, 4)
+    found = {number: by(number) for number in numbers}
+    rows, table = [], []
+    for what in (*SCORES, *TRAININGS):
+        reference = found[1][
+            "training" if what == "training, 3 micro-batches" else what.removesuffix(", 3 micro-batches")
+        ]
+        cells = [what]
+        for number in numbers:
+            off = difference(reference, found[number][what], what in SCORES)
+            rows.append(Row(f"{what}, {number} processes", off, "largest difference", f"<= {BOUND:g}", off <= BOUND))
+            cells.append(f"{off:.1e}")
+        table.append(cells)
+    if not quick:
+        header = ["what", *(f"{number} process{'es' if number > 1 else ''}" for number in numbers)]
+        write_table(ROOT / "docs/results/equality.md", "One process and several", __doc__ or "", header, table)
+    write_results("equality", rows, quick)
+
+
+def by(number: int) -> dict[str, dict[str, Tensor]]:
+    """What so many processes compute."""
+    with tempfile.TemporaryDirectory() as name:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = os.environ | {"EQUALITY_OUT": name, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{number}"] if number > 1 else []
+        )
+        subprocess.run([sys.executable, *launcher, "-m", "benchmarks.reliability.multi_process"], env=env, check=True)
+        return {what: read_weights(Path(name) / f"{what}.safetensors") for what in (*SCORES, *TRAININGS)}
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor], relative: bool) -> float:
+    """The largest one of all tensors; of scores, relative to their tensor's largest."""
+    assert one.keys() == other.keys()
+    scale = {name: float(tensor.abs().max()) if relative else 1.0 for name, tensor in one.items()}
+    return max(float((tensor - other[name]).abs().max()) / (scale[name] or 1.0) for name, tensor in one.items())
+
+
+def compute(directory: Path) -> None:
+    """Scores and trainings as one of several processes, or alone."""
+    torch.set_num_threads(1)
+    with score_stage.team() as mates:
+        for name in SCORES:
+            model = made(0)
+            work = score_stage.Work(CRITERIA[name], find_groups(model, ["ffn", "head"]), batches(6, 4), DEFAULTS)
+            scores = work.importance(model, True, directory / f"partial-{name}", mates)
+            if scores is not None:
+                write_weights(scores.scores, directory / f"{name}.safetensors")
+        for name, settings in TRAININGS.items():
+            steps = trained(settings, mates)
+            if mates.rank == 0:
+                write_weights(steps, directory / f"{name}.safetensors")
+
+
+def made(seed: int) -> nn.Module:
+    """A tiny ViT, its weights drawn from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = timm.create_model("vit_tiny_patch16_224", **SIZES)
+    return model.double().eval()
+
+
+def batches(number: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Noise with labels."""
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn((size, 3, 32, 32), generator=generator, dtype=torch.float64) for _ in range(number)]
+    return [(x, (torch.arange(size) + n) % 7) for n, x in enumerate(images)]
+
+
+def trained(settings: dict[str, object], mates: Team) -> dict[str, Tensor]:
+    """Weights after every step of two epochs, by step and name."""
+    model, seen = made(0), dict[str, Tensor]()
+    groups = find_groups(model, ["weight"])
+    held = Held(groups, {group.name: model.get_parameter(group.name).detach().abs() > 0.01 for group in groups})
+    zero(model, groups, held.masks)
+    recipe = Train.model_validate({"epochs": 2, "lr": 0.005, "clip": 0.5} | settings)
+    noise = [*batches(3, 8), *batches(1, 3)]
+
+    def of(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(noise):
+            yield batch if recipe.mixes else shared(*batch, mates)
+            step = epoch * len(noise) + number
+            seen.update({f"{step}/{name}": tensor.clone() for name, tensor in model.state_dict().items()})
+
+    task = distillation(model, made(1), 1.0, 2.0, 0.0) if recipe.mixes else classification(model)
+    train(task, of, len(noise), recipe, 0, lambda row: None, held, mates=mates)
+    return seen | {f"end/{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""UP-ViTs' KL scores of DeiT-Tiny: removing units one by one, as the authors do, against this library's scorers.
+
+Literal: remove the unit, run the model and the pruned model, compare; exact: `kl-exact`, on the same candidates and
+images. Milliseconds per candidate and image, side by side in one process. What exact scoring does once per image, the
+model's own pass, is shared out over all units. Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/kl_scoring.json
+and docs/results/kl_scoring.md.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.lib.deit_tiny import load_images
+from benchmarks.lib.kl_rescoring import KINDS, race_rows
+from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
+from vitprune import find_groups, models
+from vitprune.criteria import Setting
+from vitprune.criteria.kl.exact import divergences
+from vitprune.criteria.kl.leave_one_out import without
+from vitprune.groups import Group
+from vitprune.runtime.eval_mode import evaluating
+
+ROOT = Path(__file__).parents[2]
+COMPONENTS = ("ffn", "attention", "head", "residual")
+TARGET = 10.0
+NOISE = 1e-7  # nats per image: below it float32 logits do not agree in the first digits
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is scored, on which images, and how many candidates of each group are timed by either side."""
+
+    model: nn.Module
+    images: Tensor
+    exact: int
+    literal: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per candidate and image of one group, and how far the two sides' divergences are apart."""
+
+    group: Group
+    literal: float
+    exact: float
+    apart: float
+
+
+def main() -> None:
+    """Measure every scorer and write the tables."""
+    quick = arguments(__doc__).quick
+    folder = real_data()
+    model = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+    images = load_images(folder / "imagenet-val-800.parquet", model)[0][600 : 604 if quick else 664]
+    case = Case(model, images, exact=4 if quick else 8, literal=1)
+    timings = exact_timings(case)
+    if not quick:
+        write_table(
+            ROOT / "docs/results/kl_scoring.md",
+            "KL scoring of DeiT-Tiny",
+            __doc__ or "",
+            ["component", "block", "literal, ms", "exact, ms", "ratio"],
+            exact_table(timings),
+        )
+    literal, exact = ({kind: component(timings, kind)[side] for kind in KINDS} for side in (0, 1))
+    raced = [] if quick else race_rows(model, images, literal, exact, pool=96)
+    write_results("kl_scoring", exact_rows(timings, quick) + raced, quick)
+
+
+def exact_timings(case: Case) -> list[Timing]:
+    """Both sides on a sample of every group, group by group."""
+    groups = [group for kind in COMPONENTS for group in find_groups(case.model, [kind])]
+    units = sum(group.units for group in groups)
+    once = min(exact_run(case, groups[0], torch.empty(0, dtype=torch.int64))[0] for _ in range(3))
+    return [timing(case, group, once, units) for group in groups]
+
+
+def timing(case: Case, group: Group, once: float, units: int) -> Timing:
+    """One group: literal removal of the first of the candidates that exact scoring takes together, in random order."""
+    chosen = torch.randperm(group.units, generator=torch.Generator().manual_seed(0))
+    count = case.exact
+    took, found = exact_run(case, group, chosen[:count])
+    while took < 2 * once and count < group.units:  # so few of these cannot be told from the model's own pass
+        count = min(4 * count, group.units)
+        took, found = exact_run(case, group, chosen[:count])
+    exact = (took - once) / count + once / units
+    start = time.perf_counter()
+    expected = torch.stack([literal_run(case, group, int(unit)) for unit in chosen[: case.literal]])
+    literal = (time.perf_counter() - start) / len(expected)
+    far = (found[: len(expected)] - expected).abs() / expected.clamp(min=NOISE)
+    return Timing(group, 1e3 * literal / len(case.images), 1e3 * exact / len(case.images), float(far.median()))
+
+
+def exact_run(case: Case, group: Group, chosen: Tensor) -> tuple[float, Tensor]:
+    """Seconds and divergences of the library's scorer."""
+    start = time.perf_counter()
+    found = divergences(case.model, [group], {group.name: chosen}, case.images, Setting())[group.name]
+    return time.perf_counter() - start, found
+
+
+@torch.no_grad()
+def literal_run(case: Case, group: Group, unit: int) -> Tensor:
+    """Divergences of one candidate as the authors' code takes them; (images,)."""
+    with evaluating(case.model):
+        pruned = without(case.model, group, unit)
+        whole, changed = (run(case.images).double().log_softmax(-1) for run in (case.model, pruned))
+    return (whole.exp() * (whole - changed)).sum(-1)
+
+
+def component(timings: Sequence[Timing], kind: str) -> tuple[float, float]:
+    """Mean milliseconds of a component's blocks, literal and exact."""
+    same = [timing for timing in timings if timing.group.kind == kind]
+    return mean(timing.literal for timing in same), mean(timing.exact for timing in same)
+
+
+def exact_rows(timings: Sequence[Timing], quick: bool) -> list[Row]:
+    """Ratios per component, their average, the agreement of both sides, and the time of all units together."""
+    ratios = {}
+    rows = []
+    for kind in COMPONENTS:
+        literal, exact = component(timings, kind)
+        ratios[kind] = literal / exact
+        rows += [Row(f"literal, {kind}", literal, "ms"), Row(f"exact, {kind}", exact, "ms")]
+        rows.append(Row(f"literal / exact, {kind}", ratios[kind], "x"))
+    average = mean(ratios.values())
+    promise = (None, None) if quick else (f">= {TARGET:g}", average >= TARGET)
+    rows.append(Row("literal / exact, average of components", average, "x", *promise))
+    sums = [sum(getattr(t, side) * t.group.units for t in timings) for side in ("literal", "exact")]
+    rows.append(Row("literal / exact, all units", sums[0] / sums[1], "x"))
+    apart = max(timing.apart for timing in timings)
+    return [*rows, Row("largest median difference of a group", apart, "of the score", "<= 0.05", apart <= 0.05)]
+
+
+def exact_table(timings: Sequence[Timing]) -> list[list[str]]:
+    """A line per component and block, and one per component."""
+    lines = []
+    for kind in COMPONENTS:
+        same = [timing for timing in timings if timing.group.kind == kind]
+        named = [(t.group.name.split(".")[1], t.literal, t.exact) for t in same if kind != "residual"]
+        for block, literal, exact in [*named, ("all", *component(timings, kind))]:
+            lines.append([kind, block, f"{literal:.1f}", f"{exact:.2f}", f"{literal / exact:.1f}x"])
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Second-order pruning of one DeiT-S projection layer, 768 blocks of 192 weights: the plain way against ours.
+
+Plain, as the paper's equations read: one rank-1 update of the inverse per gradient (Sherman-Morrison), and after every
+weight a new inverse of every block (right-looking, batched torch, float32, to the end, each step's weights kept). Ours:
+products of gradients summed in float64 with one Cholesky inverse at the end, and left-looking elimination as far as
+50 % needs, of which losses alone are kept. Beside the plain way stands its strongest form in torch, updated in place.
+Both sides run in one process on the same numbers, one thread each, timed by the processor's clock. The gradients are
+drawn: products of an output's slope and an input whose channels correlate, over 197 tokens. Writes
+benchmarks/results/obs.json and docs/results/obs.md.
+"""
+
+import ctypes
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.lib.results import Row, arguments, write_results, write_table
+from vitprune.criteria.obs.fisher_blocks import add, complete, inverse
+from vitprune.criteria.obs.greedy import eliminate
+
+ROOT = Path(__file__).parents[2]
+WIDTH, TOKENS, BLOCK, SHARE = 384, 197, 192, 0.5
+GRADIENTS, CHUNK, DAMP = 1024, 128, 1e-7
+PAPER = 4096  # gradients that the paper takes
+FASTER, CHEAPER, SMALLER, AGREEMENT = 100.0, 15.0, 50.0, 0.999
+
+
+def main() -> None:
+    """Run both sides and write the tables."""
+    options = arguments(__doc__, {"device": ("cpu", "where to run: cpu or cuda"), "threads": (1, "of our own side")})
+    torch.set_num_threads(1)
+    device = torch.device(options.device)
+    rows = 48 if options.quick else WIDTH  # of the layer, two blocks each
+    weights, gradients = (value.to(device) for value in layer(rows, 256 if options.quick else GRADIENTS))
+    fisher, found = fisher_rows(gradients)
+    found += greedy_rows(fisher, weights, options.threads)
+    if options.quick:  # so little of a layer that both sides work in the processor's own memory
+        found = [Row(row.what, row.value, row.unit) for row in found]
+    else:
+        cells = [[row.what, f"{row.value:.4g}", row.unit, row.target or ""] for row in found]
+        header = ["what", "value", "unit", "promised"]
+        write_table(ROOT / "docs/results/obs.md", "Second-order pruning of one layer", __doc__ or "", header, cells)
+    write_results("obs", found, options.quick)
+
+
+def layer(rows: int, number: int) -> tuple[Tensor, Tensor]:
+    """Weights (blocks, B) of some rows of the layer, and gradients (number, weights), float32."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0]
+    mixing = torch.logspace(0, -1.5, WIDTH)[:, None] * turn  # inputs: a few directions matter most
+    weights = torch.randn(rows, WIDTH, generator=generator) * 0.05
+    gradients = torch.empty(number, rows * WIDTH)
+    for gradient in gradients:
+        inputs = torch.randn(TOKENS, WIDTH, generator=generator) @ mixing
+        slopes = torch.randn(TOKENS, rows, generator=generator) * 1e-3
+        gradient.copy_((slopes.T @ inputs).flatten())
+    return weights.view(-1, BLOCK), gradients
+
+
+def fisher_rows(gradients: Tensor) -> tuple[Tensor, list[Row]]:
+    """Damped Fisher blocks, and the time per gradient of every way to their inverses."""
+    blocks, number = gradients.shape[1] // BLOCK, len(gradients)
+    plain, strong = streamed(sherman_morrison, gradients), streamed(sherman_morrison_in_place, gradients)
+    total = torch.zeros(blocks, BLOCK, BLOCK, dtype=torch.float64, device=gradients.device)
+    ours = min(timed(lambda: summed(total.zero_(), gradients)) for _ in range(2)) / number
+    complete(total)
+    fisher = total / number + DAMP * torch.eye(BLOCK, dtype=torch.float64, device=total.device)
+    once = min(timed(lambda: inverse(fisher)) for _ in range(2))
+    ratio = plain / ours
+    return fisher, [
+        Row("Fisher, Sherman-Morrison, per gradient", 1e3 * plain, "ms"),
+        Row("Fisher, Sherman-Morrison in place, per gradient", 1e3 * strong, "ms"),
+        Row("Fisher, ours, per gradient", 1e3 * ours, "ms"),
+        Row("Fisher, ours, inverses at the end", 1e3 * once, "ms"),
+        Row("Sherman-Morrison / ours", ratio, "x", f">= {CHEAPER:g}", ratio >= CHEAPER),
+        Row("Sherman-Morrison in place / ours", strong / ours, "x"),
+        Row(f"the same, inverses included, {PAPER} gradients", strong / (ours + once / PAPER), "x"),
+    ]
+
+
+def streamed(update: Callable[[Tensor, Tensor, int], None], gradients: Tensor) -> float:
+    """Seconds per gradient of a way to update the inverses, over the first few gradients."""
+    few = gradients[:8].view(8, -1, BLOCK)
+    found = torch.eye(BLOCK, device=few.device).repeat(few.shape[1], 1, 1) / DAMP
+    return min(timed(lambda: update(found, few, len(gradients))) for _ in range(3)) / len(few)
+
+
+def summed(total: Tensor, gradients: Tensor) -> None:
+    """All products of gradients, some at a time."""
+    for chunk in gradients.split(CHUNK):
+        add(total, chunk)
+
+
+def sherman_morrison(found: Tensor, gradients: Tensor, number: int) -> None:
+    """H - x x^T / (m + g^T x), x = H g, by gradients (some, blocks, B) of so many; H (blocks, B, B)."""
+    for gradient in gradients:
+        moved = torch.bmm(found, gradient[:, :, None])
+        scale = number + torch.bmm(gradient[:, None, :], moved)
+        found = found - torch.bmm(moved, moved.mT) / scale
+
+
+def sherman_morrison_in_place(found: Tensor, gradients: Tensor, number: int) -> None:
+    """The same, reading the inverses in rows, which is faster, and writing to where they are."""
+    for gradient in gradients:
+        moved = torch.bmm(gradient[:, None, :], found)
+        scale = number + torch.bmm(moved, gradient[:, :, None])
+        found.baddbmm_((moved / scale).mT, moved, alpha=-1)
+
+
+def greedy_rows(fisher: Tensor, weights: Tensor, threads: int) -> list[Row]:
+    """Time and memory of both eliminations, and how often they take the same weight at the same step."""
+    inverses, wide = inverse(fisher), weights.double()
+    eliminate(inverses[:2], wide[:2], SHARE)  # compiles
+    slow, heavy = measured(lambda own: right_looking(own, weights)[0], inverses.float())
+    strong, _ = measured(lambda own: right_looking(own, weights, in_place=True)[0], inverses.float())
+    torch.set_num_threads(threads)
+    half = min(timed(lambda: eliminate(inverses, wide, SHARE)) for _ in range(3))
+    runs = [measured(lambda own: eliminate(own, wide), inverses) for _ in range(3)]
+    torch.set_num_threads(1)
+    whole, lean = min(took for took, _ in runs), max(peak for _, peak in runs)
+    steps = int(BLOCK * SHARE)
+    order, traces = right_looking(inverses.float(), weights, in_place=True)
+    same = float((eliminate(inverses, wide).argsort(dim=1)[:, :steps] == order[:, :steps]).double().mean())
+    traced = traces.numel() * traces.element_size()
+    ratio, room = slow / half, traced / max(lean, 1)
+    return [
+        Row("greedy, right-looking", slow, "s"),
+        Row("greedy, right-looking in place", strong, "s"),
+        Row(f"greedy, ours, as far as {SHARE:.0%} needs", half, "s"),
+        Row("greedy, ours, to the end", whole, "s"),
+        Row(f"right-looking / ours, to {SHARE:.0%}", ratio, "x", f">= {FASTER:g}", ratio >= FASTER),
+        Row(f"right-looking in place / ours, to {SHARE:.0%}", strong / half, "x"),
+        Row("right-looking / ours, to the end", slow / whole, "x"),
+        Row(f"same weight at the same step, to {SHARE:.0%}", same, "of all", f">= {AGREEMENT:g}", same >= AGREEMENT),
+        Row("peak memory beside inverses and weights, right-looking", heavy / 2**20, "MiB"),
+        Row("weights after every step alone", traced / 2**20, "MiB"),
+        Row("peak memory beside inverses and weights, ours, to the end", lean / 2**20, "MiB"),
+        Row("weights after every step / ours, memory", room, "x", f">= {SMALLER:g}", room >= SMALLER),
+    ]
+
+
+def right_looking(h: Tensor, weights: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """Order (blocks, B) and the weights after every step (B + 1, blocks, B), as the paper's algorithm reads.
+
+    h (blocks, B, B) are the inverses: replaced by H - H_p H_p^T / H_pp after every weight, or, in place, used up.
+    """
+    w, rows = weights.clone(), torch.arange(len(weights), device=weights.device)
+    gone, order = torch.zeros_like(w, dtype=torch.bool), torch.zeros_like(w, dtype=torch.int64)
+    traces = torch.empty(w.shape[1] + 1, *w.shape, device=w.device)
+    traces[0] = w
+    for step in range(w.shape[1]):
+        costs = (w.square() / h.diagonal(dim1=1, dim2=2)).masked_fill(gone, torch.inf)
+        place = costs.argmin(dim=1)
+        order[:, step] = place
+        column, pivot = h[rows, :, place], h[rows, place, place]
+        w -= column * (w[rows, place] / pivot)[:, None]
+        gone[rows, place] = True
+        w.masked_fill_(gone, 0)
+        if in_place:
+            h.baddbmm_(column[:, :, None], (column / pivot[:, None])[:, None, :], alpha=-1)
+        else:
+            h = h - torch.bmm(column[:, :, None], column[:, None, :]) / pivot[:, None, None]
+        traces[step + 1] = w
+    return order, traces
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds: of the processor, which other programs do not lengthen, or of the wall clock beside a GPU."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    _wait()
+    start = clock()
+    work()
+    _wait()
+    return clock() - start
+
+
+def measured(work: Callable[[Tensor], Tensor], given: Tensor) -> tuple[float, int]:
+    """Seconds, and how many bytes more are held at the worst moment than before, the answer counted."""
+    if given.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        took = timed(lambda: work(given))
+        return took, torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not hide what is taken now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _resident("VmHWM")
+    took = timed(lambda: work(given))
+    return took, _resident("VmHWM") - before
+
+
+def _resident(what: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{what}:"))
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

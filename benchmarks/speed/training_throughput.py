@@ -1,0 +1,225 @@
+"""Training with a teacher: images per second and peak memory, ours beside a plain loop of timm's parts.
+
+The student learns from DeiT-Small by its logits; weights are random, which changes no time. Both loops get the same
+batches from memory, AdamW, clipping at 1, smoothing 0.1, and on a GPU bfloat16; they take turns in one process, so that
+what else the machine does meets both. The median over rounds; the ratio is that of each round. The plain loop never
+looks at its loss; ours stops at one that is not finite, before the step. "held" has half of the weights held at zero.
+Memory is the GPU's peak, or that of the process on a CPU. The input pipeline: JPEG of 500 x 375 pixels, DeiT's
+augmentation, one process that decodes. Writes benchmarks/results/training.json and docs/results/training.md.
+"""
+
+import io
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.task import LogitDistillationTask
+from torch import Tensor, nn
+
+from benchmarks.lib.results import Row, arguments, write_results, write_table
+from vitprune import data, find_groups, zero
+from vitprune.config.train_config import Train
+from vitprune.training.loop import Held, distillation, train
+
+ROOT = Path(__file__).parents[2]
+STUDENTS = {"DeiT-Tiny": "deit_tiny_patch16_224", "DeiT-Small": "deit_small_patch16_224"}
+TEACHER, LOOPS = "deit_small_patch16_224", ("ours", "plain", "held")
+RATE, DECAY, SMOOTHING, CLIP = 1e-4, 0.05, 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Images of a batch, steps that count after some that do not, and rounds."""
+
+    device: torch.device
+    batch: int
+    steps: int
+    warm: int
+    rounds: int
+
+    @property
+    def amp(self) -> bool:
+        """Passes in bfloat16."""
+        return self.device.type == "cuda"
+
+
+@dataclass
+class Watch:
+    """Gives a loop its batches, and takes the time of those that count."""
+
+    budget: Budget
+    seconds: float = 0.0
+    batch: tuple[Tensor, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn((self.budget.batch, 3, 224, 224), generator=generator)
+        self.batch = images, torch.arange(self.budget.batch) % 1000
+
+    def epochs(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batch again and again."""
+        for number in range(self.budget.warm + self.budget.steps):
+            if number == self.budget.warm:
+                begun = self._now()
+            yield self.batch
+        self.seconds = self._now() - begun
+
+    def _now(self) -> float:
+        if self.budget.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Images per second, and the peak in MiB."""
+
+    speed: float
+    memory: float
+
+
+def main() -> None:
+    """Measure, and write the tables."""
+    extra = {"threads": (1, "of the CPU"), "rounds": (0, "how often each loop runs; 0: 7, quick: 2")}
+    asked = arguments(__doc__, extra)
+    torch.set_num_threads(asked.threads)
+    gpu = torch.cuda.is_available()
+    sizes = (256, 30, 5) if gpu and not asked.quick else (2, 2, 1) if asked.quick else (8, 6, 1)
+    budget = Budget(torch.device("cuda" if gpu else "cpu"), *sizes, asked.rounds or (2 if asked.quick else 7))
+    names = ["DeiT-Tiny"] if asked.quick else list(STUDENTS)
+    found = {name: rounds_of(STUDENTS[name], budget) for name in names}
+    decoding = decoded(32 if asked.quick else 256)
+    rows, cells = rows_of(found, decoding, asked.quick)
+    if not asked.quick:
+        about = f"{__doc__} Here: batches of {budget.batch}, {budget.steps} steps, {budget.rounds} rounds, "
+        about += f"{asked.threads} thread{'s' if asked.threads > 1 else ''} of the CPU, a worker decodes "
+        about += f"{decoding:.0f} images per second."
+        header = ["student", "loop", "images per second", "of the plain loop", "peak memory, MiB", "workers to feed it"]
+        write_table(ROOT / "docs/results/training.md", "Training with a teacher", about, header, cells)
+    write_results("training", rows, asked.quick)
+
+
+def rounds_of(name: str, budget: Budget) -> dict[str, list[Measured]]:
+    """Every loop in every round, each round beginning with another one."""
+    found: dict[str, list[Measured]] = {loop: [] for loop in LOOPS}
+    for number in range(budget.rounds):
+        turn = number % len(LOOPS)
+        for loop in (*LOOPS[turn:], *LOOPS[:turn]):
+            found[loop].append(once(name, loop, budget))
+    return found
+
+
+def once(name: str, loop: str, budget: Budget) -> Measured:
+    """One loop from fresh weights."""
+    torch.manual_seed(0)
+    student, teacher = (timm.create_model(model).to(budget.device) for model in (name, TEACHER))
+    watch = Watch(budget)
+    peak = peaks(budget.device)
+    if loop == "plain":
+        plain(student, teacher, watch, budget)
+    else:
+        ours(student, teacher, watch, budget, loop == "held")
+    return Measured(budget.batch * budget.steps / watch.seconds, peak())
+
+
+def ours(student: nn.Module, teacher: nn.Module, watch: Watch, budget: Budget, half: bool) -> None:
+    held = None
+    if half:
+        groups = find_groups(student, ["weight"])
+        weights = {group.name: student.get_parameter(group.name).detach() for group in groups}
+        held = Held(groups, {key: weight.abs() > weight.abs().median() for key, weight in weights.items()})
+        zero(student, groups, held.masks)
+    recipe = Train(epochs=1, lr=RATE, weight_decay=DECAY, clip=CLIP, smoothing=SMOOTHING, amp=budget.amp)
+    task = distillation(student, teacher, 1.0, 1.0, SMOOTHING)
+    train(task, watch.epochs, budget.warm + budget.steps, recipe, 0, lambda row: None, held)
+
+
+def plain(student: nn.Module, teacher: nn.Module, watch: Watch, budget: Budget) -> None:
+    """The least that trains with timm's task, optimizer and a cosine."""
+    teacher.eval().requires_grad_(False)
+    criterion = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
+    task = LogitDistillationTask(
+        student, teacher, criterion, distill_loss_weight=1.0, task_loss_weight=1.0, verbose=False
+    )
+    task = task.to(budget.device).train()
+    optimizer = create_optimizer_v2(student, "adamw", lr=RATE, weight_decay=DECAY)
+    steps = budget.warm + budget.steps
+    for step, (images, labels) in enumerate(watch.epochs(0)):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * RATE * (1 + math.cos(math.pi * step / steps))
+        images, labels = images.to(budget.device), labels.to(budget.device)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(budget.device.type, torch.bfloat16, enabled=budget.amp):
+            loss = task(images, labels)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        optimizer.step()
+
+
+def peaks(device: torch.device) -> Callable[[], float]:
+    """Begin to watch the memory; what is returned says its peak since, in MiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return lambda: torch.cuda.max_memory_allocated() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+
+    def highest() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+    return highest
+
+
+def decoded(number: int) -> float:
+    """Images per second that one process decodes and augments."""
+    generator = np.random.default_rng(0)
+    encoded = []
+    for _ in range(8):
+        coarse = Image.fromarray(generator.integers(0, 256, (38, 50, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        encoded.append(buffer.getvalue())
+    config = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    transform = data.transform(config | {"interpolation": "bicubic", "crop_pct": 0.9}, "deit")
+    ids = tuple(map(str, range(number)))
+    table = data.ImageTable(ids, torch.zeros(number, dtype=torch.int64), transform, lambda row: encoded[row % 8], None)
+    begun = time.perf_counter()
+    seen = sum(len(labels) for _, labels in data.train_batches(table, 8, 0, 0))
+    return seen / (time.perf_counter() - begun)
+
+
+def rows_of(
+    found: dict[str, dict[str, list[Measured]]], decoding: float, quick: bool
+) -> tuple[list[Row], list[Sequence[str]]]:
+    """Medians, and whether ours keeps up: within the spread of the rounds it is as fast as the plain loop."""
+    rows, cells = [], list[Sequence[str]]()
+    for student, loops in found.items():
+        for loop in LOOPS:
+            speed = statistics.median(one.speed for one in loops[loop])
+            memory = max(one.memory for one in loops[loop])
+            ratios = [one.speed / other.speed for one, other in zip(loops[loop], loops["plain"], strict=True)]
+            ratio, runs = statistics.median(ratios), len(ratios)
+            upper = statistics.quantiles(ratios, n=4)[2] if runs > 1 else ratio
+            rows.append(Row(f"{student}, {loop}", speed, "images/s", runs=runs))
+            rows.append(Row(f"{student}, {loop}: peak memory", memory, "MiB", runs=runs))
+            if loop != "plain":
+                promise = (
+                    (">= 1, within the upper quartile", upper >= 1) if loop == "ours" and not quick else (None, None)
+                )
+                rows.append(Row(f"{student}, {loop} / plain", ratio, "of its images/s", *promise, runs))
+            feeders = f"{math.ceil(speed / decoding)}"
+            cells.append([student, loop, f"{speed:.1f}", f"{ratio:.3f}", f"{memory:.0f}", feeders])
+    rows.append(Row("one worker: decode and augment", decoding, "images/s"))
+    return rows, cells
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What can be pruned in which model."""

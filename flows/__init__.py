@@ -1,1 +1,0 @@
-"""Prefect flows and MLflow tracking around the stages; nothing is computed here."""

@@ -1,0 +1,1 @@
+"""Tests of vitprune, arranged like the package."""

@@ -1,0 +1,159 @@
+"""Parts of models by themselves: hidden units of every MLP, and attentions that become narrower than their stream."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import AttentionRope, GatedMlp, GluMlp, Mlp, SwiGLU
+from timm.models.eva import EvaAttention
+from timm.models.levit import LevitMlp
+from timm.models.twins import GlobalSubSampleAttn
+from torch import nn
+
+from tests.support.model_zoo import SMALL
+from vitprune import BadInput, find_groups, shrink, zero
+from vitprune.architectures import attention, by_module
+from vitprune.evaluation.check_model import odd_masks, redrawn, subject
+from vitprune.evaluation.check_removal import promise
+
+
+class Host(nn.Module):
+    """A part on its own, between two layers."""
+
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.before, self.part, self.after = nn.Linear(6, 12), part, nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.part(self.before(x)))
+
+
+@pytest.mark.parametrize(
+    ("part", "units", "slices", "buffers"),
+    [
+        (Mlp(12, 16), 16, 3, 0),
+        (Mlp(12, 16, bias=False), 16, 2, 0),
+        (GluMlp(12, 32), 16, 3, 0),
+        (GluMlp(12, 32, gate_last=False), 16, 3, 0),
+        (SwiGLU(12, 16), 16, 5, 0),
+        (GatedMlp(12, 16), 16, 3, 0),
+        (LevitMlp(12, 16), 16, 4, 2),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_hidden_units_of_a_part_by_itself(part: nn.Module, units: int, slices: int, buffers: int) -> None:
+    model = redrawn(Host(part))
+    (group,) = by_module.groups(model, "ffn")
+    assert (group.name, group.shape, len(group.slices), len(group.buffers)) == ("part", (units,), slices, buffers)
+    masks = odd_masks([group], 0.4)
+    x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    zeroed, shrunk = zero(copy.deepcopy(model), [group], masks), shrink(copy.deepcopy(model), [group], masks)
+    torch.testing.assert_close(shrunk(x), zeroed(x), rtol=0, atol=1e-12)
+    assert (zeroed(x) - model(x)).abs().max() > 1e-3
+    gone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in shrunk.parameters())
+    assert gone == sum(promise(model, [group], masks).values()) > 0
+
+
+def test_a_unit_behind_a_batch_norm_goes_with_its_statistics() -> None:
+    model = redrawn(Host(LevitMlp(12, 16)))
+    (group,) = by_module.groups(model, "ffn")
+    masks = {"part": torch.arange(16) != 3}
+    mean = model.part.ln1.bn.running_mean.clone()
+    zero(model, [group], masks)
+    assert torch.equal(model.part.ln1.bn.running_mean, mean)
+    assert not model.part.ln1(model.before(torch.randn(2, 9, 6, dtype=torch.float64)))[..., 3].any()
+    shrink(model, [group], masks)
+    norm = model.part.ln1.bn
+    assert torch.equal(norm.running_mean, mean[torch.arange(16) != 3])
+    assert (norm.num_features, len(norm.running_var), isinstance(norm.running_var, nn.Parameter)) == (15, 15, False)
+    with pytest.raises(BadInput, match=r"^part.ln1.linear.weight: axis 0 is 15 long, the group is out of date"):
+        zero(model, [group], masks)
+
+
+class OtherMlp(Mlp):
+    """Of another class, and nothing else."""
+
+
+class SoftMlp(Mlp):
+    """Its hidden units compete."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(x).softmax(dim=-1))
+
+
+def with_mlp(kind: type[Mlp]) -> nn.Module:
+    model = timm.create_model("beit_base_patch16_224", **SMALL["beit_base_patch16_224"])
+    model.blocks[1].mlp.__class__ = kind
+    return model
+
+
+def test_an_mlp_of_another_class_is_found_by_how_it_runs() -> None:
+    known, other = (find_groups(with_mlp(kind), ["ffn"])[1] for kind in (Mlp, OtherMlp))
+    assert other.name == "blocks.1.mlp.fc1.units"
+    assert set(other.slices) == set(known.slices)
+
+
+def test_the_first_module_that_is_not_understood_is_named_and_others_do_not_matter() -> None:
+    model = with_mlp(SoftMlp)
+    assert len(find_groups(model, ["head"])) == 2
+    with pytest.raises(BadInput, match=r"^blocks.1.mlp \(SoftMlp\): this MLP is not understood yet"):
+        find_groups(model, ["ffn"])
+
+
+def test_attentions_are_timms_until_they_are_narrower_than_their_stream() -> None:
+    dense, x = subject("twins_pcpvt_small", SMALL["twins_pcpvt_small"])
+    (group, *_) = find_groups(dense, ["head"])
+    attn = dense.get_submodule(group.owner)
+    shrink(dense, [group], {group.name: torch.ones(group.shape, dtype=torch.bool)})
+    assert type(attn) is GlobalSubSampleAttn
+    shrink(dense, [group], odd_masks([group], 0.5))
+    assert (type(attn).__name__, attn.num_heads, attn.proj.in_features) == ("CutSubSampled", 1, 8)
+    attn.fused_attn = False
+    plain = dense(x)
+    attn.fused_attn = True
+    torch.testing.assert_close(dense(x), plain, rtol=0, atol=1e-12)
+
+
+ROTARY = [
+    (EvaAttention, {"qkv_bias_separate": True, "gated": True}),
+    (EvaAttention, {"qkv_fused": False, "rotate_half": True, "qk_norm": True}),
+    (EvaAttention, {"qkv_bias": False}),
+    (AttentionRope, {"qkv_fused": False, "gated": True, "rotate_half": True}),
+    (AttentionRope, {"qk_norm": True}),
+]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("kind", "settings"), ROTARY)
+def test_heads_of_rotary_attention(kind: type[nn.Module], settings: dict, fused: bool) -> None:
+    attn = redrawn(kind(24, 3, norm_layer=nn.LayerNorm, scale_norm=False, **settings))
+    attn.fused_attn = fused
+    dense = nn.ModuleDict({"attn": attn})
+    (group,) = attention.groups("head", "attn", attn)
+    mask = {"attn.heads": torch.tensor([True, False, True])}
+    zeroed, shrunk = zero(copy.deepcopy(dense), [group], mask).attn, shrink(copy.deepcopy(dense), [group], mask).attn
+    x, angles = noise(2, 6, 24), noise(5, 8)
+    rope = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    for more in ({}, {"is_causal": True}, {"attn_mask": noise(2, 1, 6, 6) > 0}, {"attn_mask": noise(2, 1, 6, 6)}):
+        if more.get("attn_mask") is not None and more["attn_mask"].dtype == torch.bool:
+            more["attn_mask"] |= torch.eye(6, dtype=torch.bool)
+        torch.testing.assert_close(shrunk(x, rope, **more), zeroed(x, rope, **more), rtol=0, atol=1e-12)
+        assert (shrunk(x, rope, **more) - attn(x, rope, **more)).abs().max() > 1e-3
+    assert shrunk.proj.in_features == 16
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"scale_norm": True}, r"^attn.norm \(LayerNorm\): a norm over all heads couples them"),
+        ({"qkv_fused": False, "num_kv_heads": 1}, r"^attn \(AttentionRope\): 3 heads share one head of keys"),
+    ],
+)
+def test_heads_that_are_coupled_are_refused(settings: dict, why: str) -> None:
+    with pytest.raises(BadInput, match=why):
+        attention.groups("head", "attn", AttentionRope(24, 3, norm_layer=nn.LayerNorm, **settings))

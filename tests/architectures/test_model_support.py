@@ -1,0 +1,58 @@
+"""Every kind of group of every model that we claim, proven as `vitprune check` proves it, or refused by name."""
+
+import pytest
+import timm
+import torch
+
+from tests.support.model_zoo import PROVEN, REFUSED, SMALL
+from tests.support.tiny_models import ZOO, batches
+from vitprune import BadInput, find_groups, prune
+from vitprune.evaluation.accuracy import macs
+from vitprune.evaluation.check_model import check, subject
+from vitprune.groups import KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["vit", "extra", "distilled", "swin", "pvt", "pvt-linear"])
+def test_families_of_old_are_proven(name: str, kind: str) -> None:
+    architecture, args = ZOO[name]
+    rows = list(check(architecture, [kind], [0.5], args))
+    assert [(row.verdict, row.why) for row in rows] == [("proven", "")]
+    assert rows[0].proof.params_after <= rows[0].proof.params_before
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in PROVEN for kind in PROVEN[name].split()])
+def test_models_of_known_parts_are_proven(name: str, kind: str) -> None:
+    rows = list(check(name, [kind], [0.5], SMALL.get(name, {}) | {"num_classes": 7}))
+    assert [(row.verdict, row.why) for row in rows] == [("proven", "")]
+    assert kind == "weight" or rows[0].proof.params_after < rows[0].proof.params_before
+
+
+@pytest.mark.parametrize(("name", "kind", "why"), REFUSED)
+def test_what_a_model_cannot_lose_is_refused_by_name(name: str, kind: str, why: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, **SMALL.get(name, {}))
+    with pytest.raises(BadInput, match=why):
+        find_groups(model, [kind])
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "cait_xxs24_224"])
+def test_channels_that_have_no_basis_of_their_own_are_not_rebased(name: str) -> None:
+    model = timm.create_model(name, num_classes=7, **SMALL[name])
+    with pytest.raises(BadInput, match=r"its q, k and v do not come from one Linear layer; use heads or ffn here$"):
+        prune(model, "unit-obs", {"attention": 0.5}, batches(model))
+
+
+def test_a_model_without_a_classifier_is_proven_with_one() -> None:
+    dense, _ = subject("vit_small_patch14_dinov2", {"depth": 1, "embed_dim": 48, "num_heads": 3})
+    assert dense.num_classes == 10
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "vit_base_patch16_siglip_224"])
+def test_macs_are_counted_where_weights_are_used(name: str) -> None:
+    dense, inputs = subject(name, SMALL[name])
+    total, layers = macs(dense, inputs[:1])
+    assert [
+        group.name for group in find_groups(dense, ["weight"]) if not layers.get(group.name[: -len(".weight")])
+    ] == []
+    assert 0 < sum(layers.values()) < total

@@ -1,0 +1,108 @@
+"""Residual streams of models that nobody named: what is cut, what timm is told of it, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.support.model_zoo import SMALL
+from tests.support.reference_kl import assert_fades
+from vitprune import BadInput, find_groups, load, save, shrink
+from vitprune.architectures.tracing import cache
+from vitprune.criteria import DEFAULTS
+from vitprune.criteria.kl.fisher import per_image
+from vitprune.evaluation.check_model import odd_masks, subject
+
+STAGES = {
+    "convnext_atto": ["stem.0", "stages.1.downsample.1", "stages.2.downsample.1", "stages.3.downsample.1"],
+    "levit_128s": ["stem.conv4.linear", "stages.1.downsample.attn_downsample.proj.ln.linear"],
+    "xcit_nano_12_p16_224": ["patch_embed.proj.6.0"],
+    "poolformer_s12": ["stem.conv", "stages.1.downsample.conv", "stages.2.downsample.conv", "stages.3.downsample.conv"],
+}
+
+
+def made(name: str) -> Any:
+    return subject(name, SMALL.get(name, {}) | {"num_classes": 7})
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stream_is_called_after_what_begins_it(name: str) -> None:
+    found = [group.name for group in find_groups(made(name)[0], ["residual"])]
+    assert found[: len(STAGES[name])] == [f"{path}.residual" for path in STAGES[name]]
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "levit_128s", "xcit_nano_12_p16_224", "efficientvit_b0"])
+@torch.no_grad()
+def test_timm_is_told_the_widths(name: str) -> None:
+    model, inputs = made(name)
+    groups = find_groups(model, ["residual"])
+    shrink(model, groups, odd_masks(groups, 0.4))
+    found = model.forward_intermediates(inputs, intermediates_only=True)
+    told = [feature["num_chs"] for feature in model.feature_info]
+    assert [part.shape[1] for part in found] == told[-len(found) :]
+    assert model.forward_head(model.forward_features(inputs), pre_logits=True).shape[-1] == model.head_hidden_size
+    model.reset_classifier(3)
+    assert model.double()(inputs).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("beit_base_patch16_224", ["head", "residual", "attention", "ffn"]),
+        ("swinv2_tiny_window8_256", ["residual", "head", "ffn"]),
+        ("convit_tiny", ["attention", "residual", "ffn"]),
+        ("twins_pcpvt_small", ["residual", "attention", "ffn"]),
+        ("efficientvit_b0", ["head", "residual", "ffn"]),
+    ],
+)
+@torch.no_grad()
+def test_all_kinds_go_together_and_come_back_from_a_file(name: str, kinds: list[str], tmp_path: Path) -> None:
+    model, inputs = made(name)
+    for kind in kinds:
+        groups = find_groups(model, [kind])
+        shrink(model, groups, odd_masks(groups, 0.4))
+    save(model, tmp_path)
+    assert torch.equal(load(tmp_path)(inputs), model.eval()(inputs))
+
+
+def test_a_channel_of_a_map_fades_as_its_readers_and_norms_do() -> None:
+    model, inputs = made("convnext_atto")
+    groups = find_groups(model, ["residual"])
+    assert_fades(model, inputs, groups, per_image(model, groups, inputs, replace(DEFAULTS, classes=1000)))
+
+
+def test_a_model_whose_stream_is_its_answer_keeps_it() -> None:
+    model = timm.create_model("xcit_nano_12_p16_224", num_classes=0, **SMALL["xcit_nano_12_p16_224"])
+    with pytest.raises(BadInput, match=r"^patch_embed.proj.6.0: the residual stream .* \(.*it is the answer\)$"):
+        find_groups(model, ["residual"])
+
+
+class Counting(nn.Module):
+    """Knows the width of its stream by heart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.write, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(6, 6, 1), nn.Linear(6, 2)
+        self.num_classes, self.pretrained_cfg = 2, {"input_size": (3, 8, 8)}
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.stem(image)
+        x = x + self.write(x)
+        answer: torch.Tensor = self.head(x.view(len(x), 6, -1).mean(2))
+        return answer
+
+
+def test_a_width_known_by_heart_is_refused_before_a_cut() -> None:
+    with pytest.raises(BadInput, match=r"^Counting: with a narrower residual stream it does not run "):
+        find_groups(Counting(), ["residual"])
+
+
+def test_a_model_is_traced_once_while_its_shapes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = made("convnext_atto")
+    first = [group.name for group in find_groups(model, ["residual"])]
+    monkeypatch.setattr(cache, "channels", lambda *given: pytest.fail("traced again"))
+    assert [group.name for group in find_groups(model, ["residual"])] == first

@@ -1,0 +1,269 @@
+"""Models of several widths, PVTv2 and Swin: a stream per stage, and what lies between two of them."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models.pvt_v2 import Attention
+from torch import nn
+
+from tests.support.reference_kl import LiveNorm, kl
+from tests.support.tiny_models import answer, images, random_masks, same_state, state, tiny
+from vitprune import BadInput, find_groups, prune, shrink, zero
+from vitprune.architectures import merge_heads, structure, uniform_args
+from vitprune.architectures.pvt_attention import CutAttention
+from vitprune.config.params import load
+from vitprune.criteria import Setting
+from vitprune.criteria.kl.fisher import per_image
+from vitprune.evaluation.accuracy import count
+
+CLOSE = {"rtol": 0, "atol": 1e-12}
+KINDS = ["residual", "attention", "ffn"]
+
+
+@pytest.fixture
+def pvt() -> nn.Module:
+    return tiny("pvt")
+
+
+def stream_of(norm: str) -> tuple[str, int]:
+    """The group whose channels a norm runs over, and how often they lie side by side in it."""
+    if norm == "norm":
+        return "layers.1.residual", 1
+    if norm == "layers.1.downsample.norm":  # four neighbours of the stage before
+        return "layers.0.residual", 4
+    if norm == "patch_embed.norm":
+        return "0.residual", 1
+    if norm.endswith(".attn.norm"):
+        return norm.removesuffix(".norm") + ".sr", 1
+    return ".".join(norm.split(".")[:2]) + ".residual", 1
+
+
+@pytest.mark.parametrize("name", ["pvt", "pvt-linear", "swin"])
+@pytest.mark.parametrize("removed", [1, 0.3])
+def test_residual_shrink_runs_each_norm_over_its_own_live_channels(name: str, removed: float) -> None:
+    masked, shrunk = tiny(name), tiny(name)
+    groups = find_groups(shrunk, ["residual"])
+    masks = random_masks(groups, removed)
+    x = images(masked)
+    dense = answer(masked, x)
+    for path, module in list(masked.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            group, side_by_side = stream_of(path)
+            live = next(mask for key, mask in masks.items() if key.endswith(group))
+            masked.set_submodule(path, LiveNorm(module, live.repeat(side_by_side)))
+    shrink(shrunk, groups, masks)
+    torch.testing.assert_close(answer(shrunk, x), answer(masked, x), **CLOSE)
+    assert (answer(shrunk, x) - dense).abs().max() > 1e-3
+    kept = [int(mask.sum()) for key, mask in masks.items() if key.endswith(".residual")]
+    assert shrunk.num_features == shrunk.head_hidden_size == kept[-1]
+    assert [feature["num_chs"] for feature in shrunk.feature_info] == kept
+
+
+def test_groups_of_a_pvt_by_hand(pvt: nn.Module) -> None:
+    found = {kind: [(g.name, g.shape) for g in find_groups(pvt, [kind])] for kind in (*KINDS, "head")}
+    assert found["residual"] == [
+        ("stages.0.residual", (16,)),
+        ("stages.1.residual", (24,)),
+        ("stages.2.residual", (40,)),
+        ("stages.0.blocks.0.attn.sr", (16,)),
+        ("stages.0.blocks.1.attn.sr", (16,)),
+        ("stages.1.blocks.0.attn.sr", (24,)),  # the last stage does not reduce its map
+    ]
+    paths = ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0", "stages.2.blocks.0"]
+    assert found["attention"] == [
+        (f"{p}.attn", shape) for p, shape in zip(paths, [(2, 8), (2, 8), (3, 8), (4, 10)], strict=True)
+    ]
+    assert found["ffn"] == [(f"{p}.mlp", (n,)) for p, n in zip(paths, (32, 32, 36, 80), strict=True)]
+    assert found["head"] == [(f"{p}.attn.heads", (n,)) for p, n in zip(paths, (2, 2, 3, 4), strict=True)]
+    weights = [(g.name, g.pool) for g in find_groups(pvt, ["weight"])[:5]]
+    layers = {"attn.q": "qkv", "attn.kv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}
+    assert weights == [(f"stages.0.blocks.0.{layer}.weight", pool) for layer, pool in layers.items()]
+
+
+@pytest.mark.parametrize("name", ["pvt", "pvt-linear", "swin"])
+def test_kinds_cut_together_as_one_after_the_other(name: str) -> None:
+    together, in_turn = tiny(name), tiny(name)
+    groups = find_groups(together, KINDS)
+    masks = random_masks(groups, 0.3)
+    shrink(together, groups, masks)
+    for kind in reversed(KINDS):
+        shrink(in_turn, find_groups(in_turn, [kind]), masks)
+    assert same_state(in_turn, state(together))
+    x = images(together)
+    assert torch.equal(answer(in_turn, x), answer(together, x))
+    plain = answer(unfused(together), x)
+    torch.testing.assert_close(plain, answer(in_turn, x), **CLOSE)
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if "fused_attn" in vars(module):
+            module.fused_attn = False
+    return model
+
+
+def test_an_attention_is_timms_wherever_its_widths_agree(pvt: nn.Module) -> None:
+    def kinds() -> list[type]:
+        return [type(block.attn) for stage in pvt.stages for block in stage.blocks]
+
+    assert kinds() == [Attention] * 4
+    for kind, expected in (("residual", CutAttention), ("attention", Attention)):
+        groups = find_groups(pvt, [kind])
+        shrink(pvt, groups, random_masks(groups, 0.5))
+        assert kinds() == [expected] * 4
+    assert uniform_args(pvt)["embed_dims"] == [8, 12, 20]
+    sr = find_groups(pvt, ["residual"])[3:4]
+    assert [g.name for g in sr] == ["stages.0.blocks.0.attn.sr"]
+    shrink(pvt, sr, random_masks(sr, 1))
+    assert kinds() == [CutAttention, *[Attention] * 3]
+    assert uniform_args(pvt) == {}
+
+
+@pytest.mark.parametrize("name", ["pvt", "pvt-linear"])
+def test_a_cut_attention_with_nothing_cut_is_timms(name: str) -> None:
+    model, x = tiny(name), images(tiny(name))
+    for on in (True, False):
+        expected = answer(model if on else unfused(model), x)
+        other = tiny(name) if on else unfused(tiny(name))
+        for stage in other.stages:
+            for block in stage.blocks:
+                block.attn.__class__ = CutAttention
+        torch.testing.assert_close(answer(other, x), expected, **CLOSE)
+
+
+def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
+    x, groups = images(pvt), merge_heads(pvt, find_groups(pvt, ["attention"]), 1)
+    assert [g.shape for g in groups] == [(1, 16), (1, 16), (1, 24), (1, 40)]
+    one = groups[:1]
+    shrink(pvt, one, {one[0].name: torch.ones(1, 16, dtype=torch.bool)})
+    attn = pvt.stages[0].blocks[0].attn
+    assert (attn.num_heads, attn.head_dim, type(attn)) == (1, 16, Attention)
+    y, size = torch.randn(2, 64, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), (8, 8)
+    before = tiny("pvt").stages[0].blocks[0].attn
+    reduced = before.norm(before.sr(y.transpose(1, 2).reshape(2, 16, 8, 8)).flatten(2).transpose(1, 2))
+    q, (k, v) = before.q(y), before.kv(reduced).chunk(2, dim=-1)
+    expected = before.proj((q @ k.transpose(1, 2) * before.scale).softmax(-1) @ v)  # the old heads' scale, one softmax
+    torch.testing.assert_close(attn(y, size), expected, **CLOSE)
+    assert answer(pvt, x).shape == (3, 7)
+
+
+def test_the_recipe_makes_exactly_b0_of_b1() -> None:
+    recipe = load(Path(__file__).parents[2] / "recipes/up_pvt_v2_b0.yaml")
+    with torch.device("meta"):
+        dense, stock = timm.create_model(recipe.model.name), timm.create_model("pvt_v2_b0")
+    assert recipe.prune.kinds == KINDS
+    assert isinstance(recipe.prune.sparsity, float)
+    groups = find_groups(dense, KINDS)
+    shrink(dense, groups, random_masks(groups, recipe.prune.sparsity))
+    assert sum(p.numel() for p in dense.parameters()) == sum(p.numel() for p in stock.parameters()) == 3_666_760
+    shapes = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in stock.state_dict().items()}
+    assert {(b.attn.scale, type(b.attn)) for stage in dense.stages for b in stage.blocks} == {(32**-0.5, Attention)}
+    assert uniform_args(dense) == {
+        "embed_dims": [32, 64, 160, 256],
+        "depths": [2, 2, 2, 2],
+        "num_heads": [1, 2, 5, 8],
+        "mlp_ratios": [8.0, 8.0, 4.0, 4.0],
+        "sr_ratios": [8, 4, 2, 1],
+    }
+
+
+def test_half_of_a_pvt_costs_what_timms_own_costs(pvt: nn.Module) -> None:
+    half = prune(pvt, "channel-magnitude", dict.fromkeys(KINDS, 0.5), example_input=images(pvt))
+    args = uniform_args(half)
+    stock = timm.create_model("pvt_v2_b0", num_classes=7, **args).double()
+    stock.load_state_dict(half.state_dict(), strict=True)
+    assert count(half, images(pvt)) == count(stock.eval(), images(pvt))
+    torch.testing.assert_close(answer(stock, images(pvt)), answer(half, images(pvt)), **CLOSE)
+
+
+def test_convolutions_know_their_new_sizes_and_still_train(pvt: nn.Module) -> None:
+    groups = find_groups(pvt, KINDS)
+    shrink(pvt, groups, random_masks(groups, 0.25))
+    for module in pvt.modules():
+        if isinstance(module, nn.Conv2d):
+            shape = (module.out_channels, module.in_channels // module.groups)
+            assert shape == tuple(module.weight.shape[:2])
+    pvt(images(pvt)).sum().backward()
+    assert all(p.grad is not None for p in pvt.parameters())
+
+
+def test_a_hidden_unit_goes_with_its_channel_of_the_convolution(pvt: nn.Module) -> None:
+    group = find_groups(pvt, ["ffn"])[0]
+    before = state(pvt)
+    zero(pvt, [group], {group.name: torch.arange(32) != 5})
+    changed = {name: tensor for name, tensor in pvt.state_dict().items() if not torch.equal(tensor, before[name])}
+    inside = "stages.0.blocks.0.mlp"
+    ends = ("fc1.weight", "fc1.bias", "dwconv.weight", "dwconv.bias", "fc2.weight")
+    assert set(changed) == {f"{inside}.{end}" for end in ends}
+    assert all(not changed[f"{inside}.{end}"][5].any() for end in ends[:-1])
+    assert not changed[f"{inside}.fc2.weight"][:, 5].any()
+
+
+@pytest.mark.parametrize("name", ["pvt", "swin"])
+def test_streams_cannot_be_zeroed(name: str) -> None:
+    model = tiny(name)
+    groups = find_groups(model, ["residual"])
+    with pytest.raises(BadInput, match="residual channels cannot be zeroed"):
+        zero(model, groups, random_masks(groups, 1))
+
+
+def test_the_structure_of_a_pvt_names_its_streams_and_reductions(pvt: nn.Module) -> None:
+    assert list(structure(pvt)) == [g.name for g in find_groups(pvt, KINDS)]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "why"),
+    [
+        ("stages.0.blocks.1", "ffn", r"^stages.0.blocks.1 .*only timm's PVTv2 Block"),
+        ("stages.0.blocks.1.attn", "head", r"^stages.0.blocks.1.attn .*only timm's PVTv2 Attention"),
+        ("stages.0.blocks.1.mlp", "ffn", r"^stages.0.blocks.1.mlp .*only timm's MLP with a depth-wise convolution"),
+        ("stages.0.norm", "residual", r"^stages.0.norm .*only LayerNorm and RMSNorm"),
+        ("stages.1.downsample.proj", "residual", r"^stages.1.downsample.proj .*expected a Linear or Conv2d"),
+    ],
+)
+def test_what_is_not_understood_in_a_pvt_is_named(pvt: nn.Module, path: str, kind: str, why: str) -> None:
+    pvt.set_submodule(path, nn.Sequential())
+    with pytest.raises(BadInput, match=why):
+        find_groups(pvt, [kind])
+
+
+class GatedNorm(nn.Module):
+    """A model's own LayerNorm whose statistics count channel c `gate[c]` times; its readers see gate * output."""
+
+    def __init__(self, norm: nn.LayerNorm, gate: torch.Tensor, readers: bool):
+        super().__init__()
+        self.norm, self.gate, self.readers = norm, gate, readers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = (self.gate * x).sum(-1, keepdim=True) / self.gate.sum()
+        variance = (self.gate * (x - mean) ** 2).sum(-1, keepdim=True) / self.gate.sum()
+        y = (x - mean) / (variance + self.norm.eps).sqrt() * self.norm.weight + self.norm.bias
+        return self.gate * y if self.readers else y
+
+
+def gated(name: str, group: str, unit: int, by: float) -> nn.Module:
+    model = tiny(name)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            stream, side_by_side = stream_of(path)
+            gate = torch.ones(len(module.weight) // side_by_side, dtype=torch.float64)
+            if group.endswith(stream):
+                gate[unit] += by
+            enters = path == "patch_embed.norm" or (name == "pvt" and path.endswith("downsample.norm"))
+            model.set_submodule(path, GatedNorm(module, gate.repeat(side_by_side), readers=not enters))
+    return model
+
+
+@pytest.mark.parametrize("name", ["pvt", "swin"])
+def test_fisher_is_the_curvature_of_the_divergence_as_a_stream_fades(name: str) -> None:
+    model, step = tiny(name), 1e-3
+    groups, x = find_groups(model, ["residual"]), images(tiny(name), 2)
+    found = per_image(model, groups, x, Setting(classes=1000))
+    dense = answer(model, x)
+    for group in groups:
+        for unit in (0, group.units // 2):
+            apart = [kl(dense, answer(gated(name, group.name, unit, by), x)) for by in (-step, step)]
+            assert sum(apart) / 2 / step**2 == pytest.approx(float(found[group.name][unit].sum()), rel=5e-3)

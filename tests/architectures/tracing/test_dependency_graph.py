@@ -1,0 +1,181 @@
+"""What a trace of a model finds: the groups that are known by name, and nets whose channels are plain to see."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.support.tiny_models import images, tiny
+from vitprune import find_groups
+from vitprune.architectures.tracing.dependency_graph import Channels, channels
+from vitprune.groups import frame
+
+Slice = tuple[str, int | None, int, int]
+
+
+def where(found: Channels) -> set[Slice]:
+    return {(part.param, part.axis, part.outer, part.inner) for part in found.slices + found.buffers}
+
+
+@pytest.mark.parametrize("name", ["vit", "thin", "odd", "extra", "distilled", "swin", "pvt", "pvt-linear"])
+@pytest.mark.parametrize("kind", ["residual", "ffn"])
+def test_known_groups_are_found_without_names(name: str, kind: str) -> None:
+    model = tiny(name)
+    found = [one for one in channels(model, images(model)[:1]) if not one.why_not]
+    for group in find_groups(model, [kind]):
+        slices = {(part.param, part.axis, part.outer, part.inner) for part in group.slices}
+        (same,) = [one for one in found if where(one) == slices]
+        assert same.units == group.units
+        assert same.kind == ("ffn" if group.name.endswith(".sr") else kind)
+
+
+class Squeezed(nn.Module):
+    """A stem, a residual bottleneck with a depth-wise convolution and a gate, and two maps side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.expand, self.bn = nn.Conv2d(6, 10, 1, bias=False), nn.BatchNorm2d(10)
+        self.depthwise = nn.Conv2d(10, 10, 3, padding=1, groups=10)
+        self.down, self.up = nn.Conv2d(10, 4, 1), nn.Conv2d(4, 10, 1)
+        self.project = nn.Conv2d(10, 6, 1)
+        self.side = nn.Conv2d(6, 5, 1)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image)
+        hidden = self.depthwise(F.relu(self.bn(self.expand(x))))
+        gate = self.up(F.relu(self.down(hidden.mean((2, 3), keepdim=True)))).sigmoid()
+        x = x + self.scale * self.project(hidden * gate)
+        both = torch.cat([x, x.flip(2)], dim=1)
+        self.side(x)
+        answer: Tensor = self.head(both.mean((2, 3)))
+        return answer
+
+
+def test_a_net_by_hand() -> None:
+    residual, hidden, inner, side, answer = channels(Squeezed(), torch.randn(1, 3, 8, 8))
+    assert (residual.kind, residual.units, residual.why_not) == ("residual", 6, "")
+    assert where(residual) == {
+        *[("stem.weight", 0, 1, 1), ("stem.bias", 0, 1, 1), ("project.weight", 0, 1, 1), ("project.bias", 0, 1, 1)],
+        *[("expand.weight", 1, 1, 1), ("side.weight", 1, 1, 1), ("head.weight", 1, 2, 1)],
+    }
+    assert residual.writers == ("stem.weight", "project.weight")
+    assert (hidden.kind, hidden.units, hidden.why_not) == ("ffn", 10, "")
+    assert {part.param for part in hidden.buffers} == {"bn.running_mean", "bn.running_var"}
+    assert {part.param for part in hidden.slices} == {
+        *["expand.weight", "bn.weight", "bn.bias", "depthwise.weight", "depthwise.bias"],
+        *["down.weight", "up.weight", "up.bias", "project.weight"],
+    }
+    assert where(inner) == {("down.weight", 0, 1, 1), ("down.bias", 0, 1, 1), ("up.weight", 1, 1, 1)}
+    assert where(side) == {("side.weight", 0, 1, 1), ("side.bias", 0, 1, 1)}
+    assert answer.why_not == "Squeezed: it is the answer"
+
+
+class One(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.last = nn.Conv2d(3, 8, 1), between, nn.Conv2d(8, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        answer: Tensor = self.last(self.between(self.first(image)))
+        return answer
+
+
+class Sorted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort(dim=1).values
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (nn.Softmax(dim=1), "between (Softmax): softmax runs over it"),
+        (nn.GroupNorm(4, 8), "between (GroupNorm): a GroupNorm of 4 groups counts its channels"),
+        (nn.Conv2d(8, 8, 1, groups=2), "between (Conv2d): it runs through a convolution of 2 groups"),
+        (Sorted(), "between (Sorted): operation sort is not understood"),
+    ],
+)
+def test_what_cannot_be_cut_is_named(between: nn.Module, why: str) -> None:
+    found = channels(One(between), torch.randn(1, 3, 4, 4))
+    assert next(one for one in found if "first.weight" in one.writers).why_not == why
+
+
+@pytest.mark.parametrize(
+    "between", [nn.GroupNorm(1, 8), nn.ReLU(), nn.Sequential(nn.Upsample(scale_factor=2), nn.GELU())]
+)
+def test_what_can_be_cut_is_free(between: nn.Module) -> None:
+    found = channels(One(between), torch.randn(1, 3, 4, 4))
+    hidden = next(one for one in found if "first.weight" in one.writers)
+    assert (hidden.why_not, hidden.units) == ("", 8)
+    assert {"first.weight", "first.bias", "last.weight"} <= {part.param for part in hidden.slices}
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("convnext_atto", [40, 80, 160, 320]),
+        ("poolformer_s12", [64, 128, 320, 512]),
+        ("resnet50", [256, 512, 1024, 2048]),
+    ],
+)
+def test_stages_of_models_that_nobody_named(name: str, widths: list[int]) -> None:
+    model = timm.create_model(name, pretrained=False).eval()
+    found = [one for one in channels(model, torch.randn(1, 3, 64, 64)) if one.kind == "residual" and not one.why_not]
+    assert [one.units for one in found] == widths
+
+
+class Late(nn.Module):
+    """A scale meets two kinds of token, whose channels turn out to be the same only later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.write, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.gamma = nn.Parameter(torch.ones(6))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image).flatten(2).transpose(1, 2)  # (B, N, 6)
+        x = x + self.gamma * torch.cat([self.write(x[:, :1]), x[:, 1:]], dim=1)
+        answer: Tensor = self.head(x.mean(1))
+        return answer
+
+
+def test_a_scale_over_tokens_of_two_kinds() -> None:
+    stream = channels(Late(), torch.randn(1, 3, 8, 8))[0]
+    assert (stream.kind, stream.units, stream.why_not) == ("residual", 6, "")
+    assert ("gamma", 0, 1, 1) in where(stream)
+
+
+class Doubled(nn.Module):
+    """A depth-wise convolution makes two channels of each, and one over stacked maps mixes the maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twofold = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4)
+        self.write, self.mix, self.head = nn.Linear(8, 8), nn.Conv1d(2, 1, 1), nn.Linear(8, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.twofold(self.stem(image)).mean((2, 3))
+        x = x + self.write(x)
+        answer: Tensor = self.head(self.mix(torch.stack([x, x], dim=1))[:, 0])
+        return answer
+
+
+def test_a_channel_that_becomes_two() -> None:
+    stream = next(one for one in channels(Doubled(), torch.randn(1, 3, 8, 8)) if one.kind == "residual")
+    assert (stream.units, stream.why_not) == (4, "")
+    assert where(stream) == {
+        *[("stem.weight", 0, 1, 1), ("stem.bias", 0, 1, 1), ("twofold.weight", 0, 1, 2), ("twofold.bias", 0, 1, 2)],
+        *[("write.weight", 0, 1, 2), ("write.bias", 0, 1, 2), ("write.weight", 1, 1, 2), ("head.weight", 1, 1, 2)],
+    }
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt-linear"])
+def test_shapes_alone_are_enough(name: str) -> None:
+    model = tiny(name)
+    inputs = images(model)[:1]
+    assert channels(frame(model), inputs.to("meta")) == channels(model, inputs)

@@ -1,0 +1,122 @@
+"""Modules that give back what they are given with something added are found, and no others."""
+
+import pytest
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from vitprune import BadInput, find_groups
+from vitprune.architectures.tracing import residual_branches
+from vitprune.architectures.tracing.residual_branches import adding
+from vitprune.groups import frame
+
+
+class Adding(nn.Module):
+    """A branch beside what it is given, in one way or another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.mlp, self.drop = how, Mlp(6, 8, 6), DropPath(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.drop(self.mlp(x))
+        told = {
+            "plain": lambda: x + branch,
+            "behind": lambda: branch + x,
+            "in place": lambda: branch.add_(x),
+            "twice": lambda: x + branch + self.mlp(x),
+            "turned": lambda: x.flatten(1).reshape(x.shape) + branch,
+            "rolled": lambda: x.roll(1, 1).add(branch).roll(-1, 1),
+            "in windows": lambda: torch.cat([part + 1 * part.mean() for part in x.split(2, dim=1)], dim=1),
+            "first of all": lambda: torch.cat([x[:, :1] + branch[:, :1], x[:, 1:]], dim=1),
+            "shifted": lambda: x.roll(1, 1) + branch,
+            "swapped": lambda: x.flip(2) + branch,
+            "joined wrongly": lambda: torch.cat([x[:, 2:], x[:, :2]], dim=1) + branch,
+            "padded": lambda: nn.functional.pad(x[:, :, 1:], (0, 0, 1, 0)) + branch,
+            "written into": lambda: written(x, branch) + branch,
+            "doubled": lambda: x + x + branch,
+            "scaled": lambda: 2 * x + branch,
+            "scaled in place": lambda: x.clone().mul_(2) + branch,
+            "weighted": lambda: torch.add(branch, x, alpha=2),
+            "activated": lambda: (x + branch).relu(),
+            "alone": lambda: branch,
+            "nothing": lambda: x,
+            "broadcast": lambda: x[:, :1] + branch,
+            "several": lambda: (x + branch, x),
+        }
+        return told[self.how]()
+
+
+def written(x: Tensor, other: Tensor) -> Tensor:
+    """A copy, a part of which is something else."""
+    copy = x.clone()
+    copy[:, :1] = other[:, :1]
+    return copy
+
+
+class Stacked(nn.Module):
+    """Two blocks on an image's rows."""
+
+    def __init__(self, *hows: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Adding(how) for how in hows)
+        self.pretrained_cfg = {"input_size": (3, 4, 6)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def found(model: nn.Module, images: Tensor) -> set[str]:
+    return adding(model, images, ["blocks.0", "blocks.1"])
+
+
+ADDING = ["plain", "behind", "in place", "twice", "turned", "rolled", "in windows", "first of all"]
+OTHERS = [
+    *("shifted", "swapped", "joined wrongly", "padded", "written into", "doubled", "scaled"),
+    *("scaled in place", "weighted", "activated", "alone", "nothing", "broadcast", "several"),
+]
+
+
+@pytest.mark.parametrize("how", ADDING)
+def test_a_branch_beside_the_input_is_found(how: str) -> None:
+    model, images = Stacked(how, "alone"), torch.randn(2, 3, 4, 6)
+    assert found(model, images) == found(frame(model), images.to("meta")) == {"blocks.0"}
+    (group,) = find_groups(model, ["block"])
+    assert group.sublayers == (("blocks.0",), ("blocks.0",))
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_anything_else_is_refused(how: str) -> None:
+    model, images = Stacked(how, "alone"), torch.randn(2, 3, 4, 6)
+    assert found(model, images) == found(frame(model), images.to("meta")) == set()
+    with pytest.raises(BadInput, match=r"^blocks.0 \(Adding\): neither it nor any other block of Stacked gives back"):
+        find_groups(model, ["block"])
+
+
+def test_what_runs_twice_must_add_both_times() -> None:
+    for hows, expected in (
+        (["plain", "behind"], {"blocks.0"}),
+        (["plain", "alone"], set()),
+        (["alone", "plain"], set()),
+    ):
+        model, calls = Stacked("plain", "plain"), iter(hows)
+        model.blocks[1] = model.blocks[0]
+        model.blocks[0].register_forward_pre_hook(lambda block, given, calls=calls: setattr(block, "how", next(calls)))
+        assert adding(model, torch.randn(1, 3, 4, 6), ["blocks.0"]) == expected
+
+
+def test_inputs_of_any_size_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residual_branches, "LARGEST", 71)
+    assert found(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == set()
+    monkeypatch.setattr(residual_branches, "LARGEST", 72)
+    assert found(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == {"blocks.0", "blocks.1"}
+
+
+def test_nothing_is_left_on_the_model_and_training_goes_on() -> None:
+    model = Stacked("plain", "activated").train()
+    assert found(model, torch.randn(1, 3, 4, 6)) == {"blocks.0"}
+    assert all(module.training for module in model.modules())
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)

@@ -1,0 +1,239 @@
+"""params.yaml: what is wrong with it is one line that names the dotted key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vitprune import BadInput, plan_for
+from vitprune.config.params import Params, load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def told(tmp_path: Path):
+    """Change one key of the repository's params.yaml (None for the value: remove it), load, and give the one line."""
+
+    def change(key: str, value: object = ...) -> str:
+        raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+        *path, last = key.split(".")
+        section = raw
+        for part in path:
+            section = section[part]
+        section.pop(last, None)
+        if value is not ...:
+            section[last] = value
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+        with pytest.raises(BadInput) as error:
+            load(tmp_path / "params.yaml")
+        told = str(error.value)
+        assert "\n" not in told
+        assert told.startswith(f"{tmp_path / 'params.yaml'}: ")
+        return told.removeprefix(f"{tmp_path / 'params.yaml'}: ")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))], ids=lambda p: p.name
+)
+def test_what_the_repository_ships_is_valid(path: Path) -> None:
+    params = load(path)
+    prune = params.prune
+    plan = plan_for(prune.method, prune.sparsity, prune.scope, prune.heads, prune.cycles, prune.schedule)
+    assert len(plan.targets()) == prune.cycles
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sed",
+        "prunes",
+        "dataset.sorce",
+        "model.nmae",
+        "dense.train.learning_rate",
+        "calibrate.balanced",
+        "score.batchsize",
+        "prune.sparsty",
+        "prune.recover.epoch",
+        "distill.alfa",
+        "distill.train.lrr",
+        "evaluate.runs",
+        "export.onxx",
+    ],
+)
+def test_an_unknown_key_is_named(told, key: str) -> None:
+    assert told(key, 1) == f"{key}: unknown key; remove it or correct its name"
+
+
+@pytest.mark.parametrize("key", ["dataset", "dataset.source", "model.name", "dense.start", "prune", "prune.method"])
+def test_a_missing_key_is_named(told, key: str) -> None:
+    assert told(key).startswith(f"{key}: Field required")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "zero"),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("seed", 1.5),
+        ("dataset", "digits"),
+        ("dataset", None),
+        ("dataset.source", 5),
+        ("dataset.source", None),
+        ("dataset.eval_fraction", 0),
+        ("dataset.eval_fraction", 1),
+        ("dataset.skip_limit", 1.1),
+        ("model.args", "depth: 4"),
+        ("dense.start", "scratch"),
+        ("dense.train", 40),
+        ("dense.train.epochs", 0),
+        ("dense.train.epochs", 1.5),
+        ("dense.train.epochs", "many"),
+        ("dense.train.batch_size", 0),
+        ("dense.train.lr", 0),
+        ("dense.train.lr", "fast"),
+        ("dense.train.lr", float("nan")),
+        ("dense.train.lr", float("inf")),
+        ("dense.train.weight_decay", -0.1),
+        ("dense.train.smoothing", 1.0),
+        ("dense.train.augment", "heavy"),
+        ("dense.train.clip", 0),
+        ("dense.train.decay", "step"),
+        ("dense.train.decay_over", "epoch"),
+        ("dense.train.optimizer_state", "forget"),
+        ("dense.train.eps", 0),
+        ("dense.train.mixup", -0.1),
+        ("dense.train.mix_prob", 0),
+        ("dense.train.repeats", 0),
+        ("calibrate.size", 0),
+        ("calibrate.balance", "even"),
+        ("score.batch_size", -1),
+        ("prune.method", 5),
+        ("prune.sparsity", 1.0),
+        ("prune.sparsity", -0.5),
+        ("prune.sparsity", float("nan")),
+        ("prune.sparsity", "half"),
+        ("prune.sparsity", [0.5]),
+        ("prune.target", {}),
+        ("prune.target", 0.5),
+        ("prune.target", {"macs": 0.5, "params": 0.5}),
+        ("prune.heads", 0),
+        ("prune.cycles", 0),
+        ("prune.cycles", 2.5),
+        ("prune.schedule", "sudden"),
+        ("distill.alpha", -1),
+        ("distill.alpha", float("inf")),
+        ("distill.temperature", 0),
+        ("distill.kind", "patches"),
+        ("evaluate.latency_runs", 0),
+        ("export.onnx", "maybe"),
+    ],
+)
+def test_a_wrong_type_or_value_is_named_and_shown(told, key: str, value: object) -> None:
+    line = told(key, value)
+    assert line.startswith(f"{key}: ")
+    assert repr(value) in line
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ({"ffn": 1.5}, "prune.sparsity.ffn"),
+        ({"ffn": 0.5, "attention": -0.1}, "prune.sparsity.attention"),
+        ({"blocks": 0.5}, "prune.sparsity.blocks"),
+        ({"ffn": "half"}, "prune.sparsity.ffn"),
+    ],
+)
+def test_a_sparsity_per_kind_is_named_by_its_kind(told, value: dict, key: str) -> None:
+    assert told("prune.sparsity", value).startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ({"shape": "cubic", "initial": 2}, "prune.schedule.initial: Input should be less than 1, got 2"),
+        ({"shape": "sudden"}, "prune.schedule.shape: Input should be 'linear' or 'cubic', got 'sudden'"),
+        ({"shape": "cubic", "start": 0.4}, "prune.schedule.start: unknown key; remove it or correct its name"),
+        ({"steps": [0.5, 2]}, "prune.schedule.steps.1: Input should be less than 1, got 2"),
+        ({"steps": {-1: 0.5}}, "prune.schedule.steps.-1: Input should be greater than or equal to 0, got -1"),
+        ({"steps": {0: 1.5}}, "prune.schedule.steps.0: Input should be less than 1, got 1.5"),
+        ({"steps": []}, "prune.schedule.steps: List should have at least 1 item"),
+        ({"shape": "cubic", "steps": [0.5]}, "prune.schedule: Value error, give a shape, with or without an initial"),
+        ({"steps": [0.5], "initial": 0.1}, "prune.schedule: Value error, give a shape, with or without an initial"),
+        ({}, "prune.schedule: Value error, give a shape, with or without an initial sparsity, or steps"),
+    ],
+)
+def test_a_schedule_is_named_by_what_is_wrong_with_it(told, value: dict, key: str) -> None:
+    assert told("prune.schedule", value).startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [({"macs": 0}, "prune.target.macs"), ({"macs": 1}, "prune.target.macs"), ({"flops": 0.5}, "prune.target.flops")],
+)
+def test_a_target_is_named_by_its_cost(told, value: dict, key: str) -> None:
+    assert told("prune.target", value).startswith(f"{key}: ")
+
+
+def test_a_target_beside_one_sparsity_is_refused(tmp_path: Path) -> None:
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["prune"] |= {"sparsity": 0.5, "target": {"macs": 0.5}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(BadInput, match=r"params.yaml: prune: .*give a target or one sparsity, not both") as error:
+        load(tmp_path / "params.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_several_errors_are_counted(told, tmp_path: Path) -> None:
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["seed"], raw["score"]["batch_size"] = "x", 0
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(BadInput, match=r"seed: .* \(and 1 more\)$"):
+        load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "must be a mapping of sections, is NoneType"),
+        ("- a\n- b\n", "must be a mapping of sections, is list"),
+        ("a: [1\nb: 2\n", "not valid YAML"),
+        ("a: b: c\n", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    ],
+)
+def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(BadInput, match=why) as error:
+        load(tmp_path / "params.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00seed")
+    with pytest.raises(BadInput, match="not valid YAML") as error:
+        load(tmp_path / "params.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"nowhere.yaml: no such file; run in a project directory"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_yaml_s_own_way_with_numbers_is_accepted(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    raw = yaml.safe_load(text)
+    raw["dense"]["train"]["lr"] = "1e-3"  # what YAML makes of a plain 1e-3
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    assert load(tmp_path / "params.yaml").dense.train.lr == 0.001
+
+
+def test_params_are_frozen() -> None:
+    params = load(ROOT / "params.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        params.seed = 1
+    assert Params.model_validate(params.model_dump()) == params

@@ -1,0 +1,257 @@
+"""Exact scoring with cached prefixes, against the removal of one unit at a time."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from tests.support.reference_kl import kl
+from tests.support.tiny_models import SWIN, VIT, answer, batches, images, random_masks, redrawn, same_state, state, tiny
+from vitprune import BadInput, data, find_groups, score
+from vitprune.architectures import merge_heads
+from vitprune.architectures.chain_builders import chain
+from vitprune.criteria import Setting
+from vitprune.criteria.kl import fast_matmul
+from vitprune.criteria.kl.exact import divergences
+from vitprune.groups import Group, shrink, zero
+
+MODELS = ["vit", "thin", "distilled", "odd", "extra", "swin", "pvt", "pvt-linear"]
+KINDS = ["ffn", "attention", "head", "residual"]
+PAIRS = [(name, kind) for name in MODELS for kind in KINDS]
+VARIANTS = {
+    "pre-norm": ({"pre_norm": True, "fc_norm": True}, KINDS),
+    "no class token": ({"class_token": False, "global_pool": "avg"}, KINDS),
+    "root mean square norm": ({"norm_layer": nn.RMSNorm}, KINDS),
+    "norm of q and k": ({"qk_norm": True}, ["head", "ffn"]),
+    "norm of patches": ({"embed_norm_layer": nn.LayerNorm}, ["ffn", "residual"]),
+    "tokens pooled by a maximum": ({"global_pool": "max", "reg_tokens": 1}, KINDS),
+}
+
+
+def one_by_one(model: nn.Module, group: Group, units: Tensor, inputs: Tensor) -> Tensor:
+    """KL of every image for every unit: copy the model, remove the unit, run both."""
+    found = torch.empty(len(units), len(inputs), dtype=torch.float64)
+    for row, unit in enumerate(units):
+        mask = (torch.arange(group.units) != unit).view(group.shape)
+        remove = shrink if group.kind == "residual" else zero
+        pruned = answer(remove(copy.deepcopy(model), [group], {group.name: mask}), inputs)
+        both = zip(answer(model, inputs).double(), pruned.double(), strict=True)
+        found[row] = torch.tensor([kl(*pair) for pair in both])
+    return found
+
+
+def some(group: Group, number: int = 4) -> Tensor:
+    return torch.randperm(group.units, generator=torch.Generator().manual_seed(3))[:number]
+
+
+def holds(model: nn.Module, groups: list[Group], setting: Setting | None = None) -> None:
+    """Exact divergences of a few units of every group are those of the literal removal."""
+    inputs = images(model)
+    chosen = {group.name: some(group) for group in groups}
+    found = divergences(model, groups, chosen, inputs, setting or Setting())
+    assert list(found) == [group.name for group in groups]
+    for group in groups:
+        expected = one_by_one(model, group, chosen[group.name], inputs)
+        assert found[group.name].dtype == torch.float64
+        assert bool((expected > 1e-11).all())
+        torch.testing.assert_close(found[group.name], expected, rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "deit"])
+def test_a_chain_is_its_model_step_by_step(name: str) -> None:
+    model = tiny(name)
+    inputs, steps = images(model), chain(model)
+    with torch.no_grad():
+        torch.testing.assert_close(steps(inputs), answer(model, inputs), rtol=1e-12, atol=1e-12)
+        stream = steps.embed(inputs)
+        for step in steps.steps:
+            stream = step(stream)
+        logits = steps.finish(stream[:, : steps.reads])
+        torch.testing.assert_close(logits, answer(model, inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_every_unit_diverges_on_every_image_as_when_it_is_removed(name: str, kind: str) -> None:
+    model = tiny(name)
+    holds(model, find_groups(model, [kind]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_model_diverge_as_when_a_unit_is_removed(variant: str) -> None:
+    args, kinds = VARIANTS[variant]
+    model = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT | args), 0).double()
+    with torch.no_grad():
+        torch.testing.assert_close(chain(model)(images(model)), answer(model, images(model)), rtol=1e-12, atol=1e-12)
+    holds(model, find_groups(model, kinds))
+
+
+def test_windows_that_are_padded_diverge_as_when_a_unit_is_removed() -> None:
+    args = SWIN | {"img_size": 40, "depths": (2, 1), "always_partition": True}
+    model = redrawn(timm.create_model("swin_tiny_patch4_window7_224", **args), 0).double()
+    holds(model, find_groups(model, ["ffn", "attention"]))
+
+
+def test_channels_of_merged_heads_leave_one_at_a_time_from_their_own_head() -> None:
+    model = tiny("odd")
+    groups = merge_heads(model, find_groups(model, ["attention"]), 1)
+    assert groups[0].shape == (1, 45)
+    holds(model, groups)
+
+
+def test_a_model_that_is_pruned_already_can_be_scored_again() -> None:
+    model = tiny("odd")
+    for kind in ("attention", "ffn", "residual"):
+        groups = find_groups(model, [kind])
+        shrink(model, groups, random_masks(groups, 2))
+    holds(model, find_groups(model, KINDS))
+
+
+@pytest.mark.parametrize("memory", [1, 200_000, 1 << 30])
+def test_memory_changes_how_many_run_at_a_time_and_nothing_else(memory: int) -> None:
+    model = tiny("thin")
+    holds(model, find_groups(model, KINDS), Setting(memory=memory))
+
+
+def test_scores_are_those_of_the_literal_criterion_whatever_the_batches() -> None:
+    model = tiny("thin").requires_grad_(False)
+    groups = find_groups(model, KINDS)
+    uneven = [(images(model, size, size), torch.zeros(size).long()) for size in (3, 1, 2)]
+    found, expected = (score(model, groups, name, uneven) for name in ("kl-exact", "kl-literal"))
+    for group in groups:
+        assert found[group.name].shape == group.shape
+        torch.testing.assert_close(found[group.name], expected[group.name], rtol=1e-6, atol=1e-15)
+
+
+def test_only_what_is_chosen_is_scored_and_the_model_stays_as_it_was() -> None:
+    model = tiny("vit").train()
+    before, groups = state(model), find_groups(model, ["ffn", "head"])
+    chosen = {"blocks.1.mlp": torch.tensor([7, 3, 7]), "blocks.0.attn.heads": torch.tensor([], dtype=torch.int64)}
+    found = divergences(model, groups, chosen, images(model), Setting())
+    assert {name: tuple(each.shape) for name, each in found.items()} == {
+        "blocks.1.mlp": (3, 3),
+        "blocks.0.attn.heads": (0, 3),
+    }
+    assert torch.equal(found["blocks.1.mlp"][0], found["blocks.1.mlp"][2])
+    assert same_state(model, before)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_unit_that_does_next_to_nothing_keeps_its_digits() -> None:
+    model = tiny("thin")
+    group, inputs, unit = find_groups(model, ["ffn"])[1], images(model), torch.tensor([5])
+    column = model.blocks[1].mlp.fc2.weight[:, 5].detach().clone()
+    found = {}
+    for small in (1e-3, 1e-6):
+        with torch.no_grad():
+            model.blocks[1].mlp.fc2.weight[:, 5] = column * small
+        found[small] = divergences(model, [group], {group.name: unit}, inputs, Setting())[group.name]
+    torch.testing.assert_close(found[1e-6] * 1e6, found[1e-3], rtol=0.02, atol=0)  # it goes as the square
+    assert bool((found[1e-6] < 1e-12).all())
+
+
+def test_a_divergence_beyond_what_an_exponential_holds_is_still_finite() -> None:
+    model = tiny("thin")
+    with torch.no_grad():
+        model.head.weight *= 1e5
+    group = find_groups(model, ["head"])[1]
+    found = divergences(model, [group], {group.name: torch.arange(3)}, images(model), Setting())[group.name]
+    assert bool(found.isfinite().all())
+    assert float(found.max()) > 500
+    torch.testing.assert_close(found, logarithms(model, group), rtol=1e-9, atol=1e-9)
+
+
+def logarithms(model: nn.Module, group: Group) -> Tensor:
+    """The literal divergences, by logarithms that do not underflow."""
+    rows = []
+    for unit in range(group.units):
+        masks = {group.name: torch.arange(group.units) != unit}
+        pruned = zero(copy.deepcopy(model), [group], masks)
+        whole, other = (answer(each, images(model)).log_softmax(-1) for each in (model, pruned))
+        rows.append((whole.exp() * (whole - other)).sum(-1))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", ["vit", "odd", "distilled"])
+def test_float32_gives_the_scores_of_float64_up_to_its_rounding(name: str) -> None:
+    model = tiny(name)
+    groups, inputs = find_groups(model, KINDS), images(model)
+    chosen = {group.name: some(group) for group in groups}
+    expected = divergences(model, groups, chosen, inputs, Setting())
+    found = divergences(model.float(), groups, chosen, inputs.float(), Setting())
+    for group, each in found.items():
+        torch.testing.assert_close(each, expected[group], rtol=2e-3, atol=1e-9)
+
+
+def test_neither_autocast_nor_tf32_reaches_the_scores() -> None:
+    model = tiny("vit").float()
+    groups, inputs = find_groups(model, ["ffn"]), images(model)
+    chosen = {group.name: some(group) for group in groups}
+    expected = divergences(model, groups, chosen, inputs, Setting())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = divergences(model, groups, chosen, inputs, Setting())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_products_are_those_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(20, 33)
+    x = torch.randn(2, 7, 20, generator=generator)
+    q, k, v = (torch.randn(2, 7, 3, 5, generator=generator).transpose(1, 2) for _ in range(3))
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    with torch.no_grad():
+        torch.testing.assert_close(fast_matmul.linear(x[:, :3], layer), layer(x[:, :3]), **close)
+        for act in (nn.GELU(), nn.GELU("tanh"), nn.ReLU()):
+            torch.testing.assert_close(fast_matmul.activated(x, layer, act), act(layer(x)), **close)
+        expected = nn.functional.scaled_dot_product_attention(q[:, :, :4], k, v, scale=0.3).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(fast_matmul.attended(q[:, :, :4], k, v, 0.3), expected, **close)
+
+
+def test_what_cannot_be_scored_is_named() -> None:
+    model = tiny("thin")
+    group, inputs = find_groups(model, ["ffn"])[0], images(model)
+    with pytest.raises(BadInput, match=r"^kl: needs images; give batches$"):
+        score(model, [group], "kl-exact")
+    weight = find_groups(model, ["weight"])[0]
+    with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: exact scoring removes .*, not kind 'weight'$"):
+        score(model, [weight], "kl-exact", batches(model))
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp: has units 0 to 23; 24 is not one of them$"):
+        divergences(model, [group], {group.name: torch.tensor([24])}, inputs, Setting())
+    with pytest.raises(BadInput, match=r"^ResNet: exact scoring is not supported yet; supported are VisionTransformer"):
+        chain(timm.create_model("resnet18", num_classes=3))
+    model.blocks = model.blocks[1:]
+    with pytest.raises(BadInput, match=r"^blocks.1.mlp: the model has no branch of that name"):
+        divergences(model, find_groups(tiny("thin"), ["ffn"])[1:], {"blocks.1.mlp": some(group)}, inputs, Setting())
+
+
+@pytest.mark.real
+def test_units_of_real_deit_diverge_as_when_they_are_removed(real_deit, real_data) -> None:
+    source = data.open_source(f"parquet:{real_data / 'imagenet-val-800.parquet'}")
+    transform = data.transform(data.data_config(real_deit))
+    files = (source.read(name) for name in source.ids[600:602])
+    inputs = torch.stack([transform.image(data.decode(file, transform.mode)) for file in files])
+    blocks = [find_groups(real_deit, [kind])[number] for kind in KINDS[:3] for number in (2, 11)]
+    groups = [*blocks, *find_groups(real_deit, ["residual"])]
+    chosen = {group.name: some(group, 2) for group in groups}
+    found = divergences(real_deit, groups, chosen, inputs, Setting())
+    for group in groups:
+        expected = one_by_one(real_deit, group, chosen[group.name], inputs)
+        torch.testing.assert_close(found[group.name], expected, rtol=1e-2, atol=1e-8)
+
+
+def test_both_ways_to_multiply_agree() -> None:
+    x, layer = torch.randn(2, 5, 8), nn.Linear(8, 6)
+    try:
+        found = fast_matmul._onednn(x, layer.weight, layer.bias, "gelu")
+        batched = fast_matmul._batched(torch.ones(3, 5, 8), x[:1].transpose(1, 2).expand(3, 8, 5).contiguous())
+    except (AttributeError, RuntimeError):
+        pytest.skip("this build of torch does not have oneDNN's operators")
+    torch.testing.assert_close(found, nn.functional.gelu(layer(x)))
+    torch.testing.assert_close(batched, (torch.ones(5, 8) @ x[0].T).expand(3, 5, 5))

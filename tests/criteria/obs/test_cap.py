@@ -1,0 +1,255 @@
+"""CAP: greedy elimination in Fisher blocks against slow loops, and the identities that the paper's algorithm has."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.reference_obs import (
+    block_loss,
+    closed_form,
+    image_gradients,
+    naive_fisher,
+    right_looking,
+    sherman_morrison,
+)
+from tests.support.tiny_models import batches, images, tiny
+from vitprune import find_groups, plan_for
+from vitprune.criteria import DEFAULTS, Setting
+from vitprune.criteria.obs import cap, greedy
+from vitprune.criteria.obs.fisher_blocks import FisherBlocks, inverse, one_by_one, together
+from vitprune.evaluation.accuracy import accuracy
+from vitprune.groups import Masks
+from vitprune.pruning import select
+from vitprune.pruning.prune import compress
+
+SMALL = replace(DEFAULTS, block=24, damp=1e-7)
+METHODS = ["ovit", "ovit-increments", "woodfisher", "woodfisher-joint", "magnitude-obs", "fastcap"]
+
+
+def spread(size: int, condition: float, blocks: int = 3, seed: int = 0) -> Tensor:
+    """Symmetric matrices with eigenvalues from 1 down to 1 / condition; (blocks, B, B) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    turns = torch.linalg.qr(torch.randn(blocks, size, size, generator=generator, dtype=torch.float64))[0]
+    values = torch.logspace(0, -torch.tensor(condition).log10().item(), size, dtype=torch.float64)
+    return turns @ torch.diag(values) @ turns.mT
+
+
+def drawn(blocks: int, size: int, seed: int = 1) -> Tensor:
+    return torch.randn(blocks, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def alone(fisher: Tensor, gone: Tensor) -> Tensor:
+    """The matrices of weights that have no gradients where they have gone."""
+    left = fisher * (~gone)[:, :, None] * (~gone)[:, None, :]
+    left.diagonal(dim1=1, dim2=2).add_(1e-6 * gone)
+    return left
+
+
+def matrices(model: nn.Module, setting: Setting = SMALL, data: list | None = None) -> dict[str, Tensor]:
+    """Fisher blocks of a whole model, by parameter."""
+    found: dict[str, list[Tensor]] = {}
+    for part, fisher in FisherBlocks(model, find_groups(model, ["weight"]), data or batches(model), setting):
+        found.setdefault(part.param, []).append(fisher)
+    return {param: torch.cat(pieces) for param, pieces in found.items()}
+
+
+def test_four_weights_by_hand() -> None:
+    """F = [[2, 1], [1, 2]] and its like: the inverse's diagonal is 2/3; w = 1 goes first, for 1/2 * 1 / (2/3)."""
+    fisher = torch.tensor([[[2.0, 1.0], [1.0, 2.0]], [[4.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    weights = torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64)
+    losses = greedy.eliminate(inverse(fisher), weights)
+    # first block: 0.75, then the other: w^T F w / 2 = (2 + 18 + 6) / 2; second: independent, 1/2 and 1/2 + 4/2
+    torch.testing.assert_close(losses, torch.tensor([[0.75, 13.0], [2.5, 0.5]], dtype=torch.float64))
+    keep = torch.tensor([[False, True], [True, False]])
+    new = together(fisher, weights, keep)
+    torch.testing.assert_close(new, torch.tensor([[0.0, 3.5], [1.0, 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e6])
+def test_the_inverse_is_that_of_sherman_and_morrison(condition: float) -> None:
+    size = 24
+    factor = torch.linalg.cholesky(spread(size, condition / 100)[0])
+    gradients = drawn(200, size) @ factor.mT
+    damp = 1 / condition
+    fisher = gradients.T @ gradients / 200 + damp * torch.eye(size, dtype=torch.float64)
+    found = inverse(fisher[None])[0].diagonal()
+    for expected in (torch.linalg.inv(fisher).diagonal(), sherman_morrison(gradients, damp).diagonal()):
+        torch.testing.assert_close(found / expected, torch.ones(size, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("on", ["numba", "torch"])
+@pytest.mark.parametrize("runs", [None, (2, 4), (1, 4), (5, 8)])
+def test_elimination_is_the_right_looking_loop(
+    on: str, runs: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greedy, "compiled", lambda: on == "numba")
+    fisher, weights = spread(24, 1e5, blocks=5), drawn(5, 24)
+    weights[0, 3:9], weights[1, ::4], weights[2, :] = 0, 0, 0
+    fisher = alone(fisher, weights == 0)
+    losses = greedy.eliminate(inverse(fisher), weights, pattern=runs)
+    for block in range(len(fisher)):
+        expected, trace, order = right_looking(fisher[block], weights[block], runs)
+        torch.testing.assert_close(losses[block], expected, rtol=1e-8, atol=1e-300)
+        found = [q for q in losses[block].argsort(stable=True).tolist() if losses[block, q] < torch.inf]
+        assert found == order
+        zeros = int((weights[block] == 0).sum())
+        for count in range(zeros, len(order) + 1):  # any number of steps ends where one joint solve does
+            keep = torch.ones(24, dtype=torch.bool)
+            keep[order[:count]] = False
+            new = together(fisher[block : block + 1], weights[block : block + 1], keep[None])[0]
+            torch.testing.assert_close(new, trace[count - zeros], rtol=1e-6, atol=1e-6)
+
+
+def test_the_loss_is_that_of_the_closed_form() -> None:
+    fisher, weights = spread(32, 1e4, blocks=2), drawn(2, 32)
+    losses = greedy.eliminate(inverse(fisher), weights)
+    assert bool((losses.sort(dim=1).values.diff(dim=1) > 0).all())
+    for block in range(2):
+        order = losses[block].argsort()
+        for count in (1, 7, 16, 31):
+            keep = torch.ones(32, dtype=torch.bool)
+            keep[order[:count]] = False
+            new, loss = closed_form(fisher[block], weights[block], keep)
+            assert float(losses[block, order[count - 1]]) == pytest.approx(loss, rel=1e-8)
+            assert block_loss(fisher[block], new - weights[block]) == pytest.approx(loss, rel=1e-8)
+            solved = together(fisher[block][None], weights[block][None], keep[None])[0]
+            torch.testing.assert_close(solved, new, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("on", ["numba", "torch"])
+def test_stopping_early_selects_the_same(share: float, on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the blocks are so unlike that one goes as a whole and another stays."""
+    monkeypatch.setattr(greedy, "compiled", lambda: on == "numba")
+    fisher = spread(24, 1e3, blocks=8) * torch.logspace(0, 4, 8)[:, None, None]
+    weights = drawn(8, 24)
+    weights[3, :5] = 0
+    inverses = inverse(alone(fisher, weights == 0))
+    whole, short = greedy.eliminate(inverses, weights), greedy.eliminate(inverses, weights, share)
+    assert bool(short.isinf().any()) == (share < 0.8)
+    known = short.isfinite()
+    assert torch.equal(short[known], whole[known])
+    expected, found = (select({"w": losses}, share)["w"] for losses in (whole, short))
+    assert torch.equal(found, expected)
+
+
+def test_a_layer_is_cut_prefix_by_prefix_and_the_count_is_exact(vit: nn.Module) -> None:
+    groups = find_groups(vit, ["weight"])
+    scores = cap.ovit(vit, groups, batches(vit), SMALL).scores
+    masks = select(scores, 0.37, "global", groups)
+    units = sum(mask.numel() for mask in masks.values())
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.37 * units)
+    for name, mask in masks.items():
+        ranked = scores[name].view(-1, 24).argsort(dim=1)
+        stays = mask.view(-1, 24).gather(1, ranked)
+        assert bool((stays.int().diff(dim=1) >= 0).all())
+
+
+def test_scores_are_those_of_the_slow_loops(vit: nn.Module) -> None:
+    groups, data = find_groups(vit, ["weight"])[1:3], batches(vit)
+    with torch.no_grad():
+        vit.blocks[0].mlp.fc1.weight[::3, 4] = 0
+    found = {name: f(vit, groups, data, SMALL).scores for name, f in CRITERIA.items()}
+    for group in groups:
+        weights = vit.get_parameter(group.name).detach().view(-1, 24)
+        fisher = naive_fisher(image_gradients(vit, group.name, data), 24, SMALL.damp * 128)
+        for block in range(0, len(weights), 17):
+            losses = right_looking(fisher[block], weights[block])[0]
+            alone = weights[block] ** 2 / torch.linalg.inv(fisher[block]).diagonal() / 2
+            diagonal = weights[block] ** 2 * fisher[block].diagonal() / 2
+            for name, expected in (("ovit", losses), ("woodfisher", alone), ("diagonal", diagonal)):
+                score = found[name][group.name].view(-1, 24)[block]
+                torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-300)
+
+
+CRITERIA = {"ovit": cap.ovit, "woodfisher": cap.woodfisher, "diagonal": cap.fisher_diagonal}
+
+
+def test_blocks_of_one_weight_are_the_diagonal(vit: nn.Module) -> None:
+    groups = find_groups(vit, ["weight"])
+    alone = replace(SMALL, block=1)
+    expected = cap.fisher_diagonal(vit, groups, batches(vit), SMALL).scores
+    for criterion in (cap.ovit, cap.woodfisher, cap.ovit_increments):
+        found = criterion(vit, groups, batches(vit), alone).scores
+        for name, score in expected.items():
+            torch.testing.assert_close(found[name], score, rtol=1e-9, atol=1e-300)
+
+
+def test_its_masks_cost_less_than_those_of_woodfisher_and_its_update_less_than_any(vit: nn.Module) -> None:
+    data = batches(vit, 4)
+    (group,) = find_groups(vit, ["weight"])[3:4]
+    fisher, weights = matrices(vit, data=data)[group.name], vit.get_parameter(group.name).detach().view(-1, 24)
+    scores = {name: f(vit, [group], data, SMALL).scores for name, f in CRITERIA.items()}
+    keep = {name: select(score, 0.6)[group.name].view(-1, 24) for name, score in scores.items()}
+    best = {name: cost(fisher, weights, together(fisher, weights, mask)) for name, mask in keep.items()}
+    singly = cost(fisher, weights, one_by_one(fisher, weights, keep["woodfisher"]))
+    assert best["ovit"] < best["woodfisher"] < singly
+    assert best["diagonal"] < cost(fisher, weights, weights * keep["diagonal"])
+    promised = scores["ovit"][group.name].view(-1, 24).masked_fill(keep["ovit"], 0).amax(dim=1).sum()
+    assert best["ovit"] == pytest.approx(float(promised), rel=1e-6)
+
+
+def cost(fisher: Tensor, weights: Tensor, new: Tensor) -> float:
+    return sum(block_loss(*pair) for pair in zip(fisher, new - weights, strict=True))
+
+
+def test_increments_cost_no_more_than_cumulative_losses() -> None:
+    fisher, weights = spread(24, 1e4, blocks=40), drawn(40, 24)
+    losses = greedy.eliminate(inverse(fisher), weights)
+    added = greedy.increments(losses)
+    ranked = losses.argsort(dim=1)
+    assert bool((added.gather(1, ranked).diff(dim=1) >= 0).all())
+    costs = [
+        sum(
+            float(row[~keep].max())
+            for row, keep in zip(losses, select({"": s}, 0.5)[""], strict=True)
+            if not keep.all()
+        )
+        for s in (losses, added)
+    ]
+    assert costs[1] <= costs[0]
+
+
+def test_scaling_the_gradients_and_the_damping_changes_nothing(vit: nn.Module) -> None:
+    fisher, weights = spread(24, 1e5), drawn(3, 24)
+    losses, scaled = (greedy.eliminate(inverse(f), weights) for f in (fisher, 1e-5 * fisher))
+    torch.testing.assert_close(scaled, 1e-5 * losses, rtol=1e-9, atol=0)
+    keep = losses > losses.median()
+    one, other = (together(f, weights, keep) for f in (fisher, 1e-5 * fisher))
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_steps_keep_the_zeros_of_the_first(method: str) -> None:
+    """And leave a model that answers like the dense one, where the released code leaves none."""
+    model = tiny("vit")
+    data = [(x, model(x).argmax(1)) for x in (images(model, 8, seed) for seed in range(3))]
+    groups = find_groups(model, ["weight"])
+    dense = {group.name: model.get_parameter(group.name).detach().clone() for group in groups}
+    before: Masks = {}
+    plan = plan_for(method, 0.5, cycles=2, schedule="linear", setting=SMALL)
+    for cycle in compress(model, plan, data):
+        gone = {name: model.get_parameter(name) == 0 for name in dense}
+        assert all(torch.equal(gone[name], ~cycle.masks[name]) for name in dense)
+        assert all(bool(gone[name][~mask].all()) for name, mask in before.items())
+        before = cycle.masks
+    zeros = sum(int((~mask).sum()) for mask in before.values())
+    assert zeros == sum(weight.numel() for weight in dense.values()) // 2
+    moved = [not torch.equal(model.get_parameter(n)[m], dense[n][m]) for n, m in before.items()]
+    assert any(moved)
+    assert accuracy(model, data)[0]["top1"] > 60
+
+
+def test_a_weight_that_has_gone_is_alone(vit: nn.Module) -> None:
+    """Its row of the inverse is the unit vector over the damping, so the others do not see it."""
+    name = "blocks.0.attn.proj.weight"
+    with torch.no_grad():
+        vit.get_parameter(name)[:, 1::2] = 0
+    fisher = matrices(vit)[name]
+    gone = (vit.get_parameter(name) == 0).view(-1, 24)
+    found = inverse(fisher)
+    unit = torch.eye(24, dtype=torch.float64) / (SMALL.damp * 128)
+    for block in range(0, len(found), 11):
+        torch.testing.assert_close(found[block][gone[block]], unit[gone[block]], rtol=1e-9, atol=1e-9)

@@ -1,0 +1,82 @@
+"""CAP's rows of the table beside ovit itself: N:M, FastCAP, and what they refuse."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cap import SMALL, cost, matrices
+from torch import nn
+
+from tests.support.reference_obs import fastcap_columns, image_gradients
+from tests.support.tiny_models import batches, images, tiny
+from vitprune import BadInput, find_groups, prune
+from vitprune.criteria import DEFAULTS
+from vitprune.criteria.obs import cap
+from vitprune.criteria.obs.fastcap import fastcap
+from vitprune.criteria.obs.fisher_blocks import together
+from vitprune.criteria.obs.weight_blocks import parts_of
+from vitprune.groups import Group, ParamSlice
+from vitprune.pruning import select
+
+
+@pytest.mark.parametrize("method", ["ovit", "woodfisher", "magnitude-obs", "fastcap", "fisher-diagonal"])
+def test_n_of_m_of_each_row_stay(method: str) -> None:
+    model = tiny("vit")
+    data = batches(model)
+    pruned = prune(model, method, None, data, images(model), scope="2:4")
+    for group in find_groups(pruned, ["weight"]):
+        weight = pruned.get_parameter(group.name)
+        assert bool(((weight.view(len(weight), -1, 4) == 0).sum(dim=2) == 2).all())
+
+
+def test_the_greedy_n_of_m_costs_less_than_selecting_afterwards(vit: nn.Module) -> None:
+    groups, data = find_groups(vit, ["weight"])[2:3], batches(vit, 4)
+    fisher = matrices(vit, data=data)[groups[0].name]
+    weights = vit.get_parameter(groups[0].name).detach().view(-1, 24)
+    costs = []
+    for setting in (replace(SMALL, pattern=(2, 4)), SMALL):
+        scores = cap.ovit(vit, groups, data, setting).scores
+        keep = select(scores, 0.5, "2:4")[groups[0].name].view(-1, 24)
+        costs.append(cost(fisher, weights, together(fisher, weights, keep)))
+    assert costs[0] < costs[1]
+
+
+def test_fastcap_is_its_algorithm(vit: nn.Module) -> None:
+    groups, data = find_groups(vit, ["weight"])[1:2], batches(vit)
+    name = groups[0].name
+    found = fastcap(vit, groups, data, SMALL)
+    slopes = image_gradients(vit, name, data)
+    fisher = sum(2 * g.view(-1, 24).T @ g.view(-1, 24) for g in slopes) / len(slopes)
+    torch.testing.assert_close(found.statistics[f"{name}/fisher"], fisher, rtol=1e-9, atol=1e-15)
+    masks = select(found.scores, 0.5, "layer")
+    expected = fastcap_columns(fisher, vit.get_parameter(name).detach().view(-1, 24), 0.5, 1e-2)
+    torch.testing.assert_close(found.update(masks)[name].view(-1, 24), expected, rtol=1e-8, atol=1e-12)
+    assert torch.equal(masks[name].view(-1, 24), expected != 0)
+
+
+def test_what_cannot_be_is_refused(vit: nn.Module) -> None:
+    groups = find_groups(vit, ["weight"])
+    with pytest.raises(BadInput, match=r"^Fisher blocks: need images with labels; give batches$"):
+        cap.ovit(vit, groups, [], DEFAULTS)
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp: blocks are of single weights, not of kind 'ffn'$"):
+        cap.ovit(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULTS)
+    with pytest.raises(BadInput, match=r"^score.gradient_batch 128: there are only 6 images; lower it, give"):
+        cap.ovit(vit, groups, batches(vit), replace(DEFAULTS, per_sample=False))
+    with pytest.raises(
+        BadInput, match=r"^blocks.0.attn.qkv.weight: rows of 48 weights cannot be divided into runs of 5"
+    ):
+        cap.ovit(vit, groups, batches(vit), replace(DEFAULTS, pattern=(2, 5)))
+    with pytest.raises(BadInput, match=r"^score.damp: a Fisher block is not positive definite; raise it"):
+        cap.ovit(vit, groups, batches(vit), replace(DEFAULTS, damp=1e-30))
+    with torch.no_grad():
+        vit.blocks[1].mlp.fc2.weight[0, 0] = torch.nan
+    with pytest.raises(BadInput, match=r"score"):
+        prune(vit, "ovit", 0.5, batches(vit))
+
+
+def test_runs_that_are_apart_in_memory_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    group = Group("0.weight", "weight", (4, 4, 3, 3), (ParamSlice("0.weight", None),))
+    with pytest.raises(BadInput, match=r"^0.weight: its runs of 4 input channels are apart in memory \(kernel 3x3\)"):
+        parts_of(model, [group], 16, 4)
+    assert parts_of(model, [group], 16)[0].size == 16

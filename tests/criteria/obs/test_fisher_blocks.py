@@ -1,0 +1,184 @@
+"""Gradients image by image and batch by batch, cut into blocks, in as little memory as is given."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.support.reference_obs import image_gradients, naive_fisher
+from tests.support.tiny_models import batches, images, tiny
+from vitprune import BadInput, find_groups, plan_for
+from vitprune.criteria import DEFAULTS, Batches, Setting
+from vitprune.criteria.obs import cap
+from vitprune.criteria.obs.fisher_blocks import FisherBlocks
+from vitprune.criteria.obs.gradients import gradients
+from vitprune.criteria.obs.views import images_of, viewed
+from vitprune.criteria.obs.weight_blocks import Part, block_size, parts_of, portions
+from vitprune.groups import Group, ParamSlice
+from vitprune.pruning.prune import compress
+
+SMALL = replace(DEFAULTS, block=24)
+
+
+def group_of(model: nn.Module, param: str) -> Group:
+    return Group(param, "weight", tuple(model.get_parameter(param).shape), (ParamSlice(param, None),))
+
+
+def collected(model: nn.Module, groups: list[Group], data: Batches, setting: Setting) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {}
+    for part, fisher in FisherBlocks(model, groups, data, setting):
+        found.setdefault(part.param, []).append(fisher)
+    return {param: torch.cat(pieces) for param, pieces in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("units", "wanted", "multiple", "size"),
+    [
+        (147456, 192, 1, 192),
+        (147456, 200, 1, 256),
+        (36864, 192, 4, 192),
+        (10, 3, 1, 5),
+        (7, 3, 1, 7),
+        (6, 192, 1, 6),
+        (60, 7, 4, 12),
+        (60, 1, 1, 1),
+        (60, 1, 4, 4),
+    ],
+)
+def test_a_block_is_the_next_divisor(units: int, wanted: int, multiple: int, size: int) -> None:
+    assert block_size(units, wanted, multiple) == size
+
+
+def test_portions_cover_all_and_fit() -> None:
+    parts = [Part("a", 4, 0, 40), Part("b", 8, 0, 16), Part("c", 4, 0, 400)]
+    for memory in (1, 128, 500, 4000, 10**6):
+        found = portions(parts, memory)
+        assert all(
+            sum(p.blocks * p.size**2 * 8 for p in portion) <= memory or portion[0].blocks == 1 for portion in found
+        )
+        for whole in parts:
+            places = [n for portion in found for p in portion if p.param == whole.param for n in range(p.start, p.stop)]
+            assert places == list(range(whole.start, whole.stop))
+    assert len(portions(parts, 10**6)) == 1
+    assert [len(portion) for portion in portions(parts, 1)] == [1] * 112
+
+
+@pytest.mark.parametrize("name", ["vit", "extra", "distilled", "swin", "pvt"])
+def test_gradients_are_those_of_each_image(name: str) -> None:
+    """Of Linear layers and convolutions by products, of all others by one pass per image."""
+    model = tiny(name)
+    data = batches(model)
+    params = [p for p in model.state_dict() if p.endswith("weight") and model.get_parameter(p).dim() in (2, 4)]
+    some = [params[0], params[-1], *params[1:-1:5]]
+    some += ["norm.weight"] if name == "vit" else []
+    some = [param for param in dict.fromkeys(some) if "relative" not in param]
+    with torch.no_grad():
+        model.get_parameter(some[1]).view(-1)[::3] = 0
+    groups = [group_of(model, param) for param in some]
+    found = collected(model, groups, data, SMALL)
+    for param in some:
+        slopes = image_gradients(model, param, data)
+        size = block_size(slopes.shape[1], 24)
+        expected = naive_fisher(slopes, size, SMALL.damp * 128)
+        torch.testing.assert_close(found[param], expected, rtol=1e-8, atol=1e-12)
+
+
+def test_batches_of_gradients_are_means(vit: nn.Module) -> None:
+    """Five gradients of four images each, of twelve images: the second look is at other views of them."""
+    param = "blocks.0.mlp.fc2.weight"
+    data, setting = batches(vit, 4), replace(SMALL, per_sample=False, gradient_batch=4, gradients=None)
+    weight = vit.get_parameter(param)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    slopes = [torch.autograd.grad(F.cross_entropy(vit(x[n : n + 4]), y[n : n + 4]), [weight])[0] for n in (0, 4, 8)]
+    expected = naive_fisher(torch.stack([slope.flatten() for slope in slopes]), 24, setting.damp)
+    found = collected(vit, [group_of(vit, param)], data, setting)[param]
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+    more = replace(setting, gradients=5)
+    part = Part(param, 24, 0, weight.numel())
+    chunks = torch.cat([values for _, values in gradients(vit, [part], data, more)])
+    assert chunks.shape == (5, weight.numel())
+    torch.testing.assert_close(chunks[:3], torch.stack([slope.flatten() for slope in slopes]), rtol=1e-8, atol=1e-12)
+    stream = list(images_of(data, 20, more.seed))
+    x, y = torch.cat([images for images, _ in stream]), torch.cat([labels for _, labels in stream])
+    last = torch.autograd.grad(F.cross_entropy(vit(x[16:]), y[16:]), [weight])[0].flatten()
+    torch.testing.assert_close(chunks[4], last, rtol=1e-8, atol=1e-12)
+
+
+def test_the_mean_of_per_sample_gradients_is_that_of_the_batch(vit: nn.Module) -> None:
+    parts = parts_of(vit, find_groups(vit, ["weight"]), 24)
+    data = batches(vit, 2)
+    alone = dict(gradients(vit, parts, data[:1], SMALL))
+    whole = replace(SMALL, per_sample=False, gradient_batch=3)
+    for part, mean in gradients(vit, parts, data[:1], whole):
+        torch.testing.assert_close(alone[part].mean(dim=0), mean[0], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_memory_changes_nothing_but_the_number_of_looks(vit: nn.Module, per_sample: bool) -> None:
+    groups, data = find_groups(vit, ["weight"])[:3], batches(vit)
+    setting = replace(SMALL, per_sample=per_sample, gradient_batch=2, gradients=4 if per_sample else 3)
+    whole, tight = (
+        collected(vit, groups, data, setting),
+        collected(vit, groups, data, replace(setting, memory=1_000_000)),
+    )
+    assert len(FisherBlocks(vit, groups, data, setting).portions) == 1
+    assert len(FisherBlocks(vit, groups, data, replace(setting, memory=1_000_000)).portions) > 3
+    for param, fisher in whole.items():
+        torch.testing.assert_close(tight[param], fisher, rtol=1e-10, atol=1e-16)
+    importance = cap.ovit(vit, groups, data, replace(setting, memory=1_000_000))
+    again = cap.joint(vit, groups, data, replace(setting, memory=1_500_000))
+    masks = {name: score > score.median() for name, score in importance.scores.items()}
+    for param, value in importance.update(masks).items():
+        torch.testing.assert_close(again(masks)[param], value, rtol=1e-6, atol=1e-9)
+
+
+def test_the_model_is_left_as_it_was(vit: nn.Module) -> None:
+    vit.train().requires_grad_(False)
+    vit.blocks[0].mlp.fc1.weight.requires_grad_()
+    for per_sample in (True, False):
+        collected(
+            vit, find_groups(vit, ["weight"]), batches(vit), replace(SMALL, per_sample=per_sample, gradient_batch=2)
+        )
+    assert vit.training
+    assert [name for name, p in vit.named_parameters() if p.requires_grad] == ["blocks.0.mlp.fc1.weight"]
+    assert all(parameter.grad is None for parameter in vit.parameters())
+    assert not any(module._forward_hooks for module in vit.modules())
+
+
+def test_chosen_masks_are_updated_without_scores(vit: nn.Module) -> None:
+    """As the prune stage has it: the masks come from files, and the images are looked at again for the update."""
+    data, plan = batches(vit), plan_for("ovit", 0.5, setting=SMALL)
+    (cycle,) = compress(one := tiny("vit"), plan, data)
+    (other,) = compress(two := tiny("vit"), plan, data, cycle.masks)
+    assert other.scores == {}
+    for name, mask in cycle.masks.items():
+        assert torch.equal(one.get_parameter(name), two.get_parameter(name))
+        assert not torch.equal(one.get_parameter(name)[mask], vit.get_parameter(name)[mask])
+
+
+def test_views_are_crops_and_mirror_images(vit: nn.Module) -> None:
+    x = images(vit, 64).float()
+    generator = torch.Generator().manual_seed(0)
+    found = viewed(x, generator)
+    assert found.shape == x.shape
+    assert not torch.equal(found, viewed(x, generator))
+    assert torch.equal(found, viewed(x, torch.Generator().manual_seed(0)))
+    flat = viewed(torch.full((2, 3, 32, 32), 5.0), generator)
+    torch.testing.assert_close(flat, torch.full((2, 3, 32, 32), 5.0))
+    ramp = torch.linspace(0, 1, 32).expand(200, 1, 32, 32)
+    slopes = viewed(ramp, generator).diff(dim=3).mean(dim=(1, 2, 3)) * 31
+    assert 0.3 < float((slopes < 0).float().mean()) < 0.7
+    assert 0.2 < float(slopes.abs().min()) < 0.45  # the smallest crops: sqrt(0.08 * 3/4) of the width and more
+    assert 0.9 < float(slopes.abs().max()) <= 1.001
+    with pytest.raises(BadInput, match=r"^score.gradients: inputs of shape \[16\] have no crops; ask for fewer$"):
+        list(images_of([(torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))], 3, 0))
+
+
+def test_what_takes_no_part_is_named(vit: nn.Module) -> None:
+    vit.add_module("spare", nn.Linear(4, 4).double())
+    for per_sample in (True, False):
+        setting = replace(SMALL, per_sample=per_sample, gradient_batch=2)
+        with pytest.raises(BadInput, match=r"^spare.weight: takes no part in the answer, so it has no gradient; leave"):
+            collected(vit, [group_of(vit, "spare.weight")], batches(vit), setting)

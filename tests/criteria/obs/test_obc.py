@@ -1,0 +1,185 @@
+"""Optimal Brain Compression by rows: each step against removing and solving by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.tiny_models import answer, batches, images, tiny
+from vitprune import BadInput, find_groups, prune
+from vitprune.criteria import DEFAULTS
+from vitprune.criteria.obs.obc import obc, solve
+from vitprune.groups import Group, ParamSlice
+from vitprune.pruning import select
+
+WEIGHT = (ParamSlice("0.weight", None),)
+
+
+class Plain(nn.Sequential):
+    """A layer, its outputs averaged over places, and logits."""
+
+    def __init__(self, layer: nn.Module, outputs: int):
+        super().__init__(layer, nn.Linear(outputs, 5))
+
+    def forward(self, value: Tensor) -> Tensor:
+        read = self[0](value)
+        found: Tensor = self[1]((read.flatten(2).transpose(1, 2) if read.dim() == 4 else read).mean(dim=1))
+        return found
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def case(
+    layer: nn.Module, outputs: int, shape: tuple[int, ...]
+) -> tuple[nn.Module, Group, list[tuple[Tensor, Tensor]]]:
+    model = Plain(layer, outputs).double().eval()
+    value = torch.randn((12, *shape), dtype=torch.float64)
+    value = value + 0.7 * value.roll(1, dims=1) + 0.5
+    group = Group("0.weight", "weight", tuple(model.get_parameter("0.weight").shape), WEIGHT)
+    return model, group, [(value[:5], torch.zeros(5).long()), (value[5:], torch.zeros(7).long())]
+
+
+def literal(row: Tensor, covariance: Tensor, steps: int) -> list[tuple[int, float]]:
+    """Which weight goes at every step, and the least loss of all that are gone, by solving every candidate."""
+    gone: list[int] = []
+    found = []
+    for _ in range(steps):
+        losses = {}
+        for q in (q for q in range(len(row)) if q not in gone):
+            out = torch.tensor([*gone, q])
+            inner = torch.linalg.inv(covariance)[out][:, out]
+            losses[q] = float(row[out] @ torch.linalg.solve(inner, row[out])) / 2
+        best = min(losses, key=lambda q: losses[q])
+        gone.append(best)
+        found.append((best, losses[best]))
+    return found
+
+
+def test_each_row_is_eliminated_as_by_hand() -> None:
+    model, group, data = case(nn.Linear(7, 4), 4, (9, 7))
+    importance = obc(model, [group], data, DEFAULTS)
+    read = torch.cat([value for value, _ in data]).reshape(-1, 7)
+    moment = read.T @ read / len(read)
+    moment += 1e-3 * moment.diagonal().mean() * torch.eye(7).double()
+    covariance = moment - torch.outer(read.mean(dim=0), read.mean(dim=0))
+    steep = importance.statistics["0/each"] / 12
+    for row, scores in enumerate(importance.scores["0.weight"]):
+        weight = model.get_parameter("0.weight")[row].detach() * steep[row].sqrt()
+        expected = literal(weight, covariance, 5)
+        order = scores.argsort().tolist()
+        assert order[:5] == [place for place, _ in expected]
+        increments = torch.tensor([loss for _, loss in expected]).double().diff(prepend=torch.zeros(1).double())
+        torch.testing.assert_close(scores[order[:5]], increments.cummax(dim=0).values, rtol=1e-5, atol=1e-12)
+
+
+def test_the_slopes_are_fishers() -> None:
+    model, group, data = case(nn.Linear(6, 3), 3, (4, 6))
+    importance = obc(model, [group], data, replace(DEFAULTS, classes=64))
+    value = torch.cat([value for value, _ in data])
+    read = model[0](value).detach().requires_grad_()
+    logits = model[1](read.mean(dim=1))
+    total = torch.zeros(3, dtype=torch.float64)
+    for label in range(5):
+        share = logits.softmax(dim=1)[:, label].detach()
+        (slope,) = torch.autograd.grad(logits.log_softmax(dim=1)[:, label].sum(), read, retain_graph=True)
+        total += (share[:, None, None] * slope.square()).sum(dim=(0, 1))
+    torch.testing.assert_close(importance.statistics["0/each"], total, rtol=0.05, atol=0)
+
+
+def test_the_update_is_least_squares_of_each_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    read = torch.randn((400, 6), generator=generator, dtype=torch.float64) @ torch.randn(6, 6).double() + 1
+    ones = torch.cat([read, torch.ones(400, 1, dtype=torch.float64)], dim=1)
+    halves = torch.stack([ones[half::2].T @ ones[half::2] for half in (0, 1)])
+    rows, keep = torch.randn(3, 6).double(), torch.rand((3, 6), generator=generator) > 0.5
+    for constant in (True, False):
+        found = solve(rows, halves, keep, constant)
+        for row in range(3):
+            places = [*keep[row].nonzero().flatten().tolist(), *([6] if constant else [])]
+            wanted = read @ rows[row]
+            least = (ones[:, places] @ torch.linalg.lstsq(ones[:, places], wanted).solution - wanted).square().sum()
+            assert (read @ found[row, :6] + found[row, 6] - wanted).square().sum() <= 1.01 * least + 1e-6
+            assert not found[row][[place for place in range(7) if place not in places]].any()
+
+
+def test_a_convolution_is_its_unfolded_layer() -> None:
+    layer = nn.Conv2d(3, 4, 2, stride=2, padding=1).double()
+    model, group, data = case(layer, 4, (3, 6, 6))
+    importance = obc(model, [group], data, DEFAULTS)
+    read = torch.cat([nn.functional.unfold(value, 2, 1, 1, 2).transpose(1, 2) for value, _ in data])
+    flat = nn.Linear(12, 4).double()
+    with torch.no_grad():
+        flat.weight.copy_(layer.weight.flatten(1))
+        flat.bias.copy_(layer.bias)
+    same, other, _ = case(flat, 4, (1, 12))
+    same[1].load_state_dict(model[1].state_dict())
+    expected = obc(same, [other], [(read, torch.zeros(12).long())], DEFAULTS)
+    found, wanted = importance.scores["0.weight"].flatten(1), expected.scores["0.weight"]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-12)
+    masks = {"0.weight": found > found.median()}
+    solved = importance.update({"0.weight": masks["0.weight"].view(4, 3, 2, 2)})
+    torch.testing.assert_close(solved["0.weight"].flatten(1), expected.update(masks)["0.weight"], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(solved["0.bias"], expected.update(masks)["0.bias"], rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_gone_stays_gone_and_costs_nothing() -> None:
+    model, group, data = case(nn.Linear(8, 4, bias=False), 4, (9, 8))
+    with torch.no_grad():
+        model[0].weight[:, [1, 4]] = 0
+    importance = obc(model, [group], data, DEFAULTS)
+    scores = importance.scores["0.weight"]
+    assert not scores[:, [1, 4]].any()
+    assert bool((scores[:, [0, 2, 3, 5, 6, 7]] > 0).all())
+    smaller, _, _ = case(nn.Linear(6, 4, bias=False), 4, (9, 6))
+    with torch.no_grad():
+        smaller[0].weight.copy_(model[0].weight[:, [0, 2, 3, 5, 6, 7]])
+        smaller[1].load_state_dict(model[1].state_dict())
+    cut = [(value[..., [0, 2, 3, 5, 6, 7]], labels) for value, labels in data]
+    alone = Group("0.weight", "weight", (4, 6), WEIGHT)
+    expected = obc(smaller, [alone], cut, DEFAULTS).scores["0.weight"]
+    torch.testing.assert_close(scores[:, [0, 2, 3, 5, 6, 7]], expected, rtol=0.05, atol=0)  # the ridge's mean differs
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4)])
+def test_n_of_m_of_each_row_stay(pattern: tuple[int, int]) -> None:
+    model = tiny("vit")
+    data = batches(model)
+    pruned = prune(model, "obc", None, data, images(model), scope=f"{pattern[0]}:{pattern[1]}")
+    for group in find_groups(pruned, ["weight"]):
+        weight = pruned.get_parameter(group.name)
+        assert bool(((weight.view(len(weight), -1, 4) != 0).sum(dim=2) == pattern[0]).all())
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin", "pvt"])
+def test_it_is_nearer_to_the_dense_answer_than_magnitude(kind: str) -> None:
+    model = tiny(kind)
+    data = batches(model)
+    seen = data[0][0]
+    dense = answer(model, seen)
+    found = {method: answer(prune(model, method, 0.5, data), seen) for method in ("obc", "magnitude")}
+    assert (found["obc"] - dense).norm() < 0.5 * (found["magnitude"] - dense).norm()
+    assert select(obc(model, find_groups(model, ["weight"])[:1], data, DEFAULTS).scores, 0.5, "global")
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model, _, data = case(nn.Conv2d(4, 4, 3, groups=2), 4, (4, 5, 5))
+    group = Group("0.weight", "weight", (4, 2, 3, 3), WEIGHT)
+    with pytest.raises(BadInput, match=r"^0.weight: obc needs a Linear layer, or a convolution of one group; leave"):
+        obc(model, [group], data, DEFAULTS)
+    vit = tiny("vit")
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp: blocks are of single weights, not of kind 'ffn'$"):
+        obc(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULTS)
+    with pytest.raises(BadInput, match=r"^second moments: need images; give batches$"):
+        obc(vit, find_groups(vit, ["weight"]), [], DEFAULTS)
+
+
+def test_a_layer_that_runs_twice_is_refused() -> None:
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.GELU(), layer)
+    group = Group("0.weight", "weight", (6, 6), WEIGHT)
+    with pytest.raises(BadInput, match=r"^0: runs more than once in a pass, and has no one input; leave it out$"):
+        obc(model, [group], [(torch.randn(4, 6), torch.zeros(4).long())], DEFAULTS)

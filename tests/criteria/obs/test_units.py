@@ -1,0 +1,199 @@
+"""Structured greedy OBS, the basis of attention, the refit, and what competes per MAC."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.support.reference_kl import naive_elimination
+from tests.support.tiny_models import ZOO, answer, batches, images, redrawn, tiny
+from vitprune import BadInput, find_groups, plan_for, prune
+from vitprune.architectures import merge_heads
+from vitprune.criteria import DEFAULTS, Setting
+from vitprune.criteria.moments import collect
+from vitprune.criteria.obs.unit_elimination import damped, eliminate, refit
+from vitprune.criteria.obs.units import rebased, refitting, turning, unit_obs
+from vitprune.evaluation.accuracy import count
+from vitprune.groups import shrink
+from vitprune.pruning.cost_target import meter
+from vitprune.pruning.macs_scope import prices, spend
+from vitprune.pruning.prune import compress
+from vitprune.pruning.select import select
+
+KINDS = ("ffn", "attention")
+
+
+def problem(inputs: int, outputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn((200, inputs), generator=generator, dtype=torch.float64)
+    rows = torch.cat([rows @ torch.randn((inputs, inputs), generator=generator).double(), torch.ones(200, 1)], dim=1)
+    metric = torch.randn((outputs, outputs), generator=generator, dtype=torch.float64)
+    return torch.randn((outputs, inputs), generator=generator).double(), rows.T @ rows, metric @ metric.T
+
+
+@pytest.mark.parametrize("inner", [1, 3])
+def test_greedy_elimination_is_a_joint_solve_at_each_step(inner: int) -> None:
+    weight, moments, metric = problem(12, 5)
+    nats = eliminate(weight, moments, metric, inner, 1e-3)
+    order, totals = naive_elimination(weight, damped(moments, 1e-3), metric, inner)
+    assert nats.argsort().tolist() == order
+    level, expected = 0.0, []
+    for total, before in zip(totals, [0.0, *totals], strict=False):
+        level = max(level, total - before)
+        expected.append(level)
+    torch.testing.assert_close(nats.sort().values, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+def test_many_units_go_in_the_same_order_whenever_the_dead_are_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments, metric = problem(40, 6)
+    whole = eliminate(weight, moments, metric, 1, 1e-3)
+    monkeypatch.setattr("vitprune.criteria.obs.unit_elimination.COMPACT", 3)
+    torch.testing.assert_close(eliminate(weight, moments, metric, 1, 1e-3), whole, rtol=1e-6, atol=0)
+
+
+def test_the_refit_of_a_copy_is_perfect() -> None:
+    weight, moments, _ = problem(6, 4)
+    twice = torch.cat([torch.eye(7), torch.eye(7)[:6]]).double()[
+        [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 6]
+    ]  # each input twice, then 1
+    doubled = twice @ moments @ twice.T
+    found = refit(torch.cat([weight, weight], dim=1), doubled[None], torch.arange(6), constant=True)
+    torch.testing.assert_close(found.weight, 2 * weight, rtol=0, atol=1e-3)
+    assert found.bias.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["vit", "odd", "extra", "swin"])
+def test_the_new_basis_is_the_same_function(name: str) -> None:
+    model = tiny(name)
+    groups = find_groups(model, ["attention"])
+    statistics = collect(model, groups, batches(model, 3, 8), DEFAULTS, slopes=True)
+    turned = copy.deepcopy(model)
+    for group in groups:
+        for path, value in rebased(model, group, statistics).items():
+            turned.get_parameter(path).data.copy_(value)
+    x = images(model)
+    assert not torch.equal(turned.state_dict()[path], model.state_dict()[path])
+    torch.testing.assert_close(answer(turned, x), answer(model, x), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attention", "head"])
+def test_the_update_comes_nearer_to_the_dense_answer(vit: nn.Module, kind: str) -> None:
+    groups, seen, x = find_groups(vit, [kind]), batches(vit, 4, 16), images(vit, 16, 99)
+    importance = unit_obs(vit, groups, seen, DEFAULTS)
+    masks = select(importance.scores, 0.4, "head" if kind == "attention" else "layer")
+    plain, updated = copy.deepcopy(vit), copy.deepcopy(vit)
+    assert importance.update is not None
+    for path, value in importance.update(masks).items():
+        updated.get_parameter(path).data.copy_(value)
+    errors = [(answer(shrink(m, groups, masks), x) - answer(vit, x)).square().mean() for m in (updated, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_nothing_changes_where_nothing_goes(vit: nn.Module) -> None:
+    groups = find_groups(vit, KINDS)
+    statistics = collect(vit, groups, batches(vit), DEFAULTS, slopes=True)
+    everything = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    assert turning(vit, groups, statistics)(everything) == {}
+    assert refitting(vit, groups, statistics)(everything) == {}
+
+
+@pytest.mark.parametrize("method", ["unit-obs", "upvits-global", "upvits-refit"])
+def test_statistics_stand_for_the_images(vit: nn.Module, method: str) -> None:
+    plan, noise, models = plan_for(method, 0.4), batches(vit, 3, 8), [copy.deepcopy(vit) for _ in range(2)]
+    (cycle,) = compress(models[0], plan, noise)
+    groups = find_groups(vit, KINDS)
+    statistics = dict(plan.row.criterion(vit, groups, noise, plan.setting_of(1)).statistics)
+    list(compress(models[1], plan, [], cycle.masks, statistics))
+    x = images(vit)
+    assert torch.equal(answer(models[0], x), answer(models[1], x))
+
+
+def test_what_has_no_one_consumer_is_refused(vit: nn.Module) -> None:
+    with pytest.raises(BadInput, match=r"^residual: unit-obs scores ffn, head and attention, not kind 'residual'"):
+        unit_obs(vit, find_groups(vit, ["residual"]), batches(vit), DEFAULTS)
+    merged = merge_heads(vit, find_groups(vit, ["attention"]), 1)
+    with pytest.raises(
+        BadInput, match=r"^blocks.0.attn: each of its 3 heads has a basis of its own, so they cannot merge"
+    ):
+        unit_obs(vit, merged, batches(vit), DEFAULTS)
+    assert prune(vit, "upvits-refit", {"attention": 0.5}, batches(vit, 2, 8), heads=1).blocks[0].attn.num_heads == 1
+    with pytest.raises(BadInput, match="need images"):
+        unit_obs(vit, find_groups(vit, ["ffn"]), [], DEFAULTS)
+
+
+def test_a_price_is_what_a_unit_saves(vit: nn.Module) -> None:
+    groups = find_groups(vit, KINDS)
+    costs, whole = prices(groups, meter(vit, groups, "macs")), count(vit, images(vit)).macs
+    tokens, width, heads = 17, 48, 3
+    ffn = 2 * width * tokens
+    attention = heads * (4 * width * tokens + 2 * tokens**2)  # q, k, v, proj and the two products of each head
+    assert costs["blocks.0.mlp"] == pytest.approx(ffn / whole)
+    assert costs["blocks.1.attn"] == pytest.approx(attention / whole)
+    weights = find_groups(vit, ["weight"])
+    with pytest.raises(BadInput, match="units of kind 'weight' have no price in MACs"):
+        prices(weights, lambda masks: 1.0)
+
+
+def test_the_budget_is_spent_on_what_is_worth_least_per_mac(vit: nn.Module) -> None:
+    groups = find_groups(vit, ["ffn"])
+    scores = {group.name: torch.arange(group.units).double() * (1 + n) for n, group in enumerate(groups)}
+    costs = {groups[0].name: 1.0, groups[1].name: 4.0}
+    masks = spend(scores, 0.5, groups, costs)  # rates: n and n / 2; 192 units each, half of 960 to spend
+    gone = [int((~masks[group.name]).sum()) for group in groups]
+    assert gone == [54, 106]  # of two equal rates the first group goes first
+    assert all(bool(masks[g.name][n:].all()) for g, n in zip(groups, gone, strict=True))
+
+
+def test_a_larger_share_never_gives_back(vit: nn.Module) -> None:
+    groups = find_groups(vit, KINDS)
+    generator = torch.Generator().manual_seed(0)
+    scores = {group.name: torch.rand(group.shape, generator=generator) for group in groups}
+    costs = prices(groups, meter(vit, groups, "macs"))
+    before = None
+    for share in (0.0, 0.2, 0.5, 0.9, 0.999):
+        masks = spend(scores, share, groups, costs)
+        again = spend(scores, share, groups, costs, before)
+        for group in groups:
+            rows = masks[group.name].reshape(-1, group.shape[-1])
+            assert len(set(rows.sum(dim=1).tolist())) == 1
+            assert rows.any(dim=1).all()
+            assert torch.equal(again[group.name], masks[group.name])
+            assert before is None or bool((before[group.name] | ~masks[group.name]).all())
+        spent = sum(costs[g.name] * float((~masks[g.name]).float().mean()) * g.shape[-1] for g in groups)
+        assert spent <= share * sum(costs[g.name] * g.shape[-1] for g in groups) + 1e-12
+        before = masks
+
+
+def test_all_that_compete_have_one_share() -> None:
+    with pytest.raises(BadInput, match=r"ffn, attention compete for one share of the MACs; give all the same"):
+        plan_for("unit-obs", {"ffn": 0.5, "attention": 0.4})
+    assert plan_for("unit-obs", {"ffn": 0.5, "attention": 0.4}, "layer").bought == []
+    assert plan_for("channel-taylor", 0.5, "macs").bought == ["ffn", "attention"]
+
+
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_a_target_in_macs_over_all_kinds(vit: nn.Module, cycles: int) -> None:
+    whole = count(vit, images(vit)).macs
+    list(compress(vit, plan_for("unit-obs", None, target={"macs": 0.6}, cycles=cycles), batches(vit, 2, 8)))
+    assert 0.57 < count(vit, images(vit)).macs / whole <= 0.6
+
+
+@pytest.mark.parametrize("method", ["unit-obs", "upvits-global"])
+def test_a_stage_of_one_head_keeps_it(method: str) -> None:
+    architecture, args = ZOO["pvt"]
+    model = redrawn(timm.create_model(architecture, **args | {"num_heads": (1, 2, 4)}), 0)
+    heads = [group.units for group in find_groups(model, ["head"])]
+    assert 1 in heads
+    pruned = prune(model, method, {"head": 0.6}, batches(model, 2, 4), images(model))
+    left = [group.units for group in find_groups(pruned, ["head"])]
+    assert [now for now, before in zip(left, heads, strict=True) if before == 1] == [1] * heads.count(1)
+    assert sum(left) < sum(heads)
+
+
+def test_second_moments_do_not_depend_on_how_many_images_fit_into_memory() -> None:
+    vit = tiny("vit")
+    found = [collect(vit, find_groups(vit, KINDS), batches(vit), Setting(memory=m), slopes=True) for m in (1, 1 << 30)]
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-12)

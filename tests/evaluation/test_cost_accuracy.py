@@ -1,0 +1,171 @@
+"""Parameters, multiply-accumulates, accuracy and time, against figures worked out by hand."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.support.tiny_models import images, random_masks, same_state, state, tiny
+from vitprune import BadInput, count, find_groups, prune, shrink, zero
+from vitprune.evaluation.accuracy import accuracy, costs, environment, latency
+
+# stock DeiT, at 224 x 224, attention products counted
+DEIT = {"tiny": (5_717_416, 1.254), "small": (22_050_664, 4.599), "base": (86_567_656, 17.564)}
+
+
+def macs_of_vit(tokens: int, width: int, depth: int, inner: int, hidden: int, pixels: int, classes: int) -> int:
+    """Patch embedding, then per block qkv, q @ k, attention @ v, proj, fc1, fc2, then the head on one token."""
+    block = tokens * width * 3 * inner + 2 * tokens**2 * inner + tokens * inner * width + 2 * tokens * width * hidden
+    return (tokens - 1) * pixels * width + depth * block + width * classes
+
+
+@pytest.mark.parametrize("size", DEIT)
+def test_counts_of_deit(size: str) -> None:
+    params, giga = DEIT[size]
+    with torch.device("meta"):  # counting needs shapes; weights that are nowhere have no zeros to count
+        model = timm.create_model(f"deit_{size}_patch16_224")
+    assert sum(p.numel() for p in model.parameters()) == params
+    width = model.embed_dim
+    assert macs_of_vit(197, width, 12, width, 4 * width, 768, 1000) / 1e9 == pytest.approx(giga, abs=5e-4)
+
+
+def test_counts_of_deit_tiny() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("deit_tiny_patch16_224")
+    found = count(model, torch.zeros(2, 3, 224, 224))  # of one image, whatever the batch
+    assert found.params == 5_717_416
+    assert found.macs == macs_of_vit(197, 192, 12, 192, 768, 768, 1000) == 1_253_683_200
+    assert round(found.macs / 1e9, 3) == 1.254
+
+
+@pytest.mark.real
+def test_counts_of_the_real_deit_tiny(real_deit: nn.Module) -> None:
+    found = count(real_deit, torch.zeros(1, 3, 224, 224))
+    assert (found.params, found.macs) == (5_717_416, 1_253_683_200)
+    assert found.nonzero_params == 5_717_255  # 161 values of its norms are exactly zero
+    assert found.nonzero_macs == found.nominal_macs == found.macs
+
+
+def test_counts_of_a_shrunk_model_by_hand(vit: nn.Module) -> None:
+    dense = count(vit, images(vit))
+    assert dense.macs == macs_of_vit(17, 48, 2, 48, 192, 192, 7)
+    pruned = prune(vit, "channel-magnitude", {"ffn": 0.5, "attention": 0.25, "residual": 0.25})
+    found = count(pruned, images(vit))
+    assert found.macs == macs_of_vit(17, 36, 2, 36, 96, 192, 7) == found.nonzero_macs == found.nominal_macs
+    assert found.params == sum(p.numel() for p in pruned.parameters()) == found.nonzero_params < dense.params
+
+
+def test_fused_attention_changes_no_count(vit: nn.Module) -> None:
+    found = []
+    for on in (True, False):
+        for block in vit.blocks:
+            block.attn.fused_attn = on
+        found.append(count(vit, images(vit)))
+        assert all(block.attn.fused_attn is on for block in vit.blocks)
+    assert found[0] == found[1]
+
+
+def test_macs_of_zeroed_weights_by_hand(vit: nn.Module) -> None:
+    # 17 tokens; zeros: 1000 of qkv in block 0, 100 of fc2 in block 1; prunable 55,296 weights, each used 17 times
+    dense = count(vit, images(vit))
+    with torch.no_grad():
+        vit.blocks[0].attn.qkv.weight.view(-1)[:1000] = 0
+        vit.blocks[1].mlp.fc2.weight.view(-1)[:100] = 0
+    found = count(vit, images(vit))
+    assert found.macs == dense.macs
+    assert dense.nonzero_macs - found.nonzero_macs == 1100 * 17
+    assert dense.nominal_macs - found.nominal_macs == 1100 * 17  # the same, as every layer runs over 17 tokens
+    assert found.nonzero_params == dense.nonzero_params - 1100 == found.params - 1100
+
+
+def test_nominal_macs_differ_from_nonzero_where_tokens_do(swin: nn.Module) -> None:
+    # a block of stage 0 has a quarter of the weights of one of stage 1, and runs over 64 tokens instead of 16
+    dense = count(swin, images(swin))
+    with torch.no_grad():
+        swin.layers[0].blocks[0].mlp.fc1.weight.zero_()  # 96 x 24 = 2304 of 69,120 prunable weights
+    found = count(swin, images(swin))
+    prunable = 2 * (12 * 24**2) * 64 + 2 * (12 * 48**2) * 16
+    assert dense.nonzero_macs - found.nonzero_macs == 2304 * 64
+    assert dense.nominal_macs - found.nominal_macs == round(prunable * 2304 / 69_120)
+    assert dense.nominal_macs - found.nominal_macs < 2304 * 64
+
+
+def test_zeros_outside_the_prunable_layers_count_only_where_they_are(vit: nn.Module) -> None:
+    dense = count(vit, images(vit))
+    with torch.no_grad():
+        vit.patch_embed.proj.weight[:, 0] = 0  # 48 * 64 of its weights, each used for 16 patches
+    found = count(vit, images(vit))
+    assert dense.nonzero_macs - found.nonzero_macs == 48 * 64 * 16
+    assert found.nominal_macs == dense.nominal_macs
+
+
+def test_zeroed_units_cost_as_much_as_cut_ones_but_for_attention_products(vit: nn.Module) -> None:
+    zeroed, cut = tiny("vit"), tiny("vit")
+    groups = find_groups(vit, ["ffn"])
+    masks = random_masks(groups, 0.5)
+    after = count(zero(zeroed, groups, masks), images(vit)), count(shrink(cut, groups, masks), images(vit))
+    assert after[0].nonzero_macs == after[1].macs
+    assert after[0].nonzero_params == after[1].params
+
+
+def test_counting_changes_nothing(vit: nn.Module) -> None:
+    before = state(vit)
+    for training in (True, False):
+        count(vit.train(training), images(vit))
+        assert vit.training is training
+    assert same_state(vit, before)
+    assert all(not module._forward_hooks for module in vit.modules())
+    assert all(p.grad is None for p in vit.parameters())
+
+
+def test_counts_of_a_model_without_groups() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of a few seeds, one draws a zero
+        model = timm.create_model("regnetx_002", num_classes=3)
+    found = count(model, torch.zeros(1, 3, 32, 32))
+    assert found.nominal_macs == found.macs > 0
+    assert found.params == sum(p.numel() for p in model.parameters())
+
+
+def test_costs_of_groups_by_hand(vit: nn.Module) -> None:
+    groups = find_groups(vit, ["ffn", "head", "weight"])
+    found = costs(vit, groups, images(vit))
+    assert found["blocks.0.mlp"] == (192 * 48 + 192 + 48 * 192, 17 * 2 * 192 * 48)
+    assert found["blocks.0.attn.heads"] == (144 * 48 + 144 + 48 * 48, 17 * 4 * 48 * 48)
+    assert found["blocks.1.mlp.fc2.weight"] == (192 * 48, 17 * 192 * 48)
+
+
+class Echo(nn.Module):
+    """Answers with its input, so that logits can be written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_accuracy_by_hand() -> None:
+    logits = torch.eye(7)[[0, 1, 2, 3]] + torch.linspace(0, 0.5, 7)  # best: 0, 1, 2, 3; then 6, 5, 4, ...
+    labels = torch.tensor([0, 1, 6, 0])  # right, right, second, last
+    top, best = accuracy(Echo(), [(logits[:3], labels[:3]), (logits[3:], labels[3:])])
+    assert top == {"top1": 50.0, "top5": 75.0}
+    assert best.tolist() == [0, 1, 2, 3]
+    assert accuracy(Echo(), [(logits[:, :3], torch.tensor([0, 1, 2, 0]))])[0] == {"top1": 75.0, "top5": 100.0}
+    with pytest.raises(BadInput, match=r"^evaluate: there is no image"):
+        accuracy(Echo(), [])
+
+
+def test_latency_takes_turns_and_gives_a_spread(vit: nn.Module, swin: nn.Module) -> None:
+    found = latency([vit, vit], images(vit, 2), runs=5)
+    assert [(row["runs"], row["batch"]) for row in found] == [(5, 2), (5, 2)]
+    assert all(0 < row["p10"] <= row["median"] <= row["p90"] for row in found)
+    assert latency([swin], images(swin), runs=1)[0]["p10"] > 0
+
+
+def test_the_environment_names_what_ran() -> None:
+    facts = environment(torch.device("cpu"))
+    assert (facts["torch"], facts["timm"], facts["device"]) == (torch.__version__, timm.__version__, "cpu")
+    assert facts["cores"] >= 1

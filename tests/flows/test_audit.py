@@ -1,0 +1,103 @@
+"""Audits of a real run, honest and tampered with: one edit of each kind; all are in benchmarks/reliability."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support import tamper_worker, tiny_project
+from vitprune.config.params import load
+from vitprune.orchestration.execution.dvc_cache import md5, tree_md5
+from vitprune.pipeline.verify import CHECKS, recheck
+
+pytestmark = pytest.mark.pipeline
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a finished run on record."""
+    project = tiny_project.run_stages(tiny_project.make_of_images(tmp_path_factory.mktemp("audit") / "project"))
+    tiny_project.record(project, "first")
+    tiny_project.put(project)
+    return project
+
+
+def tamper(project: Path, *names: str) -> dict[str, dict]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.tamper_worker", str(project), *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+def audit(project: Path, *words: str, **env: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-W", "ignore", "-m", "vitprune.orchestration.cli_audit", *words]
+    done = subprocess.run(command, cwd=project, env=os.environ | env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
+    said = {
+        "honest": "exported: as recorded",
+        "a mask's units change places, in DVC's cache": "artifacts: out/mask/masks.safetensors: DVC's copy",
+        "top-1 raised in MLflow's database": "metric pruned.top1 (step 0) is",
+        "a digest edited in the project's dvc.lock": "is of no run on record",
+        "a pixel changed in an image": "images/0/0030.png: has the MD5",
+        "a cycle's run deleted in MLflow": "cycle-01: MLflow has no run",
+        "all digests agree: top-1 raised": "metrics/evaluate.json: pruned: top1 is",
+        "all digests agree: a mask flipped": "out/cycles/02",
+    }
+    rows = tamper(project, *said)
+    assert {name: rows[name]["line"] for name, words in said.items() if words not in rows[name]["line"]} == {}
+    assert {name: row["code"] for name, row in rows.items()} == {name: int(name != "honest") for name in said}
+
+
+def test_the_command_lists_all_differences_and_refuses_what_is_no_run(project: Path) -> None:
+    run = tamper_worker.newest(project)
+    code, out, _ = audit(project, run, "--all")
+    assert (code, out.splitlines()[-1]) == (0, "PASS")
+    assert len(out.splitlines()) == 16
+    code, _, err = audit(project, "0123456789")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("Error: run 0123456789: ")
+    assert subprocess.run(["git", "worktree", "list"], cwd=project, capture_output=True).stdout.count(b"\n") == 1
+
+
+def test_a_clone_is_audited_from_a_remote_alone(project: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(project, tmp_path / "project", symlinks=True)
+    tiny_project.dvc(copy, "remote", "add", "-d", "store", str(tmp_path / "store"))
+    tiny_project.commit(copy, "Name a remote.")
+    tiny_project.dvc(copy, "push", "-q")
+    subprocess.run(["git", "clone", "-q", str(copy), str(tmp_path / "clone")], check=True)
+    tiny_project.dvc(tmp_path / "clone", "pull", "-q", "images")
+    uri = f"sqlite:///{project}/mlflow.db"
+    # the run began at a commit that names no remote: what the clone says holds
+    shutil.copyfile(copy / ".dvc/config", tmp_path / "clone/.dvc/config.local")
+    words = (tamper_worker.newest(project), "--project", str(tmp_path / "clone"))
+    code, out, err = audit(tmp_path, *words, MLFLOW_TRACKING_URI=uri)
+    assert (code, out.splitlines()[-1]) == (0, "PASS"), out + err
+    for path in (tmp_path / "store").rglob("*.dir"):
+        path.chmod(0o644)
+        path.unlink()
+    code, out, err = audit(tmp_path, *words, MLFLOW_TRACKING_URI=uri)
+    assert (code, out.splitlines()[0][:9]) == (1, "complete:"), out + err
+
+
+def test_digests_are_those_of_dvc(project: Path) -> None:
+    entry = yaml.safe_load((project / "images.dvc").read_text())["outs"][0]
+    assert tree_md5(project / "images") == entry["md5"]
+    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]["dataset"]
+    assert md5(project / "data/manifest.parquet") == lock["outs"][0]["md5"]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_that_cannot_read_its_files_says_so(project: Path, name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    params = load(project / "params.yaml")
+    assert len(list(recheck(name, params))) == 1

@@ -1,0 +1,216 @@
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support import shell_pipeline
+from vitprune.orchestration.execution.lock_and_repair import LOCKFILE_COPY, exclusive, is_whole, repair
+from vitprune.orchestration.execution.processes import MARK, mark_of, run
+from vitprune.orchestration.execution.run_stage import Fault, check_params, reproduce
+
+pytestmark = pytest.mark.pipeline
+DEAD = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return shell_pipeline.make(tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Prefect server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = tmp_path_factory.mktemp("prefect")
+    env = os.environ | {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(port)]
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/api"
+    wait_for(lambda: answers(url), 120)
+    yield url
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def wait_for(happened: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def of(project: Path, command: str | None = None) -> list[psutil.Process]:
+    """Every living process that a flow of this project has started, or those that run one command."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended while it was looked at
+            ours = mark_of(process) == str(project) and process.status() != psutil.STATUS_ZOMBIE
+            if ours and (command is None or process.cmdline()[:1] == [command]):
+                found.append(process)
+    return found
+
+
+def sleepers(project: Path) -> list[psutil.Process]:
+    return of(project, "sleep")
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def test_output_comes_line_by_line_and_the_exit_code_is_kept() -> None:
+    lines: list[str] = []
+    ended = run(["sh", "-c", "echo one; echo two >&2; exit 7"], Path("/"), os.environ, None, lines.append)
+    assert (lines, ended.exit_code, ended.timed_out) == (["one", "two"], 7, False)
+
+
+def test_the_limit_kills_a_stage_with_its_grandchildren(project: Path) -> None:
+    (project / "sleep_dataset").touch()
+    result = reproduce("dataset", project, 4, lambda line: None)
+    assert result.fault is Fault.LIMIT
+    assert "--stage-limit 4" in result.error
+    assert of(project) == []
+    (project / "sleep_dataset").unlink()
+    assert reproduce("dataset", project, 60, lambda line: None).exit_code == 0
+
+
+def test_whose_fault_a_failure_is_can_be_told_through_dvc(project: Path) -> None:
+    (project / "bad_dataset").touch()
+    bad = reproduce("dataset", project, None, lambda line: None)
+    assert (bad.fault, bad.exit_code) == (Fault.INPUT, 2)
+    assert bad.error == "dataset: params.yaml: prune.sparsity is 2; give 0 to 1"
+    (project / "bad_dataset").unlink()
+    (project / "lost_dataset").touch()
+    assert reproduce("dataset", project, None, lambda line: None).fault is Fault.INFRASTRUCTURE
+    for code, fault in (("75", Fault.INFRASTRUCTURE), ("143", Fault.INFRASTRUCTURE), ("1", Fault.STAGE)):
+        (project / "code_dataset").write_text(code)
+        assert reproduce("dataset", project, None, lambda line: None).fault is fault
+    (project / "code_dataset").unlink()
+    assert not reproduce("dataset", project, None, lambda line: None).cached
+    assert reproduce("dataset", project, None, lambda line: None).cached
+    shutil.rmtree(project / "data")
+    assert reproduce("dataset", project, None, lambda line: None).cached  # taken from DVC's cache of runs
+    (project / "params.yaml").write_text("seed: 0\n")
+    assert reproduce("dataset", project, None, lambda line: None).fault is Fault.INPUT
+
+
+def test_a_misspelt_parameter_is_found_although_dvc_does_not_look_at_it(project: Path) -> None:
+    assert check_params(project) == ""
+    with (project / "params.yaml").open("a") as file:
+        file.write("sparsty: 1\n")
+    assert "sparsty" in check_params(project)
+
+
+def test_a_second_run_is_refused_in_one_line(project: Path) -> None:
+    with exclusive(project):
+        code, out, err = finish(shell_pipeline.flow(project))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"process {os.getpid()}" in err
+
+
+def test_what_a_kill_left_behind_is_mended(project: Path) -> None:
+    said: list[str] = []
+    assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
+    lock, rwlock = project / "dvc.lock", project / ".dvc/tmp/rwlock"
+    whole = lock.read_text()
+    (project / LOCKFILE_COPY).parent.mkdir()
+    shutil.copyfile(lock, project / LOCKFILE_COPY)
+    lock.write_text(whole[: len(whole) // 2])
+    rwlock.write_text('{"write": {"/so')
+    # its parent ends at once, as a killed flow would have
+    subprocess.run(["sh", "-c", "sleep 600.25 &"], env=os.environ | {MARK: str(project)}, check=True)
+    wait_for(lambda: sleepers(project), 10)
+    repair(project, said.append)
+    wait_for(lambda: not of(project), 10)
+    assert len(said) == 3
+    assert lock.read_text() == whole
+    # the number of a dead DVC process, taken by a process that is not DVC
+    held = {"write": {f"{project}/data/manifest.parquet": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}
+    rwlock.write_text(str(held).replace("'", '"'))
+    repair(project, said.append)
+    assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
+    assert is_whole(lock)
+
+
+def test_an_entry_of_the_cache_of_runs_that_was_cut_off_is_dropped(project: Path) -> None:
+    said: list[str] = []
+    assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
+    (entry,) = (project / ".dvc/cache/runs").glob("*/*/*")
+    entry.unlink()
+    os.utime(entry.parent, (0, 0))
+    (project / "dvc.lock").unlink()
+    assert reproduce("dataset", project, None, lambda line: None).exit_code != 0  # as long as it is there
+    repair(project, said.append)
+    assert said == ["removed 1 entries of DVC's cache of runs, cut off by a kill or a full disk"]
+    assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
+
+
+def test_bad_input_ends_the_flow_with_code_2_and_one_line(project: Path, server: str) -> None:
+    (project / "bad_dataset").touch()
+    code, _, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
+    assert code == 2
+    assert "Error: dataset: params.yaml: prune.sparsity is 2; give 0 to 1\n" in err
+    assert "Traceback" not in err
+    assert err.count("\n") < 10
+
+
+def test_a_run_that_cannot_be_written_down_says_so(project: Path, server: str) -> None:
+    (project / ".vitprune").touch()
+    code, out, err = finish(shell_pipeline.flow(project))
+    assert (code, out, err) == (2, "", f"Error: {project}/.vitprune: File exists\n")
+    (project / ".vitprune").unlink()
+    (project / ".vitprune").mkdir()
+    (project / ".vitprune/journal").touch()
+    code, _, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
+    assert code == 1
+    assert err.splitlines()[-1] == f"Error: {project}/.vitprune/journal: File exists; mend it and start again"
+    assert "Traceback" not in err
+
+
+def test_a_killed_flow_goes_on_and_ends_where_plain_dvc_ends(project: Path, server: str, tmp_path: Path) -> None:
+    plain = shell_pipeline.make(tmp_path / "plain")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=plain, check=True)
+    (project / "sleep_dense").touch()
+    killed = shell_pipeline.flow(project, PREFECT_API_URL=server)
+    wait_for(lambda: sleepers(project), 120)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    wait_for(lambda: not of(project), 10)
+    (project / "sleep_dense").unlink()
+
+    code, out, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
+    assert code == 0, err
+    assert "9 stages ran, 1 cached" in out
+    assert (project / "dvc.lock").read_text() == (plain / "dvc.lock").read_text()
+
+    # a Prefect and an MLflow server that do not answer: the work goes on, told at the end
+    dead = {"PREFECT_API_URL": f"{DEAD}/api", "MLFLOW_TRACKING_URI": DEAD}
+    code, out, err = finish(shell_pipeline.flow(project, **dead))
+    assert code == 0, err
+    assert "nothing to compute: all 10 stages were cached" in out
+    assert out.count(f"Prefect server {DEAD}/api does not answer") == 2
+    assert "vitprune-track replay" in out
+    assert of(project) == []

@@ -1,0 +1,296 @@
+"""A team's machinery on loopback: PostgreSQL, Prefect, a worker, MLflow, DVC by SSH; retrained, held back, rolled back.
+
+Everything is started here and ended here. What it needs beyond Python is said where it is missing.
+"""
+
+import contextlib
+import http.server
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support import servers, tiny_project
+from vitprune.orchestration.cli_compress import answers
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.team]
+PLANTED = b"planted"
+SECRETS = {
+    "VITPRUNE_DB_PASSWORD": "planted/database-secret",
+    "AWS_SECRET_ACCESS_KEY": "planted-cloud-secret",
+    "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-mlflow-secret",
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-secret",
+    "PREFECT_SERVER_API_AUTH_STRING": "team:planted-prefect-secret",
+    "PREFECT_API_AUTH_STRING": "team:planted-prefect-secret",
+}
+USER = {"MLFLOW_TRACKING_USERNAME": "admin"}
+ZOMBIES = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "VITPRUNE_ZOMBIE_SECONDS": "60"}
+LAX = {"max_accuracy_loss": 100.0, "alpha": None}
+
+
+@dataclass(frozen=True)
+class Team:
+    """Servers, and a project that they know."""
+
+    folder: Path
+    project: Path
+    servers: servers.Servers
+
+    def run(self, *words: str, where: Path | None = None) -> str:
+        """Run a Python module as a user would, and return what it printed."""
+        return self.servers.run(*words, where=where or self.project)
+
+    def retrain(self) -> str:
+        """Schedule a run some seconds ahead, wait until the worker has done it, and return how it ended, in words."""
+        before = {run["id"] for run in self.runs()}
+        self.run("prefect", "--no-prompt", "deployment", "run", "retrain/retrain", "--start-in", "3 seconds")
+        deadline = time.monotonic() + 900
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+            with contextlib.suppress(OSError):  # a server that is slow to answer is asked again
+                ended = [run for run in self.runs() if run["id"] not in before and run["state_type"] in ENDED]
+                if ended:
+                    assert ended[0]["state_type"] == "COMPLETED", ended[0]["state"]
+                    return str(ended[0]["state"]["message"])
+        raise AssertionError((self.folder / "worker.log").read_text()[-3000:])
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The runs of the deployment that were asked for by hand, not by its schedule."""
+        wanted = {"deployments": {"name": {"any_": ["retrain"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 50}
+        return [run for run in self.servers.ask("/flow_runs/filter", wanted) if not run["auto_scheduled"]]
+
+    def champion(self) -> str:
+        """The version that the alias names."""
+        lines = self.run("vitprune.orchestration.cli_retrain", "show").splitlines()
+        return next((line.split(":")[0].split()[1] for line in lines if line.endswith(" champion")), "")
+
+    def set(self, gates: dict[str, Any] | None = None, **prune: Any) -> None:
+        """Change gates.yaml and params.yaml, and commit."""
+        if gates is not None:
+            (self.project / "gates.yaml").write_text(yaml.safe_dump(gates))
+        path = self.project / "params.yaml"
+        params = yaml.safe_load(path.read_text())
+        params["prune"] |= prune
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
+        tiny_project.commit(self.project, "Change what is asked for.")
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Its address, and what it has been told."""
+
+    address: str
+    said: list[str]
+
+
+ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Remote]:
+    if lacks := servers.missing():
+        pytest.skip(f"not installed: {lacks}")
+    with servers.remote(tmp_path_factory.mktemp("ssh") / "remote") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def webhook() -> Iterator[Webhook]:
+    """A webhook that keeps what it is told."""
+    said: list[str] = []
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            said.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Webhook(f"http://127.0.0.1:{server.server_port}/planted-webhook-secret", said)
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def team(remote: servers.Remote, webhook: Webhook) -> Iterator[Team]:
+    """Servers and a worker by the scripts of deploy/, and a project with a remote, deployed.
+
+    Its folder is none of pytest's, which every other pytest that starts closes to the user of PostgreSQL.
+    """
+    with contextlib.ExitStack() as stack:
+        made = tempfile.TemporaryDirectory(prefix="vitprune-team-", ignore_cleanup_errors=True)
+        folder = Path(stack.enter_context(made))
+        running = stack.enter_context(
+            servers.serving(folder, SECRETS | USER | ZOMBIES | {"VITPRUNE_WEBHOOK": webhook.address})
+        )
+        project = prepared(folder / "project", remote)
+        with servers.worker(folder / "worker.log"):
+            running.run("prefect", "--no-prompt", "deploy", "--all", where=project)
+            yield Team(folder, project, running)
+
+
+def prepared(project: Path, remote: servers.Remote) -> Path:
+    """A project that has run once, by `dvc repro` as far as DVC can tell, and whose images are in DVC's store alone."""
+    tiny_project.run_stages(tiny_project.make_of_images(project, size=200))
+    tiny_project.dvc(project, "remote", "add", "-d", "team", remote.address)
+    tiny_project.dvc(project, "remote", "modify", "--local", "team", "keyfile", str(remote.key))
+    (project / "gates.yaml").write_text(yaml.safe_dump(LAX))
+    in_half_a_day(project)
+    tiny_project.commit(project, "Name the team's remote.")
+    shutil.rmtree(project / "images")
+    return project
+
+
+def in_half_a_day(project: Path) -> None:
+    """Have the cron schedule fall due while no test runs."""
+    path, hour = project / "prefect.yaml", (datetime.now(UTC).hour + 12) % 24
+    path.write_text(path.read_text().replace('cron: "0 3 * * *"', f'cron: "0 {hour} * * *"'))
+
+
+def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: servers.Remote) -> None:
+    # the worker makes the first champion at the time that it was scheduled for
+    assert "version 1 is champion now" in team.retrain()
+    assert team.champion() == "1"
+    message = git(team.project, "log", "-1", "--format=%B", "retrain")
+    assert "MLflow-Run: " in message
+    assert "Data images: " in message
+    assert git(team.project, "show", "retrain:dvc.lock").startswith("schema:")
+    assert list(remote.store.glob("files/md5/*/*"))
+    assert list(remote.store.glob("runs/*/*/*"))  # the cache of runs: others need not compute them
+
+    # the same data again: nothing to do, and no worktree is left over
+    assert team.retrain().startswith("nothing to do: version 1 was made of this data and promoted")
+    assert list((team.project / ".vitprune/retrain").iterdir()) == []
+
+    # a worse model is held back and kept; the champion stays
+    team.set({"max_accuracy_loss": 0.0, "alpha": 0.05, "max_size": 1000}, sparsity={"ffn": 0.9, "attention": 0.75})
+    held = team.retrain()
+    assert held.startswith("version 2 is held back: ")
+    assert "size is" in held
+    (kept,) = (team.project / ".vitprune/retrain").iterdir()
+    assert (kept / "out/distill/model.safetensors").is_file()
+    assert team.champion() == "1"
+    assert team.retrain().startswith("nothing to do: version 2 was made of this data and held back")
+
+    # with other gates it is promoted, from the cache alone; then rolled back by one command
+    team.set(LAX)
+    assert "version 3 is champion now" in team.retrain()
+    assert team.champion() == "3"
+    assert team.run("vitprune.orchestration.cli_retrain", "rollback").endswith(
+        "version 1 is champion again, in the place of version 3\n"
+    )
+    assert team.champion() == "1"
+
+    # what the worker has made is audited from another clone, from nothing but the servers and the remote
+    (line,) = [
+        line
+        for line in team.run("vitprune.orchestration.cli_retrain", "show").splitlines()
+        if line.endswith(" champion")
+    ]
+    run = line.split("run ")[1].split()[0]
+    clone = team.folder / "clone"
+    subprocess.run(["git", "clone", "-q", str(team.project), str(clone)], check=True)
+    subprocess.run(["git", "fetch", "-q", "origin", "retrain"], cwd=clone, check=True)
+    shutil.copyfile(team.project / ".dvc/config.local", clone / ".dvc/config.local")
+    assert team.run("vitprune.orchestration.cli_audit", run, "--project", str(clone), where=team.folder).endswith(
+        "PASS\n"
+    )
+    assert found_secrets(team) == []
+
+
+def test_nobody_gets_in_without_a_key(team: Team) -> None:
+    prefect, mlflow = (team.servers.env[name] for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"))
+    asked = {f"{prefect}/flow_runs/filter": b"{}", f"{mlflow}/api/2.0/mlflow/registered-models/search": None}
+    for address, body in asked.items():
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request)
+        with error.value as refused:
+            assert refused.code == 401, address
+
+
+def test_the_server_plans_what_the_cron_schedule_says(team: Team) -> None:
+    deadline = time.monotonic() + 180  # the server looks once a minute
+    wanted = {"deployments": {"name": {"any_": ["retrain"]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    while not (planned := team.servers.ask("/flow_runs/filter", wanted)):
+        assert time.monotonic() < deadline, "nothing is planned"
+        time.sleep(1)
+    due = sorted(datetime.fromisoformat(run["expected_start_time"]) for run in planned)
+    assert due[0] > datetime.now(UTC)
+    assert {(later - earlier).total_seconds() for earlier, later in itertools.pairwise(due)} == {86400.0}
+
+
+def test_a_run_that_dies_without_a_word_counts_as_crashed_and_is_told(team: Team, webhook: Webhook) -> None:
+    flow = "import time, prefect; prefect.flow(lambda: time.sleep(600), name='victim')()"
+    victim = subprocess.Popen([sys.executable, "-W", "ignore", "-c", flow], env=team.servers.env)
+    try:
+        wait_for_state(team, "RUNNING")
+    finally:
+        victim.kill()
+        victim.wait()
+    assert "No sign of life" in wait_for_state(team, "CRASHED")
+    failing = "import prefect; prefect.flow(lambda: 1 / 0, name='\"loser\"', flow_run_name='<b>')()"
+    assert subprocess.run([sys.executable, "-c", failing], env=team.servers.env, capture_output=True).returncode
+    deadline = time.monotonic() + 60
+    while len(webhook.said) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [line.split()[0] for line in webhook.said] == ["victim", '"loser"']
+    assert "is Crashed: No sign of life" in webhook.said[0]
+    assert '"loser" <b> is Failed: Flow run encountered an exception: ZeroDivisionError' in webhook.said[1]
+
+
+def test_a_dead_database_is_noticed_and_killed_servers_come_up_again(team: Team) -> None:
+    address = team.servers.env["PREFECT_API_URL"]
+    assert answers(address)
+    team.servers.kill("db")
+    assert not answers(address)
+    for name in ("prefect", "mlflow"):
+        team.servers.kill(name)
+    team.servers.up()  # at once, while what was killed may still be in the table of processes
+    assert answers(address)
+    assert team.champion() in ("", "1")
+
+
+def wait_for_state(team: Team, wanted: str) -> str:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        time.sleep(1)
+        for run in team.servers.ask("/flow_runs/filter", {"flows": {"name": {"any_": ["victim"]}}}):
+            if run["state_type"] == wanted:
+                return str(run["state"]["message"])
+    raise AssertionError(f"the run is not {wanted}")
+
+
+def found_secrets(team: Team) -> list[str]:
+    """Files in which a planted secret stands, and databases."""
+    files = [path for path in team.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    found = [str(path) for path in files if PLANTED in path.read_bytes()]
+    (psql,) = list(Path("/usr/lib/postgresql").glob("*/bin/pg_dump"))[-1:]
+    for name in ("prefect", "mlflow"):
+        address = ["-h", "127.0.0.1", "-p", team.servers.env["VITPRUNE_DB_PORT"], "-U", "vitprune", name]
+        env = team.servers.env | {"PGPASSWORD": SECRETS["VITPRUNE_DB_PASSWORD"]}
+        dump = subprocess.run([psql, *address], env=env, capture_output=True, check=True).stdout
+        assert b"retrain" in dump or b"vitprune" in dump
+        found += [name] * (PLANTED in dump)
+    return found
+
+
+def git(where: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,211 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny_project
+from tests.support.tiny_project import record
+from vitprune.orchestration.execution.run_stage import STAGES
+from vitprune.orchestration.tracking.journal import read
+
+pytestmark = pytest.mark.pipeline
+
+# in a process of its own, since MLflow warns where pytest takes warnings for errors
+LOOK = """
+import hashlib, json, sys, tempfile
+from pathlib import Path
+from mlflow import MlflowClient
+client, runs = MlflowClient(tracking_uri=sys.argv[1]), []
+experiment = client.get_experiment_by_name("vitprune").experiment_id
+sha256 = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def files(run, folder=None):
+    for file in client.list_artifacts(run, folder):
+        yield from files(run, file.path) if file.is_dir else [file.path]
+for run in client.search_runs([experiment], max_results=1000):
+    names, into = list(files(run.info.run_id)), tempfile.mkdtemp()
+    digests = {name: sha256(client.download_artifacts(run.info.run_id, name, into)) for name in names}
+    runs.append({"id": run.info.run_id, "name": run.data.tags["mlflow.runName"], "status": run.info.status,
+        "tags": run.data.tags, "params": run.data.params, "metrics": run.data.metrics, "files": digests})
+models = []
+for model in client.search_logged_models([experiment]):
+    names = [file.path for file in client.list_logged_model_artifacts(model.model_id)]
+    models.append({"status": str(model.status), "files": names, "tags": model.tags,
+        "metrics": {metric.key: metric.value for metric in model.metrics}})
+print(json.dumps({"runs": runs, "models": models}))
+"""
+
+
+# another flow makes the experiment after this one has looked for it
+RACE = """
+import sys
+from pathlib import Path
+from mlflow import MlflowClient
+from vitprune.orchestration.tracking.store import open_client
+look = MlflowClient.get_experiment_by_name
+def too_early(self, name):
+    MlflowClient.get_experiment_by_name = look
+    found = look(self, name)
+    MlflowClient(tracking_uri=self.tracking_uri).create_experiment(name)
+    return found
+MlflowClient.get_experiment_by_name = too_early
+client, experiment = open_client(Path(sys.argv[1]))
+print(client.get_experiment(experiment).name)
+"""
+
+
+def look(uri: str) -> dict[str, list[dict]]:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LOOK, uri], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def start_replay(project: Path, uri: str | None) -> "subprocess.Popen[str]":
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    env |= {"MLFLOW_TRACKING_URI": uri} if uri else {}
+    command = [sys.executable, "-m", "vitprune.orchestration.tracking.replay", "replay", "--project", str(project)]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def replay(project: Path, uri: str | None) -> tuple[int, str, str]:
+    process = start_replay(project, uri)
+    out, err = process.communicate(timeout=180)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which all real stages have run, in this process for speed, and whose outputs DVC has taken over."""
+    return tiny_project.run_stages(tiny_project.make(tmp_path_factory.mktemp("tiny") / "project"))
+
+
+@pytest.fixture
+def project(finished_project: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished_project, tmp_path / "project", symlinks=True)
+
+
+@pytest.fixture
+def address() -> str:
+    """The address of a server that is not there yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def server(address: str, tmp_path: Path) -> Iterator[Path]:
+    """A real MLflow server; the folder of its artifacts."""
+    artifacts, store = tmp_path / "artifacts", f"sqlite:///{tmp_path}/server.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rsplit(":")[-1]]
+    command += ["--workers", "1", "--backend-store-uri", store, "--artifacts-destination", str(artifacts)]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield artifacts
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_dead_server_is_told_in_one_line_and_costs_nothing(project: Path, address: str) -> None:
+    journal = record(project, "first")
+    began = time.monotonic()
+    code, out, err = replay(project, address)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert time.monotonic() - began < 60
+    assert len(read(journal.path)) == len(STAGES) + 2
+    assert (journal.spool / "out/report/report.html").is_file()
+
+
+def test_a_replay_brings_everything_to_a_server_once(project: Path, address: str, server: Path) -> None:
+    evaluation = json.loads((project / "metrics/evaluate.json").read_text())
+    cycles = len(list((project / "out/cycles").iterdir()))
+    record(project, "first")
+    record(project, "second", cached=True)
+    for folder in ("out", "metrics", "plots", "data"):  # what a later run does to them must not matter
+        shutil.rmtree(project / folder)
+    cut_off = start_replay(project, address)
+    while not list(server.rglob("*.jsonl")):  # under way: the second stage's curve has been put
+        time.sleep(0.05)
+    cut_off.kill()
+    cut_off.communicate()
+    code, out, err = replay(project, address)
+    assert code == 0, err
+    assert out == f"mirrored 2 runs to {address}\n"
+    assert replay(project, address)[1] == "nothing to mirror\n"
+    assert not list((project / ".vitprune/spool").iterdir())
+
+    seen = look(address)
+    first, second = ([r for r in seen["runs"] if r["tags"]["vitprune.key"].startswith(k)] for k in ("first", "second"))
+    assert len(first) == 1 + len(STAGES) + cycles
+    assert len(second) == 1 + len(STAGES)
+    check_computed(first, evaluation, cycles)
+    check_cached(second, {run["id"]: run["name"] for run in first})
+    (model,) = seen["models"]
+    assert sorted(model["files"]) == ["config.json", "model.safetensors"]
+    assert model["status"] == "READY"
+    assert model["metrics"]["pruned.top1"] == evaluation["pruned"]["top1"]
+
+
+def check_computed(runs: list[dict], evaluation: dict, cycles: int) -> None:
+    by_name = {run["name"]: run for run in runs}
+    parent = by_name["compress-first"]
+    assert parent["params"]["prune.method"] == "channel-taylor"
+    assert parent["metrics"]["dense.top1"] == evaluation["dense"]["top1"]
+    assert parent["tags"]["vitprune.dvc_lock_sha256"] == parent["files"]["dvc.lock"]
+    assert {"vitprune.manifest_sha256", "vitprune.calibration_sha256", "mlflow.source.git.commit"} <= set(
+        parent["tags"]
+    )
+    for stage in STAGES:
+        assert by_name[stage]["tags"]["mlflow.parentRunId"] == parent["id"]
+        assert by_name[stage]["tags"]["vitprune.cached"] == "false"
+    assert by_name["dense"]["metrics"]["curve.loss"] > 0
+    assert "out/report/report.html" in by_name["report"]["files"]
+    for number in range(1, cycles + 1):
+        cycle = by_name[f"cycle-{number:02d}"]
+        masks = cycle["files"][f"out/cycles/{number:02d}/masks.safetensors"]
+        assert f"out/cycles/{number:02d}/model.safetensors" not in cycle["files"]  # DVC has it
+        assert cycle["tags"]["vitprune.masks_sha256"] == masks
+        assert cycle["tags"]["mlflow.parentRunId"] == by_name["prune"]["id"]
+
+
+def check_cached(runs: list[dict], computed: dict[str, str]) -> None:
+    for run in runs:
+        if run["name"] != "compress-second":
+            assert run["tags"]["vitprune.cached"] == "true"
+            assert computed[run["tags"]["vitprune.computed_by"]] == run["name"]
+            assert run["files"] == {}
+
+
+def test_two_first_uses_of_the_local_store_at_once_are_safe(project: Path) -> None:
+    record(project, "first", cached=True)  # computed by `dvc repro` before: no run to point at, so it holds the files
+    both = [start_replay(project, None) for _ in range(2)]
+    said = sorted(process.communicate(timeout=180)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert said == [f"mirrored 1 runs to sqlite:///{project}/mlflow.db\n", "nothing to mirror\n"]
+    seen = look(f"sqlite:///{project}/mlflow.db")
+    assert {run["name"] for run in seen["runs"] if run["status"] == "FINISHED"} >= {
+        "compress-first",
+        *STAGES,
+        "cycle-01",
+    }
+
+
+def test_two_flows_that_make_the_experiment_at_once_find_one(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    command = [sys.executable, "-W", "ignore", "-c", RACE, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["vitprune"]), done.stderr

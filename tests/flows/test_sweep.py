@@ -1,0 +1,171 @@
+"""A sweep as a user has it: started, killed, started again; its places, its record and what it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_flow import of, server, sleepers, wait_for
+from test_tracking import look
+
+from tests.support import shell_pipeline
+from vitprune.orchestration.execution.lock_and_repair import exclusive
+from vitprune.orchestration.execution.places import Unfit, origin
+
+__all__ = ["server"]  # a fixture
+pytestmark = pytest.mark.pipeline
+GIT = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+RUNS = [f"{method}-sparsity-{share}" for method in ("channel-magnitude", "channel-taylor") for share in (0.3, 0.5)]
+NO_LUCK = """
+if [ $stage = prune ] && [ ! -f mended ] && grep -q 'sparsity: 0.5' params.yaml && grep -q channel-taylor params.yaml
+then echo 'Error: no luck' >&2; exit 2; fi
+"""
+
+
+def commit(project: Path) -> None:
+    for command in ([*GIT, "add", "-A"], [*GIT, "commit", "-q", "-m", "A project."]):
+        subprocess.run(command, cwd=project, check=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Of toy stages, one of which fails for one run of the sweep; it says in a file what has run."""
+    made = shell_pipeline.make(tmp_path / "project")
+    script = (made / "stage.sh").read_text().replace("stage=$1; shift\n", "stage=$1; shift\n" + NO_LUCK)
+    (made / "stage.sh").write_text(script.replace('echo "$stage begins"', f'echo "$stage $PWD" >> {tmp_path}/ran'))
+    (made / "sweep.yaml").write_text(
+        yaml.safe_dump({"methods": ["channel-magnitude", "channel-taylor"], "targets": [0.3, 0.5]})
+    )
+    commit(made)
+    return made
+
+
+def start(project: Path, *options: str, **env: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-P", "-m", "vitprune.orchestration.cli_sweep", "--project", str(project), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=os.environ | env, text=True, start_new_session=True, **pipes)
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=900)
+    return process.returncode, out, err
+
+
+def test_a_killed_sweep_goes_on_and_names_what_fails(project: Path, server: str, tmp_path: Path) -> None:
+    folder, out = project / ".vitprune/sweeps/sweep", project / "out/sweeps/sweep"
+    places = {run: folder / "runs" / run for run in RUNS}
+    (project / "sleep_dense").touch()
+    killed = start(project, str(project / "sweep.yaml"), PREFECT_API_URL=server)
+    wait_for(lambda: sleepers(places[RUNS[0]]), 300)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    (project / "sleep_dense").unlink()
+
+    code, _, err = finish(start(project, str(project / "sweep.yaml"), "--jobs", "2", PREFECT_API_URL=server))
+    assert code == 1
+    assert f"Error: 1 of 4 runs failed: {RUNS[3]} (prune: no luck)\n" in err
+    assert of(places[RUNS[0]]) == []
+    ran = (tmp_path / "ran").read_text().splitlines()
+    for common in ("dataset", "calibrate"):
+        assert [line.split()[1] for line in ran if line.startswith(common)] == [str(places[RUNS[0]])]
+    assert "- channel-taylor-sparsity-0.5: prune: no luck\n" in (out / "sweep.md").read_text()
+    assert {path.name for path in out.iterdir()} == {
+        "pareto.png", "pareto.svg", "sweep.html", "sweep.md", "sweep.parquet"
+    }  # fmt: skip
+
+    (project / "mended").touch()
+    code, said, err = finish(start(project, str(project / "sweep.yaml"), PREFECT_API_URL=server))
+    assert code == 0, err
+    assert (said + err).count("was finished already") == 3
+    more = (tmp_path / "ran").read_text().splitlines()[len(ran) :]
+    names = [line.split()[0] for line in more]  # less what another run has left alike in the cache
+    assert names[:2] == ["prune", "distill"]
+    assert set(names) <= {"prune", "distill", "evaluate", "export", "report"}
+    assert {line.split()[1] for line in more} == {str(places[RUNS[3]])}
+    assert not (project / "dvc.lock").exists()  # the project's own stages are as they were
+
+    runs = look(f"sqlite:///{project / 'mlflow.db'}")["runs"]
+    (above,) = [run for run in runs if run["name"] == "sweep"]
+    below = [run for run in runs if run["tags"].get("mlflow.parentRunId") == above["id"]]
+    assert {run["name"] for run in below} == set(RUNS)
+    assert above["status"] == "FINISHED"
+    assert {"pareto.png", "sweep.html", "sweep.md", "sweep.parquet"} <= set(above["files"])
+    assert {run["params"]["prune.method"] for run in below} == {"channel-magnitude", "channel-taylor"}
+
+
+def test_bad_input_ends_in_one_line_and_nothing_runs(project: Path, tmp_path: Path) -> None:
+    for options, message in [
+        (["--methods", "magic", "--targets", "0.5"], "Error: method 'magic': unknown; use one of random"),
+        (["--methods", "lamp", "--targets", "macs=0.01,2"], "targets.1: Input should be less than 1, got 2.0"),
+        (["--jobs", "0", "sweep.yaml"], "Error: --jobs 0: must be at least 1"),
+        (["--methods", "lamp"], "Error: give a sweep's FILE, or --methods and --targets"),
+    ]:
+        code, out, err = finish(start(project, *options))
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+    with exclusive(project / ".vitprune/sweeps/sweep"):
+        code, _, err = finish(start(project, "--methods", "lamp", "--targets", "0.5"))
+    assert code == 2
+    assert "another run is at work here" in err
+    assert not (tmp_path / "ran").exists()
+    assert not (project / ".vitprune/sweeps/sweep/runs").exists()
+
+
+def test_a_place_is_the_project_as_it_is_now(project: Path, tmp_path: Path) -> None:
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    with (project / ".gitignore").open("a") as file:
+        file.write("/photos/\n")
+    for name in ("photos", "metrics", "out/dense"):
+        (project / name).mkdir(parents=True)
+        (project / name / "file").write_text("here")
+    (project / "new.txt").write_text("new")
+    params["dataset"]["source"] = "folder:photos"
+    home = origin(project).place(tmp_path / "place", params)
+    assert yaml.safe_load((home / "params.yaml").read_text()) == params
+    assert (home / "new.txt").read_text() == "new"
+    assert (home / "photos").resolve() == project / "photos"
+    assert not (home / "metrics").exists()
+    assert not (home / "out").exists()
+    assert f"dir = {project / '.dvc/cache'}\n" in (home / ".dvc/config.local").read_text()
+    written = (home / "stage.sh").stat().st_mtime_ns
+    (home / "out").mkdir()
+    (home / "out/result").touch()
+    (project / "new.txt").unlink()
+    (project / "dvc.yaml").write_text((project / "dvc.yaml").read_text() + "# changed\n")
+    assert origin(project).place(tmp_path / "place", params) == home
+    assert not (home / "new.txt").exists()
+    assert (home / "dvc.yaml").read_text().endswith("# changed\n")
+    assert (home / "out/result").exists()
+    assert (home / "stage.sh").stat().st_mtime_ns == written
+    assert (project / "photos/file").read_text() == "here"
+
+
+def test_a_place_without_git_is_a_copy(project: Path, tmp_path: Path) -> None:
+    subprocess.run(["rm", "-rf", str(project / ".git")], check=True)
+    (project / "data").mkdir(exist_ok=True)
+    (project / "data/manifest.parquet").touch()
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    home = origin(project).place(tmp_path / "place", params)
+    assert (home / "stage.sh").read_text() == (project / "stage.sh").read_text()
+    assert not (home / "data/manifest.parquet").exists()  # a stage makes it
+    (project / "stage.sh").write_text("changed")
+    assert (origin(project).place(tmp_path / "place", params) / "stage.sh").read_text() == "changed"
+
+
+def test_what_no_place_can_be_made_of_is_refused(project: Path, tmp_path: Path) -> None:
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    for source, message in [
+        ("folder:../photos", "lies outside the project"),
+        ("folder:out/x", "is where a run writes"),
+    ]:
+        with pytest.raises(Unfit, match=f"dataset.source: .*{message}"):
+            origin(project).place(tmp_path / "place", json.loads(json.dumps(params)) | {"dataset": {"source": source}})
+    subprocess.run(["rm", "-rf", str(project / ".git")], check=True)
+    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
+    with pytest.raises(Unfit, match="has no commit yet"):
+        origin(project)

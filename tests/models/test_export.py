@@ -1,0 +1,60 @@
+"""What leaves the pipeline is the model that went in."""
+
+from pathlib import Path
+
+import numpy
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.support.pruned_models import FAMILIES, all_cut
+from tests.support.tiny_models import ZOO, answer, images, random_masks, redrawn
+from vitprune import find_groups, load, prune, shrink
+from vitprune.models.export import to_onnx, to_timm
+
+
+def single(name: str) -> nn.Module:
+    architecture, args = ZOO[name]
+    return redrawn(timm.create_model(architecture, **args), 0)
+
+
+def uneven(name: str) -> nn.Module:
+    model = single(name)
+    groups = find_groups(model, ["ffn", "attention"])
+    masks = {}
+    for index, group in enumerate(groups):
+        masks |= random_masks([group], 1 + index % 4)
+    return shrink(model, groups, masks)
+
+
+def test_a_uniform_model_is_for_plain_timm_too(tmp_path: Path) -> None:
+    pruned = prune(single("vit"), "channel-magnitude", {"ffn": 0.5, "attention": 0.25, "residual": 0.25})
+    facts = to_timm(pruned, tmp_path, images(pruned))
+    assert facts["loads_plain_timm"] is True
+    assert facts["max_abs_diff"] < 1e-6
+    assert answer(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images(pruned)).shape == (3, 7)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
+def test_an_uneven_model_is_for_vitprune_alone_and_says_so(name: str, tmp_path: Path) -> None:
+    pruned = uneven(name)
+    assert to_timm(pruned, tmp_path, images(pruned)) == {"loads_plain_timm": False, "max_abs_diff": 0.0}
+    assert torch.equal(answer(load(tmp_path), images(pruned)), answer(pruned, images(pruned)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnx_answers_alike_for_any_batch(family: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    pruned = all_cut(family)
+    path = tmp_path / "deep" / "model.onnx"
+    facts = to_onnx(pruned, path, images(pruned, 2))
+    assert facts["bytes"] == path.stat().st_size > 1000
+    assert facts["max_abs_diff"] < 1e-4
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for number in (1, 5):
+        x = images(pruned, number, seed=number)
+        (logits,) = session.run(None, {"images": x.numpy()})
+        expected = answer(pruned, x).numpy()
+        assert abs(expected).max() > 0.1
+        numpy.testing.assert_allclose(logits, expected, atol=1e-4)

@@ -1,0 +1,238 @@
+"""Models in and out of files: exact, without pickle, in a process of their own, and refused where they do not fit."""
+
+import json
+import pickletools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.support.tiny_models import SWIN, VIT, ZOO, answer, images, random_masks, redrawn, same_state, state
+from vitprune import BadInput, data, find_groups, load, models, prune, save, shrink
+from vitprune.architectures import merge_heads, structure
+
+ELSEWHERE = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+import vitprune
+given = load_file(sys.argv[1])
+found = {}
+for name, x in given.items():
+    with torch.no_grad():
+        found[name] = vitprune.load(f"{sys.argv[2]}/{name}")(x)
+save_file(found, sys.argv[3])
+"""
+
+
+def single(name: str, seed: int = 0) -> nn.Module:
+    """A model of the zoo in float32, as models are saved."""
+    architecture, args = ZOO[name]
+    return redrawn(timm.create_model(architecture, **args), seed)
+
+
+def uneven(name: str, kinds: list[str], merged: int | None = None) -> nn.Module:
+    """A model cut to another width in every block."""
+    model = single(name)
+    groups = merge_heads(model, find_groups(model, kinds), merged)
+    masks = {}
+    for index, group in enumerate(groups):
+        masks |= random_masks([group], min(1 + index, group.shape[-1] - 1), seed=index)
+    return shrink(model, groups, masks)
+
+
+def cut_models() -> dict[str, nn.Module]:
+    twice = uneven("vit", ["head"])
+    groups = find_groups(twice, ["attention", "residual"])
+    found = {
+        "dense": single("vit"),
+        "ffn": uneven("vit", ["ffn"]),
+        "attention": uneven("odd", ["attention"]),
+        "residual": uneven("distilled", ["residual"]),
+        "all": uneven("extra", ["residual", "attention", "ffn"]),
+        "merged": uneven("vit", ["attention", "ffn"], merged=1),
+        "heads": uneven("vit", ["head", "ffn"]),
+        "heads-then-channels": shrink(twice, groups, random_masks(groups, 0.25)),
+        "weights": prune(single("vit"), "magnitude", 0.5),
+        "swin": uneven("swin", ["attention", "ffn"]),
+        "swin-heads": uneven("swin", ["head", "ffn"]),
+        "swin-all": uneven("swin", ["residual", "attention", "ffn"]),
+        "pvt": uneven("pvt", ["residual", "attention", "ffn"]),
+        "pvt-linear": uneven("pvt-linear", ["residual", "head", "ffn"]),
+    }
+    norms = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT, qk_norm=True), 0)
+    groups = find_groups(norms, ["head"])
+    return found | {"normed-heads": shrink(norms, groups, random_masks(groups, 1))}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, nn.Module]]:
+    folder, made = tmp_path_factory.mktemp("saved"), cut_models()
+    for name, model in made.items():
+        save(model, folder / name)
+    return folder, made
+
+
+def test_a_new_process_gives_the_same_bits(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
+    folder, made = saved
+    given = {name: images(model) for name, model in made.items()}
+    save_file(given, tmp_path / "images.safetensors")
+    words = [str(tmp_path / "images.safetensors"), str(folder), str(tmp_path / "logits.safetensors")]
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", ELSEWHERE, *words], check=True, env={"OMP_NUM_THREADS": "1"}, timeout=120
+    )
+    found = load_file(tmp_path / "logits.safetensors")
+    assert found.keys() == made.keys()
+    for name, model in made.items():
+        assert torch.equal(found[name], answer(model, given[name])), name
+
+
+def test_a_loaded_model_is_the_one_that_was_saved(saved: tuple[Path, dict[str, nn.Module]]) -> None:
+    folder, made = saved
+    for name, model in made.items():
+        again = load(folder / name)
+        assert type(again) is type(model)
+        assert not again.training
+        assert same_state(again, state(model)), name
+        assert structure(again) == structure(model)
+        assert all(p.requires_grad for p in again.parameters())
+
+
+def test_a_model_is_two_files_and_no_pickle(saved: tuple[Path, dict[str, nn.Module]]) -> None:
+    folder, made = saved
+    for name in made:
+        files = sorted(path.name for path in (folder / name).iterdir())
+        assert files == ["config.json", "model.safetensors"]
+        config = json.loads((folder / name / "config.json").read_text())
+        assert config["vitprune"]["format"] == 1
+        raw = (folder / name / "model.safetensors").read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        assert json.loads(raw[8 : 8 + size])  # a JSON header, then nothing but numbers
+        for path in (folder / name).iterdir():
+            start = path.read_bytes()[:2]
+            assert start not in (b"PK", b"\x1f\x8b")
+            assert not (start[:1] == b"\x80" and 2 <= start[1] <= 5)  # the magic of a pickle
+            with pytest.raises(ValueError, match=r"."):
+                list(pickletools.genops(path.read_bytes()))
+        assert b"vitprune." not in raw
+
+
+def test_what_was_loaded_can_be_cut_and_saved_again(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
+    folder, _ = saved
+    for name in ("all", "merged", "heads", "swin-heads", "pvt-linear"):
+        model = load(folder / name)
+        groups = find_groups(model, ["ffn", "attention"])
+        shrink(model, groups, random_masks(groups, 2))
+        save(model, tmp_path / name)
+        again = load(tmp_path / name)
+        assert same_state(again, state(model))
+        x = images(model)
+        assert torch.equal(answer(again, x), answer(model, x))
+
+
+def test_a_saved_model_sees_its_images_as_before(tmp_path: Path) -> None:
+    model = models.create("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "in_chans": 1, "depth": 1})
+    save(model, tmp_path)
+    before, after = data.data_config(model), data.data_config(load(tmp_path))
+    assert before["crop_pct"] == 1.0  # the published 0.9 is of 224 pixels
+    assert {key: tuple(v) if isinstance(v, list) else v for key, v in after.items()} == before
+
+
+def test_saving_twice_writes_the_same_bytes(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
+    folder, _ = saved
+    for name in ("all", "swin", "pvt"):
+        save(load(folder / name), tmp_path / name)
+        for file in ("config.json", "model.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (folder / name / file).read_bytes()
+
+
+UNIFORM = [
+    ("vit", {"ffn": 0.3, "attention": 0.25, "residual": 0.25}),
+    ("vit", {"ffn": 0.31}),
+    ("deit", {"head": 0.34, "residual": 1 / 3}),
+    ("distilled", {"attention": 0.5, "residual": 0.5}),
+    ("extra", {"ffn": 0.5}),
+    ("swin", None),
+    ("pvt", {"ffn": 0.25, "attention": 0.5, "residual": 0.5}),
+    ("pvt", {"ffn": 0.25}),
+    ("pvt-linear", {"ffn": 0.5, "attention": 0.5, "residual": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "sparsity"), UNIFORM)
+def test_a_uniform_model_loads_in_plain_timm(name: str, sparsity: dict | None, tmp_path: Path) -> None:
+    model = single(name)
+    pruned = prune(model, "channel-magnitude", sparsity) if sparsity else prune(model, "magnitude", 0.5)
+    save(pruned, tmp_path / "model")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    x = images(model)
+    assert same_state(plain, state(pruned))
+    torch.testing.assert_close(answer(plain, x), answer(pruned, x), rtol=0, atol=1e-6)
+
+
+def test_merged_heads_load_in_plain_timm(tmp_path: Path) -> None:
+    twelve = VIT | {"embed_dim": 96, "num_heads": 12}
+    model = redrawn(timm.create_model("vit_tiny_patch16_224", **twelve), 0)
+    x = images(model)
+    share = {"attention": 0.5, "ffn": 0.5, "residual": 0.5}
+    pruned = prune(model, "channel-magnitude", share, example_input=x, heads=3)
+    assert [(b.attn.num_heads, b.attn.head_dim) for b in pruned.blocks] == [(3, 16)] * 2
+    save(pruned, tmp_path)
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    torch.testing.assert_close(answer(plain, x), answer(pruned, x), rtol=0, atol=1e-6)
+    assert torch.equal(answer(load(tmp_path), x), answer(pruned, x))
+
+
+def test_a_directory_of_plain_timm_loads(tmp_path: Path) -> None:
+    model = single("vit")
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    assert same_state(load(tmp_path), state(model))
+
+
+def test_create_is_seeded_and_leaves_the_callers_random_numbers_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, other = (models.create("vit_tiny_patch16_224", VIT, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert same_state(again, state(first))
+    assert not same_state(other, state(first))
+
+
+def test_create_takes_a_checkpoint(tmp_path: Path) -> None:
+    model = single("swin")
+    models.write_weights(model.state_dict(), tmp_path / "swin.safetensors")
+    again = models.create(ZOO["swin"][0], SWIN, checkpoint=tmp_path / "swin.safetensors")
+    assert same_state(again, state(model))
+    with pytest.raises(BadInput, match=r"weight blocks.0.attn.proj.bias is missing"):
+        models.create(ZOO["vit"][0], VIT, checkpoint=tmp_path / "swin.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("no_such_model", {}), ("vit_tiny_patch16_224", {"colour": "red"}), ("vit_tiny_patch16_224", {"num_heads": 5})],
+)
+def test_what_timm_cannot_create_is_refused(name: str, args: dict) -> None:
+    with pytest.raises(BadInput, match=f"^model.name '{name}': timm cannot create it") as error:
+        models.create(name, args)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.real
+def test_real_deit_tiny_cut_and_loaded(real_deit: nn.Module, tmp_path: Path) -> None:
+    pruned = prune(real_deit, "channel-magnitude", {"ffn": 0.25, "attention": 0.25}, scope="global")
+    save(pruned, tmp_path)
+    x = images(pruned, 1)
+    assert torch.equal(answer(load(tmp_path), x), answer(pruned, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_type_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = uneven("vit", ["ffn"]).to(dtype)
+    save(model, tmp_path)
+    assert same_state(load(tmp_path), state(model))
+    assert {p.dtype for p in load(tmp_path).parameters()} == {dtype}

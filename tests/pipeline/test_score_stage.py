@@ -1,0 +1,163 @@
+"""Scores shared among real processes, and taken up after a SIGKILL."""
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_stages import ORDER, project_in
+from torch import nn
+
+from tests.support.cap_worker import KINDS, setting_of
+from tests.support.tiny_models import batches
+from vitprune import BadInput, find_groups
+from vitprune.criteria import DEFAULTS
+from vitprune.criteria.kl.fisher import fisher
+from vitprune.criteria.magnitude import magnitude, taylor
+from vitprune.criteria.obs import fisher_blocks, gradients
+from vitprune.criteria.obs.cap import ovit
+from vitprune.models.io import read_weights
+from vitprune.pipeline import score_stage, stages
+from vitprune.pruning.methods import METHODS
+from vitprune.runtime.files import digest
+
+ROOT = Path(__file__).parents[2]
+TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def worker(directory: Path, together: bool = False, seconds: float = 0.0) -> subprocess.Popen[bytes]:
+    command = TOGETHER if together else [sys.executable]
+    return subprocess.Popen(
+        [*command, str(ROOT / "tests/support/score_worker.py"), str(directory), str(seconds)], env=ONE_THREAD
+    )
+
+
+def done_in(directory: Path) -> int:
+    return max((int(read_weights(path)["done"]) for path in (directory / "partial").glob("*.safetensors")), default=0)
+
+
+@pytest.mark.parametrize("criterion", [fisher, taylor])
+def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path, criterion) -> None:
+    groups, data = find_groups(vit, ["ffn", "head"]), batches(vit, 3)
+    work = score_stage.Work(criterion, groups, data, replace(DEFAULTS, classes=2))
+    found = work.importance(vit, True, tmp_path, score_stage.Team()).scores
+    expected = criterion(vit, groups, data, work.setting).scores
+    for name, score in expected.items():
+        assert found[name].shape == score.shape
+        torch.testing.assert_close(found[name], score, rtol=1e-12, atol=1e-18)
+
+
+def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_path: Path) -> None:
+    groups, data = find_groups(vit, ["ffn"]), batches(vit, 3)
+    work = score_stage.Work(fisher, groups, data, DEFAULTS)
+    first = work.importance(vit, True, tmp_path, score_stage.Team()).scores
+    (path,) = tmp_path.glob("scores-*.safetensors")
+    assert all(
+        torch.equal(first[n], score)
+        for n, score in work.importance(vit, True, tmp_path, score_stage.Team()).scores.items()
+    )
+    assert list(tmp_path.iterdir()) == [path]  # found again, nothing else beside it
+    others = [
+        replace(work, setting=replace(DEFAULTS, seed=1)),
+        replace(work, batches=data[:2]),
+        replace(work, criterion=taylor),
+        replace(work, groups=groups[:1]),
+    ]
+    for other in others:
+        other.importance(vit, True, tmp_path, score_stage.Team())
+    with torch.no_grad():
+        vit.head.bias[0] += 1
+    changed = work.importance(vit, True, tmp_path, score_stage.Team()).scores
+    assert len(list(tmp_path.iterdir())) == 6
+    assert not torch.equal(changed["blocks.0.mlp"], first["blocks.0.mlp"])
+    score_stage.finished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_and_taken_up_by_two_processes_it_is_the_same_to_the_bit(vit: nn.Module, tmp_path: Path) -> None:
+    victim = worker(tmp_path, seconds=0.5)
+    while done_in(tmp_path) < 2:
+        assert victim.poll() is None
+        time.sleep(0.02)
+    victim.kill()
+    assert victim.wait(60) == -9
+    assert 2 <= done_in(tmp_path) < 5
+    assert not (tmp_path / "scores.safetensors").exists()
+    assert worker(tmp_path, together=True).wait(120) == 0
+    assert done_in(tmp_path) == 5
+    work = score_stage.Work(fisher, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULTS)
+    found = load_file(tmp_path / "scores.safetensors")
+    expected = work.importance(vit, True, tmp_path / "other", score_stage.Team()).scores
+    assert all(torch.equal(found[name], score) for name, score in expected.items())
+
+
+def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    project = project_in(tmp_path / "one", method="upvits-fisher", sparsity={"ffn": 0.5}, cycles=1)
+    for stage in ORDER[:4]:
+        monkeypatch.chdir(project)
+        stages.run(stage, project)
+    written = {path: digest(path) for path in (project / "out" / "score").iterdir()}
+    for path in written:
+        path.unlink()
+    command = [*TOGETHER, "-m", "vitprune.cli", "score", "-C", str(project)]
+    subprocess.run(command, env={**ONE_THREAD, "VITPRUNE_DEVICE": "cpu"}, check=True, timeout=120)
+    assert {path: digest(path) for path in (project / "out" / "score").iterdir()} == written
+    assert list((project / ".vitprune" / "partial").iterdir()) == []
+
+
+def test_two_processes_share_the_gradients_and_the_blocks(vit: nn.Module, tmp_path: Path) -> None:
+    command = [*TOGETHER, str(ROOT / "tests/support/cap_worker.py"), str(tmp_path)]
+    subprocess.run(command, env=ONE_THREAD, check=True, timeout=120)
+    for kind in KINDS:
+        expected = ovit(vit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind)).scores
+        found = load_file(tmp_path / f"{kind}.safetensors")
+        assert list(found) == sorted(expected)
+        for name, score in expected.items():
+            torch.testing.assert_close(found[name], score, rtol=1e-6, atol=0)
+    score_stage.finished(tmp_path / "partial")
+    assert list((tmp_path / "partial").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_broken_off_anywhere_are_taken_up(
+    vit: nn.Module, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start gets a few additions further, and at the end all is as if nothing had happened."""
+    work = score_stage.Work(ovit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind))
+    monkeypatch.setattr(score_stage.Notebook, "due", lambda notebook: True)
+    monkeypatch.setattr(gradients, "HELD", 1)
+    expected = ovit(vit, work.groups, work.batches, work.setting).scores
+    left, add = [0], fisher_blocks.add
+
+    def breaking(total: torch.Tensor, values: torch.Tensor) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        add(total, values)
+
+    monkeypatch.setattr(fisher_blocks, "add", breaking)
+    starts, found = 0, None
+    while found is None:
+        left[0], starts = 7, starts + 1
+        assert starts < 30
+        with suppress(KeyboardInterrupt):
+            found = work.importance(vit, False, tmp_path, score_stage.Team(), collective=True)
+    assert starts > 3
+    assert all(torch.equal(found.scores[name], score) for name, score in expected.items())
+
+
+def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:
+    work = score_stage.Work(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULTS)
+    assert work.importance(vit, False, tmp_path, score_stage.Team()) is not None
+    with pytest.raises(BadInput, match=r"^magnitude: its scores are no sums over images; use one process$"):
+        work.importance(vit, False, tmp_path, score_stage.Team(0, 2))
+    additive = {name for name, row in METHODS.items() if row.additive}
+    assert {"taylor", "channel-taylor", "upvits", "upvits-literal", "upvits-exact", "upvits-fisher"} <= additive
+    assert not {"random", "magnitude", "lamp", "dimap", "channel-magnitude"} & additive

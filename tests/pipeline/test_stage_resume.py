@@ -1,0 +1,213 @@
+"""Stages that are killed anywhere, and end where they would have ended."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vitprune.errors import BadInput
+from vitprune.pipeline import stages
+from vitprune.runtime.files import digest
+from vitprune.training.checkpoint_store import Shelf
+from vitprune.training.saving import EVERY, Saver
+
+ROOT = Path(__file__).parents[2]
+RECIPE = {"epochs": 2, "batch_size": 512, "lr": 0.002, "augment": "digits", "ema": 0.9, "cutmix": 0.5, "mixup": 0.2}
+KEPT = Path(".vitprune/resume")
+
+
+class Broken(BaseException):
+    """Stands for a kill: nothing after it is done."""
+
+
+def project_in(path: Path, **prune: object) -> Path:
+    """A project whose model is as small as can be, up to the stage `mask`."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["model"]["args"] |= {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 16}
+    params["dense"]["train"], params["calibrate"]["size"] = RECIPE | {"epochs": 1}, 50
+    params["prune"] |= {"cycles": 3, "recover": RECIPE | {"optimizer_state": "keep", "decay_over": "run"}} | prune
+    params["distill"]["train"] = RECIPE
+    path.mkdir()
+    (path / "params.yaml").write_text(yaml.safe_dump(params))
+    for stage in ("dataset", "dense", "calibrate", "score", "mask"):
+        stages.run(stage, path)
+    return path
+
+
+def written(project: Path) -> dict[str, str]:
+    files = [path for name in ("out", "metrics", "plots") for path in (project / name).rglob("*") if path.is_file()]
+    return {str(path.relative_to(project)): digest(path) for path in files}
+
+
+def emptied(project: Path, stage: str) -> None:
+    """What DVC does before it starts a stage again."""
+    for name in ("out/prune", "out/cycles") if stage == "prune" else (f"out/{stage}",):
+        shutil.rmtree(project / name, ignore_errors=True)
+
+
+def ends(project: Path) -> dict[str, str]:
+    for stage in ("prune", "distill"):
+        stages.run(stage, project)
+    assert list((project / KEPT).iterdir()) == []
+    return written(project)
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {},
+        {"method": "ovit", "sparsity": 0.6, "correct": True},
+        {"method": "upvits", "sparsity": {"ffn": 0.4, "attention": 0.5}, "heads": 1, "target": {"macs": 0.6}},
+    ],
+    ids=["taylor", "ovit", "upvits"],
+)
+def test_stages_broken_off_at_every_few_writings_end_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: dict
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(EVERY, "0")
+    project = project_in(tmp_path / "project", **prune)
+    expected = ends(project)
+    left, put = [0], Shelf.put
+
+    def breaking(*args, **kwargs):
+        saved = put(*args, **kwargs)
+        left[0] -= 1
+        if not left[0]:
+            raise Broken
+        return saved
+
+    monkeypatch.setattr(Shelf, "put", breaking)
+    for stage, number in [("prune", 1), ("prune", 4), ("prune", 8), ("distill", 2)]:
+        emptied(project, stage)
+        left[0] = number
+        with pytest.raises(Broken):
+            stages.run(stage, project)
+        if (stage, number) in [("prune", 8), ("distill", 2)]:
+            emptied(project, stage)
+            stages.run(stage, project)
+    assert written(project) == expected
+    assert list((project / KEPT).iterdir()) == []
+
+
+def test_a_cycle_that_was_lost_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(EVERY, "0")
+    project = project_in(tmp_path / "project")
+    expected, write, left = ends(project), Saver.write, [8]
+
+    def breaking(saver, snapshot):
+        write(saver, snapshot)
+        left[0] -= 1
+        if not left[0]:
+            raise Broken
+
+    monkeypatch.setattr(Saver, "write", breaking)
+    with pytest.raises(Broken):
+        stages.run("prune", project)
+    (work,) = (project / KEPT).iterdir()
+    assert sorted(path.name for path in work.iterdir()) == [
+        "01-done",
+        "01-pruned",
+        "01-training",
+        "02-pruned",
+        "02-training",
+    ]
+    weights = work / "01-done/000001/model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    emptied(project, "prune")
+    starts = left[0] = 0
+    assert ends(project) == expected
+    assert starts == 0
+    assert f"{weights.relative_to(project)}: is not as it was written; not taken up" in capsys.readouterr().err
+
+
+def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    project = project_in(tmp_path / "project", recover=None)
+    monkeypatch.setenv(EVERY, "0")
+    stages.run("prune", project)
+    keys = set()
+    monkeypatch.setattr(Saver, "write", lambda saver, snapshot: (_ for _ in ()).throw(Broken))
+    for lr in (0.002, 0.003, 0.002):
+        params = yaml.safe_load((project / "params.yaml").read_text())
+        params["distill"]["train"]["lr"] = lr
+        (project / "params.yaml").write_text(yaml.safe_dump(params))
+        with pytest.raises(Broken):
+            stages.run("distill", project)
+        keys |= {path.name for path in (project / KEPT).iterdir()}
+    assert len(keys) == 2
+
+
+def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(EVERY, "0")
+    project = project_in(tmp_path / "project")
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["prune"]["recover"] |= {"lr": 1e30, "clip": None, "ema": 0.0, "optimizer": "sgd"}
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(BadInput, match=r"^recovery after cycle 1, epoch 1, step 2: the loss is ") as refused:
+        stages.run("prune", project)
+    told = str(refused.value)
+    assert "\n" not in told
+    table = stages.runs.open_images("train", stages.models.load("out/dense"), stages.load(Path("params.yaml")))
+    ids = stages.data.batch_ids(table, 512, 1000, 0, 1)
+    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last good state is in {KEPT}/prune-" in told
+    images, _ = list(stages.data.train_batches(table, 512, 1000, 0))[1]
+    assert len(ids) == len(images) == len(set(ids))
+
+
+def start(project: Path, stage: str, every: str) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), EVERY: every, "VITPRUNE_DEVICE": "cpu"}
+    command = [sys.executable, "-m", "vitprune.cli", stage, "-C", str(project)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def kept_in(project: Path, name: str) -> int:
+    """The number of the last checkpoint."""
+    return max((int(path.name) for path in (project / KEPT).glob(f"*/{name}/*") if path.name.isdecimal()), default=0)
+
+
+def wait_for(process: subprocess.Popen[str], happened) -> None:
+    deadline = time.monotonic() + 600
+    while not happened():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_sigkill_and_sigterm_while_a_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    project = project_in(tmp_path / "project", cycles=2, recover=RECIPE | {"epochs": 3})
+    expected = ends(project)
+    emptied(project, "prune")
+    killed = start(project, "prune", "0")  # SIGKILL, with a checkpoint after every step
+    wait_for(killed, lambda: kept_in(project, "02-training") > 2)
+    killed.kill()
+    killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    emptied(project, "prune")
+    ended = start(project, "prune", "60")  # SIGTERM, long before the next is due
+    wait_for(ended, lambda: lines(project / "out/prune/history.jsonl") > 4)
+    ended.terminate()
+    told = ended.communicate(timeout=300)[1]
+    assert ended.returncode == 143, told
+    assert told.startswith("Error: asked to stop (SIGTERM): kept at epoch ")
+    assert told.count("\n") == 1
+    emptied(project, "prune")
+    stages.run("prune", project)
+    assert written(project) == expected
+    assert json.loads((project / "metrics/prune.json").read_text())["cycles"] == 2

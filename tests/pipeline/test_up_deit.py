@@ -1,0 +1,56 @@
+"""DeiT-Base pruned to UP-DeiT-S and UP-DeiT-T: the stock shapes of DeiT-S and DeiT-T, in plain timm."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.support.tiny_models import answer, images, same_state, state
+from vitprune import plan_for, save, score, shrink
+from vitprune.config.params import Prune, load
+from vitprune.pruning.cycle_masks import choose, groups_for
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+STOCK = {"up_deit_small": ("deit_small_patch16_224", 22_050_664), "up_deit_tiny": ("deit_tiny_patch16_224", 5_717_416)}
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    """DeiT-Base with random weights, drawn in one go; shared, so work on a copy's groups only."""
+    with torch.device("meta"):
+        model = timm.create_model("deit_base_patch16_224")
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        name: torch.empty(tensor.shape).uniform_(-0.05, 0.05, generator=generator) + float("norm" in name)
+        for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(drawn, assign=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize("recipe", STOCK)
+def test_deit_base_becomes_up_deit(base: nn.Module, recipe: str, tmp_path: Path) -> None:
+    target, parameters = STOCK[recipe]
+    pruned = cut(base, load(RECIPES / f"{recipe}.yaml").prune)
+    assert sum(p.numel() for p in pruned.parameters()) == parameters
+    x = images(pruned, 1)
+    save(pruned, tmp_path)
+    stock, by_directory = timm.create_model(target), timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    stock.load_state_dict(pruned.state_dict(), strict=True)
+    for again in (stock, by_directory):
+        assert same_state(again, state(pruned))
+        assert torch.equal(answer(again, x), answer(pruned, x))
+
+
+def cut(base: nn.Module, settings: Prune) -> nn.Module:
+    """Cut the model as a recipe says, by random scores; a new model, the given one keeps its tensors."""
+    with torch.device("meta"):
+        model = timm.create_model("deit_base_patch16_224")
+    model.load_state_dict(base.state_dict(), assign=True)
+    shares = dict.fromkeys(settings.kinds, settings.sparsity)
+    plan = plan_for(settings.method, shares, settings.scope, settings.heads)
+    groups = groups_for(model, plan)
+    masks = choose(score(model, groups, "random"), groups, plan, plan.targets()[0])
+    return shrink(model, groups, masks).eval()

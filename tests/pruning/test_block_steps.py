@@ -1,0 +1,293 @@
+"""Whole blocks go, and what is left of two neighbours becomes a plain block again."""
+
+import copy
+import types
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from tests.support.reference_kl import kl
+from tests.support.tiny_models import VIT, ZOO, answer, batches, images, random_masks, redrawn, same_state, state, tiny
+from vitprune import METHODS, BadInput, data, find_groups, load, plan_for, prune, save, score, shrink, zero
+from vitprune.architectures import rebuild, structure
+from vitprune.architectures.causal_lm import Decoder
+from vitprune.criteria.kl import leave_one_out as by_kl
+from vitprune.evaluation.accuracy import costs, count
+from vitprune.groups import mask_without
+from vitprune.pruning.block_steps import dense_names, next_step
+from vitprune.pruning.cycle_masks import choose
+from vitprune.pruning.methods import Method
+from vitprune.pruning.prune import Cycle, compress
+from vitprune.pruning.select import select_blocks
+
+CLOSE = {"rtol": 0, "atol": 1e-12}
+VITS = [name for name, (architecture, _) in ZOO.items() if architecture.startswith(("vit", "deit"))]
+
+
+def deep(depth: int = 6, seed: int = 0) -> nn.Module:
+    return redrawn(timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": depth}), seed).double()
+
+
+def skipping(model: nn.Module, keep: Tensor) -> nn.Module:
+    """A copy of the model that leaves sub-layers out while it runs; keep: (2 * blocks,), attention and FFN in turn."""
+
+    def forward(self: nn.Module, x: Tensor, is_causal: bool = False) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), is_causal=is_causal)) if self.with_attention else x
+        return x + self.ls2(self.mlp(self.norm2(x))) if self.with_ffn else x
+
+    model = copy.deepcopy(model)
+    for block, pair in zip(model.blocks, keep.view(-1, 2).tolist(), strict=True):
+        block.with_attention, block.with_ffn = pair
+        block.forward = types.MethodType(forward, block)
+    return model
+
+
+def run(model: nn.Module, sparsity: object, noise: object, method: str = "upvits-blocks", **settings) -> list[Cycle]:
+    return list(compress(model, plan_for(method, sparsity, **settings), noise))
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_every_candidate_is_the_model_that_skips_it(name: str) -> None:
+    model = tiny(name)
+    (group,), x = find_groups(model, ["block"]), images(model)
+    depth = len(model.blocks)
+    assert (group.name, group.shape, group.candidates) == ("blocks", (2 * depth,), 2 * depth - 1)
+    for unit in range(group.candidates):
+        mask = mask_without(group, unit)
+        smaller = shrink(copy.deepcopy(model), [group], {"blocks": mask})
+        assert [type(block) for block in smaller.blocks] == [Block] * (depth - 1)
+        assert [feature["module"] for feature in smaller.feature_info] == [f"blocks.{i}" for i in range(depth - 1)]
+        torch.testing.assert_close(answer(smaller, x), answer(skipping(model, mask), x), **CLOSE)
+
+
+def test_candidates_by_hand() -> None:
+    """Three blocks have candidates 0 to 4: block 0, FFN 0 + attention 1, block 1, FFN 1 + attention 2, block 2."""
+    (group,) = find_groups(deep(3), ["block"])
+    bodies = [paths[0] for paths in group.sublayers]
+    assert bodies == [f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("attn", "mlp")]
+    gone = [(~mask_without(group, unit)).nonzero().flatten().tolist() for unit in range(5)]
+    assert gone == [[0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
+
+
+def test_a_language_model_loses_blocks_too() -> None:
+    model = redrawn(Decoder(11, 8, 12, 3, 2), 0).double()
+    (group,), tokens = find_groups(model, ["block"]), torch.arange(8).view(1, 8)
+    for unit in range(group.candidates):
+        mask = mask_without(group, unit)
+        smaller = shrink(copy.deepcopy(model), [group], {"blocks": mask})
+        torch.testing.assert_close(answer(smaller, tokens), answer(skipping(model, mask), tokens), **CLOSE)
+
+
+def test_a_hybrid_block_is_made_of_its_two_halves() -> None:
+    model = redrawn(
+        timm.create_model("vit_tiny_patch16_224", **VIT | {"init_values": 0.1, "drop_path_rate": 0.2, "depth": 3}), 0
+    )
+    dense, (group,) = copy.deepcopy(model), find_groups(model, ["block"])
+    shrink(model, [group], {"blocks": mask_without(group, 1)})
+    first, second = model.blocks[0].state_dict(), dense.blocks[1].state_dict()
+    ahead = ("norm1.", "attn.", "ls1.")
+    for name, tensor in first.items():
+        assert torch.equal(tensor, (dense.blocks[0].state_dict() if name.startswith(ahead) else second)[name])
+    rates = [getattr(half, "drop_prob", 0.0) for b in model.blocks for half in (b.drop_path1, b.drop_path2)]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.2])
+    assert same_state(model.blocks[1], state(dense.blocks[2]))
+    _, features = model.forward_intermediates(images(model))
+    assert len(features) == 2
+
+
+def test_scores_are_the_divergence_of_the_model_that_skips() -> None:
+    model = deep(3)
+    (group,), noise = find_groups(model, ["block"]), batches(model)
+    found = score(model, [group], "kl-literal", noise)["blocks"]
+    torch.testing.assert_close(score(model, [group], "kl-exact", noise)["blocks"], found, rtol=1e-9, atol=0)
+    for unit in range(group.candidates):
+        other = skipping(model, mask_without(group, unit))
+        expected = sum(kl(answer(model, x), answer(other, x)) for x, _ in noise)
+        assert float(found[unit]) == pytest.approx(expected, rel=1e-9)
+    assert found[-1] == float("inf")
+    for criterion in ("magnitude", "taylor"):
+        with pytest.raises(BadInput, match=r"^blocks: a block is not worth the sum of its weights"):
+            score(model, [group], criterion, noise)
+
+
+def progressive(model: nn.Module, noise: list, remove: int) -> Tensor:
+    """The sub-layers that are left after so many removals, each the least divergence from the model before it."""
+    left = torch.ones(2 * len(model.blocks), dtype=torch.bool)
+    for _ in range(remove):
+        places = left.nonzero().flatten().tolist()
+        tried = []
+        for pair in pairwise(places):
+            mask = left.clone()
+            mask[list(pair)] = False
+            tried.append(
+                (sum(kl(answer(skipping(model, left), x), answer(skipping(model, mask), x)) for x, _ in noise), mask)
+            )
+        left = min(tried, key=lambda pair: pair[0])[1]
+    return left
+
+
+@pytest.mark.parametrize("cycles", [1, 2])
+def test_half_of_the_blocks_go_one_by_one(cycles: int) -> None:
+    model = deep(6)
+    dense, noise, x = copy.deepcopy(model), batches(model, 1), images(model)
+    expected = progressive(dense, noise, 3)
+    found = run(model, 0.5, noise, cycles=cycles, schedule="linear")
+    assert torch.equal(found[-1].masks["blocks"], expected)
+    assert [int(cycle.masks["blocks"].sum()) // 2 for cycle in found] == {1: [3], 2: [4, 3]}[cycles]
+    torch.testing.assert_close(answer(model, x), answer(skipping(dense, expected), x), **CLOSE)
+
+
+def test_masks_of_the_mask_stage_are_the_first_removal_only() -> None:
+    model = deep(6)
+    noise, plan, other = batches(model, 1), plan_for("upvits-blocks", 0.5), copy.deepcopy(model)
+    groups = find_groups(model, ["block"])
+    step = next_step(groups, plan.targets()[0])
+    assert step == {"block": 1 / 6}
+    first = choose(score(model, groups, "kl-literal", noise), groups, plan, step)
+    assert int(first["blocks"].sum()) == 10
+    (cycle,) = compress(model, plan, noise, first)
+    assert torch.equal(cycle.masks["blocks"], run(other, 0.5, noise)[0].masks["blocks"])
+    assert same_state(model, state(other))
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> str:
+    scopes = {"block": "layer", "ffn": "global", "attention": "head", "residual": "layer"}
+    monkeypatch.setitem(METHODS, "mixed", Method(by_kl.literal, scopes, tuple(scopes), False, "for this test"))
+    return "mixed"
+
+
+@pytest.mark.parametrize("cycles", [1, 2])
+def test_blocks_go_together_with_what_is_inside_others(mixed: str, cycles: int) -> None:
+    args = VIT | {"depth": 4, "embed_dim": 12, "mlp_ratio": 1.0}
+    model = redrawn(timm.create_model("vit_tiny_patch16_224", **args), 0).double()
+    once, noise, x = copy.deepcopy(model), batches(model, 1, 2), images(model)
+    share = {"ffn": 0.5, "block": 0.5, "attention": 0.25, "residual": 0.25}
+    found = run(model, share, noise, mixed, cycles=cycles)
+    masks = found[-1].masks
+    groups = find_groups(once, list(share))
+    gone = [body for (body, *_), keep in zip(groups[4].sublayers, masks["blocks"], strict=True) if not keep]
+    assert len(gone) == 4
+    assert {name for name, mask in masks.items() if not mask.any()} == set(gone)
+    hidden = [block.mlp.fc1.out_features for block in model.blocks]
+    assert (len(hidden), sum(hidden), model.embed_dim) == (2, 12, 9)  # half of what two blocks leave
+    assert [block.attn.head_dim for block in model.blocks] == [3, 3]
+    shrink(once, groups, masks)
+    torch.testing.assert_close(answer(model, x), answer(once, x), **CLOSE)
+    for before, after in pairwise(found):
+        assert all(not bool((after.masks[name] & ~before.masks[name]).any()) for name in masks)
+
+
+def test_groups_keep_their_dense_names() -> None:
+    model = deep(12)
+    (group,), kinds = find_groups(model, ["block"]), ["block", "attention", "head", "ffn", "weight", "residual"]
+    mask = mask_without(group, 3) & mask_without(group, 20)  # FFN 1 and attention 2, block 10
+    shrink(model, [group], {"blocks": mask})
+    names = dense_names([group], find_groups(model, kinds), {"blocks": mask})
+    assert names["residual"] == "residual"
+    assert (names["blocks.1.attn"], names["blocks.1.mlp"]) == ("blocks.1.attn", "blocks.2.mlp")
+    assert (names["blocks.9.attn.heads"], names["blocks.9.mlp.fc1.weight"]) == (
+        "blocks.11.attn.heads",
+        "blocks.11.mlp.fc1.weight",
+    )
+
+
+def test_select_blocks_by_hand() -> None:
+    scores = {"blocks": torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 9.0, 7.0, float("inf")])}
+    kept = {
+        share: select_blocks(scores, share)["blocks"].nonzero().flatten().tolist()
+        for share in (0.0, 0.25, 0.5, 0.75, 0.99)
+    }
+    # pair 1 goes; 0 has a new neighbour then, so the next best is pair 4, then 6, then one block is left
+    assert kept == {0.0: list(range(8)), 0.25: [0, 3, 4, 5, 6, 7], 0.5: [0, 3, 6, 7], 0.75: [0, 3], 0.99: [0, 3]}
+    assert select_blocks({"blocks": torch.zeros(6)}, 0.34)["blocks"].tolist() == [False, False, True, True, True, True]
+    before = {"blocks": torch.tensor([True, False, False, True, True, True, True, True])}
+    again = select_blocks({"blocks": torch.tensor([0.5, 0, 0, 8, 9, 9, 9, 9])}, 0.5, before)
+    assert again["blocks"].tolist() == [False, False, False, False, True, True, True, True]
+    with pytest.raises(BadInput, match=r"^blocks: 1 scores are NaN"):
+        select_blocks({"blocks": torch.tensor([float("nan"), 1.0])}, 0.5)
+    with pytest.raises(BadInput, match="at least 0 and below 1"):
+        select_blocks(scores, 1.0)
+
+
+def test_what_would_leave_no_blocks_is_refused(vit: nn.Module) -> None:
+    before, groups = state(vit), find_groups(vit, ["block", "ffn"])
+    whole = random_masks(groups, 0)
+    for mask in ([True, False, True, True], [False, True, True, False], [True, True, False, True]):
+        with pytest.raises(BadInput, match=r"^blocks: what is left would not alternate attention and FFN"):
+            shrink(vit, groups, whole | {"blocks": torch.tensor(mask)})
+    with pytest.raises(BadInput, match=r"^blocks: all 4 units would go"):
+        shrink(vit, groups, whole | {"blocks": torch.zeros(4, dtype=torch.bool)})
+    with pytest.raises(BadInput, match=r"^blocks: blocks cannot be zeroed, they are taken out"):
+        zero(vit, groups, whole | {"blocks": mask_without(groups[0], 1)})
+    assert same_state(vit, before)
+    shrink(vit, groups, whole | {"blocks": mask_without(groups[0], 1)})
+    with pytest.raises(BadInput, match=r"^blocks: the model has no blocks.1.attn, the group is out of date"):
+        shrink(vit, groups[:1], whole)
+
+
+@pytest.mark.parametrize("name", ["odd", "extra", "distilled"])
+def test_another_depth_with_other_cuts_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = tiny(name).float()
+    (group,) = find_groups(model, ["block"])
+    shrink(model, [group], {"blocks": mask_without(group, 1)})
+    groups = find_groups(model, ["residual", "attention", "ffn"])
+    shrink(model, groups, {n: m for at, g in enumerate(groups) for n, m in random_masks([g], 1 + at).items()})
+    x = images(model)
+    save(model, tmp_path)
+    again = load(tmp_path)
+    assert same_state(again, state(model))
+    assert torch.equal(answer(again, x), answer(model, x))
+    assert structure(again) == structure(model)
+    assert structure(rebuild(tiny(name), structure(model)))["blocks"] == (2 * len(model.blocks),)
+
+
+def test_a_model_of_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
+    model = deep(4).float()
+    pruned = prune(model, "upvits-blocks", 0.25, batches(model, 1), images(model))
+    assert (len(model.blocks), len(pruned.blocks)) == (4, 3)
+    save(pruned, tmp_path)
+    x = images(model)
+    for again in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load(tmp_path)):
+        assert same_state(again, state(pruned))
+        assert torch.equal(answer(again, x), answer(pruned, x))
+
+
+def test_a_structure_without_blocks_is_that_of_the_dense_model(vit: nn.Module) -> None:
+    older = {name: shape for name, shape in structure(vit).items() if name != "blocks"}
+    assert structure(rebuild(tiny("vit"), older)) == structure(vit)
+    with pytest.raises(BadInput, match=r"^blocks: what is left would not alternate"):
+        rebuild(tiny("vit"), {"blocks": [3]})
+
+
+def test_the_cost_behind_the_blocks(vit: nn.Module) -> None:
+    weights, macs = costs(vit, find_groups(vit, ["block"]), images(vit))["blocks"]
+    assert weights == sum(p.numel() for block in vit.blocks for p in block.parameters())
+    assert 0 < macs < count(vit, images(vit)).macs
+
+
+@pytest.mark.real
+def test_the_progressive_order_loses_less_than_random_pairs(real_data: Path, real_deit: nn.Module) -> None:
+    source = data.open_source(f"parquet:{real_data / 'imagenet-val-800.parquet'}")
+    transform = data.transform(data.data_config(real_deit))
+    pixels = [transform.image(data.decode(source.read(name), transform.mode)) for name in source.ids[:8]]
+    calibration, x = [(torch.stack(pixels[:4]), torch.zeros(4))], torch.stack(pixels[4:])
+    (group,) = find_groups(real_deit, ["block"])
+    scores = score(real_deit, [group], "kl-literal", calibration)["blocks"]
+    assert scores.shape == (24,)
+    assert 0 < scores[2:-1].min() < 10 * scores[2:-1].max() < scores[:2].min()  # block 0 and its FFN are worth most
+    pruned = copy.deepcopy(real_deit)
+    plan, first = plan_for("upvits-blocks", 2 / 12), select_blocks({"blocks": scores}, 1 / 12)
+    list(compress(pruned, plan, calibration, first))
+    assert len(pruned.blocks) == 10
+    dense, generator = answer(real_deit, x), torch.Generator().manual_seed(0)
+    random = []
+    for _ in range(5):
+        masks = select_blocks({"blocks": torch.rand(24, generator=generator)}, 2 / 12)
+        random.append(kl(dense, answer(shrink(copy.deepcopy(real_deit), [group], masks), x)))
+    assert kl(dense, answer(pruned, x)) < sum(random) / len(random)

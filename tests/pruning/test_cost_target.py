@@ -1,0 +1,199 @@
+"""A cost instead of a sparsity: reached from below, by less than one unit, and measured on what is really there."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.tiny_models import VIT, batches, cost, same_state, state, tiny
+from vitprune import BadInput, count, find_groups, plan_for, prune, save, shrink
+from vitprune.architectures import merge_heads
+from vitprune.config.params import Params
+from vitprune.criteria import magnitude as by_weights
+from vitprune.criteria.kl import leave_one_out as by_kl
+from vitprune.data import example_input
+from vitprune.models.io import read_weights, write_weights
+from vitprune.pipeline import stages
+from vitprune.pruning.cost_target import meter, solve
+from vitprune.pruning.cycle_masks import choose
+from vitprune.pruning.prune import compress
+
+pytestmark = pytest.mark.usefixtures("drawn")
+
+
+def nonzero(model: nn.Module, what: str) -> int:
+    found = count(model, example_input(model, 1))
+    return found.nonzero_params if what == "params" else found.nonzero_macs
+
+
+@pytest.mark.parametrize("what", ["params", "macs"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit", {}),
+        ("vit", {"scope": "global"}),
+        ("vit", {"sparsity": {"ffn": 0.8, "attention": 0.4, "residual": 0.2}, "heads": 1}),
+        ("vit", {"sparsity": {"residual": 0.5}}),
+        ("odd", {"sparsity": {"ffn": 1.0, "block": 0.5}}),
+        ("swin", {"scope": "isomorphic"}),
+        ("pvt", {"sparsity": {"ffn": 0.8, "attention": 0.8, "residual": 0.4}}),
+    ],
+)
+def test_a_target_is_reached_from_below_by_less_than_one_unit(name: str, settings: dict, what: str) -> None:
+    model = tiny(name)
+    limit, whole = 0.6, cost(model, what)
+    settings = {"sparsity": None} | settings
+    pruned = prune(model, "drawn", target={what: limit}, **settings)
+    reached = cost(pruned, what) / whole
+    assert reached <= limit
+    kinds = plan_for("drawn", **settings, target={what: limit}).sparsity
+    groups = merge_heads(model, find_groups(model, kinds), settings.get("heads"))
+    assert limit - reached < largest_step(model, groups, what, "scope" in settings)
+
+
+def largest_step(model: nn.Module, groups: list, what: str, pooled: bool) -> float:
+    """What goes where every pool loses a unit at once; attention is never pooled, other groups may be one pool."""
+    share, everything = meter(model, groups, what), {g.name: torch.ones(g.shape, dtype=torch.bool) for g in groups}
+    alone, together = 0.0, 0.0
+    for group in groups:
+        mask = torch.ones(group.shape, dtype=torch.bool)
+        (mask.T if group.kind == "attention" else mask)[: 2 if group.kind == "block" else 1] = False
+        step = 1 - share(everything | {group.name: mask})
+        together += 0 if pooled and group.kind != "attention" else step
+        alone = max(alone, step) if pooled and group.kind != "attention" else alone
+    return alone + together + 1e-9
+
+
+@pytest.mark.parametrize("what", ["params", "macs"])
+@pytest.mark.parametrize("method", ["magnitude", "uniform", "dimap"])
+def test_single_weights_are_counted_by_their_non_zeros(vit: nn.Module, method: str, what: str) -> None:
+    whole = nonzero(vit, what)
+    pruned = prune(vit, method, None, target={what: 0.4})
+    reached = nonzero(pruned, what) / whole
+    pools, tokens = {"magnitude": 1, "uniform": 8, "dimap": 3}[method], 17
+    assert 0 <= 0.4 - reached <= pools * (tokens if what == "macs" else 1) / whole
+
+
+def test_the_meter_is_the_count_of_the_really_shrunk_model(vit: nn.Module) -> None:
+    groups = find_groups(vit, ["ffn", "attention", "residual"])
+    before = state(vit)
+    plan = plan_for("drawn", {"ffn": 0.3, "attention": 0.2, "residual": 0.4})
+    masks = choose(by_weights.random(vit, groups, (), plan.setting).scores, groups, plan, plan.targets()[0])
+    for what in ("params", "macs"):
+        expected = cost(shrink(copy.deepcopy(vit), groups, masks), what) / cost(vit, what)
+        assert meter(vit, groups, what)(masks) == expected
+    assert same_state(vit, before)
+
+
+def test_latency_is_measured_beside_the_dense_model() -> None:
+    model = tiny("vit").float()
+    thin = prune(model, "drawn", {"block": 1.0}, target={"latency": 0.8})
+    assert len(thin.blocks) == 1
+
+
+def test_shares_of_kinds_are_relative(vit: nn.Module) -> None:
+    shares = {"ffn": 0.8, "attention": 0.4}, {"ffn": 0.2, "attention": 0.1}
+    pruned = [prune(vit, "drawn", share, target={"macs": 0.5}) for share in shares]
+    assert same_state(pruned[0], state(pruned[1]))
+    ffn, attention = pruned[0].blocks[0].mlp.fc1.out_features / 192, pruned[0].blocks[0].attn.head_dim / 16
+    assert 1 - attention == pytest.approx((1 - ffn) / 2, abs=1 / 16)
+
+
+def test_cycles_approach_the_target_on_the_schedule(vit: nn.Module) -> None:
+    whole, seen = cost(vit, "macs"), []
+    for cycle in compress(vit, plan_for("drawn", None, cycles=3, schedule="linear", target={"macs": 0.4}), ()):
+        reached = cost(vit, "macs") / whole
+        seen.append((cycle.cost["macs"]["target"], reached))
+        assert cycle.cost["macs"]["reached"] == reached
+        assert set(cycle.target) == {"ffn", "attention"}
+    assert [limit for limit, _ in seen] == pytest.approx([0.8, 0.6, 0.4])
+    assert all(limit - 0.05 < reached <= limit for limit, reached in seen)
+
+
+def test_blocks_go_one_by_one_until_the_target_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("odd")
+    whole = cost(model, "macs")
+    (cycle,) = compress(model, plan_for("upvits-blocks", None, target={"macs": 0.5}), batches(model, 1))
+    assert len(model.blocks) == 1
+    assert cycle.cost["macs"]["reached"] == cost(model, "macs") / whole <= 0.5
+    other = tiny("odd")
+    groups, plan = find_groups(other, ["block"]), plan_for("upvits-blocks", None, target={"macs": 0.5})
+    scores = by_kl.literal(other, groups, batches(other, 1), plan.setting).scores
+    first = choose(scores, groups, plan, {"block": 1 / 3})
+    (again,) = compress(other, plan, batches(other, 1), first)
+    assert torch.equal(again.masks["blocks"], cycle.masks["blocks"])
+
+
+def test_solve_by_hand() -> None:
+    def masks_at(scalar: float) -> dict[str, Tensor]:
+        return {"a": torch.arange(10) >= int(scalar * 10 + 0.5)}
+
+    def share_of(masks: dict[str, Tensor]) -> float:
+        return float(masks["a"].sum()) / 10
+
+    left = [int(masks_at(solve(masks_at, share_of, limit))["a"].sum()) for limit in (0.95, 0.5, 0.49, 0.1, 0.0)]
+    assert left == [9, 5, 4, 1, 0]
+    assert solve(masks_at, share_of, 1.0) == 0.0
+    with pytest.raises(BadInput, match=r"^prune.target: 0.2 of the dense model .* the smallest is 0.3000$"):
+        solve(masks_at, lambda masks: 0.3 + share_of(masks), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "why"),
+    [
+        (
+            "drawn",
+            {"target": {"macs": 0.01}},
+            r"^prune.target: 0.01 of the dense model cannot be reached, the smallest is 0.\d{4} \(.* MACs\); the dense",
+        ),
+        ("drawn", {"target": {"flops": 0.5}}, r"^prune.target.flops: unknown; use one of params, .*, latency_ms$"),
+        ("drawn", {"target": {}}, r"^prune.target: names 0 costs"),
+        ("drawn", {"target": {"macs": 0.5, "params": 0.5}}, r"^prune.target: names 2 costs"),
+        ("drawn", {"target": {"macs": 1.0}}, r"^prune.target.macs: 1.0 is not above 0 and below 1"),
+        ("drawn", {"target": {"macs": float("nan")}}, r"^prune.target.macs: nan is not above 0"),
+        ("drawn", {"target": {"macs": 0.5}, "sparsity": 0.5}, r"^prune.target: takes a sparsity's place"),
+        ("drawn", {"target": {"macs": 0.5}, "sparsity": {"ffn": 0.0}}, r"^prune.sparsity: nothing may go"),
+        ("drawn", {"target": {"macs": 0.5}, "sparsity": {"ffn": -1.0}}, r"^prune.sparsity.ffn: -1.0 is no share"),
+        (
+            "drawn",
+            {"target": {"macs": 0.5}, "sparsity": {"weight": 1.0}},
+            r"^prune.sparsity.weight: method drawn",
+        ),
+        ("lamp", {"target": {"latency": 0.5}}, r"^prune.target.latency: single weights become zeros"),
+        ("n:m", {"target": {"macs": 0.5}}, r"^prune.target: takes a sparsity's place"),
+    ],
+)
+def test_what_is_no_target_is_refused(vit: nn.Module, method: str, settings: dict, why: str) -> None:
+    with pytest.raises(BadInput, match=why) as refused:
+        prune(vit, method, settings.pop("sparsity", None), **settings)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_mask_stage_writes_what_it_resolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
+) -> None:
+    model = {"name": "vit_tiny_patch16_224", "args": VIT}
+    whole = cost(tiny("vit"), "params")
+    target = {"params": f"{0.7 * whole / 1000}K" if absolute else 0.7}
+    prune_ = {"method": "channel-magnitude", "kinds": ["ffn"], "sparsity": None, "target": target}
+    settings = {"dataset": {"source": "digits"}, "model": model, "dense": {"start": "train"}, "prune": prune_}
+    monkeypatch.chdir(tmp_path)
+    dense = tiny("vit").float()
+    save(dense, tmp_path / "out/dense")
+    groups = find_groups(dense, ["ffn"])
+    write_weights(
+        by_weights.magnitude(dense, groups, (), plan_for("uniform", 0.5).setting).scores,
+        tmp_path / "out/score/scores.safetensors",
+    )
+    stages.mask(Params.model_validate(settings))
+    facts = json.loads(Path("metrics/mask.json").read_text())
+    shrink(dense, groups, read_weights(tmp_path / "out/mask/masks.safetensors"))
+    reached = cost(dense, "params") / whole
+    found = {"target": round(0.7 * whole), "reached": cost(dense, "params"), "dense": whole}
+    assert facts["cost"] == {"params": found if absolute else {"target": 0.7, "reached": reached}}
+    assert facts["target"]["ffn"] == pytest.approx(facts["sparsity"]["ffn"], abs=1 / 192)
+    assert 0.69 < reached <= 0.7

@@ -1,0 +1,196 @@
+"""Targets in parameters, MACs and milliseconds; what cannot be is told what there is, and a miss is explained."""
+
+import copy
+import re
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from tests.support.tiny_models import VIT, cost, same_state, state, tiny
+from vitprune import BadInput, count, find_groups, plan_for, prune, shrink
+from vitprune.config.params import Schedule
+from vitprune.config.quantity import number_of, said
+from vitprune.data import example_input
+from vitprune.evaluation.accuracy import latency
+from vitprune.pruning.cost_target import steadied
+from vitprune.pruning.prune import compress
+
+pytestmark = pytest.mark.usefixtures("drawn")
+
+
+@pytest.mark.parametrize(("what", "suffix"), [("macs", ""), ("params", "K"), ("macs", "M"), ("params", "G")])
+def test_an_absolute_number_is_its_fraction(vit: nn.Module, what: str, suffix: str) -> None:
+    whole = cost(vit, what)
+    number = int(0.6 * whole)
+    text: int | str = number if not suffix else f"{number / {'K': 1e3, 'M': 1e6, 'G': 1e9}[suffix]:.12f}{suffix}"
+    by_fraction = prune(vit, "drawn", None, target={what: number / whole})
+    pruned = copy.deepcopy(vit)
+    (cycle,) = compress(pruned, plan_for("drawn", None, target={what: text}), ())
+    assert same_state(pruned, state(by_fraction))
+    record = cycle.cost[what]
+    assert record | {"why": ""} == {"target": number, "reached": cost(pruned, what), "dense": whole, "why": ""}
+    assert number * 0.95 < record["reached"] <= number
+    assert ("why" in record) == (record["reached"] < number * 0.98)
+
+
+def test_single_weights_have_absolute_targets_too(vit: nn.Module) -> None:
+    pruned = prune(vit, "magnitude", None, target={"params": 30_000})
+    assert count(pruned, example_input(pruned, 1)).nonzero_params == 30_000
+
+
+def test_cycles_approach_an_absolute_target(vit: nn.Module) -> None:
+    whole, plan = cost(vit, "params"), plan_for("drawn", None, cycles=2, schedule="linear", target={"params": "40K"})
+    limits = iter(((whole + 40_000) / 2, 40_000))
+    for cycle in compress(vit, plan, ()):
+        record = cycle.cost["params"]
+        assert record["target"] == pytest.approx(next(limits), abs=1)
+        assert record["reached"] == cost(vit, "params") <= record["target"]
+    assert next(limits, None) is None
+
+
+def test_milliseconds_come_with_their_spread() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 6})
+    whole = latency([model], example_input(model, 1), 30)[0]["median"]
+    (cycle,) = compress(model, plan_for("drawn", {"block": 1.0}, target={"latency_ms": 0.5 * whole}), ())
+    record = cycle.cost["latency_ms"]
+    assert 1 <= len(model.blocks) < 6
+    assert record["target"] == pytest.approx(0.5 * whole, abs=1e-6)
+    assert 0 < record["p10"] <= record["reached"] <= record["p90"]
+    assert "ms beside it" in record.get("why", "ms beside it")
+
+
+def test_a_search_that_ended_too_early_is_corrected() -> None:
+    def masks_at(scalar: float) -> dict[str, Tensor]:
+        return {"a": torch.arange(1000) >= int(scalar * 1000)}
+
+    def read(masks: dict[str, Tensor]) -> float:  # falls slower at first than the line from end to end
+        share = 1 - float(masks["a"].double().mean())
+        return 1 - 0.8 * share**1.5
+
+    scalar, reading = steadied(masks_at, read, 0.6, 0.3)
+    assert reading == read(masks_at(scalar))
+    assert 0.6 * 0.98 <= reading <= 0.6
+    assert steadied(masks_at, read, 0.6, 0.64) == (0.64, read(masks_at(0.64)))  # 0.5904: near enough
+    assert steadied(masks_at, read, 0.1, 0.3)[1] == pytest.approx(0.2, abs=0.01)  # out of reach: the nearest
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "reached", "why"),
+    [
+        (
+            "drawn",
+            {"sparsity": {"head": 1.0}},
+            2,
+            r"^0.89\d* \(.* MACs\) is [\d.]+% below the target: the last 2 units go together, of 2 groups of kind "
+            r"head, and without that step it would be 1\.0000 \(.* MACs\)$",
+        ),
+        ("drawn", {"sparsity": {"head": 1.0}, "scope": "global"}, 1, None),
+        (
+            "drawn",
+            {"sparsity": {"head": 1.0}, "rules": [{"match": ".*", "sparsity": 0.67}]},
+            4,
+            r"below the target: what the rules remove comes to that, and nothing else has to go$",
+        ),
+    ],
+)
+def test_a_miss_is_explained_in_words(method: str, settings: dict, reached: int, why: str | None) -> None:
+    model, whole = tiny("vit"), cost(tiny("vit"), "macs")
+    heads = cost(prune(model, "drawn", {"head": 0.34}, scope="layer"), "macs") / whole  # one of three in both blocks
+    limit = (1 + heads) / 2 + 0.001
+    (cycle,) = compress(model, plan_for(method, settings.pop("sparsity"), target={"macs": limit}, **settings), ())
+    assert sum(3 - block.attn.num_heads for block in model.blocks) == reached
+    record = cycle.cost["macs"]
+    assert record["reached"] == cost(model, "macs") / whole
+    if why is None:
+        assert "why" not in record
+        assert 0.98 <= record["reached"] / limit <= 1
+    else:
+        assert re.search(why, record["why"])
+        assert record["reached"] / limit < 0.98
+
+
+def test_masks_that_were_chosen_before_are_explained_as_well(vit: nn.Module) -> None:
+    groups, plan = find_groups(vit, ["ffn"]), plan_for("drawn", {"ffn": 1.0}, target={"macs": 0.7})
+    masks = {group.name: torch.arange(192) < 96 for group in groups}
+    (cycle,) = compress(vit, plan, (), masks)
+    assert cycle.cost["macs"]["why"].endswith("% above the target: the masks were not chosen for it")
+
+
+def smallest(model: nn.Module, what: str) -> int:
+    """What is left where one unit of every group of the drawn method's usual kinds is."""
+    groups = find_groups(model, ["ffn", "attention"])
+    masks = {g.name: (torch.arange(g.units) % g.shape[-1] == 0).view(g.shape) for g in groups}
+    return cost(shrink(copy.deepcopy(model), groups, masks), what)
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ({"macs": "lots"}, r"^prune.target.macs: 'lots' is no quantity; give a fraction, .*; {}$"),
+        ({"macs": "600 MB"}, r"^prune.target.macs: '600 MB' is no quantity; .*; {}$"),
+        ({"macs": "-3M"}, r"^prune.target.macs: '-3M' is no quantity; .*; {}$"),
+        ({"macs": "2G"}, r"^prune.target: 2G MACs is not less than the dense model has; {}$"),
+        ({"macs": 10**9}, r"^prune.target: 1G MACs is not less than the dense model has; {}$"),
+        ({"macs": "20K"}, r"^prune.target: 20K MACs cannot be reached, {}$"),
+        ({"macs": 0.01}, r"^prune.target: 0.01 of the dense model cannot be reached, {}$"),
+    ],
+)
+def test_a_target_out_of_reach_is_told_what_there_is(vit: nn.Module, target: dict, why: str) -> None:
+    whole, least = cost(vit, "macs"), smallest(vit, "macs")
+    has = rf"the smallest is {least / whole:.4f} \({said(least)} MACs\); the dense model has {said(whole)} MACs"
+    with pytest.raises(BadInput, match=why.replace("{}", has)) as refused:
+        prune(vit, "drawn", None, target=target)
+    assert "\n" not in str(refused.value)
+
+
+def test_milliseconds_out_of_reach_are_told_what_there_is() -> None:
+    for asked, why in (
+        (1e5, "100K ms is not less than the dense model has; the smallest"),
+        (1e-6, "cannot be reached"),
+    ):
+        with pytest.raises(BadInput, match=why):
+            prune(tiny("vit").float(), "drawn", None, target={"latency_ms": asked})
+    for asked in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(BadInput, match=r"^prune.target.latency_ms: .* is not above 0 \(milliseconds of a forward"):
+            prune(tiny("vit"), "drawn", None, target={"latency_ms": asked})
+    with pytest.raises(
+        BadInput, match=r"^prune.target.latency: 20 is not above 0 and below 1 .*; for milliseconds: lat"
+    ):
+        prune(tiny("vit"), "drawn", None, target={"latency": 20})
+
+
+def test_fractions_and_steps_do_not_go_with_an_absolute_target() -> None:
+    schedule = Schedule(steps=[0.2, 0.5])
+    with pytest.raises(BadInput, match=r"^prune.schedule.steps: are fractions, and the target is not"):
+        plan_for("drawn", None, cycles=2, schedule=schedule, target={"macs": "600M"})
+    assert plan_for("drawn", None, cycles=2, schedule=schedule, target={"macs": "0.5"}).target == {"macs": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("600M", 6e8), ("1.26 G", 1.26e9), ("12K", 12e3), ("600", 600), ("0.5", 0.5), (".5", 0.5), ("6e8", 6e8), (7, 7)],
+)
+def test_quantities_by_hand(text: str | float, number: float) -> None:
+    assert number_of(text) == number
+
+
+@pytest.mark.parametrize(
+    "text", ["", "M", "6m", "1,2G", "-1K", "1 2", "nan", "inf", "0x10", "٣M", "5%", True, None, 1e999]
+)
+def test_what_is_no_quantity(text: object) -> None:
+    with pytest.raises(ValueError, match="is no quantity; give a fraction, a whole number, or one with K, M or G"):
+        number_of(text)
+
+
+def test_numbers_are_said_in_four_digits() -> None:
+    assert [said(n) for n in (12.345678, 9999, 10_000, 572_416, 1_258_000_000, 999_999, 1_000_000)] == [
+        "12.35",
+        "9999",
+        "10K",
+        "572.4K",
+        "1.258G",
+        "1000K",
+        "1M",
+    ]

@@ -1,0 +1,105 @@
+"""The correction of norms and biases towards the dense model's answers."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tests.support.tiny_models import batches, tiny
+from vitprune import BadInput, find_groups, plan_for
+from vitprune.criteria import DEFAULTS, Setting
+from vitprune.criteria.fisher_directions import pulls
+from vitprune.pruning import norm_correction as module
+from vitprune.pruning.norm_correction import answers, correct
+from vitprune.pruning.prune import compress
+
+
+def disturbed(name: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and the same with other norms and biases."""
+    model = tiny(name)
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    for key, parameter in other.named_parameters():
+        if "norm" in key or key.endswith("bias"):
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model, other
+
+
+def slow_system(model: nn.Module, names: list[str], wanted: list[Tensor], images: list[Tensor], seed: int) -> Tensor:
+    """Slopes by one backward pass per image and direction, of whole parameters."""
+    rows, first = [], 0
+    for batch, aim in zip(images, wanted, strict=True):
+        for place in range(len(batch)):
+            values = {name: model.get_parameter(name).detach().requires_grad_() for name in names}
+            logits = functional_call(model, values, (batch[place : place + 1],))
+            directions = pulls(aim[place : place + 1].softmax(-1), None, module.PULLS, seed, range(first, first + 1))
+            for pull in directions:
+                slopes = torch.autograd.grad((logits * pull).sum(), list(values.values()), retain_graph=True)
+                rows.append(torch.cat([slope.flatten() for slope in slopes]))
+            first += 1
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt", "extra"])
+def test_slopes_are_those_of_one_image_and_parameter_at_a_time(name: str) -> None:
+    model, other = disturbed(name)
+    given = batches(model)
+    wanted = answers(model, given)
+    layers = module._layers(other)
+    names = [key for layer in layers for key in layer.names]
+    slopes, _ = module._system(other, layers, wanted, given, DEFAULTS)
+    expected = slow_system(other, names, wanted, [images for images, _ in given], 0)
+    torch.testing.assert_close(slopes, expected, rtol=1e-8, atol=1e-12)
+    alone, _ = module._system(other, layers, wanted, given, Setting(memory=1))
+    torch.testing.assert_close(alone, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
+def test_a_correction_helps_on_images_that_it_did_not_see(name: str) -> None:
+    model, other = disturbed(name)
+    given = batches(model, 4, 8)
+    before = copy.deepcopy(other.state_dict())
+    found = correct(other, answers(model, given), given, DEFAULTS)
+    assert found.facts["nats_after"] < 0.9 * found.facts["nats_before"]
+    assert found.values
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_nothing_moves_where_nothing_is_wrong() -> None:
+    model = tiny("vit")
+    found = correct(model, answers(model, batches(model)), batches(model), DEFAULTS)
+    assert found.values == {}
+    assert found.facts["nats_before"] == pytest.approx(0, abs=1e-12)
+
+
+def test_memory_bounds_the_images_that_are_taken() -> None:
+    model, other = disturbed("vit")
+    given = batches(model, 2, 8)
+    width = sum(other.get_parameter(name).numel() for layer in module._layers(other) for name in layer.names)
+    few = correct(other, answers(model, given), given, Setting(memory=width * 8 * module.PULLS * 8))
+    thinner = [(images[::2], labels[::2]) for images, labels in given]
+    same = correct(other, answers(model, thinner), thinner, DEFAULTS)
+    assert few.facts == pytest.approx(same.facts)
+
+
+def test_a_plan_with_a_correction_says_what_it_did_and_beats_the_plan_without() -> None:
+    dense = tiny("vit")
+    given = batches(dense, 4, 8)
+    distance = {}
+    for wanted in (False, True):
+        model = copy.deepcopy(dense)
+        (cycle,) = compress(model, plan_for("unit-obs", 0.4, correct=wanted), given)
+        pairs = zip(answers(dense, given), answers(model, given), strict=True)
+        distance[wanted] = sum(float((a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum()) for a, b in pairs)
+        assert bool(cycle.corrected) == wanted
+    assert cycle.corrected["nats_after"] <= cycle.corrected["nats_before"]
+    assert distance[True] < distance[False]
+    assert find_groups(model, ["ffn"])[0].units < find_groups(dense, ["ffn"])[0].units
+
+
+def test_a_correction_needs_images() -> None:
+    with pytest.raises(BadInput, match=r"^prune.correct: needs images"):
+        list(compress(tiny("vit"), plan_for("channel-magnitude", 0.4, correct=True), []))

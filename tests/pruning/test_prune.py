@@ -1,0 +1,302 @@
+"""The loop of score, select, apply: gradual runs, masks in dense coordinates, updates, and prune() for everyone."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.reference_kl import literal_vit
+from tests.support.tiny_models import answer, batches, images, same_state, state, tiny
+from vitprune import METHODS, BadInput, find_groups, plan_for, prune, score, shrink, zero
+from vitprune.config.train_config import Train
+from vitprune.criteria import Importance, Setting
+from vitprune.criteria import magnitude as by_weights
+from vitprune.evaluation.accuracy import count
+from vitprune.pruning import select
+from vitprune.pruning.cycle_masks import groups_for
+from vitprune.pruning.methods import Method
+from vitprune.pruning.prune import Cycle, compress
+from vitprune.training.loop import Held, classification, train
+
+CLOSE = {"rtol": 0, "atol": 1e-11}
+SINGLE = ["random", "magnitude", "uniform", "lamp", "dimap", "taylor"]
+
+
+def run(model: nn.Module, method: str, sparsity: object, data: object = (), **settings: object) -> list[Cycle]:
+    return list(compress(model, plan_for(method, sparsity, **settings), data))
+
+
+def removed(masks: dict[str, torch.Tensor]) -> int:
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
+def grow(cycles: list[Cycle]) -> bool:
+    pairs = pairwise(cycles)
+    return all(not bool((b.masks[n] & ~a.masks[n]).any()) for a, b in pairs for n in b.masks)
+
+
+@pytest.mark.parametrize("method", SINGLE)
+def test_gradual_weights_reach_the_exact_count_and_stay_zero_in_training(vit: nn.Module, method: str) -> None:
+    data, counts, cycles = batches(vit, 3, 8), [], []
+    recipe = Train(epochs=1, lr=0.01, weight_decay=0.1)
+    for cycle in compress(vit, plan_for(method, 0.6, cycles=3), data):
+        task = classification(vit)
+        train(task, lambda epoch: data, len(data), recipe, 0, lambda row: None, Held(cycle.held, cycle.masks))
+        cycles.append(cycle)
+        counts.append(removed(cycle.masks))
+        for group in cycle.groups:
+            assert torch.equal(vit.get_parameter(group.name) != 0, cycle.masks[group.name])
+    units = sum(group.units for group in cycles[0].groups)
+    pools = {"uniform": [g.units for g in cycles[0].groups], "dimap": [13824, 4608, 36864]}.get(method, [units])
+    assert sum(pools) == units == 55296
+    shares = [0.6 * (1 - (1 - k / 3) ** 3) for k in (1, 2, 3)]
+    assert counts == [sum(int(share * pool + 0.5) for pool in pools) for share in shares]
+    assert grow(cycles)
+    assert [cycle.number for cycle in cycles] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        {"ffn": 0.6},
+        {"attention": 0.5},
+        {"residual": 0.4},
+        {"head": 0.34},
+        {"ffn": 0.6, "attention": 0.5, "residual": 0.3},
+    ],
+)
+def test_cutting_step_by_step_is_cutting_once_by_the_last_masks(vit: nn.Module, sparsity: dict[str, float]) -> None:
+    once = tiny("vit")
+    cycles = run(vit, "channel-taylor", sparsity, batches(vit), cycles=3)
+    groups = find_groups(once, list(sparsity))
+    masks = cycles[-1].masks
+    assert {n: m.shape for n, m in masks.items()} == {g.name: torch.Size(g.shape) for g in groups}
+    shrink(once, groups, masks)
+    now, expected = vit.state_dict(), once.state_dict()
+    assert now.keys() == expected.keys()
+    for name in now:
+        torch.testing.assert_close(now[name], expected[name], **CLOSE)
+    x = images(vit)
+    torch.testing.assert_close(answer(vit, x), answer(once, x), **CLOSE)
+    if "head" not in sparsity:
+        torch.testing.assert_close(answer(vit, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
+    assert grow(cycles)
+
+
+def test_cutting_merged_heads_step_by_step() -> None:
+    model = tiny("vit")
+    x = images(model)
+    cycles = run(model, "channel-taylor", {"attention": 0.7}, batches(model), cycles=3, heads=1)
+    masks = cycles[-1].masks
+    assert {n: tuple(m.shape) for n, m in masks.items()} == {"blocks.0.attn": (1, 48), "blocks.1.attn": (1, 48)}
+    assert [(b.attn.num_heads, b.attn.head_dim) for b in model.blocks] == [(1, 14), (1, 14)]
+    torch.testing.assert_close(answer(model, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
+
+
+def test_swin_cut_step_by_step(swin: nn.Module) -> None:
+    once = tiny("swin")
+    cycles = run(swin, "channel-taylor", {"attention": 0.5, "ffn": 0.5}, batches(swin), cycles=3, scope="global")
+    shrink(once, find_groups(once, ["attention", "ffn"]), cycles[-1].masks)
+    x = images(swin)
+    torch.testing.assert_close(answer(swin, x), answer(once, x), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "head"])
+def test_gradual_is_one_shot_where_a_cut_changes_no_other_score(kind: str) -> None:
+    gradual, at_once = tiny("vit"), tiny("vit")
+    last = run(gradual, "channel-magnitude", {kind: 0.6}, cycles=3, schedule="linear")[-1]
+    first = run(at_once, "channel-magnitude", {kind: 0.6})[0]
+    assert all(torch.equal(last.masks[name], first.masks[name]) for name in first.masks)
+    assert same_state(gradual, state(at_once))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "lamp", "uniform", "dimap"])
+def test_gradual_weights_without_training_are_one_shot(method: str) -> None:
+    # what is gone is the smallest of its layer, so its going changes no score that is left
+    gradual, at_once = tiny("vit"), tiny("vit")
+    last, first = run(gradual, method, 0.6, cycles=3)[-1], run(at_once, method, 0.6)[0]
+    assert all(torch.equal(last.masks[name], first.masks[name]) for name in first.masks)
+
+
+def test_scores_and_groups_are_in_the_coordinates_of_the_dense_model(vit: nn.Module) -> None:
+    dense = tiny("vit")
+    expected = score(dense, find_groups(dense, ["ffn"]), "magnitude")
+    for cycle in run(vit, "channel-magnitude", {"ffn": 0.6}, cycles=3):
+        assert [g.shape for g in cycle.groups] == [(192,), (192,)]
+        for name, found in cycle.scores.items():
+            scored = found != 0
+            torch.testing.assert_close(found[scored], expected[name][scored])
+            assert not bool((cycle.masks[name] & ~scored).any())
+    assert int((~scored).sum()) == 111  # what the first two of three cubic cycles removed: 0.6 * (1 - 1/27) of 192
+    assert cycle.held == []
+
+
+def test_masks_chosen_before_are_those_of_the_first_cycle(vit: nn.Module) -> None:
+    plan = plan_for("magnitude", 0.5, cycles=2)
+    groups = groups_for(vit, plan)
+    first = select(score(vit, groups, "random"), plan.targets()[0]["weight"])
+    cycles = list(compress(vit, plan, (), first))
+    assert cycles[0].scores == {}
+    assert all(torch.equal(cycles[0].masks[name], first[name]) for name in first)
+    assert grow(cycles)
+    assert removed(cycles[1].masks) == 55296 // 2
+    assert [group.name for group in cycles[1].held] == [group.name for group in groups]
+
+
+def test_an_update_comes_before_the_cut(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A criterion whose survivors double their output, and whose bias becomes the number of units that stay."""
+    seen = []
+
+    def doubling(model: nn.Module, groups, data, setting: Setting) -> Importance:
+        def update(masks):
+            seen.append({name: tuple(mask.shape) for name, mask in masks.items()})
+            doubled = {f"{name}.fc2.weight": 2 * model.get_parameter(f"{name}.fc2.weight") for name in masks}
+            left = {n: torch.full_like(model.get_parameter(f"{n}.fc2.bias"), float(m.sum())) for n, m in masks.items()}
+            return doubled | {f"{name}.fc2.bias": value for name, value in left.items()}
+
+        return Importance(by_weights.magnitude(model, groups, data, setting).scores, update)
+
+    monkeypatch.setitem(METHODS, "doubling", Method(doubling, {"ffn": "layer"}, ("ffn",), False, "for this test"))
+    dense = tiny("vit")
+    cycles = run(vit, "doubling", 0.75, cycles=2, schedule="linear")
+    assert seen == [{"blocks.0.mlp": (192,), "blocks.1.mlp": (192,)}, {"blocks.0.mlp": (120,), "blocks.1.mlp": (120,)}]
+    for number, block in enumerate(vit.blocks):
+        kept = cycles[-1].masks[f"blocks.{number}.mlp"]
+        assert torch.equal(block.mlp.fc2.weight, 4 * dense.blocks[number].mlp.fc2.weight[:, kept])
+        assert torch.equal(block.mlp.fc2.bias, torch.full_like(block.mlp.fc2.bias, 48.0))
+        assert torch.equal(block.mlp.fc1.weight, dense.blocks[number].mlp.fc1.weight[kept])
+
+
+def test_an_update_of_weights_is_followed_by_the_zeros(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ones(model: nn.Module, groups, data, setting: Setting) -> Importance:
+        scores = by_weights.magnitude(model, groups, data, setting).scores
+        return Importance(scores, lambda masks: {name: torch.ones(mask.shape) for name, mask in masks.items()})
+
+    monkeypatch.setitem(METHODS, "ones", Method(ones, {"weight": "global"}, ("weight",), False, "for this test"))
+    cycle = run(vit, "ones", 0.5)[0]
+    for name, mask in cycle.masks.items():
+        assert torch.equal(vit.get_parameter(name), mask.double())
+
+
+def test_every_method_prunes_a_vit_and_leaves_it_untouched() -> None:
+    model = tiny("thin")
+    before, data, x = state(model), batches(model), images(model)
+    for method, row in METHODS.items():
+        pruned = prune(model, method, None if method == "n:m" else 0.5, data, x)
+        assert same_state(model, before)
+        if row.kinds == ("block",):
+            assert len(pruned.blocks) == 1
+            continue
+        if row.kinds == ("weight",):
+            weights = [pruned.get_parameter(g.name) for g in find_groups(pruned, ["weight"])]
+            assert sum(int((w == 0).sum()) for w in weights) * 2 == sum(w.numel() for w in weights)
+        elif set(row.scopes.values()) == {"macs"}:
+            rest = 16 * 3 * 8 * 8 * 48 + 48 * 7  # MACs of the patch embedding and the head, where nothing goes
+            assert 0.5 < (count(pruned, x).macs - rest) / (count(model, x).macs - rest) < 0.53
+        else:
+            width = 8 if "attention" in row.kinds else 16
+            assert [(b.attn.head_dim, b.mlp.fc1.out_features) for b in pruned.blocks] == [(width, 12)] * 2
+        assert answer(pruned, x).shape == (3, 7)
+
+
+def test_prune_takes_a_sparsity_per_kind(vit: nn.Module) -> None:
+    pruned = prune(vit, "channel-magnitude", {"ffn": 0.25, "head": 0.34, "residual": 0.5}, example_input=images(vit))
+    assert [(b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in pruned.blocks] == [(2, 16, 144)] * 2
+    assert pruned.embed_dim == 24
+    nothing = prune(vit, "magnitude", 0.0)
+    assert same_state(nothing, state(vit))
+
+
+def test_prune_keeps_training_mode_and_is_the_same_each_time(vit: nn.Module) -> None:
+    first = prune(vit.train(), "random", 0.5, example_input=images(vit), seed=3)
+    assert first.training
+    assert vit.training
+    assert same_state(prune(vit, "random", 0.5, seed=3), state(first))
+    assert not same_state(prune(vit, "random", 0.5, seed=4), state(first))
+
+
+def test_prune_checks_its_result(vit: nn.Module) -> None:
+    with torch.no_grad():
+        vit.head.bias[0] = float("inf")
+    with pytest.raises(BadInput, match=r"^VisionTransformer: the pruned model's output is not finite"):
+        prune(vit, "magnitude", 0.5, example_input=images(vit))
+    assert prune(vit, "magnitude", 0.5) is not vit
+
+
+def test_a_nan_weight_is_named(vit: nn.Module) -> None:
+    with torch.no_grad():
+        vit.blocks[1].attn.proj.weight[0, 0] = float("nan")
+    for method in ("magnitude", "taylor"):
+        with pytest.raises(BadInput, match=r"scores are NaN; check the model's weights"):
+            prune(vit, method, 0.5, batches(vit))
+
+
+def test_a_nan_weight_is_not_scored_as_zero_energy(vit: nn.Module) -> None:
+    with torch.no_grad():
+        vit.blocks[1].attn.proj.weight[0, 0] = float("nan")
+    with pytest.raises(BadInput, match=r"^blocks.1.attn.proj.weight: .* NaN"):
+        prune(vit, "lamp", 0.5)
+
+
+def test_high_sparsity_leaves_one_unit_of_every_group(vit: nn.Module) -> None:
+    pruned = prune(vit, "channel-magnitude", 0.999, example_input=images(vit), scope="global")
+    assert all(block.mlp.fc1.out_features >= 1 for block in pruned.blocks)
+    assert sum(block.mlp.fc1.out_features for block in pruned.blocks) == 2
+    assert [block.attn.head_dim for block in pruned.blocks] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsity", "settings", "why"),
+    [
+        ("best", 0.5, {}, r"^method 'best': unknown; use one of random, magnitude"),
+        ("magnitude", None, {}, r"^prune.sparsity: method magnitude needs one"),
+        ("magnitude", 1.0, {}, r"^prune.sparsity.weight: 1.0 is not at least 0 and below 1"),
+        ("magnitude", -0.1, {}, r"^prune.sparsity.weight: -0.1 is not"),
+        ("magnitude", float("nan"), {}, r"^prune.sparsity.weight: nan is not"),
+        ("magnitude", {"ffn": 0.5}, {}, r"^prune.sparsity.ffn: method magnitude prunes only weight$"),
+        ("channel-magnitude", {"block": 0.5}, {}, r"^prune.sparsity.block: method channel-magnitude prunes only"),
+        ("channel-magnitude", {"head": 0.5, "attention": 0.5}, {}, r"^prune.sparsity: head and attention cut the same"),
+        ("magnitude", {}, {}, r"^prune.sparsity: "),
+        ("lamp", 0.5, {"scope": "layer"}, r"^prune.scope 'layer': method lamp has a scope of its own; leave it null"),
+        ("random", 0.5, {"scope": "all"}, r"^prune.scope 'all': unknown"),
+        ("channel-magnitude", 0.5, {"scope": "2:4"}, r"^prune.scope '2:4': "),
+        ("channel-magnitude", 0.5, {"scope": "head"}, r"^prune.scope 'head': |scope 'head' needs"),
+        ("n:m", 0.3, {}, r"^prune: an N:M scope removes 0.5 at once"),
+        ("n:m", None, {"cycles": 2}, r"^prune: an N:M scope removes 0.5 at once"),
+        ("n:m", None, {"scope": "1:0"}, r"N must be between 1 and M - 1"),
+        ("magnitude", 0.5, {"schedule": "sudden"}, r"^schedule 'sudden'"),
+        ("magnitude", 0.5, {"cycles": 0}, r"^cycles 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(vit: nn.Module, method, sparsity, settings, why) -> None:
+    with pytest.raises(BadInput, match=why) as refused:
+        run(vit, method, sparsity, **settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unsupported_model_is_refused_before_anything_happens() -> None:
+    with pytest.raises(BadInput, match=r"^Linear: this model is not supported yet"):
+        prune(nn.Linear(3, 3), "magnitude", 0.5)
+
+
+@pytest.mark.parametrize(("scope", "share"), [("2:4", 0.5), ("1:4", 0.75), ("4:8", 0.5)])
+def test_n_of_m_by_name(vit: nn.Module, scope: str, share: float) -> None:
+    pruned = prune(vit, "n:m", None, scope=scope)
+    n, m = map(int, scope.split(":"))
+    for group in find_groups(pruned, ["weight"]):
+        runs = pruned.get_parameter(group.name).reshape(-1, m)
+        assert ((runs != 0).sum(1) == n).all()
+    assert plan_for("n:m", None, scope).sparsity == {"weight": share}
+
+
+def test_prune_is_score_select_and_apply_by_hand(vit: nn.Module) -> None:
+    groups = find_groups(vit, ["ffn"])
+    data = batches(vit)
+    masks = select(score(vit, groups, "taylor", data), 0.5, "isomorphic", groups, keep_at_least=1)
+    by_hand = shrink(copy.deepcopy(vit), groups, masks)
+    assert same_state(prune(vit, "channel-taylor", {"ffn": 0.5}, data, scope="isomorphic"), state(by_hand))
+    weights = find_groups(vit, ["weight"])
+    masks = select(score(vit, weights, "energy"), 0.3, "module", weights)
+    assert same_state(prune(vit, "dimap", 0.3), state(zero(copy.deepcopy(vit), weights, masks)))

@@ -1,0 +1,185 @@
+"""The race to the kept set: against exact sets of made-up scores, of tiny models, and through the library."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_stages import ORDER, project_in
+from torch import Tensor, nn
+
+from tests.support.tiny_models import batches, tiny
+from vitprune import find_groups, prune
+from vitprune.criteria import DEFAULTS, Setting
+from vitprune.criteria.kl.exact import exact
+from vitprune.criteria.kl.fisher import fisher
+from vitprune.errors import BadInput
+from vitprune.pipeline import stages
+from vitprune.pruning import select
+from vitprune.pruning.prune import compress, plan_for
+from vitprune.pruning.rescoring import Settled, race, settle
+from vitprune.pruning.rescoring_posterior import Evidence, doubt, doubtful
+from vitprune.pruning.select import contests
+
+IMAGES = 400
+
+
+def made_up(units: int = 300, seed: int = 0, noise: float = 0.4, ratio: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Exact scores and a surrogate's, (units, images): few images weigh much, and each unit has a ratio of its own."""
+    source = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source, dtype=torch.float64)
+
+    control = (normal(units, 1) + normal(1, IMAGES) + 0.5 * normal(units, IMAGES)).exp()
+    return control * (ratio * normal(units, 1) + noise * normal(units, IMAGES) - 0.1).exp(), control
+
+
+def raced(measured: Tensor, control: Tensor | None, setting: Setting, surrogate: Tensor, seed: int = 0) -> Settled:
+    scores = {"a": surrogate}
+    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
+    return race(
+        scores,
+        {"a": "ffn"},
+        contests(scores, 0.5),
+        lambda chosen, places: {name: measured[units][:, places] for name, units in chosen.items()},
+        None if control is None else (lambda places: control[:, places]),
+        order,
+        replace(setting, seed=seed),
+    )
+
+
+def overlap(scores: Tensor, exact_scores: Tensor) -> float:
+    kept, right = (select({"a": s}, 0.5)["a"] for s in (scores, exact_scores))
+    return float((kept & right).sum() / right.sum())
+
+
+def test_the_expected_overlap_is_the_one_that_comes() -> None:
+    found, promised, shares = [], [], []
+    for seed in range(8):
+        measured, control = made_up(seed=seed)
+        settled = raced(measured, control, replace(DEFAULTS, confidence=0.98), control.sum(1), seed)
+        found.append(overlap(settled.scores["a"], measured.sum(1)))
+        promised.append(settled.facts["expected_overlap"])
+        shares.append(settled.facts["evaluations_share"])
+    assert min(promised) >= 0.98
+    assert sum(found) / 8 > 0.98
+    assert abs(sum(found) - sum(promised)) / 8 < 0.012
+    assert sum(shares) / 8 < 0.2
+
+
+@pytest.mark.parametrize("controlled", [True, False])
+def test_to_full_confidence_the_kept_set_is_the_exact_one(controlled: bool) -> None:
+    measured, control = made_up(units=60)
+    settled = raced(measured, control if controlled else None, replace(DEFAULTS, confidence=1 - 1e-9), control.sum(1))
+    assert overlap(settled.scores["a"], measured.sum(1)) == 1
+    assert 0 < settled.facts["evaluations"] <= 60 * IMAGES
+
+
+def test_a_control_saves_measurements() -> None:
+    measured, control = made_up()
+    setting = replace(DEFAULTS, confidence=0.98)
+    with_it, without = (raced(measured, c, setting, control.sum(1)).facts["evaluations"] for c in (control, None))
+    assert with_it < 0.8 * without
+
+
+def test_a_surrogate_that_is_wrong_is_found_out() -> None:
+    measured, control = made_up(ratio=1.5)
+    before = overlap(control.sum(1), measured.sum(1))
+    settled = raced(measured, control, replace(DEFAULTS, confidence=0.98), control.sum(1))
+    assert before < 0.8
+    assert overlap(settled.scores["a"], measured.sum(1)) > 0.95
+
+
+def test_evidence_is_exact_once_all_images_are_seen() -> None:
+    measured, control = made_up(units=20)
+    state = Evidence(control.sum(1), torch.zeros(20, dtype=torch.int64), IMAGES)
+    mean, deviation = state.posterior()
+    torch.testing.assert_close(mean, control.sum(1).log())
+    assert deviation.tolist() == pytest.approx([0.5] * 20)
+    state.add(torch.arange(12), measured[:12, :50], control[:12, :50])
+    some = state.posterior()[1]
+    assert bool((some[:12] < some[12:].min()).all())
+    state.add(torch.arange(6), measured[:6, 50:], torch.zeros(6, IMAGES - 50))
+    mean, deviation = state.posterior()
+    assert deviation[:6].tolist() == [0] * 6
+    torch.testing.assert_close(state.scores()[:6], measured[:6].sum(1), rtol=1e-12, atol=0)
+
+
+def test_doubt_by_hand() -> None:
+    draws = torch.tensor([[0.0, 0, 0, 0], [0, 0, 2, 0], [0, -3, 0, 0], [0, 0, 0, 0]])
+    found = doubt(torch.tensor([1.0, 3, 2, 4]), torch.ones(4), 2, draws)  # 1 and 3 stay, in two of the draws 2 and 3
+    assert found.wrong.tolist() == [0, 0.5, 0.5, 0]
+    assert found.overlap == 0.75
+    everyone, effort = torch.ones(4, dtype=torch.bool), torch.tensor([1, 0.5, 0.6, 1])
+    assert sorted(doubtful(found.wrong, everyone, effort, 0.1).tolist()) == [1, 2]
+    assert doubtful(found.wrong, everyone, effort, 0.25).tolist() == [1]  # the cheaper one
+    assert doubtful(found.wrong, torch.tensor([True, False, True, True]), effort, 0.25).tolist() == []
+    assert doubt(torch.ones(4), torch.ones(4), 0, draws).overlap == 1
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "head", "isomorphic"])
+def test_select_is_its_contests(scope: str, vit: nn.Module) -> None:
+    groups = find_groups(vit, ["attention"])
+    source = torch.Generator().manual_seed(0)
+    scores = {group.name: torch.rand(group.shape, generator=source) for group in groups}
+    before = select(scores, 0.2, scope, groups)
+    for previous in (None, before):
+        masks = select(scores, 0.5, scope, groups, previous, 1)
+        for contest in contests(scores, 0.5, scope, groups, previous, 1):
+            values = torch.cat([scores[name].flatten()[places] for name, places in contest.places])
+            stays = torch.cat([masks[name].flatten()[places] for name, places in contest.places])
+            assert int((~stays).sum()) == contest.remove
+            assert bool(values[stays].min() > values[~stays].max())
+
+
+def test_a_tiny_model_is_settled_to_its_exact_set(vit: nn.Module) -> None:
+    kinds = {"ffn": "layer", "head": "layer", "residual": "layer"}
+    groups, data = find_groups(vit, list(kinds)), batches(vit, 4, 4)
+    setting = replace(DEFAULTS, confidence=1 - 1e-9, classes=4)
+    scores = fisher(vit, groups, data, setting).scores
+    fields = [c for k in kinds for c in contests({g.name: scores[g.name] for g in groups if g.kind == k}, 0.5, "layer")]
+    settled = settle(vit, groups, data, scores, fields, setting)
+    again = settle(vit, groups, data, scores, fields, setting)
+    exact_scores = exact(vit, groups, data, setting).scores
+    for name, mask in select(settled.scores, 0.5, "layer").items():
+        assert torch.equal(mask, select(exact_scores, 0.5, "layer")[name])
+        assert torch.equal(settled.scores[name], again.scores[name])
+    measured = torch.cat([s.flatten() for s in settled.scores.values()])
+    expected = torch.cat([s.flatten() for s in exact_scores.values()])
+    close = (measured / expected - 1).abs() < 1e-9
+    assert 0.1 < float(close.double().mean()) < 1  # those near the threshold, to the last image
+    assert settled.facts["units"] == len(measured)
+    assert json.loads(json.dumps(settled.facts)) == settled.facts
+    with pytest.raises(BadInput, match=r"^upvits: needs images; give batches$"):
+        settle(vit, groups, [], scores, fields, setting)
+
+
+def test_the_default_method_settles_every_cycle(vit: nn.Module) -> None:
+    plan = plan_for("upvits", {"ffn": 0.5, "attention": 0.25}, cycles=2)
+    cycles = list(compress(vit, plan, batches(vit, 2, 4)))
+    assert [cycle.facts["images"] for cycle in cycles] == [8, 8]
+    assert all(cycle.facts["expected_overlap"] > 0.98 for cycle in cycles)
+    assert int(cycles[1].masks["blocks.0.mlp"].sum()) == 96
+    assert cycles[1].facts["units"] < cycles[0].facts["units"]
+    dense = tiny("vit")
+    inputs = batches(dense)[0][0]
+    pruned = prune(dense, "upvits", 0.25, batches(dense), inputs)
+    assert pruned.blocks[0].mlp.fc1.out_features == 144
+
+
+def test_the_mask_stage_settles(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    project = project_in(tmp_path / "one", method="upvits", sparsity={"ffn": 0.5}, cycles=1)
+    for stage in ORDER[:5]:
+        monkeypatch.chdir(project)
+        stages.run(stage, project)
+    facts = json.loads((project / "metrics" / "mask.json").read_text())
+    assert facts["settled"]["images"] == 100
+    assert facts["settled"]["expected_overlap_ffn"] >= 0.99
+    assert facts["sparsity"]["ffn"] == 0.5
+
+
+@pytest.mark.parametrize(("sparsity", "cycles"), [(0.0, 1), ({"head": 0.34}, 3)])
+def test_where_nothing_goes_there_is_nothing_to_settle(vit: nn.Module, sparsity: object, cycles: int) -> None:
+    found = list(compress(vit, plan_for("upvits", sparsity, cycles=cycles), batches(vit, 2, 4)))
+    assert any(cycle.facts == {} for cycle in found)

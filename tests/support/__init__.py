@@ -1,0 +1,1 @@
+"""Models, projects, servers and reference implementations shared by the tests."""

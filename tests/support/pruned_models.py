@@ -1,0 +1,68 @@
+"""Tiny models of every family, cut unevenly: what timm's interfaces and the exporters are tried on."""
+
+from collections.abc import Sequence
+
+import timm
+import torch
+from torch import nn
+
+from tests.support.tiny_models import ZOO, random_masks, redrawn
+from vitprune import find_groups, shrink
+
+DEEP = {"depth": 4}
+DEIT3 = {"init_values": 0.1, "no_embed_class": True}
+FAMILIES = {
+    "vit": ("vit_tiny_patch16_224", ZOO["vit"][1] | DEEP),
+    "distilled": ("deit_tiny_distilled_patch16_224", ZOO["distilled"][1] | DEEP),
+    "deit3": ("deit3_small_patch16_224", ZOO["vit"][1] | DEEP | DEIT3),
+    "registers": ("vit_tiny_patch16_224", ZOO["extra"][1] | DEEP),
+    "swin": ZOO["swin"],
+    "pvt": ZOO["pvt"],
+    "pvt-linear": ZOO["pvt-linear"],
+}
+CUTS = {
+    "units": ("ffn", "attention"),
+    "heads": ("head", "ffn"),
+    "stream": ("residual", "attention", "ffn"),
+    "blocks": ("block", "residual", "head"),
+}
+EVERYTHING = ("head", "attention", "ffn", "residual")
+TRANSFORMERS = ("vit", "distilled", "deit3", "registers")  # of which whole blocks may go
+CASES = [(family, cut) for family in FAMILIES for cut in CUTS if cut != "blocks" or family in TRANSFORMERS]
+
+
+def dense_of(family: str) -> nn.Module:
+    """A dense model in float32."""
+    architecture, args = FAMILIES[family]
+    return redrawn(timm.create_model(architecture, **args), 0)
+
+
+def masks_of(groups: list) -> dict[str, torch.Tensor]:
+    """Masks by which every group keeps another number of units; of blocks, a hybrid one is left."""
+    masks = {}
+    for index, group in enumerate(groups):
+        if group.kind == "block":
+            masks[group.name] = torch.ones(group.shape, dtype=torch.bool)
+            masks[group.name][1:3] = False
+        else:
+            masks |= random_masks([group], min(1 + index % 5, group.shape[-1] - 1), seed=index)
+    return masks
+
+
+def cut_of(family: str, cut: str) -> nn.Module:
+    """A model cut kind by kind."""
+    return cut_by(family, CUTS[cut])
+
+
+def all_cut(family: str) -> nn.Module:
+    """A model that has lost units of every kind that it can lose."""
+    return cut_by(family, EVERYTHING + (("block",) if family in TRANSFORMERS else ()))
+
+
+def cut_by(family: str, kinds: Sequence[str]) -> nn.Module:
+    """A model cut kind by kind."""
+    model = dense_of(family)
+    for kind in kinds:
+        groups = find_groups(model, [kind])
+        shrink(model, groups, masks_of(groups))
+    return model.eval()

@@ -1,0 +1,36 @@
+"""Scores a tiny model by Fisher, slowly, in a process of its own: sharding_worker.py DIRECTORY SECONDS_PER_BATCH."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tests.support.tiny_models import batches, tiny
+from vitprune import Group, find_groups
+from vitprune.criteria import DEFAULTS, Batches, Importance, Setting
+from vitprune.criteria.kl.fisher import fisher
+from vitprune.models.io import write_weights
+from vitprune.pipeline import score_stage
+
+
+def slow(model: nn.Module, groups: Sequence[Group], data: Batches, setting: Setting) -> Importance:
+    """Fisher, with time to be killed in."""
+    time.sleep(float(sys.argv[2]))
+    return fisher(model, groups, data, setting)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    directory, model = Path(sys.argv[1]), tiny("vit")
+    work = score_stage.Work(slow, find_groups(model, ["ffn", "residual"]), batches(model, 5, 2), DEFAULTS)
+    with score_stage.team() as mates:
+        found = work.importance(model, True, directory / "partial", mates)
+    if found is not None:
+        write_weights(found.scores, directory / "scores.safetensors")
+
+
+if __name__ == "__main__":
+    main()

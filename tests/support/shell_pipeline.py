@@ -1,0 +1,65 @@
+"""A toy pipeline: the ten stages of dvc.yaml as one shell script, to try how processes are run, killed and resumed.
+
+What happens in a stage is switched by files that DVC does not know: `sleep_STAGE`, `bad_STAGE`, `lost_STAGE` and
+`code_STAGE`, which holds an exit code.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+
+SCRIPT = """set -e
+stage=$1; shift
+echo "$stage begins"
+if [ -f bad_$stage ]; then echo 'Error: params.yaml: prune.sparsity is 2; give 0 to 1' >&2; exit 2; fi
+if [ -f lost_$stage ]; then rm lost_$stage; kill -9 $$; fi
+if [ -f code_$stage ]; then exit $(cat code_$stage); fi
+for out in "$@"; do
+  case $out in
+    */) mkdir -p $out; echo "$stage made this" > ${out}weights ;;
+    metrics/evaluate.json | metrics/latency.json) cp $(basename $out) $out ;;
+    *.json) mkdir -p metrics; echo '{"top1": 90.0}' > $out ;;
+    *.csv) mkdir -p plots; echo 'step,loss' > $out ;;
+    *) mkdir -p data; echo "$stage made this" > $out ;;
+  esac
+  if [ -f sleep_$stage ]; then (sleep 600.25) & wait; fi
+done
+"""
+
+RESULT = """{"top1": 97.0, "top5": 99.0, "params": 1000000, "nonzero_params": 1000000, "macs": 2000000,
+"nonzero_macs": 2000000, "nominal_macs": 2000000}"""
+SPEED = '{"latency_ms": {"median": 1.0, "p10": 0.9, "p90": 1.1}, "throughput": 1000.0}'
+
+
+def make(project: Path) -> Path:
+    """Make a project of git and DVC whose stages are the shell script's."""
+    project.mkdir()
+    pipeline = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())
+    for name, stage in pipeline["stages"].items():
+        outs = [*stage["outs"], *(next(iter(file)) for file in [*stage.get("metrics", []), *stage.get("plots", [])])]
+        stage["cmd"] = f"sh stage.sh {name} {' '.join(outs)}"
+        stage["deps"] = ["stage.sh", *(dep for dep in stage["deps"] if not dep.startswith("vitprune/"))]
+    (project / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    (project / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    (project / "stage.sh").write_text(SCRIPT)
+    (project / "evaluate.json").write_text(f'{{"dense": {RESULT}, "pruned": {RESULT}, "kept": {{"params": 1.0}}}}')
+    (project / "latency.json").write_text(f'{{"dense": {SPEED}, "pruned": {SPEED}, "environment": {{}}}}')
+    (project / ".gitignore").write_text("/out/\n/metrics/\n/plots/\n/data/\n/.vitprune/\n/ml*\n")
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=project, check=True)
+    (project / ".dvc/config").write_text((REPOSITORY / ".dvc/config").read_text())
+    return project
+
+
+def flow(project: Path, *options: str, **env: str) -> "subprocess.Popen[str]":
+    """Start `vitprune-flow` as the leader of a group of its own, as a shell would."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vitprune.orchestration.cli_compress", "--project", str(project), *options],
+        cwd=REPOSITORY, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip

@@ -1,0 +1,237 @@
+"""What somebody might do to a finished run: each function edits one thing of a recorded project and nothing else.
+
+`forged_*` go further: they edit, then let DVC take the edit over and record the run anew, so that all digests agree.
+"""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.support import tiny_project
+from vitprune.orchestration.execution.dvc_cache import md5
+from vitprune.runtime.files import digest
+
+Edit = Callable[[Path], None]
+
+
+def in_project(name: str, edit: Edit) -> Edit:
+    """Edit a file where the project has it."""
+
+    def carry_out(project: Path) -> None:
+        _loose(project / name)
+        edit(project / name)
+
+    return carry_out
+
+
+def in_cache(name: str, edit: Edit) -> Edit:
+    """Edit DVC's copy of a file, under the name that DVC gave to what it was."""
+
+    def carry_out(project: Path) -> None:
+        sha = md5(project / name)
+        cached = project / ".dvc/cache/files/md5" / sha[:2] / sha[2:]
+        _loose(cached)
+        edit(cached)
+
+    return carry_out
+
+
+def in_mlflow(name: str, edit: Edit) -> Edit:
+    """Edit every copy of a file that MLflow has."""
+
+    def carry_out(project: Path) -> None:
+        copies = list((project / "mlartifacts").rglob(name))
+        assert copies, name
+        for path in copies:
+            edit(path)
+
+    return carry_out
+
+
+def in_database(*statements: str) -> Edit:
+    """Change rows of MLflow's database."""
+
+    def carry_out(project: Path) -> None:
+        with closing(sqlite3.connect(project / "mlflow.db")) as base, base:
+            changed = [base.execute(statement).rowcount for statement in statements]
+        assert all(changed), changed
+
+    return carry_out
+
+
+def flip_mask(path: Path) -> None:
+    """Let two units change places in the first mask of a file."""
+    masks = load_file(path)
+    name = next(iter(masks))
+    mask = masks[name].flatten()
+    mask[[int(mask.nonzero()[0]), int((~mask).nonzero()[0])]] = torch.tensor([False, True])
+    masks[name] = mask.view(masks[name].shape)
+    save_file(masks, path, {"format": "pt"})
+
+
+def nudge_weight(path: Path) -> None:
+    """Change one weight in its last bit."""
+    weights = load_file(path)
+    first = next(iter(sorted(weights)))
+    weights[first].view(-1)[0] = torch.nextafter(weights[first].view(-1)[0], torch.tensor(1e9))
+    save_file(weights, path, {"format": "pt"})
+
+
+def edit_text(old: str, new: str) -> Edit:
+    """Replace words of a text file, once."""
+
+    def carry_out(path: Path) -> None:
+        text = path.read_text()
+        assert old in text, (path, old)
+        path.write_text(text.replace(old, new, 1))
+
+    return carry_out
+
+
+def raise_top1(path: Path) -> None:
+    """Claim a better final model."""
+    facts = json.loads(path.read_text())
+    facts["pruned"]["top1"] += 2.0
+    facts["top1_drop"] -= 2.0
+    path.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def edit_row(column: str, change: Callable[[int], int]) -> Edit:
+    """Change a column of a table's fifth row."""
+
+    def carry_out(path: Path) -> None:
+        table = pq.read_table(path)
+        values = table[column].to_pylist()
+        values[4] = change(values[4])
+        place = table.column_names.index(column)
+        pq.write_table(table.set_column(place, table.field(place), pa.array(values, table.field(place).type)), path)
+
+    return carry_out
+
+
+def swap_cycles(project: Path) -> None:
+    """Let the models of two cycles change places."""
+    one, two = (project / f"out/cycles/{number}/model.safetensors" for number in ("01", "02"))
+    first, second = one.read_bytes(), two.read_bytes()
+    for path, content in ((one, second), (two, first)):
+        _loose(path)
+        path.write_bytes(content)
+
+
+def change_image(project: Path) -> None:
+    """Change one pixel of an image's file, which still can be decoded."""
+    from PIL import Image
+
+    path = sorted((project / "images").rglob("*.png"))[3]
+    _loose(path)
+    with Image.open(path) as image:
+        pixels = image.copy()
+    pixels.putpixel((0, 0), 255 - pixels.getpixel((0, 0)))
+    pixels.save(path, compress_level=0)
+
+
+def edit_locked(project: Path) -> None:
+    """Name another file in dvc.lock."""
+    lock = yaml.safe_load((project / "dvc.lock").read_text())
+    lock["stages"]["evaluate"]["outs"][0]["md5"] = "0" * 32 + ".dir"
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+
+
+def forged(edit: Edit) -> Edit:
+    """Edit, let DVC take it over, and record the run as if it had ended so; the record to audit is the new one."""
+
+    def carry_out(project: Path) -> None:
+        edit(project)
+        tiny_project.dvc(project, "commit", "-q", "--force")
+        shutil.rmtree(project / ".vitprune", ignore_errors=True)
+        for path in [*project.glob("mlflow.db*"), project / "mlartifacts"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        tiny_project.record(project, "forged")
+        tiny_project.put(project)
+
+    return carry_out
+
+
+def forge_mask(project: Path) -> None:
+    """Flip a mask and say its new digest wherever it stands."""
+    folder = project / "out/cycles/02"
+    old = digest(folder / "masks.safetensors")
+    in_project("out/cycles/02/masks.safetensors", flip_mask)(project)
+    new = digest(folder / "masks.safetensors")
+    for name in ("out/cycles/02/metrics.json", "out/export/timm/README.md"):
+        in_project(name, edit_text(old, new))(project)
+
+
+def forge_label(project: Path) -> None:
+    """Give an image another label in the manifest, and say the manifest's new digest."""
+    old = digest(project / "data/manifest.parquet")
+    in_project("data/manifest.parquet", edit_row("label", lambda label: (label + 1) % 10))(project)
+    new = digest(project / "data/manifest.parquet")
+    in_project("metrics/dataset.json", edit_text(old, new))(project)
+
+
+def forge_weights(project: Path) -> None:
+    """Change one weight of the final and the exported model in its last bit, and say the new digests."""
+    old = digest(project / "out/distill/model.safetensors")
+    for name in ("out/distill/model.safetensors", "out/export/timm/model.safetensors"):
+        in_project(name, nudge_weight)(project)
+    new = digest(project / "out/distill/model.safetensors")
+    for name in ("metrics/distill.json", "out/export/timm/README.md"):
+        in_project(name, edit_text(old, new))(project)
+
+
+BETTER = "UPDATE {0} SET value = value + 2 WHERE key = 'pruned.top1'"
+EDITS: dict[str, Edit] = {
+    "a mask's units change places, in the project": in_project("out/cycles/02/masks.safetensors", flip_mask),
+    "a mask's units change places, in DVC's cache": in_cache("out/cycles/01/masks.safetensors", flip_mask),
+    "a mask's units change places, in MLflow": in_mlflow("out/cycles/02/masks.safetensors", flip_mask),
+    "top-1 raised in MLflow's database": in_database(BETTER.format("metrics"), BETTER.format("latest_metrics")),
+    "top-1 raised in the project's metrics": in_project("metrics/evaluate.json", raise_top1),
+    "top-1 raised in MLflow's copy of the metrics": in_mlflow("metrics/evaluate.json", raise_top1),
+    "a loss of a training curve lowered in MLflow": in_database(
+        "UPDATE metrics SET value = value * 0.9 WHERE key = 'curve.loss' AND step = 3"
+    ),
+    "a parameter edited in MLflow's database": in_database("UPDATE params SET value = '1' WHERE key = 'seed'"),
+    "a parameter edited in MLflow's params.yaml": in_mlflow("params.yaml", edit_text("seed: 0", "seed: 1")),
+    "a digest edited in the project's dvc.lock": edit_locked,
+    "a digest edited in MLflow's dvc.lock": in_mlflow("dvc.lock", edit_text("md5: 9", "md5: a")),
+    "one weight changed in its last bit, in DVC's cache": in_cache("out/distill/model.safetensors", nudge_weight),
+    "one weight changed in its last bit, in MLflow's model": in_mlflow("artifacts/model.safetensors", nudge_weight),
+    "the models of two cycles swapped": swap_cycles,
+    "a label changed in the manifest": in_cache("data/manifest.parquet", edit_row("label", lambda x: (x + 1) % 10)),
+    "a pixel changed in an image": change_image,
+    "a prediction changed in the evaluation": in_cache(
+        "out/evaluate/evaluation.parquet", edit_row("pruned", lambda x: (x + 1) % 10)
+    ),
+    "a label changed in the calibration set": in_cache(
+        "data/calibration.parquet", edit_row("label", lambda x: (x + 1) % 10)
+    ),
+    "a cycle's run deleted in MLflow": in_database(
+        "UPDATE runs SET lifecycle_stage = 'deleted' WHERE name = 'cycle-01'"
+    ),
+    "an epoch's loss edited in a training history": in_project("out/distill/history.jsonl", edit_text("1.", "0.")),
+    "the model card edited": in_project("out/export/timm/README.md", edit_text("# vit_tiny", "# vit_small")),
+    "another git commit named": in_database(
+        "UPDATE tags SET value = '1234567890123456789012345678901234567890' WHERE key = 'mlflow.source.git.commit'"
+    ),
+    "all digests agree: top-1 raised": forged(in_project("metrics/evaluate.json", raise_top1)),
+    "all digests agree: a mask flipped": forged(forge_mask),
+    "all digests agree: a label changed": forged(forge_label),
+}
+ONLY_AGAIN: dict[str, Edit] = {"all digests agree: one weight in its last bit": forged(forge_weights)}
+
+
+def _loose(path: Path) -> None:
+    """Part a file from what is linked to it, and let it be written."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)

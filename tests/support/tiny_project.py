@@ -1,0 +1,116 @@
+"""A project of the real stages, made by `vitprune init` and small enough to run all ten of them in about a minute."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from vitprune import data
+from vitprune.orchestration.execution.run_stage import STAGES, StageResult, environment
+from vitprune.orchestration.tracking.journal import Journal
+from vitprune.pipeline import stages
+from vitprune.pipeline.project_template import Choice, create
+from vitprune.pipeline.report import write_report
+
+ONE_EPOCH = {"epochs": 1, "batch_size": 64, "lr": 0.001}
+
+
+def make(project: Path) -> Path:
+    """Make a project of git and DVC with the demo's settings cut short, and commit it."""
+    create(project, Choice())
+    path = project / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params["model"]["args"]["depth"] = 2
+    params["dense"]["train"] = params["prune"]["recover"] = params["distill"]["train"] = ONE_EPOCH
+    params["calibrate"]["size"], params["evaluate"]["latency_runs"], params["export"]["onnx"] = 100, 5, False
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    commit(project, "A tiny project.")
+    return project
+
+
+def make_of_images(project: Path, size: int = 240) -> Path:
+    """Make a project whose images are a folder that DVC keeps, smaller still, and commit it."""
+    write_images(project / "images", range(size))
+    create(project, Choice(f"folder:{project / 'images'}", "vit_tiny_patch16_224"))
+    path = project / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    args = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    params["threads"], params["seed"], params["model"]["args"] = 1, 0, args | {"num_classes": 10}
+    params["dense"] = {"start": "train", "train": ONE_EPOCH | {"epochs": 8}}
+    params["prune"] |= {"sparsity": {"ffn": 0.5, "attention": 0.5}, "cycles": 2, "recover": ONE_EPOCH}
+    params["distill"]["train"], params["calibrate"]["size"] = ONE_EPOCH, 60
+    params["evaluate"] = {"batch_size": 64, "latency_batch": 1, "latency_runs": 5}
+    params["export"] = {"onnx": False}
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    dvc(project, "add", "-q", "images")
+    commit(project, "A tiny project of images.")
+    return project
+
+
+def run_stages(project: Path) -> Path:
+    """Run all stages in this process, for speed, and let DVC take over what they leave."""
+    with contextlib.chdir(project):
+        for stage in STAGES[:-1]:
+            stages.run(stage, project)
+    write_report(project, project / "out/report/report.html")
+    dvc(project, "commit", "-q", "--force")
+    return project
+
+
+def record(project: Path, name: str, cached: bool = False) -> Journal:
+    """Write the journal of a flow run that found the project as it is."""
+    journal = Journal(project, name)
+    journal.start(time.time())
+    for stage in STAGES:
+        journal.stage(StageResult(stage, cached, time.time(), 1.5, 0))
+    journal.end("FINISHED", "", time.time())
+    return journal
+
+
+def put(project: Path, uri: str | None = None) -> str:
+    """Mirror what is recorded to MLflow; the id of the newest run."""
+    env = environment(project) | ({"MLFLOW_TRACKING_URI": uri} if uri else {})
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "vitprune.orchestration.tracking.replay",
+        "replay",
+        "--json",
+        "--project",
+        str(project),
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["run_id"]
+
+
+def write_images(folder: Path, numbers: range) -> None:
+    """Write some of the digits as FOLDER/CLASS/NUMBER.png."""
+    digits = data.open_source("digits")
+    for number in numbers:
+        path = folder / str(digits.labels[number]) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(digits.read(digits.ids[number]))
+
+
+def dvc(project: Path, *words: str) -> None:
+    """Run DVC in a project."""
+    subprocess.run(
+        [sys.executable, "-m", "dvc", *words],
+        cwd=project,
+        env=environment(project),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def commit(project: Path, message: str) -> None:
+    """Commit everything that git sees."""
+    git = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    for command in ([*git, "add", "-A"], [*git, "commit", "-q", "-m", message]):
+        subprocess.run(command, cwd=project, check=True)

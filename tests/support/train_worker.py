@@ -1,0 +1,83 @@
+"""Trains a tiny model as one of several processes: training_worker.py DIRECTORY; writes the weights of all steps."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tests.support.tiny_models import batches, random_masks, tiny
+from vitprune import find_groups, zero
+from vitprune.config.params import Distill
+from vitprune.config.train_config import Train
+from vitprune.models.io import write_weights
+from vitprune.pipeline import score_stage
+from vitprune.runtime.distributed import ALONE, Team
+from vitprune.training.cached_teacher import ask
+from vitprune.training.loop import Held, classification, distillation, train
+from vitprune.training.step import shared
+
+STEPS = 3
+CASES = {
+    "plain": {},
+    "accumulated": {"accumulate": 2},
+    "all": {"ema": 0.9, "cutmix": 0.5, "mixup": 0.3, "clip": 0.1, "accumulate": 3},
+    "momentum": {"optimizer": "momentum", "lr": 0.1, "clip": None},
+    "patience": {"epochs": 5, "patience": 1, "layer_decay": 0.7, "checkpointing": True, "channels_last": True},
+}
+
+
+def trained(settings: dict, mates: Team = ALONE, taught: bool = False) -> list[dict[str, Tensor]]:
+    """Weights after every step, and those that it ends with."""
+    model, seen = tiny("vit"), []
+    groups = find_groups(model, ["weight"])
+    held = Held(groups, random_masks(groups, 0.5))
+    zero(model, groups, held.masks)
+    recipe = Train.model_validate({"epochs": 2, "lr": 0.01, "weight_decay": 0.1} | settings)
+    noise = [*batches(model, STEPS - 1, 6), *batches(model, 1, 3)]  # the last is smaller, with 4 processes one has none
+
+    def of(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in noise:
+            if epoch or seen:
+                seen.append(weights(model))
+            yield batch if recipe.mixes else shared(*batch, mates)
+            if not seen:
+                seen.append(weights(model))
+
+    task = distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0) if taught else classification(model, 0.1)
+    said = iter((0.1, 0.3, 0.2, 0.1, 0.1))  # enough after 3 epochs
+    evaluate = (lambda: {"top1": next(said)}) if mates.rank == 0 else None
+    train(task, of, STEPS, recipe, 0, lambda row: None, held, evaluate, mates=mates)
+    for step in [*seen, weights(model)]:
+        assert all(bool((step[name][~mask] == 0).all()) for name, mask in held.masks.items())
+    return [*seen, weights(model)]
+
+
+def answers(mates: Team = ALONE) -> Tensor:
+    """What a teacher answers on 5 batches, of which the last is smaller."""
+    model = tiny("vit")
+    task = distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
+    return ask(task, Distill(), [*batches(model, 4, 6), *batches(model, 1, 3)], mates)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of them."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    directory = Path(sys.argv[1])
+    with score_stage.team() as mates:
+        for name, settings in CASES.items():
+            steps = trained(settings, mates, name == "all")
+            flat = {f"{number}/{key}": tensor for number, step in enumerate(steps) for key, tensor in step.items()}
+            write_weights(flat, directory / f"{name}-{mates.rank}.safetensors")
+        write_weights({"answers": answers(mates)}, directory / f"answers-{mates.rank}.safetensors")
+        (directory / f"size-{mates.rank}.json").write_text(json.dumps(mates.size))
+
+
+if __name__ == "__main__":
+    main()

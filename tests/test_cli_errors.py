@@ -1,0 +1,198 @@
+"""Bad input, as a user meets it: one clear line on stderr, exit code 2, nothing half-written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from vitprune import cli
+from vitprune.pipeline import stages
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with a small params.yaml, as the current directory."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["model"]["args"] |= {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    params["dense"]["train"]["epochs"] = 1
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """Run a command and return its one line on stderr."""
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["vitprune", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        told = capsys.readouterr().err
+        assert end.value.code == 2, told
+        assert told.count("\n") == 1
+        assert told.startswith("Error: ")
+        return told
+
+    return run
+
+
+def change(project: Path, key: str, value: object) -> None:
+    """Set a dotted key of params.yaml."""
+    path = project / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    *sections, leaf = key.split(".")
+    section = params
+    for name in sections:
+        section = section[name]
+    section[leaf] = value
+    path.write_text(yaml.safe_dump(params))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("prune.sparsty", 0.5, "prune.sparsty: unknown key"),
+        ("prune.cycles", "three", "prune.cycles: "),
+        ("prune.cycles", 0, "prune.cycles: "),
+        ("prune.sparsity", 1.5, "prune.sparsity"),
+        ("prune.sparsity", {"ffn": -0.1}, "prune.sparsity"),
+        ("prune.sparsity", {"fnn": 0.5}, "prune.sparsity"),
+        ("dense.start", "scratch", "dense.start: "),
+        ("dense.train.lr", 0, "dense.train.lr: "),
+        ("calibrate.balance", "even", "calibrate.balance: "),
+    ],
+)
+def test_params(project, refuse, key, value, told):
+    change(project, key, value)
+    assert told in refuse("dataset")
+    assert "params.yaml" in refuse("dataset")
+    assert not (project / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("prune.sparsity", {"residual": 0.5}, "prune.sparsity.residual: only ffn, attention are scored"),
+        ("prune.method", "magic", "method 'magic': unknown"),
+        ("prune.scope", "everything", "scope 'everything': unknown"),
+        ("prune.sparsity", {"head": 0.5, "attention": 0.5}, "head and attention cut the same axis"),
+        ("prune.heads", 2, "3 heads cannot merge into 2"),
+    ],
+)
+def test_a_plan_that_cannot_be(project, refuse, key, value, told):
+    for stage in ("dataset", "dense", "calibrate"):
+        stages.run(stage, project)
+    change(project, key, value)
+    assert told in refuse("score")
+
+
+def test_no_params(tmp_path, monkeypatch, refuse):
+    monkeypatch.chdir(tmp_path)
+    assert "params.yaml: no such file" in refuse("dataset")
+
+
+def test_a_missing_file_names_the_stage_that_writes_it(project, refuse):
+    assert "data/manifest.parquet: no such file" in refuse("calibrate")
+    assert "out/dense/config.json: no such file" in refuse("score")
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("parquet:here.parquet", "here.parquet: no such"),
+        ("folder:here", "here: no such folder"),
+        ("wds/here", "here: no such"),
+        ("hearsay", "hearsay"),
+    ],
+)
+def test_a_source_that_is_not_there(project, refuse, spec, told):
+    change(project, "dataset.source", spec)
+    assert told in refuse("dataset")
+
+
+def test_a_project_that_is_not_there(refuse):
+    assert "here: no such directory" in refuse("dataset", "--project", "here")
+
+
+def test_calibration_larger_than_the_data(project, refuse):
+    stages.run("dataset", project)
+    change(project, "calibrate.size", 5000)
+    told = refuse("calibrate")
+    assert "5000" in told
+    assert "1438" in told
+
+
+def test_a_checkpoint_of_another_shape(project, refuse):
+    stages.run("dataset", project)
+    stages.run("dense", project)
+    weights = load_file("out/dense/model.safetensors")
+    save_file(weights | {"head.weight": torch.zeros(11, 48)}, "other.safetensors")
+    change(project, "dense.checkpoint", "other.safetensors")
+    change(project, "dense.start", "checkpoint")
+    told = refuse("dense")
+    assert "other.safetensors: weight head.weight has shape [11, 48], the model needs [10, 48]" in told
+
+
+def test_a_broken_checkpoint(project, refuse):
+    stages.run("dataset", project)
+    (project / "broken.safetensors").write_bytes(b"not tensors")
+    change(project, "dense.checkpoint", "broken.safetensors")
+    change(project, "dense.start", "checkpoint")
+    assert "broken.safetensors: not a safetensors file" in refuse("dense")
+
+
+def test_a_model_that_timm_does_not_know(project, refuse):
+    stages.run("dataset", project)
+    change(project, "model.name", "vit_enormous")
+    assert "vit_enormous" in refuse("dense")
+
+
+def test_a_model_with_too_few_classes(project, refuse):
+    stages.run("dataset", project)
+    change(project, "model.args.num_classes", 9)
+    assert "model.args.num_classes: 9" in refuse("dense")
+
+
+def test_a_model_of_which_nothing_is_understood_is_refused_by_name(refuse):
+    told = refuse("inspect", "test_nfnet")
+    assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights as they are" in told
+
+
+def test_a_module_that_is_not_understood_is_named(project, refuse):
+    change(project, "model.name", "vit_small_patch14_reg4_dinov2")
+    args = {"img_size": 28, "in_chans": 1, "num_classes": 10, "depth": 1, "scale_attn_norm": True}
+    change(project, "model.args", args)
+    for stage in ("dataset", "dense", "calibrate"):
+        stages.run(stage, project)
+    assert "blocks.0.attn.norm (LayerNorm): " in refuse("score")
+
+
+def test_a_loss_that_is_not_a_number(project, refuse):
+    stages.run("dataset", project)
+    change(project, "dense.train.lr", 1e30)
+    change(project, "dense.train.clip", None)
+    assert "the loss is" in refuse("dense")
+    assert not (project / "out/dense/model.safetensors").exists()
+
+
+def test_a_full_disk(project, refuse):
+    room = project / "room"
+    room.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", room], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        (room / "params.yaml").write_text((project / "params.yaml").read_text())
+        told = refuse("dataset", "--project", str(room))
+        assert "No space left on device" in told
+        assert not list(room.rglob("*.parquet*"))
+    finally:
+        os.chdir(project)
+        subprocess.run(["umount", "-l", room], check=True)

@@ -1,0 +1,151 @@
+"""What a training recipe may ask for beside the plain loop: CutMix, stochastic depth, averaged weights, bfloat16."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+from tests.support.tiny_models import batches, images, random_masks, state, tiny
+from vitprune import BadInput, find_groups, zero
+from vitprune.config.params import load
+from vitprune.config.train_config import Train
+from vitprune.data import cutmix
+from vitprune.pruning.plan import plan_of
+from vitprune.training.loop import Held, classification, distillation, train
+from vitprune.training.lr_schedule import rate
+from vitprune.training.stochastic_depth import stochastic_depth
+
+RECIPE = Train(epochs=2, lr=0.01)
+
+
+def fit(model: nn.Module, more: dict, task: nn.Module | None = None, held: Held | None = None, seed: int = 0) -> list:
+    noise = [(x.to(next(model.parameters()).dtype), labels) for x, labels in batches(model, 3, 6)]
+    rows: list[dict] = []
+    recipe = RECIPE.model_copy(update=more)
+    train(task or classification(model), lambda epoch: noise, 3, recipe, seed, rows.append, held)
+    return rows
+
+
+def test_cutmix_pastes_one_box_and_counts_its_pixels() -> None:
+    generator, kept = np.random.default_rng(0), []
+    x = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 24, 16).double()  # every image has one value, its label
+    for _ in range(200):
+        mixed, target = cutmix(x, torch.arange(6), 7, 0.5, generator)
+        for image, shares in zip(mixed, target, strict=True):
+            counted = torch.bincount(image.long().flatten(), minlength=7).double() / image.numel()
+            torch.testing.assert_close(shares, counted)
+        changed = (mixed != x).any(1).any(0)  # (H, W)
+        assert int(changed.sum()) == int(changed.any(1).sum() * changed.any(0).sum())  # a box
+        kept.append(1 - float(changed.double().mean()))
+    assert 0.5 <= min(kept) < 0.6
+    assert max(kept) > 0.9
+    assert torch.equal(x[:, 0, 0, 0], torch.arange(6.0).double())
+
+
+def test_training_with_cutmix_is_the_loss_on_mixed_labels(vit: nn.Module) -> None:
+    noise = batches(vit, 1, 6)
+    x, target = cutmix(*noise[0], 7, 0.5, np.random.default_rng(3))
+    with torch.no_grad():
+        expected = float(-(target * vit(x).log_softmax(-1)).sum(1).mean())
+    rows: list[dict] = []
+    train(classification(vit), lambda epoch: noise, 1, Train(epochs=1, lr=0.01, cutmix=0.5), 3, rows.append)
+    assert rows[0]["loss"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_teacher_sees_the_mixed_images() -> None:
+    student, teacher, seen = tiny("vit", 0), tiny("vit", 1), []
+    teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    fit(student, {"cutmix": 0.5, "epochs": 1}, distillation(student, teacher, 1.0, 1.0, 0.0))
+    generator = np.random.default_rng(0)
+    for given, (x, labels) in zip(seen, batches(student, 3, 6), strict=True):
+        torch.testing.assert_close(given, cutmix(x, labels, 7, 0.5, generator)[0])
+
+
+def test_stochastic_depth_is_linear_over_blocks_and_only_for_a_time() -> None:
+    model = tiny("odd")
+    before, x = copy.deepcopy(model), images(model)
+    with stochastic_depth(model, 0.4):
+        found = [(b.drop_path1.drop_prob, b.drop_path2.drop_prob) for b in model.blocks]
+        assert found == [(0.0, 0.0), (0.2, 0.2), (0.4, 0.4)]
+        model.train()
+        assert not torch.equal(model(x), model(x))
+        assert torch.equal(model.eval()(x), before(x))
+    assert not any(isinstance(module, DropPath) for module in model.modules())
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
+    with pytest.raises(BadInput, match=r"^train.drop_path 0.1: Linear has no branches"):
+        stochastic_depth(nn.Linear(2, 2), 0.1).__enter__()
+
+
+def test_the_average_is_that_of_all_steps(vit: nn.Module) -> None:
+    name, noise, seen, plain = "blocks.0.mlp.fc1.weight", batches(vit, 3, 6), [], tiny("vit")
+
+    def watched(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in noise:
+            seen.append(plain.get_parameter(name).detach().clone())
+            yield batch
+
+    train(classification(plain), watched, 3, RECIPE, 0, lambda row: None)
+    seen.append(plain.get_parameter(name).detach())
+    average = seen[0]
+    for step, weight in enumerate(seen[1:]):
+        decay = min(0.6, 1 - (1 + step) ** (-2 / 3))  # warms up: 0, 0.37, 0.52, 0.6, ...
+        average = decay * average + (1 - decay) * weight
+    fit(vit, {"ema": 0.6})
+    torch.testing.assert_close(vit.get_parameter(name).detach(), average)
+    assert not torch.equal(average, seen[-1])
+
+
+def test_an_average_of_held_weights_is_zero_where_they_are(vit: nn.Module) -> None:
+    groups = find_groups(vit, ["weight"])
+    masks = random_masks(groups, 0.6)
+    zero(vit, groups, masks)
+    fit(vit, {"ema": 0.9, "cutmix": 1.0, "drop_path": 0.2}, held=Held(groups, masks))
+    assert all(torch.equal(vit.get_parameter(group.name) != 0, masks[group.name]) for group in groups)
+
+
+def test_all_of_it_together_is_the_same_to_the_bit_for_a_seed() -> None:
+    more = {"ema": 0.9, "cutmix": 1.0, "drop_path": 0.2, "amp": True}
+    found = []
+    for seed in (1, 1, 2):
+        model = tiny("vit").float()
+        fit(model, more, seed=seed)
+        found.append(state(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+def test_passes_in_bfloat16_leave_the_weights_as_they_are() -> None:
+    model, exact, seen = tiny("vit").float(), tiny("vit").float(), []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    rows, expected = fit(model, {"amp": True, "epochs": 1}), fit(exact, {"epochs": 1})
+    assert set(seen) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.02)
+    assert rows[0]["loss"] != expected[0]["loss"]
+
+
+def test_dimap_fine_tunes_as_its_paper_says() -> None:
+    params = load(Path(__file__).parents[2] / "recipes/dimap_swin_tiny.yaml")
+    plan, recover = plan_of(params), params.prune.recover
+    assert recover is not None
+    assert (plan.method, plan.scope_of("weight"), plan.targets()) == ("dimap", "module", [{"weight": 0.55}])
+    assert (recover.epochs, recover.warmup_epochs, recover.optimizer) == (30, 15, "adamw")
+    assert (recover.lr, recover.min_lr, recover.weight_decay) == (2e-5, 2e-7, 1e-8)
+    assert params.distill.train is None
+    rates = [rate(step, 30, recover.lr, recover.min_lr, 15) for step in (0, 1, 14, 15, 30)]
+    assert rates == pytest.approx([0, 2e-5 / 15, 2e-5 * 14 / 15, (2e-5 + 2e-7) / 2, 2e-7])  # the fall counts from 0
+
+    model = tiny("swin").float()
+    groups = find_groups(model, ["weight"])
+    masks = random_masks(groups, 0.55)
+    zero(model, groups, masks)
+    before = state(model)
+    fit(model, recover.model_dump() | {"epochs": 2, "warmup_epochs": 1}, held=Held(groups, masks))
+    for group in groups:
+        assert torch.equal(model.get_parameter(group.name) != 0, masks[group.name])
+        assert not torch.equal(model.get_parameter(group.name), before[group.name])

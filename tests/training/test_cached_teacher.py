@@ -1,0 +1,114 @@
+"""A teacher that is asked once: the same training, refused where images differ from epoch to epoch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_recipe_steps import stand_in, write_images
+from torch import Tensor
+
+from tests.support.tiny_models import images, noisy, random_masks, state, tiny
+from vitprune import BadInput, data, find_groups, zero
+from vitprune.config.params import Dataset, Distill, Params, checked, load
+from vitprune.config.train_config import Train
+from vitprune.pipeline import stage_context, stages
+from vitprune.pipeline.artifacts import History
+from vitprune.runtime.distributed import Team
+from vitprune.training.cached_teacher import Recalling, ask, with_answers
+from vitprune.training.checkpoint_store import Shelf
+from vitprune.training.loop import Held, distilling, train
+
+ROOT = Path(__file__).parents[2]
+RECIPE = {"epochs": 3, "batch_size": 6, "lr": 0.01, "clip": 0.5, "ema": 0.5, "drop_path": 0.2}
+
+
+def table() -> data.ImageTable:
+    """20 images of noise in float64, held as tensors."""
+    transform = data.transform({"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}, "none")
+    noise = images(tiny("vit"), 20)
+    return data.ImageTable(tuple(map(str, range(20))), torch.arange(20) % 7, transform, lambda row: b"", noise)
+
+
+def taught(kind: str, how: str, more: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]], int]:
+    """Weights, records, and how many images the teacher has seen; asked in each step, in order, or as in an epoch."""
+    student, teacher, seen, rows = noisy(), tiny("vit", 1), [], []
+    recipe = Train.model_validate(RECIPE | more)
+    settings = Distill(kind=kind, alpha=2.0, temperature=2.0, cache=how != "each step", train=recipe)
+    groups = find_groups(student, ["weight"])
+    held = Held(groups, random_masks(groups, 0.5))
+    zero(student, groups, held.masks)
+    task, source, answers = distilling(student, teacher, settings, 0.1, 0), table(), None
+    teacher.patch_embed.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    first = np.concatenate(data.batch_rows(source, 6, 5, 0))
+    if how == "in order":
+        answers = ask(task, settings, data.eval_batches(source, 6), Team())
+    elif how == "as in an epoch":
+        answers = ask(task, settings, data.train_batches(source, 6, 5, 0), Team())[np.argsort(first)]
+    task = task if answers is None else Recalling(task)
+
+    def epochs(epoch: int) -> Any:
+        found = data.train_batches(source, 6, 5, epoch, 0, recipe.repeats)
+        rows_of = data.batch_rows(source, 6, 5, epoch, recipe.repeats)
+        return found if answers is None else with_answers(found, answers, rows_of)
+
+    train(task, epochs, data.batch_count(20, 6), recipe, 5, rows.append, held)
+    return state(student), rows, sum(seen)
+
+
+@pytest.mark.parametrize("kind", ["logits", "features"])
+def test_a_teacher_asked_once_teaches_the_same(kind: str) -> None:
+    """To the bit where it has seen the same batches; a matrix product rounds a row by what else is in its batch."""
+    plain, same = (taught(kind, how, {"epochs": 1}) for how in ("each step", "as in an epoch"))
+    assert all(torch.equal(plain[0][name], same[0][name]) for name in plain[0])
+    assert plain[1] == same[1]
+    more = {"epochs": 2, "accumulate": 2, "repeats": 2}
+    plain, ordered = (taught(kind, how, more) for how in ("each step", "in order"))
+    assert max(float((plain[0][name] - ordered[0][name]).abs().max()) for name in plain[0]) < 1e-9
+    assert (plain[2], ordered[2]) == (40, 20)
+
+
+def test_rows_are_those_of_the_batches() -> None:
+    source = table()
+    for part in ((0, 1), (1, 3)):
+        rows = data.batch_rows(source, 6, 5, 1, 2, 1, part)
+        found = list(data.train_batches(source, 6, 5, 1, 0, 2, 1, part))
+        assert len(rows) == len(found) == 3
+        for own, (pictures, labels) in zip(rows, found, strict=True):
+            assert torch.equal(source.tensors[own], pictures)
+            assert torch.equal(source.labels[own], labels)
+
+
+@pytest.mark.parametrize("key", ["augment", "mixup", "cutmix"])
+def test_images_that_change_from_epoch_to_epoch_are_refused(key: str) -> None:
+    value = "light" if key == "augment" else 0.5
+    settings = {"cache": True, "train": {"epochs": 1, "lr": 0.1, key: value}}
+    told = rf"^here: .*Value error, no cache: train.{key} shows an image differently in every epoch; give up one"
+    with pytest.raises(BadInput, match=told):
+        checked(settings, Distill, "here")
+    assert checked(settings | {"cache": False}, Distill, "here").train is not None
+
+
+def test_a_stage_asks_its_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    params: Params = load(ROOT / "params.yaml")
+    params = params.model_copy(update={"dataset": Dataset(source="folder:images", eval_fraction=0.17)})
+    stages.dataset(params)
+    found = []
+    for cache in (False, True):
+        student, teacher, seen = stand_in("deit"), stand_in("deit"), []
+        recipe = Train(epochs=2, batch_size=5, lr=0.01, amp=True)
+        settings = Distill(temperature=2.0, cache=cache, train=recipe)
+        project = params.model_copy(update={"distill": settings})
+        with torch.no_grad():
+            teacher.head.weight.add_(torch.linspace(-1, 1, teacher.head.weight.numel()).view(7, -1))
+        teacher.patch_embed.register_forward_hook(lambda *given, seen=seen: seen.append(len(given[2])))
+        task = distilling(student, teacher, settings, 0.0, 0)
+        history = History(tmp_path / str(cache), "distill")
+        stage_context.fit(task, recipe, project, history, Shelf(tmp_path / f"s{cache}", "key"), recalls=settings.cache)
+        found.append((sum(seen), history.rows))
+    assert [images for images, _ in found] == [20, 10]
+    losses = [[row["loss"] for row in rows] for _, rows in found]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # in bfloat16

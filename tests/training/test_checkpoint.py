@@ -1,0 +1,272 @@
+"""Checkpoints that are refused when they are not whole, and trainings that end the same wherever they break off."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.tiny_models import batches, noisy, random_masks, state, tiny
+from vitprune import BadInput, find_groups, zero
+from vitprune.config.train_config import Train
+from vitprune.training import checkpoint_store
+from vitprune.training.checkpoint import packed
+from vitprune.training.checkpoint_store import Shelf, key_of
+from vitprune.training.loop import Held, classification, distillation, feature_distillation, train
+from vitprune.training.optimizers import Memory, Span
+from vitprune.training.saving import EVERY, Saver, minutes, stopping
+
+STEPS = 3  # batches of an epoch
+TOP1 = (0.3, 0.4, 0.4, 0.5, 0.5)  # after each epoch: 3 of them are enough for a patience of 1
+
+
+class Broken(Exception):
+    """Stands for a kill: nothing after it is done."""
+
+
+def put(shelf: Shelf, number: int) -> Path:
+    return shelf.put({"number": number, "loss": 0.1 + number}, {"weights": torch.full((3,), number + 0.5)}).directory
+
+
+def test_the_last_of_some_checkpoints_is_taken_up_exactly(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "work", "key", keep=2)
+    assert shelf.newest() is None
+    for number in range(4):
+        put(shelf, number)
+    saved = Shelf(tmp_path / "work", "key").newest()
+    assert saved is not None
+    assert (saved.facts["number"], saved.facts["loss"]) == (3, 3.1)
+    assert torch.equal(saved.tensors()["weights"], torch.full((3,), 3.5))
+    assert [path.name for path in sorted((tmp_path / "work").iterdir())] == ["000003", "000004"]
+    shelf.clear()
+    assert shelf.newest() is None
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def tamper(path: Path) -> None:
+    found = bytearray(path.read_bytes())
+    found[len(found) // 2] ^= 1
+    path.write_bytes(bytes(found))
+
+
+@pytest.mark.parametrize("harm", [truncate, tamper, Path.unlink])
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "index.json", "more/config.json"])
+def test_what_is_not_whole_is_refused_and_the_one_before_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Any, name: str
+) -> None:
+    shelf = Shelf(tmp_path / "work", "key")
+
+    def more(entry: Path) -> None:
+        (entry / "more").mkdir()
+        (entry / "more/config.json").write_text("{}")
+
+    for number in (1, 2):
+        directory = shelf.put({"number": number}, {"weights": torch.ones(3)}, more).directory
+    harm(directory / name)
+    saved = shelf.newest()
+    assert saved is not None
+    assert saved.facts["number"] == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert str(directory) in told
+    assert told.endswith("; not taken up\n")
+    assert put(shelf, 3).name == "000003"
+
+
+def test_a_seal_that_fits_a_changed_file_no_longer_is_refused(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "work", "key")
+    directory = put(shelf, 1)
+    (directory / "state.json").write_text('{"number": 7}')
+    index = json.loads((directory / "index.json").read_text())
+    index["files"]["state.json"] = checkpoint_store.digest(directory / "state.json")
+    (directory / "index.json").write_text(json.dumps(index))
+    assert shelf.newest() is None
+
+
+def test_a_checkpoint_of_other_work_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(Shelf(tmp_path / "work", "key"), 1)
+    put(Shelf(tmp_path / "work", "other"), 2)
+    saved = Shelf(tmp_path / "work", "key").newest()
+    assert saved is not None
+    assert saved.facts["number"] == 1
+    assert "000002: is a checkpoint of other work; not taken up" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "work", "key")
+    first = put(shelf, 1)
+    shutil.copytree(first, tmp_path / "work/000002.partial")
+    saved = shelf.newest()
+    assert saved is not None
+    assert saved.directory == first
+    assert put(shelf, 2).name == "000002"
+    assert not list((tmp_path / "work").glob("*.partial"))
+
+
+def test_a_full_disk_is_told_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(tmp_path / "work", "key", keep=1)
+    first = put(shelf, 1)
+    monkeypatch.setattr(checkpoint_store, "SPARE", 1 << 62)
+    with pytest.raises(OSError, match="No space left on device"):
+        put(shelf, 2)
+    assert list((tmp_path / "work").iterdir()) == [first]
+    assert shelf.newest() is not None
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "work", "key", keep=1)
+    first = put(shelf, 1)
+
+    def fail(entry: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        shelf.put({}, {}, fail)
+    assert list((tmp_path / "work").iterdir()) == [first]
+
+
+def test_another_setting_file_or_device_is_another_key(tmp_path: Path) -> None:
+    file = tmp_path / "inputs/weights"
+    file.parent.mkdir()
+    file.write_bytes(b"1")
+    key = key_of("prune", {"seed": 0}, [file.parent], "cpu")
+    assert key == key_of("prune", {"seed": 0}, [file], "cpu")
+    file.write_bytes(b"2")
+    others = [key_of("prune", {"seed": 0}, [file], "cpu"), key_of("prune", {"seed": 1}, [file], "cpu")]
+    others += [key_of("distill", {"seed": 0}, [file], "cpu"), key_of("prune", {"seed": 0}, [file], "cuda")]
+    assert len({key, *others}) == 5
+
+
+def test_the_minutes_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(EVERY, raising=False)
+    assert minutes() == 10
+    monkeypatch.setenv(EVERY, "0.5")
+    assert minutes() == 0.5
+    for text in ("often", "-1", "nan"):
+        monkeypatch.setenv(EVERY, text)
+        with pytest.raises(BadInput, match=f"^{EVERY}={text}: give the minutes"):
+            minutes()
+
+
+def test_an_optimizer_that_remembers_more_than_tensors_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"^train.optimizer: keeps a list \(history\), which no checkpoint can hold"):
+        packed({"weight": {"history": [1]}}, "optimizer")
+
+
+class Breaking(Saver):
+    """Saves every step and is killed after some of them."""
+
+    left = 0
+
+    def write(self, snapshot: Any) -> None:
+        super().write(snapshot)
+        self.left -= 1
+        if not self.left:
+            raise Broken
+
+
+def plain(model: nn.Module) -> Any:
+    return classification(model, 0.1)
+
+
+def taught(model: nn.Module) -> Any:
+    return distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
+
+
+def featured(model: nn.Module) -> Any:
+    return feature_distillation(model, tiny("vit", 1), 2.0, 0.0, 3)
+
+
+ALL = {"ema": 0.9, "cutmix": 0.5, "mixup": 0.3, "drop_path": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "task"),
+    [
+        ({}, plain),
+        ({"optimizer": "momentum", "lr": 0.1} | ALL, plain),
+        ({"optimizer": "nadamw", "ema": 0.9}, plain),
+        ({"optimizer": "lamb", "warmup_epochs": 1.0}, taught),
+        ({"optimizer": "lion", "cutmix": 0.5, "mix_prob": 0.5}, taught),
+        ({"optimizer": "adafactorbv", "drop_path": 0.1}, plain),
+        (ALL, taught),
+        ({"mixup": 0.2}, featured),
+        ({"layer_decay": 0.7, "channels_last": True, "checkpointing": True}, plain),
+        ({"epochs": 5, "patience": 1}, plain),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "-".join(map(str, value)) or "adamw",
+)
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], task: Any, every: int
+) -> None:
+    monkeypatch.setenv(EVERY, "0")
+    recipe, found = Train.model_validate({"epochs": 3, "lr": 0.01, "weight_decay": 0.1} | settings), []
+    noise = batches(tiny("vit"), STEPS, 6)
+    for left in (0, every):
+        memory, starts = Memory(), 0
+        rows: list[dict[str, Any]] = []
+        while True:  # each start knows only what the one before has saved
+            model, starts, memory = noisy(), starts + 1, Memory()
+            groups = find_groups(model, ["weight"])
+            held = Held(groups, random_masks(groups, 0.5))
+            zero(model, groups, held.masks)
+            saver = Breaking(Shelf(tmp_path / str(left), "key"), lambda rows=rows: rows)
+            saver.left, rows[:] = left, saver.rows
+            begun = saver.begun.facts if saver.begun is not None else {"epoch": 0, "done": 0}
+
+            def left_of(epoch: int, begun: Any = begun) -> list[tuple[Tensor, Tensor]]:
+                return noise[begun["done"] if epoch == begun["epoch"] else 0 :]
+
+            torch.rand(starts)  # whatever was drawn before must not matter
+            span = Span(0, 3 * STEPS, memory)
+            try:
+                evaluate = (lambda rows=rows: {"top1": TOP1[len(rows)]}) if recipe.patience else None
+                train(task(model), left_of, STEPS, recipe, 5, rows.append, held, evaluate, span=span, saving=saver)
+            except Broken:
+                continue
+            break
+        assert starts == (3 * STEPS // left + 1 if left else 1)
+        found.append((state(model), rows, memory))
+    assert found[0][1] == found[1][1]
+    assert len(found[0][1]) == 3
+    assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
+    for name, known in found[0][2].items():
+        for key, value in known.items():
+            same = torch.equal(value, found[1][2][name][key]) if isinstance(value, Tensor) else None
+            assert same if same is not None else value == found[1][2][name][key]
+
+
+def test_what_is_taken_up_is_told_from_what_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on from a checkpoint of another epoch would not pass the test above by chance."""
+    monkeypatch.setenv(EVERY, "0")
+    noise, ends = batches(tiny("vit"), STEPS, 6), []
+    for skipped in (0, 1):
+        shelf, model = Shelf(tmp_path / str(skipped), "key"), tiny("vit")
+        saver = Breaking(shelf, list)
+        saver.left = 2
+        with pytest.raises(Broken):
+            train(plain(model), lambda epoch: noise, STEPS, Train(epochs=1, lr=0.01), 0, print, saving=saver)
+        ahead = noise[2 - skipped :]  # the right rest, or one batch too many
+        other = tiny("vit")
+        train(plain(other), lambda epoch, left=ahead: left, STEPS, Train(epochs=1, lr=0.01), 0, lambda row: None,
+              saving=Saver(shelf, list))  # fmt: skip
+        ends.append(state(other))
+    assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_sigterm_is_heard_only_while_it_is_asked_for() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,174 @@
+"""Recipes that train: their values against the papers, and two steps of each on a small model of its family."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from tests.support.tiny_models import PVT, SWIN, VIT, random_masks, state
+from vitprune import find_groups, prune, zero
+from vitprune.config.params import Dataset, Params, load
+from vitprune.config.train_config import Train
+from vitprune.pipeline import stage_context, stages
+from vitprune.pipeline.artifacts import History
+from vitprune.pipeline.stage_context import Part
+from vitprune.pruning.plan import plan_of
+from vitprune.training.checkpoint_store import Shelf
+from vitprune.training.loop import Held, classification, distilling
+
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))}
+STAGES = ("dense", "recover", "distill")
+
+# augment: mixup, cutmix, mix_prob, drop_path, weight_decay, clip, eps, repeats (CAP's presets)
+PRESETS = {
+    "light1": (0.0, 0.0, 1.0, 0.0, 0.03, 1.0, 1e-6, 1),
+    "light2": (0.2, 0.2, 1.0, 0.0, 0.03, 1.0, 1e-6, 1),
+    "medium1": (0.2, 0.2, 1.0, 0.0, 0.03, 1.0, 1e-6, 1),
+    "medium2": (0.5, 0.5, 1.0, 0.0, 0.03, 1.0, 1e-6, 1),
+    "deit_wide": (0.8, 1.0, 1.0, 0.1, 0.05, None, 1e-8, 3),
+    "deit_light": (0.8, 1.0, 0.2, 0.1, 0.005, None, 1e-8, 1),
+}
+LINE, COSINE = "linear", "cosine"
+# epochs of the whole run, rate from and to, how it falls, anew per cycle or once; sparsity; Fisher block and damping
+CAP: dict[str, tuple[Any, ...]] = {
+    "ovit_deit_tiny_gradual": (280, 5e-4, 1e-5, LINE, "cycle", 0.9, 192, 1e-8),
+    "ovit_deit_tiny_light2": (280, 5e-4, 1e-5, LINE, "cycle", 0.9, 192, 1e-8),
+    "ovit_deit_tiny_medium1": (280, 5e-4, 1e-5, LINE, "cycle", 0.9, 192, 1e-8),
+    "ovit_deit_tiny_medium2": (280, 5e-4, 1e-5, LINE, "cycle", 0.9, 192, 1e-8),
+    "ovit_deit_small_gradual": (280, 5e-4, 1e-5, LINE, "cycle", 0.9, 192, 1e-8),
+    "ovit_deit_small_deit_light": (280, 5e-4, 1e-5, LINE, "cycle", 0.9, 192, 1e-8),
+    "ovit_deit_tiny_gradual_cosine": (100, 5e-4, 1e-5, COSINE, "run", 0.9, 192, 1e-8),
+    "ovit_deit_tiny_gradual_cyclic": (100, 5e-4, 1e-5, LINE, "cycle", 0.9, 192, 1e-8),
+    "ovit_deit_tiny_gradual_120": (120, 4e-4, 1e-5, LINE, "cycle", 0.75, 192, 1e-8),
+    "ovit_deit_tiny_cubic": (300, 5e-4, 0.0, LINE, "cycle", 0.75, 192, 1e-8),
+    "ovit_deit_tiny_finetune": (20, 1e-4, 1e-5, LINE, "cycle", 0.5, 192, 1e-8),
+    "ovit_deit_tiny_two_four": (50, 5e-4, 1e-5, LINE, "cycle", 0.5, 192, 1e-8),
+    "ovit_xcit_small_finetune": (20, 1e-4, 1e-5, LINE, "cycle", 0.5, 192, 1e-8),
+    "ovit_convnext_small_finetune": (20, 1e-4, 1e-5, LINE, "cycle", 0.5, 192, 1e-8),
+    "ovit_resnet50d_finetune": (20, 1e-4, 1e-5, LINE, "cycle", 0.75, 256, 1e-7),
+    "ovit_resnet50d_gradual": (300, 0.2, 1e-3, LINE, "cycle", 0.9, 256, 1e-8),
+    "ovit_efficientnetv2_s_gradual": (300, 0.2, 1e-3, LINE, "cycle", 0.9, 16, 1e-8),
+    "fastcap_deit_tiny_gradual": (10, 5e-4, 1e-5, COSINE, "run", 0.9, 192, 1e-8),
+    "ovit_deit_tiny_longer": (100, 1e-4, 1e-5, COSINE, "cycle", 0.0, 192, 1e-8),
+    "ovit_resnet50d_longer": (100, 0.1, 1e-3, COSINE, "cycle", 0.0, 192, 1e-8),
+}
+UP = {"epochs": 200, "batch_size": 256, "optimizer": "adamw", "lr": 1e-3, "min_lr": 0.0, "weight_decay": 1e-3}
+UP |= {"clip": None, "warmup_epochs": 2, "cutmix": 0.5, "mixup": 0.0, "drop_path": 0.1, "ema": 0.999}
+DIMAP = {"epochs": 30, "optimizer": "adamw", "lr": 2e-5, "min_lr": 2e-7, "weight_decay": 1e-8, "warmup_epochs": 15}
+PAPERS = {"up_deit_tiny": UP, "up_deit_small": UP, "up_pvt_v2_b0": UP, "dimap_swin_tiny": DIMAP}
+
+LAYERS = {"num_classes": 7, "pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
+STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deit": ("deit_tiny_patch16_224", VIT),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "pvt": ("pvt_v2_b0", PVT | {"pretrained_cfg_overlay": {"input_size": (3, 32, 32)}}),
+    "xcit": ("xcit_nano_12_p16_224", LAYERS | {"depth": 2, "embed_dim": 32, "num_heads": 2, "cls_attn_layers": 1}),
+    "convnext": ("convnext_tiny", LAYERS | {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
+    "resnet50d": ("resnet50d", LAYERS | {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}),
+    "tf": ("test_efficientnet", LAYERS),
+}
+
+
+def section(params: Params, stage: str) -> Train | None:
+    found = {"dense": params.dense.train, "recover": params.prune.recover, "distill": params.distill.train}
+    return found[stage]
+
+
+TRAINED = [(name, stage) for name, path in RECIPES.items() for stage in STAGES if section(load(path), stage)]
+# the rate of the second of two steps, where it is not at its end already (a line) or half-way (a cosine)
+SECOND = dict.fromkeys(("up_deit_tiny", "up_deit_small", "up_pvt_v2_b0"), 1e-3 / 4)  # a warm-up over 2 x 2 steps
+SECOND |= {"dimap_swin_tiny": 2e-5 / 30, "transfer_deit_tiny_folder": 1e-4 / 2}
+SECOND |= {
+    "ovit_deit_tiny_gradual_cosine": 1e-5 + 4.9e-4 * (1 + math.cos(math.pi / 200)) / 2,
+    "fastcap_deit_tiny_gradual": 1e-5 + 4.9e-4 * (1 + math.cos(math.pi / 20)) / 2,
+}
+
+
+@pytest.mark.parametrize("name", CAP)
+def test_recipes_of_cap_have_the_values_of_its_tables(name: str) -> None:
+    params = load(RECIPES[name])
+    recipe = section(params, "recover") or section(params, "dense")
+    assert recipe is not None
+    plan = plan_of(params)
+    epochs = sum(plan.epochs(recipe.epochs))
+    run = (epochs, recipe.lr, recipe.min_lr, recipe.decay, recipe.decay_over)
+    assert (*run, params.prune.sparsity, params.score.block, params.score.damp) == CAP[name]
+    assert (recipe.smoothing, recipe.batch_size, recipe.warmup_epochs, recipe.ema) == (0.1, 1024, 0.0, 0.0)
+    mixing = (recipe.mixup, recipe.cutmix, recipe.mix_prob, recipe.drop_path)
+    found = (*mixing, recipe.weight_decay, recipe.clip, recipe.eps, recipe.repeats)
+    expected = PRESETS[recipe.augment]
+    if recipe.optimizer == "momentum":  # not of the presets, which are AdamW's
+        expected = (*expected[:4], 1e-4, expected[5], None, expected[7])
+    assert found == expected
+    assert params.distill.train is None  # they had no teacher
+
+
+def test_every_preset_has_a_recipe() -> None:
+    trained = [section(load(RECIPES[name]), stage) for name, stage in TRAINED]
+    assert set(PRESETS) <= {recipe.augment for recipe in trained if recipe is not None}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_recipes_of_other_papers_have_their_values(name: str) -> None:
+    params = load(RECIPES[name])
+    recipe = section(params, "distill") or section(params, "recover")
+    assert recipe is not None
+    assert {key: getattr(recipe, key) for key in PAPERS[name]} == PAPERS[name]
+
+
+def stand_in(name: str) -> nn.Module:
+    """A small float32 model of a recipe's family."""
+    found = next(made for start, made in STAND_INS.items() if name.startswith(start))
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(found[0], **found[1])
+    return model
+
+
+def write_images(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        path = folder / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize(("name", "stage"), TRAINED)
+def test_two_steps_of_a_recipe(name: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = load(RECIPES[name])
+    recipe = section(params, stage)
+    assert recipe is not None
+    write_images(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    params = params.model_copy(update={"dataset": Dataset(source="folder:images", eval_fraction=0.17)})
+    stages.dataset(params)
+
+    dense, held = stand_in(params.model.name), None
+    if stage == "distill":
+        model = prune(dense, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
+        task = distilling(model, dense, params.distill, recipe.smoothing, params.seed)
+    else:
+        model, task = dense, classification(dense, recipe.smoothing)
+        groups = find_groups(model, ["weight"])
+        held = Held(groups, random_masks(groups, 0.5))
+        zero(model, groups, held.masks)
+    before, history = state(model), History(tmp_path / "out", stage)
+    short = recipe.model_copy(update={"epochs": 1, "batch_size": 5})  # of 10 images
+    part = Part(1, plan_of(params).epochs(recipe.epochs), {}) if stage == "recover" else None
+    stage_context.fit(task, short, params, history, Shelf(tmp_path / "shelf", "key"), held, None, part)
+
+    (row,) = history.rows
+    middle = (recipe.lr + recipe.min_lr) / 2
+    expected = SECOND.get(name, recipe.min_lr if recipe.decay == "linear" else middle)
+    assert (row["epoch"], row["step"]) == (1, 2)
+    assert row["lr"] == pytest.approx(expected, rel=1e-9)
+    assert math.isfinite(row["loss"])
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    for key, mask in held.masks.items() if held is not None else ():
+        assert torch.equal(model.get_parameter(key) != 0, mask)

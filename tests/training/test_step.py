@@ -1,0 +1,228 @@
+"""One step, however it is taken: in micro-batches, in several processes, in too little memory."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_sharding import ONE_THREAD
+from torch import Tensor, nn
+
+from tests.support.tiny_models import batches, random_masks, state, tiny
+from tests.support.train_worker import CASES, answers, trained
+from vitprune import BadInput, data, find_groups, zero
+from vitprune.config.params import load
+from vitprune.config.train_config import Train
+from vitprune.errors import Interrupted
+from vitprune.runtime.distributed import Team
+from vitprune.training import loop as training
+from vitprune.training.loop import Held, classification, train
+from vitprune.training.step import shared
+
+ROOT = Path(__file__).parents[2]
+HELD = ("adamw", "momentum", "sgd", "lamb", "nadamw", "lion")
+
+
+def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_take_the_steps_of_one(tmp_path: Path, processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", f"{processes}", "--standalone"]
+    command += [str(ROOT / "tests/support/train_worker.py"), str(tmp_path)]
+    subprocess.run(command, env=ONE_THREAD, check=True, timeout=300)
+    assert [json.loads((tmp_path / f"size-{rank}.json").read_text()) for rank in range(processes)] == [
+        processes
+    ] * processes
+    asked = [load_file(tmp_path / f"answers-{rank}.safetensors")["answers"] for rank in range(processes)]
+    assert asked[0].shape == (27, 7)
+    assert all(torch.equal(found, answers()) for found in asked)
+    for name, settings in CASES.items():
+        alone = trained(settings | {"accumulate": 1}, taught=name == "all")
+        files = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(processes)]
+        for number, step in enumerate(alone):
+            together = {key: files[0][f"{number}/{key}"] for key in step}
+            assert furthest(step, together) < 1e-9, (name, number)
+            assert all(torch.equal(file[f"{number}/{key}"], together[key]) for file in files for key in step)
+        assert furthest(alone[0], alone[-1]) > 1e-3
+        assert len(alone) == {"patience": 3}.get(name, 2) * 3 + 1
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 4, 100])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_parts_of_a_batch_take_its_step(accumulate: int, clip: float | None) -> None:
+    whole, parts = (trained({"clip": clip, "ema": 0.5} | more) for more in ({}, {"accumulate": accumulate}))
+    assert len(whole) == len(parts) > 4
+    assert max(furthest(one, other) for one, other in zip(whole, parts, strict=True)) < 1e-9
+
+
+def test_shares_are_the_batch_in_order() -> None:
+    images, labels = torch.arange(7).view(7, 1, 1, 1), torch.arange(7)
+    found = [shared(images, labels, Team(rank, 3)) for rank in range(3)]
+    assert [share[1].tolist() for share in found] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert all(torch.equal(x.flatten(), y) for x, y in found)
+
+
+class Greedy(nn.Module):
+    """A criterion that asks for memory that no machine has when it sees more than so many images."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most, self.seen = most, []
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.seen.append(len(output))
+        if len(output) > self.most:
+            torch.empty(1 << 60)
+        return torch.nn.functional.cross_entropy(output, target)
+
+
+def test_too_little_memory_halves_the_parts_and_ends_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for most, accumulate in ((6, 1), (2, 1), (2, 4)):
+        model, rows = tiny("vit"), []
+        for block in model.blocks:
+            block.mlp.drop1.p = 0.2 if most == 2 else 0.0
+        task = classification(model)
+        task.criterion = Greedy(most)
+        noise = batches(model, 2, 6)
+        recipe = Train(epochs=2, lr=0.01, accumulate=accumulate)
+        train(task, lambda epoch, noise=noise: noise, 2, recipe, 0, rows.append)
+        found.append((state(model), rows, task.criterion.seen, capsys.readouterr().err))
+    assert found[1][2][:2] == [6, 3]  # 6 at once, then the first of 2 parts, then 4 parts
+    assert found[1][2][2:6] == [2, 2, 1, 1]
+    told = found[1][3].splitlines()
+    assert told == [
+        "training, epoch 1, step 1: out of memory; going on with 2 micro-batches of 3 images",
+        "training, epoch 1, step 1: out of memory; going on with 4 micro-batches of 2 images",
+    ]
+    assert [row.get("micro_batches") for row in found[1][1]] == [4, 4]
+    assert "micro_batches" not in found[2][1][0]
+    assert all(torch.equal(found[1][0][name], found[2][0][name]) for name in found[1][0])  # dropout included
+
+
+def test_no_memory_for_one_image_is_refused(vit: nn.Module) -> None:
+    task = classification(vit)
+    task.criterion = Greedy(0)
+    with pytest.raises(
+        BadInput, match=r"^training, epoch 1, step 1: out of memory with one image at a time"
+    ) as refused:
+        train(task, lambda epoch: batches(vit, 1, 3), 1, Train(epochs=1, lr=0.01), 0, print)
+    assert "\n" not in str(refused.value)
+
+
+def test_float16_is_refused_on_a_cpu(vit: nn.Module) -> None:
+    with pytest.raises(BadInput, match=r"^train.amp float16: not on a CPU; use bfloat16 or false$"):
+        train(classification(vit), lambda epoch: batches(vit), 2, Train(epochs=1, lr=0.01, amp="float16"), 0, print)
+
+
+@pytest.mark.parametrize("optimizer", HELD)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"clip": 0.05},
+        {"ema": 0.9},
+        {"accumulate": 3},
+        {"clip": 0.05, "ema": 0.9, "accumulate": 2},
+        {"ema": 0.9, "layer_decay": 0.7, "checkpointing": True, "channels_last": True},
+    ],
+    ids=str,
+)
+def test_a_pruned_weight_is_zero_after_every_step_and_in_the_average(
+    vit: nn.Module, monkeypatch: pytest.MonkeyPatch, optimizer: str, more: dict[str, Any]
+) -> None:
+    groups = find_groups(vit, ["weight"])
+    held, averages, checked = Held(groups, random_masks(groups, 0.6)), [], [0]
+    zero(vit, groups, held.masks)
+    make = training.ModelEmaV3
+
+    def watched(*args: Any, **settings: Any) -> Any:
+        averages.append(make(*args, **settings))
+        return averages[-1]
+
+    monkeypatch.setattr(training, "ModelEmaV3", watched)
+
+    def exact(model: nn.Module) -> None:
+        for name, mask in held.masks.items():
+            assert torch.equal(model.get_parameter(name) != 0, mask), name
+
+    class Watch:
+        begun = None
+
+        def due(self) -> bool:  # asked after every step
+            checked[0] += 1
+            for model in (vit, *(average.module for average in averages)):
+                exact(model)
+            return False
+
+        def write(self, snapshot: Any) -> None:
+            raise AssertionError
+
+    recipe = Train.model_validate({"epochs": 2, "lr": 0.02, "weight_decay": 0.2, "optimizer": optimizer} | more)
+    noise = batches(vit, 3, 6)
+    train(classification(vit), lambda epoch: noise, 3, recipe, 0, lambda row: None, held, saving=Watch())
+    assert checked == [6]
+    assert len(averages) == ("ema" in more)
+    exact(vit)
+
+
+def test_the_optimizers_of_all_recipes_are_among_those_that_are_watched() -> None:
+    found = set()
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        params = load(path)
+        found |= {r.optimizer for r in (params.dense.train, params.prune.recover, params.distill.train) if r}
+    assert {"adamw", "momentum"} <= found <= set(HELD)
+
+
+def deadly(row: int) -> bytes:
+    """Reads no image, and is killed for it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return b""
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_worker_that_is_killed_is_told_and_asks_for_another_attempt() -> None:
+    transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
+    table = data.ImageTable(tuple("abcdefgh"), torch.zeros(8, dtype=torch.int64), transform, deadly, None)
+    told = r"^DataLoader worker .*; it was killed, most often for memory: use fewer than 1 workers$"
+    with pytest.raises(Interrupted, match=told) as lost:
+        list(data.train_batches(table, 4, 0, 0, workers=1))
+    assert lost.value.code == 75
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_an_image_that_cannot_be_decoded_while_training_is_named(workers: int) -> None:
+    transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
+    table = data.ImageTable(("a/b.jpg",), torch.zeros(1, dtype=torch.int64), transform, lambda row: b"none", None)
+    told = r"^a/b.jpg: is as the manifest says, but Pillow cannot decode it here; run `vitprune dataset` again$"
+    with pytest.raises(BadInput, match=told):
+        list(data.train_batches(table, 4, 0, 0, workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_the_shares_of_a_loaded_batch_are_the_batch(workers: int) -> None:
+    transform = data.Transform(lambda image: torch.rand(3, 8, 8), "RGB", (3, 8, 8), True, None)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    table = data.ImageTable(tuple("abcdefg"), torch.arange(7), transform, lambda row: picture.getvalue(), None)
+    whole = list(data.train_batches(table, 5, 0, 0))
+    shares = [list(data.train_batches(table, 5, 0, 0, workers, 1, 0, (rank, 3))) for rank in range(3)]
+    assert [[len(y) for _, y in share] for share in shares] == [[2, 1], [2, 1], [1, 0]]
+    for number, (images, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([share[number][0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[number][1] for share in shares]), labels)
+    later = list(data.train_batches(table, 5, 0, 0, begin=1))
+    assert len(later) == 1
+    assert torch.equal(later[0][0], whole[1][0])

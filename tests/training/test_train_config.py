@@ -1,0 +1,226 @@
+"""How a training may run: rates per layer, blocks computed again, compiled passes, another memory format, patience."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from test_sharding import ONE_THREAD
+from torch import Tensor, nn
+
+from tests.support.tiny_models import batches, noisy, random_masks, same_state, state, tiny
+from vitprune import BadInput, find_groups, prune, zero
+from vitprune.config.train_config import Train
+from vitprune.training.loop import Held, classification, feature_distillation, train
+
+ROOT = Path(__file__).parents[2]
+PLAIN = {"epochs": 1, "lr": 0.1, "optimizer": "sgd", "weight_decay": 0.0, "clip": None}
+
+
+def fit(
+    model: nn.Module, more: dict[str, Any], task: Any = None, held: Held | None = None, number: int = 3, **given: Any
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    recipe = Train.model_validate({"epochs": 2, "lr": 0.01} | more)
+    noise = batches(model, number, 6)
+    train(task or classification(model), lambda epoch: noise, number, recipe, 0, rows.append, held, **given)
+    return rows
+
+
+def moved(task: Callable[[nn.Module], Any], more: dict[str, Any]) -> tuple[dict[str, Tensor], nn.Module]:
+    """What one step of plain gradient descent has changed of all that trains."""
+    model = tiny("vit")
+    made = task(model)
+    before = state(made.trainable_module)
+    fit(model, PLAIN | more, made, number=1)
+    return {name: tensor - before[name] for name, tensor in state(made.trainable_module).items()}, model
+
+
+def test_every_layer_has_its_share_of_the_rate() -> None:
+    whole, shared = (moved(classification, more)[0] for more in ({}, {"layer_decay": 0.5}))
+    shares = {
+        "cls_token": 1 / 8,
+        "pos_embed": 1 / 8,
+        "patch_embed": 1 / 8,
+        "norm": 1 / 2,
+        "head": 1.0,
+    }  # a norm goes with the block before it
+    for name, change in whole.items():
+        first, number = name.split(".")[0], name.split(".")[1] if "." in name else ""
+        share = shares.get(first) or {"0": 1 / 4, "1": 1 / 2}[number]  # of 2 blocks
+        torch.testing.assert_close(shared[name], share * change, rtol=1e-9, atol=1e-14)
+        assert name in ("pos_embed", "cls_token") or bool(change.any())
+
+
+def test_what_trains_beside_the_model_has_the_whole_rate() -> None:
+    def task(model: nn.Module) -> Any:
+        torch.manual_seed(0)
+        teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1,
+                                    num_heads=3, num_classes=7).double()  # fmt: skip
+        return feature_distillation(model, teacher, 1.0, 0.0, 0)
+
+    whole, shared = (moved(task, more)[0] for more in ({}, {"layer_decay": 0.5}))
+    (beside,) = [name for name in whole if name.endswith("projection.weight")]
+    assert bool(whole[beside].any())
+    torch.testing.assert_close(shared[beside], whole[beside], rtol=1e-9, atol=1e-14)
+    inner = "student.blocks.0.mlp.fc1.weight"
+    torch.testing.assert_close(shared[inner], whole[inner] / 4, rtol=1e-9, atol=1e-14)
+
+
+def test_rates_per_layer_follow_the_schedule(vit: nn.Module) -> None:
+    rows = fit(vit, PLAIN | {"epochs": 2, "layer_decay": 0.5, "min_lr": 0.02, "decay": "linear"}, number=1)
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.02])
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
+def test_blocks_computed_again_give_the_same_to_the_bit(name: str) -> None:
+    found = []
+    for again in (False, True):
+        model = noisy() if name == "vit" else tiny(name)
+        kinds = {"vit": "Block", "swin": "SwinTransformerBlock", "pvt": "PyramidVisionTransformerStage"}
+        calls: list[bool] = []
+        first = next(module for module in model.modules() if type(module).__name__ == kinds[name])
+        inner = first.mlp.fc1 if name != "pvt" else first.blocks[0].mlp.fc1
+        inner.register_forward_hook(lambda *_, calls=calls: calls.append(True))
+        fit(model, {"checkpointing": again, "drop_path": 0.2 if name == "vit" else 0.0})
+        found.append((state(model), len(calls)))
+        model.train()
+        model(batches(model, 1, 2)[0][0]).sum().backward()
+        assert len(calls) == found[-1][1] + 1  # computed once: it was for the training only
+    assert all(torch.equal(found[0][0][key], found[1][0][key]) for key in found[0][0])
+    assert (found[0][1], found[1][1]) == (6, 12)
+
+
+def test_a_model_that_cannot_compute_its_blocks_again_is_named() -> None:
+    class Plain(nn.Linear):
+        num_classes = 7
+
+    told = r"^train.checkpointing: Plain cannot compute its blocks again; set it to false$"
+    model = Plain(4, 7)
+    noise = [(torch.rand(3, 4), torch.arange(3))]
+    with pytest.raises(BadInput, match=told):
+        train(classification(model), lambda epoch: noise, 1, Train(epochs=1, lr=0.1, checkpointing=True), 0, print)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
+def test_another_memory_format_changes_nothing_but_rounding(name: str) -> None:
+    found = []
+    for last in (False, True):
+        model, seen = tiny(name), []
+        convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        convolution.register_forward_pre_hook(
+            lambda module, given, seen=seen: seen.append(
+                [x.is_contiguous(memory_format=torch.channels_last) for x in (given[0], module.weight)]
+            )
+        )
+        fit(model, {"channels_last": last, "ema": 0.5})
+        found.append(state(model))
+        assert seen[0] == [last, last]
+        assert all(parameter.is_contiguous() for parameter in model.parameters())
+    assert max(float((found[0][key] - found[1][key]).abs().max()) for key in found[0]) < 1e-9
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+from tiny_models import batches, random_masks, tiny
+from vitprune import find_groups, zero
+from vitprune.models import write_weights
+from vitprune.config.train_config import Train
+from vitprune.training.loop import Held, classification, train
+torch.set_num_threads(1)
+model = tiny("vit")
+groups = find_groups(model, ["weight"])
+held = Held(groups, random_masks(groups, 0.5))
+zero(model, groups, held.masks)
+names, noise = list(model.state_dict()), batches(model, 2, 6)
+recipe = Train(epochs=2, lr=0.01, compile=sys.argv[2] == "compile", ema=0.5)
+train(classification(model), lambda epoch: noise, 2, recipe, 0, lambda row: None, held)
+assert list(model.state_dict()) == names
+assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in held.masks.items())
+write_weights(model.state_dict(), Path(sys.argv[1]))
+"""
+
+
+def compiled(path: Path, how: str, more: dict[str, str]) -> tuple[dict[str, Tensor], str]:
+    env = ONE_THREAD | {"PYTHONPATH": str(ROOT)} | more
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(path / "cache")}
+    file = path / f"{how}.safetensors"
+    command = [sys.executable, "-c", WORKER, str(file), how]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return load_file(file), done.stderr
+
+
+def uncompiled() -> dict[str, Tensor]:
+    """What the worker ends with, without compiling."""
+    model = tiny("vit")
+    groups = find_groups(model, ["weight"])
+    held = Held(groups, random_masks(groups, 0.5))
+    zero(model, groups, held.masks)
+    fit(model, {"ema": 0.5}, held=held, number=2)
+    return state(model)
+
+
+def test_compiled_passes_train_alike(tmp_path: Path) -> None:
+    plain, (code, told) = uncompiled(), compiled(tmp_path, "compile", {})
+    assert "train.compile failed" not in told
+    assert max(float((plain[key] - code[key]).abs().max()) for key in plain) < 1e-9
+
+
+def test_where_nothing_compiles_the_training_goes_on_without(tmp_path: Path) -> None:
+    plain, (left, told) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
+    assert told.count("train.compile failed") == 1
+    assert "training, epoch 1, step 1: train.compile failed (" in told
+    assert "); going on without it" in told
+    assert all(torch.equal(plain[key], left[key]) for key in plain)
+
+
+@pytest.mark.parametrize(
+    ("top1", "patience", "epochs"),
+    [
+        ([0.1, 0.2, 0.3, 0.2, 0.2, 0.2], 2, 5),
+        ([0.1, 0.2, 0.2, 0.3, 0.3, 0.3], 2, 6),  # the same is not better; 0.3 came in time
+        ([0.5, 0.1, 0.6, 0.1, 0.1, 0.1], 1, 2),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 1, 6),
+    ],
+)
+def test_patience_ends_a_training_after_epochs_without_a_better_top1(
+    vit: nn.Module, top1: list[float], patience: int, epochs: int
+) -> None:
+    said, seen = iter(top1), []
+
+    def evaluate() -> dict[str, float]:
+        seen.append(state(vit))
+        return {"top1": next(said)}
+
+    rows = fit(vit, {"epochs": 6, "patience": patience}, evaluate=evaluate)
+    assert [row["top1"] for row in rows] == top1[:epochs]
+    assert same_state(vit, seen[-1])  # the last weights, not the best ones
+    plain = tiny("vit")
+    expected = fit(plain, {"epochs": 6})[:epochs]
+    assert [row["lr"] for row in rows] == [row["lr"] for row in expected]  # rates fall as if it went on
+
+
+def test_patience_without_a_measurement_is_refused(vit: nn.Module) -> None:
+    with pytest.raises(BadInput, match=r"^train.patience: nothing measures top-1 after an epoch here; set it to null$"):
+        fit(vit, {"patience": 1})
+
+
+def test_every_key_at_once_on_a_pruned_model_holds_its_zeros() -> None:
+    model = prune(tiny("vit"), "channel-magnitude", {"ffn": 0.5})
+    groups = find_groups(model, ["weight"])
+    held = Held(groups, random_masks(groups, 0.5))
+    zero(model, groups, held.masks)
+    names = list(model.state_dict())
+    more = {"layer_decay": 0.7, "checkpointing": True, "channels_last": True, "patience": 1, "ema": 0.9}
+    rows = fit(model, more | {"accumulate": 2, "clip": 0.1}, held=held, evaluate=lambda: {"top1": 0.5})
+    assert len(rows) == 2
+    assert names == list(model.state_dict())
+    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in held.masks.items())

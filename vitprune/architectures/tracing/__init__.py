@@ -1,0 +1,1 @@
+"""Channel dependency graph of a model, from one traced forward pass."""

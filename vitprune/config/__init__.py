@@ -1,0 +1,1 @@
+"""Settings of the pipeline and of the Python API as pydantic models."""

@@ -1,0 +1,1 @@
+"""KL-divergence importance (UP-ViTs): exact, second-order and leave-one-out."""

@@ -1,0 +1,1 @@
+"""Optimal Brain Surgeon criteria: CAP/oViT, WoodFisher, OBC, FastCAP and structured OBS."""

@@ -1,0 +1,1 @@
+"""Accuracy, cost, latency and checks of a model."""

@@ -1,0 +1,5 @@
+"""Create, load, validate, save and export models."""
+
+from vitprune.models.io import WEIGHTS, create, load, read_weights, save, write_weights
+
+__all__ = ["WEIGHTS", "create", "load", "read_weights", "save", "write_weights"]

@@ -1,0 +1,170 @@
+"""The model card of a saved model: README.md with the hub's metadata, of facts that files hold and of nothing else."""
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import timm
+import yaml
+
+from vitprune.errors import BadInput
+from vitprune.models.io import WEIGHTS, Saved, describe
+from vitprune.runtime.files import digest, replacing
+
+CARD = "README.md"
+STARTS = {
+    "pretrained": "timm's published weights",
+    "checkpoint": "a checkpoint",
+    "train": "random weights, trained",
+}
+NUMBERS = {  # of metrics/evaluate.json: what it is called, and how it is written
+    "top1": ("Top-1 accuracy, %", "{:.2f}"),
+    "top5": ("Top-5 accuracy, %", "{:.2f}"),
+    "params": ("Parameters", "{:,}"),
+    "nonzero_params": ("Nonzero parameters", "{:,}"),
+    "macs": ("Multiply-accumulates per image", "{:,}"),
+    "nonzero_macs": ("Those with a nonzero weight", "{:,}"),
+}
+PAGE = """\
+---
+{{ header }}---
+
+# {{ saved.architecture }}, pruned
+
+A timm model of {{ "{:,}".format(saved.params) }} parameters, pruned with vitprune.
+{% if method %}
+## What was removed
+
+Method `{{ method }}`{% if cycles %}, in {{ cycles }} cycle{{ "s" if cycles > 1 }}{% endif %}:
+
+| kind | removed |
+|---|---|
+{% for kind, share in sparsity.items() -%}
+| {{ kind }} | {{ "{:.1f}".format(100 * share) }} % |
+{% endfor %}{% if masks %}
+sha256 of the masks: `{{ masks }}`
+{% endif %}{% endif %}{% if rows %}
+## Measured
+
+{% if images %}Accuracy on {{ "{:,}".format(images) }} evaluation images.
+
+{% endif %}| | dense | pruned |
+|---|---|---|
+{% for name, dense, pruned in rows -%}
+| {{ name }} | {{ dense }} | {{ pruned }} |
+{% endfor %}{% endif %}
+## Loading
+{% if saved.plain %}
+```python
+import timm
+
+model = timm.create_model("local-dir:DIRECTORY", pretrained=True)  # from the hub: "hf-hub:USER/NAME"
+```
+{% else %}
+Its layers differ in width, for which timm alone has no words; the structure in config.json tells vitprune:
+
+```python
+import vitprune
+
+model = vitprune.load("DIRECTORY")  # a timm model; of this directory, no code is run
+```
+{% endif %}
+## Provenance
+
+{% for name, value in provenance.items() -%}
+- {{ name }}: {{ value }}
+{% endfor -%}
+"""
+
+
+def write_card(directory: str | Path, project: str | Path | None = None) -> None:
+    """Write README.md beside a saved model; `project` is where the pipeline has left its metrics, if it made the model.
+
+    What is not known is left out: numbers and masks without metrics, the base model and its license unless the model
+    was made from timm's published weights.
+
+    Raises:
+        BadInput: the directory holds no saved model, or a file of metrics is broken.
+    """
+    directory = Path(directory)
+    saved = describe(directory)
+    facts = _facts(Path(project), saved) if project is not None else {}
+    method = facts.get("method")
+    tags = ["timm", "image-classification", "pruning", "vitprune"] + ([method] if method else [])
+    header = {"library_name": "timm", "pipeline_tag": "image-classification"} | facts.get("base", {}) | {"tags": tags}
+    versions = {package: metadata.version(package) for package in ("vitprune", "timm", "torch")}
+    provenance = {f"sha256 of {WEIGHTS}": f"`{digest(directory / WEIGHTS)}`"} | facts.get("provenance", {}) | versions
+    environment = jinja2.Environment(undefined=jinja2.Undefined, keep_trailing_newline=True)
+    page = environment.from_string(PAGE).render(
+        facts | {"header": yaml.safe_dump(header, sort_keys=False), "saved": saved, "provenance": provenance}
+    )
+    with replacing(directory / CARD) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def _facts(project: Path, saved: Saved) -> dict[str, Any]:
+    """What the metrics of a project say about its model."""
+    dense, score, prune, evaluation = (
+        _json(project / f"metrics/{name}.json") for name in ("dense", "score", "prune", "evaluate")
+    )
+    cycles = prune.get("cycles")
+    last = _json(project / f"out/cycles/{cycles:02d}/metrics.json") if isinstance(cycles, int) else {}
+    return {
+        "base": _base(saved) if dense.get("from") == "pretrained" else {},
+        "method": score.get("method") if last else None,
+        "cycles": cycles,
+        "sparsity": last.get("sparsity", {}),
+        "masks": last.get("masks_sha256"),
+        "images": evaluation.get("images"),
+        "rows": _rows(evaluation),
+        "provenance": _origin(dense),
+    }
+
+
+def _base(saved: Saved) -> dict[str, str]:
+    """The published model and its license, as timm knows them."""
+    name, tag = saved.architecture, saved.pretrained_cfg.get("tag")
+    found = timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name, allow_unregistered=True)
+    if found is None:
+        return {}
+    known = {"license": found.license, "base_model": found.hf_hub_id}
+    return {key: value for key, value in known.items() if value}
+
+
+def _rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Both models' numbers; those of nonzero weights only where a weight is zero."""
+    dense, pruned = evaluation.get("dense", {}), evaluation.get("pruned", {})
+    rows = []
+    for key, (name, form) in NUMBERS.items():
+        plain = key.removeprefix("nonzero_")
+        told = key == plain or pruned.get(key) != pruned.get(plain) or dense.get(key) != dense.get(plain)
+        if key in dense and key in pruned and told:
+            rows.append((name, form.format(dense[key]), form.format(pruned[key])))
+    return rows
+
+
+def _origin(dense: Mapping[str, Any]) -> dict[str, str]:
+    """Where the dense model came from."""
+    found = {}
+    if dense.get("from") in STARTS:
+        found["the dense model started from"] = STARTS[dense["from"]]
+    if dense.get("checkpoint_sha256"):
+        found["sha256 of that checkpoint"] = f"`{dense['checkpoint_sha256']}`"
+    if dense.get("sha256"):
+        found["sha256 of the dense weights"] = f"`{dense['sha256']}`"
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise BadInput(f"{path}: not valid JSON ({error}); run the stage that writes it again") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: not a JSON object; run the stage that writes it again")
+    return content

@@ -1,0 +1,1 @@
+"""Verify a finished run against its artifacts and its MLflow records."""

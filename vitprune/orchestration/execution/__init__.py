@@ -1,0 +1,1 @@
+"""Run DVC stages: processes, locks, worktrees and the DVC cache."""

@@ -1,0 +1,1 @@
+"""Log runs to MLflow; registry of models."""

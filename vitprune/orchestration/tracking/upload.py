@@ -1,0 +1,231 @@
+"""Puts journals into MLflow; doing it twice changes nothing.
+
+A run of MLflow is found again by the tag `vitprune.key` (FLOW, FLOW/STAGE or FLOW/STAGE/CYCLE), so a mirror that was
+cut off goes on where it stopped.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from vitprune.orchestration.tracking.journal import Journal, read, sha256
+from vitprune.orchestration.tracking.logged_model import DIGEST, find_model, model_digest, record_model
+
+Fact = Mapping[str, Any]
+JOURNAL, JOURNAL_DIGEST = "journal.jsonl", "vitprune.journal_sha256"
+KEY, CACHED, HASH = "vitprune.key", "vitprune.cached", "vitprune.dvc_stage_hash"
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """One journal on its way into one experiment."""
+
+    client: MlflowClient
+    experiment: str
+    journal: Journal
+
+    def put(self) -> str:
+        """Put the whole journal into MLflow; the id of the parent run."""
+        facts = read(self.journal.path)
+        start = next(fact for fact in facts if fact["fact"] == "start")
+        stages = [fact for fact in facts if fact["fact"] == "stage"]
+        # a journal without an end is that of a run that was killed
+        last = stages[-1]["started"] + stages[-1]["seconds"] if stages else start["time"]
+        killed = {"fact": "end", "status": "KILLED", "error": "", "time": last, "files": []}
+        end = next((fact for fact in facts if fact["fact"] == "end"), killed)
+        parent = self._parent(start, stages, end)
+        for fact in stages:
+            self._stage(parent, fact)
+        self._compared(parent, stages, end["time"])
+        self._end(parent, end["status"], end["time"])
+        return parent
+
+    def _parent(self, start: Fact, stages: Iterable[Fact], end: Fact) -> str:
+        flow = self.journal.flow_run_id
+        tags = {"vitprune.prefect_flow_run_id": flow, "vitprune.project": str(self.journal.project)}
+        tags |= start_tags(start) | {JOURNAL_DIGEST: sha256(self.journal.path)}
+        tags |= {f"vitprune.{_stem(d)}_sha256": d["sha256"] for fact in stages if (d := fact.get("digest"))}
+        tags |= {f"vitprune.{_word(file['path'])}_sha256": file["sha256"] for file in (*start["files"], *end["files"])}
+        if end["error"]:
+            tags["vitprune.error"] = end["error"]
+        name = f"compress-{flow[:8]}"
+        if sweep := start.get("sweep"):
+            name, above = sweep["run"], {"vitprune.sweep": sweep["name"]}
+            tags |= above | {"mlflow.parentRunId": self._run(sweep["key"], sweep["name"], start["time"], above)}
+        run = self._run(flow, name, start["time"], tags)
+        self._params(run, start["params"])
+        self._files(run, (*start["files"], *end["files"]))
+        self.client.log_text(run, self.journal.path.read_text(encoding="utf-8"), JOURNAL)
+        return run
+
+    def _stage(self, parent: str, fact: Fact) -> None:
+        stage, lock = fact["stage"], fact.get("lock", {"params": {}, "sha256": ""})
+        tags = {
+            "mlflow.parentRunId": parent,
+            "vitprune.prefect_flow_run_id": self.journal.flow_run_id,
+            "vitprune.dvc_stage": stage,
+            HASH: lock["sha256"],
+            CACHED: str(fact["cached"]).lower(),
+        }
+        if digest := fact.get("digest"):
+            tags[f"vitprune.{_stem(digest)}_sha256"] = digest["sha256"]
+        if fact["error"]:
+            tags["vitprune.error"] = fact["error"]
+        source = self._computed_by(lock["sha256"]) if fact["cached"] else None
+        if source is not None:
+            tags["vitprune.computed_by"] = source
+        tags |= digest_tags(fact)
+        ended = fact["started"] + fact["seconds"]
+        run = self._run(f"{self.journal.flow_run_id}/{stage}", stage, fact["started"], tags)
+        self._params(run, lock["params"])
+        self._metrics(run, {"seconds": fact["seconds"], **fact.get("metrics", {})}, ended)
+        if source is None:  # else the files lie with the run that computed them
+            self._computed(run, fact, ended)
+        self._end(run, "FAILED" if fact["exit_code"] else "FINISHED", ended)
+
+    def _computed(self, run: str, fact: Fact, ended: float) -> None:
+        self._files(run, fact.get("files", ()))
+        rows = [row for file in fact.get("files", ()) for row in self._history(file)]
+        self._curves(run, rows, ended)
+        for cycle in fact.get("cycles", ()):
+            self._cycle(run, fact, cycle, [row for row in rows if row.get("cycle") == cycle["cycle"]])
+        if files := fact.get("model"):
+            key = f"{self.journal.flow_run_id}/{fact['stage']}"
+            record_model(self.client, self.experiment, run, key, self.journal.spool, files)
+
+    def _cycle(self, parent: str, stage: Fact, cycle: Fact, rows: list[dict[str, Any]]) -> None:
+        number, ended = cycle["cycle"], stage["started"] + stage["seconds"]
+        tags = {
+            "mlflow.parentRunId": parent,
+            "vitprune.prefect_flow_run_id": self.journal.flow_run_id,
+            "vitprune.dvc_stage": stage["stage"],
+            "vitprune.cycle": str(number),
+            CACHED: str(stage["cached"]).lower(),
+        }
+        tags |= digest_tags(cycle)
+        key = f"{self.journal.flow_run_id}/{stage['stage']}/{number:02d}"
+        run = self._run(key, f"cycle-{number:02d}", stage["started"], tags)
+        self._metrics(run, cycle["metrics"], ended, step=number)
+        self._metrics(parent, cycle["metrics"], ended, step=number)
+        self._curves(run, rows, ended)
+        self._files(run, cycle["files"])
+        self._end(run, "FINISHED", ended)
+
+    def _run(self, key: str, name: str, started: float, tags: Mapping[str, str]) -> str:
+        """Return the run with this key, made if there is none."""
+        found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+        every = {KEY: key, "mlflow.runName": name, "mlflow.source.name": "vitprune-flow", **tags}
+        if not found:
+            made = self.client.create_run(self.experiment, _milliseconds(started), every, name)
+            return str(made.info.run_id)
+        run = str(found[0].info.run_id)
+        self.client.log_batch(run, tags=[RunTag(name, value) for name, value in every.items()])
+        return run
+
+    def _computed_by(self, digest: str) -> str | None:
+        """Return the finished run, not a cached one, that holds what this entry of dvc.lock names."""
+        wanted = f"tags.`{HASH}` = '{digest}' and attributes.status = 'FINISHED'"
+        for run in self.client.search_runs([self.experiment], wanted, order_by=["attributes.start_time ASC"]):
+            if "vitprune.computed_by" not in run.data.tags and run.data.tags[KEY].split("/")[0] != self._flow:
+                return str(run.info.run_id)
+        return None
+
+    @property
+    def _flow(self) -> str:
+        return self.journal.flow_run_id
+
+    def _compared(self, parent: str, stages: Iterable[Fact], ended: float) -> None:
+        """Log what runs are compared by with the parent run, and with the model that it speaks of."""
+        numbers = {k: v for fact in stages if fact["stage"] == "evaluate" for k, v in fact.get("metrics", {}).items()}
+        self._metrics(parent, numbers, ended)
+        digest = next((d for fact in stages if (d := model_digest(fact.get("model", ())))), None)
+        model = None if digest is None else find_model(self.client, self.experiment, DIGEST, digest)
+        if model is None:
+            return
+        time, name = _milliseconds(ended), model.model_id
+        rows = [Metric(key, float(value), time, 0, model_id=name) for key, value in numbers.items()]
+        for some in _batches(rows, 1000):
+            self.client.log_batch(parent, some)
+
+    def _params(self, run: str, params: Mapping[str, Any]) -> None:
+        for some in _batches(params.items(), 100):
+            self.client.log_batch(run, params=[Param(name, str(value)) for name, value in some])
+
+    def _metrics(self, run: str, metrics: Mapping[str, float], ended: float, step: int = 0) -> None:
+        time = _milliseconds(ended)
+        for some in _batches(metrics.items(), 1000):
+            self.client.log_batch(run, [Metric(name, float(value), time, step) for name, value in some])
+
+    def _curves(self, run: str, rows: list[dict[str, Any]], ended: float) -> None:
+        """Log training curves; their time is the stage's end, since a file that DVC hashes holds no clock."""
+        steps = [int(row.get("step", number)) for number, row in enumerate(rows)]
+        if any(later <= earlier for earlier, later in pairwise(steps)):
+            steps = list(range(len(rows)))  # counted anew in every cycle
+        time = _milliseconds(ended)
+        points = [
+            Metric(f"curve.{name}", float(value), time, step)
+            for row, step in zip(rows, steps, strict=True)
+            for name, value in row.items()
+            if isinstance(value, int | float) and name not in {"step", "cycle"}
+        ]
+        for some in _batches(points, 1000):
+            self.client.log_batch(run, some)
+
+    def _history(self, file: Fact) -> list[dict[str, Any]]:
+        if not file["path"].endswith("history.jsonl"):
+            return []
+        path = self.journal.spool / file["path"]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def _files(self, run: str, files: Iterable[Fact]) -> None:
+        """Log files under the folders they have in the project, if they still are what the journal says."""
+        for file in files:
+            path = self.journal.spool / file["path"]
+            if not path.is_file() or sha256(path) != file["sha256"]:
+                raise ValueError(f"{path}: is not the file that the journal speaks of; its run cannot be mirrored")
+            folder = str(Path(file["path"]).parent)
+            self.client.log_artifact(run, str(path), None if folder == "." else folder)
+
+    def _end(self, run: str, status: str, ended: float) -> None:
+        self.client.set_terminated(run, status, _milliseconds(ended))
+
+
+def start_tags(start: Fact) -> dict[str, str]:
+    """Return what a run began with, as tags: the commit, what differed from it, and versions."""
+    git = start["git"]
+    tags = {f"mlflow.source.git.{name}": str(git[name]) for name in ("commit", "branch", "dirty") if name in git}
+    if git:
+        changed = "\n".join(git.get("changed", ()))
+        tags |= {"vitprune.git_prefix": git.get("prefix") or "", "vitprune.git_changed": changed}
+    return tags | {f"vitprune.version.{package}": version for package, version in start.get("versions", {}).items()}
+
+
+def digest_tags(fact: Fact) -> dict[str, str]:
+    """Return the digests of what a stage or a cycle left, as tags: its masks, and what its metrics speak of."""
+    masks = next((file["sha256"] for file in fact.get("files", ()) if file["path"].endswith("masks.safetensors")), None)
+    tags = {} if masks is None else {"vitprune.masks_sha256": masks}
+    return tags | ({"vitprune.sha256": fact["sha256"]} if fact.get("sha256") else {})
+
+
+def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Cut rows into what MLflow takes in one call."""
+    every = list(rows)
+    return (every[first : first + size] for first in range(0, len(every), size))
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _stem(file: Fact) -> str:
+    return Path(file["path"]).stem
+
+
+def _word(path: str) -> str:
+    return path.replace(".", "_")

@@ -1,0 +1,209 @@
+"""Makes a project's directory: git, DVC, the pipeline and its settings."""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import yaml
+
+from vitprune import data
+from vitprune.config.params import load
+from vitprune.errors import BadInput
+from vitprune.pipeline.project_template import new_params, remotes
+
+HERE = Path(__file__).parent
+OURS = ("dvc.yaml", "params.yaml", "prefect.yaml", "requirements.txt")
+REQUIREMENTS = "requirements.txt"
+LOCAL = ("folder:", "parquet:", "wds/")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a new project prunes: an image source, a timm model, a method; None leaves it to the source.
+
+    `remote` is where DVC shares what it keeps: a folder or an address; None: nowhere.
+    """
+
+    source: str = "digits"
+    model: str | None = None
+    method: str = "channel-taylor"
+    classes: int | None = None
+    remote: str | None = None
+
+
+def create(directory: Path, choice: Choice) -> list[str]:
+    """Make a project in a directory, new or not, and return the names of the files written.
+
+    Nothing that is there is overwritten; existing .gitignore and .dvcignore get the lines that they lack.
+
+    Raises:
+        BadInput: the directory holds a project, the choice cannot be used, or git or DVC is missing or fails.
+    """
+    root = Path(os.path.abspath(directory))
+    _refuse_existing(root)
+    _refuse_without("git", shutil.which("git") is not None, "install git")
+    _refuse_without("DVC", importlib.util.find_spec("dvc") is not None, "pip install 'vitprune[pipeline]'")
+    remote = remotes.located(choice.remote) if choice.remote is not None else None
+    source, path, found = _located(choice.source, root)
+    classes = choice.classes if choice.classes is not None else found
+    texts = {
+        REQUIREMENTS: _requirements(remote),
+        ".gitignore": _ignoring(root, "gitignore"),
+        ".dvcignore": _ignoring(root, "dvcignore"),
+        "prefect.yaml": re.sub(
+            r"vitprune/orchestration/(\w+)\.py:(\w+)", r"vitprune.orchestration.\1.\2", _shipped("prefect.yaml")
+        ),
+        "dvc.yaml": _pipeline(_shipped("dvc.yaml"), path),
+        "params.yaml": new_params.render(_shipped("params.yaml"), source, choice.model, choice.method, classes),
+    }
+    if not (root / "README.md").exists():
+        texts = {"README.md": _readme(root.name, source)} | texts
+    root.mkdir(parents=True, exist_ok=True)
+    _make_repository(root)
+    if remote is not None:
+        _name_remote(root, remote)
+    _write_all(root, texts)
+    return list(texts)
+
+
+def _refuse_existing(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise BadInput(f"{root}: is a file; give a directory")
+    there = [name for name in OURS if (root / name).exists()]
+    if there:
+        raise BadInput(f"{root / there[0]}: already there, and init overwrites nothing; give another directory")
+
+
+def _refuse_without(tool: str, present: bool, remedy: str) -> None:
+    if not present:
+        raise BadInput(f"init: needs {tool}; {remedy}")
+
+
+def _located(source: str, root: Path) -> tuple[str, str | None, int | None]:
+    """Return the source as the project sees it, its path if it is local, and the number of its classes if it says so.
+
+    A path is given from the current directory; inside the project it becomes relative to it, elsewhere absolute.
+    """
+    kind = next((prefix for prefix in LOCAL if source.startswith(prefix)), None)
+    if kind is None:
+        return source, None, None
+    name, _, path = source.removeprefix(kind).rpartition(":") if kind == "wds/" else ("", "", source.removeprefix(kind))
+    here = Path(os.path.abspath(path))
+    classes = data.open_source(f"{kind}{here}" if path else source).classes
+    place = (here.relative_to(root) if here.is_relative_to(root) else here).as_posix()
+    spec = f"{kind}{name}:{place}" if name else f"{kind}{place}"
+    return spec, place, None if classes is None else len(classes)
+
+
+def _shipped(name: str) -> str:
+    """Return the text of a file of this repository: beside this module in a wheel, at the root in a checkout."""
+    packed = HERE / name
+    return (packed if packed.exists() else HERE.parents[2] / name).read_text(encoding="utf-8")
+
+
+def _pipeline(text: str, path: str | None) -> str:
+    """Make dvc.yaml for a project without vitprune's code: the stages depend on the version that is required."""
+    pipeline = yaml.safe_load(text)
+    for stage in pipeline["stages"].values():
+        deps = [dep for dep in stage["deps"] if not dep.startswith("vitprune/")]
+        stage["deps"] = deps + [REQUIREMENTS] * (len(deps) < len(stage["deps"]))
+    if path is not None:
+        pipeline["stages"]["dataset"]["deps"].append(path)
+    about = "# The ten stages of vitprune. Another version in requirements.txt makes them run again.\n"
+    return about + yaml.safe_dump(pipeline, sort_keys=False, allow_unicode=True)
+
+
+def _ignoring(root: Path, name: str) -> str:
+    """Return the text of .gitignore or .dvcignore: what is there, and our lines that it lacks."""
+    wanted = (HERE / "templates" / name).read_text(encoding="utf-8")
+    path = root / f".{name}"
+    if not path.exists():
+        return wanted
+    kept = path.read_text(encoding="utf-8")
+    missing = [line for line in wanted.splitlines() if line and line not in kept.splitlines()]
+    return kept + ("" if kept.endswith("\n") or not kept else "\n") + "".join(f"{line}\n" for line in missing)
+
+
+def _requirements(remote: str | None) -> str:
+    """Return the packages that the project needs, with that of its remote."""
+    own = f"vitprune[pipeline,export]=={importlib.metadata.version('vitprune')}\n"
+    scheme = remotes.kind(remote) if remote is not None else None
+    return own + (f"dvc[{scheme}]\n" if scheme is not None else "")
+
+
+def _readme(name: str, source: str) -> str:
+    template = Template((HERE / "templates" / "README.md").read_text(encoding="utf-8"))
+    return template.substitute(name=name, source=source)
+
+
+def _make_repository(root: Path) -> None:
+    """Start git and DVC where there is none; inside a larger git repository, DVC gets a part of its own."""
+    inside = _inside_git(root)
+    if not inside:
+        _run(["git", "init", "--quiet"], root)
+    if (root / ".dvc").is_dir():
+        return
+    subdirectory = ["--subdir"] if not (root / ".git").exists() else []
+    _run([sys.executable, "-m", "dvc", "init", *subdirectory], root)
+    _run([sys.executable, "-m", "dvc", "config", "core.analytics", "false"], root)
+
+
+def _name_remote(root: Path, address: str) -> None:
+    """Make an address DVC's default remote, unless it is so already.
+
+    Raises:
+        BadInput: there is another default remote, which stays.
+    """
+    name = _setting(root, "core.remote")
+    there = _setting(root, f"remote.{name}.url") if name else ""
+    if there and there != address:
+        raise BadInput(f"{root}: DVC's default remote is {name}, {there}; leave out --remote to keep it")
+    if not there:
+        _run([sys.executable, "-m", "dvc", "remote", "add", "--default", remotes.NAME, address], root)
+
+
+def _setting(root: Path, key: str) -> str:
+    """Return a setting of DVC; empty where it is not set."""
+    command = [sys.executable, "-m", "dvc", "config", key]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _inside_git(root: Path) -> bool:
+    """Whether git tracks this directory already, its own or a larger repository's."""
+
+    def says_yes(*words: str) -> bool:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, check=False).returncode == 0
+
+    return (root / ".git").exists() or (says_yes("rev-parse", "--git-dir") and not says_yes("check-ignore", "-q", "."))
+
+
+def _run(command: list[str], root: Path) -> None:
+    env = os.environ | {"DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        said = [line for line in lines if line.startswith(("ERROR: ", "fatal: "))]  # DVC's and git's
+        last = (said or lines or [f"exit code {done.returncode}"])[-1]
+        raise BadInput(f"{root}: {' '.join(command[-4:])} failed ({last}); mend it and run init again")
+
+
+def _write_all(root: Path, texts: Mapping[str, str]) -> None:
+    """Write every file under a temporary name, check the settings, then rename them, params.yaml last."""
+    partial = {name: root / f"{name}.partial" for name in texts}
+    try:
+        for name, text in texts.items():
+            partial[name].write_text(text, encoding="utf-8")
+        load(partial["params.yaml"])
+        for name, path in partial.items():
+            os.replace(path, root / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,132 @@
+"""The report's curves over time: accuracy and sparsity over the pruning cycles, and every stage's training."""
+
+from pathlib import Path
+from typing import Any
+
+from vitprune.pipeline.report import inputs, numbers, plots
+from vitprune.pipeline.report.numbers import Quantity
+
+_CYCLE_SIZES = ("params", "macs", "nonzero_params", "nonzero_macs")
+_LEGIBLE_POINTS = 40  # a curve with fewer points than this shows each
+_DASHES = ("-", "--", ":", "-.")
+
+
+def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
+    """The pruning cycles: accuracy lost and recovered, sparsity reached, and the digest of each mask."""
+    found = _cycle_records(project)
+    if not found:
+        return None
+    rows = []
+    for record in found:
+        stem = f"cycle.{record['cycle']:.0f}"
+        number = {key: numbers.finite(record.get(key)) for key in ("top1_before", "top1_after", *_CYCLE_SIZES)}
+        rows.append(
+            {
+                "cycle": numbers.whole(f"{stem}.cycle", record["cycle"]),
+                "sparsity": [(kind, _percent(f"{stem}.sparsity.{kind}", v)) for kind, v in _by_kind(record).items()],
+                "top1": [numbers.fixed(f"{stem}.{key}", number[key], 2) for key in ("top1_before", "top1_after")],
+                "sizes": [numbers.count(f"{stem}.{key}", number[key]) for key in _CYCLE_SIZES],
+                "digest": str(record.get("masks_sha256") or ""),
+            }
+        )
+    return {"plots": [_accuracy_plot(found, dense_top1), _schedule_plot(found)], "rows": rows}
+
+
+def _cycle_records(project: Path) -> list[dict[str, Any]]:
+    read = (inputs.read_json(path) for path in sorted(project.glob("out/cycles/*/metrics.json")))
+    found = [record for record in read if record is not None]
+    if not found:
+        columns = inputs.read_columns(project / "plots/cycles.csv")
+        found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    numbered = [record for record in found if numbers.finite(record.get("cycle")) is not None]
+    return sorted(numbered, key=lambda record: float(record["cycle"]))
+
+
+def _by_kind(record: dict[str, Any]) -> dict[str, float]:
+    reached = record.get("sparsity")
+    shares = reached if isinstance(reached, dict) else {"all": reached}
+    return {kind: share for kind, value in shares.items() if (share := numbers.finite(value)) is not None}
+
+
+def _percent(name: str, share: float) -> Quantity:
+    return numbers.fixed(name, 100 * share, 1)
+
+
+def _accuracy_plot(found: list[dict[str, Any]], dense_top1: float) -> plots.Plot:
+    # Cycle k fills k-1 to k: the cut drops accuracy at its start, recovery ends at its end.
+    x, y = [0.0], [dense_top1]
+    for place, record in enumerate(found):
+        steps = ((place, record.get("top1_before")), (place + 1, record.get("top1_after")))
+        for position, value in steps:
+            if (top1 := numbers.finite(value)) is not None:
+                x.append(float(position))
+                y.append(top1)
+    lines = [
+        plots.Line([0, len(found)], [dense_top1] * 2, "dense", "dense", "--"),
+        plots.Line(x, y, "pruned", marker="o"),
+    ]
+    description = f"Top-1 over {len(found)} cycles, from {y[0]:.2f} % to {y[-1]:.2f} %"
+    svg = plots.curves("accuracy", description, lines, _cycle_axis(found), plots.Axis("top-1, %"), range(len(found)))
+    return plots.Plot(svg, "Accuracy", "each cut costs, each recovery training gains")
+
+
+def _schedule_plot(found: list[dict[str, Any]]) -> plots.Plot:
+    lines = []
+    for at, kind in enumerate(_by_kind(found[-1])):
+        x, y = [0.0], [0.0]
+        for place, record in enumerate(found):
+            share = 100 * _by_kind(record).get(kind, 0.0)
+            x += [place, place + 1]
+            y += [share, share]
+        lines.append(plots.Line(x, y, kind, style=_DASHES[at % len(_DASHES)]))
+    ends = ", ".join(f"{line.label} {line.y[-1]:.0f} %" for line in lines)
+    axis = plots.Axis("removed, %", (0, 100), (0, 25, 50, 75, 100))
+    svg = plots.curves("schedule", f"Sparsity over cycles, at the end {ends}", lines, _cycle_axis(found), axis)
+    kinds = "" if len(lines) == 1 else "by kind of group"
+    return plots.Plot(svg, "Sparsity", kinds)
+
+
+def _cycle_axis(found: list[dict[str, Any]]) -> plots.Axis:
+    middles = [place + 0.5 for place in range(len(found))]
+    return plots.Axis("cycle", ticks=middles, names=[f"{record['cycle']:.0f}" for record in found])
+
+
+def training(plots_dir: Path, dense_top1: float) -> list[plots.Plot]:
+    """Loss and top-1 over optimiser steps for each stage that trained."""
+    drawn = []
+    for stage, words in (("dense", "Dense training"), ("prune", "Recovery while pruning"), ("distill", "Distillation")):
+        columns = inputs.read_columns(plots_dir / f"{stage}.csv")
+        steps, starts = _unrolled(columns)
+        for key, label in (("loss", "loss"), ("top1", "top-1, %")):
+            values = columns.get(key, [])
+            points = [(x, y) for x, y in zip(steps, values, strict=False) if numbers.finite(y) is not None]
+            if len(points) < 2:
+                continue
+            x, y = [point[0] for point in points], [point[1] or 0.0 for point in points]
+            colour, marker = "dense" if stage == "dense" else "pruned", "o" if len(x) < _LEGIBLE_POINTS else ""
+            lines = [plots.Line(x, y, label.removesuffix(", %"), colour, marker=marker)]
+            if key == "top1" and stage != "dense":
+                lines.insert(0, plots.Line([0, steps[-1]], [dense_top1] * 2, "dense", "dense", "--"))
+            description = f"{words}: {label} from {y[0]:.4g} to {y[-1]:.4g} over {steps[-1]:.0f} steps"
+            axes = plots.Axis("steps"), plots.Axis(label)
+            svg = plots.curves(f"{stage}-{key}", description, lines, *axes, starts)
+            drawn.append(plots.Plot(svg, words, label.removesuffix(", %")))
+    return drawn
+
+
+def _unrolled(columns: dict[str, list[float | None]]) -> tuple[list[float], list[float]]:
+    # Steps may count anew in every cycle; on the page time only grows. Also returns where each later cycle starts.
+    steps = columns.get("step") or columns.get("epoch") or []
+    cycle = columns.get("cycle") or [None] * len(steps)
+    unrolled: list[float] = []
+    starts: list[float] = []
+    offset = last = 0.0
+    for at, step in enumerate(steps):
+        now = last if step is None else step
+        if now < last:
+            offset += last
+        if at and cycle[at] != cycle[at - 1]:
+            starts.append(unrolled[-1])
+        unrolled.append(offset + now)
+        last = now
+    return unrolled, starts

@@ -1,0 +1,212 @@
+"""The picture of a sweep: top-1 against how many times faster or cheaper than dense, and the front nothing beats."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from vitprune.runtime.files import replacing
+
+INK, MUTED, RULE, PAPER = "#1d2126", "#5d6670", "#e2dfd7", "#fcfbf8"  # those of the report's page in the light
+# Okabe and Ito's colours, which the colour-blind can tell apart, the pale yellow left out; and a shape for each
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f3c8d", "#4d4d4d")
+SHAPES = ("o", "s", "D", "^", "v", "P", "X", "h")
+AXES = {
+    "throughput": ("Throughput, times the dense model's", "images per second"),
+    "macs": ("Non-zero MACs, times fewer than the dense model's", "G MACs"),
+    "params": ("Non-zero parameters, times fewer than the dense model's", "M parameters"),
+}
+# where a label may be around its point, in half widths and heights, the best first
+AROUND = (
+    (1, 0.6),
+    (0, 1),
+    (1, 0),
+    (0, -1),
+    (1, -0.6),
+    (-1, 0.6),
+    (-1, 0),
+    (-1, -0.6),
+    (0, 2),
+    (0, -2),
+    (1, 1.8),
+    (1, -1.8),
+)
+SCALE = {"throughput": 1.0, "macs": 1e-9, "params": 1e-6}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: how many times better than dense it is in cost, its top-1 in %, its method, and its target in words."""
+
+    gain: float
+    top1: float
+    method: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model: its top-1 in %, and what it costs, in the axis' unit."""
+
+    top1: float
+    cost: float
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points no other beats, larger being better in both coordinates; in order of the first coordinate.
+
+    A point is beaten by one that is at least as good in both and better in one; of equal points all stay.
+    """
+    order = sorted(range(len(points)), key=lambda at: (-points[at][0], -points[at][1]))
+    found: list[int] = []
+    best = float("-inf")  # of what is further to the right
+    for at in order:
+        gain, top1 = points[at]
+        equal = bool(found) and points[found[-1]] == (gain, top1)
+        if top1 > best or equal:
+            found.append(at)
+        best = max(best, top1)
+    return found[::-1]
+
+
+def draw(points: Sequence[Point], dense: Dense, against: str, title: str, out: Path) -> None:
+    """Write the picture as a file, PNG or SVG by its name."""
+    style = {
+        "svg.hashsalt": "vitprune",
+        "text.parse_math": False,
+        "font.size": 10.5,
+        "text.color": INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": MUTED,
+        "axes.linewidth": 0.8,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": RULE,
+        "grid.linewidth": 0.8,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+    }
+    kind = out.suffix.removeprefix(".")
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(8.4, 5.4), layout="constrained", facecolor=PAPER)
+        _paint(figure, points, dense, against, title)
+        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+        with replacing(out) as partial:
+            figure.savefig(partial, format=kind, dpi=200, metadata=metadata)
+
+
+def _paint(figure: Figure, points: Sequence[Point], dense: Dense, against: str, title: str) -> None:
+    axes = figure.add_subplot(facecolor=PAPER)
+    axes.grid(True)
+    axes.set_title(title, loc="left", fontsize=12.5, weight="bold", color=INK, pad=10)
+    _axes(axes, points, dense, against)
+    best = front([(1.0, dense.top1), *((point.gain, point.top1) for point in points)])
+    _stairs(axes, [(1.0, dense.top1) if at == 0 else (points[at - 1].gain, points[at - 1].top1) for at in best])
+    for number, method in enumerate(dict.fromkeys(point.method for point in points)):
+        colour, shape = COLOURS[number % len(COLOURS)], SHAPES[(number + number // len(COLOURS)) % len(SHAPES)]
+        own = sorted((point for point in points if point.method == method), key=lambda point: point.gain)
+        axes.plot([p.gain for p in own], [p.top1 for p in own], color=colour, linewidth=1.3, alpha=0.6, zorder=3)
+        for point in own:
+            wins = points.index(point) + 1 in best
+            edge = {"markeredgecolor": INK, "markeredgewidth": 1.3} if wins else {"markeredgecolor": PAPER}
+            axes.plot(point.gain, point.top1, shape, color=colour, markersize=9 if wins else 7, zorder=4, **edge)
+        axes.plot([], [], shape, color=colour, markersize=7, label=method)
+    axes.plot(1.0, dense.top1, "*", color=INK, markersize=16, markeredgecolor=PAPER, zorder=5, label="dense")
+    _legend(axes, points)
+    _labels(figure, axes, points, dense)
+
+
+def _axes(axes: Any, points: Sequence[Point], dense: Dense, against: str) -> None:
+    """Both scales: how many times better below, in units of the cost above."""
+    name, unit = AXES[against]
+    gains, tops = [1.0, *(point.gain for point in points)], [dense.top1, *(point.top1 for point in points)]
+    wide, high = max(max(gains) - min(gains), 0.1), max(max(tops) - min(tops), 1.0)
+    axes.set_xlim(min(gains) - 0.08 * wide, max(gains) + 0.1 * wide)
+    axes.set_ylim(min(tops) - 0.1 * high, max(tops) + 0.12 * high)
+    axes.set_xlabel(name)
+    axes.set_ylabel("Top-1, %")
+    axes.xaxis.set_major_formatter(lambda gain, _: f"{gain:g}\u00d7")
+    above = axes.twiny()
+    above.set_xlim(axes.get_xlim())
+    above.spines[["right", "bottom", "left"]].set_visible(False)
+    above.spines["top"].set_color(RULE)
+    above.xaxis.set_major_formatter(lambda gain, _: _cost(gain, dense, against))
+    above.tick_params(length=0, labelsize=9)
+    above.set_xlabel(unit, fontsize=9)
+
+
+def _cost(gain: float, dense: Dense, against: str) -> str:
+    if gain <= 0:
+        return ""
+    cost = dense.cost * gain if against == "throughput" else dense.cost / gain
+    return f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"
+
+
+def _stairs(axes: Any, best: Sequence[tuple[float, float]]) -> None:
+    """The front: left of and below it, something that was tried is better."""
+    (left, _), (low, _) = axes.get_xlim(), axes.get_ylim()
+    gains = [left, *(gain for gain, _ in best), best[-1][0]]
+    tops = [best[0][1], *(top1 for _, top1 in best), low]
+    axes.fill_between(gains, tops, low, step="pre", color=MUTED, alpha=0.07, linewidth=0, zorder=1)
+    axes.step(
+        gains, tops, where="pre", color=MUTED, linewidth=1.1, linestyle=(0, (4, 2.5)), zorder=2, label="Pareto front"
+    )
+
+
+def _legend(axes: Any, points: Sequence[Point]) -> None:
+    """Methods in the corner that is empty by nature: little accuracy for little gain."""
+    handles, names = axes.get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda at: (names[at] != "dense", names[at] == "Pareto front"))
+    what = _common(points)
+    axes.legend(
+        [handles[at] for at in order], [names[at] for at in order], loc="lower left", frameon=True, framealpha=0.85,
+        facecolor=PAPER, edgecolor="none", labelcolor=INK, fontsize=9.5, handlelength=1.8, borderaxespad=0.6,
+        title=f"labels: {what}" if what else None, title_fontproperties={"size": 8.5}, alignment="left",
+    ).set_zorder(6)  # fmt: skip
+
+
+def _common(points: Sequence[Point]) -> str:
+    """The word that all targets begin with, if what follows is one number."""
+    words = {tuple(point.target.split(" ")[:1]) if point.target.count(" ") == 1 else () for point in points}
+    return next(iter(words))[0] if len(words) == 1 and () not in words else ""
+
+
+def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: Dense) -> None:
+    """The target beside each point, where it covers neither points nor other labels."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    word, to_points, inside = _common(points), 72 / figure.dpi, axes.get_window_extent().extents
+    wanted = [(f"dense, {dense.top1:.1f} %", (1.0, dense.top1), 10.0)]
+    wanted += [(point.target.removeprefix(f"{word} "), (point.gain, point.top1), 8.5) for point in points]
+    spots = [axes.transData.transform(at) for _, at, _ in wanted]
+    taken = [_box(x, y, 5 / to_points, 5 / to_points) for x, y in spots] + [
+        axes.get_legend().get_window_extent().extents
+    ]
+    for (text, at, size), (x, y) in zip(wanted, spots, strict=True):
+        wide, high = 0.3 * size * len(text) / to_points, 0.6 * size / to_points  # half of each, of an average letter
+        places = [(dx * (wide + 7 / to_points), dy * (high + 6 / to_points)) for dx, dy in AROUND]
+        fit = [(dx, dy) for dx, dy in places if _within(_box(x + dx, y + dy, wide, high), inside)] or places
+        free = [(dx, dy) for dx, dy in fit if not any(_meet(_box(x + dx, y + dy, wide, high), one) for one in taken)]
+        dx, dy = (free or fit)[0]
+        taken.append(_box(x + dx, y + dy, wide, high))
+        axes.annotate(
+            text, at, (dx * to_points, dy * to_points), textcoords="offset points", ha="center", va="center",
+            fontsize=size, weight="bold" if at == wanted[0][1] else "normal", color=INK, zorder=6,
+            path_effects=[withStroke(linewidth=2.2, foreground=PAPER, alpha=0.8)],
+        )  # fmt: skip
+
+
+def _box(x: float, y: float, wide: float, high: float) -> tuple[float, float, float, float]:
+    return x - wide, y - high, x + wide, y + high
+
+
+def _meet(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _within(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] >= other[0] and one[1] >= other[1] and one[2] <= other[2] and one[3] <= other[3]

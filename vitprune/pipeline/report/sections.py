@@ -1,0 +1,155 @@
+"""The report's sections: what a project's tables, metrics and curves say, each None or empty where they are missing."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitprune.errors import BadInput
+from vitprune.evaluation import paired_test
+from vitprune.pipeline.report import inputs, numbers, plots
+from vitprune.pipeline.report.numbers import Quantity
+from vitprune.runtime import tables
+
+_PICTURES = 24
+_WORST_CLASSES = 10
+_PAIRS = ("images", "both", "dense_only", "pruned_only", "neither", "discordant")
+
+
+def class_names(dataset: dict[str, Any] | None) -> list[str]:
+    """The names of the classes by label, if metrics/dataset.json knows them (key class_names)."""
+    names = inputs.look_up(dataset, "class_names")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+    """Where accuracy was lost: the paired counts, the interval of the difference, and the classes that lost most.
+
+    Raises:
+        BadInput: the table's accuracies are not those of the metrics.
+    """
+    if not path.exists():
+        return None
+    predictions = tables.read(path, tables.EVALUATION)
+    if predictions.num_rows == 0:
+        return None
+    pairs = paired_test.compare(predictions)
+    for model, right in (("dense", pairs.both + pairs.dense_only), ("pruned", pairs.both + pairs.pruned_only)):
+        found, told = 100 * right / pairs.images, evaluation[model]["top1"]
+        if abs(found - told) > 0.05:
+            raise BadInput(
+                f"{path}: its {model} top-1 is {found:.2f} % but metrics/evaluate.json says {told:.2f} %; "
+                "run `vitprune evaluate` again"
+            )
+    low, high = pairs.interval
+    lost = [result for result in paired_test.by_class(predictions) if result.pruned < result.dense]
+    return {
+        "counts": {key: numbers.whole(f"paired.{key}", getattr(pairs, key)) for key in _PAIRS},
+        "pairs": pairs,
+        "difference": numbers.signed("paired.difference", pairs.difference, 2),
+        "low": numbers.signed("paired.low", low, 2),
+        "high": numbers.signed("paired.high", high, 2),
+        "losing_classes": numbers.whole("classes.losing", len(lost)),
+        "classes": [_class_row(result, names) for result in lost[:_WORST_CLASSES]],
+    }
+
+
+def _class_row(result: paired_test.ClassResult, names: Sequence[str]) -> dict[str, Any]:
+    def named(label: int) -> str:
+        return names[label] if 0 <= label < len(names) else str(label)
+
+    stem = f"class.{result.label}"
+    dense, pruned = 100 * result.dense / result.images, 100 * result.pruned / result.images
+    return {
+        "name": named(result.label),
+        "images": numbers.whole(f"{stem}.images", result.images),
+        "lost": numbers.whole(f"{stem}.lost", result.dense - result.pruned),
+        "dense": numbers.fixed(f"{stem}.dense", dense, 1),
+        "pruned": numbers.fixed(f"{stem}.pruned", pruned, 1),
+        "change": numbers.signed(f"{stem}.change", pruned - dense, 1),
+        "taken_for": None if result.taken_for is None else named(result.taken_for),
+        "taken_times": numbers.whole(f"{stem}.taken_times", result.taken_times),
+    }
+
+
+def sparsity(out: Path) -> dict[str, Any] | None:
+    """Sparsity of every group at the end of pruning: a plot for each family of groups, and the table."""
+    path = max(out.glob("cycles/*/sparsity.parquet"), default=out / "mask/sparsity.parquet")
+    if not path.exists():
+        return None
+    rows = tables.read(path, tables.SPARSITY).to_pylist()
+    families: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        families[row["kind"], _pattern(row["group"])].append(row)
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for (kind, pattern), members in families.items():
+        panels[kind, pattern if len(members) > 1 else ""] += members  # groups without siblings share one plot
+    drawn = [_sparsity_plot(f"sparsity{at}", *panel, members) for at, (panel, members) in enumerate(panels.items())]
+    return {"plots": drawn, "groups": [_group_row(row) for row in rows]}
+
+
+def _sparsity_plot(name: str, kind: str, pattern: str, rows: list[dict[str, Any]]) -> plots.Plot:
+    labels = [".".join(_numbers(row["group"])) if pattern else row["group"] for row in rows]
+    percents = [100 * (numbers.finite(row["sparsity"]) or 0.0) for row in rows]
+    units = sum(row["units"] for row in rows)
+    removed = 100 * (1 - sum(row["kept"] for row in rows) / units) if units else None
+    title = f"Sparsity of {kind} groups {pattern}".strip()
+    described = f"{title}: {len(rows)} groups, {min(percents):.0f} to {max(percents):.0f} % removed"
+    svg = plots.bars(name, described, labels, percents)
+    figure = numbers.fixed(f"removed.{kind}{'.' if pattern else ''}{pattern}", removed, 1)
+    return plots.Plot(svg, kind, pattern, figure)
+
+
+def _group_row(row: dict[str, Any]) -> dict[str, Any]:
+    stem = f"group.{row['group']}"
+    return {
+        "group": row["group"],
+        "kind": row["kind"],
+        "units": numbers.whole(f"{stem}.units", row["units"]),
+        "kept": numbers.whole(f"{stem}.kept", row["kept"]),
+        "sparsity": numbers.fixed(f"{stem}.sparsity", 100 * (numbers.finite(row["sparsity"]) or 0.0), 1),
+    }
+
+
+def _numbers(group: str) -> list[str]:
+    return [part for part in group.split(".") if part.isdecimal()]
+
+
+def _pattern(group: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in group.split("."))
+
+
+def calibration(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
+    """Up to 24 calibration images, spread evenly over the labels.
+
+    Raises:
+        BadInput: an image cannot be decoded.
+    """
+    if not path.exists():
+        return None
+    table = tables.read(path, tables.CALIBRATION)
+    by_label = np.argsort(table["label"].to_numpy(), kind="stable")
+    places = by_label[np.linspace(0, table.num_rows - 1, min(_PICTURES, table.num_rows)).astype(int)]
+    pictures = []
+    for row in table.take(places).to_pylist():
+        try:
+            uri, tiny = plots.thumbnail(row["image"]["bytes"])
+        except (OSError, TypeError):
+            raise BadInput(f"{path}: image {row['id']} cannot be decoded; run `vitprune calibrate` again") from None
+        label = row["label"]
+        pictures.append(
+            {
+                "uri": uri,
+                "tiny": tiny,
+                "id": row["id"],
+                "label": Quantity(f"calibration.{row['id']}.label", label, str(label)),
+                "name": names[label] if 0 <= label < len(names) else "",
+            }
+        )
+    return {
+        "pictures": pictures,
+        "shown": numbers.whole("calibration.shown", len(pictures)),
+        "images": numbers.whole("calibration.images", table.num_rows),
+    }

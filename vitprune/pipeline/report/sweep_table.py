@@ -1,0 +1,157 @@
+"""The results of a sweep: a table of all its runs (Parquet, Markdown, HTML) and a picture, from the runs' metrics."""
+
+import base64
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+
+from vitprune.errors import BadInput
+from vitprune.pipeline.report.inputs import read_json
+from vitprune.pipeline.report.pareto_plot import SCALE, Dense, Point, draw, front
+from vitprune.runtime import tables
+from vitprune.runtime.files import replacing
+
+NUMBERS = (
+    "top1", "top5", "params", "nonzero_params", "macs", "nonzero_macs", "latency_ms", "throughput",
+)  # fmt: skip
+SWEEP = pa.schema(
+    [(name, pa.string()) for name in ("run", "method", "target", "status", "error")]
+    + [(f"{prefix}{name}", pa.float64()) for prefix in ("", "dense_") for name in NUMBERS]
+    + [("gain", pa.float64()), ("front", pa.bool_()), ("seconds", pa.float64())]
+)
+COST = {"throughput": "throughput", "macs": "nonzero_macs", "params": "nonzero_params"}
+FINISHED = "finished"
+WAITING = {"status": "waiting", "error": "", "seconds": None}
+HEADER = (
+    "method", "target", "top-1, %", "drop", "params, M", "non-zero", "MACs, G", "non-zero", "ms", "images/s",
+    "speed-up", "front",
+)  # fmt: skip
+
+
+def write_sweep(folder: Path, out: Path) -> list[dict[str, Any]]:
+    """Write the table and the picture of a sweep's folder into the directory `out`; the table's rows.
+
+    A run that has not finished has no figures; without any that has, there is no picture.
+
+    Raises:
+        BadInput: the folder is none of a sweep, or a finished run's metrics cannot be read.
+    """
+    plan = read_json(folder / "sweep.json")
+    if plan is None:
+        raise BadInput(f"{folder / 'sweep.json'}: no such file; name a folder that vitprune-sweep has made")
+    rows = [_row(folder, run, plan["against"]) for run in plan["runs"]]
+    done = [row for row in rows if row["status"] == FINISHED]
+    if done:
+        dense = Dense(done[0]["dense_top1"], _dense_cost(done, plan["against"]))
+        best = front([(1.0, dense.top1), *((row["gain"], row["top1"]) for row in done)])
+        for at, row in enumerate(done, start=1):
+            row["front"] = at in best
+        points = [Point(row["gain"], row["top1"], row["method"], row["target"]) for row in done]
+        for kind in ("svg", "png"):
+            draw(points, dense, plan["against"], plan["title"], out / f"pareto.{kind}")
+    tables.write(rows, SWEEP, out / "sweep.parquet")
+    _write(out / "sweep.md", _markdown(plan["title"], rows))
+    _write(out / "sweep.html", _html(plan["title"], rows, out / "pareto.png" if done else None))
+    return rows
+
+
+def _row(folder: Path, run: Mapping[str, str], against: str) -> dict[str, Any]:
+    """One run: what it was to do, how it went, and what its metrics say of the pruned model and the dense one."""
+    result = read_json(folder / "results" / f"{run['name']}.json") or {
+        "status": "waiting",
+        "error": "",
+        "seconds": None,
+    }
+    row: dict[str, Any] = {"run": run["name"], "method": run["method"], "target": run["target"]}
+    row |= {name: result[name] for name in ("status", "error", "seconds")} | {"front": False}
+    if result["status"] != FINISHED:
+        return row
+    place = folder / run["place"]
+    evaluation, clock = read_json(place / "metrics/evaluate.json"), read_json(place / "metrics/latency.json")
+    if evaluation is None or clock is None:
+        raise BadInput(f"{place}: has no metrics of its evaluation any more; run the sweep again")
+    for model, prefix in (("pruned", ""), ("dense", "dense_")):
+        known = evaluation[model] | clock[model]
+        known["latency_ms"] = known["latency_ms"]["median"]
+        row |= {f"{prefix}{name}": float(known[name]) for name in NUMBERS}
+    cost = COST[against]
+    mine, whole = row[cost], row[f"dense_{cost}"]
+    return row | {"gain": mine / whole if against == "throughput" else whole / mine}
+
+
+def _dense_cost(rows: Sequence[Mapping[str, Any]], against: str) -> float:
+    """What the dense model costs, in the unit of the picture; the clock's median over the runs, which each took one."""
+    return SCALE[against] * float(statistics.median(row[f"dense_{COST[against]}"] for row in rows))
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    found = [row["method"], row["target"]]
+    if row["status"] != FINISHED:
+        return [*found, row["status"], *[""] * (len(HEADER) - 3)]
+    amounts = [row["params"] / 1e6, row["nonzero_params"] / 1e6, row["macs"] / 1e9, row["nonzero_macs"] / 1e9]
+    found += [f"{row['top1']:.2f}", f"{row['dense_top1'] - row['top1']:+.2f}", *(f"{amount:.3g}" for amount in amounts)]
+    found += [f"{row['latency_ms']:.2f}", f"{row['throughput']:.1f}"]
+    return [*found, f"{row['throughput'] / row['dense_throughput']:.2f}x", "yes" if row["front"] else ""]
+
+
+def _dense_cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The dense model as a row: its clock's median over the runs."""
+    done = [row for row in rows if row["status"] == FINISHED]
+    if not done:
+        return ["dense", "", "", *[""] * (len(HEADER) - 3)]
+    whole = {name: statistics.median(row[f"dense_{name}"] for row in done) for name in NUMBERS}
+    both = whole | {f"dense_{name}": value for name, value in whole.items()}
+    return ["dense", "", *_cells(both | {"method": "", "target": "", "status": FINISHED, "front": False})[2:-2], "", ""]
+
+
+def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What went wrong, one line for each run that failed."""
+    return [f"{row['run']}: {row['error']}" for row in rows if row["status"] == "failed"]
+
+
+def _markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"# {title}", "", "![top-1 against the cost](pareto.png)", ""] if _any(rows) else [f"# {title}", ""]
+    table = [HEADER, ["---", "---", *["---:"] * (len(HEADER) - 3), ":-:"], _dense_cells(rows), *map(_cells, rows)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in table]
+    lines += ["", ABOUT]
+    if failed := failures(rows):
+        lines += ["", "Failed:", "", *(f"- {line}" for line in failed)]
+    return "\n".join(lines) + "\n"
+
+
+ABOUT = (
+    "Every run measured the dense model beside its own, in turns: its speed-up is of that, and the row of the dense "
+    "model has the median of what all said. A run is on the front if no other is as good in both and "
+    "better in one."
+)
+
+
+def _html(title: str, rows: Sequence[Mapping[str, Any]], picture: Path | None) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vitprune.pipeline.report"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("sweep.html.j2").render(
+        title=title,
+        header=HEADER,
+        dense=_dense_cells(rows),
+        rows=[(_cells(row), bool(row["front"])) for row in rows],
+        picture=base64.b64encode(picture.read_bytes()).decode("ascii") if picture is not None else None,
+        failures=failures(rows),
+        about=ABOUT,
+    )
+
+
+def _any(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(row["status"] == FINISHED for row in rows)
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

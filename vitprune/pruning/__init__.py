@@ -1,0 +1,1 @@
+"""From importance scores to masks and pruned models."""

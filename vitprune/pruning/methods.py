@@ -1,0 +1,177 @@
+"""The table of methods: what may go, what it is worth, who competes. Two methods differ only as their rows do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vitprune.criteria import Again, Criterion, Updater, corp, magnitude
+from vitprune.criteria.kl import exact, fisher, leave_one_out
+from vitprune.criteria.obs import cap, fastcap, obc, units
+from vitprune.errors import BadInput
+from vitprune.pruning import rescoring
+
+ADDITIVE = (magnitude.taylor, leave_one_out.literal, exact.exact, fisher.fisher)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: criterion x scope per kind. A single sparsity applies to `kinds`, the others must be asked for."""
+
+    criterion: Criterion
+    scopes: Mapping[str, str]
+    kinds: tuple[str, ...]
+    free_scope: bool
+    about: str
+    update: Updater | None = None  # the criterion's update, from the statistics that it has left
+    settle: rescoring.Settle | None = None  # measures again where the criterion's scores leave in doubt who stays
+    again: Again | None = None  # the same update from the images, where what it needs is too large to be left
+    collective: bool = False  # its criterion shares its work among processes by itself
+
+    @property
+    def additive(self) -> bool:
+        """Whether scores are sums over batches, so that processes can share them."""
+        return self.criterion in ADDITIVE
+
+
+def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = False) -> Method:
+    return Method(criterion, {"weight": scope}, ("weight",), free_scope, about)
+
+
+def _blockwise(criterion: Criterion, again: Again, about: str) -> Method:
+    return Method(criterion, {"weight": "global"}, ("weight",), True, about, again=again, collective=True)
+
+
+def _structured(criterion: Criterion, about: str) -> Method:
+    scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
+    return Method(criterion, scopes, ("ffn", "attention"), True, about)
+
+
+def _upvits(criterion: Criterion, about: str, settle: rescoring.Settle | None = None) -> Method:
+    scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
+    return Method(criterion, scopes, ("ffn", "attention"), False, about, settle=settle)
+
+
+METHODS: dict[str, Method] = {
+    "random": _single(magnitude.random, "global", "weights drawn at random: the floor", free_scope=True),
+    "magnitude": _single(magnitude.magnitude, "global", "smallest weights of the whole model"),
+    "uniform": _single(magnitude.magnitude, "layer", "smallest weights of each layer"),
+    "lamp": _single(magnitude.energy, "global", "layer-adaptive magnitude (Lee et al., ICLR 2021)"),
+    "dimap": _single(magnitude.energy, "module", "data-free, module-aware: qkv, proj, mlp (He & Zhou, ICLR 2024)"),
+    "taylor": _single(magnitude.taylor, "global", "first-order change of the loss (Molchanov et al., CVPR 2019)"),
+    "n:m": _single(magnitude.magnitude, "2:4", "N of every M consecutive weights stay", free_scope=True),
+    "ovit": _blockwise(
+        cap.ovit, cap.joint, "greedy second-order elimination in blocks, and the update (CAP, NeurIPS 2023); also N:M"
+    ),
+    "ovit-increments": _blockwise(
+        cap.ovit_increments,
+        cap.joint,
+        "the same elimination, ranked by what each weight adds to its block's loss (ours)",
+    ),
+    "woodfisher": _blockwise(
+        cap.woodfisher, cap.independent, "what a weight costs alone, and the sum of single updates (NeurIPS 2020)"
+    ),
+    "woodfisher-joint": _blockwise(
+        cap.with_joint(cap.woodfisher), cap.joint, "the masks of woodfisher, and the update of ovit"
+    ),
+    "fisher-diagonal": _single(
+        cap.fisher_diagonal, "global", "squared weight times the diagonal of Fisher: ovit in blocks of one", True
+    ),
+    "fastcap": Method(
+        fastcap.fastcap,
+        {"weight": "layer"},
+        ("weight",),
+        True,
+        "one Fisher matrix per layer, its update from left to right (CAP, algorithm 2, as intended)",
+        fastcap.compensating,
+    ),
+    "obc": Method(
+        obc.obc,
+        {"weight": "global"},
+        ("weight",),
+        True,
+        "rows eliminated by what they read and solved anew (Optimal Brain Compression, NeurIPS 2022); also N:M",
+        obc.solving,
+    ),
+    "magnitude-obs": _blockwise(
+        cap.with_joint(magnitude.magnitude), cap.joint, "smallest weights, and the update of ovit for the rest"
+    ),
+    "channel-magnitude": _structured(
+        magnitude.magnitude, "units whose rows have the least L2 norm (Li et al., ICLR 2017)"
+    ),
+    "channel-taylor": _structured(magnitude.taylor, "units of least first-order change of the loss"),
+    "upvits": _upvits(
+        fisher.fisher,
+        "KL divergence (Yu & Wu, SCIS 2023): to second order, then exactly where it decides who stays",
+        rescoring.settle,
+    ),
+    "upvits-literal": _upvits(leave_one_out.literal, "the same scores by one removal at a time: slow, the oracle"),
+    "upvits-exact": _upvits(exact.exact, "KL divergence exactly, running again only what a removal changes"),
+    "upvits-fisher": _upvits(fisher.fisher, "KL divergence to second order, all units from a few backward passes"),
+    "upvits-blocks": Method(
+        exact.exact,
+        {"block": "layer"},
+        ("block",),
+        False,
+        "KL divergence of whole blocks, scored again after each; what is left between two forms hybrid blocks",
+    ),
+    "upvits-refit": Method(
+        units.with_refit(fisher.fisher),
+        {"ffn": "layer", "attention": "head", "head": "layer"},
+        ("ffn", "attention"),
+        True,
+        "KL divergence to second order, as UP-ViTs selects, and the consumers refitted to the dense outputs",
+        units.refitting,
+    ),
+    "upvits-global": Method(
+        units.with_refit(fisher.fisher),
+        {"ffn": "macs", "attention": "macs", "head": "macs"},
+        ("ffn", "attention"),
+        False,
+        "KL divergence per MAC saved, all blocks and components competing, and the refit (ours)",
+        units.refitting,
+    ),
+    "unit-obs": Method(
+        units.unit_obs,
+        {"ffn": "macs", "attention": "macs", "head": "macs"},
+        ("ffn", "attention"),
+        True,
+        "greedy elimination of units in nats per MAC, attention in a basis of its own, and the refit (ours)",
+        units.turning,
+    ),
+    "corp": Method(
+        corp.corp,
+        {"ffn": "layer"},
+        ("ffn",),
+        True,
+        "FFN units of least energy and weight, what they carried predicted from the rest (CORP, 2026)",
+        corp.predicting,
+    ),
+}
+
+CRITERIA: dict[str, Criterion] = {
+    "random": magnitude.random,
+    "magnitude": magnitude.magnitude,
+    "energy": magnitude.energy,
+    "taylor": magnitude.taylor,
+    "kl-literal": leave_one_out.literal,
+    "kl-exact": exact.exact,
+    "kl-fisher": fisher.fisher,
+    "unit-obs": units.unit_obs,
+    "corp": corp.corp,
+    "ovit": cap.ovit,
+    "ovit-increments": cap.ovit_increments,
+    "woodfisher": cap.woodfisher,
+    "fisher-diagonal": cap.fisher_diagonal,
+    "fastcap": fastcap.fastcap,
+    "obc": obc.obc,
+}
+
+
+def method_named(name: str) -> Method:
+    """The row of a method.
+
+    Raises:
+        BadInput: there is none of that name.
+    """
+    if name not in METHODS:
+        raise BadInput(f"method {name!r}: unknown; use one of {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,5 +1,0 @@
-"""The report: one self-contained page made of what the stages left behind."""
-
-from vitprune.report.page import write_report
-
-__all__ = ["write_report"]

@@ -1,0 +1,1 @@
+"""Atomic files, Parquet tables, progress bars, process groups and evaluation mode."""

@@ -1,0 +1,53 @@
+"""Arrow schemas of every table that a stage writes, and Parquet in and out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vitprune.errors import BadInput
+from vitprune.runtime.files import replacing
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+MANIFEST = pa.schema([("id", pa.string()), ("split", pa.string()), ("label", pa.int64()), ("sha256", pa.string())])
+CALIBRATION = pa.schema([("id", pa.string()), ("label", pa.int64()), ("sha256", pa.string()), ("image", IMAGE)])
+SPARSITY = pa.schema(
+    [
+        ("group", pa.string()),
+        ("kind", pa.string()),
+        ("units", pa.int64()),
+        ("kept", pa.int64()),
+        ("sparsity", pa.float64()),
+    ]
+)
+SCORES = pa.schema(
+    [("group", pa.string()), ("kind", pa.string()), ("units", pa.int64())]
+    + [(statistic, pa.float64()) for statistic in ("min", "p25", "median", "p75", "max", "mean")]
+)
+EVALUATION = pa.schema([("id", pa.string()), ("label", pa.int64()), ("dense", pa.int64()), ("pruned", pa.int64())])
+
+
+def write(rows: Sequence[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
+    """Write rows as a Parquet table under a temporary name, then rename it."""
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial, compression="zstd")
+
+
+def read(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a Parquet table.
+
+    Raises:
+        BadInput: the file is missing, is not Parquet, or lacks a column of the schema.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; run the stage that writes it first") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadInput(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    missing = set(schema.names) - set(table.column_names)
+    if missing:
+        raise BadInput(f"{path}: column {', '.join(sorted(missing))} is missing; the table needs {schema.names}")
+    return table.select(schema.names)

@@ -1,5 +1,0 @@
-"""A project of the user's own: a git and DVC repository with the pipeline, made by `vitprune init`."""
-
-from vitprune.scaffold.project import Choice, create
-
-__all__ = ["Choice", "create"]

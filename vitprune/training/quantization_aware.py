@@ -1,0 +1,54 @@
+"""Quantization-aware training: passes on the INT8 grid, gradients that go straight through."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from vitprune.models.int8 import WEIGHT_BITS
+
+INPUT_BITS = 8
+LAYERS: tuple[Callable[..., Any], ...] = (F.linear, F.conv2d)
+
+
+class FakeQuant(TorchFunctionMode):
+    """While it is entered, linear layers and convolutions that train compute with rounded weights and inputs.
+
+    A layer trains where gradients are taken and its weight asks for one: teachers and evaluation are left as they are.
+    Weights are rounded per output channel and symmetrically, so that zeros stay zero, as `export.int8` rounds them;
+    inputs by the smallest and the largest value of their batch.
+
+    Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference
+    (2018), section 3.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function, on rounded tensors if it is a layer that trains."""
+        if func not in LAYERS or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        named = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})  # some layers give them by name
+        if named["weight"].requires_grad:
+            named |= {"input": rounded_input(named["input"]), "weight": rounded_weight(named["weight"])}
+        return func(named.pop("input"), named.pop("weight"), *args[2:], **named)
+
+
+def rounded_weight(weight: Tensor, bits: int = WEIGHT_BITS) -> Tensor:
+    """A weight (out, ...) on a grid of 2**bits + 1 points around zero, its scale that of each output channel."""
+    top = 2 ** (bits - 1)
+    largest = weight.detach().flatten(1).abs().amax(1).float()
+    scale = (largest / top).clamp_min(torch.finfo(torch.float32).tiny)
+    points = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight.float(), scale, points, 0, -top, top).to(weight.dtype)
+
+
+def rounded_input(x: Tensor, bits: int = INPUT_BITS) -> Tensor:
+    """A tensor on a grid of 2**bits points that holds its smallest and largest value, and zero."""
+    top = 2**bits - 1
+    low, high = (value.float() for value in torch.aminmax(x.detach()))
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = ((high - low) / top).clamp_min(torch.finfo(torch.float32).tiny)
+    point = (-low / scale).round().to(torch.int32)
+    return torch.fake_quantize_per_tensor_affine(x.float(), scale, point, 0, top).to(x.dtype)

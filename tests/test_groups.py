@@ -8,7 +8,7 @@ import torch
 from tests.support.reference_kl import LiveNorm, literal_vit
 from tests.support.tiny_models import ZOO, answer, images, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, shrink, zero
-from vitprune.groups import ParamSlice, cut_to, positions, unit_sums
+from vitprune.groups import ParamSlice, positions, resize_group, unit_sums
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 VITS = [name for name in ZOO if not name.startswith(("swin", "pvt"))]
@@ -243,9 +243,9 @@ def test_a_stale_group_behind_a_good_one_leaves_the_model_whole(vit: torch.nn.Mo
 def test_cut_to_refuses_a_larger_shape(vit: torch.nn.Module) -> None:
     group = find_groups(vit, ["ffn"])[0]
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: shape \[193\] does not fit into \[192\]"):
-        cut_to(vit, group, (193,))
+        resize_group(vit, group, (193,))
     with pytest.raises(BadInput, match="does not fit"):
-        cut_to(vit, replace(group, shape=(192,)), (2, 96))
+        resize_group(vit, replace(group, shape=(192,)), (2, 96))
 
 
 def test_layers_know_their_new_sizes_and_still_train(vit: torch.nn.Module) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vitprune import data, models
 from vitprune.architectures import find_groups
-from vitprune.config.quantity import said
+from vitprune.config.quantity import format_cost
 from vitprune.errors import BadInput, Interrupted
 from vitprune.evaluation.accuracy import costs, count
 from vitprune.evaluation.check_model import check as proofs
@@ -232,7 +232,7 @@ def _cells(proof: Proof | None) -> Sequence[str]:
     if proof is None:
         return ()
     pairs = [(proof.params_before, proof.params_after), (proof.macs_before, proof.macs_after)]
-    return [f"{proof.difference:.1e}", *(f"{said(before)} -> {said(after)}" for before, after in pairs)]
+    return [f"{proof.difference:.1e}", *(f"{format_cost(before)} -> {format_cost(after)}" for before, after in pairs)]
 
 
 if __name__ == "__main__":

@@ -91,14 +91,14 @@ def mask_without(group: Group, unit: int) -> Tensor:
     return mask.view(group.shape)
 
 
-def leaving(groups: Iterable[Group], masks: Masks) -> tuple[str, ...]:
+def removed_modules(groups: Iterable[Group], masks: Masks) -> tuple[str, ...]:
     """Paths of the modules that go as a whole, with the sub-layer that they belong to."""
     blocks = [group for group in groups if group.kind == "block"]
     pairs = [pair for group in blocks for pair in zip(group.sublayers, masks[group.name].tolist(), strict=True)]
     return tuple(path for paths, keep in pairs if not keep for path in paths)
 
 
-def inside(name: str, paths: Iterable[str]) -> bool:
+def is_within(name: str, paths: Iterable[str]) -> bool:
     """Whether a module, parameter or group belongs to one of the modules at these paths."""
     return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
@@ -124,7 +124,7 @@ def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
     return total.view(group.shape)
 
 
-def frame(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model with its shapes alone: on the meta device, where nothing is stored."""
     memo: dict[int, object] = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
@@ -174,15 +174,15 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
     for group in groups:
         _refuse_stale(model, group)
     blocks = [(group, _fitting(group, masks)) for group in groups if group.kind == "block"]
-    doomed = leaving([group for group, _ in blocks], masks)
-    others = [(g, _fitting(g, masks)) for g in groups if g.kind != "block" and not inside(g.name, doomed)]
+    doomed = removed_modules([group for group, _ in blocks], masks)
+    others = [(g, _fitting(g, masks)) for g in groups if g.kind != "block" and not is_within(g.name, doomed)]
     for group, keep, shape in [(group, keep, _kept_shape(group, keep)) for group, keep in others + blocks]:
         _cut(model, group, keep, shape)
     return model
 
 
 @torch.no_grad()
-def cut_to(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None:
+def resize_group(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None:
     """Give a group a smaller shape, keeping its first units: the frame that a saved model's weights fill.
 
     Raises:

@@ -22,10 +22,10 @@ from torch import nn
 
 from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune import BadInput, count, plan_for
-from vitprune.config.quantity import said
+from vitprune.config.quantity import format_cost
 from vitprune.data import example_input
 from vitprune.evaluation.accuracy import latency
-from vitprune.pruning.prune import compress
+from vitprune.pruning.prune import prune_cycles
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "pvt_v2_b0", "xcit_nano_12_p16_224")
@@ -72,7 +72,7 @@ def measured(name: str, dense: nn.Module, case: Case) -> tuple[list[Row], list[s
     model, start = copy.deepcopy(dense), time.perf_counter()
     try:
         plan = plan_for("channel-magnitude", SHARES.get(name), target=case.target, **case.settings)
-        (cycle,) = compress(model, plan, ())
+        (cycle,) = prune_cycles(model, plan, ())
     except BadInput as refused:  # where the clock has drifted since the dense model was timed
         return [], [name, str(case), "", "refused", "", "", str(refused)]
     seconds = time.perf_counter() - start
@@ -89,7 +89,7 @@ def measured(name: str, dense: nn.Module, case: Case) -> tuple[list[Row], list[s
         Row(f"{name}, {case}: found in", seconds, "s"),
     ]
     note = f"p10 {record['p10']:.3g}, p90 {record['p90']:.3g} ms. " if "p10" in record else ""
-    shown = [said(number) if absolute else f"{number:.4f}" for number in (asked, reached)]
+    shown = [format_cost(number) if absolute else f"{number:.4f}" for number in (asked, reached)]
     return rows, [name, str(case), *shown, f"{off:+.2%}", f"{seconds:.1f}", note + why]
 
 

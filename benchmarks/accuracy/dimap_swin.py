@@ -24,7 +24,7 @@ from benchmarks.lib.results import Row, Section, arguments, write_results, write
 from vitprune import Group, Masks, Scores, count, find_groups, score, zero
 from vitprune.data import example_input
 from vitprune.evaluation.accuracy import macs
-from vitprune.pruning import select
+from vitprune.pruning.select import select
 
 ROOT = Path(__file__).parents[2]
 POOLS = ("qkv", "proj", "mlp")

@@ -26,9 +26,9 @@ from vitprune import METHODS, data, plan_for
 from vitprune.config.params import Schedule
 from vitprune.config.train_config import Train
 from vitprune.data.loaders import batch_count, train_batches
-from vitprune.pruning.prune import compress
-from vitprune.training.loop import Held, classification, train
-from vitprune.training.optimizers import Memory, Span
+from vitprune.pruning.prune import prune_cycles
+from vitprune.training.loop import FrozenZeros, classification, train
+from vitprune.training.optimizers import OptimizerState, ScheduleSpan
 
 ROOT = Path(__file__).parents[2]
 SPARSITIES = (0.5, 0.6, 0.75, 0.8, 0.9)
@@ -121,15 +121,15 @@ def named(job: Job) -> dict[str, str | int]:
 def pruned(job: Job) -> list[Point]:
     """Prune a dense model step by step and recover it after each."""
     torch.set_num_threads(1)
-    budget, model, memory = job.budget, load_dense(job.real).to(job.device), Memory()
+    budget, model, memory = job.budget, load_dense(job.real).to(job.device), OptimizerState()
     table = images_of(job.real, "train", budget.augment)
     steps = Schedule(steps=list(budget.sparsities))
     plan = damped(plan_for(job.method, budget.sparsities[-1], cycles=len(budget.sparsities), schedule=steps))
     points: list[Point] = []
     start = time.perf_counter()
-    for cycle in compress(model, plan, calibration(job)):
+    for cycle in prune_cycles(model, plan, calibration(job)):
         scored = time.perf_counter()
-        recover(model, job, table, Held(cycle.held, cycle.masks), cycle.number, memory)
+        recover(model, job, table, FrozenZeros(cycle.held, cycle.masks), cycle.number, memory)
         trained = time.perf_counter()
         weights = [model.get_parameter(group.name) for group in cycle.groups]
         zeros = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
@@ -145,7 +145,9 @@ def calibration(job: Job) -> list[data.Batch]:
     return list(itertools.islice(batches, -(-job.budget.scored // 32)))
 
 
-def recover(model: torch.nn.Module, job: Job, table: data.ImageTable, held: Held, cycle: int, memory: Memory) -> None:
+def recover(
+    model: torch.nn.Module, job: Job, table: data.ImageTable, held: FrozenZeros, cycle: int, memory: OptimizerState
+) -> None:
     """Train after a cycle, each with images and an order of its own."""
     budget, (decay, over) = job.budget, RATES[job.rate]
     seed, steps = 1000 * cycle, budget.steps
@@ -159,7 +161,7 @@ def recover(model: torch.nn.Module, job: Job, table: data.ImageTable, held: Held
     spans = {"cycle": (0, total), "run": ((cycle - 1) * total, len(budget.sparsities) * total)}
     settings = {"lr": 2e-4, "min_lr": 1e-5, "decay": decay, "decay_over": over, "optimizer_state": "keep"}
     recipe = Train.model_validate({"epochs": epochs, "batch_size": budget.batch, "weight_decay": 0.03} | settings)
-    span = Span(*spans[over], memory)
+    span = ScheduleSpan(*spans[over], memory)
     train(classification(model, 0.1), batches, own, recipe, seed, lambda row: None, held, span=span)
 
 

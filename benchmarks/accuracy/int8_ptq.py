@@ -19,7 +19,7 @@ from benchmarks.lib.results import Row, arguments, real_data, write_results, wri
 from vitprune import data, models, plan_for
 from vitprune.models.export import to_onnx
 from vitprune.models.int8 import IMAGES, side_by_side, to_int8
-from vitprune.pruning.prune import compress
+from vitprune.pruning.prune import prune_cycles
 
 ROOT = Path(__file__).parents[2]
 Variant = tuple[str, int]  # calibration and bits of the weights
@@ -48,7 +48,7 @@ def main() -> None:
     rows, table = [], []
     for method, sparsity, variants in CASES[: 1 if quick else None]:
         model = copy.deepcopy(dense)
-        for _ in compress(model, damped(plan_for(method, sparsity)), seen) if sparsity else ():
+        for _ in prune_cycles(model, damped(plan_for(method, sparsity)), seen) if sparsity else ():
             pass
         for variant, facts in measured(model, variants[: 1 if quick else None], given, batches).items():
             off = facts["int8"] - facts["float"]

@@ -23,8 +23,8 @@ from benchmarks.lib.deit_tiny import damped
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import data, plan_for
 from vitprune.config.train_config import Train
-from vitprune.pruning.prune import compress
-from vitprune.training.loop import Held, distillation, train
+from vitprune.pruning.prune import prune_cycles
+from vitprune.training.loop import FrozenZeros, distillation, train
 
 ROOT = Path(__file__).parents[2]
 NAMES = {False: "plain", True: "int8"}
@@ -67,15 +67,19 @@ def main() -> None:
     write_results("int8_training", rows, asked.quick)
 
 
-def pruned(dense: nn.Module, real: Path, number: int) -> tuple[nn.Module, Held]:
+def pruned(dense: nn.Module, real: Path, number: int) -> tuple[nn.Module, FrozenZeros]:
     """The model at half of its weights, and what of it is to be held at zero."""
     model = copy.deepcopy(dense)
     table = images_of(real, "train", None, 3000 // number)
-    (cycle,) = compress(model, damped(plan_for("ovit", 0.5)), list(itertools.islice(data.eval_batches(table, 32), 8)))
-    return model, Held(cycle.held, cycle.masks)
+    (cycle,) = prune_cycles(
+        model, damped(plan_for("ovit", 0.5)), list(itertools.islice(data.eval_batches(table, 32), 8))
+    )
+    return model, FrozenZeros(cycle.held, cycle.masks)
 
 
-def trained(student: nn.Module, dense: nn.Module, held: Held, real: Path, steps: int, seed: int, int8: bool) -> float:
+def trained(
+    student: nn.Module, dense: nn.Module, held: FrozenZeros, real: Path, steps: int, seed: int, int8: bool
+) -> float:
     """Train in place; the mean loss."""
     table = images_of(real, "train", "none")
     recipe = Train(epochs=1, batch_size=BATCH, lr=2e-4, min_lr=1e-5, weight_decay=0.03, int8=int8)

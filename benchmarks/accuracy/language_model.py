@@ -21,8 +21,8 @@ from vitprune import count, plan_for
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.config.train_config import Train
 from vitprune.evaluation.losses import cross_entropy
-from vitprune.pruning.cycle_masks import choose, groups_for
-from vitprune.pruning.prune import compress
+from vitprune.pruning.cycle_masks import groups_for, select_masks
+from vitprune.pruning.prune import prune_cycles
 from vitprune.training.loop import classification, distillation, train
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def pruned(bench: Bench, method: str) -> Iterator[Pruned]:
     seconds = time.perf_counter() - start
     for share, plan in zip(bench.size.shares, plans, strict=True):
         model = copy.deepcopy(bench.dense)
-        for _ in compress(model, plan, bench.scored_on, choose(scores, groups, plan, plan.targets()[0])):
+        for _ in prune_cycles(model, plan, bench.scored_on, select_masks(scores, groups, plan, plan.targets()[0])):
             before = bench.perplexity(model)
         window = bench.scored_on[0][0][:1]
         cost, whole = count(model, window), count(bench.dense, window)

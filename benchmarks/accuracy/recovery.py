@@ -28,7 +28,7 @@ from vitprune.config.train_config import Train
 from vitprune.data.loaders import ImageTable, batch_count, eval_batches, train_batches
 from vitprune.data.sources import Source
 from vitprune.evaluation.accuracy import accuracy, count
-from vitprune.pruning.prune import compress
+from vitprune.pruning.prune import prune_cycles
 from vitprune.training.loop import distillation, train
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def prune_both(real: Path, folder: Path, method: str, quick: bool) -> list[Side]
     setup, rival = rival_of(dense, calibration, quick)
     target = {"macs": count(rival, image).macs / whole.macs}
     own = torch_pruning.load_dense(real)
-    for _ in compress(own, plan_for(method, None, target=target), calibration):
+    for _ in prune_cycles(own, plan_for(method, None, target=target), calibration):
         pass
     sides = []
     for name, about, model in (("vitprune", method, own), ("Torch-Pruning", setup, rival)):

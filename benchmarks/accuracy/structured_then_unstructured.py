@@ -19,7 +19,7 @@ from benchmarks.lib.deit_tiny import Setup, corrected, damped, setup
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import models, plan_for
 from vitprune.evaluation.accuracy import accuracy, count
-from vitprune.pruning.prune import compress
+from vitprune.pruning.prune import prune_cycles
 
 ROOT = Path(__file__).parents[2]
 MACS, SPARSITY = 0.7, 0.5
@@ -76,7 +76,7 @@ def pruned(case: Setup, wanted: Case) -> nn.Module:
     plans = [plan_for(wanted.units, None, target={"macs": MACS})] if wanted.units else []
     plans += [damped(plan_for(wanted.weights, SPARSITY))] if wanted.weights else []
     for plan in plans:
-        for _ in compress(model, plan, case.calibration):
+        for _ in prune_cycles(model, plan, case.calibration):
             corrected(case, model)
     return model
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from benchmarks.lib.results import Row, real_data
 from vitprune import data, find_groups, models, plan_for
-from vitprune.criteria import DEFAULTS, Importance
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, Importance
 from vitprune.evaluation.accuracy import accuracy, count
 from vitprune.groups import shrink
-from vitprune.pruning.cycle_masks import choose, costs_for, goal, groups_for
+from vitprune.pruning.cycle_masks import cost_model_for, cycle_target, groups_for, select_masks
 from vitprune.pruning.methods import method_named
-from vitprune.pruning.norm_correction import correct
+from vitprune.pruning.norm_correction import correct_norms
 from vitprune.pruning.plan import Plan
-from vitprune.pruning.prune import compress
+from vitprune.pruning.prune import prune_cycles
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 # the damping that a few hundred gradients need (docs/LOG.md), and room for half of the matrices at once
@@ -89,7 +89,7 @@ class Cut:
     """A pruned model's top-1 on evaluation images, before and after the correction, and its share of the cost."""
 
     entry: str
-    goal: str
+    cycle_target: str
     ours: bool
     top1: float
     corrected: float | None
@@ -157,7 +157,7 @@ def load_images(path: Path, model: nn.Module) -> tuple[Tensor, Tensor]:
 def corrected(case: Setup, model: nn.Module) -> nn.Module:
     """The model, its norms and biases moved towards the dense answers in place; what is zero stays so."""
     with torch.no_grad():
-        for name, value in correct(model, case.wanted, case.calibration, DEFAULTS).values.items():
+        for name, value in correct_norms(model, case.wanted, case.calibration, DEFAULT_SCORE_CONFIG).values.items():
             model.get_parameter(name).copy_(value)
     return model
 
@@ -193,7 +193,7 @@ def lines(done: Mapping[tuple[str, str], Cut], entries: Sequence[Entry], goals: 
 def _cuts(entry: Entry, goals: Sequence[Goal], notes: Path, setting: Mapping[str, float]) -> list[Cut]:
     """One line of the table, noted cut by cut."""
     case = setup()
-    own = replace(DEFAULTS, **setting)
+    own = replace(DEFAULT_SCORE_CONFIG, **setting)
     plans = {goal.name: replace(plan, setting=own) for goal in goals if (plan := entry.plan(goal)) is not None}
     shared = [plan for plan in plans.values() if plan.setting_of(1).pattern is None]
     found = _scored(case, shared) if shared and entry.steps == 1 else None
@@ -218,7 +218,7 @@ def _cut(case: Setup, entry: Entry, name: str, plan: Plan, found: Importance | N
     if first and not entry.refit:
         shrink(model, groups_for(model, plan), first)
     else:
-        for _ in compress(model, plan, case.calibration, first, dict(found.statistics) if found else None):
+        for _ in prune_cycles(model, plan, case.calibration, first, dict(found.statistics) if found else None):
             pass
     before = accuracy(model, case.held_out)[0]["top1"]
     after = accuracy(corrected(case, model), case.held_out)[0]["top1"] if entry.correction else None
@@ -232,6 +232,6 @@ def _cut(case: Setup, entry: Entry, name: str, plan: Plan, found: Importance | N
 def _chosen(model: nn.Module, plan: Plan, found: Importance) -> dict[str, Tensor]:
     """Masks of a plan of one cycle."""
     groups = groups_for(model, plan)
-    costs = costs_for(model, groups, plan)
+    costs = cost_model_for(model, groups, plan)
     own = {group.name: found.scores[group.name] for group in groups}
-    return choose(own, groups, plan, goal(own, groups, plan, 1, costs).target, costs=costs)
+    return select_masks(own, groups, plan, cycle_target(own, groups, plan, 1, costs).target, costs=costs)

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from benchmarks.lib.results import Row
 from vitprune import find_groups
-from vitprune.criteria import Setting
-from vitprune.criteria.kl.exact import divergences
-from vitprune.criteria.kl.fisher import per_image
+from vitprune.criteria import ScoreConfig
+from vitprune.criteria.kl.exact import kl_divergences
+from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.groups import Group
-from vitprune.pruning import select
-from vitprune.pruning.rescoring import race
-from vitprune.pruning.select import contests
+from vitprune.pruning.rescoring import adaptive_rescoring
+from vitprune.pruning.select import candidate_pools, select
 
 KINDS = ("ffn", "attention", "residual")
 SAMPLED = (
@@ -52,7 +51,7 @@ def race_rows(
         name: torch.randperm(groups[name].units, generator=torch.Generator().manual_seed(0))[:pool].sort().values
         for name in SAMPLED
     }
-    truth = divergences(model, [groups[name] for name in SAMPLED], chosen, images, Setting())
+    truth = kl_divergences(model, [groups[name] for name in SAMPLED], chosen, images, ScoreConfig())
     some = {name: control[name][chosen[name]] for name in SAMPLED}
     settled, shares = raced(groups, truth, some)
     cost = 2 * fisher + sum(shares[kind] * units[kind] * exact[kind] for kind in KINDS)
@@ -72,7 +71,9 @@ def fisher_images(model: nn.Module, groups: list[Group], images: Tensor) -> dict
     """Fisher scores image by image, (units, images)."""
     starts = range(0, len(images), CHUNK)
     found = [
-        per_image(model, groups, images[n : n + CHUNK], Setting(), range(n, n + len(images[n : n + CHUNK])))
+        fisher_kl_per_image(
+            model, groups, images[n : n + CHUNK], ScoreConfig(), range(n, n + len(images[n : n + CHUNK]))
+        )
         for n in starts
     ]
     return {group.name: torch.cat([part[group.name] for part in found], dim=1) for group in groups}
@@ -93,8 +94,8 @@ def raced(
     stacked = torch.cat(list(control.values()))
     order = torch.randperm(stacked.shape[1], generator=torch.Generator().manual_seed(0))
     kinds = {name: groups[name].kind for name in truth}
-    fields = [contest for name in truth for contest in contests({name: scores[name]}, 0.5)]
-    settled = race(scores, kinds, fields, exact, lambda places: stacked[:, places], order, Setting())
+    fields = [contest for name in truth for contest in candidate_pools({name: scores[name]}, 0.5)]
+    settled = adaptive_rescoring(scores, kinds, fields, exact, lambda places: stacked[:, places], order, ScoreConfig())
     shares = {kind: mean(asked[name] / truth[name].numel() for name in truth if kinds[name] == kind) for kind in KINDS}
     return settled.scores, shares
 

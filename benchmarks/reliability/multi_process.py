@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune import find_groups, zero
 from vitprune.config.train_config import Train
-from vitprune.criteria import DEFAULTS
+from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline import score_stage
 from vitprune.pruning.methods import CRITERIA
-from vitprune.runtime.distributed import Team
-from vitprune.training.loop import Held, classification, distillation, train
+from vitprune.runtime.distributed import ProcessGroup
+from vitprune.training.loop import FrozenZeros, classification, distillation, train
 from vitprune.training.step import shared
 
 ROOT = Path(__file__).parents[2]
@@ -89,16 +89,18 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor], relative: bool)
 def compute(directory: Path) -> None:
     """Scores and trainings as one of several processes, or alone."""
     torch.set_num_threads(1)
-    with score_stage.team() as mates:
+    with score_stage.process_group() as dist:
         for name in SCORES:
             model = made(0)
-            work = score_stage.Work(CRITERIA[name], find_groups(model, ["ffn", "head"]), batches(6, 4), DEFAULTS)
-            scores = work.importance(model, True, directory / f"partial-{name}", mates)
+            work = score_stage.ScoringJob(
+                CRITERIA[name], find_groups(model, ["ffn", "head"]), batches(6, 4), DEFAULT_SCORE_CONFIG
+            )
+            scores = work.importance(model, True, directory / f"partial-{name}", dist)
             if scores is not None:
                 write_weights(scores.scores, directory / f"{name}.safetensors")
         for name, settings in TRAININGS.items():
-            steps = trained(settings, mates)
-            if mates.rank == 0:
+            steps = trained(settings, dist)
+            if dist.rank == 0:
                 write_weights(steps, directory / f"{name}.safetensors")
 
 
@@ -117,23 +119,23 @@ def batches(number: int, size: int) -> list[tuple[Tensor, Tensor]]:
     return [(x, (torch.arange(size) + n) % 7) for n, x in enumerate(images)]
 
 
-def trained(settings: dict[str, object], mates: Team) -> dict[str, Tensor]:
+def trained(settings: dict[str, object], dist: ProcessGroup) -> dict[str, Tensor]:
     """Weights after every step of two epochs, by step and name."""
     model, seen = made(0), dict[str, Tensor]()
     groups = find_groups(model, ["weight"])
-    held = Held(groups, {group.name: model.get_parameter(group.name).detach().abs() > 0.01 for group in groups})
+    held = FrozenZeros(groups, {group.name: model.get_parameter(group.name).detach().abs() > 0.01 for group in groups})
     zero(model, groups, held.masks)
     recipe = Train.model_validate({"epochs": 2, "lr": 0.005, "clip": 0.5} | settings)
     noise = [*batches(3, 8), *batches(1, 3)]
 
     def of(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number, batch in enumerate(noise):
-            yield batch if recipe.mixes else shared(*batch, mates)
+            yield batch if recipe.mixes else shared(*batch, dist)
             step = epoch * len(noise) + number
             seen.update({f"{step}/{name}": tensor.clone() for name, tensor in model.state_dict().items()})
 
     task = distillation(model, made(1), 1.0, 2.0, 0.0) if recipe.mixes else classification(model)
-    train(task, of, len(noise), recipe, 0, lambda row: None, held, mates=mates)
+    train(task, of, len(noise), recipe, 0, lambda row: None, held, dist=dist)
     return seen | {f"end/{name}": tensor for name, tensor in model.state_dict().items()}
 
 

@@ -19,8 +19,8 @@ from benchmarks.lib.deit_tiny import load_images
 from benchmarks.lib.kl_rescoring import KINDS, race_rows
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import find_groups, models
-from vitprune.criteria import Setting
-from vitprune.criteria.kl.exact import divergences
+from vitprune.criteria import ScoreConfig
+from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.criteria.kl.leave_one_out import without
 from vitprune.groups import Group
 from vitprune.runtime.eval_mode import evaluating
@@ -99,7 +99,7 @@ def timing(case: Case, group: Group, once: float, units: int) -> Timing:
 def exact_run(case: Case, group: Group, chosen: Tensor) -> tuple[float, Tensor]:
     """Seconds and divergences of the library's scorer."""
     start = time.perf_counter()
-    found = divergences(case.model, [group], {group.name: chosen}, case.images, Setting())[group.name]
+    found = kl_divergences(case.model, [group], {group.name: chosen}, case.images, ScoreConfig())[group.name]
     return time.perf_counter() - start, found
 
 

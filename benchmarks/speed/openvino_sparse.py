@@ -25,7 +25,7 @@ from benchmarks.lib.results import Row, arguments, real_data, write_results, wri
 from vitprune import data, models, plan_for
 from vitprune.models.export import to_onnx
 from vitprune.models.int8 import to_int8
-from vitprune.pruning.prune import compress
+from vitprune.pruning.prune import prune_cycles
 
 ROOT = Path(__file__).parents[2]
 SPARSITIES = (0.0, 0.5, 0.75, 0.9)
@@ -76,7 +76,7 @@ def engines(dense: torch.nn.Module, image: torch.Tensor, folder: Path) -> dict[s
     plain = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
     for sparsity in SPARSITIES:
         model = copy.deepcopy(dense)
-        for _ in compress(model, plan_for("uniform", sparsity), []):
+        for _ in prune_cycles(model, plan_for("uniform", sparsity), []):
             pass
         source, path = folder / f"{sparsity}.onnx", folder / f"{sparsity}-int8.onnx"
         to_onnx(model, source, image.expand(2, -1, -1, -1))

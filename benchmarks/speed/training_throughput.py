@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune import data, find_groups, zero
 from vitprune.config.train_config import Train
-from vitprune.training.loop import Held, distillation, train
+from vitprune.training.loop import FrozenZeros, distillation, train
 
 ROOT = Path(__file__).parents[2]
 STUDENTS = {"DeiT-Tiny": "deit_tiny_patch16_224", "DeiT-Small": "deit_small_patch16_224"}
@@ -135,7 +135,7 @@ def ours(student: nn.Module, teacher: nn.Module, watch: Watch, budget: Budget, h
     if half:
         groups = find_groups(student, ["weight"])
         weights = {group.name: student.get_parameter(group.name).detach() for group in groups}
-        held = Held(groups, {key: weight.abs() > weight.abs().median() for key, weight in weights.items()})
+        held = FrozenZeros(groups, {key: weight.abs() > weight.abs().median() for key, weight in weights.items()})
         zero(student, groups, held.masks)
     recipe = Train(epochs=1, lr=RATE, weight_decay=DECAY, clip=CLIP, smoothing=SMOOTHING, amp=budget.amp)
     task = distillation(student, teacher, 1.0, 1.0, SMOOTHING)

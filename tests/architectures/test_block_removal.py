@@ -17,7 +17,7 @@ from tests.support.reference_kl import kl
 from tests.support.tiny_models import ZOO, answer, batches, cost, images, redrawn, same_state, state, tiny
 from vitprune import BadInput, find_groups, load, prune, save, score, shrink
 from vitprune.architectures import rebuild, structure
-from vitprune.architectures.block_removal import Skipped
+from vitprune.architectures.block_removal import IdentityBlock
 from vitprune.evaluation.accuracy import costs
 from vitprune.groups import Group, mask_without
 from vitprune.pipeline.cycles import mask_facts
@@ -87,7 +87,7 @@ def test_any_block_of_a_pyramid_can_be_skipped_and_the_rest_cut(name: str, tmp_p
     shrink(smaller, groups, {g.name: torch.arange(g.units) < g.units - g.units // 4 for g in groups})
     save(smaller, tmp_path)
     again = load(tmp_path)
-    assert type(again.get_submodule(every[-1])) is Skipped
+    assert type(again.get_submodule(every[-1])) is IdentityBlock
     assert same_state(again, state(smaller))
     assert structure(again) == structure(smaller)
     assert torch.equal(answer(again, x), answer(smaller, x))
@@ -272,7 +272,7 @@ def test_a_list_of_features_and_another_size_of_images() -> None:
     args = SMALL["convnext_atto"] | {"features_only": True, "out_indices": (1, 3)}
     features = redrawn(timm.create_model("convnext_atto", **args), 0).eval()
     slow = giving_back(features, ["stages_2.blocks.1"])
-    features.set_submodule("stages_2.blocks.1", Skipped())
+    features.set_submodule("stages_2.blocks.1", IdentityBlock())
     for found, expected in zip(features(noise(features)), slow(noise(features)), strict=True):
         assert torch.equal(found, expected)
     swin = tiny("swin").float()

@@ -13,13 +13,13 @@ from vitprune import count, find_groups, prune, score, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure
 from vitprune.architectures.causal_lm import Decoder, chain
 from vitprune.config.train_config import Train
-from vitprune.criteria import Setting
-from vitprune.criteria.kl.exact import exact
-from vitprune.criteria.kl.fisher import fisher
+from vitprune.criteria import ScoreConfig
+from vitprune.criteria.kl.exact import exact_kl
+from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.criteria.obs.units import unit_obs
 from vitprune.evaluation.losses import cross_entropy
-from vitprune.pruning import select
-from vitprune.pruning.prune import compress, plan_for
+from vitprune.pruning.prune import plan_for, prune_cycles
+from vitprune.pruning.select import select
 from vitprune.training.loop import classification, distillation, feature_distillation, train
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -107,7 +107,7 @@ def test_exact_scoring_is_the_literal_removal(kind: str) -> None:
     model, data = decoder(), batches()
     groups = find_groups(model, [kind])
     expected = score(model, groups, "kl-literal", data)
-    for name, found in score(model, groups, exact, data).items():
+    for name, found in score(model, groups, exact_kl, data).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-15)
 
 
@@ -173,7 +173,7 @@ def loss(model: nn.Module, data: list) -> float:
 def test_methods_prune_a_decoder_in_cycles(method: str) -> None:
     model, data = decoder(), batches(1)
     share = 0.5 if method == "dimap" else {"ffn": 0.5, "attention": 0.5}
-    for cycle in compress(model, plan_for(method, share, cycles=2), data):
+    for cycle in prune_cycles(model, plan_for(method, share, cycles=2), data):
         kept = [float(mask.double().mean()) for mask in cycle.masks.values()]
     assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.02)
     assert answer(model, texts()).isfinite().all()
@@ -183,7 +183,7 @@ def test_fisher_ranks_units_as_exact_scores_do() -> None:
     model, data = decoder(), batches(4)
     groups = find_groups(model, ["ffn"])
     true = score(model, groups, "kl-exact", data)
-    near = fisher(model, groups, data, Setting(classes=64)).scores
+    near = fisher_kl(model, groups, data, ScoreConfig(classes=64)).scores
     for group in groups:
         ranks = torch.stack([found[group.name].argsort().argsort().double() for found in (true, near)])
         assert float(torch.corrcoef(ranks)[0, 1]) > 0.8
@@ -194,14 +194,14 @@ def test_fisher_ranks_units_as_exact_scores_do() -> None:
 def test_units_of_a_decoder_are_eliminated_and_its_survivors_refitted(kind: str) -> None:
     model, data = decoder(), batches(8)
     groups = find_groups(model, [kind])
-    importance = unit_obs(model, groups, data, Setting())
+    importance = unit_obs(model, groups, data, ScoreConfig())
     assert importance.update is not None
     scope = "head" if kind == "attention" else "layer"
     masks = select(importance.scores, 0.34, scope, groups)
     tokens = torch.cat([inputs for inputs, _ in data])
     plain, refitted = decoder(), decoder()
     near = select(
-        fisher(model, groups, data, Setting()).scores, 0.34, "head" if kind == "attention" else "layer", groups
+        fisher_kl(model, groups, data, ScoreConfig()).scores, 0.34, "head" if kind == "attention" else "layer", groups
     )
     with torch.no_grad():
         for name, value in importance.update(masks).items():

@@ -10,7 +10,7 @@ from tests.support.tiny_models import ZOO, answer, batches, images, random_masks
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure, uniform_args
 from vitprune.groups import KINDS
-from vitprune.pruning import select
+from vitprune.pruning.select import select
 
 TWELVE = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 12, "num_classes": 7}
 CLOSE = {"rtol": 0, "atol": 1e-12}

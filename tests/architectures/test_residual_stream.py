@@ -13,8 +13,8 @@ from tests.support.model_zoo import SMALL
 from tests.support.reference_kl import assert_fades
 from vitprune import BadInput, find_groups, load, save, shrink
 from vitprune.architectures.tracing import cache
-from vitprune.criteria import DEFAULTS
-from vitprune.criteria.kl.fisher import per_image
+from vitprune.criteria import DEFAULT_SCORE_CONFIG
+from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.evaluation.check_model import odd_masks, subject
 
 STAGES = {
@@ -72,7 +72,9 @@ def test_all_kinds_go_together_and_come_back_from_a_file(name: str, kinds: list[
 def test_a_channel_of_a_map_fades_as_its_readers_and_norms_do() -> None:
     model, inputs = made("convnext_atto")
     groups = find_groups(model, ["residual"])
-    assert_fades(model, inputs, groups, per_image(model, groups, inputs, replace(DEFAULTS, classes=1000)))
+    assert_fades(
+        model, inputs, groups, fisher_kl_per_image(model, groups, inputs, replace(DEFAULT_SCORE_CONFIG, classes=1000))
+    )
 
 
 def test_a_model_whose_stream_is_its_answer_keeps_it() -> None:
@@ -104,5 +106,5 @@ def test_a_width_known_by_heart_is_refused_before_a_cut() -> None:
 def test_a_model_is_traced_once_while_its_shapes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = made("convnext_atto")
     first = [group.name for group in find_groups(model, ["residual"])]
-    monkeypatch.setattr(cache, "channels", lambda *given: pytest.fail("traced again"))
+    monkeypatch.setattr(cache, "channel_groups", lambda *given: pytest.fail("traced again"))
     assert [group.name for group in find_groups(model, ["residual"])] == first

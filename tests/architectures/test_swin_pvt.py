@@ -14,8 +14,8 @@ from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, structure, uniform_args
 from vitprune.architectures.pvt_attention import CutAttention
 from vitprune.config.params import load
-from vitprune.criteria import Setting
-from vitprune.criteria.kl.fisher import per_image
+from vitprune.criteria import ScoreConfig
+from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.evaluation.accuracy import count
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -261,7 +261,7 @@ def gated(name: str, group: str, unit: int, by: float) -> nn.Module:
 def test_fisher_is_the_curvature_of_the_divergence_as_a_stream_fades(name: str) -> None:
     model, step = tiny(name), 1e-3
     groups, x = find_groups(model, ["residual"]), images(tiny(name), 2)
-    found = per_image(model, groups, x, Setting(classes=1000))
+    found = fisher_kl_per_image(model, groups, x, ScoreConfig(classes=1000))
     dense = answer(model, x)
     for group in groups:
         for unit in (0, group.units // 2):

@@ -10,7 +10,7 @@ from torch import nn
 from tests.support.tiny_models import answer, redrawn, same_state, state
 from vitprune import BadInput, count, find_groups, load, prune, save
 from vitprune.architectures import uniform_args, unstructured_tables
-from vitprune.pruning import select
+from vitprune.pruning.select import select
 
 # Weights of the prunable layers, by arithmetic on the published shapes: 12 * 12 * 192^2 for DeiT-Tiny, and so on.
 COUNTS = {

@@ -7,7 +7,7 @@ import torch
 
 from tests.support.tiny_models import answer, batches, tiny
 from vitprune import BadInput, find_groups, prune
-from vitprune.criteria import DEFAULTS
+from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.corp import corp, predicted
 from vitprune.groups import zero
 
@@ -31,7 +31,7 @@ def test_scores_are_energy_times_both_norms() -> None:
     for images, _ in batches(model):
         answer(model, images)
     handle.remove()
-    found = corp(model, [group], batches(model), DEFAULTS).scores[group.name]
+    found = corp(model, [group], batches(model), DEFAULT_SCORE_CONFIG).scores[group.name]
     energy = torch.cat([rows.flatten(0, 1) for rows in seen]).double().square().mean(dim=0)
     fc1, fc2 = (block.get_parameter(f"{layer}.weight").double() for layer in ("fc1", "fc2"))
     torch.testing.assert_close(found, energy * fc1.norm(dim=1) * fc2.norm(dim=0), rtol=1e-5, atol=0)
@@ -39,7 +39,7 @@ def test_scores_are_energy_times_both_norms() -> None:
 
 def test_the_update_is_nearer_to_the_dense_answer_than_none() -> None:
     model = tiny("vit")
-    importance = corp(model, find_groups(model, ["ffn"]), batches(model), DEFAULTS)
+    importance = corp(model, find_groups(model, ["ffn"]), batches(model), DEFAULT_SCORE_CONFIG)
     masks = {name: score > score.median() for name, score in importance.scores.items()}
     groups = find_groups(model, ["ffn"])
     plain, updated = zero(copy.deepcopy(model), groups, masks), zero(copy.deepcopy(model), groups, masks)
@@ -57,4 +57,4 @@ def test_attention_is_refused() -> None:
     with pytest.raises(BadInput, match=r"^prune.sparsity.attention: method corp prunes only ffn"):
         prune(model, "corp", {"attention": 0.5}, batches(model))
     with pytest.raises(BadInput, match=r"corp scores ffn, not kind 'attention'"):
-        corp(model, find_groups(model, ["attention"]), batches(model), DEFAULTS)
+        corp(model, find_groups(model, ["attention"]), batches(model), DEFAULT_SCORE_CONFIG)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitprune import count, find_groups, score, zero
-from vitprune.pruning import select
+from vitprune.pruning.select import select
 
 SHARES = (0.15, 0.35, 0.55)
 MODELS = {  # prunable weights, parameters, non-zero millions at each share (24.406574 is printed as 24.406 there)

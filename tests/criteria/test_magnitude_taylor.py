@@ -11,7 +11,7 @@ from tests.support.tiny_models import answer, batches, images, same_state, state
 from vitprune import CRITERIA, METHODS, BadInput, find_groups, score
 from vitprune.criteria import magnitude as by_weights
 from vitprune.groups import Group, ParamSlice
-from vitprune.pruning import select
+from vitprune.pruning.select import select
 
 KINDS = {"random": "ffn", "magnitude": "ffn", "energy": "weight", "taylor": "ffn", "kl-literal": "head"}
 

@@ -141,7 +141,7 @@ def team(remote: servers.Remote, webhook: Webhook) -> Iterator[Team]:
             servers.serving(folder, SECRETS | USER | ZOMBIES | {"VITPRUNE_WEBHOOK": webhook.address})
         )
         project = prepared(folder / "project", remote)
-        with servers.worker(folder / "worker.log"):
+        with running.worker(folder / "worker.log"):
             running.run("prefect", "--no-prompt", "deploy", "--all", where=project)
             yield Team(folder, project, running)
 

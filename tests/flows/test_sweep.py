@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_flow import of, server, sleepers, wait_for
-from test_tracking import look
 
+from tests.flows.test_compress import of, server, sleepers, wait_for
+from tests.flows.test_mlflow import look
 from tests.support import shell_pipeline
 from vitprune.orchestration.execution.lock_and_repair import exclusive
-from vitprune.orchestration.execution.places import Unfit, origin
+from vitprune.orchestration.execution.places import SweepWorktreeError, origin
 
 __all__ = ["server"]  # a fixture
 pytestmark = pytest.mark.pipeline
@@ -163,9 +163,9 @@ def test_what_no_place_can_be_made_of_is_refused(project: Path, tmp_path: Path) 
         ("folder:../photos", "lies outside the project"),
         ("folder:out/x", "is where a run writes"),
     ]:
-        with pytest.raises(Unfit, match=f"dataset.source: .*{message}"):
+        with pytest.raises(SweepWorktreeError, match=f"dataset.source: .*{message}"):
             origin(project).place(tmp_path / "place", json.loads(json.dumps(params)) | {"dataset": {"source": source}})
     subprocess.run(["rm", "-rf", str(project / ".git")], check=True)
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)
-    with pytest.raises(Unfit, match="has no commit yet"):
+    with pytest.raises(SweepWorktreeError, match="has no commit yet"):
         origin(project)

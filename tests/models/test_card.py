@@ -9,9 +9,9 @@ import pytest
 import timm
 import torch
 import yaml
-from test_stages import ORDER, project_in
 from torch import nn
 
+from tests.pipeline.test_stages import ORDER, project_in
 from tests.support.pruned_models import cut_of, dense_of
 from tests.support.tiny_models import answer, images
 from vitprune import BadInput, prune, save, write_card

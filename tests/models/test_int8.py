@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 import yaml
-from test_stages import project_in
 from torch import nn
 
+from tests.pipeline.test_stages import project_in
 from tests.support.tiny_models import ZOO, answer, images, redrawn
 from vitprune import find_groups, models, prune
 from vitprune.config.params import Export

@@ -22,7 +22,7 @@ Break = Callable[[Path], None]
 WATCHED = """
 import json, resource, shutil, sys
 from pathlib import Path
-import test_hostile
+from tests.models import test_malicious_checkpoints as test_hostile
 from vitprune import BadInput, load
 whole, folder, seen, on = Path(sys.argv[1]), Path(sys.argv[2]), [], False
 def hook(event, args):

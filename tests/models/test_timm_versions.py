@@ -28,8 +28,8 @@ folder = Path(sys.argv[1])
 found = {}
 """
 WRITE = """
-from cut_models import cut_of
-from tiny_models import answer, images
+from tests.support.pruned_models import cut_of
+from tests.support.tiny_models import answer, images
 from vitprune import save
 for name in ("vit-blocks", "distilled-heads", "swin-stream", "pvt-stream"):
     model = cut_of(*name.split("-"))

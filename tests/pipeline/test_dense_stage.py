@@ -12,17 +12,17 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from test_stages import ORDER, project_in
 
 import vitprune
+from tests.pipeline.test_stages import ORDER, project_in
 from vitprune import BadInput, find_groups, shrink
 from vitprune.architectures import structure
 from vitprune.config.params import Params
 from vitprune.pipeline import stages
-from vitprune.pipeline.dense_stage import held_from, start
+from vitprune.pipeline.dense_stage import initial_model, zeros_to_keep
 from vitprune.pipeline.report import write_report
 from vitprune.runtime.files import digest
-from vitprune.training.loop import Held
+from vitprune.training.loop import FrozenZeros
 
 ROOT = Path(__file__).parents[2]
 RECIPE = yaml.safe_load((ROOT / "recipes/transfer_deit_tiny_folder.yaml").read_text())
@@ -123,19 +123,19 @@ def test_zeros_of_the_first_pruning_stay_and_it_can_be_pruned_further(pruned, tm
 
 def test_zeros_of_a_checkpoint_are_held_unless_they_may_grow(pruned):
     params = Params.model_validate(settings(pruned("magnitude")))
-    model = start(params).model
-    weight, own = model.blocks[0].mlp.fc1.weight, Held([], {})
-    held = held_from(model, params, own, hold=True)
+    model = initial_model(params).model
+    weight, own = model.blocks[0].mlp.fc1.weight, FrozenZeros([], {})
+    held = zeros_to_keep(model, params, own, hold=True)
     assert torch.equal(held.masks["blocks.0.mlp.fc1.weight"], weight != 0)
-    assert held_from(model, params, own, hold=False) is own
+    assert zeros_to_keep(model, params, own, hold=False) is own
     trained = params.model_copy(update={"dense": params.dense.model_copy(update={"start": "pretrained"})})
-    assert held_from(model, trained, own, hold=True) is own
+    assert zeros_to_keep(model, trained, own, hold=True) is own
 
 
 def test_the_new_classifier_is_of_the_seed(pruned):
     source = pruned("channel-magnitude")
     heads = [
-        start(Params.model_validate(settings(source) | {"seed": seed})).model.get_classifier().weight
+        initial_model(Params.model_validate(settings(source) | {"seed": seed})).model.get_classifier().weight
         for seed in (1, 1, 2)
     ]
     assert torch.equal(heads[0], heads[1])
@@ -145,7 +145,7 @@ def test_the_new_classifier_is_of_the_seed(pruned):
 def test_with_the_same_classes_the_classifier_is_kept(pruned):
     source = pruned("channel-magnitude")
     for args in ({}, {"num_classes": 10}):
-        begun = start(Params.model_validate(settings(source, model__args=args, dense__train=None)))
+        begun = initial_model(Params.model_validate(settings(source, model__args=args, dense__train=None)))
         assert torch.equal(begun.model.head.weight, vitprune.load(source).head.weight)
 
 
@@ -161,8 +161,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "told"), REFUSED, ids=lambda value: next(iter(value)) if value else "")
-def test_what_does_not_fit_the_checkpoint_is_named(change, told, pruned, tmp_path, monkeypatch):
+def test_what_does_not_fit_the_checkpoint_is_named(change, broadcast, pruned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    with pytest.raises(BadInput, match=f"^{told}"):
-        start(Params.model_validate(settings(pruned("channel-magnitude"), **change)))
+    with pytest.raises(BadInput, match=f"^{broadcast}"):
+        initial_model(Params.model_validate(settings(pruned("channel-magnitude"), **change)))

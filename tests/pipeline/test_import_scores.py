@@ -15,7 +15,7 @@ from vitprune.architectures import merge_heads
 from vitprune.config.params import Params
 from vitprune.pipeline import stages
 from vitprune.pipeline.import_scores import read_all, read_mask, read_scores, removal_lists
-from vitprune.pruning import select
+from vitprune.pruning.select import select
 
 
 def write(path: Path, values: list[object]) -> Path:

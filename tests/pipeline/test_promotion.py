@@ -10,11 +10,11 @@ from vitprune import models
 from vitprune.errors import BadInput
 from vitprune.evaluation.paired_test import Paired
 from vitprune.pipeline import stages
-from vitprune.pipeline.promotion import Gates, judge, load_gates, verdict
+from vitprune.pipeline.promotion import PromotionGates, judge, load_gates, verdict
 from vitprune.runtime.files import digest
 
 
-def holding(paired: Paired, gates: Gates, speedup: float | None = 1.5, size: int = 1000) -> dict[str, bool]:
+def holding(paired: Paired, gates: PromotionGates, speedup: float | None = 1.5, size: int = 1000) -> dict[str, bool]:
     return {gate.name: gate.holds for gate in verdict(paired, gates, speedup, size, "champion")}
 
 
@@ -29,17 +29,17 @@ def test_the_exact_test_is_a_binomial_tail() -> None:
 
 def test_each_gate_holds_up_to_its_number() -> None:
     worse = Paired(90, 5, 1, 4)  # 4 points, p = 0.109
-    assert holding(worse, Gates(max_accuracy_loss=4.0)) == {"accuracy": True, "paired test": True}
-    assert holding(worse, Gates(max_accuracy_loss=3.9)) == {"accuracy": False, "paired test": True}
-    assert holding(worse, Gates(max_accuracy_loss=4.0, alpha=0.11)) == {"accuracy": True, "paired test": False}
+    assert holding(worse, PromotionGates(max_accuracy_loss=4.0)) == {"accuracy": True, "paired test": True}
+    assert holding(worse, PromotionGates(max_accuracy_loss=3.9)) == {"accuracy": False, "paired test": True}
+    assert holding(worse, PromotionGates(max_accuracy_loss=4.0, alpha=0.11)) == {"accuracy": True, "paired test": False}
     equal = Paired(90, 1, 1, 8)
-    assert holding(equal, Gates(max_accuracy_loss=0.0, alpha=None, min_speedup=1.5, max_size="1K")) == {
+    assert holding(equal, PromotionGates(max_accuracy_loss=0.0, alpha=None, min_speedup=1.5, max_size="1K")) == {
         "accuracy": True, "speed": True, "size": True,
     }  # fmt: skip
-    assert holding(equal, Gates(alpha=None, min_speedup=1.51, max_size=999)) == {
+    assert holding(equal, PromotionGates(alpha=None, min_speedup=1.51, max_size=999)) == {
         "accuracy": True, "speed": False, "size": False,
     }  # fmt: skip
-    assert not holding(equal, Gates(min_speedup=0.1), speedup=None)["speed"]
+    assert not holding(equal, PromotionGates(min_speedup=0.1), speedup=None)["speed"]
 
 
 @pytest.mark.parametrize("text", ["max_loss: 1", "alpha: 2", "max_size: big", "max_size: 0", "[1", "min_speedup: -1"])
@@ -50,7 +50,7 @@ def test_gates_that_cannot_be_are_refused_by_name(tmp_path: Path, text: str) -> 
 
 
 def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
-    assert load_gates(tmp_path / "gates.yaml") == Gates()
+    assert load_gates(tmp_path / "gates.yaml") == PromotionGates()
 
 
 @pytest.mark.pipeline
@@ -60,13 +60,13 @@ def test_a_champion_is_held_against_the_challenger_on_the_same_images(
     project = tiny_project.run_stages(tiny_project.make_of_images(tmp_path / "project", size=200))
     monkeypatch.chdir(project)
     params = stages.enter(project)
-    itself = judge(params, project / "out/distill", Gates())
+    itself = judge(params, project / "out/distill", PromotionGates())
     assert (itself["lost"], itself["won"], itself["p_worse"], itself["passed"]) == (0, 0, 1.0, True)
     assert itself["challenger_sha256"] == itself["champion_sha256"] == digest(project / "out/distill/model.safetensors")
-    dense = judge(params, None, Gates(max_accuracy_loss=100, alpha=None))
-    as_champion = judge(params, project / "out/dense", Gates(max_accuracy_loss=100, alpha=None))
+    dense = judge(params, None, PromotionGates(max_accuracy_loss=100, alpha=None))
+    as_champion = judge(params, project / "out/dense", PromotionGates(max_accuracy_loss=100, alpha=None))
     assert [dense[key] for key in ("lost", "won", "images")] == [as_champion[key] for key in ("lost", "won", "images")]
     other = models.create("vit_tiny_patch16_224", {**params.model.args, "num_classes": 3})
     models.save(other, tmp_path / "other")
     with pytest.raises(BadInput, match="num_classes"):
-        judge(params, tmp_path / "other", Gates())
+        judge(params, tmp_path / "other", PromotionGates())

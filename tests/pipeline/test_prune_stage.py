@@ -16,15 +16,15 @@ from tests.support.tiny_models import batches, random_masks, state, tiny
 from vitprune import METHODS, find_groups, models, plan_for, zero
 from vitprune.config.params import Schedule
 from vitprune.config.train_config import Train
-from vitprune.criteria import Importance, Setting
+from vitprune.criteria import Importance, ScoreConfig
 from vitprune.criteria import magnitude as by_weights
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.pipeline import stages
 from vitprune.pruning.methods import Method
-from vitprune.pruning.prune import compress
+from vitprune.pruning.prune import prune_cycles
 from vitprune.runtime.files import digest
 from vitprune.training import optimizers as optimizing
-from vitprune.training.loop import Held, Span, classification, train
+from vitprune.training.loop import FrozenZeros, Span, classification, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = [0.5, 0.6, 0.75, 0.9]
@@ -44,15 +44,15 @@ def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def fit(model: nn.Module, recipe: Train, held: Held | None = None, span: Span | None = None) -> list[dict]:
+def fit(model: nn.Module, recipe: Train, held: FrozenZeros | None = None, span: Span | None = None) -> list[dict]:
     data, rows = batches(model, 3, 6), []
     train(classification(model), lambda epoch: data, len(data), recipe, 0, rows.append, held, span=span)
     return rows
 
 
-def halved(model: nn.Module) -> Held:
+def halved(model: nn.Module) -> FrozenZeros:
     groups = find_groups(model, ["weight"])
-    held = Held(groups, random_masks(groups, 0.6))
+    held = FrozenZeros(groups, random_masks(groups, 0.6))
     zero(model, groups, held.masks)
     return held
 
@@ -144,7 +144,7 @@ def test_the_epsilon_is_the_optimizers(vit: nn.Module, optimizers: list[Any]) ->
     assert {group["eps"] for group in optimizers[0].param_groups} == {1e-5}
 
 
-def compensating(model: nn.Module, groups: list, data: object, setting: Setting) -> Importance:
+def compensating(model: nn.Module, groups: list, data: object, setting: ScoreConfig) -> Importance:
     """Magnitude, and an update that moves every weight, gone or not, by what its row loses."""
 
     def update(masks: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,8 +166,8 @@ def test_zeros_only_grow_over_four_cycles_with_and_without_update(
     monkeypatch.setitem(METHODS, "compensating", row)
     plan = plan_for(method, 0.9, cycles=4, schedule=Schedule(steps=STEPS))
     recipe, zeros, before = Train(epochs=1, lr=0.01, weight_decay=0.1, ema=ema), [], {}
-    for cycle in compress(vit, plan, batches(vit, 2, 8)):
-        fit(vit, recipe, Held(cycle.held, cycle.masks))
+    for cycle in prune_cycles(vit, plan, batches(vit, 2, 8)):
+        fit(vit, recipe, FrozenZeros(cycle.held, cycle.masks))
         now = {group.name: vit.get_parameter(group.name).detach() == 0 for group in cycle.groups}
         assert all(torch.equal(gone, ~cycle.masks[name]) for name, gone in now.items())
         assert all(bool(now[name][gone].all()) for name, gone in before.items())
@@ -203,7 +203,7 @@ def test_every_cycle_leaves_its_recovered_model(monkeypatch: pytest.MonkeyPatch,
     for cycle, share in enumerate(steps.values(), 1):
         folder = tmp_path / f"out/cycles/{cycle:02d}"
         facts, model = json.loads((folder / "metrics.json").read_text()), models.load(folder)
-        table = table or stages.runs.open_images("eval", model, stages.load(Path("params.yaml")))
+        table = table or stages.stage_context.open_images("eval", model, stages.load(Path("params.yaml")))
         found = accuracy(model, vitprune.data.eval_batches(table, 256))[0]["top1"]
         assert (found, digest(folder / models.WEIGHTS)) == (facts["top1_after"], facts["sha256"])
         masks = load_file(folder / "masks.safetensors")

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import ORDER, project_in
 from torch import nn
 
+from tests.pipeline.test_stages import ORDER, project_in
 from tests.support.cap_worker import KINDS, setting_of
 from tests.support.tiny_models import batches
 from vitprune import BadInput, find_groups
-from vitprune.criteria import DEFAULTS
-from vitprune.criteria.kl.fisher import fisher
+from vitprune.criteria import DEFAULT_SCORE_CONFIG
+from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.criteria.magnitude import magnitude, taylor
 from vitprune.criteria.obs import fisher_blocks, gradients
 from vitprune.criteria.obs.cap import ovit
@@ -43,10 +43,10 @@ def done_in(directory: Path) -> int:
     return max((int(read_weights(path)["done"]) for path in (directory / "partial").glob("*.safetensors")), default=0)
 
 
-@pytest.mark.parametrize("criterion", [fisher, taylor])
+@pytest.mark.parametrize("criterion", [fisher_kl, taylor])
 def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path, criterion) -> None:
     groups, data = find_groups(vit, ["ffn", "head"]), batches(vit, 3)
-    work = score_stage.Work(criterion, groups, data, replace(DEFAULTS, classes=2))
+    work = score_stage.ScoringJob(criterion, groups, data, replace(DEFAULT_SCORE_CONFIG, classes=2))
     found = work.importance(vit, True, tmp_path, score_stage.Team()).scores
     expected = criterion(vit, groups, data, work.setting).scores
     for name, score in expected.items():
@@ -56,7 +56,7 @@ def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path
 
 def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_path: Path) -> None:
     groups, data = find_groups(vit, ["ffn"]), batches(vit, 3)
-    work = score_stage.Work(fisher, groups, data, DEFAULTS)
+    work = score_stage.ScoringJob(fisher_kl, groups, data, DEFAULT_SCORE_CONFIG)
     first = work.importance(vit, True, tmp_path, score_stage.Team()).scores
     (path,) = tmp_path.glob("scores-*.safetensors")
     assert all(
@@ -65,7 +65,7 @@ def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_pat
     )
     assert list(tmp_path.iterdir()) == [path]  # found again, nothing else beside it
     others = [
-        replace(work, setting=replace(DEFAULTS, seed=1)),
+        replace(work, setting=replace(DEFAULT_SCORE_CONFIG, seed=1)),
         replace(work, batches=data[:2]),
         replace(work, criterion=taylor),
         replace(work, groups=groups[:1]),
@@ -77,7 +77,7 @@ def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_pat
     changed = work.importance(vit, True, tmp_path, score_stage.Team()).scores
     assert len(list(tmp_path.iterdir())) == 6
     assert not torch.equal(changed["blocks.0.mlp"], first["blocks.0.mlp"])
-    score_stage.finished(tmp_path)
+    score_stage.clear_partial(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,7 +92,9 @@ def test_killed_and_taken_up_by_two_processes_it_is_the_same_to_the_bit(vit: nn.
     assert not (tmp_path / "scores.safetensors").exists()
     assert worker(tmp_path, together=True).wait(120) == 0
     assert done_in(tmp_path) == 5
-    work = score_stage.Work(fisher, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULTS)
+    work = score_stage.ScoringJob(
+        fisher_kl, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULT_SCORE_CONFIG
+    )
     found = load_file(tmp_path / "scores.safetensors")
     expected = work.importance(vit, True, tmp_path / "other", score_stage.Team()).scores
     assert all(torch.equal(found[name], score) for name, score in expected.items())
@@ -121,7 +123,7 @@ def test_two_processes_share_the_gradients_and_the_blocks(vit: nn.Module, tmp_pa
         assert list(found) == sorted(expected)
         for name, score in expected.items():
             torch.testing.assert_close(found[name], score, rtol=1e-6, atol=0)
-    score_stage.finished(tmp_path / "partial")
+    score_stage.clear_partial(tmp_path / "partial")
     assert list((tmp_path / "partial").iterdir()) == []
 
 
@@ -130,8 +132,8 @@ def test_blocks_broken_off_anywhere_are_taken_up(
     vit: nn.Module, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each start gets a few additions further, and at the end all is as if nothing had happened."""
-    work = score_stage.Work(ovit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind))
-    monkeypatch.setattr(score_stage.Notebook, "due", lambda notebook: True)
+    work = score_stage.ScoringJob(ovit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind))
+    monkeypatch.setattr(score_stage.PartialScoreStore, "due", lambda notebook: True)
     monkeypatch.setattr(gradients, "HELD", 1)
     expected = ovit(vit, work.groups, work.batches, work.setting).scores
     left, add = [0], fisher_blocks.add
@@ -154,7 +156,7 @@ def test_blocks_broken_off_anywhere_are_taken_up(
 
 
 def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:
-    work = score_stage.Work(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULTS)
+    work = score_stage.ScoringJob(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_SCORE_CONFIG)
     assert work.importance(vit, False, tmp_path, score_stage.Team()) is not None
     with pytest.raises(BadInput, match=r"^magnitude: its scores are no sums over images; use one process$"):
         work.importance(vit, False, tmp_path, score_stage.Team(0, 2))

@@ -15,8 +15,8 @@ import yaml
 from vitprune.errors import BadInput
 from vitprune.pipeline import stages
 from vitprune.runtime.files import digest
-from vitprune.training.checkpoint_store import Shelf
-from vitprune.training.saving import EVERY, Saver
+from vitprune.training.checkpoint_store import CheckpointStore
+from vitprune.training.saving import EVERY, Checkpointer
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {"epochs": 2, "batch_size": 512, "lr": 0.002, "augment": "digits", "ema": 0.9, "cutmix": 0.5, "mixup": 0.2}
@@ -75,7 +75,7 @@ def test_stages_broken_off_at_every_few_writings_end_the_same(
     monkeypatch.setenv(EVERY, "0")
     project = project_in(tmp_path / "project", **prune)
     expected = ends(project)
-    left, put = [0], Shelf.put
+    left, put = [0], CheckpointStore.put
 
     def breaking(*args, **kwargs):
         saved = put(*args, **kwargs)
@@ -84,7 +84,7 @@ def test_stages_broken_off_at_every_few_writings_end_the_same(
             raise Broken
         return saved
 
-    monkeypatch.setattr(Shelf, "put", breaking)
+    monkeypatch.setattr(CheckpointStore, "put", breaking)
     for stage, number in [("prune", 1), ("prune", 4), ("prune", 8), ("distill", 2)]:
         emptied(project, stage)
         left[0] = number
@@ -103,7 +103,7 @@ def test_a_cycle_that_was_lost_is_done_again(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(EVERY, "0")
     project = project_in(tmp_path / "project")
-    expected, write, left = ends(project), Saver.write, [8]
+    expected, write, left = ends(project), Checkpointer.write, [8]
 
     def breaking(saver, snapshot):
         write(saver, snapshot)
@@ -111,7 +111,7 @@ def test_a_cycle_that_was_lost_is_done_again(
         if not left[0]:
             raise Broken
 
-    monkeypatch.setattr(Saver, "write", breaking)
+    monkeypatch.setattr(Checkpointer, "write", breaking)
     with pytest.raises(Broken):
         stages.run("prune", project)
     (work,) = (project / KEPT).iterdir()
@@ -137,7 +137,7 @@ def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(EVERY, "0")
     stages.run("prune", project)
     keys = set()
-    monkeypatch.setattr(Saver, "write", lambda saver, snapshot: (_ for _ in ()).throw(Broken))
+    monkeypatch.setattr(Checkpointer, "write", lambda saver, snapshot: (_ for _ in ()).throw(Broken))
     for lr in (0.002, 0.003, 0.002):
         params = yaml.safe_load((project / "params.yaml").read_text())
         params["distill"]["train"]["lr"] = lr
@@ -157,11 +157,11 @@ def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monk
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     with pytest.raises(BadInput, match=r"^recovery after cycle 1, epoch 1, step 2: the loss is ") as refused:
         stages.run("prune", project)
-    told = str(refused.value)
-    assert "\n" not in told
-    table = stages.runs.open_images("train", stages.models.load("out/dense"), stages.load(Path("params.yaml")))
+    broadcast = str(refused.value)
+    assert "\n" not in broadcast
+    table = stages.stage_context.open_images("train", stages.models.load("out/dense"), stages.load(Path("params.yaml")))
     ids = stages.data.batch_ids(table, 512, 1000, 0, 1)
-    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last good state is in {KEPT}/prune-" in told
+    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last good state is in {KEPT}/prune-" in broadcast
     images, _ = list(stages.data.train_batches(table, 512, 1000, 0))[1]
     assert len(ids) == len(images) == len(set(ids))
 
@@ -203,10 +203,10 @@ def test_sigkill_and_sigterm_while_a_stage_runs(tmp_path: Path, monkeypatch: pyt
     ended = start(project, "prune", "60")  # SIGTERM, long before the next is due
     wait_for(ended, lambda: lines(project / "out/prune/history.jsonl") > 4)
     ended.terminate()
-    told = ended.communicate(timeout=300)[1]
-    assert ended.returncode == 143, told
-    assert told.startswith("Error: asked to stop (SIGTERM): kept at epoch ")
-    assert told.count("\n") == 1
+    broadcast = ended.communicate(timeout=300)[1]
+    assert ended.returncode == 143, broadcast
+    assert broadcast.startswith("Error: asked to stop (SIGTERM): kept at epoch ")
+    assert broadcast.count("\n") == 1
     emptied(project, "prune")
     stages.run("prune", project)
     assert written(project) == expected

@@ -10,7 +10,7 @@ from torch import nn
 from tests.support.tiny_models import answer, images, same_state, state
 from vitprune import plan_for, save, score, shrink
 from vitprune.config.params import Prune, load
-from vitprune.pruning.cycle_masks import choose, groups_for
+from vitprune.pruning.cycle_masks import groups_for, select_masks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STOCK = {"up_deit_small": ("deit_small_patch16_224", 22_050_664), "up_deit_tiny": ("deit_tiny_patch16_224", 5_717_416)}
@@ -52,5 +52,5 @@ def cut(base: nn.Module, settings: Prune) -> nn.Module:
     shares = dict.fromkeys(settings.kinds, settings.sparsity)
     plan = plan_for(settings.method, shares, settings.scope, settings.heads)
     groups = groups_for(model, plan)
-    masks = choose(score(model, groups, "random"), groups, plan, plan.targets()[0])
+    masks = select_masks(score(model, groups, "random"), groups, plan, plan.targets()[0])
     return shrink(model, groups, masks).eval()

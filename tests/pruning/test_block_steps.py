@@ -19,10 +19,10 @@ from vitprune.architectures.causal_lm import Decoder
 from vitprune.criteria.kl import leave_one_out as by_kl
 from vitprune.evaluation.accuracy import costs, count
 from vitprune.groups import mask_without
-from vitprune.pruning.block_steps import dense_names, next_step
-from vitprune.pruning.cycle_masks import choose
+from vitprune.pruning.block_steps import next_block_removal, to_dense_names
+from vitprune.pruning.cycle_masks import select_masks
 from vitprune.pruning.methods import Method
-from vitprune.pruning.prune import Cycle, compress
+from vitprune.pruning.prune import Cycle, prune_cycles
 from vitprune.pruning.select import select_blocks
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -48,7 +48,7 @@ def skipping(model: nn.Module, keep: Tensor) -> nn.Module:
 
 
 def run(model: nn.Module, sparsity: object, noise: object, method: str = "upvits-blocks", **settings) -> list[Cycle]:
-    return list(compress(model, plan_for(method, sparsity, **settings), noise))
+    return list(prune_cycles(model, plan_for(method, sparsity, **settings), noise))
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -146,11 +146,11 @@ def test_masks_of_the_mask_stage_are_the_first_removal_only() -> None:
     model = deep(6)
     noise, plan, other = batches(model, 1), plan_for("upvits-blocks", 0.5), copy.deepcopy(model)
     groups = find_groups(model, ["block"])
-    step = next_step(groups, plan.targets()[0])
+    step = next_block_removal(groups, plan.targets()[0])
     assert step == {"block": 1 / 6}
-    first = choose(score(model, groups, "kl-literal", noise), groups, plan, step)
+    first = select_masks(score(model, groups, "kl-literal", noise), groups, plan, step)
     assert int(first["blocks"].sum()) == 10
-    (cycle,) = compress(model, plan, noise, first)
+    (cycle,) = prune_cycles(model, plan, noise, first)
     assert torch.equal(cycle.masks["blocks"], run(other, 0.5, noise)[0].masks["blocks"])
     assert same_state(model, state(other))
 
@@ -158,7 +158,7 @@ def test_masks_of_the_mask_stage_are_the_first_removal_only() -> None:
 @pytest.fixture
 def mixed(monkeypatch: pytest.MonkeyPatch) -> str:
     scopes = {"block": "layer", "ffn": "global", "attention": "head", "residual": "layer"}
-    monkeypatch.setitem(METHODS, "mixed", Method(by_kl.literal, scopes, tuple(scopes), False, "for this test"))
+    monkeypatch.setitem(METHODS, "mixed", Method(by_kl.leave_one_out_kl, scopes, tuple(scopes), False, "for this test"))
     return "mixed"
 
 
@@ -188,7 +188,7 @@ def test_groups_keep_their_dense_names() -> None:
     (group,), kinds = find_groups(model, ["block"]), ["block", "attention", "head", "ffn", "weight", "residual"]
     mask = mask_without(group, 3) & mask_without(group, 20)  # FFN 1 and attention 2, block 10
     shrink(model, [group], {"blocks": mask})
-    names = dense_names([group], find_groups(model, kinds), {"blocks": mask})
+    names = to_dense_names([group], find_groups(model, kinds), {"blocks": mask})
     assert names["residual"] == "residual"
     assert (names["blocks.1.attn"], names["blocks.1.mlp"]) == ("blocks.1.attn", "blocks.2.mlp")
     assert (names["blocks.9.attn.heads"], names["blocks.9.mlp.fc1.weight"]) == (
@@ -283,7 +283,7 @@ def test_the_progressive_order_loses_less_than_random_pairs(real_data: Path, rea
     assert 0 < scores[2:-1].min() < 10 * scores[2:-1].max() < scores[:2].min()  # block 0 and its FFN are worth most
     pruned = copy.deepcopy(real_deit)
     plan, first = plan_for("upvits-blocks", 2 / 12), select_blocks({"blocks": scores}, 1 / 12)
-    list(compress(pruned, plan, calibration, first))
+    list(prune_cycles(pruned, plan, calibration, first))
     assert len(pruned.blocks) == 10
     dense, generator = answer(real_deit, x), torch.Generator().manual_seed(0)
     random = []

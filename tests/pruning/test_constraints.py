@@ -9,13 +9,12 @@ from torch import Tensor
 from tests.support.tiny_models import tiny
 from vitprune import BadInput, find_groups
 from vitprune.groups import Group
-from vitprune.pruning import select
-from vitprune.pruning.constraints import FREE, Bounds, in_lots, lots, nearest
-from vitprune.pruning.cost_target import meter
-from vitprune.pruning.macs_scope import prices, spend
-from vitprune.pruning.select import contests
+from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, in_lots, nearest, removal_steps
+from vitprune.pruning.cost_target import make_cost_model
+from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs
+from vitprune.pruning.select import candidate_pools, select
 
-EIGHT = Bounds(multiple=8)
+EIGHT = Constraint(multiple=8)
 
 
 def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
@@ -53,7 +52,7 @@ def test_a_pool_in_lots_by_hand() -> None:
     kept = [range(2, 5, 2)] * 2
     stay = {remove: in_lots(worths, kept, remove) for remove in range(5)}
     assert stay == {0: [4, 4], 1: [4, 4], 2: [2, 4], 3: [2, 4], 4: [2, 2]}
-    assert lots(7, range(2, 5, 2)) == [(0, 3), (3, 5)]
+    assert removal_steps(7, range(2, 5, 2)) == [(0, 3), (3, 5)]
     assert [nearest(range(8, 33, 8), wanted) for wanted in (0, 11, 12, 13, 40)] == [8, 8, 16, 16, 32]
 
 
@@ -77,7 +76,7 @@ def slowly(scores: dict[str, Tensor], sparsity: float, multiple: int) -> dict[st
 
 @pytest.mark.parametrize("multiple", [2, 4, 8])
 def test_a_pool_is_rounded_as_its_rule_says(multiple: int) -> None:
-    bounds = dict.fromkeys("abcd", Bounds(multiple=multiple))
+    bounds = dict.fromkeys("abcd", Constraint(multiple=multiple))
     for seed in range(20):
         scores = drawn({"a": (16,), "b": (24,), "c": (32,), "d": (3,)}, seed)
         sparsity = 0.05 + seed / 22
@@ -96,7 +95,7 @@ def groups_of(name: str, kind: str) -> list[Group]:
 @pytest.mark.parametrize("name", ["vit", "odd", "swin", "pvt"])
 def test_multiples_hold_in_every_scope_and_only_shrink(name: str, kind: str, scope: str) -> None:
     groups = groups_of(name, kind)
-    scores, bounds = drawn({g.name: g.shape for g in groups}, 0), {g.name: Bounds(multiple=4) for g in groups}
+    scores, bounds = drawn({g.name: g.shape for g in groups}, 0), {g.name: Constraint(multiple=4) for g in groups}
     before: dict[str, Tensor] | None = None
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         masks = select(scores, share, scope, groups, keep_at_least=1, bounds=bounds)
@@ -124,12 +123,15 @@ def test_multiples_are_bought_whole(name: str, kinds: list[str]) -> None:
     model = tiny(name)
     groups = find_groups(model, kinds)
     multiple = 2 if kinds == ["head"] else 4
-    scores, costs = drawn({g.name: g.shape for g in groups}, 0), prices(groups, meter(model, groups, "macs"))
-    bounds = {g.name: Bounds(multiple=multiple) for g in groups}
+    scores, costs = (
+        drawn({g.name: g.shape for g in groups}, 0),
+        macs_per_unit(groups, make_cost_model(model, groups, "macs")),
+    )
+    bounds = {g.name: Constraint(multiple=multiple) for g in groups}
     total = sum(costs[g.name] * g.shape[-1] for g in groups)
     largest, before = multiple * max(costs.values()), None
     for share in (0.0, 0.1, 0.3, 0.5, 0.7):
-        masks = spend(scores, share, groups, costs, None, bounds)
+        masks = select_by_macs(scores, share, groups, costs, None, bounds)
         spent = 0.0
         for group in groups:
             rows = masks[group.name].view(-1, group.shape[-1]).sum(1).tolist()
@@ -142,7 +144,7 @@ def test_multiples_are_bought_whole(name: str, kinds: list[str]) -> None:
 
 
 def test_bounds_of_single_groups_are_kept_and_the_rest_is_the_best_that_they_allow() -> None:
-    bounds = {"a": Bounds(0.4, 0.6), "b": Bounds(0.0, 0.4)}
+    bounds = {"a": Constraint(0.4, 0.6), "b": Constraint(0.0, 0.4)}
     for seed in range(30):
         scores = drawn({"a": (5,), "b": (5,), "c": (4,)}, seed)
         for asked in range(1, 13):
@@ -162,16 +164,16 @@ def test_bounds_of_single_groups_are_kept_and_the_rest_is_the_best_that_they_all
 
 def test_infinite_scores_do_not_outrank_bounds() -> None:
     scores = {"a": torch.tensor([-torch.inf] * 4), "b": torch.tensor([torch.inf] * 4)}
-    counts = left(select(scores, 0.5, bounds={"a": Bounds(0.0, 0.25), "b": Bounds(0.5, 1.0)}))
+    counts = left(select(scores, 0.5, bounds={"a": Constraint(0.0, 0.25), "b": Constraint(0.5, 1.0)}))
     assert counts == {"a": 3, "b": 1}
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_share_of_its_own_leaves_the_others_theirs(scope: str) -> None:
     scores = drawn({"a": (20,), "b": (20,), "c": (20,)}, 0)
-    counts = left(select(scores, 0.5, scope, bounds={"a": Bounds(0.1, 0.1), "b": Bounds(0.0, 0.0)}))
+    counts = left(select(scores, 0.5, scope, bounds={"a": Constraint(0.1, 0.1), "b": Constraint(0.0, 0.0)}))
     assert counts == {"a": 18, "b": 20, "c": 10}
-    (only,) = left(select({"a": scores["a"]}, 0.5, scope, bounds={"a": Bounds(0.0, 0.0)})).values()
+    (only,) = left(select({"a": scores["a"]}, 0.5, scope, bounds={"a": Constraint(0.0, 0.0)})).values()
     assert only == 20
 
 
@@ -179,30 +181,42 @@ def test_a_share_of_its_own_is_no_part_of_the_budget() -> None:
     groups = groups_of("vit", "ffn")  # two of 192
     scores, costs = drawn({g.name: g.shape for g in groups}, 0), {g.name: 1.0 for g in groups}
     first, second = (group.name for group in groups)
-    assert left(spend(scores, 0.5, groups, costs, None, {first: Bounds(0.25, 0.25)})) == {first: 144, second: 96}
-    assert left(spend(scores, 0.5, groups, costs, None, {first: Bounds(0.0, 0.0)})) == {first: 192, second: 96}
-    assert left(spend(scores, 0.5, groups, costs, None, {first: Bounds(0.0, 0.125)})) == {first: 168, second: 24}
-    assert left(spend(scores, 0.0, groups, costs, None, {first: Bounds(0.25, 1.0)})) == {first: 144, second: 192}
+    assert left(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.25, 0.25)})) == {
+        first: 144,
+        second: 96,
+    }
+    assert left(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.0, 0.0)})) == {
+        first: 192,
+        second: 96,
+    }
+    assert left(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.0, 0.125)})) == {
+        first: 168,
+        second: 24,
+    }
+    assert left(select_by_macs(scores, 0.0, groups, costs, None, {first: Constraint(0.25, 1.0)})) == {
+        first: 144,
+        second: 192,
+    }
 
 
 def test_a_contest_knows_its_numbers_beforehand(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["attention"])  # (3, 16)
     shapes = {g.name: torch.zeros(g.shape) for g in groups}
-    bounds = {groups[0].name: EIGHT, groups[1].name: Bounds(0.0, 0.0)}
-    fields = contests(shapes, 0.3, "head", groups, None, 1, bounds)  # 11 of 16 asked for
+    bounds = {groups[0].name: EIGHT, groups[1].name: Constraint(0.0, 0.0)}
+    fields = candidate_pools(shapes, 0.3, "head", groups, None, 1, bounds)  # 11 of 16 asked for
     assert [contest.remove for contest in fields] == [8, 8, 8, 0, 0, 0]
 
 
 def test_n_of_m_can_only_leave_a_layer_alone() -> None:
     scores = drawn({"a": (4, 8), "b": (4, 8)}, 0)
-    counts = left(select(scores, 0.5, "2:4", bounds={"a": Bounds(0.0, 0.0)}))
+    counts = left(select(scores, 0.5, "2:4", bounds={"a": Constraint(0.0, 0.0)}))
     assert counts == {"a": 32, "b": 16}
     with pytest.raises(BadInput, match=r"^a: scope '2:4' removes 0.5 of every layer; a rule can only ignore one$"):
-        select(scores, 0.5, "2:4", bounds={"a": Bounds(0.1, 0.9)})
+        select(scores, 0.5, "2:4", bounds={"a": Constraint(0.1, 0.9)})
 
 
 def test_without_bounds_all_is_as_before() -> None:
     scores = drawn({"a": (16,), "b": (24,)}, 1)
     for scope in ("layer", "global"):
-        free = select(scores, 0.37, scope, keep_at_least=1, bounds=dict.fromkeys("ab", FREE))
+        free = select(scores, 0.37, scope, keep_at_least=1, bounds=dict.fromkeys("ab", UNCONSTRAINED))
         assert all(torch.equal(free[n], mask) for n, mask in select(scores, 0.37, scope, keep_at_least=1).items())

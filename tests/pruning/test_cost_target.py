@@ -17,9 +17,9 @@ from vitprune.criteria.kl import leave_one_out as by_kl
 from vitprune.data import example_input
 from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline import stages
-from vitprune.pruning.cost_target import meter, solve
-from vitprune.pruning.cycle_masks import choose
-from vitprune.pruning.prune import compress
+from vitprune.pruning.cost_target import make_cost_model, solve
+from vitprune.pruning.cycle_masks import select_masks
+from vitprune.pruning.prune import prune_cycles
 
 pytestmark = pytest.mark.usefixtures("drawn")
 
@@ -56,7 +56,10 @@ def test_a_target_is_reached_from_below_by_less_than_one_unit(name: str, setting
 
 def largest_step(model: nn.Module, groups: list, what: str, pooled: bool) -> float:
     """What goes where every pool loses a unit at once; attention is never pooled, other groups may be one pool."""
-    share, everything = meter(model, groups, what), {g.name: torch.ones(g.shape, dtype=torch.bool) for g in groups}
+    share, everything = (
+        make_cost_model(model, groups, what),
+        {g.name: torch.ones(g.shape, dtype=torch.bool) for g in groups},
+    )
     alone, together = 0.0, 0.0
     for group in groups:
         mask = torch.ones(group.shape, dtype=torch.bool)
@@ -81,10 +84,10 @@ def test_the_meter_is_the_count_of_the_really_shrunk_model(vit: nn.Module) -> No
     groups = find_groups(vit, ["ffn", "attention", "residual"])
     before = state(vit)
     plan = plan_for("drawn", {"ffn": 0.3, "attention": 0.2, "residual": 0.4})
-    masks = choose(by_weights.random(vit, groups, (), plan.setting).scores, groups, plan, plan.targets()[0])
+    masks = select_masks(by_weights.random(vit, groups, (), plan.setting).scores, groups, plan, plan.targets()[0])
     for what in ("params", "macs"):
         expected = cost(shrink(copy.deepcopy(vit), groups, masks), what) / cost(vit, what)
-        assert meter(vit, groups, what)(masks) == expected
+        assert make_cost_model(vit, groups, what)(masks) == expected
     assert same_state(vit, before)
 
 
@@ -104,7 +107,7 @@ def test_shares_of_kinds_are_relative(vit: nn.Module) -> None:
 
 def test_cycles_approach_the_target_on_the_schedule(vit: nn.Module) -> None:
     whole, seen = cost(vit, "macs"), []
-    for cycle in compress(vit, plan_for("drawn", None, cycles=3, schedule="linear", target={"macs": 0.4}), ()):
+    for cycle in prune_cycles(vit, plan_for("drawn", None, cycles=3, schedule="linear", target={"macs": 0.4}), ()):
         reached = cost(vit, "macs") / whole
         seen.append((cycle.cost["macs"]["target"], reached))
         assert cycle.cost["macs"]["reached"] == reached
@@ -116,14 +119,14 @@ def test_cycles_approach_the_target_on_the_schedule(vit: nn.Module) -> None:
 def test_blocks_go_one_by_one_until_the_target_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("odd")
     whole = cost(model, "macs")
-    (cycle,) = compress(model, plan_for("upvits-blocks", None, target={"macs": 0.5}), batches(model, 1))
+    (cycle,) = prune_cycles(model, plan_for("upvits-blocks", None, target={"macs": 0.5}), batches(model, 1))
     assert len(model.blocks) == 1
     assert cycle.cost["macs"]["reached"] == cost(model, "macs") / whole <= 0.5
     other = tiny("odd")
     groups, plan = find_groups(other, ["block"]), plan_for("upvits-blocks", None, target={"macs": 0.5})
-    scores = by_kl.literal(other, groups, batches(other, 1), plan.setting).scores
-    first = choose(scores, groups, plan, {"block": 1 / 3})
-    (again,) = compress(other, plan, batches(other, 1), first)
+    scores = by_kl.leave_one_out_kl(other, groups, batches(other, 1), plan.setting).scores
+    first = select_masks(scores, groups, plan, {"block": 1 / 3})
+    (again,) = prune_cycles(other, plan, batches(other, 1), first)
     assert torch.equal(again.masks["blocks"], cycle.masks["blocks"])
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from tests.support.tiny_models import VIT, cost, same_state, state, tiny
 from vitprune import BadInput, count, find_groups, plan_for, prune, shrink
 from vitprune.config.params import Schedule
-from vitprune.config.quantity import number_of, said
+from vitprune.config.quantity import format_cost, number_of
 from vitprune.data import example_input
 from vitprune.evaluation.accuracy import latency
-from vitprune.pruning.cost_target import steadied
-from vitprune.pruning.prune import compress
+from vitprune.pruning.cost_target import refine_latency
+from vitprune.pruning.prune import prune_cycles
 
 pytestmark = pytest.mark.usefixtures("drawn")
 
@@ -27,7 +27,7 @@ def test_an_absolute_number_is_its_fraction(vit: nn.Module, what: str, suffix: s
     text: int | str = number if not suffix else f"{number / {'K': 1e3, 'M': 1e6, 'G': 1e9}[suffix]:.12f}{suffix}"
     by_fraction = prune(vit, "drawn", None, target={what: number / whole})
     pruned = copy.deepcopy(vit)
-    (cycle,) = compress(pruned, plan_for("drawn", None, target={what: text}), ())
+    (cycle,) = prune_cycles(pruned, plan_for("drawn", None, target={what: text}), ())
     assert same_state(pruned, state(by_fraction))
     record = cycle.cost[what]
     assert record | {"why": ""} == {"target": number, "reached": cost(pruned, what), "dense": whole, "why": ""}
@@ -43,7 +43,7 @@ def test_single_weights_have_absolute_targets_too(vit: nn.Module) -> None:
 def test_cycles_approach_an_absolute_target(vit: nn.Module) -> None:
     whole, plan = cost(vit, "params"), plan_for("drawn", None, cycles=2, schedule="linear", target={"params": "40K"})
     limits = iter(((whole + 40_000) / 2, 40_000))
-    for cycle in compress(vit, plan, ()):
+    for cycle in prune_cycles(vit, plan, ()):
         record = cycle.cost["params"]
         assert record["target"] == pytest.approx(next(limits), abs=1)
         assert record["reached"] == cost(vit, "params") <= record["target"]
@@ -53,7 +53,7 @@ def test_cycles_approach_an_absolute_target(vit: nn.Module) -> None:
 def test_milliseconds_come_with_their_spread() -> None:
     model = timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 6})
     whole = latency([model], example_input(model, 1), 30)[0]["median"]
-    (cycle,) = compress(model, plan_for("drawn", {"block": 1.0}, target={"latency_ms": 0.5 * whole}), ())
+    (cycle,) = prune_cycles(model, plan_for("drawn", {"block": 1.0}, target={"latency_ms": 0.5 * whole}), ())
     record = cycle.cost["latency_ms"]
     assert 1 <= len(model.blocks) < 6
     assert record["target"] == pytest.approx(0.5 * whole, abs=1e-6)
@@ -69,11 +69,11 @@ def test_a_search_that_ended_too_early_is_corrected() -> None:
         share = 1 - float(masks["a"].double().mean())
         return 1 - 0.8 * share**1.5
 
-    scalar, reading = steadied(masks_at, read, 0.6, 0.3)
+    scalar, reading = refine_latency(masks_at, read, 0.6, 0.3)
     assert reading == read(masks_at(scalar))
     assert 0.6 * 0.98 <= reading <= 0.6
-    assert steadied(masks_at, read, 0.6, 0.64) == (0.64, read(masks_at(0.64)))  # 0.5904: near enough
-    assert steadied(masks_at, read, 0.1, 0.3)[1] == pytest.approx(0.2, abs=0.01)  # out of reach: the nearest
+    assert refine_latency(masks_at, read, 0.6, 0.64) == (0.64, read(masks_at(0.64)))  # 0.5904: near enough
+    assert refine_latency(masks_at, read, 0.1, 0.3)[1] == pytest.approx(0.2, abs=0.01)  # out of reach: the nearest
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_miss_is_explained_in_words(method: str, settings: dict, reached: int,
     model, whole = tiny("vit"), cost(tiny("vit"), "macs")
     heads = cost(prune(model, "drawn", {"head": 0.34}, scope="layer"), "macs") / whole  # one of three in both blocks
     limit = (1 + heads) / 2 + 0.001
-    (cycle,) = compress(model, plan_for(method, settings.pop("sparsity"), target={"macs": limit}, **settings), ())
+    (cycle,) = prune_cycles(model, plan_for(method, settings.pop("sparsity"), target={"macs": limit}, **settings), ())
     assert sum(3 - block.attn.num_heads for block in model.blocks) == reached
     record = cycle.cost["macs"]
     assert record["reached"] == cost(model, "macs") / whole
@@ -114,7 +114,7 @@ def test_a_miss_is_explained_in_words(method: str, settings: dict, reached: int,
 def test_masks_that_were_chosen_before_are_explained_as_well(vit: nn.Module) -> None:
     groups, plan = find_groups(vit, ["ffn"]), plan_for("drawn", {"ffn": 1.0}, target={"macs": 0.7})
     masks = {group.name: torch.arange(192) < 96 for group in groups}
-    (cycle,) = compress(vit, plan, (), masks)
+    (cycle,) = prune_cycles(vit, plan, (), masks)
     assert cycle.cost["macs"]["why"].endswith("% above the target: the masks were not chosen for it")
 
 
@@ -139,7 +139,8 @@ def smallest(model: nn.Module, what: str) -> int:
 )
 def test_a_target_out_of_reach_is_told_what_there_is(vit: nn.Module, target: dict, why: str) -> None:
     whole, least = cost(vit, "macs"), smallest(vit, "macs")
-    has = rf"the smallest is {least / whole:.4f} \({said(least)} MACs\); the dense model has {said(whole)} MACs"
+    has = rf"the smallest is {least / whole:.4f} \({format_cost(least)} MACs\); the dense model "
+    has += rf"has {format_cost(whole)} MACs"
     with pytest.raises(BadInput, match=why.replace("{}", has)) as refused:
         prune(vit, "drawn", None, target=target)
     assert "\n" not in str(refused.value)
@@ -185,7 +186,7 @@ def test_what_is_no_quantity(text: object) -> None:
 
 
 def test_numbers_are_said_in_four_digits() -> None:
-    assert [said(n) for n in (12.345678, 9999, 10_000, 572_416, 1_258_000_000, 999_999, 1_000_000)] == [
+    assert [format_cost(n) for n in (12.345678, 9999, 10_000, 572_416, 1_258_000_000, 999_999, 1_000_000)] == [
         "12.35",
         "9999",
         "10K",

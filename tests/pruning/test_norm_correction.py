@@ -9,11 +9,11 @@ from torch.func import functional_call
 
 from tests.support.tiny_models import batches, tiny
 from vitprune import BadInput, find_groups, plan_for
-from vitprune.criteria import DEFAULTS, Setting
-from vitprune.criteria.fisher_directions import pulls
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
+from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.pruning import norm_correction as module
-from vitprune.pruning.norm_correction import answers, correct
-from vitprune.pruning.prune import compress
+from vitprune.pruning.norm_correction import correct_norms, dense_logits
+from vitprune.pruning.prune import prune_cycles
 
 
 def disturbed(name: str) -> tuple[nn.Module, nn.Module]:
@@ -34,7 +34,9 @@ def slow_system(model: nn.Module, names: list[str], wanted: list[Tensor], images
         for place in range(len(batch)):
             values = {name: model.get_parameter(name).detach().requires_grad_() for name in names}
             logits = functional_call(model, values, (batch[place : place + 1],))
-            directions = pulls(aim[place : place + 1].softmax(-1), None, module.PULLS, seed, range(first, first + 1))
+            directions = fisher_directions(
+                aim[place : place + 1].softmax(-1), None, module.PULLS, seed, range(first, first + 1)
+            )
             for pull in directions:
                 slopes = torch.autograd.grad((logits * pull).sum(), list(values.values()), retain_graph=True)
                 rows.append(torch.cat([slope.flatten() for slope in slopes]))
@@ -46,13 +48,13 @@ def slow_system(model: nn.Module, names: list[str], wanted: list[Tensor], images
 def test_slopes_are_those_of_one_image_and_parameter_at_a_time(name: str) -> None:
     model, other = disturbed(name)
     given = batches(model)
-    wanted = answers(model, given)
+    wanted = dense_logits(model, given)
     layers = module._layers(other)
     names = [key for layer in layers for key in layer.names]
-    slopes, _ = module._system(other, layers, wanted, given, DEFAULTS)
+    slopes, _ = module._system(other, layers, wanted, given, DEFAULT_SCORE_CONFIG)
     expected = slow_system(other, names, wanted, [images for images, _ in given], 0)
     torch.testing.assert_close(slopes, expected, rtol=1e-8, atol=1e-12)
-    alone, _ = module._system(other, layers, wanted, given, Setting(memory=1))
+    alone, _ = module._system(other, layers, wanted, given, ScoreConfig(memory=1))
     torch.testing.assert_close(alone, expected, rtol=1e-8, atol=1e-12)
 
 
@@ -61,7 +63,7 @@ def test_a_correction_helps_on_images_that_it_did_not_see(name: str) -> None:
     model, other = disturbed(name)
     given = batches(model, 4, 8)
     before = copy.deepcopy(other.state_dict())
-    found = correct(other, answers(model, given), given, DEFAULTS)
+    found = correct_norms(other, dense_logits(model, given), given, DEFAULT_SCORE_CONFIG)
     assert found.facts["nats_after"] < 0.9 * found.facts["nats_before"]
     assert found.values
     for key, value in other.state_dict().items():
@@ -70,7 +72,7 @@ def test_a_correction_helps_on_images_that_it_did_not_see(name: str) -> None:
 
 def test_nothing_moves_where_nothing_is_wrong() -> None:
     model = tiny("vit")
-    found = correct(model, answers(model, batches(model)), batches(model), DEFAULTS)
+    found = correct_norms(model, dense_logits(model, batches(model)), batches(model), DEFAULT_SCORE_CONFIG)
     assert found.values == {}
     assert found.facts["nats_before"] == pytest.approx(0, abs=1e-12)
 
@@ -79,9 +81,9 @@ def test_memory_bounds_the_images_that_are_taken() -> None:
     model, other = disturbed("vit")
     given = batches(model, 2, 8)
     width = sum(other.get_parameter(name).numel() for layer in module._layers(other) for name in layer.names)
-    few = correct(other, answers(model, given), given, Setting(memory=width * 8 * module.PULLS * 8))
+    few = correct_norms(other, dense_logits(model, given), given, ScoreConfig(memory=width * 8 * module.PULLS * 8))
     thinner = [(images[::2], labels[::2]) for images, labels in given]
-    same = correct(other, answers(model, thinner), thinner, DEFAULTS)
+    same = correct_norms(other, dense_logits(model, thinner), thinner, DEFAULT_SCORE_CONFIG)
     assert few.facts == pytest.approx(same.facts)
 
 
@@ -91,8 +93,8 @@ def test_a_plan_with_a_correction_says_what_it_did_and_beats_the_plan_without() 
     distance = {}
     for wanted in (False, True):
         model = copy.deepcopy(dense)
-        (cycle,) = compress(model, plan_for("unit-obs", 0.4, correct=wanted), given)
-        pairs = zip(answers(dense, given), answers(model, given), strict=True)
+        (cycle,) = prune_cycles(model, plan_for("unit-obs", 0.4, correct=wanted), given)
+        pairs = zip(dense_logits(dense, given), dense_logits(model, given), strict=True)
         distance[wanted] = sum(float((a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum()) for a, b in pairs)
         assert bool(cycle.corrected) == wanted
     assert cycle.corrected["nats_after"] <= cycle.corrected["nats_before"]
@@ -102,4 +104,4 @@ def test_a_plan_with_a_correction_says_what_it_did_and_beats_the_plan_without() 
 
 def test_a_correction_needs_images() -> None:
     with pytest.raises(BadInput, match=r"^prune.correct: needs images"):
-        list(compress(tiny("vit"), plan_for("channel-magnitude", 0.4, correct=True), []))
+        list(prune_cycles(tiny("vit"), plan_for("channel-magnitude", 0.4, correct=True), []))

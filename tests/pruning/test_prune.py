@@ -11,21 +11,21 @@ from tests.support.reference_kl import literal_vit
 from tests.support.tiny_models import answer, batches, images, same_state, state, tiny
 from vitprune import METHODS, BadInput, find_groups, plan_for, prune, score, shrink, zero
 from vitprune.config.train_config import Train
-from vitprune.criteria import Importance, Setting
+from vitprune.criteria import Importance, ScoreConfig
 from vitprune.criteria import magnitude as by_weights
 from vitprune.evaluation.accuracy import count
-from vitprune.pruning import select
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.methods import Method
-from vitprune.pruning.prune import Cycle, compress
-from vitprune.training.loop import Held, classification, train
+from vitprune.pruning.prune import Cycle, prune_cycles
+from vitprune.pruning.select import select
+from vitprune.training.loop import FrozenZeros, classification, train
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
 SINGLE = ["random", "magnitude", "uniform", "lamp", "dimap", "taylor"]
 
 
 def run(model: nn.Module, method: str, sparsity: object, data: object = (), **settings: object) -> list[Cycle]:
-    return list(compress(model, plan_for(method, sparsity, **settings), data))
+    return list(prune_cycles(model, plan_for(method, sparsity, **settings), data))
 
 
 def removed(masks: dict[str, torch.Tensor]) -> int:
@@ -41,9 +41,9 @@ def grow(cycles: list[Cycle]) -> bool:
 def test_gradual_weights_reach_the_exact_count_and_stay_zero_in_training(vit: nn.Module, method: str) -> None:
     data, counts, cycles = batches(vit, 3, 8), [], []
     recipe = Train(epochs=1, lr=0.01, weight_decay=0.1)
-    for cycle in compress(vit, plan_for(method, 0.6, cycles=3), data):
+    for cycle in prune_cycles(vit, plan_for(method, 0.6, cycles=3), data):
         task = classification(vit)
-        train(task, lambda epoch: data, len(data), recipe, 0, lambda row: None, Held(cycle.held, cycle.masks))
+        train(task, lambda epoch: data, len(data), recipe, 0, lambda row: None, FrozenZeros(cycle.held, cycle.masks))
         cycles.append(cycle)
         counts.append(removed(cycle.masks))
         for group in cycle.groups:
@@ -137,7 +137,7 @@ def test_masks_chosen_before_are_those_of_the_first_cycle(vit: nn.Module) -> Non
     plan = plan_for("magnitude", 0.5, cycles=2)
     groups = groups_for(vit, plan)
     first = select(score(vit, groups, "random"), plan.targets()[0]["weight"])
-    cycles = list(compress(vit, plan, (), first))
+    cycles = list(prune_cycles(vit, plan, (), first))
     assert cycles[0].scores == {}
     assert all(torch.equal(cycles[0].masks[name], first[name]) for name in first)
     assert grow(cycles)
@@ -149,7 +149,7 @@ def test_an_update_comes_before_the_cut(vit: nn.Module, monkeypatch: pytest.Monk
     """A criterion whose survivors double their output, and whose bias becomes the number of units that stay."""
     seen = []
 
-    def doubling(model: nn.Module, groups, data, setting: Setting) -> Importance:
+    def doubling(model: nn.Module, groups, data, setting: ScoreConfig) -> Importance:
         def update(masks):
             seen.append({name: tuple(mask.shape) for name, mask in masks.items()})
             doubled = {f"{name}.fc2.weight": 2 * model.get_parameter(f"{name}.fc2.weight") for name in masks}
@@ -170,7 +170,7 @@ def test_an_update_comes_before_the_cut(vit: nn.Module, monkeypatch: pytest.Monk
 
 
 def test_an_update_of_weights_is_followed_by_the_zeros(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ones(model: nn.Module, groups, data, setting: Setting) -> Importance:
+    def ones(model: nn.Module, groups, data, setting: ScoreConfig) -> Importance:
         scores = by_weights.magnitude(model, groups, data, setting).scores
         return Importance(scores, lambda masks: {name: torch.ones(mask.shape) for name, mask in masks.items()})
 

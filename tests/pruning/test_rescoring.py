@@ -5,21 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_stages import ORDER, project_in
 from torch import Tensor, nn
 
+from tests.pipeline.test_stages import ORDER, project_in
 from tests.support.tiny_models import batches, tiny
 from vitprune import find_groups, prune
-from vitprune.criteria import DEFAULTS, Setting
-from vitprune.criteria.kl.exact import exact
-from vitprune.criteria.kl.fisher import fisher
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
+from vitprune.criteria.kl.exact import exact_kl
+from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.errors import BadInput
 from vitprune.pipeline import stages
-from vitprune.pruning import select
-from vitprune.pruning.prune import compress, plan_for
-from vitprune.pruning.rescoring import Settled, race, settle
-from vitprune.pruning.rescoring_posterior import Evidence, doubt, doubtful
-from vitprune.pruning.select import contests
+from vitprune.pruning.prune import plan_for, prune_cycles
+from vitprune.pruning.rescoring import Rescored, adaptive_rescoring, rescore
+from vitprune.pruning.rescoring_posterior import ScorePosterior, doubt, doubtful
+from vitprune.pruning.select import candidate_pools, select
 
 IMAGES = 400
 
@@ -35,13 +34,13 @@ def made_up(units: int = 300, seed: int = 0, noise: float = 0.4, ratio: float = 
     return control * (ratio * normal(units, 1) + noise * normal(units, IMAGES) - 0.1).exp(), control
 
 
-def raced(measured: Tensor, control: Tensor | None, setting: Setting, surrogate: Tensor, seed: int = 0) -> Settled:
+def raced(measured: Tensor, control: Tensor | None, setting: ScoreConfig, surrogate: Tensor, seed: int = 0) -> Rescored:
     scores = {"a": surrogate}
     order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
-    return race(
+    return adaptive_rescoring(
         scores,
         {"a": "ffn"},
-        contests(scores, 0.5),
+        candidate_pools(scores, 0.5),
         lambda chosen, places: {name: measured[units][:, places] for name, units in chosen.items()},
         None if control is None else (lambda places: control[:, places]),
         order,
@@ -58,7 +57,7 @@ def test_the_expected_overlap_is_the_one_that_comes() -> None:
     found, promised, shares = [], [], []
     for seed in range(8):
         measured, control = made_up(seed=seed)
-        settled = raced(measured, control, replace(DEFAULTS, confidence=0.98), control.sum(1), seed)
+        settled = raced(measured, control, replace(DEFAULT_SCORE_CONFIG, confidence=0.98), control.sum(1), seed)
         found.append(overlap(settled.scores["a"], measured.sum(1)))
         promised.append(settled.facts["expected_overlap"])
         shares.append(settled.facts["evaluations_share"])
@@ -71,14 +70,16 @@ def test_the_expected_overlap_is_the_one_that_comes() -> None:
 @pytest.mark.parametrize("controlled", [True, False])
 def test_to_full_confidence_the_kept_set_is_the_exact_one(controlled: bool) -> None:
     measured, control = made_up(units=60)
-    settled = raced(measured, control if controlled else None, replace(DEFAULTS, confidence=1 - 1e-9), control.sum(1))
+    settled = raced(
+        measured, control if controlled else None, replace(DEFAULT_SCORE_CONFIG, confidence=1 - 1e-9), control.sum(1)
+    )
     assert overlap(settled.scores["a"], measured.sum(1)) == 1
     assert 0 < settled.facts["evaluations"] <= 60 * IMAGES
 
 
 def test_a_control_saves_measurements() -> None:
     measured, control = made_up()
-    setting = replace(DEFAULTS, confidence=0.98)
+    setting = replace(DEFAULT_SCORE_CONFIG, confidence=0.98)
     with_it, without = (raced(measured, c, setting, control.sum(1)).facts["evaluations"] for c in (control, None))
     assert with_it < 0.8 * without
 
@@ -86,14 +87,14 @@ def test_a_control_saves_measurements() -> None:
 def test_a_surrogate_that_is_wrong_is_found_out() -> None:
     measured, control = made_up(ratio=1.5)
     before = overlap(control.sum(1), measured.sum(1))
-    settled = raced(measured, control, replace(DEFAULTS, confidence=0.98), control.sum(1))
+    settled = raced(measured, control, replace(DEFAULT_SCORE_CONFIG, confidence=0.98), control.sum(1))
     assert before < 0.8
     assert overlap(settled.scores["a"], measured.sum(1)) > 0.95
 
 
 def test_evidence_is_exact_once_all_images_are_seen() -> None:
     measured, control = made_up(units=20)
-    state = Evidence(control.sum(1), torch.zeros(20, dtype=torch.int64), IMAGES)
+    state = ScorePosterior(control.sum(1), torch.zeros(20, dtype=torch.int64), IMAGES)
     mean, deviation = state.posterior()
     torch.testing.assert_close(mean, control.sum(1).log())
     assert deviation.tolist() == pytest.approx([0.5] * 20)
@@ -126,7 +127,7 @@ def test_select_is_its_contests(scope: str, vit: nn.Module) -> None:
     before = select(scores, 0.2, scope, groups)
     for previous in (None, before):
         masks = select(scores, 0.5, scope, groups, previous, 1)
-        for contest in contests(scores, 0.5, scope, groups, previous, 1):
+        for contest in candidate_pools(scores, 0.5, scope, groups, previous, 1):
             values = torch.cat([scores[name].flatten()[places] for name, places in contest.places])
             stays = torch.cat([masks[name].flatten()[places] for name, places in contest.places])
             assert int((~stays).sum()) == contest.remove
@@ -136,12 +137,14 @@ def test_select_is_its_contests(scope: str, vit: nn.Module) -> None:
 def test_a_tiny_model_is_settled_to_its_exact_set(vit: nn.Module) -> None:
     kinds = {"ffn": "layer", "head": "layer", "residual": "layer"}
     groups, data = find_groups(vit, list(kinds)), batches(vit, 4, 4)
-    setting = replace(DEFAULTS, confidence=1 - 1e-9, classes=4)
-    scores = fisher(vit, groups, data, setting).scores
-    fields = [c for k in kinds for c in contests({g.name: scores[g.name] for g in groups if g.kind == k}, 0.5, "layer")]
-    settled = settle(vit, groups, data, scores, fields, setting)
-    again = settle(vit, groups, data, scores, fields, setting)
-    exact_scores = exact(vit, groups, data, setting).scores
+    setting = replace(DEFAULT_SCORE_CONFIG, confidence=1 - 1e-9, classes=4)
+    scores = fisher_kl(vit, groups, data, setting).scores
+    fields = [
+        c for k in kinds for c in candidate_pools({g.name: scores[g.name] for g in groups if g.kind == k}, 0.5, "layer")
+    ]
+    settled = rescore(vit, groups, data, scores, fields, setting)
+    again = rescore(vit, groups, data, scores, fields, setting)
+    exact_scores = exact_kl(vit, groups, data, setting).scores
     for name, mask in select(settled.scores, 0.5, "layer").items():
         assert torch.equal(mask, select(exact_scores, 0.5, "layer")[name])
         assert torch.equal(settled.scores[name], again.scores[name])
@@ -152,12 +155,12 @@ def test_a_tiny_model_is_settled_to_its_exact_set(vit: nn.Module) -> None:
     assert settled.facts["units"] == len(measured)
     assert json.loads(json.dumps(settled.facts)) == settled.facts
     with pytest.raises(BadInput, match=r"^upvits: needs images; give batches$"):
-        settle(vit, groups, [], scores, fields, setting)
+        rescore(vit, groups, [], scores, fields, setting)
 
 
 def test_the_default_method_settles_every_cycle(vit: nn.Module) -> None:
     plan = plan_for("upvits", {"ffn": 0.5, "attention": 0.25}, cycles=2)
-    cycles = list(compress(vit, plan, batches(vit, 2, 4)))
+    cycles = list(prune_cycles(vit, plan, batches(vit, 2, 4)))
     assert [cycle.facts["images"] for cycle in cycles] == [8, 8]
     assert all(cycle.facts["expected_overlap"] > 0.98 for cycle in cycles)
     assert int(cycles[1].masks["blocks.0.mlp"].sum()) == 96
@@ -181,5 +184,5 @@ def test_the_mask_stage_settles(monkeypatch: pytest.MonkeyPatch, tmp_path) -> No
 
 @pytest.mark.parametrize(("sparsity", "cycles"), [(0.0, 1), ({"head": 0.34}, 3)])
 def test_where_nothing_goes_there_is_nothing_to_settle(vit: nn.Module, sparsity: object, cycles: int) -> None:
-    found = list(compress(vit, plan_for("upvits", sparsity, cycles=cycles), batches(vit, 2, 4)))
+    found = list(prune_cycles(vit, plan_for("upvits", sparsity, cycles=cycles), batches(vit, 2, 4)))
     assert any(cycle.facts == {} for cycle in found)

@@ -15,10 +15,10 @@ from vitprune.criteria import magnitude as by_weights
 from vitprune.data import example_input
 from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline import stages
-from vitprune.pruning.cycle_masks import choose
+from vitprune.pruning.cycle_masks import select_masks
 from vitprune.pruning.methods import Method
 from vitprune.pruning.plan import plan_of
-from vitprune.pruning.prune import Cycle, compress
+from vitprune.pruning.prune import Cycle, prune_cycles
 
 ROOT = Path(__file__).parents[2]
 SCOPES = {
@@ -42,7 +42,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def cut(name: str, sparsity: object, **settings: object) -> tuple[nn.Module, Cycle]:
     """A tiny model after one cycle of the drawn method."""
     model = tiny(name)
-    (cycle,) = compress(model, plan_for("drawn", sparsity, **settings), ())
+    (cycle,) = prune_cycles(model, plan_for("drawn", sparsity, **settings), ())
     return model, cycle
 
 
@@ -113,11 +113,11 @@ def test_blocks_keep_the_bounds_of_their_group() -> None:
     for rule, blocks in (({"ignore": True}, 3), ({"max_sparsity": 0.4}, 2), ({"sparsity": 0.67}, 1)):
         model = tiny("odd")
         rules = [{"match": "blocks", **rule}]
-        list(compress(model, plan_for("upvits-blocks", 0.67, rules=rules), batches(model, 1)))
+        list(prune_cycles(model, plan_for("upvits-blocks", 0.67, rules=rules), batches(model, 1)))
         assert len(model.blocks) == blocks
     model = tiny("odd")
     plan = plan_for("drawn", {"block": 0.01, "ffn": 0.5}, rules=[{"match": "blocks", "min_sparsity": 0.6}])
-    (cycle,) = compress(model, plan, ())
+    (cycle,) = prune_cycles(model, plan, ())
     assert len(model.blocks) == 1
     assert cycle.target["block"] == pytest.approx(2 / 3)
 
@@ -131,7 +131,7 @@ def test_over_cycles_zeros_only_grow_and_rules_come_with_them(scope: str) -> Non
     ]
     model, seen, before = tiny("vit"), [], None
     plan = plan_for("drawn", 0.5, scope, cycles=3, schedule="linear", rules=rules, round_to=4)
-    for cycle in compress(model, plan, ()):
+    for cycle in prune_cycles(model, plan, ()):
         assert before is None or all(not bool((m & ~before[n]).any()) for n, m in cycle.masks.items())
         before = cycle.masks
         seen.append([round(gone(cycle)[name], 4) for name in ("blocks.0.mlp", "blocks.1.mlp", "blocks.0.attn")])
@@ -149,7 +149,9 @@ def test_a_target_is_reached_under_rules_and_multiples(scope: str | None, sparsi
         return
     rules = [{"match": r"blocks\.0\.mlp", "sparsity": 0.25}, {"match": r"blocks\.1\.attn", "max_sparsity": 0.5}]
     model, whole = tiny("vit"), count(tiny("vit"), example_input(tiny("vit"), 1)).macs
-    (cycle,) = compress(model, plan_for("drawn", sparsity, scope, target={"macs": 0.7}, rules=rules, round_to=4), ())
+    (cycle,) = prune_cycles(
+        model, plan_for("drawn", sparsity, scope, target={"macs": 0.7}, rules=rules, round_to=4), ()
+    )
     reached = count(model, example_input(model, 1)).macs / whole
     record = cycle.cost["macs"]
     assert record["reached"] == reached <= 0.7
@@ -256,7 +258,9 @@ def test_params_yaml_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     stages.mask(params)
     masks: dict[str, Tensor] = read_weights(tmp_path / "out/mask/masks.safetensors")
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"blocks.0.mlp": 192, "blocks.1.mlp": 96}
-    alike = choose(scores, groups, plan_for("channel-magnitude", {"ffn": 0.3}, rules=rules, round_to=16), {"ffn": 0.3})
+    alike = select_masks(
+        scores, groups, plan_for("channel-magnitude", {"ffn": 0.3}, rules=rules, round_to=16), {"ffn": 0.3}
+    )
     assert all(torch.equal(alike[name], mask) for name, mask in masks.items())
 
 

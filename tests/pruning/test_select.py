@@ -6,9 +6,8 @@ import torch
 from tests.support.reference_kl import naive_masks
 from tests.support.tiny_models import tiny
 from vitprune import BadInput, find_groups
-from vitprune.pruning import select
 from vitprune.pruning.schedule import sparsities
-from vitprune.pruning.select import sparsity_of
+from vitprune.pruning.select import select, sparsity_of
 
 BARE = {"a": (4, 6), "b": (10,), "c": (3, 8)}  # 24 + 10 + 24 = 58 units
 

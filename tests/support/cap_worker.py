@@ -8,7 +8,7 @@ import torch
 
 from tests.support.tiny_models import batches, tiny
 from vitprune import find_groups
-from vitprune.criteria import DEFAULTS, Setting
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.obs.cap import ovit
 from vitprune.models.io import write_weights
 from vitprune.pipeline import score_stage
@@ -16,9 +16,9 @@ from vitprune.pipeline import score_stage
 KINDS = ("per-sample", "per-batch")
 
 
-def setting_of(kind: str) -> Setting:
+def setting_of(kind: str) -> ScoreConfig:
     """Three looks at three batches, more than one portion of blocks."""
-    few = replace(DEFAULTS, block=24, gradients=20, memory=4_000_000)
+    few = replace(DEFAULT_SCORE_CONFIG, block=24, gradients=20, memory=4_000_000)
     return few if kind == "per-sample" else replace(few, gradients=5, per_sample=False, gradient_batch=4)
 
 
@@ -26,10 +26,10 @@ def main() -> None:
     torch.set_num_threads(1)
     model = tiny("vit")
     directory, groups = Path(sys.argv[1]), find_groups(model, ["weight"])[:4]
-    with score_stage.team() as mates:
+    with score_stage.process_group() as dist:
         for kind in KINDS:
-            work = score_stage.Work(ovit, groups, batches(model, 3), setting_of(kind))
-            found = work.importance(model, False, directory / "partial", mates, collective=True)
+            work = score_stage.ScoringJob(ovit, groups, batches(model, 3), setting_of(kind))
+            found = work.importance(model, False, directory / "partial", dist, collective=True)
             if found is not None:
                 write_weights(found.scores, directory / f"{kind}.safetensors")
 

@@ -10,24 +10,26 @@ from torch import nn
 
 from tests.support.tiny_models import batches, tiny
 from vitprune import Group, find_groups
-from vitprune.criteria import DEFAULTS, Batches, Importance, Setting
-from vitprune.criteria.kl.fisher import fisher
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Importance, ScoreConfig
+from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.models.io import write_weights
 from vitprune.pipeline import score_stage
 
 
-def slow(model: nn.Module, groups: Sequence[Group], data: Batches, setting: Setting) -> Importance:
+def slow(model: nn.Module, groups: Sequence[Group], data: Batches, setting: ScoreConfig) -> Importance:
     """Fisher, with time to be killed in."""
     time.sleep(float(sys.argv[2]))
-    return fisher(model, groups, data, setting)
+    return fisher_kl(model, groups, data, setting)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     directory, model = Path(sys.argv[1]), tiny("vit")
-    work = score_stage.Work(slow, find_groups(model, ["ffn", "residual"]), batches(model, 5, 2), DEFAULTS)
-    with score_stage.team() as mates:
-        found = work.importance(model, True, directory / "partial", mates)
+    work = score_stage.ScoringJob(
+        slow, find_groups(model, ["ffn", "residual"]), batches(model, 5, 2), DEFAULT_SCORE_CONFIG
+    )
+    with score_stage.process_group() as dist:
+        found = work.importance(model, True, directory / "partial", dist)
     if found is not None:
         write_weights(found.scores, directory / "scores.safetensors")
 

@@ -20,10 +20,10 @@ def audited(project: Path, rerun: bool = False, run: str = "") -> tuple[int, str
     import vitprune.pipeline.verify  # noqa: F401  in this process, once for all children
 
     context = multiprocessing.get_context("fork")
-    told = context.SimpleQueue()
-    child = context.Process(target=_audit, args=(project, rerun, run, told))
+    broadcast = context.SimpleQueue()
+    child = context.Process(target=_audit, args=(project, rerun, run, broadcast))
     child.start()
-    code, said = told.get()
+    code, said = broadcast.get()
     child.join()
     return code, said
 
@@ -51,7 +51,7 @@ def newest(project: Path) -> str:
     return str(rows[0][0])
 
 
-def _audit(project: Path, rerun: bool, run: str, told: "multiprocessing.SimpleQueue[tuple[int, str]]") -> None:
+def _audit(project: Path, rerun: bool, run: str, broadcast: "multiprocessing.SimpleQueue[tuple[int, str]]") -> None:
     from vitprune.orchestration.audit.collect import Unusable
     from vitprune.orchestration.cli_audit import audit
 
@@ -63,7 +63,7 @@ def _audit(project: Path, rerun: bool, run: str, told: "multiprocessing.SimpleQu
         except Unusable as error:
             print(error)
             code = 2
-    told.put((code, said.getvalue()))
+    broadcast.put((code, said.getvalue()))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from vitprune import data
 from vitprune.orchestration.execution.run_stage import STAGES, StageResult, environment
-from vitprune.orchestration.tracking.journal import Journal
+from vitprune.orchestration.tracking.journal import RunLog
 from vitprune.pipeline import stages
 from vitprune.pipeline.project_template import Choice, create
 from vitprune.pipeline.report import write_report
@@ -61,9 +61,9 @@ def run_stages(project: Path) -> Path:
     return project
 
 
-def record(project: Path, name: str, cached: bool = False) -> Journal:
+def record(project: Path, name: str, cached: bool = False) -> RunLog:
     """Write the journal of a flow run that found the project as it is."""
-    journal = Journal(project, name)
+    journal = RunLog(project, name)
     journal.start(time.time())
     for stage in STAGES:
         journal.stage(StageResult(stage, cached, time.time(), 1.5, 0))

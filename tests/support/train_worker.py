@@ -14,9 +14,9 @@ from vitprune.config.params import Distill
 from vitprune.config.train_config import Train
 from vitprune.models.io import write_weights
 from vitprune.pipeline import score_stage
-from vitprune.runtime.distributed import ALONE, Team
-from vitprune.training.cached_teacher import ask
-from vitprune.training.loop import Held, classification, distillation, train
+from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from vitprune.training.cached_teacher import cache_teacher
+from vitprune.training.loop import FrozenZeros, classification, distillation, train
 from vitprune.training.step import shared
 
 STEPS = 3
@@ -29,11 +29,11 @@ CASES = {
 }
 
 
-def trained(settings: dict, mates: Team = ALONE, taught: bool = False) -> list[dict[str, Tensor]]:
+def trained(settings: dict, dist: ProcessGroup = SINGLE_PROCESS, taught: bool = False) -> list[dict[str, Tensor]]:
     """Weights after every step, and those that it ends with."""
     model, seen = tiny("vit"), []
     groups = find_groups(model, ["weight"])
-    held = Held(groups, random_masks(groups, 0.5))
+    held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(model, groups, held.masks)
     recipe = Train.model_validate({"epochs": 2, "lr": 0.01, "weight_decay": 0.1} | settings)
     noise = [*batches(model, STEPS - 1, 6), *batches(model, 1, 3)]  # the last is smaller, with 4 processes one has none
@@ -42,24 +42,24 @@ def trained(settings: dict, mates: Team = ALONE, taught: bool = False) -> list[d
         for batch in noise:
             if epoch or seen:
                 seen.append(weights(model))
-            yield batch if recipe.mixes else shared(*batch, mates)
+            yield batch if recipe.mixes else shared(*batch, dist)
             if not seen:
                 seen.append(weights(model))
 
     task = distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0) if taught else classification(model, 0.1)
     said = iter((0.1, 0.3, 0.2, 0.1, 0.1))  # enough after 3 epochs
-    evaluate = (lambda: {"top1": next(said)}) if mates.rank == 0 else None
-    train(task, of, STEPS, recipe, 0, lambda row: None, held, evaluate, mates=mates)
+    evaluate = (lambda: {"top1": next(said)}) if dist.rank == 0 else None
+    train(task, of, STEPS, recipe, 0, lambda row: None, held, evaluate, dist=dist)
     for step in [*seen, weights(model)]:
         assert all(bool((step[name][~mask] == 0).all()) for name, mask in held.masks.items())
     return [*seen, weights(model)]
 
 
-def answers(mates: Team = ALONE) -> Tensor:
+def answers(dist: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """What a teacher answers on 5 batches, of which the last is smaller."""
     model = tiny("vit")
     task = distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
-    return ask(task, Distill(), [*batches(model, 4, 6), *batches(model, 1, 3)], mates)
+    return cache_teacher(task, Distill(), [*batches(model, 4, 6), *batches(model, 1, 3)], dist)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -70,13 +70,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def main() -> None:
     torch.set_num_threads(1)
     directory = Path(sys.argv[1])
-    with score_stage.team() as mates:
+    with score_stage.process_group() as dist:
         for name, settings in CASES.items():
-            steps = trained(settings, mates, name == "all")
+            steps = trained(settings, dist, name == "all")
             flat = {f"{number}/{key}": tensor for number, step in enumerate(steps) for key, tensor in step.items()}
-            write_weights(flat, directory / f"{name}-{mates.rank}.safetensors")
-        write_weights({"answers": answers(mates)}, directory / f"answers-{mates.rank}.safetensors")
-        (directory / f"size-{mates.rank}.json").write_text(json.dumps(mates.size))
+            write_weights(flat, directory / f"{name}-{dist.rank}.safetensors")
+        write_weights({"answers": answers(dist)}, directory / f"answers-{dist.rank}.safetensors")
+        (directory / f"size-{dist.rank}.json").write_text(json.dumps(dist.size))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,16 @@ from vitprune.config.params import load
 from vitprune.config.train_config import Train
 from vitprune.data import cutmix
 from vitprune.pruning.plan import plan_of
-from vitprune.training.loop import Held, classification, distillation, train
+from vitprune.training.loop import FrozenZeros, classification, distillation, train
 from vitprune.training.lr_schedule import rate
 from vitprune.training.stochastic_depth import stochastic_depth
 
 RECIPE = Train(epochs=2, lr=0.01)
 
 
-def fit(model: nn.Module, more: dict, task: nn.Module | None = None, held: Held | None = None, seed: int = 0) -> list:
+def fit(
+    model: nn.Module, more: dict, task: nn.Module | None = None, held: FrozenZeros | None = None, seed: int = 0
+) -> list:
     noise = [(x.to(next(model.parameters()).dtype), labels) for x, labels in batches(model, 3, 6)]
     rows: list[dict] = []
     recipe = RECIPE.model_copy(update=more)
@@ -104,7 +106,7 @@ def test_an_average_of_held_weights_is_zero_where_they_are(vit: nn.Module) -> No
     groups = find_groups(vit, ["weight"])
     masks = random_masks(groups, 0.6)
     zero(vit, groups, masks)
-    fit(vit, {"ema": 0.9, "cutmix": 1.0, "drop_path": 0.2}, held=Held(groups, masks))
+    fit(vit, {"ema": 0.9, "cutmix": 1.0, "drop_path": 0.2}, held=FrozenZeros(groups, masks))
     assert all(torch.equal(vit.get_parameter(group.name) != 0, masks[group.name]) for group in groups)
 
 
@@ -145,7 +147,7 @@ def test_dimap_fine_tunes_as_its_paper_says() -> None:
     masks = random_masks(groups, 0.55)
     zero(model, groups, masks)
     before = state(model)
-    fit(model, recover.model_dump() | {"epochs": 2, "warmup_epochs": 1}, held=Held(groups, masks))
+    fit(model, recover.model_dump() | {"epochs": 2, "warmup_epochs": 1}, held=FrozenZeros(groups, masks))
     for group in groups:
         assert torch.equal(model.get_parameter(group.name) != 0, masks[group.name])
         assert not torch.equal(model.get_parameter(group.name), before[group.name])

@@ -6,19 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_recipe_steps import stand_in, write_images
 from torch import Tensor
 
 from tests.support.tiny_models import images, noisy, random_masks, state, tiny
+from tests.training.test_published_recipes import stand_in, write_images
 from vitprune import BadInput, data, find_groups, zero
 from vitprune.config.params import Dataset, Distill, Params, checked, load
 from vitprune.config.train_config import Train
 from vitprune.pipeline import stage_context, stages
 from vitprune.pipeline.artifacts import History
-from vitprune.runtime.distributed import Team
-from vitprune.training.cached_teacher import Recalling, ask, with_answers
-from vitprune.training.checkpoint_store import Shelf
-from vitprune.training.loop import Held, distilling, train
+from vitprune.runtime.distributed import ProcessGroup
+from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_answers
+from vitprune.training.checkpoint_store import CheckpointStore
+from vitprune.training.loop import FrozenZeros, distilling, train
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {"epochs": 3, "batch_size": 6, "lr": 0.01, "clip": 0.5, "ema": 0.5, "drop_path": 0.2}
@@ -37,16 +37,16 @@ def taught(kind: str, how: str, more: dict[str, Any]) -> tuple[dict[str, Tensor]
     recipe = Train.model_validate(RECIPE | more)
     settings = Distill(kind=kind, alpha=2.0, temperature=2.0, cache=how != "each step", train=recipe)
     groups = find_groups(student, ["weight"])
-    held = Held(groups, random_masks(groups, 0.5))
+    held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(student, groups, held.masks)
     task, source, answers = distilling(student, teacher, settings, 0.1, 0), table(), None
     teacher.patch_embed.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     first = np.concatenate(data.batch_rows(source, 6, 5, 0))
     if how == "in order":
-        answers = ask(task, settings, data.eval_batches(source, 6), Team())
+        answers = cache_teacher(task, settings, data.eval_batches(source, 6), ProcessGroup())
     elif how == "as in an epoch":
-        answers = ask(task, settings, data.train_batches(source, 6, 5, 0), Team())[np.argsort(first)]
-    task = task if answers is None else Recalling(task)
+        answers = cache_teacher(task, settings, data.train_batches(source, 6, 5, 0), ProcessGroup())[np.argsort(first)]
+    task = task if answers is None else CachedDistillationTask(task)
 
     def epochs(epoch: int) -> Any:
         found = data.train_batches(source, 6, 5, epoch, 0, recipe.repeats)
@@ -84,8 +84,8 @@ def test_rows_are_those_of_the_batches() -> None:
 def test_images_that_change_from_epoch_to_epoch_are_refused(key: str) -> None:
     value = "light" if key == "augment" else 0.5
     settings = {"cache": True, "train": {"epochs": 1, "lr": 0.1, key: value}}
-    told = rf"^here: .*Value error, no cache: train.{key} shows an image differently in every epoch; give up one"
-    with pytest.raises(BadInput, match=told):
+    broadcast = rf"^here: .*Value error, no cache: train.{key} shows an image differently in every epoch; give up one"
+    with pytest.raises(BadInput, match=broadcast):
         checked(settings, Distill, "here")
     assert checked(settings | {"cache": False}, Distill, "here").train is not None
 
@@ -107,7 +107,9 @@ def test_a_stage_asks_its_teacher_once(tmp_path: Path, monkeypatch: pytest.Monke
         teacher.patch_embed.register_forward_hook(lambda *given, seen=seen: seen.append(len(given[2])))
         task = distilling(student, teacher, settings, 0.0, 0)
         history = History(tmp_path / str(cache), "distill")
-        stage_context.fit(task, recipe, project, history, Shelf(tmp_path / f"s{cache}", "key"), recalls=settings.cache)
+        stage_context.train_model(
+            task, recipe, project, history, CheckpointStore(tmp_path / f"s{cache}", "key"), recalls=settings.cache
+        )
         found.append((sum(seen), history.rows))
     assert [images for images, _ in found] == [20, 10]
     losses = [[row["loss"] for row in rows] for _, rows in found]

@@ -15,11 +15,11 @@ from tests.support.tiny_models import batches, noisy, random_masks, state, tiny
 from vitprune import BadInput, find_groups, zero
 from vitprune.config.train_config import Train
 from vitprune.training import checkpoint_store
-from vitprune.training.checkpoint import packed
-from vitprune.training.checkpoint_store import Shelf, key_of
-from vitprune.training.loop import Held, classification, distillation, feature_distillation, train
-from vitprune.training.optimizers import Memory, Span
-from vitprune.training.saving import EVERY, Saver, minutes, stopping
+from vitprune.training.checkpoint import pack
+from vitprune.training.checkpoint_store import CheckpointStore, key_of
+from vitprune.training.loop import FrozenZeros, classification, distillation, feature_distillation, train
+from vitprune.training.optimizers import OptimizerState, ScheduleSpan
+from vitprune.training.saving import EVERY, Checkpointer, minutes, stopping
 
 STEPS = 3  # batches of an epoch
 TOP1 = (0.3, 0.4, 0.4, 0.5, 0.5)  # after each epoch: 3 of them are enough for a patience of 1
@@ -29,16 +29,16 @@ class Broken(Exception):
     """Stands for a kill: nothing after it is done."""
 
 
-def put(shelf: Shelf, number: int) -> Path:
+def put(shelf: CheckpointStore, number: int) -> Path:
     return shelf.put({"number": number, "loss": 0.1 + number}, {"weights": torch.full((3,), number + 0.5)}).directory
 
 
 def test_the_last_of_some_checkpoints_is_taken_up_exactly(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "work", "key", keep=2)
+    shelf = CheckpointStore(tmp_path / "work", "key", keep=2)
     assert shelf.newest() is None
     for number in range(4):
         put(shelf, number)
-    saved = Shelf(tmp_path / "work", "key").newest()
+    saved = CheckpointStore(tmp_path / "work", "key").newest()
     assert saved is not None
     assert (saved.facts["number"], saved.facts["loss"]) == (3, 3.1)
     assert torch.equal(saved.tensors()["weights"], torch.full((3,), 3.5))
@@ -62,7 +62,7 @@ def tamper(path: Path) -> None:
 def test_what_is_not_whole_is_refused_and_the_one_before_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Any, name: str
 ) -> None:
-    shelf = Shelf(tmp_path / "work", "key")
+    shelf = CheckpointStore(tmp_path / "work", "key")
 
     def more(entry: Path) -> None:
         (entry / "more").mkdir()
@@ -74,15 +74,15 @@ def test_what_is_not_whole_is_refused_and_the_one_before_taken(
     saved = shelf.newest()
     assert saved is not None
     assert saved.facts["number"] == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert str(directory) in told
-    assert told.endswith("; not taken up\n")
+    broadcast = capsys.readouterr().err
+    assert broadcast.count("\n") == 1
+    assert str(directory) in broadcast
+    assert broadcast.endswith("; not taken up\n")
     assert put(shelf, 3).name == "000003"
 
 
 def test_a_seal_that_fits_a_changed_file_no_longer_is_refused(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "work", "key")
+    shelf = CheckpointStore(tmp_path / "work", "key")
     directory = put(shelf, 1)
     (directory / "state.json").write_text('{"number": 7}')
     index = json.loads((directory / "index.json").read_text())
@@ -92,16 +92,16 @@ def test_a_seal_that_fits_a_changed_file_no_longer_is_refused(tmp_path: Path) ->
 
 
 def test_a_checkpoint_of_other_work_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put(Shelf(tmp_path / "work", "key"), 1)
-    put(Shelf(tmp_path / "work", "other"), 2)
-    saved = Shelf(tmp_path / "work", "key").newest()
+    put(CheckpointStore(tmp_path / "work", "key"), 1)
+    put(CheckpointStore(tmp_path / "work", "other"), 2)
+    saved = CheckpointStore(tmp_path / "work", "key").newest()
     assert saved is not None
     assert saved.facts["number"] == 1
     assert "000002: is a checkpoint of other work; not taken up" in capsys.readouterr().err
 
 
 def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "work", "key")
+    shelf = CheckpointStore(tmp_path / "work", "key")
     first = put(shelf, 1)
     shutil.copytree(first, tmp_path / "work/000002.partial")
     saved = shelf.newest()
@@ -112,7 +112,7 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = Shelf(tmp_path / "work", "key", keep=1)
+    shelf = CheckpointStore(tmp_path / "work", "key", keep=1)
     first = put(shelf, 1)
     monkeypatch.setattr(checkpoint_store, "SPARE", 1 << 62)
     with pytest.raises(OSError, match="No space left on device"):
@@ -122,7 +122,7 @@ def test_a_full_disk_is_told_before_a_byte_is_written(tmp_path: Path, monkeypatc
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "work", "key", keep=1)
+    shelf = CheckpointStore(tmp_path / "work", "key", keep=1)
     first = put(shelf, 1)
 
     def fail(entry: Path) -> None:
@@ -158,10 +158,10 @@ def test_the_minutes_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_optimizer_that_remembers_more_than_tensors_is_refused() -> None:
     with pytest.raises(BadInput, match=r"^train.optimizer: keeps a list \(history\), which no checkpoint can hold"):
-        packed({"weight": {"history": [1]}}, "optimizer")
+        pack({"weight": {"history": [1]}}, "optimizer")
 
 
-class Breaking(Saver):
+class Breaking(Checkpointer):
     """Saves every step and is killed after some of them."""
 
     left = 0
@@ -212,14 +212,14 @@ def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
     recipe, found = Train.model_validate({"epochs": 3, "lr": 0.01, "weight_decay": 0.1} | settings), []
     noise = batches(tiny("vit"), STEPS, 6)
     for left in (0, every):
-        memory, starts = Memory(), 0
+        memory, starts = OptimizerState(), 0
         rows: list[dict[str, Any]] = []
         while True:  # each start knows only what the one before has saved
-            model, starts, memory = noisy(), starts + 1, Memory()
+            model, starts, memory = noisy(), starts + 1, OptimizerState()
             groups = find_groups(model, ["weight"])
-            held = Held(groups, random_masks(groups, 0.5))
+            held = FrozenZeros(groups, random_masks(groups, 0.5))
             zero(model, groups, held.masks)
-            saver = Breaking(Shelf(tmp_path / str(left), "key"), lambda rows=rows: rows)
+            saver = Breaking(CheckpointStore(tmp_path / str(left), "key"), lambda rows=rows: rows)
             saver.left, rows[:] = left, saver.rows
             begun = saver.begun.facts if saver.begun is not None else {"epoch": 0, "done": 0}
 
@@ -227,7 +227,7 @@ def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
                 return noise[begun["done"] if epoch == begun["epoch"] else 0 :]
 
             torch.rand(starts)  # whatever was drawn before must not matter
-            span = Span(0, 3 * STEPS, memory)
+            span = ScheduleSpan(0, 3 * STEPS, memory)
             try:
                 evaluate = (lambda rows=rows: {"top1": TOP1[len(rows)]}) if recipe.patience else None
                 train(task(model), left_of, STEPS, recipe, 5, rows.append, held, evaluate, span=span, saving=saver)
@@ -250,7 +250,7 @@ def test_what_is_taken_up_is_told_from_what_is_begun_anew(tmp_path: Path, monkey
     monkeypatch.setenv(EVERY, "0")
     noise, ends = batches(tiny("vit"), STEPS, 6), []
     for skipped in (0, 1):
-        shelf, model = Shelf(tmp_path / str(skipped), "key"), tiny("vit")
+        shelf, model = CheckpointStore(tmp_path / str(skipped), "key"), tiny("vit")
         saver = Breaking(shelf, list)
         saver.left = 2
         with pytest.raises(Broken):
@@ -258,7 +258,7 @@ def test_what_is_taken_up_is_told_from_what_is_begun_anew(tmp_path: Path, monkey
         ahead = noise[2 - skipped :]  # the right rest, or one batch too many
         other = tiny("vit")
         train(plain(other), lambda epoch, left=ahead: left, STEPS, Train(epochs=1, lr=0.01), 0, lambda row: None,
-              saving=Saver(shelf, list))  # fmt: skip
+              saving=Checkpointer(shelf, list))  # fmt: skip
         ends.append(state(other))
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 

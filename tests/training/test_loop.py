@@ -9,7 +9,7 @@ from torch import nn
 from tests.support.tiny_models import batches, noisy, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, prune, zero
 from vitprune.config.train_config import Train
-from vitprune.training.loop import Held, classification, distillation, feature_distillation, train
+from vitprune.training.loop import FrozenZeros, classification, distillation, feature_distillation, train
 
 RECIPE = Train(epochs=2, lr=0.01, weight_decay=0.1)
 
@@ -55,7 +55,7 @@ def test_held_weights_are_exactly_zero_after_every_step(vit: nn.Module, optimize
         seen.append(all(torch.equal(vit.get_parameter(n) != 0, mask) for n, mask in masks.items()))
         return {}
 
-    fit(vit, recipe, held=Held(groups, masks), evaluate=check)
+    fit(vit, recipe, held=FrozenZeros(groups, masks), evaluate=check)
     assert seen == [True, True]
     assert all(not torch.equal(vit.get_parameter(name), before[name]) for name in masks)
 
@@ -201,7 +201,7 @@ def test_feature_distillation_is_the_same_to_the_bit_and_holds_zeros() -> None:
         student = prune(teacher, "channel-magnitude", {"residual": 0.25})
         groups = find_groups(student, ["weight"])
         masks = random_masks(groups, 0.5)
-        held = Held(groups, masks)
+        held = FrozenZeros(groups, masks)
         fit(zero(student, groups, masks), task=feature_distillation(student, teacher, 20.0, 0.0, 0), held=held)
         assert all(torch.equal(student.get_parameter(n) != 0, mask) for n, mask in masks.items())
         found.append(state(student))

@@ -17,10 +17,10 @@ from vitprune.config.params import Dataset, Params, load
 from vitprune.config.train_config import Train
 from vitprune.pipeline import stage_context, stages
 from vitprune.pipeline.artifacts import History
-from vitprune.pipeline.stage_context import Part
+from vitprune.pipeline.stage_context import RecoverySegment
 from vitprune.pruning.plan import plan_of
-from vitprune.training.checkpoint_store import Shelf
-from vitprune.training.loop import Held, classification, distilling
+from vitprune.training.checkpoint_store import CheckpointStore
+from vitprune.training.loop import FrozenZeros, classification, distilling
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))}
 STAGES = ("dense", "recover", "distill")
@@ -156,12 +156,14 @@ def test_two_steps_of_a_recipe(name: str, stage: str, tmp_path: Path, monkeypatc
     else:
         model, task = dense, classification(dense, recipe.smoothing)
         groups = find_groups(model, ["weight"])
-        held = Held(groups, random_masks(groups, 0.5))
+        held = FrozenZeros(groups, random_masks(groups, 0.5))
         zero(model, groups, held.masks)
     before, history = state(model), History(tmp_path / "out", stage)
     short = recipe.model_copy(update={"epochs": 1, "batch_size": 5})  # of 10 images
-    part = Part(1, plan_of(params).epochs(recipe.epochs), {}) if stage == "recover" else None
-    stage_context.fit(task, short, params, history, Shelf(tmp_path / "shelf", "key"), held, None, part)
+    part = RecoverySegment(1, plan_of(params).epochs(recipe.epochs), {}) if stage == "recover" else None
+    stage_context.train_model(
+        task, short, params, history, CheckpointStore(tmp_path / "shelf", "key"), held, None, part
+    )
 
     (row,) = history.rows
     middle = (recipe.lr + recipe.min_lr) / 2

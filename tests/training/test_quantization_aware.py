@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.support.tiny_models import ZOO, batches, images, random_masks, redrawn, state
 from vitprune import find_groups
 from vitprune.config.train_config import Train
-from vitprune.training.loop import Held, classification, distillation, train
+from vitprune.training.loop import FrozenZeros, classification, distillation, train
 from vitprune.training.quantization_aware import FakeQuant, rounded_input, rounded_weight
 
 
@@ -60,15 +60,15 @@ def test_passes_and_gradients_are_those_of_rounding_by_hand(model: nn.Module) ->
     with FakeQuant():
         F.cross_entropy(model(x.float()), labels).backward()
     F.cross_entropy(other(x.float()), labels).backward()
-    mine = {name: p.grad for name, p in model.named_parameters()}
+    owns = {name: p.grad for name, p in model.named_parameters()}
     theirs = {name.replace(".layer.", "."): p.grad for name, p in other.named_parameters()}
-    assert mine.keys() == theirs.keys()
-    for name, gradient in mine.items():
+    assert owns.keys() == theirs.keys()
+    for name, gradient in owns.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5)
     plain = copy.deepcopy(model)
     plain.zero_grad()
     F.cross_entropy(plain(x.float()), labels).backward()
-    assert not torch.allclose(plain.head.weight.grad, mine["head.weight"], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(plain.head.weight.grad, owns["head.weight"], rtol=1e-3, atol=1e-5)
 
 
 def test_a_layer_that_names_what_it_is_given_is_rounded_too() -> None:
@@ -130,7 +130,7 @@ def test_a_training_learns_with_rounding_and_holds_zeros(model: nn.Module) -> No
     for one, int8 in ((model, True), (other, False)):
         recipe = Train(epochs=2, lr=0.01, int8=int8, ema=0.5)
         task = distillation(one, copy.deepcopy(teacher), 1.0, 1.0, 0.0)
-        train(task, lambda epoch: noise, 2, recipe, 0, lambda row: None, Held(groups, masks))
+        train(task, lambda epoch: noise, 2, recipe, 0, lambda row: None, FrozenZeros(groups, masks))
         for group in groups:
             assert not one.get_parameter(group.name)[~masks[group.name].view_as(one.get_parameter(group.name))].any()
     assert any(not torch.equal(value, state(other)[name]) for name, value in state(model).items())

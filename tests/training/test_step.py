@@ -13,18 +13,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_sharding import ONE_THREAD
 from torch import Tensor, nn
 
+from tests.pipeline.test_score_stage import ONE_THREAD
 from tests.support.tiny_models import batches, random_masks, state, tiny
 from tests.support.train_worker import CASES, answers, trained
 from vitprune import BadInput, data, find_groups, zero
 from vitprune.config.params import load
 from vitprune.config.train_config import Train
 from vitprune.errors import Interrupted
-from vitprune.runtime.distributed import Team
+from vitprune.runtime.distributed import ProcessGroup
 from vitprune.training import loop as training
-from vitprune.training.loop import Held, classification, train
+from vitprune.training.loop import FrozenZeros, classification, train
 from vitprune.training.step import shared
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_parts_of_a_batch_take_its_step(accumulate: int, clip: float | None) -> 
 
 def test_shares_are_the_batch_in_order() -> None:
     images, labels = torch.arange(7).view(7, 1, 1, 1), torch.arange(7)
-    found = [shared(images, labels, Team(rank, 3)) for rank in range(3)]
+    found = [shared(images, labels, ProcessGroup(rank, 3)) for rank in range(3)]
     assert [share[1].tolist() for share in found] == [[0, 1, 2], [3, 4], [5, 6]]
     assert all(torch.equal(x.flatten(), y) for x, y in found)
 
@@ -100,8 +100,8 @@ def test_too_little_memory_halves_the_parts_and_ends_the_same(capsys: pytest.Cap
         found.append((state(model), rows, task.criterion.seen, capsys.readouterr().err))
     assert found[1][2][:2] == [6, 3]  # 6 at once, then the first of 2 parts, then 4 parts
     assert found[1][2][2:6] == [2, 2, 1, 1]
-    told = found[1][3].splitlines()
-    assert told == [
+    broadcast = found[1][3].splitlines()
+    assert broadcast == [
         "training, epoch 1, step 1: out of memory; going on with 2 micro-batches of 3 images",
         "training, epoch 1, step 1: out of memory; going on with 4 micro-batches of 2 images",
     ]
@@ -142,7 +142,7 @@ def test_a_pruned_weight_is_zero_after_every_step_and_in_the_average(
     vit: nn.Module, monkeypatch: pytest.MonkeyPatch, optimizer: str, more: dict[str, Any]
 ) -> None:
     groups = find_groups(vit, ["weight"])
-    held, averages, checked = Held(groups, random_masks(groups, 0.6)), [], [0]
+    held, averages, checked = FrozenZeros(groups, random_masks(groups, 0.6)), [], [0]
     zero(vit, groups, held.masks)
     make = training.ModelEmaV3
 
@@ -194,8 +194,8 @@ def deadly(row: int) -> bytes:
 def test_a_worker_that_is_killed_is_told_and_asks_for_another_attempt() -> None:
     transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
     table = data.ImageTable(tuple("abcdefgh"), torch.zeros(8, dtype=torch.int64), transform, deadly, None)
-    told = r"^DataLoader worker .*; it was killed, most often for memory: use fewer than 1 workers$"
-    with pytest.raises(Interrupted, match=told) as lost:
+    broadcast = r"^DataLoader worker .*; it was killed, most often for memory: use fewer than 1 workers$"
+    with pytest.raises(Interrupted, match=broadcast) as lost:
         list(data.train_batches(table, 4, 0, 0, workers=1))
     assert lost.value.code == 75
 
@@ -205,8 +205,8 @@ def test_a_worker_that_is_killed_is_told_and_asks_for_another_attempt() -> None:
 def test_an_image_that_cannot_be_decoded_while_training_is_named(workers: int) -> None:
     transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
     table = data.ImageTable(("a/b.jpg",), torch.zeros(1, dtype=torch.int64), transform, lambda row: b"none", None)
-    told = r"^a/b.jpg: is as the manifest says, but Pillow cannot decode it here; run `vitprune dataset` again$"
-    with pytest.raises(BadInput, match=told):
+    broadcast = r"^a/b.jpg: is as the manifest says, but Pillow cannot decode it here; run `vitprune dataset` again$"
+    with pytest.raises(BadInput, match=broadcast):
         list(data.train_batches(table, 4, 0, 0, workers))
 
 

@@ -10,20 +10,25 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from test_sharding import ONE_THREAD
 from torch import Tensor, nn
 
+from tests.pipeline.test_score_stage import ONE_THREAD
 from tests.support.tiny_models import batches, noisy, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, prune, zero
 from vitprune.config.train_config import Train
-from vitprune.training.loop import Held, classification, feature_distillation, train
+from vitprune.training.loop import FrozenZeros, classification, feature_distillation, train
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"epochs": 1, "lr": 0.1, "optimizer": "sgd", "weight_decay": 0.0, "clip": None}
 
 
 def fit(
-    model: nn.Module, more: dict[str, Any], task: Any = None, held: Held | None = None, number: int = 3, **given: Any
+    model: nn.Module,
+    more: dict[str, Any],
+    task: Any = None,
+    held: FrozenZeros | None = None,
+    number: int = 3,
+    **given: Any,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     recipe = Train.model_validate({"epochs": 2, "lr": 0.01} | more)
@@ -100,10 +105,10 @@ def test_a_model_that_cannot_compute_its_blocks_again_is_named() -> None:
     class Plain(nn.Linear):
         num_classes = 7
 
-    told = r"^train.checkpointing: Plain cannot compute its blocks again; set it to false$"
+    broadcast = r"^train.checkpointing: Plain cannot compute its blocks again; set it to false$"
     model = Plain(4, 7)
     noise = [(torch.rand(3, 4), torch.arange(3))]
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=broadcast):
         train(classification(model), lambda epoch: noise, 1, Train(epochs=1, lr=0.1, checkpointing=True), 0, print)
 
 
@@ -129,7 +134,7 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-from tiny_models import batches, random_masks, tiny
+from tests.support.tiny_models import batches, random_masks, tiny
 from vitprune import find_groups, zero
 from vitprune.models import write_weights
 from vitprune.config.train_config import Train
@@ -162,23 +167,23 @@ def uncompiled() -> dict[str, Tensor]:
     """What the worker ends with, without compiling."""
     model = tiny("vit")
     groups = find_groups(model, ["weight"])
-    held = Held(groups, random_masks(groups, 0.5))
+    held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(model, groups, held.masks)
     fit(model, {"ema": 0.5}, held=held, number=2)
     return state(model)
 
 
 def test_compiled_passes_train_alike(tmp_path: Path) -> None:
-    plain, (code, told) = uncompiled(), compiled(tmp_path, "compile", {})
-    assert "train.compile failed" not in told
+    plain, (code, broadcast) = uncompiled(), compiled(tmp_path, "compile", {})
+    assert "train.compile failed" not in broadcast
     assert max(float((plain[key] - code[key]).abs().max()) for key in plain) < 1e-9
 
 
 def test_where_nothing_compiles_the_training_goes_on_without(tmp_path: Path) -> None:
-    plain, (left, told) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
-    assert told.count("train.compile failed") == 1
-    assert "training, epoch 1, step 1: train.compile failed (" in told
-    assert "); going on without it" in told
+    plain, (left, broadcast) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
+    assert broadcast.count("train.compile failed") == 1
+    assert "training, epoch 1, step 1: train.compile failed (" in broadcast
+    assert "); going on without it" in broadcast
     assert all(torch.equal(plain[key], left[key]) for key in plain)
 
 
@@ -216,7 +221,7 @@ def test_patience_without_a_measurement_is_refused(vit: nn.Module) -> None:
 def test_every_key_at_once_on_a_pruned_model_holds_its_zeros() -> None:
     model = prune(tiny("vit"), "channel-magnitude", {"ffn": 0.5})
     groups = find_groups(model, ["weight"])
-    held = Held(groups, random_masks(groups, 0.5))
+    held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(model, groups, held.masks)
     names = list(model.state_dict())
     more = {"layer_decay": 0.7, "checkpointing": True, "channels_last": True, "patience": 1, "ema": 0.9}

@@ -29,7 +29,7 @@ from vitprune.architectures import (
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.causal_lm import groups as decoder_groups
 from vitprune.errors import BadInput
-from vitprune.groups import KINDS, Group, cut_to
+from vitprune.groups import KINDS, Group, resize_group
 
 Finder = Callable[[nn.Module, str], list[Group]]
 Cut = tuple[Group, tuple[int, ...]]
@@ -106,11 +106,11 @@ def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     Raises:
         BadInput: as of `cut_down`.
     """
-    cut_down(model, shapes)
+    resize_to_structure(model, shapes)
     return model
 
 
-def cut_down(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[Cut]:
+def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[Cut]:
     """Cut a dense model to a recorded structure, in place, and tell the cuts.
 
     The same cuts by `recut` make the same of another model of the same shapes, which need not be looked at again.
@@ -122,13 +122,13 @@ def cut_down(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[Cut]
     cuts: list[Cut] = []
     for kind in ("block", "head", "residual", "attention", "ffn") if wanted else ():
         if kind == "block" and type(model) not in HALVED:
-            cuts += recut(model, block_removal.cuts(model, wanted))
+            cuts += apply_cuts(model, block_removal.cuts(model, wanted))
             continue
         found = _cuttable(model, kind)
         if kind == "head":
-            cuts += recut(model, _fewer_heads(model, found, wanted))
+            cuts += apply_cuts(model, _fewer_heads(model, found, wanted))
         else:
-            cuts += recut(model, [(group, wanted[group.name]) for group in found if group.name in wanted])
+            cuts += apply_cuts(model, [(group, wanted[group.name]) for group in found if group.name in wanted])
     found_shapes = structure(model) if wanted else {}
     lost = {name: shape for name, shape in wanted.items() if found_shapes.get(name) != shape}
     if lost:
@@ -137,14 +137,14 @@ def cut_down(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[Cut]
     return cuts
 
 
-def recut(model: nn.Module, cuts: Sequence[Cut]) -> Sequence[Cut]:
+def apply_cuts(model: nn.Module, cuts: Sequence[Cut]) -> Sequence[Cut]:
     """Give groups of a model their smaller shapes, in place, keeping their first units; the cuts themselves.
 
     Raises:
         BadInput: a shape is larger than its group, or has nothing in it.
     """
     for group, shape in cuts:
-        cut_to(model, group, shape)
+        resize_group(model, group, shape)
     return cuts
 
 

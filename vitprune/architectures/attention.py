@@ -9,9 +9,9 @@ from timm.layers import AttentionRope, RelPosBias, RelPosBiasTf, RelPosMlp
 from timm.models import efficientvit_mit, maxxvit, mvitv2
 from torch import nn
 
-from vitprune.architectures.attention_specs import CLOSED, HEADS, UNLIKE, Heads
+from vitprune.architectures.attention_specs import CLOSED, HEADS, UNLIKE, AttentionSpec
 from vitprune.architectures.parts import refuse
-from vitprune.architectures.slices import Found, along, columns, leaves, rows
+from vitprune.architectures.slices import SliceSet, elementwise_slices, input_slices, output_slices, sequential_layers
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice
 
@@ -39,11 +39,11 @@ def groups(kind: str, path: str, attn: Any) -> list[Group]:
     width = total // number
     if kind == "attention":
         found = _found(path, attn, heads, number * width, number)
-        found += columns(f"{path}.{heads.reader}", attn.get_submodule(heads.reader))
+        found += input_slices(f"{path}.{heads.reader}", attn.get_submodule(heads.reader))
         resize = partial(_resize_channels, heads)
         return [Group(path, kind, (number, width), found.slices, owner=path, resize=resize, buffers=found.buffers)]
     found = _found(path, attn, heads, number, number)
-    found += columns(f"{path}.{heads.reader}", attn.get_submodule(heads.reader), 1, width)
+    found += input_slices(f"{path}.{heads.reader}", attn.get_submodule(heads.reader), 1, width)
     found = sum((_owned(path, attn, name, axis) for name, axis in heads.own), found)
     resize = partial(_resize_heads, heads, width)
     return [Group(f"{path}.heads", kind, (number,), found.slices, owner=path, resize=resize, buffers=found.buffers)]
@@ -69,7 +69,7 @@ def merge_heads(model: nn.Module, group: Group, number: int) -> Group:
     return replace(group, shape=(number, group.units // number))
 
 
-def _refuse(kind: str, path: str, attn: Any, heads: Heads) -> None:
+def _refuse(kind: str, path: str, attn: Any, heads: AttentionSpec) -> None:
     if kind == "attention" and heads.channels:
         raise refuse(path, attn, heads.channels)
     if kind == "attention" and heads.side_by_side and attn.key_dim != attn.val_dim:
@@ -83,8 +83,8 @@ def _refuse(kind: str, path: str, attn: Any, heads: Heads) -> None:
         raise refuse(path, attn, f"{attn.num_kv_groups} heads share one head of keys and values")
 
 
-def _reader(attn: Any, heads: Heads) -> Any:
-    return next(leaves("", attn.get_submodule(heads.reader)))[1]
+def _reader(attn: Any, heads: AttentionSpec) -> Any:
+    return next(sequential_layers("", attn.get_submodule(heads.reader)))[1]
 
 
 def _child(module: Any, name: str) -> Any:
@@ -93,29 +93,29 @@ def _child(module: Any, name: str) -> Any:
     return getattr(module.get_submodule(path), leaf, None)
 
 
-def _side_by_side(attn: Any, heads: Heads) -> bool:
+def _side_by_side(attn: Any, heads: AttentionSpec) -> bool:
     return heads.side_by_side or (isinstance(attn, maxxvit.Attention2d | maxxvit.AttentionCl) and attn.head_first)
 
 
-def _found(path: str, attn: Any, heads: Heads, units: int, number: int) -> Found:
+def _found(path: str, attn: Any, heads: AttentionSpec, units: int, number: int) -> SliceSet:
     """Where the units, heads or their channels, lie in all that has rows by head."""
-    found = Found()
+    found = SliceSet()
     for name, outer in heads.rows:
         child = _child(attn, name)
         if _side_by_side(attn, heads):
-            runs = _inner(f"{path}.{name}", next(leaves("", child))[1], units)
+            runs = _inner(f"{path}.{name}", next(sequential_layers("", child))[1], units)
             found += (
-                rows(f"{path}.{name}", child, runs).by_head(number)
+                output_slices(f"{path}.{name}", child, runs).by_head(number)
                 if units > number
-                else rows(f"{path}.{name}", child, 1, runs)
+                else output_slices(f"{path}.{name}", child, 1, runs)
             )
             continue
         if isinstance(child, nn.Module):
-            _, layer = next(leaves("", child))
-            found += rows(f"{path}.{name}", child, outer, _inner(f"{path}.{name}", layer, outer * units))
+            _, layer = next(sequential_layers("", child))
+            found += output_slices(f"{path}.{name}", child, outer, _inner(f"{path}.{name}", layer, outer * units))
         elif child is not None:
             part = ParamSlice(f"{path}.{name}", 0, outer, len(child) // (outer * units))
-            found += Found((part,)) if isinstance(child, nn.Parameter) else Found(buffers=(part,))
+            found += SliceSet((part,)) if isinstance(child, nn.Parameter) else SliceSet(buffers=(part,))
     return found
 
 
@@ -125,30 +125,32 @@ def _inner(path: str, layer: Any, units: int) -> int:
     return int(layer.weight.shape[0] // units)
 
 
-def _owned(path: str, attn: Any, name: str, axis: int) -> Found:
+def _owned(path: str, attn: Any, name: str, axis: int) -> SliceSet:
     """What each head has for itself: an entry of a parameter, a row (and bias) of a layer, a part of a table."""
     child, full = _child(attn, name), f"{path}.{name}"
     if child is None:
-        return Found()
+        return SliceSet()
     if isinstance(child, nn.Parameter):
-        return Found((ParamSlice(full, axis),))
+        return SliceSet((ParamSlice(full, axis),))
     if isinstance(child, nn.Linear):
-        return rows(full, child) if axis == 0 else columns(full, child)
+        return output_slices(full, child) if axis == 0 else input_slices(full, child)
     if isinstance(child, RelPosMlp):
-        return rows(f"{full}.mlp.fc2", child.mlp.fc2)
+        return output_slices(f"{full}.mlp.fc2", child.mlp.fc2)
     if isinstance(child, RelPosBias | RelPosBiasTf):
-        return Found((ParamSlice(f"{full}.relative_position_bias_table", 1 if isinstance(child, RelPosBias) else 0),))
+        return SliceSet(
+            (ParamSlice(f"{full}.relative_position_bias_table", 1 if isinstance(child, RelPosBias) else 0),)
+        )
     raise refuse(full, child, "what each head owns of it is not known")
 
 
-def _resize_heads(heads: Heads, width: int, attn: Any, shape: tuple[int, ...]) -> None:
+def _resize_heads(heads: AttentionSpec, width: int, attn: Any, shape: tuple[int, ...]) -> None:
     """Record a new number of heads."""
     attn.num_heads = shape[0]
     heads.sizes(attn, shape[0], width)
 
 
 @torch.no_grad()
-def _resize_channels(heads: Heads, attn: Any, shape: tuple[int, ...]) -> None:
+def _resize_channels(heads: AttentionSpec, attn: Any, shape: tuple[int, ...]) -> None:
     """Record new (heads, channels) and keep the softmax scale of the old width by folding the change into q.
 
     timm's fused attention scales by the new width, so q carries sqrt(new / old).
@@ -172,12 +174,12 @@ def _linear(kind: str, path: str, attn: Any) -> Group:
         raise refuse(path, attn, "its aggregation mixes the channels of a head")
     rows_of_head = 3 * attn.dim
     number = attn.qkv.conv.out_channels // rows_of_head
-    found = rows(f"{path}.qkv", attn.qkv, 1, rows_of_head)
+    found = output_slices(f"{path}.qkv", attn.qkv, 1, rows_of_head)
     for index, (deep, wide) in enumerate(attn.aggreg):
-        found += along(f"{path}.aggreg.{index}.0", deep, 1, rows_of_head)
+        found += elementwise_slices(f"{path}.aggreg.{index}.0", deep, 1, rows_of_head)
         for leaf, _ in wide.named_parameters():
-            found += Found((ParamSlice(f"{path}.aggreg.{index}.1.{leaf}", 0, 1, rows_of_head),))
-    found += columns(f"{path}.proj", attn.proj, 1 + len(attn.aggreg), attn.dim)
+            found += SliceSet((ParamSlice(f"{path}.aggreg.{index}.1.{leaf}", 0, 1, rows_of_head),))
+    found += input_slices(f"{path}.proj", attn.proj, 1 + len(attn.aggreg), attn.dim)
     return Group(
         f"{path}.heads", kind, (number,), found.slices, owner=path, resize=_resize_linear, buffers=found.buffers
     )

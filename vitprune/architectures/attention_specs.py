@@ -27,7 +27,7 @@ from torch import nn
 
 from vitprune.architectures import narrow_attention as cut
 from vitprune.architectures.pvt_attention import CutAttention
-from vitprune.architectures.pvt_attention import settle as settle_pvt
+from vitprune.architectures.pvt_attention import set_pvt_forward_class as settle_pvt
 
 UNLIKE = "its keys and values differ in width, so a channel is not one of each"
 COUPLED = "a norm over the head couples its channels"
@@ -37,7 +37,7 @@ Sizes = Callable[[Any, int, int], None]
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionSpec:
     """Where an attention keeps its heads.
 
     `rows` names what has channels by head, and how many times over; the first rows of the first are q. `reader` reads
@@ -55,7 +55,7 @@ class Heads:
     channels: str = ""
     scaled: bool = True
     side_by_side: bool = False
-    sizes: Sizes = cut.settle
+    sizes: Sizes = cut.set_forward_class
 
 
 def _plain(attn: Any, number: int, width: int) -> None:
@@ -103,47 +103,49 @@ def _pvt(attn: Any, number: int, width: int) -> None:
 
 BIASES = (("q_bias", 1), ("k_bias", 1), ("v_bias", 1))
 TABLE = ("relative_position_bias_table", 1)
-LEVIT = Heads((("qkv", 1),), "proj.ln", (("attention_biases", 0),), scaled=False, side_by_side=True, sizes=_levit)
-PARTITIONED = Heads(own=(("rel_pos", 0),), sizes=_partitioned)
-PVT = Heads((("q", 1), ("kv", 2)), sizes=_pvt)
+LEVIT = AttentionSpec(
+    (("qkv", 1),), "proj.ln", (("attention_biases", 0),), scaled=False, side_by_side=True, sizes=_levit
+)
+PARTITIONED = AttentionSpec(own=(("rel_pos", 0),), sizes=_partitioned)
+PVT = AttentionSpec((("q", 1), ("kv", 2)), sizes=_pvt)
 ROTATED = (("qkv", 3), *((f"{name}_proj", 1) for name in "qkv"), *BIASES, ("gate", 1))
 NORMS = {"q_norm": COUPLED, "k_norm": COUPLED}
 
-HEADS: dict[type[nn.Module], Heads] = {
-    Attention: Heads(
+HEADS: dict[type[nn.Module], AttentionSpec] = {
+    Attention: AttentionSpec(
         whole={"norm": JOINED, "gate": "gated attention is not understood here"},
         apart=NORMS,
         sizes=_plain,
     ),
-    AttentionRope: Heads(ROTATED, whole={"norm": JOINED}, channels=ROTARY, sizes=_rotary),
-    eva.EvaAttention: Heads(ROTATED, whole={"norm": JOINED}, channels=ROTARY),
-    beit.Attention: Heads((("qkv", 3), *BIASES), own=(TABLE,)),
-    cait.ClassAttn: Heads((("q", 1), ("k", 1), ("v", 1))),
-    cait.TalkingHeadAttn: Heads(own=(("proj_l", 0), ("proj_l", 1), ("proj_w", 0), ("proj_w", 1))),
-    convit.GPSA: Heads((("qk", 2), ("v", 1)), own=(("pos_proj", 0), ("gating_param", 0))),
-    convit.MHSA: Heads(),
-    efficientformer.Attention: Heads(
+    AttentionRope: AttentionSpec(ROTATED, whole={"norm": JOINED}, channels=ROTARY, sizes=_rotary),
+    eva.EvaAttention: AttentionSpec(ROTATED, whole={"norm": JOINED}, channels=ROTARY),
+    beit.Attention: AttentionSpec((("qkv", 3), *BIASES), own=(TABLE,)),
+    cait.ClassAttn: AttentionSpec((("q", 1), ("k", 1), ("v", 1))),
+    cait.TalkingHeadAttn: AttentionSpec(own=(("proj_l", 0), ("proj_l", 1), ("proj_w", 0), ("proj_w", 1))),
+    convit.GPSA: AttentionSpec((("qk", 2), ("v", 1)), own=(("pos_proj", 0), ("gating_param", 0))),
+    convit.MHSA: AttentionSpec(),
+    efficientformer.Attention: AttentionSpec(
         (("qkv", 1),), own=(("attention_biases", 0),), scaled=False, side_by_side=True, sizes=_levit
     ),
     levit.Attention: LEVIT,
-    levit.AttentionDownsample: Heads(
+    levit.AttentionDownsample: AttentionSpec(
         (("kv", 1), ("q.ln", 1)), "proj.ln", (("attention_biases", 0),), scaled=False, side_by_side=True, sizes=_levit
     ),
     maxxvit.Attention2d: PARTITIONED,
     maxxvit.AttentionCl: PARTITIONED,
-    mvitv2.MultiScaleAttention: Heads(
+    mvitv2.MultiScaleAttention: AttentionSpec(
         channels="pooling shares its weights, norms and position tables among heads, over the same channels",
         sizes=_multiscale,
     ),
     pvt_v2.Attention: PVT,
-    swin_transformer.WindowAttention: Heads(own=(TABLE,), sizes=_plain),
-    swin_transformer_v2.WindowAttention: Heads(
+    swin_transformer.WindowAttention: AttentionSpec(own=(TABLE,), sizes=_plain),
+    swin_transformer_v2.WindowAttention: AttentionSpec(
         (("qkv", 3), *BIASES), own=(("logit_scale", 0), ("cpb_mlp.2", 0)), scaled=False
     ),
-    tiny_vit.Attention: Heads((("qkv", 1),), own=(("attention_biases", 0),), side_by_side=True, sizes=_tiny),
-    twins.GlobalSubSampleAttn: Heads((("q", 1), ("kv", 2))),
-    twins.LocallyGroupedAttn: Heads(),
-    xcit.XCA: Heads(
+    tiny_vit.Attention: AttentionSpec((("qkv", 1),), own=(("attention_biases", 0),), side_by_side=True, sizes=_tiny),
+    twins.GlobalSubSampleAttn: AttentionSpec((("q", 1), ("kv", 2))),
+    twins.LocallyGroupedAttn: AttentionSpec(),
+    xcit.XCA: AttentionSpec(
         own=(("temperature", 0),), channels="attention among channels: its softmax runs over those of a head"
     ),
 }

@@ -12,13 +12,13 @@ from vitprune.architectures.parts import refuse
 from vitprune.architectures.tracing.cache import Shapes, images, line, shapes
 from vitprune.architectures.tracing.residual_branches import adding
 from vitprune.errors import BadInput
-from vitprune.groups import Group, frame, inside
+from vitprune.groups import Group, is_within, meta_copy
 from vitprune.runtime.eval_mode import evaluating
 
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[Shapes, tuple[str, ...] | BadInput]] = WeakKeyDictionary()
 
 
-class Skipped(nn.Module):
+class IdentityBlock(nn.Module):
     """Where a block was: the first of what it is given goes on."""
 
     def forward(self, x: Tensor, *others: Any, **more: Any) -> Tensor:
@@ -55,7 +55,7 @@ def group_of(paths: Sequence[str]) -> Group:
 
 def recorded(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """What a saved model's structure says of the blocks that are skipped: their names."""
-    return {_entry(path): (1,) for path, module in model.named_modules() if type(module) is Skipped}
+    return {_entry(path): (1,) for path, module in model.named_modules() if type(module) is IdentityBlock}
 
 
 def cuts(model: nn.Module, wanted: Mapping[str, Sequence[int]]) -> list[tuple[Group, tuple[int, ...]]]:
@@ -79,12 +79,12 @@ def _entry(path: str) -> str:
 def _skip(paths: Sequence[str], model: nn.Module, keep: Tensor) -> None:
     for path, stays in zip(paths, keep[::2].tolist(), strict=True):
         if not stays:
-            model.set_submodule(path, Skipped())
+            model.set_submodule(path, IdentityBlock())
 
 
 def _looked_up(model: nn.Module) -> tuple[str, ...] | BadInput:
     """Paths of the blocks that can be skipped, or why none can."""
-    small, members = frame(model), _members(model)
+    small, members = meta_copy(model), _members(model)
     try:
         given = images(small)
         found = adding(small, given, members)
@@ -108,13 +108,13 @@ def _members(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         within = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Sequential | nn.ModuleList)
         layers = sum(parameter.dim() > 1 for parameter in module.parameters())
-        if path and within and layers > 1 and not any(type(inner) is Skipped for inner in module.modules()):
+        if path and within and layers > 1 and not any(type(inner) is IdentityBlock for inner in module.modules()):
             found.append(path)
     return found
 
 
 def _innermost(paths: Sequence[str]) -> tuple[str, ...]:
-    return tuple(path for path in paths if not any(inside(other, [path]) for other in paths if other != path))
+    return tuple(path for path in paths if not any(is_within(other, [path]) for other in paths if other != path))
 
 
 def _refusal(model: nn.Module, members: Sequence[str]) -> BadInput:

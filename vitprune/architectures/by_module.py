@@ -9,9 +9,9 @@ from torch import nn
 
 from vitprune.architectures import attention, mlp
 from vitprune.architectures.parts import refuse
-from vitprune.architectures.tracing.cache import attempt, seen
+from vitprune.architectures.tracing.cache import traced_channels, trial_run
 from vitprune.errors import BadInput
-from vitprune.groups import Group, inside
+from vitprune.groups import Group, is_within
 
 KINDS = ("ffn", "head", "attention")
 WORDS = {"ffn": "MLP", "head": "attention", "attention": "attention"}
@@ -31,7 +31,7 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
     found: list[Group] = []
     traced: dict[str, list[Group]] = {}
     for path, module in model.named_modules():
-        if inside(path, whole):
+        if is_within(path, whole):
             continue
         if known(module):
             found += mlp.groups(path, module) if kind == "ffn" else attention.groups(kind, path, module)
@@ -42,7 +42,7 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
             found += traced[path]
     if traced:
         own = [group for groups_of in traced.values() for group in groups_of]
-        attempt(model, own, f"fewer hidden units in {', '.join(traced)}")
+        trial_run(model, own, f"fewer hidden units in {', '.join(traced)}")
     if not found:
         raise BadInput(f"{type(model).__name__}: there is no {WORDS[kind]} in it, so it has no groups of kind {kind!r}")
     return found
@@ -51,8 +51,8 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
 def _traced(model: nn.Module, path: str) -> list[Group]:
     """Hidden units of an MLP that nobody named: what is written and read in it alone, as a trace of shapes finds."""
     found = []
-    for one in seen(model):
-        own = all(inside(part.param, [path]) for part in one.slices)
+    for one in traced_channels(model):
+        own = all(is_within(part.param, [path]) for part in one.slices)
         read = any(part.axis == 1 for part in one.slices)
         if one.kind == "ffn" and one.units > 1 and not one.why_not and one.writers and own and read:
             name = f"{one.writers[0].rpartition('.')[0]}.units"

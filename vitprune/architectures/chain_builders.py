@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from vitprune.architectures import causal_lm, parts, pvt_chain
-from vitprune.architectures.block_removal import Skipped
+from vitprune.architectures.block_removal import IdentityBlock
 from vitprune.architectures.chain import Branch, Chain, Perceptron, SelfAttention, Step
 from vitprune.errors import BadInput
 
@@ -94,7 +94,7 @@ def _swin(model: Any) -> Chain:
         if not isinstance(stage.downsample, nn.Identity):
             steps.append(stage.downsample)
         for index, block in enumerate(stage.blocks):
-            if type(block) is not Skipped:
+            if type(block) is not IdentityBlock:
                 steps += _window_block(f"layers.{number}.blocks.{index}", block)
     return Chain(model.patch_embed, tuple(steps), (model.norm, model.head))
 

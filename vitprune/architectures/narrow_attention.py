@@ -195,13 +195,13 @@ NARROW: dict[type[nn.Module], type[nn.Module]] = {
     twins.LocallyGroupedAttn: CutLocal,
     xcit.XCA: CutCrossCovariance,
 }
-WIDE = {narrow: wide for wide, narrow in NARROW.items()}
+TIMM_CLASS = {narrow: wide for wide, narrow in NARROW.items()}
 
 
-def settle(attn: Any, number: int, width: int) -> None:
+def set_forward_class(attn: Any, number: int, width: int) -> None:
     """Record heads of a width, and give an attention the forward that it needs: timm's wherever that one fits.
 
     Only the class changes, not the object: its weights, their names and who refers to it stay.
     """
-    wide = WIDE.get(type(attn), type(attn))
+    wide = TIMM_CLASS.get(type(attn), type(attn))
     attn.__class__ = wide if number * width == attn.proj.out_features else NARROW[wide]

@@ -6,8 +6,8 @@ from typing import Any
 from timm.models.pvt_v2 import Attention, Block, MlpWithDepthwiseConv
 
 from vitprune.architectures import by_module, parts
-from vitprune.architectures.block_removal import Skipped
-from vitprune.architectures.pvt_attention import CutAttention, settle
+from vitprune.architectures.block_removal import IdentityBlock
+from vitprune.architectures.pvt_attention import CutAttention, set_pvt_forward_class
 from vitprune.groups import Group
 
 PRUNABLE = {"attn.q": "qkv", "attn.kv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}
@@ -26,7 +26,7 @@ def groups(model: Any, kind: str) -> list[Group]:
         (f"stages.{number}.blocks.{index}", plain(f"stages.{number}.blocks.{index}", block))
         for number, stage in enumerate(model.stages)
         for index, block in enumerate(stage.blocks)
-        if type(block) is not Skipped
+        if type(block) is not IdentityBlock
     ]
     if kind == "residual":
         streams = [_stream(model, number) for number in range(len(model.stages))]
@@ -84,7 +84,7 @@ def _reduction(path: str, attn: Any) -> Group:
 
 
 def _resize_reduction(attn: Any, shape: tuple[int, ...]) -> None:
-    settle(attn)
+    set_pvt_forward_class(attn)
 
 
 def _stream(model: Any, number: int) -> Group:
@@ -94,7 +94,7 @@ def _stream(model: Any, number: int) -> Group:
     writers, norms = [f"{entry}.proj"], [f"{entry}.norm", f"{path}.norm"]
     readers = ["head" if last else f"stages.{number + 1}.downsample.proj"]
     for index, block in enumerate(model.stages[number].blocks):
-        if type(block) is Skipped:
+        if type(block) is IdentityBlock:
             continue
         inside = f"{path}.blocks.{index}"
         writers += [f"{inside}.attn.proj", f"{inside}.mlp.fc2"]
@@ -108,7 +108,7 @@ def _stream(model: Any, number: int) -> Group:
 def _resize_stream(number: int, model: Any, shape: tuple[int, ...]) -> None:
     model.feature_info[number]["num_chs"] = shape[0]
     for block in model.stages[number].blocks:
-        if type(block) is not Skipped:
-            settle(block.attn)
+        if type(block) is not IdentityBlock:
+            set_pvt_forward_class(block.attn)
     if number + 1 == len(model.stages):
         model.num_features = model.head_hidden_size = shape[0]

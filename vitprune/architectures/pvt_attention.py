@@ -38,7 +38,7 @@ def _reduced(attn: Any, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
     return reduced if attn.act is None else attn.act(reduced)
 
 
-def settle(attn: Any) -> None:
+def set_pvt_forward_class(attn: Any) -> None:
     """Give an attention the forward that its widths need: timm's own wherever they are all the same.
 
     Only the class changes, not the object: its weights, their names and who refers to it stay, and a model back at

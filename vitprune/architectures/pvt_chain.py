@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitprune.architectures import parts
-from vitprune.architectures.block_removal import Skipped
+from vitprune.architectures.block_removal import IdentityBlock
 from vitprune.architectures.chain import Branch, Chain, Step
 from vitprune.architectures.pvt import plain
 
@@ -22,7 +22,7 @@ def chain(model: Any) -> Chain:
         if number:
             steps.append(partial(_onto_the_next, model.stages[number - 1].norm, stage.downsample))
         for index, block in enumerate(stage.blocks):
-            if type(block) is not Skipped:
+            if type(block) is not IdentityBlock:
                 steps += _block(f"stages.{number}.blocks.{index}", block)
     return Chain(model.patch_embed, tuple(steps), (model.stages[-1].norm, partial(_answer, model)))
 

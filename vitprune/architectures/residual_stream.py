@@ -8,10 +8,10 @@ from timm.models.metaformer import Scale
 from torch import nn
 
 from vitprune.architectures import narrow_attention
-from vitprune.architectures.tracing.cache import attempt, seen
-from vitprune.architectures.tracing.dependency_graph import Channels
+from vitprune.architectures.tracing.cache import traced_channels, trial_run
+from vitprune.architectures.tracing.dependency_graph import ChannelGroup
 from vitprune.errors import BadInput
-from vitprune.groups import Group, inside
+from vitprune.groups import Group, is_within
 
 WIDTHS = ("num_features", "head_hidden_size", "in_features", "embed_dim")  # of a model, or of its head
 
@@ -26,7 +26,7 @@ def groups(model: nn.Module) -> list[Group]:
 
     Source: UP-ViTs, component 1.
     """
-    streams = [one for one in seen(model) if one.kind == "residual" and len(one.writers) > 1]
+    streams = [one for one in traced_channels(model) if one.kind == "residual" and len(one.writers) > 1]
     streams = [one for one in streams if not _is_answer(model, one)]
     if not streams:
         raise BadInput(f"{type(model).__name__}: it has no residual stream between its layers")
@@ -36,25 +36,25 @@ def groups(model: nn.Module) -> list[Group]:
             raise BadInput(f"{_path(one)}: the residual stream that it writes cannot be cut ({why})")
     features = _features(model, streams)
     found = [_group(model, one, features[place]) for place, one in enumerate(streams)]
-    attempt(model, found, "a narrower residual stream")
+    trial_run(model, found, "a narrower residual stream")
     return found
 
 
-def _is_answer(model: Any, one: Channels) -> bool:
+def _is_answer(model: Any, one: ChannelGroup) -> bool:
     """Whether a sum is of classifiers, as of a distilled model's two."""
     return one.why_not.endswith("it is the answer") and one.units == model.num_classes
 
 
-def _path(one: Channels) -> str:
+def _path(one: ChannelGroup) -> str:
     return one.writers[0].rpartition(".")[0]
 
 
-def _features(model: Any, streams: Sequence[Channels]) -> list[list[int]]:
+def _features(model: Any, streams: Sequence[ChannelGroup]) -> list[list[int]]:
     """Which entries of timm's feature_info tell each stream's width: those of modules at whose end it runs."""
     found: list[list[int]] = [[] for _ in streams]
     order = {path: place for place, (path, _) in enumerate(model.named_modules())}
     for number, feature in enumerate(getattr(model, "feature_info", ())):
-        places = [place for path, place in order.items() if inside(path, [feature["module"]])]
+        places = [place for path, place in order.items() if is_within(path, [feature["module"]])]
         end = max(places, default=len(order))
         begun = [place for place, one in enumerate(streams) if order[_path(one)] <= end]
         alike = [place for place in begun if streams[place].units == feature["num_chs"]]
@@ -63,7 +63,7 @@ def _features(model: Any, streams: Sequence[Channels]) -> list[list[int]]:
     return found
 
 
-def _group(model: Any, one: Channels, features: Sequence[int]) -> Group:
+def _group(model: Any, one: ChannelGroup, features: Sequence[int]) -> Group:
     names = model.pretrained_cfg.get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     read = [name for name in names if any((p.param, p.axis) == (f"{name}.weight", 1) for p in one.slices)]
@@ -81,7 +81,7 @@ def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any,
             if getattr(module, name, None) == old:
                 setattr(module, name, shape[0])
     for module in model.modules():
-        if type(module) in narrow_attention.NARROW or type(module) in narrow_attention.WIDE:
-            narrow_attention.settle(module, module.num_heads, module.proj.in_features // module.num_heads)
+        if type(module) in narrow_attention.NARROW or type(module) in narrow_attention.TIMM_CLASS:
+            narrow_attention.set_forward_class(module, module.num_heads, module.proj.in_features // module.num_heads)
         elif isinstance(module, Scale):
             module.shape = (len(module.scale), *module.shape[1:])

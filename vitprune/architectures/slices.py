@@ -33,26 +33,26 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
 @dataclass(frozen=True)
-class Found:
+class SliceSet:
     """Slices of parameters and of buffers."""
 
     slices: tuple[ParamSlice, ...] = ()
     buffers: tuple[ParamSlice, ...] = ()
 
-    def by_head(self, heads: int) -> "Found":
+    def by_head(self, heads: int) -> "SliceSet":
         """The same, where the runs of each head lie side by side."""
         parts = (self.slices, self.buffers)
-        return Found(*(tuple(replace(p, outer=1, heads=heads, runs=p.outer) for p in part) for part in parts))
+        return SliceSet(*(tuple(replace(p, outer=1, heads=heads, runs=p.outer) for p in part) for part in parts))
 
-    def __add__(self, other: "Found") -> "Found":
-        return Found(self.slices + other.slices, self.buffers + other.buffers)
+    def __add__(self, other: "SliceSet") -> "SliceSet":
+        return SliceSet(self.slices + other.slices, self.buffers + other.buffers)
 
 
-def leaves(path: str, module: Any) -> Iterator[tuple[str, Any]]:
+def sequential_layers(path: str, module: Any) -> Iterator[tuple[str, Any]]:
     """A module as the layers that run one after the other in it; a missing one is none."""
     if type(module) in WRAPPED:
         for leaf in WRAPPED[type(module)]:
-            yield from leaves(f"{path}.{leaf}", getattr(module, leaf, None))
+            yield from sequential_layers(f"{path}.{leaf}", getattr(module, leaf, None))
     elif module is not None:
         yield path, module
 
@@ -73,20 +73,20 @@ def plain(path: str, layer: Any) -> Any:
     return layer
 
 
-def rows(path: str, module: Any, outer: int = 1, inner: int = 1) -> Found:
+def output_slices(path: str, module: Any, outer: int = 1, inner: int = 1) -> SliceSet:
     """Addresses of the channels that a layer writes, and of what follows it in the same module."""
-    (first, layer), *behind = leaves(path, module)
-    found = Found(_named(first, plain(first, layer), 0, outer, inner))
-    return sum((along(name, other, outer, inner) for name, other in behind), found)
+    (first, layer), *behind = sequential_layers(path, module)
+    found = SliceSet(_named(first, plain(first, layer), 0, outer, inner))
+    return sum((elementwise_slices(name, other, outer, inner) for name, other in behind), found)
 
 
-def columns(path: str, module: Any, outer: int = 1, inner: int = 1) -> Found:
+def input_slices(path: str, module: Any, outer: int = 1, inner: int = 1) -> SliceSet:
     """Addresses of the channels that a layer reads."""
-    first, layer = next(leaves(path, module))
-    return Found((ParamSlice(f"{first}.weight", 1, outer, inner),)) if plain(first, layer) is layer else Found()
+    first, layer = next(sequential_layers(path, module))
+    return SliceSet((ParamSlice(f"{first}.weight", 1, outer, inner),)) if plain(first, layer) is layer else SliceSet()
 
 
-def along(path: str, module: Any, outer: int = 1, inner: int = 1) -> Found:
+def elementwise_slices(path: str, module: Any, outer: int = 1, inner: int = 1) -> SliceSet:
     """Addresses of the channels in a module that keeps them apart: BatchNorm, depth-wise convolution, excitation.
 
     Raises:
@@ -95,25 +95,28 @@ def along(path: str, module: Any, outer: int = 1, inner: int = 1) -> Found:
     kind = type(module)
     if kind in BATCH_NORMS and module.affine:
         statistics = [name for name in ("running_mean", "running_var") if getattr(module, name) is not None]
-        found = Found(
+        found = SliceSet(
             _named(path, module, 0, outer, inner),
             tuple(ParamSlice(f"{path}.{name}", 0, outer, inner) for name in statistics),
         )
-        return sum((along(f"{path}.{leaf}", child, outer, inner) for leaf, child in module.named_children()), found)
+        return sum(
+            (elementwise_slices(f"{path}.{leaf}", child, outer, inner) for leaf, child in module.named_children()),
+            found,
+        )
     if (
         kind in PLAIN
         and isinstance(module, nn.Conv2d)
         and 1 < module.groups == module.in_channels == module.out_channels
     ):
-        return Found(_named(path, module, 0, outer, inner))
+        return SliceSet(_named(path, module, 0, outer, inner))
     if kind in SQUEEZES:
         reads, writes = SQUEEZES[kind]
-        squeezed = columns(f"{path}.{reads}", getattr(module, reads), outer, inner)
-        return squeezed + rows(f"{path}.{writes}", getattr(module, writes), outer, inner)
+        squeezed = input_slices(f"{path}.{reads}", getattr(module, reads), outer, inner)
+        return squeezed + output_slices(f"{path}.{writes}", getattr(module, writes), outer, inner)
     if "Norm" in kind.__name__:
         raise refuse(path, module, "a norm inside the MLP couples its hidden units")
     if all(parameter.numel() == 1 for parameter in module.parameters()) and not list(module.buffers()):
-        return Found()
+        return SliceSet()
     raise refuse(path, module, "what it does to hidden units one by one is not known")
 
 

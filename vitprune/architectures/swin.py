@@ -8,7 +8,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import nn
 
 from vitprune.architectures import by_module, parts
-from vitprune.architectures.block_removal import Skipped
+from vitprune.architectures.block_removal import IdentityBlock
 from vitprune.groups import Group, ParamSlice
 
 
@@ -39,7 +39,7 @@ def _stream(model: Any, number: int) -> Group:
     )
     readers = ["head.fc"] if last else []
     for index, block in enumerate(model.layers[number].blocks):
-        if type(block) is Skipped:
+        if type(block) is IdentityBlock:
             continue
         inside = f"{path}.blocks.{index}"
         writers += [f"{inside}.attn.proj", f"{inside}.mlp.fc2"]

@@ -9,7 +9,7 @@ from torch import nn
 from vitprune.architectures import parts
 from vitprune.architectures.slices import PLAIN
 from vitprune.errors import BadInput
-from vitprune.groups import Group, ParamSlice, inside
+from vitprune.groups import Group, ParamSlice, is_within
 
 WITHIN = ("conv", "linear", "ln")  # of a layer with its norm
 POOLS = {"q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "qk": "qkv", "fc1": "mlp", "fc2": "mlp"}
@@ -74,7 +74,7 @@ def all_weights(model: nn.Module) -> list[Group]:
     config: Any = getattr(model, "pretrained_cfg", {})
     kept = {_stem(path) for path in _paths(config.get("first_conv"))} | set(_paths(config.get("classifier")))
     for path, layer in _matrices(model):
-        if not path or not isinstance(layer, nn.Linear | nn.Conv2d) or inside(path, kept):
+        if not path or not isinstance(layer, nn.Linear | nn.Conv2d) or is_within(path, kept):
             continue
         if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
             continue

@@ -26,7 +26,7 @@ def number_of(quantity: Quantity) -> float:
     return float(quantity)
 
 
-def read(quantity: Quantity) -> Quantity:
+def parse_cost(quantity: Quantity) -> Quantity:
     """The number that text says; text that says none as it is."""
     try:
         return number_of(quantity) if isinstance(quantity, str) else quantity
@@ -34,7 +34,7 @@ def read(quantity: Quantity) -> Quantity:
         return quantity
 
 
-def said(number: float) -> str:
+def format_cost(number: float) -> str:
     """A number to read: four digits, with K, M or G from ten thousand on."""
     for suffix, size in reversed(SUFFIXES.items()):
         if number >= max(size, 1e4) * (1 - 1e-9):

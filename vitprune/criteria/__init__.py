@@ -7,13 +7,13 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from vitprune.groups import Group, Masks, Scores
-from vitprune.runtime.distributed import ALONE, Team
+from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # (images (B, C, H, W), labels (B,))
 Update = Callable[[Masks], dict[str, Tensor]]
 
 
-class Notes(Protocol):
+class PartialScores(Protocol):
     """What is done so far, kept where a kill cannot reach it; by names that the criterion chooses."""
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ class Notes(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
+class ScoreConfig:
     """How a criterion runs: its seed, and limits that change time and memory, or the last digits of an estimate.
 
     `memory` (bytes) bounds the activations of candidates in flight, `classes` counts the gradients that are taken of an
@@ -53,11 +53,11 @@ class Setting:
     gradient_batch: int = 128
     per_sample: bool = True
     pattern: tuple[int, int] | None = None
-    team: Team = field(default=ALONE, repr=False, compare=False)
-    notes: Notes | None = field(default=None, repr=False, compare=False)
+    team: ProcessGroup = field(default=SINGLE_PROCESS, repr=False, compare=False)
+    notes: PartialScores | None = field(default=None, repr=False, compare=False)
 
 
-DEFAULTS = Setting()
+DEFAULT_SCORE_CONFIG = ScoreConfig()
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Importance:
 
 
 Statistics = dict[str, Tensor]  # float64 sums over images, by "path of a layer/what"
-Updater = Callable[[nn.Module, Sequence[Group], Statistics], Update]  # the update from what was summed before
-Criterion = Callable[[nn.Module, Sequence[Group], Batches, Setting], Importance]
-Again = Callable[[nn.Module, Sequence[Group], Batches, Setting], Update]  # the update alone, from the images
+UpdateFromStats = Callable[[nn.Module, Sequence[Group], Statistics], Update]  # the update from what was summed before
+Criterion = Callable[[nn.Module, Sequence[Group], Batches, ScoreConfig], Importance]
+RecomputeUpdate = Callable[
+    [nn.Module, Sequence[Group], Batches, ScoreConfig], Update
+]  # the update alone, from the images

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, Setting, Statistics, Update
+from vitprune.criteria import Batches, Importance, ScoreConfig, Statistics, Update
 from vitprune.criteria.moments import collect, consumer
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores, unit_sums
@@ -13,7 +13,7 @@ from vitprune.groups import Group, Masks, Scores, unit_sums
 RIDGE = 1e-3  # absolute, as the authors' own rule gives in every layer of a small model
 
 
-def corp(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def corp(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score FFN units by E[x_j^2] times the norms of their rows in both layers; the update predicts them affinely.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor
 ROUNDS = 6  # of subspace iteration
 
 
-def pulls(
+def fisher_directions(
     probability: Tensor, head: Tensor | None, number: int, seed: int, positions: Sequence[int]
 ) -> Iterator[Tensor]:
     """Directions of the logits, (B, ..., classes) each, whose outer products sum to diag(p) - p p^T on average.

@@ -13,7 +13,7 @@ def plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear
 
 
-def read(layer: nn.Module, value: Tensor, images: int) -> Tensor:
+def layer_inputs(layer: nn.Module, value: Tensor, images: int) -> Tensor:
     """What a plain layer reads; (images, places, inputs), inputs as in a row of its weight."""
     if isinstance(layer, nn.Conv2d):
         padding = cast(tuple[int, int], layer.padding)
@@ -21,7 +21,7 @@ def read(layer: nn.Module, value: Tensor, images: int) -> Tensor:
     return value.reshape(images, -1, value.shape[-1])  # windows of an image are neighbours
 
 
-def written(layer: nn.Module, value: Tensor, images: int) -> Tensor:
+def layer_outputs(layer: nn.Module, value: Tensor, images: int) -> Tensor:
     """What a plain layer writes, or slopes by it; (images, places, outputs)."""
     if isinstance(layer, nn.Conv2d):
         value = value.flatten(2).transpose(1, 2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vitprune.criteria import Batches, Importance, Setting
+from vitprune.criteria import Batches, Importance, ScoreConfig
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import cross_entropy
 from vitprune.groups import Group, unit_sums
@@ -15,13 +15,13 @@ from vitprune.runtime.eval_mode import evaluating
 from vitprune.runtime.progress import track
 
 
-def random(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def random(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score every unit by a draw from a uniform distribution: the baseline that knows nothing."""
     generator = torch.Generator().manual_seed(setting.seed)
     return Importance({g.name: torch.rand(g.shape, generator=generator, dtype=torch.float64) for g in groups})
 
 
-def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a single weight by its absolute value, a unit by the L2 norm of the weight rows that produce it.
 
     Source: Li et al. 2017, section 3.1 (the norm of a filter). Columns and biases are left out: on DeiT-Tiny the norm
@@ -32,7 +32,7 @@ def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, setti
     return Importance({group.name: unit_sums(group, squares).sqrt() for group in rows})
 
 
-def energy(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def energy(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a weight by its share of the energy of all weights of its layer that are at least as large.
 
     w_(j)^2 / sum_{k<=j} w_(k)^2 with |w_(1)| >= |w_(2)| >= ..., in float64; 0 for a weight that is 0.
@@ -43,7 +43,7 @@ def energy(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
     return Importance({group.name: _energy(_only_weight(group, named)) for group in groups})
 
 
-def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a unit by the squared first-order change of the loss on its removal, summed over batches.
 
     sum over batches of (sum over the unit's weights of gradient * weight)^2, cross-entropy loss.

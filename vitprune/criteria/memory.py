@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 def images_at_once(model: nn.Module, run: Callable[[Tensor], object], image: Tensor, memory: int) -> int:
     """How many images' forward passes fit into so many bytes, from what that of one (1, ...) keeps; at least 1."""
-    return max(1, memory // footprint(model, run, image))
+    return max(1, memory // activation_bytes(model, run, image))
 
 
-def footprint(model: nn.Module, run: Callable[[Tensor], object], image: Tensor) -> int:
+def activation_bytes(model: nn.Module, run: Callable[[Tensor], object], image: Tensor) -> int:
     """Bytes that the forward pass of one image keeps for its backward passes, the weights not counted."""
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -27,6 +27,6 @@ def footprint(model: nn.Module, run: Callable[[Tensor], object], image: Tensor) 
     return max(1, sum(kept.values()))
 
 
-def portions(images: Tensor, size: int) -> Iterator[Tensor]:
+def minibatches(images: Tensor, size: int) -> Iterator[Tensor]:
     """The images in order, so many at a time."""
     return (images[start : start + size] for start in range(0, len(images), size))

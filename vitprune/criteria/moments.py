@@ -8,9 +8,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Setting, Statistics, layer_io
-from vitprune.criteria.fisher_directions import pulls
-from vitprune.criteria.memory import images_at_once, portions
+from vitprune.criteria import Batches, ScoreConfig, Statistics, layer_io
+from vitprune.criteria.fisher_directions import fisher_directions
+from vitprune.criteria.memory import images_at_once, minibatches
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 from vitprune.runtime.eval_mode import evaluating, frozen
@@ -71,7 +71,7 @@ def producer(model: nn.Module, group: Group) -> str:
 
 
 def collect(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting, slopes: bool = False
+    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig, slopes: bool = False
 ) -> Statistics:
     """Sums over all tokens of all images, for the consumer of every group.
 
@@ -93,7 +93,7 @@ def sums(
     readers: Sequence[str],
     heads: dict[str, int],
     batches: Batches,
-    setting: Setting,
+    setting: ScoreConfig,
     slopes: Slopes | None,
 ) -> Statistics:
     """The same of plain layers (`readers`) and of layers that make q, k and v (`heads`: how many), by path.
@@ -110,7 +110,7 @@ def sums(
     with evaluating(model), frozen(model):
         size = _at_once(model, readers, heads, batches[0][0], setting)
         for batch, _ in track(batches, "taking second moments"):
-            for images in portions(batch, size):
+            for images in minibatches(batch, size):
                 found = _of_batch(model, readers, heads, images, setting, slopes, first)
                 for name, value in found.items():
                     _add(total, name, value)
@@ -118,7 +118,9 @@ def sums(
     return total
 
 
-def _at_once(model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: Setting) -> int:
+def _at_once(
+    model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: ScoreConfig
+) -> int:
     """How many images fit into the memory at a time."""
     one = images[:1].to(next(model.parameters()).device)
     with recording(model, readers, list(heads)):
@@ -130,7 +132,7 @@ def _of_batch(
     readers: Sequence[str],
     heads: dict[str, int],
     images: Tensor,
-    setting: Setting,
+    setting: ScoreConfig,
     slopes: Slopes | None,
     first: int,
 ) -> Statistics:
@@ -147,7 +149,7 @@ def _of_batch(
         return found
     watched = list(outputs)
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
-    for pull in pulls(probability, None, setting.classes, setting.seed, where):
+    for pull in fisher_directions(probability, None, setting.classes, setting.seed, where):
         steep = torch.autograd.grad(logits, [outputs[p] for p in watched], pull.to(logits.dtype), retain_graph=True)
         for path, slope in zip(watched, steep, strict=True):
             if path in heads:
@@ -156,7 +158,7 @@ def _of_batch(
                 )
                 _add(found, f"{path}/slope", query.double().square().sum(dim=(0, 2)).cpu())
             else:
-                flat = layer_io.written(layers[path], slope, len(images)).flatten(0, 1)
+                flat = layer_io.layer_outputs(layers[path], slope, len(images)).flatten(0, 1)
                 value = flat.T @ flat if slopes == "metric" else flat.square().sum(dim=0)
                 _add(found, f"{path}/{slopes}", value.double().cpu())
     for path, number in heads.items():
@@ -170,7 +172,7 @@ def _add(found: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 def _of_inputs(layer: nn.Module, value: Tensor, parity: Tensor) -> Tensor:
     """Second moment of what a layer reads with a 1 appended, for even and for odd images; (halves, k+1, k+1)."""
-    own = layer_io.read(layer, value, len(parity))
+    own = layer_io.layer_inputs(layer, value, len(parity))
     rows = torch.cat([own, torch.ones_like(own[..., :1])], dim=-1)
     halves = [rows[parity == half].flatten(0, 1) for half in range(HALVES)]
     return torch.stack([(half.T @ half).double().cpu() for half in halves])

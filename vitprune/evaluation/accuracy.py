@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune.architectures import find_groups
 from vitprune.errors import BadInput
-from vitprune.groups import Group, inside
+from vitprune.groups import Group, is_within
 from vitprune.runtime.eval_mode import evaluating, frozen
 from vitprune.runtime.progress import track
 
@@ -63,7 +63,7 @@ def costs(model: nn.Module, groups: Sequence[Group], example_input: Tensor) -> d
     for group in groups:
         inner = {path for paths in group.sublayers for path in paths}
         names = dict.fromkeys(part.param for part in group.slices)
-        names |= dict.fromkeys(name for name, _ in model.named_parameters() if inside(name, inner))
+        names |= dict.fromkeys(name for name, _ in model.named_parameters() if is_within(name, inner))
         weights = sum(model.get_parameter(name).numel() for name in names)
         found[group.name] = weights, sum(per_layer.get(name.removesuffix(".weight"), 0) for name in names)
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.evaluation.accuracy import macs
-from vitprune.groups import Group, Masks, inside, leaving, positions, shrink, zero
+from vitprune.groups import Group, Masks, is_within, positions, removed_modules, shrink, zero
 from vitprune.runtime.eval_mode import evaluating
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, nn.GroupNorm)  # whose statistics run over channels
@@ -75,7 +75,7 @@ def literal(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Modul
     model = copy.deepcopy(dense)
     if groups[0].kind not in ("residual", "block"):
         return zero(model, groups, masks)
-    for path in dict.fromkeys(leaving(groups, masks)):
+    for path in dict.fromkeys(removed_modules(groups, masks)):
         given = groups[0].whole  # to a block that goes as a whole, and on to the next
         hook = (lambda module, args, output: args[0]) if given else (lambda *call: torch.zeros_like(call[-1]))
         model.get_submodule(path).register_forward_hook(hook)
@@ -138,9 +138,9 @@ def promise(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> dict[str
     """How many elements of each parameter go with the removed units, by its slices alone."""
     kept: dict[str, Tensor] = {}
     parameters = dict(dense.named_parameters())
-    doomed = leaving(groups, masks)
+    doomed = removed_modules(groups, masks)
     for name, parameter in parameters.items():
-        if inside(name, doomed):
+        if is_within(name, doomed):
             kept[name] = torch.zeros(parameter.shape, dtype=torch.bool)
     for group in groups:
         for part in group.slices:

@@ -17,7 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitprune.architectures import Cut, cut_down, recut, structure, uniform_args
+from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
 from vitprune.data.augment import data_config
 from vitprune.errors import BadInput
 from vitprune.models.validation import FLOATS, FORMAT, Config, Entry, check_finite, check_fit, read_config, read_header
@@ -133,7 +133,7 @@ def load(directory: str | Path) -> nn.Module:
     cuts = _cut(frame, config)
     check_fit(path, header, frame.state_dict(), type(frame).__name__)
     model = _dense(config, header)
-    recut(model, cuts)
+    apply_cuts(model, cuts)
     types = {FLOATS[entry.dtype] for entry in header.values() if entry.dtype in FLOATS}
     if types:
         model.to(types.pop())
@@ -208,7 +208,7 @@ def _dense(config: Config, header: Mapping[str, Entry]) -> nn.Module:
 
 def _cut(model: nn.Module, config: Config) -> list[Cut]:
     try:
-        return cut_down(model, config.structure)
+        return resize_to_structure(model, config.structure)
     except BadInput as error:
         raise BadInput(f"{config.path}: vitprune.structure: {error}") from None
 

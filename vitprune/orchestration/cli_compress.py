@@ -124,11 +124,11 @@ def quiet() -> None:
 
 def _tell(project: Path, outcome: "Outcome", notes: list[str]) -> None:
     """Print the table, what was computed, and where everything is."""
-    from vitprune.orchestration.compress import told
+    from vitprune.orchestration.compress import summary_line
 
     if not outcome.error:
         _table(project)
-        print(told(outcome.results))
+        print(summary_line(outcome.results))
         print(f"report: {project / 'out/report/report.html'}")
     mirrored = outcome.mirrored
     if mirrored.missed:

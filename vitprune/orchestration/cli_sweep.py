@@ -91,11 +91,11 @@ def _plan(project: Path, folder: Path, options: argparse.Namespace) -> None:
     if done.returncode:
         refuse((done.stderr.strip().splitlines() or ["?"])[-1].removeprefix("Error: "))
     plan: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    from vitprune.orchestration.execution.places import Unfit, origin
+    from vitprune.orchestration.execution.places import SweepWorktreeError, origin
 
     try:
         prefix = origin(project).prefix
-    except Unfit as error:
+    except SweepWorktreeError as error:
         refuse(str(error))
     for run in plan["runs"]:
         run["place"] = str(Path("runs") / run["name"] / prefix)

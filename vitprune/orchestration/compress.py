@@ -19,8 +19,8 @@ from prefect.states import Completed, Failed
 from vitprune.orchestration.execution.lock_and_repair import Busy, exclusive, keep_lockfile, repair
 from vitprune.orchestration.execution.run_stage import STAGES, Fault, StageResult, check_params, environment, reproduce
 from vitprune.orchestration.prefect_artifacts import publish
-from vitprune.orchestration.tracking.journal import Journal
-from vitprune.orchestration.tracking.replay import Mirrored
+from vitprune.orchestration.tracking.journal import RunLog
+from vitprune.orchestration.tracking.replay import UploadResult
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Outcome:
     results: tuple[StageResult, ...] = ()
     error: str = ""
     exit_code: int = 0
-    mirrored: Mirrored = field(default_factory=lambda: Mirrored(0, 0))
+    mirrored: UploadResult = field(default_factory=lambda: UploadResult(0, 0))
 
 
 class InfrastructureFault(Exception):
@@ -81,10 +81,10 @@ def compress(project: Path = Path("."), stage_limit: float | None = None) -> Sta
         outcome = Outcome(error=f"{error.filename or project}: {why}; mend it and start again", exit_code=1)
     if outcome.error:
         return Failed(message=outcome.error, data=outcome)
-    return Completed(message=told(outcome.results), data=outcome)
+    return Completed(message=summary_line(outcome.results), data=outcome)
 
 
-def told(results: Sequence[StageResult]) -> str:
+def summary_line(results: Sequence[StageResult]) -> str:
     """Say in one line what was computed."""
     cached = sum(result.cached for result in results)
     if cached == len(results):
@@ -95,7 +95,7 @@ def told(results: Sequence[StageResult]) -> str:
 def _carry_out(project: Path, stage_limit: float | None, warn: Callable[[str], None]) -> Outcome:
     if error := check_params(project):
         return Outcome(error=error, exit_code=2)
-    journal = Journal(project, str(flow_run.id))
+    journal = RunLog(project, str(flow_run.id))
     journal.start(time.time())
     results: list[StageResult] = []
     status = "KILLED"
@@ -109,7 +109,7 @@ def _carry_out(project: Path, stage_limit: float | None, warn: Callable[[str], N
         status = "FAILED" if results[-1].exit_code else "FINISHED"
     finally:
         journal.end(status, results[-1].error if results else "", time.time())
-    mirrored = mirror(project, journal.flow_run_id)
+    mirrored = upload_runs(project, journal.flow_run_id)
     publish(project, mirrored, [result.as_dict() for result in results], warn)
     last = results[-1]
     code = 0 if status == "FINISHED" else 2 if last.fault is Fault.INPUT else 1
@@ -127,7 +127,7 @@ def _result(stage: str, project: Path, stage_limit: float | None) -> StageResult
     return StageResult(stage, False, started, time.time() - started, 1, Fault.INFRASTRUCTURE, error)
 
 
-def mirror(project: Path, flow_run_id: str) -> Mirrored:
+def upload_runs(project: Path, flow_run_id: str) -> UploadResult:
     """Mirror the journals to MLflow in a process of its own, whose failure costs the run nothing."""
     command = [sys.executable, "-P", "-W", "ignore", "-m", "vitprune.orchestration.tracking.replay", "replay", "--json"]
     command += ["--project", str(project), "--flow-run", flow_run_id]
@@ -135,7 +135,7 @@ def mirror(project: Path, flow_run_id: str) -> Mirrored:
         command, env=environment(project), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     try:
-        return Mirrored(**json.loads(done.stdout.strip().splitlines()[-1]))
+        return UploadResult(**json.loads(done.stdout.strip().splitlines()[-1]))
     except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Mirrored(0, 1, error=last)
+        return UploadResult(0, 1, error=last)

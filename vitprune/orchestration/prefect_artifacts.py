@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from vitprune.orchestration.summary import evaluation, rows
-from vitprune.orchestration.tracking.replay import Mirrored
+from vitprune.orchestration.tracking.replay import UploadResult
 
 
 def publish(
-    project: Path, mirrored: Mirrored, stages: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
+    project: Path, mirrored: UploadResult, stages: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
 ) -> None:
     """Publish what the finished stages left; a Prefect server that refuses costs the run nothing."""
     try:
@@ -46,13 +46,13 @@ def sparsity(project: Path) -> list[dict[str, Any]]:
     return pq.read_table(tables[-1]).to_pylist() if tables else []
 
 
-def link(mirrored: Mirrored) -> str:
+def link(mirrored: UploadResult) -> str:
     """Return the address of the run in MLflow's pages; a local store has none until a server is started on it."""
     server = mirrored.uri if mirrored.uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{server.rstrip('/')}/#/experiments/{mirrored.experiment_id}/runs/{mirrored.run_id}"
 
 
-def how_to_open(mirrored: Mirrored) -> str:
+def how_to_open(mirrored: UploadResult) -> str:
     """Return what to do before the link works."""
     if mirrored.uri.startswith("http"):
         return "The parent run, with a child for every stage and pruning cycle."

@@ -20,7 +20,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from vitprune.orchestration.execution.lock_and_repair import exclusive, repair
-from vitprune.orchestration.execution.places import Unfit, origin
+from vitprune.orchestration.execution.places import SweepWorktreeError, origin
 from vitprune.orchestration.execution.processes import kill_marked, kill_tree, mark_of, run
 from vitprune.orchestration.execution.run_stage import environment, reproduce
 from vitprune.orchestration.summary import evaluation
@@ -132,7 +132,7 @@ def sweep(project: Path, folder: Path, out: Path, stage_limit: float | None = No
     log = get_run_logger()
     try:
         jobs = _jobs(project, folder, stage_limit)
-    except Unfit as error:
+    except SweepWorktreeError as error:
         return Failed(message=str(error), data=[])
     record(project, folder, out, log.warning)
     results: list[Result] = []

@@ -12,19 +12,19 @@ from vitprune.architectures import find_groups
 from vitprune.config.params import Params
 from vitprune.errors import BadInput
 from vitprune.runtime.files import digest
-from vitprune.training.loop import Held
+from vitprune.training.loop import FrozenZeros
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialModel:
     """A model, the weights that stay zero in its training, and where it came from."""
 
     model: nn.Module
-    held: Held | None
+    held: FrozenZeros | None
     facts: dict[str, Any]
 
 
-def start(params: Params) -> Start:
+def initial_model(params: Params) -> InitialModel:
     """The model that `dense` begins with.
 
     The zeros of a checkpoint are held. It may be a directory of `save`, whose model is as it was pruned; where
@@ -44,10 +44,10 @@ def start(params: Params) -> Start:
     model = models.create(params.model.name, params.model.args, params.seed, settings.start == "pretrained", checkpoint)
     held = _zeros(model) if checkpoint is not None else None
     facts: dict[str, Any] = {"from": settings.start, "checkpoint_sha256": digest(checkpoint) if checkpoint else None}
-    return Start(model, held, facts | ({"held_weights": _count(held)} if checkpoint else {}))
+    return InitialModel(model, held, facts | ({"held_weights": _count(held)} if checkpoint else {}))
 
 
-def held_from(model: nn.Module, params: Params, own: Held | None, hold: bool) -> Held | None:
+def zeros_to_keep(model: nn.Module, params: Params, own: FrozenZeros | None, hold: bool) -> FrozenZeros | None:
     """What a training of the pruned model holds at zero: what its plan removed, `own`, and what came as zero.
 
     A model that began with a checkpoint inherits its zeros, those that no cut has taken; `hold` false lets them grow.
@@ -55,7 +55,7 @@ def held_from(model: nn.Module, params: Params, own: Held | None, hold: bool) ->
     return _zeros(model) if hold and params.dense.start == "checkpoint" else own
 
 
-def _pruned(directory: Path, params: Params) -> Start:
+def _pruned(directory: Path, params: Params) -> InitialModel:
     """The model of a directory, with the classifier that the params ask for."""
     model: Any = models.load(directory)
     architecture = model.pretrained_cfg["architecture"]
@@ -77,7 +77,7 @@ def _pruned(directory: Path, params: Params) -> Start:
                 "so give epochs, lr and the rest"
             )
         _new_classifier(model, classes, params.seed)
-    return Start(model, held, facts)
+    return InitialModel(model, held, facts)
 
 
 def _new_classifier(model: Any, classes: int, seed: int) -> None:
@@ -88,7 +88,7 @@ def _new_classifier(model: Any, classes: int, seed: int) -> None:
     model.to(dtype)
 
 
-def _zeros(model: nn.Module) -> Held | None:
+def _zeros(model: nn.Module) -> FrozenZeros | None:
     """The single weights that a pruning has left at zero, layer by layer; None where there are none."""
     try:
         groups = find_groups(model, ["weight"])
@@ -96,8 +96,8 @@ def _zeros(model: nn.Module) -> Held | None:
         return None
     masks = {group.name: model.get_parameter(group.name).detach() != 0 for group in groups}
     held = [group for group in groups if not bool(masks[group.name].all())]
-    return Held(held, {group.name: masks[group.name] for group in held}) if held else None
+    return FrozenZeros(held, {group.name: masks[group.name] for group in held}) if held else None
 
 
-def _count(held: Held | None) -> int:
+def _count(held: FrozenZeros | None) -> int:
     return sum(int((~mask).sum()) for mask in held.masks.values()) if held is not None else 0

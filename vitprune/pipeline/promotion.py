@@ -31,7 +31,7 @@ def _positive(value: Quantity) -> Quantity:
     return value
 
 
-class Gates(Section):
+class PromotionGates(Section):
     """What a new model must hold: gates.yaml, which no stage reads, so that a change of it computes nothing again.
 
     `max_accuracy_loss` is in points of top-1 against the champion, without one against the dense model; `alpha` the
@@ -46,7 +46,7 @@ class Gates(Section):
 
 
 @dataclass(frozen=True)
-class Gate:
+class QualityGate:
     """One gate: what was asked for, what was measured, whether it holds."""
 
     name: str
@@ -55,7 +55,7 @@ class Gate:
     holds: bool
 
 
-def load_gates(path: Path) -> Gates:
+def load_gates(path: Path) -> PromotionGates:
     """Read gates.yaml; without one, the defaults.
 
     Raises:
@@ -63,9 +63,9 @@ def load_gates(path: Path) -> Gates:
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return Gates.model_validate(raw)
+        return PromotionGates.model_validate(raw)
     except FileNotFoundError:
-        return Gates()
+        return PromotionGates()
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct it") from None
     except ValidationError as error:
@@ -74,7 +74,7 @@ def load_gates(path: Path) -> Gates:
         raise BadInput(f"{path}: {key}: {first['msg']}, got {first['input']!r}; correct it") from None
 
 
-def judge(params: Params, champion: Path | None, gates: Gates) -> dict[str, Any]:
+def judge(params: Params, champion: Path | None, gates: PromotionGates) -> dict[str, Any]:
     """Compare the project's final model with a champion, image by image on the eval split, and apply the gates.
 
     `champion` is the directory of a saved model; None: against the dense model. Writes `COMPARISON`, returns it.
@@ -111,11 +111,11 @@ def judge(params: Params, champion: Path | None, gates: Gates) -> dict[str, Any]
     return facts
 
 
-def verdict(paired: Paired, gates: Gates, speedup: float | None, size: int, against: str) -> list[Gate]:
+def verdict(paired: Paired, gates: PromotionGates, speedup: float | None, size: int, against: str) -> list[QualityGate]:
     """Apply the gates to what was measured; one that is null is left out."""
     loss = max(0.0, -paired.difference)
     found = [
-        Gate(
+        QualityGate(
             "accuracy",
             f"at most {gates.max_accuracy_loss:g} points below the {against}",
             f"{paired.difference:+.2f} points",
@@ -124,14 +124,14 @@ def verdict(paired: Paired, gates: Gates, speedup: float | None, size: int, agai
     ]
     if gates.alpha is not None:
         asked = f"not worse than the {against} (McNemar's exact test, p >= {gates.alpha:g})"
-        found.append(Gate("paired test", asked, f"p = {paired.p_worse:.3g}", paired.p_worse >= gates.alpha))
+        found.append(QualityGate("paired test", asked, f"p = {paired.p_worse:.3g}", paired.p_worse >= gates.alpha))
     if gates.min_speedup is not None:
-        told = "not measured" if speedup is None else f"{speedup:.2f}"
+        broadcast = "not measured" if speedup is None else f"{speedup:.2f}"
         holds = speedup is not None and speedup >= gates.min_speedup
-        found.append(Gate("speed", f"at least {gates.min_speedup:g} times the dense model's", told, holds))
+        found.append(QualityGate("speed", f"at least {gates.min_speedup:g} times the dense model's", broadcast, holds))
     if gates.max_size is not None:
         most = number_of(gates.max_size)
-        found.append(Gate("size", f"at most {most:,.0f} bytes", f"{size:,}", size <= most))
+        found.append(QualityGate("size", f"at most {most:,.0f} bytes", f"{size:,}", size <= most))
     return found
 
 

@@ -14,15 +14,15 @@ from vitprune.groups import Group, Scores
 from vitprune.pipeline import stage_context
 from vitprune.pipeline.artifacts import History
 from vitprune.pipeline.cycles import MASKS, read_statistics, write_cycle
-from vitprune.pipeline.dense_stage import held_from
-from vitprune.pipeline.stage_context import OUT, Workplace
+from vitprune.pipeline.dense_stage import zeros_to_keep
+from vitprune.pipeline.stage_context import OUT, StageCheckpoint
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.plan import Plan, plan_of
-from vitprune.pruning.prune import After, Cycle, compress
-from vitprune.training.checkpoint import Snapshot, packed, unpacked
-from vitprune.training.checkpoint_store import Saved
-from vitprune.training.loop import Held
-from vitprune.training.optimizers import Memory
+from vitprune.pruning.prune import Cycle, ResumePoint, prune_cycles
+from vitprune.training.checkpoint import Snapshot, pack, unpack
+from vitprune.training.checkpoint_store import Checkpoint
+from vitprune.training.loop import FrozenZeros
+from vitprune.training.optimizers import OptimizerState
 
 MODEL, CYCLES = "model", OUT / "cycles"
 Measured = dict[str, float]
@@ -30,7 +30,7 @@ Measure = Callable[[nn.Module], Measured]
 
 
 @dataclass
-class Done:
+class CompletedCycles:
     """What has been done so far: the model, its rows of plots/cycles.csv, what it was measured at, and what is kept.
 
     `kept` is the digest of the checkpoint of the last cycle, empty before there is one.
@@ -39,12 +39,12 @@ class Done:
     model: nn.Module
     rows: list[dict[str, Any]] = field(default_factory=list)
     measured: Measured = field(default_factory=dict)
-    memory: Memory = field(default_factory=dict)
+    memory: OptimizerState = field(default_factory=dict)
     kept: str = ""
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedCycle:
     """A cycle whose units are gone and whose recovery is to come: the model, and what it was measured at."""
 
     cycle: Cycle
@@ -53,22 +53,24 @@ class Pruned:
     kept: str
 
 
-def run(params: Params, place: Workplace, history: History, first_scores: Callable[[], Scores]) -> Done:
+def run(
+    params: Params, place: StageCheckpoint, history: History, first_scores: Callable[[], Scores]
+) -> CompletedCycles:
     """Prune the dense model cycle by cycle and recover after each, from where it was broken off.
 
     `first_scores` gives those that chose the first masks.
     """
     plan, done = plan_of(params), _done(place, history)
-    measure = stage_context.measurer(done.model, params)
+    measure = stage_context.make_evaluator(done.model, params)
     for pruned in _cycles(params, plan, place, done, measure):
         number, measured = pruned.cycle.number, pruned.measured
         evaluate = partial(measure, pruned.model)
         if params.prune.recover is not None:
             shelf = place.shelf(f"{number:02d}-training", pruned.kept)
-            place.mates.told(number)  # to those that follow
+            place.dist.broadcast(number)  # to those that follow
             held = _held(pruned.model, pruned.cycle, params)
-            stage_context.recover(
-                pruned.model, pruned.cycle, plan, params, history, shelf, held, evaluate, done.memory, place.mates
+            stage_context.finetune_cycle(
+                pruned.model, pruned.cycle, plan, params, history, shelf, held, evaluate, done.memory, place.dist
             )
             measured = evaluate()
         scores = pruned.cycle.scores or first_scores()
@@ -76,31 +78,33 @@ def run(params: Params, place: Workplace, history: History, first_scores: Callab
         done.model, done.measured, done.rows = pruned.model, measured, [*done.rows, row]
         if plan.cycles > 1 or params.prune.recover is not None:
             _keep_done(place, number, done, history)
-    place.mates.told(0)
+    place.dist.broadcast(0)
     return done
 
 
-def follow(params: Params, place: Workplace, history: History) -> None:
+def follow(params: Params, place: StageCheckpoint, history: History) -> None:
     """Train with the first process, which tells which cycle is next and has kept what it has pruned."""
-    plan, memory = plan_of(params), Memory()
-    while number := place.mates.told(0):
+    plan, memory = plan_of(params), OptimizerState()
+    while number := place.dist.broadcast(0):
         saved = place.shelf(f"{number:02d}-pruned").written()
         if number > 1 and not memory:
             before = place.shelf(f"{number - 1:02d}-done").written()
-            memory.update(unpacked(Snapshot(before.tensors(), before.facts), "memory", stage_context.device()))
+            memory.update(unpack(Snapshot(before.tensors(), before.facts), "memory", stage_context.device()))
         dense = models.load(OUT / "dense")
         cycle, model = _cycle(saved, number, groups_for(dense, plan)), models.load(saved.directory / MODEL)
         shelf = place.shelf(f"{number:02d}-training", saved.sha256)
         model, held = model.to(stage_context.device()), _held(model, cycle, params)
-        stage_context.recover(model, cycle, plan, params, history, shelf, held, None, memory, place.mates)
+        stage_context.finetune_cycle(model, cycle, plan, params, history, shelf, held, None, memory, place.dist)
 
 
-def _held(model: nn.Module, cycle: Cycle, params: Params) -> Held | None:
-    own = Held(cycle.held, cycle.masks) if cycle.held else None
-    return held_from(model, params, own, params.prune.hold_zeros)
+def _held(model: nn.Module, cycle: Cycle, params: Params) -> FrozenZeros | None:
+    own = FrozenZeros(cycle.held, cycle.masks) if cycle.held else None
+    return zeros_to_keep(model, params, own, params.prune.hold_zeros)
 
 
-def _cycles(params: Params, plan: Plan, place: Workplace, done: Done, measure: Measure) -> Iterator[Pruned]:
+def _cycles(
+    params: Params, plan: Plan, place: StageCheckpoint, done: CompletedCycles, measure: Measure
+) -> Iterator[PrunedCycle]:
     """The cycles that are still to be done, the first of which may have been pruned already."""
     number, model = len(done.rows), done.model
     dense = model if number == 0 else models.load(OUT / "dense").to(stage_context.device())
@@ -109,17 +113,17 @@ def _cycles(params: Params, plan: Plan, place: Workplace, done: Done, measure: M
     if recovers and number < plan.cycles and (found := _pruned(place, number + 1, done.kept, dense, plan)):
         model, number, masks = found.model, found.cycle.number, found.cycle.masks
         yield found
-    after = After(dense, number, masks) if number else None
+    after = ResumePoint(dense, number, masks) if number else None
     first, statistics = models.read_weights(OUT / "mask" / MASKS), read_statistics(OUT / "score")
-    for cycle in compress(model, plan, stage_context.calibration(dense, params), first, statistics, after):
+    for cycle in prune_cycles(model, plan, stage_context.calibration(dense, params), first, statistics, after):
         measured = measure(model)
         kept = _keep_pruned(place, cycle, model, measured, done.kept) if recovers else ""
-        yield Pruned(cycle, model, measured, kept)
+        yield PrunedCycle(cycle, model, measured, kept)
 
 
-def _done(place: Workplace, history: History) -> Done:
+def _done(place: StageCheckpoint, history: History) -> CompletedCycles:
     """What the cycles have left that are done and whole, the dense model if there are none; their files are there."""
-    done, last = Done(models.load(OUT / "dense")), None
+    done, last = CompletedCycles(models.load(OUT / "dense")), None
     while (saved := place.shelf(f"{len(done.rows) + 1:02d}-done", done.kept).newest()) is not None:
         number = len(done.rows) + 1
         shutil.rmtree(CYCLES / f"{number:02d}", ignore_errors=True)
@@ -129,13 +133,13 @@ def _done(place: Workplace, history: History) -> Done:
         done.model = models.load(last.directory / MODEL)
         history.restore(last.facts["history"])
         known = Snapshot(last.tensors(), last.facts)
-        done.memory.update(unpacked(known, "memory", stage_context.device()))
+        done.memory.update(unpack(known, "memory", stage_context.device()))
     done.model.to(stage_context.device())
     return done
 
 
-def _keep_done(place: Workplace, number: int, done: Done, history: History) -> None:
-    known = packed(done.memory, "memory")
+def _keep_done(place: StageCheckpoint, number: int, done: CompletedCycles, history: History) -> None:
+    known = pack(done.memory, "memory")
     facts = {"rows": done.rows, "measured": done.measured, "history": history.rows} | known.facts
     shelf = place.shelf(f"{number:02d}-done", done.kept, keep=1)
     saved = shelf.put(facts, known.tensors, lambda entry: shutil.copytree(CYCLES / f"{number:02d}", entry / MODEL))
@@ -144,7 +148,7 @@ def _keep_done(place: Workplace, number: int, done: Done, history: History) -> N
         place.shelf(f"{number - 1:02d}-{name}").clear()
 
 
-def _keep_pruned(place: Workplace, cycle: Cycle, model: nn.Module, measured: Measured, before: str) -> str:
+def _keep_pruned(place: StageCheckpoint, cycle: Cycle, model: nn.Module, measured: Measured, before: str) -> str:
     tensors = {f"masks/{name}": mask for name, mask in cycle.masks.items()}
     tensors |= {f"scores/{name}": score for name, score in cycle.scores.items()}
     facts = {
@@ -158,15 +162,15 @@ def _keep_pruned(place: Workplace, cycle: Cycle, model: nn.Module, measured: Mea
     return shelf.put(facts, tensors, lambda entry: models.save(model, entry / MODEL)).sha256
 
 
-def _pruned(place: Workplace, number: int, before: str, dense: nn.Module, plan: Plan) -> Pruned | None:
+def _pruned(place: StageCheckpoint, number: int, before: str, dense: nn.Module, plan: Plan) -> PrunedCycle | None:
     saved = place.shelf(f"{number:02d}-pruned", before, keep=1).newest()
     if saved is None:
         return None
     model = models.load(saved.directory / MODEL).to(stage_context.device())
-    return Pruned(_cycle(saved, number, groups_for(dense, plan)), model, saved.facts["measured"], saved.sha256)
+    return PrunedCycle(_cycle(saved, number, groups_for(dense, plan)), model, saved.facts["measured"], saved.sha256)
 
 
-def _cycle(saved: Saved, number: int, groups: list[Group]) -> Cycle:
+def _cycle(saved: Checkpoint, number: int, groups: list[Group]) -> Cycle:
     tensors, facts = saved.tensors(), saved.facts
     own = Cycle(number, facts["target"], groups, {}, {}, facts["cost"], facts["facts"], facts["corrected"])
     parts = {

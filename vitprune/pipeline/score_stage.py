@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
-from vitprune.criteria import Batches, Criterion, Importance, Setting
+from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
 from vitprune.models.io import read_weights, write_weights
-from vitprune.runtime.distributed import Team
+from vitprune.runtime.distributed import ProcessGroup
 from vitprune.runtime.progress import track
 
 PATIENCE = datetime.timedelta(days=7)
@@ -24,7 +24,7 @@ WRITE_EVERY = 300.0  # seconds between two writings of sums that may be gigabyte
 
 
 @contextmanager
-def team(device: torch.device | None = None) -> Iterator[Team]:
+def process_group(device: torch.device | None = None) -> Iterator[ProcessGroup]:
     """Join the processes that torchrun has started (RANK and WORLD_SIZE), or work alone.
 
     Only sums of scores travel, a few numbers per unit, so gloo carries them from GPUs as well; gradients of a training
@@ -32,24 +32,24 @@ def team(device: torch.device | None = None) -> Iterator[Team]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Team()
+        yield ProcessGroup()
         return
     cuda = device is not None and device.type == "cuda"
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
-        yield Team(distributed.get_rank(), size)
+        yield ProcessGroup(distributed.get_rank(), size)
     finally:
         distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
-class Work:
+class ScoringJob:
     """What is to be scored, and how: all that scores depend on, beside the model."""
 
     criterion: Criterion
     groups: Sequence[Group]
     batches: Batches
-    setting: Setting
+    setting: ScoreConfig
 
     @property
     def units(self) -> int:
@@ -57,7 +57,7 @@ class Work:
         return sum(group.units for group in self.groups)
 
     def importance(
-        self, model: nn.Module, additive: bool, directory: Path, mates: Team, collective: bool = False
+        self, model: nn.Module, additive: bool, directory: Path, dist: ProcessGroup, collective: bool = False
     ) -> Importance | None:
         """Scores over all batches, in the first process; None in the others.
 
@@ -70,29 +70,29 @@ class Work:
             BadInput: several processes are to share scores that are no sums over batches.
         """
         if additive:
-            total = self._summed(model, directory, mates)
-            return None if mates.rank else Importance(_by_group(self.groups, total))
+            total = self._summed(model, directory, dist)
+            return None if dist.rank else Importance(_by_group(self.groups, total))
         if collective:
-            name = f"scores-{self._digest(model)}-{mates.rank}-of-{mates.size}"
-            own = replace(self.setting, team=mates, notes=Notebook(directory, name))
+            name = f"scores-{self._digest(model)}-{dist.rank}-of-{dist.size}"
+            own = replace(self.setting, team=dist, notes=PartialScoreStore(directory, name))
             found = self.criterion(model, self.groups, self.batches, own)
-            return None if mates.rank else found
-        if mates.size > 1:
+            return None if dist.rank else found
+        if dist.size > 1:
             raise BadInput(f"{self.criterion.__qualname__}: its scores are no sums over images; use one process")
         return self.criterion(model, self.groups, self.batches, self.setting)
 
-    def _summed(self, model: nn.Module, directory: Path, mates: Team) -> Tensor:
-        path = directory / f"scores-{self._digest(model)}.safetensors" if mates.rank == 0 else directory
-        total, done = _taken_up(path, self.units) if mates.rank == 0 else (torch.empty(0), 0)
-        done = mates.told(done)
-        rounds = range(done, len(self.batches), mates.size)
-        before = -(-done // mates.size)
+    def _summed(self, model: nn.Module, directory: Path, dist: ProcessGroup) -> Tensor:
+        path = directory / f"scores-{self._digest(model)}.safetensors" if dist.rank == 0 else directory
+        total, done = _taken_up(path, self.units) if dist.rank == 0 else (torch.empty(0), 0)
+        done = dist.broadcast(done)
+        rounds = range(done, len(self.batches), dist.size)
+        before = -(-done // dist.size)
         for begin in track(rounds, "scoring, batch by batch", before + len(rounds), before):
-            parts = mates.gathered(self._part(model, begin + mates.rank))
+            parts = dist.gather(self._part(model, begin + dist.rank))
             for part in parts:  # those beyond the last batch are zeros
                 total += part
-            if mates.rank == 0:
-                done = min(len(self.batches), begin + mates.size)
+            if dist.rank == 0:
+                done = min(len(self.batches), begin + dist.size)
                 write_weights({"total": total, "done": torch.tensor(done)}, path)
         return total
 
@@ -118,7 +118,7 @@ class Work:
         return sha.hexdigest()[:32]
 
 
-class Notebook:
+class PartialScoreStore:
     """What one process has done so far, as files of one work's name in a directory."""
 
     def __init__(self, directory: Path, name: str, every: float = WRITE_EVERY):
@@ -145,7 +145,7 @@ class Notebook:
         return self._directory / f"{self._name}-{name}.safetensors"
 
 
-def finished(directory: Path) -> None:
+def clear_partial(directory: Path) -> None:
     """Remove the partial sums, once what they became is written."""
     for path in directory.glob("scores-*.safetensors"):
         path.unlink()

@@ -20,13 +20,13 @@ from vitprune.pipeline.artifacts import History
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import Cycle
 from vitprune.runtime import tables
-from vitprune.runtime.distributed import ALONE, Team
+from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from vitprune.training import checkpoint_store
-from vitprune.training.cached_teacher import Recalling, ask, with_answers
-from vitprune.training.checkpoint_store import Shelf
-from vitprune.training.loop import Epochs, Held, classification, train
-from vitprune.training.optimizers import Memory, Span
-from vitprune.training.saving import Saver, stopping
+from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_answers
+from vitprune.training.checkpoint_store import CheckpointStore
+from vitprune.training.loop import Epochs, FrozenZeros, classification, train
+from vitprune.training.optimizers import OptimizerState, ScheduleSpan
+from vitprune.training.saving import Checkpointer, stopping
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, KEPT = Path("out"), Path(".vitprune/resume")  # the latter outside of what DVC empties before a stage
@@ -41,46 +41,46 @@ Evaluate = Callable[[], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Part:
+class RecoverySegment:
     """A cycle's training as part of a gradual run: all cycles' epochs, and what the optimizer knew before."""
 
     cycle: int
     epochs: list[int]
-    memory: Memory | None
+    memory: OptimizerState | None
 
     @property
     def name(self) -> str:
         """What it is called in messages."""
         return f"recovery after cycle {self.cycle}"
 
-    def span(self, recipe: Train, steps: int) -> Span:
+    def span(self, recipe: Train, steps: int) -> ScheduleSpan:
         """Its place among the steps of what the rate falls over, an epoch having so many."""
         if recipe.decay_over == "cycle":
-            return Span(0, recipe.epochs * steps, self.memory)
-        return Span(sum(self.epochs[: self.cycle - 1]) * steps, sum(self.epochs) * steps, self.memory)
+            return ScheduleSpan(0, recipe.epochs * steps, self.memory)
+        return ScheduleSpan(sum(self.epochs[: self.cycle - 1]) * steps, sum(self.epochs) * steps, self.memory)
 
 
 @dataclass(frozen=True)
-class Workplace:
+class StageCheckpoint:
     """Where a stage keeps what it has done so far, the key by which only the same work is taken up, and who does it."""
 
     directory: Path
     key: str
-    mates: Team = ALONE
+    dist: ProcessGroup = SINGLE_PROCESS
 
-    def shelf(self, name: str, before: str = "", keep: int = 2) -> Shelf:
+    def shelf(self, name: str, before: str = "", keep: int = 2) -> CheckpointStore:
         """Checkpoints of a part of the work; it goes on from something, of which `before` is the digest."""
-        return Shelf(self.directory / name, checkpoint_store.chained(self.key, name, before), keep)
+        return CheckpointStore(self.directory / name, checkpoint_store.chained(self.key, name, before), keep)
 
 
 @contextmanager
-def workplace(stage: str, params: Params, inputs: list[Path], mates: Team) -> Iterator[Workplace]:
+def stage_checkpoint(stage: str, params: Params, inputs: list[Path], dist: ProcessGroup) -> Iterator[StageCheckpoint]:
     """Where a stage keeps its work, whose files are `inputs`; empty again once the stage has ended well."""
     settings = {name: params.model_dump(mode="json")[name] for name in SECTIONS[stage]}
     key = checkpoint_store.key_of(stage, settings, inputs, device().type)
-    yield Workplace(KEPT / f"{stage}-{key}", key, mates)
-    for left in KEPT.glob(f"{stage}-*") if mates.rank == 0 else ():
-        Shelf(left, "").clear()
+    yield StageCheckpoint(KEPT / f"{stage}-{key}", key, dist)
+    for left in KEPT.glob(f"{stage}-*") if dist.rank == 0 else ():
+        CheckpointStore(left, "").clear()
 
 
 def device() -> torch.device:
@@ -113,27 +113,27 @@ def open_images(split: str, model: nn.Module, params: Params, augment: str | Non
     return table
 
 
-def evaluator(model: nn.Module, params: Params) -> Evaluate:
+def evaluate_model(model: nn.Module, params: Params) -> Evaluate:
     """What measures a model on the eval images, as it is by then."""
-    return partial(measurer(model, params), model)
+    return partial(make_evaluator(model, params), model)
 
 
-def measurer(dense: nn.Module, params: Params) -> Callable[[nn.Module], dict[str, float]]:
+def make_evaluator(dense: nn.Module, params: Params) -> Callable[[nn.Module], dict[str, float]]:
     """What measures any model that takes images as the dense one does, on the eval images."""
     table = open_images("eval", dense, params)
     return lambda model: accuracy(model, data.eval_batches(table, params.evaluate.batch_size))[0]
 
 
-def fit(
+def train_model(
     task: Any,
     recipe: Train,
     params: Params,
     history: History,
-    shelf: Shelf,
-    held: Held | None = None,
+    shelf: CheckpointStore,
+    held: FrozenZeros | None = None,
     evaluate: Evaluate | None = None,
-    part: Part | None = None,
-    mates: Team = ALONE,
+    part: RecoverySegment | None = None,
+    dist: ProcessGroup = SINGLE_PROCESS,
     recalls: bool = False,
 ) -> None:
     """Train a task's model on the train images; what is on the shelf of the same training is gone on from.
@@ -151,7 +151,7 @@ def fit(
     span = part.span(recipe, steps) if part else None
     workers = data_workers()
     with stopping() as asked:
-        saver = Saver(shelf, lambda: history.rows, asked, mates)
+        saver = Checkpointer(shelf, lambda: history.rows, asked, dist)
         saver.reserve(task.trainable_module)
         begun = saver.begun.facts if saver.begun is not None else {"epoch": 0, "done": 0}
         if saver.begun is not None:
@@ -159,23 +159,28 @@ def fit(
 
         answers = None
         if recalls:
-            answers = ask(task, params.distill, data.eval_batches(table, recipe.batch_size, workers), mates)
-            task = Recalling(task)
-        batches = _epochs(table, recipe, seed, begun, mates, answers)
+            answers = cache_teacher(task, params.distill, data.eval_batches(table, recipe.batch_size, workers), dist)
+            task = CachedDistillationTask(task)
+        batches = _epochs(table, recipe, seed, begun, dist, answers)
         add = partial(history.add, cycle=cycle)
-        evaluate = evaluate if mates.rank == 0 else None
+        evaluate = evaluate if dist.rank == 0 else None
         try:
-            train(task, batches, steps, recipe, seed, add, held, evaluate, name, span, saver, mates)
+            train(task, batches, steps, recipe, seed, add, held, evaluate, name, span, saver, dist)
         except NotFinite as error:
             ids = data.batch_ids(table, recipe.batch_size, seed, error.epoch, error.number, recipe.repeats)
-            raise BadInput(f"{error}; its images: {_listed(ids)}{saver.told}") from None
+            raise BadInput(f"{error}; its images: {_listed(ids)}{saver.broadcast}") from None
 
 
 def _epochs(
-    table: data.ImageTable, recipe: Train, seed: int, begun: Mapping[str, int], mates: Team, answers: Tensor | None
+    table: data.ImageTable,
+    recipe: Train,
+    seed: int,
+    begun: Mapping[str, int],
+    dist: ProcessGroup,
+    answers: Tensor | None,
 ) -> Epochs:
     """The batches of each epoch, of the first one those that are left; with the answers to its images, if there are."""
-    workers, share = data_workers(), (0, 1) if recipe.mixes else (mates.rank, mates.size)
+    workers, share = data_workers(), (0, 1) if recipe.mixes else (dist.rank, dist.size)
     size, repeats = recipe.batch_size, recipe.repeats
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, ...]]:
@@ -205,17 +210,17 @@ def _listed(ids: list[str]) -> str:
     return ", ".join(ids[:TOLD]) + more
 
 
-def recover(
+def finetune_cycle(
     model: nn.Module,
     cycle: Cycle,
     plan: Plan,
     params: Params,
     history: History,
-    shelf: Shelf,
-    held: Held | None,
+    shelf: CheckpointStore,
+    held: FrozenZeros | None,
     evaluate: Evaluate | None = None,
-    memory: Memory | None = None,
-    mates: Team = ALONE,
+    memory: OptimizerState | None = None,
+    dist: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Train a model that a cycle has pruned, as `prune.recover` says, for as long as its schedule says.
 
@@ -227,5 +232,5 @@ def recover(
         return
     epochs = plan.epochs(recipe.epochs)
     own = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
-    part = Part(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
-    fit(classification(model, recipe.smoothing), own, params, history, shelf, held, evaluate, part, mates)
+    part = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
+    train_model(classification(model, recipe.smoothing), own, params, history, shelf, held, evaluate, part, dist)

@@ -24,12 +24,19 @@ from vitprune.pipeline.artifacts import History, write_csv, write_json
 from vitprune.pipeline.cycles import MASKS, SCORES, write_masks, write_scores
 from vitprune.pipeline.import_scores import read_all
 from vitprune.pipeline.stage_context import CALIBRATION, MANIFEST, OUT, calibration, device
-from vitprune.pruning.block_steps import next_step
-from vitprune.pruning.cycle_masks import choose, cost_of, costs_for, goal, groups_for, settle
+from vitprune.pruning.block_steps import next_block_removal
+from vitprune.pruning.cycle_masks import (
+    cost_model_for,
+    cycle_target,
+    groups_for,
+    reached_cost,
+    rescore_borderline,
+    select_masks,
+)
 from vitprune.pruning.plan import kinds_of, plan_of
 from vitprune.runtime import tables
 from vitprune.runtime.files import digest
-from vitprune.training.loop import Held, classification, distilling
+from vitprune.training.loop import FrozenZeros, classification, distilling
 
 METRICS, PLOTS = Path("metrics"), Path("plots")
 PARTIAL = Path(".vitprune/partial")  # outside of what DVC empties before a stage
@@ -59,17 +66,20 @@ def dense(params: Params) -> None:
     """Make the model to prune: from random, timm's or a checkpoint's weights, trained here if there is a recipe."""
     settings = params.dense
     inputs = [MANIFEST, *([settings.checkpoint] if settings.checkpoint is not None else [])]
-    with score_stage.team(device()) as mates, stage_context.workplace("dense", params, inputs, mates) as place:
-        begun = dense_stage.start(params)
+    with (
+        score_stage.process_group(device()) as dist,
+        stage_context.stage_checkpoint("dense", params, inputs, dist) as place,
+    ):
+        begun = dense_stage.initial_model(params)
         model = begun.model.to(device())
-        evaluate = stage_context.evaluator(model, params)
-        history = History(OUT / "dense", "dense", mates.rank == 0)
+        evaluate = stage_context.evaluate_model(model, params)
+        history = History(OUT / "dense", "dense", dist.rank == 0)
         if settings.train is not None:
             task = classification(model, settings.train.smoothing)
-            stage_context.fit(
-                task, settings.train, params, history, place.shelf("training"), begun.held, evaluate, mates=mates
+            stage_context.train_model(
+                task, settings.train, params, history, place.shelf("training"), begun.held, evaluate, dist=dist
             )
-        if mates.rank:  # the first process writes
+        if dist.rank:  # the first process writes
             return
         history.close(PLOTS / "dense.csv")
         models.save(model, OUT / "dense")
@@ -92,15 +102,15 @@ def calibrate(params: Params) -> None:
 def score(params: Params) -> None:
     """Score every unit of the dense model; under torchrun, in several processes at once."""
     plan = plan_of(params)
-    with score_stage.team() as mates:
+    with score_stage.process_group() as dist:
         model = models.load(OUT / "dense").to(device())
         groups = merge_heads(model, find_groups(model, kinds_of(params)), plan.heads)
-        work = score_stage.Work(plan.row.criterion, groups, calibration(model, params), plan.setting_of(1))
-        found = work.importance(model, plan.row.additive, PARTIAL, mates, plan.row.collective)
+        work = score_stage.ScoringJob(plan.row.criterion, groups, calibration(model, params), plan.setting_of(1))
+        found = work.importance(model, plan.row.additive, PARTIAL, dist, plan.row.collective)
     if found is None:  # the first process has them
         return
     write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, found))
-    score_stage.finished(PARTIAL)
+    score_stage.clear_partial(PARTIAL)
 
 
 def import_scores(params: Params, directory: Path, parsing: str) -> None:
@@ -124,13 +134,13 @@ def mask(params: Params) -> None:
     plan = plan_of(params)
     model = models.load(OUT / "dense").to(device())
     groups = groups_for(model, plan)
-    costs = costs_for(model, groups, plan)
-    wanted = goal(_scores(), groups, plan, 1, costs)
-    target = next_step(groups, wanted.target)
+    costs = cost_model_for(model, groups, plan)
+    wanted = cycle_target(_scores(), groups, plan, 1, costs)
+    target = next_block_removal(groups, wanted.target)
     batches = calibration(model, params) if plan.row.settle else []
-    settled = settle(model, batches, _scores(), groups, plan, target, costs=costs)
-    masks = choose(settled.scores, groups, plan, target, costs=costs, cycle=1)
-    facts: dict[str, Any] = {"target": dict(target), "cost": cost_of(masks, plan, 1, costs, wanted.last)}
+    settled = rescore_borderline(model, batches, _scores(), groups, plan, target, costs=costs)
+    masks = select_masks(settled.scores, groups, plan, target, costs=costs, cycle=1)
+    facts: dict[str, Any] = {"target": dict(target), "cost": reached_cost(masks, plan, 1, costs, wanted.last)}
     facts |= {"settled": dict(settled.facts) or None} | write_masks(OUT / "mask", groups, masks)
     (OUT / "mask" / SCORES).unlink(missing_ok=True)
     if settled.facts:
@@ -144,9 +154,12 @@ def prune(params: Params) -> None:
     The model of a cycle is that of the last step of its recovery: no epoch is chosen by what is evaluated on.
     """
     inputs = [MANIFEST, CALIBRATION, OUT / "dense", OUT / "score", OUT / "mask"]
-    with score_stage.team(device()) as mates, stage_context.workplace("prune", params, inputs, mates) as place:
-        history = History(OUT / "prune", "prune", mates.rank == 0)
-        if mates.rank:
+    with (
+        score_stage.process_group(device()) as dist,
+        stage_context.stage_checkpoint("prune", params, inputs, dist) as place,
+    ):
+        history = History(OUT / "prune", "prune", dist.rank == 0)
+        if dist.rank:
             prune_stage.follow(params, place, history)
             return
         done = prune_stage.run(params, place, history, _settled_scores)
@@ -160,18 +173,21 @@ def prune(params: Params) -> None:
 def distill(params: Params) -> None:
     """Fine-tune the pruned model with the dense one as teacher; what is zero stays zero."""
     settings, inputs = params.distill, [MANIFEST, OUT / "dense", OUT / "prune", OUT / "cycles"]
-    with score_stage.team(device()) as mates, stage_context.workplace("distill", params, inputs, mates) as place:
+    with (
+        score_stage.process_group(device()) as dist,
+        stage_context.stage_checkpoint("distill", params, inputs, dist) as place,
+    ):
         model, teacher = models.load(OUT / "prune").to(device()), models.load(OUT / "dense").to(device())
-        evaluate = stage_context.evaluator(model, params)
-        history = History(OUT / "distill", "distill", mates.rank == 0)
+        evaluate = stage_context.evaluate_model(model, params)
+        history = History(OUT / "distill", "distill", dist.rank == 0)
         if settings.train is not None:
             task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
-            held = dense_stage.held_from(model, params, _held_at_end(teacher, params), settings.hold_zeros)
+            held = dense_stage.zeros_to_keep(model, params, _held_at_end(teacher, params), settings.hold_zeros)
             shelf, recalls = place.shelf("training"), settings.cache
-            stage_context.fit(
-                task, settings.train, params, history, shelf, held, evaluate, mates=mates, recalls=recalls
+            stage_context.train_model(
+                task, settings.train, params, history, shelf, held, evaluate, dist=dist, recalls=recalls
             )
-        if mates.rank:
+        if dist.rank:
             return
         history.close(PLOTS / "distill.csv")
         models.save(model, OUT / "distill")
@@ -261,7 +277,7 @@ def _settled_scores() -> Scores:
     return models.read_weights(own) if own.exists() else _scores()
 
 
-def _held_at_end(dense: nn.Module, params: Params) -> Held | None:
+def _held_at_end(dense: nn.Module, params: Params) -> FrozenZeros | None:
     plan = plan_of(params)
     groups = [group for group in groups_for(dense, plan) if group.kind == "weight"]
-    return Held(groups, models.read_weights(OUT / "cycles" / f"{plan.cycles:02d}" / MASKS)) if groups else None
+    return FrozenZeros(groups, models.read_weights(OUT / "cycles" / f"{plan.cycles:02d}" / MASKS)) if groups else None

@@ -14,9 +14,9 @@ from vitprune import models
 from vitprune.config.params import Kind, Params, checked, read
 from vitprune.config.targets import Fraction, Section, Target
 from vitprune.errors import BadInput
-from vitprune.pipeline.dense_stage import start
+from vitprune.pipeline.dense_stage import initial_model
 from vitprune.pruning.cost_target import COUNTS
-from vitprune.pruning.cycle_masks import costs_for, groups_for
+from vitprune.pruning.cycle_masks import cost_model_for, groups_for
 from vitprune.pruning.methods import method_named
 from vitprune.pruning.plan import plan_of
 
@@ -28,7 +28,7 @@ def _form(goal: Any) -> str:
     return "function-cost" if isinstance(goal, Target) or set(Target.model_fields) & set(goal) else "function-kinds"
 
 
-Goal = Annotated[
+SweepTarget = Annotated[
     Annotated[Fraction, Tag("function-sparsity")]
     | Annotated[dict[Kind, Fraction], Field(min_length=1), Tag("function-kinds")]
     | Annotated[Target, Tag("function-cost")],
@@ -47,7 +47,7 @@ class Sweep(Section):
     methods: (
         Annotated[list[str], Field(min_length=1)] | Annotated[dict[str, dict[str, Any] | None], Field(min_length=1)]
     )
-    targets: Annotated[list[Goal], Field(min_length=1)]
+    targets: Annotated[list[SweepTarget], Field(min_length=1)]
     params: dict[str, Any] = Field(default_factory=dict)
     against: Literal["throughput", "macs", "params"] = "throughput"
 
@@ -139,7 +139,7 @@ def _refuse_misfits(runs: list[Run]) -> None:
         with _naming(run):
             groups = groups_for(model, plan)
             if not plan.target or next(iter(plan.target)) in COUNTS:  # a clock is asked when its turn comes
-                costs_for(model, groups, plan)
+                cost_model_for(model, groups, plan)
 
 
 @contextmanager
@@ -154,5 +154,5 @@ def _shapes(params: Params) -> nn.Module:
     """The model of the runs; where it is a timm model, with random weights, since only shapes count here."""
     checkpoint = params.dense.checkpoint
     if params.dense.start == "checkpoint" and checkpoint is not None and checkpoint.is_dir():
-        return start(params).model
+        return initial_model(params).model
     return models.create(params.model.name, params.model.args, params.seed)

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from vitprune.groups import Group, Masks, inside, leaving
+from vitprune.groups import Group, Masks, is_within, removed_modules
 from vitprune.pruning.select import blocks_removed
 
 
-def next_step(groups: Sequence[Group], target: Mapping[str, float], kept: Masks | None = None) -> Mapping[str, float]:
+def next_block_removal(
+    groups: Sequence[Group], target: Mapping[str, float], kept: Masks | None = None
+) -> Mapping[str, float]:
     """The target itself or, where it takes several blocks of a group, one more of them and nothing else.
 
     Every removal forms a new pair of neighbours, so blocks are scored again after each.
@@ -24,7 +26,7 @@ def next_step(groups: Sequence[Group], target: Mapping[str, float], kept: Masks 
     return {"block": min(pending)} if several else target
 
 
-def dense_names(dense: Sequence[Group], now: Sequence[Group], kept: Masks) -> dict[str, str]:
+def to_dense_names(dense: Sequence[Group], now: Sequence[Group], kept: Masks) -> dict[str, str]:
     """Name in the dense model of every group of a model whose blocks, as `kept` has them, have moved up."""
     moved: dict[str, str] = {}
     for group in dense:
@@ -33,12 +35,12 @@ def dense_names(dense: Sequence[Group], now: Sequence[Group], kept: Masks) -> di
             moved |= {new: old for (new, *_), (old, *_) in zip(group.sublayers, left, strict=False)}
     found = {}
     for group in now:
-        path = next((path for path in moved if inside(group.name, [path])), None)
+        path = next((path for path in moved if is_within(group.name, [path])), None)
         found[group.name] = group.name if path is None else moved[path] + group.name.removeprefix(path)
     return found
 
 
-def living(groups: Sequence[Group], masks: Masks) -> list[Group]:
+def remaining_groups(groups: Sequence[Group], masks: Masks) -> list[Group]:
     """Groups that do not belong to a sub-layer that has gone."""
-    gone = leaving([group for group in groups if group.name in masks], masks)
-    return [group for group in groups if not inside(group.name, gone)]
+    gone = removed_modules([group for group in groups if group.name in masks], masks)
+    return [group for group in groups if not is_within(group.name, gone)]

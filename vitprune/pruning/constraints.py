@@ -10,32 +10,35 @@ SLACK = 1e-6  # of a unit: a share times a number of units is no finer in floati
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """Shares of a group's units that go, at `least` and at `most`, and the `multiple` in which units stay.
+class Constraint:
+    """Range of a group's sparsity (`min_sparsity` to `max_sparsity`) and the `multiple` of units that remain.
 
     Where both shares are one, the group competes with no other. Of attention channels all this is of each head.
     """
 
-    least: float = 0.0
-    most: float = 1.0
+    min_sparsity: float = 0.0
+    max_sparsity: float = 1.0
     multiple: int = 1
 
     @property
-    def alone(self) -> bool:
+    def is_fixed(self) -> bool:
         """Whether exactly so much goes, whatever the others lose."""
-        return self.least == self.most
+        return self.min_sparsity == self.max_sparsity
 
     def window(self, units: int) -> tuple[int, int]:
         """The fewest and the most of so many units that may stay; the first is the larger where no number may.
 
         A group of fewer units than the multiple stays as it is, and so does one that may lose nothing.
         """
-        if self.most == 0 or units < self.multiple:
+        if self.max_sparsity == 0 or units < self.multiple:
             return units, units
-        if self.alone:
-            wanted = nearest_multiple(units - rounded(self.least * units), self.multiple, units)
+        if self.is_fixed:
+            wanted = nearest_multiple(units - rounded(self.min_sparsity * units), self.multiple, units)
             return wanted, wanted
-        fewest, most = units - math.floor(self.most * units + SLACK), units - math.ceil(self.least * units - SLACK)
+        fewest, most = (
+            units - math.floor(self.max_sparsity * units + SLACK),
+            units - math.ceil(self.min_sparsity * units - SLACK),
+        )
         if self.multiple == 1:
             return fewest, most
         return max(1, math.ceil(fewest / self.multiple)) * self.multiple, most // self.multiple * self.multiple
@@ -46,13 +49,13 @@ class Bounds:
         What is gone stays gone, and `protected` units stay, whatever the bounds.
         """
         fewest, most = (min(left, max(number, min(protected, left))) for number in self.window(units))
-        if self.multiple > 1 and self.most > 0 and most == left < units:
+        if self.multiple > 1 and self.max_sparsity > 0 and most == left < units:
             most = max(left // self.multiple * self.multiple, min(left, self.multiple))
         return range(min(fewest, most), most + 1, self.multiple)
 
 
-FREE = Bounds()
-AllBounds = Mapping[str, Bounds]  # by group; one that is not named is free
+UNCONSTRAINED = Constraint()
+Constraints = Mapping[str, Constraint]  # by group; one that is not named is free
 
 
 def rounded(number: float) -> int:
@@ -72,7 +75,7 @@ def nearest(kept: range, wanted: int) -> int:
     return above if below < wanted and above - wanted <= wanted - below else below
 
 
-def lots(left: int, kept: range) -> list[tuple[int, int]]:
+def removal_steps(left: int, kept: range) -> list[tuple[int, int]]:
     """Places of units that go together, among the `left` in ascending order of worth: (begin, end) of each lot.
 
     The first lot must go where all that are left may not stay.
@@ -93,7 +96,7 @@ def in_lots(worths: Sequence[Sequence[float]], kept: Sequence[range], remove: in
     """
     line: list[tuple[float, int, int]] = []  # rank of a lot, its group, its size
     for group, (worth, allowed) in enumerate(zip(worths, kept, strict=True)):
-        for lot in lots(len(worth), allowed):
+        for lot in removal_steps(len(worth), allowed):
             must = lot[0] == 0 and len(worth) > allowed[-1]
             line.append((-math.inf if must else worth[middle(lot)], group, lot[1] - lot[0]))
     line.sort(key=itemgetter(0))
@@ -106,7 +109,7 @@ def in_lots(worths: Sequence[Sequence[float]], kept: Sequence[range], remove: in
     return stay
 
 
-def shared(bounds: AllBounds, names: Sequence[str]) -> list[list[str]]:
+def shared(bounds: Constraints, names: Sequence[str]) -> list[list[str]]:
     """Groups that compete as pools of their own: those whose share is said leave the others."""
-    together = [name for name in names if not bounds.get(name, FREE).alone]
-    return [[name] for name in names if bounds.get(name, FREE).alone] + ([together] if together else [])
+    together = [name for name in names if not bounds.get(name, UNCONSTRAINED).is_fixed]
+    return [[name] for name in names if bounds.get(name, UNCONSTRAINED).is_fixed] + ([together] if together else [])

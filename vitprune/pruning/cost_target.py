@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitprune.config.quantity import Quantity, number_of, said
+from vitprune.config.quantity import Quantity, format_cost, number_of
 from vitprune.data import example_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import latency, macs
-from vitprune.groups import Group, Masks, frame, shrink
+from vitprune.groups import Group, Masks, meta_copy, shrink
 
 COUNTS = ("params", "macs")
 COSTS = (*COUNTS, "latency", "latency_ms")
@@ -20,12 +20,12 @@ PRECISION = {"params": 1e-9, "macs": 1e-9, "latency": 0.01, "latency_ms": 0.01} 
 CLOSE = 0.02  # of the target: a larger miss is explained
 RUNS, LONG = 15, 45  # forward passes of each model behind a latency: while searching, and of what is found
 TRIES = 4  # to correct a search by longer readings
-Share = Callable[[Masks], float]  # masks of the dense model's groups -> cost as a fraction of the dense model's
+CostFn = Callable[[Masks], float]  # masks of the dense model's groups -> cost as a fraction of the dense model's
 Spread = Mapping[str, float]  # milliseconds: median, p10 and p90, and the dense model's median beside it
 
 
 @dataclass(frozen=True)
-class Meter:
+class CostModel:
     """What candidates cost: masks of the dense model's groups to a fraction of the `whole` that the dense model costs.
 
     The whole is in parameters, MACs or milliseconds; `spread`, of a clock alone, measures anew and longer.
@@ -33,7 +33,7 @@ class Meter:
 
     cost: str
     whole: float
-    share: Share
+    share: CostFn
     spread: Callable[[Masks], Spread] | None = None
 
     def __call__(self, masks: Masks) -> float:
@@ -43,7 +43,7 @@ class Meter:
     def said(self, fraction: float) -> str:
         """A fraction of the whole in words."""
         unit = {"params": " parameters", "macs": " MACs"}.get(self.cost, " ms")
-        return said(fraction * self.whole) + unit
+        return format_cost(fraction * self.whole) + unit
 
 
 def check(target: Mapping[str, Quantity], kinds: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ def is_fraction(target: Mapping[str, Quantity]) -> bool:
     return cost != "latency_ms" and not isinstance(asked, str) and asked < 1
 
 
-def fraction_of(target: Mapping[str, Quantity], share_of: Meter, smallest: float) -> float:
+def fraction_of(target: Mapping[str, Quantity], share_of: CostModel, smallest: float) -> float:
     """A checked target as a fraction of what the dense model has; `smallest` is the least that can be reached.
 
     Raises:
@@ -118,7 +118,7 @@ def relative(sparsity: Mapping[str, float]) -> dict[str, float]:
     return {kind: share / largest for kind, share in sparsity.items()}
 
 
-def meter(model: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
+def make_cost_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
     """What candidates cost: really shrunk copies of the dense model; single weights by their non-zeros.
 
     Parameters and MACs are counted on copies without data. Latency is measured, each time in turns with the dense
@@ -127,7 +127,7 @@ def meter(model: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
     return _counter(model, groups, cost) if cost in COUNTS else _clock(copy.deepcopy(model), groups, cost)
 
 
-def solve(masks_at: Callable[[float], Masks], share_of: Share, limit: float, precision: float = 1e-9) -> float:
+def solve(masks_at: Callable[[float], Masks], share_of: CostFn, limit: float, precision: float = 1e-9) -> float:
     """The least scalar from 0 to 1 whose masks cost no more than the limit, by bisection.
 
     `masks_at` must remove more, and never other units, as its scalar grows; then the cost found is less than one step
@@ -136,11 +136,11 @@ def solve(masks_at: Callable[[float], Masks], share_of: Share, limit: float, pre
     Raises:
         BadInput: the limit is not reached where all goes that may go; the line says what is.
     """
-    return bracket(masks_at, share_of, limit, precision)[1]
+    return bisect(masks_at, share_of, limit, precision)[1]
 
 
-def bracket(
-    masks_at: Callable[[float], Masks], share_of: Share, limit: float, precision: float = 1e-9
+def bisect(
+    masks_at: Callable[[float], Masks], share_of: CostFn, limit: float, precision: float = 1e-9
 ) -> tuple[float, float]:
     """The scalar of `solve` behind one whose masks are the next ones, which cost too much; twice 0 where none do."""
     low, high = 0.0, math.nextafter(1.0, 0.0)
@@ -162,7 +162,9 @@ def bracket(
     return low, high
 
 
-def steadied(masks_at: Callable[[float], Masks], read: Share, limit: float, scalar: float) -> tuple[float, float]:
+def refine_latency(
+    masks_at: Callable[[float], Masks], read: CostFn, limit: float, scalar: float
+) -> tuple[float, float]:
     """The scalar that a search by short readings has found, corrected by long ones, and what the clock said of it.
 
     A search takes the readings that happen to be low for what they are, so it ends too early. Each try goes along a
@@ -181,7 +183,7 @@ def steadied(masks_at: Callable[[float], Masks], read: Share, limit: float, scal
     return best, tried[best]
 
 
-def step_between(groups: Sequence[Group], more: Masks, fewer: Masks, share_of: Meter) -> str:
+def step_between(groups: Sequence[Group], more: Masks, fewer: Masks, share_of: CostModel) -> str:
     """Which units go together as the last ones, and what it would cost if they did not, in words."""
     units = {g.name: int(more[g.name].sum()) - int(fewer[g.name].sum()) for g in groups}
     cut = [group for group in groups if units[group.name]]
@@ -195,7 +197,7 @@ def step_between(groups: Sequence[Group], more: Masks, fewer: Masks, share_of: M
     )
 
 
-def miss(limit: float, reached: float, share_of: Meter, last: str) -> str:
+def explain_miss(limit: float, reached: float, share_of: CostModel, last: str) -> str:
     """Why a cost is not within 2 % of its limit, in words; empty where it is.
 
     Both are fractions of the dense model's cost, and `last` says what the last step was.
@@ -212,8 +214,8 @@ def _left(masks: Masks) -> int:
     return sum(int(mask.sum()) for mask in masks.values())
 
 
-def _counter(model: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
-    small, example = frame(model), example_input(model, 1).to("meta")
+def _counter(model: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
+    small, example = meta_copy(model), example_input(model, 1).to("meta")
     units = [group for group in groups if group.kind != "weight"]
     weights = {g.name: model.get_parameter(g.name).detach().cpu() != 0 for g in groups if g.kind == "weight"}
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
@@ -230,14 +232,14 @@ def _counter(model: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
         )
 
     whole = counted({group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups})
-    return Meter(cost, whole, lambda masks: counted(masks) / whole)
+    return CostModel(cost, whole, lambda masks: counted(masks) / whole)
 
 
 def _zeros(there: Tensor, mask: Tensor) -> float:
     return 1 - int((there & mask).sum()) / there.numel()
 
 
-def _clock(dense: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
+def _clock(dense: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
     example = example_input(dense, 1)
 
     def both(masks: Masks, runs: int) -> Spread:
@@ -248,4 +250,4 @@ def _clock(dense: nn.Module, groups: Sequence[Group], cost: str) -> Meter:
         times = both(masks, RUNS)
         return times["median"] / times["dense"]
 
-    return Meter(cost, latency([dense], example, LONG)[0]["median"], share, lambda masks: both(masks, LONG))
+    return CostModel(cost, latency([dense], example, LONG)[0]["median"], share, lambda masks: both(masks, LONG))

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
-from vitprune.pruning.constraints import FREE, AllBounds, Bounds, lots, middle
-from vitprune.pruning.cost_target import Share
+from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, Constraints, middle, removal_steps
+from vitprune.pruning.cost_target import CostFn
 
-NO_BOUNDS: AllBounds = {}
-Prices = dict[str, float]  # by group: the share of the dense model's MACs that one unit (of each head) saves
+NO_BOUNDS: Constraints = {}
+MacsPerUnit = dict[str, float]  # by group: the share of the dense model's MACs that one unit (of each head) saves
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class _Lot:
     units: Tensor
 
 
-def prices(groups: Sequence[Group], share_of: Share) -> Prices:
+def macs_per_unit(groups: Sequence[Group], share_of: CostFn) -> MacsPerUnit:
     """What a unit of each group saves, measured on the dense model with one unit less.
 
     Raises:
         BadInput: a group's units cannot be bought one at a time (single weights, blocks).
     """
     whole = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
-    found: Prices = {}
+    found: MacsPerUnit = {}
     for group in groups:
         if group.kind in ("weight", "block"):
             raise BadInput(f"{group.name}: units of kind {group.kind!r} have no price in MACs; use another scope")
@@ -51,13 +51,13 @@ def prices(groups: Sequence[Group], share_of: Share) -> Prices:
     return found
 
 
-def spend(
+def select_by_macs(
     scores: Scores,
     share: float,
     groups: Sequence[Group],
-    costs: Prices,
+    costs: MacsPerUnit,
     previous: Masks | None = None,
-    bounds: AllBounds = NO_BOUNDS,
+    bounds: Constraints = NO_BOUNDS,
 ) -> Masks:
     """Remove the units worth least per MAC until a share of all their MACs is gone; every group keeps one (per head).
 
@@ -78,9 +78,9 @@ def spend(
     }
     budget, line = 0.0, list[_Lot]()
     for group in groups:
-        own = bounds.get(group.name, FREE)
-        own = own if share or own.least else replace(own, multiple=1)
-        price = 0.0 if own.alone else costs[group.name]
+        own = bounds.get(group.name, UNCONSTRAINED)
+        own = own if share or own.min_sparsity else replace(own, multiple=1)
+        price = 0.0 if own.is_fixed else costs[group.name]
         gone = int((~masks[group.name]).sum()) / (group.units / group.shape[-1])
         budget += price * (share * group.shape[-1] - gone)
         line += _lots(group, scores[group.name], masks[group.name], price, own)
@@ -92,7 +92,7 @@ def spend(
     return masks
 
 
-def _lots(group: Group, scores: Tensor, alive: Tensor, price: float, bounds: Bounds) -> list[_Lot]:
+def _lots(group: Group, scores: Tensor, alive: Tensor, price: float, bounds: Constraint) -> list[_Lot]:
     """What of a group can go, in the order in which it must: rates rise, so that a later lot never goes first."""
     if bool(scores.isnan().any()):
         raise BadInput(f"{group.name}: {int(scores.isnan().sum())} scores are NaN; check the model's weights")
@@ -106,7 +106,7 @@ def _lots(group: Group, scores: Tensor, alive: Tensor, price: float, bounds: Bou
     worth = rows.flatten()[order].sum(dim=0).cummax(dim=0).values  # (left,), over the rows
     kept = bounds.kept(group.shape[-1], left, protected=1)
     found = []
-    for lot in lots(left, kept):
+    for lot in removal_steps(left, kept):
         units, size = order[:, lot[0] : lot[1]].flatten(), lot[1] - lot[0]
         if lot[0] == 0 and left > kept[-1]:
             found.append(_Lot(-math.inf, price * size, -math.inf, group.name, units))

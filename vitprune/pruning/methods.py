@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitprune.criteria import Again, Criterion, Updater, corp, magnitude
+from vitprune.criteria import Criterion, RecomputeUpdate, UpdateFromStats, corp, magnitude
 from vitprune.criteria.kl import exact, fisher, leave_one_out
 from vitprune.criteria.obs import cap, fastcap, obc, units
 from vitprune.errors import BadInput
 from vitprune.pruning import rescoring
 
-ADDITIVE = (magnitude.taylor, leave_one_out.literal, exact.exact, fisher.fisher)
+ADDITIVE = (magnitude.taylor, leave_one_out.leave_one_out_kl, exact.exact_kl, fisher.fisher_kl)
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Method:
     kinds: tuple[str, ...]
     free_scope: bool
     about: str
-    update: Updater | None = None  # the criterion's update, from the statistics that it has left
-    settle: rescoring.Settle | None = None  # measures again where the criterion's scores leave in doubt who stays
-    again: Again | None = None  # the same update from the images, where what it needs is too large to be left
+    update: UpdateFromStats | None = None  # the criterion's update, from the statistics that it has left
+    settle: rescoring.RescoreFn | None = None  # measures again where the criterion's scores leave in doubt who stays
+    again: RecomputeUpdate | None = None  # the same update from the images, where what it needs is too large to be left
     collective: bool = False  # its criterion shares its work among processes by itself
 
     @property
@@ -36,7 +36,7 @@ def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = Fal
     return Method(criterion, {"weight": scope}, ("weight",), free_scope, about)
 
 
-def _blockwise(criterion: Criterion, again: Again, about: str) -> Method:
+def _blockwise(criterion: Criterion, again: RecomputeUpdate, about: str) -> Method:
     return Method(criterion, {"weight": "global"}, ("weight",), True, about, again=again, collective=True)
 
 
@@ -45,7 +45,7 @@ def _structured(criterion: Criterion, about: str) -> Method:
     return Method(criterion, scopes, ("ffn", "attention"), True, about)
 
 
-def _upvits(criterion: Criterion, about: str, settle: rescoring.Settle | None = None) -> Method:
+def _upvits(criterion: Criterion, about: str, settle: rescoring.RescoreFn | None = None) -> Method:
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
     return Method(criterion, scopes, ("ffn", "attention"), False, about, settle=settle)
 
@@ -99,22 +99,24 @@ METHODS: dict[str, Method] = {
     ),
     "channel-taylor": _structured(magnitude.taylor, "units of least first-order change of the loss"),
     "upvits": _upvits(
-        fisher.fisher,
+        fisher.fisher_kl,
         "KL divergence (Yu & Wu, SCIS 2023): to second order, then exactly where it decides who stays",
-        rescoring.settle,
+        rescoring.rescore,
     ),
-    "upvits-literal": _upvits(leave_one_out.literal, "the same scores by one removal at a time: slow, the oracle"),
-    "upvits-exact": _upvits(exact.exact, "KL divergence exactly, running again only what a removal changes"),
-    "upvits-fisher": _upvits(fisher.fisher, "KL divergence to second order, all units from a few backward passes"),
+    "upvits-literal": _upvits(
+        leave_one_out.leave_one_out_kl, "the same scores by one removal at a time: slow, the oracle"
+    ),
+    "upvits-exact": _upvits(exact.exact_kl, "KL divergence exactly, running again only what a removal changes"),
+    "upvits-fisher": _upvits(fisher.fisher_kl, "KL divergence to second order, all units from a few backward passes"),
     "upvits-blocks": Method(
-        exact.exact,
+        exact.exact_kl,
         {"block": "layer"},
         ("block",),
         False,
         "KL divergence of whole blocks, scored again after each; what is left between two forms hybrid blocks",
     ),
     "upvits-refit": Method(
-        units.with_refit(fisher.fisher),
+        units.with_refit(fisher.fisher_kl),
         {"ffn": "layer", "attention": "head", "head": "layer"},
         ("ffn", "attention"),
         True,
@@ -122,7 +124,7 @@ METHODS: dict[str, Method] = {
         units.refitting,
     ),
     "upvits-global": Method(
-        units.with_refit(fisher.fisher),
+        units.with_refit(fisher.fisher_kl),
         {"ffn": "macs", "attention": "macs", "head": "macs"},
         ("ffn", "attention"),
         False,
@@ -152,9 +154,9 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude.magnitude,
     "energy": magnitude.energy,
     "taylor": magnitude.taylor,
-    "kl-literal": leave_one_out.literal,
-    "kl-exact": exact.exact,
-    "kl-fisher": fisher.fisher,
+    "kl-literal": leave_one_out.leave_one_out_kl,
+    "kl-exact": exact.exact_kl,
+    "kl-fisher": fisher.fisher_kl,
     "unit-obs": units.unit_obs,
     "corp": corp.corp,
     "ovit": cap.ovit,

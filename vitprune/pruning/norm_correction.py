@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vitprune.criteria import Batches, Setting
-from vitprune.criteria.fisher_directions import pulls
-from vitprune.criteria.memory import images_at_once, portions
+from vitprune.criteria import Batches, ScoreConfig
+from vitprune.criteria.fisher_directions import fisher_directions
+from vitprune.criteria.memory import images_at_once, minibatches
 from vitprune.criteria.moments import recording
 from vitprune.errors import BadInput
 from vitprune.runtime.eval_mode import evaluating, frozen
@@ -36,7 +36,7 @@ class Corrected:
     facts: Mapping[str, float]
 
 
-def answers(model: nn.Module, batches: Batches) -> list[Tensor]:
+def dense_logits(model: nn.Module, batches: Batches) -> list[Tensor]:
     """Logits of every batch, as the correction wants them of the dense model; (B, ..., classes) each.
 
     Raises:
@@ -49,7 +49,7 @@ def answers(model: nn.Module, batches: Batches) -> list[Tensor]:
         return [model(images.to(device)) for images, _ in batches]
 
 
-def correct(model: nn.Module, wanted: Sequence[Tensor], batches: Batches, setting: Setting) -> Corrected:
+def correct_norms(model: nn.Module, wanted: Sequence[Tensor], batches: Batches, setting: ScoreConfig) -> Corrected:
     """Scales and shifts of norms and biases that bring the answers nearer to those wanted; the model stays as it is.
 
     Minimises |r - J x|^2 + damping |x|^2, where r are the errors of the logits along a few directions of the wanted
@@ -104,7 +104,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
 
 
 def _system(
-    model: nn.Module, layers: Sequence[_Layer], wanted: Sequence[Tensor], batches: Batches, setting: Setting
+    model: nn.Module, layers: Sequence[_Layer], wanted: Sequence[Tensor], batches: Batches, setting: ScoreConfig
 ) -> tuple[Tensor, Tensor]:
     """Slopes (rows, values) and errors (rows,) of the answers along their directions, PULLS rows per image."""
     found, first = [], 0
@@ -113,7 +113,7 @@ def _system(
             one = batches[0][0][:1].to(wanted[0].device)
             size = images_at_once(model, model, one, setting.memory)
         for (batch, _), aims in track(list(zip(batches, wanted, strict=True)), "correcting"):
-            for images, aim in zip(portions(batch, size), portions(aims, size), strict=True):
+            for images, aim in zip(minibatches(batch, size), minibatches(aims, size), strict=True):
                 found.append(_of_batch(model, layers, aim, images, setting.seed, first))
                 first += len(images)
     slopes, errors = zip(*found, strict=True)
@@ -128,7 +128,7 @@ def _of_batch(
         logits = model(images.to(aim.device))
     missing = aim.double() - logits.detach().double()
     rows, errors = [], []
-    for pull in pulls(aim.double().softmax(dim=-1), None, PULLS, seed, range(first, first + len(images))):
+    for pull in fisher_directions(aim.double().softmax(dim=-1), None, PULLS, seed, range(first, first + len(images))):
         slopes = torch.autograd.grad(logits, [outputs[p] for p in paths], pull.to(logits.dtype), retain_graph=True)
         parts = [
             _own(model, layer, inputs[layer.path], slope, len(images))

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vitprune.config.params import Params, Schedule
-from vitprune.config.quantity import Quantity, read
+from vitprune.config.quantity import Quantity, parse_cost
 from vitprune.config.targets import Rule, rule_of
-from vitprune.criteria import DEFAULTS, Setting
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.errors import BadInput
 from vitprune.pruning.cost_target import check, is_fraction, relative
 from vitprune.pruning.methods import Method, method_named
@@ -36,7 +36,7 @@ class Plan:
     heads: int | None = None
     cycles: int = 1
     schedule: str | Schedule = "cubic"
-    setting: Setting = DEFAULTS
+    setting: ScoreConfig = DEFAULT_SCORE_CONFIG
     target: Mapping[str, Quantity] | None = None
     correct: bool = False
     round_to: Mapping[str, int] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Plan:
         """The method's row in the table."""
         return method_named(self.method)
 
-    def setting_of(self, cycle: int) -> Setting:
+    def setting_of(self, cycle: int) -> ScoreConfig:
         """How the cycle of that number scores: every one has a seed of its own, and N:M is known beforehand."""
         pattern = pattern_of(self.scope_of("weight")) if "weight" in self.sparsity else None
         return replace(self.setting, seed=self.setting.seed + cycle, pattern=pattern)
@@ -59,7 +59,7 @@ class Plan:
         return "head" if kind == "attention" else str(self.scope)
 
     @property
-    def bought(self) -> list[str]:
+    def macs_kinds(self) -> list[str]:
         """Kinds whose units compete with each other, of whatever kind they are, by what they save."""
         return [kind for kind in self.sparsity if self.scope_of(kind) == "macs"]
 
@@ -103,7 +103,7 @@ def plan_for(
     heads: int | None = None,
     cycles: int = 1,
     schedule: str | Schedule = "cubic",
-    setting: Setting = DEFAULTS,
+    setting: ScoreConfig = DEFAULT_SCORE_CONFIG,
     target: Target | None = None,
     correct: bool = False,
     round_to: Widths | None = None,
@@ -121,7 +121,7 @@ def plan_for(
     row = method_named(method)
     implied = _refuse_scope(method, scope)
     if target is not None:
-        target = {cost: read(asked) for cost, asked in target.items()}
+        target = {cost: parse_cost(asked) for cost, asked in target.items()}
         check(target, list(sparsity) if isinstance(sparsity, Mapping) else row.kinds)
         if implied is not None or isinstance(sparsity, float):
             raise BadInput("prune.target: takes a sparsity's place; set sparsity to null, or to a share for each kind")
@@ -146,8 +146,10 @@ def plan_for(
 
 def _refuse_plan(plan: Plan) -> None:
     """Refuse what does not go together."""
-    if len({plan.sparsity[kind] for kind in plan.bought}) > 1:
-        raise BadInput(f"prune.sparsity: {', '.join(plan.bought)} compete for one share of the MACs; give all the same")
+    if len({plan.sparsity[kind] for kind in plan.macs_kinds}) > 1:
+        raise BadInput(
+            f"prune.sparsity: {', '.join(plan.macs_kinds)} compete for one share of the MACs; give all the same"
+        )
     if plan.target is None:
         plan.targets()
     elif is_fraction(plan.target):
@@ -233,10 +235,10 @@ def plan_of(params: Params) -> Plan:
     return plan
 
 
-def _setting(params: Params) -> Setting:
+def _setting(params: Params) -> ScoreConfig:
     """How criteria run."""
     s = params.score
-    return Setting(
+    return ScoreConfig(
         seed=params.seed,
         memory=s.memory_mb << 20,
         classes=s.classes,

@@ -8,14 +8,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Criterion, Importance, Setting, Statistics
+from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig, Statistics
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores, shrink, zero
-from vitprune.pruning.block_steps import dense_names, next_step
-from vitprune.pruning.cycle_masks import choose, cost_of, costs_for, goal, groups_for, settle
+from vitprune.pruning.block_steps import next_block_removal, to_dense_names
+from vitprune.pruning.cycle_masks import (
+    cost_model_for,
+    cycle_target,
+    groups_for,
+    reached_cost,
+    rescore_borderline,
+    select_masks,
+)
 from vitprune.pruning.methods import CRITERIA
-from vitprune.pruning.norm_correction import answers
-from vitprune.pruning.norm_correction import correct as correction
+from vitprune.pruning.norm_correction import correct_norms as correction
+from vitprune.pruning.norm_correction import dense_logits
 from vitprune.pruning.plan import Plan, Rules, Sparsity, Target, Widths, plan_for
 
 
@@ -43,7 +50,7 @@ class Cycle:
 
 
 @dataclass(frozen=True)
-class After:
+class ResumePoint:
     """Where a run was broken off: the dense model that it began with, the last cycle done, and its masks."""
 
     dense: nn.Module
@@ -62,16 +69,16 @@ def score(
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-    return function(model, groups, _lasting(batches), Setting(seed)).scores
+    return function(model, groups, _lasting(batches), ScoreConfig(seed)).scores
 
 
-def compress(
+def prune_cycles(
     model: nn.Module,
     plan: Plan,
     batches: Batches,
     first: Masks | None = None,
     statistics: Statistics | None = None,
-    after: After | None = None,
+    after: ResumePoint | None = None,
 ) -> Iterator[Cycle]:
     """Prune a model in place, cycle by cycle; what drives the iterator may train the model between two cycles.
 
@@ -82,14 +89,14 @@ def compress(
     batches, whole = _lasting(batches), model if after is None else after.dense
     dense = groups_for(whole, plan)
     kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense} if after is None else after.masks
-    costs = costs_for(whole, dense, plan)
-    dense_answers = answers(whole, batches) if plan.correct else []
+    costs = cost_model_for(whole, dense, plan)
+    dense_answers = dense_logits(whole, batches) if plan.correct else []
     first = first if after is None else None  # it has been applied
     for number in range(1 if after is None else after.number + 1, plan.cycles + 1):
         complete = False
         while not complete:
             now = groups_for(model, plan)
-            names = dense_names(dense, now, kept)
+            names = to_dense_names(dense, now, kept)
             scores: Scores = {}
             facts: Mapping[str, float] = {}
             last = ""
@@ -100,17 +107,19 @@ def compress(
             if first is not None and costs.share_of is not None:
                 masks, target, complete = first, _removed(dense, first), "block" not in plan.sparsity
             else:
-                wanted = goal(scores, dense, plan, number, costs, kept)
-                target, step, last = wanted.target, next_step(dense, wanted.target, kept), wanted.last
+                wanted = cycle_target(scores, dense, plan, number, costs, kept)
+                target, step, last = wanted.target, next_block_removal(dense, wanted.target, kept), wanted.last
                 if first is None:
-                    settled = settle(model, batches, importance.scores, dense, plan, step, number, kept, costs)
+                    settled = rescore_borderline(
+                        model, batches, importance.scores, dense, plan, step, number, kept, costs
+                    )
                     scores, facts = _all_in_dense(dense, names, settled.scores, kept), settled.facts
-                masks = choose(scores, dense, plan, step, kept, costs, number) if first is None else first
+                masks = select_masks(scores, dense, plan, step, kept, costs, number) if first is None else first
                 complete = step == target
             _apply(model, [(group, names[group.name]) for group in now], masks, kept, importance)
             kept, first = masks, None
         corrected = _corrected(model, dense_answers, batches, plan, number)
-        cost = cost_of(masks, plan, number, costs, last)
+        cost = reached_cost(masks, plan, number, costs, last)
         yield Cycle(number, target, dense, scores, masks, cost, facts, corrected)
 
 
@@ -142,11 +151,11 @@ def prune(
         BadInput: a setting, a module or the result cannot be used; the message names it.
     """
     pruned = copy.deepcopy(model)
-    setting = Setting(seed)
+    setting = ScoreConfig(seed)
     plan = plan_for(
         method, sparsity, scope, heads, setting=setting, target=target, correct=correct, round_to=round_to, rules=rules
     )
-    for _ in compress(pruned, plan, batches):
+    for _ in prune_cycles(pruned, plan, batches):
         pass
     if example_input is not None:
         with torch.no_grad():

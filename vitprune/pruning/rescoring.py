@@ -7,13 +7,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Setting
-from vitprune.criteria.kl.exact import divergences
-from vitprune.criteria.kl.fisher import per_image
+from vitprune.criteria import Batches, ScoreConfig
+from vitprune.criteria.kl.exact import kl_divergences
+from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
-from vitprune.pruning.rescoring_posterior import Doubt, Evidence, doubt, doubtful, heavy_tailed, pools
-from vitprune.pruning.select import Contest
+from vitprune.pruning.rescoring_posterior import Doubt, ScorePosterior, doubt, doubtful, heavy_tailed, pools
+from vitprune.pruning.select import CandidatePool
 
 DRAWS = 200  # from the posterior, to see how often the kept set would be another
 FIRST_IMAGES = 8  # of a unit in its first round; each round after doubles them
@@ -27,24 +27,24 @@ Control = Callable[[Tensor], Tensor]  # images -> (all units, images)
 
 
 @dataclass(frozen=True)
-class Settled:
+class Rescored:
     """Scores from which `select` takes the settled kept set, and figures about how they came about."""
 
     scores: Scores
     facts: dict[str, float]
 
 
-Settle = Callable[[nn.Module, Sequence[Group], Batches, Scores, Sequence[Contest], Setting], Settled]
+RescoreFn = Callable[[nn.Module, Sequence[Group], Batches, Scores, Sequence[CandidatePool], ScoreConfig], Rescored]
 
 
-def settle(
+def rescore(
     model: nn.Module,
     groups: Sequence[Group],
     batches: Batches,
     scores: Scores,
-    contests: Sequence[Contest],
-    setting: Setting,
-) -> Settled:
+    contests: Sequence[CandidatePool],
+    setting: ScoreConfig,
+) -> Rescored:
     """Measure exact scores of the units whose place in a contest is in doubt, until the kept set is settled.
 
     `scores` are Fisher's of all units over the same images and with the same seed: their parts, image by image, are the
@@ -63,28 +63,28 @@ def settle(
     own = [group for group in groups if group.name in scores]
 
     def exact(chosen: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
-        return divergences(model, own, chosen, torch.stack([images[place] for place in places.tolist()]), setting)
+        return kl_divergences(model, own, chosen, torch.stack([images[place] for place in places.tolist()]), setting)
 
     def control(places: Tensor) -> Tensor:
         some = torch.stack([images[place] for place in places.tolist()])
-        found = per_image(model, own, some, setting, [setting.first + place for place in places.tolist()])
+        found = fisher_kl_per_image(model, own, some, setting, [setting.first + place for place in places.tolist()])
         return torch.cat([found[name] for name in names])
 
     units = sum(score.numel() for score in scores.values())
     affordable = units * len(images) * 4 <= setting.memory
     kinds = {group.name: group.kind for group in own}
-    return race(scores, kinds, contests, exact, control if affordable else None, order, setting)
+    return adaptive_rescoring(scores, kinds, contests, exact, control if affordable else None, order, setting)
 
 
-def race(
+def adaptive_rescoring(
     scores: Scores,
     kinds: Mapping[str, str],
-    contests: Sequence[Contest],
+    contests: Sequence[CandidatePool],
     exact: Exact,
     control: Control | None,
     order: Tensor,
-    setting: Setting,
-) -> Settled:
+    setting: ScoreConfig,
+) -> Rescored:
     """The race itself: `exact` and `control` give values of units on images, in the order given.
 
     In each round, every kind not yet settled sends its units most in doubt to more images, twice as many as before.
@@ -98,7 +98,7 @@ def race(
     removals = [contest.remove for contest in contests]
     field = _Field(sizes, flat, removals, [kinds[contest.places[0][0]] for contest in contests], kinds)
     surrogate = torch.cat([score.flatten().to("cpu", torch.float64) for score in scores.values()])
-    state = Evidence(surrogate, pools(list(sizes.values())), len(order))
+    state = ScorePosterior(surrogate, pools(list(sizes.values())), len(order))
     controls = _Controls(control, order, surrogate)
     rounds, sent = 0, field.sample(setting)
     while len(sent):
@@ -111,7 +111,7 @@ def race(
         sent = field.sent(state, field.doubts(state, setting), setting)
     values = torch.split(state.scores(), list(sizes.values()))
     settled = {name: value.view(scores[name].shape) for name, value in zip(scores, values, strict=True)}
-    return Settled(settled, _facts(state, field.doubts(state, setting), field, rounds, setting))
+    return Rescored(settled, _facts(state, field.doubts(state, setting), field, rounds, setting))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Field:
     kinds: list[str]
     of: Mapping[str, str]  # kind of each group
 
-    def doubts(self, state: Evidence, setting: Setting) -> list[Doubt]:
+    def doubts(self, state: ScorePosterior, setting: ScoreConfig) -> list[Doubt]:
         mean, deviation = state.posterior()
         found = []
         for number, (units, remove) in enumerate(zip(self.contests, self.remove, strict=True)):
@@ -133,7 +133,7 @@ class _Field:
             found.append(doubt(mean[units], deviation[units], remove, draws))
         return found
 
-    def sample(self, setting: Setting) -> Tensor:
+    def sample(self, setting: ScoreConfig) -> Tensor:
         """Some units of every group that competes, drawn at random: what the ratios of its pool are guessed from."""
         source = torch.Generator().manual_seed(setting.seed)
         competing = torch.cat([units for units, remove in zip(self.contests, self.remove, strict=True) if remove])
@@ -142,7 +142,7 @@ class _Field:
         found = torch.cat(drawn)
         return found[torch.isin(found, competing)].sort().values
 
-    def sent(self, state: Evidence, doubts: Sequence[Doubt], setting: Setting) -> Tensor:
+    def sent(self, state: ScorePosterior, doubts: Sequence[Doubt], setting: ScoreConfig) -> Tensor:
         """Units to measure on more images, ascending; none where every kind is settled, or all of it is measured."""
         sent = [torch.empty(0, dtype=torch.int64)]
         for kind in sorted(set(self.kinds)):
@@ -202,12 +202,12 @@ class _Controls:
         return self.values[units, begin:end].double()
 
 
-def _flat(sizes: Mapping[str, int], contest: Contest) -> Tensor:
+def _flat(sizes: Mapping[str, int], contest: CandidatePool) -> Tensor:
     starts = dict(zip(sizes, [0, *accumulate(sizes.values())], strict=False))
     return torch.cat([starts[name] + places for name, places in contest.places])
 
 
-def _stages(state: Evidence, sent: Tensor) -> Iterator[tuple[int, int, bool, Tensor]]:
+def _stages(state: ScorePosterior, sent: Tensor) -> Iterator[tuple[int, int, bool, Tensor]]:
     """Which images units see next, those together that have seen the same: (begin, end, after them all, units)."""
     seen = state.seen[sent]
     for before in sorted(set(seen.tolist())):
@@ -217,7 +217,9 @@ def _stages(state: Evidence, sent: Tensor) -> Iterator[tuple[int, int, bool, Ten
             yield begin, min(after, begin + CHUNK), after == state.images, sent[seen == before]
 
 
-def _facts(state: Evidence, doubts: Sequence[Doubt], field: _Field, rounds: int, setting: Setting) -> dict[str, float]:
+def _facts(
+    state: ScorePosterior, doubts: Sequence[Doubt], field: _Field, rounds: int, setting: ScoreConfig
+) -> dict[str, float]:
     numbers = range(len(doubts))
     by_kind = {kind: [n for n in numbers if field.kinds[n] == kind] for kind in sorted(set(field.kinds))}
     return {

@@ -14,7 +14,7 @@ LEAST = 1e-30  # a score below it counts as zero
 
 
 @dataclass
-class Evidence:
+class ScorePosterior:
     """Running sums of every unit over the images on which it was measured; all vectors are (units,), float64.
 
     `surrogate` is a unit's surrogate score over all `images`, `pool` the number of units whose ratios are alike.

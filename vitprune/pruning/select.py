@@ -11,15 +11,15 @@ from torch import Tensor
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
-from vitprune.pruning.constraints import FREE, AllBounds, in_lots, nearest, rounded, shared
+from vitprune.pruning.constraints import UNCONSTRAINED, Constraints, in_lots, nearest, rounded, shared
 
-NO_BOUNDS: AllBounds = {}
+NO_BOUNDS: Constraints = {}
 SCOPES = ("layer", "global", "module", "isomorphic", "head", "N:M")
 N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
 @dataclass(frozen=True)
-class Contest:
+class CandidatePool:
     """Units that compete: the name of each group that takes part with flat indices into it, and how many have to go.
 
     `kept` has, for each of them, how many may stay; empty where every number may.
@@ -42,7 +42,7 @@ def select(
     groups: Sequence[Group] = (),
     previous: Masks | None = None,
     keep_at_least: int = 0,
-    bounds: AllBounds = NO_BOUNDS,
+    bounds: Constraints = NO_BOUNDS,
 ) -> Masks:
     """Remove the units of least score: exactly round(sparsity * units) of every pool that competes.
 
@@ -72,7 +72,7 @@ def select(
     if pattern:
         masks = {name: _n_of_m(name, s, *pattern, sparsity, bounds) for name, s in ranked.items()}
     else:
-        masks = _settled(ranked, contests(scores, sparsity, scope, groups, previous, keep_at_least, bounds))
+        masks = _settled(ranked, candidate_pools(scores, sparsity, scope, groups, previous, keep_at_least, bounds))
     if previous is not None:
         masks = {name: mask & previous[name].view(mask.shape) for name, mask in masks.items()}
     return masks
@@ -116,15 +116,15 @@ def _remove_pairs(ranked: list[float], mask: Tensor, keep: int) -> None:
         del left[at : at + 2]
 
 
-def contests(
+def candidate_pools(
     scores: Scores,
     sparsity: float,
     scope: str = "global",
     groups: Sequence[Group] = (),
     previous: Masks | None = None,
     keep_at_least: int = 0,
-    bounds: AllBounds = NO_BOUNDS,
-) -> list[Contest]:
+    bounds: Constraints = NO_BOUNDS,
+) -> list[CandidatePool]:
     """Who competes in `select`, of the units that are still there, and how many of them have to go.
 
     Of the scores only names and shapes count. Where the groups of a pool keep multiples, the number is the asked one,
@@ -142,8 +142,8 @@ def contests(
 
 
 def _contest(
-    pool: Sequence[tuple[str, Tensor]], sparsity: float, previous: Masks | None, keep_at_least: int, bounds: AllBounds
-) -> Contest:
+    pool: Sequence[tuple[str, Tensor]], sparsity: float, previous: Masks | None, keep_at_least: int, bounds: Constraints
+) -> CandidatePool:
     """What is gone counts as removed, no group loses its last protected units, and every group keeps its bounds."""
     if previous is None:
         living = list(pool)
@@ -151,18 +151,18 @@ def _contest(
         living = [(name, places[previous[name].flatten().cpu()[places]]) for name, places in pool]
     kept = []
     for (name, places), (_, there) in zip(pool, living, strict=True):
-        own = bounds.get(name, FREE)
-        own = own if sparsity or own.least else replace(own, multiple=1)
+        own = bounds.get(name, UNCONSTRAINED)
+        own = own if sparsity or own.min_sparsity else replace(own, multiple=1)
         kept.append(own.kept(len(places), len(there), keep_at_least))
     units, left = (sum(len(places) for _, places in those) for those in (pool, living))
     stay = units - rounded(sparsity * units)
     stay = max(min(stay, sum(one[-1] for one in kept)), sum(one[0] for one in kept))
     if len(kept) == 1:
         stay = nearest(kept[0], stay)
-    return Contest(tuple(living), left - stay, tuple(kept) if bounds else ())
+    return CandidatePool(tuple(living), left - stay, tuple(kept) if bounds else ())
 
 
-def _settled(ranked: Scores, fields: Sequence[Contest]) -> Masks:
+def _settled(ranked: Scores, fields: Sequence[CandidatePool]) -> Masks:
     """The best of each contest stay; what takes part in none is gone."""
     masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in ranked.items()}
     for contest in fields:
@@ -277,11 +277,11 @@ def _rows(name: str, score: Tensor) -> Tensor:
     return torch.arange(score.numel()).view(score.shape)
 
 
-def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float, bounds: AllBounds) -> Tensor:
+def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float, bounds: Constraints) -> Tensor:
     implied = 1 - _stay(n, m)
-    if bounds.get(name, FREE).most == 0:
+    if bounds.get(name, UNCONSTRAINED).max_sparsity == 0:
         return torch.ones(score.shape, dtype=torch.bool)
-    if bounds.get(name, FREE) != FREE:
+    if bounds.get(name, UNCONSTRAINED) != UNCONSTRAINED:
         raise BadInput(f"{name}: scope '{n}:{m}' removes {implied:g} of every layer; a rule can only ignore one")
     if abs(sparsity - implied) > 1e-9:
         raise BadInput(f"scope '{n}:{m}': removes {implied:g}, but sparsity is {sparsity:g}; set it to {implied:g}")

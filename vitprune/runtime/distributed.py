@@ -7,13 +7,13 @@ from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes that score together: this one's number, and how many they are."""
 
     rank: int = 0
     size: int = 1
 
-    def gathered(self, vector: Tensor) -> list[Tensor]:
+    def gather(self, vector: Tensor) -> list[Tensor]:
         """The same vector (float64, on the CPU) of every process in their order; nothing but in the first."""
         if self.size == 1:
             return [vector]
@@ -21,14 +21,14 @@ class Team:
         distributed.gather(vector, room)
         return room or []
 
-    def told(self, number: int) -> int:
+    def broadcast(self, number: int) -> int:
         """A number of the first process, in every process."""
         value = torch.tensor(number)
         if self.size > 1:
             distributed.broadcast(value, 0)
         return int(value)
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over all processes of what each of them has, in place, in every process."""
         if self.size > 1:
             sent = values.cpu()  # gloo carries what lies there
@@ -36,9 +36,9 @@ class Team:
             values.copy_(sent)
         return values
 
-    def mine(self, number: int) -> bool:
+    def owns(self, number: int) -> bool:
         """Whether this process does the piece of work of that number."""
         return number % self.size == self.rank
 
 
-ALONE = Team()
+SINGLE_PROCESS = ProcessGroup()

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.config.params import Distill
-from vitprune.runtime.distributed import Team
+from vitprune.runtime.distributed import ProcessGroup
 
 AUTOCAST = {True: torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Answers(nn.Module):
+class CachedTeacher(nn.Module):
     """Stands in a task of timm's for the teacher, and says what it is given to say."""
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class Answers(nn.Module):
         return self.given
 
 
-class Recalling(nn.Module):
+class CachedDistillationTask(nn.Module):
     """A task of distillation whose batches bring the teacher's answers: images, labels, answers (B, ...)."""
 
     def __init__(self, task: Any):
         super().__init__()
-        self.task, self._answers = task, Answers()
+        self.task, self._answers = task, CachedTeacher()
         task.teacher = self._answers
 
     @property
@@ -53,11 +53,11 @@ class Recalling(nn.Module):
 
 
 @torch.no_grad()
-def ask(
+def cache_teacher(
     task: Any,
     settings: Distill,
     batches: Iterable[tuple[Tensor, Tensor]],
-    mates: Team,
+    dist: ProcessGroup,
 ) -> Tensor:
     """What the teacher of a task answers on all images, (N, classes) or (N, features), on the CPU, in their order.
 
@@ -67,14 +67,14 @@ def ask(
     task.to(device)
     amp = settings.train.amp if settings.train is not None else False
     for number, (images, _) in enumerate(batches):
-        shown = images.to(device) if mates.mine(number) else images[:1].to(device)  # one tells the answers' shape
+        shown = images.to(device) if dist.owns(number) else images[:1].to(device)  # one tells the answers' shape
         with torch.autocast(device.type, AUTOCAST.get(amp), enabled=bool(amp)):
             seen = task.teacher.normalize_input(shown, task.student_mean, task.student_std)
             answers = task.teacher(seen, return_features=settings.kind == "features").cpu()
-        found.append(answers if mates.mine(number) else answers.new_zeros((len(images), *answers.shape[1:])))
+        found.append(answers if dist.owns(number) else answers.new_zeros((len(images), *answers.shape[1:])))
     answers = torch.cat(found)
-    if mates.size > 1:  # a sum with zeros is exact
-        answers = mates.total(answers.double()).to(answers.dtype)
+    if dist.size > 1:  # a sum with zeros is exact
+        answers = dist.all_reduce(answers.double()).to(answers.dtype)
     return answers
 
 

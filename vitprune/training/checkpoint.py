@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
-from vitprune.runtime.distributed import ALONE, Team
+from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 PLAIN = (bool, int, float, str, type(None))
 Known = Mapping[str, Mapping[str, Any]]  # parameter -> what an optimizer remembers of it
@@ -38,7 +38,7 @@ class Saving(Protocol):
         """Keep it; called in all processes."""
 
 
-def packed(known: Known, prefix: str) -> Snapshot:
+def pack(known: Known, prefix: str) -> Snapshot:
     """What an optimizer remembers, as tensors `prefix/name/key` and plain values by name.
 
     Raises:
@@ -58,7 +58,7 @@ def packed(known: Known, prefix: str) -> Snapshot:
     return Snapshot(tensors, {prefix: values})
 
 
-def unpacked(snapshot: Snapshot, prefix: str, device: torch.device) -> dict[str, dict[str, Any]]:
+def unpack(snapshot: Snapshot, prefix: str, device: torch.device) -> dict[str, dict[str, Any]]:
     """What `packed` made, on a device; what lay on the CPU lies there again."""
     found: dict[str, dict[str, Any]] = {}
     for name, own in snapshot.facts[prefix].items():
@@ -73,7 +73,7 @@ def unpacked(snapshot: Snapshot, prefix: str, device: torch.device) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrainingState:
     """All that changes while a training runs, beside its counters: weights, optimizer, average, random numbers."""
 
     module: nn.Module
@@ -81,19 +81,19 @@ class Standing:
     average: ModelEmaV3 | None
     generator: np.random.Generator
     scaler: Any = None
-    mates: Team = ALONE
+    dist: ProcessGroup = SINGLE_PROCESS
 
     def taken(self, counters: Mapping[str, Any]) -> Snapshot:
         """It as it is now; in all processes, of which the first gets the random numbers of all."""
         known = {str(number): self.optimizer.state[p] for number, p in self._parameters() if p in self.optimizer.state}
-        optimizer = packed(known, "optimizer")
+        optimizer = pack(known, "optimizer")
         tensors = optimizer.tensors | _prefixed("weights", self.module.state_dict())
         if self.average is not None:
             tensors |= _prefixed("average", self.average.module.state_dict())
         for kind, own in self._random().items():
-            for rank, state in enumerate(self.mates.gathered(own.double())):
+            for rank, state in enumerate(self.dist.gather(own.double())):
                 tensors[f"random/{kind}/{rank}"] = state.to(torch.uint8)
-        groups = packed(self._groups(), "groups")
+        groups = pack(self._groups(), "groups")
         tensors |= groups.tensors
         facts = optimizer.facts | groups.facts | {"generator": self.generator.bit_generator.state}
         facts |= {"scaler": self.scaler.state_dict()} if self.scaler is not None else {}
@@ -106,7 +106,7 @@ class Standing:
             self.average.module.load_state_dict(_below("average", snapshot.tensors))
         self.optimizer.state.clear()
         device = next(self.module.parameters()).device
-        known, groups = (unpacked(snapshot, prefix, device) for prefix in ("optimizer", "groups"))
+        known, groups = (unpack(snapshot, prefix, device) for prefix in ("optimizer", "groups"))
         for number, parameter in self._parameters():
             if str(number) in known:
                 self.optimizer.state[parameter] = known[str(number)]
@@ -116,7 +116,7 @@ class Standing:
         if self.scaler is not None and "scaler" in snapshot.facts:
             self.scaler.load_state_dict(snapshot.facts["scaler"])
         for kind in self._random():
-            state = snapshot.tensors.get(f"random/{kind}/{self.mates.rank}")
+            state = snapshot.tensors.get(f"random/{kind}/{self.dist.rank}")
             if state is not None:
                 set_random(kind, state)
 

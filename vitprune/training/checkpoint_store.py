@@ -26,7 +26,7 @@ SPARE = 64 << 20  # bytes that stay free on a disk, for what else is written
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpoint:
     """A checkpoint whose files are as they were written: its directory, its plain values, and its digest."""
 
     directory: Path
@@ -38,13 +38,13 @@ class Saved:
         return read_weights(self.directory / TENSORS)
 
 
-class Shelf:
+class CheckpointStore:
     """The checkpoints of one piece of work in a directory, numbered; only what has its key is taken up again."""
 
     def __init__(self, directory: Path, key: str, keep: int = 2):
         self._directory, self._key, self._keep = directory, key, keep
 
-    def newest(self) -> Saved | None:
+    def newest(self) -> Checkpoint | None:
         """The last checkpoint that is whole and of this work; of every later one it is told why it is not taken."""
         for entry in reversed(self._entries()):
             try:
@@ -53,14 +53,14 @@ class Shelf:
                 print(f"{error}; not taken up", file=sys.stderr)
         return None
 
-    def written(self) -> Saved:
+    def written(self) -> Checkpoint:
         """The last checkpoint, which another process has just written or checked."""
         entry = self._entries()[-1]
-        return Saved(entry, _json(entry / STATE), _json(entry / INDEX)["sha256"])
+        return Checkpoint(entry, _json(entry / STATE), _json(entry / INDEX)["sha256"])
 
     def put(
         self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Callable[[Path], object] | None = None
-    ) -> Saved:
+    ) -> Checkpoint:
         """Write a checkpoint and drop those before the last few; `more` writes further files into its directory.
 
         It has its name only when all of it is on the disk. Of a plain value, JSON must give the same back.
@@ -88,7 +88,7 @@ class Shelf:
         _sync(self._directory)
         for entry in entries[: max(0, len(entries) + 1 - self._keep)]:
             shutil.rmtree(entry, ignore_errors=True)
-        return Saved(target, dict(facts), index["sha256"])
+        return Checkpoint(target, dict(facts), index["sha256"])
 
     def reserve(self, size: int) -> None:
         """Refuse to begin what the disk has no room for, in bytes.
@@ -109,7 +109,7 @@ class Shelf:
             return []
         return sorted(path for path in self._directory.iterdir() if path.name.isdecimal())
 
-    def _read(self, entry: Path) -> Saved:
+    def _read(self, entry: Path) -> Checkpoint:
         index = _json(entry / INDEX)
         if index.get("key") != self._key:
             raise BadInput(f"{entry}: is a checkpoint of other work")
@@ -119,7 +119,7 @@ class Shelf:
             path = entry / name
             if not path.is_file() or digest(path) != expected:
                 raise BadInput(f"{path}: is {'not as it was written' if path.is_file() else 'missing'}")
-        return Saved(entry, _json(entry / STATE), index["sha256"])
+        return Checkpoint(entry, _json(entry / STATE), index["sha256"])
 
 
 def key_of(stage: str, settings: Mapping[str, Any], inputs: Iterable[Path], device: str) -> str:

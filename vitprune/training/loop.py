@@ -18,12 +18,12 @@ from vitprune.data import Mix, mixer
 from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluation.losses import CrossEntropy
 from vitprune.groups import Group, Masks, zero
-from vitprune.runtime.distributed import ALONE, Team
+from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from vitprune.runtime.progress import track
-from vitprune.training.checkpoint import Saving, Standing
-from vitprune.training.forward_options import arranged, placed
-from vitprune.training.optimizers import Span, optimizer_for, rates, remembering, set_rate
-from vitprune.training.step import Engine, engine, shared
+from vitprune.training.checkpoint import Saving, TrainingState
+from vitprune.training.forward_options import forward_options, to_device
+from vitprune.training.optimizers import ScheduleSpan, carry_optimizer_state, optimizer_for, rates, set_rate
+from vitprune.training.step import TrainStep, make_train_step, shared
 from vitprune.training.stochastic_depth import stochastic_depth
 
 Epochs = Callable[[int], Iterable[tuple[Tensor, ...]]]  # epoch -> its batches, the same each time it is asked
@@ -33,7 +33,7 @@ APART = 1_000_003  # between the seeds of two processes, whose random numbers ar
 
 
 @dataclass(frozen=True)
-class Held:
+class FrozenZeros:
     """Weights to hold at zero: their groups and masks."""
 
     groups: Sequence[Group]
@@ -121,12 +121,12 @@ def train(
     recipe: Train,
     seed: int,
     record: Record,
-    held: Held | None = None,
+    held: FrozenZeros | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     name: str = "training",
-    span: Span | None = None,
+    span: ScheduleSpan | None = None,
     saving: Saving | None = None,
-    mates: Team = ALONE,
+    dist: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Train the task's model in place, one record per epoch of `steps` batches.
 
@@ -146,21 +146,21 @@ def train(
     model, pruned = task.trainable_module, task.get_eval_model()  # the task may train more than the model
     task = task.to(device := next(model.parameters()).device)
     optimizer, rate_at = optimizer_for(model, pruned, recipe), rates(recipe, steps, span)
-    mix, pairs = _mixer(task, recipe, generator := np.random.default_rng(seed), mates), _pairs(pruned, held)
+    mix, pairs = _mixer(task, recipe, generator := np.random.default_rng(seed), dist), _pairs(pruned, held)
     hold = _holder(pairs)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    kept = remembering(optimizer, pruned, span.memory if span else None, held.masks if held else {})
+    kept = carry_optimizer_state(optimizer, pruned, span.memory if span else None, held.masks if held else {})
     dropping, averaging = stochastic_depth(pruned, recipe.drop_path), _averaging(pruned, recipe.ema)
-    running, arrangement = engine(task, optimizer, recipe, device, mates), arranged(task, recipe)
+    running, arrangement = make_train_step(task, optimizer, recipe, device, dist), forward_options(task, recipe)
     with forked, kept, dropping, arrangement, averaging as average, running as motor:
-        torch.manual_seed(seed + APART * mates.rank)
-        standing = Standing(model, optimizer, average, generator, motor.scaler, mates)
+        torch.manual_seed(seed + APART * dist.rank)
+        standing = TrainingState(model, optimizer, average, generator, motor.scaler, dist)
         settle, at = _settler(pairs, pruned, average), _go_on(standing, saving, motor)
         for epoch in track(range(at.epoch, recipe.epochs), name, recipe.epochs, at.epoch):
             task.train()
             for images, labels, *more in epochs(epoch):
                 set_rate(optimizer, rate_at(at.step))
-                batch = mix(placed(images, device, recipe), labels.to(device))
+                batch = mix(to_device(images, device, recipe), labels.to(device))
                 at.losses.append(_step(motor, (*batch, *(given.to(device) for given in more)), name, hold, at))
                 at.step += 1
                 settle(at.step)
@@ -171,20 +171,20 @@ def train(
             measured = evaluate() if evaluate is not None else {}
             record(row | measured)
             at.epoch, at.losses = epoch + 1, []
-            if recipe.patience is not None and mates.told(_enough(at, measured, recipe.patience, mates)):
+            if recipe.patience is not None and dist.broadcast(_enough(at, measured, recipe.patience, dist)):
                 break
 
 
-def _enough(at: _Counters, measured: Mapping[str, float], patience: int, mates: Team) -> int:
+def _enough(at: _Counters, measured: Mapping[str, float], patience: int, dist: ProcessGroup) -> int:
     """Whether the first process has waited long enough; only it measures."""
-    if mates.rank:
+    if dist.rank:
         return 0
     if "top1" not in measured:
         raise BadInput("train.patience: nothing measures top-1 after an epoch here; set it to null")
     return int(at.waited(measured["top1"]) >= patience)
 
 
-def _go_on(standing: Standing, saving: Saving | None, motor: Engine) -> _Counters:
+def _go_on(standing: TrainingState, saving: Saving | None, motor: TrainStep) -> _Counters:
     """Start anew, or where the training was broken off."""
     if saving is None or saving.begun is None:
         return _Counters(parts=motor.parts)
@@ -216,7 +216,7 @@ def _settler(pairs: Sequence[Pair], model: nn.Module, average: ModelEmaV3 | None
     return settle
 
 
-def _pairs(model: nn.Module, held: Held | None) -> list[Pair]:
+def _pairs(model: nn.Module, held: FrozenZeros | None) -> list[Pair]:
     """Each parameter of which something is held at zero, and its mask: on its device, since every step asks for it.
 
     Raises:
@@ -249,23 +249,23 @@ def _mean(losses: Sequence[float], name: str) -> float:
     return sum(losses) / len(losses)
 
 
-def _mixer(task: Any, recipe: Train, generator: np.random.Generator, mates: Team) -> Mix:
+def _mixer(task: Any, recipe: Train, generator: np.random.Generator, dist: ProcessGroup) -> Mix:
     """What makes a process's share of a batch of what it is given; images mix over the whole batch."""
     if not recipe.mixes:
         return lambda images, labels: (images, labels)
     classes = int(task.get_eval_model().num_classes)
     mix = mixer(recipe.mixup, recipe.cutmix, recipe.mix_prob, classes, generator)
-    return lambda images, labels: shared(*mix(images, labels), mates)
+    return lambda images, labels: shared(*mix(images, labels), dist)
 
 
-def _step(motor: Engine, batch: tuple[Tensor, ...], name: str, hold: Callable[[], None], at: _Counters) -> float:
+def _step(motor: TrainStep, batch: tuple[Tensor, ...], name: str, hold: Callable[[], None], at: _Counters) -> float:
     where = f"{name}, epoch {at.epoch + 1}, step {at.step + 1}"
     loss, norm = motor.step(batch, hold, where)
     at.parts = motor.parts
     if not math.isfinite(loss):
-        told = f"{where}: the loss is {loss}; lower the learning rate (lr) or check the images and the weights"
-        raise NotFinite(told, at.epoch, len(at.losses))
+        broadcast = f"{where}: the loss is {loss}; lower the learning rate (lr) or check the images and the weights"
+        raise NotFinite(broadcast, at.epoch, len(at.losses))
     if not math.isfinite(norm):
-        told = f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights"
-        raise NotFinite(told, at.epoch, len(at.losses))
+        broadcast = f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights"
+        raise NotFinite(broadcast, at.epoch, len(at.losses))
     return loss

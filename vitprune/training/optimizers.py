@@ -12,11 +12,11 @@ from vitprune.config.train_config import Train
 from vitprune.errors import BadInput
 from vitprune.training.lr_schedule import rate
 
-Memory = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it
+OptimizerState = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it
 
 
 @dataclass(frozen=True)
-class Span:
+class ScheduleSpan:
     """Where a training stands in a gradual run: steps before it, steps of all cycles, and what the optimizer knew.
 
     The rate falls once over all the steps. `memory`, if there is one, is taken up and then replaced by what is known
@@ -25,7 +25,7 @@ class Span:
 
     before: int
     total: int
-    memory: Memory | None = None
+    memory: OptimizerState | None = None
 
 
 def optimizer_for(module: nn.Module, model: nn.Module, recipe: Train) -> Any:
@@ -59,9 +59,9 @@ def _by_layer(module: nn.Module, model: nn.Module, recipe: Train) -> list[dict[s
     return groups
 
 
-def rates(recipe: Train, steps: int, span: Span | None) -> Callable[[int], float]:
+def rates(recipe: Train, steps: int, span: ScheduleSpan | None) -> Callable[[int], float]:
     """The learning rate of each step of a training of so many steps per epoch."""
-    whole, warmup = span or Span(0, recipe.epochs * steps), round(recipe.warmup_epochs * steps)
+    whole, warmup = span or ScheduleSpan(0, recipe.epochs * steps), round(recipe.warmup_epochs * steps)
     return lambda step: rate(whole.before + step, whole.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)
 
 
@@ -72,7 +72,9 @@ def set_rate(optimizer: Any, now: float) -> None:
 
 
 @contextmanager
-def remembering(optimizer: Any, model: nn.Module, memory: Memory | None, masks: Mapping[str, Tensor]) -> Iterator[None]:
+def carry_optimizer_state(
+    optimizer: Any, model: nn.Module, memory: OptimizerState | None, masks: Mapping[str, Tensor]
+) -> Iterator[None]:
     """Start from what the optimizer knew, but of what is held by now, and keep what it knows at the end.
 
     A parameter that has another shape by now starts anew.

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from vitprune.errors import PREEMPTED, BadInput, Interrupted
-from vitprune.runtime.distributed import ALONE, Team
+from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from vitprune.training.checkpoint import Snapshot
-from vitprune.training.checkpoint_store import Shelf
+from vitprune.training.checkpoint_store import CheckpointStore
 
 EVERY = "VITPRUNE_CHECKPOINT_MINUTES"  # of the machine, not of the result: no stage depends on it
 COPIES = 12  # of the weights: they, their average and two moments, in two checkpoints and in one that is written
@@ -51,11 +51,17 @@ def stopping() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Saver:
+class Checkpointer:
     """Keeps one training on a shelf, with the rows of its history so far."""
 
-    def __init__(self, shelf: Shelf, rows: Rows, asked: Callable[[], bool] = lambda: False, mates: Team = ALONE):
-        self._shelf, self._rows, self._asked, self._mates = shelf, rows, asked, mates
+    def __init__(
+        self,
+        shelf: CheckpointStore,
+        rows: Rows,
+        asked: Callable[[], bool] = lambda: False,
+        dist: ProcessGroup = SINGLE_PROCESS,
+    ):
+        self._shelf, self._rows, self._asked, self._dist = shelf, rows, asked, dist
         self._every, self._written = 60 * minutes(), time.monotonic()
         self.rows: list[dict[str, Any]] = []
         self.begun: Snapshot | None = None
@@ -63,7 +69,7 @@ class Saver:
             self.begun, self.rows = Snapshot(saved.tensors(), saved.facts["training"]), saved.facts["history"]
 
     @property
-    def told(self) -> str:
+    def broadcast(self) -> str:
         """Where the last good state is, for an error's line."""
         saved = self._shelf.newest()
         return f"; the last good state is in {saved.directory}" if saved is not None else ""
@@ -79,8 +85,8 @@ class Saver:
 
     def due(self) -> bool:
         """Whether some process has been asked to stop, or the last writing of the first one is some minutes ago."""
-        now = self._mates.rank == 0 and time.monotonic() - self._written >= self._every
-        return bool(self._mates.total(torch.tensor(float(now or self._asked()))))
+        now = self._dist.rank == 0 and time.monotonic() - self._written >= self._every
+        return bool(self._dist.all_reduce(torch.tensor(float(now or self._asked()))))
 
     def write(self, snapshot: Snapshot) -> None:
         """Keep it.
@@ -88,9 +94,9 @@ class Saver:
         Raises:
             Interrupted: some process has been asked to stop.
         """
-        if self._mates.rank == 0:
+        if self._dist.rank == 0:
             self._shelf.put({"training": snapshot.facts, "history": list(self._rows())}, snapshot.tensors)
-        asked = bool(self._mates.total(torch.tensor(float(self._asked()))))  # all wait until it is written
+        asked = bool(self._dist.all_reduce(torch.tensor(float(self._asked()))))  # all wait until it is written
         self._written = time.monotonic()
         if asked:
             where = f"epoch {snapshot.facts['epoch'] + 1}, step {snapshot.facts['step']}"

@@ -16,21 +16,21 @@ from torch.nn.utils import get_total_norm
 
 from vitprune.config.train_config import Train
 from vitprune.errors import BadInput
-from vitprune.runtime.distributed import Team
+from vitprune.runtime.distributed import ProcessGroup
 from vitprune.training.checkpoint import set_random
 
 KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 PRECISIONS = {False: "no", True: "bf16", "bfloat16": "bf16", "float16": "fp16"}
 
 
-class Engine:
+class TrainStep:
     """Takes steps: forward and backward passes in micro-batches, gradients shared among the processes, the update.
 
     `parts` is how many micro-batches a process makes of its share; it doubles where memory does not suffice.
     """
 
-    def __init__(self, task: Any, optimizer: Any, recipe: Train, mates: Team, accelerator: Any):
-        self._module, self._mates, self._accelerator = task.trainable_module, mates, accelerator
+    def __init__(self, task: Any, optimizer: Any, recipe: Train, dist: ProcessGroup, accelerator: Any):
+        self._module, self._dist, self._accelerator = task.trainable_module, dist, accelerator
         self._task = accelerator.prepare_model(task, device_placement=False)
         self._forward, self._compiled = self._task, recipe.compile
         if recipe.compile:
@@ -55,8 +55,8 @@ class Engine:
         Raises:
             BadInput: memory does not suffice for one image at a time, or for the share of one of several processes.
         """
-        total = int(self._mates.total(torch.tensor(len(batch[0]))))
-        loss = self._mates.total(self._passes(batch, total, where))
+        total = int(self._dist.all_reduce(torch.tensor(len(batch[0]))))
+        loss = self._dist.all_reduce(self._passes(batch, total, where))
         hold()
         value, norm = torch.stack([loss, self._norm().to(loss)]).tolist()  # one wait for the device
         if math.isfinite(value) and (math.isfinite(norm) or self.scaler is not None):
@@ -80,14 +80,14 @@ class Engine:
             try:
                 return self._backward(batch, total)
             except Exception as error:
-                memory, told = _out_of_memory(error), str(error).strip().partition("\n")[0]
+                memory, broadcast = _out_of_memory(error), str(error).strip().partition("\n")[0]
                 if not memory and not self._compiled:
                     raise
             self._optimizer.zero_grad(set_to_none=True)
             if memory:
-                self._smaller(len(batch[0]), where, told)
+                self._smaller(len(batch[0]), where, broadcast)
             else:
-                self._eager(where, told)
+                self._eager(where, broadcast)
             for kind, state in random.items():
                 set_random(kind, state)
 
@@ -104,23 +104,25 @@ class Engine:
             last = number == len(pieces) - 1
             with nullcontext() if last else self._accelerator.no_sync(self._task):
                 loss = self._forward(*piece)["loss"]
-                self._accelerator.backward(loss * (share * self._mates.size))  # the processes' mean is taken
+                self._accelerator.backward(loss * (share * self._dist.size))  # the processes' mean is taken
             value += loss.detach().double() * share
         return value
 
-    def _eager(self, where: str, told: str) -> None:
-        if self._mates.size > 1:
+    def _eager(self, where: str, broadcast: str) -> None:
+        if self._dist.size > 1:
             raise BadInput(
-                f"{where}: train.compile failed in one of {self._mates.size} processes ({told}); set it to false"
+                f"{where}: train.compile failed in one of {self._dist.size} processes ({broadcast}); set it to false"
             )
         self._forward, self._compiled = self._task, False
-        print(f"{where}: train.compile failed ({told}); going on without it", file=sys.stderr)
+        print(f"{where}: train.compile failed ({broadcast}); going on without it", file=sys.stderr)
 
-    def _smaller(self, images: int, where: str, told: str) -> None:
-        if self._mates.size > 1:
-            raise BadInput(f"{where}: out of memory in one of {self._mates.size} processes; double train.accumulate")
+    def _smaller(self, images: int, where: str, broadcast: str) -> None:
+        if self._dist.size > 1:
+            raise BadInput(f"{where}: out of memory in one of {self._dist.size} processes; double train.accumulate")
         if self.parts >= images:
-            raise BadInput(f"{where}: out of memory with one image at a time; use a smaller model or img_size ({told})")
+            raise BadInput(
+                f"{where}: out of memory with one image at a time; use a smaller model or img_size ({broadcast})"
+            )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.parts = min(images, 2 * self.parts)
@@ -129,7 +131,9 @@ class Engine:
 
 
 @contextmanager
-def engine(task: Any, optimizer: Any, recipe: Train, device: torch.device, mates: Team) -> Iterator[Engine]:
+def make_train_step(
+    task: Any, optimizer: Any, recipe: Train, device: torch.device, dist: ProcessGroup
+) -> Iterator[TrainStep]:
     """An engine for one training; nothing of accelerate's global state is left after it.
 
     Raises:
@@ -145,9 +149,9 @@ def engine(task: Any, optimizer: Any, recipe: Train, device: torch.device, mates
                 cpu=device.type == "cpu", device_placement=False, mixed_precision=PRECISIONS[recipe.amp]
             )
         torch.set_num_threads(threads)
-        if accelerator.num_processes != mates.size or accelerator.distributed_type not in KINDS:
+        if accelerator.num_processes != dist.size or accelerator.distributed_type not in KINDS:
             raise BadInput(f"VITPRUNE_LAUNCH: starts {accelerator.distributed_type.value}; use plain torchrun")
-        yield Engine(task, optimizer, recipe, mates, accelerator)
+        yield TrainStep(task, optimizer, recipe, dist, accelerator)
     finally:
         if recipe.compile:
             torch.compiler.reset()  # what was compiled for this training is of no use to the next one
@@ -159,8 +163,8 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))
 
 
-def shared(images: Tensor, labels: Tensor, mates: Team) -> tuple[Tensor, Tensor]:
+def shared(images: Tensor, labels: Tensor, dist: ProcessGroup) -> tuple[Tensor, Tensor]:
     """This process's share of a batch: as many images as the others have, or one more or less."""
-    if mates.size == 1:
+    if dist.size == 1:
         return images, labels
-    return images.tensor_split(mates.size)[mates.rank], labels.tensor_split(mates.size)[mates.rank]
+    return images.tensor_split(dist.size)[dist.rank], labels.tensor_split(dist.size)[dist.rank]

@@ -8,13 +8,13 @@ from torch.nn import functional as F
 
 from tests.support.tiny_models import images, tiny
 from vitprune import find_groups
-from vitprune.architectures.tracing.dependency_graph import Channels, channels
-from vitprune.groups import frame
+from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
+from vitprune.groups import meta_copy
 
 Slice = tuple[str, int | None, int, int]
 
 
-def where(found: Channels) -> set[Slice]:
+def where(found: ChannelGroup) -> set[Slice]:
     return {(part.param, part.axis, part.outer, part.inner) for part in found.slices + found.buffers}
 
 
@@ -22,7 +22,7 @@ def where(found: Channels) -> set[Slice]:
 @pytest.mark.parametrize("kind", ["residual", "ffn"])
 def test_known_groups_are_found_without_names(name: str, kind: str) -> None:
     model = tiny(name)
-    found = [one for one in channels(model, images(model)[:1]) if not one.why_not]
+    found = [one for one in channel_groups(model, images(model)[:1]) if not one.why_not]
     for group in find_groups(model, [kind]):
         slices = {(part.param, part.axis, part.outer, part.inner) for part in group.slices}
         (same,) = [one for one in found if where(one) == slices]
@@ -56,7 +56,7 @@ class Squeezed(nn.Module):
 
 
 def test_a_net_by_hand() -> None:
-    residual, hidden, inner, side, answer = channels(Squeezed(), torch.randn(1, 3, 8, 8))
+    residual, hidden, inner, side, answer = channel_groups(Squeezed(), torch.randn(1, 3, 8, 8))
     assert (residual.kind, residual.units, residual.why_not) == ("residual", 6, "")
     assert where(residual) == {
         *[("stem.weight", 0, 1, 1), ("stem.bias", 0, 1, 1), ("project.weight", 0, 1, 1), ("project.bias", 0, 1, 1)],
@@ -101,7 +101,7 @@ class Sorted(nn.Module):
     ],
 )
 def test_what_cannot_be_cut_is_named(between: nn.Module, why: str) -> None:
-    found = channels(One(between), torch.randn(1, 3, 4, 4))
+    found = channel_groups(One(between), torch.randn(1, 3, 4, 4))
     assert next(one for one in found if "first.weight" in one.writers).why_not == why
 
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_cut_is_named(between: nn.Module, why: str) -> None:
     "between", [nn.GroupNorm(1, 8), nn.ReLU(), nn.Sequential(nn.Upsample(scale_factor=2), nn.GELU())]
 )
 def test_what_can_be_cut_is_free(between: nn.Module) -> None:
-    found = channels(One(between), torch.randn(1, 3, 4, 4))
+    found = channel_groups(One(between), torch.randn(1, 3, 4, 4))
     hidden = next(one for one in found if "first.weight" in one.writers)
     assert (hidden.why_not, hidden.units) == ("", 8)
     assert {"first.weight", "first.bias", "last.weight"} <= {part.param for part in hidden.slices}
@@ -125,7 +125,9 @@ def test_what_can_be_cut_is_free(between: nn.Module) -> None:
 )
 def test_stages_of_models_that_nobody_named(name: str, widths: list[int]) -> None:
     model = timm.create_model(name, pretrained=False).eval()
-    found = [one for one in channels(model, torch.randn(1, 3, 64, 64)) if one.kind == "residual" and not one.why_not]
+    found = [
+        one for one in channel_groups(model, torch.randn(1, 3, 64, 64)) if one.kind == "residual" and not one.why_not
+    ]
     assert [one.units for one in found] == widths
 
 
@@ -145,7 +147,7 @@ class Late(nn.Module):
 
 
 def test_a_scale_over_tokens_of_two_kinds() -> None:
-    stream = channels(Late(), torch.randn(1, 3, 8, 8))[0]
+    stream = channel_groups(Late(), torch.randn(1, 3, 8, 8))[0]
     assert (stream.kind, stream.units, stream.why_not) == ("residual", 6, "")
     assert ("gamma", 0, 1, 1) in where(stream)
 
@@ -166,7 +168,7 @@ class Doubled(nn.Module):
 
 
 def test_a_channel_that_becomes_two() -> None:
-    stream = next(one for one in channels(Doubled(), torch.randn(1, 3, 8, 8)) if one.kind == "residual")
+    stream = next(one for one in channel_groups(Doubled(), torch.randn(1, 3, 8, 8)) if one.kind == "residual")
     assert (stream.units, stream.why_not) == (4, "")
     assert where(stream) == {
         *[("stem.weight", 0, 1, 1), ("stem.bias", 0, 1, 1), ("twofold.weight", 0, 1, 2), ("twofold.bias", 0, 1, 2)],
@@ -178,4 +180,4 @@ def test_a_channel_that_becomes_two() -> None:
 def test_shapes_alone_are_enough(name: str) -> None:
     model = tiny(name)
     inputs = images(model)[:1]
-    assert channels(frame(model), inputs.to("meta")) == channels(model, inputs)
+    assert channel_groups(meta_copy(model), inputs.to("meta")) == channel_groups(model, inputs)

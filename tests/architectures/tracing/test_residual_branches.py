@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vitprune import BadInput, find_groups
 from vitprune.architectures.tracing import residual_branches
 from vitprune.architectures.tracing.residual_branches import adding
-from vitprune.groups import frame
+from vitprune.groups import meta_copy
 
 
 class Adding(nn.Module):
@@ -83,7 +83,7 @@ OTHERS = [
 @pytest.mark.parametrize("how", ADDING)
 def test_a_branch_beside_the_input_is_found(how: str) -> None:
     model, images = Stacked(how, "alone"), torch.randn(2, 3, 4, 6)
-    assert found(model, images) == found(frame(model), images.to("meta")) == {"blocks.0"}
+    assert found(model, images) == found(meta_copy(model), images.to("meta")) == {"blocks.0"}
     (group,) = find_groups(model, ["block"])
     assert group.sublayers == (("blocks.0",), ("blocks.0",))
 
@@ -91,7 +91,7 @@ def test_a_branch_beside_the_input_is_found(how: str) -> None:
 @pytest.mark.parametrize("how", OTHERS)
 def test_anything_else_is_refused(how: str) -> None:
     model, images = Stacked(how, "alone"), torch.randn(2, 3, 4, 6)
-    assert found(model, images) == found(frame(model), images.to("meta")) == set()
+    assert found(model, images) == found(meta_copy(model), images.to("meta")) == set()
     with pytest.raises(BadInput, match=r"^blocks.0 \(Adding\): neither it nor any other block of Stacked gives back"):
         find_groups(model, ["block"])
 

@@ -12,9 +12,9 @@ from tests.support.tiny_models import SWIN, VIT, answer, batches, images, random
 from vitprune import BadInput, data, find_groups, score
 from vitprune.architectures import merge_heads
 from vitprune.architectures.chain_builders import chain
-from vitprune.criteria import Setting
+from vitprune.criteria import ScoreConfig
 from vitprune.criteria.kl import fast_matmul
-from vitprune.criteria.kl.exact import divergences
+from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.groups import Group, shrink, zero
 
 MODELS = ["vit", "thin", "distilled", "odd", "extra", "swin", "pvt", "pvt-linear"]
@@ -46,11 +46,11 @@ def some(group: Group, number: int = 4) -> Tensor:
     return torch.randperm(group.units, generator=torch.Generator().manual_seed(3))[:number]
 
 
-def holds(model: nn.Module, groups: list[Group], setting: Setting | None = None) -> None:
+def holds(model: nn.Module, groups: list[Group], setting: ScoreConfig | None = None) -> None:
     """Exact divergences of a few units of every group are those of the literal removal."""
     inputs = images(model)
     chosen = {group.name: some(group) for group in groups}
-    found = divergences(model, groups, chosen, inputs, setting or Setting())
+    found = kl_divergences(model, groups, chosen, inputs, setting or ScoreConfig())
     assert list(found) == [group.name for group in groups]
     for group in groups:
         expected = one_by_one(model, group, chosen[group.name], inputs)
@@ -111,7 +111,7 @@ def test_a_model_that_is_pruned_already_can_be_scored_again() -> None:
 @pytest.mark.parametrize("memory", [1, 200_000, 1 << 30])
 def test_memory_changes_how_many_run_at_a_time_and_nothing_else(memory: int) -> None:
     model = tiny("thin")
-    holds(model, find_groups(model, KINDS), Setting(memory=memory))
+    holds(model, find_groups(model, KINDS), ScoreConfig(memory=memory))
 
 
 def test_scores_are_those_of_the_literal_criterion_whatever_the_batches() -> None:
@@ -128,7 +128,7 @@ def test_only_what_is_chosen_is_scored_and_the_model_stays_as_it_was() -> None:
     model = tiny("vit").train()
     before, groups = state(model), find_groups(model, ["ffn", "head"])
     chosen = {"blocks.1.mlp": torch.tensor([7, 3, 7]), "blocks.0.attn.heads": torch.tensor([], dtype=torch.int64)}
-    found = divergences(model, groups, chosen, images(model), Setting())
+    found = kl_divergences(model, groups, chosen, images(model), ScoreConfig())
     assert {name: tuple(each.shape) for name, each in found.items()} == {
         "blocks.1.mlp": (3, 3),
         "blocks.0.attn.heads": (0, 3),
@@ -146,7 +146,7 @@ def test_a_unit_that_does_next_to_nothing_keeps_its_digits() -> None:
     for small in (1e-3, 1e-6):
         with torch.no_grad():
             model.blocks[1].mlp.fc2.weight[:, 5] = column * small
-        found[small] = divergences(model, [group], {group.name: unit}, inputs, Setting())[group.name]
+        found[small] = kl_divergences(model, [group], {group.name: unit}, inputs, ScoreConfig())[group.name]
     torch.testing.assert_close(found[1e-6] * 1e6, found[1e-3], rtol=0.02, atol=0)  # it goes as the square
     assert bool((found[1e-6] < 1e-12).all())
 
@@ -156,7 +156,7 @@ def test_a_divergence_beyond_what_an_exponential_holds_is_still_finite() -> None
     with torch.no_grad():
         model.head.weight *= 1e5
     group = find_groups(model, ["head"])[1]
-    found = divergences(model, [group], {group.name: torch.arange(3)}, images(model), Setting())[group.name]
+    found = kl_divergences(model, [group], {group.name: torch.arange(3)}, images(model), ScoreConfig())[group.name]
     assert bool(found.isfinite().all())
     assert float(found.max()) > 500
     torch.testing.assert_close(found, logarithms(model, group), rtol=1e-9, atol=1e-9)
@@ -178,8 +178,8 @@ def test_float32_gives_the_scores_of_float64_up_to_its_rounding(name: str) -> No
     model = tiny(name)
     groups, inputs = find_groups(model, KINDS), images(model)
     chosen = {group.name: some(group) for group in groups}
-    expected = divergences(model, groups, chosen, inputs, Setting())
-    found = divergences(model.float(), groups, chosen, inputs.float(), Setting())
+    expected = kl_divergences(model, groups, chosen, inputs, ScoreConfig())
+    found = kl_divergences(model.float(), groups, chosen, inputs.float(), ScoreConfig())
     for group, each in found.items():
         torch.testing.assert_close(each, expected[group], rtol=2e-3, atol=1e-9)
 
@@ -188,12 +188,12 @@ def test_neither_autocast_nor_tf32_reaches_the_scores() -> None:
     model = tiny("vit").float()
     groups, inputs = find_groups(model, ["ffn"]), images(model)
     chosen = {group.name: some(group) for group in groups}
-    expected = divergences(model, groups, chosen, inputs, Setting())
+    expected = kl_divergences(model, groups, chosen, inputs, ScoreConfig())
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            found = divergences(model, groups, chosen, inputs, Setting())
+            found = kl_divergences(model, groups, chosen, inputs, ScoreConfig())
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -223,12 +223,14 @@ def test_what_cannot_be_scored_is_named() -> None:
     with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: exact scoring removes .*, not kind 'weight'$"):
         score(model, [weight], "kl-exact", batches(model))
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: has units 0 to 23; 24 is not one of them$"):
-        divergences(model, [group], {group.name: torch.tensor([24])}, inputs, Setting())
+        kl_divergences(model, [group], {group.name: torch.tensor([24])}, inputs, ScoreConfig())
     with pytest.raises(BadInput, match=r"^ResNet: exact scoring is not supported yet; supported are VisionTransformer"):
         chain(timm.create_model("resnet18", num_classes=3))
     model.blocks = model.blocks[1:]
     with pytest.raises(BadInput, match=r"^blocks.1.mlp: the model has no branch of that name"):
-        divergences(model, find_groups(tiny("thin"), ["ffn"])[1:], {"blocks.1.mlp": some(group)}, inputs, Setting())
+        kl_divergences(
+            model, find_groups(tiny("thin"), ["ffn"])[1:], {"blocks.1.mlp": some(group)}, inputs, ScoreConfig()
+        )
 
 
 @pytest.mark.real
@@ -240,7 +242,7 @@ def test_units_of_real_deit_diverge_as_when_they_are_removed(real_deit, real_dat
     blocks = [find_groups(real_deit, [kind])[number] for kind in KINDS[:3] for number in (2, 11)]
     groups = [*blocks, *find_groups(real_deit, ["residual"])]
     chosen = {group.name: some(group, 2) for group in groups}
-    found = divergences(real_deit, groups, chosen, inputs, Setting())
+    found = kl_divergences(real_deit, groups, chosen, inputs, ScoreConfig())
     for group in groups:
         expected = one_by_one(real_deit, group, chosen[group.name], inputs)
         torch.testing.assert_close(found[group.name], expected, rtol=1e-2, atol=1e-8)

@@ -14,14 +14,14 @@ from tests.support.reference_kl import assert_fades, fisher_quadratic, gated_vit
 from tests.support.tiny_models import answer, batches, images, same_state, state, tiny
 from vitprune import BadInput, Group, data, find_groups
 from vitprune.architectures import merge_heads
-from vitprune.criteria import DEFAULTS
-from vitprune.criteria.fisher_directions import pulls
-from vitprune.criteria.kl.exact import divergences
-from vitprune.criteria.kl.fisher import fisher, per_image
-from vitprune.criteria.kl.leave_one_out import literal
+from vitprune.criteria import DEFAULT_SCORE_CONFIG
+from vitprune.criteria.fisher_directions import fisher_directions
+from vitprune.criteria.kl.exact import kl_divergences
+from vitprune.criteria.kl.fisher import fisher_kl, fisher_kl_per_image
+from vitprune.criteria.kl.leave_one_out import leave_one_out_kl
 
 ALL = ["residual", "attention", "head", "ffn"]
-EVERY_CLASS = replace(DEFAULTS, classes=1000)
+EVERY_CLASS = replace(DEFAULT_SCORE_CONFIG, classes=1000)
 
 
 @pytest.mark.parametrize("name", ["vit", "odd"])
@@ -29,7 +29,7 @@ def test_with_every_class_it_is_the_exact_quadratic_image_by_image(name: str) ->
     model = tiny(name)
     groups, inputs = find_groups(model, ALL), images(model, 3)
     expected = fisher_quadratic(model, inputs, groups)
-    found = per_image(model, groups, inputs, EVERY_CLASS)
+    found = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
     assert found.keys() == expected.keys()
     for group in groups:
         assert found[group.name].shape == (group.units, 3)
@@ -38,7 +38,7 @@ def test_with_every_class_it_is_the_exact_quadratic_image_by_image(name: str) ->
 
 def test_the_derivative_of_a_residual_channel_is_that_of_its_removal(vit: nn.Module) -> None:
     group, inputs, step = find_groups(vit, ["residual"])[0], images(vit, 1), 1e-4
-    found = per_image(vit, [group], inputs, EVERY_CLASS)["residual"][:, 0]
+    found = fisher_kl_per_image(vit, [group], inputs, EVERY_CLASS)["residual"][:, 0]
     dense = answer(vit, inputs)
     torch.testing.assert_close(gated_vit(vit, inputs, {}), dense)
     for unit in range(0, 48, 7):
@@ -55,7 +55,7 @@ def test_the_derivative_of_a_residual_channel_is_that_of_its_removal(vit: nn.Mod
 def test_streams_of_every_family_fade_as_their_readers_and_norms_do(name: str) -> None:
     model = tiny(name)
     groups, inputs = find_groups(model, ["residual"]), images(model, 2)
-    assert_fades(model, inputs, groups, per_image(model, groups, inputs, EVERY_CLASS))
+    assert_fades(model, inputs, groups, fisher_kl_per_image(model, groups, inputs, EVERY_CLASS))
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def faded(model: nn.Module, group: Group, unit: int, by: float) -> nn.Module:
 def test_it_is_the_curvature_of_the_divergence_in_a_fading_unit(name: str, kind: str) -> None:
     model = tiny(name)
     groups, inputs, step = find_groups(model, [kind]), images(model, 2), 1e-3
-    found = per_image(model, groups, inputs, EVERY_CLASS)
+    found = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
     dense = answer(model, inputs)
     for group in groups[:: len(groups) - 1]:
         for unit in range(0, group.units, max(1, group.units // 3)):
@@ -94,15 +94,15 @@ def test_of_small_units_it_is_the_literal_score(kind: str) -> None:
         if kind == "attention":
             model.blocks[1].attn.qkv.weight[: group.units] *= 1e-3
             model.blocks[1].attn.qkv.bias[: group.units] *= 1e-3
-    found = fisher(model, [group], data, EVERY_CLASS).scores[group.name]
-    expected = literal(model, [group], data, DEFAULTS).scores[group.name]
+    found = fisher_kl(model, [group], data, EVERY_CLASS).scores[group.name]
+    expected = leave_one_out_kl(model, [group], data, DEFAULT_SCORE_CONFIG).scores[group.name]
     torch.testing.assert_close(found / expected, torch.ones_like(found), rtol=0, atol=5e-3)
 
 
 def test_a_pair_of_sub_layers_fades_as_one() -> None:
     model = tiny("extra")  # with LayerScale
     (group,), inputs, step = find_groups(model, ["block"]), images(model, 2), 1e-3
-    found = per_image(model, [group], inputs, EVERY_CLASS)["blocks"].sum(dim=1)
+    found = fisher_kl_per_image(model, [group], inputs, EVERY_CLASS)["blocks"].sum(dim=1)
     dense = answer(model, inputs)
     for unit in range(group.candidates):
         apart = []
@@ -114,14 +114,14 @@ def test_a_pair_of_sub_layers_fades_as_one() -> None:
                 scale.gamma.data *= 1 + by
             apart.append(kl(dense, answer(changed, inputs)))
         assert sum(apart) / 2 / step**2 == pytest.approx(float(found[unit]), rel=2e-3)
-    whole = fisher(model, [group], batches(model), DEFAULTS).scores["blocks"]
+    whole = fisher_kl(model, [group], batches(model), DEFAULT_SCORE_CONFIG).scores["blocks"]
     assert whole.isinf().tolist() == [False] * group.candidates + [True]
 
 
 def test_merged_heads_have_the_scores_of_their_channels(vit: nn.Module) -> None:
     groups = find_groups(vit, ["attention"])
     merged = merge_heads(vit, groups, 1)
-    one, other = (fisher(vit, each, batches(vit), DEFAULTS).scores for each in (groups, merged))
+    one, other = (fisher_kl(vit, each, batches(vit), DEFAULT_SCORE_CONFIG).scores for each in (groups, merged))
     assert other["blocks.0.attn"].shape == (1, 48)
     assert all(torch.equal(one[name].flatten(), other[name].flatten()) for name in one)
 
@@ -131,11 +131,11 @@ def test_the_pulls_make_up_the_fisher_matrix(head: Tensor | None) -> None:
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15, 0.0], dtype=torch.float64)
     fisher_matrix = p.diag() - p[:, None] * p
     for number, taken, many in ((6, 6, 1), (5, 5, 4000), (1, 2, 4000)):
-        found = list(pulls(p.expand(many, 6), head, number, 5, range(many)))
+        found = list(fisher_directions(p.expand(many, 6), head, number, 5, range(many)))
         assert len(found) == taken
         total = sum(torch.einsum("ia,ib->ab", pull, pull) / many for pull in found)
         torch.testing.assert_close(total, fisher_matrix, rtol=0, atol=1e-15 if many == 1 else 0.01)
-    leading = list(pulls(p[None], head, 4, 0, [0]))[:2]
+    leading = list(fisher_directions(p[None], head, 4, 0, [0]))[:2]
     weight = torch.eye(6, dtype=torch.float64) if head is None else head
     seen = torch.cat(leading) @ weight  # what reaches the head's input: the best of rank two
     best = torch.linalg.eigvalsh(weight.T @ fisher_matrix @ weight)[-2:].sum()
@@ -146,7 +146,7 @@ def test_answers_of_several_tokens_do_not_meet() -> None:
     p = torch.rand(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
     total = torch.zeros(12, 12, dtype=torch.float64)
     for seed in range(2000):
-        for pull in pulls(p, None, 4, seed, [0]):
+        for pull in fisher_directions(p, None, 4, seed, [0]):
             total += pull.flatten()[:, None] * pull.flatten() / 2000
     expected = torch.block_diag(*[row.diag() - row[:, None] * row for row in p[0]])
     torch.testing.assert_close(total, expected, rtol=0, atol=0.02)
@@ -154,9 +154,9 @@ def test_answers_of_several_tokens_do_not_meet() -> None:
 
 def test_the_drawn_signs_make_no_bias(vit: nn.Module) -> None:
     groups, inputs = find_groups(vit, ALL), images(vit, 2)
-    exact = torch.cat(list(per_image(vit, groups, inputs, EVERY_CLASS).values()))
-    settings = [replace(DEFAULTS, classes=2, seed=seed) for seed in range(60)]
-    draws = torch.stack([torch.cat(list(per_image(vit, groups, inputs, s).values())) for s in settings])
+    exact = torch.cat(list(fisher_kl_per_image(vit, groups, inputs, EVERY_CLASS).values()))
+    settings = [replace(DEFAULT_SCORE_CONFIG, classes=2, seed=seed) for seed in range(60)]
+    draws = torch.stack([torch.cat(list(fisher_kl_per_image(vit, groups, inputs, s).values())) for s in settings])
     spread = draws.std(dim=0) / len(draws) ** 0.5
     off = (draws.mean(dim=0) - exact).abs() / spread
     assert 0.1 < float(off.mean()) < 2  # means of draws are off by about one standard error
@@ -165,12 +165,12 @@ def test_the_drawn_signs_make_no_bias(vit: nn.Module) -> None:
 
 def test_an_image_draws_by_its_position_however_images_are_batched(vit: nn.Module) -> None:
     groups, inputs = find_groups(vit, ALL), images(vit, 6)
-    few = replace(DEFAULTS, classes=2, seed=3)
-    whole = per_image(vit, groups, inputs, few)
+    few = replace(DEFAULT_SCORE_CONFIG, classes=2, seed=3)
+    whole = fisher_kl_per_image(vit, groups, inputs, few)
     labels = torch.zeros(6, dtype=torch.int64)
-    total = fisher(vit, groups, [(inputs[:4], labels[:4]), (inputs[4:], labels[4:])], few).scores
-    rest = fisher(vit, groups, [(inputs[4:], labels[4:])], replace(few, first=4)).scores
-    tight = per_image(vit, groups, inputs, replace(few, memory=1))  # one image at a time
+    total = fisher_kl(vit, groups, [(inputs[:4], labels[:4]), (inputs[4:], labels[4:])], few).scores
+    rest = fisher_kl(vit, groups, [(inputs[4:], labels[4:])], replace(few, first=4)).scores
+    tight = fisher_kl_per_image(vit, groups, inputs, replace(few, memory=1))  # one image at a time
     for group in groups:
         torch.testing.assert_close(total[group.name].flatten(), whole[group.name].sum(dim=1), rtol=1e-12, atol=1e-18)
         torch.testing.assert_close(rest[group.name].flatten(), whole[group.name][:, 4:].sum(1), rtol=1e-12, atol=1e-18)
@@ -180,11 +180,11 @@ def test_an_image_draws_by_its_position_however_images_are_batched(vit: nn.Modul
 @pytest.mark.parametrize("requires", [True, False])
 def test_a_frozen_model_scores_the_same_and_stays_frozen(vit: nn.Module, requires: bool) -> None:
     groups, before = find_groups(vit, ALL), state(vit)
-    expected = fisher(vit, groups, batches(vit), DEFAULTS).scores
+    expected = fisher_kl(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG).scores
     vit.requires_grad_(requires).train()
     vit.blocks[0].eval()
     with torch.no_grad():
-        found = fisher(vit, groups, batches(vit), DEFAULTS).scores
+        found = fisher_kl(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG).scores
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(p.requires_grad is requires and p.grad is None for p in vit.parameters())
     assert vit.training
@@ -196,9 +196,9 @@ def test_a_frozen_model_scores_the_same_and_stays_frozen(vit: nn.Module, require
 
 def test_what_has_no_gate_is_refused_by_name(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: Fisher scores are for units, not"):
-        fisher(vit, find_groups(vit, ["weight"]), batches(vit), DEFAULTS)
+        fisher_kl(vit, find_groups(vit, ["weight"]), batches(vit), DEFAULT_SCORE_CONFIG)
     with pytest.raises(BadInput, match=r"^kl-fisher: needs images; give batches$"):
-        fisher(vit, find_groups(vit, ["ffn"]), [], DEFAULTS)
+        fisher_kl(vit, find_groups(vit, ["ffn"]), [], DEFAULT_SCORE_CONFIG)
     groups = find_groups(vit, ["ffn"])
     vit.blocks[1].mlp = nn.Identity()
     unused = nn.Module()
@@ -206,7 +206,7 @@ def test_what_has_no_gate_is_refused_by_name(vit: nn.Module) -> None:
     vit.add_module("spare", unused)
     moved = replace(groups[0], slices=tuple(replace(p, param="spare.fc2.weight") for p in groups[0].slices[-1:]))
     with pytest.raises(BadInput, match=r"^spare.fc2: no gradient reaches it, so the gates of its units have no"):
-        fisher(vit, [moved], batches(vit), DEFAULTS)
+        fisher_kl(vit, [moved], batches(vit), DEFAULT_SCORE_CONFIG)
 
 
 @pytest.mark.real
@@ -217,9 +217,9 @@ def test_real_ranks_are_those_of_literal_removal(real_deit: nn.Module, real_inpu
         ("residual", "residual", 0.3),  # its removal is far from small
     ):
         group = next(group for group in find_groups(real_deit, [kind]) if group.name == path)
-        found = per_image(real_deit, [group], real_inputs, DEFAULTS)[path].sum(dim=1)
+        found = fisher_kl_per_image(real_deit, [group], real_inputs, DEFAULT_SCORE_CONFIG)[path].sum(dim=1)
         some = torch.arange(0, group.units, group.units // 24)
-        expected = divergences(real_deit, [group], {path: some}, real_inputs, DEFAULTS)[path].sum(dim=1)
+        expected = kl_divergences(real_deit, [group], {path: some}, real_inputs, DEFAULT_SCORE_CONFIG)[path].sum(dim=1)
         assert spearman(found[some], expected) > least
 
 
@@ -239,7 +239,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
 def test_a_forward_pass_is_let_go_of(vit: nn.Module) -> None:
     seen: list[weakref.ref[Tensor]] = []
     vit.get_submodule("head").register_forward_hook(lambda module, given, output: seen.append(weakref.ref(output)))
-    fisher(vit, find_groups(vit, ["ffn", "attention", "residual"]), batches(vit), DEFAULTS)
+    fisher_kl(vit, find_groups(vit, ["ffn", "attention", "residual"]), batches(vit), DEFAULT_SCORE_CONFIG)
     gc.collect()
     assert len(seen) == 4
     assert all(ref() is None for ref in seen)

@@ -16,15 +16,15 @@ from tests.support.reference_obs import (
 )
 from tests.support.tiny_models import batches, images, tiny
 from vitprune import find_groups, plan_for
-from vitprune.criteria import DEFAULTS, Setting
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.obs import cap, greedy
 from vitprune.criteria.obs.fisher_blocks import FisherBlocks, inverse, one_by_one, together
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.groups import Masks
-from vitprune.pruning import select
-from vitprune.pruning.prune import compress
+from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.select import select
 
-SMALL = replace(DEFAULTS, block=24, damp=1e-7)
+SMALL = replace(DEFAULT_SCORE_CONFIG, block=24, damp=1e-7)
 METHODS = ["ovit", "ovit-increments", "woodfisher", "woodfisher-joint", "magnitude-obs", "fastcap"]
 
 
@@ -47,7 +47,7 @@ def alone(fisher: Tensor, gone: Tensor) -> Tensor:
     return left
 
 
-def matrices(model: nn.Module, setting: Setting = SMALL, data: list | None = None) -> dict[str, Tensor]:
+def matrices(model: nn.Module, setting: ScoreConfig = SMALL, data: list | None = None) -> dict[str, Tensor]:
     """Fisher blocks of a whole model, by parameter."""
     found: dict[str, list[Tensor]] = {}
     for part, fisher in FisherBlocks(model, find_groups(model, ["weight"]), data or batches(model), setting):
@@ -230,7 +230,7 @@ def test_two_steps_keep_the_zeros_of_the_first(method: str) -> None:
     dense = {group.name: model.get_parameter(group.name).detach().clone() for group in groups}
     before: Masks = {}
     plan = plan_for(method, 0.5, cycles=2, schedule="linear", setting=SMALL)
-    for cycle in compress(model, plan, data):
+    for cycle in prune_cycles(model, plan, data):
         gone = {name: model.get_parameter(name) == 0 for name in dense}
         assert all(torch.equal(gone[name], ~cycle.masks[name]) for name in dense)
         assert all(bool(gone[name][~mask].all()) for name, mask in before.items())

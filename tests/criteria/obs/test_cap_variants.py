@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cap import SMALL, cost, matrices
 from torch import nn
 
+from tests.criteria.obs.test_cap import SMALL, cost, matrices
 from tests.support.reference_obs import fastcap_columns, image_gradients
 from tests.support.tiny_models import batches, images, tiny
 from vitprune import BadInput, find_groups, prune
-from vitprune.criteria import DEFAULTS
+from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.obs import cap
 from vitprune.criteria.obs.fastcap import fastcap
 from vitprune.criteria.obs.fisher_blocks import together
 from vitprune.criteria.obs.weight_blocks import parts_of
 from vitprune.groups import Group, ParamSlice
-from vitprune.pruning import select
+from vitprune.pruning.select import select
 
 
 @pytest.mark.parametrize("method", ["ovit", "woodfisher", "magnitude-obs", "fastcap", "fisher-diagonal"])
@@ -57,17 +57,17 @@ def test_fastcap_is_its_algorithm(vit: nn.Module) -> None:
 def test_what_cannot_be_is_refused(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
     with pytest.raises(BadInput, match=r"^Fisher blocks: need images with labels; give batches$"):
-        cap.ovit(vit, groups, [], DEFAULTS)
+        cap.ovit(vit, groups, [], DEFAULT_SCORE_CONFIG)
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: blocks are of single weights, not of kind 'ffn'$"):
-        cap.ovit(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULTS)
+        cap.ovit(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_SCORE_CONFIG)
     with pytest.raises(BadInput, match=r"^score.gradient_batch 128: there are only 6 images; lower it, give"):
-        cap.ovit(vit, groups, batches(vit), replace(DEFAULTS, per_sample=False))
+        cap.ovit(vit, groups, batches(vit), replace(DEFAULT_SCORE_CONFIG, per_sample=False))
     with pytest.raises(
         BadInput, match=r"^blocks.0.attn.qkv.weight: rows of 48 weights cannot be divided into runs of 5"
     ):
-        cap.ovit(vit, groups, batches(vit), replace(DEFAULTS, pattern=(2, 5)))
+        cap.ovit(vit, groups, batches(vit), replace(DEFAULT_SCORE_CONFIG, pattern=(2, 5)))
     with pytest.raises(BadInput, match=r"^score.damp: a Fisher block is not positive definite; raise it"):
-        cap.ovit(vit, groups, batches(vit), replace(DEFAULTS, damp=1e-30))
+        cap.ovit(vit, groups, batches(vit), replace(DEFAULT_SCORE_CONFIG, damp=1e-30))
     with torch.no_grad():
         vit.blocks[1].mlp.fc2.weight[0, 0] = torch.nan
     with pytest.raises(BadInput, match=r"score"):

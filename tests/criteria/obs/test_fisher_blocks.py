@@ -10,23 +10,23 @@ from torch.nn import functional as F
 from tests.support.reference_obs import image_gradients, naive_fisher
 from tests.support.tiny_models import batches, images, tiny
 from vitprune import BadInput, find_groups, plan_for
-from vitprune.criteria import DEFAULTS, Batches, Setting
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, ScoreConfig
 from vitprune.criteria.obs import cap
 from vitprune.criteria.obs.fisher_blocks import FisherBlocks
 from vitprune.criteria.obs.gradients import gradients
 from vitprune.criteria.obs.views import images_of, viewed
 from vitprune.criteria.obs.weight_blocks import Part, block_size, parts_of, portions
 from vitprune.groups import Group, ParamSlice
-from vitprune.pruning.prune import compress
+from vitprune.pruning.prune import prune_cycles
 
-SMALL = replace(DEFAULTS, block=24)
+SMALL = replace(DEFAULT_SCORE_CONFIG, block=24)
 
 
 def group_of(model: nn.Module, param: str) -> Group:
     return Group(param, "weight", tuple(model.get_parameter(param).shape), (ParamSlice(param, None),))
 
 
-def collected(model: nn.Module, groups: list[Group], data: Batches, setting: Setting) -> dict[str, Tensor]:
+def collected(model: nn.Module, groups: list[Group], data: Batches, setting: ScoreConfig) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for part, fisher in FisherBlocks(model, groups, data, setting):
         found.setdefault(part.param, []).append(fisher)
@@ -150,8 +150,8 @@ def test_the_model_is_left_as_it_was(vit: nn.Module) -> None:
 def test_chosen_masks_are_updated_without_scores(vit: nn.Module) -> None:
     """As the prune stage has it: the masks come from files, and the images are looked at again for the update."""
     data, plan = batches(vit), plan_for("ovit", 0.5, setting=SMALL)
-    (cycle,) = compress(one := tiny("vit"), plan, data)
-    (other,) = compress(two := tiny("vit"), plan, data, cycle.masks)
+    (cycle,) = prune_cycles(one := tiny("vit"), plan, data)
+    (other,) = prune_cycles(two := tiny("vit"), plan, data, cycle.masks)
     assert other.scores == {}
     for name, mask in cycle.masks.items():
         assert torch.equal(one.get_parameter(name), two.get_parameter(name))

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from tests.support.tiny_models import answer, batches, images, tiny
 from vitprune import BadInput, find_groups, prune
-from vitprune.criteria import DEFAULTS
+from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.obs.obc import obc, solve
 from vitprune.groups import Group, ParamSlice
-from vitprune.pruning import select
+from vitprune.pruning.select import select
 
 WEIGHT = (ParamSlice("0.weight", None),)
 
@@ -61,7 +61,7 @@ def literal(row: Tensor, covariance: Tensor, steps: int) -> list[tuple[int, floa
 
 def test_each_row_is_eliminated_as_by_hand() -> None:
     model, group, data = case(nn.Linear(7, 4), 4, (9, 7))
-    importance = obc(model, [group], data, DEFAULTS)
+    importance = obc(model, [group], data, DEFAULT_SCORE_CONFIG)
     read = torch.cat([value for value, _ in data]).reshape(-1, 7)
     moment = read.T @ read / len(read)
     moment += 1e-3 * moment.diagonal().mean() * torch.eye(7).double()
@@ -78,7 +78,7 @@ def test_each_row_is_eliminated_as_by_hand() -> None:
 
 def test_the_slopes_are_fishers() -> None:
     model, group, data = case(nn.Linear(6, 3), 3, (4, 6))
-    importance = obc(model, [group], data, replace(DEFAULTS, classes=64))
+    importance = obc(model, [group], data, replace(DEFAULT_SCORE_CONFIG, classes=64))
     value = torch.cat([value for value, _ in data])
     read = model[0](value).detach().requires_grad_()
     logits = model[1](read.mean(dim=1))
@@ -109,7 +109,7 @@ def test_the_update_is_least_squares_of_each_row() -> None:
 def test_a_convolution_is_its_unfolded_layer() -> None:
     layer = nn.Conv2d(3, 4, 2, stride=2, padding=1).double()
     model, group, data = case(layer, 4, (3, 6, 6))
-    importance = obc(model, [group], data, DEFAULTS)
+    importance = obc(model, [group], data, DEFAULT_SCORE_CONFIG)
     read = torch.cat([nn.functional.unfold(value, 2, 1, 1, 2).transpose(1, 2) for value, _ in data])
     flat = nn.Linear(12, 4).double()
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_convolution_is_its_unfolded_layer() -> None:
         flat.bias.copy_(layer.bias)
     same, other, _ = case(flat, 4, (1, 12))
     same[1].load_state_dict(model[1].state_dict())
-    expected = obc(same, [other], [(read, torch.zeros(12).long())], DEFAULTS)
+    expected = obc(same, [other], [(read, torch.zeros(12).long())], DEFAULT_SCORE_CONFIG)
     found, wanted = importance.scores["0.weight"].flatten(1), expected.scores["0.weight"]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-12)
     masks = {"0.weight": found > found.median()}
@@ -130,7 +130,7 @@ def test_what_is_gone_stays_gone_and_costs_nothing() -> None:
     model, group, data = case(nn.Linear(8, 4, bias=False), 4, (9, 8))
     with torch.no_grad():
         model[0].weight[:, [1, 4]] = 0
-    importance = obc(model, [group], data, DEFAULTS)
+    importance = obc(model, [group], data, DEFAULT_SCORE_CONFIG)
     scores = importance.scores["0.weight"]
     assert not scores[:, [1, 4]].any()
     assert bool((scores[:, [0, 2, 3, 5, 6, 7]] > 0).all())
@@ -140,7 +140,7 @@ def test_what_is_gone_stays_gone_and_costs_nothing() -> None:
         smaller[1].load_state_dict(model[1].state_dict())
     cut = [(value[..., [0, 2, 3, 5, 6, 7]], labels) for value, labels in data]
     alone = Group("0.weight", "weight", (4, 6), WEIGHT)
-    expected = obc(smaller, [alone], cut, DEFAULTS).scores["0.weight"]
+    expected = obc(smaller, [alone], cut, DEFAULT_SCORE_CONFIG).scores["0.weight"]
     torch.testing.assert_close(scores[:, [0, 2, 3, 5, 6, 7]], expected, rtol=0.05, atol=0)  # the ridge's mean differs
 
 
@@ -162,19 +162,19 @@ def test_it_is_nearer_to_the_dense_answer_than_magnitude(kind: str) -> None:
     dense = answer(model, seen)
     found = {method: answer(prune(model, method, 0.5, data), seen) for method in ("obc", "magnitude")}
     assert (found["obc"] - dense).norm() < 0.5 * (found["magnitude"] - dense).norm()
-    assert select(obc(model, find_groups(model, ["weight"])[:1], data, DEFAULTS).scores, 0.5, "global")
+    assert select(obc(model, find_groups(model, ["weight"])[:1], data, DEFAULT_SCORE_CONFIG).scores, 0.5, "global")
 
 
 def test_what_cannot_be_is_refused() -> None:
     model, _, data = case(nn.Conv2d(4, 4, 3, groups=2), 4, (4, 5, 5))
     group = Group("0.weight", "weight", (4, 2, 3, 3), WEIGHT)
     with pytest.raises(BadInput, match=r"^0.weight: obc needs a Linear layer, or a convolution of one group; leave"):
-        obc(model, [group], data, DEFAULTS)
+        obc(model, [group], data, DEFAULT_SCORE_CONFIG)
     vit = tiny("vit")
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: blocks are of single weights, not of kind 'ffn'$"):
-        obc(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULTS)
+        obc(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_SCORE_CONFIG)
     with pytest.raises(BadInput, match=r"^second moments: need images; give batches$"):
-        obc(vit, find_groups(vit, ["weight"]), [], DEFAULTS)
+        obc(vit, find_groups(vit, ["weight"]), [], DEFAULT_SCORE_CONFIG)
 
 
 def test_a_layer_that_runs_twice_is_refused() -> None:
@@ -182,4 +182,4 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     model = nn.Sequential(layer, nn.GELU(), layer)
     group = Group("0.weight", "weight", (6, 6), WEIGHT)
     with pytest.raises(BadInput, match=r"^0: runs more than once in a pass, and has no one input; leave it out$"):
-        obc(model, [group], [(torch.randn(4, 6), torch.zeros(4).long())], DEFAULTS)
+        obc(model, [group], [(torch.randn(4, 6), torch.zeros(4).long())], DEFAULT_SCORE_CONFIG)

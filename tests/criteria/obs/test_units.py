@@ -11,15 +11,15 @@ from tests.support.reference_kl import naive_elimination
 from tests.support.tiny_models import ZOO, answer, batches, images, redrawn, tiny
 from vitprune import BadInput, find_groups, plan_for, prune
 from vitprune.architectures import merge_heads
-from vitprune.criteria import DEFAULTS, Setting
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.moments import collect
 from vitprune.criteria.obs.unit_elimination import damped, eliminate, refit
 from vitprune.criteria.obs.units import rebased, refitting, turning, unit_obs
 from vitprune.evaluation.accuracy import count
 from vitprune.groups import shrink
-from vitprune.pruning.cost_target import meter
-from vitprune.pruning.macs_scope import prices, spend
-from vitprune.pruning.prune import compress
+from vitprune.pruning.cost_target import make_cost_model
+from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs
+from vitprune.pruning.prune import prune_cycles
 from vitprune.pruning.select import select
 
 KINDS = ("ffn", "attention")
@@ -68,7 +68,7 @@ def test_the_refit_of_a_copy_is_perfect() -> None:
 def test_the_new_basis_is_the_same_function(name: str) -> None:
     model = tiny(name)
     groups = find_groups(model, ["attention"])
-    statistics = collect(model, groups, batches(model, 3, 8), DEFAULTS, slopes=True)
+    statistics = collect(model, groups, batches(model, 3, 8), DEFAULT_SCORE_CONFIG, slopes=True)
     turned = copy.deepcopy(model)
     for group in groups:
         for path, value in rebased(model, group, statistics).items():
@@ -81,7 +81,7 @@ def test_the_new_basis_is_the_same_function(name: str) -> None:
 @pytest.mark.parametrize("kind", ["ffn", "attention", "head"])
 def test_the_update_comes_nearer_to_the_dense_answer(vit: nn.Module, kind: str) -> None:
     groups, seen, x = find_groups(vit, [kind]), batches(vit, 4, 16), images(vit, 16, 99)
-    importance = unit_obs(vit, groups, seen, DEFAULTS)
+    importance = unit_obs(vit, groups, seen, DEFAULT_SCORE_CONFIG)
     masks = select(importance.scores, 0.4, "head" if kind == "attention" else "layer")
     plain, updated = copy.deepcopy(vit), copy.deepcopy(vit)
     assert importance.update is not None
@@ -93,7 +93,7 @@ def test_the_update_comes_nearer_to_the_dense_answer(vit: nn.Module, kind: str) 
 
 def test_nothing_changes_where_nothing_goes(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
-    statistics = collect(vit, groups, batches(vit), DEFAULTS, slopes=True)
+    statistics = collect(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG, slopes=True)
     everything = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
     assert turning(vit, groups, statistics)(everything) == {}
     assert refitting(vit, groups, statistics)(everything) == {}
@@ -102,30 +102,30 @@ def test_nothing_changes_where_nothing_goes(vit: nn.Module) -> None:
 @pytest.mark.parametrize("method", ["unit-obs", "upvits-global", "upvits-refit"])
 def test_statistics_stand_for_the_images(vit: nn.Module, method: str) -> None:
     plan, noise, models = plan_for(method, 0.4), batches(vit, 3, 8), [copy.deepcopy(vit) for _ in range(2)]
-    (cycle,) = compress(models[0], plan, noise)
+    (cycle,) = prune_cycles(models[0], plan, noise)
     groups = find_groups(vit, KINDS)
     statistics = dict(plan.row.criterion(vit, groups, noise, plan.setting_of(1)).statistics)
-    list(compress(models[1], plan, [], cycle.masks, statistics))
+    list(prune_cycles(models[1], plan, [], cycle.masks, statistics))
     x = images(vit)
     assert torch.equal(answer(models[0], x), answer(models[1], x))
 
 
 def test_what_has_no_one_consumer_is_refused(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^residual: unit-obs scores ffn, head and attention, not kind 'residual'"):
-        unit_obs(vit, find_groups(vit, ["residual"]), batches(vit), DEFAULTS)
+        unit_obs(vit, find_groups(vit, ["residual"]), batches(vit), DEFAULT_SCORE_CONFIG)
     merged = merge_heads(vit, find_groups(vit, ["attention"]), 1)
     with pytest.raises(
         BadInput, match=r"^blocks.0.attn: each of its 3 heads has a basis of its own, so they cannot merge"
     ):
-        unit_obs(vit, merged, batches(vit), DEFAULTS)
+        unit_obs(vit, merged, batches(vit), DEFAULT_SCORE_CONFIG)
     assert prune(vit, "upvits-refit", {"attention": 0.5}, batches(vit, 2, 8), heads=1).blocks[0].attn.num_heads == 1
     with pytest.raises(BadInput, match="need images"):
-        unit_obs(vit, find_groups(vit, ["ffn"]), [], DEFAULTS)
+        unit_obs(vit, find_groups(vit, ["ffn"]), [], DEFAULT_SCORE_CONFIG)
 
 
 def test_a_price_is_what_a_unit_saves(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
-    costs, whole = prices(groups, meter(vit, groups, "macs")), count(vit, images(vit)).macs
+    costs, whole = macs_per_unit(groups, make_cost_model(vit, groups, "macs")), count(vit, images(vit)).macs
     tokens, width, heads = 17, 48, 3
     ffn = 2 * width * tokens
     attention = heads * (4 * width * tokens + 2 * tokens**2)  # q, k, v, proj and the two products of each head
@@ -133,14 +133,14 @@ def test_a_price_is_what_a_unit_saves(vit: nn.Module) -> None:
     assert costs["blocks.1.attn"] == pytest.approx(attention / whole)
     weights = find_groups(vit, ["weight"])
     with pytest.raises(BadInput, match="units of kind 'weight' have no price in MACs"):
-        prices(weights, lambda masks: 1.0)
+        macs_per_unit(weights, lambda masks: 1.0)
 
 
 def test_the_budget_is_spent_on_what_is_worth_least_per_mac(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     scores = {group.name: torch.arange(group.units).double() * (1 + n) for n, group in enumerate(groups)}
     costs = {groups[0].name: 1.0, groups[1].name: 4.0}
-    masks = spend(scores, 0.5, groups, costs)  # rates: n and n / 2; 192 units each, half of 960 to spend
+    masks = select_by_macs(scores, 0.5, groups, costs)  # rates: n and n / 2; 192 units each, half of 960 to spend
     gone = [int((~masks[group.name]).sum()) for group in groups]
     assert gone == [54, 106]  # of two equal rates the first group goes first
     assert all(bool(masks[g.name][n:].all()) for g, n in zip(groups, gone, strict=True))
@@ -150,11 +150,11 @@ def test_a_larger_share_never_gives_back(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
     generator = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.shape, generator=generator) for group in groups}
-    costs = prices(groups, meter(vit, groups, "macs"))
+    costs = macs_per_unit(groups, make_cost_model(vit, groups, "macs"))
     before = None
     for share in (0.0, 0.2, 0.5, 0.9, 0.999):
-        masks = spend(scores, share, groups, costs)
-        again = spend(scores, share, groups, costs, before)
+        masks = select_by_macs(scores, share, groups, costs)
+        again = select_by_macs(scores, share, groups, costs, before)
         for group in groups:
             rows = masks[group.name].reshape(-1, group.shape[-1])
             assert len(set(rows.sum(dim=1).tolist())) == 1
@@ -169,14 +169,14 @@ def test_a_larger_share_never_gives_back(vit: nn.Module) -> None:
 def test_all_that_compete_have_one_share() -> None:
     with pytest.raises(BadInput, match=r"ffn, attention compete for one share of the MACs; give all the same"):
         plan_for("unit-obs", {"ffn": 0.5, "attention": 0.4})
-    assert plan_for("unit-obs", {"ffn": 0.5, "attention": 0.4}, "layer").bought == []
-    assert plan_for("channel-taylor", 0.5, "macs").bought == ["ffn", "attention"]
+    assert plan_for("unit-obs", {"ffn": 0.5, "attention": 0.4}, "layer").macs_kinds == []
+    assert plan_for("channel-taylor", 0.5, "macs").macs_kinds == ["ffn", "attention"]
 
 
 @pytest.mark.parametrize("cycles", [1, 3])
 def test_a_target_in_macs_over_all_kinds(vit: nn.Module, cycles: int) -> None:
     whole = count(vit, images(vit)).macs
-    list(compress(vit, plan_for("unit-obs", None, target={"macs": 0.6}, cycles=cycles), batches(vit, 2, 8)))
+    list(prune_cycles(vit, plan_for("unit-obs", None, target={"macs": 0.6}, cycles=cycles), batches(vit, 2, 8)))
     assert 0.57 < count(vit, images(vit)).macs / whole <= 0.6
 
 
@@ -194,6 +194,8 @@ def test_a_stage_of_one_head_keeps_it(method: str) -> None:
 
 def test_second_moments_do_not_depend_on_how_many_images_fit_into_memory() -> None:
     vit = tiny("vit")
-    found = [collect(vit, find_groups(vit, KINDS), batches(vit), Setting(memory=m), slopes=True) for m in (1, 1 << 30)]
+    found = [
+        collect(vit, find_groups(vit, KINDS), batches(vit), ScoreConfig(memory=m), slopes=True) for m in (1, 1 << 30)
+    ]
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-12)

@@ -8,9 +8,9 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from vitprune.architectures.tracing.dependency_graph import Channels, channels
+from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
 from vitprune.errors import BadInput
-from vitprune.groups import Group, cut_to, frame
+from vitprune.groups import Group, meta_copy, resize_group
 from vitprune.runtime.eval_mode import evaluating
 
 Shapes = tuple[tuple[str, torch.Size], ...]
@@ -21,14 +21,14 @@ class _Known:
     """What is known of a model of these shapes: its sets of channels, and why trial cuts failed, empty if they ran."""
 
     shapes: Shapes
-    found: list[Channels]
+    found: list[ChannelGroup]
     tried: dict[tuple[str, ...], str] = field(default_factory=dict)
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
-def seen(model: nn.Module) -> list[Channels]:
+def traced_channels(model: nn.Module) -> list[ChannelGroup]:
     """All sets of channels of a timm model at its own image size; known until its shapes change.
 
     Raises:
@@ -37,7 +37,7 @@ def seen(model: nn.Module) -> list[Channels]:
     return _known(model).found
 
 
-def attempt(model: nn.Module, groups: Sequence[Group], what: str) -> None:
+def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
     """Cut a third of every group from a copy of the model's shapes and run it; once, until its shapes change.
 
     Raises:
@@ -54,9 +54,9 @@ def _known(model: nn.Module) -> _Known:
     state = shapes(model)
     known = _KNOWN.get(model)
     if known is None or known.shapes != state:
-        small = frame(model)
+        small = meta_copy(model)
         try:
-            found = channels(small, images(small))
+            found = channel_groups(small, images(small))
         except Exception as error:  # whatever a forward pass says to tensors without values
             raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({line(error)})") from None
         _KNOWN[model] = known = _Known(state, found)
@@ -64,10 +64,10 @@ def _known(model: nn.Module) -> _Known:
 
 
 def _failure(model: nn.Module, groups: Sequence[Group]) -> str:
-    small = frame(model)
+    small = meta_copy(model)
     try:
         for group in groups:
-            cut_to(small, group, (group.units - group.units // 3,))
+            resize_group(small, group, (group.units - group.units // 3,))
         with torch.no_grad(), evaluating(small):
             small(images(small))
     except Exception as error:

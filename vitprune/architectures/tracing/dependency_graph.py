@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitprune.architectures.tracing.op_rules import follow, settle
+from vitprune.architectures.tracing.op_rules import follow, propagate_to_fixpoint
 from vitprune.architectures.tracing.trace import Trace
 from vitprune.architectures.tracing.union_find import NONE
 from vitprune.groups import ParamSlice
@@ -27,7 +27,7 @@ Signature = tuple[tuple[Place, int], ...]  # where a unit is, and how often
 
 
 @dataclass(frozen=True)
-class Channels:
+class ChannelGroup:
     """Units that behave alike: where each of them is, and why they cannot go, if they cannot.
 
     `kind` is residual where two computed tensors are added up, attention where they are contracted over each other,
@@ -42,7 +42,7 @@ class Channels:
     why_not: str = ""
 
 
-def channels(model: nn.Module, example_input: Tensor) -> list[Channels]:
+def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup]:
     """All sets of channels of a model whose units are on the same axes of the same parameters, in the model's order.
 
     example_input (1, C, H, W) is run through the model once, in evaluation mode.
@@ -74,7 +74,7 @@ def _by_axis(found: Trace) -> dict[Place, Tensor]:
         if own:
             axes[name, own[0]] = roots.movedim(own[0], 0).flatten(1)[:, 0] if roots.dim() > 1 else roots
         else:
-            found.labels.stick(roots, f"{name}: what belongs to a channel lies along none of its axes")
+            found.labels.mark_unprunable(roots, f"{name}: what belongs to a channel lies along none of its axes")
     return axes
 
 
@@ -95,7 +95,7 @@ class _Sets:
     attended: set[int]
     reasons: dict[int, str]
 
-    def channels(self, signature: Signature, labels: list[int], buffers: Mapping[str, Tensor]) -> Channels:
+    def channels(self, signature: Signature, labels: list[int], buffers: Mapping[str, Tensor]) -> ChannelGroup:
         """The units of one signature, in the order in which they lie in its first parameter."""
         writers = [name for name in self.found.writes if (name, 0) in (place for place, _ in signature)]
         first = (writers[0], 0) if writers else signature[0][0]
@@ -112,7 +112,7 @@ class _Sets:
             kind for kind, marked in (("attention", self.attended), ("residual", self.added)) if labels[0] in marked
         ]
         own, others = (tuple(p for p in parts if (p.param in buffers) == held) for held in (False, True))
-        return Channels((*marks, "ffn")[0], len(labels), own, others, tuple(writers), why)
+        return ChannelGroup((*marks, "ffn")[0], len(labels), own, others, tuple(writers), why)
 
 
 def _sliced(place: Place, indices: list[list[int]], length: int) -> ParamSlice | None:
@@ -133,11 +133,11 @@ def _run(model: nn.Module, example_input: Tensor) -> Trace:
     found = Trace({**dict(model.named_parameters()), **dict(model.named_buffers())}, type(model).__name__)
     with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _paths(model, found), _Tracer(found):
         answer = model(example_input)
-    settle(found)
+    propagate_to_fixpoint(found)
     for value in answer if isinstance(answer, list | tuple) else [answer]:
         labels = found.of(value)
         if labels is not None:
-            found.stick(labels, "it is the answer")
+            found.mark_unprunable(labels, "it is the answer")
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitprune.architectures.tracing.trace import Trace, Weight
-from vitprune.architectures.tracing.union_find import compact, core, either
+from vitprune.architectures.tracing.union_find import compact, either, squeeze_broadcast
 
 Rule = Callable[[Trace, Any, Sequence[Any], Mapping[str, Any], Any], None]
 
@@ -85,7 +85,7 @@ def _together(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str,
         trace.later += [(labels, other) for other in others]
         whole += [] if others else [labels]
     if func.overloadpacket.__name__ in ("add", "add_") and sum(trace.computed(value) for value, _ in found) > 1:
-        trace.added.append(core(found[0][1]))
+        trace.added.append(squeeze_broadcast(found[0][1]))
     kept = whole[0]
     for other in whole[1:]:
         trace.labels.join(kept, other)
@@ -93,7 +93,7 @@ def _together(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     trace.put(result, kept.expand(result.shape))
 
 
-def settle(trace: Trace) -> None:
+def propagate_to_fixpoint(trace: Trace) -> None:
     """Unite what was broadcast along channels that differed when they met, and do not any more."""
     met = True
     while met:
@@ -137,7 +137,7 @@ def _by_weight(trace: Trace, own: Tensor | None, matrix: Tensor, result: Tensor)
         trace.put(result, own[..., :1].expand(result.shape))  # it mixes places; the channels in its rows go on
         return
     if own is not None:
-        trace.labels.join(core(own), trace.axis(weight, 0))
+        trace.labels.join(squeeze_broadcast(own), trace.axis(weight, 0))
     trace.writes[weight.name] = None
     trace.put(result, trace.axis(weight, 1).expand(result.shape))
 
@@ -145,11 +145,11 @@ def _by_weight(trace: Trace, own: Tensor | None, matrix: Tensor, result: Tensor)
 def _contracted(trace: Trace, one: Tensor | None, other: Tensor | None, result: Tensor) -> None:
     inner = [labels is not None and trace.varies(labels, axis) for labels, axis in ((one, -1), (other, -2))]
     if one is not None and other is not None and all(inner):
-        trace.labels.join(core(one.mT), core(other))
-        trace.attended.append(core(other))
+        trace.labels.join(squeeze_broadcast(one.mT), squeeze_broadcast(other))
+        trace.attended.append(squeeze_broadcast(other))
     for labels, summed in ((one, inner[0]), (other, inner[1])):
         if labels is not None and summed and not all(inner):
-            trace.stick(labels, "it is summed over")
+            trace.mark_unprunable(labels, "it is summed over")
     if one is not None and not inner[0] and trace.varies(one, -2):
         trace.put(result, one[..., :1].expand(result.shape))
     elif other is not None and not inner[1]:
@@ -173,11 +173,11 @@ def _convolved(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
         trace.writes[weight.name] = None
     elif groups == value.shape[1]:  # a channel makes one or several, and no other has a part in them
         if own is not None:
-            trace.labels.join(core(own).repeat_interleave(result.shape[1] // groups, 1), rows)
+            trace.labels.join(squeeze_broadcast(own).repeat_interleave(result.shape[1] // groups, 1), rows)
     else:
         for labels in (own, rows):
             if labels is not None:
-                trace.stick(labels, f"it runs through a convolution of {groups} groups")
+                trace.mark_unprunable(labels, f"it runs through a convolution of {groups} groups")
     trace.put(result, rows.expand(result.shape))
     shift = trace.of(bias)
     if shift is not None:
@@ -187,7 +187,7 @@ def _convolved(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
 def _over_places(trace: Trace, own: Tensor, kernel: Tensor, result: Tensor) -> None:
     """Channels lie where a convolution has its places: one of width 1 passes them on, if all that it mixes agree."""
     if trace.varies(own, 1) or kernel[0, 0].numel() > 1:
-        trace.stick(own, "it is convolved over")
+        trace.mark_unprunable(own, "it is convolved over")
     else:
         trace.put(result, own.narrow(1, 0, 1).expand(result.shape))
 
@@ -199,7 +199,7 @@ def _layer_normed(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[
 def _group_normed(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
     labels = trace.of(args[0])
     if labels is not None and args[6] > 1:
-        trace.stick(labels, f"a GroupNorm of {args[6]} groups counts its channels")
+        trace.mark_unprunable(labels, f"a GroupNorm of {args[6]} groups counts its channels")
     _normed(trace, args[0], args[1:3], result[0], 1)
 
 
@@ -210,7 +210,7 @@ def _normed(trace: Trace, value: Tensor, parameters: Sequence[Any], result: Tens
     for parameter in parameters:
         own = trace.of(parameter)
         if own is not None:
-            trace.labels.join(core(labels).movedim(axis, -1), own)
+            trace.labels.join(squeeze_broadcast(labels).movedim(axis, -1), own)
     trace.put(result, labels)
 
 
@@ -220,7 +220,7 @@ def _pooled(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     if labels is None:
         return
     if trace.varies(labels, -1) or trace.varies(labels, -2):
-        trace.stick(labels, "it is pooled over")
+        trace.mark_unprunable(labels, "it is pooled over")
         return
     trace.put(first, labels.narrow(-1, 0, 1).narrow(-2, 0, 1).expand(first.shape))
 
@@ -234,7 +234,7 @@ def _summed(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     dims = [given] if isinstance(given, int) else given or range(labels.dim())
     dims = [dim % labels.dim() for dim in dims]
     if any(trace.varies(labels, dim) for dim in dims):
-        trace.stick(labels, f"{name.strip('_')} runs over it")
+        trace.mark_unprunable(labels, f"{name.strip('_')} runs over it")
         return
     if name not in KEEPING:
         for dim in dims:
@@ -258,7 +258,7 @@ def _indexed(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
         return
     for axis, index in enumerate(args[1]):
         if index is not None:
-            trace.labels.join(core(labels), core(labels.narrow(axis, 0, 1)))
+            trace.labels.join(squeeze_broadcast(labels), squeeze_broadcast(labels.narrow(axis, 0, 1)))
             labels = labels.narrow(axis, 0, 1)
     first = [None if index is None else torch.zeros(index.shape, dtype=torch.int64) for index in args[1]]
     trace.put(result, func(labels.contiguous(), first))
@@ -269,7 +269,7 @@ def _unknown(trace: Trace, func: Any, args: Sequence[Any]) -> None:
         for tensor in value if isinstance(value, list | tuple) else [value]:
             labels = trace.of(tensor)
             if labels is not None:
-                trace.stick(labels, f"operation {func.overloadpacket.__name__} is not understood")
+                trace.mark_unprunable(labels, f"operation {func.overloadpacket.__name__} is not understood")
 
 
 SAME = ("clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh", "lift_fresh_copy")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitprune.architectures.tracing.union_find import Labels, core
+from vitprune.architectures.tracing.union_find import Labels, squeeze_broadcast
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Trace:
     def put(self, value: Any, labels: Tensor | Weight | None) -> None:
         """Give a result its labels, which are repeated to its shape."""
         if isinstance(value, Tensor) and labels is not None and value.is_floating_point():
-            self._known[value] = labels if isinstance(labels, Weight) else core(labels).expand(value.shape)
+            self._known[value] = labels if isinstance(labels, Weight) else squeeze_broadcast(labels).expand(value.shape)
 
     def axis(self, weight: Weight, place: int) -> Tensor:
         """Labels along an axis of a parameter that is multiplied with; `place` is counted as its axes are now."""
@@ -66,13 +66,13 @@ class Trace:
             self.axes[key] = self.labels.fresh(self._shapes[weight.name][key[1]])
         return self.axes[key]
 
-    def stick(self, labels: Tensor, why: str) -> None:
+    def mark_unprunable(self, labels: Tensor, why: str) -> None:
         """Note that these channels cannot be cut, and in which module that is seen."""
-        self.labels.stick(core(labels), f"{self.paths[-1]}: {why}")
+        self.labels.mark_unprunable(squeeze_broadcast(labels), f"{self.paths[-1]}: {why}")
 
     def varies(self, labels: Tensor, axis: int) -> bool:
         """Whether labels differ along an axis."""
-        small = core(labels)
+        small = squeeze_broadcast(labels)
         if small.shape[axis] == 1:
             return False
         found = self.labels.find(small.contiguous())

@@ -58,7 +58,7 @@ class Labels:
             a, b = a[apart], b[apart]
             np.minimum.at(self._root, torch.maximum(a, b).numpy(), torch.minimum(a, b).numpy())
 
-    def stick(self, labels: Tensor, why: str) -> None:
+    def mark_unprunable(self, labels: Tensor, why: str) -> None:
         """Note that what these labels mean cannot be cut, and why."""
         for root in self.roots([labels]):
             self._stuck.setdefault(root, why)
@@ -72,7 +72,7 @@ class Labels:
         return found
 
 
-def core(labels: Tensor) -> Tensor:
+def squeeze_broadcast(labels: Tensor) -> Tensor:
     """The same labels with one place along every axis where they are repeated."""
     for axis, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
         if size > 1 and stride == 0:
@@ -82,7 +82,7 @@ def core(labels: Tensor) -> Tensor:
 
 def compact(labels: Tensor) -> Tensor:
     """The same labels, expanded along every axis where they turn out to be repeated."""
-    small = core(labels)
+    small = squeeze_broadcast(labels)
     for axis, size in enumerate(small.shape):
         first = small.narrow(axis, 0, 1)
         if size > 1 and torch.equal(first, small.narrow(axis, 1, 1)) and bool((small == first).all()):
@@ -93,7 +93,7 @@ def compact(labels: Tensor) -> Tensor:
 def aligned(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors of labels that broadcast, with as many axes, each with one place where it is repeated."""
     dims = max(one.dim(), other.dim())
-    a, b = (core(value[(None,) * (dims - value.dim())]) for value in (one, other))
+    a, b = (squeeze_broadcast(value[(None,) * (dims - value.dim())]) for value in (one, other))
     return a, b
 
 

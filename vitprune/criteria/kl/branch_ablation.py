@@ -15,7 +15,7 @@ Removed = Callable[[Tensor], Tensor]  # units (C,) -> streams behind the branch 
 
 
 @dataclass(frozen=True)
-class Around:
+class BranchContext:
     """A branch and the streams of some images before and behind it; `queries` tokens go on, None for all."""
 
     branch: Branch
@@ -24,7 +24,7 @@ class Around:
     queries: int | None
 
 
-def remover(model: nn.Module, group: Group, around: Around) -> Removed:
+def ablation_fn(model: nn.Module, group: Group, around: BranchContext) -> Removed:
     """How the units of a group are removed from its branch: by the consumer's columns, inside a head, or by zeroing."""
     branch = around.branch
     columns = _columns(model, group, branch)
@@ -43,7 +43,7 @@ def _columns(model: nn.Module, group: Group, branch: Branch) -> ParamSlice | Non
     return next((part for part in same if part.axis == 1 and part.outer == 1), None)
 
 
-def _by_columns(around: Around, part: ParamSlice) -> Removed:
+def _by_columns(around: BranchContext, part: ParamSlice) -> Removed:
     """A unit that reaches the stream through columns of the consumer alone takes their products with it."""
     branch, behind = around.branch, around.behind
     assert branch.consumer is not None
@@ -64,7 +64,7 @@ def _by_columns(around: Around, part: ParamSlice) -> Removed:
     return removed
 
 
-def _in_heads(around: Around, inside: SelfAttention, consumer: nn.Linear) -> Removed:
+def _in_heads(around: BranchContext, inside: SelfAttention, consumer: nn.Linear) -> Removed:
     """A channel leaves the logits of its head; that head's softmax and output change, the others stay.
 
     Source: UP-ViTs, component 2; logits - scale * q_c k_c^T.
@@ -88,7 +88,7 @@ def _in_heads(around: Around, inside: SelfAttention, consumer: nn.Linear) -> Rem
     return removed
 
 
-def _by_zeroing(model: nn.Module, group: Group, around: Around) -> Removed:
+def _by_zeroing(model: nn.Module, group: Group, around: BranchContext) -> Removed:
     """Any other branch runs again for every unit, with the unit's slices at zero."""
     branch = around.branch
     running = Running(model, branch)

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from vitprune.architectures.chain import Branch, Chain, SelfAttention, Step
 from vitprune.architectures.chain_builders import chain as chain_of
-from vitprune.criteria import Batches, Importance, Setting
-from vitprune.criteria.kl.branch_ablation import Around, remover
+from vitprune.criteria import Batches, Importance, ScoreConfig
+from vitprune.criteria.kl.branch_ablation import BranchContext, ablation_fn
 from vitprune.criteria.kl.fast_matmul import full_precision, keep_freed_memory
-from vitprune.criteria.kl.leave_one_out import literal, without
+from vitprune.criteria.kl.leave_one_out import leave_one_out_kl, without
 from vitprune.criteria.kl.partial_forward import needed, onwards, prefixes
-from vitprune.criteria.kl.residual_ablation import narrowed
+from vitprune.criteria.kl.residual_ablation import drop_residual_channels
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 from vitprune.runtime.eval_mode import evaluating
@@ -25,7 +25,7 @@ LOGITS = 4  # copies of attention's logits and of the answer
 CACHE = 24 << 20  # bytes; on a CPU, candidates that fall out of the processor's cache are slower
 
 
-def exact(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a unit by sum over images of KL(model || model without it): the numbers of kl.literal, sooner.
 
     A float64 model is scored in float64 throughout. A float32 model runs in float32, its divergences are taken in
@@ -43,20 +43,20 @@ def exact(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: 
     whole = [group for group in groups if group.whole]
     if whole:
         others = [group for group in groups if not group.whole]
-        known = literal(model, whole, batches, setting).scores
-        return Importance(known | (exact(model, others, batches, setting).scores if others else {}))
+        known = leave_one_out_kl(model, whole, batches, setting).scores
+        return Importance(known | (exact_kl(model, others, batches, setting).scores if others else {}))
     everything = {group.name: torch.arange(group.candidates) for group in groups}
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     for group in groups:
         scores[group.name][group.candidates :] = torch.inf
     for images, _ in track(batches, "scoring units, batch by batch"):
-        for name, found in divergences(model, groups, everything, images, setting).items():
+        for name, found in kl_divergences(model, groups, everything, images, setting).items():
             scores[name][: len(found)] += found.sum(1)
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 
-def divergences(
-    model: nn.Module, groups: Sequence[Group], chosen: Mapping[str, Tensor], images: Tensor, setting: Setting
+def kl_divergences(
+    model: nn.Module, groups: Sequence[Group], chosen: Mapping[str, Tensor], images: Tensor, setting: ScoreConfig
 ) -> dict[str, Tensor]:
     """KL(model || model without the unit) of every chosen unit on every image, in nats, float64.
 
@@ -154,8 +154,8 @@ def _branch_run(whole: _Whole, group: Group) -> Step:
     place = _place(whole.chain, group)
     branch = whole.chain.steps[place]
     assert isinstance(branch, Branch)
-    around = Around(branch, whole.streams[place], whole.streams[place + 1], needed(whole.chain, place))
-    removed = remover(whole.model, group, around)
+    around = BranchContext(branch, whole.streams[place], whole.streams[place + 1], needed(whole.chain, place))
+    removed = ablation_fn(whole.model, group, around)
     return lambda units: onwards(whole.chain, place + 1, removed(units).flatten(0, 1))
 
 
@@ -166,7 +166,7 @@ def _narrow_run(whole: _Whole, group: Group) -> Step:
         if not whole.chain.narrow:
             logits: Tensor = without(whole.model, group, int(units))(whole.images)
             return logits
-        candidates = narrowed(whole.chain, units, len(whole.images))
+        candidates = drop_residual_channels(whole.chain, units, len(whole.images))
         return onwards(candidates, 0, candidates.embed(whole.streams[0]))
 
     return run

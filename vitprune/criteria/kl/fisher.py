@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, Setting
-from vitprune.criteria.fisher_directions import pulls
-from vitprune.criteria.kl.gate_gradients import Gate, gates_of, watching
+from vitprune.criteria import Batches, Importance, ScoreConfig
+from vitprune.criteria.fisher_directions import fisher_directions
+from vitprune.criteria.kl.gate_gradients import UnitGate, gates_of, watching
 from vitprune.criteria.memory import images_at_once
 from vitprune.errors import BadInput
 from vitprune.groups import Group
@@ -15,7 +15,7 @@ from vitprune.runtime.eval_mode import evaluating, frozen
 from vitprune.runtime.progress import track
 
 
-def fisher(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def fisher_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a unit by 1/2 sum over images and classes of p_c (d log p_c / d gate of the unit)^2.
 
     The second-order expansion of KL(model || model without the unit) in a gate that closes. `setting.classes` gradients
@@ -32,7 +32,9 @@ def fisher(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     first = setting.first
     for images, _ in track(batches, "taking gradients of answers"):
-        for name, value in per_image(model, groups, images, setting, range(first, first + len(images))).items():
+        for name, value in fisher_kl_per_image(
+            model, groups, images, setting, range(first, first + len(images))
+        ).items():
             scores[name] += value.sum(dim=1)
         first += len(images)
     for group in groups:
@@ -40,8 +42,12 @@ def fisher(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 
-def per_image(
-    model: nn.Module, groups: Sequence[Group], images: Tensor, setting: Setting, positions: Sequence[int] | None = None
+def fisher_kl_per_image(
+    model: nn.Module,
+    groups: Sequence[Group],
+    images: Tensor,
+    setting: ScoreConfig,
+    positions: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """The same score image by image: group name -> (units, B) float64 on the CPU.
 
@@ -60,20 +66,20 @@ def per_image(
 
 
 def _scored(
-    model: nn.Module, gates: Sequence[Gate], images: Tensor, setting: Setting, positions: Sequence[int]
+    model: nn.Module, gates: Sequence[UnitGate], images: Tensor, setting: ScoreConfig, positions: Sequence[int]
 ) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     with watching(model, gates, len(images)) as tape:
         logits = _forward(model, images, setting)
         probability = logits.detach().double().softmax(dim=-1)  # (B, ..., classes)
-        for pull in pulls(probability, tape.head(logits), setting.classes, setting.seed, positions):
+        for pull in fisher_directions(probability, tape.head(logits), setting.classes, setting.seed, positions):
             for name, slope in tape.derivatives(logits, pull.to(logits.dtype), gates).items():
                 half = slope.double().square() / 2  # (B, units)
                 total[name] = total[name] + half if name in total else half
     return {name: value.T.cpu() for name, value in total.items()}
 
 
-def _forward(model: nn.Module, images: Tensor, setting: Setting) -> Tensor:
+def _forward(model: nn.Module, images: Tensor, setting: ScoreConfig) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=setting.autocast):
         logits: Tensor = model(images)
     return logits

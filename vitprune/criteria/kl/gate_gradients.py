@@ -19,7 +19,7 @@ Reader = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Gate:
+class UnitGate:
     """One place where a group's units act: a probe whose channels are read as (outer, units, inner).
 
     Where `at` names units, the whole of the probe, one number per image, belongs to each of them.
@@ -42,7 +42,7 @@ class Gate:
 
 
 @dataclass
-class Tape:
+class GateTape:
     """What hooks note of a forward pass over some images, and of the backward passes after it."""
 
     images: int
@@ -76,7 +76,7 @@ class Tape:
         """Weight (classes, d) of the Linear layer that gave the logits, or None where it was none."""
         return next((layer.weight.detach() for layer, output in self.last if output is logits), None)
 
-    def derivatives(self, logits: Tensor, pull: Tensor, gates: Sequence[Gate]) -> dict[str, Tensor]:
+    def derivatives(self, logits: Tensor, pull: Tensor, gates: Sequence[UnitGate]) -> dict[str, Tensor]:
         """Derivative of sum(logits * pull) by the gate of every unit, group name -> (B, units)."""
         self.found = {}
         if logits.requires_grad:
@@ -90,7 +90,7 @@ class Tape:
         return total
 
 
-def gates_of(model: nn.Module, groups: Sequence[Group]) -> list[Gate]:
+def gates_of(model: nn.Module, groups: Sequence[Group]) -> list[UnitGate]:
     """Every place where the groups' units act, found from their slices alone.
 
     A unit's values are gated where the layers that consume it (slices along axis 1) read them; attention channels
@@ -100,7 +100,7 @@ def gates_of(model: nn.Module, groups: Sequence[Group]) -> list[Gate]:
     Raises:
         BadInput: single weights, or a module at which the effect of a removal is not understood.
     """
-    found: list[Gate] = []
+    found: list[UnitGate] = []
     for group in groups:
         if group.kind == "weight":
             raise BadInput(f"{group.name}: Fisher scores are for units, not for kind 'weight'; use taylor or energy")
@@ -119,14 +119,14 @@ def gates_of(model: nn.Module, groups: Sequence[Group]) -> list[Gate]:
     return found
 
 
-def _gate(group: Group, part: ParamSlice, probe: Probe) -> Gate:
-    return Gate(group.name, probe, part.outer, group.units, part.inner)
+def _gate(group: Group, part: ParamSlice, probe: Probe) -> UnitGate:
+    return UnitGate(group.name, probe, part.outer, group.units, part.inner)
 
 
-def _branch(group: Group, unit: int) -> Gate:
+def _branch(group: Group, unit: int) -> UnitGate:
     """A sub-layer goes as the first of a pair, and as the second of the pair before it."""
     pairs = [pair for pair in (unit - 1, unit) if 0 <= pair < group.candidates]
-    return Gate(group.name, (group.sublayers[unit][0], "output"), 1, group.units, 1, tuple(pairs))
+    return UnitGate(group.name, (group.sublayers[unit][0], "output"), 1, group.units, 1, tuple(pairs))
 
 
 def _refused(path: str, why: str) -> BadInput:
@@ -149,7 +149,7 @@ def _consumers(model: nn.Module, group: Group) -> Iterator[tuple[str, ParamSlice
             yield path, part
 
 
-def _query(model: nn.Module, group: Group) -> Gate:
+def _query(model: nn.Module, group: Group) -> UnitGate:
     """Where q enters the logits: the first third of a fused qkv, or a Linear layer of its own (q beside kv)."""
     rows = [
         (path, part)
@@ -161,7 +161,7 @@ def _query(model: nn.Module, group: Group) -> Gate:
     if len(fused) + len(alone) != 1:
         raise BadInput(f"{group.name}: which rows make q is unclear; Fisher knows a fused qkv, or q beside kv")
     path, part = (fused + alone)[0]
-    return Gate(group.name, (path, "query"), 1, group.units, part.inner)
+    return UnitGate(group.name, (path, "query"), 1, group.units, part.inner)
 
 
 def _norms(model: nn.Module, group: Group) -> Iterator[tuple[str, ParamSlice]]:
@@ -174,9 +174,9 @@ def _norms(model: nn.Module, group: Group) -> Iterator[tuple[str, ParamSlice]]:
 
 
 @contextmanager
-def watching(model: nn.Module, gates: Sequence[Gate], images: int) -> Iterator[Tape]:
+def watching(model: nn.Module, gates: Sequence[UnitGate], images: int) -> Iterator[GateTape]:
     """While this is open, a forward pass over so many images sends its gradients to the tape."""
-    tape = Tape(images)
+    tape = GateTape(images)
     with ExitStack() as stack:
         stack.callback(tape.forget)
         for path, what in dict.fromkeys(gate.probe for gate in gates):
@@ -193,7 +193,7 @@ def watching(model: nn.Module, gates: Sequence[Gate], images: int) -> Iterator[T
         yield tape
 
 
-def _note_hook(tape: Tape) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+def _note_hook(tape: GateTape) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Linear)
         tape.last = [(module, output)]  # the head is the last one
@@ -201,7 +201,7 @@ def _note_hook(tape: Tape) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Non
     return note
 
 
-def _input_hook(tape: Tape, probe: Probe) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _input_hook(tape: GateTape, probe: Probe) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def watch(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         value = inputs[0].detach()
         pixels = isinstance(module, nn.Conv2d)
@@ -212,7 +212,7 @@ def _input_hook(tape: Tape, probe: Probe) -> Callable[[nn.Module, tuple[Any, ...
     return watch
 
 
-def _output_hook(tape: Tape, probe: Probe, width: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+def _output_hook(tape: GateTape, probe: Probe, width: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if probe[1] == "query":
             return tape.watch(probe, output, _over_tokens(output.detach(), tape.images, width))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, Setting
+from vitprune.criteria import Batches, Importance, ScoreConfig
 from vitprune.errors import BadInput
 from vitprune.groups import Group, mask_without, shrink, zero
 from vitprune.runtime.eval_mode import evaluating
@@ -14,7 +14,7 @@ from vitprune.runtime.progress import track
 
 
 @torch.no_grad()
-def literal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def leave_one_out_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a unit by sum over images of KL(model || model without it): remove one unit, run the model, repeat.
 
     The slow oracle that faster scorers are held against: units x images forward passes. Residual channels and blocks

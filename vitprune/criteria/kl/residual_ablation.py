@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vitprune.architectures.chain import Branch, Chain, Step
 
 
-def narrowed(chain: Chain, channels: Tensor, images: int) -> Chain:
+def drop_residual_channels(chain: Chain, channels: Tensor, images: int) -> Chain:
     """The chain of several candidates in one batch, (candidates C * images, ...), candidate c without `channels[c]`.
 
     The channel is zero behind the embedding, behind every LayerNorm, whose statistics run over the channels that are

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Criterion, Importance, Setting, Update
+from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig, Update
 from vitprune.criteria.obs.fisher_blocks import (
     FisherBlocks,
     Solve,
@@ -20,7 +20,7 @@ from vitprune.criteria.obs.greedy import eliminate, increments
 from vitprune.groups import Group
 
 
-def ovit(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def ovit(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a weight by the loss of its block once greedy elimination has come to it, in nats.
 
     Where N of every M weights are to stay (`setting.pattern`), no run loses more; those that stay are infinite.
@@ -37,7 +37,7 @@ def ovit(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: S
     return _judged(model, groups, batches, setting, worth, together)
 
 
-def ovit_increments(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def ovit_increments(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a weight by what it adds to the loss of its block, made to rise in the order of elimination."""
 
     def worth(fisher: Tensor, weights: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def ovit_increments(model: nn.Module, groups: Sequence[Group], batches: Batches,
     return _judged(model, groups, batches, replace(setting, pattern=None), worth, together)
 
 
-def woodfisher(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def woodfisher(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a weight by w_q^2 / (2 H_qq), what it costs if it goes alone; each that goes moves the others by itself.
 
     Source: WoodFisher (Singh & Alistarh, NeurIPS 2020); oBERT (Kurtic et al., EMNLP 2022).
@@ -54,7 +54,7 @@ def woodfisher(model: nn.Module, groups: Sequence[Group], batches: Batches, sett
     return _judged(model, groups, batches, setting, _alone, one_by_one)
 
 
-def fisher_diagonal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def fisher_diagonal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a weight by w_q^2 F_qq / 2: blocks of one weight, which can make up for nothing.
 
     Source: Theis et al. 2018; Liu et al. 2021 for vision; CAP's limit of block size 1.
@@ -64,12 +64,12 @@ def fisher_diagonal(model: nn.Module, groups: Sequence[Group], batches: Batches,
     return Importance(scores)
 
 
-def joint(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Update:
+def joint(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Update:
     """The update of CAP for masks of any criterion; the images are looked at when it is called."""
     return updating(model, groups, FisherBlocks(model, groups, batches, setting), together)
 
 
-def independent(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Update:
+def independent(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Update:
     """The update of WoodFisher for masks of any criterion."""
     return updating(model, groups, FisherBlocks(model, groups, batches, setting), one_by_one)
 
@@ -77,7 +77,7 @@ def independent(model: nn.Module, groups: Sequence[Group], batches: Batches, set
 def with_joint(criterion: Criterion) -> Criterion:
     """The same scores, and the update of CAP."""
 
-    def updated_too(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+    def updated_too(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
         found = criterion(model, groups, batches, setting)
         return replace(found, update=joint(model, groups, batches, setting))
 
@@ -89,7 +89,7 @@ def _alone(fisher: Tensor, weights: Tensor) -> Tensor:
 
 
 def _judged(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting, worth: Worth, solve: Solve
+    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig, worth: Worth, solve: Solve
 ) -> Importance:
     fisher = FisherBlocks(model, groups, batches, setting)
     return Importance(losses(model, groups, fisher, worth), updating(model, groups, fisher, solve))

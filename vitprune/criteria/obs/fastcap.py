@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, Setting, Statistics, Update
+from vitprune.criteria import Batches, Importance, ScoreConfig, Statistics, Update
 from vitprune.criteria.obs.gradients import gradients, number_of
 from vitprune.criteria.obs.weight_blocks import parts_of, portions
 from vitprune.groups import Group, Masks, Scores
@@ -14,7 +14,7 @@ from vitprune.groups import Group, Masks, Scores
 DAMP = 1e-2  # of the mean of the diagonal, as the paper's recipes have it
 
 
-def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a weight by w_c^2 / U_cc^2, U the upper Cholesky factor of the inverse of its layer's matrix.
 
     U_cc^2 is the variance of column c given those before it: what is left to compensate when columns go from left to

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Setting, Update
+from vitprune.criteria import Batches, ScoreConfig, Update
 from vitprune.criteria.obs.gradients import HELD, gradients, number_of
 from vitprune.criteria.obs.weight_blocks import Part, parts_of, portions
 from vitprune.errors import BadInput
@@ -31,7 +31,7 @@ class FisherBlocks:
     Source: CAP section 3 (block-diagonal empirical Fisher); F = damp I + 1/m sum g g^T, in float64.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting):
+    def __init__(self, model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig):
         parts = parts_of(model, groups, setting.block, setting.pattern[1] if setting.pattern else 1)
         number_of(batches, setting)
         held = max(len(labels) for _, labels in batches) if setting.per_sample else HELD
@@ -60,7 +60,7 @@ class FisherBlocks:
 
 
 def collect(
-    model: nn.Module, parts: Sequence[Part], batches: Batches, setting: Setting, name: str = "fisher"
+    model: nn.Module, parts: Sequence[Part], batches: Batches, setting: ScoreConfig, name: str = "fisher"
 ) -> dict[Part, Tensor]:
     """Damped Fisher blocks of some parts; (blocks, B, B) each. Sums that were noted under the name are taken up.
 
@@ -81,7 +81,7 @@ def collect(
             notes.write(name, {_label(part): total for part, total in sums.items()} | {"done": rounds})
     number = number_of(batches, setting)
     for total in sums.values():
-        complete(setting.team.total(total))
+        complete(setting.team.all_reduce(total))
         total /= number
         total.diagonal(dim1=1, dim2=2).add_(damping(setting))
     return sums
@@ -91,7 +91,7 @@ def _label(part: Part) -> str:
     return f"{part.param}/{part.start}"
 
 
-def damping(setting: Setting) -> float:
+def damping(setting: ScoreConfig) -> float:
     """What is added to the diagonal: `damp` where gradients are of batches, as in the paper."""
     return setting.damp * (setting.gradient_batch if setting.per_sample else 1)
 
@@ -140,21 +140,21 @@ def losses(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, wort
     scores = {group.slices[0].param: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     for number, parts in enumerate(track(fisher.portions, "collecting Fisher blocks")):
         found = notes.read(f"scores-{number}") if notes else {}
-        if float(team.total(torch.tensor(float(bool(found))))) < team.size:
+        if float(team.all_reduce(torch.tensor(float(bool(found))))) < team.size:
             found = _own_losses(model, fisher, number, worth)
             if notes:
                 notes.write(f"scores-{number}", found)
                 notes.write(f"fisher-{number}", {})
         for part in parts:
             scores[part.param][part.start : part.stop] = found[_label(part)]
-    return {group.name: team.total(scores[group.slices[0].param]).view(group.shape) for group in groups}
+    return {group.name: team.all_reduce(scores[group.slices[0].param]).view(group.shape) for group in groups}
 
 
 def _own_losses(model: nn.Module, fisher: FisherBlocks, portion: int, worth: Worth) -> dict[str, Tensor]:
     """Losses of this process's own parts of a portion, zeros of the others; (weights,) each."""
     found = {}
     for number, (part, matrices) in enumerate(fisher.portion(portion)):
-        if fisher.setting.team.mine(number):
+        if fisher.setting.team.owns(number):
             weights = _weights(model, part)
             starts = range(0, part.blocks, _at_once(matrices))
             pieces = [worth(matrices[n : n + starts.step], weights[n : n + starts.step]) for n in starts]

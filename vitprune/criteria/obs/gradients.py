@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vitprune.criteria import Batches, Setting, layer_io
+from vitprune.criteria import Batches, ScoreConfig, layer_io
 from vitprune.criteria.obs.views import images_of
 from vitprune.criteria.obs.weight_blocks import Part
 from vitprune.errors import BadInput
@@ -22,7 +22,7 @@ Calls = list[tuple[Tensor, Tensor]]  # what a layer read and what it gave, call 
 HELD = 32  # gradients of batches that are summed up at once
 
 
-def number_of(batches: Batches, setting: Setting) -> int:
+def number_of(batches: Batches, setting: ScoreConfig) -> int:
     """How many gradients are taken: as many as are asked for, or what the images give when each is looked at once.
 
     Raises:
@@ -43,7 +43,7 @@ def number_of(batches: Batches, setting: Setting) -> int:
 
 
 def gradients(
-    model: nn.Module, parts: Sequence[Part], batches: Batches, setting: Setting, done: int = 0
+    model: nn.Module, parts: Sequence[Part], batches: Batches, setting: ScoreConfig, done: int = 0
 ) -> Iterator[Chunk]:
     """The team's own share of the gradients by the weights of the parts, some at a time; a zero weight has none.
 
@@ -79,9 +79,9 @@ def exactly() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _left(setting: Setting, number: int, done: int) -> bool:
+def _left(setting: ScoreConfig, number: int, done: int) -> bool:
     """Whether a piece of work is this process's own, and not among the first that it has done before."""
-    return setting.team.mine(number) and number // setting.team.size >= done
+    return setting.team.owns(number) and number // setting.team.size >= done
 
 
 def _flat(model: nn.Module, part: Part) -> Tensor:
@@ -89,7 +89,7 @@ def _flat(model: nn.Module, part: Part) -> Tensor:
 
 
 def _per_image(
-    model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: Setting
+    model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: ScoreConfig
 ) -> Iterator[Chunk]:
     owners = {part.param: model.get_submodule(part.param.rpartition(".")[0]) for part in parts}
     plain = [param for param, owner in owners.items() if param.endswith(".weight") and layer_io.plain(owner)]
@@ -139,7 +139,7 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
 
 def _products(layer: nn.Module, part: Part, images: int, read: Tensor, slope: Tensor) -> Tensor:
     """Gradients by a part of a layer's weight, image by image, from one call; (images, weights)."""
-    read, slope = layer_io.read(layer, read, images), layer_io.written(layer, slope, images)
+    read, slope = layer_io.layer_inputs(layer, read, images), layer_io.layer_outputs(layer, slope, images)
     width = read.shape[-1]
     first, last = part.start // width, -(-part.stop // width)  # rows of the weight that the part touches
     rows = slope[..., first:last].transpose(1, 2) @ read
@@ -147,7 +147,7 @@ def _products(layer: nn.Module, part: Part, images: int, read: Tensor, slope: Te
 
 
 def _per_batch(
-    model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: Setting, done: int
+    model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: ScoreConfig, done: int
 ) -> Iterator[Chunk]:
     held: list[dict[Part, Tensor]] = []
     room, number = 0, -1

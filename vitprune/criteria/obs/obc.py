@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, Setting, Statistics, Update, layer_io
+from vitprune.criteria import Batches, Importance, ScoreConfig, Statistics, Update, layer_io
 from vitprune.criteria.moments import sums
 from vitprune.criteria.obs.greedy import eliminate, increments
 from vitprune.criteria.obs.unit_elimination import RIDGES, damped, pairs
@@ -20,7 +20,7 @@ BYTES = 3 * 8  # of an entry of a row's matrix: the matrix, its inverse or facto
 ROOM = 1 << 28  # bytes for the matrices of the rows that are solved at once
 
 
-def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score a weight by the nats per image that its removal adds, once greedy elimination of its row has come to it.
 
     A row's loss is the squared change of its output over all tokens, the others having made up for what went, times
@@ -102,7 +102,7 @@ def _among(whole: Tensor, stays: Tensor) -> Tensor:
     return whole * own[:, :, None] * own[:, None, :] + torch.diag_embed(1 - own)
 
 
-def _judged(rows: Tensor, conditional: Tensor, setting: Setting) -> Tensor:
+def _judged(rows: Tensor, conditional: Tensor, setting: ScoreConfig) -> Tensor:
     """Losses of the weights of all rows, of which those that are zero have gone before."""
     inverse = torch.linalg.inv(conditional)
     found = []

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Criterion, Importance, Setting, Statistics, Update
+from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig, Statistics, Update
 from vitprune.criteria.moments import Consumer, collect, consumer, producer
 from vitprune.criteria.obs.attention_basis import Bases, bases
 from vitprune.criteria.obs.unit_elimination import eliminate, refit
@@ -17,7 +17,7 @@ TINY = 1e-300
 RIDGE = 1e-3  # of elimination; the refit chooses its own
 
 
-def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
     """Score FFN units and heads by greedy elimination, attention channels after `rebase`; all in nats per image set.
 
     FFN units and heads are removed one by one at w_j^T G w_j / [C^-1]_jj, C the second moment of what the consumer
@@ -68,7 +68,7 @@ def refitting(model: nn.Module, groups: Sequence[Group], statistics: Statistics)
 def with_refit(criterion: Criterion) -> Criterion:
     """The same scores, and the refit as their update."""
 
-    def refitted_too(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Setting) -> Importance:
+    def refitted_too(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
         found = criterion(model, groups, batches, setting)
         statistics = collect(model, [group for group in groups if group.kind != "residual"], batches, setting)
         return Importance(found.scores, refitting(model, groups, statistics), found.facts, statistics)

@@ -14,7 +14,7 @@ ONE_SEED = 1 << 20  # batches apart, so that no two batches of no two cycles dra
 
 
 def images_of(
-    batches: Batches, number: int, seed: int, mine: Callable[[int], bool] = lambda batch: True
+    batches: Batches, number: int, seed: int, owns: Callable[[int], bool] = lambda batch: True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """So many images with labels, in batches: first all as they are, then again and again in random views.
 
@@ -27,7 +27,7 @@ def images_of(
     while given < number:
         for images, labels in batches:
             taken, first = images[: number - given], place < len(batches)
-            if mine(place) and len(taken):
+            if owns(place) and len(taken):
                 generator = torch.Generator().manual_seed(seed * ONE_SEED + place)
                 yield (taken if first else viewed(taken, generator)), labels[: len(taken)]
             given, place = given + len(taken), place + 1

@@ -9,8 +9,8 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 
-from vitprune.orchestration.tracking.journal import Journal, sha256
-from vitprune.orchestration.tracking.upload import KEY, Mirror
+from vitprune.orchestration.tracking.journal import RunLog, sha256
+from vitprune.orchestration.tracking.upload import KEY, Uploader
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Collector:
         return SimpleNamespace(model_id="", status=LoggedModelStatus.READY)
 
 
-def expected(journal: Journal, computed_by: Mapping[str, Mapping[str, str]]) -> dict[str, Content]:
+def expected(journal: RunLog, computed_by: Mapping[str, Mapping[str, str]]) -> dict[str, Content]:
     """Return what MLflow has to hold, run by run, under their keys.
 
     Raises:
@@ -85,7 +85,7 @@ def expected(journal: Journal, computed_by: Mapping[str, Mapping[str, str]]) -> 
     """
     collector = Collector(computed_by)
     client: Any = collector
-    Mirror(client, "", journal).put()
+    Uploader(client, "", journal).put()
     return collector.runs
 
 

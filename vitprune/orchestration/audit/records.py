@@ -14,7 +14,7 @@ from vitprune.orchestration.audit.expected import Content, actual, expected
 from vitprune.orchestration.execution.dvc_cache import Missing, Named, is_cached, md5, pointers, read_lock, tree_md5
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import STAGES
-from vitprune.orchestration.tracking.journal import MODEL, Journal, flatten, sha256
+from vitprune.orchestration.tracking.journal import MODEL, RunLog, flatten, sha256
 from vitprune.orchestration.tracking.logged_model import DIGEST
 from vitprune.orchestration.tracking.replay import MIRRORED
 from vitprune.orchestration.tracking.upload import HASH, JOURNAL, JOURNAL_DIGEST, KEY
@@ -43,7 +43,7 @@ def journal(evidence: Evidence) -> Lines:
 def records(evidence: Evidence) -> Lines:
     """Every tag, parameter and metric of MLflow is the journal's, in the run, its stages and its cycles."""
     flow = evidence.parent.data.tags[KEY]
-    stand_in = Journal(evidence.scratch / "expected", flow)
+    stand_in = RunLog(evidence.scratch / "expected", flow)
     stand_in.path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(evidence.records / JOURNAL, stand_in.path)
     stand_in.spool.parent.mkdir(parents=True, exist_ok=True)

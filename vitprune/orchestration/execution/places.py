@@ -20,7 +20,7 @@ OWN += (str(STATE), ".dvc/cache", ".dvc/tmp", ".dvc/config.local", ".git", ".ven
 LOCAL = ("folder:", "parquet:", "wds/")
 
 
-class Unfit(Exception):
+class SweepWorktreeError(Exception):
     """A project that runs cannot be made from; the line says what to do."""
 
 
@@ -105,9 +105,11 @@ class Origin:
         relative = {key: os.path.normpath(path) for key, path in paths.items() if not os.path.isabs(path)}
         for key, path in relative.items():
             if path.startswith(".."):
-                raise Unfit(f"{key}: {path} lies outside the project, and a run elsewhere; give an absolute path")
+                raise SweepWorktreeError(
+                    f"{key}: {path} lies outside the project, and a run elsewhere; give an absolute path"
+                )
             if self._is_made(path):
-                raise Unfit(f"{key}: {path} is where a run writes; move it, or give an absolute path")
+                raise SweepWorktreeError(f"{key}: {path} is where a run writes; move it, or give an absolute path")
         return list(relative.values())
 
 
@@ -125,7 +127,9 @@ def origin(project: Path) -> Origin:
         return Origin(project, "", "", inside, outs)
     commit = _git(project, "rev-parse", "--quiet", "--verify", "HEAD", check=False)
     if not commit:
-        raise Unfit(f"{project}: has no commit yet, and a sweep's runs are worktrees of one; commit the project first")
+        raise SweepWorktreeError(
+            f"{project}: has no commit yet, and a sweep's runs are worktrees of one; commit the project first"
+        )
     return Origin(project, commit, _git(project, "rev-parse", "--show-prefix"), inside, outs)
 
 
@@ -160,5 +164,5 @@ def _git(where: Path, *words: str, check: bool = True) -> str:
     answer = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=False)
     if check and answer.returncode:
         last = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
-        raise Unfit(f"{where}: git {words[0]} failed ({last})")
+        raise SweepWorktreeError(f"{where}: git {words[0]} failed ({last})")
     return "" if answer.returncode else answer.stdout.strip("\n")

@@ -53,7 +53,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Journal:
+class RunLog:
     """The record of one flow run, under PROJECT/.vitprune/journal and PROJECT/.vitprune/spool."""
 
     project: Path

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
-from vitprune.orchestration.tracking.journal import Journal, read
+from vitprune.orchestration.tracking.journal import RunLog, read
 
 MIRRORED = "mirrored"
 
 
 @dataclass(frozen=True)
-class Mirrored:
+class UploadResult:
     """What a replay did: flow runs mirrored and missed, the newest one's parent run, and why it stopped (or empty)."""
 
     done: int
@@ -29,7 +29,7 @@ class Mirrored:
     error: str = ""
 
 
-def replay(project: Path, flow_run_id: str | None = None) -> Mirrored:
+def replay(project: Path, flow_run_id: str | None = None) -> UploadResult:
     """Mirror every journal that is not in MLflow yet; a second replay finds nothing to do.
 
     `flow_run_id` is the run of a caller that holds the project's lock itself; without it, the journal of a run that is
@@ -38,16 +38,16 @@ def replay(project: Path, flow_run_id: str | None = None) -> Mirrored:
     with _alone(project):
         waiting = _waiting(project, flow_run_id)
         if not waiting:
-            return Mirrored(0, 0)
+            return UploadResult(0, 0)
         return _mirror(project, waiting)
 
 
-def _mirror(project: Path, waiting: list[Journal]) -> Mirrored:
+def _mirror(project: Path, waiting: list[RunLog]) -> UploadResult:
     # here, so that a replay with nothing to do, and whoever only wants the types, does not pay for MLflow
     from mlflow.exceptions import MlflowException
 
     from vitprune.orchestration.tracking.store import open_client, short_patience, tracking_uri
-    from vitprune.orchestration.tracking.upload import Mirror
+    from vitprune.orchestration.tracking.upload import Uploader
 
     uri, run, experiment, done, why = tracking_uri(project), "", "", 0, ""
     try:
@@ -55,7 +55,7 @@ def _mirror(project: Path, waiting: list[Journal]) -> Mirrored:
         with short_patience(60):  # it has answered; the time is for large files
             for journal in waiting:
                 try:
-                    run = Mirror(client, experiment, journal).put()
+                    run = Uploader(client, experiment, journal).put()
                 except ValueError as error:  # this one's files are not what they were; the others can still go
                     why = _first_line(error)
                     continue
@@ -63,24 +63,24 @@ def _mirror(project: Path, waiting: list[Journal]) -> Mirrored:
                 done += 1
     except (MlflowException, OSError) as error:
         why = _first_line(error)
-    return Mirrored(done, len(waiting) - done, run, experiment, uri, why)
+    return UploadResult(done, len(waiting) - done, run, experiment, uri, why)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _waiting(project: Path, flow_run_id: str | None) -> list[Journal]:
+def _waiting(project: Path, flow_run_id: str | None) -> list[RunLog]:
     """Return the journals not mirrored yet, oldest first, without that of a run still at work."""
     folder = project / STATE / "journal"
     paths = sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     if flow_run_id is None and _is_busy(project):
         paths = [path for path in paths if any(fact["fact"] == "end" for fact in read(path))]
     paths = [path for path in paths if any(fact["fact"] == "start" for fact in read(path))]
-    return [Journal(project, path.stem) for path in paths]
+    return [RunLog(project, path.stem) for path in paths]
 
 
-def _set_aside(journal: Journal) -> None:
+def _set_aside(journal: RunLog) -> None:
     folder = journal.path.parent / MIRRORED
     folder.mkdir(exist_ok=True)
     os.replace(journal.path, folder / journal.path.name)

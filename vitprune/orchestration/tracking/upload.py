@@ -14,7 +14,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from vitprune.orchestration.tracking.journal import Journal, read, sha256
+from vitprune.orchestration.tracking.journal import RunLog, read, sha256
 from vitprune.orchestration.tracking.logged_model import DIGEST, find_model, model_digest, record_model
 
 Fact = Mapping[str, Any]
@@ -23,12 +23,12 @@ KEY, CACHED, HASH = "vitprune.key", "vitprune.cached", "vitprune.dvc_stage_hash"
 
 
 @dataclass(frozen=True)
-class Mirror:
+class Uploader:
     """One journal on its way into one experiment."""
 
     client: MlflowClient
     experiment: str
-    journal: Journal
+    journal: RunLog
 
     def put(self) -> str:
         """Put the whole journal into MLflow; the id of the parent run."""

@@ -184,10 +184,10 @@ def _dataset(dataset: dict[str, Any] | None) -> dict[str, Quantity]:
 
 def _export(path: Path) -> list[tuple[str, Quantity]]:
     export = inputs.read_json(path) or {}
-    told = inputs.look_up(export, "timm.loads_plain_timm")
+    broadcast = inputs.look_up(export, "timm.loads_plain_timm")
     lines = []
-    if isinstance(told, bool):
-        answer = Quantity("export.timm.loads_plain_timm", float(told), "yes" if told else "no")
+    if isinstance(broadcast, bool):
+        answer = Quantity("export.timm.loads_plain_timm", float(broadcast), "yes" if broadcast else "no")
         lines.append(("Loads with plain timm", answer))
     for key, label in (("timm", "timm"), ("onnx", "ONNX")):
         difference = _number(export, f"{key}.max_abs_diff")
@@ -217,8 +217,8 @@ def _digests(metrics: Path) -> list[dict[str, str]]:
 
 
 def _environment(evaluation: dict[str, Any]) -> list[dict[str, str]]:
-    told = evaluation.get("environment")
-    pairs: Iterable[tuple[str, Any]] = told.items() if isinstance(told, dict) else ()
+    broadcast = evaluation.get("environment")
+    pairs: Iterable[tuple[str, Any]] = broadcast.items() if isinstance(broadcast, dict) else ()
     return [
         {"name": f"environment.{key}", "label": _ENVIRONMENT.get(key) or key, "text": str(value)}
         for key, value in pairs

@@ -37,10 +37,10 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
         return None
     pairs = paired_test.compare(predictions)
     for model, right in (("dense", pairs.both + pairs.dense_only), ("pruned", pairs.both + pairs.pruned_only)):
-        found, told = 100 * right / pairs.images, evaluation[model]["top1"]
-        if abs(found - told) > 0.05:
+        found, broadcast = 100 * right / pairs.images, evaluation[model]["top1"]
+        if abs(found - broadcast) > 0.05:
             raise BadInput(
-                f"{path}: its {model} top-1 is {found:.2f} % but metrics/evaluate.json says {told:.2f} %; "
+                f"{path}: its {model} top-1 is {found:.2f} % but metrics/evaluate.json says {broadcast:.2f} %; "
                 "run `vitprune evaluate` again"
             )
     low, high = pairs.interval

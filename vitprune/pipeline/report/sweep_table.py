@@ -79,8 +79,8 @@ def _row(folder: Path, run: Mapping[str, str], against: str) -> dict[str, Any]:
         known["latency_ms"] = known["latency_ms"]["median"]
         row |= {f"{prefix}{name}": float(known[name]) for name in NUMBERS}
     cost = COST[against]
-    mine, whole = row[cost], row[f"dense_{cost}"]
-    return row | {"gain": mine / whole if against == "throughput" else whole / mine}
+    owns, whole = row[cost], row[f"dense_{cost}"]
+    return row | {"gain": owns / whole if against == "throughput" else whole / owns}
 
 
 def _dense_cost(rows: Sequence[Mapping[str, Any]], against: str) -> float:

@@ -161,8 +161,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "told"), REFUSED, ids=lambda value: next(iter(value)) if value else "")
-def test_what_does_not_fit_the_checkpoint_is_named(change, broadcast, pruned, tmp_path, monkeypatch):
+def test_what_does_not_fit_the_checkpoint_is_named(change, told, pruned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    with pytest.raises(BadInput, match=f"^{broadcast}"):
+    with pytest.raises(BadInput, match=f"^{told}"):
         initial_model(Params.model_validate(settings(pruned("channel-magnitude"), **change)))

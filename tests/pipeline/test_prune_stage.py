@@ -24,7 +24,7 @@ from vitprune.pruning.methods import Method
 from vitprune.pruning.prune import prune_cycles
 from vitprune.runtime.files import digest
 from vitprune.training import optimizers as optimizing
-from vitprune.training.loop import FrozenZeros, Span, classification, train
+from vitprune.training.loop import FrozenZeros, ScheduleSpan, classification, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = [0.5, 0.6, 0.75, 0.9]
@@ -44,7 +44,9 @@ def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def fit(model: nn.Module, recipe: Train, held: FrozenZeros | None = None, span: Span | None = None) -> list[dict]:
+def fit(
+    model: nn.Module, recipe: Train, held: FrozenZeros | None = None, span: ScheduleSpan | None = None
+) -> list[dict]:
     data, rows = batches(model, 3, 6), []
     train(classification(model), lambda epoch: data, len(data), recipe, 0, rows.append, held, span=span)
     return rows
@@ -96,7 +98,7 @@ def test_the_rate_falls_once_over_all_cycles_or_anew_in_each(vit: nn.Module) -> 
     recipe = Train(epochs=2, lr=0.01, min_lr=0.001, decay="linear")
     anew = [fit(vit, recipe)[1]["lr"] for _ in range(2)]
     assert anew == pytest.approx([0.001, 0.001])
-    once = [row["lr"] for before in (0, 6) for row in fit(vit, recipe, span=Span(before, 12))]
+    once = [row["lr"] for before in (0, 6) for row in fit(vit, recipe, span=ScheduleSpan(before, 12))]
     assert once == pytest.approx([0.01 - 0.009 * step / 11 for step in (2, 5, 8, 11)])
 
 
@@ -109,7 +111,7 @@ def test_what_an_optimizer_keeps_is_as_if_it_had_gone_on(optimizer: str) -> None
         model, memory, before = tiny("vit"), {}, 0
         held = halved(model)
         for epochs in parts:
-            fit(model, recipe.model_copy(update={"epochs": epochs}), held, Span(before, 6, memory))
+            fit(model, recipe.model_copy(update={"epochs": epochs}), held, ScheduleSpan(before, 6, memory))
             before += 3 * epochs
         found.append(state(model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -118,10 +120,10 @@ def test_what_an_optimizer_keeps_is_as_if_it_had_gone_on(optimizer: str) -> None
 def test_what_an_optimizer_knew_of_the_newly_pruned_is_forgotten(vit: nn.Module, optimizers: list[Any]) -> None:
     memory: dict[str, dict[str, Any]] = {}
     recipe = Train(epochs=1, lr=0.01)
-    fit(vit, recipe, span=Span(0, 3, memory))
+    fit(vit, recipe, span=ScheduleSpan(0, 3, memory))
     assert set(memory) == set(dict(vit.named_parameters()))
     held = halved(vit)
-    fit(vit, recipe, held, Span(0, 3, memory))
+    fit(vit, recipe, held, ScheduleSpan(0, 3, memory))
     for group in held.groups:
         mask, known = held.masks[group.name], memory[group.name]
         assert float(known["step"]) == 6
@@ -131,9 +133,9 @@ def test_what_an_optimizer_knew_of_the_newly_pruned_is_forgotten(vit: nn.Module,
 
 def test_a_parameter_that_was_cut_starts_anew() -> None:
     model, memory = tiny("vit"), {}
-    fit(model, Train(epochs=1, lr=0.01), span=Span(0, 3, memory))
+    fit(model, Train(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
     cut = vitprune.prune(model, "channel-magnitude", {"ffn": 0.5})
-    fit(cut, Train(epochs=1, lr=0.01), span=Span(0, 3, memory))
+    fit(cut, Train(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
     steps = {name: float(known["step"]) for name, known in memory.items()}
     assert steps["blocks.0.mlp.fc1.weight"] == 3
     assert steps["blocks.0.attn.qkv.weight"] == 6

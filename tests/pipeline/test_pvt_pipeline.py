@@ -46,12 +46,12 @@ def test_a_pvt_is_cut_and_taught_by_features(monkeypatch, tmp_path: Path) -> Non
         monkeypatch.chdir(project)
         stages.run(stage, project)
     names = ("prune", "evaluate", "export")
-    broadcast = {name: json.loads((project / f"metrics/{name}.json").read_text()) for name in names}
-    dense, taught = broadcast["evaluate"]["dense"], broadcast["evaluate"]["pruned"]
+    told = {name: json.loads((project / f"metrics/{name}.json").read_text()) for name in names}
+    dense, taught = told["evaluate"]["dense"], told["evaluate"]["pruned"]
     assert dense["top1"] > 70
-    assert taught["top1"] > broadcast["prune"]["top1"] + 5
-    assert broadcast["evaluate"]["kept"]["macs"] < 0.55
-    assert broadcast["export"]["timm"] == {"loads_plain_timm": True, "max_abs_diff": 0.0}
+    assert taught["top1"] > told["prune"]["top1"] + 5
+    assert told["evaluate"]["kept"]["macs"] < 0.55
+    assert told["export"]["timm"] == {"loads_plain_timm": True, "max_abs_diff": 0.0}
     model, x = vitprune.load(project / "out/distill"), torch.randn(2, 1, 32, 32)
     assert not any(isinstance(module, CutAttention) for module in model.modules())
     plain = timm.create_model(f"local-dir:{project / 'out/export/timm'}", pretrained=True).eval()

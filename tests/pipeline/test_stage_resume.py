@@ -157,11 +157,11 @@ def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monk
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     with pytest.raises(BadInput, match=r"^recovery after cycle 1, epoch 1, step 2: the loss is ") as refused:
         stages.run("prune", project)
-    broadcast = str(refused.value)
-    assert "\n" not in broadcast
+    told = str(refused.value)
+    assert "\n" not in told
     table = stages.stage_context.open_images("train", stages.models.load("out/dense"), stages.load(Path("params.yaml")))
     ids = stages.data.batch_ids(table, 512, 1000, 0, 1)
-    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last good state is in {KEPT}/prune-" in broadcast
+    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last good state is in {KEPT}/prune-" in told
     images, _ = list(stages.data.train_batches(table, 512, 1000, 0))[1]
     assert len(ids) == len(images) == len(set(ids))
 
@@ -203,10 +203,10 @@ def test_sigkill_and_sigterm_while_a_stage_runs(tmp_path: Path, monkeypatch: pyt
     ended = start(project, "prune", "60")  # SIGTERM, long before the next is due
     wait_for(ended, lambda: lines(project / "out/prune/history.jsonl") > 4)
     ended.terminate()
-    broadcast = ended.communicate(timeout=300)[1]
-    assert ended.returncode == 143, broadcast
-    assert broadcast.startswith("Error: asked to stop (SIGTERM): kept at epoch ")
-    assert broadcast.count("\n") == 1
+    told = ended.communicate(timeout=300)[1]
+    assert ended.returncode == 143, told
+    assert told.startswith("Error: asked to stop (SIGTERM): kept at epoch ")
+    assert told.count("\n") == 1
     emptied(project, "prune")
     stages.run("prune", project)
     assert written(project) == expected

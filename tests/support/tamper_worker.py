@@ -20,10 +20,10 @@ def audited(project: Path, rerun: bool = False, run: str = "") -> tuple[int, str
     import vitprune.pipeline.verify  # noqa: F401  in this process, once for all children
 
     context = multiprocessing.get_context("fork")
-    broadcast = context.SimpleQueue()
-    child = context.Process(target=_audit, args=(project, rerun, run, broadcast))
+    told = context.SimpleQueue()
+    child = context.Process(target=_audit, args=(project, rerun, run, told))
     child.start()
-    code, said = broadcast.get()
+    code, said = told.get()
     child.join()
     return code, said
 
@@ -51,7 +51,7 @@ def newest(project: Path) -> str:
     return str(rows[0][0])
 
 
-def _audit(project: Path, rerun: bool, run: str, broadcast: "multiprocessing.SimpleQueue[tuple[int, str]]") -> None:
+def _audit(project: Path, rerun: bool, run: str, told: "multiprocessing.SimpleQueue[tuple[int, str]]") -> None:
     from vitprune.orchestration.audit.collect import Unusable
     from vitprune.orchestration.cli_audit import audit
 
@@ -63,7 +63,7 @@ def _audit(project: Path, rerun: bool, run: str, broadcast: "multiprocessing.Sim
         except Unusable as error:
             print(error)
             code = 2
-    broadcast.put((code, said.getvalue()))
+    told.put((code, said.getvalue()))
 
 
 def main() -> None:

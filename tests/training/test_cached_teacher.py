@@ -84,8 +84,8 @@ def test_rows_are_those_of_the_batches() -> None:
 def test_images_that_change_from_epoch_to_epoch_are_refused(key: str) -> None:
     value = "light" if key == "augment" else 0.5
     settings = {"cache": True, "train": {"epochs": 1, "lr": 0.1, key: value}}
-    broadcast = rf"^here: .*Value error, no cache: train.{key} shows an image differently in every epoch; give up one"
-    with pytest.raises(BadInput, match=broadcast):
+    told = rf"^here: .*Value error, no cache: train.{key} shows an image differently in every epoch; give up one"
+    with pytest.raises(BadInput, match=told):
         checked(settings, Distill, "here")
     assert checked(settings | {"cache": False}, Distill, "here").train is not None
 

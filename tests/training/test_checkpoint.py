@@ -74,10 +74,10 @@ def test_what_is_not_whole_is_refused_and_the_one_before_taken(
     saved = shelf.newest()
     assert saved is not None
     assert saved.facts["number"] == 1
-    broadcast = capsys.readouterr().err
-    assert broadcast.count("\n") == 1
-    assert str(directory) in broadcast
-    assert broadcast.endswith("; not taken up\n")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert str(directory) in told
+    assert told.endswith("; not taken up\n")
     assert put(shelf, 3).name == "000003"
 
 

@@ -12,8 +12,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from vitprune.training.checkpoint_store import Shelf
-shelf = Shelf(Path(sys.argv[1]), "key", keep=1)
+from vitprune.training.checkpoint_store import CheckpointStore
+shelf = CheckpointStore(Path(sys.argv[1]), "key", keep=1)
 first = shelf.put({"number": 1}, {"weights": torch.ones(3)}).directory
 if sys.argv[2] == "limit":  # no file may grow beyond 64 KiB
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))

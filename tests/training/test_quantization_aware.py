@@ -60,15 +60,15 @@ def test_passes_and_gradients_are_those_of_rounding_by_hand(model: nn.Module) ->
     with FakeQuant():
         F.cross_entropy(model(x.float()), labels).backward()
     F.cross_entropy(other(x.float()), labels).backward()
-    owns = {name: p.grad for name, p in model.named_parameters()}
+    mine = {name: p.grad for name, p in model.named_parameters()}
     theirs = {name.replace(".layer.", "."): p.grad for name, p in other.named_parameters()}
-    assert owns.keys() == theirs.keys()
-    for name, gradient in owns.items():
+    assert mine.keys() == theirs.keys()
+    for name, gradient in mine.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5)
     plain = copy.deepcopy(model)
     plain.zero_grad()
     F.cross_entropy(plain(x.float()), labels).backward()
-    assert not torch.allclose(plain.head.weight.grad, owns["head.weight"], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(plain.head.weight.grad, mine["head.weight"], rtol=1e-3, atol=1e-5)
 
 
 def test_a_layer_that_names_what_it_is_given_is_rounded_too() -> None:

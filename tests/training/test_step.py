@@ -100,8 +100,8 @@ def test_too_little_memory_halves_the_parts_and_ends_the_same(capsys: pytest.Cap
         found.append((state(model), rows, task.criterion.seen, capsys.readouterr().err))
     assert found[1][2][:2] == [6, 3]  # 6 at once, then the first of 2 parts, then 4 parts
     assert found[1][2][2:6] == [2, 2, 1, 1]
-    broadcast = found[1][3].splitlines()
-    assert broadcast == [
+    told = found[1][3].splitlines()
+    assert told == [
         "training, epoch 1, step 1: out of memory; going on with 2 micro-batches of 3 images",
         "training, epoch 1, step 1: out of memory; going on with 4 micro-batches of 2 images",
     ]
@@ -194,8 +194,8 @@ def deadly(row: int) -> bytes:
 def test_a_worker_that_is_killed_is_told_and_asks_for_another_attempt() -> None:
     transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
     table = data.ImageTable(tuple("abcdefgh"), torch.zeros(8, dtype=torch.int64), transform, deadly, None)
-    broadcast = r"^DataLoader worker .*; it was killed, most often for memory: use fewer than 1 workers$"
-    with pytest.raises(Interrupted, match=broadcast) as lost:
+    told = r"^DataLoader worker .*; it was killed, most often for memory: use fewer than 1 workers$"
+    with pytest.raises(Interrupted, match=told) as lost:
         list(data.train_batches(table, 4, 0, 0, workers=1))
     assert lost.value.code == 75
 
@@ -205,8 +205,8 @@ def test_a_worker_that_is_killed_is_told_and_asks_for_another_attempt() -> None:
 def test_an_image_that_cannot_be_decoded_while_training_is_named(workers: int) -> None:
     transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
     table = data.ImageTable(("a/b.jpg",), torch.zeros(1, dtype=torch.int64), transform, lambda row: b"none", None)
-    broadcast = r"^a/b.jpg: is as the manifest says, but Pillow cannot decode it here; run `vitprune dataset` again$"
-    with pytest.raises(BadInput, match=broadcast):
+    told = r"^a/b.jpg: is as the manifest says, but Pillow cannot decode it here; run `vitprune dataset` again$"
+    with pytest.raises(BadInput, match=told):
         list(data.train_batches(table, 4, 0, 0, workers))
 
 

@@ -105,10 +105,10 @@ def test_a_model_that_cannot_compute_its_blocks_again_is_named() -> None:
     class Plain(nn.Linear):
         num_classes = 7
 
-    broadcast = r"^train.checkpointing: Plain cannot compute its blocks again; set it to false$"
+    told = r"^train.checkpointing: Plain cannot compute its blocks again; set it to false$"
     model = Plain(4, 7)
     noise = [(torch.rand(3, 4), torch.arange(3))]
-    with pytest.raises(BadInput, match=broadcast):
+    with pytest.raises(BadInput, match=told):
         train(classification(model), lambda epoch: noise, 1, Train(epochs=1, lr=0.1, checkpointing=True), 0, print)
 
 
@@ -174,16 +174,16 @@ def uncompiled() -> dict[str, Tensor]:
 
 
 def test_compiled_passes_train_alike(tmp_path: Path) -> None:
-    plain, (code, broadcast) = uncompiled(), compiled(tmp_path, "compile", {})
-    assert "train.compile failed" not in broadcast
+    plain, (code, told) = uncompiled(), compiled(tmp_path, "compile", {})
+    assert "train.compile failed" not in told
     assert max(float((plain[key] - code[key]).abs().max()) for key in plain) < 1e-9
 
 
 def test_where_nothing_compiles_the_training_goes_on_without(tmp_path: Path) -> None:
-    plain, (left, broadcast) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
-    assert broadcast.count("train.compile failed") == 1
-    assert "training, epoch 1, step 1: train.compile failed (" in broadcast
-    assert "); going on without it" in broadcast
+    plain, (left, told) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
+    assert told.count("train.compile failed") == 1
+    assert "training, epoch 1, step 1: train.compile failed (" in told
+    assert "); going on without it" in told
     assert all(torch.equal(plain[key], left[key]) for key in plain)
 
 

@@ -80,14 +80,14 @@ class TrainStep:
             try:
                 return self._backward(batch, total)
             except Exception as error:
-                memory, broadcast = _out_of_memory(error), str(error).strip().partition("\n")[0]
+                memory, cause = _out_of_memory(error), str(error).strip().partition("\n")[0]
                 if not memory and not self._compiled:
                     raise
             self._optimizer.zero_grad(set_to_none=True)
             if memory:
-                self._smaller(len(batch[0]), where, broadcast)
+                self._smaller(len(batch[0]), where, cause)
             else:
-                self._eager(where, broadcast)
+                self._eager(where, cause)
             for kind, state in random.items():
                 set_random(kind, state)
 
@@ -108,20 +108,20 @@ class TrainStep:
             value += loss.detach().double() * share
         return value
 
-    def _eager(self, where: str, broadcast: str) -> None:
+    def _eager(self, where: str, cause: str) -> None:
         if self._dist.size > 1:
             raise BadInput(
-                f"{where}: train.compile failed in one of {self._dist.size} processes ({broadcast}); set it to false"
+                f"{where}: train.compile failed in one of {self._dist.size} processes ({cause}); set it to false"
             )
         self._forward, self._compiled = self._task, False
-        print(f"{where}: train.compile failed ({broadcast}); going on without it", file=sys.stderr)
+        print(f"{where}: train.compile failed ({cause}); going on without it", file=sys.stderr)
 
-    def _smaller(self, images: int, where: str, broadcast: str) -> None:
+    def _smaller(self, images: int, where: str, cause: str) -> None:
         if self._dist.size > 1:
             raise BadInput(f"{where}: out of memory in one of {self._dist.size} processes; double train.accumulate")
         if self.parts >= images:
             raise BadInput(
-                f"{where}: out of memory with one image at a time; use a smaller model or img_size ({broadcast})"
+                f"{where}: out of memory with one image at a time; use a smaller model or img_size ({cause})"
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -111,7 +111,7 @@ def document(fleet: Sequence[dict[str, Any]], spent: dict[str, Spent], ratio: fl
 def at_once(folder: Path, servers: servers.Servers, number: int) -> list[dict[str, Any]]:
     """Start flows in worktrees of one project at the same moment; how each went, in words."""
     project = tiny_project.make_of_images(folder / "project")
-    before = toy_project.broadcast(project, "git", "status", "--porcelain", "--untracked-files=no")
+    before = toy_project.told(project, "git", "status", "--porcelain", "--untracked-files=no")
     places = [worktrees.add(project, f"fleet-{one}", "HEAD") for one in range(number)]
     logs = [folder / f"fleet-{one}.log" for one in range(number)]
     for one, place in enumerate(places):
@@ -128,14 +128,14 @@ def at_once(folder: Path, servers: servers.Servers, number: int) -> list[dict[st
         row["seconds"] = log.stat().st_mtime - started
         if not row["wrong"]:
             row |= judged(place, log)
-    if before != toy_project.broadcast(project, "git", "status", "--porcelain", "--untracked-files=no"):
+    if before != toy_project.told(project, "git", "status", "--porcelain", "--untracked-files=no"):
         found[0]["wrong"].append("the project itself has changed")
     return found
 
 
 def judged(place: Path, log: Path) -> dict[str, Any]:
     """What is wrong with a run that says it ended right."""
-    status = toy_project.broadcast(place, sys.executable, "-m", "dvc", "status")
+    status = toy_project.told(place, sys.executable, "-m", "dvc", "status")
     run = re.findall(r"^MLflow: .*, run (\w+)$", log.read_text(), re.M)
     if not run:
         said = [line for line in log.read_text().splitlines() if line.startswith("MLflow was not reached")]

@@ -25,7 +25,8 @@ from vitprune.orchestration.execution.dvc_cache import Store, cache_of
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import mark_of
 from vitprune.orchestration.execution.run_stage import STAGES
-from vitprune.orchestration.tracking.journal import read, sha256
+from vitprune.orchestration.tracking.journal import read
+from vitprune.runtime.files import sha256
 
 ROOT = Path(__file__).parents[2]
 MADE = ("out", "data", "metrics", "plots")

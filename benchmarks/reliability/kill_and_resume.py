@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.lib.results import Row, arguments, write_results, write_table
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {"epochs": 2, "batch_size": 256, "lr": 0.002, "augment": "digits", "ema": 0.9, "cutmix": 0.5, "mixup": 0.2}
@@ -128,7 +128,7 @@ def written(project: Path, stage: str) -> dict[str, str]:
     folders = [project / "out" / name for name in EMPTIED[stage]]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files += [project / "metrics" / f"{stage}.json", project / "plots" / f"{stage}.csv"]
-    return {str(path.relative_to(project)): digest(path) for path in sorted(files)}
+    return {str(path.relative_to(project)): sha256(path) for path in sorted(files)}
 
 
 if __name__ == "__main__":

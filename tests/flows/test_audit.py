@@ -12,8 +12,9 @@ import yaml
 
 from tests.support import tamper_worker, tiny_project
 from vitprune.config.params import load
-from vitprune.orchestration.execution.dvc_cache import md5, tree_md5
+from vitprune.orchestration.execution.dvc_cache import tree_md5
 from vitprune.pipeline.verify import CHECKS, recheck
+from vitprune.runtime.files import md5
 
 pytestmark = pytest.mark.pipeline
 

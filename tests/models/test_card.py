@@ -16,7 +16,7 @@ from tests.support.pruned_models import cut_of, dense_of
 from tests.support.tiny_models import answer, images
 from vitprune import BadInput, prune, save, write_card
 from vitprune.pipeline import stages
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], str]:
@@ -71,7 +71,7 @@ def test_without_metrics_nothing_is_claimed(tmp_path: Path) -> None:
     }
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Loading", "Provenance"]
     assert f"A timm model of {sum(p.numel() for p in model.parameters()):,} parameters" in text
-    assert f"- sha256 of model.safetensors: `{digest(tmp_path / 'model.safetensors')}`" in text
+    assert f"- sha256 of model.safetensors: `{sha256(tmp_path / 'model.safetensors')}`" in text
     assert f"- timm: {timm.__version__}\n" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     before = (tmp_path / "README.md").read_bytes()
@@ -102,7 +102,7 @@ def test_the_export_stage_tells_what_was_removed_and_measured(tmp_path: Path, mo
     assert "license" not in header
     assert "Method `magnitude`, in 2 cycles:" in text
     assert table(text, "What was removed") == [["weight", "60.0 %"]]
-    assert f"sha256 of the masks: `{digest(project / 'out/cycles/02/masks.safetensors')}`" in text
+    assert f"sha256 of the masks: `{sha256(project / 'out/cycles/02/masks.safetensors')}`" in text
     found = json.loads((project / "metrics/evaluate.json").read_text())
     rows = {name: cells for name, *cells in table(text, "Measured")}
     assert rows["Top-1 accuracy, %"] == [f"{found[name]['top1']:.2f}" for name in ("dense", "pruned")]

@@ -21,7 +21,7 @@ from vitprune.config.params import Params
 from vitprune.pipeline import stages
 from vitprune.pipeline.dense_stage import initial_model, zeros_to_keep
 from vitprune.pipeline.report import write_report
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 from vitprune.training.loop import FrozenZeros
 
 ROOT = Path(__file__).parents[2]
@@ -93,8 +93,8 @@ def test_a_pruned_backbone_learns_other_classes(pruned, tmp_path, monkeypatch):
     assert structure(first) == structure(dense) == structure(last)
     assert not torch.equal(first.blocks[0].mlp.fc1.weight, dense.blocks[0].mlp.fc1.weight)
     facts = {key: found["dense"][key] for key in ("from", "checkpoint_sha256", "checkpoint_classes", "held_weights")}
-    sha256 = digest(source / "model.safetensors")
-    assert facts == {"from": "checkpoint", "checkpoint_sha256": sha256, "checkpoint_classes": 10, "held_weights": 0}
+    expected = sha256(source / "model.safetensors")
+    assert facts == {"from": "checkpoint", "checkpoint_sha256": expected, "checkpoint_classes": 10, "held_weights": 0}
     assert found["evaluate"]["dense"]["top1"] > 50  # of three classes; an untrained head has a third
     assert found["evaluate"]["pruned"]["top1"] == found["evaluate"]["dense"]["top1"]
     assert found["evaluate"]["kept"]["params"] == 1.0

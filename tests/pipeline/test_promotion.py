@@ -11,7 +11,7 @@ from vitprune.errors import BadInput
 from vitprune.evaluation.paired_test import Paired
 from vitprune.pipeline import stages
 from vitprune.pipeline.promotion import PromotionGates, judge, load_gates, verdict
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 
 
 def holding(paired: Paired, gates: PromotionGates, speedup: float | None = 1.5, size: int = 1000) -> dict[str, bool]:
@@ -62,7 +62,7 @@ def test_a_champion_is_held_against_the_challenger_on_the_same_images(
     params = stages.enter(project)
     itself = judge(params, project / "out/distill", PromotionGates())
     assert (itself["lost"], itself["won"], itself["p_worse"], itself["passed"]) == (0, 0, 1.0, True)
-    assert itself["challenger_sha256"] == itself["champion_sha256"] == digest(project / "out/distill/model.safetensors")
+    assert itself["challenger_sha256"] == itself["champion_sha256"] == sha256(project / "out/distill/model.safetensors")
     dense = judge(params, None, PromotionGates(max_accuracy_loss=100, alpha=None))
     as_champion = judge(params, project / "out/dense", PromotionGates(max_accuracy_loss=100, alpha=None))
     assert [dense[key] for key in ("lost", "won", "images")] == [as_champion[key] for key in ("lost", "won", "images")]

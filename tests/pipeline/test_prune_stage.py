@@ -22,7 +22,7 @@ from vitprune.evaluation.accuracy import accuracy
 from vitprune.pipeline import stages
 from vitprune.pruning.methods import Method
 from vitprune.pruning.prune import prune_cycles
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 from vitprune.training import optimizers as optimizing
 from vitprune.training.loop import FrozenZeros, ScheduleSpan, classification, train
 
@@ -207,11 +207,11 @@ def test_every_cycle_leaves_its_recovered_model(monkeypatch: pytest.MonkeyPatch,
         facts, model = json.loads((folder / "metrics.json").read_text()), models.load(folder)
         table = table or stages.stage_context.open_images("eval", model, stages.load(Path("params.yaml")))
         found = accuracy(model, vitprune.data.eval_batches(table, 256))[0]["top1"]
-        assert (found, digest(folder / models.WEIGHTS)) == (facts["top1_after"], facts["sha256"])
+        assert (found, sha256(folder / models.WEIGHTS)) == (facts["top1_after"], facts["sha256"])
         masks = load_file(folder / "masks.safetensors")
         assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in masks.items())
         units = sum(mask.numel() for mask in masks.values())
         assert sum(int((~mask).sum()) for mask in masks.values()) == int(share * units + 0.5)
         assert all(not bool((masks[name] & ~mask).any()) for name, mask in before.items())
         before = masks
-    assert digest(tmp_path / "out/prune/model.safetensors") == facts["sha256"]
+    assert sha256(tmp_path / "out/prune/model.safetensors") == facts["sha256"]

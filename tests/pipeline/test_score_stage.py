@@ -25,7 +25,7 @@ from vitprune.criteria.obs.cap import ovit
 from vitprune.models.io import read_weights
 from vitprune.pipeline import score_stage, stages
 from vitprune.pruning.methods import METHODS
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -105,12 +105,12 @@ def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for stage in ORDER[:4]:
         monkeypatch.chdir(project)
         stages.run(stage, project)
-    written = {path: digest(path) for path in (project / "out" / "score").iterdir()}
+    written = {path: sha256(path) for path in (project / "out" / "score").iterdir()}
     for path in written:
         path.unlink()
     command = [*TOGETHER, "-m", "vitprune.cli", "score", "-C", str(project)]
     subprocess.run(command, env={**ONE_THREAD, "VITPRUNE_DEVICE": "cpu"}, check=True, timeout=120)
-    assert {path: digest(path) for path in (project / "out" / "score").iterdir()} == written
+    assert {path: sha256(path) for path in (project / "out" / "score").iterdir()} == written
     assert list((project / ".vitprune" / "partial").iterdir()) == []
 
 

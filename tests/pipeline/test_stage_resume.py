@@ -14,7 +14,7 @@ import yaml
 
 from vitprune.errors import BadInput
 from vitprune.pipeline import stages
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 from vitprune.training.checkpoint_store import CheckpointStore
 from vitprune.training.saving import EVERY, Checkpointer
 
@@ -43,7 +43,7 @@ def project_in(path: Path, **prune: object) -> Path:
 
 def written(project: Path) -> dict[str, str]:
     files = [path for name in ("out", "metrics", "plots") for path in (project / name).rglob("*") if path.is_file()]
-    return {str(path.relative_to(project)): digest(path) for path in files}
+    return {str(path.relative_to(project)): sha256(path) for path in files}
 
 
 def emptied(project: Path, stage: str) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import vitprune
 from vitprune.pipeline import stages
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"epochs": 2, "batch_size": 64, "lr": 0.002, "augment": "digits"}
@@ -50,7 +50,7 @@ def test_the_same_seed_twice_gives_bit_identical_masks_and_weights(finish):
     one, two = (finish(name, until="distill") for name in ("one", "two"))
     found = sorted(path.relative_to(one) for path in (one / "out").rglob("*") if path.is_file())
     assert len(found) > 15
-    assert [digest(one / path) for path in found] == [digest(two / path) for path in found]
+    assert [sha256(one / path) for path in found] == [sha256(two / path) for path in found]
 
 
 def test_another_seed_gives_other_weights(finish):
@@ -59,7 +59,7 @@ def test_another_seed_gives_other_weights(finish):
     (two / "params.yaml").write_text(yaml.safe_dump(params))
     for stage in ("dataset", "dense"):
         stages.run(stage, two)
-    assert digest(one / "out/dense/model.safetensors") != digest(two / "out/dense/model.safetensors")
+    assert sha256(one / "out/dense/model.safetensors") != sha256(two / "out/dense/model.safetensors")
 
 
 def test_zeros_in_the_saved_weights_are_the_masks_of_the_last_cycle_exactly(finish):
@@ -83,7 +83,7 @@ def test_zeros_only_grow_over_the_cycles_and_each_mask_has_its_digest(finish):
         folder = project / "out/cycles" / cycle
         masks = load_file(folder / "masks.safetensors")
         assert before is None or all(not (mask & ~before[name]).any() for name, mask in masks.items())
-        assert json.loads((folder / "metrics.json").read_text())["masks_sha256"] == digest(folder / "masks.safetensors")
+        assert json.loads((folder / "metrics.json").read_text())["masks_sha256"] == sha256(folder / "masks.safetensors")
         before = masks
 
 

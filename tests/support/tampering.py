@@ -17,8 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.support import tiny_project
-from vitprune.orchestration.execution.dvc_cache import md5
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import md5, sha256
 
 Edit = Callable[[Path], None]
 
@@ -164,27 +163,27 @@ def forged(edit: Edit) -> Edit:
 def forge_mask(project: Path) -> None:
     """Flip a mask and say its new digest wherever it stands."""
     folder = project / "out/cycles/02"
-    old = digest(folder / "masks.safetensors")
+    old = sha256(folder / "masks.safetensors")
     in_project("out/cycles/02/masks.safetensors", flip_mask)(project)
-    new = digest(folder / "masks.safetensors")
+    new = sha256(folder / "masks.safetensors")
     for name in ("out/cycles/02/metrics.json", "out/export/timm/README.md"):
         in_project(name, edit_text(old, new))(project)
 
 
 def forge_label(project: Path) -> None:
     """Give an image another label in the manifest, and say the manifest's new digest."""
-    old = digest(project / "data/manifest.parquet")
+    old = sha256(project / "data/manifest.parquet")
     in_project("data/manifest.parquet", edit_row("label", lambda label: (label + 1) % 10))(project)
-    new = digest(project / "data/manifest.parquet")
+    new = sha256(project / "data/manifest.parquet")
     in_project("metrics/dataset.json", edit_text(old, new))(project)
 
 
 def forge_weights(project: Path) -> None:
     """Change one weight of the final and the exported model in its last bit, and say the new digests."""
-    old = digest(project / "out/distill/model.safetensors")
+    old = sha256(project / "out/distill/model.safetensors")
     for name in ("out/distill/model.safetensors", "out/export/timm/model.safetensors"):
         in_project(name, nudge_weight)(project)
-    new = digest(project / "out/distill/model.safetensors")
+    new = sha256(project / "out/distill/model.safetensors")
     for name in ("metrics/distill.json", "out/export/timm/README.md"):
         in_project(name, edit_text(old, new))(project)
 

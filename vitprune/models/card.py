@@ -12,7 +12,7 @@ import yaml
 
 from vitprune.errors import BadInput
 from vitprune.models.io import WEIGHTS, Saved, describe
-from vitprune.runtime.files import digest, replacing
+from vitprune.runtime.files import replacing, sha256
 
 CARD = "README.md"
 STARTS = {
@@ -96,7 +96,7 @@ def write_card(directory: str | Path, project: str | Path | None = None) -> None
     tags = ["timm", "image-classification", "pruning", "vitprune"] + ([method] if method else [])
     header = {"library_name": "timm", "pipeline_tag": "image-classification"} | facts.get("base", {}) | {"tags": tags}
     versions = {package: metadata.version(package) for package in ("vitprune", "timm", "torch")}
-    provenance = {f"sha256 of {WEIGHTS}": f"`{digest(directory / WEIGHTS)}`"} | facts.get("provenance", {}) | versions
+    provenance = {f"sha256 of {WEIGHTS}": f"`{sha256(directory / WEIGHTS)}`"} | facts.get("provenance", {}) | versions
     environment = jinja2.Environment(undefined=jinja2.Undefined, keep_trailing_newline=True)
     page = environment.from_string(PAGE).render(
         facts | {"header": yaml.safe_dump(header, sort_keys=False), "saved": saved, "provenance": provenance}

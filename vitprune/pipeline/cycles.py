@@ -15,7 +15,7 @@ from vitprune.groups import Group, Masks, Scores
 from vitprune.pipeline.artifacts import sparsity_rows, summary_rows, write_json
 from vitprune.pruning.prune import Cycle
 from vitprune.runtime import tables
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 
 MASKS, SCORES, STATISTICS = "masks.safetensors", "scores.safetensors", "statistics.safetensors"
 
@@ -29,7 +29,7 @@ def write_scores(directory: Path, groups: Sequence[Group], found: Importance) ->
         models.write_weights(found.statistics, directory / STATISTICS)
     tables.write(summary_rows(groups, scores), tables.SCORES, directory / "summary.parquet")
     units = sum(group.units for group in groups)
-    return {"groups": len(groups), "units": units, **found.facts, "sha256": digest(directory / SCORES)}
+    return {"groups": len(groups), "units": units, **found.facts, "sha256": sha256(directory / SCORES)}
 
 
 def read_statistics(directory: Path) -> Statistics | None:
@@ -45,7 +45,7 @@ def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[
     rows = sparsity_rows(groups, masks)
     models.write_weights(masks, directory / MASKS)
     tables.write(rows, tables.SPARSITY, directory / "sparsity.parquet")
-    return mask_facts(groups, masks) | {"masks_sha256": digest(directory / MASKS)}
+    return mask_facts(groups, masks) | {"masks_sha256": sha256(directory / MASKS)}
 
 
 def mask_facts(groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def write_cycle(
     facts = {"cycle": cycle.number, "target": dict(cycle.target), "cost": dict(cycle.cost)}
     facts |= write_masks(directory, cycle.groups, cycle.masks)
     facts |= asdict(count(model, data.example_input(model, 1))) | {"top1_before": before, "top1_after": after}
-    facts["sha256"] = digest(directory / models.WEIGHTS)
+    facts["sha256"] = sha256(directory / models.WEIGHTS)
     facts |= {"settled": dict(cycle.facts)} if cycle.facts else {}
     facts |= {"corrected": dict(cycle.corrected)} if cycle.corrected else {}
     write_json(directory / "metrics.json", facts)

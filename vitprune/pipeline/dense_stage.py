@@ -11,7 +11,7 @@ from vitprune import models
 from vitprune.architectures import find_groups
 from vitprune.config.params import Params
 from vitprune.errors import BadInput
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 from vitprune.training.loop import FrozenZeros
 
 
@@ -43,7 +43,7 @@ def initial_model(params: Params) -> InitialModel:
         return _pruned(checkpoint, params)
     model = models.create(params.model.name, params.model.args, params.seed, settings.start == "pretrained", checkpoint)
     held = _zeros(model) if checkpoint is not None else None
-    facts: dict[str, Any] = {"from": settings.start, "checkpoint_sha256": digest(checkpoint) if checkpoint else None}
+    facts: dict[str, Any] = {"from": settings.start, "checkpoint_sha256": sha256(checkpoint) if checkpoint else None}
     return InitialModel(model, held, facts | ({"held_weights": _count(held)} if checkpoint else {}))
 
 
@@ -68,7 +68,7 @@ def _pruned(directory: Path, params: Params) -> InitialModel:
     if type(classes) is not int or classes < 1:
         raise BadInput(f"model.args.num_classes: {classes!r} is not a number of classes; give a whole number above 0")
     held = _zeros(model)
-    facts: dict[str, Any] = {"from": "checkpoint", "checkpoint_sha256": digest(directory / models.WEIGHTS)}
+    facts: dict[str, Any] = {"from": "checkpoint", "checkpoint_sha256": sha256(directory / models.WEIGHTS)}
     facts |= {"checkpoint_classes": model.num_classes, "held_weights": _count(held)}
     if classes != model.num_classes:
         if params.dense.train is None:

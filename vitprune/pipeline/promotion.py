@@ -19,7 +19,7 @@ from vitprune.evaluation.paired_test import Paired, compare
 from vitprune.pipeline import stage_context
 from vitprune.pipeline.artifacts import write_json
 from vitprune.runtime import tables
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 
 GATES, COMPARISON = Path("gates.yaml"), Path(".vitprune/comparison.json")
 OUT, METRICS = Path("out"), Path("metrics")
@@ -96,8 +96,8 @@ def judge(params: Params, champion: Path | None, gates: PromotionGates) -> dict[
     found = verdict(paired, gates, _speedup(), weights.stat().st_size, "dense" if champion is None else "champion")
     facts = {
         "against": "dense" if champion is None else "champion",
-        "champion_sha256": None if champion is None else digest(champion / models.WEIGHTS),
-        "challenger_sha256": digest(weights),
+        "champion_sha256": None if champion is None else sha256(champion / models.WEIGHTS),
+        "challenger_sha256": sha256(weights),
         "images": paired.images,
         "difference": paired.difference,
         "interval": list(paired.interval),

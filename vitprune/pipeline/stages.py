@@ -35,7 +35,7 @@ from vitprune.pruning.cycle_masks import (
 )
 from vitprune.pruning.plan import kinds_of, plan_of
 from vitprune.runtime import tables
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 from vitprune.training.loop import FrozenZeros, classification, distilling
 
 METRICS, PLOTS = Path("metrics"), Path("plots")
@@ -57,7 +57,7 @@ def dataset(params: Params) -> None:
         "eval": splits.count("eval"),
         "skipped": len(manifest.skipped),
         "overlap": manifest.overlap,
-        "sha256": digest(MANIFEST),
+        "sha256": sha256(MANIFEST),
     }
     write_json(METRICS / "dataset.json", facts)
 
@@ -95,7 +95,7 @@ def calibrate(params: Params) -> None:
         manifest, stage_context.source_of(params), settings.size, settings.balance, params.seed
     )
     tables.write(rows, tables.CALIBRATION, CALIBRATION)
-    facts = {"images": len(rows), "balance": settings.balance, "sha256": digest(CALIBRATION)}
+    facts = {"images": len(rows), "balance": settings.balance, "sha256": sha256(CALIBRATION)}
     write_json(METRICS / "calibrate.json", facts)
 
 
@@ -255,7 +255,7 @@ def enter(project: Path) -> Params:
 
 def _facts(model: nn.Module, directory: Path) -> dict[str, Any]:
     counts = count(model, data.example_input(model, 1))
-    return asdict(counts) | {"sha256": digest(directory / models.WEIGHTS)}
+    return asdict(counts) | {"sha256": sha256(directory / models.WEIGHTS)}
 
 
 def _latencies(pair: dict[str, nn.Module], example: Tensor, runs: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from vitprune.pipeline.stage_context import CALIBRATION, MANIFEST
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.plan import plan_of
 from vitprune.runtime import tables
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 
 OUT, METRICS, PLOTS, WEIGHTS = Path("out"), Path("metrics"), Path("plots"), models.WEIGHTS
 COSTS = ("params", "nonzero_params", "macs", "nonzero_macs", "nominal_macs")
@@ -45,7 +45,7 @@ def images(params: Params) -> Lines:
         "eval": splits.count("eval"),
         "skipped": len(built.skipped),
         "overlap": built.overlap,
-        "sha256": digest(MANIFEST),
+        "sha256": sha256(MANIFEST),
     }
     yield from _facts(METRICS / "dataset.json", facts)
 
@@ -57,7 +57,7 @@ def calibration(params: Params) -> Lines:
         manifest, stage_context.source_of(params), settings.size, settings.balance, params.seed
     )
     yield from _rows(CALIBRATION, tables.read(CALIBRATION, tables.CALIBRATION).to_pylist(), drawn)
-    facts = {"images": len(drawn), "balance": settings.balance, "sha256": digest(CALIBRATION)}
+    facts = {"images": len(drawn), "balance": settings.balance, "sha256": sha256(CALIBRATION)}
     yield from _facts(METRICS / "calibrate.json", facts)
 
 
@@ -71,7 +71,7 @@ def scores(params: Params) -> Lines:
     own = summary_rows([groups[name] for name in found if name in groups], found)
     by_group = {row["group"]: row for row in said}
     yield from _rows(folder / "summary.parquet", [by_group.get(row["group"], {}) for row in own], own)
-    yield from _facts(METRICS / "score.json", {"method": plan.method, "sha256": digest(folder / SCORES)})
+    yield from _facts(METRICS / "score.json", {"method": plan.method, "sha256": sha256(folder / SCORES)})
     yield from _masks(OUT / "mask", METRICS / "mask.json", list(groups.values()))
 
 
@@ -147,12 +147,12 @@ def exported(params: Params) -> Lines:
         yield f"{folder / WEIGHTS}: has other weights than out/distill"
     yield from (f"{folder / WEIGHTS}: {name} is not out/distill's" for name in own if _differs(own, final, name))
     card = (folder / "README.md").read_text(encoding="utf-8")
-    for what, sha256 in (
-        ("weights", digest(folder / WEIGHTS)),
+    for what, expected in (
+        ("weights", sha256(folder / WEIGHTS)),
         ("masks", _json(sorted(OUT.glob("cycles/[0-9]*"))[-1] / "metrics.json")["masks_sha256"]),
     ):
-        if sha256 not in card:
-            yield f"{folder / 'README.md'}: does not name the sha256 of the {what}, {sha256}"
+        if expected not in card:
+            yield f"{folder / 'README.md'}: does not name the sha256 of the {what}, {expected}"
 
 
 CHECKS: dict[str, Callable[[Params], Lines]] = {
@@ -180,7 +180,7 @@ def _masks(folder: Path, facts: Path, groups: Sequence[Group]) -> Lines:
     yield from _rows(
         folder / "sparsity.parquet", tables.read(folder / "sparsity.parquet", tables.SPARSITY).to_pylist(), own
     )
-    yield from _facts(facts, mask_facts(groups, masks) | {"masks_sha256": digest(folder / MASKS)})
+    yield from _facts(facts, mask_facts(groups, masks) | {"masks_sha256": sha256(folder / MASKS)})
 
 
 def _grown(folder: Path, before: Masks, now: Masks, first: bool) -> Lines:
@@ -210,7 +210,7 @@ def _cut_by(folder: Path, dense: nn.Module, groups: Sequence[Group], masks: Mask
 def _costs(folder: Path, facts: Path) -> Lines:
     model = models.load(folder)
     counts = asdict(count(model, data.example_input(model, 1)))
-    yield from _facts(facts, counts | {"sha256": digest(folder / WEIGHTS)})
+    yield from _facts(facts, counts | {"sha256": sha256(folder / WEIGHTS)})
 
 
 def _cycle_rows(folders: Sequence[Path], groups: Sequence[Group]) -> Lines:

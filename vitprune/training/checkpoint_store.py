@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitprune.errors import BadInput
 from vitprune.models.io import read_weights, write_weights
-from vitprune.runtime.files import digest
+from vitprune.runtime.files import sha256
 
 INDEX, STATE, TENSORS = "index.json", "state.json", "tensors.safetensors"
 PACKAGES = ("accelerate", "numpy", "safetensors", "timm", "torch")
@@ -117,7 +117,7 @@ class CheckpointStore:
             raise BadInput(f"{entry / INDEX}: is not as it was written")
         for name, expected in index["files"].items():
             path = entry / name
-            if not path.is_file() or digest(path) != expected:
+            if not path.is_file() or sha256(path) != expected:
                 raise BadInput(f"{path}: is {'not as it was written' if path.is_file() else 'missing'}")
         return Checkpoint(entry, _json(entry / STATE), index["sha256"])
 
@@ -126,7 +126,7 @@ def key_of(stage: str, settings: Mapping[str, Any], inputs: Iterable[Path], devi
     """The key of a stage's work, by all that decides its result: settings, files, code, packages, kind of device."""
     files = sorted(file for path in inputs for file in ([path] if path.is_file() else path.rglob("*")))
     where = [platform.python_version(), platform.machine(), device, *(metadata.version(name) for name in PACKAGES)]
-    read = {str(file): digest(file) for file in files if file.is_file()}
+    read = {str(file): sha256(file) for file in files if file.is_file()}
     return chained(stage, json.dumps(settings, sort_keys=True, default=str), json.dumps([read, where]), _code())
 
 
@@ -139,12 +139,12 @@ def chained(*parts: str) -> str:
 def _code() -> str:
     """A digest of this package's source."""
     root = Path(__file__).parent
-    return chained(*(f"{file.relative_to(root)} {digest(file)}" for file in sorted(root.rglob("*.py"))))
+    return chained(*(f"{file.relative_to(root)} {sha256(file)}" for file in sorted(root.rglob("*.py"))))
 
 
 def _index(directory: Path, key: str) -> dict[str, Any]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    index = {"key": key, "files": {str(path.relative_to(directory)): digest(path) for path in files}}
+    index = {"key": key, "files": {str(path.relative_to(directory)): sha256(path) for path in files}}
     return index | {"sha256": _seal(index)}
 
 

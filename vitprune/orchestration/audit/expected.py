@@ -9,8 +9,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 
-from vitprune.orchestration.tracking.journal import RunLog, sha256
+from vitprune.orchestration.tracking.journal import RunLog
 from vitprune.orchestration.tracking.upload import KEY, Uploader
+from vitprune.runtime.files import sha256
 
 
 @dataclass

@@ -11,13 +11,14 @@ import yaml
 
 from vitprune.orchestration.audit.collect import RECORDED, Evidence, git
 from vitprune.orchestration.audit.expected import Content, actual, expected
-from vitprune.orchestration.execution.dvc_cache import Missing, Named, is_cached, md5, pointers, read_lock, tree_md5
+from vitprune.orchestration.execution.dvc_cache import Missing, Named, is_cached, pointers, read_lock, tree_md5
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import STAGES
-from vitprune.orchestration.tracking.journal import MODEL, RunLog, flatten, sha256
+from vitprune.orchestration.tracking.journal import MODEL, RunLog, flatten
 from vitprune.orchestration.tracking.logged_model import DIGEST
 from vitprune.orchestration.tracking.replay import MIRRORED
 from vitprune.orchestration.tracking.upload import HASH, JOURNAL, JOURNAL_DIGEST, KEY
+from vitprune.runtime.files import md5, sha256
 
 Lines = Iterator[str]
 LOCK_DIGEST = "vitprune.dvc_lock_sha256"

@@ -14,13 +14,13 @@ from vitprune.orchestration.execution.dvc_cache import (
     Named,
     Store,
     fetch,
-    md5,
     pointers,
     read_lock,
     take_settings,
 )
 from vitprune.orchestration.execution.processes import run
 from vitprune.orchestration.execution.run_stage import environment
+from vitprune.runtime.files import md5
 
 CLOCK = ("metrics/latency.json", "out/report/")  # what a clock has measured, and the page that shows it
 TOP1, COSTS = 1.0, 0.02  # percentage points; relative, of parameters and MACs: for sums that round in another order

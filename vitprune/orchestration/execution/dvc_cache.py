@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from vitprune.orchestration.execution.run_stage import environment
+from vitprune.runtime.files import md5
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,6 @@ class Named:
 
 class Missing(Exception):
     """A file is neither in DVC's cache nor in a remote, or what is there is another one."""
-
-
-def md5(path: Path) -> str:
-    """Return the MD5 of a file's bytes, by which DVC names it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def tree_md5(folder: Path) -> str:

@@ -20,6 +20,7 @@ import yaml
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import StageResult
 from vitprune.orchestration.summary import evaluation
+from vitprune.runtime.files import sha256
 
 SWEEP = "VITPRUNE_SWEEP"  # what a run of a sweep is told of it: key, name and run, as JSON
 # What the record of a stage holds besides metrics/STAGE.json and plots/STAGE.csv; the model is kept as a folder.
@@ -33,12 +34,6 @@ MODEL_STAGE, MODEL = "distill", "out/distill"
 CHECKPOINT = ("config.json", "model.safetensors")
 WRITTEN_BY_RUNS = ("metrics/", "plots/", "dvc.lock")  # they say nothing about the code that computed them
 DIGESTS = {"dataset": "data/manifest.parquet", "calibrate": "data/calibration.parquet"}
-
-
-def sha256(path: Path) -> str:
-    """Return the digest of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from vitprune.orchestration.tracking.journal import RunLog, read, sha256
+from vitprune.orchestration.tracking.journal import RunLog, read
 from vitprune.orchestration.tracking.logged_model import DIGEST, find_model, model_digest, record_model
+from vitprune.runtime.files import sha256
 
 Fact = Mapping[str, Any]
 JOURNAL, JOURNAL_DIGEST = "journal.jsonl", "vitprune.journal_sha256"

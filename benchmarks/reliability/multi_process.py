@@ -25,7 +25,7 @@ from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline import score_stage
 from vitprune.pruning.methods import CRITERIA
-from vitprune.runtime.distributed import ProcessGroup
+from vitprune.runtime.distributed import ProcessGroup, process_group
 from vitprune.training.loop import FrozenZeros, classification, distillation, train
 from vitprune.training.step import shared
 
@@ -89,7 +89,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor], relative: bool)
 def compute(directory: Path) -> None:
     """Scores and trainings as one of several processes, or alone."""
     torch.set_num_threads(1)
-    with score_stage.process_group() as dist:
+    with process_group() as dist:
         for name in SCORES:
             model = made(0)
             work = score_stage.ScoringJob(

@@ -12,6 +12,7 @@ from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.obs.cap import ovit
 from vitprune.models.io import write_weights
 from vitprune.pipeline import score_stage
+from vitprune.runtime.distributed import process_group
 
 KINDS = ("per-sample", "per-batch")
 
@@ -26,7 +27,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = tiny("vit")
     directory, groups = Path(sys.argv[1]), find_groups(model, ["weight"])[:4]
-    with score_stage.process_group() as dist:
+    with process_group() as dist:
         for kind in KINDS:
             work = score_stage.ScoringJob(ovit, groups, batches(model, 3), setting_of(kind))
             found = work.importance(model, False, directory / "partial", dist, collective=True)

@@ -14,6 +14,7 @@ from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Importance, ScoreCo
 from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.models.io import write_weights
 from vitprune.pipeline import score_stage
+from vitprune.runtime.distributed import process_group
 
 
 def slow(model: nn.Module, groups: Sequence[Group], data: Batches, setting: ScoreConfig) -> Importance:
@@ -28,7 +29,7 @@ def main() -> None:
     work = score_stage.ScoringJob(
         slow, find_groups(model, ["ffn", "residual"]), batches(model, 5, 2), DEFAULT_SCORE_CONFIG
     )
-    with score_stage.process_group() as dist:
+    with process_group() as dist:
         found = work.importance(model, True, directory / "partial", dist)
     if found is not None:
         write_weights(found.scores, directory / "scores.safetensors")

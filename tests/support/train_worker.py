@@ -13,8 +13,7 @@ from vitprune import find_groups, zero
 from vitprune.config.params import Distill
 from vitprune.config.train_config import Train
 from vitprune.models.io import write_weights
-from vitprune.pipeline import score_stage
-from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from vitprune.training.cached_teacher import cache_teacher
 from vitprune.training.loop import FrozenZeros, classification, distillation, train
 from vitprune.training.step import shared
@@ -70,7 +69,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def main() -> None:
     torch.set_num_threads(1)
     directory = Path(sys.argv[1])
-    with score_stage.process_group() as dist:
+    with process_group() as dist:
         for name, settings in CASES.items():
             steps = trained(settings, dist, name == "all")
             flat = {f"{number}/{key}": tensor for number, step in enumerate(steps) for key, tensor in step.items()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.support.tiny_models import batches, noisy, random_masks, state, tiny
 from vitprune import BadInput, find_groups, zero
 from vitprune.config.train_config import Train
+from vitprune.runtime.files import sha256
 from vitprune.training import checkpoint_store
 from vitprune.training.checkpoint import pack
 from vitprune.training.checkpoint_store import CheckpointStore, key_of
@@ -86,7 +87,7 @@ def test_a_seal_that_fits_a_changed_file_no_longer_is_refused(tmp_path: Path) ->
     directory = put(shelf, 1)
     (directory / "state.json").write_text('{"number": 7}')
     index = json.loads((directory / "index.json").read_text())
-    index["files"]["state.json"] = checkpoint_store.digest(directory / "state.json")
+    index["files"]["state.json"] = sha256(directory / "state.json")
     (directory / "index.json").write_text(json.dumps(index))
     assert shelf.newest() is None
 

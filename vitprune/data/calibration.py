@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from vitprune.data.augment import Transform
-from vitprune.data.images import decode, digest
+from vitprune.data.images import bytes_sha256, decode
 from vitprune.data.manifest import rank_in_class
 from vitprune.data.sources import Source
 from vitprune.errors import BadInput
@@ -75,7 +75,7 @@ def read_verified(source: Source, image_id: str, sha256: str) -> bytes:
         data = source.read(image_id)
     except OSError as error:
         raise BadInput(f"{image_id}: cannot be read ({error}); run `vitprune dataset` again") from None
-    if digest(data) != sha256:
+    if bytes_sha256(data) != sha256:
         raise BadInput(f"{image_id}: has changed since the manifest was made; run `vitprune dataset` again")
     return data
 
@@ -98,7 +98,7 @@ def load_calibration(path: Path, transform: Transform, batch_size: int) -> list[
 def _tensor(row: dict[str, Any], path: Path, transform: Transform) -> torch.Tensor:
     corrupt = BadInput(f"{path}: image {row['id']} is corrupt; run `vitprune calibrate` again")
     data = (row["image"] or {}).get("bytes")
-    if data is None or digest(data) != row["sha256"]:
+    if data is None or bytes_sha256(data) != row["sha256"]:
         raise corrupt
     try:
         image = decode(data, transform.mode)

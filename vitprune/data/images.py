@@ -6,7 +6,7 @@ import io
 from PIL import Image
 
 
-def digest(data: bytes) -> str:
+def bytes_sha256(data: bytes) -> str:
     """Return the sha256 of the encoded bytes as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 

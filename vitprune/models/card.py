@@ -1,6 +1,5 @@
 """The model card of a saved model: README.md with the hub's metadata, of facts that files hold and of nothing else."""
 
-import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -10,9 +9,8 @@ import jinja2
 import timm
 import yaml
 
-from vitprune.errors import BadInput
 from vitprune.models.io import WEIGHTS, Saved, describe
-from vitprune.runtime.files import replacing, sha256
+from vitprune.runtime.files import atomic_write, read_json, sha256
 
 CARD = "README.md"
 STARTS = {
@@ -101,17 +99,17 @@ def write_card(directory: str | Path, project: str | Path | None = None) -> None
     page = environment.from_string(PAGE).render(
         facts | {"header": yaml.safe_dump(header, sort_keys=False), "saved": saved, "provenance": provenance}
     )
-    with replacing(directory / CARD) as partial:
+    with atomic_write(directory / CARD) as partial:
         partial.write_text(page, encoding="utf-8")
 
 
 def _facts(project: Path, saved: Saved) -> dict[str, Any]:
     """What the metrics of a project say about its model."""
     dense, score, prune, evaluation = (
-        _json(project / f"metrics/{name}.json") for name in ("dense", "score", "prune", "evaluate")
+        _read_metrics(project / f"metrics/{name}.json") for name in ("dense", "score", "prune", "evaluate")
     )
     cycles = prune.get("cycles")
-    last = _json(project / f"out/cycles/{cycles:02d}/metrics.json") if isinstance(cycles, int) else {}
+    last = _read_metrics(project / f"out/cycles/{cycles:02d}/metrics.json") if isinstance(cycles, int) else {}
     return {
         "base": _base(saved) if dense.get("from") == "pretrained" else {},
         "method": score.get("method") if last else None,
@@ -158,13 +156,5 @@ def _origin(dense: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise BadInput(f"{path}: not valid JSON ({error}); run the stage that writes it again") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: not a JSON object; run the stage that writes it again")
-    return content
+def _read_metrics(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.errors import BadInput
-from vitprune.runtime.files import replacing
+from vitprune.runtime.files import atomic_write
 
 TOLERANCE = 1e-3  # of logits, far above rounding and far below a wrong weight
 
@@ -60,7 +60,7 @@ def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, An
             verbose=False,
         )
     assert program is not None
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         program.save(str(partial))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": example_input.numpy()})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitprune.errors import BadInput
-from vitprune.runtime.files import replacing
+from vitprune.runtime.files import atomic_write
 
 Batch = tuple[Tensor, Tensor]  # (images (B, C, H, W), labels (B,))
 WEIGHT_BITS = 7  # processors without VNNI add two products of 8 x 8 bits in 16 bits
@@ -71,7 +71,7 @@ def to_int8(
     if calibration not in methods:
         raise BadInput(f"calibration {calibration!r}: unknown; use one of {', '.join(methods)}")
     options = {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": LAYERS, "CalibStridedMinMax": 1}
-    with replacing(path) as partial, _quiet():
+    with atomic_write(path) as partial, _quiet():
         quantization.quantize_static(
             source,
             partial,

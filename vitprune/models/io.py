@@ -21,7 +21,7 @@ from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structu
 from vitprune.data.augment import data_config
 from vitprune.errors import BadInput
 from vitprune.models.validation import FLOATS, FORMAT, Config, Entry, check_finite, check_fit, read_config, read_header
-from vitprune.runtime.files import replacing
+from vitprune.runtime.files import atomic_write
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST_DENSE, SMALL = 64, 1 << 27  # a dense model is at most so many times what is left of it, if it is not small
@@ -82,7 +82,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
         own = tensor.detach().cpu().contiguous()
         plain[name] = own.clone() if own.data_ptr() in places else own  # of a module that has two names
         places.add(own.data_ptr())
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         try:
             safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -104,7 +104,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     types = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
     if len(types) > 1:
         raise BadInput(f"{type(model).__name__}: weights are {', '.join(sorted(map(str, types)))}; give them one type")
-    with replacing(directory / CONFIG) as partial:
+    with atomic_write(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())
         config["pretrained_cfg"]["crop_pct"] = data_config(model)["crop_pct"]  # timm writes that of the published size

@@ -1,6 +1,5 @@
 """Facts as files: JSON metrics, CSV plots, training histories, and the rows of the summary tables."""
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,22 +8,7 @@ from typing import Any
 import torch
 
 from vitprune.groups import Group, Masks, Scores
-from vitprune.runtime.files import replacing
-
-
-def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write facts as JSON under a temporary name, then rename it."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV under a temporary name, then rename it; columns in order of first appearance."""
-    columns = list(dict.fromkeys(column for row in rows for column in row)) or ["epoch"]
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+from vitprune.runtime.files import atomic_write, write_csv
 
 
 class History:
@@ -53,7 +37,7 @@ class History:
         """Go on from what was recorded before, in the place of what is there."""
         self._rows = [dict(row) for row in rows]
         if self._writes:
-            with replacing(self._path) as partial:
+            with atomic_write(self._path) as partial:
                 partial.write_text("".join(self._line(row) for row in self._rows))
 
     def add(self, row: Mapping[str, float], cycle: int | None = None) -> None:

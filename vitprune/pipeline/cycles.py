@@ -12,10 +12,10 @@ from vitprune import data, models
 from vitprune.criteria import Importance, Statistics
 from vitprune.evaluation.accuracy import count
 from vitprune.groups import Group, Masks, Scores
-from vitprune.pipeline.artifacts import sparsity_rows, summary_rows, write_json
+from vitprune.pipeline.artifacts import sparsity_rows, summary_rows
 from vitprune.pruning.prune import Cycle
 from vitprune.runtime import tables
-from vitprune.runtime.files import sha256
+from vitprune.runtime.files import sha256, write_json
 
 MASKS, SCORES, STATISTICS = "masks.safetensors", "scores.safetensors", "statistics.safetensors"
 

@@ -17,9 +17,8 @@ from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.paired_test import Paired, compare
 from vitprune.pipeline import stage_context
-from vitprune.pipeline.artifacts import write_json
 from vitprune.runtime import tables
-from vitprune.runtime.files import sha256
+from vitprune.runtime.files import sha256, write_json
 
 GATES, COMPARISON = Path("gates.yaml"), Path(".vitprune/comparison.json")
 OUT, METRICS = Path("out"), Path("metrics")

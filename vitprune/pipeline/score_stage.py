@@ -1,16 +1,13 @@
 """Scores that are sums over images: shared among processes, and taken up again where they were broken off."""
 
-import datetime
 import hashlib
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig
 from vitprune.errors import BadInput
@@ -19,27 +16,7 @@ from vitprune.models.io import read_weights, write_weights
 from vitprune.runtime.distributed import ProcessGroup
 from vitprune.runtime.progress import track
 
-PATIENCE = datetime.timedelta(days=7)
 WRITE_EVERY = 300.0  # seconds between two writings of sums that may be gigabytes
-
-
-@contextmanager
-def process_group(device: torch.device | None = None) -> Iterator[ProcessGroup]:
-    """Join the processes that torchrun has started (RANK and WORLD_SIZE), or work alone.
-
-    Only sums of scores travel, a few numbers per unit, so gloo carries them from GPUs as well; gradients of a training
-    on a `device` that is a GPU go by NCCL. One may wait for the first as long as that scores or measures.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield ProcessGroup()
-        return
-    cuda = device is not None and device.type == "cuda"
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    try:
-        yield ProcessGroup(distributed.get_rank(), size)
-    finally:
-        distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vitprune.models.card import write_card
 from vitprune.models.export import to_onnx, to_timm
 from vitprune.models.int8 import checked_int8
 from vitprune.pipeline import dense_stage, prune_stage, score_stage, stage_context
-from vitprune.pipeline.artifacts import History, write_csv, write_json
+from vitprune.pipeline.artifacts import History
 from vitprune.pipeline.cycles import MASKS, SCORES, write_masks, write_scores
 from vitprune.pipeline.import_scores import read_all
 from vitprune.pipeline.stage_context import CALIBRATION, MANIFEST, OUT, calibration, device
@@ -35,7 +35,8 @@ from vitprune.pruning.cycle_masks import (
 )
 from vitprune.pruning.plan import kinds_of, plan_of
 from vitprune.runtime import tables
-from vitprune.runtime.files import sha256
+from vitprune.runtime.distributed import process_group
+from vitprune.runtime.files import sha256, write_csv, write_json
 from vitprune.training.loop import FrozenZeros, classification, distilling
 
 METRICS, PLOTS = Path("metrics"), Path("plots")
@@ -67,7 +68,7 @@ def dense(params: Params) -> None:
     settings = params.dense
     inputs = [MANIFEST, *([settings.checkpoint] if settings.checkpoint is not None else [])]
     with (
-        score_stage.process_group(device()) as dist,
+        process_group(device()) as dist,
         stage_context.stage_checkpoint("dense", params, inputs, dist) as place,
     ):
         begun = dense_stage.initial_model(params)
@@ -102,7 +103,7 @@ def calibrate(params: Params) -> None:
 def score(params: Params) -> None:
     """Score every unit of the dense model; under torchrun, in several processes at once."""
     plan = plan_of(params)
-    with score_stage.process_group() as dist:
+    with process_group() as dist:
         model = models.load(OUT / "dense").to(device())
         groups = merge_heads(model, find_groups(model, kinds_of(params)), plan.heads)
         work = score_stage.ScoringJob(plan.row.criterion, groups, calibration(model, params), plan.setting_of(1))
@@ -155,7 +156,7 @@ def prune(params: Params) -> None:
     """
     inputs = [MANIFEST, CALIBRATION, OUT / "dense", OUT / "score", OUT / "mask"]
     with (
-        score_stage.process_group(device()) as dist,
+        process_group(device()) as dist,
         stage_context.stage_checkpoint("prune", params, inputs, dist) as place,
     ):
         history = History(OUT / "prune", "prune", dist.rank == 0)
@@ -174,7 +175,7 @@ def distill(params: Params) -> None:
     """Fine-tune the pruned model with the dense one as teacher; what is zero stays zero."""
     settings, inputs = params.distill, [MANIFEST, OUT / "dense", OUT / "prune", OUT / "cycles"]
     with (
-        score_stage.process_group(device()) as dist,
+        process_group(device()) as dist,
         stage_context.stage_checkpoint("distill", params, inputs, dist) as place,
     ):
         model, teacher = models.load(OUT / "prune").to(device()), models.load(OUT / "dense").to(device())

@@ -1,18 +1,30 @@
-"""Write files atomically (temporary name, then rename) and hash them."""
+"""Atomic file writes, JSON and CSV files, and SHA-256 checksums."""
 
+import csv
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from vitprune.errors import BadInput
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; rename it to `path` on success, delete it on failure.
+
+    Args:
+        path: The file to write. Missing parent directories are created.
+
+    Yields:
+        The path to write to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # never through a link that lies there
+    partial.unlink(missing_ok=True)  # do not write through an existing link
     try:
         yield partial
         os.replace(partial, path)
@@ -20,13 +32,64 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        BadInput: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; run the stage that writes it first") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); run the stage that writes it again") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: not valid JSON ({error}); run the stage that writes it again") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: not a JSON object; run the stage that writes it again")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file with a header line; cells are text.
+
+    Raises:
+        BadInput: the file is missing, unreadable or not UTF-8 text.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; run the stage that writes it first") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); run the stage that writes it again") from None
+    except (ValueError, csv.Error):
+        raise BadInput(f"{path}: not a CSV file; run the stage that writes it again") from None
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV atomically, with the columns in order of first appearance."""
+    columns = list(dict.fromkeys(column for row in rows for column in row)) or ["epoch"]
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 checksum of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def md5(path: Path) -> str:
-    """Return the MD5 of a file's bytes, in hexadecimal: DVC's name of the file."""
+    """Return the MD5 checksum of a file in hexadecimal, which DVC uses as the name in its cache."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitprune.errors import BadInput
-from vitprune.runtime.files import replacing
+from vitprune.runtime.files import atomic_write
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 MANIFEST = pa.schema([("id", pa.string()), ("split", pa.string()), ("label", pa.int64()), ("sha256", pa.string())])
@@ -31,7 +31,7 @@ EVALUATION = pa.schema([("id", pa.string()), ("label", pa.int64()), ("dense", pa
 
 def write(rows: Sequence[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
     """Write rows as a Parquet table under a temporary name, then rename it."""
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial, compression="zstd")
 
 

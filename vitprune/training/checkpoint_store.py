@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitprune.errors import BadInput
 from vitprune.models.io import read_weights, write_weights
-from vitprune.runtime.files import sha256
+from vitprune.runtime.files import read_json, sha256, write_json
 
 INDEX, STATE, TENSORS = "index.json", "state.json", "tensors.safetensors"
 PACKAGES = ("accelerate", "numpy", "safetensors", "timm", "torch")
@@ -56,7 +56,7 @@ class CheckpointStore:
     def written(self) -> Checkpoint:
         """The last checkpoint, which another process has just written or checked."""
         entry = self._entries()[-1]
-        return Checkpoint(entry, _json(entry / STATE), _json(entry / INDEX)["sha256"])
+        return Checkpoint(entry, read_json(entry / STATE), read_json(entry / INDEX)["sha256"])
 
     def put(
         self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Callable[[Path], object] | None = None
@@ -78,9 +78,9 @@ class CheckpointStore:
             if more is not None:
                 more(partial)
             write_weights(tensors, partial / TENSORS)
-            (partial / STATE).write_text(json.dumps(facts))
+            write_json(partial / STATE, facts)
             index = _index(partial, self._key)
-            (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            write_json(partial / INDEX, index)
             _on_disk(partial)
             partial.rename(target)
         finally:
@@ -110,7 +110,7 @@ class CheckpointStore:
         return sorted(path for path in self._directory.iterdir() if path.name.isdecimal())
 
     def _read(self, entry: Path) -> Checkpoint:
-        index = _json(entry / INDEX)
+        index = read_json(entry / INDEX)
         if index.get("key") != self._key:
             raise BadInput(f"{entry}: is a checkpoint of other work")
         if index.get("sha256") != _seal(index):
@@ -119,7 +119,7 @@ class CheckpointStore:
             path = entry / name
             if not path.is_file() or sha256(path) != expected:
                 raise BadInput(f"{path}: is {'not as it was written' if path.is_file() else 'missing'}")
-        return Checkpoint(entry, _json(entry / STATE), index["sha256"])
+        return Checkpoint(entry, read_json(entry / STATE), index["sha256"])
 
 
 def key_of(stage: str, settings: Mapping[str, Any], inputs: Iterable[Path], device: str) -> str:
@@ -150,16 +150,6 @@ def _index(directory: Path, key: str) -> dict[str, Any]:
 
 def _seal(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([index.get("key"), index.get("files")], sort_keys=True).encode()).hexdigest()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: must be a mapping, is {type(found).__name__}")
-    return found
 
 
 def _on_disk(directory: Path) -> None:

@@ -9,7 +9,7 @@ import jinja2
 from vitprune.errors import BadInput
 from vitprune.pipeline.report import curves, inputs, numbers, sections
 from vitprune.pipeline.report.numbers import Quantity
-from vitprune.runtime.files import replacing
+from vitprune.runtime.files import atomic_write
 
 _MODELS = ("dense", "pruned")
 _ACCURACIES = (("top1", "Top-1 accuracy, %"), ("top5", "Top-5 accuracy, %"))
@@ -48,7 +48,7 @@ def write_report(project: Path, out: Path) -> None:
         BadInput: metrics/evaluate.json is missing, or a file cannot be read or contradicts another.
     """
     page = _render(project)
-    with replacing(out) as partial:
+    with atomic_write(out) as partial:
         partial.write_text(page, encoding="utf-8")
 
 

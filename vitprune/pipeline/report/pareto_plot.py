@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from vitprune.runtime.files import replacing
+from vitprune.runtime.files import atomic_write
 
 INK, MUTED, RULE, PAPER = "#1d2126", "#5d6670", "#e2dfd7", "#fcfbf8"  # those of the report's page in the light
 # Okabe and Ito's colours, which the colour-blind can tell apart, the pale yellow left out; and a shape for each
@@ -95,7 +95,7 @@ def draw(points: Sequence[Point], dense: Dense, against: str, title: str, out: P
         figure = Figure(figsize=(8.4, 5.4), layout="constrained", facecolor=PAPER)
         _paint(figure, points, dense, against, title)
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        with replacing(out) as partial:
+        with atomic_write(out) as partial:
             figure.savefig(partial, format=kind, dpi=200, metadata=metadata)
 
 

@@ -13,7 +13,7 @@ from vitprune.errors import BadInput
 from vitprune.pipeline.report.inputs import read_json
 from vitprune.pipeline.report.pareto_plot import SCALE, Dense, Point, draw, front
 from vitprune.runtime import tables
-from vitprune.runtime.files import replacing
+from vitprune.runtime.files import atomic_write
 
 NUMBERS = (
     "top1", "top5", "params", "nonzero_params", "macs", "nonzero_macs", "latency_ms", "throughput",
@@ -153,5 +153,5 @@ def _any(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -19,9 +19,10 @@ from tests.support.tiny_models import batches
 from vitprune import BadInput, find_groups
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.kl.fisher import fisher_kl
-from vitprune.criteria.magnitude import magnitude, taylor
+from vitprune.criteria.magnitude import magnitude
 from vitprune.criteria.obs import fisher_blocks, gradients
 from vitprune.criteria.obs.cap import ovit
+from vitprune.criteria.taylor import taylor
 from vitprune.models.io import read_weights
 from vitprune.pipeline import score_stage, stages
 from vitprune.pruning.methods import METHODS

@@ -1,8 +1,17 @@
 """The slow and obvious versions of CAP: one image, one block and one weight at a time."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.support.tiny_models import batches
+from vitprune import find_groups
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
+from vitprune.criteria.obs.fisher_blocks import FisherBlocks
+
+SMALL = replace(DEFAULT_SCORE_CONFIG, block=24, damp=1e-7)
 
 
 def image_gradients(model: nn.Module, param: str, data: list) -> Tensor:
@@ -93,3 +102,15 @@ def fastcap_columns(fisher: Tensor, weights: Tensor, share: float, damp: float) 
             w[:, later] -= lost * upper[column, later]
         w[:, column] = kept
     return w
+
+
+def matrices(model: nn.Module, setting: ScoreConfig = SMALL, data: list | None = None) -> dict[str, Tensor]:
+    """Fisher blocks of a whole model, by parameter."""
+    found: dict[str, list[Tensor]] = {}
+    for part, fisher in FisherBlocks(model, find_groups(model, ["weight"]), data or batches(model), setting):
+        found.setdefault(part.param, []).append(fisher)
+    return {param: torch.cat(pieces) for param, pieces in found.items()}
+
+
+def cost(fisher: Tensor, weights: Tensor, new: Tensor) -> float:
+    return sum(block_loss(*pair) for pair in zip(fisher, new - weights, strict=True))

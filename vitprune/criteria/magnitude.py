@@ -1,18 +1,14 @@
-"""Criteria that read weights, or weights and their gradients: random, magnitude, energy, taylor."""
+"""Data-free importance: random, magnitude (L1 of a weight, L2 of a unit) and energy (LAMP, DIMAP)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from vitprune.criteria import Batches, Importance, ScoreConfig
 from vitprune.errors import BadInput
-from vitprune.evaluation.losses import cross_entropy
 from vitprune.groups import Group, unit_sums
-from vitprune.runtime.eval_mode import evaluating
-from vitprune.runtime.progress import track
 
 
 def random(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
@@ -28,7 +24,7 @@ def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, setti
     of all of a hidden unit's weights is a far worse guide (docs/LOG.md).
     """
     rows = [group if group.kind == "weight" else _producers(model, group) for group in groups]
-    squares = {name: parameter.detach().double().square() for name, parameter in _named(model, rows).items()}
+    squares = {name: parameter.detach().double().square() for name, parameter in parameters_of(model, rows).items()}
     return Importance({group.name: unit_sums(group, squares).sqrt() for group in rows})
 
 
@@ -39,33 +35,16 @@ def energy(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
 
     Source: DIMAP equation 10; LAMP (Lee et al. 2021) is the same score written from the other end.
     """
-    named = _named(model, groups)
+    named = parameters_of(model, groups)
     return Importance({group.name: _energy(_only_weight(group, named)) for group in groups})
 
 
-def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a unit by the squared first-order change of the loss on its removal, summed over batches.
+def parameters_of(model: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
+    """Return every parameter that the slices of the groups touch, by name.
 
-    sum over batches of (sum over the unit's weights of gradient * weight)^2, cross-entropy loss.
-
-    Source: Molchanov et al. 2019, equation 8.
+    Raises:
+        BadInput: a group has no slices (a block).
     """
-    if not batches:
-        raise BadInput("taylor: needs images with labels; give batches")
-    named = {name: weight.detach().requires_grad_() for name, weight in _named(model, groups).items()}  # frozen or not
-    device = next(model.parameters()).device
-    scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
-    for images, labels in track(batches, "taking gradients"):
-        with evaluating(model), torch.enable_grad():
-            loss = cross_entropy(functional_call(model, named, images.to(device)), labels.to(device))
-        gradients = torch.autograd.grad(loss, list(named.values()))
-        products = {name: g * w.detach() for (name, w), g in zip(named.items(), gradients, strict=True)}
-        for group in groups:
-            scores[group.name] += unit_sums(group, products).square()
-    return Importance(scores)
-
-
-def _named(model: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Parameter]:
     bare = [group.name for group in groups if not group.slices]
     if bare:
         raise BadInput(f"{bare[0]}: a block is not worth the sum of its weights; use a criterion that runs the model")

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitprune.criteria import Criterion, RecomputeUpdate, UpdateFromStats, corp, magnitude
+from vitprune.criteria import Criterion, RecomputeUpdate, UpdateFromStats, corp, magnitude, taylor
 from vitprune.criteria.kl import exact, fisher, leave_one_out
 from vitprune.criteria.obs import cap, fastcap, obc, units
 from vitprune.errors import BadInput
 from vitprune.pruning import rescoring
 
-ADDITIVE = (magnitude.taylor, leave_one_out.leave_one_out_kl, exact.exact_kl, fisher.fisher_kl)
+ADDITIVE = (taylor.taylor, leave_one_out.leave_one_out_kl, exact.exact_kl, fisher.fisher_kl)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
     "uniform": _single(magnitude.magnitude, "layer", "smallest weights of each layer"),
     "lamp": _single(magnitude.energy, "global", "layer-adaptive magnitude (Lee et al., ICLR 2021)"),
     "dimap": _single(magnitude.energy, "module", "data-free, module-aware: qkv, proj, mlp (He & Zhou, ICLR 2024)"),
-    "taylor": _single(magnitude.taylor, "global", "first-order change of the loss (Molchanov et al., CVPR 2019)"),
+    "taylor": _single(taylor.taylor, "global", "first-order change of the loss (Molchanov et al., CVPR 2019)"),
     "n:m": _single(magnitude.magnitude, "2:4", "N of every M consecutive weights stay", free_scope=True),
     "ovit": _blockwise(
         cap.ovit, cap.joint, "greedy second-order elimination in blocks, and the update (CAP, NeurIPS 2023); also N:M"
@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
     "channel-magnitude": _structured(
         magnitude.magnitude, "units whose rows have the least L2 norm (Li et al., ICLR 2017)"
     ),
-    "channel-taylor": _structured(magnitude.taylor, "units of least first-order change of the loss"),
+    "channel-taylor": _structured(taylor.taylor, "units of least first-order change of the loss"),
     "upvits": _upvits(
         fisher.fisher_kl,
         "KL divergence (Yu & Wu, SCIS 2023): to second order, then exactly where it decides who stays",
@@ -153,7 +153,7 @@ CRITERIA: dict[str, Criterion] = {
     "random": magnitude.random,
     "magnitude": magnitude.magnitude,
     "energy": magnitude.energy,
-    "taylor": magnitude.taylor,
+    "taylor": taylor.taylor,
     "kl-literal": leave_one_out.leave_one_out_kl,
     "kl-exact": exact.exact_kl,
     "kl-fisher": fisher.fisher_kl,

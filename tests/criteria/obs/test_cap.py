@@ -7,24 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.reference_obs import (
+    SMALL,
     block_loss,
     closed_form,
+    cost,
     image_gradients,
+    matrices,
     naive_fisher,
     right_looking,
     sherman_morrison,
 )
 from tests.support.tiny_models import batches, images, tiny
 from vitprune import find_groups, plan_for
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.obs import cap, greedy
-from vitprune.criteria.obs.fisher_blocks import FisherBlocks, inverse, one_by_one, together
+from vitprune.criteria.obs.fisher_blocks import inverse, one_by_one, together
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.groups import Masks
 from vitprune.pruning.prune import prune_cycles
 from vitprune.pruning.select import select
 
-SMALL = replace(DEFAULT_SCORE_CONFIG, block=24, damp=1e-7)
 METHODS = ["ovit", "ovit-increments", "woodfisher", "woodfisher-joint", "magnitude-obs", "fastcap"]
 
 
@@ -45,14 +46,6 @@ def alone(fisher: Tensor, gone: Tensor) -> Tensor:
     left = fisher * (~gone)[:, :, None] * (~gone)[:, None, :]
     left.diagonal(dim1=1, dim2=2).add_(1e-6 * gone)
     return left
-
-
-def matrices(model: nn.Module, setting: ScoreConfig = SMALL, data: list | None = None) -> dict[str, Tensor]:
-    """Fisher blocks of a whole model, by parameter."""
-    found: dict[str, list[Tensor]] = {}
-    for part, fisher in FisherBlocks(model, find_groups(model, ["weight"]), data or batches(model), setting):
-        found.setdefault(part.param, []).append(fisher)
-    return {param: torch.cat(pieces) for param, pieces in found.items()}
 
 
 def test_four_weights_by_hand() -> None:
@@ -189,10 +182,6 @@ def test_its_masks_cost_less_than_those_of_woodfisher_and_its_update_less_than_a
     assert best["diagonal"] < cost(fisher, weights, weights * keep["diagonal"])
     promised = scores["ovit"][group.name].view(-1, 24).masked_fill(keep["ovit"], 0).amax(dim=1).sum()
     assert best["ovit"] == pytest.approx(float(promised), rel=1e-6)
-
-
-def cost(fisher: Tensor, weights: Tensor, new: Tensor) -> float:
-    return sum(block_loss(*pair) for pair in zip(fisher, new - weights, strict=True))
 
 
 def test_increments_cost_no_more_than_cumulative_losses() -> None:

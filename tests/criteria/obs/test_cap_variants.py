@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.criteria.obs.test_cap import SMALL, cost, matrices
-from tests.support.reference_obs import fastcap_columns, image_gradients
+from tests.support.reference_obs import SMALL, cost, fastcap_columns, image_gradients, matrices
 from tests.support.tiny_models import batches, images, tiny
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_SCORE_CONFIG

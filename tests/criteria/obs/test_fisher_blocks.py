@@ -13,8 +13,7 @@ from vitprune import BadInput, find_groups, plan_for
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, ScoreConfig
 from vitprune.criteria.obs import cap
 from vitprune.criteria.obs.fisher_blocks import FisherBlocks
-from vitprune.criteria.obs.gradients import gradients
-from vitprune.criteria.obs.views import images_of, viewed
+from vitprune.criteria.obs.gradients import gradients, images_of, viewed
 from vitprune.criteria.obs.weight_blocks import Part, block_size, parts_of, portions
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.prune import prune_cycles

@@ -1,6 +1,6 @@
 """Gradients of the loss by the weights: one per image, or one per batch as CAP takes them."""
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from vitprune.criteria import Batches, ScoreConfig, layer_io
-from vitprune.criteria.obs.views import images_of
 from vitprune.criteria.obs.weight_blocks import Part
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import cross_entropy
@@ -20,6 +20,8 @@ Chunk = tuple[Part, Tensor]  # gradients by the weights of a part, (gradients, w
 Calls = list[tuple[Tensor, Tensor]]  # what a layer read and what it gave, call by call
 
 HELD = 32  # gradients of batches that are summed up at once
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop, as timm draws them
+ONE_SEED = 1 << 20  # batches apart, so that no two batches of no two cycles draw the same
 
 
 def number_of(batches: Batches, setting: ScoreConfig) -> int:
@@ -189,3 +191,50 @@ def _refuse_unused(wanted: Iterable[str], found: Container[str]) -> None:
     unused = [param for param in wanted if param not in found]
     if unused:
         raise BadInput(f"{unused[0]}: takes no part in the answer, so it has no gradient; leave it out")
+
+
+def images_of(
+    batches: Batches, number: int, seed: int, owns: Callable[[int], bool] = lambda batch: True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """So many images with labels, in batches: first all as they are, then again and again in random views.
+
+    Of them only the batches whose number is `mine`, counted over all turns.
+
+    Raises:
+        BadInput: more are wanted than there are, and they are no images that could be cropped.
+    """
+    given, place = 0, 0
+    while given < number:
+        for images, labels in batches:
+            taken, first = images[: number - given], place < len(batches)
+            if owns(place) and len(taken):
+                generator = torch.Generator().manual_seed(seed * ONE_SEED + place)
+                yield (taken if first else viewed(taken, generator)), labels[: len(taken)]
+            given, place = given + len(taken), place + 1
+
+
+def viewed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image cropped to a random part (8 to 100 % of its area) and resized, in half of all cases mirrored.
+
+    images (B, C, H, W) as the model reads them.
+
+    Raises:
+        BadInput: they have another shape.
+
+    Source: timm's RandomResizedCrop, which CAP's gradients are taken through.
+    """
+    if images.dim() != 4:
+        raise BadInput(f"score.gradients: inputs of shape {list(images.shape[1:])} have no crops; ask for fewer")
+    return torch.stack([_view(image, generator) for image in images])
+
+
+def _view(image: Tensor, generator: torch.Generator) -> Tensor:
+    height, width = image.shape[1:]
+    area, ratio, down, right, side = torch.rand(5, generator=generator).tolist()
+    share = (AREA[0] + area * (AREA[1] - AREA[0])) * height * width
+    aspect = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
+    h, w = (min(most, max(1, round((share * by) ** 0.5))) for most, by in ((height, 1 / aspect), (width, aspect)))
+    top, left = round(down * (height - h)), round(right * (width - w))
+    part = image[None, :, top : top + h, left : left + w]
+    whole = F.interpolate(part, (height, width), mode="bicubic", antialias=True)[0]
+    return whole.flip(2) if side < 0.5 else whole

@@ -1,0 +1,60 @@
+"""Properties of every criterion: it does not change the model, ignores dropout and refuses bad input."""
+
+import pytest
+import torch
+
+from tests.support.tiny_models import batches, same_state, state, tiny
+from vitprune import CRITERIA, METHODS, BadInput, find_groups, score
+from vitprune.criteria.magnitude import magnitude
+
+KINDS = {"random": "ffn", "magnitude": "ffn", "energy": "weight", "taylor": "ffn", "kl-literal": "head"}
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "kl-literal"])
+def test_dropout_takes_no_part_in_scoring(criterion: str) -> None:
+    vit = tiny("thin")
+    groups, data = find_groups(vit, ["head"]), batches(vit)
+    for block in vit.blocks:
+        block.mlp.drop1.p = 0.5
+    expected = score(vit.eval(), groups, criterion, data)
+    found = score(vit.train(), groups, criterion, data)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_criterion_leaves_the_model_as_it_was(vit: torch.nn.Module, criterion: str, training: bool) -> None:
+    vit.train(training)
+    before = state(vit)
+    kinds = {name: row.kinds[0] for name, row in METHODS.items()} | KINDS
+    groups = find_groups(vit, [kinds.get(criterion, "ffn")])
+    data = batches(vit)
+    found = score(vit, groups, criterion, data)
+    assert not any(images.requires_grad for images, _ in data)
+    assert same_state(vit, before)
+    assert all(p.grad is None and p.requires_grad for p in vit.parameters())
+    assert all(module.training is training for module in vit.modules())
+    assert [(n, tuple(s.shape), s.dtype) for n, s in found.items()] == [
+        (g.name, g.shape, torch.float64) for g in groups
+    ]
+    assert not any(s.requires_grad for s in found.values())
+
+
+def test_criteria_that_look_at_images_need_some(vit: torch.nn.Module) -> None:
+    for criterion in ("taylor", "kl-literal"):
+        with pytest.raises(BadInput, match=r"give batches$"):
+            score(vit, find_groups(vit, ["ffn"]), criterion)
+
+
+def test_an_unknown_criterion_is_refused_and_a_function_is_one(vit: torch.nn.Module) -> None:
+    groups = find_groups(vit, ["ffn"])
+    with pytest.raises(BadInput, match=r"^criterion 'best': unknown; use one of random, magnitude, energy"):
+        score(vit, groups, "best")
+    own, named = score(vit, groups, magnitude), score(vit, groups, "magnitude")
+    assert all(torch.equal(own[name], named[name]) for name in named)
+
+
+def test_an_iterator_of_batches_is_refused_since_every_cycle_reads_them_again(vit):
+    groups = find_groups(vit, ["ffn"])
+    with pytest.raises(BadInput, match="used up after one pass"):
+        score(vit, groups, "taylor", iter([(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))]))

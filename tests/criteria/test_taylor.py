@@ -1,0 +1,52 @@
+"""Taylor scores against finite differences of the loss."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.support.tiny_models import answer, batches
+from vitprune import find_groups, score
+from vitprune.groups import Group
+
+
+def loss_when_scaled(model: torch.nn.Module, group: Group, unit: int, by: float, batch: tuple) -> float:
+    """Loss with everything that goes with a unit scaled by 1 + by."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for part in group.slices:
+            tensor = model.get_parameter(part.param)
+            if part.axis is None:
+                tensor.view(-1)[unit] *= 1 + by
+            else:
+                shape = tensor.shape
+                spread = tensor.movedim(part.axis, 0).reshape(part.outer, group.units, part.inner, -1).clone()
+                spread[:, unit] *= 1 + by
+                moved = spread.reshape(shape[part.axis], -1)
+                rest = [size for axis, size in enumerate(shape) if axis != part.axis]
+                tensor.copy_(moved.view(shape[part.axis], *rest).movedim(0, part.axis))
+    return float(F.cross_entropy(answer(model, batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize("kind", ["weight", "ffn", "attention", "head", "residual"])
+def test_taylor_is_the_squared_derivative_of_the_loss(vit: torch.nn.Module, kind: str) -> None:
+    group = find_groups(vit, [kind])[-1]
+    data, step = batches(vit), 1e-5
+    found = score(vit, [group], "taylor", data)[group.name].flatten()
+    for unit in range(0, group.units, max(1, group.units // 3)):
+        slopes = [
+            (loss_when_scaled(vit, group, unit, step, b) - loss_when_scaled(vit, group, unit, -step, b)) / (2 * step)
+            for b in data
+        ]
+        assert float(found[unit]) == pytest.approx(sum(slope**2 for slope in slopes), rel=1e-4, abs=1e-18)
+
+
+def test_taylor_needs_no_gradient_switched_on(vit: torch.nn.Module) -> None:
+    groups, data = find_groups(vit, ["ffn"]), batches(vit)
+    expected = score(vit, groups, "taylor", data)
+    vit.requires_grad_(False)
+    with torch.no_grad():
+        found = score(vit, groups, "taylor", data)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not any(p.requires_grad for p in vit.parameters())

@@ -1,0 +1,39 @@
+"""First-order Taylor importance: the squared change of the loss when a unit is removed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from vitprune.criteria import Batches, Importance, ScoreConfig
+from vitprune.criteria.magnitude import parameters_of
+from vitprune.errors import BadInput
+from vitprune.evaluation.losses import cross_entropy
+from vitprune.groups import Group, unit_sums
+from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.progress import track
+
+
+def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+    """Score a unit by the squared first-order change of the loss on its removal, summed over batches.
+
+    sum over batches of (sum over the unit's weights of gradient * weight)^2, cross-entropy loss.
+
+    Source: Molchanov et al. 2019, equation 8.
+    """
+    if not batches:
+        raise BadInput("taylor: needs images with labels; give batches")
+    named = {
+        name: weight.detach().requires_grad_() for name, weight in parameters_of(model, groups).items()
+    }  # frozen or not
+    device = next(model.parameters()).device
+    scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
+    for images, labels in track(batches, "taking gradients"):
+        with evaluating(model), torch.enable_grad():
+            loss = cross_entropy(functional_call(model, named, images.to(device)), labels.to(device))
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        products = {name: g * w.detach() for (name, w), g in zip(named.items(), gradients, strict=True)}
+        for group in groups:
+            scores[group.name] += unit_sums(group, products).square()
+    return Importance(scores)

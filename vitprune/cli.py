@@ -25,8 +25,9 @@ from vitprune.evaluation.check_model import check as proofs
 from vitprune.evaluation.check_removal import Proof
 from vitprune.groups import KINDS
 from vitprune.pipeline import promotion, stages, sweep_plan, torchrun
+from vitprune.pipeline.import_scores import import_scores as scores_of_lists
+from vitprune.pipeline.project_data import OUT
 from vitprune.pipeline.project_template import Choice, create
-from vitprune.pipeline.stage_context import OUT
 from vitprune.pruning.methods import METHODS
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
@@ -38,8 +39,8 @@ SWEEPS = "Sweeps (vitprune-sweep runs them)"
 def application() -> typer.Typer:
     """Build the command line: one command per stage, then those to look around."""
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-    for name, stage in stages.STAGES.items():
-        app.command(name, help=stage.__doc__, rich_help_panel=IN_ORDER)(_command(name))
+    for name, summary in stages.STAGES.items():
+        app.command(name, help=summary, rich_help_panel=IN_ORDER)(_command(name))
     app.command("report", rich_help_panel=IN_ORDER)(report)
     for command in (methods, inspect, check):
         app.command(rich_help_panel=LOOKING)(command)
@@ -69,14 +70,14 @@ def main() -> None:
 def _stop(line: str, code: int = 2) -> None:
     if os.environ.get("RANK", "0") == "0" or code == 2:
         print(f"Error: {line}", file=sys.stderr)
-    torchrun.say(code)
+    torchrun.report_exit_code(code)
     sys.exit(code)
 
 
 def _command(stage: str) -> Callable[[Path], None]:
     def command(project: Project = Path()) -> None:
         if torchrun.wanted(stage):
-            raise typer.Exit(torchrun.together(stage, project))
+            raise typer.Exit(torchrun.launch(stage, project))
         stages.run(stage, project)
 
     return command
@@ -114,7 +115,7 @@ def import_scores(
 ) -> None:
     """Take the scores of UP-ViTs' authors for those of the score stage."""
     directory = lists.resolve()
-    stages.import_scores(stages.enter(project), directory, parsing)
+    scores_of_lists(stages.enter(project), directory, parsing)
     print(f"{project / OUT / 'score'}: written from {directory}")
     print("Next: dvc commit -f score && dvc repro")
 

@@ -20,7 +20,7 @@ from vitprune.architectures import rebuild, structure
 from vitprune.architectures.block_removal import IdentityBlock
 from vitprune.evaluation.accuracy import costs
 from vitprune.groups import Group, mask_without
-from vitprune.pipeline.cycles import mask_facts
+from vitprune.pipeline.artifacts import mask_facts
 
 PYRAMIDS = ["swin", "pvt", "pvt-linear"]
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from tests.pipeline.test_stages import ORDER, project_in
+from tests.support.digits_project import ORDER, project_in
 from tests.support.pruned_models import cut_of, dense_of
 from tests.support.tiny_models import answer, images
 from vitprune import BadInput, prune, save, write_card

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from tests.pipeline.test_stages import project_in
+from tests.support.digits_project import project_in
 from tests.support.tiny_models import ZOO, answer, images, redrawn
 from vitprune import find_groups, models, prune
 from vitprune.config.params import Export

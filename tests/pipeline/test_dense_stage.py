@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 import vitprune
-from tests.pipeline.test_stages import ORDER, project_in
+from tests.support.digits_project import ORDER, project_in
 from vitprune import BadInput, find_groups, shrink
 from vitprune.architectures import structure
 from vitprune.config.params import Params
@@ -152,7 +152,7 @@ def test_with_the_same_classes_the_classifier_is_kept(pruned):
 REFUSED = [
     ({"dense__train": None}, r"dense.train: the classifier for 3 classes is new \(.* has 10\), so give epochs"),
     ({"model__name": "deit_tiny_patch16_224"}, "model.name: deit_tiny_patch16_224, but .* holds vit_tiny_patch16_224"),
-    ({"model__args": {"depth": 2}}, "model.args.depth: .* says it itself; remove it"),
+    ({"model__args": {"depth": 2}}, "model.args.depth: is fixed by checkpoint .*; remove it"),
     ({"model__args": {"num_classes": "three"}}, "model.args.num_classes: 'three' is not a number of classes"),
     ({"model__args": {"num_classes": 0}}, "model.args.num_classes: 0 is not a number of classes"),
     ({"dense__checkpoint": "data"}, "data/config.json: no such file; give a directory written by vitprune.save"),

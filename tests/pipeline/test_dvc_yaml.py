@@ -1,5 +1,8 @@
-"""dvc.yaml against what it speaks of: every parameter exists, every code dependency is a file."""
+"""dvc.yaml: the stages, parameters and code dependencies that it lists, checked against the code."""
 
+import ast
+import builtins
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -7,7 +10,7 @@ import yaml
 
 from vitprune.config.params import load
 from vitprune.pipeline import stages
-from vitprune.pruning.prune import plan_for
+from vitprune.pruning.plan import plan_of
 
 ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -19,6 +22,78 @@ def has(params: dict, dotted: str) -> bool:
     for section in sections:
         params = params[section]
     return leaf in params
+
+
+def code_deps(stage: str) -> list[str]:
+    return [dep for dep in STAGES[stage]["deps"] if dep.startswith("vitprune/")]
+
+
+def covers(dep: str, path: str) -> bool:
+    return path == dep or (dep.endswith("/") and path.startswith(dep))
+
+
+def file_of(module: str) -> Path | None:
+    """Return the source file of a module of this repository, None for a name that is no module."""
+    path = ROOT / module.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def only_defines_exceptions(tree: ast.Module) -> bool:
+    """Return whether a module has constants and exception classes only: it decides no number, so no stage needs it."""
+    exceptions = {
+        name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)
+    }
+    for node in tree.body:
+        match node:
+            case ast.Expr(ast.Constant()) | ast.Assign(value=ast.Constant() | ast.Tuple()):
+                continue
+            case ast.ClassDef(name=name, bases=[ast.Name(id=base)]) if base in exceptions:
+                exceptions.add(name)
+            case _:
+                return False
+    return True
+
+
+@cache
+def imports(path: Path) -> frozenset[Path]:
+    """Return the files of this package that a file imports, anywhere in it, and the packages around them.
+
+    The package `vitprune` itself only passes on names of its modules, so it is no dependency. This holds as long as the
+    modules take nothing but modules and its version from it, which is asserted.
+    """
+    tree = ast.parse(path.read_text())
+    modules: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names if alias.name.split(".")[0] == "vitprune"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vitprune":
+            assert node.level == 0
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= {name for name in names if file_of(name)}
+            assert node.module != "vitprune" or all(map(file_of, names)), f"{path}: import {names} from its module"
+            modules.add(node.module)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "vitprune":
+            assert node.attr == "__version__", f"{path}: import {node.attr} from its module"
+    parents = {".".join(name.split(".")[:depth]) for name in modules for depth in range(2, name.count(".") + 2)}
+    files = {file_of(name) for name in (modules | parents) - {"vitprune"}}
+    assert None not in files, f"{path}: imports a module that is not there: {modules}"
+    return frozenset(file for file in files if not only_defines_exceptions(ast.parse(file.read_text())))
+
+
+def closure(stage: str) -> set[str]:
+    """Return the files that a stage runs: its module, `stages.py`, which calls it, and all that they import."""
+    entry = "report" if stage == "report" else f"{stage}_stage"
+    waiting = [file_of(f"vitprune.pipeline.{entry}"), file_of("vitprune.pipeline.stages")]
+    reached: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        assert path is not None
+        if path not in reached:
+            reached.add(path)
+            waiting += imports(path)
+    if stage == "report":
+        reached.remove(file_of("vitprune.pipeline.stages"))
+    return {path.relative_to(ROOT).as_posix() for path in reached}
 
 
 def test_the_stages_are_those_of_the_command_line_in_order():
@@ -35,15 +110,39 @@ def test_settings_name_every_parameter_that_a_stage_depends_on(path):
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_settings_are_valid(path):
-    prune = load(path).prune
-    sparsity = dict.fromkeys(prune.kinds, prune.sparsity) if prune.kinds else prune.sparsity
-    plan_for(prune.method, sparsity, prune.scope, prune.heads, prune.cycles, prune.schedule)
+    assert plan_of(load(path)).cycles >= 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_module_that_a_stage_imports_is_a_dependency_of_it(stage):
+    needed = closure(stage)
+    assert len(needed) > 5
+    assert [path for path in sorted(needed) if not any(covers(dep, path) for dep in code_deps(stage))] == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_code_dependency_is_imported_by_its_stage(stage):
+    needed = closure(stage)
+    assert [dep for dep in code_deps(stage) if not any(covers(dep, path) for path in needed)] == []
+
+
+def test_dependencies_are_found_through_functions_and_packages():
+    assert "vitprune/pruning/select.py" in closure("score")
+    assert "vitprune/pipeline/project_data.py" in closure("export")
+    assert "vitprune/criteria/kl/fisher.py" in closure("prune")
+    assert not {path for path in closure("score") if path.startswith("vitprune/pipeline/report/")}
+    assert "vitprune/errors.py" not in closure("score")
 
 
 def test_code_dependencies_are_there():
-    code = {dep for stage in STAGES.values() for dep in stage["deps"] if dep.startswith("vitprune/")}
+    code = {dep for stage in STAGES for dep in code_deps(stage)}
     assert len(code) > 15
     assert [dep for dep in code if not (ROOT / dep).exists()] == []
+
+
+def test_a_change_of_the_report_runs_the_report_only():
+    report = "vitprune/pipeline/report/page.py"
+    assert [stage for stage in STAGES if any(covers(dep, report) for dep in code_deps(stage))] == ["report"]
 
 
 def test_a_change_of_sparsity_runs_from_mask_on_only():

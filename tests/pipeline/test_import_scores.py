@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.support.index_lists import read_mask, removal_lists
 from tests.support.tiny_models import VIT, tiny
 from vitprune import BadInput, Group, find_groups, save, shrink
 from vitprune.architectures import merge_heads
 from vitprune.config.params import Params
-from vitprune.pipeline import stages
-from vitprune.pipeline.import_scores import read_all, read_mask, read_scores, removal_lists
+from vitprune.pipeline import mask_stage
+from vitprune.pipeline.import_scores import import_scores, read_all, read_scores
 from vitprune.pruning.select import select
 
 
@@ -125,7 +126,7 @@ def test_what_is_no_list_of_scores_is_refused(tmp_path: Path, lines: list[str], 
 
 def test_missing_and_doubtful_lists_are_named(tmp_path: Path, vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
-    with pytest.raises(BadInput, match=r"of the lists \*_ffn_192_kl_0_\*k.txt for blocks.0.mlp .* found none$"):
+    with pytest.raises(BadInput, match=r"expected one list \*_ffn_192_kl_0_\*k.txt for blocks.0.mlp, found none$"):
         read_all(tmp_path, groups)
     write(tmp_path / "kl2k/tiny_ffn_192_kl_0_2k.txt", [1.0] * 192)
     write(tmp_path / "kl5k/tiny_ffn_192_kl_0_5k.txt", [1.0] * 191)
@@ -159,10 +160,12 @@ def test_imported_lists_decide_the_first_masks(tmp_path: Path, monkeypatch: pyte
         write(tmp_path / f"lists/tiny_ffn_192_kl_{block}_2k.txt", lists[f"blocks.{block}.mlp"])
     for method in ("upvits", "upvits-refit"):
         other = params.model_copy(update={"prune": params.prune.model_copy(update={"method": method})})
-        with pytest.raises(BadInput, match=f"^prune.method {method}: would measure again what the lists say"):
-            stages.import_scores(other, tmp_path / "lists", "correct")
-    stages.import_scores(params, tmp_path / "lists", "correct")
-    stages.mask(params)
+        with pytest.raises(
+            BadInput, match=f"^prune.method {method}: computes scores of its own; set it to upvits-exact"
+        ):
+            import_scores(other, tmp_path / "lists", "correct")
+    import_scores(params, tmp_path / "lists", "correct")
+    mask_stage.run(params)
     masks = load_file("out/mask/masks.safetensors")
     for name, scores in lists.items():
         assert (~masks[name]).nonzero().flatten().tolist() == sorted(naive_list(scores, 96))

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import vitprune
 from tests.support.tiny_models import batches, random_masks, state, tiny
 from vitprune import METHODS, find_groups, models, plan_for, zero
-from vitprune.config.params import Schedule
+from vitprune.config.params import Schedule, load
 from vitprune.config.train_config import Train
 from vitprune.criteria import Importance, ScoreConfig
 from vitprune.criteria import magnitude as by_weights
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.pipeline import stages
+from vitprune.pipeline.project_data import open_images
 from vitprune.pruning.methods import Method
 from vitprune.pruning.prune import prune_cycles
 from vitprune.runtime.files import sha256
@@ -205,7 +206,7 @@ def test_every_cycle_leaves_its_recovered_model(monkeypatch: pytest.MonkeyPatch,
     for cycle, share in enumerate(steps.values(), 1):
         folder = tmp_path / f"out/cycles/{cycle:02d}"
         facts, model = json.loads((folder / "metrics.json").read_text()), models.load(folder)
-        table = table or stages.stage_context.open_images("eval", model, stages.load(Path("params.yaml")))
+        table = table or open_images("eval", model, load(Path("params.yaml")))
         found = accuracy(model, vitprune.data.eval_batches(table, 256))[0]["top1"]
         assert (found, sha256(folder / models.WEIGHTS)) == (facts["top1_after"], facts["sha256"])
         masks = load_file(folder / "masks.safetensors")

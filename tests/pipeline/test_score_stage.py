@@ -1,6 +1,5 @@
 """Scores shared among real processes, and taken up after a SIGKILL."""
 
-import os
 import subprocess
 import sys
 import time
@@ -13,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.pipeline.test_stages import ORDER, project_in
 from tests.support.cap_worker import KINDS, setting_of
+from tests.support.digits_project import ORDER, project_in
+from tests.support.subprocesses import ONE_THREAD, TOGETHER
 from tests.support.tiny_models import batches
 from vitprune import BadInput, find_groups
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
@@ -26,11 +26,10 @@ from vitprune.criteria.taylor import taylor
 from vitprune.models.io import read_weights
 from vitprune.pipeline import score_stage, stages
 from vitprune.pruning.methods import METHODS
+from vitprune.runtime.distributed import ProcessGroup
 from vitprune.runtime.files import sha256
 
 ROOT = Path(__file__).parents[2]
-TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def worker(directory: Path, together: bool = False, seconds: float = 0.0) -> subprocess.Popen[bytes]:
@@ -48,7 +47,7 @@ def done_in(directory: Path) -> int:
 def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path, criterion) -> None:
     groups, data = find_groups(vit, ["ffn", "head"]), batches(vit, 3)
     work = score_stage.ScoringJob(criterion, groups, data, replace(DEFAULT_SCORE_CONFIG, classes=2))
-    found = work.importance(vit, True, tmp_path, score_stage.ProcessGroup()).scores
+    found = work.importance(vit, True, tmp_path, ProcessGroup()).scores
     expected = criterion(vit, groups, data, work.setting).scores
     for name, score in expected.items():
         assert found[name].shape == score.shape
@@ -58,11 +57,10 @@ def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path
 def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_path: Path) -> None:
     groups, data = find_groups(vit, ["ffn"]), batches(vit, 3)
     work = score_stage.ScoringJob(fisher_kl, groups, data, DEFAULT_SCORE_CONFIG)
-    first = work.importance(vit, True, tmp_path, score_stage.ProcessGroup()).scores
+    first = work.importance(vit, True, tmp_path, ProcessGroup()).scores
     (path,) = tmp_path.glob("scores-*.safetensors")
     assert all(
-        torch.equal(first[n], score)
-        for n, score in work.importance(vit, True, tmp_path, score_stage.ProcessGroup()).scores.items()
+        torch.equal(first[n], score) for n, score in work.importance(vit, True, tmp_path, ProcessGroup()).scores.items()
     )
     assert list(tmp_path.iterdir()) == [path]  # found again, nothing else beside it
     others = [
@@ -72,10 +70,10 @@ def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_pat
         replace(work, groups=groups[:1]),
     ]
     for other in others:
-        other.importance(vit, True, tmp_path, score_stage.ProcessGroup())
+        other.importance(vit, True, tmp_path, ProcessGroup())
     with torch.no_grad():
         vit.head.bias[0] += 1
-    changed = work.importance(vit, True, tmp_path, score_stage.ProcessGroup()).scores
+    changed = work.importance(vit, True, tmp_path, ProcessGroup()).scores
     assert len(list(tmp_path.iterdir())) == 6
     assert not torch.equal(changed["blocks.0.mlp"], first["blocks.0.mlp"])
     score_stage.clear_partial(tmp_path)
@@ -97,7 +95,7 @@ def test_killed_and_taken_up_by_two_processes_it_is_the_same_to_the_bit(vit: nn.
         fisher_kl, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULT_SCORE_CONFIG
     )
     found = load_file(tmp_path / "scores.safetensors")
-    expected = work.importance(vit, True, tmp_path / "other", score_stage.ProcessGroup()).scores
+    expected = work.importance(vit, True, tmp_path / "other", ProcessGroup()).scores
     assert all(torch.equal(found[name], score) for name, score in expected.items())
 
 
@@ -151,16 +149,16 @@ def test_blocks_broken_off_anywhere_are_taken_up(
         left[0], starts = 7, starts + 1
         assert starts < 30
         with suppress(KeyboardInterrupt):
-            found = work.importance(vit, False, tmp_path, score_stage.ProcessGroup(), collective=True)
+            found = work.importance(vit, False, tmp_path, ProcessGroup(), collective=True)
     assert starts > 3
     assert all(torch.equal(found.scores[name], score) for name, score in expected.items())
 
 
 def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:
     work = score_stage.ScoringJob(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_SCORE_CONFIG)
-    assert work.importance(vit, False, tmp_path, score_stage.ProcessGroup()) is not None
+    assert work.importance(vit, False, tmp_path, ProcessGroup()) is not None
     with pytest.raises(BadInput, match=r"^magnitude: its scores are no sums over images; use one process$"):
-        work.importance(vit, False, tmp_path, score_stage.ProcessGroup(0, 2))
+        work.importance(vit, False, tmp_path, ProcessGroup(0, 2))
     additive = {name for name, row in METHODS.items() if row.additive}
     assert {"taylor", "channel-taylor", "upvits", "upvits-literal", "upvits-exact", "upvits-fisher"} <= additive
     assert not {"random", "magnitude", "lamp", "dimap", "channel-magnitude"} & additive

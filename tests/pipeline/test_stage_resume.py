@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vitprune import data, models
+from vitprune.config.params import load
 from vitprune.errors import BadInput
 from vitprune.pipeline import stages
+from vitprune.pipeline.project_data import open_images
 from vitprune.runtime.files import sha256
 from vitprune.training.checkpoint_store import CheckpointStore
 from vitprune.training.saving import EVERY, Checkpointer
@@ -159,10 +162,10 @@ def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monk
         stages.run("prune", project)
     told = str(refused.value)
     assert "\n" not in told
-    table = stages.stage_context.open_images("train", stages.models.load("out/dense"), stages.load(Path("params.yaml")))
-    ids = stages.data.batch_ids(table, 512, 1000, 0, 1)
+    table = open_images("train", models.load("out/dense"), load(Path("params.yaml")))
+    ids = data.batch_ids(table, 512, 1000, 0, 1)
     assert f"; its images: {', '.join(ids[:8])} and 504 more; the last good state is in {KEPT}/prune-" in told
-    images, _ = list(stages.data.train_batches(table, 512, 1000, 0))[1]
+    images, _ = list(data.train_batches(table, 512, 1000, 0))[1]
     assert len(ids) == len(images) == len(set(ids))
 
 

@@ -10,24 +10,11 @@ import yaml
 from safetensors.torch import load_file
 
 import vitprune
+from tests.support.digits_project import ORDER, project_in
 from vitprune.pipeline import stages
 from vitprune.runtime.files import sha256
 
 ROOT = Path(__file__).parents[2]
-SHORT = {"epochs": 2, "batch_size": 64, "lr": 0.002, "augment": "digits"}
-ORDER = ["dataset", "dense", "calibrate", "score", "mask", "prune", "distill", "evaluate", "export"]
-
-
-def project_in(path: Path, **prune: object) -> Path:
-    """A small project; `prune` overrides the method's settings."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["model"]["args"] |= {"depth": 2, "embed_dim": 48, "num_heads": 3}
-    params["dense"]["train"] = params["prune"]["recover"] = params["distill"]["train"] = SHORT
-    params["calibrate"]["size"], params["evaluate"]["latency_runs"], params["export"]["onnx"] = 100, 5, False
-    params["prune"] |= prune
-    path.mkdir()
-    (path / "params.yaml").write_text(yaml.safe_dump(params))
-    return path
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from vitprune.criteria import magnitude as by_weights
 from vitprune.criteria.kl import leave_one_out as by_kl
 from vitprune.data import example_input
 from vitprune.models.io import read_weights, write_weights
-from vitprune.pipeline import stages
+from vitprune.pipeline import mask_stage
 from vitprune.pruning.cost_target import make_cost_model, solve
 from vitprune.pruning.cycle_masks import select_masks
 from vitprune.pruning.prune import prune_cycles
@@ -192,7 +192,7 @@ def test_the_mask_stage_writes_what_it_resolved(
         by_weights.magnitude(dense, groups, (), plan_for("uniform", 0.5).setting).scores,
         tmp_path / "out/score/scores.safetensors",
     )
-    stages.mask(Params.model_validate(settings))
+    mask_stage.run(Params.model_validate(settings))
     facts = json.loads(Path("metrics/mask.json").read_text())
     shrink(dense, groups, read_weights(tmp_path / "out/mask/masks.safetensors"))
     reached = cost(dense, "params") / whole

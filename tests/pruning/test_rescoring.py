@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.pipeline.test_stages import ORDER, project_in
+from tests.support.digits_project import ORDER, project_in
 from tests.support.tiny_models import batches, tiny
 from vitprune import find_groups, prune
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig

@@ -14,7 +14,7 @@ from vitprune.config.targets import Rule
 from vitprune.criteria import magnitude as by_weights
 from vitprune.data import example_input
 from vitprune.models.io import read_weights, write_weights
-from vitprune.pipeline import stages
+from vitprune.pipeline import mask_stage
 from vitprune.pruning.cycle_masks import select_masks
 from vitprune.pruning.methods import Method
 from vitprune.pruning.plan import plan_of
@@ -255,7 +255,7 @@ def test_params_yaml_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     groups = find_groups(dense, ["ffn"])
     scores = by_weights.magnitude(dense, groups, (), plan.setting).scores
     write_weights(scores, tmp_path / "out/score/scores.safetensors")
-    stages.mask(params)
+    mask_stage.run(params)
     masks: dict[str, Tensor] = read_weights(tmp_path / "out/mask/masks.safetensors")
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"blocks.0.mlp": 192, "blocks.1.mlp": 96}
     alike = select_masks(

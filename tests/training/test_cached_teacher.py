@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.recipe_models import stand_in, write_images
 from tests.support.tiny_models import images, noisy, random_masks, state, tiny
-from tests.training.test_published_recipes import stand_in, write_images
 from vitprune import BadInput, data, find_groups, zero
 from vitprune.config.params import Dataset, Distill, Params, checked, load
 from vitprune.config.train_config import Train
-from vitprune.pipeline import stage_context, stages
+from vitprune.pipeline import dataset_stage
 from vitprune.pipeline.artifacts import History
+from vitprune.pipeline.stage_training import train_model
 from vitprune.runtime.distributed import ProcessGroup
 from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_answers
 from vitprune.training.checkpoint_store import CheckpointStore
@@ -95,7 +96,7 @@ def test_a_stage_asks_its_teacher_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     params: Params = load(ROOT / "params.yaml")
     params = params.model_copy(update={"dataset": Dataset(source="folder:images", eval_fraction=0.17)})
-    stages.dataset(params)
+    dataset_stage.run(params)
     found = []
     for cache in (False, True):
         student, teacher, seen = stand_in("deit"), stand_in("deit"), []
@@ -107,8 +108,8 @@ def test_a_stage_asks_its_teacher_once(tmp_path: Path, monkeypatch: pytest.Monke
         teacher.patch_embed.register_forward_hook(lambda *given, seen=seen: seen.append(len(given[2])))
         task = distilling(student, teacher, settings, 0.0, 0)
         history = History(tmp_path / str(cache), "distill")
-        stage_context.train_model(
-            task, recipe, project, history, CheckpointStore(tmp_path / f"s{cache}", "key"), recalls=settings.cache
+        train_model(
+            task, recipe, project, history, CheckpointStore(tmp_path / f"s{cache}", "key"), cache_outputs=settings.cache
         )
         found.append((sum(seen), history.rows))
     assert [images for images, _ in found] == [20, 10]

@@ -4,20 +4,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
-from torch import nn
 
-from tests.support.tiny_models import PVT, SWIN, VIT, random_masks, state
+from tests.support.recipe_models import stand_in, write_images
+from tests.support.tiny_models import random_masks, state
 from vitprune import find_groups, prune, zero
 from vitprune.config.params import Dataset, Params, load
 from vitprune.config.train_config import Train
-from vitprune.pipeline import stage_context, stages
+from vitprune.pipeline import dataset_stage
 from vitprune.pipeline.artifacts import History
-from vitprune.pipeline.stage_context import RecoverySegment
+from vitprune.pipeline.stage_training import RecoverySegment, train_model
 from vitprune.pruning.plan import plan_of
 from vitprune.training.checkpoint_store import CheckpointStore
 from vitprune.training.loop import FrozenZeros, classification, distilling
@@ -62,17 +59,6 @@ UP = {"epochs": 200, "batch_size": 256, "optimizer": "adamw", "lr": 1e-3, "min_l
 UP |= {"clip": None, "warmup_epochs": 2, "cutmix": 0.5, "mixup": 0.0, "drop_path": 0.1, "ema": 0.999}
 DIMAP = {"epochs": 30, "optimizer": "adamw", "lr": 2e-5, "min_lr": 2e-7, "weight_decay": 1e-8, "warmup_epochs": 15}
 PAPERS = {"up_deit_tiny": UP, "up_deit_small": UP, "up_pvt_v2_b0": UP, "dimap_swin_tiny": DIMAP}
-
-LAYERS = {"num_classes": 7, "pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
-STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {
-    "deit": ("deit_tiny_patch16_224", VIT),
-    "swin": ("swin_tiny_patch4_window7_224", SWIN),
-    "pvt": ("pvt_v2_b0", PVT | {"pretrained_cfg_overlay": {"input_size": (3, 32, 32)}}),
-    "xcit": ("xcit_nano_12_p16_224", LAYERS | {"depth": 2, "embed_dim": 32, "num_heads": 2, "cls_attn_layers": 1}),
-    "convnext": ("convnext_tiny", LAYERS | {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
-    "resnet50d": ("resnet50d", LAYERS | {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}),
-    "tf": ("test_efficientnet", LAYERS),
-}
 
 
 def section(params: Params, stage: str) -> Train | None:
@@ -122,23 +108,6 @@ def test_recipes_of_other_papers_have_their_values(name: str) -> None:
     assert {key: getattr(recipe, key) for key in PAPERS[name]} == PAPERS[name]
 
 
-def stand_in(name: str) -> nn.Module:
-    """A small float32 model of a recipe's family."""
-    found = next(made for start, made in STAND_INS.items() if name.startswith(start))
-    torch.manual_seed(0)
-    model: nn.Module = timm.create_model(found[0], **found[1])
-    return model
-
-
-def write_images(folder: Path) -> None:
-    generator = np.random.default_rng(0)
-    for number in range(12):
-        pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        path = folder / str(number % 2) / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-
-
 @pytest.mark.parametrize(("name", "stage"), TRAINED)
 def test_two_steps_of_a_recipe(name: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = load(RECIPES[name])
@@ -147,7 +116,7 @@ def test_two_steps_of_a_recipe(name: str, stage: str, tmp_path: Path, monkeypatc
     write_images(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
     params = params.model_copy(update={"dataset": Dataset(source="folder:images", eval_fraction=0.17)})
-    stages.dataset(params)
+    dataset_stage.run(params)
 
     dense, held = stand_in(params.model.name), None
     if stage == "distill":
@@ -161,9 +130,7 @@ def test_two_steps_of_a_recipe(name: str, stage: str, tmp_path: Path, monkeypatc
     before, history = state(model), History(tmp_path / "out", stage)
     short = recipe.model_copy(update={"epochs": 1, "batch_size": 5})  # of 10 images
     part = RecoverySegment(1, plan_of(params).epochs(recipe.epochs), {}) if stage == "recover" else None
-    stage_context.train_model(
-        task, short, params, history, CheckpointStore(tmp_path / "shelf", "key"), held, None, part
-    )
+    train_model(task, short, params, history, CheckpointStore(tmp_path / "shelf", "key"), held, None, part)
 
     (row,) = history.rows
     middle = (recipe.lr + recipe.min_lr) / 2

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.pipeline.test_score_stage import ONE_THREAD
+from tests.support.subprocesses import ONE_THREAD
 from tests.support.tiny_models import batches, noisy, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, prune, zero
 from vitprune.config.train_config import Train

@@ -1,40 +1,54 @@
-"""Facts as files: JSON metrics, CSV plots, training histories, and the rows of the summary tables."""
+"""Files that several stages write: masks, sparsity and score tables, training histories, costs of a saved model."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
+from torch import nn
 
+from vitprune import data, models
+from vitprune.evaluation.accuracy import count
 from vitprune.groups import Group, Masks, Scores
-from vitprune.runtime.files import atomic_write, write_csv
+from vitprune.runtime import tables
+from vitprune.runtime.files import atomic_write, sha256, write_csv
+
+MASKS, SCORES = "masks.safetensors", "scores.safetensors"
 
 
 class History:
-    """The curve of a stage's training: one JSON line per epoch as it goes, a CSV for plots at the end."""
+    """The curve of a stage's training: history.jsonl with one line per epoch, and a CSV file for plots.
+
+    Args:
+        directory: Directory of history.jsonl.
+        stage: Name of the stage.
+        writes: False on every rank but 0, which keep the rows in memory only.
+    """
 
     def __init__(self, directory: Path, stage: str, writes: bool = True):
         self.stage, self._writes = stage, writes
         self._rows: list[dict[str, Any]] = []
         self._path = directory / "history.jsonl"
-        if writes:  # of several processes, the first
+        if writes:
             directory.mkdir(parents=True, exist_ok=True)
             self._path.unlink(missing_ok=True)  # the record of an earlier run may hold a link to the old file
             self._path.touch()
 
     @property
     def epochs(self) -> int:
-        """Epochs recorded so far."""
+        """Number of epochs recorded."""
         return len(self._rows)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """What is recorded so far."""
+        """A copy of the recorded rows."""
         return list(self._rows)
 
     def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what was recorded before, in the place of what is there."""
+        """Replace the recorded rows by those of a checkpoint."""
         self._rows = [dict(row) for row in rows]
         if self._writes:
             with atomic_write(self._path) as partial:
@@ -49,15 +63,40 @@ class History:
                 file.write(self._line(numbered))
 
     def close(self, plot: Path) -> None:
-        """Write the whole curve as CSV."""
+        """Write the curve as CSV."""
         write_csv(plot, self._rows)
 
     def _line(self, row: Mapping[str, Any]) -> str:
         return json.dumps({"stage": self.stage} | dict(row)) + "\n"
 
 
+def model_facts(model: nn.Module, directory: Path) -> dict[str, Any]:
+    """Return parameters and MACs of a model and the SHA-256 of its weights in a directory."""
+    counts = count(model, data.example_input(model, 1))
+    return asdict(counts) | {"sha256": sha256(directory / models.WEIGHTS)}
+
+
+def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
+    """Write masks and the sparsity of every group; return `mask_facts` and the SHA-256 of the masks."""
+    models.write_weights(masks, directory / MASKS)
+    tables.write(sparsity_rows(groups, masks), tables.SPARSITY, directory / "sparsity.parquet")
+    return mask_facts(groups, masks) | {"masks_sha256": sha256(directory / MASKS)}
+
+
+def mask_facts(groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
+    """Return the sparsity of each kind and, for groups of kind "block", the module paths of the removed blocks."""
+    rows = sparsity_rows(groups, masks)
+    by_kind = pa.Table.from_pylist(rows).group_by("kind").aggregate([("units", "sum"), ("kept", "sum")]).to_pylist()
+    facts: dict[str, Any] = {"sparsity": {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}}
+    for group in groups:
+        if group.kind == "block":
+            pairs = zip(group.sublayers, masks[group.name], strict=True)
+            facts["gone"] = list(dict.fromkeys(body for (body, *_), keep in pairs if not keep))
+    return facts
+
+
 def sparsity_rows(groups: Iterable[Group], masks: Masks) -> list[dict[str, Any]]:
-    """Rows of tables.SPARSITY: what each group keeps."""
+    """Return the rows of tables.SPARSITY: units, kept units and sparsity of each group."""
     kept = {group.name: int(masks[group.name].sum()) for group in groups}
     return [
         {
@@ -72,12 +111,12 @@ def sparsity_rows(groups: Iterable[Group], masks: Masks) -> list[dict[str, Any]]
 
 
 def summary_rows(groups: Iterable[Group], scores: Scores) -> list[dict[str, Any]]:
-    """Rows of tables.SCORES: the spread of each group's scores."""
-    return [{"group": g.name, "kind": g.kind, "units": g.units} | _spread(scores[g.name]) for g in groups]
+    """Return the rows of tables.SCORES: quartiles and mean of each group's finite scores."""
+    return [{"group": g.name, "kind": g.kind, "units": g.units} | _quartiles(scores[g.name]) for g in groups]
 
 
-def _spread(score: torch.Tensor) -> dict[str, float]:
-    ranked = score[score.isfinite()].double().sort().values  # what cannot go scores infinity
-    places = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
-    found = {name: float(ranked[round(place * (len(ranked) - 1))]) for name, place in places.items()}
-    return found | {"mean": float(ranked.mean())}
+def _quartiles(score: torch.Tensor) -> dict[str, float]:
+    ranked = score[score.isfinite()].double().sort().values  # units that must not be removed score infinity
+    ranks = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
+    quartiles = {name: float(ranked[round(rank * (len(ranked) - 1))]) for name, rank in ranks.items()}
+    return quartiles | {"mean": float(ranked.mean())}

@@ -1,4 +1,4 @@
-"""Where the weights of the model to prune start: at random, published by timm, in a file, or in a pruned model."""
+"""The dense stage: create the model to prune, with random, published or checkpoint weights, and train it if asked."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,27 +11,58 @@ from vitprune import models
 from vitprune.architectures import find_groups
 from vitprune.config.params import Params
 from vitprune.errors import BadInput
-from vitprune.runtime.files import sha256
-from vitprune.training.loop import FrozenZeros
+from vitprune.pipeline.artifacts import History, model_facts
+from vitprune.pipeline.project_data import MANIFEST, METRICS, OUT, PLOTS, device
+from vitprune.pipeline.stage_training import evaluate_model, stage_checkpoint, train_model
+from vitprune.runtime.distributed import process_group
+from vitprune.runtime.files import sha256, write_json
+from vitprune.training.loop import FrozenZeros, classification
 
 
 @dataclass(frozen=True)
 class InitialModel:
-    """A model, the weights that stay zero in its training, and where it came from."""
+    """The model before training.
+
+    Attributes:
+        model: The model.
+        frozen_zeros: Weights that are zero in its checkpoint and remain zero in training; None for none.
+        facts: Where the weights come from, for metrics/dense.json.
+    """
 
     model: nn.Module
-    held: FrozenZeros | None
+    frozen_zeros: FrozenZeros | None
     facts: dict[str, Any]
 
 
-def initial_model(params: Params) -> InitialModel:
-    """The model that `dense` begins with.
+def run(params: Params) -> None:
+    """Write the dense model, its training curve and metrics/dense.json."""
+    settings = params.dense
+    inputs = [MANIFEST, *([settings.checkpoint] if settings.checkpoint is not None else [])]
+    with process_group(device()) as dist, stage_checkpoint("dense", params, inputs, dist) as checkpoint:
+        initial = initial_model(params)
+        model = initial.model.to(device())
+        evaluate = evaluate_model(model, params)
+        history = History(OUT / "dense", "dense", dist.rank == 0)
+        if settings.train is not None:
+            task = classification(model, settings.train.smoothing)
+            store = checkpoint.store("training")
+            train_model(task, settings.train, params, history, store, initial.frozen_zeros, evaluate, dist=dist)
+        if dist.rank:  # rank 0 writes
+            return
+        history.close(PLOTS / "dense.csv")
+        models.save(model, OUT / "dense")
+        facts = initial.facts | {"epochs": history.epochs} | model_facts(model, OUT / "dense") | evaluate()
+        write_json(METRICS / "dense.json", facts)
 
-    The zeros of a checkpoint are held. It may be a directory of `save`, whose model is as it was pruned; where
-    model.args.num_classes is another number it gets a new classifier, drawn from the seed.
+
+def initial_model(params: Params) -> InitialModel:
+    """Create the model that `dense` starts from.
+
+    Zeros of a checkpoint are frozen. A checkpoint directory written by `save` may hold a pruned model; if
+    model.args.num_classes differs from it, the model gets a new classifier, initialized with the seed.
 
     Raises:
-        BadInput: a setting is missing or does not fit the checkpoint; it is named.
+        BadInput: a setting is missing or does not fit the checkpoint.
     """
     settings = params.dense
     if settings.start == "checkpoint" and settings.checkpoint is None:
@@ -40,36 +71,46 @@ def initial_model(params: Params) -> InitialModel:
         raise BadInput("dense.train: start is train, so give epochs, lr and the rest")
     checkpoint = settings.checkpoint if settings.start == "checkpoint" else None
     if checkpoint is not None and checkpoint.is_dir():
-        return _pruned(checkpoint, params)
+        return _from_directory(checkpoint, params)
     model = models.create(params.model.name, params.model.args, params.seed, settings.start == "pretrained", checkpoint)
-    held = _zeros(model) if checkpoint is not None else None
-    facts: dict[str, Any] = {"from": settings.start, "checkpoint_sha256": sha256(checkpoint) if checkpoint else None}
-    return InitialModel(model, held, facts | ({"held_weights": _count(held)} if checkpoint else {}))
+    facts: dict[str, Any] = {"from": settings.start, "checkpoint_sha256": None}
+    if checkpoint is None:
+        return InitialModel(model, None, facts)
+    frozen = _zero_weights(model)
+    facts |= {"checkpoint_sha256": sha256(checkpoint), "held_weights": _count(frozen)}
+    return InitialModel(model, frozen, facts)
 
 
-def zeros_to_keep(model: nn.Module, params: Params, own: FrozenZeros | None, hold: bool) -> FrozenZeros | None:
-    """What a training of the pruned model holds at zero: what its plan removed, `own`, and what came as zero.
+def zeros_to_keep(model: nn.Module, params: Params, pruned: FrozenZeros | None, keep_zeros: bool) -> FrozenZeros | None:
+    """Return the weights that remain zero while a pruned model is fine-tuned.
 
-    A model that began with a checkpoint inherits its zeros, those that no cut has taken; `hold` false lets them grow.
+    Args:
+        model: The pruned model.
+        params: The project's params.yaml.
+        pruned: The weights that pruning has set to zero; None for structured pruning.
+        keep_zeros: Whether to keep all zeros of a model that started from a checkpoint, those of the checkpoint
+            included. If False, or without a checkpoint, only `pruned` remains zero.
     """
-    return _zeros(model) if hold and params.dense.start == "checkpoint" else own
+    return _zero_weights(model) if keep_zeros and params.dense.start == "checkpoint" else pruned
 
 
-def _pruned(directory: Path, params: Params) -> InitialModel:
-    """The model of a directory, with the classifier that the params ask for."""
+def _from_directory(directory: Path, params: Params) -> InitialModel:
+    """Load the model of a directory, with a new classifier if the number of classes differs."""
     model: Any = models.load(directory)
     architecture = model.pretrained_cfg["architecture"]
     if params.model.name.partition(".")[0] != architecture:
         raise BadInput(f"model.name: {params.model.name}, but {directory} holds {architecture}; set it to that")
     for key in params.model.args:
         if key != "num_classes":
-            raise BadInput(f"model.args.{key}: {directory} says it itself; remove it, only num_classes may be another")
+            raise BadInput(
+                f"model.args.{key}: is fixed by checkpoint {directory}; remove it (only num_classes can be overridden)"
+            )
     classes = params.model.args.get("num_classes", model.num_classes)
     if type(classes) is not int or classes < 1:
         raise BadInput(f"model.args.num_classes: {classes!r} is not a number of classes; give a whole number above 0")
-    held = _zeros(model)
+    frozen = _zero_weights(model)
     facts: dict[str, Any] = {"from": "checkpoint", "checkpoint_sha256": sha256(directory / models.WEIGHTS)}
-    facts |= {"checkpoint_classes": model.num_classes, "held_weights": _count(held)}
+    facts |= {"checkpoint_classes": model.num_classes, "held_weights": _count(frozen)}
     if classes != model.num_classes:
         if params.dense.train is None:
             raise BadInput(
@@ -77,7 +118,7 @@ def _pruned(directory: Path, params: Params) -> InitialModel:
                 "so give epochs, lr and the rest"
             )
         _new_classifier(model, classes, params.seed)
-    return InitialModel(model, held, facts)
+    return InitialModel(model, frozen, facts)
 
 
 def _new_classifier(model: Any, classes: int, seed: int) -> None:
@@ -88,16 +129,16 @@ def _new_classifier(model: Any, classes: int, seed: int) -> None:
     model.to(dtype)
 
 
-def _zeros(model: nn.Module) -> FrozenZeros | None:
-    """The single weights that a pruning has left at zero, layer by layer; None where there are none."""
+def _zero_weights(model: nn.Module) -> FrozenZeros | None:
+    """Return the prunable weights that are exactly zero; None if there are none."""
     try:
         groups = find_groups(model, ["weight"])
-    except BadInput:  # a model that cannot lose single weights has lost none
+    except BadInput:  # a model without prunable weights has no pruned ones
         return None
     masks = {group.name: model.get_parameter(group.name).detach() != 0 for group in groups}
-    held = [group for group in groups if not bool(masks[group.name].all())]
-    return FrozenZeros(held, {group.name: masks[group.name] for group in held}) if held else None
+    sparse = [group for group in groups if not bool(masks[group.name].all())]
+    return FrozenZeros(sparse, {group.name: masks[group.name] for group in sparse}) if sparse else None
 
 
-def _count(held: FrozenZeros | None) -> int:
-    return sum(int((~mask).sum()) for mask in held.masks.values()) if held is not None else 0
+def _count(frozen: FrozenZeros | None) -> int:
+    return sum(int((~mask).sum()) for mask in frozen.masks.values()) if frozen is not None else 0

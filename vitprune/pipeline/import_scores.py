@@ -1,4 +1,4 @@
-"""The score lists and index lists that UP-ViTs' authors have released: plain text, one number per line."""
+"""Import the score lists released by the authors of UP-ViTs: plain text, one number per line."""
 
 import re
 from collections.abc import Sequence
@@ -7,26 +7,59 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vitprune import models
+from vitprune.config.params import Params
+from vitprune.criteria import Importance
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Masks, Scores
+from vitprune.groups import Group, Scores
+from vitprune.pipeline.project_data import METRICS, OUT
+from vitprune.pipeline.score_stage import scored_groups, write_scores
+from vitprune.pruning.plan import plan_of
+from vitprune.runtime.files import write_json
 
-PARTS = {"residual": "neck", "attention": "attn", "ffn": "ffn"}
+NAME_PARTS = {"residual": "neck", "attention": "attn", "ffn": "ffn"}
 PARSINGS = ("correct", "authors_compat")
 DIGITS = re.compile(r"\d+\.?\d*")
 
 
-def read_scores(path: Path, parsing: str = "correct") -> Tensor:
-    """Scores of a list, one per line in the order of the units; (units,) float64.
+def import_scores(params: Params, directory: Path, parsing: str) -> None:
+    """Write the outputs of the score stage from the authors' lists.
 
-    `authors_compat` takes the last run of digits of a line, as the authors' ranking does: it drops signs and reads
-    4.1e-05 as 5.0, so that the least important units rank as the most important. Only for reproducing their lists.
+    Args:
+        params: The project's params.yaml.
+        directory: Directory of the lists.
+        parsing: See `read_scores`.
+
+    Raises:
+        BadInput: the method would compute other scores than those of the lists, or a list is missing or malformed.
+    """
+    plan = plan_of(params)
+    if plan.row.settle or plan.row.update:
+        raise BadInput(f"prune.method {plan.method}: computes scores of its own; set it to upvits-exact")
+    groups = scored_groups(models.load(OUT / "dense"), params, plan)
+    facts = {"method": plan.method, "lists": directory.name, "parsing": parsing}
+    facts |= write_scores(OUT / "score", groups, Importance(read_all(directory, groups, parsing)))
+    write_json(METRICS / "score.json", facts)
+
+
+def read_scores(path: Path, parsing: str = "correct") -> Tensor:
+    """Read a score list.
+
+    Args:
+        path: The list, one number per line in the order of the units.
+        parsing: "correct" reads numbers. "authors_compat" reads the last run of digits of a line, as the authors'
+            ranking does: it ignores signs and exponents (4.1e-05 becomes 5.0), so that the least important units rank
+            highest. Use it only to reproduce their index lists.
+
+    Returns:
+        Scores (units,), float64.
 
     Raises:
         BadInput: the file is missing, a line is not a finite number, or the parsing is unknown.
     """
     if parsing not in PARSINGS:
         raise BadInput(f"parsing {parsing!r}: unknown; use one of {', '.join(PARSINGS)}")
-    found = []
+    scores = []
     for number, line in enumerate(_lines(path), start=1):
         try:
             value = float(line)
@@ -34,14 +67,14 @@ def read_scores(path: Path, parsing: str = "correct") -> Tensor:
             value = float("nan")
         if not abs(value) < float("inf"):
             raise BadInput(f"{path}: line {number} is {line[:40]!r}, not a finite number; is this a list of scores?")
-        found.append(value if parsing == "correct" else float(DIGITS.findall(line)[-1]))
-    return torch.tensor(found, dtype=torch.float64)
+        scores.append(value if parsing == "correct" else float(DIGITS.findall(line)[-1]))
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def read_all(directory: Path, groups: Sequence[Group], parsing: str = "correct") -> Scores:
-    """Scores of residual, attention and ffn groups from the lists in a directory and those below it.
+    """Read the scores of residual, attention and ffn groups from the lists under a directory.
 
-    The lists are told apart by their names: *_neck_768_kl_5k.txt, *_attn_768_kl_3_5k.txt for block 3, and so on.
+    Lists are identified by their names: *_neck_768_kl_5k.txt, *_attn_768_kl_3_5k.txt for block 3, and so on.
 
     Raises:
         BadInput: a group has no list or several, or its list has another number of scores.
@@ -56,41 +89,6 @@ def read_all(directory: Path, groups: Sequence[Group], parsing: str = "correct")
     return scores
 
 
-def read_mask(path: Path, group: Group) -> Tensor:
-    """Mask of a group from an index list, which names the units that go; shape of the group, True keeps.
-
-    Raises:
-        BadInput: the file is missing, or a line is not the number of a unit, or names one twice.
-    """
-    mask = torch.ones(group.units, dtype=torch.bool)
-    for number, line in enumerate(_lines(path), start=1):
-        unit = int(line) if line.isdecimal() else -1
-        if not 0 <= unit < group.units or not mask[unit]:
-            raise BadInput(
-                f"{path}: line {number} is {line[:40]!r}; each of 0 to {group.units - 1} may be removed once"
-            )
-        mask[unit] = False
-    return mask.view(group.shape)
-
-
-def removal_lists(scores: Scores, masks: Masks) -> dict[str, list[int]]:
-    """What an index list holds: the units that go, ascending by score (of equal ones the lower number first).
-
-    A (heads, channels) group gives one run per head after the other.
-    """
-    return {name: _removed(scores[name], mask) for name, mask in masks.items()}
-
-
-def _removed(scores: Tensor, mask: Tensor) -> list[int]:
-    rows = mask.view(-1, mask.shape[-1])
-    numbers = torch.arange(mask.numel()).view(rows.shape)
-    found: list[int] = []
-    for row, value, keep in zip(numbers, scores.reshape(rows.shape), rows, strict=True):
-        order = value.argsort(stable=True)
-        found += row[order][~keep[order]].tolist()
-    return found
-
-
 def _lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text().splitlines()]
@@ -101,13 +99,15 @@ def _lines(path: Path) -> list[str]:
 
 
 def _list_of(directory: Path, group: Group) -> Path:
-    if group.kind not in PARTS:
-        raise BadInput(f"{group.name}: there are lists for {', '.join(PARTS)}, not for kind {group.kind!r}")
+    if group.kind not in NAME_PARTS:
+        raise BadInput(
+            f"{group.name}: there are lists for {', '.join(NAME_PARTS)}, not for kind {group.kind!r}; set prune.kinds"
+        )
     block = re.search(r"\.(\d+)\.", group.name)
     middle = f"{block[1]}_" if block else ""
-    pattern = f"*_{PARTS[group.kind]}_{group.units}_kl_{middle}*k.txt"
-    found = sorted(path for path in directory.rglob(pattern) if re.search(rf"_kl_{middle}\d+k$", path.stem))
-    if len(found) != 1:
-        names = f"several ({', '.join(path.name for path in found[:2])})" if found else "none"
-        raise BadInput(f"{directory}: of the lists {pattern} for {group.name} there must be one here, found {names}")
-    return found[0]
+    pattern = f"*_{NAME_PARTS[group.kind]}_{group.units}_kl_{middle}*k.txt"
+    paths = sorted(path for path in directory.rglob(pattern) if re.search(rf"_kl_{middle}\d+k$", path.stem))
+    if len(paths) != 1:
+        names = f"several ({', '.join(path.name for path in paths[:2])})" if paths else "none"
+        raise BadInput(f"{directory}: expected one list {pattern} for {group.name}, found {names}")
+    return paths[0]

@@ -1,27 +1,25 @@
-"""Whether a new model may take the place of the one in use: a paired comparison on the same images, and gates."""
+"""Promotion gates: compare a new model with the champion on the same images (paired test), its speed and its size."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
-import yaml
-from pydantic import AfterValidator, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, Field, PlainValidator
 
 from vitprune import data, models
-from vitprune.config.params import Params
+from vitprune.config.params import Params, checked, read
 from vitprune.config.quantity import Quantity, number_of
 from vitprune.config.targets import Section
 from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.paired_test import Paired, compare
-from vitprune.pipeline import stage_context
+from vitprune.pipeline.evaluate_stage import EVALUATION
+from vitprune.pipeline.project_data import METRICS, OUT, device, open_images
 from vitprune.runtime import tables
-from vitprune.runtime.files import sha256, write_json
+from vitprune.runtime.files import read_json, sha256, write_json
 
 GATES, COMPARISON = Path("gates.yaml"), Path(".vitprune/comparison.json")
-OUT, METRICS = Path("out"), Path("metrics")
 
 
 def _positive(value: Quantity) -> Quantity:
@@ -31,11 +29,14 @@ def _positive(value: Quantity) -> Quantity:
 
 
 class PromotionGates(Section):
-    """What a new model must hold: gates.yaml, which no stage reads, so that a change of it computes nothing again.
+    """Conditions that a new model must meet: gates.yaml. No stage depends on it.
 
-    `max_accuracy_loss` is in points of top-1 against the champion, without one against the dense model; `alpha` the
-    level of McNemar's exact test at which the new model counts as worse (null: no test); `min_speedup` that against
-    the dense model, measured side by side; `max_size` the bytes of the weights (25M).
+    Attributes:
+        max_accuracy_loss: Largest loss of top-1 against the champion, or against the dense model if there is none, in
+            percentage points.
+        alpha: Significance level of McNemar's exact test that the new model is worse; null: no test.
+        min_speedup: Least speed-up against the dense model, measured side by side; null: no gate.
+        max_size: Largest size of the weights in bytes (25M); null: no gate.
     """
 
     max_accuracy_loss: Annotated[float, Field(ge=0)] = 0.5
@@ -46,7 +47,14 @@ class PromotionGates(Section):
 
 @dataclass(frozen=True)
 class QualityGate:
-    """One gate: what was asked for, what was measured, whether it holds."""
+    """The result of one gate.
+
+    Attributes:
+        name: Name of the gate.
+        asked: The requirement.
+        measured: The measured value.
+        holds: Whether the requirement is met.
+    """
 
     name: str
     asked: str
@@ -55,46 +63,45 @@ class QualityGate:
 
 
 def load_gates(path: Path) -> PromotionGates:
-    """Read gates.yaml; without one, the defaults.
+    """Read gates.yaml; return the defaults if there is no such file.
 
     Raises:
-        BadInput: it is not YAML, or a key is unknown or of a wrong value.
+        BadInput: the file is not YAML, or a key is unknown or has an invalid value.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return PromotionGates.model_validate(raw)
-    except FileNotFoundError:
+    if not path.exists() or not path.read_bytes().strip():
         return PromotionGates()
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct it") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise BadInput(f"{path}: {key}: {first['msg']}, got {first['input']!r}; correct it") from None
+    return checked(read(path, "give the gates"), PromotionGates, path)
 
 
 def judge(params: Params, champion: Path | None, gates: PromotionGates) -> dict[str, Any]:
-    """Compare the project's final model with a champion, image by image on the eval split, and apply the gates.
+    """Compare the project's final model with the champion on the eval split and apply the gates.
 
-    `champion` is the directory of a saved model; None: against the dense model. Writes `COMPARISON`, returns it.
+    Args:
+        params: The project's params.yaml.
+        champion: Directory of the champion; None compares with the dense model.
+        gates: The gates.
+
+    Returns:
+        The content of the written file `COMPARISON`.
 
     Raises:
-        BadInput: the champion is no model for these images, or the project has not been evaluated.
+        BadInput: the champion does not fit the images, or the project has not been evaluated.
     """
-    rows = tables.read(OUT / "evaluate/evaluation.parquet", tables.EVALUATION)
+    rows = tables.read(EVALUATION, tables.EVALUATION)
     if champion is not None:
-        model = models.load(champion).to(stage_context.device())
-        table = stage_context.open_images("eval", model, params)
-        _, answers = accuracy(model, data.eval_batches(table, params.evaluate.batch_size))
+        model = models.load(champion).to(device())
+        table = open_images("eval", model, params)
+        _, predicted = accuracy(model, data.eval_batches(table, params.evaluate.batch_size))
         if list(table.ids) != rows["id"].to_pylist():
-            raise BadInput("out/evaluate/evaluation.parquet: is of other images than the manifest; evaluate again")
-        column = pa.array(answers.tolist(), pa.int64())
+            raise BadInput(f"{EVALUATION}: has other images than the manifest; run vitprune evaluate again")
+        column = pa.array(predicted.tolist(), pa.int64())
         rows = rows.set_column(rows.column_names.index("dense"), "dense", column)
     paired = compare(rows)
     weights = OUT / "distill" / models.WEIGHTS
-    found = verdict(paired, gates, _speedup(), weights.stat().st_size, "dense" if champion is None else "champion")
+    against = "dense" if champion is None else "champion"
+    results = verdict(paired, gates, _speedup(), weights.stat().st_size, against)
     facts = {
-        "against": "dense" if champion is None else "champion",
+        "against": against,
         "champion_sha256": None if champion is None else sha256(champion / models.WEIGHTS),
         "challenger_sha256": sha256(weights),
         "images": paired.images,
@@ -103,40 +110,42 @@ def judge(params: Params, champion: Path | None, gates: PromotionGates) -> dict[
         "lost": paired.dense_only,
         "won": paired.pruned_only,
         "p_worse": paired.p_worse,
-        "gates": [asdict(gate) for gate in found],
-        "passed": all(gate.holds for gate in found),
+        "gates": [asdict(gate) for gate in results],
+        "passed": all(gate.holds for gate in results),
     }
     write_json(COMPARISON, facts)
     return facts
 
 
 def verdict(paired: Paired, gates: PromotionGates, speedup: float | None, size: int, against: str) -> list[QualityGate]:
-    """Apply the gates to what was measured; one that is null is left out."""
+    """Apply the gates that are not null.
+
+    Args:
+        paired: The comparison on the same images.
+        gates: The gates.
+        speedup: Speed-up against the dense model; None if not measured, which fails its gate.
+        size: Size of the weights in bytes.
+        against: Name of the other model, "champion" or "dense".
+    """
     loss = max(0.0, -paired.difference)
-    found = [
-        QualityGate(
-            "accuracy",
-            f"at most {gates.max_accuracy_loss:g} points below the {against}",
-            f"{paired.difference:+.2f} points",
-            loss <= gates.max_accuracy_loss,
-        )
-    ]
+    asked = f"at most {gates.max_accuracy_loss:g} points below the {against}"
+    results = [QualityGate("accuracy", asked, f"{paired.difference:+.2f} points", loss <= gates.max_accuracy_loss)]
     if gates.alpha is not None:
         asked = f"not worse than the {against} (McNemar's exact test, p >= {gates.alpha:g})"
-        found.append(QualityGate("paired test", asked, f"p = {paired.p_worse:.3g}", paired.p_worse >= gates.alpha))
+        results.append(QualityGate("paired test", asked, f"p = {paired.p_worse:.3g}", paired.p_worse >= gates.alpha))
     if gates.min_speedup is not None:
-        broadcast = "not measured" if speedup is None else f"{speedup:.2f}"
+        measured = "not measured" if speedup is None else f"{speedup:.2f}"
         holds = speedup is not None and speedup >= gates.min_speedup
-        found.append(QualityGate("speed", f"at least {gates.min_speedup:g} times the dense model's", broadcast, holds))
+        results.append(QualityGate("speed", f"at least {gates.min_speedup:g} times the dense model's", measured, holds))
     if gates.max_size is not None:
         most = number_of(gates.max_size)
-        found.append(QualityGate("size", f"at most {most:,.0f} bytes", f"{size:,}", size <= most))
-    return found
+        results.append(QualityGate("size", f"at most {most:,.0f} bytes", f"{size:,}", size <= most))
+    return results
 
 
 def _speedup() -> float | None:
     path = METRICS / "latency.json"
     if not path.is_file():
         return None
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = read_json(path)
     return float(facts["dense"]["latency_ms"]["median"] / facts["pruned"]["latency_ms"]["median"])

@@ -1,154 +1,234 @@
-"""Gradual pruning that survives a kill: what each cycle begins and leaves is kept, and gone on from."""
+"""The prune stage: gradual pruning with a checkpoint after the pruning and after the fine-tuning of every cycle."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vitprune import models
 from vitprune.config.params import Params
-from vitprune.groups import Group, Scores
-from vitprune.pipeline import stage_context
-from vitprune.pipeline.artifacts import History
-from vitprune.pipeline.cycles import MASKS, read_statistics, write_cycle
+from vitprune.groups import Group, Masks, Scores
+from vitprune.pipeline.artifacts import MASKS, SCORES, History, model_facts, summary_rows, write_masks
 from vitprune.pipeline.dense_stage import zeros_to_keep
-from vitprune.pipeline.stage_context import OUT, StageCheckpoint
+from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, OUT, PLOTS, calibration, device
+from vitprune.pipeline.score_stage import read_statistics
+from vitprune.pipeline.stage_training import (
+    Evaluate,
+    RecoverySegment,
+    StageCheckpoint,
+    make_evaluator,
+    stage_checkpoint,
+    train_model,
+)
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.plan import Plan, plan_of
 from vitprune.pruning.prune import Cycle, ResumePoint, prune_cycles
+from vitprune.runtime import tables
+from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
+from vitprune.runtime.files import write_csv, write_json
 from vitprune.training.checkpoint import Snapshot, pack, unpack
-from vitprune.training.checkpoint_store import Checkpoint
-from vitprune.training.loop import FrozenZeros
+from vitprune.training.checkpoint_store import Checkpoint, CheckpointStore
+from vitprune.training.loop import FrozenZeros, classification
 from vitprune.training.optimizers import OptimizerState
 
 MODEL, CYCLES = "model", OUT / "cycles"
-Measured = dict[str, float]
-Measure = Callable[[nn.Module], Measured]
+Metrics = dict[str, float]
+Evaluator = Callable[[nn.Module], Metrics]
 
 
 @dataclass
 class CompletedCycles:
-    """What has been done so far: the model, its rows of plots/cycles.csv, what it was measured at, and what is kept.
+    """The cycles that have been completed.
 
-    `kept` is the digest of the checkpoint of the last cycle, empty before there is one.
+    Attributes:
+        model: The model after the last of them.
+        rows: Their rows of plots/cycles.csv.
+        metrics: Accuracy of the model.
+        memory: Optimizer state after the last fine-tuning.
+        checkpoint: SHA-256 of the checkpoint of the last cycle; empty before the first.
     """
 
     model: nn.Module
     rows: list[dict[str, Any]] = field(default_factory=list)
-    measured: Measured = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     memory: OptimizerState = field(default_factory=dict)
-    kept: str = ""
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True)
 class PrunedCycle:
-    """A cycle whose units are gone and whose recovery is to come: the model, and what it was measured at."""
+    """A cycle that has been pruned and not yet fine-tuned.
+
+    Attributes:
+        cycle: The cycle's masks, scores and cost.
+        model: The pruned model.
+        metrics: Accuracy before fine-tuning.
+        checkpoint: SHA-256 of its checkpoint; empty without fine-tuning.
+    """
 
     cycle: Cycle
     model: nn.Module
-    measured: Measured
-    kept: str
+    metrics: Metrics
+    checkpoint: str
 
 
-def run(
-    params: Params, place: StageCheckpoint, history: History, first_scores: Callable[[], Scores]
-) -> CompletedCycles:
-    """Prune the dense model cycle by cycle and recover after each, from where it was broken off.
+def run(params: Params) -> None:
+    """Prune cycle by cycle and fine-tune after each; write model, masks, scores and metrics of every cycle.
 
-    `first_scores` gives those that chose the first masks.
+    The model of a cycle is that of the last epoch of its fine-tuning, not the best on the eval split.
     """
-    plan, done = plan_of(params), _done(place, history)
-    measure = stage_context.make_evaluator(done.model, params)
-    for pruned in _cycles(params, plan, place, done, measure):
-        number, measured = pruned.cycle.number, pruned.measured
-        evaluate = partial(measure, pruned.model)
+    inputs = [MANIFEST, CALIBRATION, OUT / "dense", OUT / "score", OUT / "mask"]
+    with process_group(device()) as dist, stage_checkpoint("prune", params, inputs, dist) as checkpoint:
+        history = History(OUT / "prune", "prune", dist.rank == 0)
+        if dist.rank:
+            _follow(params, checkpoint, history)
+            return
+        done = _run_cycles(params, checkpoint, history)
+        history.close(PLOTS / "prune.csv")
+        write_csv(PLOTS / "cycles.csv", done.rows)
+        models.save(done.model, OUT / "prune")
+        facts = model_facts(done.model, OUT / "prune") | done.metrics | {"cycles": len(done.rows)}
+        write_json(METRICS / "prune.json", facts)
+
+
+def finetune_cycle(
+    model: nn.Module,
+    cycle: Cycle,
+    plan: Plan,
+    params: Params,
+    history: History,
+    store: CheckpointStore,
+    frozen_zeros: FrozenZeros | None,
+    evaluate: Evaluate | None = None,
+    memory: OptimizerState | None = None,
+    dist: ProcessGroup = SINGLE_PROCESS,
+) -> None:
+    """Fine-tune the model of a cycle with the settings of `prune.recover` and the epochs of the schedule.
+
+    Args:
+        model: The pruned model.
+        cycle: The cycle that pruned it.
+        plan: The pruning plan.
+        params: The project's params.yaml.
+        history: Training curve to append to.
+        store: Checkpoints of this training.
+        frozen_zeros: Weights to keep at zero.
+        evaluate: Evaluation after every epoch; None for none.
+        memory: Optimizer state, carried from cycle to cycle if the recipe keeps it; pass the same one every time.
+        dist: Process group.
+    """
+    recipe = params.prune.recover
+    if recipe is None:
+        return
+    epochs = plan.epochs(recipe.epochs)
+    segment = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
+    recipe = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
+    task = classification(model, recipe.smoothing)
+    train_model(task, recipe, params, history, store, frozen_zeros, evaluate, segment, dist)
+
+
+def cycle_row(number: int, groups: Sequence[Group], masks: Masks, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of plots/cycles.csv of a cycle from its masks and its metrics.json."""
+    units = sum(group.units for group in groups)
+    removed = units - sum(int(mask.sum()) for mask in masks.values())
+    columns = ("top1_before", "top1_after", "params", "macs", "nonzero_params", "nonzero_macs")
+    return {"cycle": number, "sparsity": removed / units} | {column: facts[column] for column in columns}
+
+
+def _run_cycles(params: Params, checkpoint: StageCheckpoint, history: History) -> CompletedCycles:
+    """Run the remaining cycles on rank 0."""
+    plan, done = plan_of(params), _completed(checkpoint, history)
+    evaluator = make_evaluator(done.model, params)
+    for pruned in _cycles(params, plan, checkpoint, done, evaluator):
+        cycle, model, metrics = pruned.cycle, pruned.model, pruned.metrics
         if params.prune.recover is not None:
-            shelf = place.shelf(f"{number:02d}-training", pruned.kept)
-            place.dist.broadcast(number)  # to those that follow
-            held = _held(pruned.model, pruned.cycle, params)
-            stage_context.finetune_cycle(
-                pruned.model, pruned.cycle, plan, params, history, shelf, held, evaluate, done.memory, place.dist
-            )
-            measured = evaluate()
-        scores = pruned.cycle.scores or first_scores()
-        row = write_cycle(CYCLES, pruned.cycle, scores, pruned.model, pruned.measured["top1"], measured["top1"])
-        done.model, done.measured, done.rows = pruned.model, measured, [*done.rows, row]
+            evaluate = partial(evaluator, model)
+            store = checkpoint.store(f"{cycle.number:02d}-training", pruned.checkpoint)
+            checkpoint.dist.broadcast(cycle.number)  # received in _follow
+            frozen, memory, dist = _frozen(model, cycle, params), done.memory, checkpoint.dist
+            finetune_cycle(model, cycle, plan, params, history, store, frozen, evaluate, memory, dist)
+            metrics = evaluate()
+        row = _write_cycle(cycle, cycle.scores or _mask_scores(), model, pruned.metrics["top1"], metrics["top1"])
+        done.model, done.metrics, done.rows = model, metrics, [*done.rows, row]
         if plan.cycles > 1 or params.prune.recover is not None:
-            _keep_done(place, number, done, history)
-    place.dist.broadcast(0)
+            _save_completed(checkpoint, cycle.number, done, history)
+    checkpoint.dist.broadcast(0)
     return done
 
 
-def follow(params: Params, place: StageCheckpoint, history: History) -> None:
-    """Train with the first process, which tells which cycle is next and has kept what it has pruned."""
+def _follow(params: Params, checkpoint: StageCheckpoint, history: History) -> None:
+    """Join the fine-tuning of every cycle on the other ranks, from the checkpoint that rank 0 has written."""
     plan, memory = plan_of(params), OptimizerState()
-    while number := place.dist.broadcast(0):
-        saved = place.shelf(f"{number:02d}-pruned").written()
+    while number := checkpoint.dist.broadcast(0):
+        saved = checkpoint.store(f"{number:02d}-pruned").written()
         if number > 1 and not memory:
-            before = place.shelf(f"{number - 1:02d}-done").written()
-            memory.update(unpack(Snapshot(before.tensors(), before.facts), "memory", stage_context.device()))
+            before = checkpoint.store(f"{number - 1:02d}-done").written()
+            memory.update(unpack(Snapshot(before.tensors(), before.facts), "memory", device()))
         dense = models.load(OUT / "dense")
-        cycle, model = _cycle(saved, number, groups_for(dense, plan)), models.load(saved.directory / MODEL)
-        shelf = place.shelf(f"{number:02d}-training", saved.sha256)
-        model, held = model.to(stage_context.device()), _held(model, cycle, params)
-        stage_context.finetune_cycle(model, cycle, plan, params, history, shelf, held, None, memory, place.dist)
+        cycle, model = _cycle_of(saved, number, groups_for(dense, plan)), models.load(saved.directory / MODEL)
+        store = checkpoint.store(f"{number:02d}-training", saved.sha256)
+        model, frozen = model.to(device()), _frozen(model, cycle, params)
+        finetune_cycle(model, cycle, plan, params, history, store, frozen, None, memory, checkpoint.dist)
 
 
-def _held(model: nn.Module, cycle: Cycle, params: Params) -> FrozenZeros | None:
-    own = FrozenZeros(cycle.held, cycle.masks) if cycle.held else None
-    return zeros_to_keep(model, params, own, params.prune.hold_zeros)
+def _frozen(model: nn.Module, cycle: Cycle, params: Params) -> FrozenZeros | None:
+    pruned = FrozenZeros(cycle.held, cycle.masks) if cycle.held else None
+    return zeros_to_keep(model, params, pruned, params.prune.hold_zeros)
 
 
 def _cycles(
-    params: Params, plan: Plan, place: StageCheckpoint, done: CompletedCycles, measure: Measure
+    params: Params, plan: Plan, checkpoint: StageCheckpoint, done: CompletedCycles, evaluator: Evaluator
 ) -> Iterator[PrunedCycle]:
-    """The cycles that are still to be done, the first of which may have been pruned already."""
+    """Yield the remaining cycles; the first may have been pruned before an interruption."""
     number, model = len(done.rows), done.model
-    dense = model if number == 0 else models.load(OUT / "dense").to(stage_context.device())
+    dense = model if number == 0 else models.load(OUT / "dense").to(device())
     masks = models.read_weights(CYCLES / f"{number:02d}" / MASKS) if number else {}
-    recovers = params.prune.recover is not None
-    if recovers and number < plan.cycles and (found := _pruned(place, number + 1, done.kept, dense, plan)):
-        model, number, masks = found.model, found.cycle.number, found.cycle.masks
-        yield found
-    after = ResumePoint(dense, number, masks) if number else None
+    finetunes = params.prune.recover is not None
+    if finetunes and number < plan.cycles:
+        pruned = _load_pruned(checkpoint, number + 1, done.checkpoint, dense, plan)
+        if pruned is not None:
+            model, number, masks = pruned.model, pruned.cycle.number, pruned.cycle.masks
+            yield pruned
+    resume = ResumePoint(dense, number, masks) if number else None
     first, statistics = models.read_weights(OUT / "mask" / MASKS), read_statistics(OUT / "score")
-    for cycle in prune_cycles(model, plan, stage_context.calibration(dense, params), first, statistics, after):
-        measured = measure(model)
-        kept = _keep_pruned(place, cycle, model, measured, done.kept) if recovers else ""
-        yield PrunedCycle(cycle, model, measured, kept)
+    for cycle in prune_cycles(model, plan, calibration(dense, params), first, statistics, resume):
+        metrics = evaluator(model)
+        sha256 = _save_pruned(checkpoint, cycle, model, metrics, done.checkpoint) if finetunes else ""
+        yield PrunedCycle(cycle, model, metrics, sha256)
 
 
-def _done(place: StageCheckpoint, history: History) -> CompletedCycles:
-    """What the cycles have left that are done and whole, the dense model if there are none; their files are there."""
+def _completed(checkpoint: StageCheckpoint, history: History) -> CompletedCycles:
+    """Load the completed cycles and write their files; the dense model if there are none."""
     done, last = CompletedCycles(models.load(OUT / "dense")), None
-    while (saved := place.shelf(f"{len(done.rows) + 1:02d}-done", done.kept).newest()) is not None:
-        number = len(done.rows) + 1
-        shutil.rmtree(CYCLES / f"{number:02d}", ignore_errors=True)
-        shutil.copytree(saved.directory / MODEL, CYCLES / f"{number:02d}")
-        done.rows, done.measured, done.kept, last = saved.facts["rows"], saved.facts["measured"], saved.sha256, saved
+    while (saved := checkpoint.store(f"{len(done.rows) + 1:02d}-done", done.checkpoint).newest()) is not None:
+        folder = CYCLES / f"{len(done.rows) + 1:02d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(saved.directory / MODEL, folder)
+        done.rows, done.metrics, last = saved.facts["rows"], saved.facts["measured"], saved
+        done.checkpoint = saved.sha256
     if last is not None:
         done.model = models.load(last.directory / MODEL)
         history.restore(last.facts["history"])
-        known = Snapshot(last.tensors(), last.facts)
-        done.memory.update(unpack(known, "memory", stage_context.device()))
-    done.model.to(stage_context.device())
+        done.memory.update(unpack(Snapshot(last.tensors(), last.facts), "memory", device()))
+    done.model.to(device())
     return done
 
 
-def _keep_done(place: StageCheckpoint, number: int, done: CompletedCycles, history: History) -> None:
-    known = pack(done.memory, "memory")
-    facts = {"rows": done.rows, "measured": done.measured, "history": history.rows} | known.facts
-    shelf = place.shelf(f"{number:02d}-done", done.kept, keep=1)
-    saved = shelf.put(facts, known.tensors, lambda entry: shutil.copytree(CYCLES / f"{number:02d}", entry / MODEL))
-    done.kept = saved.sha256
-    for name in ("pruned", "training"):  # those of this cycle stay, in case that what it has left is lost
-        place.shelf(f"{number - 1:02d}-{name}").clear()
+def _save_completed(checkpoint: StageCheckpoint, number: int, done: CompletedCycles, history: History) -> None:
+    memory = pack(done.memory, "memory")
+    facts = {"rows": done.rows, "measured": done.metrics, "history": history.rows} | memory.facts
+    store = checkpoint.store(f"{number:02d}-done", done.checkpoint, keep=1)
+    saved = store.put(facts, memory.tensors, lambda entry: shutil.copytree(CYCLES / f"{number:02d}", entry / MODEL))
+    done.checkpoint = saved.sha256
+    for name in ("pruned", "training"):  # keep those of this cycle, in case its last checkpoint is damaged
+        checkpoint.store(f"{number - 1:02d}-{name}").clear()
 
 
-def _keep_pruned(place: StageCheckpoint, cycle: Cycle, model: nn.Module, measured: Measured, before: str) -> str:
+def _save_pruned(checkpoint: StageCheckpoint, cycle: Cycle, model: nn.Module, metrics: Metrics, parent: str) -> str:
     tensors = {f"masks/{name}": mask for name, mask in cycle.masks.items()}
     tensors |= {f"scores/{name}": score for name, score in cycle.scores.items()}
     facts = {
@@ -156,25 +236,47 @@ def _keep_pruned(place: StageCheckpoint, cycle: Cycle, model: nn.Module, measure
         "cost": {name: dict(cost) for name, cost in cycle.cost.items()},
         "facts": dict(cycle.facts),
         "corrected": dict(cycle.corrected),
-        "measured": measured,
+        "measured": metrics,
     }
-    shelf = place.shelf(f"{cycle.number:02d}-pruned", before, keep=1)
-    return shelf.put(facts, tensors, lambda entry: models.save(model, entry / MODEL)).sha256
+    store = checkpoint.store(f"{cycle.number:02d}-pruned", parent, keep=1)
+    return store.put(facts, tensors, lambda entry: models.save(model, entry / MODEL)).sha256
 
 
-def _pruned(place: StageCheckpoint, number: int, before: str, dense: nn.Module, plan: Plan) -> PrunedCycle | None:
-    saved = place.shelf(f"{number:02d}-pruned", before, keep=1).newest()
+def _load_pruned(
+    checkpoint: StageCheckpoint, number: int, parent: str, dense: nn.Module, plan: Plan
+) -> PrunedCycle | None:
+    saved = checkpoint.store(f"{number:02d}-pruned", parent, keep=1).newest()
     if saved is None:
         return None
-    model = models.load(saved.directory / MODEL).to(stage_context.device())
-    return PrunedCycle(_cycle(saved, number, groups_for(dense, plan)), model, saved.facts["measured"], saved.sha256)
+    model = models.load(saved.directory / MODEL).to(device())
+    return PrunedCycle(_cycle_of(saved, number, groups_for(dense, plan)), model, saved.facts["measured"], saved.sha256)
 
 
-def _cycle(saved: Checkpoint, number: int, groups: list[Group]) -> Cycle:
+def _cycle_of(saved: Checkpoint, number: int, groups: list[Group]) -> Cycle:
     tensors, facts = saved.tensors(), saved.facts
-    own = Cycle(number, facts["target"], groups, {}, {}, facts["cost"], facts["facts"], facts["corrected"])
+    cycle = Cycle(number, facts["target"], groups, {}, {}, facts["cost"], facts["facts"], facts["corrected"])
     parts = {
-        kind: {group.name: tensors[f"{kind}/{group.name}"] for group in groups if f"{kind}/{group.name}" in tensors}
-        for kind in ("scores", "masks")
+        part: {group.name: tensors[f"{part}/{group.name}"] for group in groups if f"{part}/{group.name}" in tensors}
+        for part in ("scores", "masks")
     }
-    return replace(own, scores=parts["scores"], masks=parts["masks"])
+    return replace(cycle, scores=parts["scores"], masks=parts["masks"])
+
+
+def _mask_scores() -> Scores:
+    """Read the scores that selected the first masks: rescored by the mask stage, else those of the score stage."""
+    rescored = OUT / "mask" / SCORES
+    return models.read_weights(rescored if rescored.exists() else OUT / "score" / SCORES)
+
+
+def _write_cycle(cycle: Cycle, scores: Scores, model: nn.Module, before: float, after: float) -> dict[str, Any]:
+    """Write a cycle to out/cycles/NN, given top-1 in percent before and after fine-tuning; return its `cycle_row`."""
+    directory: Path = CYCLES / f"{cycle.number:02d}"
+    models.save(model, directory)
+    tables.write(summary_rows(cycle.groups, scores), tables.SCORES, directory / "scores.parquet")
+    facts = {"cycle": cycle.number, "target": dict(cycle.target), "cost": dict(cycle.cost)}
+    facts |= write_masks(directory, cycle.groups, cycle.masks)
+    facts |= {"top1_before": before, "top1_after": after} | model_facts(model, directory)
+    facts |= {"settled": dict(cycle.facts)} if cycle.facts else {}
+    facts |= {"corrected": dict(cycle.corrected)} if cycle.corrected else {}
+    write_json(directory / "metrics.json", facts)
+    return cycle_row(cycle.number, cycle.groups, cycle.masks, facts)

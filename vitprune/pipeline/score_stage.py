@@ -1,27 +1,84 @@
-"""Scores that are sums over images: shared among processes, and taken up again where they were broken off."""
+"""The score stage: importance scores, computed by several processes and resumed after an interruption."""
 
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig
+from vitprune import models
+from vitprune.architectures import find_groups, merge_heads
+from vitprune.config.params import Params
+from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig, Statistics
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
 from vitprune.models.io import read_weights, write_weights
-from vitprune.runtime.distributed import ProcessGroup
+from vitprune.pipeline.artifacts import SCORES, summary_rows
+from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
+from vitprune.pruning.plan import Plan, kinds_of, plan_of
+from vitprune.runtime import tables
+from vitprune.runtime.distributed import ProcessGroup, process_group
+from vitprune.runtime.files import sha256, write_json
 from vitprune.runtime.progress import track
 
-WRITE_EVERY = 300.0  # seconds between two writings of sums that may be gigabytes
+STATISTICS = "statistics.safetensors"
+PARTIAL = Path(".vitprune/partial")  # DVC empties the outputs of a stage before it runs, not this directory
+WRITE_INTERVAL = 300.0  # seconds between two writes of partial sums, which can be gigabytes
+
+
+def run(params: Params) -> None:
+    """Write the scores of the dense model, their summary and metrics/score.json."""
+    plan = plan_of(params)
+    with process_group() as dist:
+        model = models.load(OUT / "dense").to(device())
+        groups = scored_groups(model, params, plan)
+        job = ScoringJob(plan.row.criterion, groups, calibration(model, params), plan.setting_of(1))
+        importance = job.importance(model, plan.row.additive, PARTIAL, dist, plan.row.collective)
+    if importance is None:  # rank 0 writes
+        return
+    write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, importance))
+    clear_partial(PARTIAL)
+
+
+def scored_groups(model: nn.Module, params: Params, plan: Plan) -> list[Group]:
+    """Return the groups to score, with attention heads merged as the plan says."""
+    return merge_heads(model, find_groups(model, kinds_of(params)), plan.heads)
+
+
+def write_scores(directory: Path, groups: Sequence[Group], importance: Importance) -> dict[str, Any]:
+    """Write scores, their summary and the statistics for weight updates.
+
+    Returns:
+        Number of groups and units, the criterion's own figures, and the SHA-256 of the scores.
+    """
+    write_weights(importance.scores, directory / SCORES)
+    (directory / STATISTICS).unlink(missing_ok=True)
+    if importance.statistics:
+        write_weights(importance.statistics, directory / STATISTICS)
+    tables.write(summary_rows(groups, importance.scores), tables.SCORES, directory / "summary.parquet")
+    units = sum(group.units for group in groups)
+    return {"groups": len(groups), "units": units, **importance.facts, "sha256": sha256(directory / SCORES)}
+
+
+def read_statistics(directory: Path) -> Statistics | None:
+    """Read the statistics written by `write_scores`; None if the method has none."""
+    return read_weights(directory / STATISTICS) if (directory / STATISTICS).exists() else None
 
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What is to be scored, and how: all that scores depend on, beside the model."""
+    """Everything that scores depend on except the model.
+
+    Attributes:
+        criterion: Importance criterion.
+        groups: Groups to score.
+        batches: Calibration batches.
+        setting: Options of the criterion.
+    """
 
     criterion: Criterion
     groups: Sequence[Group]
@@ -30,63 +87,69 @@ class ScoringJob:
 
     @property
     def units(self) -> int:
-        """Number of units."""
+        """Total number of units."""
         return sum(group.units for group in self.groups)
 
     def importance(
         self, model: nn.Module, additive: bool, directory: Path, dist: ProcessGroup, collective: bool = False
     ) -> Importance | None:
-        """Scores over all batches, in the first process; None in the others.
+        """Compute the scores over all batches.
 
-        Additive ones are shared and resumed: in each round every process scores one batch, and the first adds the
-        results in the order of the batches, so the sum is the same to the bit for any number of processes. After each
-        round it writes the sum under `directory`; what is there of the same work is taken up. A `collective` criterion
-        shares the work itself, by `setting.team`.
+        Args:
+            model: The dense model.
+            additive: Whether scores are sums over batches. In each round every process scores one batch, and rank 0
+                adds the results in the order of the batches, so the sum is bit-identical for any number of processes.
+                After each round it writes the sum under `directory`, from which an interrupted job resumes.
+            directory: Directory of the partial results.
+            dist: Process group.
+            collective: Whether the criterion itself distributes its work, through `setting.team`.
+
+        Returns:
+            The scores on rank 0, None on the other ranks.
 
         Raises:
-            BadInput: several processes are to share scores that are no sums over batches.
+            BadInput: several processes, and scores that are neither additive nor collective.
         """
         if additive:
             total = self._summed(model, directory, dist)
             return None if dist.rank else Importance(_by_group(self.groups, total))
         if collective:
             name = f"scores-{self._digest(model)}-{dist.rank}-of-{dist.size}"
-            own = replace(self.setting, team=dist, notes=PartialScoreStore(directory, name))
-            found = self.criterion(model, self.groups, self.batches, own)
-            return None if dist.rank else found
+            setting = replace(self.setting, team=dist, notes=PartialScoreStore(directory, name))
+            importance = self.criterion(model, self.groups, self.batches, setting)
+            return None if dist.rank else importance
         if dist.size > 1:
             raise BadInput(f"{self.criterion.__qualname__}: its scores are no sums over images; use one process")
         return self.criterion(model, self.groups, self.batches, self.setting)
 
     def _summed(self, model: nn.Module, directory: Path, dist: ProcessGroup) -> Tensor:
         path = directory / f"scores-{self._digest(model)}.safetensors" if dist.rank == 0 else directory
-        total, done = _taken_up(path, self.units) if dist.rank == 0 else (torch.empty(0), 0)
+        total, done = _read_partial(path, self.units) if dist.rank == 0 else (torch.empty(0), 0)
         done = dist.broadcast(done)
         rounds = range(done, len(self.batches), dist.size)
         before = -(-done // dist.size)
-        for begin in track(rounds, "scoring, batch by batch", before + len(rounds), before):
-            parts = dist.gather(self._part(model, begin + dist.rank))
-            for part in parts:  # those beyond the last batch are zeros
+        for first in track(rounds, "scoring, batch by batch", before + len(rounds), before):
+            for part in dist.gather(self._part(model, first + dist.rank)):  # zeros beyond the last batch
                 total += part
             if dist.rank == 0:
-                done = min(len(self.batches), begin + dist.size)
+                done = min(len(self.batches), first + dist.size)
                 write_weights({"total": total, "done": torch.tensor(done)}, path)
         return total
 
     def _part(self, model: nn.Module, number: int) -> Tensor:
-        """Scores of one batch in a row, group by group (units,), float64."""
+        """Return the scores of one batch, concatenated over groups: (units,), float64."""
         if number >= len(self.batches):
             return torch.zeros(self.units, dtype=torch.float64)
         first = self.setting.first + sum(len(images) for images, _ in self.batches[:number])
         setting = replace(self.setting, first=first)
-        found = self.criterion(model, self.groups, [self.batches[number]], setting).scores
-        return torch.cat([found[group.name].flatten().to("cpu", torch.float64) for group in self.groups])
+        scores = self.criterion(model, self.groups, [self.batches[number]], setting).scores
+        return torch.cat([scores[group.name].flatten().to("cpu", torch.float64) for group in self.groups])
 
     def _digest(self, model: nn.Module) -> str:
-        """Another model, image, setting or kind of machine has another one, so that a stale sum is never taken up."""
+        """Hash model, images, settings and machine type, so that partial sums of another job are never used."""
         sha = hashlib.sha256()
-        where = (torch.__version__, next(model.parameters()).device.type, torch.get_num_threads())
-        sha.update(repr((self.criterion.__module__, self.criterion.__qualname__, self.setting, where)).encode())
+        machine = (torch.__version__, next(model.parameters()).device.type, torch.get_num_threads())
+        sha.update(repr((self.criterion.__module__, self.criterion.__qualname__, self.setting, machine)).encode())
         sha.update(repr([(group.name, group.shape, group.slices) for group in self.groups]).encode())
         weights = [tensor for _, tensor in sorted(model.state_dict().items())]
         for tensor in [*weights, *(tensor for batch in self.batches for tensor in batch)]:
@@ -96,22 +159,28 @@ class ScoringJob:
 
 
 class PartialScoreStore:
-    """What one process has done so far, as files of one work's name in a directory."""
+    """Partial results of one rank of a collective criterion, as files in a directory.
 
-    def __init__(self, directory: Path, name: str, every: float = WRITE_EVERY):
+    Args:
+        directory: Directory of the files.
+        name: Prefix of their names.
+        every: Seconds between two writes.
+    """
+
+    def __init__(self, directory: Path, name: str, every: float = WRITE_INTERVAL):
         self._directory, self._name, self._every = directory, name, every
         self._written = time.monotonic()
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """What was written under that name, empty where nothing was."""
+        """Read the tensors written under a name; empty if there are none."""
         return read_weights(self._path(name)) if self._path(name).exists() else {}
 
     def due(self) -> bool:
-        """Whether the last writing is some minutes ago."""
+        """Return whether the last write is long enough ago for the next one."""
         return time.monotonic() - self._written >= self._every
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under a name; none: forget it."""
+        """Write tensors under a name; an empty mapping deletes them."""
         if tensors:
             write_weights(tensors, self._path(name))
         else:
@@ -123,16 +192,16 @@ class PartialScoreStore:
 
 
 def clear_partial(directory: Path) -> None:
-    """Remove the partial sums, once what they became is written."""
+    """Delete partial results after the scores have been written."""
     for path in directory.glob("scores-*.safetensors"):
         path.unlink()
 
 
-def _taken_up(path: Path, units: int) -> tuple[Tensor, int]:
+def _read_partial(path: Path, units: int) -> tuple[Tensor, int]:
     if not path.exists():
         return torch.zeros(units, dtype=torch.float64), 0
-    found = read_weights(path)
-    return found["total"], int(found["done"])
+    saved = read_weights(path)
+    return saved["total"], int(saved["done"])
 
 
 def _by_group(groups: Sequence[Group], total: Tensor) -> Scores:

@@ -1,4 +1,4 @@
-"""A sweep's file as types, and the runs that it comes to: methods x targets, each with a params.yaml of its own."""
+"""Expand sweep.yaml into runs: methods x targets, each with its own params.yaml."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -21,11 +21,11 @@ from vitprune.pruning.methods import method_named
 from vitprune.pruning.plan import plan_of
 
 
-def _form(goal: Any) -> str:
-    """Which form a target has, so that an error speaks of that one; params.py leaves such names out of its keys."""
-    if not isinstance(goal, Mapping | Target):
+def _form(target: Any) -> str:
+    """Return the tag of a target's form, so that an error refers to that form; config.params drops such tags."""
+    if not isinstance(target, Mapping | Target):
         return "function-sparsity"
-    return "function-cost" if isinstance(goal, Target) or set(Target.model_fields) & set(goal) else "function-kinds"
+    return "function-cost" if isinstance(target, Target) or set(Target.model_fields) & set(target) else "function-kinds"
 
 
 SweepTarget = Annotated[
@@ -34,14 +34,17 @@ SweepTarget = Annotated[
     | Annotated[Target, Tag("function-cost")],
     Discriminator(_form),
 ]
-OWN = ("kinds", "scope", "heads")  # of prune: a method's own, unless the file says otherwise
+METHOD_DEFAULTS = ("kinds", "scope", "heads")  # keys of prune that a run resets to the method's defaults
 
 
 class Sweep(Section):
-    """What a sweep runs: every method at every target, and against what the results are drawn.
+    """The settings of a sweep: sweep.yaml.
 
-    `methods` are names, or names with settings of `prune` of their own; a target is a sparsity, sparsities per kind, or
-    a cost as in `prune.target`. `params` are laid over params.yaml for all runs alike.
+    Attributes:
+        methods: Names of methods, or names with settings of `prune`.
+        targets: Sparsities, sparsities per kind, or costs as in `prune.target`.
+        params: Settings that replace those of params.yaml in all runs.
+        against: Cost on the x axis of the plot.
     """
 
     methods: (
@@ -54,7 +57,14 @@ class Sweep(Section):
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its name, method and target in words, and the whole of its params.yaml."""
+    """One run of a sweep.
+
+    Attributes:
+        name: Name, usable as a file name.
+        method: Name of the method.
+        target: The target as text.
+        params: Content of its params.yaml.
+    """
 
     name: str
     method: str
@@ -63,55 +73,58 @@ class Run:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read and check a sweep's file.
+    """Read a sweep file.
 
     Raises:
-        BadInput: the file is missing, is not YAML, or a key is unknown, missing or of a wrong type or value.
+        BadInput: the file is missing, is not YAML, or a key is unknown, missing or has an invalid type or value.
     """
     return checked(read(path, "give a file with methods and targets"), Sweep, path)
 
 
 def runs_of(sweep: Sweep, params: Path) -> list[Run]:
-    """Every method at every target on the settings of a params.yaml, in the file's order.
+    """Combine every method with every target on the settings of a params.yaml, in the order of the sweep file.
 
     Raises:
-        BadInput: a method is unknown, a run's settings are none, its target does not fit the model, or two are alike.
+        BadInput: a method is unknown, the settings of a run are invalid or its target does not fit the model, or two
+            runs are the same.
     """
-    given = sweep.methods if isinstance(sweep.methods, dict) else dict.fromkeys(sweep.methods)
-    if len(given) < len(sweep.methods):
+    methods = sweep.methods if isinstance(sweep.methods, dict) else dict.fromkeys(sweep.methods)
+    if len(methods) < len(sweep.methods):
         raise BadInput(f"methods: {', '.join(sweep.methods)} names one twice; remove it")
-    for method in given:
+    for method in methods:
         method_named(method)
     base = _over(read(params, "run in a project directory (vitprune init DIR makes one)"), sweep.params)
-    found = [_run(method, dict(own or {}), goal, base) for method, own in given.items() for goal in sweep.targets]
-    names = [run.name for run in found]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise BadInput(f"targets: {twice[0]} is there twice; remove one")
-    _refuse_misfits(found)
-    return found
+    runs = [
+        _run(method, dict(settings or {}), target, base)
+        for method, settings in methods.items()
+        for target in sweep.targets
+    ]
+    names = [run.name for run in runs]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise BadInput(f"targets: {repeated[0]} is there twice; remove one")
+    _check(runs)
+    return runs
 
 
-def _run(method: str, own: dict[str, Any], goal: Any, base: Mapping[str, Any]) -> Run:
-    asked = _asked(goal)
-    prune = dict.fromkeys(OWN) | {"method": method} | asked
-    reserved = [key for key in ("method", "sparsity", "target") if key in own]
+def _run(method: str, settings: dict[str, Any], target: Any, base: Mapping[str, Any]) -> Run:
+    reserved = [key for key in ("method", "sparsity", "target") if key in settings]
     if reserved:
-        raise BadInput(f"methods.{method}.{reserved[0]}: is what the sweep itself sets; remove it")
-    words = _words(asked)
-    name = re.sub(r"[^a-z0-9.]+", "-", f"{method} {words}".lower()).strip("-")
-    return Run(name, method, words, _over(base, {"prune": prune | own}))
+        raise BadInput(f"methods.{method}.{reserved[0]}: is set by the sweep itself; remove it")
+    goal = (
+        {"sparsity": None, "target": target.costs}
+        if isinstance(target, Target)
+        else {"sparsity": target, "target": None}
+    )
+    prune = dict.fromkeys(METHOD_DEFAULTS) | {"method": method} | goal
+    text = _as_text(goal)
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{method} {text}".lower()).strip("-")
+    return Run(name, method, text, _over(base, {"prune": prune | settings}))
 
 
-def _asked(goal: Any) -> dict[str, Any]:
-    if isinstance(goal, Target):
-        return {"sparsity": None, "target": goal.costs}
-    return {"sparsity": goal, "target": None}
-
-
-def _words(asked: Mapping[str, Any]) -> str:
-    """A target in words: sparsity 0.5, macs 0.5, ffn 0.6 attention 0.5."""
-    amounts = asked["target"] or asked["sparsity"]
+def _as_text(goal: Mapping[str, Any]) -> str:
+    """Return a target as text: sparsity 0.5, macs 0.5, ffn 0.6 attention 0.5."""
+    amounts = goal["target"] or goal["sparsity"]
     if isinstance(amounts, Mapping):
         return " ".join(
             f"{what} {amount if isinstance(amount, str) else f'{amount:g}'}" for what, amount in amounts.items()
@@ -120,7 +133,7 @@ def _words(asked: Mapping[str, Any]) -> str:
 
 
 def _over(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with others laid over them, section by section; below a section a value replaces the whole one."""
+    """Merge settings section by section; below a section a value replaces the whole one."""
     merged = dict(base)
     for key, value in more.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -128,17 +141,17 @@ def _over(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _refuse_misfits(runs: list[Run]) -> None:
-    """Refuse what can be known before anything runs: settings that are none, and costs that the model cannot have."""
+def _check(runs: list[Run]) -> None:
+    """Check before any run starts that all settings are valid and that the model can reach the targets."""
     plans = []
     for run in runs:
         with _naming(run):
             plans.append(plan_of(checked(run.params, Params, "params.yaml")))
-    model = _shapes(checked(runs[0].params, Params, "params.yaml"))
+    model = _model_of(checked(runs[0].params, Params, "params.yaml"))
     for run, plan in zip(runs, plans, strict=True):
         with _naming(run):
             groups = groups_for(model, plan)
-            if not plan.target or next(iter(plan.target)) in COUNTS:  # a clock is asked when its turn comes
+            if not plan.target or next(iter(plan.target)) in COUNTS:  # latency is measured when the run prunes
                 cost_model_for(model, groups, plan)
 
 
@@ -150,8 +163,8 @@ def _naming(run: Run) -> Iterator[None]:
         raise BadInput(f"run {run.name}: {error}") from None
 
 
-def _shapes(params: Params) -> nn.Module:
-    """The model of the runs; where it is a timm model, with random weights, since only shapes count here."""
+def _model_of(params: Params) -> nn.Module:
+    """Return a model with the shapes of the runs' dense model; its weights are random unless it is a directory."""
     checkpoint = params.dense.checkpoint
     if params.dense.start == "checkpoint" and checkpoint is not None and checkpoint.is_dir():
         return initial_model(params).model

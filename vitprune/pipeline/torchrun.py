@@ -1,4 +1,4 @@
-"""A stage in several processes: torchrun or accelerate launch, as the environment says."""
+"""Start a stage in several processes with torchrun or accelerate launch."""
 
 import os
 import shlex
@@ -10,48 +10,51 @@ from pathlib import Path
 
 from vitprune.errors import PREEMPTED, BadInput
 
-LAUNCH, CODE = "VITPRUNE_LAUNCH", "VITPRUNE_CODE_FILE"  # how; where the processes say how they ended
-TOGETHER = ("dense", "score", "prune", "distill")
+LAUNCH = "VITPRUNE_LAUNCH"  # the launcher and its options
+CODE = "VITPRUNE_CODE_FILE"  # file to which the processes write their exit code
+DISTRIBUTED_STAGES = ("dense", "score", "prune", "distill")
 
 
 def wanted(stage: str) -> bool:
-    """Whether this process is to start others for a stage, and is none of them itself."""
-    return stage in TOGETHER and bool(os.environ.get(LAUNCH)) and "WORLD_SIZE" not in os.environ
+    """Return whether this process has to start the launcher for a stage, and is not itself started by one."""
+    return stage in DISTRIBUTED_STAGES and bool(os.environ.get(LAUNCH)) and "WORLD_SIZE" not in os.environ
 
 
-def together(stage: str, project: Path) -> int:
-    """Run a stage by the launcher that VITPRUNE_LAUNCH names with its options; returns the exit code of the stage.
+def launch(stage: str, project: Path) -> int:
+    """Run a stage with the launcher of VITPRUNE_LAUNCH; SIGTERM is forwarded to it.
 
-    SIGTERM is handed on, and is the end of the stage that has kept its work.
+    Returns:
+        The exit code of the stage.
 
     Raises:
-        BadInput: there is no such launcher.
+        BadInput: the launcher cannot be started.
     """
-    words = shlex.split(os.environ[LAUNCH])
-    command = [*words, "-m", "vitprune.cli", stage, "-C", str(project)]
+    command = [*shlex.split(os.environ[LAUNCH]), "-m", "vitprune.cli", stage, "-C", str(project)]
     with tempfile.TemporaryDirectory() as name:
-        code = Path(name) / "code"
+        code_file = Path(name) / "code"
         try:
-            process = subprocess.Popen(command, env=os.environ | {CODE: str(code)})
+            process = subprocess.Popen(command, env=os.environ | {CODE: str(code_file)})
         except OSError as error:
             raise BadInput(f"{LAUNCH}={os.environ[LAUNCH]}: cannot be started ({error.strerror})") from None
-        asked: list[int] = []
+        signals: list[int] = []
 
-        def hand_on(number: int, frame: object) -> None:
-            asked.append(number)
+        def forward(number: int, frame: object) -> None:
+            signals.append(number)
             process.send_signal(signal.SIGTERM)
 
-        before = signal.signal(signal.SIGTERM, hand_on)
+        before = signal.signal(signal.SIGTERM, forward)
         try:
-            ended = process.wait()
+            launcher_code = process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
-        said = int(code.read_text()) if code.exists() else 0
-    return PREEMPTED if ended and asked else said if ended and said else ended
+        stage_code = int(code_file.read_text()) if code_file.exists() else 0
+    if launcher_code == 0:
+        return 0
+    return PREEMPTED if signals else stage_code or launcher_code
 
 
-def say(code: int) -> None:
-    """Tell the process that has started this one how it ends: the launchers say 1 whatever it was."""
+def report_exit_code(code: int) -> None:
+    """Write the exit code of this process for `launch`: launchers exit with 1 whatever the code of the process."""
     if (path := os.environ.get(CODE)) and "WORLD_SIZE" in os.environ:
         Path(path).write_text(str(code))
         sys.stderr.flush()

@@ -1,6 +1,7 @@
 # make demo    the whole pipeline on the embedded digits, from nothing
 # make test    the tests, in the same environment
 # make lint    formatting, lint, types, layers
+# make docs    the documentation, as a site in site/; warnings and broken links are errors
 # make bench   every benchmark in its quick form
 # make server  PostgreSQL, a Prefect and an MLflow server as plain processes; make server-down ends them
 # make worker  the worker of one GPU: make worker GPU=1
@@ -11,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 
 GPU ?= 0
 
-.PHONY: demo test lint bench server server-down worker install clean
+.PHONY: demo test lint docs bench server server-down worker install clean
 
 demo: install
 	vitprune-flow
@@ -24,6 +25,9 @@ lint: install
 	ruff check .
 	mypy
 	lint-imports
+
+docs: install
+	mkdocs build --strict --quiet
 
 bench: install
 	for script in $(filter-out %/__init__.py, $(wildcard benchmarks/[a-k]*/*.py benchmarks/[m-z]*/*.py)); do python -m $$(echo $${script%.py} | tr / .) --quick || exit 1; done
@@ -41,7 +45,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,server,export,dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,server,export,dev,docs]'
 	touch $@
 
 clean:

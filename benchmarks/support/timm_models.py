@@ -1,7 +1,7 @@
 """Which kinds of group 28 common and 20 further timm models can lose, proven on random weights by `vitprune check`.
 
 Each model runs in a process of its own with a time limit, and Torch-Pruning's generic recipe (generic.py) in another,
-where it is installed. Writes benchmarks/results/coverage.json and docs/models.md: per model and kind, proven, or
+where it is installed. Writes benchmarks/results/coverage.json and docs/guides/models.md: per model and kind, proven, or
 refused with the reason that the library gives. What is proven is noted in benchmarks/results/coverage-notes.jsonl and
 not proven again: delete it to begin anew.
 """
@@ -187,7 +187,7 @@ def _document(found: dict[str, dict], ratios: str) -> None:
             number = reasons.setdefault(verdict, len(reasons) + 1) if verdict != "proven" else 0
             shown.append(f"{verdict.partition(':')[0]} {number}" if number else "proven")
         table.append([f"`{name}`", *shown, f"{model['seconds']:.1f}", model["peer"]])
-    path, memory = ROOT / "docs/models.md", psutil.virtual_memory().total / 2**30
+    path, memory = ROOT / "docs/guides/models.md", psutil.virtual_memory().total / 2**30
     columns = ["model", *KINDS, "all groups found in, s", "Torch-Pruning's generic recipe"]
     write_table(path, TITLE, ABOUT.format(removed=ratios.replace(",", ", "), memory=memory), columns, table)
     listed = [f"{number}. {why.partition(': ')[2]}" for why, number in reasons.items()]

@@ -116,5 +116,4 @@ def _environment() -> dict[str, str]:
 
 def _images() -> torch.Tensor:
 
-
     return torch.zeros(1, 3, 224, 224)

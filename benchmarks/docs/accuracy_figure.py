@@ -73,7 +73,9 @@ def draw(path: Path) -> None:
 def main() -> None:
     """Write the figure, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", "--quick", action="store_true", help="write nothing, compare with the committed file")
+    parser.add_argument(
+        "--check", "--quick", action="store_true", help="write nothing, compare with the committed file"
+    )
     if not parser.parse_args().check:
         draw(FIGURE)
         return

@@ -58,9 +58,7 @@ def direct(graph: Imports) -> dict[str, set[str]]:
     def reachable(name: str) -> set[str]:
         return graph[name].union(*(reachable(target) for target in graph[name]))
 
-    return {
-        name: targets - set().union(*(reachable(target) for target in targets)) for name, targets in graph.items()
-    }
+    return {name: targets - set().union(*(reachable(target) for target in targets)) for name, targets in graph.items()}
 
 
 def draw(graph: Imports) -> None:
@@ -72,7 +70,9 @@ def draw(graph: Imports) -> None:
         names = sorted(name for name in height if height[name] == level)
         for index, name in enumerate(names):
             centre[name] = (WIDTH * (index + 1) / (len(names) + 1), 40 + (top - level) * ROW)
-    parts = ['<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">']
+    parts = [
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    ]
     parts += ['<path d="M0,0 L8,4 L0,8 z" fill="#57606a"/></marker></defs>']
     for name, targets in sorted(direct(graph).items()):
         for target in sorted(targets):

@@ -26,7 +26,10 @@ from vitprune.cli import application  # noqa: E402
 from vitprune.config.params import Params  # noqa: E402
 from vitprune.pruning.methods import METHODS  # noqa: E402
 
-REPOSITORY_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # in the repository: in the site
+REPOSITORY_PAGES = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}  # in the repository: in the site
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -91,7 +94,7 @@ def _command(command: click.Command, context: click.Context, level: int) -> Iter
     usage = " ".join(command.collect_usage_pieces(context))
     yield f"```text\n{context.command_path} {usage}\n```\n"
     yield f"{_prose(command.help or '')}\n"
-    rows = [row for row in map(lambda parameter: _parameter(parameter, context), command.get_params(context)) if row]
+    rows = [row for row in (_parameter(each, context) for each in command.get_params(context)) if row]
     if rows:
         yield "| argument or option | meaning | default |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
     if isinstance(command, click.Group):

@@ -1,9 +1,8 @@
-"""Which kinds of group 28 common and 20 further timm models can lose, proven on random weights by `vitprune check`.
+"""Check which kinds of units 28 common and 20 further timm models support, on random weights, by `vitprune check`.
 
-Each model runs in a process of its own with a time limit, and Torch-Pruning's generic recipe (generic.py) in another,
-where it is installed. Writes benchmarks/results/coverage.json and docs/guides/models.md: per model and kind, proven, or
-refused with the reason that the library gives. What is proven is noted in benchmarks/results/coverage-notes.jsonl and
-not proven again: delete it to begin anew.
+Each model runs in its own process with a time limit, and Torch-Pruning's generic recipe in another, if it is installed.
+Writes benchmarks/results/coverage.json and docs/guides/models.md: per model and kind, proven, or refused with the
+reason. Finished models are recorded in benchmarks/results/coverage-notes.jsonl and skipped; delete it to start over.
 """
 
 import argparse
@@ -78,14 +77,14 @@ FURTHER = (
     "volo_d1_224",
 )
 SECONDS = 5.0  # for finding all groups of a model
-TITLE = "What each model can lose"
-ABOUT = """Written by benchmarks/support/timm_models.py. Random weights in float64; of every group about {removed} of
-the units are removed, and an odd number is left (block: whole blocks).
-Proven: what is cut out leaves the logits of the literal removal (difference below 1e-10 of the largest logit),
-parameters and MACs fall by what the groups promise, gradients are finite, and the model is the same from a file. A
-number is a reason below. Torch-Pruning: magnitude, 30 % of the channels, the classifier ignored, heads named where a
-layer is called qkv; its documents say that some models need settings of their own. Exit code -9 is that of a process
-which the system ended when its memory ran out: this one has {memory:.0f} GiB for all that runs on it."""
+TITLE = "Supported models"
+ABOUT = """Written by `python -m benchmarks.support.timm_models`. Rows: timm models with random weights, in float64. Columns: kinds of
+[units](../concepts/groups.md). In every group about {removed} of the units are removed, an odd number (for block: whole
+blocks). **proven**: the logits equal those of literal removal (difference below 1e-10 of the largest logit), parameters
+and MACs decrease by the amounts that the groups state, gradients are finite, and the model is the same after saving and
+loading. **refused** N: not supported, for reason N below. The last column: Torch-Pruning with magnitude importance, 30 % of the
+channels, the classifier ignored, heads given for layers named qkv; its documentation says that some models need settings of
+their own. Exit code -9: the process ran out of memory ({memory:.0f} GiB for everything on this machine)."""
 
 
 def main() -> None:

@@ -78,13 +78,15 @@ FURTHER = (
 )
 SECONDS = 5.0  # for finding all groups of a model
 TITLE = "Supported models"
-ABOUT = """Written by `python -m benchmarks.support.timm_models`. Rows: timm models with random weights, in float64. Columns: kinds of
-[units](../concepts/groups.md). In every group about {removed} of the units are removed, an odd number (for block: whole
-blocks). **proven**: the logits equal those of literal removal (difference below 1e-10 of the largest logit), parameters
-and MACs decrease by the amounts that the groups state, gradients are finite, and the model is the same after saving and
-loading. **refused** N: not supported, for reason N below. The last column: Torch-Pruning with magnitude importance, 30 % of the
-channels, the classifier ignored, heads given for layers named qkv; its documentation says that some models need settings of
-their own. Exit code -9: the process ran out of memory ({memory:.0f} GiB for everything on this machine)."""
+ABOUT = """\
+Written by `python -m benchmarks.support.timm_models`. Rows: timm models with random weights, in float64. Columns:
+kinds of [units](../concepts/groups.md). In every group about {removed} of the units are removed, an odd number (for
+block: whole blocks). **proven**: the logits equal those of literal removal (difference below 1e-10 of the largest
+logit), parameters and MACs decrease by the amounts that the groups state, gradients are finite, and the model is the
+same after saving and loading. **refused** N: not supported, for reason N below. The last column: Torch-Pruning with
+magnitude importance, 30 % of the channels, the classifier ignored, heads given for layers named qkv; its
+documentation says that some models need settings of their own. Exit code -9: the process ran out of memory
+({memory:.0f} GiB for everything on this machine)."""
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 """Small models for every test; the real DeiT-Tiny where VITPRUNE_REAL_DATA has it."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.support import tiny_project
 from tests.support.tiny_models import tiny
 from vitprune import METHODS, models
 from vitprune.criteria import magnitude
@@ -39,6 +41,19 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method `drawn` that draws the scores of units of every kind."""
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer", "block": "layer"}
     monkeypatch.setitem(METHODS, "drawn", Method(magnitude.random, scopes, ("ffn", "attention"), True, "for tests"))
+
+
+@pytest.fixture(scope="session")
+def shared_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose ten stages have run, built once for all test processes; read-only."""
+    folder = tmp_path_factory.getbasetemp()
+    return tiny_project.finished(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+
+
+@pytest.fixture
+def finished_project(shared_project: Path, tmp_path: Path) -> Path:
+    """A copy of the project whose ten stages have run."""
+    return shutil.copytree(shared_project, tmp_path / "project", symlinks=True)
 
 
 @pytest.fixture(scope="session")

@@ -149,8 +149,7 @@ def needed() -> None:
 def made(project: Path, servers: servers.Servers, remote: servers.Remote, scratch: Path) -> Toy:
     """Make the project, run it once undisturbed by its flow, and keep a copy in `scratch`."""
     tiny_project.make_of_images(project)
-    tiny_project.dvc(project, "remote", "add", "-d", "team", remote.address)
-    tiny_project.dvc(project, "remote", "modify", "--local", "team", "keyfile", str(remote.key))
+    tiny_project.add_remote(project, remote.address, remote.key)
     (project / "gates.yaml").write_text(yaml.safe_dump({"max_accuracy_loss": 100.0, "alpha": None}))
     tiny_project.commit(project, "Name the team's remote and its gates.")
     toy = Toy(project, scratch / "whole", servers, {}, {}, {})

@@ -91,7 +91,7 @@ def audits(folder: Path, edits: Sequence[str], honest: Sequence[str], notes: Col
             continue
         if name == cached:
             tiny_project.record(project, "second", cached=True)
-            tiny_project.put(project)
+            tiny_project.upload(project)
             yield from tampered(project, ["honest"], name)
         else:
             yield from tampered(recorded(folder / f"honest-{number}", HONEST[name]), ["honest"], name)
@@ -108,7 +108,7 @@ def recorded(project: Path, prune: dict[str, Any]) -> Path:
         tiny_project.commit(project, "Another method.")
     tiny_project.run_stages(project)
     tiny_project.record(project, "first")
-    tiny_project.put(project)
+    tiny_project.upload(project)
     return project
 
 

@@ -1,16 +1,15 @@
 """Audits of a real run, honest and tampered with: one edit of each kind; all are in benchmarks/reliability."""
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.support import tamper_worker, tiny_project
+from tests.support import preloaded, tamper_worker, tiny_project
+from tests.support.tampering import EDITS
 from vitprune.config.params import load
 from vitprune.orchestration.execution.dvc_cache import tree_md5
 from vitprune.pipeline.verify import CHECKS, recheck
@@ -18,33 +17,23 @@ from vitprune.runtime.files import md5
 
 pytestmark = pytest.mark.pipeline
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a finished run on record."""
-    project = tiny_project.run_stages(tiny_project.make_of_images(tmp_path_factory.mktemp("audit") / "project"))
+    project = shutil.copytree(shared_project, tmp_path_factory.mktemp("audit") / "project", symlinks=True)
     tiny_project.record(project, "first")
-    tiny_project.put(project)
+    tiny_project.upload(project)
     return project
 
 
-def tamper(project: Path, *names: str) -> dict[str, dict]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.tamper_worker", str(project), *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
-
-
-def audit(project: Path, *words: str, **env: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-W", "ignore", "-m", "vitprune.orchestration.cli_audit", *words]
-    done = subprocess.run(command, cwd=project, env=os.environ | env, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
+def audit(cwd: Path, *words: str, **env: str) -> tuple[int, str, str]:
+    result = preloaded.run("vitprune.orchestration.cli_audit", *words, cwd=cwd, env=os.environ | env)
+    return result.returncode, result.stdout, result.stderr
 
 
 def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
-    said = {
+    expected = {
         "honest": "exported: as recorded",
         "a mask's units change places, in DVC's cache": "artifacts: out/mask/masks.safetensors: DVC's copy",
         "top-1 raised in MLflow's database": "metric pruned.top1 (step 0) is",
@@ -54,9 +43,10 @@ def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
         "all digests agree: top-1 raised": "metrics/evaluate.json: pruned: top1 is",
         "all digests agree: a mask flipped": "out/cycles/02",
     }
-    rows = tamper(project, *said)
-    assert {name: rows[name]["line"] for name, words in said.items() if words not in rows[name]["line"]} == {}
-    assert {name: row["code"] for name, row in rows.items()} == {name: int(name != "honest") for name in said}
+    edits = {"honest": lambda path: None, **EDITS}
+    results = {name: tamper_worker.edited(project, edits[name]) for name in expected}
+    assert {name: line for name, (_, line) in results.items() if expected[name] not in line} == {}
+    assert {name: code for name, (code, _) in results.items()} == {name: int(name != "honest") for name in expected}
 
 
 def test_the_command_lists_all_differences_and_refuses_what_is_no_run(project: Path) -> None:

@@ -129,7 +129,7 @@ def webhook() -> Iterator[Webhook]:
 
 
 @pytest.fixture(scope="module")
-def team(remote: servers.Remote, webhook: Webhook) -> Iterator[Team]:
+def team(shared_project: Path, remote: servers.Remote, webhook: Webhook) -> Iterator[Team]:
     """Servers and a worker by the scripts of deploy/, and a project with a remote, deployed.
 
     Its folder is none of pytest's, which every other pytest that starts closes to the user of PostgreSQL.
@@ -140,17 +140,16 @@ def team(remote: servers.Remote, webhook: Webhook) -> Iterator[Team]:
         running = stack.enter_context(
             servers.serving(folder, SECRETS | USER | ZOMBIES | {"VITPRUNE_WEBHOOK": webhook.address})
         )
-        project = prepared(folder / "project", remote)
+        project = prepared(shared_project, folder / "project", remote)
         with running.worker(folder / "worker.log"):
             running.run("prefect", "--no-prompt", "deploy", "--all", where=project)
             yield Team(folder, project, running)
 
 
-def prepared(project: Path, remote: servers.Remote) -> Path:
+def prepared(finished: Path, project: Path, remote: servers.Remote) -> Path:
     """A project that has run once, by `dvc repro` as far as DVC can tell, and whose images are in DVC's store alone."""
-    tiny_project.run_stages(tiny_project.make_of_images(project, size=200))
-    tiny_project.dvc(project, "remote", "add", "-d", "team", remote.address)
-    tiny_project.dvc(project, "remote", "modify", "--local", "team", "keyfile", str(remote.key))
+    shutil.copytree(finished, project, symlinks=True)
+    tiny_project.add_remote(project, remote.address, remote.key)
     (project / "gates.yaml").write_text(yaml.safe_dump(LAX))
     in_half_a_day(project)
     tiny_project.commit(project, "Name the team's remote.")

@@ -1,6 +1,7 @@
 """A run is shared by a DVC remote: a folder, SSH, S3. What a clone elsewhere pulls, it need not compute."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ import pytest
 
 from tests.support import servers, tiny_project
 from vitprune.errors import BadInput
-from vitprune.orchestration.execution.run_stage import environment
 from vitprune.pipeline.project_template import Choice, create
 
 pytestmark = pytest.mark.pipeline
@@ -18,11 +18,11 @@ KINDS = ("folder", "ssh", "s3")
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that has run once, and whose numbers and dvc.lock are committed."""
-    made = tiny_project.run_stages(tiny_project.make_of_images(tmp_path_factory.mktemp("shared") / "project"))
-    tiny_project.commit(made, "A run.")
-    return made
+    project = shutil.copytree(shared_project, tmp_path_factory.mktemp("remote") / "project", symlinks=True)
+    tiny_project.commit(project, "A run.")
+    return project
 
 
 @pytest.fixture
@@ -51,39 +51,40 @@ def test_a_clone_elsewhere_pulls_a_run_and_computes_nothing(
     mine, other = tmp_path / "mine", tmp_path / "elsewhere" / "clone"
     clone(project, mine)
     tiny_project.dvc(mine, "cache", "dir", "--local", str(project / ".dvc/cache"))
-    create_remote(mine, address, key)
+    tiny_project.add_remote(mine, address, key)
+    tiny_project.commit(mine, "Name the team's remote.")
     tiny_project.dvc(mine, "push", "-q", "--run-cache")
 
     clone(mine, other)
     if key:
-        tiny_project.dvc(other, "remote", "modify", "--local", "team", "keyfile", key)
+        tiny_project.set_remote_key(other, key)
     tiny_project.dvc(other, "pull", "-q", "--run-cache")
-    said = dvc(other, "repro", "evaluate")
+    said = tiny_project.dvc(other, "repro", "evaluate")
     assert said.count("didn't change, skipping") == 9  # eight stages, and the images
     assert "Running stage" not in said
     for name in ("metrics/evaluate.json", "out/distill/model.safetensors", "data/manifest.parquet"):
         assert (other / name).read_bytes() == (project / name).read_bytes()
-    assert "up to date" in dvc(other, "status")
+    assert "up to date" in tiny_project.dvc(other, "status")
 
 
 def test_init_names_the_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     create(tmp_path / "first", Choice(remote="store"))
-    assert dvc(tmp_path / "first", "config", "remote.team.url").strip() == str(tmp_path / "store")
+    assert tiny_project.dvc(tmp_path / "first", "config", "remote.team.url").strip() == str(tmp_path / "store")
     assert (tmp_path / "first/requirements.txt").read_text().count("\n") == 1
     create(tmp_path / "second", Choice(remote="ssh://me@host.example/store"))
-    assert dvc(tmp_path / "second", "config", "remote.team.url").strip() == "ssh://me@host.example/store"
-    assert dvc(tmp_path / "second", "config", "core.remote").strip() == "team"
+    assert tiny_project.dvc(tmp_path / "second", "config", "remote.team.url").strip() == "ssh://me@host.example/store"
+    assert tiny_project.dvc(tmp_path / "second", "config", "core.remote").strip() == "team"
     assert (tmp_path / "second/requirements.txt").read_text().splitlines()[1] == "dvc[ssh]"
 
 
 def test_a_remote_that_is_there_stays(tmp_path: Path) -> None:
     for name in ("same", "other"):
         subprocess.run(["git", "init", "-q", tmp_path / name], check=True)
-        dvc(tmp_path / name, "init", "-q")
-        dvc(tmp_path / name, "remote", "add", "-d", "mine", str(tmp_path / "store"))
+        tiny_project.dvc(tmp_path / name, "init", "-q")
+        tiny_project.dvc(tmp_path / name, "remote", "add", "-d", "mine", str(tmp_path / "store"))
     create(tmp_path / "same", Choice(remote=str(tmp_path / "store")))
-    assert dvc(tmp_path / "same", "config", "core.remote").strip() == "mine"
+    assert tiny_project.dvc(tmp_path / "same", "config", "core.remote").strip() == "mine"
     with pytest.raises(BadInput, match=r"DVC's default remote is mine, .*store; leave out --remote to keep it"):
         create(tmp_path / "other", Choice(remote=str(tmp_path / "elsewhere")))
     assert not (tmp_path / "other/params.yaml").exists()
@@ -109,20 +110,5 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
         create(tmp_path / "project", Choice(remote="gs://team/store"))
 
 
-def create_remote(project: Path, address: str, key: str) -> None:
-    """Name the remote as init does, and the key beside what git keeps."""
-    tiny_project.dvc(project, "remote", "add", "-d", "team", address)
-    if key:
-        tiny_project.dvc(project, "remote", "modify", "--local", "team", "keyfile", key)
-    tiny_project.commit(project, "Name the team's remote.")
-
-
 def clone(source: Path, target: Path) -> None:
     subprocess.run(["git", "clone", "-q", str(source), str(target)], check=True)
-
-
-def dvc(where: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "dvc", *words]
-    done = subprocess.run(command, cwd=where, env=environment(where), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny_project
 from tests.support.tiny_project import record
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import read
@@ -81,15 +80,9 @@ def replay(project: Path, uri: str | None) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.fixture(scope="module")
-def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project in which all real stages have run, in this process for speed, and whose outputs DVC has taken over."""
-    return tiny_project.run_stages(tiny_project.make(tmp_path_factory.mktemp("tiny") / "project"))
-
-
 @pytest.fixture
-def project(finished_project: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(finished_project, tmp_path / "project", symlinks=True)
+def project(finished_project: Path) -> Path:
+    return finished_project
 
 
 @pytest.fixture

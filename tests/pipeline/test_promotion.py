@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tiny_project
 from vitprune import models
 from vitprune.errors import BadInput
 from vitprune.evaluation.paired_test import Paired
@@ -55,9 +54,9 @@ def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
 
 @pytest.mark.pipeline
 def test_a_champion_is_held_against_the_challenger_on_the_same_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = tiny_project.run_stages(tiny_project.make_of_images(tmp_path / "project", size=200))
+    project = finished_project
     monkeypatch.chdir(project)
     params = stages.enter(project)
     itself = judge(params, project / "out/distill", PromotionGates())

@@ -1,10 +1,6 @@
-"""Tampers with a recorded project, audits it and puts it back: tamper_worker.py PROJECT EDIT..., a JSON line each."""
+"""Edit a recorded project, audit it and restore it: tamper_worker.py PROJECT EDIT..., one JSON line each."""
 
-import contextlib
-import io
 import json
-import multiprocessing
-import os
 import shutil
 import sqlite3
 import sys
@@ -12,37 +8,33 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
+from tests.support import preloaded
 from tests.support.tampering import EDITS, ONLY_AGAIN, Edit
 
 
 def audited(project: Path, rerun: bool = False, run: str = "") -> tuple[int, str]:
-    """Audit a run (empty: the newest of a project's own store) in a child of this process; exit code and output."""
-    import vitprune.pipeline.verify  # noqa: F401  in this process, once for all children
-
-    context = multiprocessing.get_context("fork")
-    told = context.SimpleQueue()
-    child = context.Process(target=_audit, args=(project, rerun, run, told))
-    child.start()
-    code, said = told.get()
-    child.join()
-    return code, said
+    """Audit a run (empty: the newest of a project's own store); return the exit code and the output."""
+    words = [run or newest(project), *(["--project", str(project)] if run else []), *(["--rerun"] if rerun else [])]
+    result = preloaded.run("vitprune.orchestration.cli_audit", *words, cwd=project)
+    return result.returncode, result.stdout + result.stderr
 
 
-def found(project: Path, edit: Edit, rerun: bool = False) -> tuple[int, str]:
-    """Edit a project, audit it, and put everything back; the exit code and what was printed last but one."""
+def edited(project: Path, edit: Edit, rerun: bool = False) -> tuple[int, str]:
+    """Edit a project, audit it and restore it; return the exit code and the last line but one."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = shutil.copytree(project, Path(folder) / "whole", symlinks=True)
+        backup = shutil.copytree(project, Path(folder) / "backup", symlinks=True)
         try:
             edit(project)
-            code, said = audited(project, rerun)
+            code, output = audited(project, rerun)
         finally:
             shutil.rmtree(project)
-            shutil.copytree(whole, project, symlinks=True)
-    return code, said.strip().splitlines()[-2 if len(said.strip().splitlines()) > 1 else -1]
+            shutil.copytree(backup, project, symlinks=True)
+    lines = output.strip().splitlines()
+    return code, lines[-2 if len(lines) > 1 else -1]
 
 
 def newest(project: Path) -> str:
-    """The id of the newest flow run that a project's MLflow has."""
+    """Return the id of the newest flow run in a project's MLflow database."""
     with closing(sqlite3.connect(project / "mlflow.db")) as base:
         rows = base.execute(
             "SELECT runs.run_uuid FROM runs JOIN tags USING (run_uuid) WHERE key = 'vitprune.key'"
@@ -51,27 +43,12 @@ def newest(project: Path) -> str:
     return str(rows[0][0])
 
 
-def _audit(project: Path, rerun: bool, run: str, told: "multiprocessing.SimpleQueue[tuple[int, str]]") -> None:
-    from vitprune.orchestration.audit.collect import Unusable
-    from vitprune.orchestration.cli_audit import audit
-
-    os.chdir(project)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        try:
-            code = 1 if audit(run or newest(project), project if run else None, False, rerun) else 0
-        except Unusable as error:
-            print(error)
-            code = 2
-    told.put((code, said.getvalue()))
-
-
 def main() -> None:
-    """Carry out the named edits one after the other, or an honest audit for `honest`; a JSON line each."""
+    """Carry out the named edits one after the other (`honest`: none); print one JSON line each."""
     project = Path(sys.argv[1])
     for name in sys.argv[2:]:
         edit = (EDITS | ONLY_AGAIN | {"honest": lambda path: None})[name]
-        code, line = found(project, edit, rerun=name in ONLY_AGAIN)
+        code, line = edited(project, edit, rerun=name in ONLY_AGAIN)
         print(json.dumps({"name": name, "code": code, "line": line}), flush=True)
 
 

@@ -155,7 +155,7 @@ def forged(edit: Edit) -> Edit:
         for path in [*project.glob("mlflow.db*"), project / "mlartifacts"]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         tiny_project.record(project, "forged")
-        tiny_project.put(project)
+        tiny_project.upload(project)
 
     return carry_out
 

@@ -1,14 +1,16 @@
 """A project of the real stages, made by `vitprune init` and small enough to run all ten of them in about a minute."""
 
 import contextlib
+import fcntl
 import json
+import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import yaml
 
+from tests.support import preloaded
 from vitprune import data
 from vitprune.orchestration.execution.run_stage import STAGES, StageResult, environment
 from vitprune.orchestration.tracking.journal import RunLog
@@ -61,6 +63,21 @@ def run_stages(project: Path) -> Path:
     return project
 
 
+def finished(folder: Path) -> Path:
+    """Return a project of images whose ten stages have run, built by the first process that asks for it in `folder`.
+
+    It is shared: copy it, do not change it.
+    """
+    with (folder / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        project, complete = folder / "finished/project", folder / "finished/complete"
+        if not complete.exists():
+            shutil.rmtree(folder / "finished", ignore_errors=True)
+            run_stages(make_of_images(project))
+            complete.touch()
+    return project
+
+
 def record(project: Path, name: str, cached: bool = False) -> RunLog:
     """Write the journal of a flow run that found the project as it is."""
     journal = RunLog(project, name)
@@ -71,22 +88,13 @@ def record(project: Path, name: str, cached: bool = False) -> RunLog:
     return journal
 
 
-def put(project: Path, uri: str | None = None) -> str:
-    """Mirror what is recorded to MLflow; the id of the newest run."""
+def upload(project: Path, uri: str | None = None) -> str:
+    """Upload the recorded runs to MLflow and return the id of the newest."""
     env = environment(project) | ({"MLFLOW_TRACKING_URI": uri} if uri else {})
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "vitprune.orchestration.tracking.replay",
-        "replay",
-        "--json",
-        "--project",
-        str(project),
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["run_id"]
+    words = ("replay", "--json", "--project", str(project))
+    result = preloaded.run("vitprune.orchestration.tracking.replay", *words, cwd=project, env=env)
+    assert result.returncode == 0, result.stderr
+    return str(json.loads(result.stdout.splitlines()[-1])["run_id"])
 
 
 def write_images(folder: Path, numbers: range) -> None:
@@ -98,15 +106,23 @@ def write_images(folder: Path, numbers: range) -> None:
         path.write_bytes(digits.read(digits.ids[number]))
 
 
-def dvc(project: Path, *words: str) -> None:
-    """Run DVC in a project."""
-    subprocess.run(
-        [sys.executable, "-m", "dvc", *words],
-        cwd=project,
-        env=environment(project),
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+def dvc(project: Path, *words: str) -> str:
+    """Run DVC in a project and return what it printed."""
+    result = preloaded.run("dvc", *words, cwd=project, env=environment(project))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def add_remote(project: Path, url: str, keyfile: Path | str = "") -> None:
+    """Add DVC's default remote `team`, with the SSH key that opens it, if any."""
+    dvc(project, "remote", "add", "-d", "team", url)
+    if keyfile:
+        set_remote_key(project, keyfile)
+
+
+def set_remote_key(project: Path, keyfile: Path | str) -> None:
+    """Set the SSH key of the remote `team` in .dvc/config.local, which git ignores."""
+    dvc(project, "remote", "modify", "--local", "team", "keyfile", str(keyfile))
 
 
 def commit(project: Path, message: str) -> None:

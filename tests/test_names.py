@@ -1,0 +1,47 @@
+"""Names in vitprune/: a file stem, a public class and a public function mean one thing in the whole package."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+from vitprune.orchestration.execution.run_stage import STAGES
+
+PACKAGE = Path(__file__).parents[1] / "vitprune"
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "__init__"]
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+# Names that several modules may define:
+SHARED = {
+    "main",  # the entry point of a command
+    *STAGES,  # a stage, its command, its section of the report, its check and the library function that it runs
+    "import_scores",  # a stage of a project that starts from published scores
+    # what every module of architectures/ defines, called as MODULE.NAME
+    *("groups", "chain", "merge_heads", "uniform_args", "plain", "weights"),
+    # what CHECKS of pipeline/verify.py recomputes, and what the report shows of it
+    *("images", "calibration", "curves", "cycles", "evaluation", "losses", "sparsity", "check", "complete", "commit"),
+}
+
+
+def public_names() -> dict[str, list[str]]:
+    """Map each public class and function defined at module level to the files that define it."""
+    names = defaultdict(list)
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, DEFINITIONS) and not node.name.startswith("_"):
+                names[node.name].append(str(path.relative_to(PACKAGE)))
+    return names
+
+
+def test_no_file_stem_occurs_twice() -> None:
+    stems = [path.stem for path in FILES]
+    assert sorted(stem for stem in set(stems) if stems.count(stem) > 1) == []
+
+
+def test_a_public_name_is_defined_once() -> None:
+    repeated = {name: files for name, files in public_names().items() if len(files) > 1 and name not in SHARED}
+    assert repeated == {}
+
+
+def test_the_package_has_at_most_16_entries() -> None:
+    entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 16, sorted(entries)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.support import tiny_project
-from tests.support.tiny_models import tiny
+from tests.support.model_zoo import tiny
 from vitprune import METHODS, models
 from vitprune.criteria import magnitude
 from vitprune.pruning.methods import Method

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.support.model_zoo import ZOO, answer, images, random_masks, same_state, state, tiny
 from tests.support.reference_kl import LiveNorm, literal_vit
-from tests.support.tiny_models import ZOO, answer, images, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, shrink, zero
 from vitprune.groups import ParamSlice, positions, resize_group, unit_sums
 

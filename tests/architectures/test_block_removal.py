@@ -12,9 +12,8 @@ from timm.layers import Mlp
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from tests.support.model_zoo import SMALL
+from tests.support.model_zoo import SMALL, ZOO, answer, batches, cost, images, redrawn, same_state, state, tiny
 from tests.support.reference_kl import kl
-from tests.support.tiny_models import ZOO, answer, batches, cost, images, redrawn, same_state, state, tiny
 from vitprune import BadInput, find_groups, load, prune, save, score, shrink
 from vitprune.architectures import rebuild, structure
 from vitprune.architectures.block_removal import IdentityBlock

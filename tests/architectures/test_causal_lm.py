@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.support.model_zoo import answer, random_masks, redrawn, state
 from tests.support.reference_kl import LiveNorm, kl
-from tests.support.tiny_models import answer, random_masks, redrawn, state
 from vitprune import count, find_groups, prune, score, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure
 from vitprune.architectures.causal_lm import Decoder, chain

@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
+from tests.support.model_zoo import ZOO, answer, batches, images, random_masks, redrawn, tiny
 from tests.support.reference_kl import literal_vit
-from tests.support.tiny_models import ZOO, answer, batches, images, random_masks, redrawn, tiny
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure, uniform_args
 from vitprune.groups import KINDS

@@ -4,8 +4,7 @@ import pytest
 import timm
 import torch
 
-from tests.support.model_zoo import PROVEN, REFUSED, SMALL
-from tests.support.tiny_models import ZOO, batches
+from tests.support.model_zoo import PROVEN, REFUSED, SMALL, ZOO, batches
 from vitprune import BadInput, find_groups, prune
 from vitprune.evaluation.accuracy import macs
 from vitprune.evaluation.check_model import check, subject

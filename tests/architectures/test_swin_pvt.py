@@ -8,8 +8,8 @@ import torch
 from timm.models.pvt_v2 import Attention
 from torch import nn
 
+from tests.support.model_zoo import answer, images, random_masks, same_state, state, tiny
 from tests.support.reference_kl import LiveNorm, kl
-from tests.support.tiny_models import answer, images, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, structure, uniform_args
 from vitprune.architectures.pvt_attention import CutAttention

@@ -13,8 +13,8 @@ from timm.models._features import FeatureGetterNet, FeatureListNet
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+from tests.support.model_zoo import answer, images
 from tests.support.pruned_models import CASES, CUTS, FAMILIES, cut_of, dense_of, masks_of
-from tests.support.tiny_models import answer, images
 from vitprune import find_groups, load, prune, save, shrink, zero
 
 EVERY = pytest.mark.parametrize(("family", "cut"), CASES)

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.tiny_models import answer, redrawn, same_state, state
+from tests.support.model_zoo import answer, redrawn, same_state, state
 from vitprune import BadInput, count, find_groups, load, prune, save
 from vitprune.architectures import uniform_args, unstructured_tables
 from vitprune.pruning.select import select

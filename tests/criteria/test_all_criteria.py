@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.tiny_models import batches, same_state, state, tiny
+from tests.support.model_zoo import batches, same_state, state, tiny
 from vitprune import CRITERIA, METHODS, BadInput, find_groups, score
 from vitprune.criteria.magnitude import magnitude
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.support.tiny_models import answer, batches, tiny
+from tests.support.model_zoo import answer, batches, tiny
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.corp import corp, predicted

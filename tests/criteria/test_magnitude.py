@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.support.model_zoo import tiny
 from tests.support.reference_kl import lamp, naive_masks
-from tests.support.tiny_models import tiny
 from vitprune import BadInput, find_groups, score
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.select import select

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.support.tiny_models import answer, batches
+from tests.support.model_zoo import answer, batches
 from vitprune import find_groups, score
 from vitprune.groups import Group
 

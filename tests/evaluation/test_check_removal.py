@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.tiny_models import ZOO
+from tests.support.model_zoo import ZOO
 from vitprune import BadInput, cli, find_groups
 from vitprune.evaluation.check_model import check, odd_masks, subject
 from vitprune.evaluation.check_removal import prove

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.tiny_models import images, random_masks, same_state, state, tiny
+from tests.support.model_zoo import images, random_masks, same_state, state, tiny
 from vitprune import BadInput, count, find_groups, prune, shrink, zero
 from vitprune.evaluation.accuracy import accuracy, costs, environment, latency
 

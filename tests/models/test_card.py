@@ -12,8 +12,8 @@ import yaml
 from torch import nn
 
 from tests.support.digits_project import ORDER, project_in
+from tests.support.model_zoo import answer, images
 from tests.support.pruned_models import cut_of, dense_of
-from tests.support.tiny_models import answer, images
 from vitprune import BadInput, prune, save, write_card
 from vitprune.pipeline import stages
 from vitprune.runtime.files import sha256

@@ -8,19 +8,14 @@ import timm
 import torch
 from torch import nn
 
+from tests.support.model_zoo import answer, images, random_masks, tiny
 from tests.support.pruned_models import FAMILIES, all_cut
-from tests.support.tiny_models import ZOO, answer, images, random_masks, redrawn
 from vitprune import find_groups, load, prune, shrink
 from vitprune.models.export import to_onnx, to_timm
 
 
-def single(name: str) -> nn.Module:
-    architecture, args = ZOO[name]
-    return redrawn(timm.create_model(architecture, **args), 0)
-
-
 def uneven(name: str) -> nn.Module:
-    model = single(name)
+    model = tiny(name, dtype=torch.float32)
     groups = find_groups(model, ["ffn", "attention"])
     masks = {}
     for index, group in enumerate(groups):
@@ -29,7 +24,8 @@ def uneven(name: str) -> nn.Module:
 
 
 def test_a_uniform_model_is_for_plain_timm_too(tmp_path: Path) -> None:
-    pruned = prune(single("vit"), "channel-magnitude", {"ffn": 0.5, "attention": 0.25, "residual": 0.25})
+    sparsity = {"ffn": 0.5, "attention": 0.25, "residual": 0.25}
+    pruned = prune(tiny("vit", dtype=torch.float32), "channel-magnitude", sparsity)
     facts = to_timm(pruned, tmp_path, images(pruned))
     assert facts["loads_plain_timm"] is True
     assert facts["max_abs_diff"] < 1e-6

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from tests.support.digits_project import project_in
-from tests.support.tiny_models import ZOO, answer, images, redrawn
+from tests.support.model_zoo import ZOO, answer, images, redrawn
 from vitprune import find_groups, models, prune
 from vitprune.config.params import Export
 from vitprune.errors import BadInput

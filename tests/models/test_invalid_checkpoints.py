@@ -9,15 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.support.tiny_models import ZOO, random_masks, redrawn
+from tests.support.model_zoo import ZOO, random_masks, tiny
 from vitprune import BadInput, find_groups, load, save, shrink
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A cut and saved model to break."""
-    architecture, args = ZOO["vit"]
-    model = redrawn(timm.create_model(architecture, **args), 0)
+    model = tiny("vit", dtype=torch.float32)
     groups = find_groups(model, ["residual", "attention", "ffn"])
     save(shrink(model, groups, random_masks(groups, 0.3)), tmp_path / "model")
     return tmp_path / "model"

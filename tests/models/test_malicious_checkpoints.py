@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.tiny_models import ZOO, random_masks, redrawn
+from tests.support.model_zoo import ZOO, random_masks, tiny
 from vitprune import BadInput, find_groups, load, models, save, shrink
 
 Break = Callable[[Path], None]
@@ -223,8 +223,7 @@ CASES: dict[str, tuple[Break, str]] = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cut and saved model."""
-    architecture, args = ZOO["vit"]
-    model = redrawn(timm.create_model(architecture, **args), 0)
+    model = tiny("vit", dtype=torch.float32)
     groups = find_groups(model, ["residual", "attention", "ffn"])
     folder = tmp_path_factory.mktemp("hostile") / "model"
     save(shrink(model, groups, random_masks(groups, 0.3)), folder)

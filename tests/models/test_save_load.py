@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.support.tiny_models import SWIN, VIT, ZOO, answer, images, random_masks, redrawn, same_state, state
+from tests.support.model_zoo import SWIN, VIT, ZOO, answer, images, random_masks, redrawn, same_state, state, tiny
 from vitprune import BadInput, data, find_groups, load, models, prune, save, shrink
 from vitprune.architectures import merge_heads, structure
 
@@ -31,8 +31,7 @@ save_file(found, sys.argv[3])
 
 def single(name: str, seed: int = 0) -> nn.Module:
     """A model of the zoo in float32, as models are saved."""
-    architecture, args = ZOO[name]
-    return redrawn(timm.create_model(architecture, **args), seed)
+    return tiny(name, seed, torch.float32)
 
 
 def uneven(name: str, kinds: list[str], merged: int | None = None) -> nn.Module:

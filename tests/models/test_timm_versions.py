@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.model_zoo import answer, images
 from tests.support.pruned_models import dense_of
-from tests.support.tiny_models import answer, images
 from vitprune import load, prune, save
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ found = {}
 """
 WRITE = """
 from tests.support.pruned_models import cut_of
-from tests.support.tiny_models import answer, images
+from tests.support.model_zoo import answer, images
 from vitprune import save
 for name in ("vit-blocks", "distilled-heads", "swin-stream", "pvt-stream"):
     model = cut_of(*name.split("-"))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support.index_lists import read_mask, removal_lists
-from tests.support.tiny_models import VIT, tiny
+from tests.support.model_zoo import VIT, tiny
 from vitprune import BadInput, Group, find_groups, save, shrink
 from vitprune.architectures import merge_heads
 from vitprune.config.params import Params

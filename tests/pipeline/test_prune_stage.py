@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vitprune
-from tests.support.tiny_models import batches, random_masks, state, tiny
+from tests.support.model_zoo import batches, random_masks, state, tiny
 from vitprune import METHODS, find_groups, models, plan_for, zero
 from vitprune.config.params import Schedule, load
 from vitprune.config.train_config import Train

@@ -14,8 +14,8 @@ from torch import nn
 
 from tests.support.cap_worker import KINDS, setting_of
 from tests.support.digits_project import ORDER, project_in
+from tests.support.model_zoo import batches
 from tests.support.subprocesses import ONE_THREAD, TOGETHER
-from tests.support.tiny_models import batches
 from vitprune import BadInput, find_groups
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.kl.fisher import fisher_kl

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.tiny_models import answer, images, same_state, state
+from tests.support.model_zoo import answer, images, same_state, state
 from vitprune import plan_for, save, score, shrink
 from vitprune.config.params import Prune, load
 from vitprune.pruning.cycle_masks import groups_for, select_masks

@@ -11,8 +11,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from tests.support.model_zoo import VIT, ZOO, answer, batches, images, random_masks, redrawn, same_state, state, tiny
 from tests.support.reference_kl import kl
-from tests.support.tiny_models import VIT, ZOO, answer, batches, images, random_masks, redrawn, same_state, state, tiny
 from vitprune import METHODS, BadInput, data, find_groups, load, plan_for, prune, save, score, shrink, zero
 from vitprune.architectures import rebuild, structure
 from vitprune.architectures.causal_lm import Decoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.tiny_models import tiny
+from tests.support.model_zoo import tiny
 from vitprune import BadInput, find_groups
 from vitprune.groups import Group
 from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, in_lots, nearest, removal_steps

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.tiny_models import VIT, batches, cost, same_state, state, tiny
+from tests.support.model_zoo import VIT, batches, cost, same_state, state, tiny
 from vitprune import BadInput, count, find_groups, plan_for, prune, save, shrink
 from vitprune.architectures import merge_heads
 from vitprune.config.params import Params

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.support.tiny_models import VIT, cost, same_state, state, tiny
+from tests.support.model_zoo import VIT, cost, same_state, state, tiny
 from vitprune import BadInput, count, find_groups, plan_for, prune, shrink
 from vitprune.config.params import Schedule
 from vitprune.config.quantity import format_cost, number_of

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tests.support.tiny_models import batches, tiny
+from tests.support.model_zoo import batches, tiny
 from vitprune import BadInput, find_groups, plan_for
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.fisher_directions import fisher_directions

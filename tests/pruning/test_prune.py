@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.model_zoo import answer, batches, images, same_state, state, tiny
 from tests.support.reference_kl import literal_vit
-from tests.support.tiny_models import answer, batches, images, same_state, state, tiny
 from vitprune import METHODS, BadInput, find_groups, plan_for, prune, score, shrink, zero
 from vitprune.config.train_config import Train
 from vitprune.criteria import Importance, ScoreConfig

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.digits_project import ORDER, project_in
-from tests.support.tiny_models import batches, tiny
+from tests.support.model_zoo import batches, tiny
 from vitprune import find_groups, prune
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.kl.exact import exact_kl

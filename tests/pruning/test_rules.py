@@ -7,7 +7,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from tests.support.tiny_models import VIT, batches, tiny
+from tests.support.model_zoo import VIT, batches, tiny
 from vitprune import METHODS, BadInput, count, find_groups, plan_for, prune, save
 from vitprune.config.params import Params, load
 from vitprune.config.targets import Rule

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.tiny_models import batches, tiny
+from tests.support.model_zoo import batches, tiny
 from vitprune import find_groups
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.obs.cap import ovit

@@ -1,7 +1,47 @@
-"""Small models of every family beside those of tiny_models, and which kinds of group each can lose or is refused."""
+"""Small timm models for the tests: configurations, makers, inputs, masks, and which kinds of group each supports."""
 
-from tests.support.tiny_models import ZOO
+import copy
+import functools
 
+import timm
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from vitprune import count
+from vitprune.data import example_input
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+ODD = {"img_size": 24, "patch_size": 8, "embed_dim": 45, "depth": 3, "num_heads": 5, "mlp_ratio": 2.2, "num_classes": 5}
+EXTRA = {"init_values": 0.1, "reg_tokens": 2, "qkv_bias": False, "no_embed_class": True, "global_pool": "avg"}
+SWIN = {
+    "img_size": 32,
+    "embed_dim": 24,
+    "depths": (2, 2),
+    "num_heads": (3, 6),
+    "window_size": 4,
+    "num_classes": 7,
+}
+PVT = {
+    "depths": (2, 1, 1),
+    "embed_dims": (16, 24, 40),
+    "num_heads": (2, 3, 4),
+    "mlp_ratios": (2.0, 1.5, 2.0),
+    "sr_ratios": (4, 2, 1),
+    "num_classes": 7,
+}
+ZOO = {
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "thin": ("vit_tiny_patch16_224", VIT | {"mlp_ratio": 0.5}),
+    "deit": ("deit_tiny_patch16_224", VIT | {"mlp_ratio": 3.0}),
+    "distilled": ("deit_tiny_distilled_patch16_224", VIT),
+    "odd": ("vit_tiny_patch16_224", ODD),
+    "extra": ("vit_tiny_patch16_224", VIT | EXTRA),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "pvt": ("pvt_v2_b0", PVT),
+    "pvt-linear": ("pvt_v2_b2_li", PVT),
+}
+# timm name -> arguments that make it small
 SMALL = {
     "beit_base_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
     "swinv2_tiny_window8_256": {
@@ -47,6 +87,7 @@ ROPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads
 ROTARY = ("eva02_tiny_patch14_224", "vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224")
 SMALL |= dict.fromkeys((*ROTARY, "vit_small_patch16_dinov3"), ROPE)
 SMALL["vit_base_patch16_siglip_224"] = ZOO["vit"][1]
+# kinds of group that are verified on each model
 PROVEN = {
     "vit_base_patch16_siglip_224": "ffn head attention block",
     "beit_base_patch16_224": "ffn head attention weight residual block",
@@ -80,6 +121,7 @@ PROVEN = {
     "vit_small_patch16_rope_mixed_224": "block",
     "efficientvit_m0": "ffn weight block",  # whose MLPs nobody named
 }
+# model, kind, error message
 REFUSED = [
     ("xcit_nano_12_p16_224", "attention", r"^blocks.0.attn \(XCA\): attention among channels"),
     ("levit_128s", "attention", r"^stages.0.blocks.0.attn \(Attention\): its keys and values differ in width"),
@@ -125,3 +167,80 @@ REFUSED = [
         }.items()
     ),
 ]
+
+
+def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Return a model of ZOO in eval mode with weights drawn by `redrawn`."""
+    return copy.deepcopy(_made(name, seed)).to(dtype)
+
+
+@functools.cache
+def _made(name: str, seed: int) -> nn.Module:
+    architecture, args = ZOO[name]
+    return redrawn(timm.create_model(architecture, **args), seed)
+
+
+@torch.no_grad()
+def redrawn(model: nn.Module, seed: int) -> nn.Module:
+    """Draw all weights in place with std 0.1 (norm scales around 1), so that every unit matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        scale = "norm" in name.split(".")[-2:][0] and name.endswith("weight")
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + float(scale))
+    return model.eval()
+
+
+def images(model: nn.Module, number: int = 3, seed: int = 1) -> Tensor:
+    """Return noise of the model's input size and dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = model.patch_embed
+    size = (patches.proj.in_channels, *(patches.img_size if isinstance(patches, PatchEmbed) else (32, 32)))
+    return torch.randn((number, *size), generator=generator, dtype=next(model.parameters()).dtype)
+
+
+def batches(model: nn.Module, number: int = 2, size: int = 3) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of noise with labels."""
+    return [(images(model, size, 10 + n), (torch.arange(size) + n) % model.num_classes) for n in range(number)]
+
+
+def answer(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the logits in eval mode, without gradients."""
+    with torch.no_grad():
+        return model.eval()(inputs)
+
+
+def noisy(seed: int = 0) -> nn.Module:
+    """Return a model with dropout, whose training depends on the random state."""
+    model = tiny("vit", seed)
+    for block in model.blocks:
+        block.mlp.drop1.p = 0.2
+    return model
+
+
+def cost(model: nn.Module, what: str) -> int:
+    """Return the number of parameters (`what` is "params") or of MACs per image."""
+    result = count(model, example_input(model, 1))
+    return result.params if what == "params" else result.macs
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the state dict."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same_state(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    """Return whether the state dict equals an earlier copy bit by bit."""
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+
+
+def random_masks(groups: list, removed: int | float, seed: int = 0) -> dict[str, Tensor]:
+    """Return masks that remove a number (int) or fraction (float) of units from each group, equally from each head."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for group in groups:
+        row = group.shape[-1] if len(group.shape) > 1 else group.units
+        count = round(removed * row) if isinstance(removed, float) else removed
+        order = torch.rand((group.units // row, row), generator=generator).argsort(1)
+        masks[group.name] = (order >= count).view(group.shape)
+    return masks

@@ -1,4 +1,4 @@
-"""Tiny models of every family, cut unevenly: what timm's interfaces and the exporters are tried on."""
+"""Pruned variants of the model zoo, with another width in every block: for timm's interfaces and the exporters."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.tiny_models import ZOO, random_masks, redrawn
+from tests.support.model_zoo import ZOO, random_masks, redrawn
 from vitprune import find_groups, shrink
 
 DEEP = {"depth": 4}
@@ -27,18 +27,18 @@ CUTS = {
     "blocks": ("block", "residual", "head"),
 }
 EVERYTHING = ("head", "attention", "ffn", "residual")
-TRANSFORMERS = ("vit", "distilled", "deit3", "registers")  # of which whole blocks may go
+TRANSFORMERS = ("vit", "distilled", "deit3", "registers")  # whole blocks can be removed
 CASES = [(family, cut) for family in FAMILIES for cut in CUTS if cut != "blocks" or family in TRANSFORMERS]
 
 
 def dense_of(family: str) -> nn.Module:
-    """A dense model in float32."""
+    """Return a dense model in float32."""
     architecture, args = FAMILIES[family]
     return redrawn(timm.create_model(architecture, **args), 0)
 
 
 def masks_of(groups: list) -> dict[str, torch.Tensor]:
-    """Masks by which every group keeps another number of units; of blocks, a hybrid one is left."""
+    """Return masks that remove another number of units from every group; the block masks leave a hybrid block."""
     masks = {}
     for index, group in enumerate(groups):
         if group.kind == "block":
@@ -50,17 +50,17 @@ def masks_of(groups: list) -> dict[str, torch.Tensor]:
 
 
 def cut_of(family: str, cut: str) -> nn.Module:
-    """A model cut kind by kind."""
+    """Return a model pruned by the kinds of CUTS[cut], one after the other."""
     return cut_by(family, CUTS[cut])
 
 
 def all_cut(family: str) -> nn.Module:
-    """A model that has lost units of every kind that it can lose."""
+    """Return a model pruned by every kind that its family supports."""
     return cut_by(family, EVERYTHING + (("block",) if family in TRANSFORMERS else ()))
 
 
 def cut_by(family: str, kinds: Sequence[str]) -> nn.Module:
-    """A model cut kind by kind."""
+    """Return a model pruned by one kind after the other."""
     model = dense_of(family)
     for kind in kinds:
         groups = find_groups(model, [kind])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.support.tiny_models import PVT, SWIN, VIT
+from tests.support.model_zoo import PVT, SWIN, VIT
 
 LAYERS = {"num_classes": 7, "pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
 STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support.tiny_models import batches
+from tests.support.model_zoo import batches
 from vitprune import find_groups
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.obs.fisher_blocks import FisherBlocks

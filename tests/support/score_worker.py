@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.support.tiny_models import batches, tiny
+from tests.support.model_zoo import batches, tiny
 from vitprune import Group, find_groups
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Importance, ScoreConfig
 from vitprune.criteria.kl.fisher import fisher_kl

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tests.support.tiny_models import batches, random_masks, tiny
+from tests.support.model_zoo import batches, random_masks, tiny
 from vitprune import find_groups, zero
 from vitprune.config.params import Distill
 from vitprune.config.train_config import Train

@@ -10,7 +10,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from tests.support.tiny_models import batches, images, random_masks, state, tiny
+from tests.support.model_zoo import batches, images, random_masks, state, tiny
 from vitprune import BadInput, find_groups, zero
 from vitprune.config.params import load
 from vitprune.config.train_config import Train

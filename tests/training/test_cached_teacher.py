@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.model_zoo import images, noisy, random_masks, state, tiny
 from tests.support.recipe_models import stand_in, write_images
-from tests.support.tiny_models import images, noisy, random_masks, state, tiny
 from vitprune import BadInput, data, find_groups, zero
 from vitprune.config.params import Dataset, Distill, Params, checked, load
 from vitprune.config.train_config import Train

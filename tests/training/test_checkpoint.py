@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.tiny_models import batches, noisy, random_masks, state, tiny
+from tests.support.model_zoo import batches, noisy, random_masks, state, tiny
 from vitprune import BadInput, find_groups, zero
 from vitprune.config.train_config import Train
 from vitprune.runtime.files import sha256

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.tiny_models import batches, noisy, random_masks, same_state, state, tiny
+from tests.support.model_zoo import batches, noisy, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, prune, zero
 from vitprune.config.train_config import Train
 from vitprune.training.loop import FrozenZeros, classification, distillation, feature_distillation, train

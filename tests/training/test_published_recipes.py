@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.model_zoo import random_masks, state
 from tests.support.recipe_models import stand_in, write_images
-from tests.support.tiny_models import random_masks, state
 from vitprune import find_groups, prune, zero
 from vitprune.config.params import Dataset, Params, load
 from vitprune.config.train_config import Train

@@ -4,13 +4,12 @@ import copy
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from tests.support.tiny_models import ZOO, batches, images, random_masks, redrawn, state
+from tests.support.model_zoo import batches, images, random_masks, state, tiny
 from vitprune import find_groups
 from vitprune.config.train_config import Train
 from vitprune.training.loop import FrozenZeros, classification, distillation, train
@@ -19,8 +18,7 @@ from vitprune.training.quantization_aware import FakeQuant, rounded_input, round
 
 @pytest.fixture
 def model() -> nn.Module:
-    name, args = ZOO["vit"]
-    return redrawn(timm.create_model(name, **args), 0).float()
+    return tiny("vit", dtype=torch.float32)
 
 
 def nearest(x: Tensor, scale: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.support.model_zoo import batches, random_masks, state, tiny
 from tests.support.subprocesses import ONE_THREAD
-from tests.support.tiny_models import batches, random_masks, state, tiny
 from tests.support.train_worker import CASES, answers, trained
 from vitprune import BadInput, data, find_groups, zero
 from vitprune.config.params import load

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.support.model_zoo import batches, noisy, random_masks, same_state, state, tiny
 from tests.support.subprocesses import ONE_THREAD
-from tests.support.tiny_models import batches, noisy, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, prune, zero
 from vitprune.config.train_config import Train
 from vitprune.training.loop import FrozenZeros, classification, feature_distillation, train
@@ -134,7 +134,7 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-from tests.support.tiny_models import batches, random_masks, tiny
+from tests.support.model_zoo import batches, random_masks, tiny
 from vitprune import find_groups, zero
 from vitprune.models import write_weights
 from vitprune.config.train_config import Train

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support.tiny_models import images, tiny
+from tests.support.model_zoo import images, tiny
 from vitprune import find_groups
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
 from vitprune.groups import meta_copy

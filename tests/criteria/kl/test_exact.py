@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from tests.support.model_zoo import SWIN, VIT, answer, batches, images, random_masks, redrawn, same_state, state, tiny
 from tests.support.reference_kl import kl
-from tests.support.tiny_models import SWIN, VIT, answer, batches, images, random_masks, redrawn, same_state, state, tiny
 from vitprune import BadInput, data, find_groups, score
 from vitprune.architectures import merge_heads
 from vitprune.architectures.chain_builders import chain

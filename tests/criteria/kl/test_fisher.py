@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.model_zoo import answer, batches, images, same_state, state, tiny
 from tests.support.reference_kl import assert_fades, fisher_quadratic, gated_vit, kl
-from tests.support.tiny_models import answer, batches, images, same_state, state, tiny
 from vitprune import BadInput, Group, data, find_groups
 from vitprune.architectures import merge_heads
 from vitprune.criteria import DEFAULT_SCORE_CONFIG

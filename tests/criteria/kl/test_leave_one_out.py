@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.support.model_zoo import batches, images, tiny
 from tests.support.reference_kl import kl, literal_vit
-from tests.support.tiny_models import batches, images, tiny
 from vitprune import find_groups, score
 
 

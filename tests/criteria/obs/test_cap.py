@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.model_zoo import batches, images, tiny
 from tests.support.reference_obs import (
     SMALL,
     block_loss,
@@ -17,7 +18,6 @@ from tests.support.reference_obs import (
     right_looking,
     sherman_morrison,
 )
-from tests.support.tiny_models import batches, images, tiny
 from vitprune import find_groups, plan_for
 from vitprune.criteria.obs import cap, greedy
 from vitprune.criteria.obs.fisher_blocks import inverse, one_by_one, together

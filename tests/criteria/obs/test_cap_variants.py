@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.model_zoo import batches, images, tiny
 from tests.support.reference_obs import SMALL, cost, fastcap_columns, image_gradients, matrices
-from tests.support.tiny_models import batches, images, tiny
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.obs import cap

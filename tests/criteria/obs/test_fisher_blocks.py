@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.model_zoo import batches, images, tiny
 from tests.support.reference_obs import image_gradients, naive_fisher
-from tests.support.tiny_models import batches, images, tiny
 from vitprune import BadInput, find_groups, plan_for
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, ScoreConfig
 from vitprune.criteria.obs import cap

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.tiny_models import answer, batches, images, tiny
+from tests.support.model_zoo import answer, batches, images, tiny
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.obs.obc import obc, solve

@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import nn
 
+from tests.support.model_zoo import ZOO, answer, batches, images, redrawn, tiny
 from tests.support.reference_kl import naive_elimination
-from tests.support.tiny_models import ZOO, answer, batches, images, redrawn, tiny
 from vitprune import BadInput, find_groups, plan_for, prune
 from vitprune.architectures import merge_heads
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig

@@ -1,8 +1,9 @@
 # make demo    the whole pipeline on the embedded digits, from nothing
-# make test    the tests, in the same environment
+# make test    all tests, in the same environment
+# make test-fast  the inner loop: without pipelines, servers, browser, real data and the slow files of tests/conftest.py
 # make lint    formatting, lint, types, layers
 # make docs    the documentation, as a site in site/; warnings and broken links are errors
-# make bench   every benchmark in its quick form
+# make bench   every benchmark once, in its quick form
 # make server  PostgreSQL, a Prefect and an MLflow server as plain processes; make server-down ends them
 # make worker  the worker of one GPU: make worker GPU=1
 PYTHON ?= python3
@@ -11,14 +12,18 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
 GPU ?= 0
+BENCHMARKS := $(subst /,.,$(basename $(filter-out benchmarks/lib/% %/__init__.py, $(wildcard benchmarks/*/*.py))))
 
-.PHONY: demo test lint docs bench server server-down worker install clean
+.PHONY: demo test test-fast lint docs bench server server-down worker install clean
 
 demo: install
 	vitprune-flow
 
 test: install
-	pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	pytest --numprocesses auto --dist worksteal
+
+test-fast: install
+	pytest --numprocesses auto --dist worksteal -m 'not (pipeline or team or browser or real or slow)'
 
 lint: install
 	ruff format --check .
@@ -30,7 +35,7 @@ docs: install
 	mkdocs build --strict --quiet
 
 bench: install
-	for script in $(filter-out %/__init__.py, $(wildcard benchmarks/[a-k]*/*.py benchmarks/[m-z]*/*.py)); do python -m $$(echo $${script%.py} | tr / .) --quick || exit 1; done
+	for module in $(BENCHMARKS); do python -m $$module --quick || exit 1; done
 
 server: install
 	deploy/servers up

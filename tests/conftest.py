@@ -14,10 +14,33 @@ from vitprune import METHODS, models
 from vitprune.criteria import magnitude
 from vitprune.pruning.methods import Method
 
+TESTS = Path(__file__).parent
+SLOW = (  # files and folders that `make test-fast` leaves out
+    "flows/",
+    "pipeline/",
+    "models/test_export.py",
+    "models/test_malicious_checkpoints.py",
+    "models/test_timm_versions.py",
+    "test_cli_errors.py",
+    "test_docs.py",
+    "training/test_checkpoint.py",
+    "training/test_disk_full.py",
+    "training/test_published_recipes.py",
+    "training/test_train_config.py",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes minutes, so that several processes end together."""
+    """Mark the slow files, and run first what takes minutes, so that several processes end together."""
+    for item in items:
+        if str(item.path.relative_to(TESTS)).startswith(SLOW):
+            item.add_marker("slow")
     items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("team", "pipeline")])
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one process more than there are cores, at most 4: the pipeline tests wait for other processes."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 @pytest.fixture(autouse=True, scope="session")

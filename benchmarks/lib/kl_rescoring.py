@@ -1,9 +1,9 @@
-"""Fisher and hybrid scoring of DeiT-Tiny against literal removal: parts of kl_scoring.py.
+"""Fisher scoring and adaptive rescoring of DeiT-Tiny against literal removal: parts of speed/kl_scoring.py.
 
-Literal takes the time of a few candidates of every group, extrapolated to all units. The pools of the hybrid are random
-samples of units of some blocks, whose exact scores are all measured. The race to half of each pool takes its values
-from them; its time is the share that it asks for, times that of the exact scorer for all units of the component, plus
-that of Fisher twice (for the scores, and as a control).
+The time of literal removal is measured on a few units of every group and extrapolated to all units. Adaptive rescoring
+runs on random samples of units of some blocks, whose exact scores are all measured beforehand, at 50 % sparsity. Its
+time is the fraction of exact scores that it requests, times the time of the exact scorer for all units of the kind,
+plus twice the time of Fisher scoring (for the scores, and as a control).
 """
 
 import time
@@ -35,78 +35,82 @@ SAMPLED = (
 CHUNK = 16
 
 
-def race_rows(
+def rescoring_rows(
     model: nn.Module, images: Tensor, literal: Mapping[str, float], exact: Mapping[str, float], pool: int
 ) -> list[Row]:
-    """Rows of Fisher and of the hybrid; `literal` and `exact` are milliseconds per candidate and image, by kind."""
+    """Measure both scorers; `literal` and `exact` are milliseconds per unit and image, by kind."""
     groups = {group.name: group for kind in KINDS for group in find_groups(model, [kind])}
     start = time.perf_counter()
     control = fisher_images(model, list(groups.values()), images)
     fisher = 1e3 * (time.perf_counter() - start) / len(images)
     units = {kind: sum(group.units for group in groups.values() if group.kind == kind) for kind in KINDS}
-    whole = sum(literal[kind] * number for kind, number in units.items())
+    literal_total = sum(literal[kind] * number for kind, number in units.items())
     rows = [Row("Fisher, all units of an image", fisher, "ms", runs=1)]
-    rows.append(Row("literal / Fisher, all units", whole / fisher, "x", ">= 1000", whole / fisher >= 1000))
+    rows.append(
+        Row("literal / Fisher, all units", literal_total / fisher, "x", ">= 1000", literal_total / fisher >= 1000)
+    )
     chosen = {
         name: torch.randperm(groups[name].units, generator=torch.Generator().manual_seed(0))[:pool].sort().values
         for name in SAMPLED
     }
     truth = kl_divergences(model, [groups[name] for name in SAMPLED], chosen, images, ScoreConfig())
     some = {name: control[name][chosen[name]] for name in SAMPLED}
-    settled, shares = raced(groups, truth, some)
+    result, shares = rescored(groups, truth, some)
     cost = 2 * fisher + sum(shares[kind] * units[kind] * exact[kind] for kind in KINDS)
-    rows.append(Row(f"literal / hybrid, all units, {len(images)} images", whole / cost, "x"))
+    rows.append(Row(f"literal / hybrid, all units, {len(images)} images", literal_total / cost, "x"))
     for kind in KINDS:
-        own = [name for name in SAMPLED if groups[name].kind == kind]
-        for what, scores in (("Fisher", {n: some[n].sum(1) for n in own}), ("hybrid", {n: settled[n] for n in own})):
-            right = mean(overlap(scores[n], truth[n].sum(1)) for n in own)
+        names = [name for name in SAMPLED if groups[name].kind == kind]
+        for what, scores in (("Fisher", {n: some[n].sum(1) for n in names}), ("hybrid", {n: result[n] for n in names})):
+            right = mean(overlap(scores[n], truth[n].sum(1)) for n in names)
             promise = (">= 0.98", right >= 0.98) if what == "hybrid" else (None, None)
             rows.append(Row(f"{what}, exact half found, {kind}", right, "of the units", *promise))
-            rows.append(Row(f"{what}, Spearman, {kind}", mean(spearman(scores[n], truth[n].sum(1)) for n in own), ""))
+            rows.append(Row(f"{what}, Spearman, {kind}", mean(spearman(scores[n], truth[n].sum(1)) for n in names), ""))
         rows.append(Row(f"hybrid, exact scores measured, {kind}", shares[kind], "of all"))
     return rows
 
 
 def fisher_images(model: nn.Module, groups: list[Group], images: Tensor) -> dict[str, Tensor]:
-    """Fisher scores image by image, (units, images)."""
+    """Return the Fisher scores of every image, (units, images) per group."""
     starts = range(0, len(images), CHUNK)
-    found = [
+    parts = [
         fisher_kl_per_image(
             model, groups, images[n : n + CHUNK], ScoreConfig(), range(n, n + len(images[n : n + CHUNK]))
         )
         for n in starts
     ]
-    return {group.name: torch.cat([part[group.name] for part in found], dim=1) for group in groups}
+    return {group.name: torch.cat([part[group.name] for part in parts], dim=1) for group in groups}
 
 
-def raced(
+def rescored(
     groups: Mapping[str, Group], truth: Mapping[str, Tensor], control: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Settled scores of the pools, and the share of its exact scores that the race asked for, by kind."""
+    """Return the rescored importance of the pools, and the fraction of exact scores requested, by kind."""
     scores = {name: value.sum(1) for name, value in control.items()}
-    asked = dict.fromkeys(truth, 0)
+    requested = dict.fromkeys(truth, 0)
 
-    def exact(wanted: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
+    def exact(wanted: Mapping[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
         for name, units in wanted.items():
-            asked[name] += len(units) * len(places)
-        return {name: truth[name][units][:, places] for name, units in wanted.items()}
+            requested[name] += len(units) * len(columns)
+        return {name: truth[name][units][:, columns] for name, units in wanted.items()}
 
     stacked = torch.cat(list(control.values()))
     order = torch.randperm(stacked.shape[1], generator=torch.Generator().manual_seed(0))
     kinds = {name: groups[name].kind for name in truth}
-    fields = [contest for name in truth for contest in candidate_pools({name: scores[name]}, 0.5)]
-    settled = adaptive_rescoring(scores, kinds, fields, exact, lambda places: stacked[:, places], order, ScoreConfig())
-    shares = {kind: mean(asked[name] / truth[name].numel() for name in truth if kinds[name] == kind) for kind in KINDS}
-    return settled.scores, shares
+    pools = [pool for name in truth for pool in candidate_pools({name: scores[name]}, 0.5)]
+    result = adaptive_rescoring(scores, kinds, pools, exact, lambda columns: stacked[:, columns], order, ScoreConfig())
+    shares = {
+        kind: mean(requested[name] / truth[name].numel() for name in truth if kinds[name] == kind) for kind in KINDS
+    }
+    return result.scores, shares
 
 
-def overlap(found: Tensor, right: Tensor) -> float:
-    """Share of the better half by the one that is in the better half by the other."""
-    one, other = (select({"": scores}, 0.5)[""] for scores in (found, right))
+def overlap(scores: Tensor, reference: Tensor) -> float:
+    """Return the fraction of the upper half by one score that is in the upper half by the other."""
+    one, other = (select({"": values}, 0.5)[""] for values in (scores, reference))
     return float((one & other).sum() / other.sum())
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
-    """Correlation of ranks."""
+    """Return Spearman's rank correlation."""
     ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
     return float(torch.corrcoef(ranks)[0, 1])

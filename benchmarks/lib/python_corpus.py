@@ -1,4 +1,4 @@
-"""Real text that comes with Python: the sources of its standard library, byte by byte."""
+"""A text corpus that every machine has: the sources of Python's standard library, one token per byte."""
 
 import hashlib
 import sysconfig
@@ -15,7 +15,7 @@ HELD_OUT = 8  # every eighth file
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens (N,) of the files to train on and of those held out, and the digest of both."""
+    """Tokens (N,) of the training and the held-out files, and the sha256 of both."""
 
     train: Tensor
     held_out: Tensor
@@ -23,7 +23,7 @@ class Corpus:
 
 
 def standard_library() -> Corpus:
-    """Read the top-level modules in the order of their names; every eighth is held out, whole."""
+    """Read the top-level modules in the order of their names; every eighth file is held out."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [path.read_bytes() for path in files]
     train = b"".join(text for number, text in enumerate(texts) if number % HELD_OUT)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its arguments, its result rows, its Markdown table."""
+"""Command line, result rows and Markdown pages of the benchmarks."""
 
 import argparse
 import datetime
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One measured value; `target` and `holds` where a figure is promised."""
+    """One measured value; `target` and `holds` are set if the documentation promises a bound."""
 
     what: str
     value: float
@@ -32,7 +32,15 @@ class Row:
 
 
 def arguments(about: str | None, extra: Mapping[str, tuple[Any, str]] | None = None) -> argparse.Namespace:
-    """Read the command line: --quick for a short form (<= 5 minutes on 2 cores), and extra name -> (default, help)."""
+    """Read the command line.
+
+    Args:
+        about: the benchmark's docstring, printed by --help.
+        extra: further options, name -> (default, help).
+
+    Returns:
+        The options; `quick` asks for a short form that takes at most 5 minutes on 2 cores.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short form, not written into the documents")
     for name, (default, text) in (extra or {}).items():
@@ -43,7 +51,7 @@ def arguments(about: str | None, extra: Mapping[str, tuple[Any, str]] | None = N
 
 
 def real_data() -> Path:
-    """The folder of real weights and images, or the end of the benchmark with a word about why."""
+    """Return the folder of real weights and images; exit with a message if VITPRUNE_REAL_DATA is not set."""
     folder = os.environ.get("VITPRUNE_REAL_DATA")
     if not folder:
         print("VITPRUNE_REAL_DATA is not set: this benchmark needs real weights and images (CONTRIBUTING.md)")
@@ -52,7 +60,7 @@ def real_data() -> Path:
 
 
 def machine() -> str:
-    """The machine in words."""
+    """Describe the machine: device, CPU, versions of torch and Python."""
     facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return f"{facts['device']}, {facts['cores']} x {facts['cpu']}, torch {facts['torch']}, Python {facts['python']}"
 
@@ -60,7 +68,7 @@ def machine() -> str:
 def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
     """Print the rows and write them to benchmarks/results/NAME.json (quick: NAME-quick.json, which git ignores).
 
-    Exits with 1 if a promise does not hold.
+    Exit with code 1 if a promised bound does not hold.
     """
     RESULTS.mkdir(exist_ok=True)
     stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
@@ -78,7 +86,7 @@ def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading of a page, what it says, and its table."""
+    """A section of a page: heading, text, table."""
 
     heading: str
     about: str

@@ -1,4 +1,4 @@
-"""A small project on a team's servers: set back before any of its stages, run, and held against an undisturbed run."""
+"""A small project on real servers that can be reset to before any stage, run, and compared with a reference run."""
 
 import fcntl
 import json
@@ -36,7 +36,7 @@ LOCKS = ("lock", "retrain.lock", "mirror.lock")
 
 @dataclass(frozen=True)
 class Toy:
-    """A project, a whole copy of it as an undisturbed run has left it, and what that run found."""
+    """A project, a copy of it after a reference run, and the digests and seconds of that run."""
 
     project: Path
     whole: Path
@@ -46,9 +46,9 @@ class Toy:
     seconds: Mapping[str, float]
 
     def set_back(self, stage: str) -> None:
-        """Bring the project to where `stage` and those after it have not run.
+        """Reset the project to the state before `stage`.
 
-        What DVC has cached of the stages after it stays, so that only this one has to be computed.
+        DVC keeps the cached outputs of later stages, so that only this stage is computed.
         """
         empty(self.project)
         subprocess.run(["cp", "-a", f"{self.whole}/.", self.project], check=True)
@@ -62,7 +62,7 @@ class Toy:
         (self.project / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
 
     def _forget(self, stage: str, entries: Mapping[str, Any]) -> None:
-        """Take from DVC's cache what is this stage's alone."""
+        """Delete from DVC's cache the files that only this stage has written."""
         cache = cache_of(self.project)
         store = Store(cache, cache)
         others = {file.md5 for file in store.files({name: e for name, e in entries.items() if name != stage})}
@@ -79,7 +79,7 @@ class Toy:
         return flow_of(self.project, self.servers.env, log, *words)
 
     def wait_for_stage(self, stage: str, seconds: float) -> bool:
-        """Wait until a stage is at work in the project or a worktree below it; False if that does not come."""
+        """Wait until a stage runs in the project or a worktree below it; return False after `seconds`."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if any(self.marked(stage)):
@@ -88,14 +88,14 @@ class Toy:
         return False
 
     def marked(self, stage: str | None = None) -> Iterator[psutil.Process]:
-        """The living processes that belong to a flow of the project; only those of a stage where one is given."""
+        """Yield the running processes of the project's flows, or only those of one stage."""
         for process in psutil.process_iter():
             place = mark_of(process)
             if place is not None and Path(place).is_relative_to(self.project) and _lives(process, stage):
                 yield process
 
     def wrong(self, branch: str = "") -> list[str]:
-        """What is not as the undisturbed run has left it; of a retraining, what its `branch` says."""
+        """Return the differences from the reference run; of a retraining, those of its `branch`."""
         lock = self.project / "dvc.lock"
         text = told(self.project, "git", "show", f"{branch}:dvc.lock") if branch else lock.read_text()
         found = [f"{name}: another digest in dvc.lock" for name in unlike(locked(text), self.locked)]
@@ -119,19 +119,19 @@ class Toy:
             yield "DVC's rwlock"
 
     def _left(self) -> list[str]:
-        """Processes and half-written files."""
+        """Return leftover processes and partial files."""
         found = [f"{process} is left" for process in self.marked()]
         paths = (path for name in (*MADE, str(STATE)) for path in (self.project / name).rglob("*.partial"))
         return found + [f"{path.relative_to(self.project)} is left" for path in paths]
 
     def audit(self, run: str) -> list[str]:
-        """What `vitprune-audit` says of a run of MLflow, unless it passes."""
+        """Audit a run of MLflow; return the failed check, if any."""
         os.environ["MLFLOW_TRACKING_URI"] = self.servers.env["MLFLOW_TRACKING_URI"]
         code, said = tamper_worker.audited(self.project, run=run)
         return [] if code == 0 else [f"audit: {line}" for line in said.strip().splitlines()[-2:-1]]
 
     def put(self) -> dict[str, Any]:
-        """Mirror to MLflow what it has missed."""
+        """Upload to MLflow the runs that it lacks."""
         said = self.servers.run(
             "vitprune.orchestration.tracking.replay", "replay", "--json", "--project", str(self.project), where=ROOT
         )
@@ -140,14 +140,14 @@ class Toy:
 
 
 def needed() -> None:
-    """End the benchmark, with a word about why, where the servers cannot be started."""
+    """Exit with a message if the servers cannot be started here."""
     if lacks := servers.missing():
         print(f"not installed: {lacks}; this benchmark needs them (CONTRIBUTING.md)")
         sys.exit(0)
 
 
 def made(project: Path, servers: servers.Servers, remote: servers.Remote, scratch: Path) -> Toy:
-    """Make the project, run it once undisturbed by its flow, and keep a copy in `scratch`."""
+    """Make the project, run its flow once as the reference, and copy the result to `scratch`."""
     tiny_project.make_of_images(project)
     tiny_project.add_remote(project, remote.address, remote.key)
     (project / "gates.yaml").write_text(yaml.safe_dump({"max_accuracy_loss": 100.0, "alpha": None}))
@@ -164,7 +164,7 @@ def made(project: Path, servers: servers.Servers, remote: servers.Remote, scratc
 
 
 def _lives(process: psutil.Process, stage: str | None) -> bool:
-    """Whether a process is more than a zombie, and that of a stage where one is named."""
+    """Return whether a process is no zombie and, if a stage is given, runs that stage."""
     try:
         alive = process.status() != psutil.STATUS_ZOMBIE
         return alive and (stage is None or process.cmdline()[-1:] == [stage])
@@ -173,7 +173,7 @@ def _lives(process: psutil.Process, stage: str | None) -> bool:
 
 
 def flow_of(project: Path, env: Mapping[str, str], log: Path, *words: str) -> "subprocess.Popen[bytes]":
-    """Start a command of the flows in a process group of its own; its output is written to `log`."""
+    """Start a command of the flows in a new process group; write its output to `log`."""
     command = [
         sys.executable,
         "-W",
@@ -188,29 +188,29 @@ def flow_of(project: Path, env: Mapping[str, str], log: Path, *words: str) -> "s
 
 
 def digests(project: Path) -> dict[str, str]:
-    """sha256 of every file that the stages leave, but of what a clock has measured."""
+    """Return the sha256 of every output file of the stages, without measured times."""
     files = (path for name in MADE for path in (project / name).rglob("*") if path.is_file() and path.name != GIT)
     names = {str(path.relative_to(project)): path for path in files}
     return {name: sha256(path) for name, path in sorted(names.items()) if not name.startswith(CLOCK)}
 
 
 def locked(text: str) -> dict[str, str]:
-    """MD5 of every output in a dvc.lock, but of what a clock has measured."""
+    """Return the MD5 of every output in a dvc.lock, without measured times."""
     stages = yaml.safe_load(text)["stages"].values()
     return {o["path"]: o["md5"] for stage in stages for o in stage["outs"] if not f"{o['path']}/".startswith(CLOCK)}
 
 
 def unlike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Names whose values differ, or that only one has."""
+    """Return the names whose values differ or that only one mapping has."""
     return sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
 
 
 def empty(folder: Path) -> None:
-    """Take away everything in a folder, which may be where a disk is mounted."""
+    """Delete the contents of a folder, which may be a mount point."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def told(where: Path, *command: str) -> str:
-    """What a command printed."""
+    """Return the output of a command."""
     return subprocess.run(command, cwd=where, capture_output=True, text=True, check=False).stdout

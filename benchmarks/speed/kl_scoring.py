@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.deit_tiny import load_images
-from benchmarks.lib.kl_rescoring import KINDS, race_rows
+from benchmarks.lib.kl_rescoring import KINDS, rescoring_rows
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import find_groups, models
 from vitprune.criteria import ScoreConfig
@@ -68,7 +68,7 @@ def main() -> None:
             exact_table(timings),
         )
     literal, exact = ({kind: component(timings, kind)[side] for kind in KINDS} for side in (0, 1))
-    raced = [] if quick else race_rows(model, images, literal, exact, pool=96)
+    raced = [] if quick else rescoring_rows(model, images, literal, exact, pool=96)
     write_results("kl_scoring", exact_rows(timings, quick) + raced, quick)
 
 

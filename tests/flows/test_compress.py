@@ -1,21 +1,16 @@
-import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support import shell_pipeline
+from tests.support.shell_pipeline import processes_of, sleepers, wait_for
 from vitprune.orchestration.execution.lock_and_repair import LOCKFILE_COPY, exclusive, is_whole, repair
-from vitprune.orchestration.execution.processes import MARK, mark_of, run
+from vitprune.orchestration.execution.processes import MARK, run
 from vitprune.orchestration.execution.run_stage import Fault, check_params, reproduce
 
 pytestmark = pytest.mark.pipeline
@@ -25,54 +20,6 @@ DEAD = "http://127.0.0.1:9"
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return shell_pipeline.make(tmp_path / "project")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Prefect server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    home = tmp_path_factory.mktemp("prefect")
-    env = os.environ | {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(port)]
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}/api"
-    wait_for(lambda: answers(url), 120)
-    yield url
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/health", timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def wait_for(happened: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
-
-
-def of(project: Path, command: str | None = None) -> list[psutil.Process]:
-    """Every living process that a flow of this project has started, or those that run one command."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it has ended while it was looked at
-            ours = mark_of(process) == str(project) and process.status() != psutil.STATUS_ZOMBIE
-            if ours and (command is None or process.cmdline()[:1] == [command]):
-                found.append(process)
-    return found
-
-
-def sleepers(project: Path) -> list[psutil.Process]:
-    return of(project, "sleep")
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
@@ -91,7 +38,7 @@ def test_the_limit_kills_a_stage_with_its_grandchildren(project: Path) -> None:
     result = reproduce("dataset", project, 4, lambda line: None)
     assert result.fault is Fault.LIMIT
     assert "--stage-limit 4" in result.error
-    assert of(project) == []
+    assert processes_of(project) == []
     (project / "sleep_dataset").unlink()
     assert reproduce("dataset", project, 60, lambda line: None).exit_code == 0
 
@@ -144,7 +91,7 @@ def test_what_a_kill_left_behind_is_mended(project: Path) -> None:
     subprocess.run(["sh", "-c", "sleep 600.25 &"], env=os.environ | {MARK: str(project)}, check=True)
     wait_for(lambda: sleepers(project), 10)
     repair(project, said.append)
-    wait_for(lambda: not of(project), 10)
+    wait_for(lambda: not processes_of(project), 10)
     assert len(said) == 3
     assert lock.read_text() == whole
     # the number of a dead DVC process, taken by a process that is not DVC
@@ -198,7 +145,7 @@ def test_a_killed_flow_goes_on_and_ends_where_plain_dvc_ends(project: Path, serv
     wait_for(lambda: sleepers(project), 120)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    wait_for(lambda: not of(project), 10)
+    wait_for(lambda: not processes_of(project), 10)
     (project / "sleep_dense").unlink()
 
     code, out, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
@@ -213,4 +160,4 @@ def test_a_killed_flow_goes_on_and_ends_where_plain_dvc_ends(project: Path, serv
     assert "nothing to compute: all 10 stages were cached" in out
     assert out.count(f"Prefect server {DEAD}/api does not answer") == 2
     assert "vitprune-track replay" in out
-    assert of(project) == []
+    assert processes_of(project) == []

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.flows.test_compress import of, server, sleepers, wait_for
 from tests.flows.test_mlflow import look
 from tests.support import shell_pipeline
+from tests.support.shell_pipeline import processes_of, sleepers, wait_for
 from vitprune.orchestration.execution.lock_and_repair import exclusive
 from vitprune.orchestration.execution.places import SweepWorktreeError, origin
 
-__all__ = ["server"]  # a fixture
 pytestmark = pytest.mark.pipeline
 GIT = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
 RUNS = [f"{method}-sparsity-{share}" for method in ("channel-magnitude", "channel-taylor") for share in (0.3, 0.5)]
@@ -68,7 +67,7 @@ def test_a_killed_sweep_goes_on_and_names_what_fails(project: Path, server: str,
     code, _, err = finish(start(project, str(project / "sweep.yaml"), "--jobs", "2", PREFECT_API_URL=server))
     assert code == 1
     assert f"Error: 1 of 4 runs failed: {RUNS[3]} (prune: no luck)\n" in err
-    assert of(places[RUNS[0]]) == []
+    assert processes_of(places[RUNS[0]]) == []
     ran = (tmp_path / "ran").read_text().splitlines()
     for common in ("dataset", "calibrate"):
         assert [line.split()[1] for line in ran if line.startswith(common)] == [str(places[RUNS[0]])]

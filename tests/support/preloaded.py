@@ -1,4 +1,4 @@
-"""Run a module's command line in a fork of a process that has already imported torch, timm, MLflow and DVC.
+"""Run a module's command line in a fork of a process that has already imported what the module needs.
 
 Each fork is a process of its own, with its own arguments, environment, working directory and exit code. It saves the
 imports, which take longer than most of the commands themselves. A test that needs a new interpreter starts one itself.
@@ -18,6 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+IMPORTS = {
+    "dvc": ("dvc.cli.parser",),
+    "vitprune.orchestration.cli_audit": ("vitprune.pipeline.verify", "mlflow.store.tracking.sqlalchemy_store"),
+    "vitprune.orchestration.tracking.replay": ("mlflow.store.tracking.sqlalchemy_store",),
+}
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -47,11 +52,14 @@ def _server() -> "subprocess.Popen[str]":
 
 
 def _serve() -> None:
-    """Fork once for every line of standard input; the fork returns from here with its job set up."""
+    """Run one job per line of standard input; print its exit code."""
     for line in sys.stdin:
+        job = json.loads(line)
+        for name in IMPORTS.get(job["module"], ()):
+            importlib.import_module(name)
         pid = os.fork()
         if not pid:
-            _become(json.loads(line))
+            _become(job)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
@@ -71,6 +79,4 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 if __name__ == "__main__":
-    for name in ("vitprune.pipeline.verify", "mlflow.store.tracking.sqlalchemy_store", "dvc.cli.parser"):
-        importlib.import_module(name)
     _serve()

@@ -4,12 +4,19 @@ What happens in a stage is switched by files that DVC does not know: `sleep_STAG
 `code_STAGE`, which holds an exit code.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import yaml
+
+from tests.support import preloaded
+from vitprune.orchestration.execution.processes import mark_of
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -50,8 +57,8 @@ def make(project: Path) -> Path:
     (project / "evaluate.json").write_text(f'{{"dense": {RESULT}, "pruned": {RESULT}, "kept": {{"params": 1.0}}}}')
     (project / "latency.json").write_text(f'{{"dense": {SPEED}, "pruned": {SPEED}, "environment": {{}}}}')
     (project / ".gitignore").write_text("/out/\n/metrics/\n/plots/\n/data/\n/.vitprune/\n/ml*\n")
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        subprocess.run(command, cwd=project, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
+    assert preloaded.run("dvc", "init", "-q", cwd=project).returncode == 0
     (project / ".dvc/config").write_text((REPOSITORY / ".dvc/config").read_text())
     return project
 
@@ -63,3 +70,27 @@ def flow(project: Path, *options: str, **env: str) -> "subprocess.Popen[str]":
         cwd=REPOSITORY, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
+
+
+def wait_for(happened: Callable[[], object], seconds: float) -> None:
+    """Wait until a condition is true."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def processes_of(project: Path, command: str | None = None) -> list[psutil.Process]:
+    """Return the running processes that a flow of the project has started, or those of them that run one command."""
+    processes = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # the process has ended meanwhile
+            ours = mark_of(process) == str(project) and process.status() != psutil.STATUS_ZOMBIE
+            if ours and (command is None or process.cmdline()[:1] == [command]):
+                processes.append(process)
+    return processes
+
+
+def sleepers(project: Path) -> list[psutil.Process]:
+    """Return the processes of stages that `sleep_STAGE` holds up."""
+    return processes_of(project, "sleep")

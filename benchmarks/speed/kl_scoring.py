@@ -21,7 +21,7 @@ from benchmarks.lib.results import Row, arguments, real_data, write_results, wri
 from vitprune import find_groups, models
 from vitprune.criteria import ScoreConfig
 from vitprune.criteria.kl.exact import kl_divergences
-from vitprune.criteria.kl.leave_one_out import without
+from vitprune.criteria.kl.leave_one_out import copy_without_unit
 from vitprune.groups import Group
 from vitprune.runtime.eval_mode import evaluating
 
@@ -107,7 +107,7 @@ def exact_run(case: Case, group: Group, chosen: Tensor) -> tuple[float, Tensor]:
 def literal_run(case: Case, group: Group, unit: int) -> Tensor:
     """Divergences of one candidate as the authors' code takes them; (images,)."""
     with evaluating(case.model):
-        pruned = without(case.model, group, unit)
+        pruned = copy_without_unit(case.model, group, unit)
         whole, changed = (run(case.images).double().log_softmax(-1) for run in (case.model, pruned))
     return (whole.exp() * (whole - changed)).sum(-1)
 

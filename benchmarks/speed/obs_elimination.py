@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.results import Row, arguments, write_results, write_table
-from vitprune.criteria.obs.fisher_blocks import add, complete, inverse
-from vitprune.criteria.obs.greedy import eliminate
+from vitprune.criteria.obs.fisher_blocks import add_outer_products, invert_blocks, symmetrize
+from vitprune.criteria.obs.greedy import eliminate_weights
 
 ROOT = Path(__file__).parents[2]
 WIDTH, TOKENS, BLOCK, SHARE = 384, 197, 192, 0.5
@@ -55,8 +55,8 @@ def layer(rows: int, number: int) -> tuple[Tensor, Tensor]:
     gradients = torch.empty(number, rows * WIDTH)
     for gradient in gradients:
         inputs = torch.randn(TOKENS, WIDTH, generator=generator) @ mixing
-        slopes = torch.randn(TOKENS, rows, generator=generator) * 1e-3
-        gradient.copy_((slopes.T @ inputs).flatten())
+        grads = torch.randn(TOKENS, rows, generator=generator) * 1e-3
+        gradient.copy_((grads.T @ inputs).flatten())
     return weights.view(-1, BLOCK), gradients
 
 
@@ -66,9 +66,9 @@ def fisher_rows(gradients: Tensor) -> tuple[Tensor, list[Row]]:
     plain, strong = streamed(sherman_morrison, gradients), streamed(sherman_morrison_in_place, gradients)
     total = torch.zeros(blocks, BLOCK, BLOCK, dtype=torch.float64, device=gradients.device)
     ours = min(timed(lambda: summed(total.zero_(), gradients)) for _ in range(2)) / number
-    complete(total)
+    symmetrize(total)
     fisher = total / number + DAMP * torch.eye(BLOCK, dtype=torch.float64, device=total.device)
-    once = min(timed(lambda: inverse(fisher)) for _ in range(2))
+    once = min(timed(lambda: invert_blocks(fisher)) for _ in range(2))
     ratio = plain / ours
     return fisher, [
         Row("Fisher, Sherman-Morrison, per gradient", 1e3 * plain, "ms"),
@@ -91,7 +91,7 @@ def streamed(update: Callable[[Tensor, Tensor, int], None], gradients: Tensor) -
 def summed(total: Tensor, gradients: Tensor) -> None:
     """All products of gradients, some at a time."""
     for chunk in gradients.split(CHUNK):
-        add(total, chunk)
+        add_outer_products(total, chunk)
 
 
 def sherman_morrison(found: Tensor, gradients: Tensor, number: int) -> None:
@@ -112,18 +112,18 @@ def sherman_morrison_in_place(found: Tensor, gradients: Tensor, number: int) -> 
 
 def greedy_rows(fisher: Tensor, weights: Tensor, threads: int) -> list[Row]:
     """Time and memory of both eliminations, and how often they take the same weight at the same step."""
-    inverses, wide = inverse(fisher), weights.double()
-    eliminate(inverses[:2], wide[:2], SHARE)  # compiles
+    inverses, wide = invert_blocks(fisher), weights.double()
+    eliminate_weights(inverses[:2], wide[:2], SHARE)  # compiles
     slow, heavy = measured(lambda own: right_looking(own, weights)[0], inverses.float())
     strong, _ = measured(lambda own: right_looking(own, weights, in_place=True)[0], inverses.float())
     torch.set_num_threads(threads)
-    half = min(timed(lambda: eliminate(inverses, wide, SHARE)) for _ in range(3))
-    runs = [measured(lambda own: eliminate(own, wide), inverses) for _ in range(3)]
+    half = min(timed(lambda: eliminate_weights(inverses, wide, SHARE)) for _ in range(3))
+    runs = [measured(lambda own: eliminate_weights(own, wide), inverses) for _ in range(3)]
     torch.set_num_threads(1)
     whole, lean = min(took for took, _ in runs), max(peak for _, peak in runs)
     steps = int(BLOCK * SHARE)
     order, traces = right_looking(inverses.float(), weights, in_place=True)
-    same = float((eliminate(inverses, wide).argsort(dim=1)[:, :steps] == order[:, :steps]).double().mean())
+    same = float((eliminate_weights(inverses, wide).argsort(dim=1)[:, :steps] == order[:, :steps]).double().mean())
     traced = traces.numel() * traces.element_size()
     ratio, room = slow / half, traced / max(lean, 1)
     return [

@@ -8,7 +8,7 @@ import torch
 from tests.support.model_zoo import answer, batches, tiny
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
-from vitprune.criteria.corp import corp, predicted
+from vitprune.criteria.corp import affine_prediction, corp
 from vitprune.groups import zero
 
 
@@ -17,7 +17,7 @@ def test_an_affine_relation_is_found() -> None:
     kept = torch.randn((500, 3), generator=generator, dtype=torch.float64) * 30
     gone = kept @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64) + 7
     rows = torch.cat([kept[:, :1], gone, kept[:, 1:], torch.ones(500, 1, dtype=torch.float64)], dim=1)
-    share, constant = predicted(rows.T @ rows, torch.tensor([True, False, True, True]))
+    share, constant = affine_prediction(rows.T @ rows, torch.tensor([True, False, True, True]))
     torch.testing.assert_close(share, torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(constant, torch.tensor([7.0], dtype=torch.float64), rtol=1e-3, atol=1e-3)
 

@@ -35,11 +35,11 @@ def test_taylor_is_the_squared_derivative_of_the_loss(vit: torch.nn.Module, kind
     data, step = batches(vit), 1e-5
     found = score(vit, [group], "taylor", data)[group.name].flatten()
     for unit in range(0, group.units, max(1, group.units // 3)):
-        slopes = [
+        grads = [
             (loss_when_scaled(vit, group, unit, step, b) - loss_when_scaled(vit, group, unit, -step, b)) / (2 * step)
             for b in data
         ]
-        assert float(found[unit]) == pytest.approx(sum(slope**2 for slope in slopes), rel=1e-4, abs=1e-18)
+        assert float(found[unit]) == pytest.approx(sum(grad**2 for grad in grads), rel=1e-4, abs=1e-18)
 
 
 def test_taylor_needs_no_gradient_switched_on(vit: torch.nn.Module) -> None:

@@ -7,31 +7,33 @@ import pytest
 
 from vitprune import models
 from vitprune.errors import BadInput
-from vitprune.evaluation.paired_test import Paired
+from vitprune.evaluation.paired_test import McNemarTable
 from vitprune.pipeline import stages
 from vitprune.pipeline.promotion import PromotionGates, judge, load_gates, verdict
 from vitprune.runtime.files import sha256
 
 
-def holding(paired: Paired, gates: PromotionGates, speedup: float | None = 1.5, size: int = 1000) -> dict[str, bool]:
+def holding(
+    paired: McNemarTable, gates: PromotionGates, speedup: float | None = 1.5, size: int = 1000
+) -> dict[str, bool]:
     return {gate.name: gate.holds for gate in verdict(paired, gates, speedup, size, "champion")}
 
 
 def test_the_exact_test_is_a_binomial_tail() -> None:
-    assert Paired(90, 5, 1, 4).p_worse == 7 / 64  # (1 + 6) / 2^6
-    assert Paired(90, 0, 0, 10).p_worse == 1.0
-    assert Paired(90, 1, 5, 4).p_worse == 63 / 64
-    large = Paired(40_000, 3_000, 2_800, 4_200)
+    assert McNemarTable(90, 5, 1, 4).p_worse == 7 / 64  # (1 + 6) / 2^6
+    assert McNemarTable(90, 0, 0, 10).p_worse == 1.0
+    assert McNemarTable(90, 1, 5, 4).p_worse == 63 / 64
+    large = McNemarTable(40_000, 3_000, 2_800, 4_200)
     z = (2_800 + 0.5 - 2_900) / math.sqrt(5_800 / 4)
     assert large.p_worse == pytest.approx(0.5 * math.erfc(-z / math.sqrt(2)), rel=0.01)
 
 
 def test_each_gate_holds_up_to_its_number() -> None:
-    worse = Paired(90, 5, 1, 4)  # 4 points, p = 0.109
+    worse = McNemarTable(90, 5, 1, 4)  # 4 points, p = 0.109
     assert holding(worse, PromotionGates(max_accuracy_loss=4.0)) == {"accuracy": True, "paired test": True}
     assert holding(worse, PromotionGates(max_accuracy_loss=3.9)) == {"accuracy": False, "paired test": True}
     assert holding(worse, PromotionGates(max_accuracy_loss=4.0, alpha=0.11)) == {"accuracy": True, "paired test": False}
-    equal = Paired(90, 1, 1, 8)
+    equal = McNemarTable(90, 1, 1, 8)
     assert holding(equal, PromotionGates(max_accuracy_loss=0.0, alpha=None, min_speedup=1.5, max_size="1K")) == {
         "accuracy": True, "speed": True, "size": True,
     }  # fmt: skip

@@ -133,9 +133,9 @@ def test_blocks_broken_off_anywhere_are_taken_up(
     """Each start gets a few additions further, and at the end all is as if nothing had happened."""
     work = score_stage.ScoringJob(ovit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind))
     monkeypatch.setattr(score_stage.PartialScoreStore, "due", lambda notebook: True)
-    monkeypatch.setattr(gradients, "HELD", 1)
+    monkeypatch.setattr(gradients, "GRADIENTS_AT_ONCE", 1)
     expected = ovit(vit, work.groups, work.batches, work.setting).scores
-    left, add = [0], fisher_blocks.add
+    left, add = [0], fisher_blocks.add_outer_products
 
     def breaking(total: torch.Tensor, values: torch.Tensor) -> None:
         if not left[0]:
@@ -143,7 +143,7 @@ def test_blocks_broken_off_anywhere_are_taken_up(
         left[0] -= 1
         add(total, values)
 
-    monkeypatch.setattr(fisher_blocks, "add", breaking)
+    monkeypatch.setattr(fisher_blocks, "add_outer_products", breaking)
     starts, found = 0, None
     while found is None:
         left[0], starts = 7, starts + 1

@@ -111,7 +111,7 @@ def test_scores_are_the_divergence_of_the_model_that_skips() -> None:
         assert float(found[unit]) == pytest.approx(expected, rel=1e-9)
     assert found[-1] == float("inf")
     for criterion in ("magnitude", "taylor"):
-        with pytest.raises(BadInput, match=r"^blocks: a block is not worth the sum of its weights"):
+        with pytest.raises(BadInput, match=r"^blocks: magnitude and taylor cannot score blocks"):
             score(model, [group], criterion, noise)
 
 

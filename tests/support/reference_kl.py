@@ -138,9 +138,9 @@ def fisher_quadratic(model: nn.Module, images: Tensor, groups: list) -> dict[str
         gates = {group.name: torch.ones(group.shape, dtype=images.dtype, requires_grad=True) for group in groups}
         answer = gated_vit(model, image[None], gates)[0].log_softmax(-1)
         for logp in answer:
-            slopes = torch.autograd.grad(logp, list(gates.values()), retain_graph=True)
-            for name, slope in zip(gates, slopes, strict=True):
-                found[name][:, place] += logp.detach().exp() * slope.flatten().square() / 2
+            grads = torch.autograd.grad(logp, list(gates.values()), retain_graph=True)
+            for name, grad in zip(gates, grads, strict=True):
+                found[name][:, place] += logp.detach().exp() * grad.flatten().square() / 2
     return found
 
 

@@ -21,8 +21,8 @@ def image_gradients(model: nn.Module, param: str, data: list) -> Tensor:
     for images, labels in data:
         for image, label in zip(images, labels, strict=True):
             loss = F.cross_entropy(model(image[None]), label[None])
-            (slope,) = torch.autograd.grad(loss, [weight])
-            found.append(slope.flatten() * (weight != 0).flatten())
+            (grad,) = torch.autograd.grad(loss, [weight])
+            found.append(grad.flatten() * (weight != 0).flatten())
     return torch.stack(found).detach()
 
 

@@ -1,4 +1,4 @@
-"""Directions in which to take gradients of an answer, so that few of them make up its Fisher matrix."""
+"""Sample logit directions whose outer products average to the Fisher matrix diag(p) - p p^T."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,45 +6,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROUNDS = 6  # of subspace iteration
+ROUNDS = 6  # subspace iterations
 
 
 def fisher_directions(
     probability: Tensor, head: Tensor | None, number: int, seed: int, positions: Sequence[int]
 ) -> Iterator[Tensor]:
-    """Directions of the logits, (B, ..., classes) each, whose outer products sum to diag(p) - p p^T on average.
+    """Yield logit directions v_i with E[sum_i v_i v_i^T] = F = diag(p) - p p^T.
 
-    Where `number` is at least that of the classes, those are sqrt(p_c) (e_c - p) of every class, and the sum is exact.
-    Otherwise one half are the leading directions of an answer's Fisher matrix as the `head` (classes, d) passes it on
-    (of classes alone where it is None), and the other half are what is left of all classes at once, with random signs:
-    a mean of zero between them, so no bias. Where an image has several answers (one per token), the directions of each
-    answer have a random sign too. `positions` of the images and the seed decide the signs, whatever the batch.
+    With `number` >= classes, v_c = sqrt(p_c) (e_c - p) for every class, and the sum is exact. Otherwise one half are
+    the leading directions of F as seen through the last layer `head`, and the other half are random-sign combinations
+    of the orthogonal complement, which makes the estimate unbiased. If an image has several outputs (one per token),
+    the directions of each output get random signs too.
+
+    Args:
+        probability: softmax of the logits, (B, ..., classes).
+        head: weight of the last Linear layer, (classes, d); None ranks the directions by F alone.
+        number: number of directions.
+        seed: seed of the random signs.
+        positions: index of every image in the whole data set; signs depend on seed and index, not on the batch.
+
+    Yields:
+        Directions of the logits, (B, ..., classes).
 
     Source: Halko et al. 2011 (subspace iteration); Hutchinson 1990 (random signs).
     """
     classes = probability.shape[-1]
     signs = _signs(probability, seed, positions)
-    several = probability.dim() > 2
-    own = number >= classes
-    basis = torch.eye(classes).to(probability) if own else _leading(probability, head, (number + 1) // 2)
-    for place in range(basis.shape[-1]):
-        taken = basis[..., place].expand_as(probability)
-        yield _half(taken * next(signs)[..., :1] if several else taken, probability)
-    bundles = 0 if own else max(1, number - basis.shape[-1])
-    for _ in range(bundles):
+    per_token = probability.dim() > 2
+    exact = number >= classes
+    basis = torch.eye(classes).to(probability) if exact else _leading(probability, head, (number + 1) // 2)
+    for index in range(basis.shape[-1]):
+        vector = basis[..., index].expand_as(probability)
+        yield _half(vector * next(signs)[..., :1] if per_token else vector, probability)
+    num_random = 0 if exact else max(1, number - basis.shape[-1])
+    for _ in range(num_random):
         drawn = next(signs)
-        left = drawn - (basis @ (basis.mT @ drawn[..., None])).squeeze(-1)
-        yield _half(left, probability) / bundles**0.5
+        complement = drawn - (basis @ (basis.mT @ drawn[..., None])).squeeze(-1)
+        yield _half(complement, probability) / num_random**0.5
 
 
-def _half(taken: Tensor, probability: Tensor) -> Tensor:
-    """A root of the Fisher matrix, diag(sqrt p) - p sqrt(p)^T, times a vector."""
-    weighted = probability.sqrt() * taken
+def _half(vector: Tensor, probability: Tensor) -> Tensor:
+    """Multiply a vector by the square root diag(sqrt p) - p sqrt(p)^T of the Fisher matrix."""
+    weighted = probability.sqrt() * vector
     return weighted - probability * weighted.sum(dim=-1, keepdim=True)
 
 
 def _leading(probability: Tensor, head: Tensor | None, number: int) -> Tensor:
-    """Orthonormal vectors of the root's domain that carry most of what reaches the head's input; (..., classes, K)."""
+    """Return an orthonormal basis of the dominant subspace at the input of the head; (..., classes, K)."""
     classes = probability.shape[-1]
     weight = None if head is None else head.to(probability)  # (classes, d)
     p = probability[..., None]

@@ -1,4 +1,4 @@
-"""What a layer reads and writes, place by place: the tokens of a Linear layer, the positions of a convolution."""
+"""Per-position inputs and outputs of Linear (tokens) and Conv2d (unfolded patches) layers."""
 
 from typing import cast
 
@@ -6,23 +6,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def plain(layer: nn.Module) -> bool:
-    """Whether every output of a layer is a weighted sum of what it reads at one place, by one row of its weight."""
+def is_plain_layer(layer: nn.Module) -> bool:
+    """Return whether a layer is Linear or an ungrouped, zero-padded Conv2d: output = W @ input at every position."""
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) is nn.Linear
 
 
 def layer_inputs(layer: nn.Module, value: Tensor, images: int) -> Tensor:
-    """What a plain layer reads; (images, places, inputs), inputs as in a row of its weight."""
+    """Return the inputs of a plain layer per position, in the order of its weight rows.
+
+    Shapes: (images, positions, inputs); windows of one image are neighbours.
+    """
     if isinstance(layer, nn.Conv2d):
         padding = cast(tuple[int, int], layer.padding)
         value = F.unfold(value, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
-    return value.reshape(images, -1, value.shape[-1])  # windows of an image are neighbours
+    return value.reshape(images, -1, value.shape[-1])  # windows of one image are contiguous
 
 
 def layer_outputs(layer: nn.Module, value: Tensor, images: int) -> Tensor:
-    """What a plain layer writes, or slopes by it; (images, places, outputs)."""
+    """Return the outputs of a plain layer, or gradients w.r.t. them, per position; (images, positions, outputs)."""
     if isinstance(layer, nn.Conv2d):
         value = value.flatten(2).transpose(1, 2)
     return value.reshape(images, -1, value.shape[-1])

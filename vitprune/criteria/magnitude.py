@@ -12,16 +12,17 @@ from vitprune.groups import Group, unit_sums
 
 
 def random(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score every unit by a draw from a uniform distribution: the baseline that knows nothing."""
+    """Score every unit by a uniform random number: the baseline."""
     generator = torch.Generator().manual_seed(setting.seed)
     return Importance({g.name: torch.rand(g.shape, generator=generator, dtype=torch.float64) for g in groups})
 
 
 def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a single weight by its absolute value, a unit by the L2 norm of the weight rows that produce it.
+    """Score a single weight by |w|, a unit by the L2 norm of the weight rows that produce it.
 
-    Source: Li et al. 2017, section 3.1 (the norm of a filter). Columns and biases are left out: on DeiT-Tiny the norm
-    of all of a hidden unit's weights is a far worse guide (docs/LOG.md).
+    Columns and biases are excluded: on DeiT-Tiny the norm of all weights of a hidden unit ranks worse (docs/LOG.md).
+
+    Source: Li et al. 2017, section 3.1.
     """
     rows = [group if group.kind == "weight" else _producers(model, group) for group in groups]
     squares = {name: parameter.detach().double().square() for name, parameter in parameters_of(model, rows).items()}
@@ -29,11 +30,14 @@ def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, setti
 
 
 def energy(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a weight by its share of the energy of all weights of its layer that are at least as large.
+    """Score a weight by w_(j)^2 / sum_{k<=j} w_(k)^2, |w_(1)| >= |w_(2)| >= ... sorted within its layer.
 
-    w_(j)^2 / sum_{k<=j} w_(k)^2 with |w_(1)| >= |w_(2)| >= ..., in float64; 0 for a weight that is 0.
+    Computed in float64; the score of a zero weight is 0.
 
-    Source: DIMAP equation 10; LAMP (Lee et al. 2021) is the same score written from the other end.
+    Raises:
+        BadInput: a group is not of kind `weight`.
+
+    Source: DIMAP equation 10; identical to LAMP (Lee et al. 2021).
     """
     named = parameters_of(model, groups)
     return Importance({group.name: _energy(_only_weight(group, named)) for group in groups})
@@ -47,13 +51,13 @@ def parameters_of(model: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Par
     """
     bare = [group.name for group in groups if not group.slices]
     if bare:
-        raise BadInput(f"{bare[0]}: a block is not worth the sum of its weights; use a criterion that runs the model")
+        raise BadInput(f"{bare[0]}: magnitude and taylor cannot score blocks; use a criterion that runs the model")
     names = dict.fromkeys(part.param for group in groups for part in group.slices)
     return {name: model.get_parameter(name) for name in names}
 
 
 def _producers(model: nn.Module, group: Group) -> Group:
-    """The group with only the slices along the output of a weight matrix or convolution."""
+    """Restrict a group to its slices along the output axis of weight matrices and convolutions."""
     rows = [part for part in group.slices if part.axis == 0 and model.get_parameter(part.param).dim() > 1]
     return replace(group, slices=tuple(rows))
 
@@ -73,10 +77,10 @@ def _energy(weight: Tensor) -> Tensor:
 
 
 def _descending(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Magnitudes from large to small, and where each was; of equal ones the first counts as the smallest, as in select.
+    """Sort magnitudes in descending order and return them with their positions; ties as in `select`.
 
-    A magnitude's bits, read as a whole number, are in the order of the magnitudes, so those of float32 and the position
-    make one number, and numpy sorts such numbers many times faster than torch sorts pairs.
+    The bits of a non-negative float32 sort like the float itself, so magnitude and position are packed into one int64:
+    numpy sorts these many times faster than torch sorts pairs.
     """
     if flat.dtype == torch.float64:
         order = flat.abs().argsort(stable=True).flip(0)

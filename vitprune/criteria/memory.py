@@ -1,4 +1,4 @@
-"""What a forward pass keeps for its backward passes, so that as many images run together as memory allows."""
+"""Activation memory of a forward pass, and the batch size that fits into a memory limit."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,27 +6,34 @@ import torch
 from torch import Tensor, nn
 
 
-def images_at_once(model: nn.Module, run: Callable[[Tensor], object], image: Tensor, memory: int) -> int:
-    """How many images' forward passes fit into so many bytes, from what that of one (1, ...) keeps; at least 1."""
+def max_batch_size(model: nn.Module, run: Callable[[Tensor], object], image: Tensor, memory: int) -> int:
+    """Return how many images' forward passes fit into `memory` bytes, at least 1.
+
+    Args:
+        model: the model, whose parameters are not counted.
+        run: the forward pass, called with `image`.
+        image: one image, (1, ...).
+        memory: limit in bytes.
+    """
     return max(1, memory // activation_bytes(model, run, image))
 
 
 def activation_bytes(model: nn.Module, run: Callable[[Tensor], object], image: Tensor) -> int:
-    """Bytes that the forward pass of one image keeps for its backward passes, the weights not counted."""
-    kept: dict[int, int] = {}
+    """Return the bytes that autograd saves in the forward pass of one image, parameters excluded."""
+    saved: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
-    def note(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in weights:
-            kept[place] = tensor.untyped_storage().nbytes()
+    def record(tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in weights:
+            saved[pointer] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         run(image)
-    return max(1, sum(kept.values()))
+    return max(1, sum(saved.values()))
 
 
 def minibatches(images: Tensor, size: int) -> Iterator[Tensor]:
-    """The images in order, so many at a time."""
+    """Yield the images in order, `size` at a time."""
     return (images[start : start + size] for start in range(0, len(images), size))

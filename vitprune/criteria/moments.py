@@ -1,4 +1,4 @@
-"""Second moments of what a unit's consumer reads, and the metric in which errors of its output cost nats."""
+"""Second moments of layer inputs, and the Fisher metric of layer outputs (K-FAC factors)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,98 +10,107 @@ from torch import Tensor, nn
 
 from vitprune.criteria import Batches, ScoreConfig, Statistics, layer_io
 from vitprune.criteria.fisher_directions import fisher_directions
-from vitprune.criteria.memory import images_at_once, minibatches
+from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 from vitprune.runtime.eval_mode import evaluating, frozen
 from vitprune.runtime.progress import track
 
-HALVES = (
-    2  # moments of the even and of the odd images, so that a ridge can be chosen on images that it was not fitted to
-)
+NUM_FOLDS = 2  # moments of even and odd images: a ridge is selected on images that were not fitted
 
-Slopes = Literal["metric", "each"]
+GradMoment = Literal["metric", "metric_diagonal"]
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """The one Linear layer that reads a group's units: its input channels are (units, inner)."""
+    """The one Linear layer that reads the units of a group; its input channels are (units, inner)."""
 
     path: str
     units: int
     inner: int
 
 
-def consumer(model: nn.Module, group: Group) -> Consumer:
-    """The consumer of a group of FFN units, heads or attention channels.
+def find_consumer(model: nn.Module, group: Group) -> Consumer:
+    """Return the consumer of a group of FFN units, heads or attention channels.
 
     Raises:
         BadInput: not exactly one Linear layer reads the units.
     """
-    found = [
+    result = [
         Consumer(part.param.removesuffix(".weight"), group.units, part.inner)
         for part in group.slices
         if part.axis == 1 and isinstance(model.get_submodule(part.param.rpartition(".")[0]), nn.Linear)
     ]
-    if len(found) != 1 or group.kind == "residual":
-        raise BadInput(f"{group.name}: {len(found)} layers read its units; an update needs exactly one Linear layer")
-    return found[0]
+    if len(result) != 1 or group.kind == "residual":
+        raise BadInput(f"{group.name}: {len(result)} layers read its units; an update needs exactly one Linear layer")
+    return result[0]
 
 
-def producer(model: nn.Module, group: Group) -> str:
-    """Path of the one layer that makes q, k and v of an attention group.
+def find_qkv(model: nn.Module, group: Group) -> str:
+    """Return the path of the fused qkv layer of an attention group.
 
     Raises:
-        BadInput: q, k and v do not come from one Linear layer, or the group reads several heads as one.
+        BadInput: q, k and v do not come from one Linear layer, or the group has merged heads.
     """
-    own = cast(Any, model.get_submodule(group.owner)).num_heads
-    if group.shape[0] != own:
+    num_heads = cast(Any, model.get_submodule(group.owner)).num_heads
+    if group.shape[0] != num_heads:
         raise BadInput(
-            f"{group.name}: each of its {own} heads has a basis of its own, so they cannot merge; drop heads"
+            f"{group.name}: each of its {num_heads} heads has its own basis, so heads cannot be merged; "
+            "unset prune.merge_heads_to"
         )
-    found = [
+    result = [
         part.param.removesuffix(".weight")
         for part in group.slices
         if part.axis == 0 and part.outer == 3 and part.param.endswith(".weight")
     ]
     layers = {part.param.rpartition(".")[0] for part in group.slices + group.buffers}
-    if len(found) != 1 or len(layers) != 2 or "scale" not in vars(model.get_submodule(group.owner)):
+    if len(result) != 1 or len(layers) != 2 or "scale" not in vars(model.get_submodule(group.owner)):
         raise BadInput(f"{group.name}: its q, k and v do not come from one Linear layer; use heads or ffn here")
-    return found[0]
+    return result[0]
 
 
-def collect(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig, slopes: bool = False
+def collect_unit_moments(
+    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig, grads: bool = False
 ) -> Statistics:
-    """Sums over all tokens of all images, for the consumer of every group.
+    """Collect the sums over all tokens of all images that refit and structured OBS need, per consumer.
 
-    PATH/inputs (halves, k+1, k+1): second moment of the consumer's input with a 1 appended, which is all that a refit
-    needs. With `slopes`, by backward passes, PATH/metric (o, o): second moment of the answer's gradient by its output,
-    which is Fisher's; and of an attention's layer that makes q, k and v: PATH/query and PATH/key (heads, c, c), k
-    centred over the tokens of a softmax; PATH/slope (heads,), squared gradient by q; PATH/tokens, their number.
+    Args:
+        model: the dense model.
+        groups: groups of FFN units, heads or attention channels.
+        batches: calibration batches.
+        setting: the scoring options (`memory`, number of Fisher directions, seed).
+        grads: also run backward passes for the Fisher metric.
+
+    Returns:
+        By name, in float64:
+
+        - PATH/inputs (folds, k+1, k+1): second moment of the consumer's input with a 1 appended.
+        - PATH/metric (o, o), with `grads`: second moment of the gradient of the logits w.r.t. its output (Fisher).
+        - of a qkv layer, with `grads`: PATH/query and PATH/key (heads, c, c), k centered over the tokens of a softmax;
+          PATH/query_grad_sq (heads,), squared gradient w.r.t. q; PATH/tokens, their number.
 
     Raises:
-        BadInput: no batches, or a group without one consumer.
+        BadInput: no batches, or a group without exactly one consumer.
     """
-    readers = list(dict.fromkeys(consumer(model, group).path for group in groups))
-    heads = {producer(model, group): group.shape[0] for group in groups if slopes and group.kind == "attention"}
-    return sums(model, readers, heads, batches, setting, "metric" if slopes else None)
+    readers = list(dict.fromkeys(find_consumer(model, group).path for group in groups))
+    heads = {find_qkv(model, group): group.shape[0] for group in groups if grads and group.kind == "attention"}
+    return collect_layer_moments(model, readers, heads, batches, setting, "metric" if grads else None)
 
 
-def sums(
+def collect_layer_moments(
     model: nn.Module,
     readers: Sequence[str],
     heads: dict[str, int],
     batches: Batches,
     setting: ScoreConfig,
-    slopes: Slopes | None,
+    grads: GradMoment | None,
 ) -> Statistics:
-    """The same of plain layers (`readers`) and of layers that make q, k and v (`heads`: how many), by path.
+    """Collect the same sums for plain layers (`readers`) and qkv layers (`heads`: path to number of heads).
 
-    With slopes "each", PATH/each (o,) instead of PATH/metric: its diagonal.
+    `grads` "metric_diagonal" stores PATH/metric_diagonal (o,), the diagonal of PATH/metric; None runs no backward pass.
 
     Raises:
-        BadInput: no batches, or a layer takes no part in the answer, or more than one.
+        BadInput: no batches, or a layer is not used in the forward pass, or more than once.
     """
     if not batches:
         raise BadInput("second moments: need images; give batches")
@@ -109,10 +118,10 @@ def sums(
     first = setting.first
     with evaluating(model), frozen(model):
         size = _at_once(model, readers, heads, batches[0][0], setting)
-        for batch, _ in track(batches, "taking second moments"):
+        for batch, _ in track(batches, "collecting second moments"):
             for images in minibatches(batch, size):
-                found = _of_batch(model, readers, heads, images, setting, slopes, first)
-                for name, value in found.items():
+                result = _of_batch(model, readers, heads, images, setting, grads, first)
+                for name, value in result.items():
                     _add(total, name, value)
                 first += len(images)
     return total
@@ -121,10 +130,10 @@ def sums(
 def _at_once(
     model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: ScoreConfig
 ) -> int:
-    """How many images fit into the memory at a time."""
+    """Number of images per forward pass that fits into `setting.memory`."""
     one = images[:1].to(next(model.parameters()).device)
-    with recording(model, readers, list(heads)):
-        return images_at_once(model, model, one, setting.memory)
+    with record_layer_io(model, readers, list(heads)):
+        return max_batch_size(model, model, one, setting.memory)
 
 
 def _of_batch(
@@ -133,53 +142,53 @@ def _of_batch(
     heads: dict[str, int],
     images: Tensor,
     setting: ScoreConfig,
-    slopes: Slopes | None,
+    grads: GradMoment | None,
     first: int,
 ) -> Statistics:
     device = next(model.parameters()).device
-    with torch.set_grad_enabled(slopes is not None), recording(model, readers, list(heads)) as (inputs, outputs):
+    with torch.set_grad_enabled(grads is not None), record_layer_io(model, readers, list(heads)) as (inputs, outputs):
         logits = model(images.to(device))
     unused = [path for path in readers if path not in inputs]
     if unused:
-        raise BadInput(f"{unused[0]}: takes no part in the answer; leave it out")
-    parity = torch.arange(first, first + len(images), device=device) % HALVES
+        raise BadInput(f"{unused[0]}: is not used in the forward pass; exclude it")
+    parity = torch.arange(first, first + len(images), device=device) % NUM_FOLDS
     layers = {path: model.get_submodule(path) for path in readers}
-    found = {f"{path}/inputs": _of_inputs(layer, inputs[path], parity) for path, layer in layers.items()}
-    if slopes is None:
-        return found
-    watched = list(outputs)
+    result = {f"{path}/inputs": _of_inputs(layer, inputs[path], parity) for path, layer in layers.items()}
+    if grads is None:
+        return result
+    paths = list(outputs)
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
-    for pull in fisher_directions(probability, None, setting.classes, setting.seed, where):
-        steep = torch.autograd.grad(logits, [outputs[p] for p in watched], pull.to(logits.dtype), retain_graph=True)
-        for path, slope in zip(watched, steep, strict=True):
+    for direction in fisher_directions(probability, None, setting.classes, setting.seed, where):
+        output_grads = torch.autograd.grad(
+            logits, [outputs[p] for p in paths], direction.to(logits.dtype), retain_graph=True
+        )
+        for path, grad in zip(paths, output_grads, strict=True):
             if path in heads:
-                query = slope[..., : slope.shape[-1] // 3].reshape(
-                    -1, heads[path], slope.shape[-1] // (3 * heads[path])
-                )
-                _add(found, f"{path}/slope", query.double().square().sum(dim=(0, 2)).cpu())
+                query = grad[..., : grad.shape[-1] // 3].reshape(-1, heads[path], grad.shape[-1] // (3 * heads[path]))
+                _add(result, f"{path}/query_grad_sq", query.double().square().sum(dim=(0, 2)).cpu())
             else:
-                flat = layer_io.layer_outputs(layers[path], slope, len(images)).flatten(0, 1)
-                value = flat.T @ flat if slopes == "metric" else flat.square().sum(dim=0)
-                _add(found, f"{path}/{slopes}", value.double().cpu())
+                flat = layer_io.layer_outputs(layers[path], grad, len(images)).flatten(0, 1)
+                value = flat.T @ flat if grads == "metric" else flat.square().sum(dim=0)
+                _add(result, f"{path}/{grads}", value.double().cpu())
     for path, number in heads.items():
-        found |= _of_heads(path, outputs[path].detach(), number)
-    return found
+        result |= _of_heads(path, outputs[path].detach(), number)
+    return result
 
 
-def _add(found: dict[str, Tensor], name: str, value: Tensor) -> None:
-    found[name] = found[name] + value if name in found else value
+def _add(result: dict[str, Tensor], name: str, value: Tensor) -> None:
+    result[name] = result[name] + value if name in result else value
 
 
 def _of_inputs(layer: nn.Module, value: Tensor, parity: Tensor) -> Tensor:
-    """Second moment of what a layer reads with a 1 appended, for even and for odd images; (halves, k+1, k+1)."""
-    own = layer_io.layer_inputs(layer, value, len(parity))
-    rows = torch.cat([own, torch.ones_like(own[..., :1])], dim=-1)
-    halves = [rows[parity == half].flatten(0, 1) for half in range(HALVES)]
+    """Second moment of a layer's input with a 1 appended, for even and odd images; (folds, k+1, k+1)."""
+    inputs = layer_io.layer_inputs(layer, value, len(parity))
+    rows = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+    halves = [rows[parity == half].flatten(0, 1) for half in range(NUM_FOLDS)]
     return torch.stack([(half.T @ half).double().cpu() for half in halves])
 
 
 def _of_heads(path: str, qkv: Tensor, heads: int) -> Statistics:
-    """Moments of q and of k (centred over the tokens that attend to each other, as softmax does not see a shift)."""
+    """Second moments of q and of k, centered over tokens because softmax is invariant to a shift of k."""
     query, key, _ = qkv.reshape(-1, qkv.shape[-2], 3, heads, qkv.shape[-1] // (3 * heads)).unbind(dim=2)
     shifted = key - key.mean(dim=1, keepdim=True)  # (windows, tokens, heads, c)
     return {
@@ -190,26 +199,30 @@ def _of_heads(path: str, qkv: Tensor, heads: int) -> Statistics:
 
 
 @contextmanager
-def recording(
+def record_layer_io(
     model: nn.Module, readers: Sequence[str], makers: Sequence[str]
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """While this is open, the inputs of the readers and the outputs of readers and makers are kept, by path."""
+    """Record the inputs of `readers` and the outputs of `readers` and `makers`, by path, while the context is open.
+
+    Raises:
+        BadInput: a layer runs more than once in one forward pass.
+    """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def keep(path: str, read: bool) -> object:
-        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook_for(path: str, read: bool) -> object:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if path in outputs:
-                raise BadInput(f"{path}: runs more than once in a pass, and has no one input; leave it out")
-            # the first one watched is where gradients end: images may be tokens, which have none
+                raise BadInput(f"{path}: runs more than once per forward pass; exclude it")
+            # the first recorded output becomes a leaf: inputs may be token ids, which have no gradient
             outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
             if read:
-                inputs[path] = given[0].detach()
+                inputs[path] = args[0].detach()
             return outputs[path]
 
         return model.get_submodule(path).register_forward_hook(hook)
 
-    handles = [keep(path, True) for path in readers] + [keep(path, False) for path in makers]
+    handles = [hook_for(path, True) for path in readers] + [hook_for(path, False) for path in makers]
     try:
         yield inputs, outputs
     finally:

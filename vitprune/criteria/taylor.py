@@ -16,17 +16,22 @@ from vitprune.runtime.progress import track
 
 
 def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a unit by the squared first-order change of the loss on its removal, summed over batches.
+    """Score a unit by sum over batches of (sum over its weights of dL/dw * w)^2, with the cross-entropy loss L.
 
-    sum over batches of (sum over the unit's weights of gradient * weight)^2, cross-entropy loss.
+    Args:
+        model: the model; its parameters may be frozen.
+        groups: groups of any kind but `block`.
+        batches: labelled batches.
+        setting: not used.
+
+    Raises:
+        BadInput: no batches, or a group of blocks.
 
     Source: Molchanov et al. 2019, equation 8.
     """
     if not batches:
         raise BadInput("taylor: needs images with labels; give batches")
-    named = {
-        name: weight.detach().requires_grad_() for name, weight in parameters_of(model, groups).items()
-    }  # frozen or not
+    named = {name: weight.detach().requires_grad_() for name, weight in parameters_of(model, groups).items()}
     device = next(model.parameters()).device
     scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
     for images, labels in track(batches, "taking gradients"):

@@ -13,7 +13,7 @@ from vitprune.config.quantity import Quantity, number_of
 from vitprune.config.targets import Section
 from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import accuracy
-from vitprune.evaluation.paired_test import Paired, compare
+from vitprune.evaluation.paired_test import McNemarTable, mcnemar_table
 from vitprune.pipeline.evaluate_stage import EVALUATION
 from vitprune.pipeline.project_data import METRICS, OUT, device, open_images
 from vitprune.runtime import tables
@@ -96,7 +96,7 @@ def judge(params: Params, champion: Path | None, gates: PromotionGates) -> dict[
             raise BadInput(f"{EVALUATION}: has other images than the manifest; run vitprune evaluate again")
         column = pa.array(predicted.tolist(), pa.int64())
         rows = rows.set_column(rows.column_names.index("dense"), "dense", column)
-    paired = compare(rows)
+    paired = mcnemar_table(rows)
     weights = OUT / "distill" / models.WEIGHTS
     against = "dense" if champion is None else "champion"
     results = verdict(paired, gates, _speedup(), weights.stat().st_size, against)
@@ -117,7 +117,7 @@ def judge(params: Params, champion: Path | None, gates: PromotionGates) -> dict[
     return facts
 
 
-def verdict(paired: Paired, gates: PromotionGates, speedup: float | None, size: int, against: str) -> list[QualityGate]:
+def verdict(paired: McNemarTable, gates: PromotionGates, speedup: float | None, size: int, against: str) -> list[QualityGate]:
     """Apply the gates that are not null.
 
     Args:

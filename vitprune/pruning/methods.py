@@ -59,18 +59,22 @@ METHODS: dict[str, Method] = {
     "taylor": _single(taylor.taylor, "global", "first-order change of the loss (Molchanov et al., CVPR 2019)"),
     "n:m": _single(magnitude.magnitude, "2:4", "N of every M consecutive weights stay", free_scope=True),
     "ovit": _blockwise(
-        cap.ovit, cap.joint, "greedy second-order elimination in blocks, and the update (CAP, NeurIPS 2023); also N:M"
+        cap.ovit,
+        cap.joint_update,
+        "greedy second-order elimination in blocks, and the update (CAP, NeurIPS 2023); also N:M",
     ),
     "ovit-increments": _blockwise(
         cap.ovit_increments,
-        cap.joint,
+        cap.joint_update,
         "the same elimination, ranked by what each weight adds to its block's loss (ours)",
     ),
     "woodfisher": _blockwise(
-        cap.woodfisher, cap.independent, "what a weight costs alone, and the sum of single updates (NeurIPS 2020)"
+        cap.woodfisher,
+        cap.independent_update,
+        "what a weight costs alone, and the sum of single updates (NeurIPS 2020)",
     ),
     "woodfisher-joint": _blockwise(
-        cap.with_joint(cap.woodfisher), cap.joint, "the masks of woodfisher, and the update of ovit"
+        cap.with_joint_update(cap.woodfisher), cap.joint_update, "the masks of woodfisher, and the update of ovit"
     ),
     "fisher-diagonal": _single(
         cap.fisher_diagonal, "global", "squared weight times the diagonal of Fisher: ovit in blocks of one", True
@@ -81,7 +85,7 @@ METHODS: dict[str, Method] = {
         ("weight",),
         True,
         "one Fisher matrix per layer, its update from left to right (CAP, algorithm 2, as intended)",
-        fastcap.compensating,
+        fastcap.columnwise_update,
     ),
     "obc": Method(
         obc.obc,
@@ -89,10 +93,12 @@ METHODS: dict[str, Method] = {
         ("weight",),
         True,
         "rows eliminated by what they read and solved anew (Optimal Brain Compression, NeurIPS 2022); also N:M",
-        obc.solving,
+        obc.obc_update,
     ),
     "magnitude-obs": _blockwise(
-        cap.with_joint(magnitude.magnitude), cap.joint, "smallest weights, and the update of ovit for the rest"
+        cap.with_joint_update(magnitude.magnitude),
+        cap.joint_update,
+        "smallest weights, and the update of ovit for the rest",
     ),
     "channel-magnitude": _structured(
         magnitude.magnitude, "units whose rows have the least L2 norm (Li et al., ICLR 2017)"
@@ -116,20 +122,20 @@ METHODS: dict[str, Method] = {
         "KL divergence of whole blocks, scored again after each; what is left between two forms hybrid blocks",
     ),
     "upvits-refit": Method(
-        units.with_refit(fisher.fisher_kl),
+        units.with_refit_update(fisher.fisher_kl),
         {"ffn": "layer", "attention": "head", "head": "layer"},
         ("ffn", "attention"),
         True,
         "KL divergence to second order, as UP-ViTs selects, and the consumers refitted to the dense outputs",
-        units.refitting,
+        units.refit_update,
     ),
     "upvits-global": Method(
-        units.with_refit(fisher.fisher_kl),
+        units.with_refit_update(fisher.fisher_kl),
         {"ffn": "macs", "attention": "macs", "head": "macs"},
         ("ffn", "attention"),
         False,
         "KL divergence per MAC saved, all blocks and components competing, and the refit (ours)",
-        units.refitting,
+        units.refit_update,
     ),
     "unit-obs": Method(
         units.unit_obs,
@@ -137,7 +143,7 @@ METHODS: dict[str, Method] = {
         ("ffn", "attention"),
         True,
         "greedy elimination of units in nats per MAC, attention in a basis of its own, and the refit (ours)",
-        units.turning,
+        units.unit_obs_update,
     ),
     "corp": Method(
         corp.corp,
@@ -145,7 +151,7 @@ METHODS: dict[str, Method] = {
         ("ffn",),
         True,
         "FFN units of least energy and weight, what they carried predicted from the rest (CORP, 2026)",
-        corp.predicting,
+        corp.affine_update,
     ),
 }
 

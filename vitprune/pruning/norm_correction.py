@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from vitprune.criteria import Batches, ScoreConfig
 from vitprune.criteria.fisher_directions import fisher_directions
-from vitprune.criteria.memory import images_at_once, minibatches
-from vitprune.criteria.moments import recording
+from vitprune.criteria.memory import max_batch_size, minibatches
+from vitprune.criteria.moments import record_layer_io
 from vitprune.errors import BadInput
 from vitprune.runtime.eval_mode import evaluating, frozen
 from vitprune.runtime.progress import track
@@ -109,9 +109,9 @@ def _system(
     """Slopes (rows, values) and errors (rows,) of the answers along their directions, PULLS rows per image."""
     found, first = [], 0
     with evaluating(model), frozen(model):
-        with recording(model, [layer.path for layer in layers], []):
+        with record_layer_io(model, [layer.path for layer in layers], []):
             one = batches[0][0][:1].to(wanted[0].device)
-            size = images_at_once(model, model, one, setting.memory)
+            size = max_batch_size(model, model, one, setting.memory)
         for (batch, _), aims in track(list(zip(batches, wanted, strict=True)), "correcting"):
             for images, aim in zip(minibatches(batch, size), minibatches(aims, size), strict=True):
                 found.append(_of_batch(model, layers, aim, images, setting.seed, first))
@@ -124,7 +124,7 @@ def _of_batch(
     model: nn.Module, layers: Sequence[_Layer], aim: Tensor, images: Tensor, seed: int, first: int
 ) -> tuple[Tensor, Tensor]:
     paths = [layer.path for layer in layers]
-    with torch.enable_grad(), recording(model, paths, []) as (inputs, outputs):
+    with torch.enable_grad(), record_layer_io(model, paths, []) as (inputs, outputs):
         logits = model(images.to(aim.device))
     missing = aim.double() - logits.detach().double()
     rows, errors = [], []

@@ -209,9 +209,9 @@ def test_products_are_those_of_torch() -> None:
     with torch.no_grad():
         torch.testing.assert_close(fast_matmul.linear(x[:, :3], layer), layer(x[:, :3]), **close)
         for act in (nn.GELU(), nn.GELU("tanh"), nn.ReLU()):
-            torch.testing.assert_close(fast_matmul.activated(x, layer, act), act(layer(x)), **close)
+            torch.testing.assert_close(fast_matmul.linear_activation(x, layer, act), act(layer(x)), **close)
         expected = nn.functional.scaled_dot_product_attention(q[:, :, :4], k, v, scale=0.3).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(fast_matmul.attended(q[:, :, :4], k, v, 0.3), expected, **close)
+        torch.testing.assert_close(fast_matmul.attention(q[:, :, :4], k, v, 0.3), expected, **close)
 
 
 def test_what_cannot_be_scored_is_named() -> None:
@@ -222,7 +222,7 @@ def test_what_cannot_be_scored_is_named() -> None:
     weight = find_groups(model, ["weight"])[0]
     with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: exact scoring removes .*, not kind 'weight'$"):
         score(model, [weight], "kl-exact", batches(model))
-    with pytest.raises(BadInput, match=r"^blocks.0.mlp: has units 0 to 23; 24 is not one of them$"):
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp: unit 24 is out of range 0 to 23$"):
         kl_divergences(model, [group], {group.name: torch.tensor([24])}, inputs, ScoreConfig())
     with pytest.raises(BadInput, match=r"^ResNet: exact scoring is not supported yet; supported are VisionTransformer"):
         chain(timm.create_model("resnet18", num_classes=3))

@@ -205,7 +205,7 @@ def test_what_has_no_gate_is_refused_by_name(vit: nn.Module) -> None:
     unused.fc2 = nn.Linear(192, 48)
     vit.add_module("spare", unused)
     moved = replace(groups[0], slices=tuple(replace(p, param="spare.fc2.weight") for p in groups[0].slices[-1:]))
-    with pytest.raises(BadInput, match=r"^spare.fc2: no gradient reaches it, so the gates of its units have no"):
+    with pytest.raises(BadInput, match=r"^spare.fc2: no gradient reaches it, so its units have no gate gradient"):
         fisher_kl(vit, [moved], batches(vit), DEFAULT_SCORE_CONFIG)
 
 

@@ -20,7 +20,7 @@ from tests.support.reference_obs import (
 )
 from vitprune import find_groups, plan_for
 from vitprune.criteria.obs import cap, greedy
-from vitprune.criteria.obs.fisher_blocks import inverse, one_by_one, together
+from vitprune.criteria.obs.fisher_blocks import invert_blocks, solve_independently, solve_jointly
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.groups import Masks
 from vitprune.pruning.prune import prune_cycles
@@ -52,11 +52,11 @@ def test_four_weights_by_hand() -> None:
     """F = [[2, 1], [1, 2]] and its like: the inverse's diagonal is 2/3; w = 1 goes first, for 1/2 * 1 / (2/3)."""
     fisher = torch.tensor([[[2.0, 1.0], [1.0, 2.0]], [[4.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
     weights = torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64)
-    losses = greedy.eliminate(inverse(fisher), weights)
+    losses = greedy.eliminate_weights(invert_blocks(fisher), weights)
     # first block: 0.75, then the other: w^T F w / 2 = (2 + 18 + 6) / 2; second: independent, 1/2 and 1/2 + 4/2
     torch.testing.assert_close(losses, torch.tensor([[0.75, 13.0], [2.5, 0.5]], dtype=torch.float64))
     keep = torch.tensor([[False, True], [True, False]])
-    new = together(fisher, weights, keep)
+    new = solve_jointly(fisher, weights, keep)
     torch.testing.assert_close(new, torch.tensor([[0.0, 3.5], [1.0, 0.0]], dtype=torch.float64))
 
 
@@ -67,7 +67,7 @@ def test_the_inverse_is_that_of_sherman_and_morrison(condition: float) -> None:
     gradients = drawn(200, size) @ factor.mT
     damp = 1 / condition
     fisher = gradients.T @ gradients / 200 + damp * torch.eye(size, dtype=torch.float64)
-    found = inverse(fisher[None])[0].diagonal()
+    found = invert_blocks(fisher[None])[0].diagonal()
     for expected in (torch.linalg.inv(fisher).diagonal(), sherman_morrison(gradients, damp).diagonal()):
         torch.testing.assert_close(found / expected, torch.ones(size, dtype=torch.float64), rtol=0, atol=1e-6)
 
@@ -77,11 +77,11 @@ def test_the_inverse_is_that_of_sherman_and_morrison(condition: float) -> None:
 def test_elimination_is_the_right_looking_loop(
     on: str, runs: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(greedy, "compiled", lambda: on == "numba")
+    monkeypatch.setattr(greedy, "has_numba", lambda: on == "numba")
     fisher, weights = spread(24, 1e5, blocks=5), drawn(5, 24)
     weights[0, 3:9], weights[1, ::4], weights[2, :] = 0, 0, 0
     fisher = alone(fisher, weights == 0)
-    losses = greedy.eliminate(inverse(fisher), weights, pattern=runs)
+    losses = greedy.eliminate_weights(invert_blocks(fisher), weights, pattern=runs)
     for block in range(len(fisher)):
         expected, trace, order = right_looking(fisher[block], weights[block], runs)
         torch.testing.assert_close(losses[block], expected, rtol=1e-8, atol=1e-300)
@@ -91,13 +91,13 @@ def test_elimination_is_the_right_looking_loop(
         for count in range(zeros, len(order) + 1):  # any number of steps ends where one joint solve does
             keep = torch.ones(24, dtype=torch.bool)
             keep[order[:count]] = False
-            new = together(fisher[block : block + 1], weights[block : block + 1], keep[None])[0]
+            new = solve_jointly(fisher[block : block + 1], weights[block : block + 1], keep[None])[0]
             torch.testing.assert_close(new, trace[count - zeros], rtol=1e-6, atol=1e-6)
 
 
 def test_the_loss_is_that_of_the_closed_form() -> None:
     fisher, weights = spread(32, 1e4, blocks=2), drawn(2, 32)
-    losses = greedy.eliminate(inverse(fisher), weights)
+    losses = greedy.eliminate_weights(invert_blocks(fisher), weights)
     assert bool((losses.sort(dim=1).values.diff(dim=1) > 0).all())
     for block in range(2):
         order = losses[block].argsort()
@@ -107,7 +107,7 @@ def test_the_loss_is_that_of_the_closed_form() -> None:
             new, loss = closed_form(fisher[block], weights[block], keep)
             assert float(losses[block, order[count - 1]]) == pytest.approx(loss, rel=1e-8)
             assert block_loss(fisher[block], new - weights[block]) == pytest.approx(loss, rel=1e-8)
-            solved = together(fisher[block][None], weights[block][None], keep[None])[0]
+            solved = solve_jointly(fisher[block][None], weights[block][None], keep[None])[0]
             torch.testing.assert_close(solved, new, rtol=1e-6, atol=1e-6)
 
 
@@ -115,12 +115,12 @@ def test_the_loss_is_that_of_the_closed_form() -> None:
 @pytest.mark.parametrize("on", ["numba", "torch"])
 def test_stopping_early_selects_the_same(share: float, on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the blocks are so unlike that one goes as a whole and another stays."""
-    monkeypatch.setattr(greedy, "compiled", lambda: on == "numba")
+    monkeypatch.setattr(greedy, "has_numba", lambda: on == "numba")
     fisher = spread(24, 1e3, blocks=8) * torch.logspace(0, 4, 8)[:, None, None]
     weights = drawn(8, 24)
     weights[3, :5] = 0
-    inverses = inverse(alone(fisher, weights == 0))
-    whole, short = greedy.eliminate(inverses, weights), greedy.eliminate(inverses, weights, share)
+    inverses = invert_blocks(alone(fisher, weights == 0))
+    whole, short = greedy.eliminate_weights(inverses, weights), greedy.eliminate_weights(inverses, weights, share)
     assert bool(short.isinf().any()) == (share < 0.8)
     known = short.isfinite()
     assert torch.equal(short[known], whole[known])
@@ -176,8 +176,8 @@ def test_its_masks_cost_less_than_those_of_woodfisher_and_its_update_less_than_a
     fisher, weights = matrices(vit, data=data)[group.name], vit.get_parameter(group.name).detach().view(-1, 24)
     scores = {name: f(vit, [group], data, SMALL).scores for name, f in CRITERIA.items()}
     keep = {name: select(score, 0.6)[group.name].view(-1, 24) for name, score in scores.items()}
-    best = {name: cost(fisher, weights, together(fisher, weights, mask)) for name, mask in keep.items()}
-    singly = cost(fisher, weights, one_by_one(fisher, weights, keep["woodfisher"]))
+    best = {name: cost(fisher, weights, solve_jointly(fisher, weights, mask)) for name, mask in keep.items()}
+    singly = cost(fisher, weights, solve_independently(fisher, weights, keep["woodfisher"]))
     assert best["ovit"] < best["woodfisher"] < singly
     assert best["diagonal"] < cost(fisher, weights, weights * keep["diagonal"])
     promised = scores["ovit"][group.name].view(-1, 24).masked_fill(keep["ovit"], 0).amax(dim=1).sum()
@@ -186,8 +186,8 @@ def test_its_masks_cost_less_than_those_of_woodfisher_and_its_update_less_than_a
 
 def test_increments_cost_no_more_than_cumulative_losses() -> None:
     fisher, weights = spread(24, 1e4, blocks=40), drawn(40, 24)
-    losses = greedy.eliminate(inverse(fisher), weights)
-    added = greedy.increments(losses)
+    losses = greedy.eliminate_weights(invert_blocks(fisher), weights)
+    added = greedy.loss_increments(losses)
     ranked = losses.argsort(dim=1)
     assert bool((added.gather(1, ranked).diff(dim=1) >= 0).all())
     costs = [
@@ -203,10 +203,10 @@ def test_increments_cost_no_more_than_cumulative_losses() -> None:
 
 def test_scaling_the_gradients_and_the_damping_changes_nothing(vit: nn.Module) -> None:
     fisher, weights = spread(24, 1e5), drawn(3, 24)
-    losses, scaled = (greedy.eliminate(inverse(f), weights) for f in (fisher, 1e-5 * fisher))
+    losses, scaled = (greedy.eliminate_weights(invert_blocks(f), weights) for f in (fisher, 1e-5 * fisher))
     torch.testing.assert_close(scaled, 1e-5 * losses, rtol=1e-9, atol=0)
     keep = losses > losses.median()
-    one, other = (together(f, weights, keep) for f in (fisher, 1e-5 * fisher))
+    one, other = (solve_jointly(f, weights, keep) for f in (fisher, 1e-5 * fisher))
     torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
 
 
@@ -238,7 +238,7 @@ def test_a_weight_that_has_gone_is_alone(vit: nn.Module) -> None:
         vit.get_parameter(name)[:, 1::2] = 0
     fisher = matrices(vit)[name]
     gone = (vit.get_parameter(name) == 0).view(-1, 24)
-    found = inverse(fisher)
+    found = invert_blocks(fisher)
     unit = torch.eye(24, dtype=torch.float64) / (SMALL.damp * 128)
     for block in range(0, len(found), 11):
         torch.testing.assert_close(found[block][gone[block]], unit[gone[block]], rtol=1e-9, atol=1e-9)

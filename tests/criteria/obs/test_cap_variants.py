@@ -12,8 +12,8 @@ from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.obs import cap
 from vitprune.criteria.obs.fastcap import fastcap
-from vitprune.criteria.obs.fisher_blocks import together
-from vitprune.criteria.obs.weight_blocks import parts_of
+from vitprune.criteria.obs.fisher_blocks import solve_jointly
+from vitprune.criteria.obs.weight_blocks import split_into_blocks
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.select import select
 
@@ -36,7 +36,7 @@ def test_the_greedy_n_of_m_costs_less_than_selecting_afterwards(vit: nn.Module) 
     for setting in (replace(SMALL, pattern=(2, 4)), SMALL):
         scores = cap.ovit(vit, groups, data, setting).scores
         keep = select(scores, 0.5, "2:4")[groups[0].name].view(-1, 24)
-        costs.append(cost(fisher, weights, together(fisher, weights, keep)))
+        costs.append(cost(fisher, weights, solve_jointly(fisher, weights, keep)))
     assert costs[0] < costs[1]
 
 
@@ -44,8 +44,8 @@ def test_fastcap_is_its_algorithm(vit: nn.Module) -> None:
     groups, data = find_groups(vit, ["weight"])[1:2], batches(vit)
     name = groups[0].name
     found = fastcap(vit, groups, data, SMALL)
-    slopes = image_gradients(vit, name, data)
-    fisher = sum(2 * g.view(-1, 24).T @ g.view(-1, 24) for g in slopes) / len(slopes)
+    grads = image_gradients(vit, name, data)
+    fisher = sum(2 * g.view(-1, 24).T @ g.view(-1, 24) for g in grads) / len(grads)
     torch.testing.assert_close(found.statistics[f"{name}/fisher"], fisher, rtol=1e-9, atol=1e-15)
     masks = select(found.scores, 0.5, "layer")
     expected = fastcap_columns(fisher, vit.get_parameter(name).detach().view(-1, 24), 0.5, 1e-2)
@@ -57,7 +57,7 @@ def test_what_cannot_be_is_refused(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
     with pytest.raises(BadInput, match=r"^Fisher blocks: need images with labels; give batches$"):
         cap.ovit(vit, groups, [], DEFAULT_SCORE_CONFIG)
-    with pytest.raises(BadInput, match=r"^blocks.0.mlp: blocks are of single weights, not of kind 'ffn'$"):
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp: unstructured criteria score kind 'weight', not 'ffn'$"):
         cap.ovit(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_SCORE_CONFIG)
     with pytest.raises(BadInput, match=r"^score.gradient_batch 128: there are only 6 images; lower it, give"):
         cap.ovit(vit, groups, batches(vit), replace(DEFAULT_SCORE_CONFIG, per_sample=False))
@@ -76,6 +76,6 @@ def test_what_cannot_be_is_refused(vit: nn.Module) -> None:
 def test_runs_that_are_apart_in_memory_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3))
     group = Group("0.weight", "weight", (4, 4, 3, 3), (ParamSlice("0.weight", None),))
-    with pytest.raises(BadInput, match=r"^0.weight: its runs of 4 input channels are apart in memory \(kernel 3x3\)"):
-        parts_of(model, [group], 16, 4)
-    assert parts_of(model, [group], 16)[0].size == 16
+    with pytest.raises(BadInput, match=r"^0.weight: its runs of 4 input channels are not contiguous \(kernel 3x3\)"):
+        split_into_blocks(model, [group], 16, 4)
+    assert split_into_blocks(model, [group], 16)[0].size == 16

@@ -13,8 +13,8 @@ from vitprune import BadInput, find_groups, plan_for
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, ScoreConfig
 from vitprune.criteria.obs import cap
 from vitprune.criteria.obs.fisher_blocks import FisherBlocks
-from vitprune.criteria.obs.gradients import gradients, images_of, viewed
-from vitprune.criteria.obs.weight_blocks import Part, block_size, parts_of, portions
+from vitprune.criteria.obs.gradients import augmented_images, random_crops, weight_gradients
+from vitprune.criteria.obs.weight_blocks import BlockRange, block_size, chunk_by_memory, split_into_blocks
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.prune import prune_cycles
 
@@ -51,17 +51,17 @@ def test_a_block_is_the_next_divisor(units: int, wanted: int, multiple: int, siz
 
 
 def test_portions_cover_all_and_fit() -> None:
-    parts = [Part("a", 4, 0, 40), Part("b", 8, 0, 16), Part("c", 4, 0, 400)]
+    parts = [BlockRange("a", 4, 0, 40), BlockRange("b", 8, 0, 16), BlockRange("c", 4, 0, 400)]
     for memory in (1, 128, 500, 4000, 10**6):
-        found = portions(parts, memory)
+        found = chunk_by_memory(parts, memory)
         assert all(
             sum(p.blocks * p.size**2 * 8 for p in portion) <= memory or portion[0].blocks == 1 for portion in found
         )
         for whole in parts:
             places = [n for portion in found for p in portion if p.param == whole.param for n in range(p.start, p.stop)]
             assert places == list(range(whole.start, whole.stop))
-    assert len(portions(parts, 10**6)) == 1
-    assert [len(portion) for portion in portions(parts, 1)] == [1] * 112
+    assert len(chunk_by_memory(parts, 10**6)) == 1
+    assert [len(portion) for portion in chunk_by_memory(parts, 1)] == [1] * 112
 
 
 @pytest.mark.parametrize("name", ["vit", "extra", "distilled", "swin", "pvt"])
@@ -78,9 +78,9 @@ def test_gradients_are_those_of_each_image(name: str) -> None:
     groups = [group_of(model, param) for param in some]
     found = collected(model, groups, data, SMALL)
     for param in some:
-        slopes = image_gradients(model, param, data)
-        size = block_size(slopes.shape[1], 24)
-        expected = naive_fisher(slopes, size, SMALL.damp * 128)
+        grads = image_gradients(model, param, data)
+        size = block_size(grads.shape[1], 24)
+        expected = naive_fisher(grads, size, SMALL.damp * 128)
         torch.testing.assert_close(found[param], expected, rtol=1e-8, atol=1e-12)
 
 
@@ -90,27 +90,27 @@ def test_batches_of_gradients_are_means(vit: nn.Module) -> None:
     data, setting = batches(vit, 4), replace(SMALL, per_sample=False, gradient_batch=4, gradients=None)
     weight = vit.get_parameter(param)
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
-    slopes = [torch.autograd.grad(F.cross_entropy(vit(x[n : n + 4]), y[n : n + 4]), [weight])[0] for n in (0, 4, 8)]
-    expected = naive_fisher(torch.stack([slope.flatten() for slope in slopes]), 24, setting.damp)
+    grads = [torch.autograd.grad(F.cross_entropy(vit(x[n : n + 4]), y[n : n + 4]), [weight])[0] for n in (0, 4, 8)]
+    expected = naive_fisher(torch.stack([grad.flatten() for grad in grads]), 24, setting.damp)
     found = collected(vit, [group_of(vit, param)], data, setting)[param]
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
     more = replace(setting, gradients=5)
-    part = Part(param, 24, 0, weight.numel())
-    chunks = torch.cat([values for _, values in gradients(vit, [part], data, more)])
+    part = BlockRange(param, 24, 0, weight.numel())
+    chunks = torch.cat([values for _, values in weight_gradients(vit, [part], data, more)])
     assert chunks.shape == (5, weight.numel())
-    torch.testing.assert_close(chunks[:3], torch.stack([slope.flatten() for slope in slopes]), rtol=1e-8, atol=1e-12)
-    stream = list(images_of(data, 20, more.seed))
+    torch.testing.assert_close(chunks[:3], torch.stack([grad.flatten() for grad in grads]), rtol=1e-8, atol=1e-12)
+    stream = list(augmented_images(data, 20, more.seed))
     x, y = torch.cat([images for images, _ in stream]), torch.cat([labels for _, labels in stream])
     last = torch.autograd.grad(F.cross_entropy(vit(x[16:]), y[16:]), [weight])[0].flatten()
     torch.testing.assert_close(chunks[4], last, rtol=1e-8, atol=1e-12)
 
 
 def test_the_mean_of_per_sample_gradients_is_that_of_the_batch(vit: nn.Module) -> None:
-    parts = parts_of(vit, find_groups(vit, ["weight"]), 24)
+    parts = split_into_blocks(vit, find_groups(vit, ["weight"]), 24)
     data = batches(vit, 2)
-    alone = dict(gradients(vit, parts, data[:1], SMALL))
+    alone = dict(weight_gradients(vit, parts, data[:1], SMALL))
     whole = replace(SMALL, per_sample=False, gradient_batch=3)
-    for part, mean in gradients(vit, parts, data[:1], whole):
+    for part, mean in weight_gradients(vit, parts, data[:1], whole):
         torch.testing.assert_close(alone[part].mean(dim=0), mean[0], rtol=1e-9, atol=1e-13)
 
 
@@ -127,7 +127,7 @@ def test_memory_changes_nothing_but_the_number_of_looks(vit: nn.Module, per_samp
     for param, fisher in whole.items():
         torch.testing.assert_close(tight[param], fisher, rtol=1e-10, atol=1e-16)
     importance = cap.ovit(vit, groups, data, replace(setting, memory=1_000_000))
-    again = cap.joint(vit, groups, data, replace(setting, memory=1_500_000))
+    again = cap.joint_update(vit, groups, data, replace(setting, memory=1_500_000))
     masks = {name: score > score.median() for name, score in importance.scores.items()}
     for param, value in importance.update(masks).items():
         torch.testing.assert_close(again(masks)[param], value, rtol=1e-6, atol=1e-9)
@@ -160,24 +160,26 @@ def test_chosen_masks_are_updated_without_scores(vit: nn.Module) -> None:
 def test_views_are_crops_and_mirror_images(vit: nn.Module) -> None:
     x = images(vit, 64).float()
     generator = torch.Generator().manual_seed(0)
-    found = viewed(x, generator)
+    found = random_crops(x, generator)
     assert found.shape == x.shape
-    assert not torch.equal(found, viewed(x, generator))
-    assert torch.equal(found, viewed(x, torch.Generator().manual_seed(0)))
-    flat = viewed(torch.full((2, 3, 32, 32), 5.0), generator)
+    assert not torch.equal(found, random_crops(x, generator))
+    assert torch.equal(found, random_crops(x, torch.Generator().manual_seed(0)))
+    flat = random_crops(torch.full((2, 3, 32, 32), 5.0), generator)
     torch.testing.assert_close(flat, torch.full((2, 3, 32, 32), 5.0))
     ramp = torch.linspace(0, 1, 32).expand(200, 1, 32, 32)
-    slopes = viewed(ramp, generator).diff(dim=3).mean(dim=(1, 2, 3)) * 31
-    assert 0.3 < float((slopes < 0).float().mean()) < 0.7
-    assert 0.2 < float(slopes.abs().min()) < 0.45  # the smallest crops: sqrt(0.08 * 3/4) of the width and more
-    assert 0.9 < float(slopes.abs().max()) <= 1.001
-    with pytest.raises(BadInput, match=r"^score.gradients: inputs of shape \[16\] have no crops; ask for fewer$"):
-        list(images_of([(torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))], 3, 0))
+    grads = random_crops(ramp, generator).diff(dim=3).mean(dim=(1, 2, 3)) * 31
+    assert 0.3 < float((grads < 0).float().mean()) < 0.7
+    assert 0.2 < float(grads.abs().min()) < 0.45  # the smallest crops: sqrt(0.08 * 3/4) of the width and more
+    assert 0.9 < float(grads.abs().max()) <= 1.001
+    with pytest.raises(BadInput, match=r"^score.gradients: inputs of shape \[16\] cannot be cropped; lower it$"):
+        list(augmented_images([(torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))], 3, 0))
 
 
 def test_what_takes_no_part_is_named(vit: nn.Module) -> None:
     vit.add_module("spare", nn.Linear(4, 4).double())
     for per_sample in (True, False):
         setting = replace(SMALL, per_sample=per_sample, gradient_batch=2)
-        with pytest.raises(BadInput, match=r"^spare.weight: takes no part in the answer, so it has no gradient; leave"):
+        with pytest.raises(
+            BadInput, match=r"^spare.weight: is not used in the forward pass and has no gradient; exclude"
+        ):
             collected(vit, [group_of(vit, "spare.weight")], batches(vit), setting)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.support.model_zoo import answer, batches, images, tiny
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
-from vitprune.criteria.obs.obc import obc, solve
+from vitprune.criteria.obs.obc import obc, solve_rows
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.select import select
 
@@ -66,9 +66,9 @@ def test_each_row_is_eliminated_as_by_hand() -> None:
     moment = read.T @ read / len(read)
     moment += 1e-3 * moment.diagonal().mean() * torch.eye(7).double()
     covariance = moment - torch.outer(read.mean(dim=0), read.mean(dim=0))
-    steep = importance.statistics["0/each"] / 12
+    grad_sq = importance.statistics["0/metric_diagonal"] / 12
     for row, scores in enumerate(importance.scores["0.weight"]):
-        weight = model.get_parameter("0.weight")[row].detach() * steep[row].sqrt()
+        weight = model.get_parameter("0.weight")[row].detach() * grad_sq[row].sqrt()
         expected = literal(weight, covariance, 5)
         order = scores.argsort().tolist()
         assert order[:5] == [place for place, _ in expected]
@@ -85,9 +85,9 @@ def test_the_slopes_are_fishers() -> None:
     total = torch.zeros(3, dtype=torch.float64)
     for label in range(5):
         share = logits.softmax(dim=1)[:, label].detach()
-        (slope,) = torch.autograd.grad(logits.log_softmax(dim=1)[:, label].sum(), read, retain_graph=True)
-        total += (share[:, None, None] * slope.square()).sum(dim=(0, 1))
-    torch.testing.assert_close(importance.statistics["0/each"], total, rtol=0.05, atol=0)
+        (grad,) = torch.autograd.grad(logits.log_softmax(dim=1)[:, label].sum(), read, retain_graph=True)
+        total += (share[:, None, None] * grad.square()).sum(dim=(0, 1))
+    torch.testing.assert_close(importance.statistics["0/metric_diagonal"], total, rtol=0.05, atol=0)
 
 
 def test_the_update_is_least_squares_of_each_row() -> None:
@@ -97,7 +97,7 @@ def test_the_update_is_least_squares_of_each_row() -> None:
     halves = torch.stack([ones[half::2].T @ ones[half::2] for half in (0, 1)])
     rows, keep = torch.randn(3, 6).double(), torch.rand((3, 6), generator=generator) > 0.5
     for constant in (True, False):
-        found = solve(rows, halves, keep, constant)
+        found = solve_rows(rows, halves, keep, constant)
         for row in range(3):
             places = [*keep[row].nonzero().flatten().tolist(), *([6] if constant else [])]
             wanted = read @ rows[row]
@@ -168,10 +168,10 @@ def test_it_is_nearer_to_the_dense_answer_than_magnitude(kind: str) -> None:
 def test_what_cannot_be_is_refused() -> None:
     model, _, data = case(nn.Conv2d(4, 4, 3, groups=2), 4, (4, 5, 5))
     group = Group("0.weight", "weight", (4, 2, 3, 3), WEIGHT)
-    with pytest.raises(BadInput, match=r"^0.weight: obc needs a Linear layer, or a convolution of one group; leave"):
+    with pytest.raises(BadInput, match=r"^0.weight: obc needs a Linear layer or an ungrouped convolution; exclude"):
         obc(model, [group], data, DEFAULT_SCORE_CONFIG)
     vit = tiny("vit")
-    with pytest.raises(BadInput, match=r"^blocks.0.mlp: blocks are of single weights, not of kind 'ffn'$"):
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp: unstructured criteria score kind 'weight', not 'ffn'$"):
         obc(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_SCORE_CONFIG)
     with pytest.raises(BadInput, match=r"^second moments: need images; give batches$"):
         obc(vit, find_groups(vit, ["weight"]), [], DEFAULT_SCORE_CONFIG)
@@ -181,5 +181,5 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     layer = nn.Linear(6, 6)
     model = nn.Sequential(layer, nn.GELU(), layer)
     group = Group("0.weight", "weight", (6, 6), WEIGHT)
-    with pytest.raises(BadInput, match=r"^0: runs more than once in a pass, and has no one input; leave it out$"):
+    with pytest.raises(BadInput, match=r"^0: runs more than once per forward pass; exclude it$"):
         obc(model, [group], [(torch.randn(4, 6), torch.zeros(4).long())], DEFAULT_SCORE_CONFIG)

@@ -12,9 +12,9 @@ from tests.support.reference_kl import naive_elimination
 from vitprune import BadInput, find_groups, plan_for, prune
 from vitprune.architectures import merge_heads
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
-from vitprune.criteria.moments import collect
-from vitprune.criteria.obs.unit_elimination import damped, eliminate, refit
-from vitprune.criteria.obs.units import rebased, refitting, turning, unit_obs
+from vitprune.criteria.moments import collect_unit_moments
+from vitprune.criteria.obs.unit_elimination import add_ridge, eliminate_units, ridge_refit
+from vitprune.criteria.obs.units import refit_update, rotate_attention, unit_obs, unit_obs_update
 from vitprune.evaluation.accuracy import count
 from vitprune.groups import shrink
 from vitprune.pruning.cost_target import make_cost_model
@@ -36,8 +36,8 @@ def problem(inputs: int, outputs: int, seed: int = 0) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize("inner", [1, 3])
 def test_greedy_elimination_is_a_joint_solve_at_each_step(inner: int) -> None:
     weight, moments, metric = problem(12, 5)
-    nats = eliminate(weight, moments, metric, inner, 1e-3)
-    order, totals = naive_elimination(weight, damped(moments, 1e-3), metric, inner)
+    nats = eliminate_units(weight, moments, metric, inner, 1e-3)
+    order, totals = naive_elimination(weight, add_ridge(moments, 1e-3), metric, inner)
     assert nats.argsort().tolist() == order
     level, expected = 0.0, []
     for total, before in zip(totals, [0.0, *totals], strict=False):
@@ -48,9 +48,9 @@ def test_greedy_elimination_is_a_joint_solve_at_each_step(inner: int) -> None:
 
 def test_many_units_go_in_the_same_order_whenever_the_dead_are_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments, metric = problem(40, 6)
-    whole = eliminate(weight, moments, metric, 1, 1e-3)
-    monkeypatch.setattr("vitprune.criteria.obs.unit_elimination.COMPACT", 3)
-    torch.testing.assert_close(eliminate(weight, moments, metric, 1, 1e-3), whole, rtol=1e-6, atol=0)
+    whole = eliminate_units(weight, moments, metric, 1, 1e-3)
+    monkeypatch.setattr("vitprune.criteria.obs.unit_elimination.COMPACT_EVERY", 3)
+    torch.testing.assert_close(eliminate_units(weight, moments, metric, 1, 1e-3), whole, rtol=1e-6, atol=0)
 
 
 def test_the_refit_of_a_copy_is_perfect() -> None:
@@ -59,7 +59,7 @@ def test_the_refit_of_a_copy_is_perfect() -> None:
         [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 6]
     ]  # each input twice, then 1
     doubled = twice @ moments @ twice.T
-    found = refit(torch.cat([weight, weight], dim=1), doubled[None], torch.arange(6), constant=True)
+    found = ridge_refit(torch.cat([weight, weight], dim=1), doubled[None], torch.arange(6), constant=True)
     torch.testing.assert_close(found.weight, 2 * weight, rtol=0, atol=1e-3)
     assert found.bias.abs().max() < 1e-3
 
@@ -68,10 +68,10 @@ def test_the_refit_of_a_copy_is_perfect() -> None:
 def test_the_new_basis_is_the_same_function(name: str) -> None:
     model = tiny(name)
     groups = find_groups(model, ["attention"])
-    statistics = collect(model, groups, batches(model, 3, 8), DEFAULT_SCORE_CONFIG, slopes=True)
+    statistics = collect_unit_moments(model, groups, batches(model, 3, 8), DEFAULT_SCORE_CONFIG, grads=True)
     turned = copy.deepcopy(model)
     for group in groups:
-        for path, value in rebased(model, group, statistics).items():
+        for path, value in rotate_attention(model, group, statistics).items():
             turned.get_parameter(path).data.copy_(value)
     x = images(model)
     assert not torch.equal(turned.state_dict()[path], model.state_dict()[path])
@@ -93,10 +93,10 @@ def test_the_update_comes_nearer_to_the_dense_answer(vit: nn.Module, kind: str) 
 
 def test_nothing_changes_where_nothing_goes(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
-    statistics = collect(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG, slopes=True)
+    statistics = collect_unit_moments(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG, grads=True)
     everything = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
-    assert turning(vit, groups, statistics)(everything) == {}
-    assert refitting(vit, groups, statistics)(everything) == {}
+    assert unit_obs_update(vit, groups, statistics)(everything) == {}
+    assert refit_update(vit, groups, statistics)(everything) == {}
 
 
 @pytest.mark.parametrize("method", ["unit-obs", "upvits-global", "upvits-refit"])
@@ -115,7 +115,7 @@ def test_what_has_no_one_consumer_is_refused(vit: nn.Module) -> None:
         unit_obs(vit, find_groups(vit, ["residual"]), batches(vit), DEFAULT_SCORE_CONFIG)
     merged = merge_heads(vit, find_groups(vit, ["attention"]), 1)
     with pytest.raises(
-        BadInput, match=r"^blocks.0.attn: each of its 3 heads has a basis of its own, so they cannot merge"
+        BadInput, match=r"^blocks.0.attn: each of its 3 heads has its own basis, so heads cannot be merged"
     ):
         unit_obs(vit, merged, batches(vit), DEFAULT_SCORE_CONFIG)
     assert prune(vit, "upvits-refit", {"attention": 0.5}, batches(vit, 2, 8), heads=1).blocks[0].attn.num_heads == 1
@@ -195,7 +195,8 @@ def test_a_stage_of_one_head_keeps_it(method: str) -> None:
 def test_second_moments_do_not_depend_on_how_many_images_fit_into_memory() -> None:
     vit = tiny("vit")
     found = [
-        collect(vit, find_groups(vit, KINDS), batches(vit), ScoreConfig(memory=m), slopes=True) for m in (1, 1 << 30)
+        collect_unit_moments(vit, find_groups(vit, KINDS), batches(vit), ScoreConfig(memory=m), grads=True)
+        for m in (1, 1 << 30)
     ]
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-12)

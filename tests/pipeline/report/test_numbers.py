@@ -5,7 +5,7 @@ from vitprune.pipeline.report import numbers
 
 
 def test_interval_without_disagreement_has_no_width() -> None:
-    pairs = paired_test.Paired(both=9, dense_only=0, pruned_only=0, neither=1)
+    pairs = paired_test.McNemarTable(both=9, dense_only=0, pruned_only=0, neither=1)
     assert (pairs.difference, pairs.interval) == (0.0, (0.0, 0.0))
 
 
@@ -18,7 +18,7 @@ def test_counts_take_three_digits_and_a_unit(value: float, text: str) -> None:
 
 
 def test_interval_is_walds() -> None:
-    pairs = paired_test.Paired(both=341, dense_only=7, pruned_only=4, neither=8)
+    pairs = paired_test.McNemarTable(both=341, dense_only=7, pruned_only=4, neither=8)
     assert pairs.images == 360
     assert pairs.difference == pytest.approx(-0.8333, abs=1e-4)
     assert pairs.interval == pytest.approx((-2.6370, 0.9703), abs=1e-4)

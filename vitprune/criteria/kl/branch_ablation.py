@@ -1,4 +1,4 @@
-"""The stream behind a branch without one of its units, for many units at once, from what the whole branch computed."""
+"""Residual stream after a branch with one unit ablated, batched over units, from cached activations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,110 +8,116 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitprune.architectures.chain import Branch, SelfAttention
-from vitprune.criteria.kl.partial_forward import consumed, projected
+from vitprune.criteria.kl.partial_forward import consumer_inputs, project_qkv
 from vitprune.groups import Group, ParamSlice, positions
 
-Removed = Callable[[Tensor], Tensor]  # units (C,) -> streams behind the branch (C, B, ..., channels)
+AblationFn = Callable[[Tensor], Tensor]  # units (C,) -> streams after the branch (C, B, ..., channels)
 
 
 @dataclass(frozen=True)
 class BranchContext:
-    """A branch and the streams of some images before and behind it; `queries` tokens go on, None for all."""
+    """A branch, its input and output stream, and how many leading tokens are needed (None: all)."""
 
     branch: Branch
-    before: Tensor
-    behind: Tensor
+    stream_in: Tensor
+    stream_out: Tensor
     queries: int | None
 
 
-def ablation_fn(model: nn.Module, group: Group, around: BranchContext) -> Removed:
-    """How the units of a group are removed from its branch: by the consumer's columns, inside a head, or by zeroing."""
-    branch = around.branch
+def ablation_fn(model: nn.Module, group: Group, context: BranchContext) -> AblationFn:
+    """Return a function from unit indices (C,) to the streams after the branch without them, (C, B, ..., channels).
+
+    FFN units and heads subtract their columns of the consumer, attention channels change their head's softmax, and any
+    other group runs the branch again with the unit's slices set to zero.
+    """
+    branch = context.branch
     columns = _columns(model, group, branch)
     if group.kind in ("ffn", "head") and columns is not None:
-        return _by_columns(around, columns)
+        return _by_columns(context, columns)
     if group.kind == "attention" and isinstance(branch.inside, SelfAttention) and branch.consumer is not None:
-        return _in_heads(around, branch.inside, branch.consumer)
-    return _by_zeroing(model, group, around)
+        return _in_heads(context, branch.inside, branch.consumer)
+    return _by_zeroing(model, group, context)
 
 
 def _columns(model: nn.Module, group: Group, branch: Branch) -> ParamSlice | None:
-    """The slice of a group along the inputs of its branch's consumer."""
+    """Return the slice of a group along the inputs of its branch's consumer, if there is one."""
     if branch.consumer is None:
         return None
-    same = [part for part in group.slices if model.get_parameter(part.param) is branch.consumer.weight]
-    return next((part for part in same if part.axis == 1 and part.outer == 1), None)
+    slices = [part for part in group.slices if model.get_parameter(part.param) is branch.consumer.weight]
+    return next((part for part in slices if part.axis == 1 and part.outer == 1), None)
 
 
-def _by_columns(around: BranchContext, part: ParamSlice) -> Removed:
-    """A unit that reaches the stream through columns of the consumer alone takes their products with it."""
-    branch, behind = around.branch, around.behind
+def _by_columns(context: BranchContext, part: ParamSlice) -> AblationFn:
+    """Subtract the product of the units' activations with their consumer columns from the stream."""
+    branch, stream_out = context.branch, context.stream_out
     assert branch.consumer is not None
-    inputs = consumed(branch, around.before, around.queries)  # (B, ..., inputs)
+    inputs = consumer_inputs(branch, context.stream_in, context.queries)  # (B, ..., inputs)
     rows = branch.scale(branch.consumer.weight.t().clone())  # (inputs, channels)
     inner = torch.arange(part.inner, device=rows.device)
 
-    def removed(units: Tensor) -> Tensor:
-        places = units[:, None].to(rows.device) * part.inner + inner  # (C, inner)
-        own = inputs[..., places.flatten()].movedim(-1, 0)  # (C * inner, B, ...)
+    def ablate(units: Tensor) -> Tensor:
+        indices = units[:, None].to(rows.device) * part.inner + inner  # (C, inner)
+        activations = inputs[..., indices.flatten()].movedim(-1, 0)  # (C * inner, B, ...)
         if part.inner == 1:
-            weight = rows[places[:, 0]].view(-1, *[1] * (behind.dim() - 1), behind.shape[-1])
-            return torch.addcmul(behind[None], own[..., None], weight, value=-1)
-        own = own.reshape(len(units), part.inner, -1).transpose(1, 2)  # (C, B * ..., inner)
-        taken = own @ rows[places]  # (C, B * ..., channels)
-        return behind[None] - taken.view(len(units), *behind.shape)
+            weight = rows[indices[:, 0]].view(-1, *[1] * (stream_out.dim() - 1), stream_out.shape[-1])
+            return torch.addcmul(stream_out[None], activations[..., None], weight, value=-1)
+        activations = activations.reshape(len(units), part.inner, -1).transpose(1, 2)  # (C, B * ..., inner)
+        contribution = activations @ rows[indices]  # (C, B * ..., channels)
+        return stream_out[None] - contribution.view(len(units), *stream_out.shape)
 
-    return removed
+    return ablate
 
 
-def _in_heads(around: BranchContext, inside: SelfAttention, consumer: nn.Linear) -> Removed:
-    """A channel leaves the logits of its head; that head's softmax and output change, the others stay.
+def _in_heads(context: BranchContext, inside: SelfAttention, consumer: nn.Linear) -> AblationFn:
+    """Subtract scale * q_c k_c^T from the logits of the channel's head, and recompute only that head.
 
-    Source: UP-ViTs, component 2; logits - scale * q_c k_c^T.
+    Source: UP-ViTs, component 2.
     """
-    q, k, v = (part.transpose(0, 1) for part in projected(inside, around.branch.norm(around.before)))
-    q = q[:, :, : around.queries]  # (heads, B, queries, width)
+    q, k, v = (part.transpose(0, 1) for part in project_qkv(inside, context.branch.norm(context.stream_in)))
+    q = q[:, :, : context.queries]  # (heads, B, queries, width)
     logits = inside.scale * q @ k.transpose(2, 3)  # (heads, B, queries, tokens)
     z = logits.softmax(-1) @ v
     heads, _, _, width = q.shape
-    rows = around.branch.scale(consumer.weight.t().clone()).view(heads, width, -1)  # (heads, width, channels)
+    rows = context.branch.scale(consumer.weight.t().clone()).view(heads, width, -1)  # (heads, width, channels)
 
-    def removed(units: Tensor) -> Tensor:
+    def ablate(units: Tensor) -> Tensor:
         head, channel = units.to(q.device) // width, units.to(q.device) % width
-        own_q, own_k = q[head, :, :, channel], k[head, :, :, channel]  # (C, B, queries), (C, B, tokens)
-        weights = torch.addcmul(logits[head], own_q[..., None], own_k[..., None, :], value=-inside.scale).softmax(-1)
+        channel_q, channel_k = q[head, :, :, channel], k[head, :, :, channel]  # (C, B, queries), (C, B, tokens)
+        weights = torch.addcmul(
+            logits[head], channel_q[..., None], channel_k[..., None, :], value=-inside.scale
+        ).softmax(-1)
         changed = weights @ v[head]  # (C, B, queries, width)
         changed[torch.arange(len(units), device=q.device), :, :, channel] = 0
-        moved = (changed - z[head]).flatten(1, 2) @ rows[head]  # (C, B * queries, channels)
-        return around.behind[None] + moved.view(len(units), *around.behind.shape)
+        change = (changed - z[head]).flatten(1, 2) @ rows[head]  # (C, B * queries, channels)
+        return context.stream_out[None] + change.view(len(units), *context.stream_out.shape)
 
-    return removed
+    return ablate
 
 
-def _by_zeroing(model: nn.Module, group: Group, around: BranchContext) -> Removed:
-    """Any other branch runs again for every unit, with the unit's slices at zero."""
-    branch = around.branch
-    running = Running(model, branch)
+def _by_zeroing(model: nn.Module, group: Group, context: BranchContext) -> AblationFn:
+    """Run the branch once per unit with the unit's slices set to zero."""
+    branch = context.branch
+    module = BranchModule(model, branch)
 
-    def removed(units: Tensor) -> Tensor:
+    def ablate(units: Tensor) -> Tensor:
         streams = []
         for unit in units.cpu():
             chosen = torch.arange(group.units) == unit
-            named = {f"model.{part.param}": _emptied(model, part, chosen) for part in group.slices}
-            streams.append(functional_call(running, named, around.before)[:, : around.queries])
+            params = {f"model.{part.param}": _zeroed(model, part, chosen) for part in group.slices}
+            streams.append(functional_call(module, params, context.stream_in)[:, : context.queries])
         return torch.stack(streams)
 
-    return removed
+    return ablate
 
 
-def _emptied(model: nn.Module, part: ParamSlice, chosen: Tensor) -> Tensor:
+def _zeroed(model: nn.Module, part: ParamSlice, chosen: Tensor) -> Tensor:
     assert part.axis is not None
     weight = model.get_parameter(part.param)
     return weight.detach().index_fill(part.axis, positions(part, chosen).to(weight.device), 0)
 
 
-class Running(nn.Module):
-    """A branch as a module, so that `functional_call` can give its model other weights for one run."""
+class BranchModule(nn.Module):
+    """A branch wrapped as a module, so that `functional_call` can replace weights of its model."""
 
     def __init__(self, model: nn.Module, branch: Branch):
         super().__init__()
@@ -119,5 +125,5 @@ class Running(nn.Module):
         self.training = False
 
     def forward(self, stream: Tensor) -> Tensor:
-        """The stream after the branch."""
+        """Return the residual stream after the branch."""
         return self.branch(stream)

@@ -1,4 +1,4 @@
-"""UP-ViTs' criterion, exactly, from what the whole model has computed: only what a removal changes is run again."""
+"""Exact KL importance (UP-ViTs) from cached activations: only the layers after an ablated unit run again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from vitprune.architectures.chain import Branch, Chain, SelfAttention, Step
 from vitprune.architectures.chain_builders import chain as chain_of
 from vitprune.criteria import Batches, Importance, ScoreConfig
 from vitprune.criteria.kl.branch_ablation import BranchContext, ablation_fn
-from vitprune.criteria.kl.fast_matmul import full_precision, keep_freed_memory
-from vitprune.criteria.kl.leave_one_out import leave_one_out_kl, without
-from vitprune.criteria.kl.partial_forward import needed, onwards, prefixes
+from vitprune.criteria.kl.fast_matmul import full_precision, raise_mmap_threshold
+from vitprune.criteria.kl.leave_one_out import copy_without_unit, leave_one_out_kl
+from vitprune.criteria.kl.partial_forward import logits_from_step, num_tokens_needed, step_inputs
 from vitprune.criteria.kl.residual_ablation import drop_residual_channels
 from vitprune.errors import BadInput
 from vitprune.groups import Group
@@ -20,74 +20,86 @@ from vitprune.runtime.eval_mode import evaluating
 from vitprune.runtime.progress import track
 
 KINDS = ("residual", "attention", "head", "ffn", "block")
-STREAMS = 20  # activations of a branch in flight, in streams of its size
-LOGITS = 4  # copies of attention's logits and of the answer
-CACHE = 24 << 20  # bytes; on a CPU, candidates that fall out of the processor's cache are slower
+STREAMS = 20  # activations per candidate, in units of the largest stream
+LOGITS = 4  # copies of the attention logits and of the output logits
+CACHE = 24 << 20  # bytes; on a CPU, larger batches of candidates miss the cache and are slower
 
 
 def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a unit by sum over images of KL(model || model without it): the numbers of kl.literal, sooner.
+    """Score a unit by sum over images of KL(model || model without the unit), in nats.
 
-    A float64 model is scored in float64 throughout. A float32 model runs in float32, its divergences are taken in
-    float64 of float32 logits: those carry rounding of about 1e-6, so a score below some 1e-9 nats per image is noise.
+    Same values as `leave_one_out_kl`, faster. A float64 model is scored in float64. A float32 model runs in float32 and
+    its divergences are computed in float64 from float32 logits, whose rounding error is about 1e-6: scores below about
+    1e-9 nats per image are noise. Groups that are removed as a whole (`Group.whole`) are scored by `leave_one_out_kl`.
 
-    Blocks that go as a whole are scored by kl.literal itself.
+    Args:
+        model: the model; `architectures.chain_builders` must support it.
+        groups: groups of any kind but `weight`.
+        batches: calibration batches; labels are not used.
+        setting: the scoring options; `memory` limits the cached activations.
 
     Raises:
-        BadInput: there are no images, or the model or a group is not understood; it is named.
+        BadInput: no batches, or a model or group that exact scoring does not support.
 
     Source: UP-ViTs equation 1.
     """
     if not batches:
         raise BadInput("kl: needs images; give batches")
-    whole = [group for group in groups if group.whole]
-    if whole:
+    dense = [group for group in groups if group.whole]
+    if dense:
         others = [group for group in groups if not group.whole]
-        known = leave_one_out_kl(model, whole, batches, setting).scores
-        return Importance(known | (exact_kl(model, others, batches, setting).scores if others else {}))
+        whole_scores = leave_one_out_kl(model, dense, batches, setting).scores
+        return Importance(whole_scores | (exact_kl(model, others, batches, setting).scores if others else {}))
     everything = {group.name: torch.arange(group.candidates) for group in groups}
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     for group in groups:
         scores[group.name][group.candidates :] = torch.inf
     for images, _ in track(batches, "scoring units, batch by batch"):
-        for name, found in kl_divergences(model, groups, everything, images, setting).items():
-            scores[name][: len(found)] += found.sum(1)
+        for name, result in kl_divergences(model, groups, everything, images, setting).items():
+            scores[name][: len(result)] += result.sum(1)
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 
 def kl_divergences(
     model: nn.Module, groups: Sequence[Group], chosen: Mapping[str, Tensor], images: Tensor, setting: ScoreConfig
 ) -> dict[str, Tensor]:
-    """KL(model || model without the unit) of every chosen unit on every image, in nats, float64.
+    """Return KL(model || model without the unit) for selected units and every image, in nats.
 
-    `chosen` maps names of groups to flat indices of units (units,); the result has them as (units, images), on the CPU.
-    At most about `setting.memory` bytes of activations are held at a time.
+    Args:
+        model: the model.
+        groups: its groups.
+        chosen: group name -> flat unit indices, (units,).
+        images: (B, C, H, W).
+        setting: the scoring options; about `memory` bytes of activations are held at a time.
+
+    Returns:
+        Group name -> (units, images), float64, on the CPU.
 
     Raises:
-        BadInput: the model or a group is not understood, or an index is out of range.
+        BadInput: a model or group that exact scoring does not support, or an index out of range.
     """
     jobs = [(group, chosen[group.name].cpu()) for group in groups if group.name in chosen]
     chain = chain_of(model)
     for group, units in jobs:
         _check(chain, group, units)
     device = next(model.parameters()).device
-    found = {group.name: torch.empty(len(units), len(images), dtype=torch.float64) for group, units in jobs}
+    result = {group.name: torch.empty(len(units), len(images), dtype=torch.float64) for group, units in jobs}
     with evaluating(model), full_precision(device):
-        keep_freed_memory(device)
+        raise_mmap_threshold(device)
         size = 1
         if len(images) > 1:
-            size = _images_at_once(_whole(model, chain, images[:1].to(device)), setting.memory)
+            size = _images_at_once(_dense_pass(model, chain, images[:1].to(device)), setting.memory)
         parts = (slice(first, first + size) for first in range(0, len(images), size))
-        wholes = ((part, _whole(model, chain, images[part].to(device))) for part in parts)
+        dense_passes = ((part, _dense_pass(model, chain, images[part].to(device))) for part in parts)
         effort = sum(len(units) * _depth(chain, group) for group, units in jobs) * -(-len(images) // size)
-        for _ in track(_filled(found, jobs, wholes, setting.memory), "removing units", total=effort):
+        for _ in track(_fill(result, jobs, dense_passes, setting.memory), "removing units", total=effort):
             pass
-    return found
+    return result
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """The whole model and what it makes of some images: every step's input stream and, in float64, the logits."""
+class _DensePass:
+    """The unpruned model's cached activations for some images: input stream of every step, and float64 logits."""
 
     model: nn.Module
     chain: Chain
@@ -96,127 +108,127 @@ class _Whole:
     logits: Tensor
 
 
-def _whole(model: nn.Module, chain: Chain, images: Tensor) -> _Whole:
-    streams = prefixes(chain, images)
-    return _Whole(model, chain, images, streams, chain.finish(streams[-1]).double())
+def _dense_pass(model: nn.Module, chain: Chain, images: Tensor) -> _DensePass:
+    streams = step_inputs(chain, images)
+    return _DensePass(model, chain, images, streams, chain.finish(streams[-1]).double())
 
 
 def _check(chain: Chain, group: Group, units: Tensor) -> None:
     if group.kind not in KINDS:
         raise BadInput(f"{group.name}: exact scoring removes {', '.join(KINDS)}, not kind {group.kind!r}")
     if group.whole:
-        raise BadInput(f"{group.name}: blocks that go as a whole are scored by removal alone; use kl-literal")
-    bodies = [body for body, *_ in group.sublayers] or [group.owner or group.name]
-    missing = [body for body in bodies if group.kind != "residual" and chain.branch(body) is None]
+        raise BadInput(f"{group.name}: blocks removed as a whole can be scored only by kl-literal")
+    sublayers = [body for body, *_ in group.sublayers] or [group.owner or group.name]
+    missing = [body for body in sublayers if group.kind != "residual" and chain.branch(body) is None]
     if missing:
         raise BadInput(f"{missing[0]}: the model has no branch of that name; find its groups again")
     if len(units) and not 0 <= int(units.min()) <= int(units.max()) < group.candidates:
-        raise BadInput(f"{group.name}: has units 0 to {group.candidates - 1}; {int(units.max())} is not one of them")
+        raise BadInput(f"{group.name}: unit {int(units.max())} is out of range 0 to {group.candidates - 1}")
 
 
-def _place(chain: Chain, group: Group) -> int:
-    place = chain.branch(group.owner or group.name)
-    return 0 if place is None else place
+def _step_index(chain: Chain, group: Group) -> int:
+    index = chain.branch(group.owner or group.name)
+    return 0 if index is None else index
 
 
 def _depth(chain: Chain, group: Group) -> int:
-    """Steps that a candidate runs: the measure of progress."""
-    return len(chain.steps) - _place(chain, group)
+    """Number of steps that run for a candidate; the unit of the progress bar."""
+    return len(chain.steps) - _step_index(chain, group)
 
 
-def _filled(
-    found: dict[str, Tensor],
+def _fill(
+    result: dict[str, Tensor],
     jobs: Sequence[tuple[Group, Tensor]],
-    wholes: Iterable[tuple[slice, _Whole]],
+    dense_passes: Iterable[tuple[slice, _DensePass]],
     memory: int,
 ) -> Iterator[None]:
-    """Fill in some images and some candidates at a time; yields once per step that a candidate has run."""
-    for images, whole in wholes:
+    """Fill `result` by minibatches of images and units; yield once per step that a candidate ran."""
+    for images, dense in dense_passes:
         for group, units in (job for job in jobs if len(job[1])):
             first = 0
-            for part in _answers(whole, group, units, memory):
-                found[group.name][first : first + len(part), images] = part.cpu()
+            for part in _divergences(dense, group, units, memory):
+                result[group.name][first : first + len(part), images] = part.cpu()
                 first += len(part)
-                yield from [None] * (len(part) * _depth(whole.chain, group))
+                yield from [None] * (len(part) * _depth(dense.chain, group))
 
 
-def _answers(whole: _Whole, group: Group, units: Tensor, memory: int) -> Iterator[Tensor]:
-    """Divergences of the units, some at a time; (C, B)."""
-    run = RUNS.get(group.kind, _branch_run)(whole, group)
-    lone = group.kind == "block" or (group.kind == "residual" and not whole.chain.narrow)
-    count = 1 if lone else max(1, _limit(whole, memory) // _in_flight(whole, _place(whole.chain, group)))
-    for some in torch.split(units, count):
-        yield _divergence(whole.logits, run(some.to(whole.logits.device)))
+def _divergences(dense: _DensePass, group: Group, units: Tensor, memory: int) -> Iterator[Tensor]:
+    """Yield the divergences of the units in minibatches, (C, B)."""
+    run = RUNS.get(group.kind, _branch_run)(dense, group)
+    one_at_a_time = group.kind == "block" or (group.kind == "residual" and not dense.chain.narrow)
+    count = 1 if one_at_a_time else max(1, _limit(dense, memory) // _in_flight(dense, _step_index(dense.chain, group)))
+    for batch in torch.split(units, count):
+        yield _divergence(dense.logits, run(batch.to(dense.logits.device)))
 
 
-def _branch_run(whole: _Whole, group: Group) -> Step:
-    """Logits (C * B, classes) of the model without units (C,) of one branch."""
-    place = _place(whole.chain, group)
-    branch = whole.chain.steps[place]
+def _branch_run(dense: _DensePass, group: Group) -> Step:
+    """Return a function from units (C,) of one branch to logits (C * B, classes) without them."""
+    index = _step_index(dense.chain, group)
+    branch = dense.chain.steps[index]
     assert isinstance(branch, Branch)
-    around = BranchContext(branch, whole.streams[place], whole.streams[place + 1], needed(whole.chain, place))
-    removed = ablation_fn(whole.model, group, around)
-    return lambda units: onwards(whole.chain, place + 1, removed(units).flatten(0, 1))
+    context = BranchContext(
+        branch, dense.streams[index], dense.streams[index + 1], num_tokens_needed(dense.chain, index)
+    )
+    ablate = ablation_fn(dense.model, group, context)
+    return lambda units: logits_from_step(dense.chain, index + 1, ablate(units).flatten(0, 1))
 
 
-def _narrow_run(whole: _Whole, group: Group) -> Step:
-    """The same for residual channels; where the chain is not known to be narrow, the model is cut, one at a time."""
+def _residual_run(dense: _DensePass, group: Group) -> Step:
+    """The same for residual channels; without `chain.narrow` the model is shrunk one channel at a time."""
 
     def run(units: Tensor) -> Tensor:
-        if not whole.chain.narrow:
-            logits: Tensor = without(whole.model, group, int(units))(whole.images)
+        if not dense.chain.narrow:
+            logits: Tensor = copy_without_unit(dense.model, group, int(units))(dense.images)
             return logits
-        candidates = drop_residual_channels(whole.chain, units, len(whole.images))
-        return onwards(candidates, 0, candidates.embed(whole.streams[0]))
+        candidates = drop_residual_channels(dense.chain, units, len(dense.images))
+        return logits_from_step(candidates, 0, candidates.embed(dense.streams[0]))
 
     return run
 
 
-def _block_run(whole: _Whole, group: Group) -> Step:
-    """The same for pairs of neighbouring branches, one pair at a time, which are left out."""
+def _block_run(dense: _DensePass, group: Group) -> Step:
+    """The same for pairs of neighboring branches, which are skipped one pair at a time."""
 
     def run(units: Tensor) -> Tensor:
-        start = whole.chain.branch(group.sublayers[int(units)][0]) or 0
-        return onwards(whole.chain, start + 2, whole.streams[start])
+        start = dense.chain.branch(group.sublayers[int(units)][0]) or 0
+        return logits_from_step(dense.chain, start + 2, dense.streams[start])
 
     return run
 
 
-RUNS: dict[str, Callable[[_Whole, Group], Step]] = {"residual": _narrow_run, "block": _block_run}
+RUNS: dict[str, Callable[[_DensePass, Group], Step]] = {"residual": _residual_run, "block": _block_run}
 
 
-def _divergence(whole: Tensor, logits: Tensor) -> Tensor:
-    """KL in nats of candidates' logits (C * B, ..., classes) from the model's (B, ..., classes); (C, B).
+def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
+    """Return KL in nats of candidates' logits (C * B, ..., classes) from (B, ..., classes), summed over positions.
 
-    The answers of a sequence, one per position, are summed.
-
-    With d = the logits' change less its mean under p, sum p (log p - log q) = log(1 + sum p (e^d - 1)): the error is
-    that of one part in 10^16 of d, where the difference of logarithms would lose it of 1.
+    With d = change of the logits minus its mean under p, sum p (log p - log q) = log(1 + sum p (e^d - 1)). This is
+    accurate to about 1e-16 relative to d, where a difference of logarithms is accurate to 1e-16 absolute.
     """
-    share = whole.softmax(-1)
-    change = logits.double().view(-1, *whole.shape) - whole
-    change = change - (share * change).sum(-1, keepdim=True)
+    probability = dense.softmax(-1)
+    change = logits.double().view(-1, *dense.shape) - dense
+    change = change - (probability * change).sum(-1, keepdim=True)
     if bool((change > 500).any()):  # the exponential would overflow
-        each = (whole.log_softmax(-1) + change).logsumexp(-1)
+        divergence = (dense.log_softmax(-1) + change).logsumexp(-1)
     else:
-        each = (share * change.expm1()).sum(-1).log1p()
-    return each.flatten(2).sum(2) if each.dim() > 2 else each
+        divergence = (probability * change.expm1()).sum(-1).log1p()
+    return divergence.flatten(2).sum(2) if divergence.dim() > 2 else divergence
 
 
-def _in_flight(whole: _Whole, place: int) -> int:
-    """Bytes that one candidate holds on its way from a step on: of a branch, of attention's logits, of the answer."""
-    largest = max(whole.streams[place + 1 :], key=lambda stream: stream.nbytes)
-    inner = [step.inside for step in whole.chain.steps[place + 1 :] if isinstance(step, Branch)]
+def _in_flight(dense: _DensePass, index: int) -> int:
+    """Bytes per candidate from a step on: the branch, the attention logits and the output logits."""
+    largest = max(dense.streams[index + 1 :], key=lambda stream: stream.nbytes)
+    inner = [step.inside for step in dense.chain.steps[index + 1 :] if isinstance(step, Branch)]
     heads = max((inside.heads for inside in inner if isinstance(inside, SelfAttention)), default=0)
     pairs = largest[..., 0].numel() * largest[0, ..., 0].numel()
-    return STREAMS * largest.nbytes + LOGITS * (heads * pairs * largest.element_size() + whole.logits.nbytes)
+    return STREAMS * largest.nbytes + LOGITS * (heads * pairs * largest.element_size() + dense.logits.nbytes)
 
 
-def _images_at_once(one: _Whole, memory: int) -> int:
-    """How many images' streams and a candidate of each fit into the memory, from those of one image."""
-    kept = memory // 2 // sum(stream.nbytes for stream in one.streams)
-    return max(1, min(kept, _limit(one, memory) // _in_flight(one, 0)))
+def _images_at_once(single: _DensePass, memory: int) -> int:
+    """Number of images whose streams, and one candidate each, fit into the memory."""
+    kept = memory // 2 // sum(stream.nbytes for stream in single.streams)
+    return max(1, min(kept, _limit(single, memory) // _in_flight(single, 0)))
 
 
-def _limit(whole: _Whole, memory: int) -> int:
-    return min(memory // 2, CACHE) if whole.logits.device.type == "cpu" else memory // 2
+def _limit(dense: _DensePass, memory: int) -> int:
+    return min(memory // 2, CACHE) if dense.logits.device.type == "cpu" else memory // 2

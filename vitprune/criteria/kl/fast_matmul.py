@@ -1,8 +1,7 @@
-"""The products of a forward pass, in full precision: on a CPU with AVX-512 by oneDNN, elsewhere as torch has them.
+"""Full-precision matrix products of a forward pass: oneDNN on CPUs with AVX-512, torch elsewhere.
 
-oneDNN is what torch.compile puts in their place. MKL, which eager torch calls, leaves half of the vector unit of an AMD
-core with AVX-512 idle: DeiT-Tiny's layers run at 95 GFLOP/s by the one and 205 by the other. On one with AVX2 alone it
-is 87 and 81.
+torch.compile selects oneDNN too. MKL, which eager torch calls, leaves half of the vector unit of an AMD core with
+AVX-512 unused: DeiT-Tiny's layers run at 95 GFLOP/s with MKL and 205 with oneDNN. With AVX2 it is 87 and 81.
 """
 
 import functools
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-KEPT = (32 << 20) - (1 << 16)
+MMAP_THRESHOLD = (32 << 20) - (1 << 16)
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Without gradients, autocast and TF32, whatever the caller has switched on."""
+    """Disable gradients, autocast and TF32 while the context is open."""
     backends: Any = torch.backends
     switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
     before = [switch.fp32_precision for switch in switches]
@@ -33,30 +32,32 @@ def full_precision(device: torch.device) -> Iterator[None]:
             switch.fp32_precision = precision
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """Let glibc learn that blocks of up to 32 MiB come and go, so that it keeps them instead of mapping each anew.
+def raise_mmap_threshold(device: torch.device) -> None:
+    """Raise glibc's mmap threshold to 32 MiB by freeing a block of that size, so that freed memory is reused.
 
-    Source: mallopt(3), M_MMAP_THRESHOLD is dynamic. Zeroing new pages took a fifth of the time of scoring.
+    Zeroing newly mapped pages took a fifth of the scoring time.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD is dynamic.
     """
     if device.type == "cpu":
-        torch.empty(KEPT, dtype=torch.uint8)
+        torch.empty(MMAP_THRESHOLD, dtype=torch.uint8)
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A Linear layer's output; x is (..., inputs)."""
+    """Return layer(x) of a Linear layer; x is (..., inputs)."""
     return _onednn(x, layer.weight, layer.bias) if _by_onednn(x) else F.linear(x, layer.weight, layer.bias)
 
 
-def activated(x: Tensor, layer: nn.Linear, act: nn.Module) -> Tensor:
-    """A Linear layer's output and an activation."""
+def linear_activation(x: Tensor, layer: nn.Linear, act: nn.Module) -> Tensor:
+    """Return act(layer(x)), fused if the activation is an exact GELU."""
     if isinstance(act, nn.GELU) and act.approximate == "none" and _by_onednn(x):
         return _onednn(x, layer.weight, layer.bias, "gelu")
     hidden: Tensor = act(linear(x, layer))
     return hidden
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention's output of all heads; q (B, heads, queries, width) and k, v alike -> (B, queries, heads * width)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale * q k^T) v: q, k, v (B, heads, tokens, width) -> (B, queries, heads * width)."""
     if not _by_onednn(q):
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
     scaled = torch.mul(q, scale, out=q.new_empty(q.shape))
@@ -73,7 +74,7 @@ def _by_onednn(x: Tensor) -> bool:
 
 @functools.cache
 def _onednn_works() -> bool:
-    """Whether this processor gains by oneDNN, and this build of torch knows the two operators, which is no promise."""
+    """Return whether the CPU has AVX-512 and this torch build has the two private oneDNN operators."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
     try:
@@ -90,7 +91,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "n
 
 
 def _batched(left: Tensor, right: Tensor) -> Tensor:
-    """Products (G, n, c) @ (G, c, m) in one call, each a group of a convolution; torch binds no batched product."""
+    """Compute (G, n, c) @ (G, c, m) as one grouped convolution; oneDNN's batched product has no binding in torch."""
     number, rows, inner = left.shape
     filters, image = left.reshape(number * rows, inner, 1, 1), right.reshape(1, number * inner, 1, -1)
     one = [1, 1]

@@ -1,4 +1,4 @@
-"""Where the removal of a unit acts on the activations, and what a gate on the unit does to the answer there."""
+"""Hooks that give the gradient of the logits w.r.t. a multiplicative gate on each unit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,16 +13,16 @@ from torch.utils.hooks import RemovableHandle
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice
 
-CENTRED, UNCENTRED = nn.LayerNorm, ("RMSNorm", "RmsNorm", "RmsNorm2d")
-Probe = tuple[str, str]  # path of a module, and what of it is watched: input, query, norm or output
+CENTERED_NORMS, RMS_NORMS = nn.LayerNorm, ("RMSNorm", "RmsNorm", "RmsNorm2d")
+Probe = tuple[str, str]  # path of a module, and the hooked value: input, query, norm or output
 Reader = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class UnitGate:
-    """One place where a group's units act: a probe whose channels are read as (outer, units, inner).
+    """A module input or output on which the gates of a group act; its channels are (outer, units, inner).
 
-    Where `at` names units, the whole of the probe, one number per image, belongs to each of them.
+    If `at` is given, the probe gives one number per image, which is added to each of these units.
     """
 
     group: str
@@ -33,7 +33,7 @@ class UnitGate:
     at: tuple[int, ...] = ()
 
     def fold(self, channels: Tensor) -> Tensor:
-        """Sum over a unit's channels; (B, channels) -> (B, units)."""
+        """Sum over the channels of every unit: (B, channels) -> (B, units)."""
         if self.at:
             spread = channels.new_zeros(len(channels), self.units)
             spread[:, self.at] = channels
@@ -43,80 +43,79 @@ class UnitGate:
 
 @dataclass
 class GateTape:
-    """What hooks note of a forward pass over some images, and of the backward passes after it."""
+    """State of the hooks during one forward pass and the backward passes after it."""
 
     images: int
-    sources: list[Tensor] = field(default_factory=list)  # where backward passes may end
-    found: dict[Probe, Tensor] = field(default_factory=dict)  # derivatives by channel, (B, channels)
-    last: list[tuple[nn.Linear, Tensor]] = field(default_factory=list)  # the last Linear layer, what it gave
+    sources: list[Tensor] = field(default_factory=list)  # leaves of the backward passes
+    grads: dict[Probe, Tensor] = field(default_factory=dict)  # gate gradients by channel, (B, channels)
+    last_linear: list[tuple[nn.Linear, Tensor]] = field(default_factory=list)  # the last Linear layer and its output
     hooks: list[RemovableHandle] = field(default_factory=list)
 
     def watch(self, probe: Probe, tensor: Tensor, reader: Reader) -> Tensor:
-        """The same values, whose gradients are read from now on."""
-        known = tensor.requires_grad
-        own = tensor.view_as(tensor) if known else tensor.detach().requires_grad_()
-        if not known:
-            self.sources.append(own)
-        hook = own.register_hook(lambda gradient: self._add(probe, reader(gradient)))  # type: ignore[no-untyped-call]
+        """Return a view of a tensor whose gradient is recorded."""
+        has_grad = tensor.requires_grad
+        view = tensor.view_as(tensor) if has_grad else tensor.detach().requires_grad_()
+        if not has_grad:
+            self.sources.append(view)
+        hook = view.register_hook(lambda gradient: self._add(probe, reader(gradient)))  # type: ignore[no-untyped-call]
         self.hooks.append(hook)
-        return own
+        return view
 
     def forget(self) -> None:
-        """Let go of the forward pass: its graph holds hooks that hold this tape, a ring that no collector sees."""
+        """Release the forward pass: the autograd graph and this tape refer to each other."""
         for hook in self.hooks:
             hook.remove()
-        self.sources, self.found, self.last = [], {}, []
+        self.sources, self.grads, self.last_linear = [], {}, []
 
     def _add(self, probe: Probe, value: Tensor) -> None:
-        if probe in self.found:  # its two gradients would need a sum, and its two inputs different values
-            raise _refused(probe[0], "it takes part in the forward pass more than once")
-        self.found[probe] = value
+        if probe in self.grads:  # gradients of several calls would mix different inputs
+            raise _unsupported(probe[0], "it runs more than once per forward pass")
+        self.grads[probe] = value
 
     def head(self, logits: Tensor) -> Tensor | None:
-        """Weight (classes, d) of the Linear layer that gave the logits, or None where it was none."""
-        return next((layer.weight.detach() for layer, output in self.last if output is logits), None)
+        """Return the weight (classes, d) of the Linear layer whose output is the logits, None if there is none."""
+        return next((layer.weight.detach() for layer, output in self.last_linear if output is logits), None)
 
-    def derivatives(self, logits: Tensor, pull: Tensor, gates: Sequence[UnitGate]) -> dict[str, Tensor]:
-        """Derivative of sum(logits * pull) by the gate of every unit, group name -> (B, units)."""
-        self.found = {}
+    def derivatives(self, logits: Tensor, direction: Tensor, gates: Sequence[UnitGate]) -> dict[str, Tensor]:
+        """Return d sum(logits * direction) / dg for the gate g of every unit; group name -> (B, units)."""
+        self.grads = {}
         if logits.requires_grad:
-            torch.autograd.grad(logits, self.sources, pull, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(logits, self.sources, direction, retain_graph=True, allow_unused=True)
         total: dict[str, Tensor] = {}
         for gate in gates:
-            if gate.probe not in self.found:
-                raise _refused(gate.probe[0], "no gradient reaches it")
-            folded = gate.fold(self.found[gate.probe])
+            if gate.probe not in self.grads:
+                raise _unsupported(gate.probe[0], "no gradient reaches it")
+            folded = gate.fold(self.grads[gate.probe])
             total[gate.group] = total[gate.group] + folded if gate.group in total else folded
         return total
 
 
-def gates_of(model: nn.Module, groups: Sequence[Group]) -> list[UnitGate]:
-    """Every place where the groups' units act, found from their slices alone.
+def find_gates(model: nn.Module, groups: Sequence[Group]) -> list[UnitGate]:
+    """Return all gates of the groups, derived from their slices.
 
-    A unit's values are gated where the layers that consume it (slices along axis 1) read them; attention channels
-    also where q enters the logits, residual channels also in the statistics of every norm over the stream, a block in
-    what its two sub-layers add to the stream.
+    A unit is gated at the input of the layers that consume it (slices along axis 1). Attention channels are gated at q
+    as well, residual channels in the statistics of every norm over the stream, blocks at the output of both sub-layers.
 
     Raises:
-        BadInput: single weights, or a module at which the effect of a removal is not understood.
+        BadInput: single weights, or a module through which the gate gradient is not defined.
     """
-    found: list[UnitGate] = []
+    gates: list[UnitGate] = []
     for group in groups:
         if group.kind == "weight":
             raise BadInput(f"{group.name}: Fisher scores are for units, not for kind 'weight'; use taylor or energy")
         if group.whole:
-            raise BadInput(f"{group.name}: blocks that go as a whole are scored by removal alone; use kl-literal")
-        own = [_gate(group, part, (path, "input")) for path, part in _consumers(model, group)]
+            raise BadInput(f"{group.name}: blocks removed as a whole can be scored only by kl-literal")
+        gates_of_group = [_gate(group, part, (path, "input")) for path, part in _consumers(model, group)]
         if group.kind == "block":
-            own += [_branch(group, unit) for unit in range(group.units)]
+            gates_of_group += [_branch(group, unit) for unit in range(group.units)]
         if group.kind == "attention":
-            own.append(_query(model, group))
+            gates_of_group.append(_query(model, group))
         if group.kind == "residual":
-            own += [_gate(group, part, (path, "norm")) for path, part in _norms(model, group)]
-        if not own:
-            raise BadInput(f"{group.name}: no Linear layer consumes its units, so their gates have no place")
-        found += own
-    return found
+            gates_of_group += [_gate(group, part, (path, "norm")) for path, part in _norms(model, group)]
+        if not gates_of_group:
+            raise BadInput(f"{group.name}: no Linear layer consumes its units; score them with kl-literal")
+        gates += gates_of_group
+    return gates
 
 
 def _gate(group: Group, part: ParamSlice, probe: Probe) -> UnitGate:
@@ -124,58 +123,60 @@ def _gate(group: Group, part: ParamSlice, probe: Probe) -> UnitGate:
 
 
 def _branch(group: Group, unit: int) -> UnitGate:
-    """A sub-layer goes as the first of a pair, and as the second of the pair before it."""
+    """A sub-layer belongs to the pair that it starts and to the pair before it."""
     pairs = [pair for pair in (unit - 1, unit) if 0 <= pair < group.candidates]
     return UnitGate(group.name, (group.sublayers[unit][0], "output"), 1, group.units, 1, tuple(pairs))
 
 
-def _refused(path: str, why: str) -> BadInput:
-    return BadInput(f"{path}: {why}, so the gates of its units have no derivative; score them with kl-literal")
+def _unsupported(path: str, why: str) -> BadInput:
+    return BadInput(f"{path}: {why}, so its units have no gate gradient; score them with kl-literal")
 
 
-def _owners(model: nn.Module, group: Group) -> Iterator[tuple[str, str, nn.Module, ParamSlice]]:
+def _layers(model: nn.Module, group: Group) -> Iterator[tuple[str, str, nn.Module, ParamSlice]]:
     for part in group.slices:
         path, _, leaf = part.param.rpartition(".")
         yield path, leaf, model.get_submodule(path), part
 
 
 def _consumers(model: nn.Module, group: Group) -> Iterator[tuple[str, ParamSlice]]:
-    for path, leaf, module, part in _owners(model, group):
+    for path, leaf, module, part in _layers(model, group):
         if leaf != "weight" or part.axis != 1:
             continue
         if isinstance(module, nn.Conv2d) and module.groups > 1:
-            raise _refused(path, "a convolution in groups mixes only some of the channels that it reads")
+            raise _unsupported(path, "grouped convolutions are not supported")
         if isinstance(module, nn.Linear | nn.Conv2d):
             yield path, part
 
 
 def _query(model: nn.Module, group: Group) -> UnitGate:
-    """Where q enters the logits: the first third of a fused qkv, or a Linear layer of its own (q beside kv)."""
+    """Gate of q: the first third of a fused qkv, or a separate Linear layer q next to kv."""
     rows = [
         (path, part)
-        for path, leaf, module, part in _owners(model, group)
+        for path, leaf, module, part in _layers(model, group)
         if leaf == "weight" and part.axis == 0 and isinstance(module, nn.Linear)
     ]
     fused = [(path, part) for path, part in rows if part.outer == 3]
-    alone = [(path, part) for path, part in rows if part.outer == 1 and path.rpartition(".")[2] in ("q", "q_proj")]
-    if len(fused) + len(alone) != 1:
-        raise BadInput(f"{group.name}: which rows make q is unclear; Fisher knows a fused qkv, or q beside kv")
-    path, part = (fused + alone)[0]
+    separate = [(path, part) for path, part in rows if part.outer == 1 and path.rpartition(".")[2] in ("q", "q_proj")]
+    if len(fused) + len(separate) != 1:
+        raise BadInput(
+            f"{group.name}: cannot tell which rows are q; supported are a fused qkv, and separate q and kv layers"
+        )
+    path, part = (fused + separate)[0]
     return UnitGate(group.name, (path, "query"), 1, group.units, part.inner)
 
 
 def _norms(model: nn.Module, group: Group) -> Iterator[tuple[str, ParamSlice]]:
-    for path, leaf, module, part in _owners(model, group):
-        normalises = isinstance(module, CENTRED) or type(module).__name__ in UNCENTRED
+    for path, leaf, module, part in _layers(model, group):
+        normalises = isinstance(module, CENTERED_NORMS) or type(module).__name__ in RMS_NORMS
         if normalises and leaf == "weight":
             yield path, part
         elif isinstance(module, nn.GroupNorm) or (normalises and len(list(module.parameters())) == 0):
-            raise _refused(path, f"the statistics of a {type(module).__name__} are not understood")
+            raise _unsupported(path, f"the statistics of {type(module).__name__} are not supported")
 
 
 @contextmanager
-def watching(model: nn.Module, gates: Sequence[UnitGate], images: int) -> Iterator[GateTape]:
-    """While this is open, a forward pass over so many images sends its gradients to the tape."""
+def record_gates(model: nn.Module, gates: Sequence[UnitGate], images: int) -> Iterator[GateTape]:
+    """Register the hooks of the gates on a model; forward passes over `images` images are recorded on the tape."""
     tape = GateTape(images)
     with ExitStack() as stack:
         stack.callback(tape.forget)
@@ -196,7 +197,7 @@ def watching(model: nn.Module, gates: Sequence[UnitGate], images: int) -> Iterat
 def _note_hook(tape: GateTape) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Linear)
-        tape.last = [(module, output)]  # the head is the last one
+        tape.last_linear = [(module, output)]  # the last call is the head
 
     return note
 
@@ -206,7 +207,7 @@ def _input_hook(tape: GateTape, probe: Probe) -> Callable[[nn.Module, tuple[Any,
         value = inputs[0].detach()
         pixels = isinstance(module, nn.Conv2d)
         reader = _over_pixels(value) if pixels else _over_tokens(value, tape.images, value.shape[-1])
-        # a view of its own: what other modules read of the same tensor is not this one's gradient
+        # a separate view: other consumers of the same tensor must not add to this gradient
         return (tape.watch(probe, inputs[0], reader), *inputs[1:])
 
     return watch
@@ -224,10 +225,10 @@ def _output_hook(tape: GateTape, probe: Probe, width: int) -> Callable[[nn.Modul
 
 
 def _over_tokens(value: Tensor, images: int, width: int) -> Reader:
-    """Value times gradient of the first `width` channels, summed over an image's tokens (or windows of tokens)."""
+    """Sum value * gradient of the first `width` channels over the tokens (or windows) of an image."""
 
     def read(gradient: Tensor) -> Tensor:
-        product = _exact(value[..., :width]) * _exact(gradient[..., :width])
+        product = _at_least_float32(value[..., :width]) * _at_least_float32(gradient[..., :width])
         return product.reshape(images, -1, width).sum(dim=1)  # (B, width)
 
     return read
@@ -235,48 +236,49 @@ def _over_tokens(value: Tensor, images: int, width: int) -> Reader:
 
 def _over_all(value: Tensor, images: int) -> Reader:
     def read(gradient: Tensor) -> Tensor:
-        return (_exact(value) * _exact(gradient)).reshape(images, -1).sum(dim=1, keepdim=True)  # (B, 1)
+        return (
+            (_at_least_float32(value) * _at_least_float32(gradient)).reshape(images, -1).sum(dim=1, keepdim=True)
+        )  # (B, 1)
 
     return read
 
 
 def _over_pixels(value: Tensor) -> Reader:
     def read(gradient: Tensor) -> Tensor:
-        return (_exact(value) * _exact(gradient)).flatten(2).sum(dim=2)  # (B, C)
+        return (_at_least_float32(value) * _at_least_float32(gradient)).flatten(2).sum(dim=2)  # (B, C)
 
     return read
 
 
 def _statistics(norm: Any, value: Tensor, images: int) -> Reader:
-    """Derivative of a norm by a channel's share in its mean and variance, summed over tokens.
+    """Sum the derivative of a norm w.r.t. a channel's weight in its mean and variance over tokens.
 
-    With gates g in mean = sum(g x) / sum(g) and var = sum(g (x - mean)^2) / sum(g), at g = 1:
-    dy_j/dg_c = -w_j / d * (xhat_c + xhat_j (xhat_c^2 - v) / 2) with v = var / (var + eps); without a mean, the first
-    term is not there.
+    With mean = sum(g x) / sum(g) and var = sum(g (x - mean)^2) / sum(g), at g = 1:
+    dy_j/dg_c = -w_j / d * (xhat_c + xhat_j (xhat_c^2 - v) / 2), v = var / (var + eps); RMSNorm has no first term.
     """
     pixels = isinstance(norm, LayerNorm2d | RmsNorm2d)
     value = value.movedim(1, -1) if pixels else value
-    x = _exact(value).reshape(images, -1, value.shape[-1])  # (B, tokens, d)
-    centred = isinstance(norm, CENTRED)
+    x = _at_least_float32(value).reshape(images, -1, value.shape[-1])  # (B, tokens, d)
+    centred = isinstance(norm, CENTERED_NORMS)
     x = x - x.mean(dim=-1, keepdim=True) if centred else x
     var = x.square().mean(dim=-1)  # (B, tokens)
     scale = (var + norm.eps).rsqrt()
     xhat = x * scale[..., None]
     share = var * scale.square()
-    weight = _exact(norm.weight.detach())
+    weight = _at_least_float32(norm.weight.detach())
 
     def read(gradient: Tensor) -> Tensor:
-        pull = _exact(gradient.movedim(1, -1) if pixels else gradient).reshape(xhat.shape) * weight
-        along = (pull * xhat).sum(dim=-1)  # (B, tokens)
+        weighted = _at_least_float32(gradient.movedim(1, -1) if pixels else gradient).reshape(xhat.shape) * weight
+        along = (weighted * xhat).sum(dim=-1)  # (B, tokens)
         total = (torch.einsum("bt,btd->bd", along, xhat.square()) - (along * share).sum(dim=1, keepdim=True)) / 2
         if centred:
-            total = total + torch.einsum("bt,btd->bd", pull.sum(dim=-1), xhat)
+            total = total + torch.einsum("bt,btd->bd", weighted.sum(dim=-1), xhat)
         mean: Tensor = total / -xhat.shape[-1]
         return mean
 
     return read
 
 
-def _exact(tensor: Tensor) -> Tensor:
-    """Half precision as float32, the others as they are."""
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """Convert half precision to float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -1,4 +1,4 @@
-"""Many models at once, each without one residual channel, on one set of weights."""
+"""Evaluate several models in one batch, each with one residual channel removed."""
 
 from dataclasses import replace
 
@@ -9,53 +9,53 @@ from vitprune.architectures.chain import Branch, Chain, Step
 
 
 def drop_residual_channels(chain: Chain, channels: Tensor, images: int) -> Chain:
-    """The chain of several candidates in one batch, (candidates C * images, ...), candidate c without `channels[c]`.
+    """Return a chain that evaluates C candidates in one batch (C * images, ...), candidate c without `channels[c]`.
 
-    The channel is zero behind the embedding, behind every LayerNorm, whose statistics run over the channels that are
-    left, and behind every branch; the weights are the model's own. Its `embed` takes the embedded images, (images,
-    tokens, channels), and holds for a chain that is `narrow`.
+    The channel is set to zero after the embedding, after every branch and after every LayerNorm, whose statistics are
+    those of the other channels; all candidates share the model's weights. `embed` of the result takes embedded images,
+    (images, tokens, channels). Requires `chain.narrow`.
 
     Source: UP-ViTs, component 1.
     """
-    lone = channels.repeat_interleave(images)
-    rows = torch.arange(len(lone), device=lone.device)
+    removed = channels.repeat_interleave(images)
+    rows = torch.arange(len(removed), device=removed.device)
 
-    def emptied(stream: Tensor) -> Tensor:
-        if len(channels) == 1:  # the usual case on a CPU, and faster
+    def zeroed(stream: Tensor) -> Tensor:
+        if len(channels) == 1:  # usual on a CPU, and faster
             stream[..., channels] = 0
         else:
-            stream[rows, ..., lone] = 0
+            stream[rows, ..., removed] = 0
         return stream
 
-    def norm(whole: nn.LayerNorm, stream: Tensor) -> Tensor:
-        return emptied(_live(whole, stream))
+    def norm(original: nn.LayerNorm, stream: Tensor) -> Tensor:
+        return zeroed(_norm_without_channel(original, stream))
 
-    def step(whole: Step) -> Step:
-        if isinstance(whole, nn.LayerNorm):
-            return lambda stream: norm(whole, stream)
-        if isinstance(whole, Branch):
-            return replace(whole, norm=step(whole.norm), scale=lambda added: emptied(whole.scale(added)))
-        return whole
+    def step(original: Step) -> Step:
+        if isinstance(original, nn.LayerNorm):
+            return lambda stream: norm(original, stream)
+        if isinstance(original, Branch):
+            return replace(original, norm=step(original.norm), scale=lambda added: zeroed(original.scale(added)))
+        return original
 
     return Chain(
-        lambda embedded: emptied(embedded.repeat(len(channels), *[1] * (embedded.dim() - 1))),
-        tuple(step(whole) for whole in chain.steps),
-        tuple(step(whole) for whole in chain.ending),
+        lambda embedded: zeroed(embedded.repeat(len(channels), *[1] * (embedded.dim() - 1))),
+        tuple(step(original) for original in chain.steps),
+        tuple(step(original) for original in chain.ending),
         chain.reads,
     )
 
 
-def _live(norm: nn.LayerNorm, stream: Tensor) -> Tensor:
-    """LayerNorm of streams that are zero in one channel, by the mean and variance of the others.
+def _norm_without_channel(norm: nn.LayerNorm, stream: Tensor) -> Tensor:
+    """LayerNorm of streams with one zero channel, with mean and variance of the other channels.
 
-    With n channels of mean m and variance v over all, those are m n / (n - 1) and (v - m^2 / (n - 1)) n / (n - 1).
+    With n channels of mean m and variance v, these are m n / (n - 1) and (v - m^2 / (n - 1)) n / (n - 1).
     """
     number = stream.shape[-1]
     normed, mean, scale = torch.native_layer_norm(stream, (number,), None, None, norm.eps)
-    more = number / (number - 1)
-    variance = more * (scale.pow(-2) - norm.eps - mean.square() / (number - 1))
-    own = (variance + norm.eps).rsqrt()  # (C * images, ..., 1)
-    normed = torch.addcmul((1 - more) * mean * own, normed, own / scale)
+    ratio = number / (number - 1)
+    variance = ratio * (scale.pow(-2) - norm.eps - mean.square() / (number - 1))
+    rstd = (variance + norm.eps).rsqrt()  # (C * images, ..., 1)
+    normed = torch.addcmul((1 - ratio) * mean * rstd, normed, rstd / scale)
     if norm.weight is not None:
         normed = normed * norm.weight if norm.bias is None else torch.addcmul(norm.bias, normed, norm.weight)
     return normed

@@ -1,4 +1,4 @@
-"""CAP (oViT) and what it is compared with: criteria of single weights on Fisher blocks, and their updates."""
+"""CAP (oViT), WoodFisher, diagonal Fisher: importance of single weights on Fisher blocks, and weight updates."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,89 +7,101 @@ from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig, Update
 from vitprune.criteria.obs.fisher_blocks import (
+    BlockScoreFn,
+    BlockSolveFn,
     FisherBlocks,
-    Solve,
-    Worth,
-    inverse,
-    losses,
-    one_by_one,
-    together,
-    updating,
+    blockwise_scores,
+    blockwise_update,
+    invert_blocks,
+    solve_independently,
+    solve_jointly,
 )
-from vitprune.criteria.obs.greedy import eliminate, increments
+from vitprune.criteria.obs.greedy import eliminate_weights, loss_increments
 from vitprune.groups import Group
 
 
 def ovit(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a weight by the loss of its block once greedy elimination has come to it, in nats.
+    """Score a weight by the cumulative loss of its block at its step of greedy OBS elimination, in nats.
 
-    Where N of every M weights are to stay (`setting.pattern`), no run loses more; those that stay are infinite.
+    At every step the weight with the least w_p^2 / (2 [F^-1]_pp) is removed and the others are updated. With
+    `setting.pattern` (N, M), at most M - N of every M consecutive weights are removed; the others score infinity.
+
+    Args:
+        model: the model.
+        groups: groups of kind `weight`.
+        batches: labelled calibration batches.
+        setting: the scoring options.
 
     Raises:
-        BadInput: no batches, a group that is not of single weights, or rows that are no multiple of M.
+        BadInput: no batches, a group of another kind, or rows that are not divisible by M.
 
-    Source: CAP (Kuznedelev et al., NeurIPS 2023), algorithm 1; the cumulative loss of a block, as in its code.
+    Source: CAP (Kuznedelev et al., NeurIPS 2023), algorithm 1; cumulative loss as in its released code.
     """
 
-    def worth(fisher: Tensor, weights: Tensor) -> Tensor:
-        return eliminate(inverse(fisher), weights, pattern=setting.pattern)
+    def loss(fisher: Tensor, weights: Tensor) -> Tensor:
+        return eliminate_weights(invert_blocks(fisher), weights, pattern=setting.pattern)
 
-    return _judged(model, groups, batches, setting, worth, together)
+    return _blockwise_importance(model, groups, batches, setting, loss, solve_jointly)
 
 
 def ovit_increments(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a weight by what it adds to the loss of its block, made to rise in the order of elimination."""
+    """Score a weight by its loss increment in the same elimination, made monotone in the order of removal."""
 
-    def worth(fisher: Tensor, weights: Tensor) -> Tensor:
-        return increments(eliminate(inverse(fisher), weights))
+    def loss(fisher: Tensor, weights: Tensor) -> Tensor:
+        return loss_increments(eliminate_weights(invert_blocks(fisher), weights))
 
-    return _judged(model, groups, batches, replace(setting, pattern=None), worth, together)
+    return _blockwise_importance(model, groups, batches, replace(setting, pattern=None), loss, solve_jointly)
 
 
 def woodfisher(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a weight by w_q^2 / (2 H_qq), what it costs if it goes alone; each that goes moves the others by itself.
+    """Score a weight by w_q^2 / (2 [F^-1]_qq), the loss of its removal alone; the update sums single updates.
 
     Source: WoodFisher (Singh & Alistarh, NeurIPS 2020); oBERT (Kurtic et al., EMNLP 2022).
     """
-    return _judged(model, groups, batches, setting, _alone, one_by_one)
+    return _blockwise_importance(model, groups, batches, setting, _single_weight_loss, solve_independently)
 
 
 def fisher_diagonal(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a weight by w_q^2 F_qq / 2: blocks of one weight, which can make up for nothing.
+    """Score a weight by w_q^2 F_qq / 2, Fisher blocks of size 1; no update.
 
-    Source: Theis et al. 2018; Liu et al. 2021 for vision; CAP's limit of block size 1.
+    Source: Theis et al. 2018; Liu et al. 2021 for vision; CAP with block size 1.
     """
-    alone = FisherBlocks(model, groups, batches, replace(setting, block=1, pattern=None))
-    scores = losses(model, groups, alone, lambda fisher, weights: fisher[:, 0] * weights.square() / 2)
+    diagonal = FisherBlocks(model, groups, batches, replace(setting, block=1, pattern=None))
+    scores = blockwise_scores(model, groups, diagonal, lambda fisher, weights: fisher[:, 0] * weights.square() / 2)
     return Importance(scores)
 
 
-def joint(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Update:
-    """The update of CAP for masks of any criterion; the images are looked at when it is called."""
-    return updating(model, groups, FisherBlocks(model, groups, batches, setting), together)
+def joint_update(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Update:
+    """Return CAP's update (`solve_jointly`) for masks of any criterion; gradients are taken when it is called."""
+    return blockwise_update(model, groups, FisherBlocks(model, groups, batches, setting), solve_jointly)
 
 
-def independent(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Update:
-    """The update of WoodFisher for masks of any criterion."""
-    return updating(model, groups, FisherBlocks(model, groups, batches, setting), one_by_one)
+def independent_update(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Update:
+    """Return WoodFisher's update (`solve_independently`) for masks of any criterion."""
+    return blockwise_update(model, groups, FisherBlocks(model, groups, batches, setting), solve_independently)
 
 
-def with_joint(criterion: Criterion) -> Criterion:
-    """The same scores, and the update of CAP."""
+def with_joint_update(criterion: Criterion) -> Criterion:
+    """Return a criterion with the scores of the given one and CAP's update."""
 
-    def updated_too(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-        found = criterion(model, groups, batches, setting)
-        return replace(found, update=joint(model, groups, batches, setting))
+    def updated(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+        importance = criterion(model, groups, batches, setting)
+        return replace(importance, update=joint_update(model, groups, batches, setting))
 
-    return updated_too
-
-
-def _alone(fisher: Tensor, weights: Tensor) -> Tensor:
-    return weights.square() / inverse(fisher).diagonal(dim1=1, dim2=2) / 2
+    return updated
 
 
-def _judged(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig, worth: Worth, solve: Solve
+def _single_weight_loss(fisher: Tensor, weights: Tensor) -> Tensor:
+    return weights.square() / invert_blocks(fisher).diagonal(dim1=1, dim2=2) / 2
+
+
+def _blockwise_importance(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Batches,
+    setting: ScoreConfig,
+    loss: BlockScoreFn,
+    solve: BlockSolveFn,
 ) -> Importance:
     fisher = FisherBlocks(model, groups, batches, setting)
-    return Importance(losses(model, groups, fisher, worth), updating(model, groups, fisher, solve))
+    return Importance(blockwise_scores(model, groups, fisher, loss), blockwise_update(model, groups, fisher, solve))

@@ -1,4 +1,4 @@
-"""FastCAP: one Fisher matrix for all blocks of a layer, its masks from one look, its update from left to right."""
+"""FastCAP: one Fisher matrix shared by all blocks of a layer, one-shot masks, column-wise update."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,71 +7,78 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Importance, ScoreConfig, Statistics, Update
-from vitprune.criteria.obs.gradients import gradients, number_of
-from vitprune.criteria.obs.weight_blocks import parts_of, portions
+from vitprune.criteria.obs.gradients import count_gradients, weight_gradients
+from vitprune.criteria.obs.weight_blocks import chunk_by_memory, split_into_blocks
 from vitprune.groups import Group, Masks, Scores
 
-DAMP = 1e-2  # of the mean of the diagonal, as the paper's recipes have it
+DAMP = 1e-2  # of the mean of the diagonal, as in the paper's recipes
 
 
 def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a weight by w_c^2 / U_cc^2, U the upper Cholesky factor of the inverse of its layer's matrix.
+    """Score a weight by w_c^2 / U_cc^2, with U the upper Cholesky factor of the inverse of its layer's Fisher matrix.
 
-    U_cc^2 is the variance of column c given those before it: what is left to compensate when columns go from left to
-    right. A column in which no block has a gradient costs nothing.
+    U_cc^2 is the variance of column c conditioned on the columns before it. Columns without any gradient score 0.
+
+    Args:
+        model: the model.
+        groups: groups of kind `weight`.
+        batches: labelled calibration batches.
+        setting: the scoring options.
 
     Raises:
-        BadInput: no batches, or a group that is not of single weights.
+        BadInput: no batches, or a group of another kind.
 
-    Source: CAP, algorithm 2 (FastCAP), as the paper intends it; its released code never applies the result.
+    Source: CAP, algorithm 2 (FastCAP), as described in the paper; its released code does not apply the result.
     """
-    plain = replace(setting, pattern=None)
+    config = replace(setting, pattern=None)
     statistics: Statistics = {}
-    parts = parts_of(model, groups, plain.block)
-    for portion in portions(parts, plain.memory, 2 * max((len(labels) for _, labels in batches), default=1)):
-        for part, values in gradients(model, portion, batches, plain):
+    parts = split_into_blocks(model, groups, config.block)
+    for chunk in chunk_by_memory(parts, config.memory, 2 * max((len(labels) for _, labels in batches), default=1)):
+        for part, values in weight_gradients(model, chunk, batches, config):
             rows = values.reshape(-1, part.size).double()
-            found = 2 * (rows.mT @ rows).cpu() / number_of(batches, plain)
+            moment = 2 * (rows.mT @ rows).cpu() / count_gradients(batches, config)
             name = f"{part.param}/fisher"
-            statistics[name] = statistics[name] + found if name in statistics else found
+            statistics[name] = statistics[name] + moment if name in statistics else moment
     scores: Scores = {}
     for group in groups:
         upper = _upper(statistics[f"{group.slices[0].param}/fisher"])
         weights = _weights(model, group, len(upper))
-        worth = (weights / upper.diagonal()).square() * _alive(statistics, group)
-        scores[group.name] = worth.view(group.shape)
-    return Importance(scores, compensating(model, groups, statistics), statistics=statistics)
+        importance = (weights / upper.diagonal()).square() * _has_gradient(statistics, group)
+        scores[group.name] = importance.view(group.shape)
+    return Importance(scores, columnwise_update(model, groups, statistics), statistics=statistics)
 
 
-def compensating(model: nn.Module, groups: Sequence[Group], statistics: Statistics) -> Update:
-    """The update, for any masks: columns from left to right, each passing on what it has lost to those after it."""
+def columnwise_update(model: nn.Module, groups: Sequence[Group], statistics: Statistics) -> Update:
+    """Return the update that removes columns from left to right and compensates in the columns after each."""
 
     def update(masks: Masks) -> dict[str, Tensor]:
-        return {g.slices[0].param: _passed_on(model, g, statistics, masks[g.name]) for g in groups if g.name in masks}
+        return {
+            g.slices[0].param: _update_columns(model, g, statistics, masks[g.name]) for g in groups if g.name in masks
+        }
 
     return update
 
 
-def _passed_on(model: nn.Module, group: Group, statistics: Statistics, mask: Tensor) -> Tensor:
+def _update_columns(model: nn.Module, group: Group, statistics: Statistics, mask: Tensor) -> Tensor:
     upper = _upper(statistics[f"{group.slices[0].param}/fisher"])
     weights = _weights(model, group, len(upper)).clone()
     keep = mask.cpu().view(weights.shape)
     for column in range(weights.shape[1]):
-        lost = torch.where(keep[:, column], 0.0, weights[:, column]) / upper[column, column]
-        weights[:, column:] -= lost[:, None] * upper[column, column:]
+        error = torch.where(keep[:, column], 0.0, weights[:, column]) / upper[column, column]
+        weights[:, column:] -= error[:, None] * upper[column, column:]
     return (weights * keep).view(group.shape)
 
 
 def _upper(fisher: Tensor) -> Tensor:
-    """Upper factor U of the damped inverse, U^T U = F^-1; columns without a gradient stand alone."""
-    dead = fisher.diagonal() == 0
-    whole = fisher + torch.diag(dead.double())
-    whole.diagonal().add_(DAMP * float(fisher.diagonal()[~dead].mean() if not bool(dead.all()) else 1.0))
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(whole)), upper=True)
+    """Return U with U^T U = F^-1 for the damped F; columns without gradients are decoupled."""
+    no_gradient = fisher.diagonal() == 0
+    damped = fisher + torch.diag(no_gradient.double())
+    damped.diagonal().add_(DAMP * float(fisher.diagonal()[~no_gradient].mean() if not bool(no_gradient.all()) else 1.0))
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     return upper
 
 
-def _alive(statistics: Statistics, group: Group) -> Tensor:
+def _has_gradient(statistics: Statistics, group: Group) -> Tensor:
     return statistics[f"{group.slices[0].param}/fisher"].diagonal() > 0
 
 

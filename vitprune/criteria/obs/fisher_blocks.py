@@ -1,4 +1,4 @@
-"""CAP's Fisher: one matrix per block of weights, summed over gradients and damped, and what is solved with it."""
+"""Block-diagonal empirical Fisher (CAP): collection, inverse, block-wise scores and updates."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -6,66 +6,73 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import Batches, ScoreConfig, Update
-from vitprune.criteria.obs.gradients import HELD, gradients, number_of
-from vitprune.criteria.obs.weight_blocks import Part, parts_of, portions
+from vitprune.criteria.obs.gradients import GRADIENTS_AT_ONCE, count_gradients, weight_gradients
+from vitprune.criteria.obs.weight_blocks import BlockRange, chunk_by_memory, split_into_blocks
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime.progress import track
 
-TOGETHER, FEW = 64, 16  # blocks at a time, so that their matrices and gradients stay near the processor
-STRIPS, WIDE = 4, 96  # of a block that is wide enough: what lies right of a strip's diagonal is not computed
+BLOCKS_AT_ONCE, BLOCKS_PER_PRODUCT = 64, 16  # few enough to fit into the CPU cache
+STRIPS, MIN_STRIP_SIZE = 4, 96  # strips per block, and the block size from which the upper triangle is skipped
 
-Worth = Callable[[Tensor, Tensor], Tensor]  # damped Fisher (blocks, B, B) and weights (blocks, B) -> losses (blocks, B)
-Solve = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same and what stays (blocks, B) -> new weights (blocks, B)
+# damped Fisher (blocks, B, B), weights (blocks, B) -> losses (blocks, B)
+BlockScoreFn = Callable[[Tensor, Tensor], Tensor]
+# damped Fisher, weights, kept weights (blocks, B) -> new weights (blocks, B)
+BlockSolveFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class FisherBlocks:
-    """Damped Fisher blocks of all weights of some groups, part by part, as often as one likes.
+    """Damped Fisher blocks F = damping I + 1/m sum_i g_i g_i^T of all weights of some groups, in float64.
 
-    Those of a few layers are held at a time, as many as `setting.memory` allows; for the next ones the same gradients
-    are taken again. Where all fit at once, they are taken once and kept.
+    Iterates over (block range, matrices) any number of times. If the matrices exceed `setting.memory`, they are
+    collected in chunks, with the gradients recomputed for every chunk; otherwise they are collected once and cached.
+
+    Args:
+        model: the model.
+        groups: groups of kind `weight`.
+        batches: labelled calibration batches.
+        setting: the scoring options.
 
     Raises:
-        BadInput: a group is not one of single weights, or there are too few images.
+        BadInput: a group of another kind, or too few images.
 
-    Source: CAP section 3 (block-diagonal empirical Fisher); F = damp I + 1/m sum g g^T, in float64.
+    Source: CAP section 3.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig):
-        parts = parts_of(model, groups, setting.block, setting.pattern[1] if setting.pattern else 1)
-        number_of(batches, setting)
-        held = max(len(labels) for _, labels in batches) if setting.per_sample else HELD
+        parts = split_into_blocks(model, groups, setting.block, setting.pattern[1] if setting.pattern else 1)
+        count_gradients(batches, setting)
+        held = max(len(labels) for _, labels in batches) if setting.per_sample else GRADIENTS_AT_ONCE
         self.model, self.batches, self.setting = model, batches, setting
-        self.portions = portions(parts, setting.memory, held)
-        self._kept: dict[Part, Tensor] = {}
+        self.chunks = chunk_by_memory(parts, setting.memory, held)
+        self._cache: dict[BlockRange, Tensor] = {}
 
-    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
-        """Every part with its matrices (blocks, B, B), float64 on the model's device; do not change them."""
-        if self._kept:
-            yield from self._kept.items()
+    def __iter__(self) -> Iterator[tuple[BlockRange, Tensor]]:
+        """Yield every block range with its matrices (blocks, B, B), float64; do not modify them."""
+        if self._cache:
+            yield from self._cache.items()
             return
-        for number in track(range(len(self.portions)), "collecting Fisher blocks"):
-            yield from self.portion(number)
+        for number in track(range(len(self.chunks)), "collecting Fisher blocks"):
+            yield from self.chunk(number)
 
-    def portion(self, number: int) -> Iterator[tuple[Part, Tensor]]:
-        """The parts of one portion with their matrices."""
-        if self._kept:
-            yield from self._kept.items()
+    def chunk(self, number: int) -> Iterator[tuple[BlockRange, Tensor]]:
+        """Yield the block ranges of one chunk with their matrices."""
+        if self._cache:
+            yield from self._cache.items()
             return
-        found = collect(self.model, self.portions[number], self.batches, self.setting, f"fisher-{number}")
-        if len(self.portions) == 1:
-            self._kept = dict(found)
-        for part in self.portions[number]:
-            yield part, found.pop(part)
+        result = collect_fisher_blocks(self.model, self.chunks[number], self.batches, self.setting, f"fisher-{number}")
+        if len(self.chunks) == 1:
+            self._cache = dict(result)
+        for part in self.chunks[number]:
+            yield part, result.pop(part)
 
 
-def collect(
-    model: nn.Module, parts: Sequence[Part], batches: Batches, setting: ScoreConfig, name: str = "fisher"
-) -> dict[Part, Tensor]:
-    """Damped Fisher blocks of some parts; (blocks, B, B) each. Sums that were noted under the name are taken up.
+def collect_fisher_blocks(
+    model: nn.Module, parts: Sequence[BlockRange], batches: Batches, setting: ScoreConfig, name: str = "fisher"
+) -> dict[BlockRange, Tensor]:
+    """Collect the damped Fisher blocks of some block ranges, (blocks, B, B) each.
 
-    A gradient of one image has `gradient_batch` times the variance of one of a batch, and the damping goes with it:
-    masks and weights depend on their ratio alone.
+    Partial sums are saved to and resumed from `setting.notes` under `name`.
     """
     device, notes = next(model.parameters()).device, setting.notes
     noted = notes.read(name) if notes else {}
@@ -74,157 +81,163 @@ def collect(
     for part in parts:
         fresh = torch.zeros(part.blocks, part.size, part.size, dtype=torch.float64)
         sums[part] = noted.get(_label(part), fresh).to(device)
-    for number, (part, values) in enumerate(gradients(model, parts, batches, setting, done), 1):
-        add(sums[part], values)
+    for number, (part, values) in enumerate(weight_gradients(model, parts, batches, setting, done), 1):
+        add_outer_products(sums[part], values)
         if notes and number % len(parts) == 0 and notes.due():
             rounds = torch.tensor(done + number // len(parts))
             notes.write(name, {_label(part): total for part, total in sums.items()} | {"done": rounds})
-    number = number_of(batches, setting)
+    number = count_gradients(batches, setting)
     for total in sums.values():
-        complete(setting.team.all_reduce(total))
+        symmetrize(setting.team.all_reduce(total))
         total /= number
-        total.diagonal(dim1=1, dim2=2).add_(damping(setting))
+        total.diagonal(dim1=1, dim2=2).add_(effective_damping(setting))
     return sums
 
 
-def _label(part: Part) -> str:
+def _label(part: BlockRange) -> str:
     return f"{part.param}/{part.start}"
 
 
-def damping(setting: ScoreConfig) -> float:
-    """What is added to the diagonal: `damp` where gradients are of batches, as in the paper."""
+def effective_damping(setting: ScoreConfig) -> float:
+    """Return the damping that is added to the diagonal.
+
+    A per-image gradient has `gradient_batch` times the variance of a batch gradient, and masks and updates depend only
+    on the ratio of Fisher and damping: per-image Fisher matrices get `gradient_batch` times the configured damping.
+    """
     return setting.damp * (setting.gradient_batch if setting.per_sample else 1)
 
 
-def add(total: Tensor, values: Tensor) -> None:
-    """Add the products of gradients (gradients, weights) to the sums (blocks, B, B) of their blocks, in strips.
+def add_outer_products(total: Tensor, values: Tensor) -> None:
+    """Add the outer products of gradients (m, weights) to sums (blocks, B, B), only on and left of the diagonal strips.
 
-    What is right of the diagonal stays behind until `complete`. float32 would lose the damping as soon as it is a
-    millionth of the largest entry, however the sum is formed.
+    The rest is filled by `symmetrize`. The sum is in float64: float32 loses damping below 1e-6 of the largest entry.
     """
     blocks, size, _ = total.shape
-    lined = values.view(len(values), blocks, size)
+    by_block = values.view(len(values), blocks, size)
     if size == 1:
-        total += lined.double().square().sum(dim=0)[:, None]
+        total += by_block.double().square().sum(dim=0)[:, None]
         return
-    few, strip = FEW if total.device.type == "cpu" else blocks, -(-size // STRIPS) if size >= WIDE else size
-    for at in range(0, blocks, few):
-        rows = lined[:, at : at + few].transpose(0, 1).double()  # (blocks, gradients, B)
-        for left in range(0, size, strip):
-            right = min(left + strip, size)
-            total[at : at + few, left:right, :right].baddbmm_(rows[:, :, left:right].mT, rows[:, :, :right])
+    block_step, strip = (
+        BLOCKS_PER_PRODUCT if total.device.type == "cpu" else blocks,
+        -(-size // STRIPS) if size >= MIN_STRIP_SIZE else size,
+    )
+    for at in range(0, blocks, block_step):
+        rows = by_block[:, at : at + block_step].transpose(0, 1).double()  # (blocks, gradients, B)
+        for kept in range(0, size, strip):
+            right = min(kept + strip, size)
+            total[at : at + block_step, kept:right, :right].baddbmm_(rows[:, :, kept:right].mT, rows[:, :, :right])
 
 
-def complete(total: Tensor) -> None:
-    """Mirror what `add` has summed, so that the matrices (blocks, B, B) are symmetric."""
-    for at in range(0, len(total), TOGETHER):
-        few = total[at : at + TOGETHER]
-        few.copy_(few.tril() + few.tril(-1).mT)
+def symmetrize(total: Tensor) -> None:
+    """Copy the lower triangle of the sums (blocks, B, B) to the upper one, in place."""
+    for at in range(0, len(total), BLOCKS_AT_ONCE):
+        block_step = total[at : at + BLOCKS_AT_ONCE]
+        block_step.copy_(block_step.tril() + block_step.tril(-1).mT)
 
 
-def inverse(fisher: Tensor) -> Tensor:
-    """Inverses of damped Fisher blocks, (blocks, B, B).
+def invert_blocks(fisher: Tensor) -> Tensor:
+    """Return the inverses of damped Fisher blocks, (blocks, B, B).
 
     Raises:
-        BadInput: one has none, as it is not positive definite.
+        BadInput: a block is not positive definite.
     """
-    return torch.cholesky_inverse(_factor(fisher)).mT  # symmetric, and so in rows, as the elimination reads it
+    return torch.cholesky_inverse(_factor(fisher)).mT  # contiguous rows, as the elimination needs
 
 
-def losses(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, worth: Worth) -> Scores:
-    """What every weight is worth, by a function of its block; one float64 score per weight.
+def blockwise_scores(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, score_fn: BlockScoreFn) -> Scores:
+    """Score every weight by a function of its block; float64, in the shape of the group.
 
-    Portions whose scores all processes of the team have noted are not collected again.
+    Block ranges are divided among the processes. Chunks whose scores all processes have saved are not collected again.
     """
     team, notes = fisher.setting.team, fisher.setting.notes
     scores = {group.slices[0].param: torch.zeros(group.units, dtype=torch.float64) for group in groups}
-    for number, parts in enumerate(track(fisher.portions, "collecting Fisher blocks")):
-        found = notes.read(f"scores-{number}") if notes else {}
-        if float(team.all_reduce(torch.tensor(float(bool(found))))) < team.size:
-            found = _own_losses(model, fisher, number, worth)
+    for number, parts in enumerate(track(fisher.chunks, "collecting Fisher blocks")):
+        result = notes.read(f"scores-{number}") if notes else {}
+        if float(team.all_reduce(torch.tensor(float(bool(result))))) < team.size:
+            result = _local_losses(model, fisher, number, score_fn)
             if notes:
-                notes.write(f"scores-{number}", found)
+                notes.write(f"scores-{number}", result)
                 notes.write(f"fisher-{number}", {})
         for part in parts:
-            scores[part.param][part.start : part.stop] = found[_label(part)]
+            scores[part.param][part.start : part.stop] = result[_label(part)]
     return {group.name: team.all_reduce(scores[group.slices[0].param]).view(group.shape) for group in groups}
 
 
-def _own_losses(model: nn.Module, fisher: FisherBlocks, portion: int, worth: Worth) -> dict[str, Tensor]:
-    """Losses of this process's own parts of a portion, zeros of the others; (weights,) each."""
-    found = {}
-    for number, (part, matrices) in enumerate(fisher.portion(portion)):
+def _local_losses(model: nn.Module, fisher: FisherBlocks, chunk: int, score_fn: BlockScoreFn) -> dict[str, Tensor]:
+    """Losses of this process's block ranges in a chunk, zeros for the others; (weights,) each."""
+    result = {}
+    for number, (part, matrices) in enumerate(fisher.chunk(chunk)):
         if fisher.setting.team.owns(number):
             weights = _weights(model, part)
             starts = range(0, part.blocks, _at_once(matrices))
-            pieces = [worth(matrices[n : n + starts.step], weights[n : n + starts.step]) for n in starts]
-            found[_label(part)] = torch.cat(pieces).flatten().cpu()
+            pieces = [score_fn(matrices[n : n + starts.step], weights[n : n + starts.step]) for n in starts]
+            result[_label(part)] = torch.cat(pieces).flatten().cpu()
         else:
-            found[_label(part)] = torch.zeros(part.stop - part.start, dtype=torch.float64)
-    return found
+            result[_label(part)] = torch.zeros(part.stop - part.start, dtype=torch.float64)
+    return result
 
 
-def updating(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, solve: Solve) -> Update:
-    """The update that solves every block for the weights that stay; the blocks are collected when it is called."""
+def blockwise_update(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, solve: BlockSolveFn) -> Update:
+    """Return the update that applies `solve` to every block; the blocks are collected when it is called."""
 
     def update(masks: Masks) -> dict[str, Tensor]:
-        kept = {g.slices[0].param: masks[g.name].flatten() for g in groups if g.name in masks}
-        found = {param: model.get_parameter(param).detach().double().cpu().flatten() for param in kept}
+        keep_flat = {g.slices[0].param: masks[g.name].flatten() for g in groups if g.name in masks}
+        result = {param: model.get_parameter(param).detach().double().cpu().flatten() for param in keep_flat}
         for part, matrices in fisher:
-            if part.param not in kept:
+            if part.param not in keep_flat:
                 continue
             weights = _weights(model, part)
-            keep = kept[part.param][part.start : part.stop].view(weights.shape).to(weights.device)
+            keep = keep_flat[part.param][part.start : part.stop].view(weights.shape).to(weights.device)
             starts = range(0, part.blocks, _at_once(matrices))
             new = [
                 solve(matrices[n : n + starts.step], weights[n : n + starts.step], keep[n : n + starts.step])
                 for n in starts
             ]
-            found[part.param][part.start : part.stop] = torch.cat(new).flatten().cpu()
-        return {param: value.view(model.get_parameter(param).shape) for param, value in found.items()}
+            result[part.param][part.start : part.stop] = torch.cat(new).flatten().cpu()
+        return {param: value.view(model.get_parameter(param).shape) for param, value in result.items()}
 
     return update
 
 
-def together(fisher: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
-    """The best weights for what stays of each block: w_R + F_RR^-1 F_RS w_S; (blocks, B), zero where nothing stays.
+def solve_jointly(fisher: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
+    """Return the optimal weights of every block for a mask: w_R + F_RR^-1 F_RS w_S, 0 on the removed set S; (blocks, B).
 
-    Where F is not wanted, unit rows take its place, so that blocks of different masks are solved at once.
+    Rows and columns of F on S are replaced by the identity, so that blocks with any masks are solved in one batch.
 
-    Source: CAP, the joint solution to which its steps lead, in whatever order they are taken.
+    Source: CAP; sequential OBS steps lead to this solution in any order.
     """
-    gone = torch.where(keep, 0.0, weights)
-    wanted = torch.einsum("bij,bj->bi", fisher, gone) * keep
-    left = fisher * (keep[:, :, None] & keep[:, None, :])
-    left.diagonal(dim1=1, dim2=2).add_((~keep).double())
-    solved = torch.cholesky_solve(wanted[..., None], _factor(left))[..., 0]
+    removed = torch.where(keep, 0.0, weights)
+    target = torch.einsum("bij,bj->bi", fisher, removed) * keep
+    kept = fisher * (keep[:, :, None] & keep[:, None, :])
+    kept.diagonal(dim1=1, dim2=2).add_((~keep).double())
+    solved = torch.cholesky_solve(target[..., None], _factor(kept))[..., 0]
     return torch.where(keep, weights + solved, 0.0)
 
 
-def one_by_one(fisher: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
-    """What stays after the sum of what each weight that goes would do alone; (blocks, B).
+def solve_independently(fisher: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
+    """Return the weights after the sum of the OBS updates of every removed weight alone; (blocks, B).
 
-    Source: WoodFisher (Singh & Alistarh 2020), equation 6, as oBERT applies it to many weights at once.
+    Source: WoodFisher (Singh & Alistarh 2020), equation 6, applied to many weights at once as in oBERT.
     """
-    found = inverse(fisher)
-    gone = torch.where(keep, 0.0, weights) / found.diagonal(dim1=1, dim2=2)
-    return torch.where(keep, weights - torch.einsum("bij,bj->bi", found, gone), 0.0)
+    result = invert_blocks(fisher)
+    removed = torch.where(keep, 0.0, weights) / result.diagonal(dim1=1, dim2=2)
+    return torch.where(keep, weights - torch.einsum("bij,bj->bi", result, removed), 0.0)
 
 
-def _weights(model: nn.Module, part: Part) -> Tensor:
+def _weights(model: nn.Module, part: BlockRange) -> Tensor:
     flat = model.get_parameter(part.param).detach().flatten()[part.start : part.stop]
     return flat.double().view(part.blocks, part.size)
 
 
 def _at_once(matrices: Tensor) -> int:
-    """Blocks that are worked on together: few on a processor, as many as there are on a GPU."""
+    """Number of blocks per batched operation."""
     size = matrices.shape[1]
-    return max(1, TOGETHER * 192**2 // size**2 * (1 if matrices.device.type == "cpu" else 64))
+    return max(1, BLOCKS_AT_ONCE * 192**2 // size**2 * (1 if matrices.device.type == "cpu" else 64))
 
 
 def _factor(fisher: Tensor) -> Tensor:
     factor: Tensor
-    factor, wrong = torch.linalg.cholesky_ex(fisher)
-    if bool(wrong.any()):
+    factor, info = torch.linalg.cholesky_ex(fisher)
+    if bool(info.any()):
         raise BadInput("score.damp: a Fisher block is not positive definite; raise it, or check the weights and images")
     return factor

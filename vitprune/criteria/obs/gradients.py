@@ -1,4 +1,4 @@
-"""Gradients of the loss by the weights: one per image, or one per batch as CAP takes them."""
+"""Gradients of the loss w.r.t. weights: one per image, or one per batch as in CAP."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,24 +11,24 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from vitprune.criteria import Batches, ScoreConfig, layer_io
-from vitprune.criteria.obs.weight_blocks import Part
+from vitprune.criteria.obs.weight_blocks import BlockRange
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import cross_entropy
 from vitprune.runtime.eval_mode import evaluating, frozen
 
-Chunk = tuple[Part, Tensor]  # gradients by the weights of a part, (gradients, weights), float32 as the model is
-Calls = list[tuple[Tensor, Tensor]]  # what a layer read and what it gave, call by call
+GradientChunk = tuple[BlockRange, Tensor]  # gradients (m, weights) in the precision of the model
+LayerCalls = list[tuple[Tensor, Tensor]]  # (input, output) of every call of a layer
 
-HELD = 32  # gradients of batches that are summed up at once
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop, as timm draws them
-ONE_SEED = 1 << 20  # batches apart, so that no two batches of no two cycles draw the same
+GRADIENTS_AT_ONCE = 32  # gradients of batches stacked at once
+CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop, the defaults of timm
+SEED_STRIDE = 1 << 20  # between the seeds of two cycles, larger than the number of batches
 
 
-def number_of(batches: Batches, setting: ScoreConfig) -> int:
-    """How many gradients are taken: as many as are asked for, or what the images give when each is looked at once.
+def count_gradients(batches: Batches, setting: ScoreConfig) -> int:
+    """Return how many gradients are taken: `num_gradients`, or one per image (or batch) if it is None.
 
     Raises:
-        BadInput: there is no image, or fewer than one batch of gradients needs.
+        BadInput: no images, or fewer than one batch.
     """
     if not batches:
         raise BadInput("Fisher blocks: need images with labels; give batches")
@@ -44,35 +44,43 @@ def number_of(batches: Batches, setting: ScoreConfig) -> int:
     return found
 
 
-def gradients(
-    model: nn.Module, parts: Sequence[Part], batches: Batches, setting: ScoreConfig, done: int = 0
-) -> Iterator[Chunk]:
-    """The team's own share of the gradients by the weights of the parts, some at a time; a zero weight has none.
+def weight_gradients(
+    model: nn.Module, parts: Sequence[BlockRange], batches: Batches, setting: ScoreConfig, done: int = 0
+) -> Iterator[GradientChunk]:
+    """Yield this process's gradients w.r.t. the weights of block ranges, several at a time; zero for zero weights.
 
-    The loss is the mean cross-entropy of an image, or of a batch of `gradient_batch` images; the model is in evaluation
-    mode and computes in its own precision, never in TF32. Every part comes once in a round; the first `done` rounds,
-    of a batch of images or of `HELD` gradients, are left out.
+    The loss is the mean cross-entropy of one image (`per_sample`) or of `gradient_batch` images. The model is in eval
+    mode and runs in its own precision, without TF32.
+
+    Args:
+        model: the model.
+        parts: block ranges; each is yielded once per round.
+        batches: labelled calibration batches.
+        setting: the scoring options.
+        done: number of rounds to skip (one batch of images, or `GRADIENTS_AT_ONCE` gradients of batches, each).
 
     Raises:
-        BadInput: there are too few images, or a weight takes no part in the answer.
+        BadInput: too few images, or a weight that is not used in the forward pass.
     """
-    number = number_of(batches, setting)
+    number = count_gradients(batches, setting)
     device = next(model.parameters()).device
     masks = {part: _flat(model, part) != 0 for part in parts}
     if setting.per_sample:
-        stream = images_of(batches, number, setting.seed, lambda place: _left(setting, place, done))
+        stream = augmented_images(
+            batches, number, setting.seed, lambda batch_index: _is_pending(setting, batch_index, done)
+        )
         take = _per_image
     else:
-        stream = images_of(batches, number * setting.gradient_batch, setting.seed)
+        stream = augmented_images(batches, number * setting.gradient_batch, setting.seed)
         take = partial(_per_batch, done=done)
-    with evaluating(model), frozen(model), exactly():
+    with evaluating(model), frozen(model), highest_matmul_precision():
         for part, values in take(model, parts, ((x.to(device), y.to(device)) for x, y in stream), setting):
             yield part, values * masks[part]
 
 
 @contextmanager
-def exactly() -> Iterator[None]:
-    """Products of matrices in full precision, whatever was allowed before."""
+def highest_matmul_precision() -> Iterator[None]:
+    """Compute float32 matrix products without TF32 while the context is open."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -81,43 +89,45 @@ def exactly() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _left(setting: ScoreConfig, number: int, done: int) -> bool:
-    """Whether a piece of work is this process's own, and not among the first that it has done before."""
+def _is_pending(setting: ScoreConfig, number: int, done: int) -> bool:
+    """Return whether gradient (batch) `number` belongs to this process and was not taken before."""
     return setting.team.owns(number) and number // setting.team.size >= done
 
 
-def _flat(model: nn.Module, part: Part) -> Tensor:
+def _flat(model: nn.Module, part: BlockRange) -> Tensor:
     return model.get_parameter(part.param).detach().flatten()[part.start : part.stop]
 
 
 def _per_image(
-    model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: ScoreConfig
-) -> Iterator[Chunk]:
-    owners = {part.param: model.get_submodule(part.param.rpartition(".")[0]) for part in parts}
-    plain = [param for param, owner in owners.items() if param.endswith(".weight") and layer_io.plain(owner)]
-    others = [part for part in parts if part.param not in plain]
+    model: nn.Module, parts: Sequence[BlockRange], stream: Iterator[tuple[Tensor, Tensor]], setting: ScoreConfig
+) -> Iterator[GradientChunk]:
+    layers = {part.param: model.get_submodule(part.param.rpartition(".")[0]) for part in parts}
+    plain_params = [
+        param for param, owner in layers.items() if param.endswith(".weight") and layer_io.is_plain_layer(owner)
+    ]
+    other_parts = [part for part in parts if part.param not in plain_params]
     for images, labels in stream:
-        calls = _run(model, {param: owners[param] for param in plain}, images, labels)
+        calls = _run(model, {param: layers[param] for param in plain_params}, images, labels)
         for part in parts:
-            if part.param in plain:
-                found = [_products(owners[part.param], part, len(images), *call) for call in calls[part.param]]
+            if part.param in plain_params:
+                found = [_products(layers[part.param], part, len(images), *call) for call in calls[part.param]]
                 yield part, torch.stack(found).sum(dim=0) if len(found) > 1 else found[0]
-        if others:
+        if other_parts:
             ones = zip(images[:, None], labels[:, None], strict=True)
-            yield from _stacked([_slopes(model, others, image, label) for image, label in ones])
+            yield from _stacked([_slopes(model, other_parts, image, label) for image, label in ones])
 
 
-def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels: Tensor) -> dict[str, Calls]:
-    """What every layer read, and the gradients of each image's own loss by what it gave."""
-    calls: dict[str, Calls] = {param: [] for param in layers}
+def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels: Tensor) -> dict[str, LayerCalls]:
+    """Record every layer's inputs, and the gradients of each image's loss w.r.t. its outputs."""
+    calls: dict[str, LayerCalls] = {param: [] for param in layers}
 
     def hook(param: str) -> Any:
-        def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            kept = output if output.requires_grad else output.detach().requires_grad_()  # here gradients may end
-            calls[param].append((given[0].detach(), kept))
-            return kept
+        def record(module: nn.Module, count: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            leaf = output if output.requires_grad else output.detach().requires_grad_()  # leaf of the backward pass
+            calls[param].append((count[0].detach(), leaf))
+            return leaf
 
-        return keep
+        return record
 
     handles = [layer.register_forward_hook(hook(param)) for param, layer in layers.items()]
     try:
@@ -129,60 +139,64 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
     if loss is None:
         return calls
     _refuse_unused(calls, [param for param, found in calls.items() if found])
-    ends = [(param, read, output) for param, found in calls.items() for read, output in found]
-    slopes = torch.autograd.grad(loss, [output for *_, output in ends], allow_unused=True)
-    used: dict[str, Calls] = {}
-    for (param, read, _), slope in zip(ends, slopes, strict=True):
-        if slope is not None:
-            used.setdefault(param, []).append((read, slope))
+    leaves = [(param, read, output) for param, found in calls.items() for read, output in found]
+    grads = torch.autograd.grad(loss, [output for *_, output in leaves], allow_unused=True)
+    used: dict[str, LayerCalls] = {}
+    for (param, read, _), grad in zip(leaves, grads, strict=True):
+        if grad is not None:
+            used.setdefault(param, []).append((read, grad))
     _refuse_unused(calls, used)
     return used
 
 
-def _products(layer: nn.Module, part: Part, images: int, read: Tensor, slope: Tensor) -> Tensor:
-    """Gradients by a part of a layer's weight, image by image, from one call; (images, weights)."""
-    read, slope = layer_io.layer_inputs(layer, read, images), layer_io.layer_outputs(layer, slope, images)
+def _products(layer: nn.Module, part: BlockRange, images: int, read: Tensor, grad: Tensor) -> Tensor:
+    """Return per-image gradients w.r.t. a block range of a layer's weight from one call; (images, weights)."""
+    read, grad = layer_io.layer_inputs(layer, read, images), layer_io.layer_outputs(layer, grad, images)
     width = read.shape[-1]
-    first, last = part.start // width, -(-part.stop // width)  # rows of the weight that the part touches
-    rows = slope[..., first:last].transpose(1, 2) @ read
+    first, last = part.start // width, -(-part.stop // width)  # rows of the weight that the range overlaps
+    rows = grad[..., first:last].transpose(1, 2) @ read
     return rows.flatten(1)[:, part.start - first * width : part.stop - first * width]
 
 
 def _per_batch(
-    model: nn.Module, parts: Sequence[Part], stream: Iterator[tuple[Tensor, Tensor]], setting: ScoreConfig, done: int
-) -> Iterator[Chunk]:
-    held: list[dict[Part, Tensor]] = []
-    room, number = 0, -1
+    model: nn.Module,
+    parts: Sequence[BlockRange],
+    stream: Iterator[tuple[Tensor, Tensor]],
+    setting: ScoreConfig,
+    done: int,
+) -> Iterator[GradientChunk]:
+    held: list[dict[BlockRange, Tensor]] = []
+    missing, number = 0, -1
     for images, labels in stream:
         while len(images):
-            if not room:
-                room, number = setting.gradient_batch, number + 1
-                if len(held) == HELD:
+            if not missing:
+                missing, number = setting.gradient_batch, number + 1
+                if len(held) == GRADIENTS_AT_ONCE:
                     yield from _stacked(held)
-                if _left(setting, number, done * HELD):
+                if _is_pending(setting, number, done * GRADIENTS_AT_ONCE):
                     held.append({part: torch.zeros_like(_flat(model, part)) for part in parts})
-            taken = min(room, len(images))
-            if _left(setting, number, done * HELD):
-                for part, slope in _slopes(model, parts, images[:taken], labels[:taken]).items():
-                    held[-1][part] += slope * (taken / setting.gradient_batch)
-            room, images, labels = room - taken, images[taken:], labels[taken:]
+            used_images = min(missing, len(images))
+            if _is_pending(setting, number, done * GRADIENTS_AT_ONCE):
+                for part, grad in _slopes(model, parts, images[:used_images], labels[:used_images]).items():
+                    held[-1][part] += grad * (used_images / setting.gradient_batch)
+            missing, images, labels = missing - used_images, images[used_images:], labels[used_images:]
     yield from _stacked(held)
 
 
-def _stacked(held: list[dict[Part, Tensor]]) -> Iterator[Chunk]:
+def _stacked(held: list[dict[BlockRange, Tensor]]) -> Iterator[GradientChunk]:
     for part in held[0] if held else ():
-        yield part, torch.stack([slopes[part] for slopes in held])
+        yield part, torch.stack([grads[part] for grads in held])
     held.clear()
 
 
-def _slopes(model: nn.Module, parts: Sequence[Part], images: Tensor, labels: Tensor) -> dict[Part, Tensor]:
+def _slopes(model: nn.Module, parts: Sequence[BlockRange], images: Tensor, labels: Tensor) -> dict[BlockRange, Tensor]:
     """The gradient of the mean loss of some images; (weights,) by part."""
     named = {part.param: model.get_parameter(part.param).detach().requires_grad_() for part in parts}
     with torch.enable_grad():
         loss = cross_entropy(functional_call(model, named, images), labels)
-    ends = list(named.values())
-    slopes = torch.autograd.grad(loss, ends, allow_unused=True) if loss.requires_grad else [None] * len(ends)
-    found = {param: slope for param, slope in zip(named, slopes, strict=True) if slope is not None}
+    leaves = list(named.values())
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
+    found = {param: grad for param, grad in zip(named, grads, strict=True) if grad is not None}
     _refuse_unused(named, found)
     return {part: found[part.param].flatten()[part.start : part.stop] for part in parts}
 
@@ -190,51 +204,53 @@ def _slopes(model: nn.Module, parts: Sequence[Part], images: Tensor, labels: Ten
 def _refuse_unused(wanted: Iterable[str], found: Container[str]) -> None:
     unused = [param for param in wanted if param not in found]
     if unused:
-        raise BadInput(f"{unused[0]}: takes no part in the answer, so it has no gradient; leave it out")
+        raise BadInput(f"{unused[0]}: is not used in the forward pass and has no gradient; exclude it")
 
 
-def images_of(
+def augmented_images(
     batches: Batches, number: int, seed: int, owns: Callable[[int], bool] = lambda batch: True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """So many images with labels, in batches: first all as they are, then again and again in random views.
+    """Yield `number` images with labels in batches: first the images as they are, then random crops and flips of them.
 
-    Of them only the batches whose number is `mine`, counted over all turns.
+    Args:
+        batches: the images, (B, C, H, W), and their labels.
+        number: number of images.
+        seed: seed of the crops.
+        owns: filter of batch numbers, counted over all passes.
 
     Raises:
-        BadInput: more are wanted than there are, and they are no images that could be cropped.
+        BadInput: `number` exceeds the images, and they cannot be cropped.
     """
-    given, place = 0, 0
-    while given < number:
+    count, batch_index = 0, 0
+    while count < number:
         for images, labels in batches:
-            taken, first = images[: number - given], place < len(batches)
-            if owns(place) and len(taken):
-                generator = torch.Generator().manual_seed(seed * ONE_SEED + place)
-                yield (taken if first else viewed(taken, generator)), labels[: len(taken)]
-            given, place = given + len(taken), place + 1
+            used_images, first = images[: number - count], batch_index < len(batches)
+            if owns(batch_index) and len(used_images):
+                generator = torch.Generator().manual_seed(seed * SEED_STRIDE + batch_index)
+                yield (used_images if first else random_crops(used_images, generator)), labels[: len(used_images)]
+            count, batch_index = count + len(used_images), batch_index + 1
 
 
-def viewed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image cropped to a random part (8 to 100 % of its area) and resized, in half of all cases mirrored.
-
-    images (B, C, H, W) as the model reads them.
+def random_crops(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random resized crop (8 to 100 % of the area) of each image, flipped with probability 1/2.
 
     Raises:
-        BadInput: they have another shape.
+        BadInput: the images are not (B, C, H, W).
 
-    Source: timm's RandomResizedCrop, which CAP's gradients are taken through.
+    Source: timm's RandomResizedCrop, the augmentation of CAP's gradients.
     """
     if images.dim() != 4:
-        raise BadInput(f"score.gradients: inputs of shape {list(images.shape[1:])} have no crops; ask for fewer")
-    return torch.stack([_view(image, generator) for image in images])
+        raise BadInput(f"score.gradients: inputs of shape {list(images.shape[1:])} cannot be cropped; lower it")
+    return torch.stack([_random_crop(image, generator) for image in images])
 
 
-def _view(image: Tensor, generator: torch.Generator) -> Tensor:
+def _random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
     height, width = image.shape[1:]
     area, ratio, down, right, side = torch.rand(5, generator=generator).tolist()
-    share = (AREA[0] + area * (AREA[1] - AREA[0])) * height * width
-    aspect = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
+    share = (CROP_AREA[0] + area * (CROP_AREA[1] - CROP_AREA[0])) * height * width
+    aspect = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio
     h, w = (min(most, max(1, round((share * by) ** 0.5))) for most, by in ((height, 1 / aspect), (width, aspect)))
     top, left = round(down * (height - h)), round(right * (width - w))
     part = image[None, :, top : top + h, left : left + w]
-    whole = F.interpolate(part, (height, width), mode="bicubic", antialias=True)[0]
-    return whole.flip(2) if side < 0.5 else whole
+    resized = F.interpolate(part, (height, width), mode="bicubic", antialias=True)[0]
+    return resized.flip(2) if side < 0.5 else resized

@@ -1,8 +1,7 @@
-"""The elimination of greedy.py for one CPU thread, compiled by numba: plain loops over one block after the other.
+"""The elimination of greedy.py on one CPU thread, compiled by numba, one block after the other.
 
-A block's weights are reordered as they go, so that those that are left lie behind those that are gone: each step then
-touches the former alone, a third of the work of keeping all. Import this module only where numba is there; compiled
-code is kept beside this file.
+Weights are reordered so that the remaining ones are contiguous and each step touches only them, which is a third of
+the work. Import this module only if numba is installed; compiled code is cached next to this file.
 """
 
 from math import inf, sqrt
@@ -13,30 +12,30 @@ from numba import njit
 
 Array = np.ndarray[Any, Any]
 
-LEAST = 1e-300  # of a conditional variance that rounding has eaten up
+MIN_VARIANCE = 1e-300  # lower bound of a conditional variance after rounding
 
 
 @njit(cache=True, nogil=True)
-def eliminate_all(
+def eliminate_blocks(
     inverse: Array, weights: Array, losses: Array, blocks: Array, cap: int, limit: float, keep: int, every: int
 ) -> None:
-    """Fill losses (all, B) of the `blocks`, Python's lock let go of; `every` is 0 where no run has a limit."""
+    """Fill losses (all, B) of the given blocks without holding the GIL; `every` = 0 disables the N:M limit."""
     size = weights.shape[1]
-    factor = np.empty((size, size))  # rows: steps; columns: weights in their present order
+    factor = np.empty((size, size))  # rows: steps; columns: weights in their current order
     state = np.empty((3, size))  # weights, conditional variances, a row of the inverse
     order, lost = np.empty(size, np.int64), np.empty(size, np.int64)
     for block in blocks:
         count = _begin(inverse[block], weights[block], losses[block], state, order, lost, every)
-        level, gone = 0.0, size - count
+        level, num_zero = 0.0, size - count
         for step in range(count):
-            if gone + step >= cap and level >= limit:
+            if num_zero + step >= cap and level >= limit:
                 break
-            at = _cheapest(state[0], state[1], step, count, order, lost, every - keep, every)
-            if at < 0:
+            index = _cheapest(state[0], state[1], step, count, order, lost, every - keep, every)
+            if index < 0:
                 break
-            cost = state[0, at] ** 2 / state[1, at]
+            cost = state[0, index] ** 2 / state[1, index]
             level = max(level + cost / 2, np.nextafter(level, inf))
-            _swap(factor, state, order, step, at)
+            _swap(factor, state, order, step, index)
             losses[block, order[step]] = level
             if every:
                 lost[order[step] // every] += 1
@@ -45,13 +44,13 @@ def eliminate_all(
 
 @njit(cache=True, nogil=True)
 def _begin(h: Array, weights: Array, losses: Array, state: Array, order: Array, lost: Array, every: int) -> int:
-    """Line up the weights that are there; those that are zero have gone at no loss. Returns how many there are."""
+    """Collect the nonzero weights of a block; zero weights get loss 0. Return the number of nonzero weights."""
     count = 0
     lost[:] = 0
     for q in range(len(weights)):
-        there = weights[q] != 0.0
-        losses[q] = inf if there else 0.0
-        if there:
+        nonzero = weights[q] != 0.0
+        losses[q] = inf if nonzero else 0.0
+        if nonzero:
             order[count], state[0, count], state[1, count] = q, weights[q], h[q, q]
             count += 1
         elif every:
@@ -61,31 +60,31 @@ def _begin(h: Array, weights: Array, losses: Array, state: Array, order: Array, 
 
 @njit(cache=True, nogil=True)
 def _cheapest(w: Array, d: Array, step: int, count: int, order: Array, lost: Array, most: int, every: int) -> int:
-    """Place of the weight that costs least, -1 where none may go."""
-    best, at = inf, -1
+    """Return the index of the weight with the least loss, -1 if none may be removed."""
+    best, index = inf, -1
     for j in range(step, count):
         if w[j] * w[j] < best * d[j] and (every == 0 or lost[order[j] // every] < most):
-            best, at = w[j] * w[j] / d[j], j
-    return at
+            best, index = w[j] * w[j] / d[j], j
+    return index
 
 
 @njit(cache=True, nogil=True)
-def _swap(factor: Array, state: Array, order: Array, step: int, at: int) -> None:
-    """Put what goes before what is left."""
-    order[step], order[at] = order[at], order[step]
+def _swap(factor: Array, state: Array, order: Array, step: int, index: int) -> None:
+    """Move the removed weight in front of the remaining ones."""
+    order[step], order[index] = order[index], order[step]
     for line in range(2):
-        state[line, step], state[line, at] = state[line, at], state[line, step]
+        state[line, step], state[line, index] = state[line, index], state[line, step]
     for line in range(step):
-        factor[line, step], factor[line, at] = factor[line, at], factor[line, step]
+        factor[line, step], factor[line, index] = factor[line, index], factor[line, step]
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def _remove(h: Array, factor: Array, state: Array, order: Array, step: int, count: int) -> None:
-    """The next row of the factor, and what it does to the weights and variances that are left."""
+    """Compute the next row of the factor, and update the remaining weights and variances."""
     left = count - step - 1
-    w, d, row, places = state[0, step + 1 :], state[1, step + 1 :], state[2, step + 1 :], order[step + 1 :]
+    w, d, row, indices = state[0, step + 1 :], state[1, step + 1 :], state[2, step + 1 :], order[step + 1 :]
     for j in range(left):
-        row[j] = h[places[j]]
+        row[j] = h[indices[j]]
     line = 0
     while line + 4 <= step:  # four at a time: the sums stay in registers
         a0, a1 = factor[line, step], factor[line + 1, step]
@@ -101,8 +100,8 @@ def _remove(h: Array, factor: Array, state: Array, order: Array, step: int, coun
             row[j] -= a0 * f0[j]
         line += 1
     pivot = 1 / sqrt(state[1, step])
-    share, own = state[0, step] * pivot, factor[step, step + 1 :]
+    share, new_row = state[0, step] * pivot, factor[step, step + 1 :]
     for j in range(left):
-        own[j] = row[j] * pivot
-        d[j] = max(d[j] - own[j] * own[j], LEAST)
-        w[j] -= share * own[j]
+        new_row[j] = row[j] * pivot
+        d[j] = max(d[j] - new_row[j] * new_row[j], MIN_VARIANCE)
+        w[j] -= share * new_row[j]

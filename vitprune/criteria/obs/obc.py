@@ -1,4 +1,4 @@
-"""Optimal Brain Compression: each row of a layer loses the weights that its outputs miss least, and is solved anew."""
+"""Optimal Brain Compression: OBS elimination of every output row on the input Hessian, and a least-squares update."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,128 +6,146 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Importance, ScoreConfig, Statistics, Update, layer_io
-from vitprune.criteria.moments import sums
-from vitprune.criteria.obs.greedy import eliminate, increments
-from vitprune.criteria.obs.unit_elimination import RIDGES, damped, pairs
-from vitprune.criteria.obs.weight_blocks import parts_of
+from vitprune.criteria.moments import collect_layer_moments
+from vitprune.criteria.obs.greedy import eliminate_weights, loss_increments
+from vitprune.criteria.obs.unit_elimination import RIDGES, add_ridge, fit_and_test_moments
+from vitprune.criteria.obs.weight_blocks import split_into_blocks
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime.progress import track
 
-RIDGE = 1e-3  # of elimination; the update chooses its own, by this many rows of a layer
-TRIED = 24
-BYTES = 3 * 8  # of an entry of a row's matrix: the matrix, its inverse or factor, and what solving them takes
-ROOM = 1 << 28  # bytes for the matrices of the rows that are solved at once
+RIDGE = 1e-3  # of elimination; the update selects its own
+RIDGE_ROWS = 24
+BYTES_PER_ENTRY = 3 * 8  # matrix, inverse or factor, and workspace
+SOLVE_BYTES = 1 << 28  # for the matrices of the rows that are solved at once
 
 
 def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-    """Score a weight by the nats per image that its removal adds, once greedy elimination of its row has come to it.
+    """Score a weight by its increment of the estimated loss in greedy elimination of its output row, in nats per image.
 
-    A row's loss is the squared change of its output over all tokens, the others having made up for what went, times
-    the mean squared slope of the answer by that output: so rows of all layers compete. Where N of every M weights
-    are to stay (`setting.pattern`), no run loses more; those that stay are infinite. A row of k weights takes k^3 / 3
-    multiplications and additions; statistics hold 2 (k + 1)^2 numbers per layer.
+    The loss of a row is the squared change of its output over all tokens, after the update of the remaining weights,
+    times the mean squared gradient of the logits w.r.t. that output: rows of all layers are comparable. With
+    `setting.pattern` (N, M), at most M - N of every M consecutive weights are removed; the others score infinity.
+    A row of k weights costs k^3 / 3 multiply-adds; statistics hold 2 (k + 1)^2 numbers per layer.
+
+    Args:
+        model: the model.
+        groups: groups of kind `weight`.
+        batches: labelled calibration batches.
+        setting: the scoring options.
 
     Raises:
-        BadInput: no batches, a group that is not of single weights, or a layer that is neither Linear nor a
-            convolution of one group.
+        BadInput: no batches, a group of another kind, or a layer that is neither Linear nor an ungrouped convolution.
 
-    Source: Optimal Brain Compression (Frantar & Alistarh, NeurIPS 2022), ExactOBS by rows; the slopes are ours, as in
-    K-FAC (Martens & Grosse, ICML 2015) with the diagonal of its second factor.
+    Source: Optimal Brain Compression (Frantar & Alistarh, NeurIPS 2022), ExactOBS by rows. The weighting by
+        gradients is ours: K-FAC (Martens & Grosse, ICML 2015) with the diagonal of its second factor.
     """
-    parts_of(model, groups, 1, setting.pattern[1] if setting.pattern else 1)
-    statistics = sums(model, [_path(model, group) for group in groups], {}, batches, setting, "each")
+    split_into_blocks(model, groups, 1, setting.pattern[1] if setting.pattern else 1)
+    statistics = collect_layer_moments(
+        model, [_path(model, group) for group in groups], {}, batches, setting, "metric_diagonal"
+    )
     images = sum(len(labels) for _, labels in batches)
     scores: Scores = {}
     for group in track(groups, "eliminating weights"):
         moments = statistics[f"{_path(model, group)}/inputs"].sum(dim=0)
-        steep = statistics[f"{_path(model, group)}/each"] / images
+        grad_sq = statistics[f"{_path(model, group)}/metric_diagonal"] / images
         rows = _rows(model, group)
-        rows = rows * steep.to(rows).sqrt()[:, None]
-        scores[group.name] = _judged(rows, _conditional(model, group, moments), setting).view(group.shape)
-    return Importance(scores, solving(model, groups, statistics), statistics=statistics)
+        rows = rows * grad_sq.to(rows).sqrt()[:, None]
+        scores[group.name] = _row_losses(rows, _conditional(model, group, moments), setting).view(group.shape)
+    return Importance(scores, obc_update(model, groups, statistics), statistics=statistics)
 
 
-def solving(model: nn.Module, groups: Sequence[Group], statistics: Statistics) -> Update:
-    """The update that solves every row anew on what its mask keeps, for masks of any criterion."""
+def obc_update(model: nn.Module, groups: Sequence[Group], statistics: Statistics) -> Update:
+    """Return the update that solves every row by least squares on its kept inputs, for masks of any criterion."""
 
     def update(masks: Masks) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         for group in track([group for group in groups if group.name in masks], "solving rows"):
             halves = statistics[f"{_path(model, group)}/inputs"]
             bias = _bias(model, group)
             rows = _rows(model, group)
             keep = masks[group.name].to(rows.device).view(rows.shape)
-            solved = solve(rows, halves.to(rows.device), keep, bias is not None)
-            found[group.slices[0].param] = solved[:, :-1].view(group.shape)
+            solved = solve_rows(rows, halves.to(rows.device), keep, bias is not None)
+            result[group.slices[0].param] = solved[:, :-1].view(group.shape)
             if bias is not None:
-                found[f"{_path(model, group)}.bias"] = bias + solved[:, -1]
-        return found
+                result[f"{_path(model, group)}.bias"] = bias + solved[:, -1]
+        return result
 
     return update
 
 
-def solve(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool) -> Tensor:
-    """Least squares of every row's own output on the inputs that it keeps, its ridge chosen on the other half's images.
+def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool) -> Tensor:
+    """Fit every row's dense output by ridge regression on the inputs that its mask keeps.
 
-    rows (o, k) float64, halves (halves, k+1, k+1) second moments with a 1 appended, keep (o, k) booleans. `constant`:
-    the layer has a bias to refit. Returns (o, k+1): zero where nothing stays; last, what is added to the bias.
+    The ridge is the one of `RIDGES` with the least error on the fold of images that was not fitted.
+
+    Args:
+        rows: dense weights, (o, k), float64.
+        halves: second moments of the inputs with a 1 appended, (folds, k+1, k+1).
+        keep: (o, k) booleans.
+        constant: whether the layer has a bias to refit.
+
+    Returns:
+        (o, k+1): new weights, zero where removed; the last column is added to the bias.
     """
-    stays = torch.cat([keep, torch.full_like(keep[:, :1], constant)], dim=1)
-    some = torch.arange(0, len(rows), max(1, len(rows) // TRIED), device=rows.device)
-    errors = [sum(_held_out(rows[some], a, b, stays[some], ridge) for a, b in pairs(halves)) for ridge in RIDGES]
-    return _solved(rows, halves.sum(dim=0), stays, RIDGES[int(torch.tensor(errors).argmin())])
+    keep_inputs = torch.cat([keep, torch.full_like(keep[:, :1], constant)], dim=1)
+    sample = torch.arange(0, len(rows), max(1, len(rows) // RIDGE_ROWS), device=rows.device)
+    errors = [
+        sum(_held_out(rows[sample], a, b, keep_inputs[sample], ridge) for a, b in fit_and_test_moments(halves))
+        for ridge in RIDGES
+    ]
+    return _solved(rows, halves.sum(dim=0), keep_inputs, RIDGES[int(torch.tensor(errors).argmin())])
 
 
-def _held_out(rows: Tensor, fitted: Tensor, tried: Tensor, stays: Tensor, ridge: float) -> float:
-    """Squared error of the rows' outputs, per token of the images that were not fitted to."""
-    change = _solved(rows, fitted, stays, ridge) - torch.cat([rows, torch.zeros_like(rows[:, :1])], dim=1)
-    return float(((change @ tried) * change).sum()) / float(tried[-1, -1])
+def _held_out(rows: Tensor, fit: Tensor, test: Tensor, keep_inputs: Tensor, ridge: float) -> float:
+    """Squared error of the rows' outputs per token of the fold that was not fitted."""
+    change = _solved(rows, fit, keep_inputs, ridge) - torch.cat([rows, torch.zeros_like(rows[:, :1])], dim=1)
+    return float(((change @ test) * change).sum()) / float(test[-1, -1])
 
 
-def _solved(rows: Tensor, moments: Tensor, stays: Tensor, ridge: float) -> Tensor:
-    whole = damped(moments, ridge)
-    aims = torch.cat([rows, torch.zeros_like(rows[:, :1])], dim=1) @ whole
-    found = []
-    for part in _portions(len(rows), whole.shape[-1], ROOM):
-        matrices = _among(whole, stays[part])
+def _solved(rows: Tensor, moments: Tensor, keep_inputs: Tensor, ridge: float) -> Tensor:
+    damped = add_ridge(moments, ridge)
+    targets = torch.cat([rows, torch.zeros_like(rows[:, :1])], dim=1) @ damped
+    result = []
+    for part in _row_chunks(len(rows), damped.shape[-1], SOLVE_BYTES):
+        matrices = _restrict(damped, keep_inputs[part])
         factor = torch.linalg.cholesky(matrices)
-        found.append(torch.cholesky_solve((aims[part] * stays[part])[..., None], factor)[..., 0])
-    return torch.cat(found)
+        result.append(torch.cholesky_solve((targets[part] * keep_inputs[part])[..., None], factor)[..., 0])
+    return torch.cat(result)
 
 
-def _among(whole: Tensor, stays: Tensor) -> Tensor:
-    """A matrix (k, k) among what stays of each row (rows, k), and the identity elsewhere; (rows, k, k)."""
-    own = stays.to(whole.dtype)
-    return whole * own[:, :, None] * own[:, None, :] + torch.diag_embed(1 - own)
+def _restrict(damped: Tensor, keep_inputs: Tensor) -> Tensor:
+    """Restrict a matrix (k, k) to the kept inputs of each row, with the identity elsewhere; (rows, k, k)."""
+    weights = keep_inputs.to(damped.dtype)
+    return damped * weights[:, :, None] * weights[:, None, :] + torch.diag_embed(1 - weights)
 
 
-def _judged(rows: Tensor, conditional: Tensor, setting: ScoreConfig) -> Tensor:
-    """Losses of the weights of all rows, of which those that are zero have gone before."""
+def _row_losses(rows: Tensor, conditional: Tensor, setting: ScoreConfig) -> Tensor:
+    """Return the losses of the weights of all rows; zero weights are removed first."""
     inverse = torch.linalg.inv(conditional)
-    found = []
-    for part in _portions(len(rows), rows.shape[1], setting.memory):
-        own = rows[part]
-        if bool((own == 0).any()):
-            matrices = torch.linalg.inv(_among(conditional, own != 0))
+    result = []
+    for part in _row_chunks(len(rows), rows.shape[1], setting.memory):
+        weights = rows[part]
+        if bool((weights == 0).any()):
+            matrices = torch.linalg.inv(_restrict(conditional, weights != 0))
         else:
-            matrices = inverse.expand(len(own), -1, -1)
-        losses = eliminate(matrices, own, pattern=setting.pattern)
-        found.append(losses if setting.pattern else increments(losses))
-    return torch.cat(found)
+            matrices = inverse.expand(len(weights), -1, -1)
+        losses = eliminate_weights(matrices, weights, pattern=setting.pattern)
+        result.append(losses if setting.pattern else loss_increments(losses))
+    return torch.cat(result)
 
 
 def _conditional(model: nn.Module, group: Group, moments: Tensor) -> Tensor:
-    """Second moment of a token's inputs, about their mean where a bias can make up for it; (k, k)."""
-    whole = damped(moments, RIDGE) / moments[-1, -1]
-    mean = whole[:-1, -1:] if _bias(model, group) is not None else torch.zeros_like(whole[:-1, -1:])
-    conditional: Tensor = whole[:-1, :-1] - mean @ mean.T
+    """Second moment of a token's inputs, centered if the layer has a bias; (k, k)."""
+    damped = add_ridge(moments, RIDGE) / moments[-1, -1]
+    mean = damped[:-1, -1:] if _bias(model, group) is not None else torch.zeros_like(damped[:-1, -1:])
+    conditional: Tensor = damped[:-1, :-1] - mean @ mean.T
     return conditional.to(model.get_parameter(group.slices[0].param).device)
 
 
-def _portions(rows: int, width: int, memory: int) -> Iterator[slice]:
-    """Rows in order, as many at a time as their matrices fit into the memory; at least one."""
-    size = max(1, memory // (BYTES * width**2))
+def _row_chunks(rows: int, width: int, memory: int) -> Iterator[slice]:
+    """Slice the rows so that the matrices of a slice fit into the memory; at least one row each."""
+    size = max(1, memory // (BYTES_PER_ENTRY * width**2))
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
@@ -142,13 +160,9 @@ def _bias(model: nn.Module, group: Group) -> Tensor | None:
 
 
 def _path(model: nn.Module, group: Group) -> str:
-    """Path of a group's layer.
-
-    Raises:
-        BadInput: it is no plain layer.
-    """
+    """Return the path of a group's layer; BadInput if it is not a plain layer."""
     param = group.slices[0].param
     path = param.removesuffix(".weight")
-    if not param.endswith(".weight") or not layer_io.plain(model.get_submodule(path)):
-        raise BadInput(f"{group.name}: obc needs a Linear layer, or a convolution of one group; leave it out")
+    if not param.endswith(".weight") or not layer_io.is_plain_layer(model.get_submodule(path)):
+        raise BadInput(f"{group.name}: obc needs a Linear layer or an ungrouped convolution; exclude it")
     return path

@@ -1,4 +1,4 @@
-"""Weights as consecutive blocks: flattened row by row and cut, and as many of them at a time as memory holds."""
+"""Split weights into consecutive Fisher blocks, and into chunks that fit into memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import nn
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 
-BYTES = 8  # of a float64
+BYTES_PER_VALUE = 8  # of a float64
 
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive blocks of one weight, of `size` weights each: `start` to `stop` of it, flattened row by row."""
+class BlockRange:
+    """Consecutive blocks of `size` weights: elements `start` to `stop` of a flattened parameter."""
 
     param: str
     size: int
@@ -28,66 +28,63 @@ class Part:
 
 
 def block_size(units: int, wanted: int, multiple: int = 1) -> int:
-    """The smallest divisor of a layer's number of weights that is at least `wanted`, and a multiple of `multiple`.
+    """Return the smallest divisor of a layer's number of weights that is >= `wanted` and a multiple of `multiple`.
 
     Raises:
-        BadInput: the number of weights is no multiple of `multiple`.
+        BadInput: the number of weights is not a multiple of `multiple`.
 
-    Source: CAP, released code (the layer as a whole where it is smaller than a block).
+    Source: CAP, released code (a layer smaller than one block is one block).
     """
     if units % multiple:
-        raise BadInput(f"{units} weights cannot be divided into runs of {multiple}; leave this layer out")
+        raise BadInput(f"{units} weights cannot be divided into runs of {multiple}; exclude this layer")
     steps = units // multiple
     pairs = [(d, steps // d) for d in range(1, isqrt(steps) + 1) if steps % d == 0]
     divisors = [divisor * multiple for pair in pairs for divisor in pair]
     return min(divisor for divisor in divisors if divisor >= min(wanted, units))
 
 
-def parts_of(model: nn.Module, groups: Sequence[Group], wanted: int, multiple: int = 1) -> list[Part]:
-    """All weights of groups of single weights, each as one part.
+def split_into_blocks(model: nn.Module, groups: Sequence[Group], wanted: int, multiple: int = 1) -> list[BlockRange]:
+    """Return one block range per group, covering its whole weight.
 
     Raises:
-        BadInput: a group is not one of single weights, or its rows cannot be divided into runs of `multiple`,
-            or these are not neighbours.
+        BadInput: a group of another kind, rows that are not divisible by `multiple`, or convolution kernels whose
+            runs of `multiple` input channels are not contiguous.
     """
-    found = []
+    result = []
     for group in groups:
         if group.kind != "weight":
-            raise BadInput(f"{group.name}: blocks are of single weights, not of kind {group.kind!r}")
+            raise BadInput(f"{group.name}: unstructured criteria score kind 'weight', not {group.kind!r}")
         weight = model.get_parameter(group.slices[0].param)
         row = weight[0].numel()
         if multiple > 1 and row != weight.shape[1]:
             raise BadInput(
-                f"{group.name}: its runs of {multiple} input channels are apart in memory (kernel "
-                f"{'x'.join(map(str, weight.shape[2:]))}), and blocks are of neighbours; use method n:m here"
+                f"{group.name}: its runs of {multiple} input channels are not contiguous (kernel "
+                f"{'x'.join(map(str, weight.shape[2:]))}); use method n:m for this layer"
             )
         if row % multiple:
-            raise BadInput(
-                f"{group.name}: rows of {row} weights cannot be divided into runs of {multiple}; leave it out"
-            )
+            raise BadInput(f"{group.name}: rows of {row} weights cannot be divided into runs of {multiple}; exclude it")
         size = block_size(weight.numel(), wanted, multiple)
-        found.append(Part(group.slices[0].param, size, 0, weight.numel()))
-    return found
+        result.append(BlockRange(group.slices[0].param, size, 0, weight.numel()))
+    return result
 
 
-def portions(parts: Sequence[Part], memory: int, gradients: int = 0) -> list[list[Part]]:
-    """Parts in their order, cut where they must be, so that the matrices of each portion fit into `memory` bytes.
+def chunk_by_memory(parts: Sequence[BlockRange], memory: int, gradients: int = 0) -> list[list[BlockRange]]:
+    """Split block ranges into chunks whose matrices fit into `memory` bytes; a chunk has at least one block.
 
-    A weight needs a row of its block's matrix and, in flight, a value of each of so many `gradients`. A portion has at
-    least one block, whatever it needs.
+    A weight needs one row of its block's matrix, and one value of each of `gradients` gradients.
     """
-    found: list[list[Part]] = [[]]
-    room = memory
+    result: list[list[BlockRange]] = [[]]
+    free = memory
     for part in parts:
-        start, need = part.start, part.size * (part.size + gradients) * BYTES  # of a block
+        start, block_bytes = part.start, part.size * (part.size + gradients) * BYTES_PER_VALUE  # of a block
         while start < part.stop:
-            fitting = min(room // need, (part.stop - start) // part.size)
-            if fitting < 1 and found[-1]:
-                found.append([])
-                room = memory
+            num_blocks = min(free // block_bytes, (part.stop - start) // part.size)
+            if num_blocks < 1 and result[-1]:
+                result.append([])
+                free = memory
                 continue
-            taken = max(1, fitting)
-            found[-1].append(Part(part.param, part.size, start, start + taken * part.size))
-            start += taken * part.size
-            room -= taken * need
-    return found
+            used_blocks = max(1, num_blocks)
+            result[-1].append(BlockRange(part.param, part.size, start, start + used_blocks * part.size))
+            start += used_blocks * part.size
+            free -= used_blocks * block_bytes
+    return result

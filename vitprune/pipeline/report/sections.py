@@ -35,7 +35,7 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
     predictions = tables.read(path, tables.EVALUATION)
     if predictions.num_rows == 0:
         return None
-    pairs = paired_test.compare(predictions)
+    pairs = paired_test.mcnemar_table(predictions)
     for model, right in (("dense", pairs.both + pairs.dense_only), ("pruned", pairs.both + pairs.pruned_only)):
         found, broadcast = 100 * right / pairs.images, evaluation[model]["top1"]
         if abs(found - broadcast) > 0.05:
@@ -44,7 +44,7 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
                 "run `vitprune evaluate` again"
             )
     low, high = pairs.interval
-    lost = [result for result in paired_test.by_class(predictions) if result.pruned < result.dense]
+    lost = [result for result in paired_test.compare_classes(predictions) if result.pruned < result.dense]
     return {
         "counts": {key: numbers.whole(f"paired.{key}", getattr(pairs, key)) for key in _PAIRS},
         "pairs": pairs,
@@ -56,7 +56,7 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
     }
 
 
-def _class_row(result: paired_test.ClassResult, names: Sequence[str]) -> dict[str, Any]:
+def _class_row(result: paired_test.ClassComparison, names: Sequence[str]) -> dict[str, Any]:
     def named(label: int) -> str:
         return names[label] if 0 <= label < len(names) else str(label)
 

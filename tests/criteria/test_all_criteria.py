@@ -11,7 +11,7 @@ KINDS = {"random": "ffn", "magnitude": "ffn", "energy": "weight", "taylor": "ffn
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "kl-literal"])
-def test_dropout_takes_no_part_in_scoring(criterion: str) -> None:
+def test_dropout_is_disabled_during_scoring(criterion: str) -> None:
     vit = tiny("thin")
     groups, data = find_groups(vit, ["head"]), batches(vit)
     for block in vit.blocks:
@@ -23,7 +23,7 @@ def test_dropout_takes_no_part_in_scoring(criterion: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_a_criterion_leaves_the_model_as_it_was(vit: torch.nn.Module, criterion: str, training: bool) -> None:
+def test_a_criterion_does_not_change_the_model(vit: torch.nn.Module, criterion: str, training: bool) -> None:
     vit.train(training)
     before = state(vit)
     kinds = {name: row.kinds[0] for name, row in METHODS.items()} | KINDS
@@ -40,13 +40,13 @@ def test_a_criterion_leaves_the_model_as_it_was(vit: torch.nn.Module, criterion:
     assert not any(s.requires_grad for s in found.values())
 
 
-def test_criteria_that_look_at_images_need_some(vit: torch.nn.Module) -> None:
+def test_data_dependent_criteria_refuse_missing_batches(vit: torch.nn.Module) -> None:
     for criterion in ("taylor", "kl-literal"):
         with pytest.raises(BadInput, match=r"give batches$"):
             score(vit, find_groups(vit, ["ffn"]), criterion)
 
 
-def test_an_unknown_criterion_is_refused_and_a_function_is_one(vit: torch.nn.Module) -> None:
+def test_an_unknown_criterion_name_is_refused_and_a_function_is_accepted(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     with pytest.raises(BadInput, match=r"^criterion 'best': unknown; use one of random, magnitude, energy"):
         score(vit, groups, "best")
@@ -54,7 +54,7 @@ def test_an_unknown_criterion_is_refused_and_a_function_is_one(vit: torch.nn.Mod
     assert all(torch.equal(own[name], named[name]) for name in named)
 
 
-def test_an_iterator_of_batches_is_refused_since_every_cycle_reads_them_again(vit):
+def test_a_one_pass_iterator_of_batches_is_refused(vit):
     groups = find_groups(vit, ["ffn"])
     with pytest.raises(BadInput, match="used up after one pass"):
         score(vit, groups, "taylor", iter([(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))]))

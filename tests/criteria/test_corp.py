@@ -1,4 +1,4 @@
-"""CORP's ranking and its affine prediction of what goes."""
+"""CORP: ranking and affine prediction of removed units."""
 
 import copy
 
@@ -12,7 +12,7 @@ from vitprune.criteria.corp import affine_prediction, corp
 from vitprune.groups import zero
 
 
-def test_an_affine_relation_is_found() -> None:
+def test_an_affine_relation_is_recovered() -> None:
     generator = torch.Generator().manual_seed(0)
     kept = torch.randn((500, 3), generator=generator, dtype=torch.float64) * 30
     gone = kept @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64) + 7
@@ -37,7 +37,7 @@ def test_scores_are_energy_times_both_norms() -> None:
     torch.testing.assert_close(found, energy * fc1.norm(dim=1) * fc2.norm(dim=0), rtol=1e-5, atol=0)
 
 
-def test_the_update_is_nearer_to_the_dense_answer_than_none() -> None:
+def test_the_update_reduces_the_logit_error() -> None:
     model = tiny("vit")
     importance = corp(model, find_groups(model, ["ffn"]), batches(model), DEFAULT_SCORE_CONFIG)
     masks = {name: score > score.median() for name, score in importance.scores.items()}

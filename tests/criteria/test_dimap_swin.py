@@ -1,4 +1,4 @@
-"""DIMAP on the three Swins of its paper: what may go, what is left, what it costs."""
+"""DIMAP on Swin-T/S/B: prunable weights, remaining weights and MACs against the paper."""
 
 import functools
 
@@ -30,7 +30,7 @@ def swin_t() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_prunable_and_what_is_left(name: str) -> None:
+def test_prunable_and_remaining_weights_equal_the_paper(name: str) -> None:
     prunable, total, left = MODELS[name]
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -63,7 +63,7 @@ def lost(masks: dict[str, torch.Tensor], part: str) -> float:
     return sum(int((~mask).sum()) for mask in own) / sum(mask.numel() for mask in own)
 
 
-def test_one_pool_spares_the_small_layers_and_pays_with_the_large() -> None:
+def test_module_pools_remove_more_from_large_layers() -> None:
     """Layers are drawn alike here, so a score goes as one over its layer's size, and so does a module's threshold."""
     masks = energy_masks()[2]
     assert [lost(masks, part) for part in (".qkv.", ".proj.", ".mlp.")] == pytest.approx([0.55] * 3, abs=1e-6)

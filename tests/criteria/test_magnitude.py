@@ -70,7 +70,7 @@ def test_energy_keeps_its_precision_in_float32() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_energy_is_the_same_whatever_the_weights_are_kept_in(dtype: torch.dtype) -> None:
+def test_energy_does_not_depend_on_the_dtype(dtype: torch.dtype) -> None:
     coarse = torch.randn(5000, generator=torch.Generator().manual_seed(0)).mul(8).round().div(8)  # many ties, and zeros
     values = torch.cat([coarse, torch.tensor([-0.0, 2.0**-24, -(2.0**-24)])]).to(dtype)
     model = OneLayer([0.0])
@@ -83,7 +83,7 @@ def test_energy_is_the_same_whatever_the_weights_are_kept_in(dtype: torch.dtype)
         assert float(found[at]) == pytest.approx(float(values[at]) ** 2 / total, rel=1e-12)
 
 
-def test_one_pool_of_energy_is_lamp_of_those_layers(vit: torch.nn.Module) -> None:
+def test_global_energy_masks_equal_global_lamp_masks(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
     scores = {g.name: lamp(vit.get_parameter(g.name).detach()) for g in groups}
     units = sum(g.units for g in groups)
@@ -111,7 +111,7 @@ def test_magnitude_is_the_norm_of_the_rows_that_produce_a_unit(name: str) -> Non
     torch.testing.assert_close(found[heads.name], rows.square().sum(dim=(0, 2, 3)).sqrt())
 
 
-def test_magnitude_of_a_residual_channel_is_the_norm_of_all_that_writes_to_it(vit: torch.nn.Module) -> None:
+def test_magnitude_of_a_residual_channel_is_the_norm_of_its_producer_rows(vit: torch.nn.Module) -> None:
     found = score(vit, find_groups(vit, ["residual"]), "magnitude")["residual"]
     writers = [vit.patch_embed.proj.weight.flatten(1)]
     writers += [layer.weight for block in vit.blocks for layer in (block.attn.proj, block.mlp.fc2)]

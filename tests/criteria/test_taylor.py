@@ -42,7 +42,7 @@ def test_taylor_is_the_squared_derivative_of_the_loss(vit: torch.nn.Module, kind
         assert float(found[unit]) == pytest.approx(sum(grad**2 for grad in grads), rel=1e-4, abs=1e-18)
 
 
-def test_taylor_needs_no_gradient_switched_on(vit: torch.nn.Module) -> None:
+def test_taylor_works_on_frozen_parameters_and_under_no_grad(vit: torch.nn.Module) -> None:
     groups, data = find_groups(vit, ["ffn"]), batches(vit)
     expected = score(vit, groups, "taylor", data)
     vit.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Scores a tiny model by CAP as one of several processes: team_worker.py DIRECTORY."""
+"""Score a tiny model by CAP as one of several processes: cap_worker.py DIRECTORY."""
 
 import sys
 from dataclasses import replace
@@ -18,7 +18,7 @@ KINDS = ("per-sample", "per-batch")
 
 
 def setting_of(kind: str) -> ScoreConfig:
-    """Three looks at three batches, more than one portion of blocks."""
+    """Three passes over three batches, several chunks of blocks."""
     few = replace(DEFAULT_SCORE_CONFIG, block=24, gradients=20, memory=4_000_000)
     return few if kind == "per-sample" else replace(few, gradients=5, per_sample=False, gradient_batch=4)
 

@@ -1,4 +1,4 @@
-"""Slow, obvious versions that the library is held against."""
+"""Reference implementations of masked and gated ViTs, KL, LAMP and unit elimination."""
 
 import pytest
 import torch

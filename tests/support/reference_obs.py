@@ -1,4 +1,4 @@
-"""The slow and obvious versions of CAP: one image, one block and one weight at a time."""
+"""Reference implementation of CAP: one image, one block and one weight at a time."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ SMALL = replace(DEFAULT_SCORE_CONFIG, block=24, damp=1e-7)
 
 
 def image_gradients(model: nn.Module, param: str, data: list) -> Tensor:
-    """The gradient of each image's own loss by one parameter; (images, weights)."""
+    """Gradient of each image's loss w.r.t. one parameter; (images, weights)."""
     weight, found = model.get_parameter(param), []
     model.eval()
     for images, labels in data:
@@ -38,10 +38,10 @@ def naive_fisher(gradients: Tensor, size: int, damp: float) -> Tensor:
 
 
 def right_looking(fisher: Tensor, weights: Tensor, runs: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, list]:
-    """Greedy elimination of one block as the paper writes it: the whole inverse is downdated after every weight.
+    """Greedy elimination of one block as in the paper: the inverse is downdated after every weight.
 
-    Returns the loss up to and including each weight (infinite where it stays), the weights after every step, and the
-    order. `runs` (N, M): N of every M consecutive weights stay.
+    Returns the cumulative loss at each weight (infinite if kept), the weights after every step, and the order.
+    `runs` (N, M): N of every M consecutive weights are kept.
     """
     inverse, w, size = torch.linalg.inv(fisher), weights.double().clone(), len(weights)
     order = [int(q) for q in (w == 0).nonzero().flatten()]
@@ -67,12 +67,12 @@ def _complete(place: int, order: list[int], runs: tuple[int, int] | None) -> boo
 
 
 def block_loss(fisher: Tensor, change: Tensor) -> float:
-    """What a change of a block's weights costs to second order."""
+    """Second-order loss of a change of a block's weights."""
     return float(change @ fisher @ change) / 2
 
 
 def closed_form(fisher: Tensor, weights: Tensor, keep: Tensor) -> tuple[Tensor, float]:
-    """The weights of least loss of which only some stay, and that loss, by the inverse of what goes."""
+    """Optimal kept weights of a block and their loss, through the inverse restricted to the removed weights."""
     gone = ~keep
     inverse = torch.linalg.inv(fisher)
     solved = torch.linalg.solve(inverse[gone][:, gone], weights[gone].double())
@@ -80,7 +80,7 @@ def closed_form(fisher: Tensor, weights: Tensor, keep: Tensor) -> tuple[Tensor, 
 
 
 def sherman_morrison(gradients: Tensor, damp: float) -> Tensor:
-    """The inverse of damp I + the mean of g g^T, one gradient at a time, as the released code has it."""
+    """Inverse of damp I + mean of g g^T by Sherman-Morrison, one gradient at a time, as in the released code."""
     inverse = torch.eye(gradients.shape[1], dtype=torch.float64) / damp
     for gradient in gradients.double():
         moved = inverse @ gradient

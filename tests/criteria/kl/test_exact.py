@@ -1,4 +1,4 @@
-"""Exact scoring with cached prefixes, against the removal of one unit at a time."""
+"""Exact KL from cached activations against removing one unit at a time."""
 
 import copy
 
@@ -47,7 +47,7 @@ def some(group: Group, number: int = 4) -> Tensor:
 
 
 def holds(model: nn.Module, groups: list[Group], setting: ScoreConfig | None = None) -> None:
-    """Exact divergences of a few units of every group are those of the literal removal."""
+    """Assert that exact divergences of some units equal those of removed units."""
     inputs = images(model)
     chosen = {group.name: some(group) for group in groups}
     found = kl_divergences(model, groups, chosen, inputs, setting or ScoreConfig())
@@ -60,7 +60,7 @@ def holds(model: nn.Module, groups: list[Group], setting: ScoreConfig | None = N
 
 
 @pytest.mark.parametrize("name", [*MODELS, "deit"])
-def test_a_chain_is_its_model_step_by_step(name: str) -> None:
+def test_a_chain_computes_its_model_step_by_step(name: str) -> None:
     model = tiny(name)
     inputs, steps = images(model), chain(model)
     with torch.no_grad():
@@ -73,13 +73,13 @@ def test_a_chain_is_its_model_step_by_step(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
-def test_every_unit_diverges_on_every_image_as_when_it_is_removed(name: str, kind: str) -> None:
+def test_divergences_equal_those_of_removed_units(name: str, kind: str) -> None:
     model = tiny(name)
     holds(model, find_groups(model, [kind]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_of_the_model_diverge_as_when_a_unit_is_removed(variant: str) -> None:
+def test_divergences_of_model_variants(variant: str) -> None:
     args, kinds = VARIANTS[variant]
     model = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT | args), 0).double()
     with torch.no_grad():
@@ -87,20 +87,20 @@ def test_variants_of_the_model_diverge_as_when_a_unit_is_removed(variant: str) -
     holds(model, find_groups(model, kinds))
 
 
-def test_windows_that_are_padded_diverge_as_when_a_unit_is_removed() -> None:
+def test_divergences_with_padded_windows() -> None:
     args = SWIN | {"img_size": 40, "depths": (2, 1), "always_partition": True}
     model = redrawn(timm.create_model("swin_tiny_patch4_window7_224", **args), 0).double()
     holds(model, find_groups(model, ["ffn", "attention"]))
 
 
-def test_channels_of_merged_heads_leave_one_at_a_time_from_their_own_head() -> None:
+def test_divergences_of_channels_in_merged_heads() -> None:
     model = tiny("odd")
     groups = merge_heads(model, find_groups(model, ["attention"]), 1)
     assert groups[0].shape == (1, 45)
     holds(model, groups)
 
 
-def test_a_model_that_is_pruned_already_can_be_scored_again() -> None:
+def test_a_pruned_model_can_be_scored_again() -> None:
     model = tiny("odd")
     for kind in ("attention", "ffn", "residual"):
         groups = find_groups(model, [kind])
@@ -109,12 +109,12 @@ def test_a_model_that_is_pruned_already_can_be_scored_again() -> None:
 
 
 @pytest.mark.parametrize("memory", [1, 200_000, 1 << 30])
-def test_memory_changes_how_many_run_at_a_time_and_nothing_else(memory: int) -> None:
+def test_memory_does_not_change_the_divergences(memory: int) -> None:
     model = tiny("thin")
     holds(model, find_groups(model, KINDS), ScoreConfig(memory=memory))
 
 
-def test_scores_are_those_of_the_literal_criterion_whatever_the_batches() -> None:
+def test_scores_equal_leave_one_out_with_uneven_batches() -> None:
     model = tiny("thin").requires_grad_(False)
     groups = find_groups(model, KINDS)
     uneven = [(images(model, size, size), torch.zeros(size).long()) for size in (3, 1, 2)]
@@ -124,7 +124,7 @@ def test_scores_are_those_of_the_literal_criterion_whatever_the_batches() -> Non
         torch.testing.assert_close(found[group.name], expected[group.name], rtol=1e-6, atol=1e-15)
 
 
-def test_only_what_is_chosen_is_scored_and_the_model_stays_as_it_was() -> None:
+def test_only_chosen_units_are_scored_and_the_model_is_unchanged() -> None:
     model = tiny("vit").train()
     before, groups = state(model), find_groups(model, ["ffn", "head"])
     chosen = {"blocks.1.mlp": torch.tensor([7, 3, 7]), "blocks.0.attn.heads": torch.tensor([], dtype=torch.int64)}
@@ -138,7 +138,7 @@ def test_only_what_is_chosen_is_scored_and_the_model_stays_as_it_was() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_a_unit_that_does_next_to_nothing_keeps_its_digits() -> None:
+def test_tiny_divergences_keep_their_precision() -> None:
     model = tiny("thin")
     group, inputs, unit = find_groups(model, ["ffn"])[1], images(model), torch.tensor([5])
     column = model.blocks[1].mlp.fc2.weight[:, 5].detach().clone()
@@ -151,7 +151,7 @@ def test_a_unit_that_does_next_to_nothing_keeps_its_digits() -> None:
     assert bool((found[1e-6] < 1e-12).all())
 
 
-def test_a_divergence_beyond_what_an_exponential_holds_is_still_finite() -> None:
+def test_divergences_beyond_the_exponential_range_are_finite() -> None:
     model = tiny("thin")
     with torch.no_grad():
         model.head.weight *= 1e5
@@ -174,7 +174,7 @@ def logarithms(model: nn.Module, group: Group) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["vit", "odd", "distilled"])
-def test_float32_gives_the_scores_of_float64_up_to_its_rounding(name: str) -> None:
+def test_float32_scores_equal_float64_up_to_rounding(name: str) -> None:
     model = tiny(name)
     groups, inputs = find_groups(model, KINDS), images(model)
     chosen = {group.name: some(group) for group in groups}
@@ -184,7 +184,7 @@ def test_float32_gives_the_scores_of_float64_up_to_its_rounding(name: str) -> No
         torch.testing.assert_close(each, expected[group], rtol=2e-3, atol=1e-9)
 
 
-def test_neither_autocast_nor_tf32_reaches_the_scores() -> None:
+def test_autocast_and_tf32_are_disabled() -> None:
     model = tiny("vit").float()
     groups, inputs = find_groups(model, ["ffn"]), images(model)
     chosen = {group.name: some(group) for group in groups}
@@ -200,7 +200,7 @@ def test_neither_autocast_nor_tf32_reaches_the_scores() -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_products_are_those_of_torch() -> None:
+def test_fast_products_equal_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(20, 33)
     x = torch.randn(2, 7, 20, generator=generator)
@@ -214,7 +214,7 @@ def test_products_are_those_of_torch() -> None:
         torch.testing.assert_close(fast_matmul.attention(q[:, :, :4], k, v, 0.3), expected, **close)
 
 
-def test_what_cannot_be_scored_is_named() -> None:
+def test_unsupported_input_is_refused_by_name() -> None:
     model = tiny("thin")
     group, inputs = find_groups(model, ["ffn"])[0], images(model)
     with pytest.raises(BadInput, match=r"^kl: needs images; give batches$"):
@@ -234,7 +234,7 @@ def test_what_cannot_be_scored_is_named() -> None:
 
 
 @pytest.mark.real
-def test_units_of_real_deit_diverge_as_when_they_are_removed(real_deit, real_data) -> None:
+def test_divergences_on_deit_tiny(real_deit, real_data) -> None:
     source = data.open_source(f"parquet:{real_data / 'imagenet-val-800.parquet'}")
     transform = data.transform(data.data_config(real_deit))
     files = (source.read(name) for name in source.ids[600:602])
@@ -248,7 +248,7 @@ def test_units_of_real_deit_diverge_as_when_they_are_removed(real_deit, real_dat
         torch.testing.assert_close(found[group.name], expected, rtol=1e-2, atol=1e-8)
 
 
-def test_both_ways_to_multiply_agree() -> None:
+def test_onednn_products_equal_torch() -> None:
     x, layer = torch.randn(2, 5, 8), nn.Linear(8, 6)
     try:
         found = fast_matmul._onednn(x, layer.weight, layer.bias, "gelu")

@@ -1,4 +1,4 @@
-"""Fisher scores against autograd on explicit gates, against literal removal, and on the real DeiT-Tiny."""
+"""Fisher scores against autograd on explicit gates, against leave-one-out, and on DeiT-Tiny."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ EVERY_CLASS = replace(DEFAULT_SCORE_CONFIG, classes=1000)
 
 
 @pytest.mark.parametrize("name", ["vit", "odd"])
-def test_with_every_class_it_is_the_exact_quadratic_image_by_image(name: str) -> None:
+def test_with_all_classes_it_equals_the_exact_quadratic_form_per_image(name: str) -> None:
     model = tiny(name)
     groups, inputs = find_groups(model, ALL), images(model, 3)
     expected = fisher_quadratic(model, inputs, groups)
@@ -36,7 +36,7 @@ def test_with_every_class_it_is_the_exact_quadratic_image_by_image(name: str) ->
         torch.testing.assert_close(found[group.name], expected[group.name], rtol=1e-9, atol=1e-18)
 
 
-def test_the_derivative_of_a_residual_channel_is_that_of_its_removal(vit: nn.Module) -> None:
+def test_the_residual_score_equals_the_curvature_of_the_gated_vit(vit: nn.Module) -> None:
     group, inputs, step = find_groups(vit, ["residual"])[0], images(vit, 1), 1e-4
     found = fisher_kl_per_image(vit, [group], inputs, EVERY_CLASS)["residual"][:, 0]
     dense = answer(vit, inputs)
@@ -52,7 +52,7 @@ def test_the_derivative_of_a_residual_channel_is_that_of_its_removal(vit: nn.Mod
 
 
 @pytest.mark.parametrize("name", ["extra", "swin", "pvt"])
-def test_streams_of_every_family_fade_as_their_readers_and_norms_do(name: str) -> None:
+def test_residual_scores_equal_the_curvature_of_gated_streams(name: str) -> None:
     model = tiny(name)
     groups, inputs = find_groups(model, ["residual"]), images(model, 2)
     assert_fades(model, inputs, groups, fisher_kl_per_image(model, groups, inputs, EVERY_CLASS))
@@ -73,7 +73,7 @@ def faded(model: nn.Module, group: Group, unit: int, by: float) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["attention", "head", "ffn"])
 @pytest.mark.parametrize("name", ["distilled", "extra", "swin"])
-def test_it_is_the_curvature_of_the_divergence_in_a_fading_unit(name: str, kind: str) -> None:
+def test_it_equals_the_curvature_of_the_kl_in_the_gate(name: str, kind: str) -> None:
     model = tiny(name)
     groups, inputs, step = find_groups(model, [kind]), images(model, 2), 1e-3
     found = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
@@ -85,7 +85,7 @@ def test_it_is_the_curvature_of_the_divergence_in_a_fading_unit(name: str, kind:
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
-def test_of_small_units_it_is_the_literal_score(kind: str) -> None:
+def test_for_small_units_it_approximates_the_leave_one_out_score(kind: str) -> None:
     model = tiny("thin")
     group, data = find_groups(model, [kind])[1], batches(model)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_of_small_units_it_is_the_literal_score(kind: str) -> None:
     torch.testing.assert_close(found / expected, torch.ones_like(found), rtol=0, atol=5e-3)
 
 
-def test_a_pair_of_sub_layers_fades_as_one() -> None:
+def test_a_pair_of_sub_layers_shares_one_gate() -> None:
     model = tiny("extra")  # with LayerScale
     (group,), inputs, step = find_groups(model, ["block"]), images(model, 2), 1e-3
     found = fisher_kl_per_image(model, [group], inputs, EVERY_CLASS)["blocks"].sum(dim=1)
@@ -127,7 +127,7 @@ def test_merged_heads_have_the_scores_of_their_channels(vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("head", [None, torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()])
-def test_the_pulls_make_up_the_fisher_matrix(head: Tensor | None) -> None:
+def test_directions_average_to_the_fisher_matrix(head: Tensor | None) -> None:
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15, 0.0], dtype=torch.float64)
     fisher_matrix = p.diag() - p[:, None] * p
     for number, taken, many in ((6, 6, 1), (5, 5, 4000), (1, 2, 4000)):
@@ -142,7 +142,7 @@ def test_the_pulls_make_up_the_fisher_matrix(head: Tensor | None) -> None:
     assert float(seen.square().sum()) == pytest.approx(float(best), rel=1e-2)
 
 
-def test_answers_of_several_tokens_do_not_meet() -> None:
+def test_outputs_of_different_tokens_are_uncorrelated() -> None:
     p = torch.rand(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
     total = torch.zeros(12, 12, dtype=torch.float64)
     for seed in range(2000):
@@ -152,7 +152,7 @@ def test_answers_of_several_tokens_do_not_meet() -> None:
     torch.testing.assert_close(total, expected, rtol=0, atol=0.02)
 
 
-def test_the_drawn_signs_make_no_bias(vit: nn.Module) -> None:
+def test_random_signs_are_unbiased(vit: nn.Module) -> None:
     groups, inputs = find_groups(vit, ALL), images(vit, 2)
     exact = torch.cat(list(fisher_kl_per_image(vit, groups, inputs, EVERY_CLASS).values()))
     settings = [replace(DEFAULT_SCORE_CONFIG, classes=2, seed=seed) for seed in range(60)]
@@ -163,7 +163,7 @@ def test_the_drawn_signs_make_no_bias(vit: nn.Module) -> None:
     assert float(off.max()) < 4
 
 
-def test_an_image_draws_by_its_position_however_images_are_batched(vit: nn.Module) -> None:
+def test_random_signs_depend_on_the_image_position_not_the_batch(vit: nn.Module) -> None:
     groups, inputs = find_groups(vit, ALL), images(vit, 6)
     few = replace(DEFAULT_SCORE_CONFIG, classes=2, seed=3)
     whole = fisher_kl_per_image(vit, groups, inputs, few)
@@ -194,7 +194,7 @@ def test_a_frozen_model_scores_the_same_and_stays_frozen(vit: nn.Module, require
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in vit.modules())
 
 
-def test_what_has_no_gate_is_refused_by_name(vit: nn.Module) -> None:
+def test_groups_without_gates_are_refused_by_name(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: Fisher scores are for units, not"):
         fisher_kl(vit, find_groups(vit, ["weight"]), batches(vit), DEFAULT_SCORE_CONFIG)
     with pytest.raises(BadInput, match=r"^kl-fisher: needs images; give batches$"):
@@ -210,7 +210,7 @@ def test_what_has_no_gate_is_refused_by_name(vit: nn.Module) -> None:
 
 
 @pytest.mark.real
-def test_real_ranks_are_those_of_literal_removal(real_deit: nn.Module, real_inputs: Tensor) -> None:
+def test_ranks_on_deit_tiny_match_leave_one_out(real_deit: nn.Module, real_inputs: Tensor) -> None:
     for kind, path, least in (
         ("ffn", "blocks.10.mlp", 0.9),
         ("attention", "blocks.9.attn", 0.9),
@@ -236,7 +236,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def test_a_forward_pass_is_let_go_of(vit: nn.Module) -> None:
+def test_a_forward_pass_is_released(vit: nn.Module) -> None:
     seen: list[weakref.ref[Tensor]] = []
     vit.get_submodule("head").register_forward_hook(lambda module, given, output: seen.append(weakref.ref(output)))
     fisher_kl(vit, find_groups(vit, ["ffn", "attention", "residual"]), batches(vit), DEFAULT_SCORE_CONFIG)

@@ -9,7 +9,7 @@ from vitprune import find_groups, score
 
 
 @pytest.mark.parametrize("kind", ["ffn", "attention"])
-def test_kl_is_the_divergence_of_the_literal_removal(kind: str) -> None:
+def test_kl_equals_the_divergence_of_the_masked_reference(kind: str) -> None:
     vit = tiny("thin")
     group, data = find_groups(vit, [kind])[1], batches(vit)
     found = score(vit, [group], "kl-literal", data)[group.name]
@@ -22,7 +22,7 @@ def test_kl_is_the_divergence_of_the_literal_removal(kind: str) -> None:
         assert float(found.flatten()[unit]) == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-def test_kl_of_a_residual_channel_is_that_of_the_narrower_model() -> None:
+def test_kl_of_a_residual_channel_equals_the_kl_of_the_narrower_model() -> None:
     vit = tiny("thin")
     group, data = find_groups(vit, ["residual"])[0], batches(vit)
     found = score(vit, [group], "kl-literal", data)["residual"]
@@ -34,7 +34,7 @@ def test_kl_of_a_residual_channel_is_that_of_the_narrower_model() -> None:
         assert float(found[unit]) != pytest.approx(kl(narrow, dense), rel=1e-3)  # the other direction is not it
 
 
-def test_kl_sums_over_images_however_they_are_batched(vit: torch.nn.Module) -> None:
+def test_kl_is_a_sum_over_images_independent_of_batching(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["head"])
     data = [(images(vit, 4), torch.zeros(4).long())]
     apart = [(image[None], torch.zeros(1).long()) for image in data[0][0]]
@@ -46,7 +46,7 @@ def test_kl_sums_over_images_however_they_are_batched(vit: torch.nn.Module) -> N
         assert bool((found > 0).all())
 
 
-def test_kl_of_a_unit_that_does_nothing_is_zero() -> None:
+def test_kl_of_a_unit_with_zero_output_weights_is_zero() -> None:
     vit = tiny("thin")
     with torch.no_grad():
         vit.blocks[1].mlp.fc2.weight[:, 11] = 0

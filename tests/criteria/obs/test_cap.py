@@ -1,4 +1,4 @@
-"""CAP: greedy elimination in Fisher blocks against slow loops, and the identities that the paper's algorithm has."""
+"""CAP: greedy elimination in Fisher blocks against reference loops and closed forms."""
 
 from dataclasses import replace
 
@@ -42,13 +42,13 @@ def drawn(blocks: int, size: int, seed: int = 1) -> Tensor:
 
 
 def alone(fisher: Tensor, gone: Tensor) -> Tensor:
-    """The matrices of weights that have no gradients where they have gone."""
+    """Fisher blocks whose removed weights have no gradients."""
     left = fisher * (~gone)[:, :, None] * (~gone)[:, None, :]
     left.diagonal(dim1=1, dim2=2).add_(1e-6 * gone)
     return left
 
 
-def test_four_weights_by_hand() -> None:
+def test_elimination_of_two_by_two_blocks_by_hand() -> None:
     """F = [[2, 1], [1, 2]] and its like: the inverse's diagonal is 2/3; w = 1 goes first, for 1/2 * 1 / (2/3)."""
     fisher = torch.tensor([[[2.0, 1.0], [1.0, 2.0]], [[4.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
     weights = torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_four_weights_by_hand() -> None:
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e6])
-def test_the_inverse_is_that_of_sherman_and_morrison(condition: float) -> None:
+def test_the_inverse_equals_sherman_morrison(condition: float) -> None:
     size = 24
     factor = torch.linalg.cholesky(spread(size, condition / 100)[0])
     gradients = drawn(200, size) @ factor.mT
@@ -74,7 +74,7 @@ def test_the_inverse_is_that_of_sherman_and_morrison(condition: float) -> None:
 
 @pytest.mark.parametrize("on", ["numba", "torch"])
 @pytest.mark.parametrize("runs", [None, (2, 4), (1, 4), (5, 8)])
-def test_elimination_is_the_right_looking_loop(
+def test_elimination_equals_the_right_looking_reference(
     on: str, runs: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(greedy, "has_numba", lambda: on == "numba")
@@ -95,7 +95,7 @@ def test_elimination_is_the_right_looking_loop(
             torch.testing.assert_close(new, trace[count - zeros], rtol=1e-6, atol=1e-6)
 
 
-def test_the_loss_is_that_of_the_closed_form() -> None:
+def test_losses_equal_the_closed_form() -> None:
     fisher, weights = spread(32, 1e4, blocks=2), drawn(2, 32)
     losses = greedy.eliminate_weights(invert_blocks(fisher), weights)
     assert bool((losses.sort(dim=1).values.diff(dim=1) > 0).all())
@@ -113,8 +113,8 @@ def test_the_loss_is_that_of_the_closed_form() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.75, 0.9])
 @pytest.mark.parametrize("on", ["numba", "torch"])
-def test_stopping_early_selects_the_same(share: float, on: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the blocks are so unlike that one goes as a whole and another stays."""
+def test_early_stopping_selects_the_same_weights(share: float, on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks differ so much that one is removed completely and another is kept."""
     monkeypatch.setattr(greedy, "has_numba", lambda: on == "numba")
     fisher = spread(24, 1e3, blocks=8) * torch.logspace(0, 4, 8)[:, None, None]
     weights = drawn(8, 24)
@@ -128,7 +128,7 @@ def test_stopping_early_selects_the_same(share: float, on: str, monkeypatch: pyt
     assert torch.equal(found, expected)
 
 
-def test_a_layer_is_cut_prefix_by_prefix_and_the_count_is_exact(vit: nn.Module) -> None:
+def test_masks_are_prefixes_of_every_block_and_reach_the_exact_count(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
     scores = cap.ovit(vit, groups, batches(vit), SMALL).scores
     masks = select(scores, 0.37, "global", groups)
@@ -140,7 +140,7 @@ def test_a_layer_is_cut_prefix_by_prefix_and_the_count_is_exact(vit: nn.Module) 
         assert bool((stays.int().diff(dim=1) >= 0).all())
 
 
-def test_scores_are_those_of_the_slow_loops(vit: nn.Module) -> None:
+def test_scores_equal_the_reference_loops(vit: nn.Module) -> None:
     groups, data = find_groups(vit, ["weight"])[1:3], batches(vit)
     with torch.no_grad():
         vit.blocks[0].mlp.fc1.weight[::3, 4] = 0
@@ -170,7 +170,7 @@ def test_blocks_of_one_weight_are_the_diagonal(vit: nn.Module) -> None:
             torch.testing.assert_close(found[name], score, rtol=1e-9, atol=1e-300)
 
 
-def test_its_masks_cost_less_than_those_of_woodfisher_and_its_update_less_than_any(vit: nn.Module) -> None:
+def test_ovit_masks_and_update_have_the_least_loss(vit: nn.Module) -> None:
     data = batches(vit, 4)
     (group,) = find_groups(vit, ["weight"])[3:4]
     fisher, weights = matrices(vit, data=data)[group.name], vit.get_parameter(group.name).detach().view(-1, 24)
@@ -184,7 +184,7 @@ def test_its_masks_cost_less_than_those_of_woodfisher_and_its_update_less_than_a
     assert best["ovit"] == pytest.approx(float(promised), rel=1e-6)
 
 
-def test_increments_cost_no_more_than_cumulative_losses() -> None:
+def test_ranking_by_increments_has_no_more_loss_than_cumulative_losses() -> None:
     fisher, weights = spread(24, 1e4, blocks=40), drawn(40, 24)
     losses = greedy.eliminate_weights(invert_blocks(fisher), weights)
     added = greedy.loss_increments(losses)
@@ -201,7 +201,7 @@ def test_increments_cost_no_more_than_cumulative_losses() -> None:
     assert costs[1] <= costs[0]
 
 
-def test_scaling_the_gradients_and_the_damping_changes_nothing(vit: nn.Module) -> None:
+def test_scaling_gradients_and_damping_together_scales_losses_only(vit: nn.Module) -> None:
     fisher, weights = spread(24, 1e5), drawn(3, 24)
     losses, scaled = (greedy.eliminate_weights(invert_blocks(f), weights) for f in (fisher, 1e-5 * fisher))
     torch.testing.assert_close(scaled, 1e-5 * losses, rtol=1e-9, atol=0)
@@ -211,8 +211,8 @@ def test_scaling_the_gradients_and_the_damping_changes_nothing(vit: nn.Module) -
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_steps_keep_the_zeros_of_the_first(method: str) -> None:
-    """And leave a model that answers like the dense one, where the released code leaves none."""
+def test_a_second_cycle_keeps_the_zeros_of_the_first(method: str) -> None:
+    """And the accuracy stays near the dense one, unlike with the released code."""
     model = tiny("vit")
     data = [(x, model(x).argmax(1)) for x in (images(model, 8, seed) for seed in range(3))]
     groups = find_groups(model, ["weight"])
@@ -231,8 +231,8 @@ def test_two_steps_keep_the_zeros_of_the_first(method: str) -> None:
     assert accuracy(model, data)[0]["top1"] > 60
 
 
-def test_a_weight_that_has_gone_is_alone(vit: nn.Module) -> None:
-    """Its row of the inverse is the unit vector over the damping, so the others do not see it."""
+def test_a_zero_weight_is_decoupled_in_the_inverse(vit: nn.Module) -> None:
+    """Its row of the inverse is the unit vector divided by the damping."""
     name = "blocks.0.attn.proj.weight"
     with torch.no_grad():
         vit.get_parameter(name)[:, 1::2] = 0

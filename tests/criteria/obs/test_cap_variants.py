@@ -1,4 +1,4 @@
-"""CAP's rows of the table beside ovit itself: N:M, FastCAP, and what they refuse."""
+"""Variants of CAP: N:M patterns, FastCAP, refused input."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from vitprune.pruning.select import select
 
 
 @pytest.mark.parametrize("method", ["ovit", "woodfisher", "magnitude-obs", "fastcap", "fisher-diagonal"])
-def test_n_of_m_of_each_row_stay(method: str) -> None:
+def test_n_of_m_weights_of_each_row_are_kept(method: str) -> None:
     model = tiny("vit")
     data = batches(model)
     pruned = prune(model, method, None, data, images(model), scope="2:4")
@@ -28,7 +28,7 @@ def test_n_of_m_of_each_row_stay(method: str) -> None:
         assert bool(((weight.view(len(weight), -1, 4) == 0).sum(dim=2) == 2).all())
 
 
-def test_the_greedy_n_of_m_costs_less_than_selecting_afterwards(vit: nn.Module) -> None:
+def test_n_of_m_elimination_has_less_loss_than_n_of_m_selection_afterwards(vit: nn.Module) -> None:
     groups, data = find_groups(vit, ["weight"])[2:3], batches(vit, 4)
     fisher = matrices(vit, data=data)[groups[0].name]
     weights = vit.get_parameter(groups[0].name).detach().view(-1, 24)
@@ -40,7 +40,7 @@ def test_the_greedy_n_of_m_costs_less_than_selecting_afterwards(vit: nn.Module) 
     assert costs[0] < costs[1]
 
 
-def test_fastcap_is_its_algorithm(vit: nn.Module) -> None:
+def test_fastcap_equals_the_published_algorithm(vit: nn.Module) -> None:
     groups, data = find_groups(vit, ["weight"])[1:2], batches(vit)
     name = groups[0].name
     found = fastcap(vit, groups, data, SMALL)
@@ -53,7 +53,7 @@ def test_fastcap_is_its_algorithm(vit: nn.Module) -> None:
     assert torch.equal(masks[name].view(-1, 24), expected != 0)
 
 
-def test_what_cannot_be_is_refused(vit: nn.Module) -> None:
+def test_invalid_input_is_refused(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
     with pytest.raises(BadInput, match=r"^Fisher blocks: need images with labels; give batches$"):
         cap.ovit(vit, groups, [], DEFAULT_SCORE_CONFIG)
@@ -73,7 +73,7 @@ def test_what_cannot_be_is_refused(vit: nn.Module) -> None:
         prune(vit, "ovit", 0.5, batches(vit))
 
 
-def test_runs_that_are_apart_in_memory_are_refused() -> None:
+def test_non_contiguous_n_of_m_runs_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3))
     group = Group("0.weight", "weight", (4, 4, 3, 3), (ParamSlice("0.weight", None),))
     with pytest.raises(BadInput, match=r"^0.weight: its runs of 4 input channels are not contiguous \(kernel 3x3\)"):

@@ -1,4 +1,4 @@
-"""Gradients image by image and batch by batch, cut into blocks, in as little memory as is given."""
+"""Fisher blocks: per-image and per-batch gradients, block ranges, memory chunks, augmentation."""
 
 from dataclasses import replace
 
@@ -46,11 +46,11 @@ def collected(model: nn.Module, groups: list[Group], data: Batches, setting: Sco
         (60, 1, 4, 4),
     ],
 )
-def test_a_block_is_the_next_divisor(units: int, wanted: int, multiple: int, size: int) -> None:
+def test_block_size_is_the_next_divisor(units: int, wanted: int, multiple: int, size: int) -> None:
     assert block_size(units, wanted, multiple) == size
 
 
-def test_portions_cover_all_and_fit() -> None:
+def test_chunks_cover_all_blocks_and_fit_into_memory() -> None:
     parts = [BlockRange("a", 4, 0, 40), BlockRange("b", 8, 0, 16), BlockRange("c", 4, 0, 400)]
     for memory in (1, 128, 500, 4000, 10**6):
         found = chunk_by_memory(parts, memory)
@@ -65,8 +65,8 @@ def test_portions_cover_all_and_fit() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "extra", "distilled", "swin", "pvt"])
-def test_gradients_are_those_of_each_image(name: str) -> None:
-    """Of Linear layers and convolutions by products, of all others by one pass per image."""
+def test_fisher_equals_that_of_per_image_gradients(name: str) -> None:
+    """Linear layers and convolutions use products of inputs and gradients, other layers one pass per image."""
     model = tiny(name)
     data = batches(model)
     params = [p for p in model.state_dict() if p.endswith("weight") and model.get_parameter(p).dim() in (2, 4)]
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_each_image(name: str) -> None:
 
 
 def test_batches_of_gradients_are_means(vit: nn.Module) -> None:
-    """Five gradients of four images each, of twelve images: the second look is at other views of them."""
+    """Five gradients of four images each from twelve images: the second pass uses random crops."""
     param = "blocks.0.mlp.fc2.weight"
     data, setting = batches(vit, 4), replace(SMALL, per_sample=False, gradient_batch=4, gradients=None)
     weight = vit.get_parameter(param)
@@ -115,7 +115,7 @@ def test_the_mean_of_per_sample_gradients_is_that_of_the_batch(vit: nn.Module) -
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
-def test_memory_changes_nothing_but_the_number_of_looks(vit: nn.Module, per_sample: bool) -> None:
+def test_memory_changes_only_the_number_of_passes(vit: nn.Module, per_sample: bool) -> None:
     groups, data = find_groups(vit, ["weight"])[:3], batches(vit)
     setting = replace(SMALL, per_sample=per_sample, gradient_batch=2, gradients=4 if per_sample else 3)
     whole, tight = (
@@ -133,7 +133,7 @@ def test_memory_changes_nothing_but_the_number_of_looks(vit: nn.Module, per_samp
         torch.testing.assert_close(again(masks)[param], value, rtol=1e-6, atol=1e-9)
 
 
-def test_the_model_is_left_as_it_was(vit: nn.Module) -> None:
+def test_collection_does_not_change_the_model(vit: nn.Module) -> None:
     vit.train().requires_grad_(False)
     vit.blocks[0].mlp.fc1.weight.requires_grad_()
     for per_sample in (True, False):
@@ -146,8 +146,8 @@ def test_the_model_is_left_as_it_was(vit: nn.Module) -> None:
     assert not any(module._forward_hooks for module in vit.modules())
 
 
-def test_chosen_masks_are_updated_without_scores(vit: nn.Module) -> None:
-    """As the prune stage has it: the masks come from files, and the images are looked at again for the update."""
+def test_given_masks_are_updated_without_scoring(vit: nn.Module) -> None:
+    """As in the prune stage: masks come from files, gradients are taken again for the update."""
     data, plan = batches(vit), plan_for("ovit", 0.5, setting=SMALL)
     (cycle,) = prune_cycles(one := tiny("vit"), plan, data)
     (other,) = prune_cycles(two := tiny("vit"), plan, data, cycle.masks)
@@ -157,7 +157,7 @@ def test_chosen_masks_are_updated_without_scores(vit: nn.Module) -> None:
         assert not torch.equal(one.get_parameter(name)[mask], vit.get_parameter(name)[mask])
 
 
-def test_views_are_crops_and_mirror_images(vit: nn.Module) -> None:
+def test_augmented_samples_are_random_crops_and_flips(vit: nn.Module) -> None:
     x = images(vit, 64).float()
     generator = torch.Generator().manual_seed(0)
     found = random_crops(x, generator)
@@ -175,7 +175,7 @@ def test_views_are_crops_and_mirror_images(vit: nn.Module) -> None:
         list(augmented_images([(torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))], 3, 0))
 
 
-def test_what_takes_no_part_is_named(vit: nn.Module) -> None:
+def test_an_unused_weight_is_refused_by_name(vit: nn.Module) -> None:
     vit.add_module("spare", nn.Linear(4, 4).double())
     for per_sample in (True, False):
         setting = replace(SMALL, per_sample=per_sample, gradient_batch=2)

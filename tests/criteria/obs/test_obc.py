@@ -1,4 +1,4 @@
-"""Optimal Brain Compression by rows: each step against removing and solving by hand."""
+"""Optimal Brain Compression: row elimination and update against direct solves."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ WEIGHT = (ParamSlice("0.weight", None),)
 
 
 class Plain(nn.Sequential):
-    """A layer, its outputs averaged over places, and logits."""
+    """A layer, its outputs averaged over positions, and a classifier."""
 
     def __init__(self, layer: nn.Module, outputs: int):
         super().__init__(layer, nn.Linear(outputs, 5))
@@ -44,7 +44,7 @@ def case(
 
 
 def literal(row: Tensor, covariance: Tensor, steps: int) -> list[tuple[int, float]]:
-    """Which weight goes at every step, and the least loss of all that are gone, by solving every candidate."""
+    """Removed weight and cumulative loss of every step, by solving for every candidate."""
     gone: list[int] = []
     found = []
     for _ in range(steps):
@@ -59,7 +59,7 @@ def literal(row: Tensor, covariance: Tensor, steps: int) -> list[tuple[int, floa
     return found
 
 
-def test_each_row_is_eliminated_as_by_hand() -> None:
+def test_row_elimination_equals_the_reference() -> None:
     model, group, data = case(nn.Linear(7, 4), 4, (9, 7))
     importance = obc(model, [group], data, DEFAULT_SCORE_CONFIG)
     read = torch.cat([value for value, _ in data]).reshape(-1, 7)
@@ -76,7 +76,7 @@ def test_each_row_is_eliminated_as_by_hand() -> None:
         torch.testing.assert_close(scores[order[:5]], increments.cummax(dim=0).values, rtol=1e-5, atol=1e-12)
 
 
-def test_the_slopes_are_fishers() -> None:
+def test_output_metric_equals_the_fisher_diagonal() -> None:
     model, group, data = case(nn.Linear(6, 3), 3, (4, 6))
     importance = obc(model, [group], data, replace(DEFAULT_SCORE_CONFIG, classes=64))
     value = torch.cat([value for value, _ in data])
@@ -106,7 +106,7 @@ def test_the_update_is_least_squares_of_each_row() -> None:
             assert not found[row][[place for place in range(7) if place not in places]].any()
 
 
-def test_a_convolution_is_its_unfolded_layer() -> None:
+def test_a_convolution_scores_like_its_unfolded_linear_layer() -> None:
     layer = nn.Conv2d(3, 4, 2, stride=2, padding=1).double()
     model, group, data = case(layer, 4, (3, 6, 6))
     importance = obc(model, [group], data, DEFAULT_SCORE_CONFIG)
@@ -126,7 +126,7 @@ def test_a_convolution_is_its_unfolded_layer() -> None:
     torch.testing.assert_close(solved["0.bias"], expected.update(masks)["0.bias"], rtol=1e-6, atol=1e-9)
 
 
-def test_what_is_gone_stays_gone_and_costs_nothing() -> None:
+def test_zero_weights_score_zero_and_stay_zero() -> None:
     model, group, data = case(nn.Linear(8, 4, bias=False), 4, (9, 8))
     with torch.no_grad():
         model[0].weight[:, [1, 4]] = 0
@@ -145,7 +145,7 @@ def test_what_is_gone_stays_gone_and_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4)])
-def test_n_of_m_of_each_row_stay(pattern: tuple[int, int]) -> None:
+def test_n_of_m_weights_of_each_row_are_kept(pattern: tuple[int, int]) -> None:
     model = tiny("vit")
     data = batches(model)
     pruned = prune(model, "obc", None, data, images(model), scope=f"{pattern[0]}:{pattern[1]}")
@@ -155,7 +155,7 @@ def test_n_of_m_of_each_row_stay(pattern: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin", "pvt"])
-def test_it_is_nearer_to_the_dense_answer_than_magnitude(kind: str) -> None:
+def test_logits_are_closer_to_dense_than_with_magnitude(kind: str) -> None:
     model = tiny(kind)
     data = batches(model)
     seen = data[0][0]
@@ -165,7 +165,7 @@ def test_it_is_nearer_to_the_dense_answer_than_magnitude(kind: str) -> None:
     assert select(obc(model, find_groups(model, ["weight"])[:1], data, DEFAULT_SCORE_CONFIG).scores, 0.5, "global")
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_input_is_refused() -> None:
     model, _, data = case(nn.Conv2d(4, 4, 3, groups=2), 4, (4, 5, 5))
     group = Group("0.weight", "weight", (4, 2, 3, 3), WEIGHT)
     with pytest.raises(BadInput, match=r"^0.weight: obc needs a Linear layer or an ungrouped convolution; exclude"):

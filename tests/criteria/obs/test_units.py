@@ -1,4 +1,4 @@
-"""Structured greedy OBS, the basis of attention, the refit, and what competes per MAC."""
+"""Structured OBS: unit elimination, attention basis, refit, and the MACs scope."""
 
 import copy
 
@@ -34,7 +34,7 @@ def problem(inputs: int, outputs: int, seed: int = 0) -> tuple[torch.Tensor, tor
 
 
 @pytest.mark.parametrize("inner", [1, 3])
-def test_greedy_elimination_is_a_joint_solve_at_each_step(inner: int) -> None:
+def test_unit_elimination_equals_a_joint_solve_per_step(inner: int) -> None:
     weight, moments, metric = problem(12, 5)
     nats = eliminate_units(weight, moments, metric, inner, 1e-3)
     order, totals = naive_elimination(weight, add_ridge(moments, 1e-3), metric, inner)
@@ -46,14 +46,14 @@ def test_greedy_elimination_is_a_joint_solve_at_each_step(inner: int) -> None:
     torch.testing.assert_close(nats.sort().values, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
-def test_many_units_go_in_the_same_order_whenever_the_dead_are_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unit_elimination_does_not_depend_on_the_compaction_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments, metric = problem(40, 6)
     whole = eliminate_units(weight, moments, metric, 1, 1e-3)
     monkeypatch.setattr("vitprune.criteria.obs.unit_elimination.COMPACT_EVERY", 3)
     torch.testing.assert_close(eliminate_units(weight, moments, metric, 1, 1e-3), whole, rtol=1e-6, atol=0)
 
 
-def test_the_refit_of_a_copy_is_perfect() -> None:
+def test_refit_recovers_duplicated_inputs_exactly() -> None:
     weight, moments, _ = problem(6, 4)
     twice = torch.cat([torch.eye(7), torch.eye(7)[:6]]).double()[
         [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 6]
@@ -65,7 +65,7 @@ def test_the_refit_of_a_copy_is_perfect() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "odd", "extra", "swin"])
-def test_the_new_basis_is_the_same_function(name: str) -> None:
+def test_the_attention_basis_preserves_the_function(name: str) -> None:
     model = tiny(name)
     groups = find_groups(model, ["attention"])
     statistics = collect_unit_moments(model, groups, batches(model, 3, 8), DEFAULT_SCORE_CONFIG, grads=True)
@@ -79,7 +79,7 @@ def test_the_new_basis_is_the_same_function(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ffn", "attention", "head"])
-def test_the_update_comes_nearer_to_the_dense_answer(vit: nn.Module, kind: str) -> None:
+def test_the_update_reduces_the_logit_error(vit: nn.Module, kind: str) -> None:
     groups, seen, x = find_groups(vit, [kind]), batches(vit, 4, 16), images(vit, 16, 99)
     importance = unit_obs(vit, groups, seen, DEFAULT_SCORE_CONFIG)
     masks = select(importance.scores, 0.4, "head" if kind == "attention" else "layer")
@@ -91,7 +91,7 @@ def test_the_update_comes_nearer_to_the_dense_answer(vit: nn.Module, kind: str) 
     assert errors[0] < errors[1]
 
 
-def test_nothing_changes_where_nothing_goes(vit: nn.Module) -> None:
+def test_updates_are_empty_if_nothing_is_removed(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
     statistics = collect_unit_moments(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG, grads=True)
     everything = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
@@ -100,7 +100,7 @@ def test_nothing_changes_where_nothing_goes(vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("method", ["unit-obs", "upvits-global", "upvits-refit"])
-def test_statistics_stand_for_the_images(vit: nn.Module, method: str) -> None:
+def test_saved_statistics_replace_the_images(vit: nn.Module, method: str) -> None:
     plan, noise, models = plan_for(method, 0.4), batches(vit, 3, 8), [copy.deepcopy(vit) for _ in range(2)]
     (cycle,) = prune_cycles(models[0], plan, noise)
     groups = find_groups(vit, KINDS)
@@ -110,7 +110,7 @@ def test_statistics_stand_for_the_images(vit: nn.Module, method: str) -> None:
     assert torch.equal(answer(models[0], x), answer(models[1], x))
 
 
-def test_what_has_no_one_consumer_is_refused(vit: nn.Module) -> None:
+def test_groups_without_exactly_one_consumer_are_refused(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^residual: unit-obs scores ffn, head and attention, not kind 'residual'"):
         unit_obs(vit, find_groups(vit, ["residual"]), batches(vit), DEFAULT_SCORE_CONFIG)
     merged = merge_heads(vit, find_groups(vit, ["attention"]), 1)
@@ -123,7 +123,7 @@ def test_what_has_no_one_consumer_is_refused(vit: nn.Module) -> None:
         unit_obs(vit, find_groups(vit, ["ffn"]), [], DEFAULT_SCORE_CONFIG)
 
 
-def test_a_price_is_what_a_unit_saves(vit: nn.Module) -> None:
+def test_macs_per_unit_equal_the_saved_macs(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
     costs, whole = macs_per_unit(groups, make_cost_model(vit, groups, "macs")), count(vit, images(vit)).macs
     tokens, width, heads = 17, 48, 3
@@ -136,7 +136,7 @@ def test_a_price_is_what_a_unit_saves(vit: nn.Module) -> None:
         macs_per_unit(weights, lambda masks: 1.0)
 
 
-def test_the_budget_is_spent_on_what_is_worth_least_per_mac(vit: nn.Module) -> None:
+def test_macs_scope_removes_the_least_importance_per_mac(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     scores = {group.name: torch.arange(group.units).double() * (1 + n) for n, group in enumerate(groups)}
     costs = {groups[0].name: 1.0, groups[1].name: 4.0}
@@ -146,7 +146,7 @@ def test_the_budget_is_spent_on_what_is_worth_least_per_mac(vit: nn.Module) -> N
     assert all(bool(masks[g.name][n:].all()) for g, n in zip(groups, gone, strict=True))
 
 
-def test_a_larger_share_never_gives_back(vit: nn.Module) -> None:
+def test_macs_masks_are_nested_in_the_sparsity(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
     generator = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.shape, generator=generator) for group in groups}
@@ -166,7 +166,7 @@ def test_a_larger_share_never_gives_back(vit: nn.Module) -> None:
         before = masks
 
 
-def test_all_that_compete_have_one_share() -> None:
+def test_kinds_in_one_macs_pool_need_one_sparsity() -> None:
     with pytest.raises(BadInput, match=r"ffn, attention compete for one share of the MACs; give all the same"):
         plan_for("unit-obs", {"ffn": 0.5, "attention": 0.4})
     assert plan_for("unit-obs", {"ffn": 0.5, "attention": 0.4}, "layer").macs_kinds == []
@@ -181,7 +181,7 @@ def test_a_target_in_macs_over_all_kinds(vit: nn.Module, cycles: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["unit-obs", "upvits-global"])
-def test_a_stage_of_one_head_keeps_it(method: str) -> None:
+def test_the_only_head_of_a_stage_is_kept(method: str) -> None:
     architecture, args = ZOO["pvt"]
     model = redrawn(timm.create_model(architecture, **args | {"num_heads": (1, 2, 4)}), 0)
     heads = [group.units for group in find_groups(model, ["head"])]

@@ -200,7 +200,7 @@ def blockwise_update(model: nn.Module, groups: Sequence[Group], fisher: FisherBl
 
 
 def solve_jointly(fisher: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
-    """Return the optimal weights of every block for a mask: w_R + F_RR^-1 F_RS w_S, 0 on the removed set S; (blocks, B).
+    """Return the optimal weights of every block for a mask: w_R + F_RR^-1 F_RS w_S, 0 on the removed set S.
 
     Rows and columns of F on S are replaced by the identity, so that blocks with any masks are solved in one batch.
 

@@ -117,7 +117,9 @@ def judge(params: Params, champion: Path | None, gates: PromotionGates) -> dict[
     return facts
 
 
-def verdict(paired: McNemarTable, gates: PromotionGates, speedup: float | None, size: int, against: str) -> list[QualityGate]:
+def verdict(
+    paired: McNemarTable, gates: PromotionGates, speedup: float | None, size: int, against: str
+) -> list[QualityGate]:
     """Apply the gates that are not null.
 
     Args:

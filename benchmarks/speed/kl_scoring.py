@@ -1,9 +1,9 @@
-"""UP-ViTs' KL scores of DeiT-Tiny: removing units one by one, as the authors do, against this library's scorers.
+"""Speed of exact KL scoring of DeiT-Tiny: `kl-exact` against removing units one by one, as the authors' code does.
 
-Literal: remove the unit, run the model and the pruned model, compare; exact: `kl-exact`, on the same candidates and
-images. Milliseconds per candidate and image, side by side in one process. What exact scoring does once per image, the
-model's own pass, is shared out over all units. Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/kl_scoring.json
-and docs/results/kl_scoring.md.
+Leave-one-out removes the unit, runs the model and the pruned model and compares them; `kl-exact` scores the same units
+on the same images. Milliseconds per unit and image, measured alternately in one process. The forward pass of the dense
+model that `kl-exact` needs once per image is divided among all units. Needs VITPRUNE_REAL_DATA. Writes
+benchmarks/results/kl_scoring.json and docs/results/kl_scoring.md.
 """
 
 import time
@@ -33,7 +33,7 @@ NOISE = 1e-7  # nats per image: below it float32 logits do not agree in the firs
 
 @dataclass(frozen=True)
 class Case:
-    """What is scored, on which images, and how many candidates of each group are timed by either side."""
+    """Model, images, and the number of units per group that each side is timed on."""
 
     model: nn.Module
     images: Tensor
@@ -43,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per candidate and image of one group, and how far the two sides' divergences are apart."""
+    """Milliseconds per unit and image of one group, and the median relative difference of the divergences."""
 
     group: Group
     literal: float
@@ -52,7 +52,7 @@ class Timing:
 
 
 def main() -> None:
-    """Measure every scorer and write the tables."""
+    """Measure all scorers and write the tables."""
     quick = arguments(__doc__).quick
     folder = real_data()
     model = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def exact_timings(case: Case) -> list[Timing]:
-    """Both sides on a sample of every group, group by group."""
+    """Time both sides on a sample of units of every group."""
     groups = [group for kind in COMPONENTS for group in find_groups(case.model, [kind])]
     units = sum(group.units for group in groups)
     once = min(exact_run(case, groups[0], torch.empty(0, dtype=torch.int64))[0] for _ in range(3))
@@ -81,7 +81,7 @@ def exact_timings(case: Case) -> list[Timing]:
 
 
 def timing(case: Case, group: Group, once: float, units: int) -> Timing:
-    """One group: literal removal of the first of the candidates that exact scoring takes together, in random order."""
+    """Time one group: leave-one-out on the first of the units, in random order."""
     chosen = torch.randperm(group.units, generator=torch.Generator().manual_seed(0))
     count = case.exact
     took, found = exact_run(case, group, chosen[:count])
@@ -97,7 +97,7 @@ def timing(case: Case, group: Group, once: float, units: int) -> Timing:
 
 
 def exact_run(case: Case, group: Group, chosen: Tensor) -> tuple[float, Tensor]:
-    """Seconds and divergences of the library's scorer."""
+    """Return seconds and divergences of `kl_divergences`."""
     start = time.perf_counter()
     found = kl_divergences(case.model, [group], {group.name: chosen}, case.images, ScoreConfig())[group.name]
     return time.perf_counter() - start, found
@@ -105,7 +105,7 @@ def exact_run(case: Case, group: Group, chosen: Tensor) -> tuple[float, Tensor]:
 
 @torch.no_grad()
 def literal_run(case: Case, group: Group, unit: int) -> Tensor:
-    """Divergences of one candidate as the authors' code takes them; (images,)."""
+    """Return the divergences of one unit as in the authors' code; (images,)."""
     with evaluating(case.model):
         pruned = copy_without_unit(case.model, group, unit)
         whole, changed = (run(case.images).double().log_softmax(-1) for run in (case.model, pruned))
@@ -113,13 +113,13 @@ def literal_run(case: Case, group: Group, unit: int) -> Tensor:
 
 
 def component(timings: Sequence[Timing], kind: str) -> tuple[float, float]:
-    """Mean milliseconds of a component's blocks, literal and exact."""
+    """Return the mean milliseconds of a component, leave-one-out and exact."""
     same = [timing for timing in timings if timing.group.kind == kind]
     return mean(timing.literal for timing in same), mean(timing.exact for timing in same)
 
 
 def exact_rows(timings: Sequence[Timing], quick: bool) -> list[Row]:
-    """Ratios per component, their average, the agreement of both sides, and the time of all units together."""
+    """Return ratios per component, their average, the agreement of both sides, and the total time."""
     ratios = {}
     rows = []
     for kind in COMPONENTS:
@@ -137,7 +137,7 @@ def exact_rows(timings: Sequence[Timing], quick: bool) -> list[Row]:
 
 
 def exact_table(timings: Sequence[Timing]) -> list[list[str]]:
-    """A line per component and block, and one per component."""
+    """Return one line per component and block, and one per component."""
     lines = []
     for kind in COMPONENTS:
         same = [timing for timing in timings if timing.group.kind == kind]

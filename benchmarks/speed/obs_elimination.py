@@ -1,12 +1,12 @@
-"""Second-order pruning of one DeiT-S projection layer, 768 blocks of 192 weights: the plain way against ours.
+"""Second-order pruning of one DeiT-S projection layer, 768 blocks of 192 weights: reference algorithms against ours.
 
-Plain, as the paper's equations read: one rank-1 update of the inverse per gradient (Sherman-Morrison), and after every
-weight a new inverse of every block (right-looking, batched torch, float32, to the end, each step's weights kept). Ours:
-products of gradients summed in float64 with one Cholesky inverse at the end, and left-looking elimination as far as
-50 % needs, of which losses alone are kept. Beside the plain way stands its strongest form in torch, updated in place.
-Both sides run in one process on the same numbers, one thread each, timed by the processor's clock. The gradients are
-drawn: products of an output's slope and an input whose channels correlate, over 197 tokens. Writes
-benchmarks/results/obs.json and docs/results/obs.md.
+Reference, as in the paper's equations: one rank-1 update of the inverse per gradient (Sherman-Morrison), and a new
+inverse of every block after every weight (right-looking, batched torch, float32, to the end, weights of every step
+stored); also its fastest form in torch, updated in place. Ours: outer products of gradients summed in float64 with one
+Cholesky inverse at the end, and left-looking elimination up to the 50 % that are needed, storing only losses. Both
+sides run in one process on the same numbers, one thread each, in CPU time. Gradients are synthetic: products of an
+output gradient and an input with correlated channels, summed over 197 tokens. Writes benchmarks/results/obs.json and
+docs/results/obs.md.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ def layer(rows: int, number: int) -> tuple[Tensor, Tensor]:
 
 
 def fisher_rows(gradients: Tensor) -> tuple[Tensor, list[Row]]:
-    """Damped Fisher blocks, and the time per gradient of every way to their inverses."""
+    """Return damped Fisher blocks, and the time per gradient of every way to their inverses."""
     blocks, number = gradients.shape[1] // BLOCK, len(gradients)
     plain, strong = streamed(sherman_morrison, gradients), streamed(sherman_morrison_in_place, gradients)
     total = torch.zeros(blocks, BLOCK, BLOCK, dtype=torch.float64, device=gradients.device)
@@ -82,20 +82,20 @@ def fisher_rows(gradients: Tensor) -> tuple[Tensor, list[Row]]:
 
 
 def streamed(update: Callable[[Tensor, Tensor, int], None], gradients: Tensor) -> float:
-    """Seconds per gradient of a way to update the inverses, over the first few gradients."""
+    """Return the seconds per gradient of an update of the inverses, over the first gradients."""
     few = gradients[:8].view(8, -1, BLOCK)
     found = torch.eye(BLOCK, device=few.device).repeat(few.shape[1], 1, 1) / DAMP
     return min(timed(lambda: update(found, few, len(gradients))) for _ in range(3)) / len(few)
 
 
 def summed(total: Tensor, gradients: Tensor) -> None:
-    """All products of gradients, some at a time."""
+    """Add the outer products of all gradients, in chunks."""
     for chunk in gradients.split(CHUNK):
         add_outer_products(total, chunk)
 
 
 def sherman_morrison(found: Tensor, gradients: Tensor, number: int) -> None:
-    """H - x x^T / (m + g^T x), x = H g, by gradients (some, blocks, B) of so many; H (blocks, B, B)."""
+    """Compute H - x x^T / (m + g^T x), x = H g, for gradients (some, blocks, B) and H (blocks, B, B)."""
     for gradient in gradients:
         moved = torch.bmm(found, gradient[:, :, None])
         scale = number + torch.bmm(gradient[:, None, :], moved)
@@ -103,7 +103,7 @@ def sherman_morrison(found: Tensor, gradients: Tensor, number: int) -> None:
 
 
 def sherman_morrison_in_place(found: Tensor, gradients: Tensor, number: int) -> None:
-    """The same, reading the inverses in rows, which is faster, and writing to where they are."""
+    """The same in place, reading rows of the inverses, which is faster."""
     for gradient in gradients:
         moved = torch.bmm(gradient[:, None, :], found)
         scale = number + torch.bmm(moved, gradient[:, :, None])
@@ -111,7 +111,7 @@ def sherman_morrison_in_place(found: Tensor, gradients: Tensor, number: int) -> 
 
 
 def greedy_rows(fisher: Tensor, weights: Tensor, threads: int) -> list[Row]:
-    """Time and memory of both eliminations, and how often they take the same weight at the same step."""
+    """Return time and memory of both eliminations, and how often they remove the same weight at the same step."""
     inverses, wide = invert_blocks(fisher), weights.double()
     eliminate_weights(inverses[:2], wide[:2], SHARE)  # compiles
     slow, heavy = measured(lambda own: right_looking(own, weights)[0], inverses.float())
@@ -143,9 +143,9 @@ def greedy_rows(fisher: Tensor, weights: Tensor, threads: int) -> list[Row]:
 
 
 def right_looking(h: Tensor, weights: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """Order (blocks, B) and the weights after every step (B + 1, blocks, B), as the paper's algorithm reads.
+    """Return order (blocks, B) and weights after every step (B + 1, blocks, B), as in the paper's algorithm.
 
-    h (blocks, B, B) are the inverses: replaced by H - H_p H_p^T / H_pp after every weight, or, in place, used up.
+    h (blocks, B, B) are the inverses, replaced by H - H_p H_p^T / H_pp after every weight, or overwritten in place.
     """
     w, rows = weights.clone(), torch.arange(len(weights), device=weights.device)
     gone, order = torch.zeros_like(w, dtype=torch.bool), torch.zeros_like(w, dtype=torch.int64)
@@ -168,7 +168,7 @@ def right_looking(h: Tensor, weights: Tensor, in_place: bool = False) -> tuple[T
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds: of the processor, which other programs do not lengthen, or of the wall clock beside a GPU."""
+    """Return the seconds of a call: CPU time, or wall time if there is a GPU."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     _wait()
     start = clock()
@@ -178,7 +178,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def measured(work: Callable[[Tensor], Tensor], given: Tensor) -> tuple[float, int]:
-    """Seconds, and how many bytes more are held at the worst moment than before, the answer counted."""
+    """Return the seconds of a call and its peak memory above the memory before, result included, in bytes."""
     if given.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,12 +1,11 @@
-"""Does an engine that knows of sparse weights run a sparse DeiT-Tiny faster? OpenVINO here, and torch's CSR product.
+"""Speed of unstructured sparse DeiT-Tiny in OpenVINO (INT8) and of torch's CSR product.
 
-The INT8 export (made as by `export.int8`) at several sparsities of all prunable weights, one thread, batch 1: OpenVINO
-as it is, and told to use its sparse path (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE). All models take turns, so that
-ratios hold on a busy machine; medians. "sparse kernels" counts the layers whose kernel OpenVINO itself calls sparse:
-where it is 0, the sparse path was not taken, and a ratio other than 1 is noise. OpenVINO takes it on processors with
-AMX alone. Below, one fc1 (768 x 192 at 197 tokens) in float: torch's CSR product beside the dense one. Needs
-VITPRUNE_REAL_DATA and pip install 'vitprune[engine,export]'. Writes benchmarks/results/sparse_engine.json and
-docs/results/sparse_engine.md.
+INT8 exports (as by `export.int8`) at several sparsities of all prunable weights, one thread, batch 1: OpenVINO by
+default and with its sparse path requested (CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE). Models run alternately, so that
+ratios hold on a busy machine; medians. "sparse kernels" counts layers whose kernel OpenVINO reports as sparse: where it
+is 0, the sparse path was not used and a ratio other than 1 is noise. OpenVINO uses it only on CPUs with AMX. Also one
+fc1 (768 x 192, 197 tokens) in float: torch's CSR product against the dense one. Needs VITPRUNE_REAL_DATA and
+pip install 'vitprune[engine,export]'. Writes benchmarks/results/sparse_engine.json and docs/results/sparse_engine.md.
 """
 
 import copy
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def engines(dense: torch.nn.Module, image: torch.Tensor, folder: Path) -> dict[str, Any]:
-    """OpenVINO's compiled models by what they are."""
+    """Return OpenVINO's compiled models by label."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own deprecations
@@ -93,20 +92,20 @@ def engines(dense: torch.nn.Module, image: torch.Tensor, folder: Path) -> dict[s
 
 
 def caller(engine: Any, image: torch.Tensor) -> Callable[[], object]:
-    """One inference."""
+    """Return a function that runs one inference."""
     request, given = engine.create_infer_request(), [image.numpy()]
     return lambda: request.infer(given)
 
 
 def sparse_kernels(engine: Any) -> int:
-    """Layers whose kernel has "sparse" in its name; known only after a first inference."""
+    """Count layers with "sparse" in the name of their kernel; known only after the first inference."""
     engine.create_infer_request().infer([torch.zeros(1, 3, 224, 224).numpy()])
     infos = [node.get_rt_info() for node in engine.get_runtime_model().get_ops()]
     return sum("sparse" in str(info["primitiveType"].astype(str)) for info in infos)
 
 
 def products(dense: torch.nn.Module) -> dict[str, Callable[[], object]]:
-    """The first fc1 as a dense product and as CSR at each sparsity."""
+    """Return the first fc1 as a dense product and as CSR at each sparsity."""
     weight = dense.get_parameter("blocks.0.mlp.fc1.weight").detach()
     tokens = torch.randn(weight.shape[1], 197, generator=torch.Generator().manual_seed(0))
     found: dict[str, Callable[[], object]] = {"fc1, dense": lambda: weight @ tokens}
@@ -120,7 +119,7 @@ def products(dense: torch.nn.Module) -> dict[str, Callable[[], object]]:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Median milliseconds of each call; they take turns."""
+    """Return the median milliseconds of each call; calls alternate."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(-3, runs):
         for name, call in calls.items():

@@ -1,11 +1,11 @@
-"""Training with a teacher: images per second and peak memory, ours beside a plain loop of timm's parts.
+"""Throughput of distillation: images per second and peak memory of `training.loop` and of a plain loop of timm's parts.
 
-The student learns from DeiT-Small by its logits; weights are random, which changes no time. Both loops get the same
-batches from memory, AdamW, clipping at 1, smoothing 0.1, and on a GPU bfloat16; they take turns in one process, so that
-what else the machine does meets both. The median over rounds; the ratio is that of each round. The plain loop never
-looks at its loss; ours stops at one that is not finite, before the step. "held" has half of the weights held at zero.
-Memory is the GPU's peak, or that of the process on a CPU. The input pipeline: JPEG of 500 x 375 pixels, DeiT's
-augmentation, one process that decodes. Writes benchmarks/results/training.json and docs/results/training.md.
+The student is distilled from DeiT-Small by its logits; weights are random, which does not affect time. Both loops get
+the same batches from memory, AdamW, gradient clipping at 1, label smoothing 0.1, and bfloat16 on a GPU. They alternate
+in one process, so that both see the same load of the machine. Medians over rounds; the ratio is taken per round. The
+plain loop does not check its loss; ours stops before the step if it is not finite. "held" keeps half of the weights at
+zero. Memory is the GPU's peak, or the process's on a CPU. Input pipeline: JPEG of 500 x 375 pixels, DeiT's
+augmentation, one decoding process. Writes benchmarks/results/training.json and docs/results/training.md.
 """
 
 import io
@@ -37,7 +37,7 @@ RATE, DECAY, SMOOTHING, CLIP = 1e-4, 0.05, 0.1, 1.0
 
 @dataclass(frozen=True)
 class Budget:
-    """Images of a batch, steps that count after some that do not, and rounds."""
+    """Device, batch size, timed steps, warm-up steps and rounds."""
 
     device: torch.device
     batch: int
@@ -47,13 +47,13 @@ class Budget:
 
     @property
     def amp(self) -> bool:
-        """Passes in bfloat16."""
+        """Whether forward passes run in bfloat16."""
         return self.device.type == "cuda"
 
 
 @dataclass
 class Watch:
-    """Gives a loop its batches, and takes the time of those that count."""
+    """Yield batches to a loop and time the steps after warm-up."""
 
     budget: Budget
     seconds: float = 0.0
@@ -65,7 +65,7 @@ class Watch:
         self.batch = images, torch.arange(self.budget.batch) % 1000
 
     def epochs(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same batch again and again."""
+        """Yield the same batch for every step."""
         for number in range(self.budget.warm + self.budget.steps):
             if number == self.budget.warm:
                 begun = self._now()
@@ -80,14 +80,14 @@ class Watch:
 
 @dataclass(frozen=True)
 class Measured:
-    """Images per second, and the peak in MiB."""
+    """Images per second, and peak memory in MiB."""
 
     speed: float
     memory: float
 
 
 def main() -> None:
-    """Measure, and write the tables."""
+    """Measure and write the tables."""
     extra = {"threads": (1, "of the CPU"), "rounds": (0, "how often each loop runs; 0: 7, quick: 2")}
     asked = arguments(__doc__, extra)
     torch.set_num_threads(asked.threads)
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def rounds_of(name: str, budget: Budget) -> dict[str, list[Measured]]:
-    """Every loop in every round, each round beginning with another one."""
+    """Run every loop in every round, each round starting with another one."""
     found: dict[str, list[Measured]] = {loop: [] for loop in LOOPS}
     for number in range(budget.rounds):
         turn = number % len(LOOPS)
@@ -118,7 +118,7 @@ def rounds_of(name: str, budget: Budget) -> dict[str, list[Measured]]:
 
 
 def once(name: str, loop: str, budget: Budget) -> Measured:
-    """One loop from fresh weights."""
+    """Run one loop from fresh weights."""
     torch.manual_seed(0)
     student, teacher = (timm.create_model(model).to(budget.device) for model in (name, TEACHER))
     watch = Watch(budget)
@@ -143,7 +143,7 @@ def ours(student: nn.Module, teacher: nn.Module, watch: Watch, budget: Budget, h
 
 
 def plain(student: nn.Module, teacher: nn.Module, watch: Watch, budget: Budget) -> None:
-    """The least that trains with timm's task, optimizer and a cosine."""
+    """A minimal training loop with timm's task, optimizer and cosine schedule."""
     teacher.eval().requires_grad_(False)
     criterion = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
     task = LogitDistillationTask(
@@ -165,7 +165,7 @@ def plain(student: nn.Module, teacher: nn.Module, watch: Watch, budget: Budget) 
 
 
 def peaks(device: torch.device) -> Callable[[], float]:
-    """Begin to watch the memory; what is returned says its peak since, in MiB."""
+    """Start tracking memory; return a function that gives the peak since then in MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return lambda: torch.cuda.max_memory_allocated() / 2**20
@@ -179,7 +179,7 @@ def peaks(device: torch.device) -> Callable[[], float]:
 
 
 def decoded(number: int) -> float:
-    """Images per second that one process decodes and augments."""
+    """Return the images per second that one process decodes and augments."""
     generator = np.random.default_rng(0)
     encoded = []
     for _ in range(8):
@@ -199,7 +199,7 @@ def decoded(number: int) -> float:
 def rows_of(
     found: dict[str, dict[str, list[Measured]]], decoding: float, quick: bool
 ) -> tuple[list[Row], list[Sequence[str]]]:
-    """Medians, and whether ours keeps up: within the spread of the rounds it is as fast as the plain loop."""
+    """Return medians, and whether ours is as fast as the plain loop within the spread of the rounds."""
     rows, cells = [], list[Sequence[str]]()
     for student, loops in found.items():
         for loop in LOOPS:

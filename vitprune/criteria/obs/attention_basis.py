@@ -19,7 +19,7 @@ class AttentionBasis:
     query: Tensor
     key: Tensor
     value: Tensor
-    inverse_root: Tensor
+    back: Tensor
     logits: Tensor
     output: Tensor
 

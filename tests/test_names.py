@@ -23,8 +23,8 @@ SHARED = {
 }
 # Names that have more than one meaning today; no other name may join them.
 AMBIGUOUS = {
-    *("refuse", "judge", "check", "Dense", "load", "read", "read_json", "number_of", "collect", "add", "complete"),
-    *("eliminate", "solve", "build_manifest", "count", "environment", "create", "commit", "relative", "shared"),
+    *("refuse", "judge", "check", "Dense", "load", "read", "read_json"),
+    *("build_manifest", "count", "environment", "create", "commit", "relative", "shared"),
 }
 
 

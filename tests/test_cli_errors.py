@@ -84,7 +84,7 @@ def test_params(project, refuse, key, value, told):
         ("prune.method", "magic", "method 'magic': unknown"),
         ("prune.scope", "everything", "scope 'everything': unknown"),
         ("prune.sparsity", {"head": 0.5, "attention": 0.5}, "head and attention cut the same axis"),
-        ("prune.heads", 2, "3 heads cannot merge into 2"),
+        ("prune.merge_heads_to", 2, "3 heads cannot merge into 2"),
     ],
 )
 def test_a_plan_that_cannot_be(project, refuse, key, value, told):

@@ -2,7 +2,7 @@
 
 After each step, some batches of Imagenette's 3000 training images, AdamW, the rate falling from 2e-4 to 1e-5 as a
 line anew after each step (cyclic), or as one cosine over the whole run; scores from 256 of the training images, taken
-again from the current weights at each step, with score.damp 4e-6 (oneshot.md). Top-1 on Imagenette's validation
+again from the current weights at each step, with score.damping 4e-6 (oneshot.md). Top-1 on Imagenette's validation
 images, over all 1000 classes, after the last batch: no step is chosen by it. Needs VITPRUNE_REAL_DATA. Writes
 benchmarks/results/gradual.json and docs/results/gradual.md, and notes each run that has ended.
 """

@@ -3,7 +3,7 @@
 Post-training quantization of the ONNX export: weights per channel and symmetric, inputs of layers with weights in 8
 bits, all else in float. Calibrated on 128 Imagenette training images, evaluated on all 800 of imagenet-val-800 by
 onnxruntime, which also runs the file in float. "agrees" counts images with the same answer as in float. Methods that
-look at images prune by rows 600..799 of the 800, with score.damp 4e-6 (oneshot.md); the promise is of the pruned
+look at images prune by rows 600..799 of the 800, with score.damping 4e-6 (oneshot.md); the promise is of the pruned
 models.
 Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/int8.json and docs/results/int8.md.
 """

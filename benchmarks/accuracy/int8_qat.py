@@ -1,6 +1,6 @@
 """INT8 of DeiT-Tiny at half of its weights, after a training that knows of the rounding and after one that does not.
 
-Pruned once by CAP (`ovit`, score.damp 4e-6, 256 training images); then batches of 32 of Imagenette's 3000 training
+Pruned once by CAP (`ovit`, score.damping 4e-6, 256 training images); then batches of 32 of Imagenette's 3000 training
 images, taught by the dense model, AdamW, zeros held, with `int8` in the recipe and without, each seed with the same
 batches for both. Exported and quantized as the export stage does, calibrated on 128 training images; top-1 over 1000
 classes on every second of Imagenette's validation images, run by onnxruntime in float and in INT8. "agrees" counts

@@ -2,8 +2,8 @@
 
 Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; every figure on the same images, so one
 has a standard error of about 1.6 points. A method scores once; every size is cut from those scores. `in steps` cuts
-in four cycles and scores again in each; `+ correction` moves norms and biases afterwards (prune.correct). MACs are
-those of what is left. Torch-Pruning's line is its best set-up of
+in four cycles and scores again in each; `+ correction` moves norms and biases afterwards (prune.correct_norms). MACs
+are those of what is left. Torch-Pruning's line is its best set-up of
 benchmarks/accuracy/torch_pruning.py, which has to run before.
 Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/structured.json and docs/results/structured.md.
 """

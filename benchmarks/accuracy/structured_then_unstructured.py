@@ -1,7 +1,7 @@
 """Structured pruning, then single weights: DeiT-Tiny at 0.7x MACs, half of what is left at zero, no training.
 
 First units (`unit-obs` or `upvits-refit`, corrected), then weights of the cut model by one of the second-order
-methods, whose update and correction see the dense answers and the cut model's inputs; score.damp is 4e-6
+methods, whose update and correction see the dense answers and the cut model's inputs; score.damping is 4e-6
 (oneshot.md). Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800. MB: the checkpoint as it
 is, and packed by zlib, which is what zeros save on disk.
 Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/stacked.json and docs/results/stacked.md.

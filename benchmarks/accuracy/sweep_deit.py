@@ -57,7 +57,7 @@ def make(project: Path, real: Path, quick: bool) -> None:
     params["model"]["args"], params["threads"] = {}, 1
     params["dense"] = {"start": "checkpoint", "checkpoint": str(real / f"{MODEL}.safetensors"), "train": None}
     params["calibrate"] = {"size": None, "balance": "uniform"}
-    params["prune"] |= {"cycles": 1, "recover": None, "sparsity": None, "target": {"macs": 0.7}}
+    params["prune"] |= {"cycles": 1, "finetune": None, "sparsity": None, "target": {"macs": 0.7}}
     params["distill"]["train"] = None
     params["evaluate"] = {"batch_size": 50, "latency_batch": 8, "latency_runs": 3 if quick else 20}
     params["export"] = {"onnx": False}

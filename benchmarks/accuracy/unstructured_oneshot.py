@@ -2,10 +2,10 @@
 
 Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; every figure on the same images, so one
 has a standard error of about 1.6 points. 2:4 is magnitude's in the row n:m. Second-order rows take the gradients of the
-200 calibration images one by one, and score.damp 4e-6 instead of CAP's 1e-8: so few gradients do not pin the blocks
+200 calibration images one by one, and score.damping 4e-6 instead of CAP's 1e-8: so few gradients do not pin the blocks
 down, and this is where an update leaves the least loss on images that it has not seen (docs/LOG.md). The rows
 magnitude-obs and woodfisher-joint are the masks of magnitude and woodfisher with the update of ovit. `+ correction`
-moves norms and biases afterwards (prune.correct).
+moves norms and biases afterwards (prune.correct_norms).
 Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/oneshot.json and docs/results/oneshot.md.
 """
 

@@ -58,7 +58,7 @@ def ran(project: Path, servers: servers.Servers, quick: bool) -> Path:
         path = project / "params.yaml"
         params = yaml.safe_load(path.read_text())
         params["dense"]["train"] = {"epochs": 25, "batch_size": 64, "lr": 0.002, "warmup_epochs": 2}
-        params["prune"]["recover"] = {"epochs": 3, "batch_size": 64, "lr": 0.001}
+        params["prune"]["finetune"] = {"epochs": 3, "batch_size": 64, "lr": 0.001}
         params["distill"]["train"] = {"epochs": 10, "batch_size": 64, "lr": 0.001}
         params["evaluate"]["latency_runs"] = 50
         path.write_text(yaml.safe_dump(params, sort_keys=False))

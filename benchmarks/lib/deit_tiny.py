@@ -27,7 +27,7 @@ from vitprune.pruning.prune import prune_cycles
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 # the damping that a few hundred gradients need (docs/LOG.md), and room for half of the matrices at once
-SECOND_ORDER = {"damp": 4e-6, "memory": 4 << 30}
+SECOND_ORDER = {"damping": 4e-6, "memory": 4 << 30}
 
 
 @dataclass(frozen=True)

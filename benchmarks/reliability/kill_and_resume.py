@@ -73,7 +73,7 @@ def made(project: Path) -> Path:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["args"] |= {"depth": 2, "embed_dim": 48, "num_heads": 3}
     params["dense"]["train"] = {"epochs": 2, "batch_size": 256, "lr": 0.002}
-    params["prune"]["recover"] = RECIPE | {"optimizer_state": "keep", "decay_over": "run"}
+    params["prune"]["finetune"] = RECIPE | {"optimizer_state": "keep", "decay_over": "run"}
     params["distill"]["train"], params["calibrate"]["size"] = RECIPE | {"epochs": 6}, 100
     project.mkdir()
     (project / "params.yaml").write_text(yaml.safe_dump(params))

@@ -183,7 +183,7 @@ def test_fisher_ranks_units_as_exact_scores_do() -> None:
     model, data = decoder(), batches(4)
     groups = find_groups(model, ["ffn"])
     true = score(model, groups, "kl-exact", data)
-    near = fisher_kl(model, groups, data, ScoreConfig(classes=64)).scores
+    near = fisher_kl(model, groups, data, ScoreConfig(fisher_directions=64)).scores
     for group in groups:
         ranks = torch.stack([found[group.name].argsort().argsort().double() for found in (true, near)])
         assert float(torch.corrcoef(ranks)[0, 1]) > 0.8

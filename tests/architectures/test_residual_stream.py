@@ -73,7 +73,10 @@ def test_a_channel_of_a_map_fades_as_its_readers_and_norms_do() -> None:
     model, inputs = made("convnext_atto")
     groups = find_groups(model, ["residual"])
     assert_fades(
-        model, inputs, groups, fisher_kl_per_image(model, groups, inputs, replace(DEFAULT_SCORE_CONFIG, classes=1000))
+        model,
+        inputs,
+        groups,
+        fisher_kl_per_image(model, groups, inputs, replace(DEFAULT_SCORE_CONFIG, fisher_directions=1000)),
     )
 
 

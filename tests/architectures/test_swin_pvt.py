@@ -261,7 +261,7 @@ def gated(name: str, group: str, unit: int, by: float) -> nn.Module:
 def test_fisher_is_the_curvature_of_the_divergence_as_a_stream_fades(name: str) -> None:
     model, step = tiny(name), 1e-3
     groups, x = find_groups(model, ["residual"]), images(tiny(name), 2)
-    found = fisher_kl_per_image(model, groups, x, ScoreConfig(classes=1000))
+    found = fisher_kl_per_image(model, groups, x, ScoreConfig(fisher_directions=1000))
     dense = answer(model, x)
     for group in groups:
         for unit in (0, group.units // 2):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vitprune import BadInput, plan_for
-from vitprune.config.params import Params, load
+from vitprune.config.params import RENAMED, Params, load
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def told(tmp_path: Path):
 def test_what_the_repository_ships_is_valid(path: Path) -> None:
     params = load(path)
     prune = params.prune
-    plan = plan_for(prune.method, prune.sparsity, prune.scope, prune.heads, prune.cycles, prune.schedule)
+    plan = plan_for(prune.method, prune.sparsity, prune.scope, prune.merge_heads_to, prune.cycles, prune.schedule)
     assert len(plan.targets()) == prune.cycles
 
 
@@ -56,7 +56,7 @@ def test_what_the_repository_ships_is_valid(path: Path) -> None:
         "calibrate.balanced",
         "score.batchsize",
         "prune.sparsty",
-        "prune.recover.epoch",
+        "prune.finetune.epoch",
         "distill.alfa",
         "distill.train.lrr",
         "evaluate.runs",
@@ -65,6 +65,11 @@ def test_what_the_repository_ships_is_valid(path: Path) -> None:
 )
 def test_an_unknown_key_is_named(told, key: str) -> None:
     assert told(key, 1) == f"{key}: unknown key; remove it or correct its name"
+
+
+@pytest.mark.parametrize("key", RENAMED)
+def test_a_renamed_key_names_its_new_one(told, key: str) -> None:
+    assert told(key, 1) == f"{key}: has been renamed to {RENAMED[key]}"
 
 
 @pytest.mark.parametrize("key", ["dataset", "dataset.source", "model.name", "dense.start", "prune", "prune.method"])
@@ -120,7 +125,7 @@ def test_a_missing_key_is_named(told, key: str) -> None:
         ("prune.target", {}),
         ("prune.target", 0.5),
         ("prune.target", {"macs": 0.5, "params": 0.5}),
-        ("prune.heads", 0),
+        ("prune.merge_heads_to", 0),
         ("prune.cycles", 0),
         ("prune.cycles", 2.5),
         ("prune.schedule", "sudden"),

@@ -93,7 +93,7 @@ def test_published_weights_give_base_model_and_license(tmp_path: Path) -> None:
 
 
 def test_the_export_stage_tells_what_was_removed_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project = project_in(tmp_path / "digits", method="magnitude", kinds=None, sparsity=0.6, cycles=2, recover=None)
+    project = project_in(tmp_path / "digits", method="magnitude", kinds=None, sparsity=0.6, cycles=2, finetune=None)
     monkeypatch.chdir(project)
     for stage in ORDER:
         stages.run(stage, project)

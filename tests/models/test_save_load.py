@@ -178,7 +178,7 @@ def test_merged_heads_load_in_plain_timm(tmp_path: Path) -> None:
     model = redrawn(timm.create_model("vit_tiny_patch16_224", **twelve), 0)
     x = images(model)
     share = {"attention": 0.5, "ffn": 0.5, "residual": 0.5}
-    pruned = prune(model, "channel-magnitude", share, example_input=x, heads=3)
+    pruned = prune(model, "channel-magnitude", share, example_input=x, merge_heads_to=3)
     assert [(b.attn.num_heads, b.attn.head_dim) for b in pruned.blocks] == [(3, 16)] * 2
     save(pruned, tmp_path)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)

@@ -39,7 +39,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def made(method: str) -> Path:
         if method not in done:
             sparsity = 0.5 if method == "magnitude" else {"ffn": 0.5}
-            settings = {"kinds": None if method == "magnitude" else ["ffn"], "recover": None}
+            settings = {"kinds": None if method == "magnitude" else ["ffn"], "finetune": None}
             done[method] = project_in(parent / method, method=method, sparsity=sparsity, cycles=1, **settings)
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[method])
@@ -105,7 +105,7 @@ def test_a_pruned_backbone_learns_other_classes(pruned, tmp_path, monkeypatch):
 
 def test_zeros_of_the_first_pruning_stay_and_it_can_be_pruned_further(pruned, tmp_path, monkeypatch):
     source = pruned("magnitude")
-    recipe = settings(source, prune__sparsity={"ffn": 0.25}, prune__recover=SHORT, distill__train=SHORT)
+    recipe = settings(source, prune__sparsity={"ffn": 0.25}, prune__finetune=SHORT, distill__train=SHORT)
     found = run_all(tmp_path, recipe, monkeypatch)
     before, dense = (load_file(path / "model.safetensors") for path in (source, Path("out/dense")))
     names = [name for name in before if re.search(r"(qkv|proj|fc1|fc2)\.weight$", name) and "blocks" in name]

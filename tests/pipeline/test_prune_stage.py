@@ -193,7 +193,13 @@ def test_every_cycle_leaves_its_recovered_model(monkeypatch: pytest.MonkeyPatch,
         "repeats": 2,
     }
     steps = {0: 0.3, 2: 0.5, 3: 0.7}
-    params["prune"] = {"method": "lamp", "sparsity": 0.7, "cycles": 3, "schedule": {"steps": steps}, "recover": recover}
+    params["prune"] = {
+        "method": "lamp",
+        "sparsity": 0.7,
+        "cycles": 3,
+        "schedule": {"steps": steps},
+        "finetune": recover,
+    }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     for stage in ("dataset", "dense", "calibrate", "score", "mask", "prune"):

@@ -33,7 +33,7 @@ def project_in(path: Path) -> Path:
         "kinds": list(SPARSITY),
         "sparsity": SPARSITY,
         "cycles": 1,
-        "recover": None,
+        "finetune": None,
     }
     path.mkdir()
     (path / "params.yaml").write_text(yaml.safe_dump(params))

@@ -46,7 +46,7 @@ def done_in(directory: Path) -> int:
 @pytest.mark.parametrize("criterion", [fisher_kl, taylor])
 def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path, criterion) -> None:
     groups, data = find_groups(vit, ["ffn", "head"]), batches(vit, 3)
-    work = score_stage.ScoringJob(criterion, groups, data, replace(DEFAULT_SCORE_CONFIG, classes=2))
+    work = score_stage.ScoringJob(criterion, groups, data, replace(DEFAULT_SCORE_CONFIG, fisher_directions=2))
     found = work.importance(vit, True, tmp_path, ProcessGroup()).scores
     expected = criterion(vit, groups, data, work.setting).scores
     for name, score in expected.items():

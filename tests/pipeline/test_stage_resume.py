@@ -35,7 +35,7 @@ def project_in(path: Path, **prune: object) -> Path:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["args"] |= {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 16}
     params["dense"]["train"], params["calibrate"]["size"] = RECIPE | {"epochs": 1}, 50
-    params["prune"] |= {"cycles": 3, "recover": RECIPE | {"optimizer_state": "keep", "decay_over": "run"}} | prune
+    params["prune"] |= {"cycles": 3, "finetune": RECIPE | {"optimizer_state": "keep", "decay_over": "run"}} | prune
     params["distill"]["train"] = RECIPE
     path.mkdir()
     (path / "params.yaml").write_text(yaml.safe_dump(params))
@@ -66,8 +66,8 @@ def ends(project: Path) -> dict[str, str]:
     "prune",
     [
         {},
-        {"method": "ovit", "sparsity": 0.6, "correct": True},
-        {"method": "upvits", "sparsity": {"ffn": 0.4, "attention": 0.5}, "heads": 1, "target": {"macs": 0.6}},
+        {"method": "ovit", "sparsity": 0.6, "correct_norms": True},
+        {"method": "upvits", "sparsity": {"ffn": 0.4, "attention": 0.5}, "merge_heads_to": 1, "target": {"macs": 0.6}},
     ],
     ids=["taylor", "ovit", "upvits"],
 )
@@ -136,7 +136,7 @@ def test_a_cycle_that_was_lost_is_done_again(
 
 def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    project = project_in(tmp_path / "project", recover=None)
+    project = project_in(tmp_path / "project", finetune=None)
     monkeypatch.setenv(EVERY, "0")
     stages.run("prune", project)
     keys = set()
@@ -156,7 +156,7 @@ def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monk
     monkeypatch.setenv(EVERY, "0")
     project = project_in(tmp_path / "project")
     params = yaml.safe_load((project / "params.yaml").read_text())
-    params["prune"]["recover"] |= {"lr": 1e30, "clip": None, "ema": 0.0, "optimizer": "sgd"}
+    params["prune"]["finetune"] |= {"lr": 1e30, "clip": None, "ema": 0.0, "optimizer": "sgd"}
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     with pytest.raises(BadInput, match=r"^recovery after cycle 1, epoch 1, step 2: the loss is ") as refused:
         stages.run("prune", project)
@@ -194,7 +194,7 @@ def wait_for(process: subprocess.Popen[str], happened) -> None:
 
 def test_sigkill_and_sigterm_while_a_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    project = project_in(tmp_path / "project", cycles=2, recover=RECIPE | {"epochs": 3})
+    project = project_in(tmp_path / "project", cycles=2, finetune=RECIPE | {"epochs": 3})
     expected = ends(project)
     emptied(project, "prune")
     killed = start(project, "prune", "0")  # SIGKILL, with a checkpoint after every step

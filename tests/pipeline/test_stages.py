@@ -86,7 +86,7 @@ def test_residual_channels_are_shrunk_and_never_zeroed(finish):
 
 def test_up_vits_merges_heads_and_the_model_loads_in_plain_timm(finish):
     sparsity = {"ffn": 0.5, "attention": 0.5, "residual": 0.5}
-    settings = {"kinds": list(sparsity), "sparsity": sparsity, "heads": 1, "cycles": 1, "recover": None}
+    settings = {"kinds": list(sparsity), "sparsity": sparsity, "merge_heads_to": 1, "cycles": 1, "finetune": None}
     project = finish("upvits", method="upvits-literal", **settings)
     model = vitprune.load(project / "out/distill")
     assert [(b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in model.blocks] == [(1, 24, 96)] * 2
@@ -96,7 +96,7 @@ def test_up_vits_merges_heads_and_the_model_loads_in_plain_timm(finish):
 
 
 def test_a_cycle_shows_the_scores_that_chose_its_masks_and_what_a_correction_did(finish):
-    one = {"cycles": 1, "recover": None, "correct": True}
+    one = {"cycles": 1, "finetune": None, "correct_norms": True}
     project = finish("settled", until="prune", method="upvits", sparsity=0.5, **one)
     settled = load_file(project / "out/mask/scores.safetensors")
     assert any(not torch.equal(settled[n], s) for n, s in load_file(project / "out/score/scores.safetensors").items())

@@ -41,10 +41,10 @@ def test_settings_for_all_and_for_one_method(tmp_path: Path) -> None:
         tmp_path,
         methods={"channel-taylor": None, "lamp": {"cycles": 2}},
         targets=[0.25],
-        params={"prune": {"cycles": 1, "recover": None}, "distill": {"train": None}, "seed": 3},
+        params={"prune": {"cycles": 1, "finetune": None}, "distill": {"train": None}, "seed": 3},
     )
     assert [run.params["prune"]["cycles"] for run in found] == [1, 2]
-    assert {run.params["prune"]["recover"] for run in found} == {None}
+    assert {run.params["prune"]["finetune"] for run in found} == {None}
     assert {run.params["seed"] for run in found} == {3}
     before = yaml.safe_load((ROOT / "params.yaml").read_text())["distill"]
     assert found[0].params["distill"] == before | {"train": None}

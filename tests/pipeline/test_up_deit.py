@@ -50,7 +50,7 @@ def cut(base: nn.Module, settings: Prune) -> nn.Module:
         model = timm.create_model("deit_base_patch16_224")
     model.load_state_dict(base.state_dict(), assign=True)
     shares = dict.fromkeys(settings.kinds, settings.sparsity)
-    plan = plan_for(settings.method, shares, settings.scope, settings.heads)
+    plan = plan_for(settings.method, shares, settings.scope, settings.merge_heads_to)
     groups = groups_for(model, plan)
     masks = select_masks(score(model, groups, "random"), groups, plan, plan.targets()[0])
     return shrink(model, groups, masks).eval()

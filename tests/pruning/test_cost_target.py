@@ -35,7 +35,7 @@ def nonzero(model: nn.Module, what: str) -> int:
     [
         ("vit", {}),
         ("vit", {"scope": "global"}),
-        ("vit", {"sparsity": {"ffn": 0.8, "attention": 0.4, "residual": 0.2}, "heads": 1}),
+        ("vit", {"sparsity": {"ffn": 0.8, "attention": 0.4, "residual": 0.2}, "merge_heads_to": 1}),
         ("vit", {"sparsity": {"residual": 0.5}}),
         ("odd", {"sparsity": {"ffn": 1.0, "block": 0.5}}),
         ("swin", {"scope": "isomorphic"}),
@@ -50,7 +50,7 @@ def test_a_target_is_reached_from_below_by_less_than_one_unit(name: str, setting
     reached = cost(pruned, what) / whole
     assert reached <= limit
     kinds = plan_for("drawn", **settings, target={what: limit}).sparsity
-    groups = merge_heads(model, find_groups(model, kinds), settings.get("heads"))
+    groups = merge_heads(model, find_groups(model, kinds), settings.get("merge_heads_to"))
     assert limit - reached < largest_step(model, groups, what, "scope" in settings)
 
 

@@ -93,7 +93,7 @@ def test_a_plan_with_a_correction_says_what_it_did_and_beats_the_plan_without() 
     distance = {}
     for wanted in (False, True):
         model = copy.deepcopy(dense)
-        (cycle,) = prune_cycles(model, plan_for("unit-obs", 0.4, correct=wanted), given)
+        (cycle,) = prune_cycles(model, plan_for("unit-obs", 0.4, correct_norms=wanted), given)
         pairs = zip(dense_logits(dense, given), dense_logits(model, given), strict=True)
         distance[wanted] = sum(float((a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum()) for a, b in pairs)
         assert bool(cycle.corrected) == wanted
@@ -103,5 +103,5 @@ def test_a_plan_with_a_correction_says_what_it_did_and_beats_the_plan_without() 
 
 
 def test_a_correction_needs_images() -> None:
-    with pytest.raises(BadInput, match=r"^prune.correct: needs images"):
-        list(prune_cycles(tiny("vit"), plan_for("channel-magnitude", 0.4, correct=True), []))
+    with pytest.raises(BadInput, match=r"^prune.correct_norms: needs images"):
+        list(prune_cycles(tiny("vit"), plan_for("channel-magnitude", 0.4, correct_norms=True), []))

@@ -88,7 +88,7 @@ def test_cutting_step_by_step_is_cutting_once_by_the_last_masks(vit: nn.Module, 
 def test_cutting_merged_heads_step_by_step() -> None:
     model = tiny("vit")
     x = images(model)
-    cycles = run(model, "channel-taylor", {"attention": 0.7}, batches(model), cycles=3, heads=1)
+    cycles = run(model, "channel-taylor", {"attention": 0.7}, batches(model), cycles=3, merge_heads_to=1)
     masks = cycles[-1].masks
     assert {n: tuple(m.shape) for n, m in masks.items()} == {"blocks.0.attn": (1, 48), "blocks.1.attn": (1, 48)}
     assert [(b.attn.num_heads, b.attn.head_dim) for b in model.blocks] == [(1, 14), (1, 14)]

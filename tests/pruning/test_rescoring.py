@@ -137,7 +137,7 @@ def test_select_is_its_contests(scope: str, vit: nn.Module) -> None:
 def test_a_tiny_model_is_settled_to_its_exact_set(vit: nn.Module) -> None:
     kinds = {"ffn": "layer", "head": "layer", "residual": "layer"}
     groups, data = find_groups(vit, list(kinds)), batches(vit, 4, 4)
-    setting = replace(DEFAULT_SCORE_CONFIG, confidence=1 - 1e-9, classes=4)
+    setting = replace(DEFAULT_SCORE_CONFIG, confidence=1 - 1e-9, fisher_directions=4)
     scores = fisher_kl(vit, groups, data, setting).scores
     fields = [
         c for k in kinds for c in candidate_pools({g.name: scores[g.name] for g in groups if g.kind == k}, 0.5, "layer")

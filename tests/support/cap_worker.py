@@ -19,8 +19,8 @@ KINDS = ("per-sample", "per-batch")
 
 def setting_of(kind: str) -> ScoreConfig:
     """Three passes over three batches, several chunks of blocks."""
-    few = replace(DEFAULT_SCORE_CONFIG, block=24, gradients=20, memory=4_000_000)
-    return few if kind == "per-sample" else replace(few, gradients=5, per_sample=False, gradient_batch=4)
+    few = replace(DEFAULT_SCORE_CONFIG, fisher_block_size=24, num_gradients=20, memory=4_000_000)
+    return few if kind == "per-sample" else replace(few, num_gradients=5, per_sample=False, gradient_batch=4)
 
 
 def main() -> None:

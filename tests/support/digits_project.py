@@ -15,7 +15,7 @@ def project_in(path: Path, **prune: object) -> Path:
     """Write the params.yaml of a small project; `prune` replaces settings of that section."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["args"] |= {"depth": 2, "embed_dim": 48, "num_heads": 3}
-    params["dense"]["train"] = params["prune"]["recover"] = params["distill"]["train"] = SHORT
+    params["dense"]["train"] = params["prune"]["finetune"] = params["distill"]["train"] = SHORT
     params["calibrate"]["size"], params["evaluate"]["latency_runs"], params["export"]["onnx"] = 100, 5, False
     params["prune"] |= prune
     path.mkdir()

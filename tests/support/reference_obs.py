@@ -11,7 +11,7 @@ from vitprune import find_groups
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.obs.fisher_blocks import FisherBlocks
 
-SMALL = replace(DEFAULT_SCORE_CONFIG, block=24, damp=1e-7)
+SMALL = replace(DEFAULT_SCORE_CONFIG, fisher_block_size=24, damping=1e-7)
 
 
 def image_gradients(model: nn.Module, param: str, data: list) -> Tensor:

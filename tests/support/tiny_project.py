@@ -27,7 +27,7 @@ def make(project: Path) -> Path:
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
     params["model"]["args"]["depth"] = 2
-    params["dense"]["train"] = params["prune"]["recover"] = params["distill"]["train"] = ONE_EPOCH
+    params["dense"]["train"] = params["prune"]["finetune"] = params["distill"]["train"] = ONE_EPOCH
     params["calibrate"]["size"], params["evaluate"]["latency_runs"], params["export"]["onnx"] = 100, 5, False
     path.write_text(yaml.safe_dump(params, sort_keys=False))
     commit(project, "A tiny project.")
@@ -43,7 +43,7 @@ def make_of_images(project: Path, size: int = 240) -> Path:
     args = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
     params["threads"], params["seed"], params["model"]["args"] = 1, 0, args | {"num_classes": 10}
     params["dense"] = {"start": "train", "train": ONE_EPOCH | {"epochs": 8}}
-    params["prune"] |= {"sparsity": {"ffn": 0.5, "attention": 0.5}, "cycles": 2, "recover": ONE_EPOCH}
+    params["prune"] |= {"sparsity": {"ffn": 0.5, "attention": 0.5}, "cycles": 2, "finetune": ONE_EPOCH}
     params["distill"]["train"], params["calibrate"]["size"] = ONE_EPOCH, 60
     params["evaluate"] = {"batch_size": 64, "latency_batch": 1, "latency_runs": 5}
     params["export"] = {"onnx": False}

@@ -133,7 +133,7 @@ def test_passes_in_bfloat16_leave_the_weights_as_they_are() -> None:
 
 def test_dimap_fine_tunes_as_its_paper_says() -> None:
     params = load(Path(__file__).parents[2] / "recipes/dimap_swin_tiny.yaml")
-    plan, recover = plan_of(params), params.prune.recover
+    plan, recover = plan_of(params), params.prune.finetune
     assert recover is not None
     assert (plan.method, plan.scope_of("weight"), plan.targets()) == ("dimap", "module", [{"weight": 0.55}])
     assert (recover.epochs, recover.warmup_epochs, recover.optimizer) == (30, 15, "adamw")

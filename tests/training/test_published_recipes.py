@@ -20,7 +20,7 @@ from vitprune.training.checkpoint_store import CheckpointStore
 from vitprune.training.loop import FrozenZeros, classification, distilling
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))}
-STAGES = ("dense", "recover", "distill")
+STAGES = ("dense", "finetune", "distill")
 
 # augment: mixup, cutmix, mix_prob, drop_path, weight_decay, clip, eps, repeats (CAP's presets)
 PRESETS = {
@@ -62,7 +62,7 @@ PAPERS = {"up_deit_tiny": UP, "up_deit_small": UP, "up_pvt_v2_b0": UP, "dimap_sw
 
 
 def section(params: Params, stage: str) -> Train | None:
-    found = {"dense": params.dense.train, "recover": params.prune.recover, "distill": params.distill.train}
+    found = {"dense": params.dense.train, "finetune": params.prune.finetune, "distill": params.distill.train}
     return found[stage]
 
 
@@ -79,12 +79,12 @@ SECOND |= {
 @pytest.mark.parametrize("name", CAP)
 def test_recipes_of_cap_have_the_values_of_its_tables(name: str) -> None:
     params = load(RECIPES[name])
-    recipe = section(params, "recover") or section(params, "dense")
+    recipe = section(params, "finetune") or section(params, "dense")
     assert recipe is not None
     plan = plan_of(params)
     epochs = sum(plan.epochs(recipe.epochs))
     run = (epochs, recipe.lr, recipe.min_lr, recipe.decay, recipe.decay_over)
-    assert (*run, params.prune.sparsity, params.score.block, params.score.damp) == CAP[name]
+    assert (*run, params.prune.sparsity, params.score.fisher_block_size, params.score.damping) == CAP[name]
     assert (recipe.smoothing, recipe.batch_size, recipe.warmup_epochs, recipe.ema) == (0.1, 1024, 0.0, 0.0)
     mixing = (recipe.mixup, recipe.cutmix, recipe.mix_prob, recipe.drop_path)
     found = (*mixing, recipe.weight_decay, recipe.clip, recipe.eps, recipe.repeats)
@@ -103,7 +103,7 @@ def test_every_preset_has_a_recipe() -> None:
 @pytest.mark.parametrize("name", PAPERS)
 def test_recipes_of_other_papers_have_their_values(name: str) -> None:
     params = load(RECIPES[name])
-    recipe = section(params, "distill") or section(params, "recover")
+    recipe = section(params, "distill") or section(params, "finetune")
     assert recipe is not None
     assert {key: getattr(recipe, key) for key in PAPERS[name]} == PAPERS[name]
 
@@ -129,7 +129,7 @@ def test_two_steps_of_a_recipe(name: str, stage: str, tmp_path: Path, monkeypatc
         zero(model, groups, held.masks)
     before, history = state(model), History(tmp_path / "out", stage)
     short = recipe.model_copy(update={"epochs": 1, "batch_size": 5})  # of 10 images
-    part = RecoverySegment(1, plan_of(params).epochs(recipe.epochs), {}) if stage == "recover" else None
+    part = RecoverySegment(1, plan_of(params).epochs(recipe.epochs), {}) if stage == "finetune" else None
     train_model(task, short, params, history, CheckpointStore(tmp_path / "shelf", "key"), held, None, part)
 
     (row,) = history.rows

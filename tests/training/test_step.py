@@ -180,7 +180,7 @@ def test_the_optimizers_of_all_recipes_are_among_those_that_are_watched() -> Non
     found = set()
     for path in (ROOT / "recipes").glob("*.yaml"):
         params = load(path)
-        found |= {r.optimizer for r in (params.dense.train, params.prune.recover, params.distill.train) if r}
+        found |= {r.optimizer for r in (params.dense.train, params.prune.finetune, params.distill.train) if r}
     assert {"adamw", "momentum"} <= found <= set(HELD)
 
 

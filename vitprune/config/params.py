@@ -14,6 +14,17 @@ from vitprune.errors import BadInput
 SectionType = TypeVar("SectionType", bound=Section)
 Epoch = Annotated[int, Field(ge=0)]
 Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
+RENAMED = {  # keys of earlier versions -> their present names
+    "score.classes": "score.fisher_directions",
+    "score.block": "score.fisher_block_size",
+    "score.damp": "score.damping",
+    "score.gradients": "score.num_gradients",
+    "prune.heads": "prune.merge_heads_to",
+    "prune.recover": "prune.finetune",
+    "prune.correct": "prune.correct_norms",
+    "prune.hold_zeros": "prune.keep_zeros",
+    "distill.hold_zeros": "distill.keep_zeros",
+}
 
 
 class Dataset(Section):
@@ -56,18 +67,19 @@ class Score(Section):
     """How scoring runs: images per batch, memory of the candidates in flight (MiB), gradients per image.
 
     `autocast` runs Fisher's passes in bfloat16; `confidence` is that of the kept set where scores are estimated first.
-    Fisher blocks of single weights: `block`, `damp`, `gradients` (null: every image once), and whether a gradient is of
-    one image (`per_sample`) or of the mean loss of `gradient_batch` images; `memory_mb` bounds the matrices held.
+    Fisher blocks of single weights: `fisher_block_size`, `damping`, `num_gradients` (null: every image once), and
+    whether a gradient is of one image (`per_sample`) or of the mean loss of `gradient_batch` images; `memory_mb` bounds
+    the matrices held.
     """
 
     batch_size: Count = 64
     memory_mb: Count = 1024
-    classes: Count = 8
+    fisher_directions: Count = 8
     autocast: bool = False
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
-    block: Count = 192
-    damp: Annotated[float, Field(gt=0)] = 1e-8
-    gradients: Count | None = None
+    fisher_block_size: Count = 192
+    damping: Annotated[float, Field(gt=0)] = 1e-8
+    num_gradients: Count | None = None
     gradient_batch: Count = 128
     per_sample: bool = True
 
@@ -76,7 +88,7 @@ class Schedule(Section):
     """Sparsity over the cycles: a shape that starts at the sparsity `initial`, or all `steps` themselves.
 
     Steps are a list, one sparsity per cycle, or epoch: sparsity, the epochs being those of the whole run at which the
-    cycles prune; `prune.recover.epochs` are those of the last cycle then. Both end at `prune.sparsity`.
+    cycles prune; `prune.finetune.epochs` are those of the last cycle then. Both end at `prune.sparsity`.
     """
 
     shape: Literal["linear", "cubic"] | None = None
@@ -96,8 +108,8 @@ class Prune(Section):
     `kinds` null means the method's usual ones; a kind that is not scored cannot be pruned. A `target` takes the place
     of the sparsity; sparsities per kind are relative to each other then. What stays of every group is a multiple of
     `round_to`, one for all kinds that are widths or one per kind; `rules` hold for single groups.
-    `correct` moves norms and biases once towards the dense answers, after each cycle and before its recovery.
-    `hold_zeros` holds the zeros of a checkpoint in the recovery; those of the plan's own weights are always held.
+    `correct_norms` moves norms and biases once towards the dense answers, after each cycle and before its recovery.
+    `keep_zeros` holds the zeros of a checkpoint in the recovery; those of the plan's own weights are always held.
     """
 
     method: str
@@ -107,12 +119,12 @@ class Prune(Section):
     scope: str | None = None
     round_to: Count | dict[Kind, Count] | None = None
     rules: tuple[Rule, ...] = ()
-    heads: Count | None = None
+    merge_heads_to: Count | None = None
     cycles: Count = 1
     schedule: Literal["linear", "cubic"] | Schedule = "cubic"
-    correct: bool = False
-    recover: Train | None = None
-    hold_zeros: bool = True
+    correct_norms: bool = False
+    finetune: Train | None = None
+    keep_zeros: bool = True
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -126,7 +138,7 @@ class Distill(Section):
 
     The distance is the KL divergence of logits at a temperature, or the mean squared error of the features before the
     head, which has no temperature. `cache` asks the dense model once for every image and keeps the answers in memory;
-    images that are augmented or mixed differ from epoch to epoch, and it is refused. `hold_zeros` is as in `prune`.
+    images that are augmented or mixed differ from epoch to epoch, and it is refused. `keep_zeros` is as in `prune`.
     """
 
     kind: Literal["logits", "features"] = "logits"
@@ -134,7 +146,7 @@ class Distill(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     cache: bool = False
     train: Train | None = None
-    hold_zeros: bool = True
+    keep_zeros: bool = True
 
     @model_validator(mode="after")
     def _always_alike(self) -> Self:
@@ -223,6 +235,9 @@ def checked(raw: Mapping[str, Any], kind: type[SectionType], where: Path | str) 
 def _first(error: ValidationError) -> str:
     """The first error in one line, with its dotted key; of a key that may be of several types, the nearest."""
     problems = [(_dotted(problem["loc"]), problem) for problem in error.errors()]
+    for key, problem in problems:
+        if problem["type"] == "extra_forbidden" and key in RENAMED:
+            return f"{key}: has been renamed to {RENAMED[key]}"
     start = problems[0][0]
     near = [(key, problem) for key, problem in problems if f"{key}.".startswith(f"{start}.")]
     key, problem = max(near, key=lambda pair: (pair[0].count("."), pair[1]["type"] == "value_error"))

@@ -30,26 +30,26 @@ class PartialScores(Protocol):
 class ScoreConfig:
     """How a criterion runs: its seed, and limits that change time and memory, or the last digits of an estimate.
 
-    `memory` (bytes) bounds the activations of candidates in flight, `classes` counts the gradients that are taken of an
-    image's answer (half in its leading directions, half in random ones), `autocast` lets forward and backward
-    passes run in bfloat16, `confidence` is the expected share of a kept set that is exact. `first` is the position of
-    the first image among all images, where the batches are a part of them.
+    `memory` (bytes) bounds the activations of candidates in flight, `fisher_directions` counts the gradients that are
+    taken of an image's answer (half in its leading directions, half in random ones), `autocast` lets forward and
+    backward passes run in bfloat16, `confidence` is the expected share of a kept set that is exact. `first` is the
+    position of the first image among all images, where the batches are a part of them.
 
-    Of Fisher blocks: `block` weights each, at least; `damp` on the diagonal; as many `gradients`, None for one look at
-    every image; each of one image (`per_sample`) or of the mean loss of `gradient_batch` images. `memory` bounds the
-    matrices that are held. `pattern` is (N, M) where N of every M consecutive weights are to stay.
+    Of Fisher blocks: `fisher_block_size` weights each, at least; `damping` on the diagonal; as many `num_gradients`,
+    None for one look at every image; each of one image (`per_sample`) or of the mean loss of `gradient_batch` images.
+    `memory` bounds the matrices that are held. `pattern` is (N, M) where N of every M consecutive weights are to stay.
     The processes of `team` share the gradients and the blocks; each has `notes` of its own, if it has any.
     """
 
     seed: int = 0
     memory: int = 1 << 30
-    classes: int = 8
+    fisher_directions: int = 8
     autocast: bool = False
     confidence: float = 0.99
     first: int = 0
-    block: int = 192
-    damp: float = 1e-8
-    gradients: int | None = None
+    fisher_block_size: int = 192
+    damping: float = 1e-8
+    num_gradients: int | None = None
     gradient_batch: int = 128
     per_sample: bool = True
     pattern: tuple[int, int] | None = None

@@ -158,7 +158,7 @@ def _of_batch(
         return result
     paths = list(outputs)
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
-    for direction in fisher_directions(probability, None, setting.classes, setting.seed, where):
+    for direction in fisher_directions(probability, None, setting.fisher_directions, setting.seed, where):
         output_grads = torch.autograd.grad(
             logits, [outputs[p] for p in paths], direction.to(logits.dtype), retain_graph=True
         )

@@ -24,7 +24,7 @@ def run(params: Params) -> None:
         history = History(OUT / "distill", "distill", dist.rank == 0)
         if settings.train is not None:
             task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
-            frozen = zeros_to_keep(model, params, _pruned_weights(teacher), settings.hold_zeros)
+            frozen = zeros_to_keep(model, params, _pruned_weights(teacher), settings.keep_zeros)
             store = checkpoint.store("training")
             train_model(
                 task, settings.train, params, history, store, frozen, evaluate, dist=dist, cache_outputs=settings.cache

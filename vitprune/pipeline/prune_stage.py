@@ -107,7 +107,7 @@ def finetune_cycle(
     memory: OptimizerState | None = None,
     dist: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Fine-tune the model of a cycle with the settings of `prune.recover` and the epochs of the schedule.
+    """Fine-tune the model of a cycle with the settings of `prune.finetune` and the epochs of the schedule.
 
     Args:
         model: The pruned model.
@@ -121,7 +121,7 @@ def finetune_cycle(
         memory: Optimizer state, carried from cycle to cycle if the recipe keeps it; pass the same one every time.
         dist: Process group.
     """
-    recipe = params.prune.recover
+    recipe = params.prune.finetune
     if recipe is None:
         return
     epochs = plan.epochs(recipe.epochs)
@@ -145,7 +145,7 @@ def _run_cycles(params: Params, checkpoint: StageCheckpoint, history: History) -
     evaluator = make_evaluator(done.model, params)
     for pruned in _cycles(params, plan, checkpoint, done, evaluator):
         cycle, model, metrics = pruned.cycle, pruned.model, pruned.metrics
-        if params.prune.recover is not None:
+        if params.prune.finetune is not None:
             evaluate = partial(evaluator, model)
             store = checkpoint.store(f"{cycle.number:02d}-training", pruned.checkpoint)
             checkpoint.dist.broadcast(cycle.number)  # received in _follow
@@ -154,7 +154,7 @@ def _run_cycles(params: Params, checkpoint: StageCheckpoint, history: History) -
             metrics = evaluate()
         row = _write_cycle(cycle, cycle.scores or _mask_scores(), model, pruned.metrics["top1"], metrics["top1"])
         done.model, done.metrics, done.rows = model, metrics, [*done.rows, row]
-        if plan.cycles > 1 or params.prune.recover is not None:
+        if plan.cycles > 1 or params.prune.finetune is not None:
             _save_completed(checkpoint, cycle.number, done, history)
     checkpoint.dist.broadcast(0)
     return done
@@ -177,7 +177,7 @@ def _follow(params: Params, checkpoint: StageCheckpoint, history: History) -> No
 
 def _frozen(model: nn.Module, cycle: Cycle, params: Params) -> FrozenZeros | None:
     pruned = FrozenZeros(cycle.held, cycle.masks) if cycle.held else None
-    return zeros_to_keep(model, params, pruned, params.prune.hold_zeros)
+    return zeros_to_keep(model, params, pruned, params.prune.keep_zeros)
 
 
 def _cycles(
@@ -187,7 +187,7 @@ def _cycles(
     number, model = len(done.rows), done.model
     dense = model if number == 0 else models.load(OUT / "dense").to(device())
     masks = models.read_weights(CYCLES / f"{number:02d}" / MASKS) if number else {}
-    finetunes = params.prune.recover is not None
+    finetunes = params.prune.finetune is not None
     if finetunes and number < plan.cycles:
         pruned = _load_pruned(checkpoint, number + 1, done.checkpoint, dense, plan)
         if pruned is not None:

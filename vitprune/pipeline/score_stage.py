@@ -46,7 +46,7 @@ def run(params: Params) -> None:
 
 def scored_groups(model: nn.Module, params: Params, plan: Plan) -> list[Group]:
     """Return the groups to score, with attention heads merged as the plan says."""
-    return merge_heads(model, find_groups(model, kinds_of(params)), plan.heads)
+    return merge_heads(model, find_groups(model, kinds_of(params)), plan.merge_heads_to)
 
 
 def write_scores(directory: Path, groups: Sequence[Group], importance: Importance) -> dict[str, Any]:

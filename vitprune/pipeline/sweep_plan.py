@@ -34,7 +34,7 @@ SweepTarget = Annotated[
     | Annotated[Target, Tag("function-cost")],
     Discriminator(_form),
 ]
-METHOD_DEFAULTS = ("kinds", "scope", "heads")  # keys of prune that a run resets to the method's defaults
+METHOD_DEFAULTS = ("kinds", "scope", "merge_heads_to")  # keys of prune that a run resets to the method's defaults
 
 
 class Sweep(Section):

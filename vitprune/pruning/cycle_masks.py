@@ -34,7 +34,7 @@ from vitprune.pruning.select import CandidatePool, blocks_removed, candidate_poo
 
 def groups_for(model: nn.Module, plan: Plan) -> list[Group]:
     """The groups that a plan prunes, heads merged where it says so."""
-    return merge_heads(model, find_groups(model, list(plan.sparsity)), plan.heads)
+    return merge_heads(model, find_groups(model, list(plan.sparsity)), plan.merge_heads_to)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def dense_logits(model: nn.Module, batches: Batches) -> list[Tensor]:
         BadInput: no batches.
     """
     if not batches:
-        raise BadInput("prune.correct: needs images, and there are none; give batches")
+        raise BadInput("prune.correct_norms: needs images, and there are none; give batches")
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
         return [model(images.to(device)) for images, _ in batches]

@@ -33,12 +33,12 @@ class Plan:
     method: str
     sparsity: Mapping[str, float]
     scope: str | None = None
-    heads: int | None = None
+    merge_heads_to: int | None = None
     cycles: int = 1
     schedule: str | Schedule = "cubic"
     setting: ScoreConfig = DEFAULT_SCORE_CONFIG
     target: Mapping[str, Quantity] | None = None
-    correct: bool = False
+    correct_norms: bool = False
     round_to: Mapping[str, int] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
@@ -100,12 +100,12 @@ def plan_for(
     method: str,
     sparsity: Sparsity | None,
     scope: str | None = None,
-    heads: int | None = None,
+    merge_heads_to: int | None = None,
     cycles: int = 1,
     schedule: str | Schedule = "cubic",
     setting: ScoreConfig = DEFAULT_SCORE_CONFIG,
     target: Target | None = None,
-    correct: bool = False,
+    correct_norms: bool = False,
     round_to: Widths | None = None,
     rules: Rules = (),
 ) -> Plan:
@@ -134,12 +134,12 @@ def plan_for(
     _refuse_shares(method, shares, 1.0 if target is None else math.inf)
     if implied is not None and (cycles > 1 or abs(shares["weight"] - implied) > 1e-9):
         raise BadInput(f"prune: an N:M scope removes {implied:g} at once; set sparsity to null and cycles to 1")
-    if heads is not None and "attention" not in shares:
-        raise BadInput(f"prune.heads {heads}: merges heads where attention channels go, and none do; set it to null")
+    if merge_heads_to is not None and "attention" not in shares:
+        raise BadInput(f"prune.merge_heads_to {merge_heads_to}: merging heads needs kind attention; set it to null")
     widths, held = _widths(round_to, list(shares)), tuple(rule_of(rule, number) for number, rule in enumerate(rules))
     if implied is not None and any(rule.ignore is None for rule in held):
         raise BadInput("prune.rules: an N:M scope removes as much of every layer; rules can only ignore some")
-    plan = Plan(method, shares, scope, heads, cycles, schedule, setting, target, correct, widths, held)
+    plan = Plan(method, shares, scope, merge_heads_to, cycles, schedule, setting, target, correct_norms, widths, held)
     _refuse_plan(plan)
     return plan
 
@@ -220,12 +220,12 @@ def plan_of(params: Params) -> Plan:
         p.method,
         sparsity,
         p.scope,
-        p.heads,
+        p.merge_heads_to,
         p.cycles,
         p.schedule,
         _setting(params),
         target,
-        p.correct,
+        p.correct_norms,
         p.round_to,
         p.rules,
     )
@@ -241,12 +241,12 @@ def _setting(params: Params) -> ScoreConfig:
     return ScoreConfig(
         seed=params.seed,
         memory=s.memory_mb << 20,
-        classes=s.classes,
+        fisher_directions=s.fisher_directions,
         autocast=s.autocast,
         confidence=s.confidence,
-        block=s.block,
-        damp=s.damp,
-        gradients=s.gradients,
+        fisher_block_size=s.fisher_block_size,
+        damping=s.damping,
+        num_gradients=s.num_gradients,
         gradient_batch=s.gradient_batch,
         per_sample=s.per_sample,
     )

@@ -90,7 +90,7 @@ def prune_cycles(
     dense = groups_for(whole, plan)
     kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense} if after is None else after.masks
     costs = cost_model_for(whole, dense, plan)
-    dense_answers = dense_logits(whole, batches) if plan.correct else []
+    dense_answers = dense_logits(whole, batches) if plan.correct_norms else []
     first = first if after is None else None  # it has been applied
     for number in range(1 if after is None else after.number + 1, plan.cycles + 1):
         complete = False
@@ -131,10 +131,10 @@ def prune(
     example_input: Tensor | None = None,
     *,
     scope: str | None = None,
-    heads: int | None = None,
+    merge_heads_to: int | None = None,
     seed: int = 0,
     target: Target | None = None,
-    correct: bool = False,
+    correct_norms: bool = False,
     round_to: Widths | None = None,
     rules: Rules = (),
 ) -> nn.Module:
@@ -143,9 +143,9 @@ def prune(
     `sparsity` is the fraction of units to remove, one for all kinds or one per kind; `batches` are (images, labels)
     for the methods that look at data; `target`, such as {"macs": 0.5}, {"params": "12M"} or {"latency_ms": 20}, takes
     the sparsity's place; of every group a multiple of `round_to` stays, one number for all widths or one per kind;
-    `rules` hold for single groups, as {"match": "blocks.0.mlp", "ignore": True}; `correct` moves norms and biases
-    towards the dense answers afterwards, without labels; `example_input` (B, C, H, W), if given, is run through the
-    result.
+    `rules` hold for single groups, as {"match": "blocks.0.mlp", "ignore": True}; `correct_norms` moves norms and
+    biases towards the dense answers afterwards, without labels; `example_input` (B, C, H, W), if given, is run
+    through the result.
 
     Raises:
         BadInput: a setting, a module or the result cannot be used; the message names it.
@@ -153,7 +153,15 @@ def prune(
     pruned = copy.deepcopy(model)
     setting = ScoreConfig(seed)
     plan = plan_for(
-        method, sparsity, scope, heads, setting=setting, target=target, correct=correct, round_to=round_to, rules=rules
+        method,
+        sparsity,
+        scope,
+        merge_heads_to,
+        setting=setting,
+        target=target,
+        correct_norms=correct_norms,
+        round_to=round_to,
+        rules=rules,
     )
     for _ in prune_cycles(pruned, plan, batches):
         pass
@@ -224,7 +232,7 @@ def _corrected(
     model: nn.Module, wanted: Sequence[Tensor], batches: Batches, plan: Plan, number: int
 ) -> Mapping[str, float]:
     """Move the model towards the dense answers, where the plan says so; returns figures about it."""
-    if not plan.correct:
+    if not plan.correct_norms:
         return {}
     found = correction(model, wanted, batches, plan.setting_of(number))
     _put(model, found.values)

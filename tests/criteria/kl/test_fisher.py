@@ -21,7 +21,7 @@ from vitprune.criteria.kl.fisher import fisher_kl, fisher_kl_per_image
 from vitprune.criteria.kl.leave_one_out import leave_one_out_kl
 
 ALL = ["residual", "attention", "head", "ffn"]
-EVERY_CLASS = replace(DEFAULT_SCORE_CONFIG, classes=1000)
+EVERY_CLASS = replace(DEFAULT_SCORE_CONFIG, fisher_directions=1000)
 
 
 @pytest.mark.parametrize("name", ["vit", "odd"])
@@ -155,7 +155,7 @@ def test_outputs_of_different_tokens_are_uncorrelated() -> None:
 def test_random_signs_are_unbiased(vit: nn.Module) -> None:
     groups, inputs = find_groups(vit, ALL), images(vit, 2)
     exact = torch.cat(list(fisher_kl_per_image(vit, groups, inputs, EVERY_CLASS).values()))
-    settings = [replace(DEFAULT_SCORE_CONFIG, classes=2, seed=seed) for seed in range(60)]
+    settings = [replace(DEFAULT_SCORE_CONFIG, fisher_directions=2, seed=seed) for seed in range(60)]
     draws = torch.stack([torch.cat(list(fisher_kl_per_image(vit, groups, inputs, s).values())) for s in settings])
     spread = draws.std(dim=0) / len(draws) ** 0.5
     off = (draws.mean(dim=0) - exact).abs() / spread
@@ -165,7 +165,7 @@ def test_random_signs_are_unbiased(vit: nn.Module) -> None:
 
 def test_random_signs_depend_on_the_image_position_not_the_batch(vit: nn.Module) -> None:
     groups, inputs = find_groups(vit, ALL), images(vit, 6)
-    few = replace(DEFAULT_SCORE_CONFIG, classes=2, seed=3)
+    few = replace(DEFAULT_SCORE_CONFIG, fisher_directions=2, seed=3)
     whole = fisher_kl_per_image(vit, groups, inputs, few)
     labels = torch.zeros(6, dtype=torch.int64)
     total = fisher_kl(vit, groups, [(inputs[:4], labels[:4]), (inputs[4:], labels[4:])], few).scores

@@ -147,7 +147,7 @@ def test_scores_equal_the_reference_loops(vit: nn.Module) -> None:
     found = {name: f(vit, groups, data, SMALL).scores for name, f in CRITERIA.items()}
     for group in groups:
         weights = vit.get_parameter(group.name).detach().view(-1, 24)
-        fisher = naive_fisher(image_gradients(vit, group.name, data), 24, SMALL.damp * 128)
+        fisher = naive_fisher(image_gradients(vit, group.name, data), 24, SMALL.damping * 128)
         for block in range(0, len(weights), 17):
             losses = right_looking(fisher[block], weights[block])[0]
             alone = weights[block] ** 2 / torch.linalg.inv(fisher[block]).diagonal() / 2
@@ -162,7 +162,7 @@ CRITERIA = {"ovit": cap.ovit, "woodfisher": cap.woodfisher, "diagonal": cap.fish
 
 def test_blocks_of_one_weight_are_the_diagonal(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
-    alone = replace(SMALL, block=1)
+    alone = replace(SMALL, fisher_block_size=1)
     expected = cap.fisher_diagonal(vit, groups, batches(vit), SMALL).scores
     for criterion in (cap.ovit, cap.woodfisher, cap.ovit_increments):
         found = criterion(vit, groups, batches(vit), alone).scores
@@ -239,6 +239,6 @@ def test_a_zero_weight_is_decoupled_in_the_inverse(vit: nn.Module) -> None:
     fisher = matrices(vit)[name]
     gone = (vit.get_parameter(name) == 0).view(-1, 24)
     found = invert_blocks(fisher)
-    unit = torch.eye(24, dtype=torch.float64) / (SMALL.damp * 128)
+    unit = torch.eye(24, dtype=torch.float64) / (SMALL.damping * 128)
     for block in range(0, len(found), 11):
         torch.testing.assert_close(found[block][gone[block]], unit[gone[block]], rtol=1e-9, atol=1e-9)

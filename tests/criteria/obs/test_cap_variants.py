@@ -65,8 +65,8 @@ def test_invalid_input_is_refused(vit: nn.Module) -> None:
         BadInput, match=r"^blocks.0.attn.qkv.weight: rows of 48 weights cannot be divided into runs of 5"
     ):
         cap.ovit(vit, groups, batches(vit), replace(DEFAULT_SCORE_CONFIG, pattern=(2, 5)))
-    with pytest.raises(BadInput, match=r"^score.damp: a Fisher block is not positive definite; raise it"):
-        cap.ovit(vit, groups, batches(vit), replace(DEFAULT_SCORE_CONFIG, damp=1e-30))
+    with pytest.raises(BadInput, match=r"^score.damping: a Fisher block is not positive definite; raise it"):
+        cap.ovit(vit, groups, batches(vit), replace(DEFAULT_SCORE_CONFIG, damping=1e-30))
     with torch.no_grad():
         vit.blocks[1].mlp.fc2.weight[0, 0] = torch.nan
     with pytest.raises(BadInput, match=r"score"):

@@ -18,7 +18,7 @@ from vitprune.criteria.obs.weight_blocks import BlockRange, block_size, chunk_by
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.prune import prune_cycles
 
-SMALL = replace(DEFAULT_SCORE_CONFIG, block=24)
+SMALL = replace(DEFAULT_SCORE_CONFIG, fisher_block_size=24)
 
 
 def group_of(model: nn.Module, param: str) -> Group:
@@ -80,21 +80,21 @@ def test_fisher_equals_that_of_per_image_gradients(name: str) -> None:
     for param in some:
         grads = image_gradients(model, param, data)
         size = block_size(grads.shape[1], 24)
-        expected = naive_fisher(grads, size, SMALL.damp * 128)
+        expected = naive_fisher(grads, size, SMALL.damping * 128)
         torch.testing.assert_close(found[param], expected, rtol=1e-8, atol=1e-12)
 
 
 def test_batches_of_gradients_are_means(vit: nn.Module) -> None:
     """Five gradients of four images each from twelve images: the second pass uses random crops."""
     param = "blocks.0.mlp.fc2.weight"
-    data, setting = batches(vit, 4), replace(SMALL, per_sample=False, gradient_batch=4, gradients=None)
+    data, setting = batches(vit, 4), replace(SMALL, per_sample=False, gradient_batch=4, num_gradients=None)
     weight = vit.get_parameter(param)
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     grads = [torch.autograd.grad(F.cross_entropy(vit(x[n : n + 4]), y[n : n + 4]), [weight])[0] for n in (0, 4, 8)]
-    expected = naive_fisher(torch.stack([grad.flatten() for grad in grads]), 24, setting.damp)
+    expected = naive_fisher(torch.stack([grad.flatten() for grad in grads]), 24, setting.damping)
     found = collected(vit, [group_of(vit, param)], data, setting)[param]
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
-    more = replace(setting, gradients=5)
+    more = replace(setting, num_gradients=5)
     part = BlockRange(param, 24, 0, weight.numel())
     chunks = torch.cat([values for _, values in weight_gradients(vit, [part], data, more)])
     assert chunks.shape == (5, weight.numel())
@@ -117,7 +117,7 @@ def test_the_mean_of_per_sample_gradients_is_that_of_the_batch(vit: nn.Module) -
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_memory_changes_only_the_number_of_passes(vit: nn.Module, per_sample: bool) -> None:
     groups, data = find_groups(vit, ["weight"])[:3], batches(vit)
-    setting = replace(SMALL, per_sample=per_sample, gradient_batch=2, gradients=4 if per_sample else 3)
+    setting = replace(SMALL, per_sample=per_sample, gradient_batch=2, num_gradients=4 if per_sample else 3)
     whole, tight = (
         collected(vit, groups, data, setting),
         collected(vit, groups, data, replace(setting, memory=1_000_000)),
@@ -171,7 +171,7 @@ def test_augmented_samples_are_random_crops_and_flips(vit: nn.Module) -> None:
     assert 0.3 < float((grads < 0).float().mean()) < 0.7
     assert 0.2 < float(grads.abs().min()) < 0.45  # the smallest crops: sqrt(0.08 * 3/4) of the width and more
     assert 0.9 < float(grads.abs().max()) <= 1.001
-    with pytest.raises(BadInput, match=r"^score.gradients: inputs of shape \[16\] cannot be cropped; lower it$"):
+    with pytest.raises(BadInput, match=r"^score.num_gradients: inputs of shape \[16\] cannot be cropped; lower it$"):
         list(augmented_images([(torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))], 3, 0))
 
 

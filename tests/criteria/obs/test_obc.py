@@ -78,7 +78,7 @@ def test_row_elimination_equals_the_reference() -> None:
 
 def test_output_metric_equals_the_fisher_diagonal() -> None:
     model, group, data = case(nn.Linear(6, 3), 3, (4, 6))
-    importance = obc(model, [group], data, replace(DEFAULT_SCORE_CONFIG, classes=64))
+    importance = obc(model, [group], data, replace(DEFAULT_SCORE_CONFIG, fisher_directions=64))
     value = torch.cat([value for value, _ in data])
     read = model[0](value).detach().requires_grad_()
     logits = model[1](read.mean(dim=1))

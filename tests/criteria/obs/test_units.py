@@ -118,7 +118,10 @@ def test_groups_without_exactly_one_consumer_are_refused(vit: nn.Module) -> None
         BadInput, match=r"^blocks.0.attn: each of its 3 heads has its own basis, so heads cannot be merged"
     ):
         unit_obs(vit, merged, batches(vit), DEFAULT_SCORE_CONFIG)
-    assert prune(vit, "upvits-refit", {"attention": 0.5}, batches(vit, 2, 8), heads=1).blocks[0].attn.num_heads == 1
+    assert (
+        prune(vit, "upvits-refit", {"attention": 0.5}, batches(vit, 2, 8), merge_heads_to=1).blocks[0].attn.num_heads
+        == 1
+    )
     with pytest.raises(BadInput, match="need images"):
         unit_obs(vit, find_groups(vit, ["ffn"]), [], DEFAULT_SCORE_CONFIG)
 

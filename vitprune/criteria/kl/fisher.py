@@ -85,7 +85,9 @@ def _minibatch_scores(
     with record_gates(model, gates, len(images)) as tape:
         logits = _forward(model, images, setting)
         probability = logits.detach().double().softmax(dim=-1)  # (B, ..., classes)
-        for direction in fisher_directions(probability, tape.head(logits), setting.classes, setting.seed, positions):
+        for direction in fisher_directions(
+            probability, tape.head(logits), setting.fisher_directions, setting.seed, positions
+        ):
             for name, grad in tape.derivatives(logits, direction.to(logits.dtype), gates).items():
                 half = grad.double().square() / 2  # (B, units)
                 total[name] = total[name] + half if name in total else half

@@ -66,7 +66,7 @@ def fisher_diagonal(model: nn.Module, groups: Sequence[Group], batches: Batches,
 
     Source: Theis et al. 2018; Liu et al. 2021 for vision; CAP with block size 1.
     """
-    diagonal = FisherBlocks(model, groups, batches, replace(setting, block=1, pattern=None))
+    diagonal = FisherBlocks(model, groups, batches, replace(setting, fisher_block_size=1, pattern=None))
     scores = blockwise_scores(model, groups, diagonal, lambda fisher, weights: fisher[:, 0] * weights.square() / 2)
     return Importance(scores)
 

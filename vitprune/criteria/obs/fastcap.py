@@ -32,7 +32,7 @@ def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, setting
     """
     config = replace(setting, pattern=None)
     statistics: Statistics = {}
-    parts = split_into_blocks(model, groups, config.block)
+    parts = split_into_blocks(model, groups, config.fisher_block_size)
     for chunk in chunk_by_memory(parts, config.memory, 2 * max((len(labels) for _, labels in batches), default=1)):
         for part, values in weight_gradients(model, chunk, batches, config):
             rows = values.reshape(-1, part.size).double()

@@ -40,7 +40,9 @@ class FisherBlocks:
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig):
-        parts = split_into_blocks(model, groups, setting.block, setting.pattern[1] if setting.pattern else 1)
+        parts = split_into_blocks(
+            model, groups, setting.fisher_block_size, setting.pattern[1] if setting.pattern else 1
+        )
         count_gradients(batches, setting)
         held = max(len(labels) for _, labels in batches) if setting.per_sample else GRADIENTS_AT_ONCE
         self.model, self.batches, self.setting = model, batches, setting
@@ -104,7 +106,7 @@ def effective_damping(setting: ScoreConfig) -> float:
     A per-image gradient has `gradient_batch` times the variance of a batch gradient, and masks and updates depend only
     on the ratio of Fisher and damping: per-image Fisher matrices get `gradient_batch` times the configured damping.
     """
-    return setting.damp * (setting.gradient_batch if setting.per_sample else 1)
+    return setting.damping * (setting.gradient_batch if setting.per_sample else 1)
 
 
 def add_outer_products(total: Tensor, values: Tensor) -> None:
@@ -239,5 +241,7 @@ def _factor(fisher: Tensor) -> Tensor:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(fisher)
     if bool(info.any()):
-        raise BadInput("score.damp: a Fisher block is not positive definite; raise it, or check the weights and images")
+        raise BadInput(
+            "score.damping: a Fisher block is not positive definite; raise it, or check the weights and images"
+        )
     return factor

@@ -32,14 +32,14 @@ def count_gradients(batches: Batches, setting: ScoreConfig) -> int:
     """
     if not batches:
         raise BadInput("Fisher blocks: need images with labels; give batches")
-    if setting.gradients is not None:
-        return setting.gradients
+    if setting.num_gradients is not None:
+        return setting.num_gradients
     images = sum(len(labels) for _, labels in batches)
     found = images if setting.per_sample else images // setting.gradient_batch
     if not found:
         raise BadInput(
             f"score.gradient_batch {setting.gradient_batch}: there are only {images} images; lower it, give "
-            "score.gradients, or set score.per_sample"
+            "score.num_gradients, or set score.per_sample"
         )
     return found
 
@@ -240,7 +240,7 @@ def random_crops(images: Tensor, generator: torch.Generator) -> Tensor:
     Source: timm's RandomResizedCrop, the augmentation of CAP's gradients.
     """
     if images.dim() != 4:
-        raise BadInput(f"score.gradients: inputs of shape {list(images.shape[1:])} cannot be cropped; lower it")
+        raise BadInput(f"score.num_gradients: inputs of shape {list(images.shape[1:])} cannot be cropped; lower it")
     return torch.stack([_random_crop(image, generator) for image in images])
 
 

@@ -58,7 +58,7 @@ def _for_photographs(source: str, model: str, classes: int | None) -> dict[str, 
         "model.args": {} if fits else {"num_classes": classes},
         "dense.start": "train" if published is None else "pretrained",
         "dense.train": None if fits else TRAIN | {"augment": "deit"},
-        "prune.recover": RECOVER,
+        "prune.finetune": RECOVER,
         "distill.train": DISTILL,
         "evaluate.batch_size": 64,
     }

@@ -8,7 +8,8 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 import yaml
@@ -146,13 +147,26 @@ def _fields(fields: list[tuple[str, FieldInfo]]) -> str:
     rows = []
     for name, field in fields:
         default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        rows.append(f"| `{name}` | {_type(field)} | {default} | {_cell(field.description or '')} |")
+        rows.append(f"| `{name}` | {_type(field.annotation)} | {default} | {_cell(field.description or '')} |")
     return "| key | type | default | meaning |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
 
 
-def _type(field: FieldInfo) -> str:
-    name = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    return f"`{re.sub(r'typing.|vitprune[.a-z_]*[.]|pathlib.|Annotated', '', name)}`".replace("|", "\\|")
+def _type(annotation: Any) -> str:
+    """Write a type as words: `int or null`, `list of str`, `linear or cubic`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_type(part) for part in arguments))
+    if origin is dict:
+        return "mapping"
+    if origin in (list, tuple):
+        return f"list of {_type(arguments[0])}"
+    return "section" if isinstance(annotation, type) and issubclass(annotation, BaseModel) else annotation.__name__
 
 
 def _default(value: object) -> str:

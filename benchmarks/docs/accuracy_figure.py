@@ -64,7 +64,7 @@ def draw(path: Path) -> None:
         parts.append(f'<polyline points="{path_data}" fill="none" stroke="{COLORS[name]}" stroke-width="2.5"/>')
         for (x, y), (_, top1) in zip(points[1:], curve[1:], strict=True):
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLORS[name]}"/>')
-            right, above = name != "Torch-Pruning" or y > BOTTOM - 20, name == "vitprune" or y > BOTTOM - 20
+            right, above = name != "Torch-Pruning" or y > BOTTOM - 20, name != "Torch-Pruning" or y > BOTTOM - 20
             anchor = "start" if right else "end"
             parts.append(svg.text(x + (6 if right else -7), y + (-7 if above else 15), f"{top1:.1f}", 11, anchor))
         x, y = points[-1]

@@ -11,13 +11,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import click
+import typer
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 ROOT = Path(__file__).parents[2]
@@ -86,11 +87,11 @@ def _site_link(match: re.Match[str], here: str) -> str:
 def command_line() -> Iterator[str]:
     """Describe every command: its help and its arguments and options."""
     root = get_command(application())
-    context = click.Context(root, info_name="vitprune")
+    context = typer.Context(root, info_name="vitprune")
     yield from _command(root, context, 2)
 
 
-def _command(command: click.Command, context: click.Context, level: int) -> Iterator[str]:
+def _command(command: TyperCommand | TyperGroup, context: typer.Context, level: int) -> Iterator[str]:
     yield f"{'#' * level} `{context.command_path}`\n"
     usage = " ".join(command.collect_usage_pieces(context))
     yield f"```text\n{context.command_path} {usage}\n```\n"
@@ -98,20 +99,20 @@ def _command(command: click.Command, context: click.Context, level: int) -> Iter
     rows = [row for row in (_parameter(each, context) for each in command.get_params(context)) if row]
     if rows:
         yield "| argument or option | meaning | default |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
-    if isinstance(command, click.Group):
+    if isinstance(command, TyperGroup):
         for name in command.list_commands(context):
             child = command.get_command(context, name)
             if child is not None and not child.hidden:
-                yield from _command(child, click.Context(child, context, name), min(level + 1, 4))
+                yield from _command(child, typer.Context(child, parent=context, info_name=name), min(level + 1, 4))
 
 
-def _parameter(parameter: click.Parameter, context: click.Context) -> str:
-    names = [parameter.make_metavar(context)] if isinstance(parameter, click.Argument) else [*parameter.opts]
-    if "--help" in names or getattr(parameter, "hidden", False):
+def _parameter(parameter: TyperArgument | TyperOption, context: typer.Context) -> str:
+    names = [(parameter.metavar or parameter.name or "").upper()] if isinstance(parameter, TyperArgument) else [*parameter.opts]
+    if "--help" in names or parameter.hidden:
         return ""
     default = parameter.get_default(context, call=False)
     shown = "" if default is None or parameter.required or callable(default) else f"`{default}`"
-    return f"| {', '.join(f'`{name}`' for name in names)} | {_cell(getattr(parameter, 'help', '') or '')} | {shown} |"
+    return f"| {', '.join(f'`{name}`' for name in names)} | {_cell(parameter.help or '')} | {shown} |"
 
 
 def settings() -> Iterator[str]:

@@ -24,7 +24,7 @@ from typer.main import get_command
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the package of this checkout, installed or not
 
-from vitprune.cli import application  # noqa: E402
+from vitprune import cli  # noqa: E402
 from vitprune.config.params import Params  # noqa: E402
 from vitprune.pruning.methods import METHODS  # noqa: E402
 
@@ -86,7 +86,7 @@ def _site_link(match: re.Match[str], here: str) -> str:
 
 def command_line() -> Iterator[str]:
     """Describe every command: its help and its arguments and options."""
-    root = get_command(application())
+    root = get_command(vars(cli).get("app") or cli.application())
     context = typer.Context(root, info_name="vitprune")
     yield from _command(root, context, 2)
 
@@ -107,7 +107,11 @@ def _command(command: TyperCommand | TyperGroup, context: typer.Context, level: 
 
 
 def _parameter(parameter: TyperArgument | TyperOption, context: typer.Context) -> str:
-    names = [(parameter.metavar or parameter.name or "").upper()] if isinstance(parameter, TyperArgument) else [*parameter.opts]
+    names = (
+        [(parameter.metavar or parameter.name or "").upper()]
+        if isinstance(parameter, TyperArgument)
+        else [*parameter.opts]
+    )
     if "--help" in names or parameter.hidden:
         return ""
     default = parameter.get_default(context, call=False)

@@ -122,8 +122,8 @@ def test_memory_changes_only_the_number_of_passes(vit: nn.Module, per_sample: bo
         collected(vit, groups, data, setting),
         collected(vit, groups, data, replace(setting, memory=1_000_000)),
     )
-    assert len(FisherBlocks(vit, groups, data, setting).portions) == 1
-    assert len(FisherBlocks(vit, groups, data, replace(setting, memory=1_000_000)).portions) > 3
+    assert len(FisherBlocks(vit, groups, data, setting).chunks) == 1
+    assert len(FisherBlocks(vit, groups, data, replace(setting, memory=1_000_000)).chunks) > 3
     for param, fisher in whole.items():
         torch.testing.assert_close(tight[param], fisher, rtol=1e-10, atol=1e-16)
     importance = cap.ovit(vit, groups, data, replace(setting, memory=1_000_000))

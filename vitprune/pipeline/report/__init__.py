@@ -1,4 +1,4 @@
-"""The report: one self-contained page made of what the stages left behind."""
+"""HTML report of a run: one self-contained page from the artifacts of the stages."""
 
 from vitprune.pipeline.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""The report's curves over time: accuracy and sparsity over the pruning cycles, and every stage's training."""
+"""Plots of the report over time: accuracy and sparsity over cycles, loss and top-1 over training steps."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
-    """The pruning cycles: accuracy lost and recovered, sparsity reached, and the digest of each mask."""
-    found = _cycle_records(project)
-    if not found:
+    """Return plots and rows of the pruning cycles: accuracy, sparsity, cost, and checksum of the masks."""
+    records = _cycle_records(project)
+    if not records:
         return None
     rows = []
-    for record in found:
+    for record in records:
         stem = f"cycle.{record['cycle']:.0f}"
         number = {key: numbers.finite(record.get(key)) for key in ("top1_before", "top1_after", *_CYCLE_SIZES)}
         rows.append(
@@ -29,16 +29,16 @@ def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
                 "digest": str(record.get("masks_sha256") or ""),
             }
         )
-    return {"plots": [_accuracy_plot(found, dense_top1), _schedule_plot(found)], "rows": rows}
+    return {"plots": [_accuracy_plot(records, dense_top1), _schedule_plot(records)], "rows": rows}
 
 
 def _cycle_records(project: Path) -> list[dict[str, Any]]:
     read = (inputs.read_json(path) for path in sorted(project.glob("out/cycles/*/metrics.json")))
-    found = [record for record in read if record is not None]
-    if not found:
+    records = [record for record in read if record is not None]
+    if not records:
         columns = inputs.read_columns(project / "plots/cycles.csv")
-        found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    numbered = [record for record in found if numbers.finite(record.get("cycle")) is not None]
+        records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    numbered = [record for record in records if numbers.finite(record.get("cycle")) is not None]
     return sorted(numbered, key=lambda record: float(record["cycle"]))
 
 
@@ -52,49 +52,55 @@ def _percent(name: str, share: float) -> Quantity:
     return numbers.fixed(name, 100 * share, 1)
 
 
-def _accuracy_plot(found: list[dict[str, Any]], dense_top1: float) -> plots.Plot:
-    # Cycle k fills k-1 to k: the cut drops accuracy at its start, recovery ends at its end.
+def _accuracy_plot(records: list[dict[str, Any]], dense_top1: float) -> plots.Plot:
+    # Cycle k spans k-1 to k: pruning at its start, the end of fine-tuning at its end.
     x, y = [0.0], [dense_top1]
-    for place, record in enumerate(found):
-        steps = ((place, record.get("top1_before")), (place + 1, record.get("top1_after")))
+    for index, record in enumerate(records):
+        steps = ((index, record.get("top1_before")), (index + 1, record.get("top1_after")))
         for position, value in steps:
             if (top1 := numbers.finite(value)) is not None:
                 x.append(float(position))
                 y.append(top1)
     lines = [
-        plots.Line([0, len(found)], [dense_top1] * 2, "dense", "dense", "--"),
+        plots.Line([0, len(records)], [dense_top1] * 2, "dense", "dense", "--"),
         plots.Line(x, y, "pruned", marker="o"),
     ]
-    description = f"Top-1 over {len(found)} cycles, from {y[0]:.2f} % to {y[-1]:.2f} %"
-    svg = plots.curves("accuracy", description, lines, _cycle_axis(found), plots.Axis("top-1, %"), range(len(found)))
-    return plots.Plot(svg, "Accuracy", "each cut costs, each recovery training gains")
+    description = f"Top-1 over {len(records)} cycles, from {y[0]:.2f} % to {y[-1]:.2f} %"
+    svg = plots.curves(
+        "accuracy", description, lines, _cycle_axis(records), plots.Axis("top-1, %"), range(len(records))
+    )
+    return plots.Plot(svg, "Accuracy", "after pruning and after fine-tuning")
 
 
-def _schedule_plot(found: list[dict[str, Any]]) -> plots.Plot:
+def _schedule_plot(records: list[dict[str, Any]]) -> plots.Plot:
     lines = []
-    for at, kind in enumerate(_by_kind(found[-1])):
+    for at, kind in enumerate(_by_kind(records[-1])):
         x, y = [0.0], [0.0]
-        for place, record in enumerate(found):
+        for index, record in enumerate(records):
             share = 100 * _by_kind(record).get(kind, 0.0)
-            x += [place, place + 1]
+            x += [index, index + 1]
             y += [share, share]
         lines.append(plots.Line(x, y, kind, style=_DASHES[at % len(_DASHES)]))
     ends = ", ".join(f"{line.label} {line.y[-1]:.0f} %" for line in lines)
     axis = plots.Axis("removed, %", (0, 100), (0, 25, 50, 75, 100))
-    svg = plots.curves("schedule", f"Sparsity over cycles, at the end {ends}", lines, _cycle_axis(found), axis)
+    svg = plots.curves("schedule", f"Sparsity over cycles, at the end {ends}", lines, _cycle_axis(records), axis)
     kinds = "" if len(lines) == 1 else "by kind of group"
     return plots.Plot(svg, "Sparsity", kinds)
 
 
-def _cycle_axis(found: list[dict[str, Any]]) -> plots.Axis:
-    middles = [place + 0.5 for place in range(len(found))]
-    return plots.Axis("cycle", ticks=middles, names=[f"{record['cycle']:.0f}" for record in found])
+def _cycle_axis(records: list[dict[str, Any]]) -> plots.Axis:
+    middles = [index + 0.5 for index in range(len(records))]
+    return plots.Axis("cycle", ticks=middles, names=[f"{record['cycle']:.0f}" for record in records])
 
 
 def training(plots_dir: Path, dense_top1: float) -> list[plots.Plot]:
-    """Loss and top-1 over optimiser steps for each stage that trained."""
+    """Return plots of loss and top-1 over optimizer steps for each stage that trained."""
     drawn = []
-    for stage, words in (("dense", "Dense training"), ("prune", "Recovery while pruning"), ("distill", "Distillation")):
+    for stage, words in (
+        ("dense", "Dense training"),
+        ("prune", "Fine-tuning while pruning"),
+        ("distill", "Distillation"),
+    ):
         columns = inputs.read_columns(plots_dir / f"{stage}.csv")
         steps, starts = _unrolled(columns)
         for key, label in (("loss", "loss"), ("top1", "top-1, %")):
@@ -115,7 +121,7 @@ def training(plots_dir: Path, dense_top1: float) -> list[plots.Plot]:
 
 
 def _unrolled(columns: dict[str, list[float | None]]) -> tuple[list[float], list[float]]:
-    # Steps may count anew in every cycle; on the page time only grows. Also returns where each later cycle starts.
+    # Steps restart at every cycle; concatenate them. Also return the start of each later cycle.
     steps = columns.get("step") or columns.get("epoch") or []
     cycle = columns.get("cycle") or [None] * len(steps)
     unrolled: list[float] = []

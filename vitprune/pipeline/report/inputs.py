@@ -1,4 +1,4 @@
-"""What the stages left behind, read for the report: JSON, CSV, params and the git commit; absent files are None."""
+"""Read the inputs of the report: JSON, CSV, params.yaml and the git commit; a missing file gives None or nothing."""
 
 import csv
 import json

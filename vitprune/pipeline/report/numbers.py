@@ -1,4 +1,4 @@
-"""How a number is written for people: units, signs and thin spaces, with the exact value kept beside the text."""
+"""Format numbers of the report: units, signs, thin spaces; the exact value is kept with the text."""
 
 import math
 from dataclasses import dataclass

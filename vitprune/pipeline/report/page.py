@@ -1,4 +1,4 @@
-"""Puts the page together: the headline, the comparison and the provenance here, every section through Jinja."""
+"""Render the HTML report: headline, comparison and provenance; the other sections are in sections and curves."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +15,10 @@ _MODELS = ("dense", "pruned")
 _ACCURACIES = (("top1", "Top-1 accuracy, %"), ("top5", "Top-5 accuracy, %"))
 _SIZES = (
     ("params", "Parameters", "stored in the model"),
-    ("nonzero_params", "Nonzero parameters", "not exactly zero"),
+    ("nonzero_params", "Nonzero parameters", "without exact zeros"),
     ("macs", "MACs", "multiply-adds per image"),
-    ("nonzero_macs", "Nonzero MACs", "those with a nonzero weight"),
-    ("nominal_macs", "Nominal MACs", "zeros spread evenly, as papers count"),
+    ("nonzero_macs", "Nonzero MACs", "without exact-zero weights"),
+    ("nominal_macs", "Nominal MACs", "zeros spread evenly over layers, as in papers"),
 )
 _DIGESTS = (
     ("dataset", "data/manifest.parquet"),
@@ -42,7 +42,7 @@ _ENVIRONMENT = {
 def write_report(project: Path, out: Path) -> None:
     """Write the report of a project directory to the file `out`; the same inputs give the same bytes.
 
-    Sections whose inputs are missing are left out; only metrics/evaluate.json must be there.
+    Sections with missing inputs are omitted; only metrics/evaluate.json is required.
 
     Raises:
         BadInput: metrics/evaluate.json is missing, or a file cannot be read or contradicts another.
@@ -111,7 +111,7 @@ def _pair(evaluation: dict[str, Any], dotted: str) -> tuple[float | None, float 
 
 
 def _source(dataset: dict[str, Any] | None) -> str:
-    # A path names its last part only: the report travels, directories do not.
+    # Only the last part of a path: the report is read on other machines.
     kind, _, path = str(inputs.look_up(dataset, "source") or "").partition(":")
     return Path(path).stem if path else kind
 
@@ -184,10 +184,10 @@ def _dataset(dataset: dict[str, Any] | None) -> dict[str, Quantity]:
 
 def _export(path: Path) -> list[tuple[str, Quantity]]:
     export = inputs.read_json(path) or {}
-    broadcast = inputs.look_up(export, "timm.loads_plain_timm")
+    value = inputs.look_up(export, "timm.loads_plain_timm")
     lines = []
-    if isinstance(broadcast, bool):
-        answer = Quantity("export.timm.loads_plain_timm", float(broadcast), "yes" if broadcast else "no")
+    if isinstance(value, bool):
+        answer = Quantity("export.timm.loads_plain_timm", float(value), "yes" if value else "no")
         lines.append(("Loads with plain timm", answer))
     for key, label in (("timm", "timm"), ("onnx", "ONNX")):
         difference = _number(export, f"{key}.max_abs_diff")
@@ -208,17 +208,17 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
 
 
 def _digests(metrics: Path) -> list[dict[str, str]]:
-    found = []
+    rows = []
     for stage, path in _DIGESTS:
         digest = inputs.look_up(inputs.read_json(metrics / f"{stage}.json"), "sha256")
         if isinstance(digest, str):
-            found.append({"name": f"sha256.{stage}", "path": path, "digest": digest})
-    return found
+            rows.append({"name": f"sha256.{stage}", "path": path, "digest": digest})
+    return rows
 
 
 def _environment(evaluation: dict[str, Any]) -> list[dict[str, str]]:
-    broadcast = evaluation.get("environment")
-    pairs: Iterable[tuple[str, Any]] = broadcast.items() if isinstance(broadcast, dict) else ()
+    value = evaluation.get("environment")
+    pairs: Iterable[tuple[str, Any]] = value.items() if isinstance(value, dict) else ()
     return [
         {"name": f"environment.{key}", "label": _ENVIRONMENT.get(key) or key, "text": str(value)}
         for key, value in pairs

@@ -1,4 +1,4 @@
-"""The picture of a sweep: top-1 against how many times faster or cheaper than dense, and the front nothing beats."""
+"""Pareto plot of a sweep: top-1 against speed-up or compression, with the Pareto front."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The report's pictures: plots as inline SVG that follow the page's colours, images as small data URIs."""
+"""Plots of the report as inline SVG in the colors of the page, and thumbnails as data URIs."""
 
 import base64
 import html

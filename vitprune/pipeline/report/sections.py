@@ -1,4 +1,4 @@
-"""The report's sections: what a project's tables, metrics and curves say, each None or empty where they are missing."""
+"""Content of the report's sections from tables and metrics; None or empty if the inputs are missing."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def class_names(dataset: dict[str, Any] | None) -> list[str]:
 
 
 def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
-    """Where accuracy was lost: the paired counts, the interval of the difference, and the classes that lost most.
+    """Return the paired counts, the confidence interval of the difference, and the classes with the largest loss.
 
     Raises:
         BadInput: the table's accuracies are not those of the metrics.
@@ -37,10 +37,10 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
         return None
     pairs = paired_test.mcnemar_table(predictions)
     for model, right in (("dense", pairs.both + pairs.dense_only), ("pruned", pairs.both + pairs.pruned_only)):
-        found, broadcast = 100 * right / pairs.images, evaluation[model]["top1"]
-        if abs(found - broadcast) > 0.05:
+        computed, reported = 100 * right / pairs.images, evaluation[model]["top1"]
+        if abs(computed - reported) > 0.05:
             raise BadInput(
-                f"{path}: its {model} top-1 is {found:.2f} % but metrics/evaluate.json says {broadcast:.2f} %; "
+                f"{path}: its {model} top-1 is {computed:.2f} % but metrics/evaluate.json says {reported:.2f} %; "
                 "run `vitprune evaluate` again"
             )
     low, high = pairs.interval
@@ -75,7 +75,7 @@ def _class_row(result: paired_test.ClassComparison, names: Sequence[str]) -> dic
 
 
 def sparsity(out: Path) -> dict[str, Any] | None:
-    """Sparsity of every group at the end of pruning: a plot for each family of groups, and the table."""
+    """Return the sparsity of every group after pruning: a plot per family of groups, and a table."""
     path = max(out.glob("cycles/*/sparsity.parquet"), default=out / "mask/sparsity.parquet")
     if not path.exists():
         return None
@@ -122,7 +122,7 @@ def _pattern(group: str) -> str:
 
 
 def calibration(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
-    """Up to 24 calibration images, spread evenly over the labels.
+    """Return up to 24 calibration images, spread evenly over the labels.
 
     Raises:
         BadInput: an image cannot be decoded.
@@ -131,9 +131,9 @@ def calibration(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
         return None
     table = tables.read(path, tables.CALIBRATION)
     by_label = np.argsort(table["label"].to_numpy(), kind="stable")
-    places = by_label[np.linspace(0, table.num_rows - 1, min(_PICTURES, table.num_rows)).astype(int)]
+    indices = by_label[np.linspace(0, table.num_rows - 1, min(_PICTURES, table.num_rows)).astype(int)]
     pictures = []
-    for row in table.take(places).to_pylist():
+    for row in table.take(indices).to_pylist():
         try:
             uri, tiny = plots.thumbnail(row["image"]["bytes"])
         except (OSError, TypeError):

@@ -1,4 +1,4 @@
-"""The results of a sweep: a table of all its runs (Parquet, Markdown, HTML) and a picture, from the runs' metrics."""
+"""Table of a sweep's runs (Parquet, Markdown, HTML) and its Pareto plot, from the metrics of the runs."""
 
 import base64
 import statistics
@@ -25,7 +25,6 @@ SWEEP = pa.schema(
 )
 COST = {"throughput": "throughput", "macs": "nonzero_macs", "params": "nonzero_params"}
 FINISHED = "finished"
-WAITING = {"status": "waiting", "error": "", "seconds": None}
 HEADER = (
     "method", "target", "top-1, %", "drop", "params, M", "non-zero", "MACs, G", "non-zero", "ms", "images/s",
     "speed-up", "front",
@@ -124,9 +123,9 @@ def _markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 ABOUT = (
-    "Every run measured the dense model beside its own, in turns: its speed-up is of that, and the row of the dense "
-    "model has the median of what all said. A run is on the front if no other is as good in both and "
-    "better in one."
+    "Every run measured the dense model and its own in turns; its speed-up is the ratio of the two. The row of the dense "
+    "model has the median over all runs. A run is on the Pareto front if no other run is at least as good in both "
+    "accuracy and cost and better in one."
 )
 
 

@@ -96,12 +96,13 @@ def init(
     model: Annotated[str | None, typer.Option(help="A timm model.  [default: deit_tiny_patch16_224]")] = None,
     method: Annotated[str, typer.Option(help="As listed by vitprune methods.")] = Choice.method,
     classes: Annotated[int | None, typer.Option(min=1, help="Number of classes, where the data does not say.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe with all settings, such as recipes/NAME.yaml.")] = None,
     remote: Annotated[
         str | None, typer.Option(help="DVC's remote: a folder, ssh://, s3://, gs:// or azure://.")
     ] = None,
 ) -> None:
     """Make a project of your own: a git and DVC repository with the pipeline for your images and model."""
-    written = create(directory, Choice(source, model, method, classes, remote))
+    written = create(directory, Choice(source, model, method, classes, remote, recipe))
     print(f"{directory}: wrote {', '.join(written)}")
     print(f"Next: cd {directory} && dvc repro (or vitprune-flow); params.yaml decides the result")
     if remote is not None:

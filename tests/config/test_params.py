@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vitprune import BadInput, plan_for
-from vitprune.config.params import RENAMED, Params, load
+from vitprune.config.params import RENAMED, Params, load, read
 
 ROOT = Path(__file__).parents[2]
 
@@ -242,3 +242,15 @@ def test_params_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         params.seed = 1
     assert Params.model_validate(params.model_dump()) == params
+
+
+def test_a_file_with_a_base_replaces_single_keys_of_its_sections(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 1\nscore: {batch_size: 3, memory_mb: 5}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nscore: {memory_mb: 7}\n")
+    (tmp_path / "c.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "d.yaml").write_text("base: none.yaml\n")
+    assert read(tmp_path / "b.yaml", "") == {"seed": 1, "score": {"batch_size": 3, "memory_mb": 7}}
+    with pytest.raises(BadInput, match=r"c\.yaml: base: b\.yaml has a base itself; name a file that has none$"):
+        read(tmp_path / "c.yaml", "")
+    with pytest.raises(BadInput, match=r"none\.yaml: no such file; it is the base of .*d\.yaml; correct its name$"):
+        read(tmp_path / "d.yaml", "")

@@ -163,6 +163,15 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
         create(tmp_path / "file", Choice())
 
 
+def test_a_project_from_a_recipe_has_all_of_its_settings(tmp_path: Path) -> None:
+    recipe = REPOSITORY / "recipes/up_deit_small.yaml"
+    create(tmp_path / "project", Choice(recipe=recipe))
+    written = yaml.safe_load((tmp_path / "project/params.yaml").read_text())
+    assert "base" not in written
+    assert written["prune"]["merge_heads_to"] == 6
+    assert load(tmp_path / "project/params.yaml") == load(recipe)
+
+
 def test_the_wheel_brings_all_that_init_needs(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -204,11 +204,26 @@ def load(path: Path) -> Params:
 
 
 def read(path: Path, remedy: str) -> dict[str, Any]:
-    """Read the sections of a YAML file; `remedy` says what to do where there is none.
+    """Read a YAML file of sections. A key `base` names another file in its directory, whose settings it replaces.
+
+    Args:
+        path: The file.
+        remedy: What to do if the file is missing, for the error message.
 
     Raises:
-        BadInput: the file is missing, is not YAML, or has no sections.
+        BadInput: the file or its base is missing, is not YAML, or is not a mapping, or the base has a base itself.
     """
+    raw = _mapping(path, remedy)
+    if "base" not in raw:
+        return raw
+    name = raw.pop("base")
+    base = _mapping(path.parent / str(name), f"it is the base of {path}; correct its name")
+    if "base" in base:
+        raise BadInput(f"{path}: base: {name} has a base itself; name a file that has none")
+    return overlay(base, raw)
+
+
+def _mapping(path: Path, remedy: str) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -218,6 +233,15 @@ def read(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: must be a mapping of sections, is {type(raw).__name__}")
     return raw
+
+
+def overlay(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with keys of each section replaced; a value below a section replaces the whole value."""
+    merged = dict(base)
+    for key, value in more.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
 
 
 def checked(raw: Mapping[str, Any], kind: type[SectionType], where: Path | str) -> SectionType:

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag
 from torch import nn
 
 from vitprune import models
-from vitprune.config.params import Kind, Params, checked, read
+from vitprune.config.params import Kind, Params, checked, overlay, read
 from vitprune.config.targets import Fraction, Section, Target
 from vitprune.errors import BadInput
 from vitprune.pipeline.dense_stage import initial_model
@@ -93,7 +93,7 @@ def runs_of(sweep: Sweep, params: Path) -> list[Run]:
         raise BadInput(f"methods: {', '.join(sweep.methods)} names one twice; remove it")
     for method in methods:
         method_named(method)
-    base = _over(read(params, "run in a project directory (vitprune init DIR makes one)"), sweep.params)
+    base = overlay(read(params, "run in a project directory (vitprune init DIR makes one)"), sweep.params)
     runs = [
         _run(method, dict(settings or {}), target, base)
         for method, settings in methods.items()
@@ -119,7 +119,7 @@ def _run(method: str, settings: dict[str, Any], target: Any, base: Mapping[str, 
     prune = dict.fromkeys(METHOD_DEFAULTS) | {"method": method} | goal
     text = _as_text(goal)
     name = re.sub(r"[^a-z0-9.]+", "-", f"{method} {text}".lower()).strip("-")
-    return Run(name, method, text, _over(base, {"prune": prune | settings}))
+    return Run(name, method, text, overlay(base, {"prune": prune | settings}))
 
 
 def _as_text(goal: Mapping[str, Any]) -> str:
@@ -130,15 +130,6 @@ def _as_text(goal: Mapping[str, Any]) -> str:
             f"{what} {amount if isinstance(amount, str) else f'{amount:g}'}" for what, amount in amounts.items()
         )
     return f"sparsity {amounts:g}"
-
-
-def _over(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge settings section by section; below a section a value replaces the whole one."""
-    merged = dict(base)
-    for key, value in more.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = {**merged[key], **value} if both else value
-    return merged
 
 
 def _check(runs: list[Run]) -> None:

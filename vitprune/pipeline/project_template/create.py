@@ -27,9 +27,15 @@ LOCAL = ("folder:", "parquet:", "wds/")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a new project prunes: an image source, a timm model, a method; None leaves it to the source.
+    """Settings of a new project.
 
-    `remote` is where DVC shares what it keeps: a folder or an address; None: nowhere.
+    Attributes:
+        source: Image source.
+        model: timm model; None: the demo's for digits, else DeiT-Tiny.
+        method: Pruning method.
+        classes: Number of classes; None: that of the source or of the published weights.
+        remote: Folder or address of the DVC remote; None for none.
+        recipe: Recipe that gives all settings instead of source, model, method and classes; None for none.
     """
 
     source: str = "digits"
@@ -37,6 +43,7 @@ class Choice:
     method: str = "channel-taylor"
     classes: int | None = None
     remote: str | None = None
+    recipe: Path | None = None
 
 
 def create(directory: Path, choice: Choice) -> list[str]:
@@ -52,8 +59,14 @@ def create(directory: Path, choice: Choice) -> list[str]:
     _refuse_without("git", shutil.which("git") is not None, "install git")
     _refuse_without("DVC", importlib.util.find_spec("dvc") is not None, "pip install 'vitprune[pipeline]'")
     remote = remotes.located(choice.remote) if choice.remote is not None else None
-    source, path, found = _located(choice.source, root)
-    classes = choice.classes if choice.classes is not None else found
+    if choice.recipe is not None:
+        settings, path = load(choice.recipe), None
+        source = settings.dataset.source
+        params = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    else:
+        source, path, counted = _located(choice.source, root)
+        classes = choice.classes if choice.classes is not None else counted
+        params = new_params.render(_shipped("params.yaml"), source, choice.model, choice.method, classes)
     texts = {
         REQUIREMENTS: _requirements(remote),
         ".gitignore": _ignoring(root, "gitignore"),
@@ -62,7 +75,7 @@ def create(directory: Path, choice: Choice) -> list[str]:
             r"vitprune/orchestration/(\w+)\.py:(\w+)", r"vitprune.orchestration.\1.\2", _shipped("prefect.yaml")
         ),
         "dvc.yaml": _pipeline(_shipped("dvc.yaml"), path),
-        "params.yaml": new_params.render(_shipped("params.yaml"), source, choice.model, choice.method, classes),
+        "params.yaml": params,
     }
     if not (root / "README.md").exists():
         texts = {"README.md": _readme(root.name, source)} | texts

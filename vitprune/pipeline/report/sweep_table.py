@@ -123,9 +123,9 @@ def _markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 ABOUT = (
-    "Every run measured the dense model and its own in turns; its speed-up is the ratio of the two. The row of the dense "
-    "model has the median over all runs. A run is on the Pareto front if no other run is at least as good in both "
-    "accuracy and cost and better in one."
+    "Every run measured the dense model and its own in turns; its speed-up is the ratio of the two. The row of the "
+    "dense model has the median over all runs. A run is on the Pareto front if no other run is at least as good in "
+    "both accuracy and cost and better in one."
 )
 
 

@@ -2,7 +2,7 @@
 
 from vitprune.architectures import find_groups
 from vitprune.errors import BadInput
-from vitprune.evaluation.accuracy import count
+from vitprune.evaluation.cost import count
 from vitprune.groups import Group, Masks, ParamSlice, Scores, shrink, zero
 from vitprune.models.card import write_card
 from vitprune.models.io import load, save

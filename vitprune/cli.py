@@ -20,9 +20,9 @@ from vitprune import data, models
 from vitprune.architectures import find_groups
 from vitprune.config.quantity import format_cost
 from vitprune.errors import BadInput, Interrupted
-from vitprune.evaluation.accuracy import costs, count
 from vitprune.evaluation.check_model import check as proofs
-from vitprune.evaluation.check_removal import Proof
+from vitprune.evaluation.check_removal import RemovalCheck
+from vitprune.evaluation.cost import count, group_costs
 from vitprune.groups import KINDS
 from vitprune.pipeline import promotion, stages, sweep_plan, torchrun
 from vitprune.pipeline.import_scores import import_scores as scores_of_lists
@@ -190,7 +190,7 @@ def inspect(
         except BadInput as error:
             refused.append((kind, error))
             continue
-        cost = costs(network, groups, example)
+        cost = group_costs(network, groups, example)
         for group in groups:
             shape = " x ".join(str(side) for side in group.shape)
             weights, macs = cost[group.name]
@@ -229,7 +229,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _cells(proof: Proof | None) -> Sequence[str]:
+def _cells(proof: RemovalCheck | None) -> Sequence[str]:
     """Of a proof: the largest difference, and parameters and MACs before and after."""
     if proof is None:
         return ()

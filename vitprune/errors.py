@@ -1,6 +1,6 @@
 """The error that a user can cause and mend, and the one that another attempt mends."""
 
-PREEMPTED, TRY_AGAIN = 143, 75  # as of a process that SIGTERM ends; EX_TEMPFAIL of sysexits.h
+EXIT_PREEMPTED, EXIT_RETRY = 143, 75  # as of a process that SIGTERM ends; EX_TEMPFAIL of sysexits.h
 
 
 class BadInput(ValueError):
@@ -24,6 +24,6 @@ class Interrupted(Exception):
     The command line prints it and exits with `code`, which the flow takes for a fault of the infrastructure.
     """
 
-    def __init__(self, line: str, code: int = TRY_AGAIN):
+    def __init__(self, line: str, code: int = EXIT_RETRY):
         super().__init__(line)
         self.code = code

@@ -24,7 +24,7 @@ from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune import BadInput, count, plan_for
 from vitprune.config.quantity import format_cost
 from vitprune.data import example_input
-from vitprune.evaluation.accuracy import latency
+from vitprune.evaluation.latency import latency
 from vitprune.pruning.prune import prune_cycles
 
 ROOT = Path(__file__).parents[2]

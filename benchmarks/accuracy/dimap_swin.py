@@ -23,7 +23,7 @@ from torch import nn
 from benchmarks.lib.results import Row, Section, arguments, write_results, write_sections
 from vitprune import Group, Masks, Scores, count, find_groups, score, zero
 from vitprune.data import example_input
-from vitprune.evaluation.accuracy import macs
+from vitprune.evaluation.cost import count_macs
 from vitprune.pruning.select import select
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def built(name: str) -> Swin:
         for parameter in model.parameters():
             parameter[parameter == 0] = 1e-9
     groups = find_groups(model, ["weight"])
-    total, per_layer = macs(model, example_input(model, 1))
+    total, per_layer = count_macs(model, example_input(model, 1))
     return Swin(name, model, groups, score(model, groups, "energy"), per_layer, total + normed(copy.deepcopy(model)))
 
 

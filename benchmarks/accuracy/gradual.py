@@ -27,7 +27,8 @@ from vitprune.config.params import Schedule
 from vitprune.config.train_config import Train
 from vitprune.data.loaders import batch_count, train_batches
 from vitprune.pruning.prune import prune_cycles
-from vitprune.training.loop import FrozenZeros, classification, train
+from vitprune.training.distillation import classification
+from vitprune.training.loop import FrozenZeros, train
 from vitprune.training.optimizers import OptimizerState, ScheduleSpan
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ import torch
 from benchmarks.lib.deit_tiny import damped, load_images
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import data, models, plan_for
-from vitprune.models.export import to_onnx
-from vitprune.models.int8 import IMAGES, side_by_side, to_int8
+from vitprune.models.export import export_onnx
+from vitprune.models.int8 import IMAGES, compare_onnx, quantize_int8
 from vitprune.pruning.prune import prune_cycles
 
 ROOT = Path(__file__).parents[2]
@@ -75,10 +75,10 @@ def measured(
     """Every variant of a model in INT8, all run beside the float file on the same images."""
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "float.onnx"
-        size = to_onnx(model, source, batches[0][0][:2])["bytes"]
+        size = export_onnx(model, source, batches[0][0][:2])["bytes"]
         paths = [source.with_name(f"{calibration}{bits}.onnx") for calibration, bits in variants]
-        facts = [to_int8(source, path, given, *variant) for path, variant in zip(paths, variants, strict=True)]
-        tops = side_by_side([source, *paths], batches)
+        facts = [quantize_int8(source, path, given, *variant) for path, variant in zip(paths, variants, strict=True)]
+        tops = compare_onnx([source, *paths], batches)
     found = {}
     for variant, path, fact in zip(variants, paths, facts, strict=True):
         top1, agrees = tops[f"{path.stem}_top1"], tops[f"{path.stem}_agrees"]

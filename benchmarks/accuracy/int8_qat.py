@@ -24,7 +24,8 @@ from benchmarks.lib.results import Row, arguments, real_data, write_results, wri
 from vitprune import data, plan_for
 from vitprune.config.train_config import Train
 from vitprune.pruning.prune import prune_cycles
-from vitprune.training.loop import FrozenZeros, distillation, train
+from vitprune.training.distillation import logit_distillation
+from vitprune.training.loop import FrozenZeros, train
 
 ROOT = Path(__file__).parents[2]
 NAMES = {False: "plain", True: "int8"}
@@ -84,7 +85,7 @@ def trained(
     table = images_of(real, "train", "none")
     recipe = Train(epochs=1, batch_size=BATCH, lr=2e-4, min_lr=1e-5, weight_decay=0.03, int8=int8)
     rows: list[dict[str, float]] = []
-    task = distillation(student, copy.deepcopy(dense), 1.0, 1.0, 0.0)
+    task = logit_distillation(student, copy.deepcopy(dense), 1.0, 1.0, 0.0)
     train(
         task,
         lambda epoch: itertools.islice(data.train_batches(table, BATCH, seed, epoch), steps),

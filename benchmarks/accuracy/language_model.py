@@ -23,7 +23,8 @@ from vitprune.config.train_config import Train
 from vitprune.evaluation.losses import cross_entropy
 from vitprune.pruning.cycle_masks import groups_for, select_masks
 from vitprune.pruning.prune import prune_cycles
-from vitprune.training.loop import classification, distillation, train
+from vitprune.training.distillation import classification, logit_distillation
+from vitprune.training.loop import train
 
 ROOT = Path(__file__).parents[2]
 CONTEXT, BATCH = 128, 8
@@ -145,7 +146,7 @@ def pruned(bench: Bench, method: str) -> Iterator[Pruned]:
 def taught(bench: Bench, model: nn.Module) -> float:
     """Perplexity after distillation; divergences are summed over positions, so alpha weighs them like labels."""
     teacher = copy.deepcopy(bench.dense)  # a teacher is frozen, and the dense model is still to be copied
-    fit(distillation(model, teacher, 1 / CONTEXT, 1.0, 0.0), bench.corpus, bench.size.distil, 0.01)
+    fit(logit_distillation(model, teacher, 1 / CONTEXT, 1.0, 0.0), bench.corpus, bench.size.distil, 0.01)
     return bench.perplexity(model)
 
 

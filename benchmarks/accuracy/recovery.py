@@ -27,9 +27,11 @@ from vitprune import data, models, plan_for
 from vitprune.config.train_config import Train
 from vitprune.data.loaders import ImageTable, batch_count, eval_batches, train_batches
 from vitprune.data.sources import Source
-from vitprune.evaluation.accuracy import accuracy, count
+from vitprune.evaluation.accuracy import accuracy
+from vitprune.evaluation.cost import count
 from vitprune.pruning.prune import prune_cycles
-from vitprune.training.loop import distillation, train
+from vitprune.training.distillation import logit_distillation
+from vitprune.training.loop import train
 
 ROOT = Path(__file__).parents[2]
 MACS, EQUAL = 0.5, 0.01
@@ -175,7 +177,7 @@ def trained(job: Job) -> tuple[float, float]:
         return itertools.islice(train_batches(table, budget.batch, job.seed, epoch, workers), budget.steps)
 
     student = models.load(job.pruned).to(job.device)
-    task = distillation(student, torch_pruning.load_dense(job.real), 1.0, 1.0, 0.0)
+    task = logit_distillation(student, torch_pruning.load_dense(job.real), 1.0, 1.0, 0.0)
     start = time.perf_counter()
     train(task, epochs, budget.steps, budget.recipe, job.seed, lambda row: None)
     speed = budget.epochs * budget.steps * budget.batch / (time.perf_counter() - start)

@@ -18,7 +18,8 @@ from torch import nn
 from benchmarks.lib.deit_tiny import Setup, corrected, damped, setup
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import models, plan_for
-from vitprune.evaluation.accuracy import accuracy, count
+from vitprune.evaluation.accuracy import accuracy
+from vitprune.evaluation.cost import count
 from vitprune.pruning.prune import prune_cycles
 
 ROOT = Path(__file__).parents[2]

@@ -27,7 +27,8 @@ from benchmarks.lib.deit_tiny import load_images
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import models
 from vitprune.architectures import attention, vit
-from vitprune.evaluation.accuracy import accuracy, count
+from vitprune.evaluation.accuracy import accuracy
+from vitprune.evaluation.cost import count
 from vitprune.evaluation.losses import cross_entropy
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from benchmarks.lib.results import Row, real_data
 from vitprune import data, find_groups, models, plan_for
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Importance
-from vitprune.evaluation.accuracy import accuracy, count
+from vitprune.evaluation.accuracy import accuracy
+from vitprune.evaluation.cost import count
 from vitprune.groups import shrink
 from vitprune.pruning.cycle_masks import cost_model_for, cycle_target, groups_for, select_masks
 from vitprune.pruning.methods import method_named

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vitprune.evaluation.accuracy import environment
+from vitprune.evaluation.latency import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -26,8 +26,9 @@ from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline import score_stage
 from vitprune.pruning.methods import CRITERIA
 from vitprune.runtime.distributed import ProcessGroup, process_group
-from vitprune.training.loop import FrozenZeros, classification, distillation, train
-from vitprune.training.step import shared
+from vitprune.training.distillation import classification, logit_distillation
+from vitprune.training.loop import FrozenZeros, train
+from vitprune.training.step import local_share
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
@@ -130,11 +131,11 @@ def trained(settings: dict[str, object], dist: ProcessGroup) -> dict[str, Tensor
 
     def of(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number, batch in enumerate(noise):
-            yield batch if recipe.mixes else shared(*batch, dist)
+            yield batch if recipe.mixes else local_share(*batch, dist)
             step = epoch * len(noise) + number
             seen.update({f"{step}/{name}": tensor.clone() for name, tensor in model.state_dict().items()})
 
-    task = distillation(model, made(1), 1.0, 2.0, 0.0) if recipe.mixes else classification(model)
+    task = logit_distillation(model, made(1), 1.0, 2.0, 0.0) if recipe.mixes else classification(model)
     train(task, of, len(noise), recipe, 0, lambda row: None, held, dist=dist)
     return seen | {f"end/{name}": tensor for name, tensor in model.state_dict().items()}
 

@@ -23,7 +23,7 @@ from vitprune.criteria import ScoreConfig
 from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.criteria.kl.leave_one_out import copy_without_unit
 from vitprune.groups import Group
-from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.eval_mode import eval_mode
 
 ROOT = Path(__file__).parents[2]
 COMPONENTS = ("ffn", "attention", "head", "residual")
@@ -106,7 +106,7 @@ def exact_run(case: Case, group: Group, chosen: Tensor) -> tuple[float, Tensor]:
 @torch.no_grad()
 def literal_run(case: Case, group: Group, unit: int) -> Tensor:
     """Return the divergences of one unit as in the authors' code; (images,)."""
-    with evaluating(case.model):
+    with eval_mode(case.model):
         pruned = copy_without_unit(case.model, group, unit)
         whole, changed = (run(case.images).double().log_softmax(-1) for run in (case.model, pruned))
     return (whole.exp() * (whole - changed)).sum(-1)

@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import data, models, plan_for
-from vitprune.models.export import to_onnx
-from vitprune.models.int8 import to_int8
+from vitprune.models.export import export_onnx
+from vitprune.models.int8 import quantize_int8
 from vitprune.pruning.prune import prune_cycles
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +78,8 @@ def engines(dense: torch.nn.Module, image: torch.Tensor, folder: Path) -> dict[s
         for _ in prune_cycles(model, plan_for("uniform", sparsity), []):
             pass
         source, path = folder / f"{sparsity}.onnx", folder / f"{sparsity}-int8.onnx"
-        to_onnx(model, source, image.expand(2, -1, -1, -1))
-        to_int8(source, path, image, "minmax")  # where the ranges are does not change the time
+        export_onnx(model, source, image.expand(2, -1, -1, -1))
+        quantize_int8(source, path, image, "minmax")  # where the ranges are does not change the time
         label = f"{sparsity:.0%} zeros".replace("%", " %")
         if sparsity in (0.0, 0.9):
             found[f"float, {label}"] = core.compile_model(str(source), "CPU", plain)

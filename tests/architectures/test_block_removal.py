@@ -17,7 +17,7 @@ from tests.support.reference_kl import kl
 from vitprune import BadInput, find_groups, load, prune, save, score, shrink
 from vitprune.architectures import rebuild, structure
 from vitprune.architectures.block_removal import IdentityBlock
-from vitprune.evaluation.accuracy import costs
+from vitprune.evaluation.cost import group_costs
 from vitprune.groups import Group, mask_without
 from vitprune.pipeline.artifacts import mask_facts
 
@@ -179,18 +179,18 @@ def test_a_target_of_cost_is_met(name: str, what: str) -> None:
 def test_skipped_blocks_run_in_onnx(swin: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from vitprune.models.export import to_onnx, to_timm
+    from vitprune.models.export import export_onnx, export_timm
 
     model = skipping(swin.float(), ["layers.0.blocks.1"])
-    assert to_onnx(model, tmp_path / "model.onnx", images(model))["max_abs_diff"] < 1e-4
-    assert to_timm(model, tmp_path / "timm", images(model)) == {"loads_plain_timm": False, "max_abs_diff": 0.0}
+    assert export_onnx(model, tmp_path / "model.onnx", images(model))["max_abs_diff"] < 1e-4
+    assert export_timm(model, tmp_path / "timm", images(model)) == {"loads_plain_timm": False, "max_abs_diff": 0.0}
 
 
 def test_half_of_a_block_is_refused_and_costs_count_it_once(swin: nn.Module) -> None:
     (group,) = find_groups(swin, ["block"])
     with pytest.raises(BadInput, match=r"^blocks: half of a block would go; remove both units"):
         shrink(swin, [group], {"blocks": mask_without(group, 1)})
-    weights, macs = costs(swin, [group], images(swin))["blocks"]
+    weights, macs = group_costs(swin, [group], images(swin))["blocks"]
     assert weights == sum(p.numel() for path in paths(swin) for p in swin.get_submodule(path).parameters())
     assert 0 < macs < cost(swin, "macs")
     assert mask_facts([group], mask_of(group, ["layers.1.blocks.0"]))["gone"] == ["layers.1.blocks.0"]

@@ -20,7 +20,8 @@ from vitprune.criteria.obs.units import unit_obs
 from vitprune.evaluation.losses import cross_entropy
 from vitprune.pruning.prune import plan_for, prune_cycles
 from vitprune.pruning.select import select
-from vitprune.training.loop import classification, distillation, feature_distillation, train
+from vitprune.training.distillation import classification, feature_distillation, logit_distillation
+from vitprune.training.loop import train
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 WORDS, LENGTH = 11, 6
@@ -156,7 +157,7 @@ def test_a_pruned_decoder_recovers(taught_by: str | None) -> None:
     student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "attention": 0.5}, data)
     before, own = state(teacher), loss(student, data)
     tasks = {
-        "logits": lambda: distillation(student, teacher, 1 / LENGTH, 1.0, 0.0),
+        "logits": lambda: logit_distillation(student, teacher, 1 / LENGTH, 1.0, 0.0),
         "features": lambda: feature_distillation(student, teacher, 1.0, 0.0, 0),
         None: lambda: classification(student),
     }

@@ -14,8 +14,8 @@ from torch import nn
 from tests.support.model_zoo import SMALL
 from vitprune import BadInput, find_groups, shrink, zero
 from vitprune.architectures import attention, by_module
-from vitprune.evaluation.check_model import odd_masks, redrawn, subject
-from vitprune.evaluation.check_removal import promise
+from vitprune.evaluation.check_model import make_test_model, random_odd_masks, randomize_parameters
+from vitprune.evaluation.check_removal import expected_removals
 
 
 class Host(nn.Module):
@@ -43,20 +43,20 @@ class Host(nn.Module):
     ids=lambda value: type(value).__name__,
 )
 def test_hidden_units_of_a_part_by_itself(part: nn.Module, units: int, slices: int, buffers: int) -> None:
-    model = redrawn(Host(part))
+    model = randomize_parameters(Host(part))
     (group,) = by_module.groups(model, "ffn")
     assert (group.name, group.shape, len(group.slices), len(group.buffers)) == ("part", (units,), slices, buffers)
-    masks = odd_masks([group], 0.4)
+    masks = random_odd_masks([group], 0.4)
     x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     zeroed, shrunk = zero(copy.deepcopy(model), [group], masks), shrink(copy.deepcopy(model), [group], masks)
     torch.testing.assert_close(shrunk(x), zeroed(x), rtol=0, atol=1e-12)
     assert (zeroed(x) - model(x)).abs().max() > 1e-3
     gone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in shrunk.parameters())
-    assert gone == sum(promise(model, [group], masks).values()) > 0
+    assert gone == sum(expected_removals(model, [group], masks).values()) > 0
 
 
 def test_a_unit_behind_a_batch_norm_goes_with_its_statistics() -> None:
-    model = redrawn(Host(LevitMlp(12, 16)))
+    model = randomize_parameters(Host(LevitMlp(12, 16)))
     (group,) = by_module.groups(model, "ffn")
     masks = {"part": torch.arange(16) != 3}
     mean = model.part.ln1.bn.running_mean.clone()
@@ -102,12 +102,12 @@ def test_the_first_module_that_is_not_understood_is_named_and_others_do_not_matt
 
 
 def test_attentions_are_timms_until_they_are_narrower_than_their_stream() -> None:
-    dense, x = subject("twins_pcpvt_small", SMALL["twins_pcpvt_small"])
+    dense, x = make_test_model("twins_pcpvt_small", SMALL["twins_pcpvt_small"])
     (group, *_) = find_groups(dense, ["head"])
     attn = dense.get_submodule(group.owner)
     shrink(dense, [group], {group.name: torch.ones(group.shape, dtype=torch.bool)})
     assert type(attn) is GlobalSubSampleAttn
-    shrink(dense, [group], odd_masks([group], 0.5))
+    shrink(dense, [group], random_odd_masks([group], 0.5))
     assert (type(attn).__name__, attn.num_heads, attn.proj.in_features) == ("CutSubSampled", 1, 8)
     attn.fused_attn = False
     plain = dense(x)
@@ -127,7 +127,7 @@ ROTARY = [
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("kind", "settings"), ROTARY)
 def test_heads_of_rotary_attention(kind: type[nn.Module], settings: dict, fused: bool) -> None:
-    attn = redrawn(kind(24, 3, norm_layer=nn.LayerNorm, scale_norm=False, **settings))
+    attn = randomize_parameters(kind(24, 3, norm_layer=nn.LayerNorm, scale_norm=False, **settings))
     attn.fused_attn = fused
     dense = nn.ModuleDict({"attn": attn})
     (group,) = attention.groups("head", "attn", attn)

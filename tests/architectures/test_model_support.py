@@ -6,8 +6,8 @@ import torch
 
 from tests.support.model_zoo import PROVEN, REFUSED, SMALL, ZOO, batches
 from vitprune import BadInput, find_groups, prune
-from vitprune.evaluation.accuracy import macs
-from vitprune.evaluation.check_model import check, subject
+from vitprune.evaluation.check_model import check, make_test_model
+from vitprune.evaluation.cost import count_macs
 from vitprune.groups import KINDS
 
 
@@ -43,14 +43,14 @@ def test_channels_that_have_no_basis_of_their_own_are_not_rebased(name: str) -> 
 
 
 def test_a_model_without_a_classifier_is_proven_with_one() -> None:
-    dense, _ = subject("vit_small_patch14_dinov2", {"depth": 1, "embed_dim": 48, "num_heads": 3})
+    dense, _ = make_test_model("vit_small_patch14_dinov2", {"depth": 1, "embed_dim": 48, "num_heads": 3})
     assert dense.num_classes == 10
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "vit_base_patch16_siglip_224"])
 def test_macs_are_counted_where_weights_are_used(name: str) -> None:
-    dense, inputs = subject(name, SMALL[name])
-    total, layers = macs(dense, inputs[:1])
+    dense, inputs = make_test_model(name, SMALL[name])
+    total, layers = count_macs(dense, inputs[:1])
     assert [
         group.name for group in find_groups(dense, ["weight"]) if not layers.get(group.name[: -len(".weight")])
     ] == []

@@ -15,7 +15,7 @@ from vitprune import BadInput, find_groups, load, save, shrink
 from vitprune.architectures.tracing import cache
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
-from vitprune.evaluation.check_model import odd_masks, subject
+from vitprune.evaluation.check_model import make_test_model, random_odd_masks
 
 STAGES = {
     "convnext_atto": ["stem.0", "stages.1.downsample.1", "stages.2.downsample.1", "stages.3.downsample.1"],
@@ -26,7 +26,7 @@ STAGES = {
 
 
 def made(name: str) -> Any:
-    return subject(name, SMALL.get(name, {}) | {"num_classes": 7})
+    return make_test_model(name, SMALL.get(name, {}) | {"num_classes": 7})
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -40,7 +40,7 @@ def test_a_stream_is_called_after_what_begins_it(name: str) -> None:
 def test_timm_is_told_the_widths(name: str) -> None:
     model, inputs = made(name)
     groups = find_groups(model, ["residual"])
-    shrink(model, groups, odd_masks(groups, 0.4))
+    shrink(model, groups, random_odd_masks(groups, 0.4))
     found = model.forward_intermediates(inputs, intermediates_only=True)
     told = [feature["num_chs"] for feature in model.feature_info]
     assert [part.shape[1] for part in found] == told[-len(found) :]
@@ -64,7 +64,7 @@ def test_all_kinds_go_together_and_come_back_from_a_file(name: str, kinds: list[
     model, inputs = made(name)
     for kind in kinds:
         groups = find_groups(model, [kind])
-        shrink(model, groups, odd_masks(groups, 0.4))
+        shrink(model, groups, random_odd_masks(groups, 0.4))
     save(model, tmp_path)
     assert torch.equal(load(tmp_path)(inputs), model.eval()(inputs))
 

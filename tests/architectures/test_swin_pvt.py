@@ -16,7 +16,7 @@ from vitprune.architectures.pvt_attention import CutAttention
 from vitprune.config.params import load
 from vitprune.criteria import ScoreConfig
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
-from vitprune.evaluation.accuracy import count
+from vitprune.evaluation.cost import count
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 KINDS = ["residual", "attention", "ffn"]

@@ -75,7 +75,7 @@ def test_changed_or_missing_image_is_found(tmp_path: Path, digits: data.Source) 
 def test_calibration_table_round_trip(tmp_path: Path, manifest: pa.Table, digits: data.Source) -> None:
     rows = data.draw_calibration(manifest, digits, 25, "class", 0)
     path = tmp_path / "calibration.parquet"
-    tables.write(rows, tables.CALIBRATION, path)
+    tables.write_table(rows, tables.CALIBRATION, path)
     batches = data.load_calibration(path, data.transform(GREY8), 10)
     assert [tuple(images.shape) for images, _ in batches] == [(10, 1, 8, 8), (10, 1, 8, 8), (5, 1, 8, 8)]
     assert torch.cat([labels for _, labels in batches]).tolist() == [row["label"] for row in rows]
@@ -89,9 +89,9 @@ def test_corrupt_row_of_the_calibration_table(tmp_path: Path, manifest: pa.Table
     for broken in (b"", rows[3]["image"]["bytes"][:60]):
         digest = hashlib.sha256(broken).hexdigest()
         bad = rows[3] | {"image": {"bytes": broken, "path": ""}, "sha256": digest}
-        tables.write([*rows[:3], bad], tables.CALIBRATION, path)
+        tables.write_table([*rows[:3], bad], tables.CALIBRATION, path)
         with pytest.raises(BadInput, match=f"image {rows[3]['id']} is corrupt"):
             data.load_calibration(path, data.transform(GREY8), 10)
-    tables.write([rows[0] | {"sha256": "0" * 64}], tables.CALIBRATION, path)
+    tables.write_table([rows[0] | {"sha256": "0" * 64}], tables.CALIBRATION, path)
     with pytest.raises(BadInput, match=f"image {rows[0]['id']} is corrupt"):
         data.load_calibration(path, data.transform(GREY8), 10)

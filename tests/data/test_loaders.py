@@ -153,7 +153,7 @@ def test_photographs_from_manifest_to_batches(photographs: Path, tmp_path: Path)
     table = as_table(result)
     rows = data.draw_calibration(table, source, 40, "class", 0)
     assert len({row["label"] for row in rows}) == 40  # one each, for there are more than 40 classes
-    tables.write(rows, tables.CALIBRATION, tmp_path / "calibration.parquet")
+    tables.write_table(rows, tables.CALIBRATION, tmp_path / "calibration.parquet")
     transform = data.transform(data.data_config(timm.create_model("deit_tiny_patch16_224", depth=1)))
     batches = data.load_calibration(tmp_path / "calibration.parquet", transform, 32)
     assert [tuple(images.shape) for images, _ in batches] == [(32, 3, 224, 224), (8, 3, 224, 224)]

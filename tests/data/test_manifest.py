@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.on_disk import as_table, jpeg, write_folder
 from vitprune import data
-from vitprune.data.images import intact
+from vitprune.data.images import is_intact
 from vitprune.data.manifest import draw_stratified
 from vitprune.errors import BadInput
 from vitprune.runtime import tables
@@ -68,8 +68,8 @@ def test_many_corrupt_images_are_named_up_to_eight(tmp_path: Path, digits: data.
 
 def test_a_flipped_bit_in_a_png_is_found(digits: data.Source) -> None:
     whole = digits.read("digits/0000")
-    assert intact(whole)
-    assert not intact(whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:])
+    assert is_intact(whole)
+    assert not is_intact(whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:])
 
 
 def test_null_image_in_parquet_is_skipped(tmp_path: Path, digits: data.Source) -> None:

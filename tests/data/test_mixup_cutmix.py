@@ -11,7 +11,7 @@ from PIL import Image
 from tests.support.on_disk import GREY8, RGB32
 from vitprune import data
 from vitprune.data.augment import TIMM_PRESETS
-from vitprune.data.cutmix import cutmix
+from vitprune.data.mixup_cutmix import cutmix
 
 
 def drawn(number: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +22,7 @@ def drawn(number: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("number", [6, 7])
 def test_labels_are_the_shares_of_what_is_in_the_image(number: int) -> None:
     images, labels = drawn(number)
-    mix, boxes = data.mixer(0.8, 1.0, 1.0, number, 0), 0
+    mix, boxes = data.make_mixer(0.8, 1.0, 1.0, number, 0), 0
     for _ in range(60):
         mixed, shares = mix(images, labels)
         assert (mixed.shape, shares.shape, shares.dtype) == (images.shape, (number, number), torch.float64)
@@ -40,7 +40,7 @@ def test_the_series_is_that_of_the_seed_and_nobody_elses_numbers_move() -> None:
     np.random.seed(5)
     runs = []
     for seed in (1, 1, 2):
-        mix = data.mixer(0.8, 1.0, 1.0, 6, seed)
+        mix = data.make_mixer(0.8, 1.0, 1.0, 6, seed)
         runs.append(torch.stack([mix(*drawn())[0] for _ in range(5)]))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
@@ -49,7 +49,7 @@ def test_the_series_is_that_of_the_seed_and_nobody_elses_numbers_move() -> None:
 
 @pytest.mark.parametrize(("mixup", "cut"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_only_some_batches_are_mixed(mixup: float, cut: float) -> None:
-    mix, (images, labels) = data.mixer(mixup, cut, 0.2, 6, 0), drawn()
+    mix, (images, labels) = data.make_mixer(mixup, cut, 0.2, 6, 0), drawn()
     found = [mix(images, labels) for _ in range(200)]
     same = [torch.equal(mixed, images) for mixed, _ in found]
     assert 130 < sum(same) < 190
@@ -59,7 +59,7 @@ def test_only_some_batches_are_mixed(mixup: float, cut: float) -> None:
 
 
 def test_cutmix_alone_is_that_of_up_vits() -> None:
-    mix, generator = data.mixer(0.0, 0.5, 1.0, 6, 3), np.random.default_rng(3)
+    mix, generator = data.make_mixer(0.0, 0.5, 1.0, 6, 3), np.random.default_rng(3)
     for _ in range(5):
         for ours, theirs in zip(mix(*drawn()), cutmix(*drawn(), 6, 0.5, generator), strict=True):
             assert torch.equal(ours, theirs)

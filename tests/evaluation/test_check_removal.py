@@ -8,18 +8,18 @@ import torch
 
 from tests.support.model_zoo import ZOO
 from vitprune import BadInput, cli, find_groups
-from vitprune.evaluation.check_model import check, odd_masks, subject
-from vitprune.evaluation.check_removal import prove
+from vitprune.evaluation.check_model import check, make_test_model, random_odd_masks
+from vitprune.evaluation.check_removal import check_removal
 
 VIT = ("vit_tiny_patch16_224", ZOO["vit"][1])
 
 
 def broken(kind: str, change) -> str:
-    dense, inputs = subject(*VIT)
+    dense, inputs = make_test_model(*VIT)
     groups = find_groups(dense, [kind])
-    masks = odd_masks(groups, 0.5)
-    assert prove(dense, groups, masks, inputs).faults == ()
-    return "; ".join(prove(dense, [change(group) for group in groups], masks, inputs).faults)
+    masks = random_odd_masks(groups, 0.5)
+    assert check_removal(dense, groups, masks, inputs).faults == ()
+    return "; ".join(check_removal(dense, [change(group) for group in groups], masks, inputs).faults)
 
 
 @pytest.mark.parametrize("gone", range(3))
@@ -42,29 +42,29 @@ def test_a_cut_that_nobody_records_fails() -> None:
     def unrecorded(group):
         return replace(group, name=f"{group.name}.other")
 
-    dense, inputs = subject(*VIT)
+    dense, inputs = make_test_model(*VIT)
     groups = [unrecorded(group) for group in find_groups(dense, ["attention"])]
     scaled = [replace(group, resize=lambda attn, shape: None) for group in groups]
-    assert prove(dense, scaled, odd_masks(scaled, 0.5), inputs).faults
+    assert check_removal(dense, scaled, random_odd_masks(scaled, 0.5), inputs).faults
 
 
 def test_removing_what_does_nothing_proves_nothing() -> None:
-    dense, inputs = subject(*VIT)
+    dense, inputs = make_test_model(*VIT)
     groups = find_groups(dense, ["ffn"])
     with torch.no_grad():
         for block in dense.blocks:
             block.mlp.fc2.weight.zero_()
-    assert prove(dense, groups, odd_masks(groups, 0.5), inputs).faults == (
+    assert check_removal(dense, groups, random_odd_masks(groups, 0.5), inputs).faults == (
         "removing its units changes nothing, so nothing is proven",
     )
 
 
 def test_masks_leave_an_odd_number_of_units_and_never_none() -> None:
-    dense, _ = subject(*VIT)
+    dense, _ = make_test_model(*VIT)
     for kind in ("ffn", "attention", "head", "residual"):
         groups = find_groups(dense, [kind])
         for ratio in (0.01, 0.5, 0.99):
-            masks = odd_masks(groups, ratio)
+            masks = random_odd_masks(groups, ratio)
             assert all(bool((masks[group.name].sum(-1) % 2 == 1).all()) for group in groups)
 
 
@@ -83,7 +83,7 @@ def test_the_command_prints_proofs_and_ends_with_1_where_one_fails(monkeypatch, 
 
     code, told = run("test_vit", "--kinds", "ffn,head", "--ratios", "0.5")
     assert (code, told.count("proven")) == (0, 2)
-    right = prove
+    right = check_removal
     monkeypatch.setattr(
         "vitprune.evaluation.check_model.prove",
         lambda dense, groups, *rest: right(dense, [replace(g, slices=g.slices[:2]) for g in groups], *rest),

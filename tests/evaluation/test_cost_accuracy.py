@@ -7,7 +7,9 @@ from torch import nn
 
 from tests.support.model_zoo import images, random_masks, same_state, state, tiny
 from vitprune import BadInput, count, find_groups, prune, shrink, zero
-from vitprune.evaluation.accuracy import accuracy, costs, environment, latency
+from vitprune.evaluation.accuracy import accuracy
+from vitprune.evaluation.cost import group_costs
+from vitprune.evaluation.latency import environment, latency
 
 # stock DeiT, at 224 x 224, attention products counted
 DEIT = {"tiny": (5_717_416, 1.254), "small": (22_050_664, 4.599), "base": (86_567_656, 17.564)}
@@ -130,7 +132,7 @@ def test_counts_of_a_model_without_groups() -> None:
 
 def test_costs_of_groups_by_hand(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn", "head", "weight"])
-    found = costs(vit, groups, images(vit))
+    found = group_costs(vit, groups, images(vit))
     assert found["blocks.0.mlp"] == (192 * 48 + 192 + 48 * 192, 17 * 2 * 192 * 48)
     assert found["blocks.0.attn.heads"] == (144 * 48 + 144 + 48 * 48, 17 * 4 * 48 * 48)
     assert found["blocks.1.mlp.fc2.weight"] == (192 * 48, 17 * 192 * 48)

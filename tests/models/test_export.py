@@ -11,7 +11,7 @@ from torch import nn
 from tests.support.model_zoo import answer, images, random_masks, tiny
 from tests.support.pruned_models import FAMILIES, all_cut
 from vitprune import find_groups, load, prune, shrink
-from vitprune.models.export import to_onnx, to_timm
+from vitprune.models.export import export_onnx, export_timm
 
 
 def uneven(name: str) -> nn.Module:
@@ -26,7 +26,7 @@ def uneven(name: str) -> nn.Module:
 def test_a_uniform_model_is_for_plain_timm_too(tmp_path: Path) -> None:
     sparsity = {"ffn": 0.5, "attention": 0.25, "residual": 0.25}
     pruned = prune(tiny("vit", dtype=torch.float32), "channel-magnitude", sparsity)
-    facts = to_timm(pruned, tmp_path, images(pruned))
+    facts = export_timm(pruned, tmp_path, images(pruned))
     assert facts["loads_plain_timm"] is True
     assert facts["max_abs_diff"] < 1e-6
     assert answer(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images(pruned)).shape == (3, 7)
@@ -35,7 +35,7 @@ def test_a_uniform_model_is_for_plain_timm_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
 def test_an_uneven_model_is_for_vitprune_alone_and_says_so(name: str, tmp_path: Path) -> None:
     pruned = uneven(name)
-    assert to_timm(pruned, tmp_path, images(pruned)) == {"loads_plain_timm": False, "max_abs_diff": 0.0}
+    assert export_timm(pruned, tmp_path, images(pruned)) == {"loads_plain_timm": False, "max_abs_diff": 0.0}
     assert torch.equal(answer(load(tmp_path), images(pruned)), answer(pruned, images(pruned)))
 
 
@@ -44,7 +44,7 @@ def test_onnx_answers_alike_for_any_batch(family: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
     pruned = all_cut(family)
     path = tmp_path / "deep" / "model.onnx"
-    facts = to_onnx(pruned, path, images(pruned, 2))
+    facts = export_onnx(pruned, path, images(pruned, 2))
     assert facts["bytes"] == path.stat().st_size > 1000
     assert facts["max_abs_diff"] < 1e-4
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -20,8 +20,8 @@ from vitprune.pipeline import stages
 onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
 
-from vitprune.models.export import to_onnx  # noqa: E402
-from vitprune.models.int8 import IMAGES, Reader, side_by_side, to_int8, zeros  # noqa: E402
+from vitprune.models.export import export_onnx  # noqa: E402
+from vitprune.models.int8 import IMAGES, CalibrationBatches, compare_onnx, count_zeros, quantize_int8  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight[3] = 0
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    to_onnx(model, path, images(model, 2))
+    export_onnx(model, path, images(model, 2))
     return path, model
 
 
 @pytest.mark.parametrize(("calibration", "bits"), [("percentile", 7), ("minmax", 8), ("entropy", 7)])
 def test_zeros_stay_zero_and_answers_near(exported: tuple[Path, nn.Module], calibration, bits, tmp_path: Path) -> None:
     source, model = exported
-    facts = to_int8(source, tmp_path / "int8.onnx", images(model, 40), calibration, bits)
+    facts = quantize_int8(source, tmp_path / "int8.onnx", images(model, 40), calibration, bits)
     mine = [model.get_parameter(group.name) for group in find_groups(model, ["weight"])]
     assert facts["zeros"] == sum(int((weight == 0).sum()) for weight in mine)
     assert facts["weights"] == sum(w.numel() for w in mine) + model.head.weight.numel() + 48 * 3 * 8 * 8
@@ -55,11 +55,11 @@ def test_zeros_stay_zero_and_answers_near(exported: tuple[Path, nn.Module], cali
 
 def test_two_files_side_by_side(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     source, model = exported
-    to_int8(source, tmp_path / "int8.onnx", images(model, 40))
+    quantize_int8(source, tmp_path / "int8.onnx", images(model, 40))
     x = images(model, 20, seed=7)
     labels = answer(model, x).argmax(1)
     labels[:5] = (labels[:5] + 1) % 7
-    found = side_by_side([source, tmp_path / "int8.onnx"], list(zip(x.split(8), labels.split(8), strict=True)))
+    found = compare_onnx([source, tmp_path / "int8.onnx"], list(zip(x.split(8), labels.split(8), strict=True)))
     assert found["model_top1"] == 75
     assert found["int8_agrees"] >= 80
     assert found["model_top1"] - (100 - found["int8_agrees"]) <= found["int8_top1"]
@@ -68,17 +68,17 @@ def test_two_files_side_by_side(exported: tuple[Path, nn.Module], tmp_path: Path
 def test_a_lost_zero_is_refused(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     source, model = exported
     path = tmp_path / "int8.onnx"
-    to_int8(source, path, images(model, 16), "minmax")
+    quantize_int8(source, path, images(model, 16), "minmax")
     graph = onnx.load(str(path))
     weight = next(t for t in graph.graph.initializer if t.name.endswith("_quantized") and t.dims[-1] == 48)
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) | 1, weight.name))
     onnx.save(graph, str(path))
     with pytest.raises(BadInput, match="got lost in quantization; do not use it"):
-        zeros(source, path)
+        count_zeros(source, path)
 
 
 def test_ranges_take_a_batch_at_a_time_of_the_first_images() -> None:
-    reader = Reader(torch.arange(200.0).view(-1, 1, 1, 1))
+    reader = CalibrationBatches(torch.arange(200.0).view(-1, 1, 1, 1))
     assert (len(reader), IMAGES) == (8, 128)
     reader.set_range(2, 4)
     read = [reader.get_next() for _ in range(3)]
@@ -89,7 +89,7 @@ def test_ranges_take_a_batch_at_a_time_of_the_first_images() -> None:
 def test_what_cannot_be_is_refused(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     source, model = exported
     with pytest.raises(BadInput, match=r"^calibration 'best': unknown; use one of minmax, percentile, entropy"):
-        to_int8(source, tmp_path / "int8.onnx", images(model, 2), "best")
+        quantize_int8(source, tmp_path / "int8.onnx", images(model, 2), "best")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match=r"set export.onnx to true"):
         Export(int8=True)

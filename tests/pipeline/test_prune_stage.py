@@ -25,7 +25,8 @@ from vitprune.pruning.methods import Method
 from vitprune.pruning.prune import prune_cycles
 from vitprune.runtime.files import sha256
 from vitprune.training import optimizers as optimizing
-from vitprune.training.loop import FrozenZeros, ScheduleSpan, classification, train
+from vitprune.training.distillation import classification
+from vitprune.training.loop import FrozenZeros, ScheduleSpan, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = [0.5, 0.6, 0.75, 0.9]

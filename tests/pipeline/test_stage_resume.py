@@ -18,8 +18,8 @@ from vitprune.errors import BadInput
 from vitprune.pipeline import stages
 from vitprune.pipeline.project_data import open_images
 from vitprune.runtime.files import sha256
+from vitprune.training.checkpoint import INTERVAL_ENV, Checkpointer
 from vitprune.training.checkpoint_store import CheckpointStore
-from vitprune.training.saving import EVERY, Checkpointer
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {"epochs": 2, "batch_size": 512, "lr": 0.002, "augment": "digits", "ema": 0.9, "cutmix": 0.5, "mixup": 0.2}
@@ -75,7 +75,7 @@ def test_stages_broken_off_at_every_few_writings_end_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: dict
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(EVERY, "0")
+    monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project", **prune)
     expected = ends(project)
     left, put = [0], CheckpointStore.put
@@ -104,7 +104,7 @@ def test_a_cycle_that_was_lost_is_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(EVERY, "0")
+    monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project")
     expected, write, left = ends(project), Checkpointer.write, [8]
 
@@ -137,7 +137,7 @@ def test_a_cycle_that_was_lost_is_done_again(
 def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     project = project_in(tmp_path / "project", finetune=None)
-    monkeypatch.setenv(EVERY, "0")
+    monkeypatch.setenv(INTERVAL_ENV, "0")
     stages.run("prune", project)
     keys = set()
     monkeypatch.setattr(Checkpointer, "write", lambda saver, snapshot: (_ for _ in ()).throw(Broken))
@@ -153,7 +153,7 @@ def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(EVERY, "0")
+    monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project")
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["prune"]["finetune"] |= {"lr": 1e30, "clip": None, "ema": 0.0, "optimizer": "sgd"}
@@ -164,13 +164,13 @@ def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monk
     assert "\n" not in told
     table = open_images("train", models.load("out/dense"), load(Path("params.yaml")))
     ids = data.batch_ids(table, 512, 1000, 0, 1)
-    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last good state is in {KEPT}/prune-" in told
+    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last checkpoint is {KEPT}/prune-" in told
     images, _ = list(data.train_batches(table, 512, 1000, 0))[1]
     assert len(ids) == len(images) == len(set(ids))
 
 
 def start(project: Path, stage: str, every: str) -> subprocess.Popen[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), EVERY: every, "VITPRUNE_DEVICE": "cpu"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), INTERVAL_ENV: every, "VITPRUNE_DEVICE": "cpu"}
     command = [sys.executable, "-m", "vitprune.cli", stage, "-C", str(project)]
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -208,7 +208,7 @@ def test_sigkill_and_sigterm_while_a_stage_runs(tmp_path: Path, monkeypatch: pyt
     ended.terminate()
     told = ended.communicate(timeout=300)[1]
     assert ended.returncode == 143, told
-    assert told.startswith("Error: asked to stop (SIGTERM): kept at epoch ")
+    assert told.startswith("Error: stopped by SIGTERM, checkpoint saved at epoch ")
     assert told.count("\n") == 1
     emptied(project, "prune")
     stages.run("prune", project)

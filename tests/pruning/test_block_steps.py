@@ -17,7 +17,7 @@ from vitprune import METHODS, BadInput, data, find_groups, load, plan_for, prune
 from vitprune.architectures import rebuild, structure
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.criteria.kl import leave_one_out as by_kl
-from vitprune.evaluation.accuracy import costs, count
+from vitprune.evaluation.cost import count, group_costs
 from vitprune.groups import mask_without
 from vitprune.pruning.block_steps import next_block_removal, to_dense_names
 from vitprune.pruning.cycle_masks import select_masks
@@ -266,7 +266,7 @@ def test_a_structure_without_blocks_is_that_of_the_dense_model(vit: nn.Module) -
 
 
 def test_the_cost_behind_the_blocks(vit: nn.Module) -> None:
-    weights, macs = costs(vit, find_groups(vit, ["block"]), images(vit))["blocks"]
+    weights, macs = group_costs(vit, find_groups(vit, ["block"]), images(vit))["blocks"]
     assert weights == sum(p.numel() for block in vit.blocks for p in block.parameters())
     assert 0 < macs < count(vit, images(vit)).macs
 

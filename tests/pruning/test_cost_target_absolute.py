@@ -13,7 +13,7 @@ from vitprune import BadInput, count, find_groups, plan_for, prune, shrink
 from vitprune.config.params import Schedule
 from vitprune.config.quantity import format_cost, number_of
 from vitprune.data import example_input
-from vitprune.evaluation.accuracy import latency
+from vitprune.evaluation.latency import latency
 from vitprune.pruning.cost_target import refine_latency
 from vitprune.pruning.prune import prune_cycles
 

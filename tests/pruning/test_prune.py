@@ -13,12 +13,13 @@ from vitprune import METHODS, BadInput, find_groups, plan_for, prune, score, shr
 from vitprune.config.train_config import Train
 from vitprune.criteria import Importance, ScoreConfig
 from vitprune.criteria import magnitude as by_weights
-from vitprune.evaluation.accuracy import count
+from vitprune.evaluation.cost import count
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.methods import Method
 from vitprune.pruning.prune import Cycle, prune_cycles
 from vitprune.pruning.select import select
-from vitprune.training.loop import FrozenZeros, classification, train
+from vitprune.training.distillation import classification
+from vitprune.training.loop import FrozenZeros, train
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
 SINGLE = ["random", "magnitude", "uniform", "lamp", "dimap", "taylor"]

@@ -10,7 +10,7 @@ from torch import nn
 from vitprune import BadInput, plan_for
 from vitprune.config.params import Schedule
 from vitprune.pruning.schedule import spans, sparsities
-from vitprune.training.lr_schedule import rate
+from vitprune.training.lr_schedule import learning_rate
 
 LONG = {0: 0.4, 20: 0.5, 40: 0.6, 60: 0.65, 80: 0.7, 100: 0.75, 120: 0.76667, 140: 0.78333, 160: 0.8, 180: 0.81667}
 LONG |= {200: 0.83333, 220: 0.85, 240: 0.86667, 260: 0.88333, 280: 0.9}
@@ -84,15 +84,17 @@ def test_kinds_of_different_sparsities_have_no_common_steps() -> None:
 
 
 def test_rates_in_numbers() -> None:
-    linear = [rate(step, 5, 5e-4, 1e-5, 0, "linear") for step in range(5)]
+    linear = [learning_rate(step, 5, 5e-4, 1e-5, 0, "linear") for step in range(5)]
     assert linear == pytest.approx([5e-4, 3.775e-4, 2.55e-4, 1.325e-4, 1e-5])  # the first step is a whole one
-    cosine = [rate(step, 4, 5e-4, 1e-5) for step in range(5)]
+    cosine = [learning_rate(step, 4, 5e-4, 1e-5) for step in range(5)]
     middle = [1e-5 + 0.5 * 4.9e-4 * (1 + math.cos(math.pi / 4 * step)) for step in (1, 2, 3)]
     assert cosine == pytest.approx([5e-4, *middle, 1e-5])
-    assert [rate(step, 8, 0.4, 0.0, 4, "linear") for step in (0, 1, 3, 4)] == pytest.approx([0, 0.1, 0.3, 0.4 * 3 / 7])
-    assert rate(0, 1, 0.1, 0.01, 0, "linear") == 0.1
+    assert [learning_rate(step, 8, 0.4, 0.0, 4, "linear") for step in (0, 1, 3, 4)] == pytest.approx(
+        [0, 0.1, 0.3, 0.4 * 3 / 7]
+    )
+    assert learning_rate(0, 1, 0.1, 0.01, 0, "linear") == 0.1
     with pytest.raises(BadInput, match=r"^decay 'sudden': unknown; use one of cosine, linear"):
-        rate(0, 1, 0.1, 0.0, 0, "sudden")
+        learning_rate(0, 1, 0.1, 0.0, 0, "sudden")
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -103,7 +105,7 @@ def test_the_cosine_is_timms(warmup: int) -> None:
     )
     for step in range(22):
         scheduler.step_update(step)
-        assert rate(step, 20, 0.02, 0.001, warmup) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert learning_rate(step, 20, 0.02, 0.001, warmup) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
 
 
 def test_spans_without_epochs_are_all_alike() -> None:

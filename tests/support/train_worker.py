@@ -15,8 +15,9 @@ from vitprune.config.train_config import Train
 from vitprune.models.io import write_weights
 from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from vitprune.training.cached_teacher import cache_teacher
-from vitprune.training.loop import FrozenZeros, classification, distillation, train
-from vitprune.training.step import shared
+from vitprune.training.distillation import classification, logit_distillation
+from vitprune.training.loop import FrozenZeros, train
+from vitprune.training.step import local_share
 
 STEPS = 3
 CASES = {
@@ -41,11 +42,11 @@ def trained(settings: dict, dist: ProcessGroup = SINGLE_PROCESS, taught: bool = 
         for batch in noise:
             if epoch or seen:
                 seen.append(weights(model))
-            yield batch if recipe.mixes else shared(*batch, dist)
+            yield batch if recipe.mixes else local_share(*batch, dist)
             if not seen:
                 seen.append(weights(model))
 
-    task = distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0) if taught else classification(model, 0.1)
+    task = logit_distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0) if taught else classification(model, 0.1)
     said = iter((0.1, 0.3, 0.2, 0.1, 0.1))  # enough after 3 epochs
     evaluate = (lambda: {"top1": next(said)}) if dist.rank == 0 else None
     train(task, of, STEPS, recipe, 0, lambda row: None, held, evaluate, dist=dist)
@@ -57,7 +58,7 @@ def trained(settings: dict, dist: ProcessGroup = SINGLE_PROCESS, taught: bool = 
 def answers(dist: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """What a teacher answers on 5 batches, of which the last is smaller."""
     model = tiny("vit")
-    task = distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
+    task = logit_distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
     return cache_teacher(task, Distill(), [*batches(model, 4, 6), *batches(model, 1, 3)], dist)
 
 

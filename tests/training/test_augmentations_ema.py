@@ -16,8 +16,9 @@ from vitprune.config.params import load
 from vitprune.config.train_config import Train
 from vitprune.data import cutmix
 from vitprune.pruning.plan import plan_of
-from vitprune.training.loop import FrozenZeros, classification, distillation, train
-from vitprune.training.lr_schedule import rate
+from vitprune.training.distillation import classification, logit_distillation
+from vitprune.training.loop import FrozenZeros, train
+from vitprune.training.lr_schedule import learning_rate
 from vitprune.training.stochastic_depth import stochastic_depth
 
 RECIPE = Train(epochs=2, lr=0.01)
@@ -62,7 +63,7 @@ def test_training_with_cutmix_is_the_loss_on_mixed_labels(vit: nn.Module) -> Non
 def test_the_teacher_sees_the_mixed_images() -> None:
     student, teacher, seen = tiny("vit", 0), tiny("vit", 1), []
     teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    fit(student, {"cutmix": 0.5, "epochs": 1}, distillation(student, teacher, 1.0, 1.0, 0.0))
+    fit(student, {"cutmix": 0.5, "epochs": 1}, logit_distillation(student, teacher, 1.0, 1.0, 0.0))
     generator = np.random.default_rng(0)
     for given, (x, labels) in zip(seen, batches(student, 3, 6), strict=True):
         torch.testing.assert_close(given, cutmix(x, labels, 7, 0.5, generator)[0])
@@ -139,7 +140,7 @@ def test_dimap_fine_tunes_as_its_paper_says() -> None:
     assert (recover.epochs, recover.warmup_epochs, recover.optimizer) == (30, 15, "adamw")
     assert (recover.lr, recover.min_lr, recover.weight_decay) == (2e-5, 2e-7, 1e-8)
     assert params.distill.train is None
-    rates = [rate(step, 30, recover.lr, recover.min_lr, 15) for step in (0, 1, 14, 15, 30)]
+    rates = [learning_rate(step, 30, recover.lr, recover.min_lr, 15) for step in (0, 1, 14, 15, 30)]
     assert rates == pytest.approx([0, 2e-5 / 15, 2e-5 * 14 / 15, (2e-5 + 2e-7) / 2, 2e-7])  # the fall counts from 0
 
     model = tiny("swin").float()

@@ -17,9 +17,10 @@ from vitprune.pipeline import dataset_stage
 from vitprune.pipeline.artifacts import History
 from vitprune.pipeline.stage_training import train_model
 from vitprune.runtime.distributed import ProcessGroup
-from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_answers
+from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_teacher_outputs
 from vitprune.training.checkpoint_store import CheckpointStore
-from vitprune.training.loop import FrozenZeros, distilling, train
+from vitprune.training.distillation import distillation_task
+from vitprune.training.loop import FrozenZeros, train
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {"epochs": 3, "batch_size": 6, "lr": 0.01, "clip": 0.5, "ema": 0.5, "drop_path": 0.2}
@@ -40,7 +41,7 @@ def taught(kind: str, how: str, more: dict[str, Any]) -> tuple[dict[str, Tensor]
     groups = find_groups(student, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(student, groups, held.masks)
-    task, source, answers = distilling(student, teacher, settings, 0.1, 0), table(), None
+    task, source, answers = distillation_task(student, teacher, settings, 0.1, 0), table(), None
     teacher.patch_embed.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     first = np.concatenate(data.batch_rows(source, 6, 5, 0))
     if how == "in order":
@@ -52,7 +53,7 @@ def taught(kind: str, how: str, more: dict[str, Any]) -> tuple[dict[str, Tensor]
     def epochs(epoch: int) -> Any:
         found = data.train_batches(source, 6, 5, epoch, 0, recipe.repeats)
         rows_of = data.batch_rows(source, 6, 5, epoch, recipe.repeats)
-        return found if answers is None else with_answers(found, answers, rows_of)
+        return found if answers is None else with_teacher_outputs(found, answers, rows_of)
 
     train(task, epochs, data.batch_count(20, 6), recipe, 5, rows.append, held)
     return state(student), rows, sum(seen)
@@ -106,7 +107,7 @@ def test_a_stage_asks_its_teacher_once(tmp_path: Path, monkeypatch: pytest.Monke
         with torch.no_grad():
             teacher.head.weight.add_(torch.linspace(-1, 1, teacher.head.weight.numel()).view(7, -1))
         teacher.patch_embed.register_forward_hook(lambda *given, seen=seen: seen.append(len(given[2])))
-        task = distilling(student, teacher, settings, 0.0, 0)
+        task = distillation_task(student, teacher, settings, 0.0, 0)
         history = History(tmp_path / str(cache), "distill")
         train_model(
             task, recipe, project, history, CheckpointStore(tmp_path / f"s{cache}", "key"), cache_outputs=settings.cache

@@ -16,11 +16,11 @@ from vitprune import BadInput, find_groups, zero
 from vitprune.config.train_config import Train
 from vitprune.runtime.files import sha256
 from vitprune.training import checkpoint_store
-from vitprune.training.checkpoint import pack
-from vitprune.training.checkpoint_store import CheckpointStore, key_of
-from vitprune.training.loop import FrozenZeros, classification, distillation, feature_distillation, train
+from vitprune.training.checkpoint import INTERVAL_ENV, Checkpointer, catch_sigterm, checkpoint_minutes, pack
+from vitprune.training.checkpoint_store import CheckpointStore, work_key
+from vitprune.training.distillation import classification, feature_distillation, logit_distillation
+from vitprune.training.loop import FrozenZeros, train
 from vitprune.training.optimizers import OptimizerState, ScheduleSpan
-from vitprune.training.saving import EVERY, Checkpointer, minutes, stopping
 
 STEPS = 3  # batches of an epoch
 TOP1 = (0.3, 0.4, 0.4, 0.5, 0.5)  # after each epoch: 3 of them are enough for a patience of 1
@@ -31,21 +31,21 @@ class Broken(Exception):
 
 
 def put(shelf: CheckpointStore, number: int) -> Path:
-    return shelf.put({"number": number, "loss": 0.1 + number}, {"weights": torch.full((3,), number + 0.5)}).directory
+    return shelf.save({"number": number, "loss": 0.1 + number}, {"weights": torch.full((3,), number + 0.5)}).directory
 
 
 def test_the_last_of_some_checkpoints_is_taken_up_exactly(tmp_path: Path) -> None:
     shelf = CheckpointStore(tmp_path / "work", "key", keep=2)
-    assert shelf.newest() is None
+    assert shelf.latest() is None
     for number in range(4):
         put(shelf, number)
-    saved = CheckpointStore(tmp_path / "work", "key").newest()
+    saved = CheckpointStore(tmp_path / "work", "key").latest()
     assert saved is not None
     assert (saved.facts["number"], saved.facts["loss"]) == (3, 3.1)
     assert torch.equal(saved.tensors()["weights"], torch.full((3,), 3.5))
     assert [path.name for path in sorted((tmp_path / "work").iterdir())] == ["000003", "000004"]
     shelf.clear()
-    assert shelf.newest() is None
+    assert shelf.latest() is None
 
 
 def truncate(path: Path) -> None:
@@ -70,9 +70,9 @@ def test_what_is_not_whole_is_refused_and_the_one_before_taken(
         (entry / "more/config.json").write_text("{}")
 
     for number in (1, 2):
-        directory = shelf.put({"number": number}, {"weights": torch.ones(3)}, more).directory
+        directory = shelf.save({"number": number}, {"weights": torch.ones(3)}, more).directory
     harm(directory / name)
-    saved = shelf.newest()
+    saved = shelf.latest()
     assert saved is not None
     assert saved.facts["number"] == 1
     told = capsys.readouterr().err
@@ -89,13 +89,13 @@ def test_a_seal_that_fits_a_changed_file_no_longer_is_refused(tmp_path: Path) ->
     index = json.loads((directory / "index.json").read_text())
     index["files"]["state.json"] = sha256(directory / "state.json")
     (directory / "index.json").write_text(json.dumps(index))
-    assert shelf.newest() is None
+    assert shelf.latest() is None
 
 
 def test_a_checkpoint_of_other_work_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(CheckpointStore(tmp_path / "work", "key"), 1)
     put(CheckpointStore(tmp_path / "work", "other"), 2)
-    saved = CheckpointStore(tmp_path / "work", "key").newest()
+    saved = CheckpointStore(tmp_path / "work", "key").latest()
     assert saved is not None
     assert saved.facts["number"] == 1
     assert "000002: is a checkpoint of other work; not taken up" in capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
     shelf = CheckpointStore(tmp_path / "work", "key")
     first = put(shelf, 1)
     shutil.copytree(first, tmp_path / "work/000002.partial")
-    saved = shelf.newest()
+    saved = shelf.latest()
     assert saved is not None
     assert saved.directory == first
     assert put(shelf, 2).name == "000002"
@@ -115,11 +115,11 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = CheckpointStore(tmp_path / "work", "key", keep=1)
     first = put(shelf, 1)
-    monkeypatch.setattr(checkpoint_store, "SPARE", 1 << 62)
+    monkeypatch.setattr(checkpoint_store, "RESERVED_BYTES", 1 << 62)
     with pytest.raises(OSError, match="No space left on device"):
         put(shelf, 2)
     assert list((tmp_path / "work").iterdir()) == [first]
-    assert shelf.newest() is not None
+    assert shelf.latest() is not None
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path) -> None
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        shelf.put({}, {}, fail)
+        shelf.save({}, {}, fail)
     assert list((tmp_path / "work").iterdir()) == [first]
 
 
@@ -138,23 +138,23 @@ def test_another_setting_file_or_device_is_another_key(tmp_path: Path) -> None:
     file = tmp_path / "inputs/weights"
     file.parent.mkdir()
     file.write_bytes(b"1")
-    key = key_of("prune", {"seed": 0}, [file.parent], "cpu")
-    assert key == key_of("prune", {"seed": 0}, [file], "cpu")
+    key = work_key("prune", {"seed": 0}, [file.parent], "cpu")
+    assert key == work_key("prune", {"seed": 0}, [file], "cpu")
     file.write_bytes(b"2")
-    others = [key_of("prune", {"seed": 0}, [file], "cpu"), key_of("prune", {"seed": 1}, [file], "cpu")]
-    others += [key_of("distill", {"seed": 0}, [file], "cpu"), key_of("prune", {"seed": 0}, [file], "cuda")]
+    others = [work_key("prune", {"seed": 0}, [file], "cpu"), work_key("prune", {"seed": 1}, [file], "cpu")]
+    others += [work_key("distill", {"seed": 0}, [file], "cpu"), work_key("prune", {"seed": 0}, [file], "cuda")]
     assert len({key, *others}) == 5
 
 
 def test_the_minutes_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(EVERY, raising=False)
-    assert minutes() == 10
-    monkeypatch.setenv(EVERY, "0.5")
-    assert minutes() == 0.5
+    monkeypatch.delenv(INTERVAL_ENV, raising=False)
+    assert checkpoint_minutes() == 10
+    monkeypatch.setenv(INTERVAL_ENV, "0.5")
+    assert checkpoint_minutes() == 0.5
     for text in ("often", "-1", "nan"):
-        monkeypatch.setenv(EVERY, text)
-        with pytest.raises(BadInput, match=f"^{EVERY}={text}: give the minutes"):
-            minutes()
+        monkeypatch.setenv(INTERVAL_ENV, text)
+        with pytest.raises(BadInput, match=f"^{INTERVAL_ENV}={text}: give the minutes"):
+            checkpoint_minutes()
 
 
 def test_an_optimizer_that_remembers_more_than_tensors_is_refused() -> None:
@@ -179,7 +179,7 @@ def plain(model: nn.Module) -> Any:
 
 
 def taught(model: nn.Module) -> Any:
-    return distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
+    return logit_distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
 
 
 def featured(model: nn.Module) -> Any:
@@ -209,7 +209,7 @@ ALL = {"ema": 0.9, "cutmix": 0.5, "mixup": 0.3, "drop_path": 0.2}
 def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], task: Any, every: int
 ) -> None:
-    monkeypatch.setenv(EVERY, "0")
+    monkeypatch.setenv(INTERVAL_ENV, "0")
     recipe, found = Train.model_validate({"epochs": 3, "lr": 0.01, "weight_decay": 0.1} | settings), []
     noise = batches(tiny("vit"), STEPS, 6)
     for left in (0, every):
@@ -221,8 +221,8 @@ def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
             held = FrozenZeros(groups, random_masks(groups, 0.5))
             zero(model, groups, held.masks)
             saver = Breaking(CheckpointStore(tmp_path / str(left), "key"), lambda rows=rows: rows)
-            saver.left, rows[:] = left, saver.rows
-            begun = saver.begun.facts if saver.begun is not None else {"epoch": 0, "done": 0}
+            saver.left, rows[:] = left, saver.history_rows
+            begun = saver.resumed_from.facts if saver.resumed_from is not None else {"epoch": 0, "done": 0}
 
             def left_of(epoch: int, begun: Any = begun) -> list[tuple[Tensor, Tensor]]:
                 return noise[begun["done"] if epoch == begun["epoch"] else 0 :]
@@ -231,7 +231,9 @@ def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
             span = ScheduleSpan(0, 3 * STEPS, memory)
             try:
                 evaluate = (lambda rows=rows: {"top1": TOP1[len(rows)]}) if recipe.patience else None
-                train(task(model), left_of, STEPS, recipe, 5, rows.append, held, evaluate, span=span, saving=saver)
+                train(
+                    task(model), left_of, STEPS, recipe, 5, rows.append, held, evaluate, span=span, checkpointer=saver
+                )
             except Broken:
                 continue
             break
@@ -248,25 +250,25 @@ def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
 
 def test_what_is_taken_up_is_told_from_what_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes on from a checkpoint of another epoch would not pass the test above by chance."""
-    monkeypatch.setenv(EVERY, "0")
+    monkeypatch.setenv(INTERVAL_ENV, "0")
     noise, ends = batches(tiny("vit"), STEPS, 6), []
     for skipped in (0, 1):
         shelf, model = CheckpointStore(tmp_path / str(skipped), "key"), tiny("vit")
         saver = Breaking(shelf, list)
         saver.left = 2
         with pytest.raises(Broken):
-            train(plain(model), lambda epoch: noise, STEPS, Train(epochs=1, lr=0.01), 0, print, saving=saver)
+            train(plain(model), lambda epoch: noise, STEPS, Train(epochs=1, lr=0.01), 0, print, checkpointer=saver)
         ahead = noise[2 - skipped :]  # the right rest, or one batch too many
         other = tiny("vit")
         train(plain(other), lambda epoch, left=ahead: left, STEPS, Train(epochs=1, lr=0.01), 0, lambda row: None,
-              saving=Checkpointer(shelf, list))  # fmt: skip
+              checkpointer=Checkpointer(shelf, list))  # fmt: skip
         ends.append(state(other))
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_sigterm_is_heard_only_while_it_is_asked_for() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with stopping() as asked:
+    with catch_sigterm() as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked()

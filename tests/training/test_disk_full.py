@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from vitprune.training.checkpoint_store import CheckpointStore
 shelf = CheckpointStore(Path(sys.argv[1]), "key", keep=1)
-first = shelf.put({"number": 1}, {"weights": torch.ones(3)}).directory
+first = shelf.save({"number": 1}, {"weights": torch.ones(3)}).directory
 if sys.argv[2] == "limit":  # no file may grow beyond 64 KiB
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 before = sorted(str(path) for path in Path(sys.argv[1]).rglob("*"))
 try:
-    shelf.put({"number": 2}, {"weights": torch.zeros(1 << 20)})
+    shelf.save({"number": 2}, {"weights": torch.zeros(1 << 20)})
 except OSError as error:
     print(error.errno)
 assert sorted(str(path) for path in Path(sys.argv[1]).rglob("*")) == before
-saved = shelf.newest()
+saved = shelf.latest()
 assert (saved.directory, saved.facts["number"]) == (first, 1)
 assert torch.equal(saved.tensors()["weights"], torch.ones(3))
 """

@@ -9,7 +9,8 @@ from torch import nn
 from tests.support.model_zoo import batches, noisy, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, prune, zero
 from vitprune.config.train_config import Train
-from vitprune.training.loop import FrozenZeros, classification, distillation, feature_distillation, train
+from vitprune.training.distillation import classification, feature_distillation, logit_distillation
+from vitprune.training.loop import FrozenZeros, train
 
 RECIPE = Train(epochs=2, lr=0.01, weight_decay=0.1)
 
@@ -55,7 +56,7 @@ def test_held_weights_are_exactly_zero_after_every_step(vit: nn.Module, optimize
         seen.append(all(torch.equal(vit.get_parameter(n) != 0, mask) for n, mask in masks.items()))
         return {}
 
-    fit(vit, recipe, held=FrozenZeros(groups, masks), evaluate=check)
+    fit(vit, recipe, frozen_zeros=FrozenZeros(groups, masks), evaluate=check)
     assert seen == [True, True]
     assert all(not torch.equal(vit.get_parameter(name), before[name]) for name in masks)
 
@@ -125,7 +126,7 @@ def test_what_is_frozen_stays(vit: nn.Module) -> None:
 
 
 def loss_of(student: nn.Module, teacher: nn.Module, alpha: float, temperature: float) -> float:
-    task = distillation(student, teacher, alpha, temperature, 0.0).eval()
+    task = logit_distillation(student, teacher, alpha, temperature, 0.0).eval()
     images, labels = batches(student, 1, 6)[0]
     with torch.no_grad():
         return float(task(images, labels)["loss"])
@@ -150,7 +151,7 @@ def test_distillation_changes_the_student_only() -> None:
     student, teacher = tiny("vit", 0), tiny("vit", 1)
     before = state(teacher)
     own = state(student)
-    fit(student, task=distillation(student, teacher, 1.0, 2.0, 0.1))
+    fit(student, task=logit_distillation(student, teacher, 1.0, 2.0, 0.1))
     assert same_state(teacher, before)
     assert not teacher.training
     assert not same_state(student, own)
@@ -159,7 +160,7 @@ def test_distillation_changes_the_student_only() -> None:
 def test_a_cut_student_learns_from_its_teacher() -> None:
     teacher = tiny("vit")
     student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
-    rows = fit(student, Train(epochs=5, lr=0.005), task=distillation(student, teacher, 1.0, 2.0, 0.0))
+    rows = fit(student, Train(epochs=5, lr=0.005), task=logit_distillation(student, teacher, 1.0, 2.0, 0.0))
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -202,7 +203,7 @@ def test_feature_distillation_is_the_same_to_the_bit_and_holds_zeros() -> None:
         groups = find_groups(student, ["weight"])
         masks = random_masks(groups, 0.5)
         held = FrozenZeros(groups, masks)
-        fit(zero(student, groups, masks), task=feature_distillation(student, teacher, 20.0, 0.0, 0), held=held)
+        fit(zero(student, groups, masks), task=feature_distillation(student, teacher, 20.0, 0.0, 0), frozen_zeros=held)
         assert all(torch.equal(student.get_parameter(n) != 0, mask) for n, mask in masks.items())
         found.append(state(student))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

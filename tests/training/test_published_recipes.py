@@ -17,7 +17,8 @@ from vitprune.pipeline.artifacts import History
 from vitprune.pipeline.stage_training import RecoverySegment, train_model
 from vitprune.pruning.plan import plan_of
 from vitprune.training.checkpoint_store import CheckpointStore
-from vitprune.training.loop import FrozenZeros, classification, distilling
+from vitprune.training.distillation import classification, distillation_task
+from vitprune.training.loop import FrozenZeros
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))}
 STAGES = ("dense", "finetune", "distill")
@@ -121,7 +122,7 @@ def test_two_steps_of_a_recipe(name: str, stage: str, tmp_path: Path, monkeypatc
     dense, held = stand_in(params.model.name), None
     if stage == "distill":
         model = prune(dense, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
-        task = distilling(model, dense, params.distill, recipe.smoothing, params.seed)
+        task = distillation_task(model, dense, params.distill, recipe.smoothing, params.seed)
     else:
         model, task = dense, classification(dense, recipe.smoothing)
         groups = find_groups(model, ["weight"])

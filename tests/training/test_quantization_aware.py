@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tests.support.model_zoo import batches, images, random_masks, state, tiny
 from vitprune import find_groups
 from vitprune.config.train_config import Train
-from vitprune.training.loop import FrozenZeros, classification, distillation, train
-from vitprune.training.quantization_aware import FakeQuant, rounded_input, rounded_weight
+from vitprune.training.distillation import classification, logit_distillation
+from vitprune.training.loop import FrozenZeros, train
+from vitprune.training.quantization_aware import FakeQuant, fake_quantize_input, fake_quantize_weight
 
 
 @pytest.fixture
@@ -74,9 +75,9 @@ def test_a_layer_that_names_what_it_is_given_is_rounded_too() -> None:
     with FakeQuant():
         found = F.linear(input=x, weight=layer.weight, bias=layer.bias)
         half = F.linear(x, weight=layer.weight)
-    expected = F.linear(rounded_input(x), rounded_weight(layer.weight), layer.bias)
+    expected = F.linear(fake_quantize_input(x), fake_quantize_weight(layer.weight), layer.bias)
     assert torch.equal(found, expected)
-    assert torch.equal(half, F.linear(rounded_input(x), rounded_weight(layer.weight)))
+    assert torch.equal(half, F.linear(fake_quantize_input(x), fake_quantize_weight(layer.weight)))
     assert not torch.equal(found, layer(x))
 
 
@@ -92,16 +93,16 @@ def test_what_does_not_train_is_left_alone(model: nn.Module) -> None:
 
 def test_the_grid_is_that_of_the_exported_file(model: nn.Module, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
-    from vitprune.models.export import to_onnx
-    from vitprune.models.int8 import to_int8
+    from vitprune.models.export import export_onnx
+    from vitprune.models.int8 import quantize_int8
 
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight[3] = 0
-    to_onnx(model, tmp_path / "model.onnx", images(model, 2).float())
-    to_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", images(model, 16).float())
+    export_onnx(model, tmp_path / "model.onnx", images(model, 2).float())
+    quantize_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", images(model, 16).float())
     file = onnx.load(tmp_path / "int8.onnx").graph.initializer
     found = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in file}
-    weights = [rounded_weight(p.detach()) for p in model.parameters() if p.dim() > 1]
+    weights = [fake_quantize_weight(p.detach()) for p in model.parameters() if p.dim() > 1]
     names = [name for name, tensor in found.items() if name.endswith("_quantized") and tensor.dim() > 1]
     assert len(names) == 2 * 4 + 2  # of two blocks, the patches and the head
     for name in names:
@@ -113,12 +114,12 @@ def test_the_grid_is_that_of_the_exported_file(model: nn.Module, tmp_path: Path)
 
 def test_a_grid_has_so_many_points_and_zero_is_one() -> None:
     x = torch.rand(64, 500, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    assert len(rounded_weight(x - 2.5)[0].unique()) <= 129
-    assert 180 < len(rounded_input(x).unique()) <= 256
-    assert torch.equal(rounded_input(x * 0), x * 0)
-    assert torch.equal(rounded_weight(torch.zeros(2, 3)), torch.zeros(2, 3))
-    assert float((rounded_input(x) - x).abs().max()) <= 4 / 255 / 2 * 1.001
-    assert torch.equal(rounded_input(torch.cat([x, x * 0])) == 0, torch.cat([x, x * 0]) == 0)
+    assert len(fake_quantize_weight(x - 2.5)[0].unique()) <= 129
+    assert 180 < len(fake_quantize_input(x).unique()) <= 256
+    assert torch.equal(fake_quantize_input(x * 0), x * 0)
+    assert torch.equal(fake_quantize_weight(torch.zeros(2, 3)), torch.zeros(2, 3))
+    assert float((fake_quantize_input(x) - x).abs().max()) <= 4 / 255 / 2 * 1.001
+    assert torch.equal(fake_quantize_input(torch.cat([x, x * 0])) == 0, torch.cat([x, x * 0]) == 0)
 
 
 def test_a_training_learns_with_rounding_and_holds_zeros(model: nn.Module) -> None:
@@ -127,7 +128,7 @@ def test_a_training_learns_with_rounding_and_holds_zeros(model: nn.Module) -> No
     noise = [(x.float(), labels) for x, labels in batches(model, 2, 4)]
     for one, int8 in ((model, True), (other, False)):
         recipe = Train(epochs=2, lr=0.01, int8=int8, ema=0.5)
-        task = distillation(one, copy.deepcopy(teacher), 1.0, 1.0, 0.0)
+        task = logit_distillation(one, copy.deepcopy(teacher), 1.0, 1.0, 0.0)
         train(task, lambda epoch: noise, 2, recipe, 0, lambda row: None, FrozenZeros(groups, masks))
         for group in groups:
             assert not one.get_parameter(group.name)[~masks[group.name].view_as(one.get_parameter(group.name))].any()

@@ -24,8 +24,9 @@ from vitprune.config.train_config import Train
 from vitprune.errors import Interrupted
 from vitprune.runtime.distributed import ProcessGroup
 from vitprune.training import loop as training
-from vitprune.training.loop import FrozenZeros, classification, train
-from vitprune.training.step import shared
+from vitprune.training.distillation import classification
+from vitprune.training.loop import FrozenZeros, train
+from vitprune.training.step import local_share
 
 ROOT = Path(__file__).parents[2]
 HELD = ("adamw", "momentum", "sgd", "lamb", "nadamw", "lion")
@@ -67,7 +68,7 @@ def test_parts_of_a_batch_take_its_step(accumulate: int, clip: float | None) -> 
 
 def test_shares_are_the_batch_in_order() -> None:
     images, labels = torch.arange(7).view(7, 1, 1, 1), torch.arange(7)
-    found = [shared(images, labels, ProcessGroup(rank, 3)) for rank in range(3)]
+    found = [local_share(images, labels, ProcessGroup(rank, 3)) for rank in range(3)]
     assert [share[1].tolist() for share in found] == [[0, 1, 2], [3, 4], [5, 6]]
     assert all(torch.equal(x.flatten(), y) for x, y in found)
 
@@ -102,8 +103,8 @@ def test_too_little_memory_halves_the_parts_and_ends_the_same(capsys: pytest.Cap
     assert found[1][2][2:6] == [2, 2, 1, 1]
     told = found[1][3].splitlines()
     assert told == [
-        "training, epoch 1, step 1: out of memory; going on with 2 micro-batches of 3 images",
-        "training, epoch 1, step 1: out of memory; going on with 4 micro-batches of 2 images",
+        "training, epoch 1, step 1: out of memory; continuing with 2 micro-batches of 3 images",
+        "training, epoch 1, step 1: out of memory; continuing with 4 micro-batches of 2 images",
     ]
     assert [row.get("micro_batches") for row in found[1][1]] == [4, 4]
     assert "micro_batches" not in found[2][1][0]
@@ -121,7 +122,7 @@ def test_no_memory_for_one_image_is_refused(vit: nn.Module) -> None:
 
 
 def test_float16_is_refused_on_a_cpu(vit: nn.Module) -> None:
-    with pytest.raises(BadInput, match=r"^train.amp float16: not on a CPU; use bfloat16 or false$"):
+    with pytest.raises(BadInput, match=r"^train.amp float16: not supported on CPU; use bfloat16 or false$"):
         train(classification(vit), lambda epoch: batches(vit), 2, Train(epochs=1, lr=0.01, amp="float16"), 0, print)
 
 
@@ -157,7 +158,7 @@ def test_a_pruned_weight_is_zero_after_every_step_and_in_the_average(
             assert torch.equal(model.get_parameter(name) != 0, mask), name
 
     class Watch:
-        begun = None
+        resumed_from = None
 
         def due(self) -> bool:  # asked after every step
             checked[0] += 1
@@ -170,7 +171,7 @@ def test_a_pruned_weight_is_zero_after_every_step_and_in_the_average(
 
     recipe = Train.model_validate({"epochs": 2, "lr": 0.02, "weight_decay": 0.2, "optimizer": optimizer} | more)
     noise = batches(vit, 3, 6)
-    train(classification(vit), lambda epoch: noise, 3, recipe, 0, lambda row: None, held, saving=Watch())
+    train(classification(vit), lambda epoch: noise, 3, recipe, 0, lambda row: None, held, checkpointer=Watch())
     assert checked == [6]
     assert len(averages) == ("ema" in more)
     exact(vit)

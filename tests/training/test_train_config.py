@@ -16,7 +16,8 @@ from tests.support.model_zoo import batches, noisy, random_masks, same_state, st
 from tests.support.subprocesses import ONE_THREAD
 from vitprune import BadInput, find_groups, prune, zero
 from vitprune.config.train_config import Train
-from vitprune.training.loop import FrozenZeros, classification, feature_distillation, train
+from vitprune.training.distillation import classification, feature_distillation
+from vitprune.training.loop import FrozenZeros, train
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"epochs": 1, "lr": 0.1, "optimizer": "sgd", "weight_decay": 0.0, "clip": None}
@@ -138,11 +139,12 @@ from tests.support.model_zoo import batches, random_masks, tiny
 from vitprune import find_groups, zero
 from vitprune.models import write_weights
 from vitprune.config.train_config import Train
-from vitprune.training.loop import Held, classification, train
+from vitprune.training.loop import FrozenZeros, train
+from vitprune.training.distillation import classification
 torch.set_num_threads(1)
 model = tiny("vit")
 groups = find_groups(model, ["weight"])
-held = Held(groups, random_masks(groups, 0.5))
+held = FrozenZeros(groups, random_masks(groups, 0.5))
 zero(model, groups, held.masks)
 names, noise = list(model.state_dict()), batches(model, 2, 6)
 recipe = Train(epochs=2, lr=0.01, compile=sys.argv[2] == "compile", ema=0.5)
@@ -183,7 +185,7 @@ def test_where_nothing_compiles_the_training_goes_on_without(tmp_path: Path) -> 
     plain, (left, told) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
     assert told.count("train.compile failed") == 1
     assert "training, epoch 1, step 1: train.compile failed (" in told
-    assert "); going on without it" in told
+    assert "); continuing without it" in told
     assert all(torch.equal(plain[key], left[key]) for key in plain)
 
 

@@ -13,7 +13,7 @@ from vitprune.architectures.tracing.cache import Shapes, images, line, shapes
 from vitprune.architectures.tracing.residual_branches import adding
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within, meta_copy
-from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.eval_mode import eval_mode
 
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[Shapes, tuple[str, ...] | BadInput]] = WeakKeyDictionary()
 
@@ -95,7 +95,7 @@ def _looked_up(model: nn.Module) -> tuple[str, ...] | BadInput:
         return _refusal(model, members)
     _skip(paths, small, torch.zeros(2 * len(paths), dtype=torch.bool))
     try:
-        with torch.no_grad(), evaluating(small):
+        with torch.no_grad(), eval_mode(small):
             small(given)
     except Exception as error:
         return BadInput(f"{type(model).__name__}: without its blocks it does not run on shapes alone ({line(error)})")

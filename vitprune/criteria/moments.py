@@ -13,7 +13,7 @@ from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.errors import BadInput
 from vitprune.groups import Group
-from vitprune.runtime.eval_mode import evaluating, frozen
+from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 
 NUM_FOLDS = 2  # moments of even and odd images: a ridge is selected on images that were not fitted
@@ -116,7 +116,7 @@ def collect_layer_moments(
         raise BadInput("second moments: need images; give batches")
     total: Statistics = {}
     first = setting.first
-    with evaluating(model), frozen(model):
+    with eval_mode(model), frozen(model):
         size = _at_once(model, readers, heads, batches[0][0], setting)
         for batch, _ in track(batches, "collecting second moments"):
             for images in minibatches(batch, size):

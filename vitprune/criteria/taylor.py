@@ -11,7 +11,7 @@ from vitprune.criteria.magnitude import parameters_of
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import cross_entropy
 from vitprune.groups import Group, unit_sums
-from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.progress import track
 
 
@@ -35,7 +35,7 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, setting:
     device = next(model.parameters()).device
     scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
     for images, labels in track(batches, "taking gradients"):
-        with evaluating(model), torch.enable_grad():
+        with eval_mode(model), torch.enable_grad():
             loss = cross_entropy(functional_call(model, named, images.to(device)), labels.to(device))
         gradients = torch.autograd.grad(loss, list(named.values()))
         products = {name: g * w.detach() for (name, w), g in zip(named.items(), gradients, strict=True)}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from vitprune.data.augment import AUGMENTATIONS, Transform, data_config, example_input, transform
 from vitprune.data.calibration import draw_calibration, load_calibration
-from vitprune.data.cutmix import cutmix
 from vitprune.data.images import decode
 from vitprune.data.loaders import (
     Batch,
@@ -18,7 +17,7 @@ from vitprune.data.loaders import (
     train_batches,
 )
 from vitprune.data.manifest import Manifest, build_manifest
-from vitprune.data.mixup_cutmix import Mix, mixer
+from vitprune.data.mixup_cutmix import MixFn, cutmix, make_mixer
 from vitprune.data.parquet import open_parquet
 from vitprune.data.sources import Source, join, open_digits, open_folder
 from vitprune.data.timm_datasets import open_timm
@@ -30,7 +29,7 @@ __all__ = [
     "Batch",
     "ImageTable",
     "Manifest",
-    "Mix",
+    "MixFn",
     "Source",
     "Transform",
     "batch_count",
@@ -44,7 +43,7 @@ __all__ = [
     "eval_batches",
     "example_input",
     "load_calibration",
-    "mixer",
+    "make_mixer",
     "open_source",
     "open_split",
     "train_batches",

@@ -86,7 +86,7 @@ def load_calibration(path: Path, transform: Transform, batch_size: int) -> list[
     Raises:
         BadInput: the file is missing or no calibration table, it is empty, or an image in it is corrupt.
     """
-    rows = tables.read(path, tables.CALIBRATION).to_pylist()
+    rows = tables.read_table(path, tables.CALIBRATION).to_pylist()
     if not rows:
         raise BadInput(f"{path}: holds no image; run `vitprune calibrate` again")
     images = [_tensor(row, path, transform) for row in track(rows, "decoding the calibration images", len(rows))]

@@ -30,7 +30,7 @@ def encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def intact(data: bytes) -> bool:
+def is_intact(data: bytes) -> bool:
     """Tell whether Pillow can check and fully decode the image."""
     try:
         with Image.open(io.BytesIO(data)) as image:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vitprune.data.images import bytes_sha256, intact
+from vitprune.data.images import bytes_sha256, is_intact
 from vitprune.data.sources import Source
 from vitprune.errors import BadInput
 from vitprune.runtime.progress import track
@@ -71,7 +71,7 @@ def _digests(source: Source) -> Iterator[str | None]:
             data = source.read(image_id)
         except OSError:
             return None
-        return bytes_sha256(data) if intact(data) else None
+        return bytes_sha256(data) if is_intact(data) else None
 
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         # By the thousand: map() over everything would queue a task for each of a million images at once.

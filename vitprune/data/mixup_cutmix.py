@@ -6,13 +6,12 @@ import numpy as np
 import torch
 from timm.data import Mixup
 from torch import Tensor
+from torch.nn import functional as F
 
-from vitprune.data.cutmix import cutmix
-
-Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels -> images and shares of the classes
+MixFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels -> images and shares of the classes
 
 
-def mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | np.random.Generator) -> Mix:
+def make_mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | np.random.Generator) -> MixFn:
     """What mixes the batches of a training, each call the next of a seeded series; Beta parameters, 0 for without.
 
     Without Mixup it is `cutmix`, else timm's Mixup, which draws one of the two for each batch where both are asked for;
@@ -28,7 +27,7 @@ def mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | np.ra
         if mixing is not None:
             return _seeded(mixing, images, labels, int(generator.integers(2**32)))
         if prob < 1 and generator.random() >= prob:
-            return images, torch.nn.functional.one_hot(labels, classes).to(images.dtype)
+            return images, F.one_hot(labels, classes).to(images.dtype)
         return cutmix(images, labels, classes, cut, generator)
 
     return mix
@@ -45,3 +44,31 @@ def _seeded(mixing: Mixup, images: Tensor, labels: Tensor, seed: int) -> tuple[T
         np.random.set_state(state)
     pictures, shares = (torch.cat([found[: middle + odd], found[middle + 2 * odd :]]) for found in mixed)
     return pictures, shares.to(images.dtype)
+
+
+def cutmix(
+    images: Tensor, labels: Tensor, classes: int, alpha: float, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Paste one box of a shuffled batch (B, C, H, W) into the batch; labels (B,) become shares (B, classes).
+
+    The share that stays is drawn from Beta(alpha, alpha) or is the rest of it, whichever is larger; the box lies around
+    a uniform point, and what of it is outside the image is cut off and does not count.
+
+    Source: Yun et al. 2019, algorithm 1; the larger share as in UP-ViTs' fine-tuning.
+    """
+    height, width = images.shape[-2:]
+    drawn = generator.beta(alpha, alpha)
+    stays = max(drawn, 1 - drawn)
+    partner = generator.permutation(len(images))
+    top, bottom = _span(height, stays, generator)
+    left, right = _span(width, stays, generator)
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    whole = F.one_hot(labels, classes).to(images.dtype)
+    return mixed, share * whole + (1 - share) * whole[partner]
+
+
+def _span(length: int, stays: float, generator: np.random.Generator) -> tuple[int, int]:
+    middle, half = int(generator.integers(length)), int(length * (1 - stays) ** 0.5) // 2
+    return max(0, middle - half), min(length, middle + half)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitprune.data.sources import Source, not_there
+from vitprune.data.sources import Source, missing_image
 from vitprune.errors import BadInput
 
 GROUPS_IN_MEMORY = 4
@@ -36,7 +36,7 @@ class ParquetReader:
         """Return the bytes of row ROW of file FILE, for the id FILE#ROW."""
         name, _, digits = image_id.rpartition("#")
         if name not in self._files or not digits.isdecimal() or int(digits) >= self._starts[name][-1]:
-            raise not_there(image_id, "the Parquet files")
+            raise missing_image(image_id, "the Parquet files")
         row = int(digits)
         group = int(np.searchsorted(self._starts[name], row, side="right")) - 1
         image = self._column(name, group)[row - int(self._starts[name][group])].as_py()

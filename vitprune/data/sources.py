@@ -40,7 +40,7 @@ class Source:
     read: Read
 
 
-def not_there(image_id: str, spec: str) -> BadInput:
+def missing_image(image_id: str, spec: str) -> BadInput:
     """Make the error for an id that the source does not hold."""
     return BadInput(f"{image_id}: not in {spec}, so the source has changed; run `vitprune dataset` again")
 
@@ -55,7 +55,7 @@ class MemoryReader:
     def __call__(self, image_id: str, /) -> bytes:
         """Return the encoded bytes."""
         if image_id not in self.images:
-            raise not_there(image_id, self.spec)
+            raise missing_image(image_id, self.spec)
         return self.images[image_id]
 
 
@@ -87,7 +87,7 @@ class FolderReader:
         try:
             return (self.root / image_id).read_bytes()
         except FileNotFoundError:
-            raise not_there(image_id, f"folder:{self.root}") from None
+            raise missing_image(image_id, f"folder:{self.root}") from None
 
 
 def open_folder(root: Path, classes: Sequence[str] | None) -> Source:

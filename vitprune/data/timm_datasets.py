@@ -7,7 +7,7 @@ from typing import Any
 from timm.data import ImageDataset, create_dataset
 
 from vitprune.data.images import encode
-from vitprune.data.sources import Source, not_there
+from vitprune.data.sources import Source, missing_image
 from vitprune.errors import BadInput
 
 STREAMS = ("hfids", "tfds")
@@ -25,7 +25,7 @@ class TimmReader:
         """Return the bytes of row ROW of split SPLIT, for the id SPLIT#ROW."""
         split, _, digits = image_id.partition("#")
         if split not in self.datasets or not digits.isdecimal() or int(digits) >= len(self.datasets[split]):
-            raise not_there(image_id, self.spec)
+            raise missing_image(image_id, self.spec)
         dataset = self.datasets[split]
         if isinstance(dataset, ImageDataset):
             with dataset.reader[int(digits)][0] as file:

@@ -13,7 +13,7 @@ from typing import Any
 
 from timm.data.readers.targets import get_field, has_field
 
-from vitprune.data.sources import Source, not_there
+from vitprune.data.sources import Source, missing_image
 from vitprune.errors import BadInput
 from vitprune.runtime.progress import track
 
@@ -26,7 +26,7 @@ KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # the key ends at the first dot o
 
 
 @dataclass(frozen=True)
-class Place:
+class ByteRange:
     """Where the bytes of an image are: in which shard, and the first of them and their number there."""
 
     shard: str
@@ -40,12 +40,12 @@ class ShardReader:
 
     spec: str
     root: Path
-    places: Mapping[str, Place]
+    places: Mapping[str, ByteRange]
 
     def __call__(self, image_id: str, /) -> bytes:
         """Return the encoded bytes."""
         if image_id not in self.places:
-            raise not_there(image_id, self.spec)
+            raise missing_image(image_id, self.spec)
         place = self.places[image_id]
         # opened anew: the position in an open file would be shared by threads and forked processes
         with (self.root / place.shard).open("rb") as file:
@@ -60,7 +60,7 @@ class ShardReader:
 class Sample:
     """What the members of one key hold, by ending: the places of images, and the content of .cls and .json."""
 
-    images: dict[str, Place] = field(default_factory=dict)
+    images: dict[str, ByteRange] = field(default_factory=dict)
     labels: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -91,7 +91,7 @@ def open_webdataset(spec: str, classes: Sequence[str] | None) -> Source:
     ids: list[str] = []
     labels: list[int] = []
     of: list[str] = []
-    places: dict[str, Place] = {}
+    places: dict[str, ByteRange] = {}
     shards = [(name, split, shard) for name, split in splits.items() for shard in split.shards]
     for name, split, shard in track(shards, "indexing the shards", len(shards)):
         for key, sample in _indexed(root, shard).items():
@@ -174,12 +174,12 @@ def _add(sample: Sample, member: tarfile.TarInfo, ending: str, tar: tarfile.TarF
     if ending in sample.images or ending in sample.labels:
         raise BadInput(f"{shard}: {member.name} is there twice; give every sample a key of its own")
     if ending in IMAGES:
-        sample.images[ending] = Place(shard, member.offset_data, member.size)
+        sample.images[ending] = ByteRange(shard, member.offset_data, member.size)
     elif ending in LABELS and (content := tar.extractfile(member)) is not None:
         sample.labels[ending] = content.read()
 
 
-def _image(where: str, sample: Sample) -> Place:
+def _image(where: str, sample: Sample) -> ByteRange:
     for ending in IMAGES:
         if ending in sample.images:
             return sample.images[ending]

@@ -11,7 +11,7 @@ from vitprune import models
 from vitprune.architectures import find_groups
 from vitprune.data import example_input
 from vitprune.errors import BadInput
-from vitprune.evaluation.check_removal import Proof, prove
+from vitprune.evaluation.check_removal import RemovalCheck, check_removal
 from vitprune.groups import KINDS, Group, Masks
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -20,7 +20,7 @@ SIDES = (64, 112, 128)  # of the images that a model is tried with, before those
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelCheck:
     """A model, a kind of group and a ratio: proven, failed, or refused with the reason that the library gives."""
 
     model: str
@@ -29,12 +29,12 @@ class Row:
     verdict: str
     why: str
     groups: int = 0
-    proof: Proof | None = None
+    proof: RemovalCheck | None = None
 
 
 def check(
     name: str, kinds: Sequence[str] = KINDS, ratios: Sequence[float] = RATIOS, args: dict[str, Any] | None = None
-) -> Iterator[Row]:
+) -> Iterator[ModelCheck]:
     """Prove every kind and ratio on a timm model with random weights; `args` are those of timm.create_model.
 
     Raises:
@@ -46,23 +46,23 @@ def check(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise BadInput(f"--kinds {unknown[0]!r}: unknown; use some of {', '.join(KINDS)}")
-    dense, inputs = subject(name, args)
+    dense, inputs = make_test_model(name, args)
     for kind in kinds:
         try:
             groups = find_groups(dense, [kind])
         except BadInput as refused:
-            yield Row(name, kind, 0.0, "refused", str(refused))
+            yield ModelCheck(name, kind, 0.0, "refused", str(refused))
             continue
         if kind == "block" and groups[0].units == 2:
-            yield Row(name, kind, 0.0, "refused", f"{type(dense).__name__}: it has one block, which stays")
+            yield ModelCheck(name, kind, 0.0, "refused", f"{type(dense).__name__}: it has one block, which stays")
             continue
         for number, ratio in enumerate(ratios):
-            proof = prove(dense, groups, odd_masks(groups, ratio, seed=number), inputs)
+            proof = check_removal(dense, groups, random_odd_masks(groups, ratio, seed=number), inputs)
             verdict = "failed" if proof.faults else "proven"
-            yield Row(name, kind, ratio, verdict, "; ".join(proof.faults), len(groups), proof)
+            yield ModelCheck(name, kind, ratio, verdict, "; ".join(proof.faults), len(groups), proof)
 
 
-def subject(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:
+def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:
     """A timm model in float64 whose weights all matter, and two images (2, C, H, W): small ones where it takes them.
 
     Raises:
@@ -75,7 +75,7 @@ def subject(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, T
         model = models.create(name, given)
     channels, *sizes = example_input(model, 1).shape[1:]
     if "img_size" in given:
-        return redrawn(model), _noise(2, channels, given["img_size"], given["img_size"])
+        return randomize_parameters(model), _noise(2, channels, given["img_size"], given["img_size"])
     trials = [] if max(sizes) <= SIDES[0] else [(side, side) for side in SIDES]
     for size in trials:
         images = torch.zeros(1, channels, *size)
@@ -86,8 +86,8 @@ def subject(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, T
                     smaller.eval()(images)
             except Exception:  # whatever it is that a model says to a size that it was not made for
                 continue
-            return redrawn(smaller), _noise(2, channels, *size)
-    return redrawn(model), _noise(2, channels, *sizes)
+            return randomize_parameters(smaller), _noise(2, channels, *size)
+    return randomize_parameters(model), _noise(2, channels, *sizes)
 
 
 def _noise(*shape: int, seed: int = 0) -> Tensor:
@@ -95,7 +95,7 @@ def _noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def redrawn(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draw every parameter and statistic anew, in float64: what timm starts at zero or one would hide its units."""
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval()
@@ -113,7 +113,7 @@ def redrawn(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def odd_masks(groups: Sequence[Group], ratio: float, seed: int = 0) -> Masks:
+def random_odd_masks(groups: Sequence[Group], ratio: float, seed: int = 0) -> Masks:
     """Random masks that remove about `ratio` of each group's units and leave an odd number of them (of each head)."""
     generator = torch.Generator().manual_seed(seed)
     masks: Masks = {}

@@ -12,19 +12,19 @@ from timm.layers import LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 
 from vitprune import models
-from vitprune.evaluation.accuracy import macs
+from vitprune.evaluation.cost import count_macs
 from vitprune.groups import Group, Masks, is_within, positions, removed_modules, shrink, zero
-from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.eval_mode import eval_mode
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, nn.GroupNorm)  # whose statistics run over channels
-ROUNDING = 1e-10  # of the largest logit, in float64
-MOVED = 1e-6
+LOGIT_TOLERANCE = 1e-10  # of the largest logit, in float64
+MIN_CHANGE = 1e-6
 
 Counted = tuple[int, tuple[int, dict[str, int]]]
 
 
 @dataclass(frozen=True)
-class Proof:
+class RemovalCheck:
     """What one cut did: largest difference of a logit (relative to the largest logit), and costs of one image.
 
     `faults` says what did not hold; a proof without one is a proof.
@@ -38,36 +38,36 @@ class Proof:
     faults: tuple[str, ...]
 
 
-def prove(dense: nn.Module, groups: Sequence[Group], masks: Masks, inputs: Tensor) -> Proof:
+def check_removal(dense: nn.Module, groups: Sequence[Group], masks: Masks, inputs: Tensor) -> RemovalCheck:
     """Cut a copy of a model in float64 and hold it against the literal removal of the same units.
 
     Single weights are zeroed, as they have no smaller form.
     """
     kind = groups[0].kind
     whole = _answer(dense, inputs)
-    counts = [(sum(p.numel() for p in dense.parameters()), macs(dense, inputs[:1]))] * 2
+    counts = [(sum(p.numel() for p in dense.parameters()), count_macs(dense, inputs[:1]))] * 2
     faults: list[str] = []
     difference = float("nan")
     try:
-        expected = _answer(literal(dense, groups, masks), inputs)
+        expected = _answer(masked_reference(dense, groups, masks), inputs)
         smaller = (zero if kind == "weight" else shrink)(copy.deepcopy(dense), groups, masks)
         found = _answer(smaller, inputs)
         scale = float(expected.abs().max())
         difference = float((found - expected).abs().max()) / scale
-        if not difference <= ROUNDING:
+        if not difference <= LOGIT_TOLERANCE:
             faults.append(f"its logits differ by {difference:.2g} from those of the literal removal")
-        if not float((expected - whole).abs().max()) >= MOVED * scale:
+        if not float((expected - whole).abs().max()) >= MIN_CHANGE * scale:
             faults.append("removing its units changes nothing, so nothing is proven")
-        counts[1] = sum(p.numel() for p in smaller.parameters()), macs(smaller, inputs[:1])
+        counts[1] = sum(p.numel() for p in smaller.parameters()), count_macs(smaller, inputs[:1])
         faults += _zeros(smaller, groups, masks) if kind == "weight" else _costs(dense, groups, masks, counts)
         faults += _round_trip(smaller, inputs) + _backward(smaller, inputs)
     except Exception as error:  # a wrong rule can break a forward pass in any way
         faults.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     (before, (macs_before, _)), (after, (macs_after, _)) = counts
-    return Proof(difference, before, after, macs_before, macs_after, tuple(faults))
+    return RemovalCheck(difference, before, after, macs_before, macs_after, tuple(faults))
 
 
-def literal(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
+def masked_reference(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     """A copy of a model at its full size in which the removed units do nothing.
 
     Units are zeroed; norms of a residual stream run over what is left of it; of blocks, the branches add nothing.
@@ -105,7 +105,7 @@ def _live(narrow: nn.Module, kept: Tensor, norm: nn.Module, args: tuple[Tensor, 
 
 
 def _answer(model: nn.Module, inputs: Tensor) -> Tensor:
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         answer: Tensor = model(inputs)
     return answer
 
@@ -119,7 +119,7 @@ def _zeros(model: nn.Module, groups: Sequence[Group], masks: Masks) -> list[str]
 def _costs(dense: nn.Module, groups: Sequence[Group], masks: Masks, counts: Sequence[Counted]) -> list[str]:
     """Parameters must fall by what the slices hold, and the MACs of every layer in proportion to its weights."""
     (before, (total, layers)), (after, (left, layers_left)) = counts
-    promised = promise(dense, groups, masks)
+    promised = expected_removals(dense, groups, masks)
     gone = sum(promised.values())
     faults = [] if before - after == gone else [f"{before - after} parameters went, its groups promise {gone}"]
     saved = 0
@@ -134,7 +134,7 @@ def _costs(dense: nn.Module, groups: Sequence[Group], masks: Masks, counts: Sequ
     return faults if total - left >= saved else [*faults, f"{total - left} MACs went, its groups promise {saved}"]
 
 
-def promise(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> dict[str, int]:
+def expected_removals(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> dict[str, int]:
     """How many elements of each parameter go with the removed units, by its slices alone."""
     kept: dict[str, Tensor] = {}
     parameters = dict(dense.named_parameters())

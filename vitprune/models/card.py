@@ -9,7 +9,7 @@ import jinja2
 import timm
 import yaml
 
-from vitprune.models.io import WEIGHTS, Saved, describe
+from vitprune.models.io import WEIGHTS, SavedModel, describe_saved
 from vitprune.runtime.files import atomic_write, read_json, sha256
 
 CARD = "README.md"
@@ -88,7 +88,7 @@ def write_card(directory: str | Path, project: str | Path | None = None) -> None
         BadInput: the directory holds no saved model, or a file of metrics is broken.
     """
     directory = Path(directory)
-    saved = describe(directory)
+    saved = describe_saved(directory)
     facts = _facts(Path(project), saved) if project is not None else {}
     method = facts.get("method")
     tags = ["timm", "image-classification", "pruning", "vitprune"] + ([method] if method else [])
@@ -103,7 +103,7 @@ def write_card(directory: str | Path, project: str | Path | None = None) -> None
         partial.write_text(page, encoding="utf-8")
 
 
-def _facts(project: Path, saved: Saved) -> dict[str, Any]:
+def _facts(project: Path, saved: SavedModel) -> dict[str, Any]:
     """What the metrics of a project say about its model."""
     dense, score, prune, evaluation = (
         _read_metrics(project / f"metrics/{name}.json") for name in ("dense", "score", "prune", "evaluate")
@@ -122,7 +122,7 @@ def _facts(project: Path, saved: Saved) -> dict[str, Any]:
     }
 
 
-def _base(saved: Saved) -> dict[str, str]:
+def _base(saved: SavedModel) -> dict[str, str]:
     """The published model and its license, as timm knows them."""
     name, tag = saved.architecture, saved.pretrained_cfg.get("tag")
     found = timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name, allow_unregistered=True)

@@ -15,7 +15,7 @@ from vitprune.runtime.files import atomic_write
 TOLERANCE = 1e-3  # of logits, far above rounding and far below a wrong weight
 
 
-def to_timm(model: nn.Module, directory: Path, example_input: Tensor) -> dict[str, Any]:
+def export_timm(model: nn.Module, directory: Path, example_input: Tensor) -> dict[str, Any]:
     """Save a model and load it back, with vitprune and, if its blocks are all alike, with plain timm.
 
     Returns whether plain timm loads it, and the largest difference of the logits.
@@ -37,7 +37,7 @@ def to_timm(model: nn.Module, directory: Path, example_input: Tensor) -> dict[st
     return {"loads_plain_timm": plain, "max_abs_diff": difference}
 
 
-def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, Any]:
+def export_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, Any]:
     """Export a model to ONNX with a free batch size and compare it in onnxruntime; returns difference and size.
 
     Raises:

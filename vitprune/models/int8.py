@@ -21,7 +21,7 @@ PERCENTILE = 99.999  # of an activation's values inside its range
 LAYERS = ["MatMul", "Gemm", "Conv"]  # what has weights; norms, softmax and GELU stay in float
 
 
-class Reader:
+class CalibrationBatches:
     """Calibration batches as onnxruntime reads them, one range after the other."""
 
     def __init__(self, images: Tensor):
@@ -41,14 +41,14 @@ class Reader:
         return None if batch is None else {"images": batch.numpy()}
 
 
-def checked_int8(folder: Path, calibration: Sequence[Batch], evaluation: Iterable[Batch]) -> dict[str, Any]:
+def quantize_and_compare(folder: Path, calibration: Sequence[Batch], evaluation: Iterable[Batch]) -> dict[str, Any]:
     """Quantize the folder's model.onnx to int8.onnx and run both on the same images; returns all that was measured."""
     source, path = folder / "model.onnx", folder / "int8.onnx"
     images = torch.cat([images for images, _ in calibration])
-    return to_int8(source, path, images) | side_by_side([source, path], evaluation)
+    return quantize_int8(source, path, images) | compare_onnx([source, path], evaluation)
 
 
-def to_int8(
+def quantize_int8(
     source: Path, path: Path, images: Tensor, calibration: str = "percentile", weight_bits: int = WEIGHT_BITS
 ) -> dict[str, Any]:
     """Quantize an exported model's weighted layers and their inputs (QDQ format); returns size and zeros.
@@ -75,7 +75,7 @@ def to_int8(
         quantization.quantize_static(
             source,
             partial,
-            Reader(images),
+            CalibrationBatches(images),
             op_types_to_quantize=LAYERS,
             per_channel=True,
             reduce_range=weight_bits == 7,
@@ -85,10 +85,10 @@ def to_int8(
             extra_options=options | ({"CalibPercentile": PERCENTILE} if calibration == "percentile" else {}),
         )
     facts = {"calibration": calibration, "images": min(IMAGES, len(images)), "bytes": path.stat().st_size}
-    return facts | zeros(source, path)
+    return facts | count_zeros(source, path)
 
 
-def zeros(source: Path, path: Path) -> dict[str, int]:
+def count_zeros(source: Path, path: Path) -> dict[str, int]:
     """How many weights are zero before and after, in the layers that were quantized.
 
     Raises:
@@ -114,7 +114,7 @@ def zeros(source: Path, path: Path) -> dict[str, int]:
     return found
 
 
-def side_by_side(paths: Sequence[Path], batches: Iterable[Batch]) -> dict[str, float]:
+def compare_onnx(paths: Sequence[Path], batches: Iterable[Batch]) -> dict[str, float]:
     """Top-1 of the ONNX files in percent, by file name, and on how many images each has the first one's answer."""
     import onnxruntime
 

@@ -20,7 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
 from vitprune.data.augment import data_config
 from vitprune.errors import BadInput
-from vitprune.models.validation import FLOATS, FORMAT, Config, Entry, check_finite, check_fit, read_config, read_header
+from vitprune.models.validation import (
+    FLOATS,
+    FORMAT,
+    ModelConfig,
+    TensorSpec,
+    check_finite,
+    check_fit,
+    read_config,
+    read_header,
+)
 from vitprune.runtime.files import atomic_write
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -142,7 +151,7 @@ def load(directory: str | Path) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """What a saved model is: `plain` says that timm alone rebuilds it from its arguments, all blocks being alike."""
 
     architecture: str
@@ -151,7 +160,7 @@ class Saved:
     plain: bool
 
 
-def describe(directory: Path) -> Saved:
+def describe_saved(directory: Path) -> SavedModel:
     """What the files of a saved model say about it; no weight is read.
 
     Raises:
@@ -164,7 +173,7 @@ def describe(directory: Path) -> Saved:
     plain = not config.structure or structure(frame) == config.structure
     _cut(frame, config)
     check_fit(path, header, frame.state_dict(), type(frame).__name__)
-    return Saved(config.architecture, config.pretrained_cfg, sum(p.numel() for p in frame.parameters()), plain)
+    return SavedModel(config.architecture, config.pretrained_cfg, sum(p.numel() for p in frame.parameters()), plain)
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -185,7 +194,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return function(*args, **(kwargs or {}))
 
 
-def _dense(config: Config, header: Mapping[str, Entry]) -> nn.Module:
+def _dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Module:
     """The model that a config's arguments describe, if it is no larger than its weights let expect."""
     args = {"pretrained_cfg": dict(config.pretrained_cfg), **config.args}
     given = sum(math.prod(entry.shape) for entry in header.values())
@@ -206,7 +215,7 @@ def _dense(config: Config, header: Mapping[str, Entry]) -> nn.Module:
     return model
 
 
-def _cut(model: nn.Module, config: Config) -> list[Cut]:
+def _cut(model: nn.Module, config: ModelConfig) -> list[Cut]:
     try:
         return resize_to_structure(model, config.structure)
     except BadInput as error:

@@ -18,9 +18,9 @@ from torch import Tensor
 from vitprune.errors import BadInput
 
 FORMAT = 1
-LARGEST_CONFIG = 4 << 20  # bytes: with the names of 21,841 classes about 2 MiB
-LARGEST_NUMBER = 1 << 20  # of an argument or a size; timm's own are far below
-LONGEST, DEEPEST = 10_000, 4  # of lists and mappings
+MAX_CONFIG_BYTES = 4 << 20  # bytes: with the names of 21,841 classes about 2 MiB
+MAX_NUMBER = 1 << 20  # of an argument or a size; timm's own are far below
+MAX_LENGTH, MAX_DEPTH = 10_000, 4  # of lists and mappings
 GROUP = re.compile(r"\w+(\.\w+)*", re.ASCII)
 NAME = re.compile(r"[\w-]*", re.ASCII)  # no path, no address, no module
 ARCHITECTURE = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)
@@ -37,7 +37,7 @@ DTYPES = FLOATS | OTHERS | {"BOOL": torch.bool}
 
 
 @dataclass(frozen=True)
-class Config:
+class ModelConfig:
     """A config.json whose every value has the type and size that a model needs; its names are names and no paths."""
 
     path: Path
@@ -48,14 +48,14 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """Type and shape of a tensor in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path) -> ModelConfig:
     """Read the config.json of a directory that `vitprune.save` or timm wrote.
 
     Raises:
@@ -77,10 +77,10 @@ def read_config(path: Path) -> Config:
             raise BadInput(f"{path}: model_args.{key}: not an argument of a model but of timm's factory; remove it")
         _check(path, f"model_args.{key[:80]}", value)
     _check_preprocessing(path, raw["pretrained_cfg"])
-    return Config(path, architecture, raw["model_args"], raw["pretrained_cfg"], _structure(path, structure))
+    return ModelConfig(path, architecture, raw["model_args"], raw["pretrained_cfg"], _structure(path, structure))
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, TensorSpec]:
     """Names, types and shapes of the tensors in a safetensors file, none of which is read.
 
     Raises:
@@ -90,12 +90,12 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         with safe_open(path, "pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
-            return {name: Entry(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+            return {name: TensorSpec(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: not a safetensors file ({_line(error)}); fetch or save it again") from None
 
 
-def check_fit(path: Path, header: Mapping[str, Entry], own: Mapping[str, Tensor], model: str) -> None:
+def check_fit(path: Path, header: Mapping[str, TensorSpec], own: Mapping[str, Tensor], model: str) -> None:
     """Check that a file has all tensors of a model and no others, of their shapes and of one floating-point type.
 
     Raises:
@@ -139,8 +139,8 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _object(path: Path) -> dict[str, Any]:
     size = _size(path)
-    if size > LARGEST_CONFIG:
-        raise BadInput(f"{path}: not a timm model config ({size} bytes, at most {LARGEST_CONFIG} are read)")
+    if size > MAX_CONFIG_BYTES:
+        raise BadInput(f"{path}: not a timm model config ({size} bytes, at most {MAX_CONFIG_BYTES} are read)")
     try:
         raw = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # not JSON, not even text, or nested without end
@@ -173,10 +173,10 @@ def _check(path: Path, key: str, value: Any, depth: int = 0) -> None:
     """Refuse what no model takes: paths, addresses, module names, numbers without bound, deep nesting."""
     if isinstance(value, str) and (len(value) > 64 or not NAME.fullmatch(value)):
         raise BadInput(f"{path}: {key} is {value[:80]!r}; an argument of a model is a plain name; remove it")
-    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= LARGEST_NUMBER):
-        raise BadInput(f"{path}: {key} is beyond {LARGEST_NUMBER}, which no model needs; correct it")
+    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER):
+        raise BadInput(f"{path}: {key} is beyond {MAX_NUMBER}, which no model needs; correct it")
     if isinstance(value, list | dict):
-        if depth == DEEPEST or len(value) > LONGEST:
+        if depth == MAX_DEPTH or len(value) > MAX_LENGTH:
             raise BadInput(f"{path}: {key} is longer or deeper nested than any model needs; correct it")
         pairs = value.items() if isinstance(value, dict) else ((str(place), item) for place, item in enumerate(value))
         for name, item in pairs:
@@ -200,15 +200,13 @@ def _check_preprocessing(path: Path, found: Mapping[str, Any]) -> None:
 
 def _structure(path: Path, found: object) -> dict[str, tuple[int, ...]]:
     where = f"{path}: vitprune.structure"
-    if not isinstance(found, dict) or len(found) > LONGEST:
+    if not isinstance(found, dict) or len(found) > MAX_LENGTH:
         raise BadInput(f"{where} must map names of groups to lists of whole numbers; fetch or save it again")
     for name, shape in found.items():
         if not GROUP.fullmatch(name):
             raise BadInput(f"{where}: {_named(name)} is not the name of a group; fetch or save it again")
-        if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= LARGEST_NUMBER for size in shape):
-            raise BadInput(
-                f"{where}.{name[:80]} must be a list of whole numbers from 1 to {LARGEST_NUMBER}; correct it"
-            )
+        if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= MAX_NUMBER for size in shape):
+            raise BadInput(f"{where}.{name[:80]} must be a list of whole numbers from 1 to {MAX_NUMBER}; correct it")
     return {name: tuple(shape) for name, shape in found.items()}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vitprune import data, models
-from vitprune.evaluation.accuracy import count
+from vitprune.evaluation.cost import count
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime import tables
 from vitprune.runtime.files import atomic_write, sha256, write_csv
@@ -79,7 +79,7 @@ def model_facts(model: nn.Module, directory: Path) -> dict[str, Any]:
 def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
     """Write masks and the sparsity of every group; return `mask_facts` and the SHA-256 of the masks."""
     models.write_weights(masks, directory / MASKS)
-    tables.write(sparsity_rows(groups, masks), tables.SPARSITY, directory / "sparsity.parquet")
+    tables.write_table(sparsity_rows(groups, masks), tables.SPARSITY, directory / "sparsity.parquet")
     return mask_facts(groups, masks) | {"masks_sha256": sha256(directory / MASKS)}
 
 

@@ -13,13 +13,13 @@ from vitprune.runtime.files import sha256, write_json
 def run(params: Params) -> None:
     """Write the calibration images and metrics/calibrate.json."""
     rows = draw_rows(params)
-    tables.write(rows, tables.CALIBRATION, CALIBRATION)
+    tables.write_table(rows, tables.CALIBRATION, CALIBRATION)
     write_json(METRICS / "calibrate.json", calibration_facts(rows, params))
 
 
 def draw_rows(params: Params) -> list[dict[str, Any]]:
     """Draw the calibration images, as the `calibrate` settings and the seed say; rows of tables.CALIBRATION."""
-    manifest, settings = tables.read(MANIFEST, tables.MANIFEST), params.calibrate
+    manifest, settings = tables.read_table(MANIFEST, tables.MANIFEST), params.calibrate
     return data.draw_calibration(manifest, source_of(params), settings.size, settings.balance, params.seed)
 
 

@@ -13,7 +13,7 @@ def run(params: Params) -> None:
     """Write the manifest and metrics/dataset.json."""
     source = source_of(params)
     manifest = build_manifest(source, params)
-    tables.write(manifest.rows, tables.MANIFEST, MANIFEST)
+    tables.write_table(manifest.rows, tables.MANIFEST, MANIFEST)
     write_json(METRICS / "dataset.json", dataset_facts(source, manifest, params))
 
 

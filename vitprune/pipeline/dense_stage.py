@@ -16,7 +16,8 @@ from vitprune.pipeline.project_data import MANIFEST, METRICS, OUT, PLOTS, device
 from vitprune.pipeline.stage_training import evaluate_model, stage_checkpoint, train_model
 from vitprune.runtime.distributed import process_group
 from vitprune.runtime.files import sha256, write_json
-from vitprune.training.loop import FrozenZeros, classification
+from vitprune.training.distillation import classification
+from vitprune.training.loop import FrozenZeros
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from vitprune.pipeline.stage_training import evaluate_model, stage_checkpoint, t
 from vitprune.runtime import tables
 from vitprune.runtime.distributed import process_group
 from vitprune.runtime.files import write_json
-from vitprune.training.loop import FrozenZeros, distilling
+from vitprune.training.distillation import distillation_task
+from vitprune.training.loop import FrozenZeros
 
 
 def run(params: Params) -> None:
@@ -23,7 +24,7 @@ def run(params: Params) -> None:
         evaluate = evaluate_model(model, params)
         history = History(OUT / "distill", "distill", dist.rank == 0)
         if settings.train is not None:
-            task = distilling(model, teacher, settings, settings.train.smoothing, params.seed)
+            task = distillation_task(model, teacher, settings, settings.train.smoothing, params.seed)
             frozen = zeros_to_keep(model, params, _pruned_weights(teacher), settings.keep_zeros)
             store = checkpoint.store("training")
             train_model(
@@ -40,7 +41,7 @@ def run(params: Params) -> None:
 def _pruned_weights(dense: nn.Module) -> FrozenZeros | None:
     """Return the masks of single weights of the last cycle; None for structured pruning."""
     folder = max(OUT.glob("cycles/[0-9]*"))
-    kinds = {row["kind"] for row in tables.read(folder / "sparsity.parquet", tables.SPARSITY).to_pylist()}
+    kinds = {row["kind"] for row in tables.read_table(folder / "sparsity.parquet", tables.SPARSITY).to_pylist()}
     return (
         FrozenZeros(find_groups(dense, ["weight"]), models.read_weights(folder / MASKS)) if "weight" in kinds else None
     )

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from vitprune import data, models
 from vitprune.config.params import Params
-from vitprune.evaluation.accuracy import accuracy, count, environment, latency
+from vitprune.evaluation.accuracy import accuracy
+from vitprune.evaluation.cost import count
+from vitprune.evaluation.latency import environment, latency
 from vitprune.pipeline.project_data import METRICS, OUT, device, open_images
 from vitprune.runtime import tables
 from vitprune.runtime.files import write_json
@@ -32,7 +34,7 @@ def run(params: Params) -> None:
     rows = [
         dict(zip(names, row, strict=True)) for row in zip(table.ids, table.labels.tolist(), *predictions, strict=True)
     ]
-    tables.write(rows, tables.EVALUATION, EVALUATION)
+    tables.write_table(rows, tables.EVALUATION, EVALUATION)
     result |= {"kept": kept_costs(result), "top1_drop": result["dense"]["top1"] - result["pruned"]["top1"]}
     write_json(METRICS / "evaluate.json", result | {"images": len(table)})
     write_json(METRICS / "latency.json", _latencies(pair, example, params.evaluate.latency_runs))

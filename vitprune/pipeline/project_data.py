@@ -44,7 +44,7 @@ def open_images(split: str, model: nn.Module, params: Params, augment: str | Non
         BadInput: a label is not among the model's classes.
     """
     transform = data.transform(data.data_config(model), augment)
-    table = data.open_split(tables.read(MANIFEST, tables.MANIFEST), source_of(params), split, transform)
+    table = data.open_split(tables.read_table(MANIFEST, tables.MANIFEST), source_of(params), split, transform)
     highest, classes = int(table.labels.max()), int(cast(int, model.num_classes))
     if highest >= classes:
         raise BadInput(f"model.args.num_classes: {classes}, but the data has label {highest}; set it to {highest + 1}")

@@ -87,7 +87,7 @@ def judge(params: Params, champion: Path | None, gates: PromotionGates) -> dict[
     Raises:
         BadInput: the champion does not fit the images, or the project has not been evaluated.
     """
-    rows = tables.read(EVALUATION, tables.EVALUATION)
+    rows = tables.read_table(EVALUATION, tables.EVALUATION)
     if champion is not None:
         model = models.load(champion).to(device())
         table = open_images("eval", model, params)

@@ -32,7 +32,8 @@ from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_g
 from vitprune.runtime.files import write_csv, write_json
 from vitprune.training.checkpoint import Snapshot, pack, unpack
 from vitprune.training.checkpoint_store import Checkpoint, CheckpointStore
-from vitprune.training.loop import FrozenZeros, classification
+from vitprune.training.distillation import classification
+from vitprune.training.loop import FrozenZeros
 from vitprune.training.optimizers import OptimizerState
 
 MODEL, CYCLES = "model", OUT / "cycles"
@@ -164,9 +165,9 @@ def _follow(params: Params, checkpoint: StageCheckpoint, history: History) -> No
     """Join the fine-tuning of every cycle on the other ranks, from the checkpoint that rank 0 has written."""
     plan, memory = plan_of(params), OptimizerState()
     while number := checkpoint.dist.broadcast(0):
-        saved = checkpoint.store(f"{number:02d}-pruned").written()
+        saved = checkpoint.store(f"{number:02d}-pruned").latest_unverified()
         if number > 1 and not memory:
-            before = checkpoint.store(f"{number - 1:02d}-done").written()
+            before = checkpoint.store(f"{number - 1:02d}-done").latest_unverified()
             memory.update(unpack(Snapshot(before.tensors(), before.facts), "memory", device()))
         dense = models.load(OUT / "dense")
         cycle, model = _cycle_of(saved, number, groups_for(dense, plan)), models.load(saved.directory / MODEL)
@@ -204,7 +205,7 @@ def _cycles(
 def _completed(checkpoint: StageCheckpoint, history: History) -> CompletedCycles:
     """Load the completed cycles and write their files; the dense model if there are none."""
     done, last = CompletedCycles(models.load(OUT / "dense")), None
-    while (saved := checkpoint.store(f"{len(done.rows) + 1:02d}-done", done.checkpoint).newest()) is not None:
+    while (saved := checkpoint.store(f"{len(done.rows) + 1:02d}-done", done.checkpoint).latest()) is not None:
         folder = CYCLES / f"{len(done.rows) + 1:02d}"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(saved.directory / MODEL, folder)
@@ -222,7 +223,7 @@ def _save_completed(checkpoint: StageCheckpoint, number: int, done: CompletedCyc
     memory = pack(done.memory, "memory")
     facts = {"rows": done.rows, "measured": done.metrics, "history": history.rows} | memory.facts
     store = checkpoint.store(f"{number:02d}-done", done.checkpoint, keep=1)
-    saved = store.put(facts, memory.tensors, lambda entry: shutil.copytree(CYCLES / f"{number:02d}", entry / MODEL))
+    saved = store.save(facts, memory.tensors, lambda entry: shutil.copytree(CYCLES / f"{number:02d}", entry / MODEL))
     done.checkpoint = saved.sha256
     for name in ("pruned", "training"):  # keep those of this cycle, in case its last checkpoint is damaged
         checkpoint.store(f"{number - 1:02d}-{name}").clear()
@@ -239,13 +240,13 @@ def _save_pruned(checkpoint: StageCheckpoint, cycle: Cycle, model: nn.Module, me
         "measured": metrics,
     }
     store = checkpoint.store(f"{cycle.number:02d}-pruned", parent, keep=1)
-    return store.put(facts, tensors, lambda entry: models.save(model, entry / MODEL)).sha256
+    return store.save(facts, tensors, lambda entry: models.save(model, entry / MODEL)).sha256
 
 
 def _load_pruned(
     checkpoint: StageCheckpoint, number: int, parent: str, dense: nn.Module, plan: Plan
 ) -> PrunedCycle | None:
-    saved = checkpoint.store(f"{number:02d}-pruned", parent, keep=1).newest()
+    saved = checkpoint.store(f"{number:02d}-pruned", parent, keep=1).latest()
     if saved is None:
         return None
     model = models.load(saved.directory / MODEL).to(device())
@@ -272,7 +273,7 @@ def _write_cycle(cycle: Cycle, scores: Scores, model: nn.Module, before: float, 
     """Write a cycle to out/cycles/NN, given top-1 in percent before and after fine-tuning; return its `cycle_row`."""
     directory: Path = CYCLES / f"{cycle.number:02d}"
     models.save(model, directory)
-    tables.write(summary_rows(cycle.groups, scores), tables.SCORES, directory / "scores.parquet")
+    tables.write_table(summary_rows(cycle.groups, scores), tables.SCORES, directory / "scores.parquet")
     facts = {"cycle": cycle.number, "target": dict(cycle.target), "cost": dict(cycle.cost)}
     facts |= write_masks(directory, cycle.groups, cycle.masks)
     facts |= {"top1_before": before, "top1_after": after} | model_facts(model, directory)

@@ -59,7 +59,7 @@ def write_scores(directory: Path, groups: Sequence[Group], importance: Importanc
     (directory / STATISTICS).unlink(missing_ok=True)
     if importance.statistics:
         write_weights(importance.statistics, directory / STATISTICS)
-    tables.write(summary_rows(groups, importance.scores), tables.SCORES, directory / "summary.parquet")
+    tables.write_table(summary_rows(groups, importance.scores), tables.SCORES, directory / "summary.parquet")
     units = sum(group.units for group in groups)
     return {"groups": len(groups), "units": units, **importance.facts, "sha256": sha256(directory / SCORES)}
 

@@ -18,11 +18,11 @@ from vitprune.pipeline.artifacts import History
 from vitprune.pipeline.project_data import data_workers, device, open_images
 from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from vitprune.training import checkpoint_store
-from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_answers
+from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_teacher_outputs
+from vitprune.training.checkpoint import Checkpointer, catch_sigterm
 from vitprune.training.checkpoint_store import CheckpointStore
-from vitprune.training.loop import Epochs, FrozenZeros, train
+from vitprune.training.loop import EpochBatches, FrozenZeros, train
 from vitprune.training.optimizers import OptimizerState, ScheduleSpan
-from vitprune.training.saving import Checkpointer, stopping
 
 RESUME = Path(".vitprune/resume")  # DVC empties the outputs of a stage before it runs, not this directory
 SECTIONS = {  # sections of params.yaml that a resumable stage depends on
@@ -40,7 +40,7 @@ class RecoverySegment:
 
     Attributes:
         cycle: Number of the cycle, from 1.
-        epochs: Epochs of the fine-tuning after each cycle.
+        epochs: EpochBatches of the fine-tuning after each cycle.
         memory: Optimizer state to continue from and to update; None starts with a new optimizer.
     """
 
@@ -82,14 +82,14 @@ class StageCheckpoint:
             parent: SHA-256 of the checkpoint that the part starts from; empty if it starts from the stage's inputs.
             keep: Number of checkpoints to keep.
         """
-        return CheckpointStore(self.directory / name, checkpoint_store.chained(self.key, name, parent), keep)
+        return CheckpointStore(self.directory / name, checkpoint_store.hash_strings(self.key, name, parent), keep)
 
 
 @contextmanager
 def stage_checkpoint(stage: str, params: Params, inputs: list[Path], dist: ProcessGroup) -> Iterator[StageCheckpoint]:
     """Yield the checkpoints of a stage with the given input files; delete them when the stage has succeeded."""
     settings = {name: params.model_dump(mode="json")[name] for name in SECTIONS[stage]}
-    key = checkpoint_store.key_of(stage, settings, inputs, device().type)
+    key = checkpoint_store.work_key(stage, settings, inputs, device().type)
     yield StageCheckpoint(RESUME / f"{stage}-{key}", key, dist)
     for directory in RESUME.glob(f"{stage}-*") if dist.rank == 0 else ():
         CheckpointStore(directory, "").clear()
@@ -141,13 +141,13 @@ def train_model(
     seed = params.seed if cycle is None else params.seed + 1000 * cycle
     steps = data.batch_count(len(table), recipe.batch_size)
     span = segment.span(recipe, steps) if segment else None
-    with stopping() as stop_requested:
+    with catch_sigterm() as stop_requested:
         saver = Checkpointer(store, lambda: history.rows, stop_requested, dist)
-        saver.reserve(task.trainable_module)
+        saver.check_disk_space(task.trainable_module)
         start = {"epoch": 0, "done": 0}
-        if saver.begun is not None:
-            start = saver.begun.facts
-            history.restore(saver.rows)
+        if saver.resumed_from is not None:
+            start = saver.resumed_from.facts
+            history.restore(saver.history_rows)
         outputs = None
         if cache_outputs:
             batches = data.eval_batches(table, recipe.batch_size, data_workers())
@@ -160,7 +160,7 @@ def train_model(
             train(task, epochs, steps, recipe, seed, add, frozen_zeros, evaluate, name, span, saver, dist)
         except NotFinite as error:
             ids = data.batch_ids(table, recipe.batch_size, seed, error.epoch, error.number, recipe.repeats)
-            raise BadInput(f"{error}; its images: {_listed(ids)}{saver.broadcast}") from None
+            raise BadInput(f"{error}; its images: {_listed(ids)}{saver.last_checkpoint_note}") from None
 
 
 def _epochs(
@@ -170,7 +170,7 @@ def _epochs(
     start: Mapping[str, int],
     dist: ProcessGroup,
     outputs: Tensor | None,
-) -> Epochs:
+) -> EpochBatches:
     """Return the batches of each epoch, without those done before `start`, with cached teacher outputs if given."""
     workers, share = data_workers(), (0, 1) if recipe.mixes else (dist.rank, dist.size)
     size, repeats = recipe.batch_size, recipe.repeats
@@ -180,7 +180,7 @@ def _epochs(
         images = data.train_batches(table, size, seed, epoch, workers, repeats, first, share)
         if outputs is None:
             return images
-        return with_answers(images, outputs, data.batch_rows(table, size, seed, epoch, repeats, first, share))
+        return with_teacher_outputs(images, outputs, data.batch_rows(table, size, seed, epoch, repeats, first, share))
 
     return batches
 

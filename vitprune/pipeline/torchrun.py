@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vitprune.errors import PREEMPTED, BadInput
+from vitprune.errors import EXIT_PREEMPTED, BadInput
 
 LAUNCH = "VITPRUNE_LAUNCH"  # the launcher and its options
 CODE = "VITPRUNE_CODE_FILE"  # file to which the processes write their exit code
@@ -50,7 +50,7 @@ def launch(stage: str, project: Path) -> int:
         stage_code = int(code_file.read_text()) if code_file.exists() else 0
     if launcher_code == 0:
         return 0
-    return PREEMPTED if signals else stage_code or launcher_code
+    return EXIT_PREEMPTED if signals else stage_code or launcher_code
 
 
 def report_exit_code(code: int) -> None:

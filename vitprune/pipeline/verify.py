@@ -33,14 +33,14 @@ def images(params: Params) -> Lines:
     """Hash every image of the source again and compare the manifest: ids, labels, splits and checksums."""
     source = source_of(params)
     manifest = build_manifest(source, params)
-    yield from _rows(MANIFEST, tables.read(MANIFEST, tables.MANIFEST).to_pylist(), manifest.rows)
+    yield from _rows(MANIFEST, tables.read_table(MANIFEST, tables.MANIFEST).to_pylist(), manifest.rows)
     yield from _facts(METRICS / "dataset.json", dataset_facts(source, manifest, params))
 
 
 def calibration(params: Params) -> Lines:
     """Draw the calibration set again and compare its images and their order."""
     drawn = draw_rows(params)
-    yield from _rows(CALIBRATION, tables.read(CALIBRATION, tables.CALIBRATION).to_pylist(), drawn)
+    yield from _rows(CALIBRATION, tables.read_table(CALIBRATION, tables.CALIBRATION).to_pylist(), drawn)
     yield from _facts(METRICS / "calibrate.json", calibration_facts(drawn, params))
 
 
@@ -51,7 +51,7 @@ def scores(params: Params) -> Lines:
     groups = {group.name: group for group in groups_for(dense, plan)}
     saved = models.read_weights(folder / SCORES)
     expected = summary_rows([groups[name] for name in saved if name in groups], saved)
-    by_group = {row["group"]: row for row in tables.read(folder / "summary.parquet", tables.SCORES).to_pylist()}
+    by_group = {row["group"]: row for row in tables.read_table(folder / "summary.parquet", tables.SCORES).to_pylist()}
     yield from _rows(folder / "summary.parquet", [by_group.get(row["group"], {}) for row in expected], expected)
     yield from _facts(METRICS / "score.json", {"method": plan.method, "sha256": sha256(folder / SCORES)})
     yield from _masks(OUT / "mask", METRICS / "mask.json", list(groups.values()))
@@ -95,8 +95,8 @@ def weights(params: Params) -> Lines:
 
 def evaluation(params: Params) -> Lines:
     """Compute top-1 and the figures that depend on it again from the predictions for single images."""
-    rows = tables.read(EVALUATION, tables.EVALUATION).to_pylist()
-    manifest = tables.read(MANIFEST, tables.MANIFEST).to_pylist()
+    rows = tables.read_table(EVALUATION, tables.EVALUATION).to_pylist()
+    manifest = tables.read_table(MANIFEST, tables.MANIFEST).to_pylist()
     eval_rows = [{"id": row["id"], "label": row["label"]} for row in manifest if row["split"] == "eval"]
     yield from _rows(EVALUATION, rows, eval_rows)
     reported = read_json(METRICS / "evaluate.json")
@@ -164,7 +164,7 @@ def _masks(folder: Path, facts: Path, groups: Sequence[Group]) -> Lines:
             yield f"{folder / MASKS}: no mask of {group.units} units for {group.name}"
             return
     path = folder / "sparsity.parquet"
-    yield from _rows(path, tables.read(path, tables.SPARSITY).to_pylist(), sparsity_rows(groups, masks))
+    yield from _rows(path, tables.read_table(path, tables.SPARSITY).to_pylist(), sparsity_rows(groups, masks))
     yield from _facts(facts, mask_facts(groups, masks) | {"masks_sha256": sha256(folder / MASKS)})
 
 

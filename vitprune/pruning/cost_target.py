@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from vitprune.config.quantity import Quantity, format_cost, number_of
 from vitprune.data import example_input
 from vitprune.errors import BadInput
-from vitprune.evaluation.accuracy import latency, macs
+from vitprune.evaluation.cost import count_macs
+from vitprune.evaluation.latency import latency
 from vitprune.groups import Group, Masks, meta_copy, shrink
 
 COUNTS = ("params", "macs")
@@ -226,7 +227,7 @@ def _counter(model: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
             return nonzero - sum(int((there & ~masks[name]).sum()) for name, there in weights.items())
         if cost == "params":
             return sum(parameter.numel() for parameter in smaller.parameters())
-        total, per_layer = macs(smaller, example)
+        total, per_layer = count_macs(smaller, example)
         return total - sum(
             per_layer.get(n.removesuffix(".weight"), 0) * _zeros(w, masks[n]) for n, w in weights.items()
         )

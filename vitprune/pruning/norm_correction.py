@@ -18,7 +18,7 @@ from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.criteria.moments import record_layer_io
 from vitprune.errors import BadInput
-from vitprune.runtime.eval_mode import evaluating, frozen
+from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 
 DAMPINGS = (1.0, 3.0, 10.0, 30.0)  # relative to the mean squared length of a row
@@ -45,7 +45,7 @@ def dense_logits(model: nn.Module, batches: Batches) -> list[Tensor]:
     if not batches:
         raise BadInput("prune.correct_norms: needs images, and there are none; give batches")
     device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         return [model(images.to(device)) for images, _ in batches]
 
 
@@ -108,7 +108,7 @@ def _system(
 ) -> tuple[Tensor, Tensor]:
     """Slopes (rows, values) and errors (rows,) of the answers along their directions, PULLS rows per image."""
     found, first = [], 0
-    with evaluating(model), frozen(model):
+    with eval_mode(model), frozen(model):
         with record_layer_io(model, [layer.path for layer in layers], []):
             one = batches[0][0][:1].to(wanted[0].device)
             size = max_batch_size(model, model, one, setting.memory)
@@ -180,7 +180,7 @@ def _distance(
 ) -> float:
     """Mean KL divergence of the chosen images' answers from those wanted, with these values in the model."""
     total, first = 0.0, 0
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for (images, _), aim in zip(batches, wanted, strict=True):
             own = chosen[first : first + len(images)].to(aim.device)
             first += len(images)

@@ -7,7 +7,7 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch a model to evaluation, and every module back to the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -29,13 +29,13 @@ SCORES = pa.schema(
 EVALUATION = pa.schema([("id", pa.string()), ("label", pa.int64()), ("dense", pa.int64()), ("pruned", pa.int64())])
 
 
-def write(rows: Sequence[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
+def write_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
     """Write rows as a Parquet table under a temporary name, then rename it."""
     with atomic_write(path) as partial:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial, compression="zstd")
 
 
-def read(path: Path, schema: pa.Schema) -> pa.Table:
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a Parquet table.
 
     Raises:

@@ -78,7 +78,7 @@ def cache_teacher(
     return answers
 
 
-def with_answers(
+def with_teacher_outputs(
     batches: Iterable[tuple[Tensor, Tensor]], answers: Tensor, rows: Iterable[np.ndarray]
 ) -> Iterator[tuple[Tensor, ...]]:
     """Batches of images and labels, each with the answers to its rows."""

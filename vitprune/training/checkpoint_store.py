@@ -22,7 +22,7 @@ from vitprune.runtime.files import read_json, sha256, write_json
 
 INDEX, STATE, TENSORS = "index.json", "state.json", "tensors.safetensors"
 PACKAGES = ("accelerate", "numpy", "safetensors", "timm", "torch")
-SPARE = 64 << 20  # bytes that stay free on a disk, for what else is written
+RESERVED_BYTES = 64 << 20  # bytes that stay free on a disk, for what else is written
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CheckpointStore:
     def __init__(self, directory: Path, key: str, keep: int = 2):
         self._directory, self._key, self._keep = directory, key, keep
 
-    def newest(self) -> Checkpoint | None:
+    def latest(self) -> Checkpoint | None:
         """The last checkpoint that is whole and of this work; of every later one it is told why it is not taken."""
         for entry in reversed(self._entries()):
             try:
@@ -53,12 +53,12 @@ class CheckpointStore:
                 print(f"{error}; not taken up", file=sys.stderr)
         return None
 
-    def written(self) -> Checkpoint:
+    def latest_unverified(self) -> Checkpoint:
         """The last checkpoint, which another process has just written or checked."""
         entry = self._entries()[-1]
         return Checkpoint(entry, read_json(entry / STATE), read_json(entry / INDEX)["sha256"])
 
-    def put(
+    def save(
         self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Callable[[Path], object] | None = None
     ) -> Checkpoint:
         """Write a checkpoint and drop those before the last few; `more` writes further files into its directory.
@@ -68,7 +68,7 @@ class CheckpointStore:
         Raises:
             OSError: there is no room (ENOSPC), found before a byte is written; the checkpoints before stay.
         """
-        self.reserve(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        self.check_disk_space(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
         entries = self._entries()
         target = self._directory / f"{int(entries[-1].name) + 1 if entries else 1:06d}"
         partial = target.with_suffix(".partial")
@@ -90,14 +90,14 @@ class CheckpointStore:
             shutil.rmtree(entry, ignore_errors=True)
         return Checkpoint(target, dict(facts), index["sha256"])
 
-    def reserve(self, size: int) -> None:
+    def check_disk_space(self, size: int) -> None:
         """Refuse to begin what the disk has no room for, in bytes.
 
         Raises:
             OSError: ENOSPC.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self._directory).free < size + SPARE:
+        if shutil.disk_usage(self._directory).free < size + RESERVED_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
 
     def clear(self) -> None:
@@ -122,15 +122,15 @@ class CheckpointStore:
         return Checkpoint(entry, read_json(entry / STATE), index["sha256"])
 
 
-def key_of(stage: str, settings: Mapping[str, Any], inputs: Iterable[Path], device: str) -> str:
+def work_key(stage: str, settings: Mapping[str, Any], inputs: Iterable[Path], device: str) -> str:
     """The key of a stage's work, by all that decides its result: settings, files, code, packages, kind of device."""
     files = sorted(file for path in inputs for file in ([path] if path.is_file() else path.rglob("*")))
     where = [platform.python_version(), platform.machine(), device, *(metadata.version(name) for name in PACKAGES)]
     read = {str(file): sha256(file) for file in files if file.is_file()}
-    return chained(stage, json.dumps(settings, sort_keys=True, default=str), json.dumps([read, where]), _code())
+    return hash_strings(stage, json.dumps(settings, sort_keys=True, default=str), json.dumps([read, where]), _code())
 
 
-def chained(*parts: str) -> str:
+def hash_strings(*parts: str) -> str:
     """One key of several."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -139,7 +139,7 @@ def chained(*parts: str) -> str:
 def _code() -> str:
     """A digest of this package's source."""
     root = Path(__file__).parent
-    return chained(*(f"{file.relative_to(root)} {sha256(file)}" for file in sorted(root.rglob("*.py"))))
+    return hash_strings(*(f"{file.relative_to(root)} {sha256(file)}" for file in sorted(root.rglob("*.py"))))
 
 
 def _index(directory: Path, key: str) -> dict[str, Any]:

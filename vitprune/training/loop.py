@@ -1,4 +1,4 @@
-"""The one training loop, for dense training, recovery and distillation; pruned weights stay at zero."""
+"""Training loop of dense training, fine-tuning and distillation, with pruned weights kept at zero."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,33 +8,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from vitprune.config.params import Distill
 from vitprune.config.train_config import Train
-from vitprune.data import Mix, mixer
+from vitprune.data import MixFn, make_mixer
 from vitprune.errors import BadInput, NotFinite
-from vitprune.evaluation.losses import CrossEntropy
 from vitprune.groups import Group, Masks, zero
 from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from vitprune.runtime.progress import track
-from vitprune.training.checkpoint import Saving, TrainingState
+from vitprune.training.checkpoint import Checkpointer, TrainingState
 from vitprune.training.forward_options import forward_options, to_device
-from vitprune.training.optimizers import ScheduleSpan, carry_optimizer_state, optimizer_for, rates, set_rate
-from vitprune.training.step import TrainStep, make_train_step, shared
+from vitprune.training.optimizers import (
+    ScheduleSpan,
+    carry_optimizer_state,
+    learning_rates,
+    make_optimizer,
+    set_learning_rate,
+)
+from vitprune.training.step import TrainStep, local_share, make_train_step
 from vitprune.training.stochastic_depth import stochastic_depth
 
-Epochs = Callable[[int], Iterable[tuple[Tensor, ...]]]  # epoch -> its batches, the same each time it is asked
+EpochBatches = Callable[[int], Iterable[tuple[Tensor, ...]]]  # epoch -> its batches, the same at every call
 Record = Callable[[dict[str, float]], None]
-Pair = tuple[nn.Parameter, Tensor]  # and its mask, 0 where it is held at zero, in its own type: products are fast
-APART = 1_000_003  # between the seeds of two processes, whose random numbers are their own
+_MaskedParameter = tuple[nn.Parameter, Tensor]  # mask in the parameter's type, so that products are fast
+SEED_STRIDE = 1_000_003  # between the seeds of two ranks
 
 
 @dataclass(frozen=True)
 class FrozenZeros:
-    """Weights to hold at zero: their groups and masks."""
+    """Pruned weights that training keeps at zero: their groups and masks (False = zero)."""
 
     groups: Sequence[Group]
     masks: Masks
@@ -42,205 +45,156 @@ class FrozenZeros:
 
 @dataclass
 class _Counters:
-    """Where a training stands: whole epochs and steps done, the losses of the epoch that runs, parts of a batch.
+    """Progress of a training: epochs and steps done, losses of the current epoch, micro-batches per batch.
 
-    `best` is the highest top-1 after an epoch so far, and `since` the epochs that came after it.
+    `best` is the highest top-1 so far, `since` the number of epochs after it.
     """
 
     epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)
-    parts: int = 1
+    micro_batches: int = 1
     best: float | None = None
     since: int = 0
 
-    def noted(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"done": len(self.losses)}
 
-    def waited(self, top1: float) -> int:
-        """Epochs without a better top-1, this one included."""
+    def epochs_without_gain(self, top1: float) -> int:
+        """Record the top-1 of an epoch and return the number of epochs since the best one."""
         better = self.best is None or top1 > self.best
         self.best, self.since = (top1, 0) if better else (self.best, self.since + 1)
         return self.since
 
 
-def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
-    """The task of cross-entropy on labels."""
-    task: nn.Module = ClassificationTask(model, CrossEntropy(smoothing), verbose=False)
-    return task
-
-
-def distillation(
-    student: nn.Module, teacher: nn.Module, alpha: float, temperature: float, smoothing: float
-) -> nn.Module:
-    """The task of cross-entropy + alpha * KL(teacher || student) on softened logits.
-
-    The divergence is summed over the positions of a sequence, if there are any, and averaged over the batch.
-
-    Source: UP-ViTs equation 2.
-    """
-    task: nn.Module = LogitDistillationTask(**_taught(student, teacher, alpha, smoothing), temperature=temperature)
-    return task
-
-
-def feature_distillation(
-    student: nn.Module, teacher: nn.Module, alpha: float, smoothing: float, seed: int
-) -> nn.Module:
-    """The task of cross-entropy + alpha * mean squared error of the features before the head, pooled over positions.
-
-    Where the student's features are fewer, a Linear layer drawn from the seed and trained with it maps them.
-
-    Source: UP-ViTs' variant for PVTv2, as described by others (alpha 20); the letter itself does not give it.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        own = _taught(student, teacher, alpha, smoothing)
-        task: nn.Module = FeatureDistillationTask(**own, dtype=next(student.parameters()).dtype)
-    return task
-
-
-def _taught(student: nn.Module, teacher: nn.Module, alpha: float, smoothing: float) -> dict[str, Any]:
-    """What both tasks take: who learns from whom, and how much labels and teacher count."""
-    return {
-        "student_model": student, "teacher_model": teacher.eval().requires_grad_(False), "verbose": False,
-        "criterion": CrossEntropy(smoothing), "distill_loss_weight": alpha, "task_loss_weight": 1.0,
-    }  # fmt: skip
-
-
-def distilling(student: nn.Module, teacher: nn.Module, settings: Distill, smoothing: float, seed: int) -> nn.Module:
-    """The task that the settings ask for."""
-    if settings.kind == "features":
-        return feature_distillation(student, teacher, settings.alpha, smoothing, seed)
-    return distillation(student, teacher, settings.alpha, settings.temperature, smoothing)
-
-
 def train(
     task: Any,
-    epochs: Epochs,
+    epochs: EpochBatches,
     steps: int,
     recipe: Train,
     seed: int,
     record: Record,
-    held: FrozenZeros | None = None,
+    frozen_zeros: FrozenZeros | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     name: str = "training",
     span: ScheduleSpan | None = None,
-    saving: Saving | None = None,
+    checkpointer: Checkpointer | None = None,
     dist: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Train the task's model in place, one record per epoch of `steps` batches.
+    """Train the model of a task in place. On CPU, the same seed gives bit-identical weights.
 
-    A fixed seed gives bit-identical weights on CPU. Records are of the weights that train, not of their average.
-    Nothing that the optimizer remembers, and no norm that clips, knows of gradients of what is held. The learning rate
-    falls over this training, or over the `span` that it is a part of. With `saving` it is kept while it runs, and goes
-    on where that begins: of the epoch that was broken off, `epochs` gives the batches that are left then. Several
-    processes take the steps of one: `epochs` gives each its share of a batch, or all of it where the recipe mixes.
-    With `patience` it ends after so many epochs whose `evaluate` gave no better top-1 than one before; the weights are
-    those of the last epoch all the same.
+    Frozen zeros have no effect on gradient clipping or on the optimizer state. With `recipe.patience`, training stops
+    early, and the weights are those of the last epoch.
+
+    Args:
+        task: A task of timm.task or of `training.distillation`.
+        epochs: Returns the batches of an epoch. Each process gets its own share of a batch, or the whole batch if the
+            recipe mixes images. After a resume, the first epoch consists of the remaining batches.
+        steps: Batches per epoch.
+        recipe: The training settings.
+        seed: Seed of Mixup, CutMix, dropout and stochastic depth.
+        record: Called after each epoch with epoch, step, loss, lr and the result of `evaluate`. With EMA, `evaluate`
+            still measures the training weights.
+        frozen_zeros: Weights to keep at zero.
+        evaluate: Evaluation after each epoch; `recipe.patience` needs its "top1".
+        name: Name of the training in messages and in the progress bar.
+        span: Position in a gradual run over which the learning rate decays; None for this training alone.
+        checkpointer: Saves the training while it runs and holds the checkpoint to resume from.
+        dist: The process group.
 
     Raises:
-        BadInput: an unknown optimizer, nothing to train on, or the recipe asks for what the model cannot do.
-        NotFinite: a loss or gradient that is not finite; the last step is not taken.
-        Interrupted: it was kept because it was asked to stop.
+        BadInput: unknown optimizer, no batches, or an option that the model does not support.
+        NotFinite: a loss or gradient is not finite; the last step is not applied.
+        Interrupted: a checkpoint was saved after a stop request.
     """
     model, pruned = task.trainable_module, task.get_eval_model()  # the task may train more than the model
     task = task.to(device := next(model.parameters()).device)
-    optimizer, rate_at = optimizer_for(model, pruned, recipe), rates(recipe, steps, span)
-    mix, pairs = _mixer(task, recipe, generator := np.random.default_rng(seed), dist), _pairs(pruned, held)
-    hold = _holder(pairs)
+    optimizer, rate_at = make_optimizer(model, pruned, recipe), learning_rates(recipe, steps, span)
+    mix = _make_mix(task, recipe, generator := np.random.default_rng(seed), dist)
+    pairs = _masked_parameters(pruned, frozen_zeros)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    kept = carry_optimizer_state(optimizer, pruned, span.memory if span else None, held.masks if held else {})
-    dropping, averaging = stochastic_depth(pruned, recipe.drop_path), _averaging(pruned, recipe.ema)
-    running, arrangement = make_train_step(task, optimizer, recipe, device, dist), forward_options(task, recipe)
-    with forked, kept, dropping, arrangement, averaging as average, running as motor:
-        torch.manual_seed(seed + APART * dist.rank)
-        standing = TrainingState(model, optimizer, average, generator, motor.scaler, dist)
-        settle, at = _settler(pairs, pruned, average), _go_on(standing, saving, motor)
-        for epoch in track(range(at.epoch, recipe.epochs), name, recipe.epochs, at.epoch):
+    masks = frozen_zeros.masks if frozen_zeros else {}
+    carried = carry_optimizer_state(optimizer, pruned, span.memory if span else None, masks)
+    depth, ema = stochastic_depth(pruned, recipe.drop_path), _weight_average(pruned, recipe.ema)
+    stepping, options = make_train_step(task, optimizer, recipe, device, dist), forward_options(task, recipe)
+    with forked, carried, depth, options, ema as average, stepping as train_step:
+        torch.manual_seed(seed + SEED_STRIDE * dist.rank)
+        state = TrainingState(model, optimizer, average, generator, train_step.scaler, dist)
+        counters = _resume(state, checkpointer, train_step)
+        for epoch in track(range(counters.epoch, recipe.epochs), name, recipe.epochs, counters.epoch):
             task.train()
             for images, labels, *more in epochs(epoch):
-                set_rate(optimizer, rate_at(at.step))
-                batch = mix(to_device(images, device, recipe), labels.to(device))
-                at.losses.append(_step(motor, (*batch, *(given.to(device) for given in more)), name, hold, at))
-                at.step += 1
-                settle(at.step)
-                if saving is not None and saving.due():
-                    saving.write(standing.taken(at.noted()))
-            row = {"epoch": epoch + 1, "step": at.step, "loss": _mean(at.losses, name), "lr": rate_at(at.step - 1)}
-            row |= {"micro_batches": at.parts} if at.parts != recipe.accumulate else {}  # memory did not suffice
-            measured = evaluate() if evaluate is not None else {}
-            record(row | measured)
-            at.epoch, at.losses = epoch + 1, []
-            if recipe.patience is not None and dist.broadcast(_enough(at, measured, recipe.patience, dist)):
+                set_learning_rate(optimizer, rate_at(counters.step))
+                batch = (*mix(to_device(images, device, recipe), labels.to(device)), *(x.to(device) for x in more))
+                counters.losses.append(_step(train_step, batch, name, pairs, counters))
+                counters.step += 1
+                _after_step(pairs, pruned, average, counters.step)
+                if checkpointer is not None and checkpointer.due():
+                    checkpointer.write(state.capture(counters.to_dict()))
+            row = _epoch_row(counters, recipe, rate_at, name)
+            metrics = evaluate() if evaluate is not None else {}
+            record(row | metrics)
+            counters.epoch, counters.losses = epoch + 1, []
+            if recipe.patience is not None and dist.broadcast(_stops_early(counters, metrics, recipe.patience, dist)):
                 break
 
 
-def _enough(at: _Counters, measured: Mapping[str, float], patience: int, dist: ProcessGroup) -> int:
-    """Whether the first process has waited long enough; only it measures."""
+def _epoch_row(counters: _Counters, recipe: Train, rate_at: Callable[[int], float], name: str) -> dict[str, float]:
+    step = counters.step
+    row = {"epoch": counters.epoch + 1, "step": step, "loss": _mean(counters.losses, name), "lr": rate_at(step - 1)}
+    # a different number of micro-batches: memory did not suffice for the configured one
+    return row | ({"micro_batches": counters.micro_batches} if counters.micro_batches != recipe.accumulate else {})
+
+
+def _stops_early(counters: _Counters, metrics: Mapping[str, float], patience: int, dist: ProcessGroup) -> int:
+    """1 if rank 0, the only one that evaluates, has seen no better top-1 for `patience` epochs."""
     if dist.rank:
         return 0
-    if "top1" not in measured:
-        raise BadInput("train.patience: nothing measures top-1 after an epoch here; set it to null")
-    return int(at.waited(measured["top1"]) >= patience)
+    if "top1" not in metrics:
+        raise BadInput("train.patience: top-1 is not evaluated after each epoch here; set it to null")
+    return int(counters.epochs_without_gain(metrics["top1"]) >= patience)
 
 
-def _go_on(standing: TrainingState, saving: Saving | None, motor: TrainStep) -> _Counters:
-    """Start anew, or where the training was broken off."""
-    if saving is None or saving.begun is None:
-        return _Counters(parts=motor.parts)
-    standing.put_back(saving.begun)
-    at = _Counters(**{counter.name: saving.begun.facts[counter.name] for counter in fields(_Counters)})
-    motor.parts = at.parts
-    return at
+def _resume(state: TrainingState, checkpointer: Checkpointer | None, train_step: TrainStep) -> _Counters:
+    """Restore the checkpoint, if there is one."""
+    if checkpointer is None or checkpointer.resumed_from is None:
+        return _Counters(micro_batches=train_step.micro_batches)
+    snapshot = checkpointer.resumed_from
+    state.restore(snapshot)
+    counters = _Counters(**{counter.name: snapshot.facts[counter.name] for counter in fields(_Counters)})
+    train_step.micro_batches = counters.micro_batches
+    return counters
 
 
 @contextmanager
-def _averaging(model: nn.Module, decay: float) -> Iterator[ModelEmaV3 | None]:
-    """The average of the weights, if there is to be one; the model ends with it."""
+def _weight_average(model: nn.Module, decay: float) -> Iterator[ModelEmaV3 | None]:
+    """The EMA of the weights, or None; the model gets the averaged weights at the end."""
     average = ModelEmaV3(model, decay, use_warmup=True) if decay else None
     yield average
     if average is not None:
         model.load_state_dict(average.module.state_dict())
 
 
-def _settler(pairs: Sequence[Pair], model: nn.Module, average: ModelEmaV3 | None) -> Callable[[int], None]:
-    """What is done after each step: zeros are zeros again, and the average moves."""
-
-    @torch.no_grad()
-    def settle(step: int) -> None:
-        for parameter, mask in pairs:
-            parameter.mul_(mask)
-        if average is not None:
-            average.update(model, step)
-
-    return settle
+@torch.no_grad()
+def _after_step(pairs: Sequence[_MaskedParameter], model: nn.Module, average: ModelEmaV3 | None, step: int) -> None:
+    """Reset frozen zeros after an optimizer step and update the EMA."""
+    for parameter, mask in pairs:
+        parameter.mul_(mask)
+    if average is not None:
+        average.update(model, step)
 
 
-def _pairs(model: nn.Module, held: FrozenZeros | None) -> list[Pair]:
-    """Each parameter of which something is held at zero, and its mask: on its device, since every step asks for it.
+def _masked_parameters(model: nn.Module, frozen_zeros: FrozenZeros | None) -> list[_MaskedParameter]:
+    """Zero the pruned weights and return their parameters with the masks on the parameters' device.
 
     Raises:
         BadInput: a mask does not fit the model.
     """
-    if held is None:
+    if frozen_zeros is None:
         return []
-    zero(model, held.groups, held.masks)
-    named = [(model.get_parameter(group.name), held.masks[group.name]) for group in held.groups]
+    zero(model, frozen_zeros.groups, frozen_zeros.masks)
+    named = [(model.get_parameter(group.name), frozen_zeros.masks[group.name]) for group in frozen_zeros.groups]
     return [(parameter, mask.view_as(parameter).to(parameter)) for parameter, mask in named]
-
-
-def _holder(pairs: Sequence[Pair]) -> Callable[[], None]:
-    """What is done to gradients before they count: those of held weights become zero.
-
-    Else they would be in the norm that clips those of the others, and in what the optimizer remembers.
-    """
-
-    def hold() -> None:
-        for parameter, mask in pairs:
-            if parameter.grad is not None:
-                parameter.grad.mul_(mask)
-
-    return hold
 
 
 def _mean(losses: Sequence[float], name: str) -> float:
@@ -249,23 +203,35 @@ def _mean(losses: Sequence[float], name: str) -> float:
     return sum(losses) / len(losses)
 
 
-def _mixer(task: Any, recipe: Train, generator: np.random.Generator, dist: ProcessGroup) -> Mix:
-    """What makes a process's share of a batch of what it is given; images mix over the whole batch."""
+def _make_mix(task: Any, recipe: Train, generator: np.random.Generator, dist: ProcessGroup) -> MixFn:
+    """Mixup and CutMix over the whole batch, then this rank's share; the identity without mixing."""
     if not recipe.mixes:
         return lambda images, labels: (images, labels)
     classes = int(task.get_eval_model().num_classes)
-    mix = mixer(recipe.mixup, recipe.cutmix, recipe.mix_prob, classes, generator)
-    return lambda images, labels: shared(*mix(images, labels), dist)
+    mix = make_mixer(recipe.mixup, recipe.cutmix, recipe.mix_prob, classes, generator)
+    return lambda images, labels: local_share(*mix(images, labels), dist)
 
 
-def _step(motor: TrainStep, batch: tuple[Tensor, ...], name: str, hold: Callable[[], None], at: _Counters) -> float:
-    where = f"{name}, epoch {at.epoch + 1}, step {at.step + 1}"
-    loss, norm = motor.step(batch, hold, where)
-    at.parts = motor.parts
+def _step(
+    train_step: TrainStep,
+    batch: tuple[Tensor, ...],
+    name: str,
+    pairs: Sequence[_MaskedParameter],
+    counters: _Counters,
+) -> float:
+    where = f"{name}, epoch {counters.epoch + 1}, step {counters.step + 1}"
+
+    def mask_gradients() -> None:  # before clipping and before the optimizer state see them
+        for parameter, mask in pairs:
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+
+    loss, norm = train_step.step(batch, mask_gradients, where)
+    counters.micro_batches = train_step.micro_batches
     if not math.isfinite(loss):
-        broadcast = f"{where}: the loss is {loss}; lower the learning rate (lr) or check the images and the weights"
-        raise NotFinite(broadcast, at.epoch, len(at.losses))
+        line = f"{where}: the loss is {loss}; lower the learning rate (lr) or check the images and the weights"
+        raise NotFinite(line, counters.epoch, len(counters.losses))
     if not math.isfinite(norm):
-        broadcast = f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights"
-        raise NotFinite(broadcast, at.epoch, len(at.losses))
+        line = f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights"
+        raise NotFinite(line, counters.epoch, len(counters.losses))
     return loss

@@ -7,7 +7,7 @@ from vitprune.errors import BadInput
 DECAYS = ("cosine", "linear")
 
 
-def rate(step: int, steps: int, high: float, low: float, warmup: int = 0, decay: str = "cosine") -> float:
+def learning_rate(step: int, steps: int, high: float, low: float, warmup: int = 0, decay: str = "cosine") -> float:
     """Learning rate of one step of so many: a linear warm-up from 0, then the fall from `high` to `low`.
 
     linear: high - (high - low) * step / (steps - 1), which is `low` at the last step; cosine: low + (high - low) *

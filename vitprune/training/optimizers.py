@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitprune.config.train_config import Train
 from vitprune.errors import BadInput
-from vitprune.training.lr_schedule import rate
+from vitprune.training.lr_schedule import learning_rate
 
 OptimizerState = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it
 
@@ -28,7 +28,7 @@ class ScheduleSpan:
     memory: OptimizerState | None = None
 
 
-def optimizer_for(module: nn.Module, model: nn.Module, recipe: Train) -> Any:
+def make_optimizer(module: nn.Module, model: nn.Module, recipe: Train) -> Any:
     """The recipe's optimizer of all that trains: the model, and what a task trains beside it.
 
     With `layer_decay` the rate of a layer is that share of the rate of the layer above, as timm numbers them; what
@@ -59,13 +59,13 @@ def _by_layer(module: nn.Module, model: nn.Module, recipe: Train) -> list[dict[s
     return groups
 
 
-def rates(recipe: Train, steps: int, span: ScheduleSpan | None) -> Callable[[int], float]:
+def learning_rates(recipe: Train, steps: int, span: ScheduleSpan | None) -> Callable[[int], float]:
     """The learning rate of each step of a training of so many steps per epoch."""
     whole, warmup = span or ScheduleSpan(0, recipe.epochs * steps), round(recipe.warmup_epochs * steps)
-    return lambda step: rate(whole.before + step, whole.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)
+    return lambda step: learning_rate(whole.before + step, whole.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)
 
 
-def set_rate(optimizer: Any, now: float) -> None:
+def set_learning_rate(optimizer: Any, now: float) -> None:
     """Set the rate of every group to its share of it."""
     for group in optimizer.param_groups:
         group["lr"] = now * group.get("lr_scale", 1.0)

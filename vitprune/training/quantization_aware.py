@@ -31,11 +31,11 @@ class FakeQuant(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         named = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})  # some layers give them by name
         if named["weight"].requires_grad:
-            named |= {"input": rounded_input(named["input"]), "weight": rounded_weight(named["weight"])}
+            named |= {"input": fake_quantize_input(named["input"]), "weight": fake_quantize_weight(named["weight"])}
         return func(named.pop("input"), named.pop("weight"), *args[2:], **named)
 
 
-def rounded_weight(weight: Tensor, bits: int = WEIGHT_BITS) -> Tensor:
+def fake_quantize_weight(weight: Tensor, bits: int = WEIGHT_BITS) -> Tensor:
     """A weight (out, ...) on a grid of 2**bits + 1 points around zero, its scale that of each output channel."""
     top = 2 ** (bits - 1)
     largest = weight.detach().flatten(1).abs().amax(1).float()
@@ -44,7 +44,7 @@ def rounded_weight(weight: Tensor, bits: int = WEIGHT_BITS) -> Tensor:
     return torch.fake_quantize_per_channel_affine(weight.float(), scale, points, 0, -top, top).to(weight.dtype)
 
 
-def rounded_input(x: Tensor, bits: int = INPUT_BITS) -> Tensor:
+def fake_quantize_input(x: Tensor, bits: int = INPUT_BITS) -> Tensor:
     """A tensor on a grid of 2**bits points that holds its smallest and largest value, and zero."""
     top = 2**bits - 1
     low, high = (value.float() for value in torch.aminmax(x.detach()))

@@ -1,4 +1,4 @@
-"""The step of a training on accelerate: precision, micro-batches, clipping, and processes that share a batch."""
+"""One optimizer step on accelerate: mixed precision, micro-batches, gradient clipping and data parallelism."""
 
 import math
 import sys
@@ -17,16 +17,17 @@ from torch.nn.utils import get_total_norm
 from vitprune.config.train_config import Train
 from vitprune.errors import BadInput
 from vitprune.runtime.distributed import ProcessGroup
-from vitprune.training.checkpoint import set_random
+from vitprune.training.checkpoint import set_rng_state
 
 KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 PRECISIONS = {False: "no", True: "bf16", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class TrainStep:
-    """Takes steps: forward and backward passes in micro-batches, gradients shared among the processes, the update.
+    """Optimizer steps: forward and backward in micro-batches, gradient all-reduce, clipping and update.
 
-    `parts` is how many micro-batches a process makes of its share; it doubles where memory does not suffice.
+    Attributes:
+        micro_batches: Micro-batches per batch and process; doubled when memory is insufficient.
     """
 
     def __init__(self, task: Any, optimizer: Any, recipe: Train, dist: ProcessGroup, accelerator: Any):
@@ -36,43 +37,49 @@ class TrainStep:
         if recipe.compile:
             self._forward = torch.compile(self._task)
         self._optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-        self._most = recipe.clip
-        self.parts = recipe.accumulate
+        self._max_norm = recipe.clip
+        self.micro_batches = recipe.accumulate
 
     @property
     def scaler(self) -> Any:
-        """What scales the loss in float16; None in other precisions."""
+        """The loss scaler of float16; None for other precisions."""
         return self._accelerator.scaler
 
-    def step(self, batch: tuple[Tensor, ...], hold: Callable[[], None], where: str) -> tuple[float, float]:
-        """Take one step on this process's share of a batch; returns the whole batch's loss and its gradient's norm.
+    def step(self, batch: tuple[Tensor, ...], mask_gradients: Callable[[], None], where: str) -> tuple[float, float]:
+        """Run one optimizer step on this process's share of a batch.
 
-        A batch is what the task takes: images first, then labels and what else belongs to each image.
+        If the loss or the gradient norm is not finite, the update is skipped; float16 then continues with a smaller
+        loss scale.
 
-        `hold` is called on the gradients of the whole batch, before their norm counts. Where one of the two is not
-        finite the step is not taken; float16 goes on with a smaller scale.
+        Args:
+            batch: Arguments of the task, each (B, ...): images, labels and further per-image tensors.
+            mask_gradients: Called on the gradients of the whole batch, before their norm is computed.
+            where: Prefix of messages.
+
+        Returns:
+            Mean loss and gradient norm of the whole batch.
 
         Raises:
-            BadInput: memory does not suffice for one image at a time, or for the share of one of several processes.
+            BadInput: out of memory with one image at a time, or in one of several processes.
         """
         total = int(self._dist.all_reduce(torch.tensor(len(batch[0]))))
         loss = self._dist.all_reduce(self._passes(batch, total, where))
-        hold()
-        value, norm = torch.stack([loss, self._norm().to(loss)]).tolist()  # one wait for the device
+        mask_gradients()
+        value, norm = torch.stack([loss, self._norm().to(loss)]).tolist()  # one device synchronization
         if math.isfinite(value) and (math.isfinite(norm) or self.scaler is not None):
             self._optimizer.step()
             norm = 0.0 if self.scaler is not None and not math.isfinite(norm) else norm
         return value, norm
 
     def _norm(self) -> Tensor:
-        """The norm () of the gradients of the whole batch; where it is clipped, they are."""
-        if self._most is not None:
-            return torch.as_tensor(self._accelerator.clip_grad_norm_(self._module.parameters(), self._most))
+        """Norm () of the gradients of the whole batch, before clipping; clips them if configured."""
+        if self._max_norm is not None:
+            return torch.as_tensor(self._accelerator.clip_grad_norm_(self._module.parameters(), self._max_norm))
         self._accelerator.unscale_gradients()
         return get_total_norm([p.grad for p in self._module.parameters() if p.grad is not None])
 
     def _passes(self, batch: tuple[Tensor, ...], total: int, where: str) -> Tensor:
-        """Gradients of the mean loss of the whole batch; returns what this share adds to it (), float64."""
+        """Accumulate gradients of the batch's mean loss; returns this share's part of that loss (), float64."""
         random = {"cpu": torch.get_rng_state()}
         if batch[0].device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
@@ -85,66 +92,69 @@ class TrainStep:
                     raise
             self._optimizer.zero_grad(set_to_none=True)
             if memory:
-                self._smaller(len(batch[0]), where, cause)
+                self._split_further(len(batch[0]), where, cause)
             else:
-                self._eager(where, cause)
+                self._disable_compile(where, cause)
             for kind, state in random.items():
-                set_random(kind, state)
+                set_rng_state(kind, state)
 
     def _backward(self, batch: tuple[Tensor, ...], total: int) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
         value = torch.zeros((), dtype=torch.float64, device=batch[0].device)
-        if not len(batch[0]):  # a share without images waits for the others at the same place
-            pieces = [(tuple(given.new_zeros((1, *given.shape[1:])) for given in batch), 0.0)]
+        if not len(batch[0]):  # an empty share still takes part in the all-reduce
+            pieces = [(tuple(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in batch), 0.0)]
         else:
-            parts = min(self.parts, len(batch[0]))
-            split = zip(*(given.tensor_split(parts) for given in batch), strict=True)
+            count = min(self.micro_batches, len(batch[0]))
+            split = zip(*(tensor.tensor_split(count) for tensor in batch), strict=True)
             pieces = [(piece, len(piece[0]) / total) for piece in split]
         for number, (piece, share) in enumerate(pieces):
             last = number == len(pieces) - 1
             with nullcontext() if last else self._accelerator.no_sync(self._task):
                 loss = self._forward(*piece)["loss"]
-                self._accelerator.backward(loss * (share * self._dist.size))  # the processes' mean is taken
+                self._accelerator.backward(loss * (share * self._dist.size))  # DDP averages over the processes
             value += loss.detach().double() * share
         return value
 
-    def _eager(self, where: str, cause: str) -> None:
+    def _disable_compile(self, where: str, cause: str) -> None:
         if self._dist.size > 1:
             raise BadInput(
                 f"{where}: train.compile failed in one of {self._dist.size} processes ({cause}); set it to false"
             )
         self._forward, self._compiled = self._task, False
-        print(f"{where}: train.compile failed ({cause}); going on without it", file=sys.stderr)
+        print(f"{where}: train.compile failed ({cause}); continuing without it", file=sys.stderr)
 
-    def _smaller(self, images: int, where: str, cause: str) -> None:
+    def _split_further(self, images: int, where: str, cause: str) -> None:
         if self._dist.size > 1:
             raise BadInput(f"{where}: out of memory in one of {self._dist.size} processes; double train.accumulate")
-        if self.parts >= images:
+        if self.micro_batches >= images:
             raise BadInput(
                 f"{where}: out of memory with one image at a time; use a smaller model or img_size ({cause})"
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.parts = min(images, 2 * self.parts)
-        size = -(-images // self.parts)
-        print(f"{where}: out of memory; going on with {self.parts} micro-batches of {size} images", file=sys.stderr)
+        self.micro_batches = min(images, 2 * self.micro_batches)
+        size = -(-images // self.micro_batches)
+        print(
+            f"{where}: out of memory; continuing with {self.micro_batches} micro-batches of {size} images",
+            file=sys.stderr,
+        )
 
 
 @contextmanager
 def make_train_step(
     task: Any, optimizer: Any, recipe: Train, device: torch.device, dist: ProcessGroup
 ) -> Iterator[TrainStep]:
-    """An engine for one training; nothing of accelerate's global state is left after it.
+    """Create the step of one training; accelerate's global state is reset at the end.
 
     Raises:
-        BadInput: the precision or the kind of launch is none for this device.
+        BadInput: the device does not support the precision or the kind of launch.
     """
     threads = torch.get_num_threads()
     if recipe.amp == "float16" and device.type == "cpu":
-        raise BadInput("train.amp float16: not on a CPU; use bfloat16 or false")
+        raise BadInput("train.amp float16: not supported on CPU; use bfloat16 or false")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about threads, which are set again below
+            warnings.simplefilter("ignore")  # accelerate changes the number of threads, restored below
             accelerator = Accelerator(
                 cpu=device.type == "cpu", device_placement=False, mixed_precision=PRECISIONS[recipe.amp]
             )
@@ -154,7 +164,7 @@ def make_train_step(
         yield TrainStep(task, optimizer, recipe, dist, accelerator)
     finally:
         if recipe.compile:
-            torch.compiler.reset()  # what was compiled for this training is of no use to the next one
+            torch.compiler.reset()  # free the code compiled for this training
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
@@ -163,8 +173,8 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))
 
 
-def shared(images: Tensor, labels: Tensor, dist: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """This process's share of a batch: as many images as the others have, or one more or less."""
+def local_share(images: Tensor, labels: Tensor, dist: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return this rank's share of a batch; shares differ by at most one image."""
     if dist.size == 1:
         return images, labels
     return images.tensor_split(dist.size)[dist.rank], labels.tensor_split(dist.size)[dist.rank]

@@ -15,7 +15,7 @@ from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
 from vitprune.criteria.moments import collect_unit_moments
 from vitprune.criteria.obs.unit_elimination import add_ridge, eliminate_units, ridge_refit
 from vitprune.criteria.obs.units import refit_update, rotate_attention, unit_obs, unit_obs_update
-from vitprune.evaluation.accuracy import count
+from vitprune.evaluation.cost import count
 from vitprune.groups import shrink
 from vitprune.pruning.cost_target import make_cost_model
 from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs

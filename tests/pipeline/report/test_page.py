@@ -85,7 +85,7 @@ def evaluated(project: Path) -> None:
     outcomes = [(0, 0)] * 341 + [(0, 1)] * 7 + [(1, 0)] * 4 + [(1, 1)] * 8
     answers = [(at % 5, at % 5 + a, at % 5 + b) for at, (a, b) in enumerate(outcomes)]
     rows = [{"id": str(at), "label": y, "dense": a, "pruned": b} for at, (y, a, b) in enumerate(answers)]
-    tables.write(rows, tables.EVALUATION, project / "out/evaluate/evaluation.parquet")
+    tables.write_table(rows, tables.EVALUATION, project / "out/evaluate/evaluation.parquet")
     dense = model_facts(100 * 348 / 360, 5_717_416, 1_254_000_000)
     pruned = model_facts(100 * 345 / 360, 2_458_489, 539_220_000)
     environment = {"python": "3.11.7", "torch": "2.11.0", "cpu": "EPYC", "cores": 2, "gpu": None}
@@ -103,7 +103,7 @@ def calibrated(project: Path) -> None:
         {"id": f"digits/{at}", "label": label, "sha256": "0", "image": {"bytes": picture, "path": None}}
         for at, (label, picture) in enumerate(zip(labels, pictures, strict=True))
     ]
-    tables.write(rows, tables.CALIBRATION, project / "data/calibration.parquet")
+    tables.write_table(rows, tables.CALIBRATION, project / "data/calibration.parquet")
 
 
 def pruned_in_cycles(project: Path) -> None:
@@ -115,7 +115,7 @@ def pruned_in_cycles(project: Path) -> None:
             {"group": group, "kind": HOSTILE, "units": 200, "kept": int(200 * (1 - sparsity)), "sparsity": sparsity}
             for group in ("blocks.0.mlp", "blocks.1.mlp", HOSTILE)
         ]
-        tables.write(rows, tables.SPARSITY, directory / "sparsity.parquet")
+        tables.write_table(rows, tables.SPARSITY, directory / "sparsity.parquet")
     steps = [f"prune,{cycle},{step},{1 / step},{95 + step}" for cycle in (1, 2) for step in (1, 2, 3)]
     put(project / "plots/prune.csv", "\n".join(["stage,cycle,step,loss,top1", *steps, ""]))
     put(project / "plots/dense.csv", "stage,step,loss,top1\ndense,1,2.5,\ndense,2,2.0,50\ndense,3,,60\n")
@@ -253,7 +253,7 @@ def test_unusable_files_are_bad_input(project: Path) -> None:
 
 def test_broken_picture_is_bad_input(project: Path) -> None:
     row = {"id": "digits/7", "label": 0, "sha256": "0", "image": {"bytes": b"no image", "path": None}}
-    tables.write([row], tables.CALIBRATION, project / "data/calibration.parquet")
+    tables.write_table([row], tables.CALIBRATION, project / "data/calibration.parquet")
     with pytest.raises(BadInput, match=r"calibration\.parquet: image digits/7 cannot be decoded"):
         render(project)
 

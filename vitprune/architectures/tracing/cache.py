@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
 from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
-from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.eval_mode import eval_mode
 
 Shapes = tuple[tuple[str, torch.Size], ...]
 
@@ -68,7 +68,7 @@ def _failure(model: nn.Module, groups: Sequence[Group]) -> str:
     try:
         for group in groups:
             resize_group(small, group, (group.units - group.units // 3,))
-        with torch.no_grad(), evaluating(small):
+        with torch.no_grad(), eval_mode(small):
             small(images(small))
     except Exception as error:
         return line(error)

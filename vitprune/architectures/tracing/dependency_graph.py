@@ -20,7 +20,7 @@ from vitprune.architectures.tracing.op_rules import follow, propagate_to_fixpoin
 from vitprune.architectures.tracing.trace import Trace
 from vitprune.architectures.tracing.union_find import NONE
 from vitprune.groups import ParamSlice
-from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.eval_mode import eval_mode
 
 Place = tuple[str, int]  # a parameter and one of its axes
 Signature = tuple[tuple[Place, int], ...]  # where a unit is, and how often
@@ -131,7 +131,7 @@ def _sliced(place: Place, indices: list[list[int]], length: int) -> ParamSlice |
 def _run(model: nn.Module, example_input: Tensor) -> Trace:
     """Run a model on one image (1, C, H, W) and see what belongs together; channels of the answer are stuck."""
     found = Trace({**dict(model.named_parameters()), **dict(model.named_buffers())}, type(model).__name__)
-    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _paths(model, found), _Tracer(found):
+    with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _paths(model, found), _Tracer(found):
         answer = model(example_input)
     propagate_to_fixpoint(found)
     for value in answer if isinstance(answer, list | tuple) else [answer]:

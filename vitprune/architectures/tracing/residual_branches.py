@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitprune.architectures.tracing.op_rules import MOVES, SAME
-from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.eval_mode import eval_mode
 
 ADDS = ("add", "add_")
 VIEWS = ("view", "_unsafe_view", "_reshape_alias")
@@ -25,7 +25,7 @@ def adding(model: nn.Module, images: Tensor, paths: Collection[str]) -> set[str]
     does one whose input has more than LARGEST elements.
     """
     answers: dict[str, list[bool]] = {}
-    with torch.no_grad(), evaluating(model), _followed(model, paths, answers):
+    with torch.no_grad(), eval_mode(model), _followed(model, paths, answers):
         model(images)
     return {path for path, adds in answers.items() if all(adds)}
 

@@ -16,7 +16,7 @@ from vitprune.criteria.kl.partial_forward import logits_from_step, num_tokens_ne
 from vitprune.criteria.kl.residual_ablation import drop_residual_channels
 from vitprune.errors import BadInput
 from vitprune.groups import Group
-from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.progress import track
 
 KINDS = ("residual", "attention", "head", "ffn", "block")
@@ -84,7 +84,7 @@ def kl_divergences(
         _check(chain, group, units)
     device = next(model.parameters()).device
     result = {group.name: torch.empty(len(units), len(images), dtype=torch.float64) for group, units in jobs}
-    with evaluating(model), full_precision(device):
+    with eval_mode(model), full_precision(device):
         raise_mmap_threshold(device)
         size = 1
         if len(images) > 1:

@@ -11,7 +11,7 @@ from vitprune.criteria.kl.gate_gradients import UnitGate, find_gates, record_gat
 from vitprune.criteria.memory import max_batch_size
 from vitprune.errors import BadInput
 from vitprune.groups import Group
-from vitprune.runtime.eval_mode import evaluating, frozen
+from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 
 
@@ -69,7 +69,7 @@ def fisher_kl_per_image(
     gates = find_gates(model, groups)
     device = next(model.parameters()).device
     images = images.detach().to(device)
-    with evaluating(model), frozen(model), torch.enable_grad():
+    with eval_mode(model), frozen(model), torch.enable_grad():
         with record_gates(model, gates, 1):
             size = max_batch_size(model, lambda image: _forward(model, image, setting), images[:1], setting.memory)
         indices = range(len(images)) if positions is None else positions

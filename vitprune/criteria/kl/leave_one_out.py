@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vitprune.criteria import Batches, Importance, ScoreConfig
 from vitprune.errors import BadInput
 from vitprune.groups import Group, mask_without, shrink, zero
-from vitprune.runtime.eval_mode import evaluating
+from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.progress import track
 
 
@@ -39,7 +39,7 @@ def leave_one_out_kl(model: nn.Module, groups: Sequence[Group], batches: Batches
     images = [batch.to(device) for batch, _ in batches]
     units = [(group, unit) for group in groups for unit in _firsts(group)]
     scores = {group.name: torch.full((group.units,), torch.inf, dtype=torch.float64) for group in groups}
-    with evaluating(model):
+    with eval_mode(model):
         log_probs = [model(batch).double().log_softmax(-1) for batch in images]
         for group, unit in track(units, "removing one unit at a time"):
             scores[group.name][unit] = _divergence(copy_without_unit(model, group, unit), images, log_probs)

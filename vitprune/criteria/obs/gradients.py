@@ -14,7 +14,7 @@ from vitprune.criteria import Batches, ScoreConfig, layer_io
 from vitprune.criteria.obs.weight_blocks import BlockRange
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import cross_entropy
-from vitprune.runtime.eval_mode import evaluating, frozen
+from vitprune.runtime.eval_mode import eval_mode, frozen
 
 GradientChunk = tuple[BlockRange, Tensor]  # gradients (m, weights) in the precision of the model
 LayerCalls = list[tuple[Tensor, Tensor]]  # (input, output) of every call of a layer
@@ -73,7 +73,7 @@ def weight_gradients(
     else:
         stream = augmented_images(batches, number * setting.gradient_batch, setting.seed)
         take = partial(_per_batch, done=done)
-    with evaluating(model), frozen(model), highest_matmul_precision():
+    with eval_mode(model), frozen(model), highest_matmul_precision():
         for part, values in take(model, parts, ((x.to(device), y.to(device)) for x, y in stream), setting):
             yield part, values * masks[part]
 

@@ -32,7 +32,7 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
     """
     if not path.exists():
         return None
-    predictions = tables.read(path, tables.EVALUATION)
+    predictions = tables.read_table(path, tables.EVALUATION)
     if predictions.num_rows == 0:
         return None
     pairs = paired_test.mcnemar_table(predictions)
@@ -79,7 +79,7 @@ def sparsity(out: Path) -> dict[str, Any] | None:
     path = max(out.glob("cycles/*/sparsity.parquet"), default=out / "mask/sparsity.parquet")
     if not path.exists():
         return None
-    rows = tables.read(path, tables.SPARSITY).to_pylist()
+    rows = tables.read_table(path, tables.SPARSITY).to_pylist()
     families: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         families[row["kind"], _pattern(row["group"])].append(row)
@@ -129,7 +129,7 @@ def calibration(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    table = tables.read(path, tables.CALIBRATION)
+    table = tables.read_table(path, tables.CALIBRATION)
     by_label = np.argsort(table["label"].to_numpy(), kind="stable")
     indices = by_label[np.linspace(0, table.num_rows - 1, min(_PICTURES, table.num_rows)).astype(int)]
     pictures = []

@@ -52,7 +52,7 @@ def write_sweep(folder: Path, out: Path) -> list[dict[str, Any]]:
         points = [Point(row["gain"], row["top1"], row["method"], row["target"]) for row in done]
         for kind in ("svg", "png"):
             draw(points, dense, plan["against"], plan["title"], out / f"pareto.{kind}")
-    tables.write(rows, SWEEP, out / "sweep.parquet")
+    tables.write_table(rows, SWEEP, out / "sweep.parquet")
     _write(out / "sweep.md", _markdown(plan["title"], rows))
     _write(out / "sweep.html", _html(plan["title"], rows, out / "pareto.png" if done else None))
     return rows

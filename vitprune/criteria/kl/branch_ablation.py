@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vitprune.architectures.chain import Branch, AttentionLayers
+from vitprune.architectures.chain import AttentionLayers, Branch
 from vitprune.criteria.kl.partial_forward import consumer_inputs, project_qkv
 from vitprune.groups import Group, ParamSlice, positions
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.chain import Branch, Chain, AttentionLayers, Step
+from vitprune.architectures.chain import AttentionLayers, Branch, Chain, Step
 from vitprune.architectures.chain_builders import build_chain
 from vitprune.criteria import Batches, Importance, ScoreConfig
 from vitprune.criteria.kl.branch_ablation import BranchContext, ablation_fn

@@ -19,8 +19,8 @@ def leave_one_out_kl(model: nn.Module, groups: Sequence[Group], batches: Batches
 
     Costs units x images forward passes. Residual channels and blocks are shrunk, others zeroed, which gives the same
     function. A sub-layer is removed together with the next one; the last one scores infinity. If blocks are removed
-    whole (`Group.whole_blocks`), the first unit has the score and the second scores infinity; the only block of a group scores
-    infinity. If the logits are (B, positions, classes), divergences are summed over positions.
+    whole (`Group.whole_blocks`), the first unit has the score and the second scores infinity; the only block of a group
+    scores infinity. If the logits are (B, positions, classes), divergences are summed over positions.
 
     Args:
         model: the model.

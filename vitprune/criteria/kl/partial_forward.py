@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.chain import Branch, Chain, AttentionLayers, Step
+from vitprune.architectures.chain import AttentionLayers, Branch, Chain, Step
 from vitprune.criteria.kl.fast_matmul import attention, linear, linear_activation
 
 

@@ -163,7 +163,7 @@ def test_a_model_with_too_few_classes(project, refuse):
 
 def test_a_model_of_which_nothing_is_understood_is_refused_by_name(refuse):
     told = refuse("inspect", "test_nfnet")
-    assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights as they are" in told
+    assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights unchanged" in told
 
 
 def test_a_module_that_is_not_understood_is_named(project, refuse):

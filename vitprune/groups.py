@@ -56,7 +56,7 @@ class Group:
     kind: str
     shape: tuple[int, ...]
     slices: tuple[ParamSlice, ...]
-    pool: str = ""
+    layer_type: str = ""
     owner: str = ""
     resize: Resize | None = None
     sublayers: tuple[tuple[str, ...], ...] = ()
@@ -69,12 +69,12 @@ class Group:
         return torch.Size(self.shape).numel()
 
     @property
-    def whole(self) -> bool:
+    def whole_blocks(self) -> bool:
         """Whether the units of each block are the block itself, and go together."""
         return len(self.sublayers) > 1 and self.sublayers[0] == self.sublayers[1]
 
     @property
-    def candidates(self) -> int:
+    def num_candidates(self) -> int:
         """Number of units that may go first; the last sub-layer of a model has no next one to go with."""
         return self.units - 1 if self.kind == "block" else self.units
 
@@ -214,7 +214,7 @@ def _kept_shape(group: Group, mask: Tensor) -> tuple[int, ...]:
     left = mask.flatten().nonzero().flatten()
     if group.kind == "block" and (len(left) % 2 or bool((left % 2 != torch.arange(len(left)) % 2).any())):
         raise BadInput(f"{group.name}: what is left would not alternate attention and FFN; remove pairs of neighbours")
-    if group.whole and not torch.equal(mask.flatten()[::2], mask.flatten()[1::2]):
+    if group.whole_blocks and not torch.equal(mask.flatten()[::2], mask.flatten()[1::2]):
         raise BadInput(f"{group.name}: half of a block would go; remove both units of every block that goes")
     rows = mask.view(group.shape).flatten(1) if len(group.shape) > 1 else mask.view(1, -1)
     counts = [int(count) for count in rows.sum(dim=1)]

@@ -85,7 +85,7 @@ class Swin:
 
     def pool(self, pool: str) -> list[str]:
         """The names of a module's layers."""
-        return [group.name for group in self.groups if group.pool == pool]
+        return [group.name for group in self.groups if group.layer_type == pool]
 
     def saved(self, masks: Masks) -> float:
         """FLOPs that masks save, layer by layer, in % of what Swin's own counter says."""

@@ -57,7 +57,7 @@ def main() -> None:
         groups = find_groups(model, ["weight"])
         pools: Counter[str] = Counter()
         for group in groups:
-            pools[group.pool] += group.units
+            pools[group.layer_type] += group.units
         weights, total = pools.total(), sum(parameter.numel() for parameter in model.parameters())
         promised = (PROMISED | SWINS).get(name)
         holds = None if promised is None else round(weights / 1e6, 2) == promised

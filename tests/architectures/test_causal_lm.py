@@ -11,7 +11,8 @@ from tests.support.model_zoo import answer, random_masks, redrawn, state
 from tests.support.reference_kl import LiveNorm, kl
 from vitprune import count, find_groups, prune, score, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure
-from vitprune.architectures.causal_lm import Decoder, chain
+from vitprune.architectures.causal_lm import Decoder
+from vitprune.architectures.chain_builders import build_chain
 from vitprune.config.train_config import Train
 from vitprune.criteria import ScoreConfig
 from vitprune.criteria.kl.exact import exact_kl
@@ -115,7 +116,7 @@ def test_exact_scoring_is_the_literal_removal(kind: str) -> None:
 def test_a_chain_is_its_model() -> None:
     model, tokens = decoder(), texts()
     with torch.no_grad():
-        torch.testing.assert_close(chain(model)(tokens), answer(model, tokens), **CLOSE)
+        torch.testing.assert_close(build_chain(model)(tokens), answer(model, tokens), **CLOSE)
 
 
 def test_taylor_takes_the_loss_over_all_positions() -> None:

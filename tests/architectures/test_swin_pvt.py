@@ -12,7 +12,7 @@ from tests.support.model_zoo import answer, images, random_masks, same_state, st
 from tests.support.reference_kl import LiveNorm, kl
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, structure, uniform_args
-from vitprune.architectures.pvt_attention import CutAttention
+from vitprune.architectures.narrow_attention import NarrowPvtAttention
 from vitprune.config.params import load
 from vitprune.criteria import ScoreConfig
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
@@ -77,7 +77,7 @@ def test_groups_of_a_pvt_by_hand(pvt: nn.Module) -> None:
     ]
     assert found["ffn"] == [(f"{p}.mlp", (n,)) for p, n in zip(paths, (32, 32, 36, 80), strict=True)]
     assert found["head"] == [(f"{p}.attn.heads", (n,)) for p, n in zip(paths, (2, 2, 3, 4), strict=True)]
-    weights = [(g.name, g.pool) for g in find_groups(pvt, ["weight"])[:5]]
+    weights = [(g.name, g.layer_type) for g in find_groups(pvt, ["weight"])[:5]]
     layers = {"attn.q": "qkv", "attn.kv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}
     assert weights == [(f"stages.0.blocks.0.{layer}.weight", pool) for layer, pool in layers.items()]
 
@@ -109,7 +109,7 @@ def test_an_attention_is_timms_wherever_its_widths_agree(pvt: nn.Module) -> None
         return [type(block.attn) for stage in pvt.stages for block in stage.blocks]
 
     assert kinds() == [Attention] * 4
-    for kind, expected in (("residual", CutAttention), ("attention", Attention)):
+    for kind, expected in (("residual", NarrowPvtAttention), ("attention", Attention)):
         groups = find_groups(pvt, [kind])
         shrink(pvt, groups, random_masks(groups, 0.5))
         assert kinds() == [expected] * 4
@@ -117,7 +117,7 @@ def test_an_attention_is_timms_wherever_its_widths_agree(pvt: nn.Module) -> None
     sr = find_groups(pvt, ["residual"])[3:4]
     assert [g.name for g in sr] == ["stages.0.blocks.0.attn.sr"]
     shrink(pvt, sr, random_masks(sr, 1))
-    assert kinds() == [CutAttention, *[Attention] * 3]
+    assert kinds() == [NarrowPvtAttention, *[Attention] * 3]
     assert uniform_args(pvt) == {}
 
 
@@ -129,7 +129,7 @@ def test_a_cut_attention_with_nothing_cut_is_timms(name: str) -> None:
         other = tiny(name) if on else unfused(tiny(name))
         for stage in other.stages:
             for block in stage.blocks:
-                block.attn.__class__ = CutAttention
+                block.attn.__class__ = NarrowPvtAttention
         torch.testing.assert_close(answer(other, x), expected, **CLOSE)
 
 
@@ -220,12 +220,16 @@ def test_the_structure_of_a_pvt_names_its_streams_and_reductions(pvt: nn.Module)
         ("stages.0.blocks.1", "ffn", r"^stages.0.blocks.1 .*only timm's PVTv2 Block"),
         ("stages.0.blocks.1.attn", "head", r"^stages.0.blocks.1.attn .*only timm's PVTv2 Attention"),
         ("stages.0.blocks.1.mlp", "ffn", r"^stages.0.blocks.1.mlp .*only timm's MLP with a depth-wise convolution"),
-        ("stages.0.norm", "residual", r"^stages.0.norm .*only LayerNorm and RMSNorm"),
-        ("stages.1.downsample.proj", "residual", r"^stages.1.downsample.proj .*expected a Linear or Conv2d"),
+        (
+            "stages.0.norm",
+            "residual",
+            r"^patch_embed.proj: the residual .*stages.0.norm .Softmax.: softmax runs over it",
+        ),
+        ("stages.1.downsample.proj", "residual", r"^PyramidVisionTransformerV2: it does not run on shapes alone "),
     ],
 )
 def test_what_is_not_understood_in_a_pvt_is_named(pvt: nn.Module, path: str, kind: str, why: str) -> None:
-    pvt.set_submodule(path, nn.Sequential())
+    pvt.set_submodule(path, nn.Softmax(dim=-1) if path == "stages.0.norm" else nn.Sequential())
     with pytest.raises(BadInput, match=why):
         find_groups(pvt, [kind])
 

@@ -91,7 +91,7 @@ LAYERS = {
 def test_layers_that_lose_weights_and_layers_that_do_not(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    pools = {group.name.removesuffix(".weight"): group.pool for group in find_groups(model, ["weight"])}
+    pools = {group.name.removesuffix(".weight"): group.layer_type for group in find_groups(model, ["weight"])}
     assert {path: pools.get(path) for path in LAYERS[name]} == LAYERS[name]
     for path, layer in model.named_modules():
         if path in pools:
@@ -122,7 +122,7 @@ def test_half_of_the_weights_go_and_come_back_from_a_file(name: str, tmp_path: P
     pruned = prune(model, "lamp" if "net" in name else "dimap", 0.5)
     zeros = [int((pruned.get_parameter(group.name) == 0).sum()) for group in groups]
     units = sum(group.units for group in groups)
-    assert abs(sum(zeros) - units / 2) <= len({group.pool for group in groups}) / 2  # each pool is rounded
+    assert abs(sum(zeros) - units / 2) <= len({group.layer_type for group in groups}) / 2  # each pool is rounded
     inside = {group.name for group in groups}
     assert all(torch.equal(p, pruned.get_parameter(n)) for n, p in model.named_parameters() if n not in inside)
     assert bool(answer(pruned, x).isfinite().all())
@@ -142,10 +142,12 @@ def test_a_family_of_a_table_loses_channels_of_streams_and_blocks_that_add(name:
         model = timm.create_model(name)
     assert uniform_args(model) == {}
     if name in ("test_resnet", "resnet50d", "test_efficientnet"):
-        with pytest.raises(BadInput, match=rf"neither it nor any other block of {type(model).__name__} gives back"):
+        with pytest.raises(
+            BadInput, match=rf"neither it nor any other block of {type(model).__name__} returns its input plus"
+        ):
             find_groups(model, ["block"])
     else:
-        assert [group.whole for group in find_groups(model, ["block"])] == [True]
+        assert [group.whole_blocks for group in find_groups(model, ["block"])] == [True]
     if name == "test_efficientnet":  # its stages are one block each
         with pytest.raises(BadInput, match=r"^EfficientNet: it has no residual stream"):
             find_groups(model, ["residual"])

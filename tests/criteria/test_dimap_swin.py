@@ -37,13 +37,13 @@ def test_prunable_and_remaining_weights_equal_the_paper(name: str) -> None:
     groups = find_groups(model, ["weight"])
     assert sum(g.units for g in groups) == prunable
     assert sum(p.numel() for p in model.parameters()) == total
-    pools = {pool: sum(g.units for g in groups if g.pool == pool) for pool in ("qkv", "proj", "mlp")}
+    pools = {pool: sum(g.units for g in groups if g.layer_type == pool) for pool in ("qkv", "proj", "mlp")}
     assert [pools[pool] * 12 for pool in pools] == [3 * prunable, prunable, 8 * prunable]  # 1/4, 1/12, 2/3
     generator = torch.Generator().manual_seed(0)
     scores = {g.name: torch.rand(g.shape, generator=generator) for g in groups}
     for share, expected in zip(SHARES, left, strict=True):
         masks = select(scores, share, "module", groups)
-        gone = {p: sum(int((~masks[g.name]).sum()) for g in groups if g.pool == p) for p in pools}
+        gone = {p: sum(int((~masks[g.name]).sum()) for g in groups if g.layer_type == p) for p in pools}
         assert gone == {pool: int(share * units + 0.5) for pool, units in pools.items()}
         assert (total - sum(gone.values())) / 1e6 == pytest.approx(expected, abs=5e-4)
 

@@ -10,7 +10,7 @@ import yaml
 
 import vitprune
 from vitprune import data, models
-from vitprune.architectures.pvt_attention import CutAttention
+from vitprune.architectures.narrow_attention import NarrowPvtAttention
 from vitprune.config.params import Params
 from vitprune.pipeline import stages
 from vitprune.pipeline.project_template import new_params
@@ -53,7 +53,7 @@ def test_a_pvt_is_cut_and_taught_by_features(monkeypatch, tmp_path: Path) -> Non
     assert told["evaluate"]["kept"]["macs"] < 0.55
     assert told["export"]["timm"] == {"loads_plain_timm": True, "max_abs_diff": 0.0}
     model, x = vitprune.load(project / "out/distill"), torch.randn(2, 1, 32, 32)
-    assert not any(isinstance(module, CutAttention) for module in model.modules())
+    assert not any(isinstance(module, NarrowPvtAttention) for module in model.modules())
     plain = timm.create_model(f"local-dir:{project / 'out/export/timm'}", pretrained=True).eval()
     torch.testing.assert_close(plain(x), model(x))
 

@@ -56,8 +56,8 @@ def test_every_candidate_is_the_model_that_skips_it(name: str) -> None:
     model = tiny(name)
     (group,), x = find_groups(model, ["block"]), images(model)
     depth = len(model.blocks)
-    assert (group.name, group.shape, group.candidates) == ("blocks", (2 * depth,), 2 * depth - 1)
-    for unit in range(group.candidates):
+    assert (group.name, group.shape, group.num_candidates) == ("blocks", (2 * depth,), 2 * depth - 1)
+    for unit in range(group.num_candidates):
         mask = mask_without(group, unit)
         smaller = shrink(copy.deepcopy(model), [group], {"blocks": mask})
         assert [type(block) for block in smaller.blocks] == [Block] * (depth - 1)
@@ -77,7 +77,7 @@ def test_candidates_by_hand() -> None:
 def test_a_language_model_loses_blocks_too() -> None:
     model = redrawn(Decoder(11, 8, 12, 3, 2), 0).double()
     (group,), tokens = find_groups(model, ["block"]), torch.arange(8).view(1, 8)
-    for unit in range(group.candidates):
+    for unit in range(group.num_candidates):
         mask = mask_without(group, unit)
         smaller = shrink(copy.deepcopy(model), [group], {"blocks": mask})
         torch.testing.assert_close(answer(smaller, tokens), answer(skipping(model, mask), tokens), **CLOSE)
@@ -105,7 +105,7 @@ def test_scores_are_the_divergence_of_the_model_that_skips() -> None:
     (group,), noise = find_groups(model, ["block"]), batches(model)
     found = score(model, [group], "kl-literal", noise)["blocks"]
     torch.testing.assert_close(score(model, [group], "kl-exact", noise)["blocks"], found, rtol=1e-9, atol=0)
-    for unit in range(group.candidates):
+    for unit in range(group.num_candidates):
         other = skipping(model, mask_without(group, unit))
         expected = sum(kl(answer(model, x), answer(other, x)) for x, _ in noise)
         assert float(found[unit]) == pytest.approx(expected, rel=1e-9)

@@ -81,7 +81,10 @@ def test_scopes_differ_as_they_should() -> None:
     found = {scope: select(scores, 0.3, scope, groups) for scope in ("global", "layer", "module", "isomorphic")}
     gone = {scope: {n: 1 - float(m.double().mean()) for n, m in masks.items()} for scope, masks in found.items()}
     assert all(share == pytest.approx(0.3, abs=1e-3) for share in gone["layer"].values())
-    for members, scope in ((lambda g: g.pool, "module"), (lambda g: (g.pool, g.name.split(".")[-2]), "isomorphic")):
+    for members, scope in (
+        (lambda g: g.layer_type, "module"),
+        (lambda g: (g.layer_type, g.name.split(".")[-2]), "isomorphic"),
+    ):
         for pool in {members(g) for g in groups}:
             own = [g for g in groups if members(g) == pool]
             units = sum(g.units for g in own)
@@ -107,7 +110,7 @@ def test_removed_units_stay_removed_and_count(scope: str) -> None:
         scores = draw({g.name: g.shape for g in groups}, step)  # fresh scores: the removed would come back
         masks = select(scores, share, scope, groups, previous)
         pools = {"global": [groups], "layer": [[g] for g in groups]}.get(scope)
-        for pool in pools or [[g for g in groups if g.pool == p] for p in ("qkv", "proj", "mlp")]:
+        for pool in pools or [[g for g in groups if g.layer_type == p] for p in ("qkv", "proj", "mlp")]:
             if scope != "isomorphic":
                 units = sum(g.units for g in pool)
                 assert sum(int((~masks[g.name]).sum()) for g in pool) == int(share * units + 0.5)

@@ -132,8 +132,8 @@ REFUSED = [
     ),
     ("efficientvit_b0", "attention", r"^stages.2.blocks.1.context_module.main \(LiteMLA\): its aggregation mixes"),
     ("mvitv2_tiny", "attention", r"^stages.0.blocks.0.attn \(MultiScaleAttention\): pooling shares its weights"),
-    ("eva02_tiny_patch14_224", "attention", r"^blocks.0.attn \(EvaAttention\): where positions are rotary, they turn"),
-    ("vit_small_patch16_rope_224", "attention", r"^blocks.0.attn \(AttentionRope\): where positions are rotary"),
+    ("eva02_tiny_patch14_224", "attention", r"^blocks.0.attn \(EvaAttention\): rotary positions rotate its channels"),
+    ("vit_small_patch16_rope_224", "attention", r"^blocks.0.attn \(AttentionRope\): rotary positions rotate"),
     ("vit_small_patch16_rope_mixed_224", "head", r"^rope \(RotaryEmbeddingMixed\): each head of each block has angles"),
     ("coat_tiny", "head", r"^crpe1 \(ConvRelPosEnc\): the blocks of a stage share it"),
     ("mobilevitv2_050", "head", r"^stages.2.1.transformer.0.attn \(LinearSelfAttention\): it has no heads"),
@@ -143,7 +143,7 @@ REFUSED = [
         "ffn",
         r"^stages.0.blocks.0.mlp.grn \(GlobalResponseNorm\): a norm .* couples its hidden units",
     ),
-    ("resnext50_32x4d", "ffn", r"^layer1.0.conv2 \(Conv2d\): what it does to hidden units"),
+    ("resnext50_32x4d", "ffn", r"^layer1.0.conv2 \(Conv2d\): its effect on single hidden units"),
     ("mixer_s32_224", "head", "^MlpMixer: there is no attention in it"),
     ("volo_d1_224", "head", r"^network.0.0.attn \(OutlookAttention\): this attention is not understood yet"),
     ("visformer_tiny", "ffn", r"^stage1.0.mlp \(SpatialMlp\): this MLP is not understood yet"),
@@ -153,7 +153,7 @@ REFUSED = [
         (
             name,
             "block",
-            rf"^{block}: neither it nor any other block of \w+ gives back what it is given",
+            rf"^{block}: neither it nor any other block of \w+ returns its input plus something",
         )
         for name, block in {
             "resnet50": r"layer1.0 \(Bottleneck\)",  # an activation runs over the sum

@@ -1,4 +1,7 @@
-"""Finding a model's groups: the only part that knows architectures by name."""
+"""Find the prunable groups of a timm model, record its structure and resize a model to a structure.
+
+The only package that depends on architectures by name.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,14 +37,14 @@ from vitprune.groups import KINDS, Group, resize_group
 Finder = Callable[[nn.Module, str], list[Group]]
 Cut = tuple[Group, tuple[int, ...]]
 
-FAMILIES: dict[type[nn.Module], Finder] = {  # those of which more is known than their parts
+FAMILIES: dict[type[nn.Module], Finder] = {  # models with group names and bookkeeping of their own
     VisionTransformer: vit.groups,
     VisionTransformerDistilled: vit.groups,
     SwinTransformer: swin.groups,
     PyramidVisionTransformerV2: pvt.groups,
     Decoder: decoder_groups,
 }
-HALVED = (VisionTransformer, VisionTransformerDistilled, Decoder)  # whose blocks go in halves; others are skipped whole
+SUBLAYER_PRUNED = (VisionTransformer, VisionTransformerDistilled, Decoder)  # remove sub-layers; others whole blocks
 TABLES: dict[type[nn.Module], unstructured.Table] = {
     Xcit: unstructured_tables.XCIT,
     EfficientFormer: unstructured_tables.EFFICIENTFORMER,
@@ -53,12 +56,17 @@ TABLES: dict[type[nn.Module], unstructured.Table] = {
 
 
 def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
-    """Find all groups of the given kinds in a timm model, in the order of its layers.
+    """Find all prunable groups of the given kinds in a timm model.
 
-    Hidden units, heads and channels of heads are found part by part, in whatever model the parts are.
+    Args:
+        model: a timm model or a `Decoder`.
+        kinds: kinds of units, from `vitprune.groups.KINDS`.
+
+    Returns:
+        The groups kind by kind, in the order of the model's layers.
 
     Raises:
-        BadInput: a kind is unknown, or the model or one of its modules is not understood; it is named.
+        BadInput: a kind is unknown, or the model or one of its modules cannot be pruned so; the message names it.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
@@ -67,7 +75,7 @@ def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
 
 
 def _find(model: nn.Module, kind: str) -> list[Group]:
-    if kind == "block" and type(model) not in HALVED:
+    if kind == "block" and type(model) not in SUBLAYER_PRUNED:
         return block_removal.groups(model)
     if type(model) in FAMILIES:
         return FAMILIES[type(model)](model, kind)
@@ -81,39 +89,55 @@ def _find(model: nn.Module, kind: str) -> list[Group]:
 
 
 def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -> list[Group]:
-    """Read attention groups as `number` merged heads (UP-ViTs); None leaves them as they are."""
+    """Merge the heads of all attention groups.
+
+    Args:
+        model: the model.
+        groups: groups of any kind; only those of kind attention change.
+        number: number of heads after merging; None for no merging.
+
+    Raises:
+        BadInput: the number does not divide a number of heads, or each head has its own parameters.
+
+    Source: UP-ViTs, merging h_b heads into h_t.
+    """
     return [attention.merge_heads(model, group, number) if number else group for group in groups]
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every group that can be cut, by name, and every skipped block: all that rebuilds a shrunk model."""
-    blocks = _cuttable(model, "block") if type(model) in HALVED else []
+    """Return what `rebuild` needs: the shape of every group that `shrink` can cut, by name, and the removed blocks."""
+    blocks = _cuttable(model, "block") if type(model) in SUBLAYER_PRUNED else []
     heads = _cuttable(model, "attention") or _cuttable(model, "head")
-    found = blocks + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
-    return block_removal.recorded(model) | {group.name: group.shape for group in found}
+    groups = blocks + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
+    return block_removal.removed_blocks(model) | {group.name: group.shape for group in groups}
 
 
 def _cuttable(model: nn.Module, kind: str) -> list[Group]:
     try:
         return find_groups(model, [kind])
-    except BadInput:  # a kind that this model cannot lose has kept its size
+    except BadInput:  # the model has no such group, or it cannot be cut
         return []
 
 
 def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """Cut a dense model to a recorded structure, in place; what its weights are afterwards does not matter.
+    """Cut a dense model to a recorded structure, in place, and return it; its weights are to be overwritten.
 
     Raises:
-        BadInput: as of `cut_down`.
+        BadInput: as of `resize_to_structure`.
     """
     resize_to_structure(model, shapes)
     return model
 
 
 def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[Cut]:
-    """Cut a dense model to a recorded structure, in place, and tell the cuts.
+    """Cut a dense model to a recorded structure, in place.
 
-    The same cuts by `recut` make the same of another model of the same shapes, which need not be looked at again.
+    Args:
+        model: the dense model.
+        shapes: shape by name of group, as returned by `structure`.
+
+    Returns:
+        The cuts made. `apply_cuts` repeats them on another model of the same shapes without a search for groups.
 
     Raises:
         BadInput: the structure names a group that the model does not have, or is larger than the model.
@@ -121,39 +145,39 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     cuts: list[Cut] = []
     for kind in ("block", "head", "residual", "attention", "ffn") if wanted else ():
-        if kind == "block" and type(model) not in HALVED:
-            cuts += apply_cuts(model, block_removal.cuts(model, wanted))
+        if kind == "block" and type(model) not in SUBLAYER_PRUNED:
+            cuts += apply_cuts(model, block_removal.cuts_of(model, wanted))
             continue
-        found = _cuttable(model, kind)
+        groups = _cuttable(model, kind)
         if kind == "head":
-            cuts += apply_cuts(model, _fewer_heads(model, found, wanted))
+            cuts += apply_cuts(model, _fewer_heads(model, groups, wanted))
         else:
-            cuts += apply_cuts(model, [(group, wanted[group.name]) for group in found if group.name in wanted])
-    found_shapes = structure(model) if wanted else {}
-    lost = {name: shape for name, shape in wanted.items() if found_shapes.get(name) != shape}
-    if lost:
-        name, shape = next(iter(lost.items()))
-        raise BadInput(f"structure: {type(model).__name__} has no group {name} that could take the shape {list(shape)}")
+            cuts += apply_cuts(model, [(group, wanted[group.name]) for group in groups if group.name in wanted])
+    reached = structure(model) if wanted else {}
+    for name, shape in wanted.items():
+        if reached.get(name) != shape:
+            model_name = type(model).__name__
+            raise BadInput(f"structure: {model_name} has no group {name} that could take the shape {list(shape)}")
     return cuts
 
 
 def apply_cuts(model: nn.Module, cuts: Sequence[Cut]) -> Sequence[Cut]:
-    """Give groups of a model their smaller shapes, in place, keeping their first units; the cuts themselves.
+    """Cut groups of a model to smaller shapes, in place, keeping their first units; return the cuts.
 
     Raises:
-        BadInput: a shape is larger than its group, or has nothing in it.
+        BadInput: a shape is larger than its group, or is empty.
     """
     for group, shape in cuts:
         resize_group(model, group, shape)
     return cuts
 
 
-def _fewer_heads(model: nn.Module, found: Sequence[Group], wanted: Mapping[str, tuple[int, ...]]) -> list[Cut]:
-    """Cuts of whole heads where the recorded attention has fewer of them and none is wider (merged) than before."""
+def _fewer_heads(model: nn.Module, groups: Sequence[Group], wanted: Mapping[str, tuple[int, ...]]) -> list[Cut]:
+    """Cuts of whole heads, for every attention recorded with fewer heads that are not wider (merged) than before."""
     widths = {group.name: group.shape[1] for group in _cuttable(model, "attention")}
     cuts: list[Cut] = []
-    for group in found:
-        if group.name in wanted:  # its channels cannot be cut, so its heads are what was recorded
+    for group in groups:
+        if group.name in wanted:  # its channels cannot be cut, so its number of heads was recorded
             cuts.append((group, wanted[group.name]))
         elif len(wanted.get(group.owner, ())) == 2:
             number, width = wanted[group.owner]
@@ -163,7 +187,7 @@ def _fewer_heads(model: nn.Module, found: Sequence[Group], wanted: Mapping[str, 
 
 
 def uniform_args(model: nn.Module) -> dict[str, Any]:
-    """Arguments of timm.create_model that give the model's shapes, empty where none do."""
+    """Return the arguments of timm.create_model that give a model of these shapes; empty if there are none."""
     if isinstance(model, PyramidVisionTransformerV2):
         return pvt.uniform_args(model)
     return vit.uniform_args(model) if isinstance(model, VisionTransformer) else {}

@@ -1,4 +1,4 @@
-"""Whole blocks of any model: those that give back what they are given with something added can be skipped."""
+"""Removal of whole residual blocks, x + f(x), of any model: a removed block becomes an IdentityBlock."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -8,109 +8,113 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.parts import refuse
-from vitprune.architectures.tracing.cache import Shapes, images, line, shapes
-from vitprune.architectures.tracing.residual_branches import adding
+from vitprune.architectures.slices import not_prunable
+from vitprune.architectures.tracing.cache import Shapes, first_line, meta_input, state_shapes
+from vitprune.architectures.tracing.residual_branches import find_residual_modules
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within, meta_copy
 from vitprune.runtime.eval_mode import eval_mode
 
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[Shapes, tuple[str, ...] | BadInput]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[nn.Module, tuple[Shapes, tuple[str, ...] | BadInput]] = WeakKeyDictionary()
 
 
 class IdentityBlock(nn.Module):
-    """Where a block was: the first of what it is given goes on."""
+    """Replacement of a removed block: returns its first input."""
 
     def forward(self, x: Tensor, *others: Any, **more: Any) -> Tensor:
-        """The first input, as it is."""
+        """Return the first input."""
         return x
 
     def set_input_size(self, *sizes: Any, **more: Any) -> None:
-        """Nothing here depends on a size; timm tells it to every block of a Swin."""
+        """Do nothing; timm calls this method on every block of a Swin."""
 
 
 def groups(model: nn.Module) -> list[Group]:
-    """All blocks that can be skipped, as one group; what else is in the model stays.
+    """Find all removable blocks of a model, as one group.
 
-    A block is a member of a Sequential or ModuleList, of two layers or more, that gives back the first of what it is
-    given, all of it in its place, with something added. Of blocks within blocks, the inner ones count.
+    A removable block is a member of a Sequential or ModuleList, has two layers or more, and returns its first input
+    plus something. If such blocks contain others, the inner ones are removable. Cached until the model's shapes change.
 
     Raises:
-        BadInput: there are none, and one that is not is named; or the model does not run without them.
+        BadInput: no block is removable (the message names one), or the model does not run without its blocks.
     """
-    state = shapes(model)
-    known = _KNOWN.get(model)
-    if known is None or known[0] != state:
-        _KNOWN[model] = known = (state, _looked_up(model))
-    if isinstance(known[1], BadInput):
-        raise BadInput(str(known[1]))
-    return [group_of(known[1])]
+    shapes = state_shapes(model)
+    entry = _CACHE.get(model)
+    if entry is None or entry[0] != shapes:
+        _CACHE[model] = entry = (shapes, _find_blocks(model))
+    if isinstance(entry[1], BadInput):
+        raise BadInput(str(entry[1]))
+    return [group_of(entry[1])]
 
 
 def group_of(paths: Sequence[str]) -> Group:
-    """The group of the blocks at these paths, in their order: both units of a block are the block."""
-    units = tuple((path,) for path in paths for _ in range(2))
-    return Group("blocks", "block", (len(units),), (), sublayers=units, drop=partial(_skip, tuple(paths)))
+    """Return the group of the blocks at these paths, in this order: both units of a block are the whole block."""
+    sublayers = tuple((path,) for path in paths for _ in range(2))
+    return Group("blocks", "block", (len(sublayers),), (), sublayers=sublayers, drop=partial(_remove, tuple(paths)))
 
 
-def recorded(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What a saved model's structure says of the blocks that are skipped: their names."""
+def removed_blocks(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the entries of a saved model's structure for its removed blocks: <path>.skipped, shape (1,)."""
     return {_entry(path): (1,) for path, module in model.named_modules() if type(module) is IdentityBlock}
 
 
-def cuts(model: nn.Module, wanted: Mapping[str, Sequence[int]]) -> list[tuple[Group, tuple[int, ...]]]:
-    """The cut that skips the blocks that a structure names, if it names any; those that stay come first in its group.
+def cuts_of(model: nn.Module, structure: Mapping[str, Sequence[int]]) -> list[tuple[Group, tuple[int, ...]]]:
+    """Return the cut that removes the blocks named in a saved structure, if there are any.
+
+    A cut keeps the first units of its group, so the kept blocks are the first ones of the group.
 
     Raises:
-        BadInput: no block of the model can be skipped.
+        BadInput: no block of the model is removable.
     """
-    if not any(name.endswith(_entry("")) for name in wanted):
+    if not any(name.endswith(_entry("")) for name in structure):
         return []
     (group,) = groups(model)
     paths = [path for (path,) in group.sublayers[::2]]
-    order = sorted(paths, key=lambda path: _entry(path) in wanted)
-    return [(group_of(order), (2 * sum(_entry(path) not in wanted for path in paths),))]
+    order = sorted(paths, key=lambda path: _entry(path) in structure)
+    return [(group_of(order), (2 * sum(_entry(path) not in structure for path in paths),))]
 
 
 def _entry(path: str) -> str:
     return f"{path}.skipped"
 
 
-def _skip(paths: Sequence[str], model: nn.Module, keep: Tensor) -> None:
-    for path, stays in zip(paths, keep[::2].tolist(), strict=True):
-        if not stays:
+def _remove(paths: Sequence[str], model: nn.Module, keep: Tensor) -> None:
+    for path, kept in zip(paths, keep[::2].tolist(), strict=True):
+        if not kept:
             model.set_submodule(path, IdentityBlock())
 
 
-def _looked_up(model: nn.Module) -> tuple[str, ...] | BadInput:
-    """Paths of the blocks that can be skipped, or why none can."""
-    small, members = meta_copy(model), _members(model)
+def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
+    """Paths of the removable blocks, or the error if there are none."""
+    copy, members = meta_copy(model), _members(model)
     try:
-        given = images(small)
-        found = adding(small, given, members)
-    except Exception as error:  # whatever a forward pass says to tensors without values
-        return BadInput(f"{type(model).__name__}: it does not run on shapes alone ({line(error)})")
-    paths = _innermost([path for path in members if path in found])
+        inputs = meta_input(copy)
+        residual = find_residual_modules(copy, inputs, members)
+    except Exception as error:  # a forward pass may raise anything on tensors without values
+        return BadInput(f"{type(model).__name__}: it does not run on shapes alone ({first_line(error)})")
+    paths = _innermost([path for path in members if path in residual])
     if not paths:
         return _refusal(model, members)
-    _skip(paths, small, torch.zeros(2 * len(paths), dtype=torch.bool))
+    _remove(paths, copy, torch.zeros(2 * len(paths), dtype=torch.bool))
     try:
-        with torch.no_grad(), eval_mode(small):
-            small(given)
+        with torch.no_grad(), eval_mode(copy):
+            copy(inputs)
     except Exception as error:
-        return BadInput(f"{type(model).__name__}: without its blocks it does not run on shapes alone ({line(error)})")
+        return BadInput(
+            f"{type(model).__name__}: without its blocks it does not run on shapes alone ({first_line(error)})"
+        )
     return paths
 
 
 def _members(model: nn.Module) -> list[str]:
-    """Paths of all members of a Sequential or ModuleList that have two layers or more and no skipped block in them."""
-    found = []
+    """Paths of all members of a Sequential or ModuleList with two layers or more and no removed block inside."""
+    result = []
     for path, module in model.named_modules():
-        within = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Sequential | nn.ModuleList)
+        is_member = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Sequential | nn.ModuleList)
         layers = sum(parameter.dim() > 1 for parameter in module.parameters())
-        if path and within and layers > 1 and not any(type(inner) is IdentityBlock for inner in module.modules()):
-            found.append(path)
-    return found
+        if path and is_member and layers > 1 and not any(type(inner) is IdentityBlock for inner in module.modules()):
+            result.append(path)
+    return result
 
 
 def _innermost(paths: Sequence[str]) -> tuple[str, ...]:
@@ -122,5 +126,5 @@ def _refusal(model: nn.Module, members: Sequence[str]) -> BadInput:
     if not members:
         return BadInput(f"{name}: there is no block in it, so it has no groups of kind 'block'")
     first = _innermost(members)[0]
-    why = f"neither it nor any other block of {name} gives back what it is given with something added"
-    return refuse(first, model.get_submodule(first), why)
+    why = f"neither it nor any other block of {name} returns its input plus something"
+    return not_prunable(first, model.get_submodule(first), why)

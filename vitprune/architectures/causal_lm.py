@@ -1,29 +1,36 @@
-"""A causal language model of timm's own blocks, and its groups: what is pruned in a ViT is pruned in it alike."""
+"""Causal language model built from timm's transformer Block, and its groups, which are those of a ViT."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vitprune.architectures import parts, vit
-from vitprune.architectures.chain import Branch, Chain, Perceptron, Step
-from vitprune.groups import Group, ParamSlice
+from vitprune.architectures import vit
+from vitprune.architectures.residual_stream import group_along
+from vitprune.architectures.tracing.cache import traced_channels
+from vitprune.groups import Group
 
 
 class Decoder(nn.Module):
-    """Token and position embeddings, pre-norm blocks that look back only, a norm and a head.
+    """Causal language model: token and position embeddings, pre-norm blocks, LayerNorm and classifier.
 
-    `context` is the largest number of tokens. What else timm's models carry about themselves is here too: its training
-    tasks ask for it, and cutting a ViT keeps it up to date.
+    It has the attributes of timm's models that training and pruning read, such as `feature_info`.
+
+    Args:
+        vocabulary: number of tokens of the vocabulary.
+        context: maximum number of input tokens.
+        width: embedding dimension.
+        depth: number of blocks.
+        heads: number of attention heads.
+        mlp_ratio: hidden units of an MLP per channel of the embedding.
     """
 
     def __init__(self, vocabulary: int, context: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0):
         super().__init__()
         self.num_classes, self.context, self.in_chans = vocabulary, context, 1
         self.embed_dim = self.num_features = self.head_hidden_size = width
-        self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,)}
+        self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,), "context_length": context}
         self.feature_info = [{"num_chs": width, "module": f"blocks.{index}"} for index in range(depth)]
         self.token_embed = nn.Embedding(vocabulary, width)
         self.pos_embed = nn.Parameter(torch.empty(1, context, width))
@@ -33,16 +40,16 @@ class Decoder(nn.Module):
         for weight in (self.token_embed.weight, self.pos_embed):
             nn.init.normal_(weight, std=0.1)
         for name, parameter in self.blocks.named_parameters():
-            if ".attn.proj." in name or ".mlp.fc2." in name:  # a branch starts by adding nothing
+            if ".attn.proj." in name or ".mlp.fc2." in name:  # zero, so that every block is the identity at first
                 nn.init.zeros_(parameter)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The residual stream (B, T, width) of tokens (B, T)."""
+        """Return the residual stream (B, T, width) of tokens (B, T)."""
         embedded: Tensor = self.token_embed(tokens)
         return embedded + self.pos_embed[:, : tokens.shape[1]]
 
     def forward_features(self, tokens: Tensor) -> Tensor:
-        """What the head reads, (B, T, width)."""
+        """Return the input of the classifier, (B, T, width)."""
         stream = self.embed(tokens)
         for block in self.blocks:
             stream = block(stream, is_causal=True)
@@ -50,46 +57,25 @@ class Decoder(nn.Module):
         return normed
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits of features, or the features themselves."""
+        """Return the logits of features, or the features if `pre_logits` is set."""
         return features if pre_logits else self.head(features)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, vocabulary) of the token that follows each of tokens (B, T)."""
+        """Return the next-token logits (B, T, vocabulary) of tokens (B, T)."""
         return self.forward_head(self.forward_features(tokens))
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """All groups of one kind, named as in a ViT.
+    """Find all groups of one kind, with the same names as in a ViT.
 
     Raises:
-        BadInput: a block, attention, MLP or norm of the model is of a type that is not understood.
+        BadInput: a block, attention or MLP of the model is of an unknown class.
     """
-    return [_stream(model)] if kind == "residual" else vit.groups(model, kind)
-
-
-def _stream(model: Any) -> Group:
-    """Channels of the residual stream, from the embeddings to the head."""
-    paths = [f"blocks.{index}" for index in range(len(model.blocks))]
-    writers = [f"{path}.{leaf}" for path in paths for leaf in ("attn.proj", "mlp.fc2")]
-    readers = [f"{path}.{leaf}" for path in paths for leaf in ("attn.qkv", "mlp.fc1")]
-    norms = [f"{path}.{leaf}" for path in paths for leaf in ("norm1", "norm2")]
-    embeddings = ParamSlice("token_embed.weight", 1), ParamSlice("pos_embed", 2)
-    found = embeddings + parts.stream(model, writers, [*readers, "head"], [*norms, "norm"])
-    return Group("residual", "residual", (model.embed_dim,), found, resize=_resize_width)
+    if kind != "residual":
+        return vit.groups(model, kind)
+    return [group_along(traced_channels(model), "residual", "token_embed.weight", 1, _resize_width)]
 
 
 def _resize_width(model: Any, shape: tuple[int, ...]) -> None:
     vit.resize_width(model, shape)
     model.token_embed.embedding_dim = shape[0]
-
-
-def chain(model: Any) -> Chain:
-    """The two branches of every block, then norm and head; the answer is (B, T, vocabulary)."""
-    steps: list[Step] = []
-    for index, block in enumerate(model.blocks):
-        path, attn, mlp, whole = f"blocks.{index}", partial(block.attn, is_causal=True), block.mlp, nn.Identity()
-        steps += [
-            Branch(f"{path}.attn", "attention", block.norm1, attn, whole, block.attn.proj),
-            Branch(f"{path}.mlp", "ffn", block.norm2, mlp, whole, mlp.fc2, Perceptron(mlp.fc1, mlp.act)),
-        ]
-    return Chain(model.embed, tuple(steps), (model.norm, model.head))

@@ -1,4 +1,4 @@
-"""A model as a chain: an embedding, branches that each add to a stream, and an ending that reads the answer off it."""
+"""Residual chain: a model as an embedding, a sequence of residual branches and a classification head."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,16 @@ Step = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class SelfAttention:
-    """What is inside a plain multi-head attention over all tokens; rows of `qkv` are (q k v, heads, channels)."""
+class AttentionLayers:
+    """Layers of a plain multi-head self-attention over all tokens.
+
+    Attributes:
+        qkv: projection to queries, keys and values; its output is (..., 3 * heads * head_dim), q before k before v.
+        q_norm: normalization of the queries; Identity if there is none.
+        k_norm: normalization of the keys; Identity if there is none.
+        heads: number of heads.
+        scale: factor of the attention logits.
+    """
 
     qkv: nn.Linear
     q_norm: nn.Module
@@ -20,8 +28,8 @@ class SelfAttention:
 
 
 @dataclass(frozen=True)
-class Perceptron:
-    """What is inside a plain MLP: a layer and an activation before the consumer."""
+class MlpLayers:
+    """Layers of a plain MLP before its output projection: the first Linear and the activation."""
 
     fc1: nn.Linear
     act: nn.Module
@@ -29,11 +37,17 @@ class Perceptron:
 
 @dataclass(frozen=True)
 class Branch:
-    """One addition to the stream: x + scale(run(norm(x))), in evaluation mode.
+    """One residual branch in evaluation mode: x + scale(run(norm(x))).
 
-    `name` is the path of the attention or MLP and so of its group. `consumer` is the layer whose output, token by
-    token, is what `run` returns; None where something else (windows) lies between. `inside` is there where the branch
-    is plain, and None where only `run` knows what it does.
+    Attributes:
+        name: path of the attention or MLP module, which is also the name of its group.
+        kind: "attention" or "ffn".
+        norm: the normalization before the attention or MLP.
+        run: the attention or MLP.
+        scale: LayerScale, or Identity.
+        consumer: the output projection, if `run` returns its output token by token; None if other operations follow
+            it, such as the reversal of windows.
+        layers: the layers of a plain attention or MLP; None if only `run` can compute the branch.
     """
 
     name: str
@@ -42,43 +56,47 @@ class Branch:
     run: Step
     scale: Step
     consumer: nn.Linear | None = None
-    inside: SelfAttention | Perceptron | None = None
+    layers: AttentionLayers | MlpLayers | None = None
 
     def __call__(self, stream: Tensor) -> Tensor:
-        """The stream after the branch; (B, ..., channels), as it came in."""
+        """Return the residual stream after the branch, in the shape of its input (B, ..., channels)."""
         added: Tensor = self.scale(self.run(self.norm(stream)))
         return stream + added
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A model in evaluation mode, step by step: `embed` an image, add the branches, `finish` with the answer.
+    """A model in evaluation mode as a sequence of steps on its residual stream.
 
-    A step that is no Branch changes the stream as a whole (patch merging, a norm). `reads` is how many leading tokens
-    the ending looks at, None for all. `narrow` says that a residual channel is one channel of the embedding, of every
-    LayerNorm's input and output and of every branch's output, and of nothing else.
+    Attributes:
+        embed: function from the model's input to the residual stream (B, ..., channels).
+        steps: residual branches, and steps that replace the stream, such as patch merging.
+        head: functions from the last residual stream to the logits.
+        num_tokens_read: number of leading tokens that the head reads; None if it reads all tokens.
+        allows_channel_ablation: True if a residual channel is one channel of the embedding, of the input and output of
+            every LayerNorm and of the output of every branch, and occurs nowhere else.
     """
 
     embed: Step
     steps: tuple[Step, ...]
-    ending: tuple[Step, ...]
-    reads: int | None = None
-    narrow: bool = False
+    head: tuple[Step, ...]
+    num_tokens_read: int | None = None
+    allows_channel_ablation: bool = False
 
-    def finish(self, stream: Tensor) -> Tensor:
-        """Logits (B, classes) from the stream after the last step; of its tokens only the first `reads` matter."""
-        for step in self.ending:
+    def run_head(self, stream: Tensor) -> Tensor:
+        """Return the logits (B, classes) from the residual stream after the last step."""
+        for step in self.head:
             stream = step(stream)
         return stream
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, classes), equal to the model's."""
+        """Return the logits (B, classes), equal to those of the model."""
         stream = self.embed(images)
         for step in self.steps:
             stream = step(stream)
-        return self.finish(stream)
+        return self.run_head(stream)
 
-    def branch(self, name: str) -> int | None:
-        """Position among the steps of the branch of that name."""
-        found = [place for place, step in enumerate(self.steps) if isinstance(step, Branch) and step.name == name]
-        return found[0] if found else None
+    def branch_index(self, name: str) -> int | None:
+        """Return the index in `steps` of the branch with this name, None if there is none."""
+        indices = (i for i, step in enumerate(self.steps) if isinstance(step, Branch) and step.name == name)
+        return next(indices, None)

@@ -1,4 +1,4 @@
-"""Hidden units of every MLP and bottleneck that we know: by the order in which its layers run."""
+"""Groups of hidden units: specs of known MLPs and bottlenecks, and their groups."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,12 +19,12 @@ from timm.models import (
 )
 from torch import nn
 
-from vitprune.architectures.parts import refuse
 from vitprune.architectures.slices import (
     SliceSet,
     elementwise_slices,
     input_slices,
-    is_matrix,
+    mixes_channels,
+    not_prunable,
     output_slices,
     sequential_layers,
 )
@@ -33,23 +33,26 @@ from vitprune.groups import Group
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """Layers in the order in which they run; between two of them that mix channels lie hidden units.
+    """Layers of an MLP. The channels between two layers that mix channels are one group of hidden units.
 
-    `beside` writes the same units as the first layer, and `chunks` is how often the first layer writes each unit.
+    Attributes:
+        layers: names of the layers, in the order in which they run.
+        parallel: layers that write the same hidden units as the first one, such as the gate of SwiGLU.
+        chunks: number of times that the first layer writes each hidden unit, 2 for a GLU.
     """
 
     layers: tuple[str, ...]
-    beside: tuple[str, ...] = ()
+    parallel: tuple[str, ...] = ()
     chunks: int = 1
 
 
-ORDERS: dict[type[nn.Module], MlpSpec] = {
+SPECS: dict[type[nn.Module], MlpSpec] = {
     Mlp: MlpSpec(("fc1", "act", "norm", "fc2")),
     ConvMlp: MlpSpec(("fc1", "norm", "act", "fc2")),
     GatedMlp: MlpSpec(("fc1", "act", "gate", "norm", "fc2")),
     GlobalResponseNormMlp: MlpSpec(("fc1", "act", "grn", "fc2")),
     GluMlp: MlpSpec(("fc1", "act", "norm", "fc2"), chunks=2),
-    SwiGLU: MlpSpec(("fc1_x", "act", "norm", "fc2"), beside=("fc1_g",)),
+    SwiGLU: MlpSpec(("fc1_x", "act", "norm", "fc2"), parallel=("fc1_g",)),
     efficientformer.ConvMlpWithNorm: MlpSpec(("fc1", "norm1", "act", "fc2")),
     efficientformer_v2.ConvMlpWithNorm: MlpSpec(("fc1", "mid", "fc2")),
     levit.LevitMlp: MlpSpec(("ln1", "act", "ln2")),
@@ -68,34 +71,38 @@ ORDERS: dict[type[nn.Module], MlpSpec] = {
 
 
 def groups(path: str, module: Any) -> list[Group]:
-    """The hidden units of a known module, one group for every two layers that mix channels.
+    """Return the groups of hidden units of a module of `SPECS`, one for every two layers that mix channels.
+
+    Args:
+        path: path of the module in the model.
+        module: the module.
 
     Raises:
-        BadInput: a layer is not plain, or something between two of them couples hidden units.
+        BadInput: a layer does not use its weights unchanged, or a layer between two others couples hidden units.
 
     Source: UP-ViTs, component 3: a unit is a row and bias of one layer and a column of the next.
     """
-    order = ORDERS[type(module)]
-    if not order.layers:
+    spec = SPECS[type(module)]
+    if not spec.layers:
         return []
-    steps = [step for leaf in order.layers[:-1] for step in sequential_layers(f"{path}.{leaf}", getattr(module, leaf))]
-    steps += list(sequential_layers(f"{path}.{order.layers[-1]}", getattr(module, order.layers[-1])))[:1]
-    places = [number for number, (_, layer) in enumerate(steps) if is_matrix(layer)]
-    for place in (0, len(steps) - 1):
-        if place not in places:
-            raise refuse(*steps[place], "expected a Linear or Conv2d layer that mixes channels")
-    found = []
-    for start, end in pairwise(places):
-        chunks = order.chunks if start == 0 else 1
-        held = output_slices(*steps[start], chunks)
-        for leaf in order.beside if start == 0 else ():
-            held += output_slices(f"{path}.{leaf}", getattr(module, leaf), chunks)
-        held = sum((elementwise_slices(*step) for step in steps[start + 1 : end]), held)
-        held += input_slices(*steps[end])
-        name = path if len(places) == 2 else steps[start][0]
-        found.append(_group(name, steps[end][1], held))
-    return found
+    steps = [step for leaf in spec.layers[:-1] for step in sequential_layers(f"{path}.{leaf}", getattr(module, leaf))]
+    steps += list(sequential_layers(f"{path}.{spec.layers[-1]}", getattr(module, spec.layers[-1])))[:1]
+    mixing = [index for index, (_, layer) in enumerate(steps) if mixes_channels(layer)]
+    for end in (0, len(steps) - 1):
+        if end not in mixing:
+            raise not_prunable(*steps[end], "expected a Linear or Conv2d layer that mixes channels")
+    result = []
+    for writer, reader in pairwise(mixing):
+        chunks = spec.chunks if writer == 0 else 1
+        units = output_slices(*steps[writer], chunks)
+        for leaf in spec.parallel if writer == 0 else ():
+            units += output_slices(f"{path}.{leaf}", getattr(module, leaf), chunks)
+        units = sum((elementwise_slices(*step) for step in steps[writer + 1 : reader]), units)
+        units += input_slices(*steps[reader])
+        name = path if len(mixing) == 2 else steps[writer][0]
+        result.append(_group(name, steps[reader][1], units))
+    return result
 
 
-def _group(name: str, reader: Any, held: SliceSet) -> Group:
-    return Group(name, "ffn", (reader.weight.shape[1],), held.slices, buffers=held.buffers)
+def _group(name: str, reader: Any, units: SliceSet) -> Group:
+    return Group(name, "ffn", (reader.weight.shape[1],), units.slices, buffers=units.buffers)

@@ -1,26 +1,30 @@
-"""Groups of timm's PyramidVisionTransformerV2 (PVTv2), with and without its linear attention."""
+"""Groups of timm's PyramidVisionTransformerV2 (PVTv2), with and without linear attention."""
 
 from functools import partial
 from typing import Any
 
 from timm.models.pvt_v2 import Attention, Block, MlpWithDepthwiseConv
 
-from vitprune.architectures import by_module, parts
+from vitprune.architectures import by_module
 from vitprune.architectures.block_removal import IdentityBlock
-from vitprune.architectures.pvt_attention import CutAttention, set_pvt_forward_class
+from vitprune.architectures.narrow_attention import NarrowPvtAttention, set_pvt_forward_class
+from vitprune.architectures.residual_stream import group_along
+from vitprune.architectures.slices import block_weights, not_prunable
+from vitprune.architectures.tracing.cache import traced_channels
 from vitprune.groups import Group
 
-PRUNABLE = {"attn.q": "qkv", "attn.kv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}
+BLOCK_LINEARS = {"attn.q": "qkv", "attn.kv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """All groups of one kind; convolutions keep every single weight, as the patch embedding of a ViT does.
+    """Find all groups of one kind; single weights of convolutions are not pruned.
 
-    Residual groups are one stream per stage and, of every attention that reduces its map, the channels of the reduced
-    map: a space of its own, under a LayerNorm of its own. Cut all of them by the same share and timm's shapes are left.
+    Every stage has one group of residual channels. Every attention with spatial reduction has another one, the channels
+    of its reduced map, which has a LayerNorm of its own. If all of them are pruned to the same sparsity, the result has
+    the shapes of a timm model.
 
     Raises:
-        BadInput: a block, attention, MLP or norm of the model is of a type that is not understood.
+        BadInput: a block, attention or MLP is of an unknown class, or a residual stream cannot be pruned.
     """
     blocks = [
         (f"stages.{number}.blocks.{index}", plain(f"stages.{number}.blocks.{index}", block))
@@ -29,86 +33,65 @@ def groups(model: Any, kind: str) -> list[Group]:
         if type(block) is not IdentityBlock
     ]
     if kind == "residual":
-        streams = [_stream(model, number) for number in range(len(model.stages))]
-        return streams + [_reduction(f"{path}.attn", b.attn) for path, b in blocks if b.attn.sr is not None]
-    if kind == "weight":
-        return [group for path, block in blocks for group in parts.weights(path, block, PRUNABLE)]
-    return by_module.groups(model, kind)
+        writers = ["patch_embed.proj", *(f"stages.{index}.downsample.proj" for index in range(1, len(model.stages)))]
+        reductions = [f"{path}.attn" for path, block in blocks if block.attn.sr is not None]
+        channels = traced_channels(model)
+        return [
+            group_along(channels, f"stages.{index}.residual", f"{writer}.weight", 0, partial(_resize_stream, index))
+            for index, writer in enumerate(writers)
+        ] + [
+            group_along(channels, f"{path}.sr", f"{path}.sr.weight", 0, _resize_reduction, path) for path in reductions
+        ]
+    return by_module.groups(model, kind) if kind in by_module.KINDS else block_weights(blocks, BLOCK_LINEARS)
 
 
 def uniform_args(model: Any) -> dict[str, Any]:
-    """Arguments of timm.create_model for a model whose blocks are alike within each stage, else nothing."""
+    """Return the arguments of timm.create_model for this model; empty if the blocks of a stage differ."""
     stages = [{_shape(block) for block in stage.blocks} for stage in model.stages]
     if any(len(shapes) != 1 or None in shapes for shapes in stages):
         return {}
     widths, heads, hidden, ratios = zip(*(shapes.pop() for shapes in stages), strict=True)
-    mlp = [units / width for units, width in zip(hidden, widths, strict=True)]
-    if any(int(width * ratio) != units for width, ratio, units in zip(widths, mlp, hidden, strict=True)):
+    mlp_ratios = [units / width for units, width in zip(hidden, widths, strict=True)]
+    if any(int(width * ratio) != units for width, ratio, units in zip(widths, mlp_ratios, hidden, strict=True)):
         return {}
     depths = [len(stage.blocks) for stage in model.stages]
     shape = {"embed_dims": list(widths), "depths": depths, "num_heads": list(heads)}
-    return shape | {"mlp_ratios": mlp, "sr_ratios": list(ratios)}
-
-
-def _shape(block: Any) -> tuple[int, int, int, int] | None:
-    """Width, heads, hidden units and reduction ratio of a block in timm's own shape."""
-    if type(block) is not Block:
-        return None
-    attn = block.attn
-    if type(attn) is not Attention:
-        return None
-    ratio = 1 if attn.sr is None else attn.sr.kernel_size[0]
-    return attn.dim, attn.num_heads, block.mlp.fc1.out_features, ratio
+    return shape | {"mlp_ratios": mlp_ratios, "sr_ratios": list(ratios)}
 
 
 def plain(path: str, block: Any) -> Any:
-    """The block itself.
+    """Return the block.
 
     Raises:
-        BadInput: it, its attention or its MLP is of a type that is not understood.
+        BadInput: the block, its attention or its MLP is of an unknown class.
     """
     if type(block) is not Block:
-        raise parts.refuse(path, block, "only timm's PVTv2 Block is understood here")
-    if type(block.attn) not in (Attention, CutAttention):
-        raise parts.refuse(f"{path}.attn", block.attn, "only timm's PVTv2 Attention is understood here")
+        raise not_prunable(path, block, "only timm's PVTv2 Block is supported")
+    if type(block.attn) not in (Attention, NarrowPvtAttention):
+        raise not_prunable(f"{path}.attn", block.attn, "only timm's PVTv2 Attention is supported")
     if type(block.mlp) is not MlpWithDepthwiseConv:
-        raise parts.refuse(f"{path}.mlp", block.mlp, "only timm's MLP with a depth-wise convolution is understood here")
+        raise not_prunable(f"{path}.mlp", block.mlp, "only timm's MLP with a depth-wise convolution is supported")
     return block
 
 
-def _reduction(path: str, attn: Any) -> Group:
-    """Channels of the reduced map that keys and values read: rows of sr, its norm, columns of kv."""
-    found = parts.slices(attn.sr, f"{path}.sr", 0) + parts.norm(attn.norm, f"{path}.norm")
-    found += parts.slices(attn.kv, f"{path}.kv", 1)
-    return Group(f"{path}.sr", "residual", (attn.sr.out_channels,), found, owner=path, resize=_resize_reduction)
+def _shape(block: Any) -> tuple[int, int, int, int] | None:
+    """Width, heads, hidden units and reduction ratio of a block with timm's attention."""
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return None
+    attn = block.attn
+    ratio = 1 if attn.sr is None else attn.sr.kernel_size[0]
+    return attn.dim, attn.num_heads, block.mlp.fc1.out_features, ratio
 
 
 def _resize_reduction(attn: Any, shape: tuple[int, ...]) -> None:
     set_pvt_forward_class(attn)
 
 
-def _stream(model: Any, number: int) -> Group:
-    """Channels of one stage's residual stream, from its patch embedding to the next one, or to the head."""
-    path, last = f"stages.{number}", number + 1 == len(model.stages)
-    entry = f"{path}.downsample" if number else "patch_embed"
-    writers, norms = [f"{entry}.proj"], [f"{entry}.norm", f"{path}.norm"]
-    readers = ["head" if last else f"stages.{number + 1}.downsample.proj"]
-    for index, block in enumerate(model.stages[number].blocks):
-        if type(block) is IdentityBlock:
-            continue
-        inside = f"{path}.blocks.{index}"
-        writers += [f"{inside}.attn.proj", f"{inside}.mlp.fc2"]
-        readers += [f"{inside}.attn.q", f"{inside}.mlp.fc1", f"{inside}.attn.{'kv' if block.attn.sr is None else 'sr'}"]
-        norms += [f"{inside}.norm1", f"{inside}.norm2"]
-    found = parts.stream(model, writers, readers, norms)
-    width = model.get_submodule(entry).proj.out_channels
-    return Group(f"{path}.residual", "residual", (width,), found, resize=partial(_resize_stream, number))
-
-
-def _resize_stream(number: int, model: Any, shape: tuple[int, ...]) -> None:
-    model.feature_info[number]["num_chs"] = shape[0]
-    for block in model.stages[number].blocks:
+def _resize_stream(index: int, model: Any, shape: tuple[int, ...]) -> None:
+    """Record a new width of the residual stream of a stage."""
+    model.feature_info[index]["num_chs"] = shape[0]
+    for block in model.stages[index].blocks:
         if type(block) is not IdentityBlock:
             set_pvt_forward_class(block.attn)
-    if number + 1 == len(model.stages):
+    if index + 1 == len(model.stages):
         model.num_features = model.head_hidden_size = shape[0]

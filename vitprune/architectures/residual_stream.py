@@ -1,4 +1,4 @@
-"""Residual streams of any model, found by running its shapes once: one group per stream."""
+"""Groups of residual-stream channels, found in the channel dependency graph of a model."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,79 +9,108 @@ from torch import nn
 
 from vitprune.architectures import narrow_attention
 from vitprune.architectures.tracing.cache import traced_channels, trial_run
-from vitprune.architectures.tracing.dependency_graph import ChannelGroup
+from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGroup
 from vitprune.errors import BadInput
-from vitprune.groups import Group, is_within
+from vitprune.groups import Group, Resize, is_within
 
-WIDTHS = ("num_features", "head_hidden_size", "in_features", "embed_dim")  # of a model, or of its head
+WIDTH_ATTRIBUTES = ("num_features", "head_hidden_size", "in_features", "embed_dim")  # of a timm model, or of its head
 
 
 def groups(model: nn.Module) -> list[Group]:
-    """The channels of every residual stream: what is added up, through all the layers that write and read it.
+    """Find the channels of every residual stream of a timm model, each with all layers that write and read it.
 
-    A cut of a third is tried on the model's shapes first, since a forward pass may know its widths by heart.
+    A third of all channels is removed from a copy on the meta device first, because a forward pass may contain its
+    widths as constants.
 
     Raises:
-        BadInput: a stream cannot be cut, for the reason given, or there is none.
+        BadInput: a stream cannot be pruned, for the reason given, or there is none.
 
     Source: UP-ViTs, component 1.
     """
-    streams = [one for one in traced_channels(model) if one.kind == "residual" and len(one.writers) > 1]
-    streams = [one for one in streams if not _is_answer(model, one)]
+    streams = [group for group in traced_channels(model) if group.kind == "residual" and len(group.writers) > 1]
+    streams = [stream for stream in streams if not _is_output(model, stream)]
     if not streams:
         raise BadInput(f"{type(model).__name__}: it has no residual stream between its layers")
-    for one in streams:
-        if one.why_not or one.units == 1:
-            why = one.why_not or "its channels stand and fall together"
-            raise BadInput(f"{_path(one)}: the residual stream that it writes cannot be cut ({why})")
-    features = _features(model, streams)
-    found = [_group(model, one, features[place]) for place, one in enumerate(streams)]
-    trial_run(model, found, "a narrower residual stream")
-    return found
+    for stream in streams:
+        _refuse_unprunable(stream, stream.why_not)
+    features = _feature_entries(model, streams)
+    result = [_group(model, stream, features[index]) for index, stream in enumerate(streams)]
+    trial_run(model, result, "a narrower residual stream")
+    return result
 
 
-def _is_answer(model: Any, one: ChannelGroup) -> bool:
-    """Whether a sum is of classifiers, as of a distilled model's two."""
-    return one.why_not.endswith("it is the answer") and one.units == model.num_classes
+def group_along(
+    channels: Sequence[ChannelGroup], name: str, param: str, axis: int, resize: Resize, owner: str = ""
+) -> Group:
+    """Build the residual group of the channels along one axis of a parameter, for models with sizes of their own.
+
+    Args:
+        channels: the coupled channels of the model, from `traced_channels`; they may reach the output of the model.
+        name: name of the group.
+        param: a parameter of the residual stream, such as the weight of the patch embedding.
+        axis: its axis of channels.
+        resize: function that records a new width in the module `owner`.
+        owner: path of the module that `resize` changes; empty for the model.
+
+    Raises:
+        BadInput: the channels cannot be pruned, for the reason given.
+    """
+    for stream in channels:
+        if any((part.param, part.axis) == (param, axis) for part in stream.slices):
+            _refuse_unprunable(stream, "" if stream.why_not.endswith(IS_OUTPUT) else stream.why_not)
+            return Group(name, "residual", (stream.units,), stream.slices, "", owner, resize, buffers=stream.buffers)
+    raise BadInput(f"{name}: {param} has no separate channels along axis {axis}, so they cannot be pruned")
 
 
-def _path(one: ChannelGroup) -> str:
-    return one.writers[0].rpartition(".")[0]
+def _refuse_unprunable(stream: ChannelGroup, why: str) -> None:
+    if why or stream.units == 1:
+        why = why or "its channels are all coupled with each other"
+        raise BadInput(f"{_first_writer(stream)}: the residual stream that it writes cannot be cut ({why})")
 
 
-def _features(model: Any, streams: Sequence[ChannelGroup]) -> list[list[int]]:
-    """Which entries of timm's feature_info tell each stream's width: those of modules at whose end it runs."""
-    found: list[list[int]] = [[] for _ in streams]
-    order = {path: place for place, (path, _) in enumerate(model.named_modules())}
+def _is_output(model: Any, stream: ChannelGroup) -> bool:
+    """Whether a sum is one of logits, as that of the two classifiers of a distilled model."""
+    return stream.why_not.endswith(IS_OUTPUT) and stream.units == model.num_classes
+
+
+def _first_writer(stream: ChannelGroup) -> str:
+    return (*stream.writers, stream.slices[0].param)[0].rpartition(".")[0]
+
+
+def _feature_entries(model: Any, streams: Sequence[ChannelGroup]) -> list[list[int]]:
+    """Indices into timm's feature_info that hold the width of each stream: it passes the end of the entry's module."""
+    result: list[list[int]] = [[] for _ in streams]
+    order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     for number, feature in enumerate(getattr(model, "feature_info", ())):
-        places = [place for path, place in order.items() if is_within(path, [feature["module"]])]
-        end = max(places, default=len(order))
-        begun = [place for place, one in enumerate(streams) if order[_path(one)] <= end]
-        alike = [place for place in begun if streams[place].units == feature["num_chs"]]
-        if alike:
-            found[alike[-1]].append(number)
-    return found
+        inside = [index for path, index in order.items() if is_within(path, [feature["module"]])]
+        end = max(inside, default=len(order))
+        earlier = [index for index, stream in enumerate(streams) if order[_first_writer(stream)] <= end]
+        same_width = [index for index in earlier if streams[index].units == feature["num_chs"]]
+        if same_width:
+            result[same_width[-1]].append(number)
+    return result
 
 
-def _group(model: Any, one: ChannelGroup, features: Sequence[int]) -> Group:
+def _group(model: Any, stream: ChannelGroup, features: Sequence[int]) -> Group:
     names = model.pretrained_cfg.get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
-    read = [name for name in names if any((p.param, p.axis) == (f"{name}.weight", 1) for p in one.slices)]
+    read = [name for name in names if any((p.param, p.axis) == (f"{name}.weight", 1) for p in stream.slices)]
     heads = tuple(dict.fromkeys(name.rpartition(".")[0] for name in read))
-    resize = partial(_resize, one.units, features, heads)
-    return Group(f"{_path(one)}.residual", "residual", (one.units,), one.slices, resize=resize, buffers=one.buffers)
+    resize = partial(_resize, stream.units, features, heads)
+    name, shape = f"{_first_writer(stream)}.residual", (stream.units,)
+    return Group(name, "residual", shape, stream.slices, resize=resize, buffers=stream.buffers)
 
 
 def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any, shape: tuple[int, ...]) -> None:
-    """Record a new width where timm's own interfaces read it, and give attentions the forward that fits it."""
+    """Record a new width where timm's interfaces read it, and give every attention the matching forward pass."""
     for number in features:
         model.feature_info[number]["num_chs"] = shape[0]
     for module in (model, *(model.get_submodule(path) for path in heads)) if heads else ():
-        for name in WIDTHS:
+        for name in WIDTH_ATTRIBUTES:
             if getattr(module, name, None) == old:
                 setattr(module, name, shape[0])
     for module in model.modules():
-        if type(module) in narrow_attention.NARROW or type(module) in narrow_attention.TIMM_CLASS:
+        if type(module) in narrow_attention.PRUNED_CLASS or type(module) in narrow_attention.TIMM_CLASS:
             narrow_attention.set_forward_class(module, module.num_heads, module.proj.in_features // module.num_heads)
         elif isinstance(module, Scale):
             module.shape = (len(module.scale), *module.shape[1:])

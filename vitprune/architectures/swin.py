@@ -4,71 +4,51 @@ from functools import partial
 from typing import Any
 
 from timm.layers import Mlp
-from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
-from vitprune.architectures import by_module, parts
-from vitprune.architectures.block_removal import IdentityBlock
-from vitprune.groups import Group, ParamSlice
+from vitprune.architectures import by_module
+from vitprune.architectures.residual_stream import group_along
+from vitprune.architectures.slices import block_weights, not_prunable
+from vitprune.architectures.tracing.cache import traced_channels
+from vitprune.groups import Group
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """All groups of one kind, those of its parts among them; residual channels are one group per stage.
+    """Find all groups of one kind; every stage has one group of residual channels.
 
     Raises:
-        BadInput: a block, MLP or norm is of a type that is not understood.
+        BadInput: an MLP is of an unknown class, or a residual stream cannot be pruned.
     """
     blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, SwinTransformerBlock)]
     for path, block in blocks:
         if type(block.mlp) is not Mlp:
-            raise parts.refuse(f"{path}.mlp", block.mlp, "only timm's plain Mlp is understood here")
+            raise not_prunable(f"{path}.mlp", block.mlp, "only timm's plain Mlp is supported")
     if kind == "residual":
-        return [_stream(model, number) for number in range(len(model.layers))]
-    if kind in by_module.KINDS:
-        return by_module.groups(model, kind)
-    return [group for path, block in blocks for group in parts.weights(path, block)]
+        return _streams(model)
+    return by_module.groups(model, kind) if kind in by_module.KINDS else block_weights(blocks)
 
 
-def _stream(model: Any, number: int) -> Group:
-    """Channels of one stage's residual stream, from its embedding or merging to the next merging, or to the head."""
-    path, last = f"layers.{number}", number + 1 == len(model.layers)
-    if last and isinstance(model.head.fc, nn.Linear) and model.head.fc.in_features != model.num_features:
-        raise parts.refuse("head", model.head, "it reads several pools side by side")
-    writers, norms = (
-        (["patch_embed.proj"], ["patch_embed.norm"]) if number == 0 else ([f"{path}.downsample.reduction"], [])
-    )
-    readers = ["head.fc"] if last else []
-    for index, block in enumerate(model.layers[number].blocks):
-        if type(block) is IdentityBlock:
-            continue
-        inside = f"{path}.blocks.{index}"
-        writers += [f"{inside}.attn.proj", f"{inside}.mlp.fc2"]
-        readers += [f"{inside}.attn.qkv", f"{inside}.mlp.fc1"]
-        norms += [f"{inside}.norm1", f"{inside}.norm2"]
-    found = parts.stream(model, writers, readers, [*norms, "norm"] if last else norms)
-    if not last:
-        found += _merged(f"layers.{number + 1}.downsample", model.layers[number + 1].downsample)
-    width = model.get_submodule(writers[0]).weight.shape[0]
-    return Group(f"{path}.residual", "residual", (width,), found, resize=partial(_resize_stream, number))
+def _streams(model: Any) -> list[Group]:
+    if isinstance(model.head.fc, nn.Linear) and model.head.fc.in_features != model.num_features:
+        raise not_prunable("head", model.head, "it reads several pools side by side")
+    writers = ["patch_embed.proj", *(f"layers.{index}.downsample.reduction" for index in range(1, len(model.layers)))]
+    channels = traced_channels(model)
+    return [
+        group_along(channels, f"layers.{index}.residual", f"{writer}.weight", 0, partial(_resize_stream, index))
+        for index, writer in enumerate(writers)
+    ]
 
 
-def _merged(path: str, merging: Any) -> tuple[ParamSlice, ...]:
-    """A stage's channels in the patch merging behind it, which reads those of four neighbours side by side."""
-    if type(merging) is not PatchMerging:
-        raise parts.refuse(path, merging, "only timm's PatchMerging is understood between stages")
-    return parts.norm(merging.norm, f"{path}.norm", outer=4) + parts.slices(
-        merging.reduction, f"{path}.reduction", 1, 4
-    )
-
-
-def _resize_stream(number: int, model: Any, shape: tuple[int, ...]) -> None:
+def _resize_stream(index: int, model: Any, shape: tuple[int, ...]) -> None:
+    """Record a new width of the residual stream of a stage."""
     width = shape[0]
-    model.feature_info[number]["num_chs"] = width
-    if number == 0:
+    model.feature_info[index]["num_chs"] = width
+    if index == 0:
         model.embed_dim = width
     else:
-        model.layers[number].downsample.out_dim = width
-    if number + 1 < len(model.layers):
-        model.layers[number + 1].downsample.dim = width
+        model.layers[index].downsample.out_dim = width
+    if index + 1 < len(model.layers):
+        model.layers[index + 1].downsample.dim = width
     else:
         model.num_features = model.head_hidden_size = model.head.in_features = model.head.num_features = width

@@ -1,4 +1,4 @@
-"""Single weights, of all layers or of a family whose prunable layers are a table, where each is pruned or kept."""
+"""Groups of single weights (unstructured pruning): of all layers, or of those in the table of a model family."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,22 +6,23 @@ from typing import Any
 
 from torch import nn
 
-from vitprune.architectures import parts
-from vitprune.architectures.slices import PLAIN
+from vitprune.architectures.slices import not_prunable, weight_group
 from vitprune.errors import BadInput
-from vitprune.groups import Group, ParamSlice, is_within
+from vitprune.groups import Group, is_within
 
-WITHIN = ("conv", "linear", "ln")  # of a layer with its norm
-POOLS = {"q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "qk": "qkv", "fc1": "mlp", "fc2": "mlp"}
+INNER_LAYERS = ("conv", "linear", "ln")  # names of a layer inside a module with its norm
+LAYER_TYPES = {"q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "qk": "qkv", "fc1": "mlp", "fc2": "mlp"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """The layers of a family, by path with # in place of every number that is a part of the path.
+    """All layers of a model family, by path; # stands for any number between two dots.
 
-    `prune` gives the pool of each layer whose weights may go, `keep` says of the others why theirs may not. A path
-    matches as a whole: neither a norm beside a layer nor a longer name is ever meant. A path with its numbers in place
-    goes before the one without.
+    An entry matches whole paths only. An entry with numbers takes precedence over one with #.
+
+    Attributes:
+        prune: layers whose weights are pruned, with their type (DIMAP module).
+        keep: layers whose weights are kept, with the reason.
     """
 
     prune: Mapping[str, str]
@@ -29,33 +30,29 @@ class Table:
 
 
 def weights(table: Table, model: nn.Module) -> list[Group]:
-    """Every single weight of the table's layers, one group per layer in the model's order.
+    """Return the groups of single weights of the table's layers, one per layer, in the model's order.
 
     Raises:
-        BadInput: a layer of the model is not in the table or of an unexpected type.
+        BadInput: a layer of the model is not in the table or of an unknown class.
     """
-    found = []
-    for path, layer in _matrices(model):
-        name = _known(table, path)
+    result = []
+    for path, layer in _matrix_layers(model):
+        name = _table_entry(table, path)
         if name is None:
-            raise parts.refuse(path, layer, "not in the table of prunable layers")
-        if name in table.keep:
-            continue
-        if type(layer) not in PLAIN:
-            raise parts.refuse(path, layer, "expected a Linear or Conv2d layer that uses its weights as they are")
-        param = f"{path}.weight"
-        found.append(Group(param, "weight", tuple(layer.weight.shape), (ParamSlice(param, None),), table.prune[name]))
-    return found
+            raise not_prunable(path, layer, "not in the table of prunable layers")
+        if name not in table.keep:
+            result.append(weight_group(path, layer, table.prune[name]))
+    return result
 
 
-def _known(table: Table, path: str) -> str | None:
-    """The name of a layer in the table: its path, or with # for every number, as in stages.#.blocks.#.mlp.fc1."""
+def _table_entry(table: Table, path: str) -> str | None:
+    """Key of a layer in the table: its path, or the path with # for every number, as in stages.#.blocks.#.mlp.fc1."""
     general = ".".join("#" if part.isdecimal() else part for part in path.split("."))
     return next((name for name in (path, general) if name in table.keep or name in table.prune), None)
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The modules with a weight of two axes or more; norms, scales and position tables have none."""
+def _matrix_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Paths and modules of all layers whose weight has two axes or more."""
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and parameter.dim() > 1:
@@ -63,28 +60,28 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def all_weights(model: nn.Module) -> list[Group]:
-    """Every single weight of every Linear and Conv2d layer but stem, classifier and depth-wise convolutions.
+    """Return the groups of single weights of all Linear and Conv2d layers.
 
-    Pools are named after layers: qkv, proj, mlp as in DIMAP, others by their own name.
+    Stem, classifier and depth-wise convolutions are not pruned. The layer types are qkv, proj and mlp as in DIMAP, and
+    the names of layers otherwise.
 
     Raises:
-        BadInput: a layer with a matrix of weights does not use them as they are, or there is no layer to prune.
+        BadInput: a layer does not use its weights unchanged, or there is no layer to prune.
     """
-    found = []
+    result = []
     config: Any = getattr(model, "pretrained_cfg", {})
     kept = {_stem(path) for path in _paths(config.get("first_conv"))} | set(_paths(config.get("classifier")))
-    for path, layer in _matrices(model):
+    for path, layer in _matrix_layers(model):
         if not path or not isinstance(layer, nn.Linear | nn.Conv2d) or is_within(path, kept):
             continue
         if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
             continue
-        if type(layer) not in PLAIN:
-            raise parts.refuse(path, layer, "expected a Linear or Conv2d layer that uses its weights as they are")
-        param = f"{path}.weight"
-        found.append(Group(param, "weight", tuple(layer.weight.shape), (ParamSlice(param, None),), _pool(path)))
-    if not found:
-        raise BadInput(f"{type(model).__name__}: this model is not supported yet; no layer in it could lose weights")
-    return found
+        result.append(weight_group(path, layer, _layer_type(path)))
+    if not result:
+        raise BadInput(
+            f"{type(model).__name__}: this model is not supported; it has no Linear or Conv2d layer to prune"
+        )
+    return result
 
 
 def _paths(names: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -92,13 +89,13 @@ def _paths(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _stem(path: str) -> str:
-    """The stem around the first convolution: patch_embed of patch_embed.proj, patch_embeds.0 of patch_embeds.0.proj."""
+    """Path of the stem of a first convolution: patch_embed for patch_embed.proj, stem.0 for stem.0.conv."""
     first, *others = path.split(".")
     return f"{first}.{others[0]}" if len(others) > 1 and others[0].isdecimal() else first
 
 
-def _pool(path: str) -> str:
-    """The last name in a path that is neither a number nor that of a layer within a layer."""
+def _layer_type(path: str) -> str:
+    """DIMAP module by the last name in a path that is neither a number nor in INNER_LAYERS, else that name."""
     names = [name for name in path.split(".") if not name.isdecimal()]
-    name = next((name for name in reversed(names) if name not in WITHIN), names[-1])
-    return POOLS.get(name, name)
+    name = next((name for name in reversed(names) if name not in INNER_LAYERS), names[-1])
+    return LAYER_TYPES.get(name, name)

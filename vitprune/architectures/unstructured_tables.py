@@ -1,17 +1,17 @@
-"""Which layers of a family lose single weights, as data: the layers that CAP's released recipes mean, and no others.
+"""Tables of the layers that unstructured pruning prunes, per model family, after CAP's released recipes.
 
-The recipes name layers by the beginning of their path. That took LayerNorm scales and depth-wise convolutions of XCiT
-for attention and convolution weights, and missed fused qkv. Here a path is meant as a whole. Stems and classifiers stay
-whole in the recipes, but for one.
+The recipes match layers by a prefix of their path. In XCiT this also matched LayerNorm scales and depth-wise
+convolutions, and it did not match fused qkv. The tables here match whole paths. With one exception (deep stems of
+ResNet), the recipes do not prune stems and classifiers.
 
 Source: CAP's recipes; EfficientFormer has none and follows the other transformers.
 """
 
 from vitprune.architectures.unstructured import Table
 
-STEM = "the stem: few weights, and each sees all of the image"
-HEAD = "the classifier, or what takes its place in CLIP"
-DEPTHWISE = "depth-wise: the few weights of a channel are all that it has"
+STEM = "the stem has few weights, and all of the image depends on each"
+HEAD = "the classifier, or the projection of CLIP"
+DEPTHWISE = "depth-wise convolution: each channel has only a few weights"
 
 XCIT = Table(
     prune={
@@ -28,7 +28,7 @@ XCIT = Table(
     },
     keep={
         "patch_embed.proj.#.#": STEM,
-        "pos_embed.token_projection": "the position of a patch, not its content",
+        "pos_embed.token_projection": "position embedding",
         "blocks.#.local_mp.conv1": DEPTHWISE,
         "blocks.#.local_mp.conv2": DEPTHWISE,
         "head": HEAD,
@@ -46,7 +46,7 @@ EFFICIENTFORMER = Table(
     keep={"stem.conv1": STEM, "stem.conv2": STEM, "head": HEAD, "head_dist": HEAD},
 )
 
-ATTENTIONS_V2 = ("stages.#.blocks.#.token_mixer", "stages.#.downsample.attn")  # the second reads and shrinks the map
+ATTENTIONS_V2 = ("stages.#.blocks.#.token_mixer", "stages.#.downsample.attn")  # the second one is strided
 
 EFFICIENTFORMER_V2 = Table(
     prune={
@@ -63,7 +63,7 @@ EFFICIENTFORMER_V2 = Table(
         "stages.#.blocks.#.mlp.mid.conv": DEPTHWISE,
         "stages.#.downsample.attn.q.local": DEPTHWISE,
         **{f"{attn}.{leaf}.conv": DEPTHWISE for attn in ATTENTIONS_V2 for leaf in ("stride_conv", "v_local")},
-        **{f"{attn}.talking_head{n}": "mixes a handful of heads" for attn in ATTENTIONS_V2 for n in (1, 2)},
+        **{f"{attn}.talking_head{n}": "talking heads: a few weights" for attn in ATTENTIONS_V2 for n in (1, 2)},
         "head": HEAD,
         "head_dist": HEAD,
     },
@@ -87,7 +87,7 @@ STAGES = range(1, 5)
 
 RESNET = Table(
     prune={
-        "conv1.#": "stem",  # of the deep stems of ResNet-C and -D, but for the first convolution
+        "conv1.#": "stem",  # deep stems of ResNet-C and -D; their first convolution is kept
         "maxpool.#": "stem",
         **{f"layer{stage}.#.conv{n}": f"conv{n}" for stage in STAGES for n in (1, 2, 3)},
         **{f"layer{stage}.#.downsample.#": "downsample" for stage in STAGES},
@@ -96,7 +96,7 @@ RESNET = Table(
     keep={
         "conv1": STEM,
         "conv1.0": STEM,
-        **{f"layer{stage}.#.se.conv": "a handful of weights between neighbouring channels" for stage in STAGES},
+        **{f"layer{stage}.#.se.conv": "efficient channel attention: a few weights" for stage in STAGES},
         "fc": HEAD,
     },
 )
@@ -107,7 +107,7 @@ EFFICIENTNET = Table(
         "blocks.#.#.conv_exp": "conv_exp",
         "blocks.#.#.conv_s2d": "conv",
         "blocks.#.#.conv_pw": "conv_pw",
-        "blocks.#.#.conv_pw.#": "conv_pw",  # of MixNet, whose layers are split by kernel size
+        "blocks.#.#.conv_pw.#": "conv_pw",  # MixNet splits a layer by kernel size
         "blocks.#.#.conv_pwl": "conv_pwl",
         "blocks.#.#.conv_pwl.#": "conv_pwl",
         "blocks.#.#.se.conv_reduce": "se",

@@ -76,7 +76,7 @@ def masked_reference(dense: nn.Module, groups: Sequence[Group], masks: Masks) ->
     if groups[0].kind not in ("residual", "block"):
         return zero(model, groups, masks)
     for path in dict.fromkeys(removed_modules(groups, masks)):
-        given = groups[0].whole  # to a block that goes as a whole, and on to the next
+        given = groups[0].whole_blocks  # to a block that goes as a whole, and on to the next
         hook = (lambda module, args, output: args[0]) if given else (lambda *call: torch.zeros_like(call[-1]))
         model.get_submodule(path).register_forward_hook(hook)
     for group in groups:

@@ -262,7 +262,7 @@ def _pools(scores: Scores, scope: str, groups: Sequence[Group]) -> dict[object, 
         raise BadInput(f"scope {scope!r}: needs groups=, which lacks {missing[0]}")
     pools: dict[object, list[str]] = defaultdict(list)
     for name in scores:
-        pools[by_name[name].pool if scope == "module" else _structure(by_name[name])].append(name)
+        pools[by_name[name].layer_type if scope == "module" else _structure(by_name[name])].append(name)
     return pools
 
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support.model_zoo import images, tiny
+from tests.support import reference_groups
+from tests.support.model_zoo import ZOO, images, tiny
 from vitprune import find_groups
+from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
 from vitprune.groups import meta_copy
 
@@ -16,6 +18,15 @@ Slice = tuple[str, int | None, int, int]
 
 def where(found: ChannelGroup) -> set[Slice]:
     return {(part.param, part.axis, part.outer, part.inner) for part in found.slices + found.buffers}
+
+
+@pytest.mark.parametrize("name", [*ZOO, "decoder"])
+def test_residual_groups_equal_the_reference(name: str) -> None:
+    model = Decoder(11, 8, width=12, depth=2, heads=3) if name == "decoder" else tiny(name)
+    reference = getattr(reference_groups, name.partition("-")[0], reference_groups.vit)(model)
+    found = {group.name: (group.units, set(group.slices)) for group in find_groups(model, ["residual"])}
+    assert list(found) == list(reference)
+    assert found == reference
 
 
 @pytest.mark.parametrize("name", ["vit", "thin", "odd", "extra", "distilled", "swin", "pvt", "pvt-linear"])

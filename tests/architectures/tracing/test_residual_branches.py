@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vitprune import BadInput, find_groups
 from vitprune.architectures.tracing import residual_branches
-from vitprune.architectures.tracing.residual_branches import adding
+from vitprune.architectures.tracing.residual_branches import find_residual_modules
 from vitprune.groups import meta_copy
 
 
@@ -70,7 +70,7 @@ class Stacked(nn.Module):
 
 
 def found(model: nn.Module, images: Tensor) -> set[str]:
-    return adding(model, images, ["blocks.0", "blocks.1"])
+    return find_residual_modules(model, images, ["blocks.0", "blocks.1"])
 
 
 ADDING = ["plain", "behind", "in place", "twice", "turned", "rolled", "in windows", "first of all"]
@@ -92,7 +92,7 @@ def test_a_branch_beside_the_input_is_found(how: str) -> None:
 def test_anything_else_is_refused(how: str) -> None:
     model, images = Stacked(how, "alone"), torch.randn(2, 3, 4, 6)
     assert found(model, images) == found(meta_copy(model), images.to("meta")) == set()
-    with pytest.raises(BadInput, match=r"^blocks.0 \(Adding\): neither it nor any other block of Stacked gives back"):
+    with pytest.raises(BadInput, match=r"^blocks.0 \(Adding\): neither it nor any other block of Stacked returns its"):
         find_groups(model, ["block"])
 
 
@@ -105,13 +105,13 @@ def test_what_runs_twice_must_add_both_times() -> None:
         model, calls = Stacked("plain", "plain"), iter(hows)
         model.blocks[1] = model.blocks[0]
         model.blocks[0].register_forward_pre_hook(lambda block, given, calls=calls: setattr(block, "how", next(calls)))
-        assert adding(model, torch.randn(1, 3, 4, 6), ["blocks.0"]) == expected
+        assert find_residual_modules(model, torch.randn(1, 3, 4, 6), ["blocks.0"]) == expected
 
 
 def test_inputs_of_any_size_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residual_branches, "LARGEST", 71)
+    monkeypatch.setattr(residual_branches, "MAX_ELEMENTS", 71)
     assert found(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == set()
-    monkeypatch.setattr(residual_branches, "LARGEST", 72)
+    monkeypatch.setattr(residual_branches, "MAX_ELEMENTS", 72)
     assert found(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == {"blocks.0", "blocks.1"}
 
 

@@ -11,7 +11,7 @@ from tests.support.model_zoo import SWIN, VIT, answer, batches, images, random_m
 from tests.support.reference_kl import kl
 from vitprune import BadInput, data, find_groups, score
 from vitprune.architectures import merge_heads
-from vitprune.architectures.chain_builders import chain
+from vitprune.architectures.chain_builders import build_chain
 from vitprune.criteria import ScoreConfig
 from vitprune.criteria.kl import fast_matmul
 from vitprune.criteria.kl.exact import kl_divergences
@@ -62,13 +62,13 @@ def holds(model: nn.Module, groups: list[Group], setting: ScoreConfig | None = N
 @pytest.mark.parametrize("name", [*MODELS, "deit"])
 def test_a_chain_computes_its_model_step_by_step(name: str) -> None:
     model = tiny(name)
-    inputs, steps = images(model), chain(model)
+    inputs, steps = images(model), build_chain(model)
     with torch.no_grad():
         torch.testing.assert_close(steps(inputs), answer(model, inputs), rtol=1e-12, atol=1e-12)
         stream = steps.embed(inputs)
         for step in steps.steps:
             stream = step(stream)
-        logits = steps.finish(stream[:, : steps.reads])
+        logits = steps.run_head(stream[:, : steps.num_tokens_read])
         torch.testing.assert_close(logits, answer(model, inputs), rtol=1e-12, atol=1e-12)
 
 
@@ -83,7 +83,9 @@ def test_divergences_of_model_variants(variant: str) -> None:
     args, kinds = VARIANTS[variant]
     model = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT | args), 0).double()
     with torch.no_grad():
-        torch.testing.assert_close(chain(model)(images(model)), answer(model, images(model)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            build_chain(model)(images(model)), answer(model, images(model)), rtol=1e-12, atol=1e-12
+        )
     holds(model, find_groups(model, kinds))
 
 
@@ -225,7 +227,7 @@ def test_unsupported_input_is_refused_by_name() -> None:
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: unit 24 is out of range 0 to 23$"):
         kl_divergences(model, [group], {group.name: torch.tensor([24])}, inputs, ScoreConfig())
     with pytest.raises(BadInput, match=r"^ResNet: exact scoring is not supported yet; supported are VisionTransformer"):
-        chain(timm.create_model("resnet18", num_classes=3))
+        build_chain(timm.create_model("resnet18", num_classes=3))
     model.blocks = model.blocks[1:]
     with pytest.raises(BadInput, match=r"^blocks.1.mlp: the model has no branch of that name"):
         kl_divergences(

@@ -104,7 +104,7 @@ def test_a_pair_of_sub_layers_shares_one_gate() -> None:
     (group,), inputs, step = find_groups(model, ["block"]), images(model, 2), 1e-3
     found = fisher_kl_per_image(model, [group], inputs, EVERY_CLASS)["blocks"].sum(dim=1)
     dense = answer(model, inputs)
-    for unit in range(group.candidates):
+    for unit in range(group.num_candidates):
         apart = []
         for by in (-step, step):
             changed = copy.deepcopy(model)
@@ -115,7 +115,7 @@ def test_a_pair_of_sub_layers_shares_one_gate() -> None:
             apart.append(kl(dense, answer(changed, inputs)))
         assert sum(apart) / 2 / step**2 == pytest.approx(float(found[unit]), rel=2e-3)
     whole = fisher_kl(model, [group], batches(model), DEFAULT_SCORE_CONFIG).scores["blocks"]
-    assert whole.isinf().tolist() == [False] * group.candidates + [True]
+    assert whole.isinf().tolist() == [False] * group.num_candidates + [True]
 
 
 def test_merged_heads_have_the_scores_of_their_channels(vit: nn.Module) -> None:

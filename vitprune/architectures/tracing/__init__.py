@@ -1,1 +1,1 @@
-"""Channel dependency graph of a model, from one traced forward pass."""
+"""Channel dependency graph of a model: which channels of which parameters can only be pruned together."""

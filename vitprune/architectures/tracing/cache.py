@@ -1,4 +1,4 @@
-"""A model's shapes, run once: what stands and falls together in it, and whether it runs when some of that is gone."""
+"""Cached channel-dependency trace of a model, and a trial run of a pruned copy on the meta device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,75 +17,83 @@ Shapes = tuple[tuple[str, torch.Size], ...]
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What is known of a model of these shapes: its sets of channels, and why trial cuts failed, empty if they ran."""
+class _CacheEntry:
+    """The trace of a model at these shapes, and the error of each trial run by group names (empty: it ran)."""
 
     shapes: Shapes
-    found: list[ChannelGroup]
-    tried: dict[tuple[str, ...], str] = field(default_factory=dict)
+    groups: list[ChannelGroup]
+    trials: dict[tuple[str, ...], str] = field(default_factory=dict)
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[nn.Module, _CacheEntry] = WeakKeyDictionary()
 
 
 def traced_channels(model: nn.Module) -> list[ChannelGroup]:
-    """All sets of channels of a timm model at its own image size; known until its shapes change.
+    """Return the groups of coupled channels of a model at its own input size, cached until its shapes change.
 
     Raises:
-        BadInput: it does not run without values.
+        BadInput: the model does not run on the meta device.
     """
-    return _known(model).found
+    return _entry(model).groups
 
 
 def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
-    """Cut a third of every group from a copy of the model's shapes and run it; once, until its shapes change.
+    """Remove a third of every group from a copy of the model on the meta device, and run it; cached.
+
+    Args:
+        model: the model; it is not changed.
+        groups: groups of one-dimensional shape.
+        what: description of the removed units for the error message.
 
     Raises:
-        BadInput: it does not run; `what` says what has become narrower.
+        BadInput: the pruned copy does not run.
     """
-    tried, names = _known(model).tried, tuple(group.name for group in groups)
-    if names not in tried:
-        tried[names] = _failure(model, groups)
-    if tried[names]:
-        raise BadInput(f"{type(model).__name__}: with {what} it does not run ({tried[names]})")
+    trials, names = _entry(model).trials, tuple(group.name for group in groups)
+    if names not in trials:
+        trials[names] = _trial_error(model, groups)
+    if trials[names]:
+        raise BadInput(f"{type(model).__name__}: with {what} it does not run ({trials[names]})")
 
 
-def _known(model: nn.Module) -> _Known:
-    state = shapes(model)
-    known = _KNOWN.get(model)
-    if known is None or known.shapes != state:
-        small = meta_copy(model)
+def _entry(model: nn.Module) -> _CacheEntry:
+    shapes = state_shapes(model)
+    entry = _CACHE.get(model)
+    if entry is None or entry.shapes != shapes:
+        copy = meta_copy(model)
         try:
-            found = channel_groups(small, images(small))
-        except Exception as error:  # whatever a forward pass says to tensors without values
-            raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({line(error)})") from None
-        _KNOWN[model] = known = _Known(state, found)
-    return known
+            groups = channel_groups(copy, meta_input(copy))
+        except Exception as error:  # a forward pass may raise anything on tensors without values
+            raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({first_line(error)})") from None
+        _CACHE[model] = entry = _CacheEntry(shapes, groups)
+    return entry
 
 
-def _failure(model: nn.Module, groups: Sequence[Group]) -> str:
-    small = meta_copy(model)
+def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
+    copy = meta_copy(model)
     try:
         for group in groups:
-            resize_group(small, group, (group.units - group.units // 3,))
-        with torch.no_grad(), eval_mode(small):
-            small(images(small))
+            resize_group(copy, group, (group.units - group.units // 3,))
+        with torch.no_grad(), eval_mode(copy):
+            copy(meta_input(copy))
     except Exception as error:
-        return line(error)
+        return first_line(error)
     return ""
 
 
-def shapes(model: nn.Module) -> Shapes:
-    """Name and shape of everything in a model's state."""
+def state_shapes(model: nn.Module) -> Shapes:
+    """Return name and shape of every tensor in a model's state."""
     return tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
 
 
-def images(model: nn.Module) -> Tensor:
-    """An image (1, C, H, W) of a model's own size, without values."""
+def meta_input(model: nn.Module) -> Tensor:
+    """Return an input on the meta device: an image (1, C, H, W), or tokens (1, T) for a causal language model."""
+    context = getattr(model, "pretrained_cfg", {}).get("context_length")
+    if context:
+        return torch.empty(1, context, dtype=torch.int64, device="meta")
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return torch.empty(1, *get_model_input_config(model)["input_size"], dtype=dtype, device="meta")
 
 
-def line(error: Exception) -> str:
-    """The first line of an error."""
+def first_line(error: Exception) -> str:
+    """Return the first line of an error message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,8 +1,8 @@
-"""Sets of channels that stand and fall together, found by running a model once.
+"""Channel dependency graph of a model: groups of coupled channels, from one traced forward pass.
 
-Every tensor that the model computes carries labels of the channels that it holds; operations unite them: what is added,
-multiplied or contracted with each other stands and falls together. Parameters have labels along each axis where they
-are multiplied as matrices, and one per element elsewhere.
+Every activation carries labels of its channels. Operations unite labels in a union-find: channels that are added,
+multiplied or contracted with each other are coupled and can only be pruned together. A parameter has labels along each
+axis if it is multiplied as a matrix, and one label per element otherwise.
 """
 
 from collections import defaultdict
@@ -11,27 +11,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitprune.architectures.tracing.op_rules import follow, propagate_to_fixpoint
+from vitprune.architectures.tracing.op_rules import apply_rule, propagate_to_fixpoint
 from vitprune.architectures.tracing.trace import Trace
-from vitprune.architectures.tracing.union_find import NONE
+from vitprune.architectures.tracing.union_find import NO_CHANNEL
 from vitprune.groups import ParamSlice
 from vitprune.runtime.eval_mode import eval_mode
 
-Place = tuple[str, int]  # a parameter and one of its axes
-Signature = tuple[tuple[Place, int], ...]  # where a unit is, and how often
+Axis = tuple[str, int]  # a parameter and one of its axes
+Array = np.ndarray[Any, Any]
+IS_OUTPUT = "it is the answer"
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Units that behave alike: where each of them is, and why they cannot go, if they cannot.
+    """Coupled channels: units that occur equally often along the same axes of the same parameters.
 
-    `kind` is residual where two computed tensors are added up, attention where they are contracted over each other,
-    ffn elsewhere. `writers` are the weights whose rows make the channels, in the order of the model.
+    Attributes:
+        kind: residual if two activations are added along these channels, attention if two activations are contracted
+            over them, ffn otherwise.
+        units: number of units.
+        slices: slices of parameters that belong to the units, sorted by parameter.
+        buffers: slices of buffers, such as the running mean of a BatchNorm.
+        writers: weights whose rows are these channels, in the order of the forward pass.
+        why_not: reason why the units cannot be pruned; empty if they can.
     """
 
     kind: str
@@ -43,126 +51,153 @@ class ChannelGroup:
 
 
 def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup]:
-    """All sets of channels of a model whose units are on the same axes of the same parameters, in the model's order.
+    """Find all groups of coupled channels of a model, in the order of the forward pass.
 
-    example_input (1, C, H, W) is run through the model once, in evaluation mode.
+    Args:
+        model: the model; it runs once, in evaluation mode. Parameters may be on the meta device.
+        example_input: an image (1, C, H, W), or tokens (1, T), on the device of the model.
     """
-    found = _run(model, example_input)
-    axes = _by_axis(found)
-    places: dict[int, dict[Place, list[int]]] = defaultdict(dict)
-    for place, labels in axes.items():
-        for index, label in enumerate(labels.tolist()):
-            if label != NONE:
-                places[label].setdefault(place, []).append(index)
-    alike: dict[Signature, list[int]] = defaultdict(list)
-    for label, where in places.items():
-        alike[tuple((place, len(indices)) for place, indices in sorted(where.items()))].append(label)
-    sets = _Sets(
-        found, axes, places, found.labels.roots(found.added), found.labels.roots(found.attended), found.labels.reasons()
-    )
-    order = {name: place for place, name in enumerate(found.writes)}
-    made = [sets.channels(signature, labels, dict(model.named_buffers())) for signature, labels in alike.items()]
-    return sorted(made, key=lambda one: min((order[name] for name in one.writers), default=len(order)))
+    trace = _run(model, example_input)
+    axes = {axis: _AxisLabels(labels.numpy()) for axis, labels in _labels_by_axis(trace).items()}
+    sums, contractions = trace.sets.find_unique(trace.residual_sums), trace.sets.find_unique(trace.contractions)
+    graph = _Graph(trace, axes, sums, contractions, trace.sets.reasons(), dict(model.named_buffers()))
+    groups = [graph.group(places, labels) for places, labels in _by_signature(axes)]
+    order = {name: index for index, name in enumerate(trace.writers)}
+    return sorted(groups, key=lambda group: min((order[name] for name in group.writers), default=len(order)))
 
 
-def _by_axis(found: Trace) -> dict[Place, Tensor]:
-    """Labels along the axes of parameters; of elements, along the one axis that they follow, if there is one."""
-    axes = {place: found.labels.find(labels) for place, labels in found.axes.items()}
-    for name, elements in found.elements.items():
-        roots = found.labels.find(elements.contiguous())
-        own = [axis for axis in range(roots.dim()) if _follows(roots, axis)]
-        if own:
-            axes[name, own[0]] = roots.movedim(own[0], 0).flatten(1)[:, 0] if roots.dim() > 1 else roots
+class _AxisLabels:
+    """Labels along one axis of a parameter, searchable by label."""
+
+    def __init__(self, labels: Array) -> None:
+        self.labels = labels
+        self._order = labels.argsort(kind="stable")
+        self._sorted = labels[self._order]
+        self.present, self.counts = np.unique(labels[labels != NO_CHANNEL], return_counts=True)
+
+    def positions(self, labels: Array) -> Array:
+        """Positions of labels that occur equally often: (labels, occurrences)."""
+        first, end = (np.searchsorted(self._sorted, labels, side) for side in ("left", "right"))
+        positions: Array = self._order[first[:, None] + np.arange(end[0] - first[0])]
+        return positions
+
+
+def _by_signature(axes: Mapping[Axis, _AxisLabels]) -> list[tuple[list[Axis], Array]]:
+    """Partition all labels by how often they occur along each axis; every class with its axes."""
+    known, first_seen = np.unique(np.concatenate([axis.labels for axis in axes.values()]), return_index=True)
+    classes = np.zeros(len(known), dtype=np.int64)
+    for axis in axes.values():  # partition refinement: labels of one class that differ in one count are separated
+        where = np.searchsorted(known, axis.present)
+        _, refined = np.unique(classes[where] * (axis.counts.max(initial=0) + 1) + axis.counts, return_inverse=True)
+        classes[where] = classes.max() + 1 + refined
+    places: dict[int, list[Axis]] = defaultdict(list)
+    for place in sorted(axes):
+        for number in np.unique(classes[np.searchsorted(known, axes[place].present)]).tolist():
+            places[number].append(place)
+    members = {number: np.flatnonzero(classes == number) for number in places}
+    numbers = sorted(members, key=lambda number: int(first_seen[members[number]].min()))
+    return [(places[number], known[members[number]]) for number in numbers]
+
+
+def _labels_by_axis(trace: Trace) -> dict[Axis, Tensor]:
+    """Representatives along the axes of all parameters; of elementwise ones, along the one axis that has channels."""
+    axes = {axis: trace.sets.find(labels) for axis, labels in trace.axes.items()}
+    for name, elements in trace.elements.items():
+        roots = trace.sets.find(elements.contiguous())
+        channel_axes = [axis for axis in range(roots.dim()) if _determined_by(roots, axis)]
+        if channel_axes:
+            axes[name, channel_axes[0]] = (
+                roots.movedim(channel_axes[0], 0).flatten(1)[:, 0] if roots.dim() > 1 else roots
+            )
         else:
-            found.labels.mark_unprunable(roots, f"{name}: what belongs to a channel lies along none of its axes")
+            trace.sets.mark_unprunable(roots, f"{name}: no axis of it is an axis of channels")
     return axes
 
 
-def _follows(roots: Tensor, axis: int) -> bool:
-    """Whether the labels follow this axis, whatever the others are."""
+def _determined_by(roots: Tensor, axis: int) -> bool:
+    """Whether the position along one axis determines the label, and the axis has more than one position."""
     flat = roots.movedim(axis, 0).reshape(roots.shape[axis], -1)
     return roots.shape[axis] > 1 and bool((flat == flat[:, :1]).all())
 
 
 @dataclass(frozen=True)
-class _Sets:
-    """What the trace has found, by representatives of labels."""
+class _Graph:
+    """A finished trace, all by representatives of labels."""
 
-    found: Trace
-    axes: dict[Place, Tensor]
-    places: dict[int, dict[Place, list[int]]]
-    added: set[int]
-    attended: set[int]
+    trace: Trace
+    axes: Mapping[Axis, _AxisLabels]
+    sums: set[int]
+    contractions: set[int]
     reasons: dict[int, str]
+    buffers: Mapping[str, Tensor]
 
-    def channels(self, signature: Signature, labels: list[int], buffers: Mapping[str, Tensor]) -> ChannelGroup:
-        """The units of one signature, in the order in which they lie in its first parameter."""
-        writers = [name for name in self.found.writes if (name, 0) in (place for place, _ in signature)]
-        first = (writers[0], 0) if writers else signature[0][0]
-        labels = sorted(labels, key=lambda label: self.places[label][first])
-        why = next((self.reasons[label] for label in labels if label in self.reasons), "")
-        parts = []
-        for place, _ in signature:
-            part = _sliced(place, [self.places[label][place] for label in labels], len(self.axes[place]))
+    def group(self, places: list[Axis], labels: Array) -> ChannelGroup:
+        """The group of all labels of one signature; the units are in the order of the first writer."""
+        writers = [name for name in self.trace.writers if (name, 0) in places]
+        first = (writers[0], 0) if writers else places[0]
+        labels = labels[self.axes[first].positions(labels)[:, 0].argsort()]
+        why = next((self.reasons[label] for label in labels.tolist() if label in self.reasons), "")
+        slices = []
+        for place in places:
+            part = _param_slice(place, self.axes[place].positions(labels), len(self.axes[place].labels))
             if part is None:
-                why = why or f"{place[0]}: not all of its channels are of one kind, or they are not evenly laid out"
+                why = why or f"{place[0]}: only a part of its channels is in this group, or they are not evenly spaced"
             else:
-                parts.append(part)
-        marks = [
-            kind for kind, marked in (("attention", self.attended), ("residual", self.added)) if labels[0] in marked
-        ]
-        own, others = (tuple(p for p in parts if (p.param in buffers) == held) for held in (False, True))
-        return ChannelGroup((*marks, "ffn")[0], len(labels), own, others, tuple(writers), why)
+                slices.append(part)
+        contracted, added = (int(labels[0]) in roots for roots in (self.contractions, self.sums))
+        kind = "attention" if contracted else "residual" if added else "ffn"
+        learned = tuple(part for part in slices if part.param not in self.buffers)
+        buffers = tuple(part for part in slices if part.param in self.buffers)
+        return ChannelGroup(kind, len(labels), learned, buffers, tuple(writers), why)
 
 
-def _sliced(place: Place, indices: list[list[int]], length: int) -> ParamSlice | None:
-    """The address of units at these indices of an axis; None where they are not (outer, units, inner)."""
-    grid = torch.tensor(indices)  # (units, outer * inner)
-    units, count = grid.shape
+def _param_slice(place: Axis, positions: Array, length: int) -> ParamSlice | None:
+    """The slice with these positions (units, occurrences) along an axis; None if they are not (outer, units, inner)."""
+    units, count = positions.shape
     if units * count != length:
         return None
     for inner in (n for n in range(1, count + 1) if count % n == 0):
-        wanted = torch.arange(length).view(count // inner, units, inner).transpose(0, 1).reshape(units, count)
-        if torch.equal(grid, wanted):
+        regular = np.arange(length).reshape(count // inner, units, inner).swapaxes(0, 1).reshape(units, count)
+        if np.array_equal(positions, regular):
             return ParamSlice(place[0], place[1], count // inner, inner)
     return None
 
 
 def _run(model: nn.Module, example_input: Tensor) -> Trace:
-    """Run a model on one image (1, C, H, W) and see what belongs together; channels of the answer are stuck."""
-    found = Trace({**dict(model.named_parameters()), **dict(model.named_buffers())}, type(model).__name__)
-    with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _paths(model, found), _Tracer(found):
-        answer = model(example_input)
-    propagate_to_fixpoint(found)
-    for value in answer if isinstance(answer, list | tuple) else [answer]:
-        labels = found.of(value)
+    """Trace one forward pass; channels of the output are marked as not prunable."""
+    trace = Trace({**dict(model.named_parameters()), **dict(model.named_buffers())}, type(model).__name__)
+    with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_names(model, trace), _Tracer(trace):
+        output = model(example_input)
+    propagate_to_fixpoint(trace)
+    for value in output if isinstance(output, list | tuple) else [output]:
+        labels = trace.labels_of(value)
         if labels is not None:
-            found.mark_unprunable(labels, "it is the answer")
-    return found
+            trace.mark_unprunable(labels, IS_OUTPUT)
+    return trace
 
 
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Shows every operation, after it has run, to the trace."""
+    """Runs every operation, then applies its coupling rule."""
 
-    def __init__(self, found: Trace) -> None:
+    def __init__(self, trace: Trace) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._found = found
+        self._trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        follow(self._found, func, args, kwargs or {}, result)
+        apply_rule(self._trace, func, args, kwargs or {}, result)
         return result
 
 
 @contextmanager
-def _paths(model: nn.Module, found: Trace) -> Iterator[None]:
-    """While this is open, the trace knows which module runs."""
+def _module_names(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Keep `trace.module_stack` up to date while the model runs."""
 
     def enter(path: str) -> Callable[..., None]:
-        return lambda module, given: found.paths.append(f"{path} ({type(module).__name__})")
+        return lambda module, inputs: trace.module_stack.append(f"{path} ({type(module).__name__})")
 
-    def leave(module: nn.Module, given: Any, output: Any) -> None:
-        found.paths.pop()
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        trace.module_stack.pop()
 
     modules = [(path, module) for path, module in model.named_modules() if path]
     handles = [module.register_forward_pre_hook(enter(path)) for path, module in modules]

@@ -1,4 +1,4 @@
-"""Modules that give back what they are given with something added, found by following every element of their input."""
+"""Find residual modules, x + f(x), by tracking every element of a module's input through the operations inside it."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,133 +10,138 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitprune.architectures.tracing.op_rules import MOVES, SAME
+from vitprune.architectures.tracing.op_rules import ADDITIONS, IDENTITIES, REARRANGEMENTS, VIEWS
 from vitprune.runtime.eval_mode import eval_mode
 
-ADDS = ("add", "add_")
-VIEWS = ("view", "_unsafe_view", "_reshape_alias")
-LARGEST = 1 << 24  # elements of an input that is followed: 64 channels of 512 x 512 places
+MAX_ELEMENTS = 1 << 24  # of a tracked input: 64 channels of 512 x 512 positions
 
 
-def adding(model: nn.Module, images: Tensor, paths: Collection[str]) -> set[str]:
-    """Of the modules at these paths, those that give back their first input, all of it in its place, plus something.
+def find_residual_modules(model: nn.Module, images: Tensor, paths: Collection[str]) -> set[str]:
+    """Find the modules that return their first input plus something, x + f(x), in every call.
 
-    The model runs once; it may be on the meta device, as no value counts. A module that does not run adds nothing, nor
-    does one whose input has more than LARGEST elements.
+    Args:
+        model: the model; it runs once, in evaluation mode. It may be on the meta device, no values are needed.
+        images: its input.
+        paths: paths of the modules to look at.
+
+    Returns:
+        The paths of the residual modules. A module that does not run, or whose input has more than MAX_ELEMENTS
+        elements, is not among them.
     """
-    answers: dict[str, list[bool]] = {}
-    with torch.no_grad(), eval_mode(model), _followed(model, paths, answers):
+    calls: dict[str, list[bool]] = {}
+    with torch.no_grad(), eval_mode(model), _tracked(model, paths, calls):
         model(images)
-    return {path for path, adds in answers.items() if all(adds)}
+    return {path for path, is_residual in calls.items() if all(is_residual)}
 
 
 @dataclass(frozen=True)
 class _Elements:
-    """Which element of the input is where in a tensor, and whether something has been added to any of them."""
+    """Index of the input element at each position of a tensor, and whether something was added to any of them."""
 
-    numbers: Tensor
-    more: bool = False
+    indices: Tensor
+    has_addend: bool = False
 
 
-class _Input:
-    """Where the elements of one module's input are by now: they have the numbers 1, 2, 3, ..., anything else has 0."""
+class _TrackedInput:
+    """Positions of the elements of one module's input; they have the indices 1, 2, 3, ..., anything else has 0."""
 
     def __init__(self, value: Tensor) -> None:
-        self._numbers = torch.arange(1, value.numel() + 1, dtype=torch.int32).view(value.shape)
-        self._known: Any = WeakIdKeyDictionary({value: _Elements(self._numbers)})
+        self._indices = torch.arange(1, value.numel() + 1, dtype=torch.int32).view(value.shape)
+        self._by_tensor: Any = WeakIdKeyDictionary({value: _Elements(self._indices)})
 
-    def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Follow the elements through an operation that has run; what it does not merely move or add to is lost."""
+    def track(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Track the elements through an operation that has run; only additions and rearrangements keep them."""
         name = func.overloadpacket.__name__
-        found: list[_Elements] = []
-        if name in ADDS and kwargs.get("alpha", 1) == 1:
-            found = self._added(args, result)
-        elif name in MOVES:
-            found = self._moved(func, args, kwargs, result)
+        tracked: list[_Elements] = []
+        if name in ADDITIONS and kwargs.get("alpha", 1) == 1:
+            tracked = self._added(args, result)
+        elif name in REARRANGEMENTS:
+            tracked = self._rearranged(func, args, kwargs, result)
         results = result if isinstance(result, list | tuple) else [result]
         for value in results if func._schema.is_mutable else ():
             if isinstance(value, Tensor):
                 self._forget(value)
-        for value, elements in zip(results, found, strict=False):
-            self._known[value] = elements
+        for value, elements in zip(results, tracked, strict=False):
+            self._by_tensor[value] = elements
 
     def _added(self, args: Sequence[Any], result: Tensor) -> list[_Elements]:
         if not isinstance(args[1], Tensor):
             return []
-        own = [elements for value in args[:2] if (elements := self._known.get(value)) is not None]
-        grown = len(own) == 1 and own[0].numbers.shape == result.shape
-        return [_Elements(own[0].numbers, True)] if grown else []
+        operands = [elements for value in args[:2] if (elements := self._by_tensor.get(value)) is not None]
+        if len(operands) != 1 or operands[0].indices.shape != result.shape:
+            return []
+        return [_Elements(operands[0].indices, True)]
 
-    def _moved(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> list[_Elements]:
+    def _rearranged(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> list[_Elements]:
         name, several = func.overloadpacket.__name__, isinstance(args[0], list | tuple)
         values = args[0] if several else args[:1]
-        found = [self._known.get(value) for value in values]
-        if not any(found):
+        known = [self._by_tensor.get(value) for value in values]
+        if not any(known):
             return []
         nothing = torch.zeros((), dtype=torch.int32)
-        numbers = [
-            nothing.expand(v.shape) if own is None else own.numbers for v, own in zip(values, found, strict=True)
+        indices = [
+            nothing.expand(v.shape) if own is None else own.indices for v, own in zip(values, known, strict=True)
         ]
         if name in VIEWS:
-            moved: Any = numbers[0].reshape(result.shape)
-        elif name in SAME:
-            moved = numbers[0]
+            moved: Any = indices[0].reshape(result.shape)
+        elif name in IDENTITIES:
+            moved = indices[0]
         else:
             try:
-                moved = func(numbers if several else numbers[0], *args[1:], **kwargs)
-            except (RuntimeError, TypeError):  # this operation has no form for whole numbers
+                moved = func(indices if several else indices[0], *args[1:], **kwargs)
+            except (RuntimeError, TypeError):  # the operation is not implemented for integers
                 return []
-        more = any(own is not None and own.more for own in found)
-        return [_Elements(one, more) for one in (moved if isinstance(moved, list | tuple) else [moved])]
+        has_addend = any(own is not None and own.has_addend for own in known)
+        return [_Elements(part, has_addend) for part in (moved if isinstance(moved, list | tuple) else [moved])]
 
     def _forget(self, value: Tensor) -> None:
-        """Something was written into this tensor: whatever shares its memory holds other numbers now."""
+        """Stop tracking all tensors that share memory with a tensor that was written to."""
         memory = value.untyped_storage()._cdata
-        for other in list(self._known):
+        for other in list(self._by_tensor):
             if other.untyped_storage()._cdata == memory:
-                del self._known[other]
+                del self._by_tensor[other]
 
-    def has_grown_into(self, answer: Any) -> bool:
-        """Whether an answer is the input with something added to it."""
-        own = self._known.get(answer) if isinstance(answer, Tensor) else None
-        return own is not None and own.more and torch.equal(own.numbers, self._numbers)
+    def is_residual_output(self, output: Any) -> bool:
+        """Whether an output is the input plus something."""
+        own = self._by_tensor.get(output) if isinstance(output, Tensor) else None
+        return own is not None and own.has_addend and torch.equal(own.indices, self._indices)
 
 
-class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Shows every operation, once it has run, to the inputs of the modules that run now."""
+class _TrackingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs every operation, then tracks it for the inputs of all modules that run now."""
 
-    def __init__(self, running: Sequence[_Input]) -> None:
+    def __init__(self, running: Sequence[_TrackedInput]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._running = running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for one in self._running:
-            one.follow(func, args, kwargs or {}, result)
+        for tracked in self._running:
+            tracked.track(func, args, kwargs or {}, result)
         return result
 
 
 @contextmanager
-def _followed(model: nn.Module, paths: Collection[str], answers: dict[str, list[bool]]) -> Iterator[None]:
-    """While this is open, note of every call of these modules whether it adds to what it is given."""
-    running: list[_Input] = []
+def _tracked(model: nn.Module, paths: Collection[str], calls: dict[str, list[bool]]) -> Iterator[None]:
+    """Record for every call of these modules whether it returned its input plus something."""
+    running: list[_TrackedInput] = []
 
-    def enter(module: nn.Module, given: Any) -> None:
-        first = given[0] if given and isinstance(given[0], Tensor) else torch.empty(0)
-        running.append(_Input(first if first.numel() <= LARGEST else torch.empty(0)))
+    def enter(module: nn.Module, inputs: Any) -> None:
+        first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0)
+        running.append(_TrackedInput(first if first.numel() <= MAX_ELEMENTS else torch.empty(0)))
 
     def leave(path: str) -> Callable[..., None]:
-        def note(module: nn.Module, given: Any, answer: Any) -> None:
-            answers.setdefault(path, []).append(running.pop().has_grown_into(answer))
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            calls.setdefault(path, []).append(running.pop().is_residual_output(output))
 
-        return note
+        return record
 
     handles = []
     for path in paths:
         module = model.get_submodule(path)
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave(path))]
     try:
-        with _Follower(running):
+        with _TrackingMode(running):
             yield
     finally:
         for handle in handles:

@@ -1,7 +1,7 @@
-"""Labels of channels: which positions of which tensors stand and fall together, found by union as a model runs.
+"""Union-find over channel labels, and operations on tensors of labels.
 
-A tensor of labels has the shape of the tensor that it is about; along axes where channels repeat it is expanded, so
-that it takes no memory there. Label 0 is no channel.
+A tensor of labels has the shape of the tensor that it describes. Along axes where labels repeat it is expanded (stride
+0), so that it needs no memory there. Label 0 means "no channel".
 """
 
 from typing import Any
@@ -10,70 +10,70 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NONE = 0
+NO_CHANNEL = 0
 
 
-class Labels:
-    """Disjoint sets of numbered channels, and why some of them cannot be cut."""
+class UnionFind:
+    """Disjoint sets of channel labels, and the reasons why some sets cannot be pruned."""
 
     def __init__(self) -> None:
-        self._root: np.ndarray[Any, Any] = np.zeros(1, dtype=np.int64)
+        self._parent: np.ndarray[Any, Any] = np.zeros(1, dtype=np.int64)
         self._next = 1
-        self._stuck: dict[int, str] = {}
+        self._unprunable: dict[int, str] = {}
 
-    def fresh(self, *shape: int) -> Tensor:
-        """New labels, each a set of its own."""
+    def new_labels(self, *shape: int) -> Tensor:
+        """Return a tensor of new labels, each a set of its own."""
         number = int(np.prod(shape))
-        if self._next + number > len(self._root):
-            grown = np.arange(max(2 * len(self._root), self._next + number), dtype=np.int64)
-            grown[: self._next] = self._root[: self._next]
-            self._root = grown
+        if self._next + number > len(self._parent):
+            grown = np.arange(max(2 * len(self._parent), self._next + number), dtype=np.int64)
+            grown[: self._next] = self._parent[: self._next]
+            self._parent = grown
         self._next += number
         return torch.arange(self._next - number, self._next).view(shape)
 
     def find(self, labels: Tensor) -> Tensor:
-        """The representatives of labels."""
-        found = self._root[labels.numpy()]
+        """Return the representative of every label, in the shape of `labels`."""
+        roots = self._parent[labels.numpy()]
         while True:
-            above = self._root[found]
-            if (above == found).all():
-                return torch.from_numpy(np.asarray(found))
-            found = above
+            above = self._parent[roots]
+            if (above == roots).all():
+                return torch.from_numpy(np.asarray(roots))
+            roots = above
 
-    def roots(self, labels: list[Tensor]) -> set[int]:
-        """The representatives of what is in any of some tensors of labels."""
-        found = {int(root) for one in labels for root in np.unique(self.find(one.flatten()).numpy())}
-        return found - {NONE}
+    def find_unique(self, tensors: list[Tensor]) -> set[int]:
+        """Return the representatives of all labels in some tensors, without `NO_CHANNEL`."""
+        roots = {int(root) for labels in tensors for root in np.unique(self.find(labels.flatten()).numpy())}
+        return roots - {NO_CHANNEL}
 
-    def join(self, one: Tensor, other: Tensor) -> None:
-        """Unite labels place by place, broadcast; a channel does not unite with what is none."""
-        one, other = aligned(one, other)
-        shape = np.broadcast_shapes(one.shape, other.shape)
-        a, b = one.expand(shape).flatten(), other.expand(shape).flatten()
+    def union(self, first: Tensor, second: Tensor) -> None:
+        """Unite the labels of two tensors element by element, with broadcasting; `NO_CHANNEL` is never united."""
+        first, second = broadcast_aligned(first, second)
+        shape = np.broadcast_shapes(first.shape, second.shape)
+        a, b = first.expand(shape).flatten(), second.expand(shape).flatten()
         while True:
             a, b = self.find(a), self.find(b)
-            apart = (a != b) & (a != NONE) & (b != NONE)
-            if not bool(apart.any()):
+            differ = (a != b) & (a != NO_CHANNEL) & (b != NO_CHANNEL)
+            if not bool(differ.any()):
                 return
-            a, b = a[apart], b[apart]
-            np.minimum.at(self._root, torch.maximum(a, b).numpy(), torch.minimum(a, b).numpy())
+            a, b = a[differ], b[differ]
+            np.minimum.at(self._parent, torch.maximum(a, b).numpy(), torch.minimum(a, b).numpy())
 
     def mark_unprunable(self, labels: Tensor, why: str) -> None:
-        """Note that what these labels mean cannot be cut, and why."""
-        for root in self.roots([labels]):
-            self._stuck.setdefault(root, why)
+        """Record that the channels of these labels cannot be pruned; the first reason for a label is kept."""
+        for root in self.find_unique([labels]):
+            self._unprunable.setdefault(root, why)
 
     def reasons(self) -> dict[int, str]:
-        """Why sets cannot be cut, by their representatives as they are now."""
-        labels = torch.tensor(list(self._stuck), dtype=torch.int64)
-        found: dict[int, str] = {}
-        for root, why in zip(self.find(labels).tolist(), self._stuck.values(), strict=True):
-            found.setdefault(root, why)
-        return found
+        """Return, by current representative, the reason why a set cannot be pruned."""
+        labels = torch.tensor(list(self._unprunable), dtype=torch.int64)
+        result: dict[int, str] = {}
+        for root, why in zip(self.find(labels).tolist(), self._unprunable.values(), strict=True):
+            result.setdefault(root, why)
+        return result
 
 
 def squeeze_broadcast(labels: Tensor) -> Tensor:
-    """The same labels with one place along every axis where they are repeated."""
+    """Return the labels with size 1 along every expanded axis."""
     for axis, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
         if size > 1 and stride == 0:
             labels = labels.narrow(axis, 0, 1)
@@ -81,7 +81,7 @@ def squeeze_broadcast(labels: Tensor) -> Tensor:
 
 
 def compact(labels: Tensor) -> Tensor:
-    """The same labels, expanded along every axis where they turn out to be repeated."""
+    """Return the same labels, expanded along every axis where they are equal."""
     small = squeeze_broadcast(labels)
     for axis, size in enumerate(small.shape):
         first = small.narrow(axis, 0, 1)
@@ -90,15 +90,15 @@ def compact(labels: Tensor) -> Tensor:
     return small.expand(labels.shape)
 
 
-def aligned(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors of labels that broadcast, with as many axes, each with one place where it is repeated."""
-    dims = max(one.dim(), other.dim())
-    a, b = (squeeze_broadcast(value[(None,) * (dims - value.dim())]) for value in (one, other))
+def broadcast_aligned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors of labels with equal numbers of axes, and size 1 along every expanded axis."""
+    dims = max(first.dim(), second.dim())
+    a, b = (squeeze_broadcast(value[(None,) * (dims - value.dim())]) for value in (first, second))
     return a, b
 
 
-def either(one: Tensor, other: Tensor, shape: torch.Size) -> Tensor:
-    """The first labels, or the others where the first are none; expanded to a shape."""
-    a, b = aligned(one, other)
-    found = torch.where(a == NONE, b, a) if bool((a == NONE).any()) else a
-    return found.expand(shape)
+def coalesce(first: Tensor, second: Tensor, shape: torch.Size) -> Tensor:
+    """Return the first labels, replaced by the second where they are `NO_CHANNEL`, expanded to a shape."""
+    a, b = broadcast_aligned(first, second)
+    labels = torch.where(a == NO_CHANNEL, b, a) if bool((a == NO_CHANNEL).any()) else a
+    return labels.expand(shape)

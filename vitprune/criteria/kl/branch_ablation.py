@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vitprune.architectures.chain import Branch, SelfAttention
+from vitprune.architectures.chain import AttentionLayers, Branch
 from vitprune.criteria.kl.partial_forward import consumer_inputs, project_qkv
 from vitprune.groups import Group, ParamSlice, positions
 
@@ -34,8 +34,8 @@ def ablation_fn(model: nn.Module, group: Group, context: BranchContext) -> Ablat
     columns = _columns(model, group, branch)
     if group.kind in ("ffn", "head") and columns is not None:
         return _by_columns(context, columns)
-    if group.kind == "attention" and isinstance(branch.inside, SelfAttention) and branch.consumer is not None:
-        return _in_heads(context, branch.inside, branch.consumer)
+    if group.kind == "attention" and isinstance(branch.layers, AttentionLayers) and branch.consumer is not None:
+        return _in_heads(context, branch.layers, branch.consumer)
     return _by_zeroing(model, group, context)
 
 
@@ -68,7 +68,7 @@ def _by_columns(context: BranchContext, part: ParamSlice) -> AblationFn:
     return ablate
 
 
-def _in_heads(context: BranchContext, inside: SelfAttention, consumer: nn.Linear) -> AblationFn:
+def _in_heads(context: BranchContext, inside: AttentionLayers, consumer: nn.Linear) -> AblationFn:
     """Subtract scale * q_c k_c^T from the logits of the channel's head, and recompute only that head.
 
     Source: UP-ViTs, component 2.

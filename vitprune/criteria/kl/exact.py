@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.chain import Branch, Chain, SelfAttention, Step
-from vitprune.architectures.chain_builders import chain as chain_of
+from vitprune.architectures.chain import AttentionLayers, Branch, Chain, Step
+from vitprune.architectures.chain_builders import build_chain
 from vitprune.criteria import Batches, Importance, ScoreConfig
 from vitprune.criteria.kl.branch_ablation import BranchContext, ablation_fn
 from vitprune.criteria.kl.fast_matmul import full_precision, raise_mmap_threshold
@@ -30,7 +30,7 @@ def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
 
     Same values as `leave_one_out_kl`, faster. A float64 model is scored in float64. A float32 model runs in float32 and
     its divergences are computed in float64 from float32 logits, whose rounding error is about 1e-6: scores below about
-    1e-9 nats per image are noise. Groups that are removed as a whole (`Group.whole`) are scored by `leave_one_out_kl`.
+    1e-9 nats per image are noise. Groups that are removed as a whole (`Group.whole_blocks`) are scored by `leave_one_out_kl`.
 
     Args:
         model: the model; `architectures.chain_builders` must support it.
@@ -45,15 +45,15 @@ def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
     """
     if not batches:
         raise BadInput("kl: needs images; give batches")
-    dense = [group for group in groups if group.whole]
+    dense = [group for group in groups if group.whole_blocks]
     if dense:
-        others = [group for group in groups if not group.whole]
+        others = [group for group in groups if not group.whole_blocks]
         whole_scores = leave_one_out_kl(model, dense, batches, setting).scores
         return Importance(whole_scores | (exact_kl(model, others, batches, setting).scores if others else {}))
-    everything = {group.name: torch.arange(group.candidates) for group in groups}
+    everything = {group.name: torch.arange(group.num_candidates) for group in groups}
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     for group in groups:
-        scores[group.name][group.candidates :] = torch.inf
+        scores[group.name][group.num_candidates :] = torch.inf
     for images, _ in track(batches, "scoring units, batch by batch"):
         for name, result in kl_divergences(model, groups, everything, images, setting).items():
             scores[name][: len(result)] += result.sum(1)
@@ -79,7 +79,7 @@ def kl_divergences(
         BadInput: a model or group that exact scoring does not support, or an index out of range.
     """
     jobs = [(group, chosen[group.name].cpu()) for group in groups if group.name in chosen]
-    chain = chain_of(model)
+    chain = build_chain(model)
     for group, units in jobs:
         _check(chain, group, units)
     device = next(model.parameters()).device
@@ -110,24 +110,24 @@ class _DensePass:
 
 def _dense_pass(model: nn.Module, chain: Chain, images: Tensor) -> _DensePass:
     streams = step_inputs(chain, images)
-    return _DensePass(model, chain, images, streams, chain.finish(streams[-1]).double())
+    return _DensePass(model, chain, images, streams, chain.run_head(streams[-1]).double())
 
 
 def _check(chain: Chain, group: Group, units: Tensor) -> None:
     if group.kind not in KINDS:
         raise BadInput(f"{group.name}: exact scoring removes {', '.join(KINDS)}, not kind {group.kind!r}")
-    if group.whole:
+    if group.whole_blocks:
         raise BadInput(f"{group.name}: blocks removed as a whole can be scored only by kl-literal")
     sublayers = [body for body, *_ in group.sublayers] or [group.owner or group.name]
-    missing = [body for body in sublayers if group.kind != "residual" and chain.branch(body) is None]
+    missing = [body for body in sublayers if group.kind != "residual" and chain.branch_index(body) is None]
     if missing:
         raise BadInput(f"{missing[0]}: the model has no branch of that name; find its groups again")
-    if len(units) and not 0 <= int(units.min()) <= int(units.max()) < group.candidates:
-        raise BadInput(f"{group.name}: unit {int(units.max())} is out of range 0 to {group.candidates - 1}")
+    if len(units) and not 0 <= int(units.min()) <= int(units.max()) < group.num_candidates:
+        raise BadInput(f"{group.name}: unit {int(units.max())} is out of range 0 to {group.num_candidates - 1}")
 
 
 def _step_index(chain: Chain, group: Group) -> int:
-    index = chain.branch(group.owner or group.name)
+    index = chain.branch_index(group.owner or group.name)
     return 0 if index is None else index
 
 
@@ -155,7 +155,7 @@ def _fill(
 def _divergences(dense: _DensePass, group: Group, units: Tensor, memory: int) -> Iterator[Tensor]:
     """Yield the divergences of the units in minibatches, (C, B)."""
     run = RUNS.get(group.kind, _branch_run)(dense, group)
-    one_at_a_time = group.kind == "block" or (group.kind == "residual" and not dense.chain.narrow)
+    one_at_a_time = group.kind == "block" or (group.kind == "residual" and not dense.chain.allows_channel_ablation)
     count = 1 if one_at_a_time else max(1, _limit(dense, memory) // _in_flight(dense, _step_index(dense.chain, group)))
     for batch in torch.split(units, count):
         yield _divergence(dense.logits, run(batch.to(dense.logits.device)))
@@ -174,10 +174,10 @@ def _branch_run(dense: _DensePass, group: Group) -> Step:
 
 
 def _residual_run(dense: _DensePass, group: Group) -> Step:
-    """The same for residual channels; without `chain.narrow` the model is shrunk one channel at a time."""
+    """The same for residual channels; without `chain.allows_channel_ablation` the model is shrunk one channel at a time."""
 
     def run(units: Tensor) -> Tensor:
-        if not dense.chain.narrow:
+        if not dense.chain.allows_channel_ablation:
             logits: Tensor = copy_without_unit(dense.model, group, int(units))(dense.images)
             return logits
         candidates = drop_residual_channels(dense.chain, units, len(dense.images))
@@ -190,7 +190,7 @@ def _block_run(dense: _DensePass, group: Group) -> Step:
     """The same for pairs of neighboring branches, which are skipped one pair at a time."""
 
     def run(units: Tensor) -> Tensor:
-        start = dense.chain.branch(group.sublayers[int(units)][0]) or 0
+        start = dense.chain.branch_index(group.sublayers[int(units)][0]) or 0
         return logits_from_step(dense.chain, start + 2, dense.streams[start])
 
     return run
@@ -218,8 +218,8 @@ def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
 def _in_flight(dense: _DensePass, index: int) -> int:
     """Bytes per candidate from a step on: the branch, the attention logits and the output logits."""
     largest = max(dense.streams[index + 1 :], key=lambda stream: stream.nbytes)
-    inner = [step.inside for step in dense.chain.steps[index + 1 :] if isinstance(step, Branch)]
-    heads = max((inside.heads for inside in inner if isinstance(inside, SelfAttention)), default=0)
+    inner = [step.layers for step in dense.chain.steps[index + 1 :] if isinstance(step, Branch)]
+    heads = max((inside.heads for inside in inner if isinstance(inside, AttentionLayers)), default=0)
     pairs = largest[..., 0].numel() * largest[0, ..., 0].numel()
     return STREAMS * largest.nbytes + LOGITS * (heads * pairs * largest.element_size() + dense.logits.nbytes)
 

@@ -43,7 +43,7 @@ def fisher_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setti
             scores[name] += value.sum(dim=1)
         first += len(images)
     for group in groups:
-        scores[group.name][group.candidates :] = torch.inf  # the last sub-layer has no successor to be removed with
+        scores[group.name][group.num_candidates :] = torch.inf  # the last sub-layer has no successor to be removed with
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 

@@ -103,7 +103,7 @@ def find_gates(model: nn.Module, groups: Sequence[Group]) -> list[UnitGate]:
     for group in groups:
         if group.kind == "weight":
             raise BadInput(f"{group.name}: Fisher scores are for units, not for kind 'weight'; use taylor or energy")
-        if group.whole:
+        if group.whole_blocks:
             raise BadInput(f"{group.name}: blocks removed as a whole can be scored only by kl-literal")
         gates_of_group = [_gate(group, part, (path, "input")) for path, part in _consumers(model, group)]
         if group.kind == "block":
@@ -124,7 +124,7 @@ def _gate(group: Group, part: ParamSlice, probe: Probe) -> UnitGate:
 
 def _branch(group: Group, unit: int) -> UnitGate:
     """A sub-layer belongs to the pair that it starts and to the pair before it."""
-    pairs = [pair for pair in (unit - 1, unit) if 0 <= pair < group.candidates]
+    pairs = [pair for pair in (unit - 1, unit) if 0 <= pair < group.num_candidates]
     return UnitGate(group.name, (group.sublayers[unit][0], "output"), 1, group.units, 1, tuple(pairs))
 
 

@@ -19,8 +19,8 @@ def leave_one_out_kl(model: nn.Module, groups: Sequence[Group], batches: Batches
 
     Costs units x images forward passes. Residual channels and blocks are shrunk, others zeroed, which gives the same
     function. A sub-layer is removed together with the next one; the last one scores infinity. If blocks are removed
-    whole (`Group.whole`), the first unit has the score and the second scores infinity; the only block of a group scores
-    infinity. If the logits are (B, positions, classes), divergences are summed over positions.
+    whole (`Group.whole_blocks`), the first unit has the score and the second scores infinity; the only block of a group
+    scores infinity. If the logits are (B, positions, classes), divergences are summed over positions.
 
     Args:
         model: the model.
@@ -48,9 +48,9 @@ def leave_one_out_kl(model: nn.Module, groups: Sequence[Group], batches: Batches
 
 def _firsts(group: Group) -> range:
     """Return the units that are removed in turn, without those that are removed together with another one."""
-    if group.whole:
+    if group.whole_blocks:
         return range(0, group.units if group.units > 2 else 0, 2)
-    return range(group.candidates)
+    return range(group.num_candidates)
 
 
 def copy_without_unit(model: nn.Module, group: Group, unit: int) -> nn.Module:

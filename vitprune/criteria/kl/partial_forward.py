@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.chain import Branch, Chain, SelfAttention, Step
+from vitprune.architectures.chain import AttentionLayers, Branch, Chain, Step
 from vitprune.criteria.kl.fast_matmul import attention, linear, linear_activation
 
 
-def project_qkv(inside: SelfAttention, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(inside: AttentionLayers, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v of a plain attention; (B, heads, tokens, width) each."""
     batch, tokens, _ = normed.shape
     q, k, v = linear(normed, inside.qkv).view(batch, tokens, 3, inside.heads, -1).permute(2, 0, 3, 1, 4)
@@ -16,14 +16,14 @@ def project_qkv(inside: SelfAttention, normed: Tensor) -> tuple[Tensor, Tensor, 
 
 def consumer_inputs(branch: Branch, stream: Tensor, queries: int | None = None) -> Tensor:
     """Return the input of a branch's consumer for the first `queries` tokens (plain branches); (B, ..., inputs)."""
-    if branch.inside is None:
+    if branch.layers is None:
         return _captured(branch, stream)
-    if isinstance(branch.inside, SelfAttention):
-        return _head_outputs(branch.inside, branch.norm(stream), queries)
-    return linear_activation(branch.norm(stream[:, :queries]), branch.inside.fc1, branch.inside.act)
+    if isinstance(branch.layers, AttentionLayers):
+        return _head_outputs(branch.layers, branch.norm(stream), queries)
+    return linear_activation(branch.norm(stream[:, :queries]), branch.layers.fc1, branch.layers.act)
 
 
-def _head_outputs(inside: SelfAttention, normed: Tensor, queries: int | None) -> Tensor:
+def _head_outputs(inside: AttentionLayers, normed: Tensor, queries: int | None) -> Tensor:
     """Return the concatenated head outputs of an attention, (B, queries, heads * width)."""
     width = inside.qkv.out_features // (3 * inside.heads)
     if queries is not None and queries < width and isinstance(inside.k_norm, nn.Identity):
@@ -32,7 +32,7 @@ def _head_outputs(inside: SelfAttention, normed: Tensor, queries: int | None) ->
     return attention(q[:, :, :queries], k, v, inside.scale)
 
 
-def _few_queries(inside: SelfAttention, normed: Tensor, queries: int, width: int) -> Tensor:
+def _few_queries(inside: AttentionLayers, normed: Tensor, queries: int, width: int) -> Tensor:
     """The same for few queries, without keys and values: q (W_k n) = (q W_k) n and sum a (W_v n) = W_v (sum a n).
 
     The key bias adds a constant to all logits of a query, which softmax cancels; the attention weights a sum to 1.
@@ -51,7 +51,7 @@ def _few_queries(inside: SelfAttention, normed: Tensor, queries: int, width: int
 
 def forward_step(step: Step, stream: Tensor, queries: int | None = None) -> Tensor:
     """Return the residual stream after a step for its first `queries` tokens (None: all)."""
-    if not isinstance(step, Branch) or step.inside is None or step.consumer is None:
+    if not isinstance(step, Branch) or step.layers is None or step.consumer is None:
         return step(stream)[:, :queries]
     added: Tensor = step.scale(linear(consumer_inputs(step, stream, queries), step.consumer))
     return stream[:, :queries] + added
@@ -60,15 +60,15 @@ def forward_step(step: Step, stream: Tensor, queries: int | None = None) -> Tens
 def num_tokens_needed(chain: Chain, index: int) -> int | None:
     """Return how many leading tokens after step `index` the logits depend on, None for all."""
     later = chain.steps[index + 1 :]
-    token_wise = all(isinstance(step, Branch) and step.kind == "ffn" and step.inside is not None for step in later)
-    return chain.reads if token_wise else None
+    token_wise = all(isinstance(step, Branch) and step.kind == "ffn" and step.layers is not None for step in later)
+    return chain.num_tokens_read if token_wise else None
 
 
 def logits_from_step(chain: Chain, index: int, stream: Tensor) -> Tensor:
     """Return the logits (B, classes) from the input stream of step `index`."""
     for number in range(index, len(chain.steps)):
         stream = forward_step(chain.steps[number], stream, num_tokens_needed(chain, number))
-    return chain.finish(stream)
+    return chain.run_head(stream)
 
 
 def step_inputs(chain: Chain, images: Tensor) -> list[Tensor]:

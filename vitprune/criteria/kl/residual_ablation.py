@@ -13,7 +13,7 @@ def drop_residual_channels(chain: Chain, channels: Tensor, images: int) -> Chain
 
     The channel is set to zero after the embedding, after every branch and after every LayerNorm, whose statistics are
     those of the other channels; all candidates share the model's weights. `embed` of the result takes embedded images,
-    (images, tokens, channels). Requires `chain.narrow`.
+    (images, tokens, channels). Requires `chain.allows_channel_ablation`.
 
     Source: UP-ViTs, component 1.
     """
@@ -40,8 +40,8 @@ def drop_residual_channels(chain: Chain, channels: Tensor, images: int) -> Chain
     return Chain(
         lambda embedded: zeroed(embedded.repeat(len(channels), *[1] * (embedded.dim() - 1))),
         tuple(step(original) for original in chain.steps),
-        tuple(step(original) for original in chain.ending),
-        chain.reads,
+        tuple(step(original) for original in chain.head),
+        chain.num_tokens_read,
     )
 
 

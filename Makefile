@@ -14,7 +14,7 @@ GPU ?= 0
 .PHONY: demo test lint bench server server-down worker install clean
 
 demo: install
-	vitprune-flow
+	vitprune run
 
 test: install
 	pytest --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -195,16 +195,16 @@ class Strike:
 
 
 def by_command(site: Site, stage: str) -> Run:
-    """`vitprune-flow`."""
+    """`vitprune run`."""
     log = site.log("flow")
-    return Run(site.toy, site.toy.flow(log, "vitprune.orchestration.cli_compress"), log)
+    return Run(site.toy, site.toy.flow(log, "run"), log)
 
 
 def by_retraining(site: Site, stage: str) -> Run:
-    """`vitprune-retrain run`, for a model of its own; what the project itself has computed is of no use to it."""
+    """`vitprune retrain`, for a model of its own; what the project itself has computed is of no use to it."""
     (site.toy.project / "dvc.lock").unlink(missing_ok=True)
     log, name = site.log("retrain"), f"drill-{stage}"
-    process = site.toy.flow(log, "vitprune.orchestration.cli_retrain", "run", "--model", name, "--branch", name)
+    process = site.toy.flow(log, "retrain", "--model", name, "--branch", name)
     return Run(site.toy, process, log, name)
 
 

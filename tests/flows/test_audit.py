@@ -38,7 +38,7 @@ def tamper(project: Path, *names: str) -> dict[str, dict]:
 
 
 def audit(project: Path, *words: str, **env: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-W", "ignore", "-m", "vitprune.orchestration.cli_audit", *words]
+    command = [sys.executable, "-W", "ignore", "-m", "vitprune.cli", "audit", *words]
     done = subprocess.run(command, cwd=project, env=os.environ | env, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
@@ -48,7 +48,7 @@ def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
         "honest": "exported: as recorded",
         "a mask's units change places, in DVC's cache": "artifacts: out/mask/masks.safetensors: DVC's copy",
         "top-1 raised in MLflow's database": "metric pruned.top1 (step 0) is",
-        "a digest edited in the project's dvc.lock": "is of no run on record",
+        "a digest edited in the project's dvc.lock": "belongs to no run in MLflow",
         "a pixel changed in an image": "images/0/0030.png: has the MD5",
         "a cycle's run deleted in MLflow": "cycle-01: MLflow has no run",
         "all digests agree: top-1 raised": "metrics/evaluate.json: pruned: top1 is",

@@ -52,7 +52,7 @@ def newest(project: Path) -> str:
 
 
 def _audit(project: Path, rerun: bool, run: str, told: "multiprocessing.SimpleQueue[tuple[int, str]]") -> None:
-    from vitprune.orchestration.audit.collect import Unusable
+    from vitprune.errors import BadInput
     from vitprune.orchestration.cli_audit import audit
 
     os.chdir(project)
@@ -60,7 +60,7 @@ def _audit(project: Path, rerun: bool, run: str, told: "multiprocessing.SimpleQu
     with contextlib.redirect_stdout(said):
         try:
             code = 1 if audit(run or newest(project), project if run else None, False, rerun) else 0
-        except Unusable as error:
+        except BadInput as error:
             print(error)
             code = 2
     told.put((code, said.getvalue()))

@@ -72,15 +72,15 @@ def record(project: Path, name: str, cached: bool = False) -> RunLog:
 
 
 def put(project: Path, uri: str | None = None) -> str:
-    """Mirror what is recorded to MLflow; the id of the newest run."""
+    """Upload the run logs to MLflow; return the id of the newest run."""
     env = environment(project) | ({"MLFLOW_TRACKING_URI": uri} if uri else {})
     command = [
         sys.executable,
         "-W",
         "ignore",
         "-m",
-        "vitprune.orchestration.tracking.replay",
-        "replay",
+        "vitprune.cli",
+        "sync",
         "--json",
         "--project",
         str(project),

@@ -17,7 +17,7 @@ from benchmarks.lib import toy_project
 from benchmarks.lib.toy_project import STAGES, Toy, servers
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import kill_tree
-from vitprune.orchestration.tracking.store import short_patience
+from vitprune.orchestration.tracking.store import short_timeouts
 
 DISK = "256m"
 BALLAST = "ballast"
@@ -80,7 +80,7 @@ class Site:
     def recorded(self, run: "Run") -> list[str]:
         """What MLflow lacks of a run that ended right, or an audit finds."""
         flow = run.flow()
-        with short_patience(60):
+        with short_timeouts(60):
             if self.toy.put()["missed"]:
                 return ["MLflow could not be told afterwards"]
             found = self.names_of_metrics(flow)

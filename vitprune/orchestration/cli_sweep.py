@@ -16,7 +16,7 @@ from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
 from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, show_flow_log
-from vitprune.runtime.files import replacing
+from vitprune.runtime.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _plan(project: Path, folder: Path, options: SweepOptions) -> None:
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     same = {name: value for name, value in before.items() if name != "key"} == plan
     plan["key"] = before["key"] if same else f"sweep-{uuid.uuid4()}"  # a changed plan is a new MLflow run
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(plan, indent=2), encoding="utf-8")
     print(plan["title"])
     if options.check:

@@ -25,7 +25,7 @@ from vitprune.orchestration.execution.worktrees import WorktreeError, project_st
 from vitprune.orchestration.summary import evaluation
 from vitprune.orchestration.tracking.journal import SWEEP
 from vitprune.orchestration.tracking.sweep_run import record
-from vitprune.runtime.files import replacing
+from vitprune.runtime.files import atomic_write
 
 SHARED_STAGES = ("dataset", "dense", "calibrate")  # independent of method and target
 FINISHED, FAILED = "finished", "failed"
@@ -61,7 +61,7 @@ class SweepJob:
 
     def write(self, result: RunResult) -> RunResult:
         """Write the result atomically, and return it."""
-        with replacing(self._result_file) as partial:
+        with atomic_write(self._result_file) as partial:
             partial.write_text(json.dumps(asdict(result)), encoding="utf-8")
         return result
 

@@ -17,7 +17,7 @@ BENCHMARKS := $(subst /,.,$(basename $(filter-out benchmarks/lib/% %/__init__.py
 .PHONY: demo test test-fast lint docs bench server server-down worker install clean
 
 demo: install
-	vitprune-flow
+	vitprune run
 
 test: install
 	pytest --numprocesses auto --dist worksteal

@@ -1,4 +1,4 @@
-"""Bad input, as a user meets it: one clear line on stderr, exit code 2, nothing half-written."""
+"""The command line: one clear line on stderr and exit code 2 for bad input, no partial files; help and start-up."""
 
 import os
 import subprocess
@@ -196,3 +196,69 @@ def test_a_full_disk(project, refuse):
     finally:
         os.chdir(project)
         subprocess.run(["umount", "-l", room], check=True)
+
+
+def commands() -> list[str]:
+    """Every subcommand of the command line."""
+    return [command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_help_of_every_command_has_an_example(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vitprune", command, "--help"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert f"Example: vitprune {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "expected"),
+    [
+        (["--help"], {}, "Pipeline runs"),
+        (["--version"], {}, "vitprune 0."),
+        (["run", "--help"], {}, "--stage-limit"),
+        ([], {"_VITPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "vitprune ver", "COMP_CWORD": "1"}, "versions"),
+    ],
+    ids=["help", "version", "help of run", "completion"],
+)
+def test_help_version_and_completion_import_no_heavy_package(words, env, expected):
+    program = (
+        "import atexit, sys\n"
+        "heavy = ('torch', 'timm', 'prefect', 'mlflow', 'dvc', 'numpy', 'pyarrow')\n"
+        "atexit.register(lambda: print('imported:', [name for name in heavy if name in sys.modules]))\n"
+        "from vitprune.cli import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+    assert done.stdout.endswith("imported: []\n")
+
+
+@pytest.mark.parametrize("package", ["dvc", "prefect", "mlflow"])
+@pytest.mark.parametrize(
+    "words", [["run"], ["sweep"], ["retrain"], ["versions"], ["rollback"], ["audit", "1"], ["sync"]]
+)
+def test_a_missing_package_of_the_pipeline_is_named_with_its_extra(refuse, monkeypatch, package, words):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert refuse(*words.split()) == f"Error: {package} is not installed; run: pip install 'vitprune[pipeline]'\n"
+
+
+def test_a_project_without_its_flow_or_with_a_broken_one_is_refused(tmp_path):
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    program = "from vitprune.cli import main; main()"
+
+    def run() -> str:
+        command = [sys.executable, "-W", "ignore", "-c", program, "run", "--project", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        return done.stderr
+
+    path = tmp_path / "flows/compress.py"
+    assert run().startswith(f"Error: {path}: no such file; copy flows/ from a new project")
+    path.parent.mkdir()
+    path.write_text("import not_there\n")
+    assert f"Error: {path}: cannot load the flow compress (ModuleNotFoundError: " in run()

@@ -1,174 +1,263 @@
-"""Makes vision transformers smaller and proves it: one command per stage of the pipeline, and a few to look around."""
+"""The command `vitprune`: stages, pipeline runs, projects and models.
+
+Every command imports what it needs in its function, so help, --version and shell completion load neither torch nor
+Prefect.
+"""
 
 import errno
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
 
-from vitprune import data, models
-from vitprune.architectures import find_groups
-from vitprune.config.quantity import format_cost
 from vitprune.errors import BadInput, Interrupted
-from vitprune.evaluation.check_model import check as proofs
-from vitprune.evaluation.check_removal import RemovalCheck
-from vitprune.evaluation.cost import count, group_costs
-from vitprune.groups import KINDS
-from vitprune.pipeline import promotion, stages, sweep_plan, torchrun
-from vitprune.pipeline.import_scores import import_scores as scores_of_lists
-from vitprune.pipeline.project_data import OUT
-from vitprune.pipeline.project_template import Choice, create
-from vitprune.pruning.methods import METHODS
+from vitprune.pipeline.stages import STAGES
+
+if TYPE_CHECKING:
+    from vitprune.evaluation.check_removal import RemovalCheck
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STAGE_PANEL, PIPELINE, PROJECTS, MODELS = "Stages, in order", "Pipeline runs", "Projects", "Models and methods"
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-IN_ORDER, LOOKING, OWN = "Stages, in order", "Looking around", "A project of your own"
-SWEEPS = "Sweeps (vitprune-sweep runs them)"
+StageLimit = Annotated[float | None, typer.Option(help="Seconds after which a stage is killed.  [default: no limit]")]
+ModelName = Annotated[
+    str | None,
+    typer.Option(help="Name in MLflow's registry.  [default: VITPRUNE_MODEL_NAME, else the name of the folder]"),
+]
 
-
-def application() -> typer.Typer:
-    """Build the command line: one command per stage, then those to look around."""
-    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-    for name, summary in stages.STAGES.items():
-        app.command(name, help=summary, rich_help_panel=IN_ORDER)(_command(name))
-    app.command("report", rich_help_panel=IN_ORDER)(report)
-    for command in (methods, inspect, check):
-        app.command(rich_help_panel=LOOKING)(command)
-    app.command(rich_help_panel=OWN)(init)
-    app.command(rich_help_panel=OWN)(import_scores)
-    app.command(rich_help_panel=OWN)(judge)
-    app.command(rich_help_panel=SWEEPS)(sweep_check)
-    app.command(rich_help_panel=SWEEPS)(sweep_table)
-    return app
+app = typer.Typer(
+    name="vitprune", no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"max_content_width": 120}
+)
 
 
 def main() -> None:
-    """Run the command line: one clear line and exit code 2 for bad input, or one that asks for another attempt."""
+    """Run the command line; errors are one line on stderr, with exit code 2 for bad input and 75 for a retry."""
     try:
-        application()()
+        app(prog_name="vitprune")
     except BadInput as error:
-        _stop(str(error))
+        _exit(str(error))
     except Interrupted as error:
-        _stop(str(error), error.code)
+        _exit(str(error), error.code)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in DISK_FULL:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        _stop(f"{where}{error.strerror}; nothing was half-written, make room and run again")
+        path = f"{error.filename}: " if error.filename else ""
+        _exit(f"{path}{error.strerror}; no partial files were left; free some space and run again")
 
 
-def _stop(line: str, code: int = 2) -> None:
+def _exit(line: str, code: int = 2) -> None:
+    from vitprune.pipeline import torchrun
+
     if os.environ.get("RANK", "0") == "0" or code == 2:
         print(f"Error: {line}", file=sys.stderr)
     torchrun.report_exit_code(code)
     sys.exit(code)
 
 
-def _command(stage: str) -> Callable[[Path], None]:
+def _print_version(value: bool) -> None:
+    if value:
+        from vitprune import __version__
+
+        print(f"vitprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: vitprune init my-project && cd my-project && vitprune run")
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Prune vision transformers: one command per pipeline stage, and commands to run, inspect and audit pipelines."""
+
+
+def _stage_command(stage: str) -> Callable[[Path], None]:
     def command(project: Project = Path()) -> None:
+        from vitprune.pipeline import torchrun
+
         if torchrun.wanted(stage):
             raise typer.Exit(torchrun.launch(stage, project))
-        stages.run(stage, project)
+        if stage == "report":
+            from vitprune.pipeline.report import write_report
+
+            write_report(project, project / "out/report/report.html")
+        else:
+            from vitprune.pipeline import stages
+
+            stages.run(stage, project)
 
     return command
 
 
-def report(project: Project = Path()) -> None:
-    """Write the report, one page that works offline, from all tables."""
-    from vitprune.pipeline.report import write_report  # matplotlib takes a second to import
+_COMMANDS = STAGES | {"report": "Write the HTML report from the results of all stages."}
+for _name, _help in _COMMANDS.items():
+    app.command(
+        _name, help=_help, rich_help_panel=STAGE_PANEL, epilog=f"Example: vitprune {_name} --project my-project"
+    )(_stage_command(_name))
 
-    write_report(project, project / "out/report/report.html")
+
+def _require_pipeline() -> None:
+    """Raise BadInput if a package of the extra `pipeline` is not installed."""
+    for package in ("dvc", "prefect", "mlflow", "psutil"):
+        if find_spec(package) is None:
+            raise BadInput(f"{package} is not installed; run: pip install 'vitprune[pipeline]'")
 
 
+@app.command(rich_help_panel=PIPELINE, epilog="Example: vitprune run --project my-project --stage-limit 3600")
+def run(project: Project = Path(), stage_limit: StageLimit = None) -> None:
+    """Run all stages that are out of date as a Prefect flow, and record the run in MLflow."""
+    _require_pipeline()
+    from vitprune.orchestration.cli_compress import run_pipeline
+
+    raise typer.Exit(run_pipeline(project, stage_limit))
+
+
+@app.command(
+    rich_help_panel=PIPELINE, epilog="Example: vitprune sweep --methods channel-taylor,lamp --targets 0.5,macs=0.5"
+)
+def sweep(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Sweep file; its stem names the sweep.")] = None,
+    project: Project = Path(),
+    methods: Annotated[str | None, typer.Option(help="Without FILE: method names, separated by commas.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Without FILE: targets, separated by commas, such as 0.5,macs=0.5,params=12M.")
+    ] = None,
+    against: Annotated[str, typer.Option(help="Without FILE: x-axis, throughput, macs or params.")] = "throughput",
+    name: Annotated[str, typer.Option(help="Without FILE: name of the sweep.")] = "sweep",
+    jobs: Annotated[int, typer.Option(help="Runs at once; latencies are exact only with 1.")] = 1,
+    stage_limit: StageLimit = None,
+    check: Annotated[bool, typer.Option("--check", help="Check the settings, print the runs, and stop.")] = False,
+) -> None:
+    """Run every method at every target, and plot top-1 against throughput, MACs or parameters.
+
+    Each run has a git worktree of its own and shares the project's DVC cache, so finished stages are not recomputed. A
+    failed run does not stop the others. FILE is YAML: methods (a list, or a mapping to settings of prune), targets
+    (0.5, {macs: 0.5}, {ffn: 0.6, attention: 0.5}), params (override params.yaml) and against.
+    """
+    _require_pipeline()
+    from vitprune.orchestration.cli_sweep import SweepOptions, run_sweep
+
+    settings = SweepOptions(file, methods, targets, against, name, jobs, stage_limit, check)
+    raise typer.Exit(run_sweep(project, settings))
+
+
+@app.command(rich_help_panel=PIPELINE, epilog="Example: vitprune retrain --project my-project --branch retrain")
+def retrain(
+    project: Project = Path(),
+    model: ModelName = None,
+    branch: Annotated[str, typer.Option(help="Git branch for the commits of promoted runs.")] = "retrain",
+    stage_limit: StageLimit = None,
+) -> None:
+    """Run the pipeline on the newest data, and promote the model to champion if it passes gates.yaml."""
+    _require_pipeline()
+    from vitprune.orchestration.cli_retrain import run_retraining
+
+    raise typer.Exit(run_retraining(project, model, branch, stage_limit))
+
+
+@app.command(rich_help_panel=PIPELINE, epilog="Example: vitprune rollback --project my-project")
+def rollback(project: Project = Path(), model: ModelName = None) -> None:
+    """Set MLflow's alias champion back to the former champion."""
+    _require_pipeline()
+    from vitprune.orchestration.cli_retrain import roll_back
+
+    roll_back(project, model)
+
+
+@app.command(rich_help_panel=PIPELINE, epilog="Example: vitprune versions --project my-project")
+def versions(project: Project = Path(), model: ModelName = None) -> None:
+    """List the registered versions of the model, their comparison results, and the champion."""
+    _require_pipeline()
+    from vitprune.orchestration.cli_retrain import print_versions
+
+    print_versions(project, model)
+
+
+@app.command(rich_help_panel=PIPELINE, epilog="Example: vitprune audit 3f2a8c... --all --rerun")
+def audit(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of the MLflow run, as vitprune run prints it.")],
+    project: Annotated[
+        Path | None, typer.Option("--project", "-C", help="A clone of the project.  [default: the run's project]")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--all", help="List all differences, not only the first.")] = False,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Rerun all stages in a clean worktree and compare.")] = False,
+) -> None:
+    """Verify a run: compare its records, commit and files, and recompute its numbers; exit code 1 if they differ."""
+    _require_pipeline()
+    from vitprune.orchestration import cli_audit
+
+    raise typer.Exit(1 if cli_audit.audit(run_id, project, list_all, rerun) else 0)
+
+
+@app.command(rich_help_panel=PIPELINE, epilog="Example: vitprune sync --project my-project")
+def sync(
+    project: Project = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Upload the runs that MLflow missed while its server was unavailable; idempotent."""
+    _require_pipeline()
+    from vitprune.orchestration import cli_audit
+
+    raise typer.Exit(cli_audit.sync(project, as_json))
+
+
+@app.command(
+    rich_help_panel=PROJECTS,
+    epilog="Example: vitprune init my-project --source folder:photos --model vit_tiny_patch16_224",
+)
 def init(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The project's directory; made if it is not there.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The project directory; created if it is missing.")],
     source: Annotated[str, typer.Option(help="digits, folder:PATH, parquet:PATH, wds/PATH or a timm name.")] = "digits",
     model: Annotated[str | None, typer.Option(help="A timm model.  [default: deit_tiny_patch16_224]")] = None,
-    method: Annotated[str, typer.Option(help="As listed by vitprune methods.")] = Choice.method,
-    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes, where the data does not say.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A recipe with all settings, such as recipes/NAME.yaml.")] = None,
+    method: Annotated[str | None, typer.Option(help="See vitprune methods.  [default: channel-taylor]")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes, if the source does not say.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Settings to start from, such as recipes/NAME.yaml.")] = None,
     remote: Annotated[
-        str | None, typer.Option(help="DVC's remote: a folder, ssh://, s3://, gs:// or azure://.")
+        str | None, typer.Option(help="DVC remote: a folder, ssh://, s3://, gs:// or azure:// address.")
     ] = None,
 ) -> None:
-    """Make a project of your own: a git and DVC repository with the pipeline for your images and model."""
-    written = create(directory, Choice(source, model, method, classes, remote, recipe))
+    """Create a project: a git and DVC repository with the pipeline, its settings and its Prefect flows."""
+    from vitprune.pipeline.project_template import Choice, create
+
+    written = create(directory, Choice(source, model, method or Choice.method, classes, remote, recipe))
     print(f"{directory}: wrote {', '.join(written)}")
-    print(f"Next: cd {directory} && dvc repro (or vitprune-flow); params.yaml decides the result")
+    print(f"Next: cd {directory} && vitprune run (or dvc repro); all settings are in params.yaml")
     if remote is not None:
-        print(f"Then: git add . && git commit && dvc push --run-cache, which shares it by {remote}")
+        print(f"Then: git add . && git commit && dvc push --run-cache, to share the results on {remote}")
 
 
+@app.command(rich_help_panel=PROJECTS, epilog="Example: vitprune import-scores lists/ --parsing authors_compat")
 def import_scores(
-    lists: Annotated[Path, typer.Argument(metavar="DIR", help="Where the lists of UP-ViTs' authors are.")],
-    parsing: Annotated[str, typer.Option(help="correct, or authors_compat: as their ranking reads them.")] = "correct",
+    lists: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the lists published with UP-ViTs.")],
+    parsing: Annotated[
+        str, typer.Option(help="correct, or authors_compat: as the authors' code reads them.")
+    ] = "correct",
     project: Project = Path(),
 ) -> None:
-    """Take the scores of UP-ViTs' authors for those of the score stage."""
+    """Import the scores published by the authors of UP-ViTs as the output of the score stage."""
+    from vitprune.pipeline import stages
+    from vitprune.pipeline.import_scores import import_scores as import_lists
+
     directory = lists.resolve()
-    scores_of_lists(stages.enter(project), directory, parsing)
-    print(f"{project / OUT / 'score'}: written from {directory}")
+    import_lists(stages.enter(project), directory, parsing)
+    print(f"{project / 'out/score'}: written from {directory}")
     print("Next: dvc commit -f score && dvc repro")
 
 
-def judge(
-    champion: Annotated[Path | None, typer.Option(help="The directory of the model in use.  [default: dense]")] = None,
-    project: Project = Path(),
-) -> None:
-    """Compare the final model with the one in use, image by image, and apply gates.yaml; 1 if a gate fails."""
-    own = champion.resolve() if champion is not None else None
-    params = stages.enter(project)
-    facts = promotion.judge(params, own, promotion.load_gates(promotion.GATES))
-    table = Table("gate", "asked", "measured", "holds", box=None, pad_edge=False)
-    for gate in facts["gates"]:
-        table.add_row(gate["name"], gate["asked"], gate["measured"], "yes" if gate["holds"] else "NO")
-    Console().print(table)
-    if not facts["passed"]:
-        raise typer.Exit(1)
-
-
-def sweep_check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The sweep's methods and targets, as YAML.")],
-    project: Project = Path(),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the runs with all their settings, as JSON.")] = False,
-) -> None:
-    """Check a sweep's settings against the project's model, and print the runs that it comes to."""
-    wanted = sweep_plan.read_sweep(file.resolve())
-    params = stages.enter(project)
-    runs = sweep_plan.runs_of(wanted, Path("params.yaml"))
-    title = f"{params.model.name}: {len(wanted.methods)} methods x {len(wanted.targets)} targets"
-    if as_json:
-        print(json.dumps({"title": title, "against": wanted.against, "runs": [asdict(run) for run in runs]}))
-        return
-    table = Table("run", "method", "target", box=None, pad_edge=False)
-    for run in runs:
-        table.add_row(run.name, run.method, run.target)
-    Console().print(title, table)
-
-
-def sweep_table(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder: .vitprune/sweeps/NAME.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the table and the picture go.")],
-) -> None:
-    """Write the table and the picture of a sweep's runs, as far as they have come."""
-    from vitprune.pipeline.report.sweep_table import write_sweep  # matplotlib takes a second to import
-
-    rows = write_sweep(folder, out)
-    print(f"{out}: {sum(row['status'] == 'finished' for row in rows)} of {len(rows)} runs")
-
-
+@app.command(rich_help_panel=MODELS, epilog="Example: vitprune methods")
 def methods() -> None:
-    """Print the table of methods."""
+    """List the pruning methods: prunable units, ranking scope and importance criterion."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vitprune.pruning.methods import METHODS
+
     table = Table("method", "kinds and scopes", "", box=None, pad_edge=False)
     for name, row in METHODS.items():
         scopes = ", ".join(f"{kind}: {scope}" for kind, scope in row.scopes.items())
@@ -176,10 +265,20 @@ def methods() -> None:
     Console().print(table)
 
 
+@app.command(rich_help_panel=MODELS, epilog="Example: vitprune inspect deit_small_patch16_224")
 def inspect(
-    model: Annotated[str, typer.Argument(help="A timm model's name, or a saved model's directory.")],
+    model: Annotated[str, typer.Argument(help="A timm model, or the directory of a saved model.")],
 ) -> None:
-    """Print a model's groups, with the parameters and MACs behind each of them."""
+    """List the prunable groups of a model, with the parameters and MACs of each."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from vitprune import data, models
+    from vitprune.architectures import find_groups
+    from vitprune.evaluation.cost import count, group_costs
+    from vitprune.groups import KINDS
+
     network = models.load(model) if Path(model).is_dir() else models.create(model)
     example = data.example_input(network, 1)
     table = Table("group", "kind", "units", "parameters", "MACs", box=None, pad_edge=False)
@@ -197,28 +296,37 @@ def inspect(
             table.add_row(group.name, kind, shape, f"{weights:,}", f"{macs:,}")
     if len(refused) == len(KINDS):
         raise refused[0][1]
-    whole = count(network, example)
+    total = count(network, example)
     console = Console()
-    console.print(f"[bold]{model}[/]: {whole.params / 1e6:.2f} M parameters, {whole.macs / 1e9:.3f} G MACs")
-    for kind, why in refused:
-        console.print(f"[dim]{kind}: {escape(str(why))}")
+    console.print(f"[bold]{model}[/]: {total.params / 1e6:.2f} M parameters, {total.macs / 1e9:.3f} G MACs")
+    for kind, reason in refused:
+        console.print(f"[dim]{kind}: {escape(str(reason))}")
     console.print(table)
 
 
+@app.command(rich_help_panel=MODELS, epilog="Example: vitprune check swin_tiny_patch4_window7_224 --ratios 0.5")
 def check(
-    model: Annotated[str, typer.Argument(help="A timm model's name; its weights are random.")],
-    ratios: Annotated[str, typer.Option(help="Shares of the units to remove.")] = "0.25,0.5,0.75",
-    kinds: Annotated[str, typer.Option(help="Kinds of group to prove.")] = ",".join(KINDS),
+    model: Annotated[str, typer.Argument(help="A timm model; its weights are random.")],
+    ratios: Annotated[str, typer.Option(help="Shares of the units to remove, separated by commas.")] = "0.25,0.5,0.75",
+    kinds: Annotated[str | None, typer.Option(help="Kinds of group, separated by commas.  [default: all]")] = None,
 ) -> None:
-    """Prove that a timm model can be cut: what is cut out is what literal removal leaves, in float64."""
+    """Verify in float64 that a timm model can be pruned: the pruned model equals the literal removal of the units."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.markup import escape
+    from rich.table import Table
+
+    from vitprune.evaluation.check_model import check as check_model
+    from vitprune.groups import KINDS
+
     try:
         shares = [float(share) for share in ratios.split(",")]
     except ValueError:
-        raise BadInput(f"--ratios {ratios!r}: expected numbers between 0 and 1, with commas between them") from None
+        raise BadInput(f"--ratios {ratios!r}: expected numbers between 0 and 1, separated by commas") from None
     table = Table("kind", "removed", "verdict", "difference", "parameters", "MACs", box=None, pad_edge=False)
     console, reasons, failed = Console(), [], False
     with Live(table, console=console, transient=True) if console.is_terminal else nullcontext():
-        for row in proofs(model, kinds.split(","), shares):
+        for row in check_model(model, kinds.split(",") if kinds else list(KINDS), shares):
             failed |= row.verdict == "failed"
             table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *_cells(row.proof))
             reasons += [f"{row.kind}: {row.why}"] if row.why else []
@@ -229,10 +337,12 @@ def check(
         raise typer.Exit(1)
 
 
-def _cells(proof: RemovalCheck | None) -> Sequence[str]:
-    """Of a proof: the largest difference, and parameters and MACs before and after."""
+def _cells(proof: "RemovalCheck | None") -> list[str]:
+    """Return the largest difference, and parameters and MACs before and after."""
+    from vitprune.config.quantity import format_cost
+
     if proof is None:
-        return ()
+        return []
     pairs = [(proof.params_before, proof.params_after), (proof.macs_before, proof.macs_after)]
     return [f"{proof.difference:.1e}", *(f"{format_cost(before)} -> {format_cost(after)}" for before, after in pairs)]
 

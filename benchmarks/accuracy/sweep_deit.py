@@ -1,7 +1,7 @@
 """A sweep of the real stages: four methods on DeiT-Tiny at three shares of its MACs, without training, and its picture.
 
 A project of the 800 real ImageNet images and DeiT-Tiny's published weights, made by `vitprune init` in a scratch folder
-(200 images calibrate, 600 evaluate), and in it `vitprune-sweep`: every run has a worktree of its own, all share a DVC
+(200 images calibrate, 600 evaluate), and in it `vitprune sweep`: every run has a worktree of its own, all share a DVC
 cache, and Prefect and MLflow record them. Throughput is that of this machine beside whatever else it did.
 Needs VITPRUNE_REAL_DATA; every run that has ended is kept under --project, if one is given, and not run again. Writes
 benchmarks/results/sweep.json, docs/results/sweep.md and docs/images/sweep.png.
@@ -37,7 +37,7 @@ def main() -> None:
             make(project, real, asked.quick)
         methods, targets = (METHODS[:2], TARGETS[:1]) if asked.quick else (METHODS, TARGETS)
         goals = ",".join(f"macs={share}" for share in targets)
-        command = ["-m", "vitprune.orchestration.cli_sweep", "--project", str(project), "--methods", ",".join(methods)]
+        command = ["-m", "vitprune.cli", "sweep", "--project", str(project), "--methods", ",".join(methods)]
         subprocess.run([sys.executable, "-P", *command, "--targets", goals], cwd=project, check=True)
         out = project / "out/sweeps/sweep"
         found = pq.read_table(out / "sweep.parquet").to_pylist()

@@ -17,7 +17,7 @@ from benchmarks.lib import toy_project
 from benchmarks.lib.toy_project import STAGES, Toy, servers
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import kill_tree
-from vitprune.orchestration.tracking.store import short_patience
+from vitprune.orchestration.tracking.store import short_timeouts
 
 DISK = "256m"
 BALLAST = "ballast"
@@ -80,7 +80,7 @@ class Site:
     def recorded(self, run: "Run") -> list[str]:
         """What MLflow lacks of a run that ended right, or an audit finds."""
         flow = run.flow()
-        with short_patience(60):
+        with short_timeouts(60):
             if self.toy.put()["missed"]:
                 return ["MLflow could not be told afterwards"]
             found = self.names_of_metrics(flow)
@@ -195,16 +195,16 @@ class Strike:
 
 
 def by_command(site: Site, stage: str) -> Run:
-    """`vitprune-flow`."""
+    """`vitprune run`."""
     log = site.log("flow")
-    return Run(site.toy, site.toy.flow(log, "vitprune.orchestration.cli_compress"), log)
+    return Run(site.toy, site.toy.flow(log, "run"), log)
 
 
 def by_retraining(site: Site, stage: str) -> Run:
-    """`vitprune-retrain run`, for a model of its own; what the project itself has computed is of no use to it."""
+    """`vitprune retrain`, for a model of its own; what the project itself has computed is of no use to it."""
     (site.toy.project / "dvc.lock").unlink(missing_ok=True)
     log, name = site.log("retrain"), f"drill-{stage}"
-    process = site.toy.flow(log, "vitprune.orchestration.cli_retrain", "run", "--model", name, "--branch", name)
+    process = site.toy.flow(log, "retrain", "--model", name, "--branch", name)
     return Run(site.toy, process, log, name)
 
 

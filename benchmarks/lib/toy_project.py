@@ -21,11 +21,11 @@ from tests.support import (
     tiny_project,
 )
 from vitprune.orchestration.audit.rerun import CLOCK
-from vitprune.orchestration.execution.dvc_cache import Store, cache_of
+from vitprune.orchestration.execution.dvc_cache import Store, cache_dir
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import mark_of
 from vitprune.orchestration.execution.run_stage import STAGES
-from vitprune.orchestration.tracking.journal import read
+from vitprune.orchestration.tracking.journal import read_log
 from vitprune.runtime.files import sha256
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ class Toy:
 
     def _forget(self, stage: str, entries: Mapping[str, Any]) -> None:
         """Delete from DVC's cache the files that only this stage has written."""
-        cache = cache_of(self.project)
+        cache = cache_dir(self.project)
         store = Store(cache, cache)
         others = {file.md5 for file in store.files({name: e for name, e in entries.items() if name != stage})}
         for file in store.files({stage: entries[stage]}):
@@ -75,7 +75,7 @@ class Toy:
                 path.parent.rmdir()
 
     def flow(self, log: Path, *words: str) -> "subprocess.Popen[bytes]":
-        """Start a command of the flows, such as `vitprune.orchestration.cli_compress`."""
+        """Start a command of the flows, such as `run`."""
         return flow_of(self.project, self.servers.env, log, *words)
 
     def wait_for_stage(self, stage: str, seconds: float) -> bool:
@@ -132,9 +132,7 @@ class Toy:
 
     def put(self) -> dict[str, Any]:
         """Upload to MLflow the runs that it lacks."""
-        said = self.servers.run(
-            "vitprune.orchestration.tracking.replay", "replay", "--json", "--project", str(self.project), where=ROOT
-        )
+        said = self.servers.run("vitprune.cli", "sync", "--json", "--project", str(self.project), where=ROOT)
         answer: dict[str, Any] = json.loads(said.splitlines()[-1])
         return answer
 
@@ -154,11 +152,11 @@ def made(project: Path, servers: servers.Servers, remote: servers.Remote, scratc
     tiny_project.commit(project, "Name the team's remote and its gates.")
     toy = Toy(project, scratch / "whole", servers, {}, {}, {})
     log = scratch / "undisturbed.log"
-    if toy.flow(log, "vitprune.orchestration.cli_compress").wait():
+    if toy.flow(log, "run").wait():
         sys.exit(log.read_text())
     subprocess.run(["cp", "-a", project, toy.whole], check=True)
     (journal,) = (project / STATE / "journal/mirrored").glob("*.jsonl")
-    seconds = {fact["stage"]: fact["seconds"] for fact in read(journal) if fact["fact"] == "stage"}
+    seconds = {fact["stage"]: fact["seconds"] for fact in read_log(journal) if fact["fact"] == "stage"}
     lock = (project / "dvc.lock").read_text()
     return Toy(project, toy.whole, servers, digests(project), locked(lock), seconds)
 
@@ -179,7 +177,8 @@ def flow_of(project: Path, env: Mapping[str, str], log: Path, *words: str) -> "s
         "-W",
         "ignore",
         "-m",
-        *(words or ("vitprune.orchestration.cli_compress",)),
+        "vitprune.cli",
+        *(words or ("run",)),
         "--project",
         str(project),
     ]

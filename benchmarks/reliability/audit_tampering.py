@@ -1,7 +1,7 @@
 """What an audit finds: runs that somebody has tampered with, and honest runs of different methods that have to pass.
 
 A small project of 240 scanned digits, pruned in two cycles, is recorded in MLflow; each edit is made on the finished
-run, audited by `vitprune-audit` and taken back. Where "all digests agree", DVC and MLflow have recorded the edited run
+run, audited by `vitprune audit` and taken back. Where "all digests agree", DVC and MLflow have recorded the edited run
 anew, so that only computing again can tell; the last of them changes one bit of the weights, which --rerun finds.
 What has been found is noted, so that a run which was cut off goes on; remove
 benchmarks/results/audit-notes.jsonl to begin anew. Writes benchmarks/results/audit.json and docs/results/audit.md.

@@ -4,7 +4,7 @@ Servers (PostgreSQL, Prefect, MLflow) run on servers. Four runs of different see
 moment, each in a git worktree of its own, with one DVC cache and one MLflow; each has to end right, to leave a clean
 `dvc status` and to be audited PASS, and the project that they were made of has to stay as it was. Then one project is
 run twice from nothing on the same machine: the ten command lines of dvc.yaml one after the other, with neither DVC nor
-a flow, and by `vitprune-flow`; training is as long as asked for (`--minutes`), and the two leave the same bits. A third
+a flow, and by `vitprune run`; training is as long as asked for (`--minutes`), and the two leave the same bits. A third
 run, which finds all in the cache, says what the machinery costs by itself. CPU seconds are those of all processes of
 the run but the servers'. Both parts are noted in benchmarks/results/fleet-notes.json and not measured again, unless
 a flow was wrong: delete it to begin anew. Writes benchmarks/results/fleet.json and docs/results/fleet.md.
@@ -54,7 +54,7 @@ def main() -> None:
     fleet, same = notes["fleet"], notes["ways"]["same"]
     spent = {name: Spent(**one) for name, one in notes["ways"]["spent"].items()}
     good = sum(not row["wrong"] for row in fleet)
-    plain, flow, idle = spent["plain commands"], spent["vitprune-flow"], spent["vitprune-flow, all cached"]
+    plain, flow, idle = spent["plain commands"], spent["vitprune run"], spent["vitprune run, all cached"]
     ratio = flow.wall / plain.wall
     promised = None if asked.quick else ratio <= LARGEST_RATIO
     rows = [
@@ -154,7 +154,7 @@ def compared(folder: Path, servers: servers.Servers, minutes: float) -> dict[str
     plain = folder / "plain"
     subprocess.run(["cp", "-a", project, plain], check=True)
     spent = {"plain commands": timed(lambda: by_hand(plain))}
-    for name in ("vitprune-flow", "vitprune-flow, all cached"):
+    for name in ("vitprune run", "vitprune run, all cached"):
         log = folder / "flow.log"
         spent[name] = timed(lambda log=log: ended(toy_project.flow_of(project, servers.env, log), log))
         print(json.dumps({name: vars(spent[name])}), flush=True)

@@ -6,7 +6,7 @@ and struck at a random moment of the stage: the worker with all that it has star
 are killed (SIGKILL), SSH is cut off, the disk is filled to its last byte. A fault lasts until the run has ended, two
 minutes at most. Then all is mended, the same command started again, and compared with an undisturbed run: MD5 of every
 output and sha256 of every file but for what a clock has measured, `dvc status`, locks, processes and half-written files
-left, names of all metrics in MLflow, and `vitprune-audit`. Writes benchmarks/results/drill.json, docs/results/drill.md.
+left, names of all metrics in MLflow, and `vitprune audit`. Writes benchmarks/results/drill.json, docs/results/drill.md.
 """
 
 import json

@@ -28,7 +28,7 @@ def project(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def audit(cwd: Path, *words: str, **env: str) -> tuple[int, str, str]:
-    result = preloaded.run("vitprune.orchestration.cli_audit", *words, cwd=cwd, env=os.environ | env)
+    result = preloaded.run("vitprune.cli", "audit", *words, cwd=cwd, env=os.environ | env)
     return result.returncode, result.stdout, result.stderr
 
 
@@ -37,7 +37,7 @@ def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
         "honest": "exported: as recorded",
         "a mask's units change places, in DVC's cache": "artifacts: out/mask/masks.safetensors: DVC's copy",
         "top-1 raised in MLflow's database": "metric pruned.top1 (step 0) is",
-        "a digest edited in the project's dvc.lock": "is of no run on record",
+        "a digest edited in the project's dvc.lock": "belongs to no run in MLflow",
         "a pixel changed in an image": "images/0/0030.png: has the MD5",
         "a cycle's run deleted in MLflow": "cycle-01: MLflow has no run",
         "all digests agree: top-1 raised": "metrics/evaluate.json: pruned: top1 is",

@@ -9,9 +9,9 @@ import pytest
 
 from tests.support import shell_pipeline
 from tests.support.shell_pipeline import processes_of, sleepers, wait_for
-from vitprune.orchestration.execution.lock_and_repair import LOCKFILE_COPY, exclusive, is_whole, repair
+from vitprune.orchestration.execution.lock_and_repair import LOCKFILE_COPY, exclusive, is_complete, repair
 from vitprune.orchestration.execution.processes import MARK, run
-from vitprune.orchestration.execution.run_stage import Fault, check_params, reproduce
+from vitprune.orchestration.execution.run_stage import FailureClass, check_params, reproduce
 
 pytestmark = pytest.mark.pipeline
 DEAD = "http://127.0.0.1:9"
@@ -36,7 +36,7 @@ def test_output_comes_line_by_line_and_the_exit_code_is_kept() -> None:
 def test_the_limit_kills_a_stage_with_its_grandchildren(project: Path) -> None:
     (project / "sleep_dataset").touch()
     result = reproduce("dataset", project, 4, lambda line: None)
-    assert result.fault is Fault.LIMIT
+    assert result.failure is FailureClass.LIMIT
     assert "--stage-limit 4" in result.error
     assert processes_of(project) == []
     (project / "sleep_dataset").unlink()
@@ -46,21 +46,25 @@ def test_the_limit_kills_a_stage_with_its_grandchildren(project: Path) -> None:
 def test_whose_fault_a_failure_is_can_be_told_through_dvc(project: Path) -> None:
     (project / "bad_dataset").touch()
     bad = reproduce("dataset", project, None, lambda line: None)
-    assert (bad.fault, bad.exit_code) == (Fault.INPUT, 2)
+    assert (bad.failure, bad.exit_code) == (FailureClass.INPUT, 2)
     assert bad.error == "dataset: params.yaml: prune.sparsity is 2; give 0 to 1"
     (project / "bad_dataset").unlink()
     (project / "lost_dataset").touch()
-    assert reproduce("dataset", project, None, lambda line: None).fault is Fault.INFRASTRUCTURE
-    for code, fault in (("75", Fault.INFRASTRUCTURE), ("143", Fault.INFRASTRUCTURE), ("1", Fault.STAGE)):
+    assert reproduce("dataset", project, None, lambda line: None).failure is FailureClass.INFRASTRUCTURE
+    for code, failure in (
+        ("75", FailureClass.INFRASTRUCTURE),
+        ("143", FailureClass.INFRASTRUCTURE),
+        ("1", FailureClass.STAGE),
+    ):
         (project / "code_dataset").write_text(code)
-        assert reproduce("dataset", project, None, lambda line: None).fault is fault
+        assert reproduce("dataset", project, None, lambda line: None).failure is failure
     (project / "code_dataset").unlink()
     assert not reproduce("dataset", project, None, lambda line: None).cached
     assert reproduce("dataset", project, None, lambda line: None).cached
     shutil.rmtree(project / "data")
     assert reproduce("dataset", project, None, lambda line: None).cached  # taken from DVC's cache of runs
     (project / "params.yaml").write_text("seed: 0\n")
-    assert reproduce("dataset", project, None, lambda line: None).fault is Fault.INPUT
+    assert reproduce("dataset", project, None, lambda line: None).failure is FailureClass.INPUT
 
 
 def test_a_misspelt_parameter_is_found_although_dvc_does_not_look_at_it(project: Path) -> None:
@@ -99,7 +103,7 @@ def test_what_a_kill_left_behind_is_mended(project: Path) -> None:
     rwlock.write_text(str(held).replace("'", '"'))
     repair(project, said.append)
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
-    assert is_whole(lock)
+    assert is_complete(lock)
 
 
 def test_an_entry_of_the_cache_of_runs_that_was_cut_off_is_dropped(project: Path) -> None:
@@ -111,7 +115,7 @@ def test_an_entry_of_the_cache_of_runs_that_was_cut_off_is_dropped(project: Path
     (project / "dvc.lock").unlink()
     assert reproduce("dataset", project, None, lambda line: None).exit_code != 0  # as long as it is there
     repair(project, said.append)
-    assert said == ["removed 1 entries of DVC's cache of runs, cut off by a kill or a full disk"]
+    assert said == ["removed 1 empty entries of DVC's run cache, left by a kill or a full disk"]
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
 
 
@@ -133,7 +137,7 @@ def test_a_run_that_cannot_be_written_down_says_so(project: Path, server: str) -
     (project / ".vitprune/journal").touch()
     code, _, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
     assert code == 1
-    assert err.splitlines()[-1] == f"Error: {project}/.vitprune/journal: File exists; mend it and start again"
+    assert err.splitlines()[-1] == f"Error: {project}/.vitprune/journal: File exists; correct it and run again"
     assert "Traceback" not in err
 
 
@@ -159,5 +163,5 @@ def test_a_killed_flow_goes_on_and_ends_where_plain_dvc_ends(project: Path, serv
     assert code == 0, err
     assert "nothing to compute: all 10 stages were cached" in out
     assert out.count(f"Prefect server {DEAD}/api does not answer") == 2
-    assert "vitprune-track replay" in out
+    assert "vitprune sync" in out
     assert processes_of(project) == []

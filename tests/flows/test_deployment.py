@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from tests.support import servers, tiny_project
-from vitprune.orchestration.cli_compress import answers
+from vitprune.orchestration.prefect_setup import server_answers
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.team]
 PLANTED = b"planted"
@@ -76,7 +76,7 @@ class Team:
 
     def champion(self) -> str:
         """The version that the alias names."""
-        lines = self.run("vitprune.orchestration.cli_retrain", "show").splitlines()
+        lines = self.run("vitprune.cli", "versions").splitlines()
         return next((line.split(":")[0].split()[1] for line in lines if line.endswith(" champion")), "")
 
     def set(self, gates: dict[str, Any] | None = None, **prune: Any) -> None:
@@ -193,25 +193,17 @@ def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: 
     team.set(LAX)
     assert "version 3 is champion now" in team.retrain()
     assert team.champion() == "3"
-    assert team.run("vitprune.orchestration.cli_retrain", "rollback").endswith(
-        "version 1 is champion again, in the place of version 3\n"
-    )
+    assert team.run("vitprune.cli", "rollback").endswith("version 1 is champion again, in place of version 3\n")
     assert team.champion() == "1"
 
     # what the worker has made is audited from another clone, from nothing but the servers and the remote
-    (line,) = [
-        line
-        for line in team.run("vitprune.orchestration.cli_retrain", "show").splitlines()
-        if line.endswith(" champion")
-    ]
+    (line,) = [line for line in team.run("vitprune.cli", "versions").splitlines() if line.endswith(" champion")]
     run = line.split("run ")[1].split()[0]
     clone = team.folder / "clone"
     subprocess.run(["git", "clone", "-q", str(team.project), str(clone)], check=True)
     subprocess.run(["git", "fetch", "-q", "origin", "retrain"], cwd=clone, check=True)
     shutil.copyfile(team.project / ".dvc/config.local", clone / ".dvc/config.local")
-    assert team.run("vitprune.orchestration.cli_audit", run, "--project", str(clone), where=team.folder).endswith(
-        "PASS\n"
-    )
+    assert team.run("vitprune.cli", "audit", run, "--project", str(clone), where=team.folder).endswith("PASS\n")
     assert found_secrets(team) == []
 
 
@@ -258,13 +250,13 @@ def test_a_run_that_dies_without_a_word_counts_as_crashed_and_is_told(team: Team
 
 def test_a_dead_database_is_noticed_and_killed_servers_come_up_again(team: Team) -> None:
     address = team.servers.env["PREFECT_API_URL"]
-    assert answers(address)
+    assert server_answers(address)
     team.servers.kill("db")
-    assert not answers(address)
+    assert not server_answers(address)
     for name in ("prefect", "mlflow"):
         team.servers.kill(name)
     team.servers.up()  # at once, while what was killed may still be in the table of processes
-    assert answers(address)
+    assert server_answers(address)
     assert team.champion() in ("", "1")
 
 

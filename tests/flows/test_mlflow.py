@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.tiny_project import record
 from vitprune.orchestration.execution.run_stage import STAGES
-from vitprune.orchestration.tracking.journal import read
+from vitprune.orchestration.tracking.journal import read_log
 
 pytestmark = pytest.mark.pipeline
 
@@ -70,7 +70,7 @@ def look(uri: str) -> dict[str, list[dict]]:
 def start_replay(project: Path, uri: str | None) -> "subprocess.Popen[str]":
     env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     env |= {"MLFLOW_TRACKING_URI": uri} if uri else {}
-    command = [sys.executable, "-m", "vitprune.orchestration.tracking.replay", "replay", "--project", str(project)]
+    command = [sys.executable, "-m", "vitprune.cli", "sync", "--project", str(project)]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -119,7 +119,7 @@ def test_a_dead_server_is_told_in_one_line_and_costs_nothing(project: Path, addr
     assert (code, out) == (1, "")
     assert err.count("\n") == 1
     assert time.monotonic() - began < 60
-    assert len(read(journal.path)) == len(STAGES) + 2
+    assert len(read_log(journal.path)) == len(STAGES) + 2
     assert (journal.spool / "out/report/report.html").is_file()
 
 
@@ -137,8 +137,8 @@ def test_a_replay_brings_everything_to_a_server_once(project: Path, address: str
     cut_off.communicate()
     code, out, err = replay(project, address)
     assert code == 0, err
-    assert out == f"mirrored 2 runs to {address}\n"
-    assert replay(project, address)[1] == "nothing to mirror\n"
+    assert out == f"uploaded 2 runs to {address}\n"
+    assert replay(project, address)[1] == "nothing to upload\n"
     assert not list((project / ".vitprune/spool").iterdir())
 
     seen = look(address)
@@ -188,7 +188,7 @@ def test_two_first_uses_of_the_local_store_at_once_are_safe(project: Path) -> No
     both = [start_replay(project, None) for _ in range(2)]
     said = sorted(process.communicate(timeout=180)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert said == [f"mirrored 1 runs to sqlite:///{project}/mlflow.db\n", "nothing to mirror\n"]
+    assert said == [f"uploaded 1 runs to sqlite:///{project}/mlflow.db\n", "nothing to upload\n"]
     seen = look(f"sqlite:///{project}/mlflow.db")
     assert {run["name"] for run in seen["runs"] if run["status"] == "FINISHED"} >= {
         "compress-first",

@@ -14,7 +14,7 @@ from tests.flows.test_mlflow import look
 from tests.support import shell_pipeline
 from tests.support.shell_pipeline import processes_of, sleepers, wait_for
 from vitprune.orchestration.execution.lock_and_repair import exclusive
-from vitprune.orchestration.execution.places import SweepWorktreeError, origin
+from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
 
 pytestmark = pytest.mark.pipeline
 GIT = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
@@ -44,7 +44,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def start(project: Path, *options: str, **env: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-P", "-m", "vitprune.orchestration.cli_sweep", "--project", str(project), *options]
+    command = [sys.executable, "-P", "-m", "vitprune.cli", "sweep", "--project", str(project), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=os.environ | env, text=True, start_new_session=True, **pipes)
 
@@ -79,7 +79,7 @@ def test_a_killed_sweep_goes_on_and_names_what_fails(project: Path, server: str,
     (project / "mended").touch()
     code, said, err = finish(start(project, str(project / "sweep.yaml"), PREFECT_API_URL=server))
     assert code == 0, err
-    assert (said + err).count("was finished already") == 3
+    assert (said + err).count("already finished") == 3
     more = (tmp_path / "ran").read_text().splitlines()[len(ran) :]
     names = [line.split()[0] for line in more]  # less what another run has left alike in the cache
     assert names[:2] == ["prune", "distill"]
@@ -101,7 +101,7 @@ def test_bad_input_ends_in_one_line_and_nothing_runs(project: Path, tmp_path: Pa
         (["--methods", "magic", "--targets", "0.5"], "Error: method 'magic': unknown; use one of random"),
         (["--methods", "lamp", "--targets", "macs=0.01,2"], "targets.1: Input should be less than 1, got 2.0"),
         (["--jobs", "0", "sweep.yaml"], "Error: --jobs 0: must be at least 1"),
-        (["--methods", "lamp"], "Error: give a sweep's FILE, or --methods and --targets"),
+        (["--methods", "lamp"], "Error: give a sweep FILE, or --methods and --targets"),
     ]:
         code, out, err = finish(start(project, *options))
         assert (code, out) == (2, "")
@@ -110,7 +110,7 @@ def test_bad_input_ends_in_one_line_and_nothing_runs(project: Path, tmp_path: Pa
     with exclusive(project / ".vitprune/sweeps/sweep"):
         code, _, err = finish(start(project, "--methods", "lamp", "--targets", "0.5"))
     assert code == 2
-    assert "another run is at work here" in err
+    assert "another sweep is active in this project" in err
     assert not (tmp_path / "ran").exists()
     assert not (project / ".vitprune/sweeps/sweep/runs").exists()
 
@@ -124,7 +124,7 @@ def test_a_place_is_the_project_as_it_is_now(project: Path, tmp_path: Path) -> N
         (project / name / "file").write_text("here")
     (project / "new.txt").write_text("new")
     params["dataset"]["source"] = "folder:photos"
-    home = origin(project).place(tmp_path / "place", params)
+    home = project_state(project).check_out(tmp_path / "place", params)
     assert yaml.safe_load((home / "params.yaml").read_text()) == params
     assert (home / "new.txt").read_text() == "new"
     assert (home / "photos").resolve() == project / "photos"
@@ -136,7 +136,7 @@ def test_a_place_is_the_project_as_it_is_now(project: Path, tmp_path: Path) -> N
     (home / "out/result").touch()
     (project / "new.txt").unlink()
     (project / "dvc.yaml").write_text((project / "dvc.yaml").read_text() + "# changed\n")
-    assert origin(project).place(tmp_path / "place", params) == home
+    assert project_state(project).check_out(tmp_path / "place", params) == home
     assert not (home / "new.txt").exists()
     assert (home / "dvc.yaml").read_text().endswith("# changed\n")
     assert (home / "out/result").exists()
@@ -149,22 +149,24 @@ def test_a_place_without_git_is_a_copy(project: Path, tmp_path: Path) -> None:
     (project / "data").mkdir(exist_ok=True)
     (project / "data/manifest.parquet").touch()
     params = yaml.safe_load((project / "params.yaml").read_text())
-    home = origin(project).place(tmp_path / "place", params)
+    home = project_state(project).check_out(tmp_path / "place", params)
     assert (home / "stage.sh").read_text() == (project / "stage.sh").read_text()
     assert not (home / "data/manifest.parquet").exists()  # a stage makes it
     (project / "stage.sh").write_text("changed")
-    assert (origin(project).place(tmp_path / "place", params) / "stage.sh").read_text() == "changed"
+    assert (project_state(project).check_out(tmp_path / "place", params) / "stage.sh").read_text() == "changed"
 
 
 def test_what_no_place_can_be_made_of_is_refused(project: Path, tmp_path: Path) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
     for source, message in [
-        ("folder:../photos", "lies outside the project"),
-        ("folder:out/x", "is where a run writes"),
+        ("folder:../photos", "is outside the project"),
+        ("folder:out/x", "is an output of the runs"),
     ]:
-        with pytest.raises(SweepWorktreeError, match=f"dataset.source: .*{message}"):
-            origin(project).place(tmp_path / "place", json.loads(json.dumps(params)) | {"dataset": {"source": source}})
+        with pytest.raises(WorktreeError, match=f"dataset.source: .*{message}"):
+            project_state(project).check_out(
+                tmp_path / "place", json.loads(json.dumps(params)) | {"dataset": {"source": source}}
+            )
     subprocess.run(["rm", "-rf", str(project / ".git")], check=True)
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)
-    with pytest.raises(SweepWorktreeError, match="has no commit yet"):
-        origin(project)
+    with pytest.raises(WorktreeError, match="has no commit yet"):
+        project_state(project)

@@ -56,8 +56,11 @@ def test_a_project_of_digits_is_the_demo(tmp_path: Path) -> None:
         ]
         assert stages[name]["deps"].count("requirements.txt") == 1
     assert (project / "requirements.txt").read_text() == "vitprune[pipeline,export]==0.1.0\n"
+    for flow in ("compress", "retrain", "sweep"):
+        name = f"flows/{flow}.py"
+        assert (project / name).read_text() == (REPOSITORY / name).read_text()
     for flow in ("compress", "retrain"):
-        assert f"entrypoint: vitprune.orchestration.{flow}.{flow}\n" in (project / "prefect.yaml").read_text()
+        assert f"entrypoint: flows/{flow}.py:{flow}\n" in (project / "prefect.yaml").read_text()
     assert "/.venv/" in (project / ".dvcignore").read_text().splitlines()
     assert "analytics = false" in (project / ".dvc/config").read_text()
     assert not list(project.glob("*.partial"))
@@ -74,8 +77,8 @@ def test_dvc_runs_the_first_stage_and_git_sees_the_numbers_only(tmp_path: Path) 
     (tmp_path / "mlflow.db").touch()
     untracked = git(tmp_path, "status", "--short", "--untracked-files=all").splitlines()
     assert {line[3:] for line in untracked if line.startswith("??")} == {
-        ".gitignore", "README.md", "dvc.lock", "dvc.yaml", "metrics/dataset.json", "params.yaml", "prefect.yaml",
-        "requirements.txt",
+        ".gitignore", "README.md", "dvc.lock", "dvc.yaml", "flows/compress.py", "flows/retrain.py", "flows/sweep.py",
+        "metrics/dataset.json", "params.yaml", "prefect.yaml", "requirements.txt",
     }  # fmt: skip
     (tmp_path / "requirements.txt").write_text("vitprune[pipeline,export]==0.2.0\n")
     assert "Running stage 'dataset'" in repro(tmp_path, "dataset")
@@ -192,6 +195,9 @@ def test_the_wheel_brings_all_that_init_needs(tmp_path: Path) -> None:
         "dvc.yaml",
         "params.yaml",
         "prefect.yaml",
+        "flows/compress.py",
+        "flows/retrain.py",
+        "flows/sweep.py",
         "templates/README.md",
         "templates/gitignore",
         "templates/dvcignore",
@@ -202,7 +208,7 @@ def test_the_wheel_brings_all_that_init_needs(tmp_path: Path) -> None:
         "vitprune/pipeline/report/templates/report.html.j2",
         "vitprune/py.typed",
     } <= names
-    assert not {name.split("/")[0] for name in names} - {"flows", "vitprune", "vitprune-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"vitprune", "vitprune-0.1.0.dist-info"}
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     command = [sys.executable, "-c", INIT, "init", "project", "--method", "lamp"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -20,8 +20,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 IMPORTS = {
     "dvc": ("dvc.cli.parser",),
-    "vitprune.orchestration.cli_audit": ("vitprune.pipeline.verify", "mlflow.store.tracking.sqlalchemy_store"),
-    "vitprune.orchestration.tracking.replay": ("mlflow.store.tracking.sqlalchemy_store",),
+    "vitprune.cli": ("vitprune.pipeline.verify", "mlflow.store.tracking.sqlalchemy_store"),
 }
 _ONE_AT_A_TIME = threading.Lock()
 

@@ -6,6 +6,7 @@ What happens in a stage is switched by files that DVC does not know: `sleep_STAG
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -54,9 +55,10 @@ def make(project: Path) -> Path:
     (project / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
     (project / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
     (project / "stage.sh").write_text(SCRIPT)
+    shutil.copytree(REPOSITORY / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     (project / "evaluate.json").write_text(f'{{"dense": {RESULT}, "pruned": {RESULT}, "kept": {{"params": 1.0}}}}')
     (project / "latency.json").write_text(f'{{"dense": {SPEED}, "pruned": {SPEED}, "environment": {{}}}}')
-    (project / ".gitignore").write_text("/out/\n/metrics/\n/plots/\n/data/\n/.vitprune/\n/ml*\n")
+    (project / ".gitignore").write_text("/out/\n/metrics/\n/plots/\n/data/\n/.vitprune/\n/ml*\n__pycache__/\n")
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)
     assert preloaded.run("dvc", "init", "-q", cwd=project).returncode == 0
     (project / ".dvc/config").write_text((REPOSITORY / ".dvc/config").read_text())
@@ -64,9 +66,9 @@ def make(project: Path) -> Path:
 
 
 def flow(project: Path, *options: str, **env: str) -> "subprocess.Popen[str]":
-    """Start `vitprune-flow` as the leader of a group of its own, as a shell would."""
+    """Start `vitprune run` as the leader of a group of its own, as a shell would."""
     return subprocess.Popen(
-        [sys.executable, "-m", "vitprune.orchestration.cli_compress", "--project", str(project), *options],
+        [sys.executable, "-m", "vitprune.cli", "run", "--project", str(project), *options],
         cwd=REPOSITORY, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip

@@ -14,8 +14,13 @@ from tests.support.tampering import EDITS, ONLY_AGAIN, Edit
 
 def audited(project: Path, rerun: bool = False, run: str = "") -> tuple[int, str]:
     """Audit a run (empty: the newest of a project's own store); return the exit code and the output."""
-    words = [run or newest(project), *(["--project", str(project)] if run else []), *(["--rerun"] if rerun else [])]
-    result = preloaded.run("vitprune.orchestration.cli_audit", *words, cwd=project)
+    words = [
+        "audit",
+        run or newest(project),
+        *(["--project", str(project)] if run else []),
+        *(["--rerun"] if rerun else []),
+    ]
+    result = preloaded.run("vitprune.cli", *words, cwd=project)
     return result.returncode, result.stdout + result.stderr
 
 

@@ -91,8 +91,7 @@ def record(project: Path, name: str, cached: bool = False) -> RunLog:
 def upload(project: Path, uri: str | None = None) -> str:
     """Upload the recorded runs to MLflow and return the id of the newest."""
     env = environment(project) | ({"MLFLOW_TRACKING_URI": uri} if uri else {})
-    words = ("replay", "--json", "--project", str(project))
-    result = preloaded.run("vitprune.orchestration.tracking.replay", *words, cwd=project, env=env)
+    result = preloaded.run("vitprune.cli", "sync", "--json", "--project", str(project), cwd=project, env=env)
     assert result.returncode == 0, result.stderr
     return str(json.loads(result.stdout.splitlines()[-1])["run_id"])
 

@@ -1,81 +1,79 @@
-"""`vitprune-audit`: from the id of a run of MLflow, whether everything about it agrees and can be computed again."""
+"""`vitprune audit` and `vitprune sync`."""
 
-import argparse
 import contextlib
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitprune.errors import BadInput
+from vitprune.orchestration.execution.lock_and_repair import STATE
+
 if TYPE_CHECKING:
-    from vitprune.orchestration.audit.collect import Evidence
+    from vitprune.orchestration.audit.collect import CollectedRun
 
 
-def main() -> None:
-    """Run `vitprune-audit`: 0 passed, 1 failed, 2 there was nothing to audit."""
-    options = _options()
-    from vitprune.orchestration.audit.collect import Unusable
+def audit(run_id: str, project: Path | None, list_all: bool, rerun: bool) -> int:
+    """Run all checks of a run, print the result of each, then PASS or FAIL.
 
-    try:
-        failed = audit(options.run, options.project, options.all, options.rerun)
-    except Unusable as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(1 if failed else 0)
+    Args:
+        run_id: id of the MLflow run, as `vitprune run` prints it.
+        project: a clone of the project; None: the project that the run names.
+        list_all: print all differences; else stop after the first.
+        rerun: also rerun all stages in a clean worktree and compare.
 
+    Returns:
+        The number of differences printed.
 
-def audit(run_id: str, project: Path | None, every: bool, rerun: bool) -> int:
-    """Print each check as it goes, then PASS, or FAIL with the first difference (`every`: all); their number."""
+    Raises:
+        BadInput: there is no such run, or it did not finish.
+    """
     from mlflow import MlflowClient
 
-    from vitprune.orchestration.audit.collect import gathered
-    from vitprune.orchestration.tracking.store import short_patience, tracking_uri
+    from vitprune.orchestration.audit.collect import AuditError, collect
+    from vitprune.orchestration.tracking.store import short_timeouts, tracking_uri
 
     client = MlflowClient(tracking_uri=tracking_uri((project or Path()).resolve()))
     differences = 0
-    with (
-        tempfile.TemporaryDirectory(prefix="vitprune-audit-") as scratch,
-        short_patience(60),
-        gathered(client, run_id, project, Path(scratch)) as evidence,
-    ):
-        for name, lines in _checks(evidence, rerun):
-            found = list(lines) if every else list(_first(lines))
-            for line in found or ["as recorded"]:
-                print(f"{name}: {line}", flush=True)
-            differences += len(found)
-            if found and not every:
-                break
-    print("PASS" if not differences else "FAIL" + (f": {differences} differences" if every else ""))
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="vitprune-audit-") as scratch,
+            short_timeouts(60),
+            collect(client, run_id, project, Path(scratch)) as collected,
+        ):
+            for name, check in _checks(collected, rerun):
+                lines = list(islice(check, None if list_all else 1))
+                for line in lines or ["as recorded"]:
+                    print(f"{name}: {line}", flush=True)
+                differences += len(lines)
+                if lines and not list_all:
+                    break
+    except AuditError as error:
+        raise BadInput(str(error)) from None
+    print("PASS" if not differences else "FAIL" + (f": {differences} differences" if list_all else ""))
     return differences
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="vitprune-audit", description=__doc__)
-    parser.add_argument("run", help="the id of a run in MLflow, as vitprune-flow prints it")
-    parser.add_argument("--project", type=Path, help="the project or a clone of it (default: the run's own)")
-    parser.add_argument("--all", action="store_true", help="go on after the first difference")
-    parser.add_argument("--rerun", action="store_true", help="compute everything again in a clean worktree and compare")
-    return parser.parse_args()
-
-
-def _checks(evidence: "Evidence", rerun: bool) -> Iterator[tuple[str, Iterator[str]]]:
-    """The checks in order, with what each finds: first that the records agree, then that they can be computed."""
+def _checks(collected: "CollectedRun", rerun: bool) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yield every check with its differences: first the records, then the recomputed values."""
+    from vitprune.orchestration.audit import rerun as rerun_check
     from vitprune.orchestration.audit.records import CHECKS, check
-    from vitprune.orchestration.audit.rerun import rebuild
     from vitprune.pipeline import verify
 
     for name in CHECKS:
-        yield name, check(name, evidence)
+        yield name, check(name, collected)
     for name in verify.CHECKS:
-        yield name, _recomputed(evidence.tree, name)
+        yield name, _recomputed(collected.tree, name)
     if rerun:
-        yield "rerun", rebuild(evidence)
+        yield "rerun", rerun_check.rerun(collected)
 
 
 def _recomputed(tree: Path, name: str) -> Iterator[str]:
     from vitprune.config.params import load
-    from vitprune.errors import BadInput
     from vitprune.pipeline.verify import recheck
 
     with contextlib.chdir(tree):
@@ -85,11 +83,29 @@ def _recomputed(tree: Path, name: str) -> Iterator[str]:
             yield str(error)
 
 
-def _first(lines: Iterator[str]) -> Iterator[str]:
-    for line in lines:
-        yield line
-        return
+def sync(project: Path, as_json: bool) -> int:
+    """Upload the run logs that MLflow does not have, and print how many.
 
+    Args:
+        project: the project's directory.
+        as_json: print the result as JSON.
 
-if __name__ == "__main__":
-    main()
+    Returns:
+        Exit code: 0 if nothing is left to upload, else 1.
+
+    Raises:
+        BadInput: the project has no run.
+    """
+    from vitprune.orchestration.tracking.replay import replay
+
+    project = project.resolve()
+    if not (project / STATE).is_dir():
+        raise BadInput(f"{project}: has no run of `vitprune run`; give the project by --project")
+    result = replay(project)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    elif result.missed:
+        print(f"uploaded {result.done} runs; {result.missed} are missing: {result.error}", file=sys.stderr)
+    else:
+        print(f"uploaded {result.done} runs to {result.uri}" if result.done else "nothing to upload")
+    return 1 if result.missed else 0

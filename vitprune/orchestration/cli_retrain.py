@@ -1,31 +1,38 @@
-"""`vitprune-retrain`: retrain now, show the versions, and give the champion's place back to the one before."""
+"""`vitprune retrain`, `vitprune versions` and `vitprune rollback`."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from vitprune.orchestration.cli_compress import refuse, settle
+from vitprune.errors import BadInput
+from vitprune.orchestration.cli_compress import check_stage_limit, checked_project
+from vitprune.orchestration.prefect_setup import configure_prefect, load_flow
 
 
-def main() -> None:
-    """Run `vitprune-retrain`."""
-    options = _options()
-    project = options.project.resolve()
-    if not (project / "dvc.yaml").is_file():
-        refuse(f"{project / 'dvc.yaml'}: no such file; name a project by --project")
-    try:
-        sys.exit(COMMANDS[options.command](project, options))
-    except KeyboardInterrupt:
-        sys.exit(130)
+def run_retraining(project: Path, model: str | None, branch: str, stage_limit: float | None) -> int:
+    """Run the flow retrain of a project.
 
+    Args:
+        project: the project's directory.
+        model: name in MLflow's registry; None: VITPRUNE_MODEL_NAME or the name of the project's folder.
+        branch: git branch for the commits of promoted runs.
+        stage_limit: seconds after which a stage is killed; None: no limit.
 
-def run(project: Path, options: argparse.Namespace) -> int:
-    """Retrain once, here."""
-    for note in settle(project):
+    Returns:
+        Exit code: 0 success, 1 failure, 130 interrupted.
+
+    Raises:
+        BadInput: this is no project, or the stage limit is not positive.
+    """
+    check_stage_limit(stage_limit)
+    project = checked_project(project)
+    for note in configure_prefect(project):
         print(note, flush=True)
-    from vitprune.orchestration.retrain import Retrained, retrain
+    from vitprune.orchestration.retrain import Retrained
 
-    state = retrain(project, options.model, options.branch, options.stage_limit, return_state=True)
+    try:
+        state = load_flow(project, "retrain")(project, model, branch, stage_limit, return_state=True)
+    except KeyboardInterrupt:
+        return 130
     result: object = state.result(raise_on_failure=False)
     if not isinstance(result, Retrained):
         print(f"Error: {(state.message or str(result)).splitlines()[0]}", file=sys.stderr)
@@ -34,53 +41,36 @@ def run(project: Path, options: argparse.Namespace) -> int:
     return result.exit_code
 
 
-def rollback(project: Path, options: argparse.Namespace) -> int:
-    """Give the alias `champion` back to the version before."""
-    from vitprune.orchestration.tracking.registry import RegistryFault, registry
-    from vitprune.orchestration.tracking.store import short_patience
+def roll_back(project: Path, model: str | None) -> None:
+    """Set the alias champion back to the former champion, and print both versions.
 
-    with short_patience(60):
-        models = registry(project, options.model)
+    Raises:
+        BadInput: there is no champion, or no former one.
+    """
+    from vitprune.orchestration.tracking.registry import RegistryError, registry
+    from vitprune.orchestration.tracking.store import short_timeouts
+
+    with short_timeouts(60):
+        models = registry(checked_project(project), model)
         try:
-            lost, got = models.roll_back()
-        except RegistryFault as error:
-            print(f"Error: {error}", file=sys.stderr)
-            return 2
-    print(f"{models.name}: version {got} is champion again, in the place of version {lost}")
-    return 0
+            old, new = models.roll_back()
+        except RegistryError as error:
+            raise BadInput(str(error)) from None
+    print(f"{models.name}: version {new} is champion again, in place of version {old}")
 
 
-def show(project: Path, options: argparse.Namespace) -> int:
-    """Print every version, what it was held against and which is the champion."""
+def print_versions(project: Path, model: str | None) -> None:
+    """Print every version with its result and its MLflow run, and mark the champion."""
     from vitprune.orchestration.tracking.registry import PASSED, registry
-    from vitprune.orchestration.tracking.store import short_patience
+    from vitprune.orchestration.tracking.store import short_timeouts
 
-    with short_patience(60):
-        models = registry(project, options.model)
+    with short_timeouts(60):
+        models = registry(checked_project(project), model)
         champion = models.champion()
         for version in models.versions():
             mark = "champion" if champion is not None and version.version == champion.version else ""
-            how = "passed" if version.tags.get(PASSED) == "true" else "held back"
+            result = "passed" if version.tags.get(PASSED) == "true" else "held back"
             difference = version.tags.get("vitprune.difference", "?")
-            print(f"{models.name} {version.version}: {how}, {difference} points, run {version.run_id} {mark}".rstrip())
-    return 0
-
-
-COMMANDS = {"run": run, "rollback": rollback, "show": show}
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="vitprune-retrain", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, function in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__)
-        command.add_argument("--project", type=Path, default=Path("."), help="the project's directory (default: here)")
-        command.add_argument("--model", help="its name in MLflow's registry (default: VITPRUNE_MODEL_NAME, the folder)")
-        if name == "run":
-            command.add_argument("--branch", default="retrain", help="takes the commits of promoted runs")
-            command.add_argument("--stage-limit", type=float, help="seconds after which a stage is killed")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()
+            print(
+                f"{models.name} {version.version}: {result}, {difference} points, run {version.run_id} {mark}".rstrip()
+            )

@@ -1,141 +1,154 @@
-"""The Prefect flow `compress`: ten tasks, each one stage under DVC."""
+"""What the flow `compress` calls: run all stages of a project, keep the run log, upload it to MLflow."""
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from logging import Logger, LoggerAdapter
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import Busy, exclusive, keep_lockfile, repair
-from vitprune.orchestration.execution.run_stage import STAGES, Fault, StageResult, check_params, environment, reproduce
+from vitprune.orchestration.execution.run_stage import STAGES, FailureClass, StageResult, check_params, reproduce
 from vitprune.orchestration.prefect_artifacts import publish
 from vitprune.orchestration.tracking.journal import RunLog
 from vitprune.orchestration.tracking.replay import UploadResult
 
+RunLogger = Logger | LoggerAdapter[Logger]
+RunStage = Callable[[str, Path], State[Any]]
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a flow run went; error is one line, empty if it succeeded; exit_code is that of the command."""
+    """Result of a flow run.
+
+    Attributes:
+        results: one result per stage that was started.
+        error: one line; empty on success.
+        exit_code: exit code of the command.
+        upload: what was uploaded to MLflow.
+    """
 
     results: tuple[StageResult, ...] = ()
     error: str = ""
     exit_code: int = 0
-    mirrored: UploadResult = field(default_factory=lambda: UploadResult(0, 0))
+    upload: UploadResult = field(default_factory=lambda: UploadResult(0, 0))
 
 
-class InfrastructureFault(Exception):
-    """A stage failed by a fault that may go away: a lock, a network, a killed worker."""
+class InfrastructureError(Exception):
+    """A stage failed for a reason that a retry may cure: a lock, a network, a killed worker."""
 
 
-def _is_infrastructure(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    return isinstance(state.result(raise_on_failure=False), InfrastructureFault)
+def is_infrastructure_error(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a task run failed by an InfrastructureError: the retry condition of the stages' task."""
+    return isinstance(state.result(raise_on_failure=False), InfrastructureError)
 
 
-@task(
-    cache_policy=NO_CACHE,  # DVC's cache is the only one
-    persist_result=False,
-    retries=2,
-    retry_delay_seconds=[5, 30],
-    retry_condition_fn=_is_infrastructure,
-    log_prints=False,
-)
-def run_stage(stage: str, project: Path, stage_limit: float | None) -> StageResult | State[StageResult]:
-    """Bring one stage up to date.
+def execute_stage(
+    stage: str, project: Path, stage_limit: float | None, log: RunLogger
+) -> StageResult | State[StageResult]:
+    """Run one stage under DVC.
+
+    Args:
+        stage: name of the stage.
+        project: the project's directory.
+        stage_limit: seconds after which the stage is killed; None: no limit.
+        log: logger of the task run.
+
+    Returns:
+        The result, or a failed state with the result.
 
     Raises:
-        InfrastructureFault: it is worth another attempt.
+        InfrastructureError: a retry may cure the failure.
     """
-    log = get_run_logger()
     result = reproduce(stage, project, stage_limit, log.info)
-    if result.fault is Fault.INFRASTRUCTURE:
-        log.warning("%s (a fault of the infrastructure)", result.error)
-        raise InfrastructureFault(result.error)
-    if result.fault is not Fault.NONE:
+    if result.failure is FailureClass.INFRASTRUCTURE:
+        log.warning("%s (infrastructure failure)", result.error)
+        raise InfrastructureError(result.error)
+    if result.failure is not FailureClass.NONE:
         return Failed(message=result.error, data=result)
     return result
 
 
-@flow(name="compress", persist_result=False, retries=0, log_prints=False)
-def compress(project: Path = Path("."), stage_limit: float | None = None) -> State[Outcome]:
-    """Bring all ten stages of a project up to date and record the run; `stage_limit` is in seconds, for each stage."""
+def execute_pipeline(project: Path, run_stage: RunStage) -> State[Outcome]:
+    """Run all stages of a project while holding its lock, keep the run log and upload it.
+
+    Args:
+        project: the project's directory.
+        run_stage: starts the task of a stage in a project and returns its final state.
+
+    Returns:
+        A completed or failed state whose data is the outcome.
+    """
     project = project.resolve()
     log = get_run_logger()
     try:
         with exclusive(project):
             repair(project, log.warning)
-            outcome = _carry_out(project, stage_limit, log.warning)
+            outcome = _run_all(project, run_stage, log.warning)
     except Busy as error:
         outcome = Outcome(error=str(error), exit_code=2)
-    except OSError as error:  # a full disk, say: the run cannot be written down
-        why = error.strerror or str(error)
-        outcome = Outcome(error=f"{error.filename or project}: {why}; mend it and start again", exit_code=1)
+    except OSError as error:  # such as a full disk: the run log cannot be written
+        reason = error.strerror or str(error)
+        outcome = Outcome(error=f"{error.filename or project}: {reason}; correct it and run again", exit_code=1)
     if outcome.error:
         return Failed(message=outcome.error, data=outcome)
     return Completed(message=summary_line(outcome.results), data=outcome)
 
 
 def summary_line(results: Sequence[StageResult]) -> str:
-    """Say in one line what was computed."""
+    """Return the numbers of stages that ran and that were cached, in one line."""
     cached = sum(result.cached for result in results)
     if cached == len(results):
         return f"nothing to compute: all {cached} stages were cached"
     return f"{len(results) - cached} stages ran, {cached} cached"
 
 
-def _carry_out(project: Path, stage_limit: float | None, warn: Callable[[str], None]) -> Outcome:
+def _run_all(project: Path, run_stage: RunStage, warn: Callable[[str], None]) -> Outcome:
     if error := check_params(project):
         return Outcome(error=error, exit_code=2)
-    journal = RunLog(project, str(flow_run.id))
-    journal.start(time.time())
+    run_log = RunLog(project, str(flow_run.id))
+    run_log.start(time.time())
     results: list[StageResult] = []
     status = "KILLED"
     try:
         for stage in STAGES:
-            results.append(_result(stage, project, stage_limit))
-            journal.stage(results[-1])
+            results.append(_result(stage, project, run_stage))
+            run_log.stage(results[-1])
             keep_lockfile(project)
             if results[-1].exit_code:
                 break
         status = "FAILED" if results[-1].exit_code else "FINISHED"
     finally:
-        journal.end(status, results[-1].error if results else "", time.time())
-    mirrored = upload_runs(project, journal.flow_run_id)
-    publish(project, mirrored, [result.as_dict() for result in results], warn)
+        run_log.end(status, results[-1].error if results else "", time.time())
+    upload = upload_run(project, run_log.flow_run_id)
+    publish(project, upload, [result.as_dict() for result in results], warn)
     last = results[-1]
-    code = 0 if status == "FINISHED" else 2 if last.fault is Fault.INPUT else 1
-    return Outcome(tuple(results), last.error, code, mirrored)
+    code = 0 if status == "FINISHED" else 2 if last.failure is FailureClass.INPUT else 1
+    return Outcome(tuple(results), last.error, code, upload)
 
 
-def _result(stage: str, project: Path, stage_limit: float | None) -> StageResult:
+def _result(stage: str, project: Path, run_stage: RunStage) -> StageResult:
     started = time.time()
-    named = run_stage.with_options(name=stage, task_run_name=stage)
-    state = named(stage, project, stage_limit, return_state=True)
-    result = state.result(raise_on_failure=False)
+    state = run_stage(stage, project)
+    result: object = state.result(raise_on_failure=False)
     if isinstance(result, StageResult):
         return result
-    error = str(result) if isinstance(result, InfrastructureFault) else f"{stage}: {state.message}"
-    return StageResult(stage, False, started, time.time() - started, 1, Fault.INFRASTRUCTURE, error)
+    error = str(result) if isinstance(result, InfrastructureError) else f"{stage}: {state.message}"
+    return StageResult(stage, False, started, time.time() - started, 1, FailureClass.INFRASTRUCTURE, error)
 
 
-def upload_runs(project: Path, flow_run_id: str) -> UploadResult:
-    """Mirror the journals to MLflow in a process of its own, whose failure costs the run nothing."""
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "vitprune.orchestration.tracking.replay", "replay", "--json"]
-    command += ["--project", str(project), "--flow-run", flow_run_id]
-    done = subprocess.run(
-        command, env=environment(project), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
+def upload_run(project: Path, flow_run_id: str) -> UploadResult:
+    """Upload the run log to MLflow, and those of earlier runs that could not be uploaded; a failure is no error."""
     try:
-        return UploadResult(**json.loads(done.stdout.strip().splitlines()[-1]))
-    except (IndexError, ValueError):
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return UploadResult(0, 1, error=last)
+        return UploadResult(
+            **call("vitprune.orchestration.tracking.replay:sync", str(project), flow_run_id, project=project)
+        )
+    except IsolatedCallError as error:
+        return UploadResult(0, 1, error=str(error))

@@ -1,4 +1,4 @@
-"""What a flow run shows in Prefect: a Markdown report, a table of sparsity per layer, a link to the run of MLflow."""
+"""Prefect artifacts of a flow run: a Markdown report, a table of sparsity per layer, a link to the MLflow run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,48 +12,48 @@ from vitprune.orchestration.tracking.replay import UploadResult
 
 
 def publish(
-    project: Path, mirrored: UploadResult, stages: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
+    project: Path, upload: UploadResult, stages: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
 ) -> None:
-    """Publish what the finished stages left; a Prefect server that refuses costs the run nothing."""
+    """Publish all artifacts; a failure is a warning."""
     try:
-        create_markdown_artifact(markdown(project, stages), key="report", description="Dense against pruned")
+        create_markdown_artifact(markdown(project, stages), key="report", description="Dense and pruned model")
         if table := sparsity(project):
             create_table_artifact(table, key="sparsity", description="Sparsity of every layer after the last cycle")
-        if mirrored.run_id:
-            create_link_artifact(link(mirrored), "The run in MLflow", key="mlflow", description=how_to_open(mirrored))
-    except Exception as error:  # whatever a server or the way to it may raise: the stages' work is done
+        if upload.run_id:
+            create_link_artifact(link(upload), "The run in MLflow", key="mlflow", description=how_to_open(upload))
+    except Exception as error:  # the artifacts are optional: a Prefect server that rejects them is no failure
         warn(f"artifacts were not published: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
 
 def markdown(project: Path, stages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the comparison of the dense and the pruned model and the stages' times as Markdown."""
-    lines = ["# Dense against pruned", ""]
+    """Return accuracy and costs of the dense and the pruned model, and the stages' times, as Markdown."""
+    lines = ["# Dense and pruned model", ""]
     measured = evaluation(project)
     if measured is not None:
         lines += ["| | dense | pruned |", "|---|---:|---:|"]
         lines += [f"| {name} | {dense} | {pruned} |" for name, dense, pruned in rows(measured)]
     lines += ["", "| stage | | seconds |", "|---|---|---:|"]
     for stage in stages:
-        how = "failed" if stage["exit_code"] else "cached" if stage["cached"] else "ran"
-        lines.append(f"| {stage['stage']} | {how} | {stage['seconds']:.1f} |")
+        status = "failed" if stage["exit_code"] else "cached" if stage["cached"] else "ran"
+        lines.append(f"| {stage['stage']} | {status} | {stage['seconds']:.1f} |")
     lines += [f"\n**{stage['error']}**" for stage in stages if stage["error"]]
     return "\n".join(lines)
 
 
 def sparsity(project: Path) -> list[dict[str, Any]]:
-    """Return the sparsity of every layer after the last cycle, one row a group."""
+    """Return the sparsity after the last cycle, one row per group."""
     tables = sorted((project / "out/cycles").glob("[0-9]*/sparsity.parquet"))
     return pq.read_table(tables[-1]).to_pylist() if tables else []
 
 
-def link(mirrored: UploadResult) -> str:
-    """Return the address of the run in MLflow's pages; a local store has none until a server is started on it."""
-    server = mirrored.uri if mirrored.uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{server.rstrip('/')}/#/experiments/{mirrored.experiment_id}/runs/{mirrored.run_id}"
+def link(upload: UploadResult) -> str:
+    """Return the URL of the run in MLflow's user interface; for a local store that of a server still to be started."""
+    server = upload.uri if upload.uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{server.rstrip('/')}/#/experiments/{upload.experiment_id}/runs/{upload.run_id}"
 
 
-def how_to_open(mirrored: UploadResult) -> str:
-    """Return what to do before the link works."""
-    if mirrored.uri.startswith("http"):
-        return "The parent run, with a child for every stage and pruning cycle."
-    return f"Start `mlflow server --backend-store-uri {mirrored.uri}` first."
+def how_to_open(upload: UploadResult) -> str:
+    """Return the description of the link: how to start a server for a local store."""
+    if upload.uri.startswith("http"):
+        return "The parent run, with a child run for every stage and pruning cycle."
+    return f"Start `mlflow server --backend-store-uri {upload.uri}` first."

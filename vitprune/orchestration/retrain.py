@@ -1,62 +1,187 @@
-"""The Prefect flow `retrain`: newest data, a run in a worktree of its own, champion against challenger, promotion."""
+"""What the flow `retrain` calls: retrain on the newest data, compare with the champion, promote or hold back."""
 
 import contextlib
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prefect import flow
+from mlflow.entities.model_registry import ModelVersion
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from vitprune.orchestration.compress import Outcome, compress
+from vitprune.errors import BadInput
+from vitprune.orchestration.compress import Outcome
 from vitprune.orchestration.execution import worktrees
+from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
-from vitprune.orchestration.execution.run_stage import environment
-from vitprune.orchestration.execution.worktrees import GitFault
+from vitprune.orchestration.execution.worktrees import WorktreeError
+from vitprune.orchestration.tracking.registry import Registry, registry
 from vitprune.orchestration.tracking.replay import MIRRORED
-from vitprune.orchestration.tracking.store import short_patience, tracking_uri
+from vitprune.orchestration.tracking.store import short_timeouts, tracking_uri
 
-if TYPE_CHECKING:
-    from vitprune.orchestration.tracking.registry import Registry
-
-COMPARISON = ".vitprune/comparison.json"
+Compress = Callable[[Path], State[Any]]
 
 
 @dataclass(frozen=True)
 class Retrained:
-    """How a retraining went: `did` is nothing, promoted or held; `exit_code` is that of the command."""
+    """Result of a retraining.
 
-    did: str
+    Attributes:
+        action: "nothing", "promoted", "held" or "failed".
+        message: one line.
+        version: version of the model in MLflow's registry; empty if there is none.
+        run_id: the MLflow run; empty if there is none.
+        exit_code: exit code of the command.
+    """
+
+    action: str
     message: str
     version: str = ""
     run_id: str = ""
     exit_code: int = 0
 
 
-@flow(name="retrain", persist_result=False, retries=0, log_prints=False)
-def retrain(
-    project: Path = Path("."), model: str | None = None, branch: str = "retrain", stage_limit: float | None = None
-) -> State[Retrained]:
-    """Train and prune on the newest data, and let the result take the champion's place if all gates hold.
+class RetrainingError(Exception):
+    """A step of a retraining failed; one line."""
 
-    `model` is the name in MLflow's registry (null: the project's folder), `branch` takes the commits of promoted runs,
-    `stage_limit` is in seconds, for each stage.
+
+@dataclass(frozen=True)
+class _Retraining:
+    project: Path
+    models: Registry
+    branch: str
+    compress: Compress
+    flow_run_id: str
+
+    def run(self) -> Retrained:
+        """Retrain, unless this version of the data was used before; keep the worktree unless the model is promoted."""
+        base = worktrees.newest_commit(self.project)
+        worktree = worktrees.add(self.project, self.flow_run_id, base)
+        try:
+            worktrees.update_data(worktree)
+            data_version = worktrees.data_version(worktree)
+            earlier = self.models.version_of_data(data_version)
+        except WorktreeError:
+            worktrees.remove(self.project, worktree)
+            raise
+        if earlier:
+            worktrees.remove(self.project, worktree)
+            result = "promoted" if earlier.tags.get("vitprune.passed") == "true" else "held back"
+            message = f"nothing to do: version {earlier.version} was made of this data and {result}"
+            return Retrained("nothing", message, str(earlier.version))
+        get_run_logger().info("data version %s, commit %s, in %s", data_version[:12], base[:12], worktree)
+        challenger = self._challenger(worktree, data_version, base)
+        return self._promote(challenger) if challenger.comparison["passed"] else self._hold(challenger)
+
+    def _challenger(self, worktree: Path, data_version: str, base: str) -> "_Challenger":
+        outcome = self._run_pipeline(worktree)
+        champion = self.models.champion()
+        comparison = self._compare(worktree, champion)
+        against = "the dense model" if champion is None else f"version {champion.version}"
+        _publish(comparison, against)
+        tags = {"vitprune.data_version": data_version, "vitprune.passed": str(comparison["passed"]).lower()}
+        tags |= {"vitprune.base_commit": base, "vitprune.p_worse": f"{comparison['p_worse']:.6g}"}
+        tags |= {"vitprune.difference": f"{comparison['difference']:.4f}", "vitprune.compared_with": against}
+        return _Challenger(worktree, outcome.upload.run_id, tags, comparison, against)
+
+    def _run_pipeline(self, worktree: Path) -> Outcome:
+        state = self.compress(worktree)
+        outcome: object = state.result(raise_on_failure=False)
+        if not isinstance(outcome, Outcome):
+            raise RetrainingError(f"compress: {state.message}")
+        if outcome.error:
+            raise RetrainingError(f"{outcome.error}; the worktree {worktree} is kept")
+        if outcome.upload.missed:
+            raise RetrainingError(f"MLflow was not reached ({outcome.upload.error}); the worktree {worktree} is kept")
+        return outcome
+
+    def _compare(self, worktree: Path, champion: ModelVersion | None) -> dict[str, Any]:
+        weights = None if champion is None else str(self.models.download(champion, worktree / STATE / "champion"))
+        try:
+            comparison: dict[str, Any] = call(
+                "vitprune.orchestration.torch_calls:compare_models", str(worktree), weights, project=worktree
+            )
+        except IsolatedCallError as error:
+            raise RetrainingError(f"comparison failed: {error}; the worktree {worktree} is kept") from None
+        return comparison
+
+    def _hold(self, challenger: "_Challenger") -> Retrained:
+        tags = {**challenger.tags, "vitprune.kept_in": str(challenger.worktree)}
+        version = self.models.add(challenger.run, challenger.flow_run_id, tags)
+        failed = [gate for gate in challenger.comparison["gates"] if not gate["holds"]]
+        reasons = "; ".join(f"{gate['name']} is {gate['measured']}, required is {gate['asked']}" for gate in failed)
+        message = f"version {version.version} is held back: {reasons}; the worktree {challenger.worktree} is kept"
+        return Retrained("held", message, str(version.version), challenger.run)
+
+    def _promote(self, challenger: "_Challenger") -> Retrained:
+        """Push, commit, register and move the alias last, so that everything the champion refers to exists."""
+        worktree = challenger.worktree
+        pushed = worktrees.push(worktree)
+        subject = f"retrain: data version {challenger.tags['vitprune.data_version'][:12]}"
+        commit = worktrees.commit(self.project, worktree, self.branch, subject, self._provenance(challenger))
+        version = self.models.add(
+            challenger.run, challenger.flow_run_id, {**challenger.tags, "vitprune.commit": commit}
+        )
+        self.models.promote(version)
+        worktrees.remove(self.project, worktree)
+        where = "pushed to the DVC remote" if pushed else "not pushed, as the project has no DVC remote"
+        message = (
+            f"version {version.version} is champion now ({challenger.comparison['difference']:+.2f} points against "
+        )
+        message += f"{challenger.against}), commit {commit[:12]} on {self.branch}, outputs {where}"
+        return Retrained("promoted", message, str(version.version), challenger.run)
+
+    def _provenance(self, challenger: "_Challenger") -> dict[str, Any]:
+        comparison, data = challenger.comparison, worktrees.tracked_data(challenger.worktree)
+        difference = f"{comparison['difference']:+.2f} points of {comparison['images']} images"
+        return {f"Data {path}": md5 for path, md5 in data.items()} | {
+            "Data-Version": challenger.tags["vitprune.data_version"],
+            "Base-Commit": challenger.tags["vitprune.base_commit"],
+            "MLflow-Run": challenger.run,
+            "Prefect-Flow-Run": self.flow_run_id,
+            "Model-SHA256": comparison["challenger_sha256"],
+            "Compared-With": challenger.against,
+            "Difference": f"{difference}, p = {comparison['p_worse']:.3g}",
+        }
+
+
+@dataclass(frozen=True)
+class _Challenger:
+    worktree: Path
+    run: str
+    tags: Mapping[str, str]
+    comparison: Mapping[str, Any]
+    against: str
+
+    @property
+    def flow_run_id(self) -> str:
+        """Id of the run of the flow compress: the name of its run log."""
+        return next((self.worktree / STATE / "journal" / MIRRORED).glob("*.jsonl")).stem
+
+
+def execute_retraining(project: Path, model: str | None, branch: str, compress: Compress) -> State[Retrained]:
+    """Retrain on the newest data and promote the model if it passes all gates.
+
+    Args:
+        project: the project's directory.
+        model: name in MLflow's registry; None: VITPRUNE_MODEL_NAME or the name of the project's folder.
+        branch: git branch for the commits of promoted runs.
+        compress: runs the flow compress in a worktree and returns its final state.
+
+    Returns:
+        A completed or failed state whose data is the result.
     """
     project = project.resolve()
-    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))  # the worktree's runs belong to the project
+    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))  # the worktree's runs go to the project's store
     try:
-        with exclusive(project, "retrain.lock", "retraining"), short_patience(60):
-            result = _Retraining(project, model, branch, stage_limit, str(flow_run.id)).carry_out()
-    except (GitFault, Busy, _Fault) as error:
+        with exclusive(project, "retrain.lock", "retraining"), short_timeouts(60):
+            result = _Retraining(project, registry(project, model), branch, compress, str(flow_run.id)).run()
+    except (WorktreeError, Busy, BadInput, RetrainingError) as error:
         result = Retrained("failed", str(error), exit_code=1)
     get_run_logger().info(result.message)
     if result.exit_code:
@@ -64,134 +189,12 @@ def retrain(
     return Completed(message=result.message, data=result)
 
 
-class _Fault(Exception):
-    """A step of a retraining failed; one line."""
-
-
-@dataclass(frozen=True)
-class _Retraining:
-    project: Path
-    model: str | None
-    branch: str
-    stage_limit: float | None
-    flow_run_id: str
-
-    def carry_out(self) -> Retrained:
-        """Retrain, unless this version of the data has been tried; a worktree stays unless its model is promoted."""
-        from vitprune.orchestration.tracking.registry import registry
-
-        models = registry(self.project, self.model)
-        base = worktrees.newest(self.project)
-        place = worktrees.add(self.project, self.flow_run_id, base)
-        try:
-            worktrees.take_newest_data(place)
-            version_of_data = worktrees.data_version(place)
-            tried = models.tried(version_of_data)
-        except GitFault:
-            worktrees.remove(self.project, place)
-            raise
-        if tried:
-            worktrees.remove(self.project, place)
-            how = "promoted" if tried.tags.get("vitprune.passed") == "true" else "held back"
-            message = f"nothing to do: version {tried.version} was made of this data and {how}"
-            return Retrained("nothing", message, str(tried.version))
-        get_run_logger().info("data version %s, commit %s, in %s", version_of_data[:12], base[:12], place)
-        outcome = self._compress(place)
-        champion = models.champion()
-        facts = _judged(place, None if champion is None else models.weights_of(champion, place / STATE / "champion"))
-        against = "the dense model" if champion is None else f"version {champion.version}"
-        _publish(facts, against)
-        tags = {"vitprune.data_version": version_of_data, "vitprune.passed": str(facts["passed"]).lower()}
-        tags |= {"vitprune.base_commit": base, "vitprune.p_worse": f"{facts['p_worse']:.6g}"}
-        tags |= {"vitprune.difference": f"{facts['difference']:.4f}", "vitprune.compared_with": against}
-        challenger = _Challenger(models, place, outcome.mirrored.run_id, tags, facts, against)
-        return self._promoted(challenger) if facts["passed"] else self._held(challenger)
-
-    def _held(self, own: "_Challenger") -> Retrained:
-        """Keep everything for inspection, and the champion."""
-        version = own.models.add(own.run, _flow_of(own.place), {**own.tags, "vitprune.kept_in": str(own.place)})
-        message = f"version {version.version} is held back: {_failed(own.facts)}; everything is kept in {own.place}"
-        return Retrained("held", message, str(version.version), own.run)
-
-    def _promoted(self, own: "_Challenger") -> Retrained:
-        """Push, commit, register and, last of all, move the alias: what a champion names is always there."""
-        pushed = worktrees.push(own.place)
-        facts = worktrees.provenance(self._provenance(own))
-        message = f"Retrain on data {own.tags['vitprune.data_version'][:12]}.\n\n{facts}"
-        commit = worktrees.commit(self.project, own.place, self.branch, message)
-        version = own.models.add(own.run, _flow_of(own.place), {**own.tags, "vitprune.commit": commit})
-        own.models.promote(version)
-        worktrees.remove(self.project, own.place)
-        where = "pushed to the DVC remote" if pushed else "not pushed, as no DVC remote is set"
-        message = f"version {version.version} is champion now ({own.facts['difference']:+.2f} points against "
-        message += f"{own.against}), commit {commit[:12]} on {self.branch}, outputs {where}"
-        return Retrained("promoted", message, str(version.version), own.run)
-
-    def _compress(self, place: Path) -> Outcome:
-        """Run the pipeline as a flow within this one."""
-        state = compress(place, self.stage_limit, return_state=True)
-        outcome = state.result(raise_on_failure=False)
-        if not isinstance(outcome, Outcome):
-            raise _Fault(f"compress: {state.message}")
-        if outcome.error:
-            raise _Fault(f"{outcome.error}; everything is kept in {place}")
-        if outcome.mirrored.missed:
-            raise _Fault(f"MLflow was not reached ({outcome.mirrored.error}); everything is kept in {place}")
-        return outcome
-
-    def _provenance(self, own: "_Challenger") -> dict[str, Any]:
-        facts, inputs = own.facts, worktrees.inputs(own.place)
-        difference = f"{facts['difference']:+.2f} points of {facts['images']} images, p = {facts['p_worse']:.3g}"
-        return {f"Data {path}": md5 for path, md5 in inputs.items()} | {
-            "Data-Version": own.tags["vitprune.data_version"],
-            "Base-Commit": own.tags["vitprune.base_commit"],
-            "MLflow-Run": own.run,
-            "Prefect-Flow-Run": self.flow_run_id,
-            "Model-SHA256": facts["challenger_sha256"],
-            "Compared-With": own.against,
-            "Difference": difference,
-        }
-
-
-@dataclass(frozen=True)
-class _Challenger:
-    models: "Registry"
-    place: Path
-    run: str
-    tags: Mapping[str, str]
-    facts: Mapping[str, Any]
-    against: str
-
-
-def _flow_of(place: Path) -> str:
-    """The id of the compress flow's run, which its journal is named after."""
-    return next((place / STATE / "journal" / MIRRORED).glob("*.jsonl")).stem
-
-
-def _judged(place: Path, champion: Path | None) -> dict[str, Any]:
-    """Compare with the champion and apply the gates in a process of its own, as torch is no guest of a flow's."""
-    command = [sys.executable, "-m", "vitprune.cli", "judge", "--project", str(place)]
-    command += ["--champion", str(champion)] if champion else []
-    done = subprocess.run(
-        command, cwd=place, env=environment(place), capture_output=True, text=True, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    if done.returncode not in (0, 1) or not (place / COMPARISON).is_file():
-        raise _Fault(f"judge: {(done.stderr.strip().splitlines() or ['no word why'])[-1]}; kept in {place}")
-    facts: dict[str, Any] = json.loads((place / COMPARISON).read_text(encoding="utf-8"))
-    return facts
-
-
-def _failed(facts: Mapping[str, Any]) -> str:
-    failed = [gate for gate in facts["gates"] if not gate["holds"]]
-    return "; ".join(f"{gate['name']} is {gate['measured']}, asked is {gate['asked']}" for gate in failed)
-
-
-def _publish(facts: Mapping[str, Any], against: str) -> None:
-    lines = [f"# Challenger against {against}", "", "| gate | asked | measured | holds |", "|---|---|---|---|"]
+def _publish(comparison: Mapping[str, Any], against: str) -> None:
+    lines = [f"# Challenger against {against}", "", "| gate | required | measured | passed |", "|---|---|---|---|"]
     lines += [
-        f"| {g['name']} | {g['asked']} | {g['measured']} | {'yes' if g['holds'] else 'NO'} |" for g in facts["gates"]
+        f"| {gate['name']} | {gate['asked']} | {gate['measured']} | {'yes' if gate['holds'] else 'NO'} |"
+        for gate in comparison["gates"]
     ]
-    lines.append(f"\nOf {facts['images']} images it lost {facts['lost']} and won {facts['won']}.")
-    with contextlib.suppress(Exception):  # a server that refuses a page costs the run nothing
-        create_markdown_artifact("\n".join(lines), key="gates", description="What the challenger had to hold")
+    lines.append(f"\nOf {comparison['images']} images it lost {comparison['lost']} and won {comparison['won']}.")
+    with contextlib.suppress(Exception):  # the artifact is optional: a Prefect server that rejects it is no failure
+        create_markdown_artifact("\n".join(lines), key="gates", description="Promotion gates of the challenger")

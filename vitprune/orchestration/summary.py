@@ -1,4 +1,4 @@
-"""The comparison of the dense and the pruned model, as rows of text."""
+"""Table of the dense and the pruned model: accuracy, costs and latency."""
 
 import json
 from collections.abc import Mapping
@@ -7,35 +7,35 @@ from typing import Any
 
 
 def evaluation(project: Path) -> dict[str, Any] | None:
-    """Return metrics/evaluate.json with what metrics/latency.json measured, or None where there is none yet."""
+    """Return metrics/evaluate.json merged with metrics/latency.json, or None before the evaluate stage."""
     path = project / "metrics/evaluate.json"
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    measured = path.with_name("latency.json")
-    if measured.is_file():
-        for name, facts in json.loads(measured.read_text(encoding="utf-8")).items():
-            found[name] = found.get(name, {}) | facts
-    return found
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    latency = path.with_name("latency.json")
+    if latency.is_file():
+        for name, facts in json.loads(latency.read_text(encoding="utf-8")).items():
+            result[name] = result.get(name, {}) | facts
+    return result
 
 
 def rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (what, dense, pruned) of an evaluation."""
+    """Return rows (quantity, dense, pruned) of an evaluation."""
     dense, pruned, kept = evaluation["dense"], evaluation["pruned"], evaluation.get("kept", {})
-    found = [
+    table = [
         ("top-1", f"{dense['top1']:.2f} %", f"{pruned['top1']:.2f} %"),
         ("top-5", f"{dense['top5']:.2f} %", f"{pruned['top5']:.2f} %"),
     ]
     for key, name in (("params", "params"), ("nonzero_params", "non-zero params"), ("macs", "MACs")):
-        found.append((name, amount(dense[key]), amount(pruned[key]) + _share(kept.get(key))))
-    found.append(("non-zero MACs", amount(dense["nonzero_macs"]), amount(pruned["nonzero_macs"])))
+        table.append((name, amount(dense[key]), amount(pruned[key]) + _share(kept.get(key))))
+    table.append(("non-zero MACs", amount(dense["nonzero_macs"]), amount(pruned["nonzero_macs"])))
     if "latency_ms" in dense:
-        found.append(("latency (p10 to p90)", _latency(dense["latency_ms"]), _latency(pruned["latency_ms"])))
-    return found
+        table.append(("latency (p10 to p90)", _latency(dense["latency_ms"]), _latency(pruned["latency_ms"])))
+    return table
 
 
 def amount(value: float) -> str:
-    """Return a count in thousands, millions or billions."""
+    """Format a count with k, M or G."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= unit:
             return f"{value / unit:.2f}{name}"

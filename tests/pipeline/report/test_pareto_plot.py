@@ -126,7 +126,7 @@ def test_a_sweep_without_results_has_a_table_and_no_picture(tmp_path: Path) -> N
 
 
 def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"sweep.json: no such file; name a folder that vitprune-sweep has made"):
+    with pytest.raises(BadInput, match=r"sweep.json: no such file; give a folder written by vitprune sweep"):
         write_sweep(tmp_path, tmp_path / "out")
     folder = sweep(tmp_path / "sweep", {"a macs 0.5": (70.0, 150.0, "finished")})
     (folder / "runs/a macs 0.5/metrics/latency.json").unlink()

@@ -30,7 +30,7 @@ def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
 
     Same values as `leave_one_out_kl`, faster. A float64 model is scored in float64. A float32 model runs in float32 and
     its divergences are computed in float64 from float32 logits, whose rounding error is about 1e-6: scores below about
-    1e-9 nats per image are noise. Groups that are removed as a whole (`Group.whole_blocks`) are scored by `leave_one_out_kl`.
+    1e-9 nats per image are noise. Groups of whole blocks (`Group.whole_blocks`) are scored by `leave_one_out_kl`.
 
     Args:
         model: the model; `architectures.chain_builders` must support it.
@@ -174,7 +174,7 @@ def _branch_run(dense: _DensePass, group: Group) -> Step:
 
 
 def _residual_run(dense: _DensePass, group: Group) -> Step:
-    """The same for residual channels; without `chain.allows_channel_ablation` the model is shrunk one channel at a time."""
+    """The same for residual channels; unless `chain.allows_channel_ablation`, shrink the model channel by channel."""
 
     def run(units: Tensor) -> Tensor:
         if not dense.chain.allows_channel_ablation:

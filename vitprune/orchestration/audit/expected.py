@@ -1,4 +1,4 @@
-"""What MLflow has to hold for a journal: the mirror is run once more, into a collector instead of a server."""
+"""Expected MLflow records of a run log: the upload is repeated into a recorder instead of a server."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from vitprune.runtime.files import sha256
 
 
 @dataclass
-class Content:
-    """What a run of MLflow holds: tags, params, points of metrics (name, step, value), digests of files, and its id."""
+class RunContent:
+    """Content of an MLflow run: tags, params, metric points (name, step, value), SHA-256 of files, id of the run."""
 
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
@@ -26,79 +26,88 @@ class Content:
 
 
 @dataclass
-class Collector:
-    """Takes the place of a client of MLflow for the mirror; `computed_by`: what cached stages came from, by digest."""
+class RecordingClient:
+    """Has the methods of MlflowClient that the upload calls, and records their arguments.
+
+    `computed_by` has the run and key of the stage that computed a cached one, by the hash of its entry in dvc.lock.
+    """
 
     computed_by: Mapping[str, Mapping[str, str]]
-    runs: dict[str, Content] = field(default_factory=dict)
-    asked: str = ""
+    runs: dict[str, RunContent] = field(default_factory=dict)
 
     def search_runs(self, experiments: Sequence[str], wanted: str, **options: Any) -> list[Any]:
-        """Find nothing by key, as everything is new; by the digest of a stage, the run that computed it."""
+        """Return no run for a key, as all are new; for the hash of a stage, the run that computed it."""
         if f"tags.`{KEY}`" in wanted:
             return []
         digest = wanted.split("'")[1]
-        known = self.computed_by.get(digest)
-        if known is None:
+        source = self.computed_by.get(digest)
+        if source is None:
             return []
-        info = SimpleNamespace(run_id=known["run"])
-        return [SimpleNamespace(info=info, data=SimpleNamespace(tags={KEY: known["key"]}))]
+        info = SimpleNamespace(run_id=source["run"])
+        return [SimpleNamespace(info=info, data=SimpleNamespace(tags={KEY: source["key"]}))]
 
     def create_run(self, experiment: str, started: int, tags: Mapping[str, str], name: str) -> Any:
-        """Begin to collect a run, whose id is its key."""
-        self.runs[tags[KEY]] = Content(tags=dict(tags))
+        """Record a new run; its id is its key."""
+        self.runs[tags[KEY]] = RunContent(tags=dict(tags))
         return SimpleNamespace(info=SimpleNamespace(run_id=tags[KEY]))
 
     def log_batch(
         self, run: str, metrics: Sequence[Metric] = (), params: Sequence[Param] = (), tags: Sequence[RunTag] = ()
     ) -> None:
-        """Collect metrics, params and tags."""
+        """Record metrics, params and tags."""
         content = self.runs[run]
         content.points |= {(metric.key, metric.step, metric.value) for metric in metrics}
         content.params |= {param.key: param.value for param in params}
         content.tags |= {tag.key: tag.value for tag in tags}
 
     def log_artifact(self, run: str, path: str, folder: str | None = None) -> None:
-        """Collect the digest of a file."""
+        """Record the SHA-256 of a file."""
         name = Path(path).name if folder is None else f"{folder}/{Path(path).name}"
         self.runs[run].files[name] = sha256(Path(path))
 
     def log_text(self, run: str, text: str, name: str) -> None:
-        """Leave out the journal, whose digest is a tag."""
+        """Ignore the run log, whose SHA-256 is a tag."""
 
     def set_terminated(self, run: str, status: str, ended: int) -> None:
-        """Leave out the end of a run."""
+        """Ignore the end of a run."""
 
     def search_logged_models(self, *given: Any, **options: Any) -> list[Any]:
-        """Find nothing, as models are compared by their files."""
+        """Return nothing, as models are compared by their files."""
         return []
 
     def create_logged_model(self, *given: Any, **options: Any) -> Any:
-        """Make a model that asks for no files."""
+        """Return a finished model, so that no files are uploaded."""
         return SimpleNamespace(model_id="", status=LoggedModelStatus.READY)
 
 
-def expected(journal: RunLog, computed_by: Mapping[str, Mapping[str, str]]) -> dict[str, Content]:
-    """Return what MLflow has to hold, run by run, under their keys.
+def expected(journal: RunLog, computed_by: Mapping[str, Mapping[str, str]]) -> dict[str, RunContent]:
+    """Return the expected content of every MLflow run of a run log.
+
+    Args:
+        journal: the run log, with its files in `journal.spool`.
+        computed_by: MLflow run ("run") and key ("key") that computed a cached stage, by the hash of its dvc.lock entry.
+
+    Returns:
+        Content of every run, by its key (FLOW, FLOW/STAGE or FLOW/STAGE/CYCLE).
 
     Raises:
-        ValueError: a file of the run is not the one that the journal speaks of.
+        ValueError: a file does not have the SHA-256 of the run log.
     """
-    collector = Collector(computed_by)
-    client: Any = collector
-    Uploader(client, "", journal).put()
-    return collector.runs
+    recorder = RecordingClient(computed_by)
+    client: Any = recorder
+    Uploader(client, "", journal).upload()
+    return recorder.runs
 
 
-def actual(client: MlflowClient, experiment: str, key: str) -> Content | None:
-    """Return what MLflow holds of a run, without its files; None where there is no such run."""
-    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-    if not found:
+def actual(client: MlflowClient, experiment: str, key: str) -> RunContent | None:
+    """Return the content of a run in MLflow, without its files; None if there is no such run."""
+    runs = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+    if not runs:
         return None
-    run = found[0]
+    run = runs[0]
     points = {
         (name, point.step, point.value)
         for name in run.data.metrics
         for point in client.get_metric_history(run.info.run_id, name)
     }
-    return Content(dict(run.data.tags), dict(run.data.params), points, run=run.info.run_id)
+    return RunContent(dict(run.data.tags), dict(run.data.params), points, run=run.info.run_id)

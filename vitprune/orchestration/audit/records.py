@@ -1,4 +1,7 @@
-"""Whether the parts of a run agree: MLflow's records, the journal, dvc.lock, git, the artifacts and the project."""
+"""Compare the records of a run with each other: MLflow, run log, dvc.lock, git commit, artifacts and project.
+
+Every check yields one message per difference.
+"""
 
 import hashlib
 import json
@@ -9,74 +12,75 @@ from typing import Any
 
 import yaml
 
-from vitprune.orchestration.audit.collect import RECORDED, Evidence, git
-from vitprune.orchestration.audit.expected import Content, actual, expected
-from vitprune.orchestration.execution.dvc_cache import Missing, Named, is_cached, pointers, read_lock, tree_md5
+from vitprune.orchestration.audit.collect import RECORDED, CollectedRun
+from vitprune.orchestration.audit.expected import RunContent, actual, expected
+from vitprune.orchestration.execution.dvc_cache import LockedFile, MissingFile, is_cached, pointers, read_lock, tree_md5
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import MODEL, RunLog, flatten
 from vitprune.orchestration.tracking.logged_model import DIGEST
 from vitprune.orchestration.tracking.replay import MIRRORED
 from vitprune.orchestration.tracking.upload import HASH, JOURNAL, JOURNAL_DIGEST, KEY
+from vitprune.runtime.commands import git
 from vitprune.runtime.files import md5, sha256
 
 Lines = Iterator[str]
 LOCK_DIGEST = "vitprune.dvc_lock_sha256"
-PARTLY = {"vitprune.project", "mlflow.user"}  # say where and by whom, which the journal does not
+NOT_COMPARED = {"vitprune.project", "mlflow.user"}  # they differ between clones and users
 
 
-def complete(evidence: Evidence) -> Lines:
-    """Everything that the run speaks of is there."""
-    yield from evidence.missing
+def complete(collected: CollectedRun) -> Lines:
+    """All records and files of the run could be collected."""
+    yield from collected.missing
 
 
-def journal(evidence: Evidence) -> Lines:
-    """The journal is the one that the run names, and the one that the project has kept."""
-    path, flow = evidence.records / JOURNAL, evidence.parent.data.tags[KEY]
-    wanted = evidence.parent.data.tags.get(JOURNAL_DIGEST)
+def journal(collected: CollectedRun) -> Lines:
+    """The run log in MLflow has the SHA-256 that the run names, and equals the project's copy."""
+    path, flow = collected.records / JOURNAL, collected.parent.data.tags[KEY]
+    wanted = collected.parent.data.tags.get(JOURNAL_DIGEST)
     if sha256(path) != wanted:
         yield f"{JOURNAL}: its sha256 is {sha256(path)}, the run says {wanted}"
-    kept = evidence.project / STATE / "journal" / MIRRORED / f"{flow}.jsonl"
+    kept = collected.project / STATE / "journal" / MIRRORED / f"{flow}.jsonl"
     if kept.is_file() and sha256(kept) != sha256(path):
-        yield f"{JOURNAL}: MLflow's is not the project's own, {kept}"
+        yield f"{JOURNAL}: MLflow's differs from the project's copy, {kept}"
 
 
-def records(evidence: Evidence) -> Lines:
-    """Every tag, parameter and metric of MLflow is the journal's, in the run, its stages and its cycles."""
-    flow = evidence.parent.data.tags[KEY]
-    stand_in = RunLog(evidence.scratch / "expected", flow)
-    stand_in.path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(evidence.records / JOURNAL, stand_in.path)
-    stand_in.spool.parent.mkdir(parents=True, exist_ok=True)
-    stand_in.spool.symlink_to(evidence.tree)
+def records(collected: CollectedRun) -> Lines:
+    """Every tag, parameter and metric in MLflow equals the run log's, for the run, its stages and its cycles."""
+    flow = collected.parent.data.tags[KEY]
+    run_log = RunLog(collected.scratch / "expected", flow)
+    run_log.path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(collected.records / JOURNAL, run_log.path)
+    run_log.spool.parent.mkdir(parents=True, exist_ok=True)
+    run_log.spool.symlink_to(collected.tree)
     try:
-        wanted = expected(stand_in, _computed_by(evidence))
+        wanted = expected(run_log, _computed_by(collected))
     except ValueError as error:
-        yield str(error).replace(f"{stand_in.spool}/", "").replace("; its run cannot be mirrored", "")
+        yield str(error).replace(f"{run_log.spool}/", "").replace("; its run cannot be uploaded", "")
         return
     ids: dict[str, str] = {}
     for key, content in wanted.items():
-        found = actual(evidence.client, evidence.parent.info.experiment_id, key)
+        recorded = actual(collected.client, collected.parent.info.experiment_id, key)
         name = content.tags["mlflow.runName"]
-        if found is None:
+        if recorded is None:
             yield f"{name}: MLflow has no run with the key {key}"
             continue
-        ids[key] = found.run
+        ids[key] = recorded.run
         if above := content.tags.get("mlflow.parentRunId"):
             content.tags["mlflow.parentRunId"] = ids.get(above, "")
-        yield from _compared(name, content, found)
+        yield from _differences(name, content, recorded)
 
 
-def lockfile(evidence: Evidence) -> Lines:
-    """dvc.lock, dvc.yaml and params.yaml are those of the run, and agree with each other."""
-    tags = evidence.parent.data.tags
+def lockfile(collected: CollectedRun) -> Lines:
+    """dvc.lock, dvc.yaml and params.yaml have the SHA-256 of the run, and are consistent with each other."""
+    tags = collected.parent.data.tags
     for name in RECORDED:
         wanted = tags.get(f"vitprune.{name.replace('.', '_')}_sha256")
-        if sha256(evidence.records / name) != wanted:
-            yield f"{name}: its sha256 is {sha256(evidence.records / name)}, the run says {wanted}"
-    lock = read_lock(evidence.records / "dvc.lock")
-    pipeline = yaml.safe_load((evidence.records / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    params = flatten(yaml.safe_load((evidence.records / "params.yaml").read_text(encoding="utf-8")))
+        if sha256(collected.records / name) != wanted:
+            yield f"{name}: its sha256 is {sha256(collected.records / name)}, the run says {wanted}"
+    lock = read_lock(collected.records / "dvc.lock")
+    pipeline = yaml.safe_load((collected.records / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    params = flatten(yaml.safe_load((collected.records / "params.yaml").read_text(encoding="utf-8")))
     written: dict[str, str] = {}
     for stage in STAGES:
         entry = lock.get(stage)
@@ -88,144 +92,143 @@ def lockfile(evidence: Evidence) -> Lines:
         yield from _params(stage, flatten(entry.get("params", {}).get("params.yaml", {})), params)
         for dep in entry.get("deps", ()):
             if written.get(dep["path"], dep["md5"]) != dep["md5"]:
-                yield f"dvc.lock: {stage} read another {dep['path']} than the stage before had written"
+                yield f"dvc.lock: {stage} read another {dep['path']} than the earlier stage wrote"
         written |= {out["path"]: out["md5"] for out in entry["outs"]}
         digest = hashlib.sha256(json.dumps(entry, sort_keys=True, default=str).encode()).hexdigest()
-        if digest != evidence.stage_fact(stage).get("lock", {}).get("sha256"):
-            yield f"dvc.lock: {stage}: its entry is not the one that the run recorded"
+        if digest != collected.stage_fact(stage).get("lock", {}).get("sha256"):
+            yield f"dvc.lock: {stage}: its entry differs from the one in the run log"
 
 
-def commit(evidence: Evidence) -> Lines:
-    """What git tracks is as the run recorded it: params.yaml, dvc.yaml, and the code that stages depend on."""
-    if not evidence.commit:
-        yield "git: the run names no commit; commit the project and run again"
+def commit(collected: CollectedRun) -> Lines:
+    """params.yaml, dvc.yaml and the code that the stages depend on are those of the run's commit."""
+    if not collected.commit:
+        yield "git: the run has no commit; commit the project and run again"
         return
-    prefix, changed = (evidence.parent.data.tags.get(f"vitprune.git_{name}", "") for name in ("prefix", "changed"))
+    prefix, changed = (collected.parent.data.tags.get(f"vitprune.git_{name}", "") for name in ("prefix", "changed"))
     differing = changed.splitlines()
     for name in ("params.yaml", "dvc.yaml"):
-        shown = git(evidence.project, "show", f"{evidence.commit}:{prefix}{name}")
-        recorded = (evidence.records / name).read_text(encoding="utf-8")
+        shown = git(collected.project, "show", f"{collected.commit}:{prefix}{name}")
+        recorded = (collected.records / name).read_text(encoding="utf-8")
         if name not in differing and shown.stdout != recorded:
-            yield f"{name}: is not that of commit {evidence.commit[:12]}, and the run did not say that it differed"
-    for path, digest in _inputs(evidence).items():
-        place = evidence.tree / path
+            yield f"{name}: differs from commit {collected.commit[:12]}, and the run recorded no such change"
+    for path, digest in _inputs(collected).items():
+        file = collected.tree / path
         if (
-            place.is_symlink()
-            or path in _pointed(evidence)
+            file.is_symlink()
+            or path in _tracked_by_dvc(collected)
             or path in differing
             or any(other.startswith(f"{path}/") for other in differing)
         ):
-            continue  # not in git: images are read again, one by one
-        if not place.exists():
-            yield f"{path}: is neither in commit {evidence.commit[:12]} nor in the project"
-        elif (tree_md5(place) if place.is_dir() else md5(place)) != digest:
-            yield f"{path}: is not the file that dvc.lock names, in commit {evidence.commit[:12]}"
+            continue  # not in git: the check of images reads them one by one
+        if not file.exists():
+            yield f"{path}: is neither in commit {collected.commit[:12]} nor in the project"
+        elif (tree_md5(file) if file.is_dir() else md5(file)) != digest:
+            yield f"{path}: has another MD5 in commit {collected.commit[:12]} than in dvc.lock"
 
 
-def artifacts(evidence: Evidence) -> Lines:
-    """Every file of DVC's store and of MLflow has the digest that dvc.lock names."""
+def artifacts(collected: CollectedRun) -> Lines:
+    """Every file in the DVC cache and in MLflow has the checksum of dvc.lock and of the run log."""
     try:
-        files = list(evidence.store.files(read_lock(evidence.records / "dvc.lock")))
-    except Missing as error:
+        files = list(collected.store.files(read_lock(collected.records / "dvc.lock")))
+    except MissingFile as error:
         yield str(error)
         return
-    named = [*files, *evidence.store.files(_had(evidence))]
-    for file in named:
-        place = evidence.tree / file.path
-        if is_cached(file.path) and place.is_file() and md5(place) != file.md5:
-            yield f"{file.path}: DVC's copy has the MD5 {md5(place)}, {_namer(file)} says {file.md5}"
-        for record in evidence.records.glob(f"*/{file.path}"):
+    for file in (*files, *collected.store.files(_available(collected))):
+        path = collected.tree / file.path
+        if is_cached(file.path) and path.is_file() and md5(path) != file.md5:
+            yield f"{file.path}: DVC's copy has the MD5 {md5(path)}, {_source(file)} says {file.md5}"
+        for record in collected.records.glob(f"*/{file.path}"):
             if md5(record) != file.md5:
                 yield f"{file.path}: MLflow's copy has the MD5 {md5(record)}, dvc.lock says {file.md5}"
-    facts = [evidence.stage_fact(stage) for stage in STAGES]
+    facts = [collected.stage_fact(stage) for stage in STAGES]
     for kept in (file for fact in facts for file in (*fact.get("files", ()), *fact.get("model", ()))):
-        place = evidence.tree / kept["path"]
-        if place.is_file() and sha256(place) != kept["sha256"]:
-            yield f"{kept['path']}: its sha256 is {sha256(place)}, the journal says {kept['sha256']}"
-    yield from _logged_model(evidence)
+        path = collected.tree / kept["path"]
+        if path.is_file() and sha256(path) != kept["sha256"]:
+            yield f"{kept['path']}: its sha256 is {sha256(path)}, the run log says {kept['sha256']}"
+    yield from _logged_model(collected)
 
 
-def project(evidence: Evidence) -> Lines:
-    """The project's own files are the run's, unless a later run that is on record has taken their place."""
-    own = evidence.project / "dvc.lock"
-    if not own.is_file():
-        return  # a clone that has not checked out what it audits
-    if sha256(own) != evidence.parent.data.tags.get(LOCK_DIGEST):
-        wanted = f"tags.`{LOCK_DIGEST}` = '{sha256(own)}'"
-        if not evidence.client.search_runs([evidence.parent.info.experiment_id], wanted, max_results=1):
-            yield f"{own}: is of no run on record; changed by hand, or by `dvc repro` without vitprune-flow"
+def project(collected: CollectedRun) -> Lines:
+    """The files in the project are those of this run, or of a later run that MLflow has."""
+    lock = collected.project / "dvc.lock"
+    if not lock.is_file():
+        return  # a clone without outputs
+    if sha256(lock) != collected.parent.data.tags.get(LOCK_DIGEST):
+        wanted = f"tags.`{LOCK_DIGEST}` = '{sha256(lock)}'"
+        if not collected.client.search_runs([collected.parent.info.experiment_id], wanted, max_results=1):
+            yield f"{lock}: belongs to no run in MLflow; edited by hand, or written by `dvc repro` alone"
         return
-    for name, entry in (read_lock(own) | pointers(evidence.project)).items():
-        yield from _as_named(evidence, name, entry)
+    for name, entry in (read_lock(lock) | pointers(collected.project)).items():
+        yield from _changed_files(collected, name, entry)
 
 
-CHECKS: dict[str, Callable[[Evidence], Lines]] = {
+CHECKS: dict[str, Callable[[CollectedRun], Lines]] = {
     check.__name__: check for check in (complete, journal, lockfile, commit, artifacts, records, project)
 }
 
 
-def check(name: str, evidence: Evidence) -> Lines:
-    """Carry out one of CHECKS; what cannot be read is a difference too."""
+def check(name: str, collected: CollectedRun) -> Lines:
+    """Run one of CHECKS and yield its differences; an exception, as from a tampered file, is a difference too."""
     try:
-        yield from CHECKS[name](evidence)
-    except Exception as error:  # what somebody has edited may be anything; MLflow and YAML have errors of their own
+        yield from CHECKS[name](collected)
+    except Exception as error:  # a tampered file can raise anything
         yield f"{name}: cannot be checked ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
-def _pointed(evidence: Evidence) -> set[str]:
-    """Paths that the run's .dvc files name."""
-    return {out["path"] for entry in pointers(evidence.tree).values() for out in entry["outs"]}
+def _tracked_by_dvc(collected: CollectedRun) -> set[str]:
+    """Return the paths that the run's .dvc files track."""
+    return {out["path"] for entry in pointers(collected.tree).values() for out in entry["outs"]}
 
 
-def _as_named(evidence: Evidence, name: str, entry: Mapping[str, Any]) -> Lines:
-    """Whether what lies in the project is what an entry names; file by file where DVC's list of a folder is there."""
+def _changed_files(collected: CollectedRun, name: str, entry: Mapping[str, Any]) -> Lines:
+    """Yield the project's files that differ from an entry; a folder whose list is not in the cache as one."""
     for out in entry.get("outs", ()):
-        place = evidence.project / out["path"]
-        if not place.exists():
+        path = collected.project / out["path"]
+        if not path.exists():
             continue
-        listed = evidence.store.path_of(out["md5"])
-        if place.is_dir() and not listed.is_file():
-            if tree_md5(place) != out["md5"]:
-                yield f"{place}: is not the folder that {name} names"
+        listed = collected.store.path_of(out["md5"])
+        if path.is_dir() and not listed.is_file():
+            if tree_md5(path) != out["md5"]:
+                yield f"{path}: has another MD5 than in {name}"
             continue
-        for file in evidence.store.files({name: {"outs": [out]}}):
-            own = evidence.project / file.path
-            if own.is_file() and md5(own) != file.md5:
-                yield f"{own}: has the MD5 {md5(own)}, {_namer(file)} says {file.md5}"
+        for file in collected.store.files({name: {"outs": [out]}}):
+            local = collected.project / file.path
+            if local.is_file() and md5(local) != file.md5:
+                yield f"{local}: has the MD5 {md5(local)}, {_source(file)} says {file.md5}"
 
 
-def _had(evidence: Evidence) -> dict[str, Any]:
-    """What the run's .dvc files name, of what DVC's store has; the rest is read as the project has it."""
-    named = pointers(evidence.tree)
-    return {name: entry for name, entry in named.items() if not evidence.store.lacks({name: entry})}
+def _available(collected: CollectedRun) -> dict[str, Any]:
+    """Return the run's .dvc files whose data is in the store; other data is read from the project."""
+    entries = pointers(collected.tree)
+    return {name: entry for name, entry in entries.items() if not collected.store.missing({name: entry})}
 
 
-def _namer(file: Named) -> str:
-    """The file that says what another one is."""
+def _source(file: LockedFile) -> str:
+    """Return the file that names the checksum of another one."""
     return file.stage if file.stage.endswith(".dvc") else "dvc.lock"
 
 
-def _computed_by(evidence: Evidence) -> dict[str, dict[str, str]]:
-    """The runs that computed what cached stages found, by the digest of the stage's entry in dvc.lock."""
-    found = {}
-    for run in evidence.stages.values():
-        if not run.data.tags[KEY].startswith(evidence.parent.data.tags[KEY]) and HASH in run.data.tags:
-            found[run.data.tags[HASH]] = {"run": run.info.run_id, "key": run.data.tags[KEY]}
-    return found
+def _computed_by(collected: CollectedRun) -> dict[str, dict[str, str]]:
+    """Return the runs that computed the cached stages, by the hash of the stage's entry in dvc.lock."""
+    sources = {}
+    for run in collected.stages.values():
+        if not run.data.tags[KEY].startswith(collected.parent.data.tags[KEY]) and HASH in run.data.tags:
+            sources[run.data.tags[HASH]] = {"run": run.info.run_id, "key": run.data.tags[KEY]}
+    return sources
 
 
-def _compared(name: str, wanted: Content, found: Content) -> Lines:
-    for what, ours, theirs in (("tag", wanted.tags, found.tags), ("param", wanted.params, found.params)):
+def _differences(name: str, wanted: RunContent, recorded: RunContent) -> Lines:
+    for what, ours, theirs in (("tag", wanted.tags, recorded.tags), ("param", wanted.params, recorded.params)):
         for key, text in ours.items():
-            if theirs.get(key) != text and key not in PARTLY:
-                yield f"{name}: {what} {key} is {theirs.get(key)!r} in MLflow, the journal says {text!r}"
-    for key in sorted(found.params.keys() - wanted.params.keys()):
+            if theirs.get(key) != text and key not in NOT_COMPARED:
+                yield f"{name}: {what} {key} is {theirs.get(key)!r} in MLflow, {text!r} in the run log"
+    for key in sorted(recorded.params.keys() - wanted.params.keys()):
         yield f"{name}: param {key} has been added in MLflow"
-    for key, step, value in sorted(found.points - wanted.points):
-        own = next((v for k, s, v in wanted.points if (k, s) == (key, step)), "nothing")
-        yield f"{name}: metric {key} (step {step}) is {value} in MLflow, the journal says {own}"
-    for key, step, _ in sorted(wanted.points - found.points):
-        if not any((k, s) == (key, step) for k, s, _ in found.points):
+    for key, step, value in sorted(recorded.points - wanted.points):
+        logged = next((v for k, s, v in wanted.points if (k, s) == (key, step)), "nothing")
+        yield f"{name}: metric {key} (step {step}) is {value} in MLflow, {logged} in the run log"
+    for key, step, _ in sorted(wanted.points - recorded.points):
+        if not any((k, s) == (key, step) for k, s, _ in recorded.points):
             yield f"{name}: metric {key} (step {step}) is missing in MLflow"
 
 
@@ -237,47 +240,47 @@ def _params(stage: str, locked: Mapping[str, Any], params: Mapping[str, Any]) ->
             yield f"params.yaml: {key} is missing, {stage} ran with {value!r} (dvc.lock)"
 
 
-def _same(own: Any, locked: Any) -> bool:
-    """Whether two values of YAML are one; DVC writes 1e-08, which is a word to others."""
-    if isinstance(own, float) and isinstance(locked, str):
+def _same(value: Any, locked: Any) -> bool:
+    """Whether two YAML values are equal; PyYAML reads the 1e-08 of DVC as a string."""
+    if isinstance(value, float) and isinstance(locked, str):
         try:
-            return own == float(locked)
+            return value == float(locked)
         except ValueError:
             return False
-    return bool(own == locked)
+    return bool(value == locked)
 
 
-def _inputs(evidence: Evidence) -> dict[str, str]:
-    """Path and digest of what stages read and none of them wrote."""
-    lock = read_lock(evidence.records / "dvc.lock")
+def _inputs(collected: CollectedRun) -> dict[str, str]:
+    """Return path and MD5 of what stages read and no stage wrote."""
+    lock = read_lock(collected.records / "dvc.lock")
     written = {out["path"].rstrip("/") for entry in lock.values() for out in entry["outs"]}
     deps = {dep["path"].rstrip("/"): dep["md5"] for entry in lock.values() for dep in entry.get("deps", ())}
     return {path: digest for path, digest in deps.items() if path not in written and not Path(path).is_absolute()}
 
 
-def _logged_model(evidence: Evidence) -> Lines:
-    """The model that MLflow has of the run is that of the files."""
-    run, folder = evidence.stages["distill"], evidence.scratch / "model"
-    found = evidence.client.search_logged_models(
+def _logged_model(collected: CollectedRun) -> Lines:
+    """Compare the logged model of the run in MLflow with the run's files."""
+    run, folder = collected.stages["distill"], collected.scratch / "model"
+    models = collected.client.search_logged_models(
         [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'", max_results=10
     )
-    for model in found:
+    for model in models:
         folder.mkdir(exist_ok=True)
         for name in ("model.safetensors", "config.json"):
-            own, theirs = evidence.tree / MODEL / name, _model_file(evidence, model.model_id, name, folder)
-            if theirs is None or sha256(theirs) != sha256(own):
-                yield f"{name}: that of MLflow's model {model.model_id} is not {MODEL}'s"
-        if model.tags.get(DIGEST) != sha256(evidence.tree / MODEL / "model.safetensors"):
+            local, logged = collected.tree / MODEL / name, _model_file(collected, model.model_id, name, folder)
+            if logged is None or sha256(logged) != sha256(local):
+                yield f"{name}: differs between MLflow's model {model.model_id} and {MODEL}"
+        if model.tags.get(DIGEST) != sha256(collected.tree / MODEL / "model.safetensors"):
             yield f"model {model.model_id}: tag {DIGEST} is not the sha256 of {MODEL}/model.safetensors"
-    if not found:
-        yield "distill: MLflow has no model of this run"
+    if not models:
+        yield "distill: MLflow has no logged model of this run"
 
 
-def _model_file(evidence: Evidence, model: str, name: str, folder: Path) -> Path | None:
+def _model_file(collected: CollectedRun, model: str, name: str, folder: Path) -> Path | None:
     from mlflow.artifacts import download_artifacts
 
-    uri = f"{evidence.client.get_logged_model(model).artifact_location}/{name}"
+    uri = f"{collected.client.get_logged_model(model).artifact_location}/{name}"
     try:
         return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-    except Exception:  # each kind of store has its own error for what is not there
+    except Exception:  # every artifact store raises its own error for a missing file
         return None

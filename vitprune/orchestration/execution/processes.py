@@ -1,9 +1,10 @@
-"""Runs a command in the group of the caller, line by line, and ends whole trees of processes."""
+"""Run commands in the process group of the caller, and kill process trees."""
 
 import contextlib
 import os
 import queue
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +14,31 @@ from typing import IO, cast
 
 import psutil  # type: ignore[import-untyped]
 
-# Every process that a flow starts inherits this variable; its value is the project. What is reparented to init after
-# its parent died cannot be found by walking a tree, but it still carries the mark.
+from vitprune.runtime import commands
+
+# Every process that a flow starts inherits this variable; its value is the project. A process whose parent was killed
+# is a child of init and in no tree of ours, but its environment still has the variable.
 MARK = "VITPRUNE_FLOW_PROJECT"
 
 
+def environment(project: Path) -> dict[str, str]:
+    """Return the environment variables of a project's stages.
+
+    The programs of this Python environment come first in PATH, output is unbuffered, and no MLflow run is resumed.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in {"MLFLOW_RUN_ID", "PYTHONHOME"}}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+    return env | {MARK: str(project), "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
+
+
+def dvc(project: Path, *arguments: str) -> commands.Completed:
+    """Run DVC in the environment of a project's stages."""
+    return commands.dvc(project, *arguments, env=environment(project))
+
+
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended: its exit code (negative: the signal), and whether the time limit ended it."""
+class CommandResult:
+    """Result of a command: exit code (negative: the signal), and whether it was killed at the time limit."""
 
     exit_code: int
     timed_out: bool
@@ -28,11 +46,21 @@ class Ended:
 
 def run(
     command: Sequence[str], cwd: Path, env: Mapping[str, str], limit: float | None, line: Callable[[str], None]
-) -> Ended:
-    """Run a command in this process's group and hand on each line of its output while it runs.
+) -> CommandResult:
+    """Run a command in the caller's process group and pass on its output line by line while it runs.
 
-    `limit` is in seconds; past it the command and all its descendants are killed, as they are when the caller is
-    interrupted. A new session would hide the tree from whoever kills the caller's group, so none is made.
+    The command and all its descendants are killed at the time limit and when the caller is interrupted. No new session
+    is started: a signal to the caller's group has to reach the command too.
+
+    Args:
+        command: program and arguments.
+        cwd: working directory.
+        env: environment variables.
+        limit: seconds after which the command is killed; None: no limit.
+        line: called with every line of stdout and stderr.
+
+    Returns:
+        Exit code, and whether the limit was reached.
     """
     deadline = None if limit is None else time.monotonic() + limit
     process = subprocess.Popen(
@@ -50,7 +78,7 @@ def run(
         exit_code = process.wait()
         reader.join(timeout=5)
         process.stdout.close()
-    return Ended(exit_code, timed_out)
+    return CommandResult(exit_code, timed_out)
 
 
 def _read(stream: IO[str], lines: "queue.Queue[str | None]") -> None:
@@ -65,9 +93,9 @@ def _follow(
     deadline: float | None,
     line: Callable[[str], None],
 ) -> bool:
-    """Hand on lines until the output ends; False when the deadline comes first.
+    """Pass on lines until the output ends; return False if the deadline is reached first.
 
-    A stray background process may hold the pipe open for ever, so the end of the command counts too.
+    A background process may keep the pipe open, so the end of the command ends the output too.
     """
     while True:
         try:
@@ -84,7 +112,7 @@ def _follow(
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process with all its descendants; each is stopped before the walk goes on, so none can fork away."""
+    """Kill a process with all its descendants; each is suspended before its children are listed, so none can fork."""
     stopped: dict[int, psutil.Process] = {}
     try:
         root = psutil.Process(pid)
@@ -100,7 +128,7 @@ def kill_tree(pid: int) -> None:
 
 
 def mark_of(process: psutil.Process) -> str | None:
-    """The project whose flow started a process; None where none did, it is another user's or it has just ended."""
+    """Return the project whose flow started a process; None if none did, or the process cannot be read."""
     try:
         return cast("str | None", process.environ().get(MARK))
     except (psutil.Error, OSError):
@@ -108,15 +136,15 @@ def mark_of(process: psutil.Process) -> str | None:
 
 
 def kill_marked(project: Path) -> int:
-    """Kill what an earlier, dead flow of this project has left running; the number of processes killed.
+    """Kill the processes that a killed flow of this project left running, and return their number.
 
-    Call it only while holding the project's lock: then whatever carries the mark has lost its flow.
+    Call it only while holding the project's lock: then every marked process belongs to a flow that has ended.
     """
-    own = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
-    own |= {p.pid for p in psutil.Process().parents()}
+    ancestry = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+    ancestry |= {p.pid for p in psutil.Process().parents()}
     killed = []
     for process in psutil.process_iter():
-        if process.pid not in own and mark_of(process) == str(project):
+        if process.pid not in ancestry and mark_of(process) == str(project):
             _signal(process.kill)
             killed.append(process)
     psutil.wait_procs(killed, timeout=5)

@@ -1,6 +1,5 @@
-"""One stage under DVC: run it, and say whether DVC had it already, how it ended and whose fault that was."""
+"""Run one DVC stage; classify the result as cached, succeeded or failed, with the failure class."""
 
-import os
 import re
 import sys
 import time
@@ -10,13 +9,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vitprune.orchestration.execution.processes import MARK, run
+from vitprune.config.params import load
+from vitprune.errors import BadInput
+from vitprune.orchestration.execution.processes import environment, run
+from vitprune.pipeline.stages import STAGES as COMPUTED
 
-STAGES = ("dataset", "dense", "calibrate", "score", "mask", "prune", "distill", "evaluate", "export", "report")
+STAGES = (*COMPUTED, "report")
 
 
-class Fault(Enum):
-    """Whose fault a failure is: it decides about a new attempt and the exit code."""
+class FailureClass(Enum):
+    """Failure class of a stage: it decides about a retry and the exit code."""
 
     NONE = "none"
     INPUT = "bad input"
@@ -27,40 +29,47 @@ class Fault(Enum):
 
 @dataclass(frozen=True)
 class StageResult:
-    """How one stage went: DVC had it already (cached) or it ran; times in seconds; error is one line, empty if none."""
+    """Result of one stage: cached or run; `started` and `seconds` in seconds; `error` is one line, empty on success."""
 
     stage: str
     cached: bool
     started: float
     seconds: float
     exit_code: int
-    fault: Fault = Fault.NONE
+    failure: FailureClass = FailureClass.NONE
     error: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as plain values."""
-        return {**asdict(self), "fault": self.fault.value}
+        return {**asdict(self), "failure": self.failure.value}
 
 
-# DVC's own words for what goes away by itself: a lock that another process holds, a remote that does not answer.
+# DVC's messages for failures that a retry may cure: a lock held by another process, a remote that does not answer.
 _INFRASTRUCTURE = re.compile(
     r"is busy, it is being blocked by|Unable to acquire lock|Failed to acquire lock|failed to (pull|fetch|download)"
     r"|Connection (refused|reset|aborted)|Could not connect|Temporary failure in name resolution|Read timed out"
 )
-# DVC's own words for a dvc.yaml or params.yaml that has to be mended by hand.
+# DVC's messages for a dvc.yaml or params.yaml that the user has to correct.
 _INPUT = re.compile(
     r"^ERROR: .*(Parameters .* are missing from|YAML file structure is corrupted|not inside of a DVC repository"
     r"|is git-ignored|Stage '.*' not found inside)|^'.*dvc.yaml' (validation failed|is invalid)"
 )
 _EXITED = re.compile(r"^ERROR: failed to reproduce .* exited with (-?\d+)$")
-# by a signal from outside: a lost worker, the kernel short of memory; 75: a stage asks for another attempt
+# killed by a signal (worker lost, out of memory); 75 (EX_TEMPFAIL): the stage asks for a retry
 _KILLED = {-9, -15, 75, 137, 143}
 
 
-def reproduce(stage: str, project: Path, limit: float | None, tell: Callable[[str], None]) -> StageResult:
-    """Run `dvc repro --single-item STAGE` in this process's group; every line of output goes to `tell`.
+def reproduce(stage: str, project: Path, limit: float | None, log: Callable[[str], None]) -> StageResult:
+    """Run `dvc repro --single-item STAGE` in this process's group.
 
-    `limit` is in seconds. What runs at the limit, with all its descendants, is killed.
+    Args:
+        stage: name of the stage in dvc.yaml.
+        project: the project's directory.
+        limit: seconds after which the stage with all its descendants is killed; None: no limit.
+        log: called with every line of output, except for DVC's hints about git and its lock file.
+
+    Returns:
+        How the stage ended, with its failure class.
     """
     lines: list[str] = []
     ran = False
@@ -70,57 +79,50 @@ def reproduce(stage: str, project: Path, limit: float | None, tell: Callable[[st
         ran = ran or text == f"Running stage '{stage}':"
         lines.append(text)
         del lines[:-400]
-        if text.strip() and not _is_chatter(text):
-            tell(text)
+        if text.strip() and not _is_dvc_hint(text):
+            log(text)
 
     started = time.time()
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
     ended = run(command, project, environment(project), limit, line)
     seconds = time.time() - started
     if ended.timed_out:
-        error = f"{stage}: stopped after {seconds:.0f} s by --stage-limit {limit:g}; raise the limit and start again"
-        return StageResult(stage, False, started, seconds, ended.exit_code, Fault.LIMIT, error)
+        error = f"{stage}: killed after {seconds:.0f} s by --stage-limit {limit:g}; raise the limit and run again"
+        return StageResult(stage, False, started, seconds, ended.exit_code, FailureClass.LIMIT, error)
     if ended.exit_code == 0:
         return StageResult(stage, not ran, started, seconds, 0)
-    fault, code = _whose_fault(ended.exit_code, lines)
-    return StageResult(stage, False, started, seconds, code, fault, _error_line(stage, lines, code))
+    failure, code = _classify_failure(ended.exit_code, lines)
+    return StageResult(stage, False, started, seconds, code, failure, _error_line(stage, lines, code))
 
 
-def environment(project: Path) -> dict[str, str]:
-    """Return the stages' environment: this interpreter's programs first, output at once, no run of MLflow to join."""
-    env = {name: value for name, value in os.environ.items() if name not in {"MLFLOW_RUN_ID", "PYTHONHOME"}}
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    return env | {MARK: str(project), "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
-
-
-def _whose_fault(exit_code: int, lines: list[str]) -> tuple[Fault, int]:
-    """Tell from DVC's words (it ends with 255 whatever the stage's code was) whose fault a failure is."""
+def _classify_failure(exit_code: int, lines: list[str]) -> tuple[FailureClass, int]:
+    """Return the failure class and exit code of the stage from DVC's messages; DVC itself always exits with 255."""
     codes = [int(match[1]) for text in lines if (match := _EXITED.match(text))]
     if codes:
         code = codes[-1]
         if code == 2:
-            return Fault.INPUT, code
-        return (Fault.INFRASTRUCTURE if code in _KILLED else Fault.STAGE), code
+            return FailureClass.INPUT, code
+        return (FailureClass.INFRASTRUCTURE if code in _KILLED else FailureClass.STAGE), code
     if exit_code in _KILLED or any(_INFRASTRUCTURE.search(text) for text in lines):
-        return Fault.INFRASTRUCTURE, exit_code
+        return FailureClass.INFRASTRUCTURE, exit_code
     if any(_INPUT.search(text) for text in lines):
-        return Fault.INPUT, exit_code
-    return Fault.STAGE, exit_code
+        return FailureClass.INPUT, exit_code
+    return FailureClass.STAGE, exit_code
 
 
 def _error_line(stage: str, lines: list[str], code: int) -> str:
-    """Return the one line that says what went wrong: the stage's own, else DVC's."""
+    """Return the reason of the failure in one line: the stage's error line, else DVC's."""
     for prefix in ("Error: ", "ERROR: "):
-        said = [text.removeprefix(prefix) for text in lines if text.startswith(prefix)]
-        if said:
-            return f"{stage}: {said[-1]}"
-    if broken := next((text for text in lines if _INPUT.search(text)), ""):
-        return f"{stage}: {broken} {' '.join(' '.join(lines).removeprefix(broken).split())[:200]}"
+        errors = [text.removeprefix(prefix) for text in lines if text.startswith(prefix)]
+        if errors:
+            return f"{stage}: {errors[-1]}"
+    if invalid := next((text for text in lines if _INPUT.search(text)), ""):
+        return f"{stage}: {invalid} {' '.join(' '.join(lines).removeprefix(invalid).split())[:200]}"
     return f"{stage}: ended with exit code {code} and no error line; see the output above"
 
 
-def _is_chatter(text: str) -> bool:
-    """Whether a line is DVC's talk about its lock file, git and remotes, which says nothing about the stage."""
+def _is_dvc_hint(text: str) -> bool:
+    """Whether a line is one of DVC's hints about its lock file, git and remotes."""
     return text.strip().startswith(
         (
             "To track the changes with git",
@@ -136,30 +138,12 @@ def _is_chatter(text: str) -> bool:
 
 
 def check_params(project: Path) -> str:
-    """Return what is wrong with params.yaml in one line, empty if nothing is.
+    """Return what is wrong with a project's params.yaml in one line; empty if it is valid.
 
-    DVC sees only the keys that a stage names, so a misspelt key would pass as "nothing changed". The check runs in a
-    process of its own: the library brings torch along, which a flow has no use for.
+    DVC reads only the keys that a stage names, so it would take a misspelt key for "nothing changed".
     """
-    lines: list[str] = []
-    ended = run([sys.executable, "-c", _CHECK], project, environment(project), None, lines.append)
-    return (
-        ""
-        if ended.exit_code == 0
-        else next((text for text in reversed(lines) if text.strip()), "params.yaml: unreadable")
-    )
-
-
-# The package is laid out but not run: it brings torch and timm along, which cost seconds and are not needed here.
-_CHECK = """
-import sys
-from importlib.util import find_spec, module_from_spec
-from pathlib import Path
-sys.modules["vitprune"] = module_from_spec(find_spec("vitprune"))
-from vitprune.errors import BadInput
-from vitprune.config.params import load
-try:
-    load(Path("params.yaml"))
-except BadInput as error:
-    sys.exit(str(error))
-"""
+    try:
+        load(project / "params.yaml")
+    except BadInput as error:
+        return str(error)
+    return ""

@@ -1,167 +1,323 @@
-"""Git worktrees of a project for runs of their own, which share DVC's cache, and commits made from them."""
+"""Directories of a project for its sweep runs and retrainings: git worktrees (or copies) that share its DVC cache."""
 
+import filecmp
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vitprune.orchestration.audit.collect import git
-from vitprune.orchestration.execution.dvc_cache import ask, cache_of, pointers, take_settings, why
+from vitprune.orchestration.execution.dvc_cache import cache_dir, pointers, use_cache
 from vitprune.orchestration.execution.lock_and_repair import STATE
+from vitprune.orchestration.execution.processes import dvc
+from vitprune.runtime.commands import error_line, git
+from vitprune.runtime.files import sha256
 
-IDENTITY = {"user.name": "vitprune-retrain", "user.email": "vitprune-retrain@localhost"}
+COMMITTER = {"user.name": "vitprune-retrain", "user.email": "vitprune-retrain@localhost"}
+# Written by runs, beside the outs of dvc.yaml: never copied from the project into the directory of a run.
+WRITTEN_BY_RUNS: tuple[str, ...] = (
+    "out",
+    "metrics",
+    "plots",
+    "dvc.lock",
+    "params.yaml",
+    "mlflow.db",
+    "mlruns",
+    "mlartifacts",
+)
+WRITTEN_BY_RUNS += (str(STATE), ".dvc/cache", ".dvc/tmp", ".dvc/config.local", ".git", ".venv")
+LOCAL_SOURCES = ("folder:", "parquet:", "wds/")
 
 
-class GitFault(Exception):
-    """Git or DVC did not do what a retraining needs; one line."""
+class WorktreeError(Exception):
+    """git or DVC failed, or the project cannot be checked out; one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class ProjectState:
+    """A project from which sweep runs are checked out.
+
+    Attributes:
+        project: its directory.
+        commit: the commit checked out; empty outside git.
+        prefix: path of the project in its repository; empty at the root and outside git.
+        deps: dependencies of its stages, with relative paths.
+        outs: outputs of its stages.
+    """
+
+    project: Path
+    commit: str
+    prefix: str
+    deps: tuple[str, ...]
+    outs: tuple[str, ...]
+
+    def check_out(self, folder: Path, params: dict[str, Any]) -> Path:
+        """Create or update the directory of one run.
+
+        It has the files of the project's last commit with all later changes, the run's params.yaml, and links to the
+        images and weights that git does not track. Outputs that the run has computed are kept.
+
+        Args:
+            folder: root of the worktree.
+            params: content of the run's params.yaml.
+
+        Returns:
+            The run's project directory, in `folder`.
+
+        Raises:
+            WorktreeError: git fails, or params.yaml names a relative path outside the project or among the outputs.
+        """
+        target = folder / self.prefix
+        self._add_worktree(folder)
+        linked = self._input_paths(params)
+        current = self._files(self.project)
+        for name in set(self._files(target)) - set(current):
+            if not (target / name).is_symlink():
+                (target / name).unlink()
+        for name in current:
+            if not any(Path(name).is_relative_to(link) for link in linked):
+                _copy(self.project / name, target / name)
+        for name in [*linked, *(dep for dep in self.deps if not self._is_output(dep))]:
+            _link(self.project / name, target / name)
+        use_cache(target, cache_dir(self.project), self.project)
+        text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
+        (target / "params.yaml").write_text(text, encoding="utf-8")
+        return target
+
+    def _add_worktree(self, folder: Path) -> None:
+        if not self.commit:
+            folder.mkdir(parents=True, exist_ok=True)
+        elif not (folder / ".git").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            run_git(self.project, "worktree", "prune")
+            run_git(self.project, "worktree", "add", "--quiet", "--detach", "--force", str(folder), self.commit)
+        elif run_git(folder, "rev-parse", "HEAD") != self.commit:
+            run_git(folder, "checkout", "--quiet", "--detach", "--force", self.commit)
+
+    def _is_output(self, name: str) -> bool:
+        path = Path(name)
+        written = any(path.is_relative_to(output) for output in (*WRITTEN_BY_RUNS, *self.outs))
+        return written or "__pycache__" in path.parts
+
+    def _files(self, root: Path) -> list[str]:
+        """Return the files that git tracks or would add (all files outside git), without outputs."""
+        if not self.commit:
+            return list(self._walk(root, ""))
+        listed = run_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+        return [name for name in listed if name and not self._is_output(name) and os.path.lexists(root / name)]
+
+    def _walk(self, root: Path, below: str) -> Iterator[str]:
+        for entry in sorted(os.scandir(root / below), key=lambda entry: entry.name):
+            name = f"{below}{entry.name}"
+            if self._is_output(name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(root, f"{name}/")
+            else:
+                yield name
+
+    def _input_paths(self, params: dict[str, Any]) -> list[str]:
+        """Return the relative paths of images and weights in params.yaml; a run reads them through links."""
+        dataset, paths = params.get("dataset") or {}, {}
+        for key in ("source", "eval_source"):
+            spec = str(dataset.get(key))
+            if spec.startswith(LOCAL_SOURCES):
+                paths[f"dataset.{key}"] = spec.rpartition(":")[2] if spec.startswith("wds/") else spec.partition(":")[2]
+        if checkpoint := (params.get("dense") or {}).get("checkpoint"):
+            paths["dense.checkpoint"] = str(checkpoint)
+        relative = {key: os.path.normpath(path) for key, path in paths.items() if not os.path.isabs(path)}
+        for key, path in relative.items():
+            if path.startswith(".."):
+                raise WorktreeError(
+                    f"{key}: {path} is outside the project, where a run cannot read it; use an absolute path"
+                )
+            if self._is_output(path):
+                raise WorktreeError(f"{key}: {path} is an output of the runs; move it, or use an absolute path")
+        return list(relative.values())
+
+
+def project_state(project: Path) -> ProjectState:
+    """Read the commit, dependencies and outputs of a project.
+
+    Raises:
+        WorktreeError: the project is in git and has no commit yet.
+    """
+    stages = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
+    deps = dict.fromkeys(dep.rstrip("/") for stage in stages for dep in stage.get("deps", ()))
+    outs = tuple(dict.fromkeys(str(out).rstrip("/") for stage in stages for out in stage.get("outs", ())))
+    relative = tuple(dep for dep in deps if not os.path.isabs(dep))
+    if git(project, "rev-parse", "--is-inside-work-tree").stdout.strip() != "true":
+        return ProjectState(project, "", "", relative, outs)
+    commit = git(project, "rev-parse", "--quiet", "--verify", "HEAD").stdout.strip()
+    if not commit:
+        raise WorktreeError(
+            f"{project}: has no commit yet, and the runs of a sweep are worktrees; commit the project first"
+        )
+    return ProjectState(project, commit, run_git(project, "rev-parse", "--show-prefix"), relative, outs)
 
 
 def add(project: Path, name: str, revision: str) -> Path:
-    """Lay out a revision beside the project's own files, under .vitprune/retrain/NAME; the project in it.
+    """Check out a revision for a retraining, in .vitprune/retrain/NAME.
+
+    Returns:
+        The project's directory in the new worktree.
 
     Raises:
-        GitFault: the project is not in git, or has no such revision.
+        WorktreeError: the project is not in git, or has no such revision.
     """
     worktree = project / STATE / "retrain" / name
-    prefix = told(project, "rev-parse", "--show-prefix")
-    told(project, "worktree", "add", "--detach", "--force", str(worktree), revision)
-    place = worktree / prefix
-    take_settings(project, place)
-    dvc(place, "cache", "dir", "--local", str(cache_of(project)))
-    return place
+    prefix = run_git(project, "rev-parse", "--show-prefix")
+    run_git(project, "worktree", "add", "--detach", "--force", str(worktree), revision)
+    use_cache(worktree / prefix, cache_dir(project), project)
+    return worktree / prefix
 
 
-def remove(project: Path, place: Path) -> None:
-    """Take a worktree away; what it computed is in DVC's cache."""
-    top = told(place, "rev-parse", "--show-toplevel")
-    git(project, "worktree", "remove", "--force", top)
+def remove(project: Path, directory: Path) -> None:
+    """Remove a worktree; its outputs are in the DVC cache."""
+    git(project, "worktree", "remove", "--force", run_git(directory, "rev-parse", "--show-toplevel"))
 
 
-def newest(project: Path) -> str:
-    """Fetch from the project's git remote, if it has one, and return the newest commit of the branch that it is on.
+def newest_commit(project: Path) -> str:
+    """Fetch from the git remote, if there is one, and return the newest commit of the branch checked out.
 
     Raises:
-        GitFault: the remote does not answer.
+        WorktreeError: the remote does not answer.
     """
     upstream = git(project, "rev-parse", "--abbrev-ref", "@{upstream}")
     if upstream.returncode == 0:
-        told(project, "fetch", "--quiet")
-        return told(project, "rev-parse", "@{upstream}")
-    return told(project, "rev-parse", "HEAD")
+        run_git(project, "fetch", "--quiet")
+        return run_git(project, "rev-parse", "@{upstream}")
+    return run_git(project, "rev-parse", "HEAD")
 
 
-def take_newest_data(place: Path) -> None:
-    """Bring what `dvc import` and `dvc import-url` made up to date, and lay out everything that .dvc files name.
+def update_data(directory: Path) -> None:
+    """Update what `dvc import` and `dvc import-url` track, and check out the data of all .dvc files.
 
     Raises:
-        GitFault: DVC cannot get it.
+        WorktreeError: DVC cannot get the data.
     """
-    for path in pointers(place):
-        if yaml.safe_load((place / path).read_text(encoding="utf-8")).get("deps"):
-            dvc(place, "update", path)
-    names = list(pointers(place))
-    if names and dvc_fails(place, "checkout", *names):
-        dvc(place, "pull", *names)
-    if told(place, "status", "--porcelain", "--untracked-files=no"):  # the run is to begin at a commit that names them
-        told(place, *_identity(place), "commit", "--quiet", "--all", "-m", "Take the newest data.")
+    for path in pointers(directory):
+        if yaml.safe_load((directory / path).read_text(encoding="utf-8")).get("deps"):
+            run_dvc(directory, "update", path)
+    names = list(pointers(directory))
+    if names and dvc(directory, "checkout", *names).returncode:
+        run_dvc(directory, "pull", *names)
+    if run_git(directory, "status", "--porcelain", "--untracked-files=no"):  # the run's commit has to name the data
+        run_git(
+            directory, *_committer(directory), "commit", "--quiet", "--all", "-m", "data: update to the newest version"
+        )
 
 
-def data_version(place: Path) -> str:
-    """Return the digest of all that decides a run: inputs by their .dvc files, params, pipeline, requirements, code."""
-    parts = [f"{name}:{hashlib.sha256((place / name).read_bytes()).hexdigest()}" for name in _deciding(place)]
-    parts += [f"{path}:{md5}" for path, md5 in sorted(inputs(place).items())]
+def data_version(directory: Path) -> str:
+    """Return one SHA-256 over everything that decides a run: data, params, pipeline, requirements, gates and code."""
+    parts = [f"{name}:{sha256(directory / name)}" for name in _deciding_files(directory)]
+    parts += [f"{path}:{checksum}" for path, checksum in sorted(tracked_data(directory).items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def inputs(place: Path) -> dict[str, str]:
-    """Path and digest of everything that .dvc files name."""
-    return {out["path"]: str(out["md5"]) for entry in pointers(place).values() for out in entry["outs"]}
+def tracked_data(directory: Path) -> dict[str, str]:
+    """Return path and MD5 of everything that .dvc files track."""
+    return {out["path"]: str(out["md5"]) for entry in pointers(directory).values() for out in entry["outs"]}
 
 
-def _deciding(place: Path) -> Iterator[str]:
+def _deciding_files(directory: Path) -> Iterator[str]:
     for name in ("params.yaml", "dvc.yaml", "requirements.txt", "gates.yaml"):
-        if (place / name).is_file():
+        if (directory / name).is_file():
             yield name
-    if (place / "vitprune").is_dir():
-        yield from sorted(path.relative_to(place).as_posix() for path in (place / "vitprune").rglob("*.py"))
+    if (directory / "vitprune").is_dir():
+        yield from sorted(path.relative_to(directory).as_posix() for path in (directory / "vitprune").rglob("*.py"))
 
 
-def commit(project: Path, place: Path, branch: str, message: str) -> str:
-    """Commit what a run left in a worktree on a branch, whose older commits stay its ancestors; the new commit.
+def commit(project: Path, directory: Path, branch: str, message: str, trailers: Mapping[str, Any]) -> str:
+    """Commit all files of a worktree on a branch of the project, on top of the branch's last commit.
+
+    Args:
+        project: the project whose branch is moved.
+        directory: the worktree.
+        branch: created if it does not exist.
+        message: subject of the commit message.
+        trailers: provenance, as trailer lines of the commit message.
+
+    Returns:
+        The new commit.
 
     Raises:
-        GitFault: git refuses.
+        WorktreeError: git fails.
     """
-    told(place, "add", "--all", ".")
-    tree = told(place, "write-tree")
+    run_git(directory, "add", "--all", ".")
+    tree = run_git(directory, "write-tree")
     old = git(project, "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}").stdout.strip()
-    base = told(place, "rev-parse", "HEAD")
+    base = run_git(directory, "rev-parse", "HEAD")
     parents = [word for parent in dict.fromkeys(filter(None, (old, base))) for word in ("-p", parent)]
-    made = told(place, *_identity(place), "commit-tree", tree, *parents, "-m", message)
-    told(project, "update-ref", f"refs/heads/{branch}", made, old)
-    return made
+    text = f"{message}\n\n" + "\n".join(f"{name}: {value}" for name, value in trailers.items())
+    new = run_git(directory, *_committer(directory), "commit-tree", tree, *parents, "-m", text)
+    run_git(project, "update-ref", f"refs/heads/{branch}", new, old)
+    return new
 
 
-def provenance(facts: Mapping[str, Any]) -> str:
-    """Return facts as the trailer lines of a commit message."""
-    return "\n".join(f"{name}: {value}" for name, value in facts.items())
-
-
-def push(place: Path) -> bool:
-    """Push outputs and the cache of runs to the default remote; False where the project has none.
+def push(directory: Path) -> bool:
+    """Push outputs and run cache to the default DVC remote; return False if the project has none.
 
     Raises:
-        GitFault: the remote does not take them.
+        WorktreeError: the push fails.
     """
-    remote = dvc(place, "config", "core.remote", refuse=False)
+    remote = dvc(directory, "config", "core.remote").stdout.strip()
     if not remote:
         return False
-    done = ask(place, "push", "--run-cache")
-    if done.returncode:
-        raise GitFault(
-            f"DVC's remote {remote} does not take the outputs ({why(done)}); everything is kept in {place}, "
-            "and a new start computes nothing again"
+    completed = dvc(directory, "push", "--run-cache")
+    if completed.returncode:
+        raise WorktreeError(
+            f"push to DVC remote {remote} failed ({error_line(completed)}); the outputs are in {directory} and in the "
+            "DVC cache: run again when the remote answers, finished stages are not recomputed"
         )
     return True
 
 
-def _identity(place: Path) -> list[str]:
-    """Options that name a committer where git has none."""
-    unset = {key: value for key, value in IDENTITY.items() if git(place, "config", key).returncode}
+def run_git(directory: Path, *arguments: str) -> str:
+    """Run git and return its output.
+
+    Raises:
+        WorktreeError: git fails.
+    """
+    completed = git(directory, *arguments)
+    if completed.returncode:
+        raise WorktreeError(f"git {' '.join(arguments[:2])} failed in {directory}: {error_line(completed)}")
+    return completed.stdout.strip("\n")
+
+
+def run_dvc(directory: Path, *arguments: str) -> str:
+    """Run DVC and return its output.
+
+    Raises:
+        WorktreeError: DVC fails.
+    """
+    completed = dvc(directory, *arguments)
+    if completed.returncode:
+        raise WorktreeError(f"dvc {arguments[0]} failed in {directory}: {error_line(completed)}")
+    return completed.stdout.strip()
+
+
+def _committer(directory: Path) -> list[str]:
+    """Return the options that name a committer where git has none configured."""
+    unset = {key: value for key, value in COMMITTER.items() if git(directory, "config", key).returncode}
     return [word for key, value in unset.items() for word in ("-c", f"{key}={value}")]
 
 
-def told(where: Path, *words: str) -> str:
-    """Run git and return what it printed.
-
-    Raises:
-        GitFault: it failed.
-    """
-    done = git(where, *words)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word why"])[-1]
-        raise GitFault(f"git {' '.join(words[:2])} failed in {where}: {last}")
-    return done.stdout.strip()
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file unless the target is identical: a rewritten file is a change to DVC."""
+    if source.is_dir():  # a submodule, or a link to a folder
+        _link(source, target)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not (target.is_file() and filecmp.cmp(source, target, shallow=False)):
+        shutil.copy2(source, target)
 
 
-def dvc(where: Path, *words: str, refuse: bool = True) -> str:
-    """Run DVC and return what it printed.
-
-    Raises:
-        GitFault: it failed, and that is not for the caller to see.
-    """
-    done = ask(where, *words)
-    if done.returncode and refuse:
-        raise GitFault(f"dvc {words[0]} failed in {where}: {why(done)}")
-    return "" if done.returncode else done.stdout.strip()
-
-
-def dvc_fails(where: Path, *words: str) -> bool:
-    """Run DVC and say whether it failed."""
-    try:
-        dvc(where, *words)
-    except GitFault:
-        return True
-    return False
+def _link(source: Path, target: Path) -> None:
+    if source.exists() and not os.path.lexists(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source)

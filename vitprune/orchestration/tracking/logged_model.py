@@ -1,4 +1,4 @@
-"""The final model as a model of MLflow 3: safetensors and config.json, nothing that runs."""
+"""The final model as a logged model of MLflow 3: safetensors and config.json, no pickle."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ KEY, DIGEST = "vitprune.key", "vitprune.model_sha256"
 def record_model(
     client: MlflowClient, experiment: str, run: str, key: str, spool: Path, files: Iterable[Mapping[str, Any]]
 ) -> str:
-    """Log the files of a model that were spooled, once for each `key`; the model's id."""
+    """Log the files of a model, once for every `key`; return the model's id."""
     files = list(files)
     model = find_model(client, experiment, KEY, key)
     if model is None:
@@ -27,11 +27,11 @@ def record_model(
 
 
 def find_model(client: MlflowClient, experiment: str, tag: str, value: str) -> LoggedModel | None:
-    """Return the first model that bears a tag."""
-    found = client.search_logged_models([experiment], f"tags.`{tag}` = '{value}'", max_results=1)
-    return found[0] if found else None
+    """Return the first logged model with a tag, or None."""
+    models = client.search_logged_models([experiment], f"tags.`{tag}` = '{value}'", max_results=1)
+    return models[0] if models else None
 
 
 def model_digest(files: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return the digest of the weights among a model's files."""
+    """Return the SHA-256 of the weights among a model's files, or None."""
     return next((file["sha256"] for file in files if file["path"].endswith("model.safetensors")), None)

@@ -1,4 +1,4 @@
-"""MLflow's model registry: challengers as versions, the alias `champion`, and the way back."""
+"""MLflow's model registry: challengers as versions, the alias `champion`, promotion and rollback."""
 
 import os
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ CHAMPION = "champion"
 VERSION_OF_DATA, PASSED, BEFORE = "vitprune.data_version", "vitprune.passed", "vitprune.champion_before"
 
 
-class RegistryFault(Exception):
-    """The registry does not have what was asked for; one line that says what to do."""
+class RegistryError(Exception):
+    """The registry has no such run or version; one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,23 @@ class Registry:
     name: str
 
     def champion(self) -> ModelVersion | None:
-        """Return the version in use, or None while there is none."""
+        """Return the version with the alias champion, or None."""
         try:
             return self.client.get_model_version_by_alias(self.name, CHAMPION)
         except MlflowException:
             return None
 
-    def tried(self, data_version: str) -> ModelVersion | None:
-        """Return the version, promoted or not, that was made of a version of the data."""
+    def version_of_data(self, data_version: str) -> ModelVersion | None:
+        """Return the version, promoted or not, that was trained on a version of the data, or None."""
         return next((v for v in self.versions() if v.tags.get(VERSION_OF_DATA) == data_version), None)
 
     def versions(self) -> list[ModelVersion]:
         """Return all versions, the newest first."""
-        found = self.client.search_model_versions(f"name = '{self.name}'", max_results=1000)
-        return sorted(found, key=lambda version: int(version.version), reverse=True)
+        versions = self.client.search_model_versions(f"name = '{self.name}'", max_results=1000)
+        return sorted(versions, key=lambda version: int(version.version), reverse=True)
 
-    def weights_of(self, version: ModelVersion, folder: Path) -> Path:
-        """Fetch the files of a version into a folder and return it."""
+    def download(self, version: ModelVersion, folder: Path) -> Path:
+        """Download the files of a version into a folder, and return their folder."""
         from mlflow.artifacts import download_artifacts
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,17 +54,15 @@ class Registry:
         return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=tracking))
 
     def add(self, run: str, flow_run_id: str, tags: Mapping[str, str]) -> ModelVersion:
-        """Make a version of the model that a flow run has left, and tag it.
+        """Register the model of a flow run as a new version.
 
         Raises:
-            RegistryFault: MLflow has no model of the run.
+            RegistryError: MLflow has no model of the run.
         """
         key = self._model_key(run, flow_run_id)
         model = find_model(self.client, self.experiment, KEY, key)
         if model is None:
-            raise RegistryFault(
-                f"run {run}: MLflow has no model of it; run `vitprune-track replay`, then retrain again"
-            )
+            raise RegistryError(f"run {run}: MLflow has no logged model of it; run `vitprune sync`, then retrain again")
         try:
             self.client.get_registered_model(self.name)
         except MlflowException:
@@ -74,40 +72,42 @@ class Registry:
         )
 
     def promote(self, version: ModelVersion) -> None:
-        """Give a version the alias, and note whose place it took."""
+        """Set the alias champion to a version, and record the former champion in a tag."""
         before = self.champion()
         if before is not None:
             self.client.set_model_version_tag(self.name, version.version, BEFORE, before.version)
         self.client.set_registered_model_alias(self.name, CHAMPION, version.version)
 
     def roll_back(self) -> tuple[str, str]:
-        """Give the alias back to the champion before; the versions that lost and got it.
+        """Set the alias champion back to the former champion; return the old and the new champion's version.
 
         Raises:
-            RegistryFault: there is no champion, or it is the first.
+            RegistryError: there is no champion, or no former one.
         """
-        now = self.champion()
-        if now is None:
-            raise RegistryFault(f"{self.name}: has no champion; nothing to roll back")
-        before = now.tags.get(BEFORE)
+        current = self.champion()
+        if current is None:
+            raise RegistryError(f"{self.name}: no version is champion, so there is nothing to roll back")
+        before = current.tags.get(BEFORE)
         if before is None:
-            raise RegistryFault(f"{self.name}: version {now.version} is the first champion; nothing to roll back to")
+            raise RegistryError(
+                f"{self.name}: version {current.version} is the first champion; there is no former one to roll back to"
+            )
         self.client.set_registered_model_alias(self.name, CHAMPION, before)
-        return str(now.version), str(before)
+        return str(current.version), str(before)
 
     def _model_key(self, run: str, flow_run_id: str) -> str:
-        """The key of the model's record: that of the run that computed it, where DVC had it already."""
+        """Return the key of the logged model: for a cached stage that of the run that computed it."""
         stage = f"{flow_run_id}/distill"
-        found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{stage}'", max_results=1)
-        source = found[0].data.tags.get("vitprune.computed_by") if found else None
+        runs = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{stage}'", max_results=1)
+        source = runs[0].data.tags.get("vitprune.computed_by") if runs else None
         return str(self.client.get_run(source).data.tags[KEY]) if source else stage
 
 
 def registry(project: Path, name: str | None = None) -> Registry:
-    """Open the registry of a project's models, under the name given, VITPRUNE_MODEL_NAME or the project's own.
+    """Open the registered model of a project: `name`, else VITPRUNE_MODEL_NAME, else the name of the project's folder.
 
     Raises:
-        MlflowException: the server does not answer, or refuses.
+        MlflowException: the server does not answer, or rejects the request.
     """
     from vitprune.orchestration.tracking.store import open_client
 

@@ -1,4 +1,4 @@
-"""Where MLflow keeps its records: the project's own SQLite file, made whole before anything uses it, or a server."""
+"""MLflow's tracking store: the project's SQLite file (created or migrated before its first use) or a server."""
 
 import logging
 import os
@@ -13,19 +13,21 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from vitprune.runtime.commands import error_line
+
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 
 
 def tracking_uri(project: Path) -> str:
-    """Return MLFLOW_TRACKING_URI if it is set, else the project's own store."""
+    """Return MLFLOW_TRACKING_URI if it is set, else the URI of the project's SQLite file."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project / DATABASE}"
 
 
 @contextmanager
-def short_patience(seconds: int) -> Iterator[None]:
-    """Wait `seconds` at most for an answer of a tracking server and try twice again, where the user has not said more.
+def short_timeouts(seconds: int) -> Iterator[None]:
+    """Limit MLflow's HTTP timeout to `seconds` and its retries to 2, unless the user has set them.
 
-    MLflow's own patience is four minutes for one call.
+    MLflow's default is about four minutes for one call.
     """
     wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds)}
     wanted["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -40,21 +42,21 @@ def short_patience(seconds: int) -> Iterator[None]:
 
 
 def open_client(project: Path) -> tuple[MlflowClient, str]:
-    """Return a client of the store and the experiment's id; the store is made or brought up to date first.
+    """Create or migrate the store if it is the project's, and return a client and the id of the experiment.
 
-    Call it while holding the lock of the mirror: the first use of a SQLite store is not safe among several processes.
+    Call it while holding the upload lock: creating a SQLite store is not safe among several processes.
 
     Raises:
-        MlflowException: the server does not answer, or refuses.
+        MlflowException: the server does not answer, or rejects the request.
     """
     for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # each migration's name says nothing to a user
-    uri, own = tracking_uri(project), project / DATABASE
-    if uri == f"sqlite:///{own}":
-        _make_current(own)
+        logging.getLogger(name).setLevel(logging.ERROR)  # no log line per migration
+    uri, local = tracking_uri(project), project / DATABASE
+    if uri == f"sqlite:///{local}":
+        _migrate(local)
     client = MlflowClient(tracking_uri=uri)
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vitprune"
-    with short_patience(15):  # a server that many flows ask at once is slow to answer
+    with short_timeouts(15):  # a server under load is slow to answer
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             return client, experiment.experiment_id
@@ -65,13 +67,13 @@ def open_client(project: Path) -> tuple[MlflowClient, str]:
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 raise
-            return client, experiment.experiment_id  # another flow has made it in between
+            return client, experiment.experiment_id  # another flow has created it in between
 
 
-def _make_current(database: Path) -> None:
-    """Make the SQLite store, or bring it to this MLflow's schema, under another name and rename it.
+def _migrate(database: Path) -> None:
+    """Create the SQLite store, or migrate a copy to this MLflow's schema, and rename it.
 
-    A migration that is cut off leaves a file which fails for good.
+    A migration that is interrupted leaves a file that cannot be migrated again.
     """
     if database.exists() and _revision(database) == _head():
         return
@@ -80,9 +82,9 @@ def _make_current(database: Path) -> None:
     if database.exists():
         shutil.copyfile(database, partial)
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{partial}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise MlflowException(f"{database}: cannot be made ready ({(done.stderr.strip().splitlines() or ['?'])[-1]})")
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if completed.returncode != 0:
+        raise MlflowException(f"{database}: migration to the schema of this MLflow failed ({error_line(completed)})")
     os.replace(partial, database)
 
 
@@ -96,7 +98,7 @@ def _revision(database: Path) -> str | None:
 
 
 def _head() -> str:
-    """Return the schema's revision that this MLflow wants."""
+    """Return the schema revision of this MLflow."""
     from alembic.script import ScriptDirectory
     from mlflow.store import db_migrations
 

@@ -1,7 +1,7 @@
-"""Puts journals into MLflow; doing it twice changes nothing.
+"""Upload run logs to MLflow; idempotent.
 
-A run of MLflow is found again by the tag `vitprune.key` (FLOW, FLOW/STAGE or FLOW/STAGE/CYCLE), so a mirror that was
-cut off goes on where it stopped.
+An MLflow run is found again by its tag `vitprune.key` (FLOW, FLOW/STAGE or FLOW/STAGE/CYCLE), so an interrupted upload
+is continued.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from vitprune.orchestration.tracking.journal import RunLog, read
+from vitprune.orchestration.tracking.journal import RunLog, read_log
 from vitprune.orchestration.tracking.logged_model import DIGEST, find_model, model_digest, record_model
 from vitprune.runtime.files import sha256
 
@@ -25,25 +25,25 @@ KEY, CACHED, HASH = "vitprune.key", "vitprune.cached", "vitprune.dvc_stage_hash"
 
 @dataclass(frozen=True)
 class Uploader:
-    """One journal on its way into one experiment."""
+    """Uploads one run log into one experiment."""
 
     client: MlflowClient
     experiment: str
     journal: RunLog
 
-    def put(self) -> str:
-        """Put the whole journal into MLflow; the id of the parent run."""
-        facts = read(self.journal.path)
+    def upload(self) -> str:
+        """Upload the run log and its files; return the id of the parent run."""
+        facts = read_log(self.journal.path)
         start = next(fact for fact in facts if fact["fact"] == "start")
         stages = [fact for fact in facts if fact["fact"] == "stage"]
-        # a journal without an end is that of a run that was killed
+        # a run log without an end event: the run was killed
         last = stages[-1]["started"] + stages[-1]["seconds"] if stages else start["time"]
         killed = {"fact": "end", "status": "KILLED", "error": "", "time": last, "files": []}
         end = next((fact for fact in facts if fact["fact"] == "end"), killed)
         parent = self._parent(start, stages, end)
         for fact in stages:
             self._stage(parent, fact)
-        self._compared(parent, stages, end["time"])
+        self._evaluation(parent, stages, end["time"])
         self._end(parent, end["status"], end["time"])
         return parent
 
@@ -57,8 +57,9 @@ class Uploader:
             tags["vitprune.error"] = end["error"]
         name = f"compress-{flow[:8]}"
         if sweep := start.get("sweep"):
-            name, above = sweep["run"], {"vitprune.sweep": sweep["name"]}
-            tags |= above | {"mlflow.parentRunId": self._run(sweep["key"], sweep["name"], start["time"], above)}
+            name, sweep_tags = sweep["run"], {"vitprune.sweep": sweep["name"]}
+            parent = self._run(sweep["key"], sweep["name"], start["time"], sweep_tags)
+            tags |= sweep_tags | {"mlflow.parentRunId": parent}
         run = self._run(flow, name, start["time"], tags)
         self._params(run, start["params"])
         self._files(run, (*start["files"], *end["files"]))
@@ -86,7 +87,7 @@ class Uploader:
         run = self._run(f"{self.journal.flow_run_id}/{stage}", stage, fact["started"], tags)
         self._params(run, lock["params"])
         self._metrics(run, {"seconds": fact["seconds"], **fact.get("metrics", {})}, ended)
-        if source is None:  # else the files lie with the run that computed them
+        if source is None:  # else the run that computed them has the files
             self._computed(run, fact, ended)
         self._end(run, "FAILED" if fact["exit_code"] else "FINISHED", ended)
 
@@ -119,18 +120,18 @@ class Uploader:
         self._end(run, "FINISHED", ended)
 
     def _run(self, key: str, name: str, started: float, tags: Mapping[str, str]) -> str:
-        """Return the run with this key, made if there is none."""
-        found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-        every = {KEY: key, "mlflow.runName": name, "mlflow.source.name": "vitprune-flow", **tags}
-        if not found:
-            made = self.client.create_run(self.experiment, _milliseconds(started), every, name)
-            return str(made.info.run_id)
-        run = str(found[0].info.run_id)
-        self.client.log_batch(run, tags=[RunTag(name, value) for name, value in every.items()])
+        """Return the run with a key; create it if there is none."""
+        runs = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+        all_tags = {KEY: key, "mlflow.runName": name, "mlflow.source.name": "vitprune run", **tags}
+        if not runs:
+            created = self.client.create_run(self.experiment, _milliseconds(started), all_tags, name)
+            return str(created.info.run_id)
+        run = str(runs[0].info.run_id)
+        self.client.log_batch(run, tags=[RunTag(name, value) for name, value in all_tags.items()])
         return run
 
     def _computed_by(self, digest: str) -> str | None:
-        """Return the finished run, not a cached one, that holds what this entry of dvc.lock names."""
+        """Return the finished, uncached run of another flow that computed an entry of dvc.lock, or None."""
         wanted = f"tags.`{HASH}` = '{digest}' and attributes.status = 'FINISHED'"
         for run in self.client.search_runs([self.experiment], wanted, order_by=["attributes.start_time ASC"]):
             if "vitprune.computed_by" not in run.data.tags and run.data.tags[KEY].split("/")[0] != self._flow:
@@ -141,8 +142,8 @@ class Uploader:
     def _flow(self) -> str:
         return self.journal.flow_run_id
 
-    def _compared(self, parent: str, stages: Iterable[Fact], ended: float) -> None:
-        """Log what runs are compared by with the parent run, and with the model that it speaks of."""
+    def _evaluation(self, parent: str, stages: Iterable[Fact], ended: float) -> None:
+        """Log the metrics of the evaluate stage with the parent run and with the logged model."""
         numbers = {k: v for fact in stages if fact["stage"] == "evaluate" for k, v in fact.get("metrics", {}).items()}
         self._metrics(parent, numbers, ended)
         digest = next((d for fact in stages if (d := model_digest(fact.get("model", ())))), None)
@@ -164,10 +165,10 @@ class Uploader:
             self.client.log_batch(run, [Metric(name, float(value), time, step) for name, value in some])
 
     def _curves(self, run: str, rows: list[dict[str, Any]], ended: float) -> None:
-        """Log training curves; their time is the stage's end, since a file that DVC hashes holds no clock."""
+        """Log training curves, with the stage's end as time: files hashed by DVC hold no timestamps."""
         steps = [int(row.get("step", number)) for number, row in enumerate(rows)]
         if any(later <= earlier for earlier, later in pairwise(steps)):
-            steps = list(range(len(rows)))  # counted anew in every cycle
+            steps = list(range(len(rows)))  # steps restart in every cycle
         time = _milliseconds(ended)
         points = [
             Metric(f"curve.{name}", float(value), time, step)
@@ -185,11 +186,11 @@ class Uploader:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def _files(self, run: str, files: Iterable[Fact]) -> None:
-        """Log files under the folders they have in the project, if they still are what the journal says."""
+        """Log files under their relative paths in the project, after comparing their SHA-256 with the run log."""
         for file in files:
             path = self.journal.spool / file["path"]
             if not path.is_file() or sha256(path) != file["sha256"]:
-                raise ValueError(f"{path}: is not the file that the journal speaks of; its run cannot be mirrored")
+                raise ValueError(f"{path}: has another SHA-256 than in the run log; its run cannot be uploaded")
             folder = str(Path(file["path"]).parent)
             self.client.log_artifact(run, str(path), None if folder == "." else folder)
 
@@ -198,7 +199,7 @@ class Uploader:
 
 
 def start_tags(start: Fact) -> dict[str, str]:
-    """Return what a run began with, as tags: the commit, what differed from it, and versions."""
+    """Return commit, uncommitted changes and package versions of a run as tags."""
     git = start["git"]
     tags = {f"mlflow.source.git.{name}": str(git[name]) for name in ("commit", "branch", "dirty") if name in git}
     if git:
@@ -208,16 +209,16 @@ def start_tags(start: Fact) -> dict[str, str]:
 
 
 def digest_tags(fact: Fact) -> dict[str, str]:
-    """Return the digests of what a stage or a cycle left, as tags: its masks, and what its metrics speak of."""
+    """Return the SHA-256 of the masks and of the main output of a stage or a cycle as tags."""
     masks = next((file["sha256"] for file in fact.get("files", ()) if file["path"].endswith("masks.safetensors")), None)
     tags = {} if masks is None else {"vitprune.masks_sha256": masks}
     return tags | ({"vitprune.sha256": fact["sha256"]} if fact.get("sha256") else {})
 
 
 def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Cut rows into what MLflow takes in one call."""
-    every = list(rows)
-    return (every[first : first + size] for first in range(0, len(every), size))
+    """Split rows into batches that MLflow accepts in one call."""
+    items = list(rows)
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _milliseconds(seconds: float) -> int:

@@ -3,10 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +15,12 @@ from vitprune import data
 from vitprune.config.params import load
 from vitprune.errors import BadInput
 from vitprune.pipeline.project_template import new_params, remotes
+from vitprune.runtime.commands import Completed, dvc, error_line, git
 
 HERE = Path(__file__).parent
-OURS = ("dvc.yaml", "params.yaml", "prefect.yaml", "requirements.txt")
 REQUIREMENTS = "requirements.txt"
+FLOWS = ("flows/compress.py", "flows/retrain.py", "flows/sweep.py")
+OURS = ("dvc.yaml", "params.yaml", "prefect.yaml", REQUIREMENTS, *FLOWS)
 LOCAL = ("folder:", "parquet:", "wds/")
 
 
@@ -71,9 +70,7 @@ def create(directory: Path, choice: Choice) -> list[str]:
         REQUIREMENTS: _requirements(remote),
         ".gitignore": _ignoring(root, "gitignore"),
         ".dvcignore": _ignoring(root, "dvcignore"),
-        "prefect.yaml": re.sub(
-            r"vitprune/orchestration/(\w+)\.py:(\w+)", r"vitprune.orchestration.\1.\2", _shipped("prefect.yaml")
-        ),
+        **{name: _shipped(name) for name in ("prefect.yaml", *FLOWS)},
         "dvc.yaml": _pipeline(_shipped("dvc.yaml"), path),
         "params.yaml": params,
     }
@@ -158,54 +155,40 @@ def _readme(name: str, source: str) -> str:
 
 
 def _make_repository(root: Path) -> None:
-    """Start git and DVC where there is none; inside a larger git repository, DVC gets a part of its own."""
-    inside = _inside_git(root)
-    if not inside:
-        _run(["git", "init", "--quiet"], root)
+    """Initialize git and DVC where missing; inside a larger git repository, DVC is initialized for the subdirectory."""
+    if not _inside_git(root):
+        _check(git(root, "init", "--quiet"), root)
     if (root / ".dvc").is_dir():
         return
     subdirectory = ["--subdir"] if not (root / ".git").exists() else []
-    _run([sys.executable, "-m", "dvc", "init", *subdirectory], root)
-    _run([sys.executable, "-m", "dvc", "config", "core.analytics", "false"], root)
+    _check(dvc(root, "init", *subdirectory), root)
+    _check(dvc(root, "config", "core.analytics", "false"), root)
 
 
 def _name_remote(root: Path, address: str) -> None:
     """Make an address DVC's default remote, unless it is so already.
 
     Raises:
-        BadInput: there is another default remote, which stays.
+        BadInput: there is another default remote.
     """
-    name = _setting(root, "core.remote")
-    there = _setting(root, f"remote.{name}.url") if name else ""
-    if there and there != address:
-        raise BadInput(f"{root}: DVC's default remote is {name}, {there}; leave out --remote to keep it")
-    if not there:
-        _run([sys.executable, "-m", "dvc", "remote", "add", "--default", remotes.NAME, address], root)
-
-
-def _setting(root: Path, key: str) -> str:
-    """Return a setting of DVC; empty where it is not set."""
-    command = [sys.executable, "-m", "dvc", "config", key]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    name = dvc(root, "config", "core.remote").stdout.strip()
+    configured = dvc(root, "config", f"remote.{name}.url").stdout.strip() if name else ""
+    if configured and configured != address:
+        raise BadInput(f"{root}: DVC's default remote is {name}, {configured}; leave out --remote to keep it")
+    if not configured:
+        _check(dvc(root, "remote", "add", "--default", remotes.NAME, address), root)
 
 
 def _inside_git(root: Path) -> bool:
-    """Whether git tracks this directory already, its own or a larger repository's."""
-
-    def says_yes(*words: str) -> bool:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, check=False).returncode == 0
-
-    return (root / ".git").exists() or (says_yes("rev-parse", "--git-dir") and not says_yes("check-ignore", "-q", "."))
+    """Whether git tracks this directory already, in its own or a larger repository."""
+    in_repository = git(root, "rev-parse", "--git-dir").returncode == 0
+    return (root / ".git").exists() or (in_repository and git(root, "check-ignore", "-q", ".").returncode != 0)
 
 
-def _run(command: list[str], root: Path) -> None:
-    env = os.environ | {"DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        said = [line for line in lines if line.startswith(("ERROR: ", "fatal: "))]  # DVC's and git's
-        last = (said or lines or [f"exit code {done.returncode}"])[-1]
-        raise BadInput(f"{root}: {' '.join(command[-4:])} failed ({last}); mend it and run init again")
+def _check(completed: Completed, root: Path) -> None:
+    if completed.returncode != 0:
+        command = " ".join(completed.args[-4:])
+        raise BadInput(f"{root}: {command} failed ({error_line(completed)}); correct it and run init again")
 
 
 def _write_all(root: Path, texts: Mapping[str, str]) -> None:
@@ -213,6 +196,7 @@ def _write_all(root: Path, texts: Mapping[str, str]) -> None:
     partial = {name: root / f"{name}.partial" for name in texts}
     try:
         for name, text in texts.items():
+            partial[name].parent.mkdir(exist_ok=True)
             partial[name].write_text(text, encoding="utf-8")
         load(partial["params.yaml"])
         for name, path in partial.items():

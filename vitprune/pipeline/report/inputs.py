@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from vitprune.errors import BadInput
+from vitprune.runtime.commands import git
 
 # What a run itself rewrites says nothing about the code that computed it.
 _WRITTEN_BY_RUNS = ("metrics", "plots", "dvc.lock")
@@ -91,22 +91,13 @@ def look_up(record: Mapping[str, Any] | None, dotted: str) -> Any:
 
 
 def read_commit(project: Path) -> Commit | None:
-    """The commit checked out in a project; None outside git, without git, or before the first commit."""
-    digest = _git(project, "rev-parse", "--verify", "HEAD")
-    if digest is None:
+    """Return the commit checked out in a project; None outside git, without git, or before the first commit."""
+    head = git(project, "rev-parse", "--verify", "HEAD")
+    if head.returncode:
         return None
-    spared = [f":(exclude){path}" for path in _WRITTEN_BY_RUNS]
-    changes = _git(project, "status", "--porcelain", "--untracked-files=no", "--", ":/", *spared)
-    return Commit(digest.strip(), dirty=bool(changes))
-
-
-def _git(project: Path, *arguments: str) -> str | None:
-    command = ["git", "--no-optional-locks", "-C", str(project), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+    excluded = [f":(exclude){path}" for path in _WRITTEN_BY_RUNS]
+    changes = git(project, "status", "--porcelain", "--untracked-files=no", "--", ":/", *excluded)
+    return Commit(head.stdout.strip(), dirty=bool(changes.stdout))
 
 
 def _dotted(content: Mapping[Any, Any], prefix: str) -> list[tuple[str, str]]:

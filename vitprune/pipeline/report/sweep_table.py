@@ -41,7 +41,7 @@ def write_sweep(folder: Path, out: Path) -> list[dict[str, Any]]:
     """
     plan = read_json(folder / "sweep.json")
     if plan is None:
-        raise BadInput(f"{folder / 'sweep.json'}: no such file; name a folder that vitprune-sweep has made")
+        raise BadInput(f"{folder / 'sweep.json'}: no such file; give a folder written by vitprune sweep")
     rows = [_row(folder, run, plan["against"]) for run in plan["runs"]]
     done = [row for row in rows if row["status"] == FINISHED]
     if done:

@@ -1,0 +1,59 @@
+"""Call a function in a new Python process.
+
+The process of a flow does not import torch, and those of `compress` and `sweep` do not import MLflow: both take seconds
+and memory, and a crash in them must not end the flow. Functions that need them are called by name, with strings as
+arguments and a JSON value as result.
+"""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vitprune.orchestration.execution.processes import environment
+from vitprune.runtime.commands import error_line
+
+
+class IsolatedCallError(Exception):
+    """The function raised; its message in one line."""
+
+
+def call(function: str, *arguments: str | None, project: Path, extra_env: dict[str, str] | None = None) -> Any:
+    """Call a function in a new process, in a project's directory and environment.
+
+    Args:
+        function: MODULE:FUNCTION.
+        arguments: strings for the function; None is passed on.
+        project: working directory of the process.
+        extra_env: further environment variables.
+
+    Returns:
+        The function's result, through JSON.
+
+    Raises:
+        IsolatedCallError: the function raised, or the process was killed.
+    """
+    command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, function, json.dumps(arguments)]
+    env = environment(project) | (extra_env or {})
+    completed = subprocess.run(
+        command, cwd=project, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if completed.returncode:
+        raise IsolatedCallError(error_line(completed))
+    return json.loads(completed.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Call the function named on the command line and print its result as one line of JSON."""
+    module, _, name = sys.argv[1].partition(":")
+    try:
+        result = getattr(import_module(module), name)(*json.loads(sys.argv[2]))
+    except Exception as error:  # its message is the result for the caller
+        sys.exit(f"Error: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

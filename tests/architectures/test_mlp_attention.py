@@ -108,7 +108,7 @@ def test_attentions_are_timms_until_they_are_narrower_than_their_stream() -> Non
     shrink(dense, [group], {group.name: torch.ones(group.shape, dtype=torch.bool)})
     assert type(attn) is GlobalSubSampleAttn
     shrink(dense, [group], random_odd_masks([group], 0.5))
-    assert (type(attn).__name__, attn.num_heads, attn.proj.in_features) == ("CutSubSampled", 1, 8)
+    assert (type(attn).__name__, attn.num_heads, attn.proj.in_features) == ("NarrowSubSampledAttention", 1, 8)
     attn.fused_attn = False
     plain = dense(x)
     attn.fused_attn = True

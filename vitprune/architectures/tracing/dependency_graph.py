@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitprune.architectures.tracing.op_rules import apply_rule, propagate_to_fixpoint
+from vitprune.architectures.tracing.op_rules import apply_rms_norm_rule, apply_rule, propagate_to_fixpoint
 from vitprune.architectures.tracing.trace import Trace
 from vitprune.architectures.tracing.union_find import NO_CHANNEL
 from vitprune.groups import ParamSlice
@@ -25,6 +26,7 @@ from vitprune.runtime.eval_mode import eval_mode
 
 Axis = tuple[str, int]  # a parameter and one of its axes
 Array = np.ndarray[Any, Any]
+RMS_NORMS = (nn.RMSNorm, RmsNorm)
 IS_OUTPUT = "it is the answer"
 
 
@@ -166,7 +168,7 @@ def _param_slice(place: Axis, positions: Array, length: int) -> ParamSlice | Non
 def _run(model: nn.Module, example_input: Tensor) -> Trace:
     """Trace one forward pass; channels of the output are marked as not prunable."""
     trace = Trace({**dict(model.named_parameters()), **dict(model.named_buffers())}, type(model).__name__)
-    with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_names(model, trace), _Tracer(trace):
+    with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_hooks(model, trace), _Tracer(trace):
         output = model(example_input)
     propagate_to_fixpoint(trace)
     for value in output if isinstance(output, list | tuple) else [output]:
@@ -185,19 +187,27 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        apply_rule(self._trace, func, args, kwargs or {}, result)
+        if not self._trace.paused:
+            apply_rule(self._trace, func, args, kwargs or {}, result)
         return result
 
 
 @contextmanager
-def _module_names(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Keep `trace.module_stack` up to date while the model runs."""
+def _module_hooks(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Keep `trace.module_stack` up to date while the model runs, and handle RMSNorm modules as one operation."""
 
     def enter(path: str) -> Callable[..., None]:
-        return lambda module, inputs: trace.module_stack.append(f"{path} ({type(module).__name__})")
+        def hook(module: nn.Module, inputs: Any) -> None:
+            trace.module_stack.append(f"{path} ({type(module).__name__})")
+            trace.paused = isinstance(module, RMS_NORMS)
+
+        return hook
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         trace.module_stack.pop()
+        if isinstance(module, RMS_NORMS):
+            trace.paused = False
+            apply_rms_norm_rule(trace, module, inputs[0], output)
 
     modules = [(path, module) for path, module in model.named_modules() if path]
     handles = [module.register_forward_pre_hook(enter(path)) for path, module in modules]

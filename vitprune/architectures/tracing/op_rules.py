@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitprune.architectures.tracing.trace import ParameterView, Trace
 from vitprune.architectures.tracing.union_find import coalesce, compact, squeeze_broadcast
@@ -210,6 +210,11 @@ def _embedding(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
     weight = trace.parameter_of(args[0])
     if weight is not None:
         trace.set_labels(result, trace.axis_labels(weight, 1).expand(result.shape))
+
+
+def apply_rms_norm_rule(trace: Trace, module: nn.Module, value: Tensor, result: Tensor) -> None:
+    """Apply the rule of a whole RMSNorm module, whose single operations take the mean over the channels."""
+    _normalization(trace, value, list(module.parameters()), result, -1)
 
 
 def _layer_norm(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:

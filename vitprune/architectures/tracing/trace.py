@@ -30,6 +30,7 @@ class Trace:
         contractions: labels over which two activations are contracted, as q and k are.
         deferred: pairs of labels; the first is broadcast along an axis where the second still varied when they met.
         module_stack: description of the modules that run now, innermost last.
+        paused: whether a module with a rule of its own runs, so that its operations have no effect.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], model_name: str) -> None:
@@ -41,6 +42,7 @@ class Trace:
         self.contractions: list[Tensor] = []
         self.deferred: list[tuple[Tensor, Tensor]] = []
         self.module_stack = [model_name]
+        self.paused = False
         self._shapes = {name: value.shape for name, value in tensors.items()}
         self._by_tensor: Any = WeakIdKeyDictionary()  # labels of an activation, or the view that a tensor is
         for name, value in tensors.items():

@@ -243,7 +243,7 @@ def test_help_version_and_completion_import_no_heavy_package(words, env, expecte
 )
 def test_a_missing_package_of_the_pipeline_is_named_with_its_extra(refuse, monkeypatch, package, words):
     monkeypatch.setitem(sys.modules, package, None)
-    assert refuse(*words.split()) == f"Error: {package} is not installed; run: pip install 'vitprune[pipeline]'\n"
+    assert refuse(*words) == f"Error: {package} is not installed; run: pip install 'vitprune[pipeline]'\n"
 
 
 def test_a_project_without_its_flow_or_with_a_broken_one_is_refused(tmp_path):

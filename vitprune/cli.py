@@ -192,7 +192,7 @@ def audit(
     _require_pipeline()
     from vitprune.orchestration import cli_audit
 
-    raise typer.Exit(1 if cli_audit.audit(run_id, project, list_all, rerun) else 0)
+    raise typer.Exit(1 if cli_audit.audit_run(run_id, project, list_all, rerun) else 0)
 
 
 @app.command(rich_help_panel=PIPELINE, epilog="Example: vitprune sync --project my-project")
@@ -204,7 +204,7 @@ def sync(
     _require_pipeline()
     from vitprune.orchestration import cli_audit
 
-    raise typer.Exit(cli_audit.sync(project, as_json))
+    raise typer.Exit(cli_audit.upload_missing_runs(project, as_json))
 
 
 @app.command(

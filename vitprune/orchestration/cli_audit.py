@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vitprune.orchestration.audit.collect import CollectedRun
 
 
-def audit(run_id: str, project: Path | None, list_all: bool, rerun: bool) -> int:
+def audit_run(run_id: str, project: Path | None, list_all: bool, rerun: bool) -> int:
     """Run all checks of a run, print the result of each, then PASS or FAIL.
 
     Args:
@@ -83,7 +83,7 @@ def _recomputed(tree: Path, name: str) -> Iterator[str]:
             yield str(error)
 
 
-def sync(project: Path, as_json: bool) -> int:
+def upload_missing_runs(project: Path, as_json: bool) -> int:
     """Upload the run logs that MLflow does not have, and print how many.
 
     Args:

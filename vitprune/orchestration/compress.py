@@ -148,7 +148,7 @@ def upload_run(project: Path, flow_run_id: str) -> UploadResult:
     """Upload the run log to MLflow, and those of earlier runs that could not be uploaded; a failure is no error."""
     try:
         return UploadResult(
-            **call("vitprune.orchestration.tracking.replay:sync", str(project), flow_run_id, project=project)
+            **call("vitprune.orchestration.tracking.replay:replay_as_dict", str(project), flow_run_id, project=project)
         )
     except IsolatedCallError as error:
         return UploadResult(0, 1, error=str(error))

@@ -19,7 +19,7 @@ from prefect.states import Completed, Failed
 from vitprune.orchestration.compress import RunLogger
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import exclusive, repair
-from vitprune.orchestration.execution.processes import dvc, environment, kill_marked, kill_tree, mark_of, run
+from vitprune.orchestration.execution.processes import dvc_in_project, environment, kill_marked, kill_tree, mark_of, run
 from vitprune.orchestration.execution.run_stage import reproduce
 from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
 from vitprune.orchestration.summary import evaluation
@@ -70,7 +70,7 @@ class SweepJob:
         if not self._result_file.is_file():
             return None
         result = RunResult(**json.loads(self._result_file.read_text(encoding="utf-8")))
-        up_to_date = result.status == FINISHED and dvc(self.directory, "status", "--quiet").returncode == 0
+        up_to_date = result.status == FINISHED and dvc_in_project(self.directory, "status", "--quiet").returncode == 0
         return result if up_to_date else None
 
     @property

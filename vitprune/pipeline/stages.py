@@ -3,9 +3,12 @@
 import os
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vitprune.config.params import Params, load
 from vitprune.errors import BadInput
+
+if TYPE_CHECKING:
+    from vitprune.config.params import Params
 
 STAGES = {  # in order, with the help text of the command line
     "dataset": "Hash every image of the source and assign it to the train or the eval split.",
@@ -26,7 +29,7 @@ def run(stage: str, project: Path) -> None:
     import_module(f"vitprune.pipeline.{stage}_stage").run(params)
 
 
-def enter(project: Path) -> Params:
+def enter(project: Path) -> "Params":
     """Change to a project directory, read its params.yaml and set the number of CPU threads.
 
     Raises:
@@ -34,6 +37,8 @@ def enter(project: Path) -> Params:
     """
     if not project.is_dir():
         raise BadInput(f"{project}: no such directory; give a project directory (vitprune init DIR creates one)")
+    from vitprune.config.params import load  # the command line prints its help without pydantic
+
     os.chdir(project)
     params = load(Path("params.yaml"))
     if params.threads is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from vitprune.orchestration.execution.processes import dvc
+from vitprune.orchestration.execution.processes import dvc_in_project
 from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import md5
 
@@ -103,7 +103,7 @@ class Store:
     def fetch(self, tree: Path, *targets: str) -> str:
         """Fetch targets from the default remote of a worktree; return DVC's reason if that fails, else ""."""
         use_cache(tree, self.fetched)
-        completed = dvc(tree, "fetch", *targets)
+        completed = dvc_in_project(tree, "fetch", *targets)
         return error_line(completed) if completed.returncode else ""
 
 

@@ -31,7 +31,7 @@ def environment(project: Path) -> dict[str, str]:
     return env | {MARK: str(project), "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
 
 
-def dvc(project: Path, *arguments: str) -> commands.Completed:
+def dvc_in_project(project: Path, *arguments: str) -> commands.Completed:
     """Run DVC in the environment of a project's stages."""
     return commands.dvc(project, *arguments, env=environment(project))
 

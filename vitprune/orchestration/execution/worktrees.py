@@ -13,7 +13,7 @@ import yaml
 
 from vitprune.orchestration.execution.dvc_cache import cache_dir, pointers, use_cache
 from vitprune.orchestration.execution.lock_and_repair import STATE
-from vitprune.orchestration.execution.processes import dvc
+from vitprune.orchestration.execution.processes import dvc_in_project
 from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import sha256
 
@@ -204,7 +204,7 @@ def update_data(directory: Path) -> None:
         if yaml.safe_load((directory / path).read_text(encoding="utf-8")).get("deps"):
             run_dvc(directory, "update", path)
     names = list(pointers(directory))
-    if names and dvc(directory, "checkout", *names).returncode:
+    if names and dvc_in_project(directory, "checkout", *names).returncode:
         run_dvc(directory, "pull", *names)
     if run_git(directory, "status", "--porcelain", "--untracked-files=no"):  # the run's commit has to name the data
         run_git(
@@ -265,10 +265,10 @@ def push(directory: Path) -> bool:
     Raises:
         WorktreeError: the push fails.
     """
-    remote = dvc(directory, "config", "core.remote").stdout.strip()
+    remote = dvc_in_project(directory, "config", "core.remote").stdout.strip()
     if not remote:
         return False
-    completed = dvc(directory, "push", "--run-cache")
+    completed = dvc_in_project(directory, "push", "--run-cache")
     if completed.returncode:
         raise WorktreeError(
             f"push to DVC remote {remote} failed ({error_line(completed)}); the outputs are in {directory} and in the "
@@ -295,7 +295,7 @@ def run_dvc(directory: Path, *arguments: str) -> str:
     Raises:
         WorktreeError: DVC fails.
     """
-    completed = dvc(directory, *arguments)
+    completed = dvc_in_project(directory, *arguments)
     if completed.returncode:
         raise WorktreeError(f"dvc {arguments[0]} failed in {directory}: {error_line(completed)}")
     return completed.stdout.strip()

@@ -51,7 +51,7 @@ def replay(project: Path, flow_run_id: str | None = None) -> UploadResult:
         return _upload(project, pending) if pending else UploadResult(0, 0)
 
 
-def sync(project: str, flow_run_id: str | None) -> dict[str, Any]:
+def replay_as_dict(project: str, flow_run_id: str | None) -> dict[str, Any]:
     """Call `replay` with plain values as arguments and result, for `isolated.call`."""
     return asdict(replay(Path(project), flow_run_id))
 

@@ -1,17 +1,22 @@
-"""The error that a user can cause and mend, and the one that another attempt mends."""
+"""Exceptions: BadInput (user error, exit code 2), NotFinite (diverged training), Interrupted (transient, retry)."""
 
-EXIT_PREEMPTED, EXIT_RETRY = 143, 75  # as of a process that SIGTERM ends; EX_TEMPFAIL of sysexits.h
+EXIT_PREEMPTED, EXIT_RETRY = 143, 75  # 128 + SIGTERM; EX_TEMPFAIL of sysexits.h
 
 
 class BadInput(ValueError):
-    """Input that cannot be used: one line that names the file, key or module and says what to do.
+    """User error. The message is one line that names the file, key or module and says what to do.
 
-    The command line prints it and exits with code 2.
+    The command line prints the message and exits with code 2.
     """
 
 
 class NotFinite(BadInput):
-    """A loss or gradient that is not finite, in batch `number` of an epoch, both counted from 0."""
+    """Loss or gradient that is not finite.
+
+    Attributes:
+        epoch: Epoch, from 0.
+        number: Batch of the epoch, from 0.
+    """
 
     def __init__(self, line: str, epoch: int, number: int):
         super().__init__(line)
@@ -19,9 +24,9 @@ class NotFinite(BadInput):
 
 
 class Interrupted(Exception):
-    """Work that the machine broke off: one line that says what happened; another attempt goes on.
+    """Transient failure, such as preemption: a retry can succeed. The message is one line.
 
-    The command line prints it and exits with `code`, which the flow takes for a fault of the infrastructure.
+    The command line prints the message and exits with `code`, which the flow counts as an infrastructure failure.
     """
 
     def __init__(self, line: str, code: int = EXIT_RETRY):

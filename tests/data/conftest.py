@@ -1,4 +1,4 @@
-"""Real images: scanned digits always, photographs where they are."""
+"""Fixtures: scanned digits, and real photographs where available."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The calibration table: balance, overlap, size and damage."""
+"""Calibration set: balance, overlap with the eval split, size, corrupt images."""
 
 import hashlib
 import io
@@ -17,12 +17,12 @@ from vitprune.errors import BadInput
 from vitprune.runtime import tables
 
 
-def test_calibration_is_balanced_to_one_image(manifest: pa.Table, digits: data.Source) -> None:
+def test_class_counts_differ_by_at_most_one(manifest: pa.Table, digits: data.Source) -> None:
     rows = data.draw_calibration(manifest, digits, 203, "class", seed=0)
     counts = Counter(row["label"] for row in rows)
     assert sorted(counts.values()) == [20] * 7 + [21] * 3
     assert len({row["id"] for row in rows}) == 203
-    assert {row["label"] for row in rows[:10]} == set(range(10))  # so is its beginning
+    assert {row["label"] for row in rows[:10]} == set(range(10))  # the first rows are balanced too
     train = {row["id"] for row in manifest.to_pylist() if row["split"] == "train"}
     assert {row["id"] for row in rows} <= train
     assert rows[0]["image"]["bytes"] == digits.read(rows[0]["id"])
@@ -30,7 +30,7 @@ def test_calibration_is_balanced_to_one_image(manifest: pa.Table, digits: data.S
     assert rows != data.draw_calibration(manifest, digits, 203, "class", seed=1)
 
 
-def test_small_classes_give_all_and_others_fill_up(manifest: pa.Table, digits: data.Source) -> None:
+def test_small_classes_contribute_all_images(manifest: pa.Table, digits: data.Source) -> None:
     rows = [row for row in manifest.to_pylist() if row["split"] == "train"]
     few = [row for row in rows if row["label"] == 0][:3] + [row for row in rows if row["label"] == 1][:50]
     few += [row for row in rows if row["label"] == 2][:50]
@@ -46,7 +46,7 @@ def test_uniform_calibration_and_the_default_size(manifest: pa.Table, digits: da
         data.draw_calibration(manifest, digits, 10, "odd", 0)
 
 
-def test_calibration_larger_than_the_data(manifest: pa.Table, digits: data.Source) -> None:
+def test_a_size_above_the_train_split_is_refused(manifest: pa.Table, digits: data.Source) -> None:
     with pytest.raises(BadInput, match=r"calibrate.size: 2000 is larger than the train split, which has 1438 images"):
         data.draw_calibration(manifest, digits, 2000, "class", 0)
 
@@ -59,7 +59,7 @@ def test_calibration_never_overlaps_eval(manifest: pa.Table, digits: data.Source
         data.draw_calibration(edited, digits, None, "class", 0)
 
 
-def test_changed_or_missing_image_is_found(tmp_path: Path, digits: data.Source) -> None:
+def test_changed_and_missing_images_are_refused(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path, digits, range(40))
     source = data.open_source(f"folder:{tmp_path}")
     table = as_table(data.build_manifest(source, 0.25, 0, 0.0))
@@ -83,7 +83,7 @@ def test_calibration_table_round_trip(tmp_path: Path, manifest: pa.Table, digits
     np.testing.assert_allclose(batches[0][0][0, 0].numpy(), pixels / 255 * 2 - 1, atol=1e-6)
 
 
-def test_corrupt_row_of_the_calibration_table(tmp_path: Path, manifest: pa.Table, digits: data.Source) -> None:
+def test_a_corrupt_row_is_refused(tmp_path: Path, manifest: pa.Table, digits: data.Source) -> None:
     rows = data.draw_calibration(manifest, digits, 5, "class", 0)
     path = tmp_path / "calibration.parquet"
     for broken in (b"", rows[3]["image"]["bytes"][:60]):

@@ -1,4 +1,4 @@
-"""Transforms in numbers, and batches that are the same bit for bit."""
+"""Transforms in numbers, and bit-identical batches."""
 
 import io
 import multiprocessing
@@ -22,21 +22,21 @@ from vitprune.runtime import tables
 from vitprune.runtime.progress import track
 
 
-def test_data_config_is_that_of_the_model_as_built() -> None:
+def test_data_config_has_the_actual_input_size() -> None:
     small = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=1, in_chans=1, depth=1, num_classes=10)
     config = data.data_config(small)
     assert (config["input_size"], config["crop_pct"], config["mean"]) == ((1, 8, 8), 1.0, (0.5,))
     plain = data.data_config(timm.create_model("deit_tiny_patch16_224", depth=1))
     assert (plain["input_size"], plain["crop_pct"], len(plain["mean"])) == ((3, 224, 224), 0.9, 3)
-    with torch.device("meta"):  # its patches are cut behind a stem, from 112 px
+    with torch.device("meta"):  # the patch embedding follows a stem: 112 px
         assert data.data_config(timm.create_model("visformer_tiny"))["input_size"] == (3, 224, 224)
-        levit = timm.create_model("levit_128s", img_size=64)  # which knows its size without a PatchEmbed
+        levit = timm.create_model("levit_128s", img_size=64)  # has an input size but no PatchEmbed
         assert data.data_config(levit)["input_size"] == (3, 64, 64)
 
 
 @pytest.mark.parametrize("config", [GREY8, RGB32], ids=["grey", "colour"])
 @pytest.mark.parametrize("augment", [None, *data.AUGMENTATIONS])
-def test_every_preset_gives_the_models_shape(
+def test_every_preset_gives_the_input_shape(
     manifest: pa.Table, digits: data.Source, config: dict[str, object], augment: str | None
 ) -> None:
     few = manifest.slice(0, 40)
@@ -46,26 +46,26 @@ def test_every_preset_gives_the_models_shape(
     assert torch.isfinite(images).all()
 
 
-def test_deit_preset_never_posterizes_to_nothing(digits: data.Source) -> None:
+def test_posterize_never_uses_zero_bits(digits: data.Source) -> None:
     compose = data.transform(RGB32, "deit").image
     (augment,) = [step for step in compose.transforms if type(step).__name__ == "RandAugment"]  # type: ignore[attr-defined]
     (posterize,) = [operation for operation in augment.ops if operation.name == "PosterizeIncreasing"]
-    posterize.magnitude_std, posterize.prob = 5.0, 1.0  # far over the top, half of the time
+    posterize.magnitude_std, posterize.prob = 5.0, 1.0  # far above the maximum in half of the draws
     image = Image.open(io.BytesIO(digits.read("digits/0000"))).convert("RGB")
     assert all(np.asarray(posterize(image)).max() > 0 for _ in range(50))
 
 
-def test_digits_affine_in_numbers() -> None:
+def test_random_affine_in_numbers() -> None:
     image = torch.full((1, 1, 8, 8), -1.0)
     image[0, 0, 4, 4] = 1.0
     affine = RandomAffine(torch.full((1, 1, 1, 1), -1.0))
     assert torch.allclose(affine(image, torch.tensor([[0.5, 0.5, 0.5, 0.5]])), image, atol=1e-5)
-    moved = affine(image, torch.tensor([[0.5, 1.0, 0.0, 0.5]]))  # one pixel each way
+    moved = affine(image, torch.tensor([[0.5, 1.0, 0.0, 0.5]]))  # one pixel in each direction
     assert moved[0, 0, 5, 3].item() == pytest.approx(1.0, abs=1e-5)
-    assert moved.sum().item() == pytest.approx(-62.0, abs=1e-3)  # black came in from outside
+    assert moved.sum().item() == pytest.approx(-62.0, abs=1e-3)  # pixels from outside are black
 
 
-def test_unknown_preset_and_channels() -> None:
+def test_unknown_presets_and_channel_counts_are_refused() -> None:
     with pytest.raises(BadInput, match="augment: 'strong' is unknown; use one of none, digits, light, deit"):
         data.transform(GREY8, "strong")
     with pytest.raises(BadInput, match="4 channels"):
@@ -74,7 +74,9 @@ def test_unknown_preset_and_channels() -> None:
 
 @pytest.mark.parametrize("augment", ["none", "digits", "deit"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12, in torch's loader
-def test_same_seed_gives_the_same_bits_with_any_workers(manifest: pa.Table, digits: data.Source, augment: str) -> None:
+def test_batches_are_bit_identical_for_any_number_of_workers(
+    manifest: pa.Table, digits: data.Source, augment: str
+) -> None:
     few = manifest.slice(0, 81)
     transform = data.transform(GREY8, augment)
     held = data.open_split(few, digits, "train", transform)
@@ -91,7 +93,7 @@ def test_same_seed_gives_the_same_bits_with_any_workers(manifest: pa.Table, digi
     assert after == states
 
 
-def test_every_epoch_has_its_own_order_and_numbers(manifest: pa.Table, digits: data.Source) -> None:
+def test_every_epoch_has_its_own_order_and_random_numbers(manifest: pa.Table, digits: data.Source) -> None:
     table = data.open_split(manifest.slice(0, 80), digits, "train", data.transform(GREY8, "light"))
     epochs = [torch.cat([labels for _, labels in data.train_batches(table, 16, 0, epoch)]) for epoch in (0, 1)]
     assert not torch.equal(epochs[0], epochs[1])
@@ -101,7 +103,7 @@ def test_every_epoch_has_its_own_order_and_numbers(manifest: pa.Table, digits: d
     assert not torch.equal(looks[0], looks[1])
 
 
-def test_last_batch_of_one_is_left_out(manifest: pa.Table, digits: data.Source) -> None:
+def test_a_last_batch_of_one_image_is_dropped(manifest: pa.Table, digits: data.Source) -> None:
     train = manifest.filter(pa.compute.equal(manifest["split"], "train"))
     for rows, sizes in ((33, [16, 16]), (34, [16, 16, 2]), (1, [1])):
         table = data.open_split(train.slice(0, rows), digits, "train", data.transform(GREY8))
@@ -109,7 +111,7 @@ def test_last_batch_of_one_is_left_out(manifest: pa.Table, digits: data.Source) 
         assert sum(len(labels) for _, labels in data.eval_batches(table, 16)) == rows
 
 
-def test_eval_batches_are_in_the_manifests_order(manifest: pa.Table, digits: data.Source) -> None:
+def test_eval_batches_are_in_manifest_order(manifest: pa.Table, digits: data.Source) -> None:
     table = data.open_split(manifest, digits, "eval", data.transform(GREY8))
     rows = [row for row in manifest.to_pylist() if row["split"] == "eval"]
     assert list(table.ids) == [row["id"] for row in rows]
@@ -120,7 +122,7 @@ def test_eval_batches_are_in_the_manifests_order(manifest: pa.Table, digits: dat
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_error_in_a_worker_is_one_line(tmp_path: Path, digits: data.Source) -> None:
+def test_an_error_in_a_worker_is_one_line(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path, digits, range(40))
     source = data.open_source(f"folder:{tmp_path}")
     table = data.open_split(
@@ -133,14 +135,14 @@ def test_error_in_a_worker_is_one_line(tmp_path: Path, digits: data.Source) -> N
     assert multiprocessing.active_children() == []
 
 
-def test_an_augmented_epoch_of_digits_is_quick(manifest: pa.Table, digits: data.Source) -> None:
+def test_an_augmented_epoch_of_digits_is_fast(manifest: pa.Table, digits: data.Source) -> None:
     table = data.open_split(manifest, digits, "train", data.transform(GREY8, "digits"))
-    start = time.process_time()  # not wall-clock time: other processes may hold the cores
+    start = time.process_time()  # CPU time: other processes may use the cores
     assert sum(len(labels) for _, labels in data.train_batches(table, 64, 0, 0)) == 1438
     assert time.process_time() - start < 1.0
 
 
-def test_progress_draws_nothing_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_progress_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track(iter("abc"), "letters", 3)) == ["a", "b", "c"]
     assert capsys.readouterr() == ("", "")
 
@@ -152,7 +154,7 @@ def test_photographs_from_manifest_to_batches(photographs: Path, tmp_path: Path)
     assert (Counter(row["split"] for row in result.rows), result.skipped) == ({"train": 200, "eval": 600}, [])
     table = as_table(result)
     rows = data.draw_calibration(table, source, 40, "class", 0)
-    assert len({row["label"] for row in rows}) == 40  # one each, for there are more than 40 classes
+    assert len({row["label"] for row in rows}) == 40  # one per class: there are more than 40 classes
     tables.write_table(rows, tables.CALIBRATION, tmp_path / "calibration.parquet")
     transform = data.transform(data.data_config(timm.create_model("deit_tiny_patch16_224", depth=1)))
     batches = data.load_calibration(tmp_path / "calibration.parquet", transform, 32)

@@ -1,4 +1,4 @@
-"""The manifest: splits, corrupt images, empty classes and copies."""
+"""Manifest: splits, corrupt images, empty classes and duplicates."""
 
 import hashlib
 from collections import Counter
@@ -17,7 +17,7 @@ from vitprune.errors import BadInput
 from vitprune.runtime import tables
 
 
-def test_digits_are_divided_by_class(manifest: pa.Table, digits: data.Source) -> None:
+def test_digits_are_split_by_class(manifest: pa.Table, digits: data.Source) -> None:
     count = Counter(manifest["split"].to_pylist())
     assert count == {"train": 1438, "eval": 359}
     rows = manifest.to_pylist()
@@ -27,7 +27,7 @@ def test_digits_are_divided_by_class(manifest: pa.Table, digits: data.Source) ->
     assert all(hashlib.sha256(digits.read(row["id"])).hexdigest() == row["sha256"] for row in rows[:50])
 
 
-def test_the_same_seed_draws_the_same_split(manifest: pa.Table, digits: data.Source) -> None:
+def test_the_same_seed_gives_the_same_split(manifest: pa.Table, digits: data.Source) -> None:
     assert as_table(data.build_manifest(digits, 0.2, 0, 0.0)).equals(manifest)
     assert not as_table(data.build_manifest(digits, 0.2, 1, 0.0)).equals(manifest)
 
@@ -36,7 +36,7 @@ def test_stratified_draw_in_numbers() -> None:
     labels = np.array([0] * 10 + [1] * 5 + [2])
     rng = np.random.default_rng(0)
     drawn = draw_stratified(labels, np.ones(16, dtype=bool), 0.4, rng, keep_one=True)
-    # shares 4, 2 and 0.4 of 6.4: four of class 0, two of class 1, and the only one of class 2 stays
+    # quotas 4, 2 and 0.4 of 6.4: four of class 0, two of class 1, and none of class 2, which has one row
     assert [int(drawn[labels == label].sum()) for label in range(3)] == [4, 2, 0]
     all_but = draw_stratified(labels, labels != 1, 1.0, rng, keep_one=True)
     assert [int(all_but[labels == label].sum()) for label in range(3)] == [9, 0, 0]
@@ -61,18 +61,20 @@ def test_many_corrupt_images_are_named_up_to_eight(tmp_path: Path, digits: data.
     write_folder(tmp_path, digits, range(20))
     for file in tmp_path.glob("*/*.jpg"):
         file.write_bytes(b"")
-    told = r"cannot be decoded, like 20 of 20 images of folder:.* \(([^,]*, ){6}[^,]*jpg and 12 more\); mend or remove"
+    told = (
+        r"cannot be decoded, like 20 of 20 images of folder:.* \(([^,]*, ){6}[^,]*jpg and 12 more\); repair or remove"
+    )
     with pytest.raises(BadInput, match=told):
         data.build_manifest(data.open_source(f"folder:{tmp_path}"), 0.25, 0, skip_limit=0.5)
 
 
-def test_a_flipped_bit_in_a_png_is_found(digits: data.Source) -> None:
+def test_a_flipped_bit_in_a_png_is_detected(digits: data.Source) -> None:
     whole = digits.read("digits/0000")
     assert is_intact(whole)
     assert not is_intact(whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:])
 
 
-def test_null_image_in_parquet_is_skipped(tmp_path: Path, digits: data.Source) -> None:
+def test_null_images_in_parquet_are_skipped(tmp_path: Path, digits: data.Source) -> None:
     schema = pa.schema([("image", tables.IMAGE), ("label", pa.int64())])
     images = [{"bytes": digits.read(image_id), "path": None} for image_id in digits.ids[:9]]
     pq.write_table(pa.table({"image": [*images, None], "label": [0] * 10}, schema=schema), tmp_path / "x.parquet")
@@ -80,7 +82,7 @@ def test_null_image_in_parquet_is_skipped(tmp_path: Path, digits: data.Source) -
     assert result.skipped == ["x.parquet#9"]
 
 
-def test_empty_class_is_named(tmp_path: Path, digits: data.Source) -> None:
+def test_an_empty_class_is_named(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path, digits, range(40))
     (tmp_path / "class4b").mkdir()
     with pytest.raises(BadInput, match=r"class class4b has no image to train on \(1 of 11 classes are empty\)"):
@@ -89,12 +91,12 @@ def test_empty_class_is_named(tmp_path: Path, digits: data.Source) -> None:
         data.build_manifest(data.open_source(f"folder:{tmp_path}", ["class1", "cat"]), 0.25, 0, 0.0)
 
 
-def test_empty_split_is_an_error(digits: data.Source) -> None:
+def test_an_empty_split_is_refused(digits: data.Source) -> None:
     with pytest.raises(BadInput, match=r"digits: no image for eval; change dataset.eval_fraction \(0.0\)"):
         data.build_manifest(digits, 0.0, 0, 0.0)
 
 
-def test_copies_stay_together_in_train(tmp_path: Path, digits: data.Source) -> None:
+def test_duplicates_are_all_assigned_to_train(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path, digits, range(60))
     for row in range(15):
         (tmp_path / f"class{digits.labels[row]}" / f"copy{row}.jpg").write_bytes(jpeg(digits, row))
@@ -106,7 +108,7 @@ def test_copies_stay_together_in_train(tmp_path: Path, digits: data.Source) -> N
         assert not in_train & {row["sha256"] for row in held_out}
 
 
-def test_copies_of_eval_images_leave_train(tmp_path: Path, digits: data.Source) -> None:
+def test_copies_of_eval_images_are_dropped_from_train(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path / "train", digits, range(40))
     write_folder(tmp_path / "val", digits, range(30, 50))
     result = data.build_manifest(data.open_source(f"folder:{tmp_path}"), 0.2, 0, 0.0)

@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a batch: seeded, and labels that say what is in the image; presets and repeated views."""
+"""Mixup and CutMix: seeding and soft labels; augmentation presets; repeated augmentation."""
 
 import random
 
@@ -15,26 +15,26 @@ from vitprune.data.mixup_cutmix import cutmix
 
 
 def drawn(number: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of one value each, their label."""
+    """Constant images whose value is their label."""
     return torch.arange(float(number)).view(-1, 1, 1, 1).expand(number, 3, 24, 16).double(), torch.arange(number)
 
 
 @pytest.mark.parametrize("number", [6, 7])
-def test_labels_are_the_shares_of_what_is_in_the_image(number: int) -> None:
+def test_soft_labels_are_the_shares_of_the_image(number: int) -> None:
     images, labels = drawn(number)
     mix, boxes = data.make_mixer(0.8, 1.0, 1.0, number, 0), 0
     for _ in range(60):
         mixed, shares = mix(images, labels)
         assert (mixed.shape, shares.shape, shares.dtype) == (images.shape, (number, number), torch.float64)
-        # the mean value of an image is that of its labels, be it a box or a blend
+        # the mean of a mixed image equals the mean of its soft label, for CutMix and Mixup
         torch.testing.assert_close(mixed.mean((1, 2, 3)), (shares * torch.arange(number)).sum(1), rtol=0, atol=1e-5)
         torch.testing.assert_close(shares.sum(1), torch.ones(number).double(), rtol=0, atol=1e-6)
         boxes += all(value in range(number) for value in mixed.unique().tolist())
-    assert 10 < boxes < 50  # CutMix and Mixup in turns
+    assert 10 < boxes < 50  # both CutMix and Mixup occur
     assert torch.equal(images[:, 0, 0, 0], torch.arange(float(number)).double())
 
 
-def test_the_series_is_that_of_the_seed_and_nobody_elses_numbers_move() -> None:
+def test_mixing_is_seeded_and_does_not_change_global_generators() -> None:
     np.random.seed(5)
     expected = np.random.random(3).tolist()
     np.random.seed(5)
@@ -48,7 +48,7 @@ def test_the_series_is_that_of_the_seed_and_nobody_elses_numbers_move() -> None:
 
 
 @pytest.mark.parametrize(("mixup", "cut"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_only_some_batches_are_mixed(mixup: float, cut: float) -> None:
+def test_mix_prob_mixes_only_some_batches(mixup: float, cut: float) -> None:
     mix, (images, labels) = data.make_mixer(mixup, cut, 0.2, 6, 0), drawn()
     found = [mix(images, labels) for _ in range(200)]
     same = [torch.equal(mixed, images) for mixed, _ in found]
@@ -58,7 +58,7 @@ def test_only_some_batches_are_mixed(mixup: float, cut: float) -> None:
     )
 
 
-def test_cutmix_alone_is_that_of_up_vits() -> None:
+def test_cutmix_without_mixup_is_that_of_up_vits() -> None:
     mix, generator = data.make_mixer(0.0, 0.5, 1.0, 6, 3), np.random.default_rng(3)
     for _ in range(5):
         for ours, theirs in zip(mix(*drawn()), cutmix(*drawn(), 6, 0.5, generator), strict=True):
@@ -70,7 +70,7 @@ def steps_of(augment: str) -> dict[str, object]:
     return {type(step).__name__: step for step in compose.transforms}  # type: ignore[attr-defined]
 
 
-def test_caps_presets_in_timms_terms() -> None:
+def test_cap_presets_as_timm_transforms() -> None:
     magnitudes = {"light1": 0, "light2": 10, "medium1": 15, "medium2": 15, "deit_wide": 9, "deit_light": 6, "deit": 9}
     for name, magnitude in magnitudes.items():
         steps = steps_of(name)
@@ -80,10 +80,10 @@ def test_caps_presets_in_timms_terms() -> None:
         ratio = (0.67, 1.5) if name in ("deit_wide", "deit_light") else (3 / 4, 4 / 3)
         assert (crop.scale, crop.ratio) == ((0.08, 1.0), pytest.approx(ratio, abs=4e-3))  # type: ignore[attr-defined]
         assert ("RandomErasing" in steps) == name.startswith("deit")
-        assert "ColorJitter" not in steps  # timm leaves it out beside RandAugment
+        assert "ColorJitter" not in steps  # timm drops it in combination with RandAugment
 
 
-def test_beyond_ten_a_magnitude_of_timms_is_ten() -> None:
+def test_timm_limits_magnitudes_to_ten() -> None:
     assert TIMM_PRESETS["medium1"] == TIMM_PRESETS["medium2"]
     image = Image.fromarray((np.random.default_rng(0).random((32, 32, 3)) * 255).astype(np.uint8))
     found = {}
@@ -96,7 +96,7 @@ def test_beyond_ten_a_magnitude_of_timms_is_ten() -> None:
     assert found["medium1"] == found["light2"] != found["light1"]
 
 
-def test_repeats_are_views_of_an_image_in_one_batch(manifest: pa.Table, digits: data.Source) -> None:
+def test_repeated_augmentation_puts_views_into_one_batch(manifest: pa.Table, digits: data.Source) -> None:
     few = manifest.slice(0, 80)
     for augment in ("light", "digits", "none"):
         table = data.open_split(few, digits, "train", data.transform(GREY8, augment))

@@ -1,4 +1,4 @@
-"""Every kind of source gives the stored bytes, and says clearly why it cannot."""
+"""Image sources: stored bytes, splits, class names, and error messages."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from vitprune import data
 from vitprune.errors import BadInput
 
 
-def test_digits_are_scikit_learns_scans(digits: data.Source) -> None:
+def test_digits_are_those_of_scikit_learn(digits: data.Source) -> None:
     assert len(digits.ids) == 1797
     assert digits.ids[0] == "digits/0000"
     assert digits.labels[:10] == (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -29,12 +29,12 @@ def test_digits_are_scikit_learns_scans(digits: data.Source) -> None:
     assert np.asarray(image)[0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
 
 
-def test_the_digest_of_a_digit_is_the_same_everywhere(digits: data.Source) -> None:
+def test_the_checksum_of_a_digit_is_platform_independent(digits: data.Source) -> None:
     digest = hashlib.sha256(digits.read("digits/0000")).hexdigest()
     assert digest == "d79b74a84660260fea78c0b6384a0ffa2d88bef62d035c7a70a4a233c4ae194a"
 
 
-def test_folder_is_one_pool_in_natural_order(tmp_path: Path, digits: data.Source) -> None:
+def test_a_folder_without_splits_is_in_natural_order(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path, digits, range(20))
     (tmp_path / "class10" / "deep").mkdir(parents=True)
     (tmp_path / "class10" / "deep" / "x.JPEG").write_bytes(jpeg(digits, 30))
@@ -58,13 +58,13 @@ def test_folder_splits_are_used(tmp_path: Path, digits: data.Source, name: str) 
     assert {row["id"].split("/")[0] for row in result.rows if row["split"] == "eval"} == {name}
 
 
-def test_classes_choose_and_order_the_folders(tmp_path: Path, digits: data.Source) -> None:
+def test_classes_select_and_order_the_folders(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path, digits, range(10))
     source = data.open_source(f"folder:{tmp_path}", ["class7", "class2"])
     assert list(zip(source.ids, source.labels, strict=True)) == [("class7/7.jpg", 0), ("class2/2.jpg", 1)]
 
 
-def test_parquet_reads_any_row_of_any_file(tmp_path: Path, digits: data.Source) -> None:
+def test_parquet_rows_are_read_in_any_order(tmp_path: Path, digits: data.Source) -> None:
     write_parquet(tmp_path / "a.parquet", digits, range(40))
     write_parquet(tmp_path / "b.parquet", digits, range(40, 45))
     source = data.open_source(f"parquet:{tmp_path}")
@@ -73,11 +73,11 @@ def test_parquet_reads_any_row_of_any_file(tmp_path: Path, digits: data.Source) 
     assert source.classes is None
     for row in np.random.default_rng(0).permutation(45):
         assert source.read(source.ids[row]) == digits.read(digits.ids[row])
-    copy = pickle.loads(pickle.dumps(source.read))  # what a worker process that is not forked gets
+    copy = pickle.loads(pickle.dumps(source.read))  # as for a spawned worker process
     assert copy("b.parquet#2") == digits.read(digits.ids[42])
 
 
-def test_parquet_splits_and_names_of_hugging_face(tmp_path: Path, digits: data.Source) -> None:
+def test_parquet_splits_and_class_names_of_hugging_face(tmp_path: Path, digits: data.Source) -> None:
     write_parquet(tmp_path / "train-00000-of-00002.parquet", digits, range(20), "abcdefghij")
     write_parquet(tmp_path / "train-00001-of-00002.parquet", digits, range(20, 30), "abcdefghij")
     write_parquet(tmp_path / "test-00000-of-00001.parquet", digits, range(30, 40), "abcdefghij")
@@ -86,9 +86,9 @@ def test_parquet_splits_and_names_of_hugging_face(tmp_path: Path, digits: data.S
     assert Counter(source.splits or ()) == {"train": 30, "eval": 10}
 
 
-def test_eval_source_gives_the_eval_split(tmp_path: Path, digits: data.Source) -> None:
+def test_eval_source_provides_the_eval_split(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path / "a", digits, range(30))
-    write_folder(tmp_path / "b", digits, [37, 38])  # classes 9 and 8 alone: matched by name
+    write_folder(tmp_path / "b", digits, [37, 38])  # only classes 9 and 8, matched by name
     source = data.open_source(f"folder:{tmp_path}/a", eval_source=f"folder:{tmp_path}/b")
     rows = data.build_manifest(source, 0.2, 0, 0.0).rows
     assert [(row["id"], row["label"]) for row in rows if row["split"] == "eval"] == [
@@ -97,7 +97,7 @@ def test_eval_source_gives_the_eval_split(tmp_path: Path, digits: data.Source) -
     assert source.read(rows[-1]["id"]) == jpeg(digits, 37)
 
 
-def test_timm_names_are_read_through_timm(tmp_path: Path, digits: data.Source) -> None:
+def test_timm_datasets_are_read_through_timm(tmp_path: Path, digits: data.Source) -> None:
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for stem, rows in (("train", range(50)), ("t10k", range(50, 60))):
@@ -124,13 +124,13 @@ def test_timm_names_are_read_through_timm(tmp_path: Path, digits: data.Source) -
         ("parquet:/nowhere.parquet", "parquet:/nowhere.parquet: no such file"),
     ],
 )
-def test_source_that_cannot_be_opened(spec: str, message: str) -> None:
+def test_invalid_sources_are_refused(spec: str, message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         data.open_source(spec)
     assert "\n" not in str(error.value)
 
 
-def test_hugging_face_names_need_their_package() -> None:
+def test_hugging_face_datasets_need_their_package() -> None:
     try:
         import datasets  # noqa: F401
     except ImportError:
@@ -140,7 +140,7 @@ def test_hugging_face_names_need_their_package() -> None:
         pytest.skip("the package datasets is installed")
 
 
-def test_parquet_that_is_no_image_table(tmp_path: Path, digits: data.Source) -> None:
+def test_parquet_without_images_or_labels_is_refused(tmp_path: Path, digits: data.Source) -> None:
     path = tmp_path / "x.parquet"
     path.write_bytes(b"no parquet")
     with pytest.raises(BadInput, match=r"x.parquet: not a readable Parquet file"):

@@ -1,4 +1,4 @@
-"""WebDataset shards give any image by its id, and say clearly what is wrong with them."""
+"""WebDataset shards: random access by id, splits, labels, and error messages."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def samples(source: data.Source, rows: range, ending: str = "png") -> dict[str, 
     return members
 
 
-def test_any_image_of_any_shard_by_its_id(tmp_path: Path, digits: data.Source) -> None:
+def test_images_are_read_by_id_in_any_order(tmp_path: Path, digits: data.Source) -> None:
     write_shard(tmp_path / "digits-0.tar", samples(digits, range(30)))
     write_shard(tmp_path / "digits-1.tar", samples(digits, range(30, 40), "PNG"))
     source = data.open_source(f"wds/{tmp_path}")
@@ -50,7 +50,7 @@ def test_any_image_of_any_shard_by_its_id(tmp_path: Path, digits: data.Source) -
     assert Counter(row["split"] for row in rows) == {"train": 30, "eval": 10}
 
 
-def test_splits_are_those_that_the_description_names(tmp_path: Path, digits: data.Source) -> None:
+def test_splits_come_from_info_json(tmp_path: Path, digits: data.Source) -> None:
     (tmp_path / "parts").mkdir()
     write_shard(tmp_path / "parts/a.tar", samples(digits, range(20)))
     write_shard(tmp_path / "parts/b.tar", samples(digits, range(20, 30)))
@@ -62,16 +62,16 @@ def test_splits_are_those_that_the_description_names(tmp_path: Path, digits: dat
     assert source.read("parts/b.tar#00021") == digits.read(digits.ids[21])
 
 
-def test_a_field_of_json_is_the_label_where_the_description_says_so(tmp_path: Path, digits: data.Source) -> None:
+def test_alt_label_names_the_json_field_of_the_label(tmp_path: Path, digits: data.Source) -> None:
     write_shard(tmp_path / "a.tar", samples(digits, range(20)))
     split = {"filenames": ["a.tar"], "alt_label": "also/shifted"}
     (tmp_path / "info.json").write_text(json.dumps({"splits": {"train": split}}))
     source = data.open_source(f"wds/{tmp_path}")
-    assert source.labels == tuple(label - 1 for label in digits.labels[:20] if label)  # -1: left out, as in timm
+    assert source.labels == tuple(label - 1 for label in digits.labels[:20] if label)  # -1: skipped, as in timm
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "test"])
-def test_splits_by_the_names_of_the_shards(tmp_path: Path, digits: data.Source, name: str) -> None:
+def test_splits_come_from_shard_names(tmp_path: Path, digits: data.Source, name: str) -> None:
     write_shard(tmp_path / "imagenet1k-train-0000.tar", samples(digits, range(20)))
     write_shard(tmp_path / f"imagenet1k-{name}-00.tar", samples(digits, range(20, 30)))
     assert Counter(data.open_source(f"wds/{tmp_path}").splits or ()) == {"train": 20, "eval": 10}
@@ -79,7 +79,7 @@ def test_splits_by_the_names_of_the_shards(tmp_path: Path, digits: data.Source, 
     assert (len(one.ids), one.splits) == (20, None)
 
 
-def test_only_json_and_members_that_are_no_sample(tmp_path: Path, digits: data.Source) -> None:
+def test_json_labels_and_metadata_members(tmp_path: Path, digits: data.Source) -> None:
     members = {name: content for name, content in samples(digits, range(5)).items() if not name.endswith(".cls")}
     first = {
         "__meta__": b"about",
@@ -106,24 +106,24 @@ def test_only_json_and_members_that_are_no_sample(tmp_path: Path, digits: data.S
         ({"x.png": b"", "x.json": b"{}"}, r"has no field label in its .json member"),
         ({"x.png": b""}, r"sample x has no label; each needs a .cls member"),
         ({"x.cls": b"1"}, r"sample x has no image; each needs one of .jpg, .jpeg, .png, .webp"),
-        ({"x.png": b"", "x.PNG": b"", "x.cls": b"1"}, r"a.tar: x.PNG is there twice"),
-        ({}, r"no sample in its shards"),
+        ({"x.png": b"", "x.PNG": b"", "x.cls": b"1"}, r"a.tar: x.PNG occurs twice"),
+        ({}, r"no samples in the shards"),
     ],
 )
-def test_samples_that_cannot_be_used(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+def test_invalid_samples_are_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     write_shard(tmp_path / "a.tar", members)
     with pytest.raises(BadInput, match=message) as error:
         data.open_source(f"wds/{tmp_path}")
     assert "\n" not in str(error.value)
 
 
-def test_labels_outside_the_classes(tmp_path: Path, digits: data.Source) -> None:
+def test_labels_outside_the_classes_are_refused(tmp_path: Path, digits: data.Source) -> None:
     write_shard(tmp_path / "a.tar", samples(digits, range(5)))
     with pytest.raises(BadInput, match=r"sample 00002 has label 2, which must be 0..1 \(2 classes\)"):
         data.open_source(f"wds/{tmp_path}", ["a", "b"])
 
 
-def test_shards_that_cannot_be_read(tmp_path: Path, digits: data.Source) -> None:
+def test_unreadable_shards_are_refused(tmp_path: Path, digits: data.Source) -> None:
     shard = tmp_path / "a.tar"
     with pytest.raises(BadInput, match=r"no \*.tar file in the folder"):
         data.open_source(f"wds/{tmp_path}")
@@ -132,24 +132,24 @@ def test_shards_that_cannot_be_read(tmp_path: Path, digits: data.Source) -> None
     with pytest.raises(BadInput, match=r"lacks the path; write wds/PATH"):
         data.open_source("wds/")
     write_shard(shard, samples(digits, range(5)), "w:gz")
-    with pytest.raises(BadInput, match=r"a.tar: not a whole, uncompressed tar file"):
+    with pytest.raises(BadInput, match=r"a.tar: not a complete, uncompressed tar file"):
         data.open_source(f"wds/{tmp_path}")
     write_shard(shard, samples(digits, range(5)))
     whole = data.open_source(f"wds/{tmp_path}")
-    place = whole.read.places[whole.ids[-1]]  # type: ignore[attr-defined]
+    place = whole.read.ranges[whole.ids[-1]]  # type: ignore[attr-defined]
     shard.write_bytes(shard.read_bytes()[: place.start + place.size // 2])
-    with pytest.raises(BadInput, match=r"a.tar: not a whole, uncompressed tar file"):
+    with pytest.raises(BadInput, match=r"a.tar: not a complete, uncompressed tar file"):
         data.open_source(f"wds/{tmp_path}")
-    with pytest.raises(OSError, match="has become shorter"):
+    with pytest.raises(OSError, match="is shorter than when it was indexed"):
         whole.read(whole.ids[-1])
     with pytest.raises(BadInput, match=r"a.tar#none: not in wds/"):
         whole.read("a.tar#none")
 
 
-def test_descriptions_that_cannot_be_used(tmp_path: Path, digits: data.Source) -> None:
+def test_invalid_info_json_is_refused(tmp_path: Path, digits: data.Source) -> None:
     info = tmp_path / "_info.json"
     info.write_text('{"splits": ["train"]}')
-    with pytest.raises(BadInput, match=r"_info.json: not the description of a data set as timm reads it"):
+    with pytest.raises(BadInput, match=r"_info.json: not a dataset description in timm.s format"):
         data.open_source(f"wds/{tmp_path}")
     info.write_text('{"splits": {"validation": {"filenames": []}}}')
     with pytest.raises(BadInput, match=r"_info.json: has no split train"):

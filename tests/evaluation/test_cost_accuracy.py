@@ -1,4 +1,4 @@
-"""Parameters, multiply-accumulates, accuracy and time, against figures worked out by hand."""
+"""Parameters, MACs, accuracy and latency, compared with values computed by hand."""
 
 import pytest
 import timm
@@ -24,7 +24,7 @@ def macs_of_vit(tokens: int, width: int, depth: int, inner: int, hidden: int, pi
 @pytest.mark.parametrize("size", DEIT)
 def test_counts_of_deit(size: str) -> None:
     params, giga = DEIT[size]
-    with torch.device("meta"):  # counting needs shapes; weights that are nowhere have no zeros to count
+    with torch.device("meta"):  # counting MACs needs shapes only; meta tensors have no zeros
         model = timm.create_model(f"deit_{size}_patch16_224")
     assert sum(p.numel() for p in model.parameters()) == params
     width = model.embed_dim
@@ -35,7 +35,7 @@ def test_counts_of_deit_tiny() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model("deit_tiny_patch16_224")
-    found = count(model, torch.zeros(2, 3, 224, 224))  # of one image, whatever the batch
+    found = count(model, torch.zeros(2, 3, 224, 224))  # counts of one image for any batch size
     assert found.params == 5_717_416
     assert found.macs == macs_of_vit(197, 192, 12, 192, 768, 768, 1000) == 1_253_683_200
     assert round(found.macs / 1e9, 3) == 1.254
@@ -58,7 +58,7 @@ def test_counts_of_a_shrunk_model_by_hand(vit: nn.Module) -> None:
     assert found.params == sum(p.numel() for p in pruned.parameters()) == found.nonzero_params < dense.params
 
 
-def test_fused_attention_changes_no_count(vit: nn.Module) -> None:
+def test_fused_attention_does_not_change_the_count(vit: nn.Module) -> None:
     found = []
     for on in (True, False):
         for block in vit.blocks:
@@ -77,11 +77,11 @@ def test_macs_of_zeroed_weights_by_hand(vit: nn.Module) -> None:
     found = count(vit, images(vit))
     assert found.macs == dense.macs
     assert dense.nonzero_macs - found.nonzero_macs == 1100 * 17
-    assert dense.nominal_macs - found.nominal_macs == 1100 * 17  # the same, as every layer runs over 17 tokens
+    assert dense.nominal_macs - found.nominal_macs == 1100 * 17  # equal: every layer runs over 17 tokens
     assert found.nonzero_params == dense.nonzero_params - 1100 == found.params - 1100
 
 
-def test_nominal_macs_differ_from_nonzero_where_tokens_do(swin: nn.Module) -> None:
+def test_nominal_and_nonzero_macs_differ_if_token_counts_differ(swin: nn.Module) -> None:
     # a block of stage 0 has a quarter of the weights of one of stage 1, and runs over 64 tokens instead of 16
     dense = count(swin, images(swin))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_nominal_macs_differ_from_nonzero_where_tokens_do(swin: nn.Module) -> No
     assert dense.nominal_macs - found.nominal_macs < 2304 * 64
 
 
-def test_zeros_outside_the_prunable_layers_count_only_where_they_are(vit: nn.Module) -> None:
+def test_zeros_outside_prunable_layers_affect_only_their_own_layer(vit: nn.Module) -> None:
     dense = count(vit, images(vit))
     with torch.no_grad():
         vit.patch_embed.proj.weight[:, 0] = 0  # 48 * 64 of its weights, each used for 16 patches
@@ -102,7 +102,7 @@ def test_zeros_outside_the_prunable_layers_count_only_where_they_are(vit: nn.Mod
     assert found.nominal_macs == dense.nominal_macs
 
 
-def test_zeroed_units_cost_as_much_as_cut_ones_but_for_attention_products(vit: nn.Module) -> None:
+def test_zeroed_and_shrunk_units_have_equal_cost_except_attention_products(vit: nn.Module) -> None:
     zeroed, cut = tiny("vit"), tiny("vit")
     groups = find_groups(vit, ["ffn"])
     masks = random_masks(groups, 0.5)
@@ -111,7 +111,7 @@ def test_zeroed_units_cost_as_much_as_cut_ones_but_for_attention_products(vit: n
     assert after[0].nonzero_params == after[1].params
 
 
-def test_counting_changes_nothing(vit: nn.Module) -> None:
+def test_counting_does_not_change_the_model(vit: nn.Module) -> None:
     before = state(vit)
     for training in (True, False):
         count(vit.train(training), images(vit))
@@ -123,14 +123,14 @@ def test_counting_changes_nothing(vit: nn.Module) -> None:
 
 def test_counts_of_a_model_without_groups() -> None:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of a few seeds, one draws a zero
+        torch.manual_seed(0)  # some seeds draw an exact zero
         model = timm.create_model("regnetx_002", num_classes=3)
     found = count(model, torch.zeros(1, 3, 32, 32))
     assert found.nominal_macs == found.macs > 0
     assert found.params == sum(p.numel() for p in model.parameters())
 
 
-def test_costs_of_groups_by_hand(vit: nn.Module) -> None:
+def test_group_costs_by_hand(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn", "head", "weight"])
     found = group_costs(vit, groups, images(vit))
     assert found["blocks.0.mlp"] == (192 * 48 + 192 + 48 * 192, 17 * 2 * 192 * 48)
@@ -139,7 +139,7 @@ def test_costs_of_groups_by_hand(vit: nn.Module) -> None:
 
 
 class Echo(nn.Module):
-    """Answers with its input, so that logits can be written down."""
+    """Returns its input, so that tests can write the logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,14 +160,14 @@ def test_accuracy_by_hand() -> None:
         accuracy(Echo(), [])
 
 
-def test_latency_takes_turns_and_gives_a_spread(vit: nn.Module, swin: nn.Module) -> None:
+def test_latency_alternates_models_and_returns_percentiles(vit: nn.Module, swin: nn.Module) -> None:
     found = latency([vit, vit], images(vit, 2), runs=5)
     assert [(row["runs"], row["batch"]) for row in found] == [(5, 2), (5, 2)]
     assert all(0 < row["p10"] <= row["median"] <= row["p90"] for row in found)
     assert latency([swin], images(swin), runs=1)[0]["p10"] > 0
 
 
-def test_the_environment_names_what_ran() -> None:
+def test_environment_names_versions_and_device() -> None:
     facts = environment(torch.device("cpu"))
     assert (facts["torch"], facts["timm"], facts["device"]) == (torch.__version__, timm.__version__, "cpu")
     assert facts["cores"] >= 1

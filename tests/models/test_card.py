@@ -1,4 +1,4 @@
-"""The model card: what the files know, nothing else, and a loading recipe that runs."""
+"""Model card: recorded values only, and loading code that runs."""
 
 import json
 import re
@@ -20,13 +20,13 @@ from vitprune.runtime.files import sha256
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], str]:
-    """The metadata and the text of a card."""
+    """Metadata and text of a card."""
     _, header, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(header), text
 
 
 def as_the_card_says(folder: Path) -> nn.Module:
-    """Run the card's own code."""
+    """Run the loading code of the card."""
     (code,) = re.findall(r"```python\n(.*?)```", parts(folder)[1], re.DOTALL)
     names: dict[str, Any] = {}
     exec(code.replace("DIRECTORY", str(folder)), names)
@@ -34,14 +34,14 @@ def as_the_card_says(folder: Path) -> nn.Module:
 
 
 def table(text: str, title: str) -> list[list[str]]:
-    """The cells of a section's table."""
+    """Cells of a section's table."""
     section = re.split(r"^## ", text, flags=re.MULTILINE)
     lines = next(part for part in section if part.startswith(title)).splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "pvt"])
-def test_an_uneven_model_is_loaded_by_vitprune(family: str, tmp_path: Path) -> None:
+def test_a_card_loads_an_uneven_model_with_vitprune(family: str, tmp_path: Path) -> None:
     model = cut_of(family, "stream")
     save(model, tmp_path)
     write_card(tmp_path)
@@ -50,7 +50,7 @@ def test_an_uneven_model_is_loaded_by_vitprune(family: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", ["vit", "distilled", "pvt", "swin"])
-def test_a_uniform_model_is_loaded_by_plain_timm(family: str, tmp_path: Path) -> None:
+def test_a_card_loads_a_uniform_model_with_plain_timm(family: str, tmp_path: Path) -> None:
     dense, half = dense_of(family), {"ffn": 0.5, "attention": 0.5, "residual": 0.5}
     model = prune(dense, "magnitude", 0.5) if family == "swin" else prune(dense, "channel-magnitude", half)
     save(model, tmp_path)
@@ -59,7 +59,7 @@ def test_a_uniform_model_is_loaded_by_plain_timm(family: str, tmp_path: Path) ->
     torch.testing.assert_close(answer(as_the_card_says(tmp_path), images(model)), answer(model, images(model)))
 
 
-def test_without_metrics_nothing_is_claimed(tmp_path: Path) -> None:
+def test_a_card_without_metrics_has_no_results(tmp_path: Path) -> None:
     model = cut_of("vit", "units")
     save(model, tmp_path)
     write_card(tmp_path)
@@ -92,7 +92,7 @@ def test_published_weights_give_base_model_and_license(tmp_path: Path) -> None:
     assert "## Measured" not in text
 
 
-def test_the_export_stage_tells_what_was_removed_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_export_stage_writes_sparsity_and_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = project_in(tmp_path / "digits", method="magnitude", kinds=None, sparsity=0.6, cycles=2, finetune=None)
     monkeypatch.chdir(project)
     for stage in ORDER:
@@ -113,7 +113,7 @@ def test_the_export_stage_tells_what_was_removed_and_measured(tmp_path: Path, mo
     assert as_the_card_says(project / "out/export/timm").num_classes == 10
 
 
-def test_what_is_no_model_or_no_metrics_is_refused(tmp_path: Path) -> None:
+def test_invalid_models_and_metrics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"config.json: no such file"):
         write_card(tmp_path)
     save(cut_of("vit", "units"), tmp_path)

@@ -1,4 +1,4 @@
-"""What leaves the pipeline is the model that went in."""
+"""Exported models give the logits of the original."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def uneven(name: str) -> nn.Module:
     return shrink(model, groups, masks)
 
 
-def test_a_uniform_model_is_for_plain_timm_too(tmp_path: Path) -> None:
+def test_plain_timm_loads_a_uniform_model(tmp_path: Path) -> None:
     sparsity = {"ffn": 0.5, "attention": 0.25, "residual": 0.25}
     pruned = prune(tiny("vit", dtype=torch.float32), "channel-magnitude", sparsity)
     facts = export_timm(pruned, tmp_path, images(pruned))
@@ -33,14 +33,14 @@ def test_a_uniform_model_is_for_plain_timm_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
-def test_an_uneven_model_is_for_vitprune_alone_and_says_so(name: str, tmp_path: Path) -> None:
+def test_plain_timm_does_not_load_an_uneven_model(name: str, tmp_path: Path) -> None:
     pruned = uneven(name)
     assert export_timm(pruned, tmp_path, images(pruned)) == {"loads_plain_timm": False, "max_abs_diff": 0.0}
     assert torch.equal(answer(load(tmp_path), images(pruned)), answer(pruned, images(pruned)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_onnx_answers_alike_for_any_batch(family: str, tmp_path: Path) -> None:
+def test_onnx_gives_the_same_logits_for_any_batch_size(family: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
     pruned = all_cut(family)
     path = tmp_path / "deep" / "model.onnx"

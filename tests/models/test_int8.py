@@ -1,4 +1,4 @@
-"""INT8 by onnxruntime: zeros stay, answers stay near, and what the export stage says about it."""
+"""INT8 quantization by onnxruntime: exact zeros, similar predictions, results of the export stage."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from vitprune.models.int8 import IMAGES, CalibrationBatches, compare_onnx, count
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    """A small ViT with half of its weights gone and one output without any, as an ONNX file and as a model."""
+    """A small ViT with half of its weights zero and one output channel all zero, as an ONNX file and as a model."""
     name, args = ZOO["vit"]
     model = prune(redrawn(timm.create_model(name, **args), 0), "magnitude", 0.5)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]
 
 
 @pytest.mark.parametrize(("calibration", "bits"), [("percentile", 7), ("minmax", 8), ("entropy", 7)])
-def test_zeros_stay_zero_and_answers_near(exported: tuple[Path, nn.Module], calibration, bits, tmp_path: Path) -> None:
+def test_int8_keeps_zeros_and_predictions(exported: tuple[Path, nn.Module], calibration, bits, tmp_path: Path) -> None:
     source, model = exported
     facts = quantize_int8(source, tmp_path / "int8.onnx", images(model, 40), calibration, bits)
     mine = [model.get_parameter(group.name) for group in find_groups(model, ["weight"])]
@@ -53,7 +53,7 @@ def test_zeros_stay_zero_and_answers_near(exported: tuple[Path, nn.Module], cali
     assert numpy.abs(found - exact).mean() < 0.1 * exact.std()
 
 
-def test_two_files_side_by_side(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_compare_onnx_by_hand(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     source, model = exported
     quantize_int8(source, tmp_path / "int8.onnx", images(model, 40))
     x = images(model, 20, seed=7)
@@ -65,7 +65,7 @@ def test_two_files_side_by_side(exported: tuple[Path, nn.Module], tmp_path: Path
     assert found["model_top1"] - (100 - found["int8_agrees"]) <= found["int8_top1"]
 
 
-def test_a_lost_zero_is_refused(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_a_zero_that_becomes_nonzero_is_refused(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     source, model = exported
     path = tmp_path / "int8.onnx"
     quantize_int8(source, path, images(model, 16), "minmax")
@@ -73,11 +73,11 @@ def test_a_lost_zero_is_refused(exported: tuple[Path, nn.Module], tmp_path: Path
     weight = next(t for t in graph.graph.initializer if t.name.endswith("_quantized") and t.dims[-1] == 48)
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) | 1, weight.name))
     onnx.save(graph, str(path))
-    with pytest.raises(BadInput, match="got lost in quantization; do not use it"):
+    with pytest.raises(BadInput, match="became nonzero in quantization; do not use it"):
         count_zeros(source, path)
 
 
-def test_ranges_take_a_batch_at_a_time_of_the_first_images() -> None:
+def test_calibration_reads_small_batches_of_the_first_images() -> None:
     reader = CalibrationBatches(torch.arange(200.0).view(-1, 1, 1, 1))
     assert (len(reader), IMAGES) == (8, 128)
     reader.set_range(2, 4)
@@ -86,7 +86,9 @@ def test_ranges_take_a_batch_at_a_time_of_the_first_images() -> None:
     assert read[2] is None
 
 
-def test_what_cannot_be_is_refused(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_an_unknown_calibration_and_int8_without_onnx_are_refused(
+    exported: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
     source, model = exported
     with pytest.raises(BadInput, match=r"^calibration 'best': unknown; use one of minmax, percentile, entropy"):
         quantize_int8(source, tmp_path / "int8.onnx", images(model, 2), "best")

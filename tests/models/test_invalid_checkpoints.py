@@ -1,4 +1,4 @@
-"""A saved model that is broken, or another model's, is refused in one line that names the file."""
+"""Invalid or mismatching checkpoints are refused with a one-line error that names the file."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from vitprune import BadInput, find_groups, load, save, shrink
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A cut and saved model to break."""
+    """A shrunk, saved model."""
     model = tiny("vit", dtype=torch.float32)
     groups = find_groups(model, ["residual", "attention", "ffn"])
     save(shrink(model, groups, random_masks(groups, 0.3)), tmp_path / "model")
@@ -77,14 +77,14 @@ def test_a_broken_config_is_named(folder: Path, content: bytes) -> None:
     assert refused(folder).startswith(f"{folder / 'config.json'}: not a timm model config")
 
 
-def test_a_failed_save_leaves_the_old_model(folder: Path) -> None:
+def test_a_failed_save_keeps_the_old_model(folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(BadInput, match=r"^Linear: only models made by timm.create_model"):
         save(nn.Linear(2, 2), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_weights_of_several_types_are_not_saved(tmp_path: Path) -> None:
+def test_weights_of_several_types_are_refused(tmp_path: Path) -> None:
     architecture, args = ZOO["vit"]
     model = timm.create_model(architecture, **args)
     model.head.half()

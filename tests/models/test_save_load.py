@@ -1,4 +1,4 @@
-"""Models in and out of files: exact, without pickle, in a process of their own, and refused where they do not fit."""
+"""Saving and loading models: exact, without pickle, in a new process; mismatches are refused."""
 
 import json
 import pickletools
@@ -35,7 +35,7 @@ def single(name: str, seed: int = 0) -> nn.Module:
 
 
 def uneven(name: str, kinds: list[str], merged: int | None = None) -> nn.Module:
-    """A model cut to another width in every block."""
+    """A model with a different width in every block."""
     model = single(name)
     groups = merge_heads(model, find_groups(model, kinds), merged)
     masks = {}
@@ -76,7 +76,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, nn.
     return folder, made
 
 
-def test_a_new_process_gives_the_same_bits(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
+def test_a_new_process_gives_bit_identical_logits(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
     folder, made = saved
     given = {name: images(model) for name, model in made.items()}
     save_file(given, tmp_path / "images.safetensors")
@@ -90,7 +90,7 @@ def test_a_new_process_gives_the_same_bits(saved: tuple[Path, dict[str, nn.Modul
         assert torch.equal(found[name], answer(model, given[name])), name
 
 
-def test_a_loaded_model_is_the_one_that_was_saved(saved: tuple[Path, dict[str, nn.Module]]) -> None:
+def test_a_loaded_model_equals_the_saved_one(saved: tuple[Path, dict[str, nn.Module]]) -> None:
     folder, made = saved
     for name, model in made.items():
         again = load(folder / name)
@@ -110,7 +110,7 @@ def test_a_model_is_two_files_and_no_pickle(saved: tuple[Path, dict[str, nn.Modu
         assert config["vitprune"]["format"] == 1
         raw = (folder / name / "model.safetensors").read_bytes()
         size = int.from_bytes(raw[:8], "little")
-        assert json.loads(raw[8 : 8 + size])  # a JSON header, then nothing but numbers
+        assert json.loads(raw[8 : 8 + size])  # a JSON header, then raw numbers
         for path in (folder / name).iterdir():
             start = path.read_bytes()[:2]
             assert start not in (b"PK", b"\x1f\x8b")
@@ -120,7 +120,7 @@ def test_a_model_is_two_files_and_no_pickle(saved: tuple[Path, dict[str, nn.Modu
         assert b"vitprune." not in raw
 
 
-def test_what_was_loaded_can_be_cut_and_saved_again(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
+def test_a_loaded_model_can_be_shrunk_and_saved_again(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
     folder, _ = saved
     for name in ("all", "merged", "heads", "swin-heads", "pvt-linear"):
         model = load(folder / name)
@@ -133,11 +133,11 @@ def test_what_was_loaded_can_be_cut_and_saved_again(saved: tuple[Path, dict[str,
         assert torch.equal(answer(again, x), answer(model, x))
 
 
-def test_a_saved_model_sees_its_images_as_before(tmp_path: Path) -> None:
+def test_the_data_config_is_saved(tmp_path: Path) -> None:
     model = models.create("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "in_chans": 1, "depth": 1})
     save(model, tmp_path)
     before, after = data.data_config(model), data.data_config(load(tmp_path))
-    assert before["crop_pct"] == 1.0  # the published 0.9 is of 224 pixels
+    assert before["crop_pct"] == 1.0  # the published 0.9 belongs to 224 pixels
     assert {key: tuple(v) if isinstance(v, list) else v for key, v in after.items()} == before
 
 
@@ -192,7 +192,7 @@ def test_a_directory_of_plain_timm_loads(tmp_path: Path) -> None:
     assert same_state(load(tmp_path), state(model))
 
 
-def test_create_is_seeded_and_leaves_the_callers_random_numbers_alone() -> None:
+def test_create_is_seeded_and_does_not_change_the_global_random_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -222,7 +222,7 @@ def test_what_timm_cannot_create_is_refused(name: str, args: dict) -> None:
 
 
 @pytest.mark.real
-def test_real_deit_tiny_cut_and_loaded(real_deit: nn.Module, tmp_path: Path) -> None:
+def test_real_deit_tiny_shrunk_and_loaded(real_deit: nn.Module, tmp_path: Path) -> None:
     pruned = prune(real_deit, "channel-magnitude", {"ffn": 0.25, "attention": 0.25}, scope="global")
     save(pruned, tmp_path)
     x = images(pruned, 1)

@@ -1,4 +1,4 @@
-"""A checkpoint crosses versions of timm: the range that pyproject.toml allows with vitprune, older ones without it."""
+"""Checkpoints across timm versions: the range of pyproject.toml with vitprune, older ones with plain timm."""
 
 import os
 import re
@@ -63,7 +63,7 @@ with torch.no_grad():
     save_file({"logits": model(given["vit"])}, folder / "theirs.safetensors")
 assert not any(name.startswith("vitprune") for name in sys.modules)
 """
-TAIL = "print(timm.__version__, timm.__file__)"  # that it is the one that was meant
+TAIL = "print(timm.__version__, timm.__file__)"  # to verify the version in use
 
 
 def allowed() -> tuple[str, str]:
@@ -75,7 +75,7 @@ def allowed() -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
-    """Give a folder with a version of timm, from the package index."""
+    """Return a function that installs a version of timm into a folder."""
     parent, done = tmp_path_factory.mktemp("timm"), {}
 
     def installed(requirement: str) -> Path:
@@ -93,7 +93,7 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
 
 
 def run(code: str, folder: Path, timm: Path, *paths: Path) -> list[str]:
-    """Run a script with the timm of a folder; the lines that it prints, its version at the end."""
+    """Run a script with the timm of a folder; return its output lines, the version last."""
     environment = os.environ | {"PYTHONPATH": ":".join(map(str, (timm, *paths))), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-W", "ignore", "-c", HEAD + code + TAIL, str(folder)]
     ran = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder, timeout=120)
@@ -104,7 +104,7 @@ def run(code: str, folder: Path, timm: Path, *paths: Path) -> list[str]:
     return [*lines, version]
 
 
-def test_a_pruned_checkpoint_of_one_end_of_the_range_loads_at_the_other(install: Install, tmp_path: Path) -> None:
+def test_pruned_checkpoints_load_across_the_timm_range(install: Install, tmp_path: Path) -> None:
     wanted, lowest = allowed()
     oldest, newest = install(f"timm=={lowest}"), install(wanted)
     own = (ROOT, ROOT / "tests")
@@ -116,7 +116,7 @@ def test_a_pruned_checkpoint_of_one_end_of_the_range_loads_at_the_other(install:
     assert {line.split()[1] for line in back} == {lowest, highest}
 
 
-def test_uniform_checkpoints_and_older_timm_without_vitprune(install: Install, tmp_path: Path) -> None:
+def test_uniform_checkpoints_load_in_older_timm_without_vitprune(install: Install, tmp_path: Path) -> None:
     given, expected = {}, {}
     for family in ("vit", "distilled", "deit3", "swin", "pvt"):
         dense, half = dense_of(family), {"ffn": 0.5, "attention": 0.5, "residual": 0.5}

@@ -131,7 +131,7 @@ def test_a_cycle_that_was_lost_is_done_again(
     starts = left[0] = 0
     assert ends(project) == expected
     assert starts == 0
-    assert f"{weights.relative_to(project)}: is not as it was written; not taken up" in capsys.readouterr().err
+    assert f"{weights.relative_to(project)}: checksum mismatch; ignored" in capsys.readouterr().err
 
 
 def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

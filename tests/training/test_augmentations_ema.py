@@ -1,4 +1,4 @@
-"""What a training recipe may ask for beside the plain loop: CutMix, stochastic depth, averaged weights, bfloat16."""
+"""CutMix, distillation with mixed images, stochastic depth, EMA and bfloat16 in training."""
 
 import copy
 from collections.abc import Iterator
@@ -34,9 +34,9 @@ def fit(
     return rows
 
 
-def test_cutmix_pastes_one_box_and_counts_its_pixels() -> None:
+def test_cutmix_label_weights_are_pixel_counts_of_the_box() -> None:
     generator, kept = np.random.default_rng(0), []
-    x = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 24, 16).double()  # every image has one value, its label
+    x = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 24, 16).double()  # constant images whose value is their label
     for _ in range(200):
         mixed, target = cutmix(x, torch.arange(6), 7, 0.5, generator)
         for image, shares in zip(mixed, target, strict=True):
@@ -50,7 +50,7 @@ def test_cutmix_pastes_one_box_and_counts_its_pixels() -> None:
     assert torch.equal(x[:, 0, 0, 0], torch.arange(6.0).double())
 
 
-def test_training_with_cutmix_is_the_loss_on_mixed_labels(vit: nn.Module) -> None:
+def test_training_with_cutmix_uses_the_loss_on_mixed_labels(vit: nn.Module) -> None:
     noise = batches(vit, 1, 6)
     x, target = cutmix(*noise[0], 7, 0.5, np.random.default_rng(3))
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_training_with_cutmix_is_the_loss_on_mixed_labels(vit: nn.Module) -> Non
     assert rows[0]["loss"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_teacher_sees_the_mixed_images() -> None:
+def test_the_teacher_gets_the_mixed_images() -> None:
     student, teacher, seen = tiny("vit", 0), tiny("vit", 1), []
     teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     fit(student, {"cutmix": 0.5, "epochs": 1}, logit_distillation(student, teacher, 1.0, 1.0, 0.0))
@@ -69,7 +69,7 @@ def test_the_teacher_sees_the_mixed_images() -> None:
         torch.testing.assert_close(given, cutmix(x, labels, 7, 0.5, generator)[0])
 
 
-def test_stochastic_depth_is_linear_over_blocks_and_only_for_a_time() -> None:
+def test_stochastic_depth_rates_are_linear_over_blocks_and_restored() -> None:
     model = tiny("odd")
     before, x = copy.deepcopy(model), images(model)
     with stochastic_depth(model, 0.4):
@@ -84,7 +84,7 @@ def test_stochastic_depth_is_linear_over_blocks_and_only_for_a_time() -> None:
         stochastic_depth(nn.Linear(2, 2), 0.1).__enter__()
 
 
-def test_the_average_is_that_of_all_steps(vit: nn.Module) -> None:
+def test_ema_averages_the_weights_of_all_steps(vit: nn.Module) -> None:
     name, noise, seen, plain = "blocks.0.mlp.fc1.weight", batches(vit, 3, 6), [], tiny("vit")
 
     def watched(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -103,7 +103,7 @@ def test_the_average_is_that_of_all_steps(vit: nn.Module) -> None:
     assert not torch.equal(average, seen[-1])
 
 
-def test_an_average_of_held_weights_is_zero_where_they_are(vit: nn.Module) -> None:
+def test_ema_keeps_frozen_zeros(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
     masks = random_masks(groups, 0.6)
     zero(vit, groups, masks)
@@ -111,7 +111,7 @@ def test_an_average_of_held_weights_is_zero_where_they_are(vit: nn.Module) -> No
     assert all(torch.equal(vit.get_parameter(group.name) != 0, masks[group.name]) for group in groups)
 
 
-def test_all_of_it_together_is_the_same_to_the_bit_for_a_seed() -> None:
+def test_all_options_together_are_bit_identical_for_a_seed() -> None:
     more = {"ema": 0.9, "cutmix": 1.0, "drop_path": 0.2, "amp": True}
     found = []
     for seed in (1, 1, 2):
@@ -122,7 +122,7 @@ def test_all_of_it_together_is_the_same_to_the_bit_for_a_seed() -> None:
     assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
 
 
-def test_passes_in_bfloat16_leave_the_weights_as_they_are() -> None:
+def test_bfloat16_keeps_the_type_of_the_weights() -> None:
     model, exact, seen = tiny("vit").float(), tiny("vit").float(), []
     model.blocks[0].mlp.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     rows, expected = fit(model, {"amp": True, "epochs": 1}), fit(exact, {"epochs": 1})
@@ -132,7 +132,7 @@ def test_passes_in_bfloat16_leave_the_weights_as_they_are() -> None:
     assert rows[0]["loss"] != expected[0]["loss"]
 
 
-def test_dimap_fine_tunes_as_its_paper_says() -> None:
+def test_dimap_fine_tuning_matches_its_paper() -> None:
     params = load(Path(__file__).parents[2] / "recipes/dimap_swin_tiny.yaml")
     plan, recover = plan_of(params), params.prune.finetune
     assert recover is not None
@@ -141,7 +141,7 @@ def test_dimap_fine_tunes_as_its_paper_says() -> None:
     assert (recover.lr, recover.min_lr, recover.weight_decay) == (2e-5, 2e-7, 1e-8)
     assert params.distill.train is None
     rates = [learning_rate(step, 30, recover.lr, recover.min_lr, 15) for step in (0, 1, 14, 15, 30)]
-    assert rates == pytest.approx([0, 2e-5 / 15, 2e-5 * 14 / 15, (2e-5 + 2e-7) / 2, 2e-7])  # the fall counts from 0
+    assert rates == pytest.approx([0, 2e-5 / 15, 2e-5 * 14 / 15, (2e-5 + 2e-7) / 2, 2e-7])  # the decay starts at step 0
 
     model = tiny("swin").float()
     groups = find_groups(model, ["weight"])

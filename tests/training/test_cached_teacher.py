@@ -1,4 +1,4 @@
-"""A teacher that is asked once: the same training, refused where images differ from epoch to epoch."""
+"""Cached teacher outputs: same result as a teacher in the loop; refused with random augmentation."""
 
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ RECIPE = {"epochs": 3, "batch_size": 6, "lr": 0.01, "clip": 0.5, "ema": 0.5, "dr
 
 
 def table() -> data.ImageTable:
-    """20 images of noise in float64, held as tensors."""
+    """20 noise images in float64, as tensors."""
     transform = data.transform({"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}, "none")
     noise = images(tiny("vit"), 20)
     return data.ImageTable(tuple(map(str, range(20))), torch.arange(20) % 7, transform, lambda row: b"", noise)
 
 
 def taught(kind: str, how: str, more: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]], int]:
-    """Weights, records, and how many images the teacher has seen; asked in each step, in order, or as in an epoch."""
+    """Weights, records and number of teacher images; the teacher runs per step, in image order or in batch order."""
     student, teacher, seen, rows = noisy(), tiny("vit", 1), [], []
     recipe = Train.model_validate(RECIPE | more)
     settings = Distill(kind=kind, alpha=2.0, temperature=2.0, cache=how != "each step", train=recipe)
@@ -60,8 +60,8 @@ def taught(kind: str, how: str, more: dict[str, Any]) -> tuple[dict[str, Tensor]
 
 
 @pytest.mark.parametrize("kind", ["logits", "features"])
-def test_a_teacher_asked_once_teaches_the_same(kind: str) -> None:
-    """To the bit where it has seen the same batches; a matrix product rounds a row by what else is in its batch."""
+def test_a_cached_teacher_gives_the_same_training(kind: str) -> None:
+    """Bit-identical for the same batches; other batches round matrix products differently."""
     plain, same = (taught(kind, how, {"epochs": 1}) for how in ("each step", "as in an epoch"))
     assert all(torch.equal(plain[0][name], same[0][name]) for name in plain[0])
     assert plain[1] == same[1]
@@ -71,7 +71,7 @@ def test_a_teacher_asked_once_teaches_the_same(kind: str) -> None:
     assert (plain[2], ordered[2]) == (40, 20)
 
 
-def test_rows_are_those_of_the_batches() -> None:
+def test_batch_rows_match_the_batches() -> None:
     source = table()
     for part in ((0, 1), (1, 3)):
         rows = data.batch_rows(source, 6, 5, 1, 2, 1, part)
@@ -83,7 +83,7 @@ def test_rows_are_those_of_the_batches() -> None:
 
 
 @pytest.mark.parametrize("key", ["augment", "mixup", "cutmix"])
-def test_images_that_change_from_epoch_to_epoch_are_refused(key: str) -> None:
+def test_random_augmentation_is_refused_with_a_cached_teacher(key: str) -> None:
     value = "light" if key == "augment" else 0.5
     settings = {"cache": True, "train": {"epochs": 1, "lr": 0.1, key: value}}
     told = rf"^here: .*Value error, no cache: train.{key} shows an image differently in every epoch; give up one"
@@ -92,7 +92,7 @@ def test_images_that_change_from_epoch_to_epoch_are_refused(key: str) -> None:
     assert checked(settings | {"cache": False}, Distill, "here").train is not None
 
 
-def test_a_stage_asks_its_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_runs_its_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
     params: Params = load(ROOT / "params.yaml")

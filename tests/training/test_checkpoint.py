@@ -1,4 +1,4 @@
-"""Checkpoints that are refused when they are not whole, and trainings that end the same wherever they break off."""
+"""Checkpoint verification, and resumed trainings that end bit-identical to uninterrupted ones."""
 
 import json
 import os
@@ -23,18 +23,18 @@ from vitprune.training.loop import FrozenZeros, train
 from vitprune.training.optimizers import OptimizerState, ScheduleSpan
 
 STEPS = 3  # batches of an epoch
-TOP1 = (0.3, 0.4, 0.4, 0.5, 0.5)  # after each epoch: 3 of them are enough for a patience of 1
+TOP1 = (0.3, 0.4, 0.4, 0.5, 0.5)  # after each epoch; patience 1 stops after the third
 
 
 class Broken(Exception):
-    """Stands for a kill: nothing after it is done."""
+    """Simulates a kill."""
 
 
 def put(shelf: CheckpointStore, number: int) -> Path:
     return shelf.save({"number": number, "loss": 0.1 + number}, {"weights": torch.full((3,), number + 0.5)}).directory
 
 
-def test_the_last_of_some_checkpoints_is_taken_up_exactly(tmp_path: Path) -> None:
+def test_the_latest_checkpoint_is_restored_exactly(tmp_path: Path) -> None:
     shelf = CheckpointStore(tmp_path / "work", "key", keep=2)
     assert shelf.latest() is None
     for number in range(4):
@@ -60,7 +60,7 @@ def tamper(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [truncate, tamper, Path.unlink])
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "index.json", "more/config.json"])
-def test_what_is_not_whole_is_refused_and_the_one_before_taken(
+def test_a_corrupt_checkpoint_is_skipped_for_the_previous_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Any, name: str
 ) -> None:
     shelf = CheckpointStore(tmp_path / "work", "key")
@@ -78,11 +78,11 @@ def test_what_is_not_whole_is_refused_and_the_one_before_taken(
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert str(directory) in told
-    assert told.endswith("; not taken up\n")
+    assert told.endswith("; ignored\n")
     assert put(shelf, 3).name == "000003"
 
 
-def test_a_seal_that_fits_a_changed_file_no_longer_is_refused(tmp_path: Path) -> None:
+def test_an_index_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
     shelf = CheckpointStore(tmp_path / "work", "key")
     directory = put(shelf, 1)
     (directory / "state.json").write_text('{"number": 7}')
@@ -92,16 +92,16 @@ def test_a_seal_that_fits_a_changed_file_no_longer_is_refused(tmp_path: Path) ->
     assert shelf.latest() is None
 
 
-def test_a_checkpoint_of_other_work_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_with_another_key_is_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(CheckpointStore(tmp_path / "work", "key"), 1)
     put(CheckpointStore(tmp_path / "work", "other"), 2)
     saved = CheckpointStore(tmp_path / "work", "key").latest()
     assert saved is not None
     assert saved.facts["number"] == 1
-    assert "000002: is a checkpoint of other work; not taken up" in capsys.readouterr().err
+    assert "000002: checkpoint of another run (different settings, inputs or code); ignored" in capsys.readouterr().err
 
 
-def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_partially_written_checkpoint_is_ignored(tmp_path: Path) -> None:
     shelf = CheckpointStore(tmp_path / "work", "key")
     first = put(shelf, 1)
     shutil.copytree(first, tmp_path / "work/000002.partial")
@@ -112,7 +112,7 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
     assert not list((tmp_path / "work").glob("*.partial"))
 
 
-def test_a_full_disk_is_told_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = CheckpointStore(tmp_path / "work", "key", keep=1)
     first = put(shelf, 1)
     monkeypatch.setattr(checkpoint_store, "RESERVED_BYTES", 1 << 62)
@@ -122,7 +122,7 @@ def test_a_full_disk_is_told_before_a_byte_is_written(tmp_path: Path, monkeypatc
     assert shelf.latest() is not None
 
 
-def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     shelf = CheckpointStore(tmp_path / "work", "key", keep=1)
     first = put(shelf, 1)
 
@@ -134,7 +134,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path) -> None
     assert list((tmp_path / "work").iterdir()) == [first]
 
 
-def test_another_setting_file_or_device_is_another_key(tmp_path: Path) -> None:
+def test_the_key_depends_on_settings_files_and_device(tmp_path: Path) -> None:
     file = tmp_path / "inputs/weights"
     file.parent.mkdir()
     file.write_bytes(b"1")
@@ -146,7 +146,7 @@ def test_another_setting_file_or_device_is_another_key(tmp_path: Path) -> None:
     assert len({key, *others}) == 5
 
 
-def test_the_minutes_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interval_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(INTERVAL_ENV, raising=False)
     assert checkpoint_minutes() == 10
     monkeypatch.setenv(INTERVAL_ENV, "0.5")
@@ -157,13 +157,13 @@ def test_the_minutes_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
             checkpoint_minutes()
 
 
-def test_an_optimizer_that_remembers_more_than_tensors_is_refused() -> None:
+def test_an_optimizer_state_that_cannot_be_saved_is_refused() -> None:
     with pytest.raises(BadInput, match=r"^train.optimizer: keeps a list \(history\), which no checkpoint can hold"):
         pack({"weight": {"history": [1]}}, "optimizer")
 
 
 class Breaking(Checkpointer):
-    """Saves every step and is killed after some of them."""
+    """Saves after every step and is killed after some steps."""
 
     left = 0
 
@@ -206,7 +206,7 @@ ALL = {"ema": 0.9, "cutmix": 0.5, "mixup": 0.3, "drop_path": 0.2}
     ids=lambda value: value.__name__ if callable(value) else "-".join(map(str, value)) or "adamw",
 )
 @pytest.mark.parametrize("every", [2, 4])
-def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
+def test_a_training_interrupted_at_any_step_resumes_bit_identically(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], task: Any, every: int
 ) -> None:
     monkeypatch.setenv(INTERVAL_ENV, "0")
@@ -215,7 +215,7 @@ def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
     for left in (0, every):
         memory, starts = OptimizerState(), 0
         rows: list[dict[str, Any]] = []
-        while True:  # each start knows only what the one before has saved
+        while True:  # each start has only the saved checkpoint
             model, starts, memory = noisy(), starts + 1, OptimizerState()
             groups = find_groups(model, ["weight"])
             held = FrozenZeros(groups, random_masks(groups, 0.5))
@@ -227,7 +227,7 @@ def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
             def left_of(epoch: int, begun: Any = begun) -> list[tuple[Tensor, Tensor]]:
                 return noise[begun["done"] if epoch == begun["epoch"] else 0 :]
 
-            torch.rand(starts)  # whatever was drawn before must not matter
+            torch.rand(starts)  # earlier draws must not matter
             span = ScheduleSpan(0, 3 * STEPS, memory)
             try:
                 evaluate = (lambda rows=rows: {"top1": TOP1[len(rows)]}) if recipe.patience else None
@@ -248,8 +248,8 @@ def test_a_training_broken_off_anywhere_ends_the_same_to_the_bit(
             assert same if same is not None else value == found[1][2][name][key]
 
 
-def test_what_is_taken_up_is_told_from_what_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that goes on from a checkpoint of another epoch would not pass the test above by chance."""
+def test_a_resume_at_the_wrong_batch_changes_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above would detect a resume that skips or repeats a batch."""
     monkeypatch.setenv(INTERVAL_ENV, "0")
     noise, ends = batches(tiny("vit"), STEPS, 6), []
     for skipped in (0, 1):
@@ -258,7 +258,7 @@ def test_what_is_taken_up_is_told_from_what_is_begun_anew(tmp_path: Path, monkey
         saver.left = 2
         with pytest.raises(Broken):
             train(plain(model), lambda epoch: noise, STEPS, Train(epochs=1, lr=0.01), 0, print, checkpointer=saver)
-        ahead = noise[2 - skipped :]  # the right rest, or one batch too many
+        ahead = noise[2 - skipped :]  # the remaining batches, or one too many
         other = tiny("vit")
         train(plain(other), lambda epoch, left=ahead: left, STEPS, Train(epochs=1, lr=0.01), 0, lambda row: None,
               checkpointer=Checkpointer(shelf, list))  # fmt: skip
@@ -266,7 +266,7 @@ def test_what_is_taken_up_is_told_from_what_is_begun_anew(tmp_path: Path, monkey
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_sigterm_is_heard_only_while_it_is_asked_for() -> None:
+def test_sigterm_is_caught_only_inside_the_context() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with catch_sigterm() as asked:
         assert not asked()

@@ -1,4 +1,4 @@
-"""The training loop: reproducible, honest about a bad loss, and what is pruned stays exactly zero."""
+"""Training loop: reproducibility, frozen zeros, non-finite losses, learning rate, distillation."""
 
 import math
 
@@ -21,10 +21,10 @@ def fit(model: nn.Module, recipe: Train = RECIPE, seed: int = 0, task: nn.Module
     return rows
 
 
-def test_the_same_seed_is_the_same_to_the_bit() -> None:
+def test_the_same_seed_gives_bit_identical_weights() -> None:
     runs = []
     for seed in (1, 1, 2):
-        torch.rand(len(runs) + 1)  # whatever was drawn before must not matter
+        torch.rand(len(runs) + 1)  # earlier draws must not matter
         model = noisy()
         runs.append((fit(model, seed=seed), state(model)))
     assert runs[0][0] == runs[1][0]
@@ -32,7 +32,7 @@ def test_the_same_seed_is_the_same_to_the_bit() -> None:
     assert any(not torch.equal(runs[0][1][name], runs[2][1][name]) for name in runs[0][1])
 
 
-def test_training_leaves_the_callers_random_numbers_alone() -> None:
+def test_training_does_not_change_the_global_random_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -43,10 +43,10 @@ def test_training_leaves_the_callers_random_numbers_alone() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "lr"), [("adamw", 0.01), ("sgd", 0.1), ("momentum", 0.1), ("nadamw", 0.01), ("lion", 0.001)]
 )
-def test_held_weights_are_exactly_zero_after_every_step(vit: nn.Module, optimizer: str, lr: float) -> None:
+def test_frozen_zeros_are_exactly_zero_after_every_step(vit: nn.Module, optimizer: str, lr: float) -> None:
     groups = find_groups(vit, ["weight"])
     masks = random_masks(groups, 0.6)
-    fit(vit, RECIPE.model_copy(update={"epochs": 1, "lr": lr}))  # before pruning, all weights have moved
+    fit(vit, RECIPE.model_copy(update={"epochs": 1, "lr": lr}))  # non-zero optimizer state and weights before pruning
     zero(vit, groups, masks)
     before = state(vit)
     recipe = RECIPE.model_copy(update={"optimizer": optimizer, "lr": lr})
@@ -61,7 +61,7 @@ def test_held_weights_are_exactly_zero_after_every_step(vit: nn.Module, optimize
     assert all(not torch.equal(vit.get_parameter(name), before[name]) for name in masks)
 
 
-def test_without_holding_they_would_come_back(vit: nn.Module) -> None:
+def test_pruned_weights_become_nonzero_without_frozen_zeros(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
     masks = random_masks(groups, 0.6)
     zero(vit, groups, masks)
@@ -69,7 +69,7 @@ def test_without_holding_they_would_come_back(vit: nn.Module) -> None:
     assert any(bool(vit.get_parameter(name)[~mask].any()) for name, mask in masks.items())
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(vit: nn.Module) -> None:
+def test_a_non_finite_loss_stops_before_the_update(vit: nn.Module) -> None:
     data = batches(vit, 3, 6)
     data[1][0][0, 0, 0, 0] = math.nan
     good = [data[0], data[0], data[0]]
@@ -90,17 +90,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(vit: nn.Module) -> None
 
 
 def test_an_unknown_optimizer_is_refused(vit: nn.Module) -> None:
-    with pytest.raises(BadInput, match=r"^train.optimizer 'adamww': timm cannot make it") as refused:
+    with pytest.raises(BadInput, match=r"^train.optimizer 'adamww': timm cannot create it") as refused:
         fit(vit, RECIPE.model_copy(update={"optimizer": "adamww"}))
     assert "\n" not in str(refused.value)
 
 
-def test_no_batches_at_all_is_refused(vit: nn.Module) -> None:
+def test_an_empty_epoch_is_refused(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match="no batch"):
         train(classification(vit), lambda epoch: [], 1, RECIPE, 0, lambda row: None)
 
 
-def test_the_learning_rate_warms_up_and_falls_to_its_end(vit: nn.Module) -> None:
+def test_the_learning_rate_warms_up_and_decays_to_min_lr(vit: nn.Module) -> None:
     recipe = Train(epochs=4, lr=0.01, min_lr=0.001, warmup_epochs=1)
     rows = fit(vit, recipe)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -111,13 +111,13 @@ def test_the_learning_rate_warms_up_and_falls_to_its_end(vit: nn.Module) -> None
     assert rates == pytest.approx([0.01 * 2 / 3, *cosine])
 
 
-def test_training_learns(vit: nn.Module) -> None:
+def test_training_reduces_the_loss(vit: nn.Module) -> None:
     rows = fit(vit, Train(epochs=15, lr=0.005))
     assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
     assert [set(row) for row in rows[:1]] == [{"epoch", "step", "loss", "lr"}]
 
 
-def test_what_is_frozen_stays(vit: nn.Module) -> None:
+def test_parameters_without_gradient_do_not_change(vit: nn.Module) -> None:
     vit.blocks[0].requires_grad_(False)
     before = state(vit)
     fit(vit)
@@ -132,7 +132,7 @@ def loss_of(student: nn.Module, teacher: nn.Module, alpha: float, temperature: f
         return float(task(images, labels)["loss"])
 
 
-def test_distillation_is_cross_entropy_and_the_divergence_from_the_teacher() -> None:
+def test_the_distillation_loss_is_cross_entropy_plus_kl_divergence() -> None:
     student, teacher = tiny("vit", 0), tiny("vit", 1)
     images, labels = batches(student, 1, 6)[0]
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_distillation_changes_the_student_only() -> None:
     assert not same_state(student, own)
 
 
-def test_a_cut_student_learns_from_its_teacher() -> None:
+def test_a_shrunk_student_approaches_its_teacher() -> None:
     teacher = tiny("vit")
     student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
     rows = fit(student, Train(epochs=5, lr=0.005), task=logit_distillation(student, teacher, 1.0, 2.0, 0.0))
@@ -165,11 +165,11 @@ def test_a_cut_student_learns_from_its_teacher() -> None:
 
 
 def features_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What the head of a PVTv2 reads."""
+    """Pooled features of a PVTv2."""
     return model.stages(model.patch_embed(images)).mean(dim=(-1, -2))
 
 
-def test_feature_distillation_is_cross_entropy_and_the_squared_error_of_pooled_features() -> None:
+def test_the_feature_distillation_loss_is_cross_entropy_plus_squared_error_of_pooled_features() -> None:
     student, teacher = tiny("pvt", 0), tiny("pvt", 1)
     images, labels = batches(student, 1, 6)[0]
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_feature_distillation_is_cross_entropy_and_the_squared_error_of_pooled_f
 
 
 @pytest.mark.parametrize("name", ["vit", "distilled", "swin", "pvt"])
-def test_a_narrower_student_learns_its_teachers_features(name: str) -> None:
+def test_a_narrower_student_approaches_its_teachers_features(name: str) -> None:
     teacher = tiny(name)
     before = state(teacher)
     student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
@@ -190,11 +190,11 @@ def test_a_narrower_student_learns_its_teachers_features(name: str) -> None:
     task = feature_distillation(student, teacher, 20.0, 0.0, seed=3)
     rows = fit(student, Train(epochs=5, lr=0.005), task=task)
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert student.state_dict().keys() == names  # the layer between the widths is not part of the model
+    assert student.state_dict().keys() == names  # the mapping layer is not part of the model
     assert same_state(teacher, before)
 
 
-def test_feature_distillation_is_the_same_to_the_bit_and_holds_zeros() -> None:
+def test_feature_distillation_is_bit_identical_and_keeps_zeros() -> None:
     found = []
     for number in range(2):
         torch.rand(number + 1)

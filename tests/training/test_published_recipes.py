@@ -1,4 +1,4 @@
-"""Recipes that train: their values against the papers, and two steps of each on a small model of its family."""
+"""Recipes: values of the papers, and two training steps of each on a small model."""
 
 import math
 from pathlib import Path
@@ -78,7 +78,7 @@ SECOND |= {
 
 
 @pytest.mark.parametrize("name", CAP)
-def test_recipes_of_cap_have_the_values_of_its_tables(name: str) -> None:
+def test_cap_recipes_have_the_values_of_the_papers_tables(name: str) -> None:
     params = load(RECIPES[name])
     recipe = section(params, "finetune") or section(params, "dense")
     assert recipe is not None
@@ -90,10 +90,10 @@ def test_recipes_of_cap_have_the_values_of_its_tables(name: str) -> None:
     mixing = (recipe.mixup, recipe.cutmix, recipe.mix_prob, recipe.drop_path)
     found = (*mixing, recipe.weight_decay, recipe.clip, recipe.eps, recipe.repeats)
     expected = PRESETS[recipe.augment]
-    if recipe.optimizer == "momentum":  # not of the presets, which are AdamW's
+    if recipe.optimizer == "momentum":  # the presets use AdamW
         expected = (*expected[:4], 1e-4, expected[5], None, expected[7])
     assert found == expected
-    assert params.distill.train is None  # they had no teacher
+    assert params.distill.train is None  # trained without a teacher
 
 
 def test_every_preset_has_a_recipe() -> None:
@@ -102,7 +102,7 @@ def test_every_preset_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_recipes_of_other_papers_have_their_values(name: str) -> None:
+def test_other_recipes_have_the_values_of_their_papers(name: str) -> None:
     params = load(RECIPES[name])
     recipe = section(params, "distill") or section(params, "finetune")
     assert recipe is not None
@@ -110,7 +110,7 @@ def test_recipes_of_other_papers_have_their_values(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "stage"), TRAINED)
-def test_two_steps_of_a_recipe(name: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_trains_two_steps(name: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = load(RECIPES[name])
     recipe = section(params, stage)
     assert recipe is not None

@@ -1,4 +1,4 @@
-"""Quantization-aware training: the grid is that of the exported file, gradients go straight through, zeros stay."""
+"""Quantization-aware training: the INT8 grid of the exported file, straight-through gradients, frozen zeros."""
 
 import copy
 from pathlib import Path
@@ -23,12 +23,12 @@ def model() -> nn.Module:
 
 
 def nearest(x: Tensor, scale: Tensor) -> Tensor:
-    """The nearest point of a grid, by hand; its gradient is that of x."""
+    """Rounds to a grid by hand, with a straight-through gradient."""
     return x + ((x / scale).round() * scale - x).detach()
 
 
 class ByHand(nn.Module):
-    """A linear layer or convolution that rounds what it is given and its weight."""
+    """A linear layer or convolution that rounds its input and weight."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class ByHand(nn.Module):
 
 
 def by_hand(model: nn.Module) -> nn.Module:
-    """A copy that shares no weights, every layer with a weight rounding by hand."""
+    """A copy whose layers round by hand."""
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -54,7 +54,7 @@ def by_hand(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_passes_and_gradients_are_those_of_rounding_by_hand(model: nn.Module) -> None:
+def test_outputs_and_gradients_match_manual_rounding(model: nn.Module) -> None:
     other, (x, labels) = by_hand(model), batches(model, 1, 4)[0]
     with FakeQuant():
         F.cross_entropy(model(x.float()), labels).backward()
@@ -70,7 +70,7 @@ def test_passes_and_gradients_are_those_of_rounding_by_hand(model: nn.Module) ->
     assert not torch.allclose(plain.head.weight.grad, mine["head.weight"], rtol=1e-3, atol=1e-5)
 
 
-def test_a_layer_that_names_what_it_is_given_is_rounded_too() -> None:
+def test_layers_called_with_keyword_arguments_are_quantized() -> None:
     layer, x = nn.Linear(6, 5), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     with FakeQuant():
         found = F.linear(input=x, weight=layer.weight, bias=layer.bias)
@@ -81,7 +81,7 @@ def test_a_layer_that_names_what_it_is_given_is_rounded_too() -> None:
     assert not torch.equal(found, layer(x))
 
 
-def test_what_does_not_train_is_left_alone(model: nn.Module) -> None:
+def test_frozen_layers_and_evaluation_are_not_quantized(model: nn.Module) -> None:
     x = images(model, 2).float()
     expected = model(x)
     with FakeQuant():
@@ -91,7 +91,7 @@ def test_what_does_not_train_is_left_alone(model: nn.Module) -> None:
         assert torch.equal(model.requires_grad_(False)(x), expected)
 
 
-def test_the_grid_is_that_of_the_exported_file(model: nn.Module, tmp_path: Path) -> None:
+def test_the_grid_matches_the_exported_int8_file(model: nn.Module, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
     from vitprune.models.export import export_onnx
     from vitprune.models.int8 import quantize_int8
@@ -104,15 +104,15 @@ def test_the_grid_is_that_of_the_exported_file(model: nn.Module, tmp_path: Path)
     found = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in file}
     weights = [fake_quantize_weight(p.detach()) for p in model.parameters() if p.dim() > 1]
     names = [name for name, tensor in found.items() if name.endswith("_quantized") and tensor.dim() > 1]
-    assert len(names) == 2 * 4 + 2  # of two blocks, the patches and the head
+    assert len(names) == 2 * 4 + 2  # two blocks, patch embedding and head
     for name in names:
         points, scale = found[name].float(), found[name.replace("_quantized", "_scale")]
-        as_given = name.endswith("weight_quantized")  # a MatMul has it the other way round
+        as_given = name.endswith("weight_quantized")  # MatMul stores it transposed
         grid = points * scale.view(-1, *[1] * (points.dim() - 1)) if as_given else (points * scale).T
         assert any(grid.shape == w.shape and torch.allclose(w, grid, rtol=0, atol=1e-7) for w in weights), name
 
 
-def test_a_grid_has_so_many_points_and_zero_is_one() -> None:
+def test_the_grid_size_and_that_zero_is_exact() -> None:
     x = torch.rand(64, 500, generator=torch.Generator().manual_seed(0)) * 3 + 1
     assert len(fake_quantize_weight(x - 2.5)[0].unique()) <= 129
     assert 180 < len(fake_quantize_input(x).unique()) <= 256
@@ -122,7 +122,7 @@ def test_a_grid_has_so_many_points_and_zero_is_one() -> None:
     assert torch.equal(fake_quantize_input(torch.cat([x, x * 0])) == 0, torch.cat([x, x * 0]) == 0)
 
 
-def test_a_training_learns_with_rounding_and_holds_zeros(model: nn.Module) -> None:
+def test_training_with_fake_quantization_keeps_zeros(model: nn.Module) -> None:
     teacher, groups = copy.deepcopy(model), find_groups(model, ["weight"])
     other, masks = copy.deepcopy(model), random_masks(groups, 0)
     noise = [(x.float(), labels) for x, labels in batches(model, 2, 4)]
@@ -134,18 +134,18 @@ def test_a_training_learns_with_rounding_and_holds_zeros(model: nn.Module) -> No
             assert not one.get_parameter(group.name)[~masks[group.name].view_as(one.get_parameter(group.name))].any()
     assert any(not torch.equal(value, state(other)[name]) for name, value in state(model).items())
     x = images(model, 2).float()
-    assert torch.equal(model(x), model(x))  # nothing rounds any more
+    assert torch.equal(model(x), model(x))  # quantization is off again
     with FakeQuant():
         assert not torch.equal(model(x), other(x))
 
 
 @pytest.mark.parametrize("key", ["compile", "checkpointing"])
-def test_passes_that_do_not_run_as_written_are_refused(key: str) -> None:
+def test_int8_is_refused_with_compile_and_checkpointing(key: str) -> None:
     with pytest.raises(ValidationError, match=f"set {key} to false, or int8"):
         Train.model_validate({"epochs": 1, "lr": 0.1, "int8": True, key: True})
 
 
-def test_a_loss_falls_on_the_grid(model: nn.Module) -> None:
+def test_the_loss_decreases_with_fake_quantization(model: nn.Module) -> None:
     (noise,) = batches(model, 1, 8)
     rows: list[dict[str, float]] = []
     recipe = Train(epochs=12, lr=0.01, int8=True)

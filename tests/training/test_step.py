@@ -1,4 +1,4 @@
-"""One step, however it is taken: in micro-batches, in several processes, in too little memory."""
+"""Training steps with micro-batches, several processes, and out-of-memory errors."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_take_the_steps_of_one(tmp_path: Path, processes: int) -> None:
+def test_several_processes_give_the_steps_of_one(tmp_path: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", f"{processes}", "--standalone"]
     command += [str(ROOT / "tests/support/train_worker.py"), str(tmp_path)]
     subprocess.run(command, env=ONE_THREAD, check=True, timeout=300)
@@ -60,13 +60,13 @@ def test_several_processes_take_the_steps_of_one(tmp_path: Path, processes: int)
 
 @pytest.mark.parametrize("accumulate", [2, 3, 4, 100])
 @pytest.mark.parametrize("clip", [None, 0.1])
-def test_parts_of_a_batch_take_its_step(accumulate: int, clip: float | None) -> None:
+def test_micro_batches_give_the_step_of_the_batch(accumulate: int, clip: float | None) -> None:
     whole, parts = (trained({"clip": clip, "ema": 0.5} | more) for more in ({}, {"accumulate": accumulate}))
     assert len(whole) == len(parts) > 4
     assert max(furthest(one, other) for one, other in zip(whole, parts, strict=True)) < 1e-9
 
 
-def test_shares_are_the_batch_in_order() -> None:
+def test_local_shares_partition_the_batch_in_order() -> None:
     images, labels = torch.arange(7).view(7, 1, 1, 1), torch.arange(7)
     found = [local_share(images, labels, ProcessGroup(rank, 3)) for rank in range(3)]
     assert [share[1].tolist() for share in found] == [[0, 1, 2], [3, 4], [5, 6]]
@@ -74,7 +74,7 @@ def test_shares_are_the_batch_in_order() -> None:
 
 
 class Greedy(nn.Module):
-    """A criterion that asks for memory that no machine has when it sees more than so many images."""
+    """A criterion that raises an out-of-memory error for more than a number of images."""
 
     def __init__(self, most: int):
         super().__init__()
@@ -87,7 +87,7 @@ class Greedy(nn.Module):
         return torch.nn.functional.cross_entropy(output, target)
 
 
-def test_too_little_memory_halves_the_parts_and_ends_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_splits_the_batch_with_the_same_result(capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for most, accumulate in ((6, 1), (2, 1), (2, 4)):
         model, rows = tiny("vit"), []
@@ -111,7 +111,7 @@ def test_too_little_memory_halves_the_parts_and_ends_the_same(capsys: pytest.Cap
     assert all(torch.equal(found[1][0][name], found[2][0][name]) for name in found[1][0])  # dropout included
 
 
-def test_no_memory_for_one_image_is_refused(vit: nn.Module) -> None:
+def test_out_of_memory_with_one_image_is_refused(vit: nn.Module) -> None:
     task = classification(vit)
     task.criterion = Greedy(0)
     with pytest.raises(
@@ -139,7 +139,7 @@ def test_float16_is_refused_on_a_cpu(vit: nn.Module) -> None:
     ],
     ids=str,
 )
-def test_a_pruned_weight_is_zero_after_every_step_and_in_the_average(
+def test_pruned_weights_are_zero_after_every_step_and_in_the_ema(
     vit: nn.Module, monkeypatch: pytest.MonkeyPatch, optimizer: str, more: dict[str, Any]
 ) -> None:
     groups = find_groups(vit, ["weight"])
@@ -160,7 +160,7 @@ def test_a_pruned_weight_is_zero_after_every_step_and_in_the_average(
     class Watch:
         resumed_from = None
 
-        def due(self) -> bool:  # asked after every step
+        def due(self) -> bool:  # called after every step
             checked[0] += 1
             for model in (vit, *(average.module for average in averages)):
                 exact(model)
@@ -177,7 +177,7 @@ def test_a_pruned_weight_is_zero_after_every_step_and_in_the_average(
     exact(vit)
 
 
-def test_the_optimizers_of_all_recipes_are_among_those_that_are_watched() -> None:
+def test_all_optimizers_of_the_recipes_are_tested() -> None:
     found = set()
     for path in (ROOT / "recipes").glob("*.yaml"):
         params = load(path)
@@ -186,16 +186,16 @@ def test_the_optimizers_of_all_recipes_are_among_those_that_are_watched() -> Non
 
 
 def deadly(row: int) -> bytes:
-    """Reads no image, and is killed for it."""
+    """A reader whose worker process is killed."""
     os.kill(os.getpid(), signal.SIGKILL)
     return b""
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_worker_that_is_killed_is_told_and_asks_for_another_attempt() -> None:
+def test_a_killed_worker_is_reported_as_transient() -> None:
     transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
     table = data.ImageTable(tuple("abcdefgh"), torch.zeros(8, dtype=torch.int64), transform, deadly, None)
-    told = r"^DataLoader worker .*; it was killed, most often for memory: use fewer than 1 workers$"
+    told = r"^DataLoader worker .*; it was killed, probably out of memory; use fewer than 1 workers$"
     with pytest.raises(Interrupted, match=told) as lost:
         list(data.train_batches(table, 4, 0, 0, workers=1))
     assert lost.value.code == 75
@@ -203,17 +203,17 @@ def test_a_worker_that_is_killed_is_told_and_asks_for_another_attempt() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_an_image_that_cannot_be_decoded_while_training_is_named(workers: int) -> None:
+def test_an_undecodable_training_image_is_named(workers: int) -> None:
     transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
     table = data.ImageTable(("a/b.jpg",), torch.zeros(1, dtype=torch.int64), transform, lambda row: b"none", None)
-    told = r"^a/b.jpg: is as the manifest says, but Pillow cannot decode it here; run `vitprune dataset` again$"
+    told = r"^a/b.jpg: unchanged, but this version of Pillow cannot decode it; run `vitprune dataset` again$"
     with pytest.raises(BadInput, match=told):
         list(data.train_batches(table, 4, 0, 0, workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_the_shares_of_a_loaded_batch_are_the_batch(workers: int) -> None:
+def test_the_shares_of_loaded_batches_partition_them(workers: int) -> None:
     transform = data.Transform(lambda image: torch.rand(3, 8, 8), "RGB", (3, 8, 8), True, None)
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "png")

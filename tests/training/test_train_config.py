@@ -1,4 +1,4 @@
-"""How a training may run: rates per layer, blocks computed again, compiled passes, another memory format, patience."""
+"""Training options: layer decay, gradient checkpointing, compile, channels_last, patience."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def fit(
 
 
 def moved(task: Callable[[nn.Module], Any], more: dict[str, Any]) -> tuple[dict[str, Tensor], nn.Module]:
-    """What one step of plain gradient descent has changed of all that trains."""
+    """Change of each trained parameter after one step of gradient descent."""
     model = tiny("vit")
     made = task(model)
     before = state(made.trainable_module)
@@ -47,7 +47,7 @@ def moved(task: Callable[[nn.Module], Any], more: dict[str, Any]) -> tuple[dict[
     return {name: tensor - before[name] for name, tensor in state(made.trainable_module).items()}, model
 
 
-def test_every_layer_has_its_share_of_the_rate() -> None:
+def test_layer_decay_scales_the_rate_of_every_layer() -> None:
     whole, shared = (moved(classification, more)[0] for more in ({}, {"layer_decay": 0.5}))
     shares = {
         "cls_token": 1 / 8,
@@ -55,7 +55,7 @@ def test_every_layer_has_its_share_of_the_rate() -> None:
         "patch_embed": 1 / 8,
         "norm": 1 / 2,
         "head": 1.0,
-    }  # a norm goes with the block before it
+    }  # a norm belongs to the previous block
     for name, change in whole.items():
         first, number = name.split(".")[0], name.split(".")[1] if "." in name else ""
         share = shares.get(first) or {"0": 1 / 4, "1": 1 / 2}[number]  # of 2 blocks
@@ -63,7 +63,7 @@ def test_every_layer_has_its_share_of_the_rate() -> None:
         assert name in ("pos_embed", "cls_token") or bool(change.any())
 
 
-def test_what_trains_beside_the_model_has_the_whole_rate() -> None:
+def test_additional_modules_have_the_full_rate() -> None:
     def task(model: nn.Module) -> Any:
         torch.manual_seed(0)
         teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1,
@@ -78,13 +78,13 @@ def test_what_trains_beside_the_model_has_the_whole_rate() -> None:
     torch.testing.assert_close(shared[inner], whole[inner] / 4, rtol=1e-9, atol=1e-14)
 
 
-def test_rates_per_layer_follow_the_schedule(vit: nn.Module) -> None:
+def test_layer_rates_follow_the_schedule(vit: nn.Module) -> None:
     rows = fit(vit, PLAIN | {"epochs": 2, "layer_decay": 0.5, "min_lr": 0.02, "decay": "linear"}, number=1)
     assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.02])
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
-def test_blocks_computed_again_give_the_same_to_the_bit(name: str) -> None:
+def test_gradient_checkpointing_is_bit_identical(name: str) -> None:
     found = []
     for again in (False, True):
         model = noisy() if name == "vit" else tiny(name)
@@ -97,16 +97,16 @@ def test_blocks_computed_again_give_the_same_to_the_bit(name: str) -> None:
         found.append((state(model), len(calls)))
         model.train()
         model(batches(model, 1, 2)[0][0]).sum().backward()
-        assert len(calls) == found[-1][1] + 1  # computed once: it was for the training only
+        assert len(calls) == found[-1][1] + 1  # not recomputed after the training
     assert all(torch.equal(found[0][0][key], found[1][0][key]) for key in found[0][0])
     assert (found[0][1], found[1][1]) == (6, 12)
 
 
-def test_a_model_that_cannot_compute_its_blocks_again_is_named() -> None:
+def test_gradient_checkpointing_is_refused_for_models_without_it() -> None:
     class Plain(nn.Linear):
         num_classes = 7
 
-    told = r"^train.checkpointing: Plain cannot compute its blocks again; set it to false$"
+    told = r"^train.checkpointing: not supported by Plain; set it to false$"
     model = Plain(4, 7)
     noise = [(torch.rand(3, 4), torch.arange(3))]
     with pytest.raises(BadInput, match=told):
@@ -114,7 +114,7 @@ def test_a_model_that_cannot_compute_its_blocks_again_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
-def test_another_memory_format_changes_nothing_but_rounding(name: str) -> None:
+def test_channels_last_changes_only_rounding(name: str) -> None:
     found = []
     for last in (False, True):
         model, seen = tiny(name), []
@@ -166,7 +166,7 @@ def compiled(path: Path, how: str, more: dict[str, str]) -> tuple[dict[str, Tens
 
 
 def uncompiled() -> dict[str, Tensor]:
-    """What the worker ends with, without compiling."""
+    """Result of the worker without compile."""
     model = tiny("vit")
     groups = find_groups(model, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))
@@ -175,13 +175,13 @@ def uncompiled() -> dict[str, Tensor]:
     return state(model)
 
 
-def test_compiled_passes_train_alike(tmp_path: Path) -> None:
+def test_compile_gives_a_similar_training(tmp_path: Path) -> None:
     plain, (code, told) = uncompiled(), compiled(tmp_path, "compile", {})
     assert "train.compile failed" not in told
     assert max(float((plain[key] - code[key]).abs().max()) for key in plain) < 1e-9
 
 
-def test_where_nothing_compiles_the_training_goes_on_without(tmp_path: Path) -> None:
+def test_training_continues_without_compile_on_failure(tmp_path: Path) -> None:
     plain, (left, told) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
     assert told.count("train.compile failed") == 1
     assert "training, epoch 1, step 1: train.compile failed (" in told
@@ -193,12 +193,12 @@ def test_where_nothing_compiles_the_training_goes_on_without(tmp_path: Path) -> 
     ("top1", "patience", "epochs"),
     [
         ([0.1, 0.2, 0.3, 0.2, 0.2, 0.2], 2, 5),
-        ([0.1, 0.2, 0.2, 0.3, 0.3, 0.3], 2, 6),  # the same is not better; 0.3 came in time
+        ([0.1, 0.2, 0.2, 0.3, 0.3, 0.3], 2, 6),  # an equal value is not better; 0.3 comes before patience ends
         ([0.5, 0.1, 0.6, 0.1, 0.1, 0.1], 1, 2),
         ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 1, 6),
     ],
 )
-def test_patience_ends_a_training_after_epochs_without_a_better_top1(
+def test_patience_stops_after_epochs_without_a_better_top1(
     vit: nn.Module, top1: list[float], patience: int, epochs: int
 ) -> None:
     said, seen = iter(top1), []
@@ -209,18 +209,20 @@ def test_patience_ends_a_training_after_epochs_without_a_better_top1(
 
     rows = fit(vit, {"epochs": 6, "patience": patience}, evaluate=evaluate)
     assert [row["top1"] for row in rows] == top1[:epochs]
-    assert same_state(vit, seen[-1])  # the last weights, not the best ones
+    assert same_state(vit, seen[-1])  # last weights, not the best
     plain = tiny("vit")
     expected = fit(plain, {"epochs": 6})[:epochs]
-    assert [row["lr"] for row in rows] == [row["lr"] for row in expected]  # rates fall as if it went on
+    assert [row["lr"] for row in rows] == [
+        row["lr"] for row in expected
+    ]  # the schedule does not depend on early stopping
 
 
-def test_patience_without_a_measurement_is_refused(vit: nn.Module) -> None:
+def test_patience_without_an_evaluation_is_refused(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^train.patience: nothing measures top-1 after an epoch here; set it to null$"):
         fit(vit, {"patience": 1})
 
 
-def test_every_key_at_once_on_a_pruned_model_holds_its_zeros() -> None:
+def test_all_keys_together_keep_the_zeros_of_a_pruned_model() -> None:
     model = prune(tiny("vit"), "channel-magnitude", {"ffn": 0.5})
     groups = find_groups(model, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))

@@ -52,10 +52,18 @@ __all__ = [
 
 
 def open_source(spec: str, classes: Sequence[str] | None = None, eval_source: str | None = None) -> Source:
-    """Open digits, folder:PATH, parquet:PATH, wds/PATH or a timm data set name; `eval_source` gives the eval split.
+    """Open an image source.
+
+    Args:
+        spec: digits, folder:PATH, parquet:PATH, wds/PATH or a timm dataset name.
+        classes: Class names by label; None to take those of the source.
+        eval_source: A second source that provides the eval split.
+
+    Returns:
+        The source.
 
     Raises:
-        BadInput: the source is unknown, missing, empty or not what its name says.
+        BadInput: the source is unknown, missing, empty or of another format.
     """
     if eval_source is not None:
         return join(open_source(spec, classes), open_source(eval_source, classes))

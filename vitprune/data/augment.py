@@ -1,4 +1,4 @@
-"""From pixels to the tensor a model takes: timm's transforms, and the augmentation presets."""
+"""Image transforms of timm for a model, and augmentation presets for training."""
 
 import math
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from torchvision.transforms import Compose
 from vitprune.errors import BadInput
 
 # Arguments of timm.data.create_transform for training. `deit` is the recipe of DeiT (Touvron 2021, table 9); the six
-# after it are CAP's, whose `deit` is called deit_wide here: its crops are less square (docs/decisions/0012). Beside
-# RandAugment timm leaves colour jitter out, here as there.
+# after it are CAP's, whose `deit` is called deit_wide here: its aspect ratios vary more (docs/decisions/0012). timm
+# ignores colour jitter in combination with RandAugment.
 ERASED: dict[str, Any] = {"re_prob": 0.25, "re_mode": "pixel"}
 CAP: dict[str, Any] = {"color_jitter": 0.3, "interpolation": "random", "scale": (0.08, 1.0), "ratio": (0.75, 1.33)}
 WIDE: dict[str, Any] = CAP | ERASED | {"ratio": (0.67, 1.5)}
@@ -27,8 +27,8 @@ TIMM_PRESETS: dict[str, dict[str, Any]] = {
     "deit": {"color_jitter": 0.3, "auto_augment": "rand-m9-mstd0.5-inc1", **ERASED},
     "light1": CAP | {"auto_augment": "rand-m0-n2-inc1"},
     "light2": CAP | {"auto_augment": "rand-m10-n2-inc1"},
-    "medium1": CAP | {"auto_augment": "rand-m15-n2-inc1"},  # timm stops at 10 of 10: the same as light2
-    "medium2": CAP | {"auto_augment": "rand-m15-n2-inc1"},  # differs by its Mixup and CutMix, which the recipe has
+    "medium1": CAP | {"auto_augment": "rand-m15-n2-inc1"},  # timm's maximum is 10: the same as light2
+    "medium2": CAP | {"auto_augment": "rand-m15-n2-inc1"},  # in CAP, Mixup and CutMix differ
     "deit_wide": WIDE | {"auto_augment": "rand-m9-mstd0.5-inc1"},
     "deit_light": WIDE | {"auto_augment": "rand-m6-mstd0.5-inc1"},
 }
@@ -37,10 +37,14 @@ AUGMENTATIONS = ("none", "digits", *TIMM_PRESETS)
 
 @dataclass(frozen=True)
 class Transform:
-    """What happens to an image on its way into the model.
+    """Transform from a Pillow image to the input of a model.
 
-    `image` takes a Pillow image of mode `mode` and returns float32 of `shape` (C, H, W); `random` says whether it draws
-    random numbers. `batch`, where there is one, takes (B, C, H, W) and uniform numbers (B, 4) and returns (B, C, H, W).
+    Attributes:
+        image: Maps a Pillow image of mode `mode` to float32 of `shape`.
+        mode: Pillow mode, "RGB" or "L".
+        shape: (C, H, W).
+        random: Whether `image` draws random numbers.
+        batch: Augmentation of a batch: maps images (B, C, H, W) and uniform numbers (B, 4) to images; None for none.
     """
 
     image: Callable[[Image.Image], torch.Tensor]
@@ -51,10 +55,10 @@ class Transform:
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """Return timm's data config of a model as it was built, not as its weights were published.
+    """Return timm's data config for the model's actual input size and channels.
 
-    timm's own answer keeps the published input size and three channels when the model was made with another img_size
-    or in_chans. At another size nothing is cropped: crop_pct belongs to the published size.
+    timm's own function returns the published input size and three channels even if the model was created with another
+    img_size or in_chans. For another size, crop_pct is set to 1: the published value belongs to the published size.
     """
     config: dict[str, Any] = resolve_model_data_config(model)
     height, width = get_model_input_config(model)["input_size"][1:]
@@ -70,19 +74,25 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def example_input(model: nn.Module, batch: int) -> torch.Tensor:
-    """Return noise of the model's input size, (batch, C, H, W), the same each time."""
+    """Return seeded noise of the model's input size, (batch, C, H, W)."""
     return torch.randn((batch, *data_config(model)["input_size"]), generator=torch.Generator().manual_seed(0))
 
 
 def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
-    """Make the transform of a data config: for evaluation (None), or with an augmentation preset for training.
+    """Create the transform of a data config, for evaluation or training.
 
-    none: as for evaluation. light: random resized crop and flip. deit: RandAugment and erasing as well.
-    light1, light2, medium1, medium2, deit_light, deit_wide: CAP's, with RandAugment, the last two with erasing and
-    crops of wider ratios. digits: rotation by +-10 degrees, shift by +-1/8, size 0.9..1.1, no flip.
+    Args:
+        config: timm's data config.
+        augment: None for evaluation, or a preset. none: as for evaluation. light: random resized crop and flip. deit:
+            also RandAugment and random erasing. light1, light2, medium1, medium2: CAP's, with RandAugment. deit_light,
+            deit_wide: CAP's, also with random erasing and more aspect ratios. digits: rotation by +-10 degrees, shift
+            by +-1/8, scale 0.9..1.1, no flip.
+
+    Returns:
+        The transform.
 
     Raises:
-        BadInput: the preset is unknown or the model takes neither 1 nor 3 channels.
+        BadInput: unknown preset, or the model has neither 1 nor 3 input channels.
     """
     channels = config["input_size"][0]
     if channels not in (1, 3):
@@ -94,7 +104,7 @@ def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
         return Transform(_augmented(config, TIMM_PRESETS[augment]), "RGB", shape, True, None)
     batch = None
     if augment == "digits":
-        # What moves in from outside the image is black, in the normalised scale of each channel.
+        # pixels from outside the image are black, in the normalised scale of each channel
         black = [-mean / std for mean, std in zip(config["mean"], config["std"], strict=True)]
         batch = RandomAffine(torch.tensor(black).view(1, -1, 1, 1))
     return Transform(create_transform(**config), "L" if channels == 1 else "RGB", shape, False, batch)
@@ -102,26 +112,26 @@ def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
 
 def _augmented(config: dict[str, Any], preset: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
     if config["input_size"][0] == 3:
-        return _posterize_kept_legal(create_transform(**(config | preset), is_training=True))
-    # timm's augmentations are made for colour: a grey image goes through as three equal channels, and one is kept.
+        return _limit_posterize(create_transform(**(config | preset), is_training=True))
+    # timm's augmentations need colour: a grey image is repeated to three channels, and one is kept
     size, mean, std = (3, *config["input_size"][1:]), tuple(config["mean"]) * 3, tuple(config["std"]) * 3
     colour = config | {"input_size": size, "mean": mean, "std": std}
-    return Grey(_posterize_kept_legal(create_transform(**(colour | preset), is_training=True)))
+    return Grey(_limit_posterize(create_transform(**(colour | preset), is_training=True)))
 
 
-def _posterize_kept_legal(compose: Compose) -> Callable[[Image.Image], torch.Tensor]:
-    """Keep RandAugment from posterizing to 0 bits: a black image before Pillow 13, a ValueError since (timm 1.0.31)."""
+def _limit_posterize(compose: Compose) -> Callable[[Image.Image], torch.Tensor]:
+    """Prevent RandAugment from posterizing to 0 bits: black before Pillow 13, a ValueError since (timm 1.0.31)."""
     for step in compose.transforms:
         if isinstance(step, RandAugment):
             for operation in step.ops:
                 if operation.name == "PosterizeIncreasing":
-                    operation.magnitude_max = 9  # of 10, which is where 1 bit becomes 0
+                    operation.magnitude_max = 9  # of 10; at 10 the number of bits is 0
     return compose  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class Grey:
-    """Runs a colour transform on a grey image."""
+    """Apply a colour transform to a grey image."""
 
     colour: Callable[[Image.Image], torch.Tensor]
 
@@ -132,7 +142,14 @@ class Grey:
 
 @dataclass(frozen=True, eq=False)
 class RandomAffine:
-    """Turns, shifts and scales each image of a batch by its own four numbers; `black` (1, C, 1, 1) moves in."""
+    """Rotate, shift and scale each image of a batch.
+
+    Attributes:
+        black: Normalised value of black, (1, C, 1, 1), for pixels from outside the image.
+        degrees: Maximum rotation.
+        shift: Maximum shift, as a fraction of the size.
+        scale: Maximum change of the scale.
+    """
 
     black: torch.Tensor
     degrees: float = 10.0
@@ -140,12 +157,12 @@ class RandomAffine:
     scale: float = 0.1
 
     def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Move images (B, C, H, W) by numbers (B, 4) from 0..1, bilinear."""
+        """Transform images (B, C, H, W) by numbers (B, 4) in 0..1, with bilinear interpolation."""
         angle, across, down, size = (2 * numbers - 1).unbind(1)
         angle = angle * math.radians(self.degrees)
         size = 1 + self.scale * size
         cosine, sine = torch.cos(angle) / size, torch.sin(angle) / size
-        # grid_sample's coordinates run from -1 to 1, so a shift by the whole width is 2
+        # coordinates of grid_sample range from -1 to 1: a shift by the full width is 2
         across, down = 2 * self.shift * across, 2 * self.shift * down
         theta = torch.stack([cosine, -sine, across, sine, cosine, down], dim=1).view(-1, 2, 3)
         grid = functional.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)

@@ -1,4 +1,4 @@
-"""The calibration table: images drawn from the train split, never one that is evaluated on."""
+"""Calibration set: images drawn from the train split, disjoint from the eval split."""
 
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,21 @@ DEFAULT_SIZE = 2000
 def draw_calibration(
     manifest: pa.Table, source: Source, size: int | None, balance: str, seed: int
 ) -> list[dict[str, Any]]:
-    """Draw `size` images (None: 2000, or all where there are fewer) and return rows of tables.CALIBRATION.
+    """Draw calibration images.
 
-    `balance` "class" gives equal counts; classes with fewer images give all they have and the others fill up. Every
-    beginning of the table is balanced too. "uniform" draws from all images alike.
+    Args:
+        manifest: Table of tables.MANIFEST.
+        source: The source of its images.
+        size: Number of images; None for 2000, or for all if there are fewer.
+        balance: "class": equal counts per class (a class with too few images contributes all of them); the first n rows
+            are balanced for every n. "uniform": drawn from all images with equal probability.
+        seed: Seed of the draw.
+
+    Returns:
+        Rows of tables.CALIBRATION.
 
     Raises:
-        BadInput: `size` is larger than the train split, an image is also in the eval split, or the source has changed.
+        BadInput: `size` exceeds the train split, an image is also in the eval split, or the source has changed.
     """
     rows = manifest.to_pylist()
     train = [row for row in rows if row["split"] == "train"]
@@ -37,7 +45,7 @@ def draw_calibration(
         )
     count = min(DEFAULT_SIZE, len(train)) if size is None else size
     if count < 1:
-        raise BadInput(f"calibrate.size: {count} images cannot calibrate anything; draw at least 1")
+        raise BadInput(f"calibrate.size: {count} images; draw at least 1")
     labels = np.array([row["label"] for row in train], dtype=np.int64)
     chosen = [train[index] for index in _order(labels, balance, seed)[:count]]
     held_out = {row["sha256"] for row in rows if row["split"] == "eval"}
@@ -52,9 +60,9 @@ def _order(labels: np.ndarray, balance: str, seed: int) -> np.ndarray:
     if balance != "class":
         raise BadInput(f"calibrate.balance: {balance!r} is unknown; use class or uniform")
     _, classes = np.unique(labels[shuffled], return_inverse=True)
-    # One image of every class, then the next of every class, ...; the seed says which classes come first.
-    turn = rng.permutation(classes.max() + 1)[classes]
-    return shuffled[np.lexsort((turn, rank_in_class(classes)))]
+    # one image of every class, then the second of every class, ...; the order of the classes is seeded
+    class_order = rng.permutation(classes.max() + 1)[classes]
+    return shuffled[np.lexsort((class_order, rank_in_class(classes)))]
 
 
 def _read(row: dict[str, Any], source: Source, held_out: set[str]) -> dict[str, Any]:
@@ -66,10 +74,18 @@ def _read(row: dict[str, Any], source: Source, held_out: set[str]) -> dict[str, 
 
 
 def read_verified(source: Source, image_id: str, sha256: str) -> bytes:
-    """Read one image and make sure that it is the one in the manifest.
+    """Read one image and verify its checksum.
+
+    Args:
+        source: The image source.
+        image_id: Id of the image.
+        sha256: Checksum in the manifest.
+
+    Returns:
+        The encoded bytes.
 
     Raises:
-        BadInput: the bytes have another digest than the manifest says, or cannot be read.
+        BadInput: the image cannot be read or its checksum differs.
     """
     try:
         data = source.read(image_id)
@@ -81,14 +97,22 @@ def read_verified(source: Source, image_id: str, sha256: str) -> bytes:
 
 
 def load_calibration(path: Path, transform: Transform, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Load a calibration table as batches of images (B, C, H, W) float32 and labels (B,) int64, in the table's order.
+    """Load a calibration table.
+
+    Args:
+        path: Parquet file of tables.CALIBRATION.
+        transform: Transform of the images.
+        batch_size: Images per batch.
+
+    Returns:
+        Batches of images (B, C, H, W) float32 and labels (B,) int64, in the order of the table.
 
     Raises:
-        BadInput: the file is missing or no calibration table, it is empty, or an image in it is corrupt.
+        BadInput: the file is missing, empty or no calibration table, or an image is corrupt.
     """
     rows = tables.read_table(path, tables.CALIBRATION).to_pylist()
     if not rows:
-        raise BadInput(f"{path}: holds no image; run `vitprune calibrate` again")
+        raise BadInput(f"{path}: contains no images; run `vitprune calibrate` again")
     images = [_tensor(row, path, transform) for row in track(rows, "decoding the calibration images", len(rows))]
     labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
     starts = range(0, len(rows), batch_size)
@@ -104,6 +128,6 @@ def _tensor(row: dict[str, Any], path: Path, transform: Transform) -> torch.Tens
         image = decode(data, transform.mode)
     except MemoryError:
         raise
-    except Exception:  # each of Pillow's decoders has its own errors
+    except Exception:  # Pillow's decoders raise various errors
         raise corrupt from None
     return transform.image(image)

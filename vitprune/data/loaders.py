@@ -1,4 +1,4 @@
-"""Batches of images, the same bit for bit for the same seed, whatever the number of workers."""
+"""Image batches, bit-identical for the same seed and any number of worker processes."""
 
 import contextlib
 import math
@@ -28,7 +28,7 @@ SAMPLES_FOR_SIZE = 16
 
 
 class ReadRow(Protocol):
-    """Gives the encoded bytes of a row."""
+    """Reads the encoded bytes of a row."""
 
     def __call__(self, row: int, /) -> bytes:
         """Return the encoded bytes."""
@@ -36,7 +36,15 @@ class ReadRow(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ImageTable:
-    """The images of one split in the manifest's order: `labels` (N,) int64, `tensors` (N, C, H, W) if held."""
+    """Images of one split, in the order of the manifest.
+
+    Attributes:
+        ids: Image ids.
+        labels: (N,) int64.
+        transform: Transform of the images.
+        read: Reads the encoded bytes of a row.
+        tensors: Transformed images (N, C, H, W) if they are kept in memory, else None.
+    """
 
     ids: tuple[str, ...]
     labels: torch.Tensor
@@ -48,27 +56,27 @@ class ImageTable:
         return len(self.ids)
 
     def image(self, row: int) -> torch.Tensor:
-        """Return the transformed image (C, H, W); draws from the global generators where the transform is random.
+        """Return the transformed image (C, H, W). A random transform uses the global random generators.
 
         Raises:
-            BadInput: it has changed since the manifest was made, or cannot be read or decoded any more.
+            BadInput: the image has changed since the manifest was made, or cannot be read or decoded.
         """
         if self.tensors is not None:
             return self.tensors[row]
         encoded = self.read(row)
         try:
-            picture = decode(encoded, self.transform.mode)
+            image = decode(encoded, self.transform.mode)
         except MemoryError:
             raise
-        except Exception:  # each of Pillow's decoders has its own errors
-            told = f"{self.ids[row]}: is as the manifest says, but Pillow cannot decode it here"
-            raise BadInput(f"{told}; run `vitprune dataset` again") from None
-        return self.transform.image(picture)
+        except Exception:  # Pillow's decoders raise various errors
+            line = f"{self.ids[row]}: unchanged, but this version of Pillow cannot decode it"
+            raise BadInput(f"{line}; run `vitprune dataset` again") from None
+        return self.transform.image(image)
 
 
 @dataclass(frozen=True, eq=False)
 class SourceRows:
-    """Reads rows of the manifest from the source, each against its digest."""
+    """Reads rows of the manifest from the source and verifies their checksums."""
 
     source: Source
     ids: Sequence[str]
@@ -82,12 +90,21 @@ class SourceRows:
 def open_split(
     manifest: pa.Table, source: Source, split: str, transform: Transform, memory: int = MEMORY
 ) -> ImageTable:
-    """Open the train or eval images of a manifest, in `memory` bytes at most.
+    """Open the images of one split of a manifest.
 
-    Held as tensors if the transform is not random and they fit, else as encoded bytes if these fit, else not held.
+    Args:
+        manifest: Table of tables.MANIFEST.
+        source: The source of its images.
+        split: "train" or "eval".
+        transform: Transform of the images.
+        memory: Maximum bytes to keep in memory: tensors if the transform is not random and they fit, else encoded
+            bytes if they fit, else nothing.
+
+    Returns:
+        The images.
 
     Raises:
-        BadInput: the manifest has no image of the split, or an image has changed or gone since.
+        BadInput: the split is empty, or an image has changed or is missing.
     """
     rows = [row for row in manifest.to_pylist() if row["split"] == split]
     if not rows:
@@ -99,22 +116,22 @@ def open_split(
     if not transform.random and len(rows) * math.prod(transform.shape) * 4 <= memory:
         return ImageTable(ids, labels, transform, read, _all_tensors(table, split))
     if _encoded_size(read, len(rows)) <= memory:
-        held = list(track(map(read, range(len(rows))), f"reading the {split} images", len(rows)))
-        return ImageTable(ids, labels, transform, held.__getitem__, None)
+        encoded = list(track(map(read, range(len(rows))), f"reading the {split} images", len(rows)))
+        return ImageTable(ids, labels, transform, encoded.__getitem__, None)
     return table
 
 
 def _all_tensors(table: ImageTable, split: str) -> torch.Tensor:
     tensors = torch.empty((len(table), *table.transform.shape))
-    with ThreadPoolExecutor(min(8, _cores())) as pool:  # Pillow decodes and resizes without the interpreter's lock
-        found = pool.map(table.image, range(len(table)))
-        for row, image in enumerate(track(found, f"decoding the {split} images", len(table))):
+    with ThreadPoolExecutor(min(8, _cores())) as pool:  # Pillow releases the GIL
+        images = pool.map(table.image, range(len(table)))
+        for row, image in enumerate(track(images, f"decoding the {split} images", len(table))):
             tensors[row] = image
     return tensors
 
 
 def _encoded_size(read: ReadRow, rows: int) -> int:
-    """Estimate the bytes of all rows from a few that are spread over them."""
+    """Estimate the bytes of all rows from evenly spaced samples."""
     sample = np.unique(np.linspace(0, rows - 1, SAMPLES_FOR_SIZE, dtype=np.int64))
     return int(np.mean([len(read(int(row))) for row in sample]) * rows)
 
@@ -133,39 +150,50 @@ def train_batches(
     begin: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Yield one epoch in a seeded order, from batch `begin` on: images (B, C, H, W) float32 and labels (B,) int64.
+    """Yield the batches of one epoch in seeded random order. The last batch is dropped if it has a single image.
 
-    The last batch is smaller; it is left out if it had a single image (batch statistics need two). With `repeats` an
-    image comes that many times in a row, each time drawn anew by a random transform, and the epoch, no longer for it,
-    has as many fewer images. With `part` (k, n) it is the k-th of n shares of every batch, which may have no image.
+    Args:
+        table: The images.
+        batch_size: Images per batch.
+        seed: Seed of the order and of the augmentation.
+        epoch: Epoch, from 0.
+        workers: Worker processes for decoding; they do not change the batches.
+        repeats: Repeated augmentation: every image occurs this many times in a row with different augmentations, and
+            the epoch, of the same length, has correspondingly fewer distinct images.
+        begin: First batch to yield.
+        part: (k, n) yields share k of n of every batch, possibly empty.
+
+    Yields:
+        Images (B, C, H, W) float32 and labels (B,) int64.
 
     Source: Hoffer et al. 2020 (repeated augmentation), as timm's RepeatAugSampler orders it in a single process.
     """
-    cut, numbers = _epoch(table, batch_size, seed, epoch, repeats)
-    cut, move = [np.array_split(rows, part[1])[part[0]] for rows in cut[begin:]], table.transform.batch
-    for rows, (images, labels) in zip(cut, _batches(table, cut, (seed, epoch), workers), strict=True):
-        yield (images if move is None else move(images, numbers[rows])), labels
+    batches, numbers = _epoch(table, batch_size, seed, epoch, repeats)
+    shares = [np.array_split(rows, part[1])[part[0]] for rows in batches[begin:]]
+    augment = table.transform.batch
+    for rows, (images, labels) in zip(shares, _batches(table, shares, (seed, epoch), workers), strict=True):
+        yield (images if augment is None else augment(images, numbers[rows])), labels
 
 
 def _epoch(
     table: ImageTable, batch_size: int, seed: int, epoch: int, repeats: int
 ) -> tuple[list[np.ndarray], torch.Tensor]:
-    """The samples of every batch, and four random numbers of each sample."""
+    """Sample numbers of every batch, and four random numbers per sample."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(table))
     numbers = torch.from_numpy(rng.random((len(table) * repeats, 4), dtype=np.float32))
-    # the k-th view of row r is sample r + k * rows, whose random numbers are its own
+    # repetition k of row r is sample r + k * rows, with its own random numbers
     order = (order[:, None] + len(table) * np.arange(repeats)).flatten()[: len(table)]
-    cut = [order[start : start + batch_size] for start in range(0, len(table), batch_size)]
-    if len(cut) > 1 and len(cut[-1]) == 1:
-        cut.pop()
-    return cut, numbers
+    batches = [order[start : start + batch_size] for start in range(0, len(table), batch_size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches.pop()
+    return batches, numbers
 
 
 def batch_ids(table: ImageTable, batch_size: int, seed: int, epoch: int, number: int, repeats: int = 1) -> list[str]:
-    """The ids of the images of one batch of `train_batches`, counted from 0."""
-    cut, _ = _epoch(table, batch_size, seed, epoch, repeats)
-    return [table.ids[int(row) % len(table)] for row in cut[number]]
+    """Return the image ids of batch `number` (from 0) of `train_batches`."""
+    batches, _ = _epoch(table, batch_size, seed, epoch, repeats)
+    return [table.ids[int(row) % len(table)] for row in batches[number]]
 
 
 def batch_rows(
@@ -177,55 +205,55 @@ def batch_rows(
     begin: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> list[np.ndarray]:
-    """The rows of the table in the batches of `train_batches`, (B,) int64 each."""
-    cut, _ = _epoch(table, batch_size, seed, epoch, repeats)
-    return [np.array_split(rows, part[1])[part[0]] % len(table) for rows in cut[begin:]]
+    """Return the table rows, (B,) int64, of each batch of `train_batches`; arguments as there."""
+    batches, _ = _epoch(table, batch_size, seed, epoch, repeats)
+    return [np.array_split(rows, part[1])[part[0]] % len(table) for rows in batches[begin:]]
 
 
 def batch_count(images: int, batch_size: int) -> int:
-    """Count the batches of one epoch of `train_batches`."""
-    whole, rest = divmod(images, batch_size)
-    return whole + (rest > 1 or not whole)
+    """Return the number of batches in one epoch of `train_batches`."""
+    full, rest = divmod(images, batch_size)
+    return full + (rest > 1 or not full)
 
 
 def eval_batches(table: ImageTable, batch_size: int, workers: int = 0) -> Iterator[Batch]:
-    """Yield all images once, in order: images (B, C, H, W) float32 and labels (B,) int64."""
+    """Return all images in order, as batches of images (B, C, H, W) float32 and labels (B,) int64."""
     if table.transform.random or table.transform.batch is not None:
         raise ValueError("evaluation needs a transform without augmentation")
     rows = np.arange(len(table))
-    cut = [rows[start : start + batch_size] for start in range(0, len(table), batch_size)]
-    return _batches(table, cut, (0, 0), workers)
+    batches = [rows[start : start + batch_size] for start in range(0, len(table), batch_size)]
+    return _batches(table, batches, (0, 0), workers)
 
 
-def _batches(table: ImageTable, cut: Sequence[np.ndarray], seed: tuple[int, int], workers: int) -> Iterator[Batch]:
+def _batches(table: ImageTable, batches: Sequence[np.ndarray], seed: tuple[int, int], workers: int) -> Iterator[Batch]:
     if table.tensors is not None:
-        for rows in cut:
+        for rows in batches:
             yield table.tensors[rows % len(table)], table.labels[rows % len(table)]
         return
     samples = SeededRows(table, seed)
     if workers == 0:
-        for rows in cut:
+        for rows in batches:
             images = [samples[int(row)][0] for row in rows]
-            yield (torch.stack(images), table.labels[rows % len(table)]) if images else _nothing(samples)
+            yield (torch.stack(images), table.labels[rows % len(table)]) if images else _empty_batch(samples)
         return
-    yield from _from_workers(samples, cut, min(workers, _cores()))
+    yield from _from_workers(samples, batches, min(workers, _cores()))
 
 
-def _from_workers(samples: "SeededRows", cut: Sequence[np.ndarray], workers: int) -> Iterator[Batch]:
+def _from_workers(samples: "SeededRows", batches: Sequence[np.ndarray], workers: int) -> Iterator[Batch]:
     loader: Iterable[Batch] = DataLoader(
         samples,
-        batch_sampler=[rows.tolist() for rows in cut if len(rows)],
+        batch_sampler=[rows.tolist() for rows in batches if len(rows)],
         num_workers=workers,
-        generator=torch.Generator(),  # its own, so that the number of workers does not move the global one
+        generator=torch.Generator(),  # does not advance the global generator
     )
-    found = iter(loader)
+    loaded = iter(loader)
     try:
-        for rows in cut:
-            yield next(found) if len(rows) else _nothing(samples)
+        for rows in batches:
+            yield next(loaded) if len(rows) else _empty_batch(samples)
     except BadInput as error:
-        # torch puts the worker's whole traceback into the message; the last line of it is ours.
+        # torch's message is the worker's traceback; its last line is ours
         line = str(error).strip().splitlines()[-1]
-        # Its traceback holds the loader in a cycle, and a loader that dies in one waits 5 seconds for each worker.
+        # the traceback keeps the loader in a reference cycle, and collecting it waits 5 seconds per worker
         error.__traceback__ = None
         raise BadInput(line.removeprefix("vitprune.errors.BadInput: ")) from None
     except RuntimeError as error:
@@ -233,15 +261,18 @@ def _from_workers(samples: "SeededRows", cut: Sequence[np.ndarray], workers: int
             raise
         error.__traceback__ = None
         line = str(error).splitlines()[0].rstrip(".")
-        raise Interrupted(f"{line}; it was killed, most often for memory: use fewer than {workers} workers") from None
+        raise Interrupted(f"{line}; it was killed, probably out of memory; use fewer than {workers} workers") from None
 
 
-def _nothing(samples: "SeededRows") -> Batch:
+def _empty_batch(samples: "SeededRows") -> Batch:
     return torch.zeros((0, *samples.shape)), torch.zeros(0, dtype=torch.int64)
 
 
 class SeededRows(Dataset[tuple[torch.Tensor, int]]):
-    """The rows of a table, the random ones drawn from (seed, epoch, row) alone; past its end it begins again."""
+    """Dataset over a table, with augmentation seeded by (seed, epoch, sample).
+
+    Sample n is row n modulo the length of the table.
+    """
 
     def __init__(self, table: ImageTable, seed: tuple[int, int]):
         self._table = table
@@ -249,7 +280,7 @@ class SeededRows(Dataset[tuple[torch.Tensor, int]]):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of an image: (C, H, W)."""
+        """Shape of an image, (C, H, W)."""
         return tuple(self._table.transform.shape)
 
     def __len__(self) -> int:
@@ -266,12 +297,12 @@ class SeededRows(Dataset[tuple[torch.Tensor, int]]):
 
 @contextlib.contextmanager
 def _seeded(key: tuple[int, int, int]) -> Iterator[None]:
-    """Seed the three generators that timm's transforms use (Python, NumPy, torch on CPU) and put them back after."""
+    """Seed the generators that timm's transforms use (Python, NumPy, torch on CPU); restore them at the end."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The manifest: which image is for training and which for evaluation, each checked and with its digest."""
+"""Dataset manifest: id, split, label and SHA-256 checksum of every image."""
 
 import itertools
 import os
@@ -15,12 +15,18 @@ from vitprune.data.sources import Source
 from vitprune.errors import BadInput
 from vitprune.runtime.progress import track
 
-NAMED = 8  # corrupt images that an error names
+NAMED = 8  # maximum number of corrupt images in an error message
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Rows of tables.MANIFEST, the ids of corrupt images, and the number of train images dropped as in eval too."""
+    """A manifest.
+
+    Attributes:
+        rows: Rows of tables.MANIFEST.
+        skipped: Ids of corrupt images.
+        overlap: Number of train images dropped because they are also in the eval split.
+    """
 
     rows: list[dict[str, Any]]
     skipped: list[str]
@@ -28,31 +34,40 @@ class Manifest:
 
 
 def build_manifest(source: Source, eval_fraction: float, seed: int, skip_limit: float) -> Manifest:
-    """Read, decode and hash every image once and divide them into train and eval.
+    """Read, decode and hash every image and assign it to the train or eval split.
 
-    The source's own splits are kept; copies of an eval image are then dropped from train. A pool is divided by a seeded
-    draw that takes `eval_fraction` of every class; images that occur more than once all stay in train.
+    If the source has splits, they are kept, and copies of eval images are dropped from train. Otherwise the eval split
+    is a stratified random draw; images that occur more than once are all assigned to train.
+
+    Args:
+        source: The image source.
+        eval_fraction: Fraction of each class for the eval split.
+        seed: Seed of the draw.
+        skip_limit: Maximum fraction of corrupt images.
+
+    Returns:
+        The manifest.
 
     Raises:
-        BadInput: more than `skip_limit` (a fraction) of the images is corrupt, a class or a split is empty.
+        BadInput: too many corrupt images, or a class or a split is empty.
     """
-    digests = dict(zip(source.ids, _digests(source), strict=True))
-    skipped = [image_id for image_id, found in digests.items() if found is None]
+    checksums = dict(zip(source.ids, _checksums(source), strict=True))
+    skipped = [image_id for image_id, checksum in checksums.items() if checksum is None]
     if len(skipped) > skip_limit * len(source.ids):
         others, more = ", ".join(skipped[1:NAMED]), len(skipped) - NAMED
         also = f" ({others}{f' and {more} more' if more > 0 else ''})" if others else ""
         raise BadInput(
             f"{skipped[0]}: cannot be decoded, like {len(skipped)} of {len(source.ids)} images of {source.spec}{also}; "
-            f"mend or remove them, or raise dataset.skip_limit ({skip_limit})"
+            f"repair or remove them, or raise dataset.skip_limit ({skip_limit})"
         )
     native = source.splits or ("",) * len(source.ids)
     rows = [
-        {"id": image_id, "split": split, "label": label, "sha256": digests[image_id]}
+        {"id": image_id, "split": split, "label": label, "sha256": checksums[image_id]}
         for image_id, label, split in zip(source.ids, source.labels, native, strict=True)
-        if digests[image_id] is not None
+        if checksums[image_id] is not None
     ]
     if source.splits is None:
-        rows = _drawn(rows, eval_fraction, seed, keep_classes=source.classes is not None)
+        rows = _draw_eval_split(rows, eval_fraction, seed, keep_classes=source.classes is not None)
     kept = _without_overlap(rows)
     _check_classes(source, [row for row in kept if row["split"] == "train"])
     for split in ("train", "eval"):
@@ -63,8 +78,8 @@ def build_manifest(source: Source, eval_fraction: float, seed: int, skip_limit: 
     return Manifest(kept, skipped, len(rows) - len(kept))
 
 
-def _digests(source: Source) -> Iterator[str | None]:
-    """Yield the digest of each image in order, None for a corrupt one."""
+def _checksums(source: Source) -> Iterator[str | None]:
+    """Yield the checksum of each image in order, None for a corrupt one."""
 
     def examine(image_id: str) -> str | None:
         try:
@@ -74,10 +89,10 @@ def _digests(source: Source) -> Iterator[str | None]:
         return bytes_sha256(data) if is_intact(data) else None
 
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        # By the thousand: map() over everything would queue a task for each of a million images at once.
+        # chunks: map() over all images would queue a task for each of them at once
         chunks = (source.ids[start : start + 1024] for start in range(0, len(source.ids), 1024))
-        found = itertools.chain.from_iterable(pool.map(examine, chunk) for chunk in chunks)
-        yield from track(found, "reading images", len(source.ids))
+        results = itertools.chain.from_iterable(pool.map(examine, chunk) for chunk in chunks)
+        yield from track(results, "reading images", len(source.ids))
 
 
 def _check_classes(source: Source, train: Sequence[dict[str, Any]]) -> None:
@@ -95,8 +110,10 @@ def _without_overlap(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["split"] == "eval" or row["sha256"] not in held_out]
 
 
-def _drawn(rows: list[dict[str, Any]], fraction: float, seed: int, keep_classes: bool) -> list[dict[str, Any]]:
-    """Give each row its split; every named class keeps at least one train image."""
+def _draw_eval_split(
+    rows: list[dict[str, Any]], fraction: float, seed: int, keep_classes: bool
+) -> list[dict[str, Any]]:
+    """Assign a split to each row; with `keep_classes`, every class keeps at least one train image."""
     copies = Counter(row["sha256"] for row in rows)
     single = np.array([copies[row["sha256"]] == 1 for row in rows], dtype=bool)
     labels = np.array([row["label"] for row in rows], dtype=np.int64)
@@ -107,14 +124,22 @@ def _drawn(rows: list[dict[str, Any]], fraction: float, seed: int, keep_classes:
 def draw_stratified(
     labels: np.ndarray, eligible: np.ndarray, fraction: float, rng: np.random.Generator, keep_one: bool
 ) -> np.ndarray:
-    """Draw round(fraction * N) of N rows, the same share of each class by largest remainder; returns (N,) bool.
+    """Draw round(fraction * N) of N rows, stratified by class with the largest-remainder method.
 
-    Fewer where a class has too few eligible rows; with `keep_one`, no class is drawn empty.
+    Args:
+        labels: (N,) int64.
+        eligible: (N,) bool, the rows that can be drawn; a class with too few of them contributes fewer.
+        fraction: Fraction of the rows to draw.
+        rng: Random generator.
+        keep_one: Leave at least one row of each class undrawn.
+
+    Returns:
+        (N,) bool.
     """
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     share = counts * fraction
     quota = np.floor(share).astype(np.int64)
-    order = np.lexsort((rng.random(len(counts)), quota - share))  # largest remainder first, ties by the seed
+    order = np.lexsort((rng.random(len(counts)), quota - share))  # largest remainder first, ties at random
     quota[order[: round(len(labels) * fraction) - int(quota.sum())]] += 1
     if keep_one:
         quota = np.minimum(quota, counts - 1)
@@ -125,7 +150,7 @@ def draw_stratified(
 
 
 def rank_in_class(classes: np.ndarray) -> np.ndarray:
-    """Number the rows of each class 0, 1, ... in the order given; (N,) int64 to (N,) int64."""
+    """Number the rows of each class 0, 1, ... in order; (N,) int64 to (N,) int64."""
     order = np.argsort(classes, kind="stable")
     ordered = classes[order]
     starts = np.searchsorted(ordered, ordered, side="left")

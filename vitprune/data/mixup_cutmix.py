@@ -1,4 +1,4 @@
-"""Batches whose images and labels are mixed: CutMix as UP-ViTs has it, or timm's Mixup and CutMix in turns."""
+"""Mixup and CutMix of image batches."""
 
 from collections.abc import Callable
 
@@ -8,17 +8,28 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.nn import functional as F
 
-MixFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images and labels -> images and shares of the classes
+MixFn = Callable[
+    [Tensor, Tensor], tuple[Tensor, Tensor]
+]  # images (B, C, H, W), labels (B,) -> images, soft labels (B, classes)
 
 
 def make_mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | np.random.Generator) -> MixFn:
-    """What mixes the batches of a training, each call the next of a seeded series; Beta parameters, 0 for without.
+    """Create the function that mixes the batches of a training.
 
-    Without Mixup it is `cutmix`, else timm's Mixup, which draws one of the two for each batch where both are asked for;
-    it pairs the images of a batch from both ends, and an odd one in the middle is its own partner. Labels (B,) become
-    shares (B, classes), of which none is smoothed.
+    Without Mixup, it is `cutmix`. With Mixup, it is timm's, which also draws between Mixup and CutMix if both are set;
+    image i is paired with image B - 1 - i. Labels are not smoothed.
 
-    Source: Zhang et al. 2018 (Mixup), Yun et al. 2019 (CutMix), DeiT's training for the two in turns.
+    Args:
+        mixup: Parameter of Mixup's Beta distribution, 0 to disable.
+        cut: Parameter of CutMix's Beta distribution, 0 to disable.
+        prob: Probability that a batch is mixed.
+        classes: Number of classes.
+        seed: Seed or generator; each call draws the next numbers.
+
+    Returns:
+        Maps images (B, C, H, W) and labels (B,) to images and soft labels (B, classes).
+
+    Source: Zhang et al. 2018 (Mixup), Yun et al. 2019 (CutMix), DeiT for the combination.
     """
     generator = np.random.default_rng(seed)
     mixing = Mixup(mixup, cut, prob=prob, label_smoothing=0.0, num_classes=classes) if mixup else None
@@ -34,41 +45,51 @@ def make_mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | 
 
 
 def _seeded(mixing: Mixup, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """timm draws from NumPy's global generator: seed it, and put it back after."""
+    """Run timm's Mixup, which uses NumPy's global generator, with a seed; restore the generator."""
     middle, odd, state = len(images) // 2, len(images) % 2, np.random.get_state()
     np.random.seed(seed)
-    try:  # an odd batch has its middle twice, so that both ends have a partner, and then once again
-        both = (torch.cat([given[: middle + odd], given[middle:]]) for given in (images, labels))
+    try:  # timm needs an even batch: the middle image of an odd one is doubled and dropped again
+        both = (torch.cat([tensor[: middle + odd], tensor[middle:]]) for tensor in (images, labels))
         mixed = mixing(*both)
     finally:
         np.random.set_state(state)
-    pictures, shares = (torch.cat([found[: middle + odd], found[middle + 2 * odd :]]) for found in mixed)
-    return pictures, shares.to(images.dtype)
+    mixed_images, soft_labels = (torch.cat([x[: middle + odd], x[middle + 2 * odd :]]) for x in mixed)
+    return mixed_images, soft_labels.to(images.dtype)
 
 
 def cutmix(
     images: Tensor, labels: Tensor, classes: int, alpha: float, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Paste one box of a shuffled batch (B, C, H, W) into the batch; labels (B,) become shares (B, classes).
+    """Paste one box of a shuffled batch into the batch.
 
-    The share that stays is drawn from Beta(alpha, alpha) or is the rest of it, whichever is larger; the box lies around
-    a uniform point, and what of it is outside the image is cut off and does not count.
+    The remaining share of the image is max(b, 1 - b) with b from Beta(alpha, alpha). The box is centred at a uniform
+    point and clipped to the image; labels are weighted by the clipped area.
 
-    Source: Yun et al. 2019, algorithm 1; the larger share as in UP-ViTs' fine-tuning.
+    Args:
+        images: (B, C, H, W).
+        labels: (B,) int64.
+        classes: Number of classes.
+        alpha: Parameter of the Beta distribution.
+        generator: Random generator.
+
+    Returns:
+        Images (B, C, H, W) and soft labels (B, classes).
+
+    Source: Yun et al. 2019, algorithm 1; max(b, 1 - b) as in UP-ViTs' fine-tuning.
     """
     height, width = images.shape[-2:]
     drawn = generator.beta(alpha, alpha)
-    stays = max(drawn, 1 - drawn)
+    remaining = max(drawn, 1 - drawn)
     partner = generator.permutation(len(images))
-    top, bottom = _span(height, stays, generator)
-    left, right = _span(width, stays, generator)
+    top, bottom = _span(height, remaining, generator)
+    left, right = _span(width, remaining, generator)
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
     share = 1 - (bottom - top) * (right - left) / (height * width)
-    whole = F.one_hot(labels, classes).to(images.dtype)
-    return mixed, share * whole + (1 - share) * whole[partner]
+    one_hot = F.one_hot(labels, classes).to(images.dtype)
+    return mixed, share * one_hot + (1 - share) * one_hot[partner]
 
 
-def _span(length: int, stays: float, generator: np.random.Generator) -> tuple[int, int]:
-    middle, half = int(generator.integers(length)), int(length * (1 - stays) ** 0.5) // 2
+def _span(length: int, remaining: float, generator: np.random.Generator) -> tuple[int, int]:
+    middle, half = int(generator.integers(length)), int(length * (1 - remaining) ** 0.5) // 2
     return max(0, middle - half), min(length, middle + half)

@@ -1,4 +1,4 @@
-"""Images in Parquet: columns image (struct of bytes and path) and label (int64), read by row group."""
+"""Parquet image source: columns image (struct of bytes and path) and label (int64)."""
 
 import json
 import re
@@ -20,16 +20,16 @@ SPLIT_OF_PREFIX = {"train": "train", "val": "eval", "validation": "eval", "valid
 
 
 class ParquetReader:
-    """Reads rows in any order from any thread; the last few row groups stay in memory."""
+    """Reads rows in any order from any thread; the most recent row groups are cached."""
 
     def __init__(self, files: dict[str, Path], starts: dict[str, np.ndarray]):
         self._files = files
-        self._starts = starts  # file name -> first row of each row group, and the number of rows at the end
+        self._starts = starts  # file name -> first row of each row group, then the number of rows
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Worker processes start with an empty cache and a lock of their own.
+        # worker processes get an empty cache and a new lock
         return ParquetReader, (self._files, self._starts)
 
     def __call__(self, image_id: str, /) -> bytes:
@@ -41,14 +41,14 @@ class ParquetReader:
         group = int(np.searchsorted(self._starts[name], row, side="right")) - 1
         image = self._column(name, group)[row - int(self._starts[name][group])].as_py()
         if image is None or image["bytes"] is None:
-            raise OSError(f"{image_id}: the row holds no image")
+            raise OSError(f"{image_id}: the row has no image")
         return bytes(image["bytes"])
 
     def _column(self, name: str, group: int) -> Any:
         key = (name, group)
         with self._lock:
             if key not in self._groups:
-                # The file is opened anew: an open one must not be shared with a forked process.
+                # reopened, because an open file must not be shared with a forked process
                 with pq.ParquetFile(self._files[name]) as file:
                     self._groups[key] = file.read_row_group(group, columns=["image"], use_threads=False)["image"]
             self._groups.move_to_end(key)
@@ -60,10 +60,15 @@ class ParquetReader:
 def open_parquet(path: Path, classes: Sequence[str] | None) -> Source:
     """Open a Parquet file or a folder of them; files named train-* and validation-* (val-*, test-*) are splits.
 
-    Class names come from `classes`, else from the metadata that Hugging Face datasets writes, else there are none.
+    Args:
+        path: File or folder.
+        classes: Class names by label; None to read them from the metadata of Hugging Face datasets, if present.
+
+    Returns:
+        The source.
 
     Raises:
-        BadInput: a file is missing, is not Parquet, lacks a column, or has a label that is no class.
+        BadInput: a file is missing, is not Parquet, lacks a column, or has an invalid label.
     """
     paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not paths:
@@ -73,9 +78,9 @@ def open_parquet(path: Path, classes: Sequence[str] | None) -> Source:
     starts: dict[str, np.ndarray] = {}
     labels: list[int] = []
     for name, file in by_name.items():
-        starts[name], found, named = _labels(file)
-        names = names or named
-        labels += _checked(found, names, file)
+        starts[name], column, stored_names = _labels(file)
+        names = names or stored_names
+        labels += _checked(column, names, file)
     if not labels:
         raise BadInput(f"parquet:{path}: no rows; correct dataset.source")
     counts = {name: int(starts[name][-1]) for name in by_name}

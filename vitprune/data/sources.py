@@ -1,4 +1,4 @@
-"""Where images come from: one frozen `Source`, whatever the layout, and the two that need no reader of their own."""
+"""Image sources: the common `Source`, scikit-learn digits, image folders, and joining two sources."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ EVAL_FOLDERS = ("val", "validation", "valid", "test")
 
 
 class Read(Protocol):
-    """Gives the encoded bytes of one image, exactly as stored; BadInput for an id that is not there (any more)."""
+    """Reads the encoded bytes of one image, as stored; raises BadInput for an unknown id."""
 
     def __call__(self, image_id: str, /) -> bytes:
         """Return the encoded bytes."""
@@ -28,8 +28,13 @@ class Read(Protocol):
 class Source:
     """Labelled images that can be read by id in any order, from several threads and processes.
 
-    `labels` and `splits` run parallel to `ids`. `classes` are names by label; None where the source has only numbers.
-    `splits` says "train" or "eval" for each image; None where the source is one pool.
+    Attributes:
+        spec: The source as written in params.yaml.
+        ids: Image ids.
+        labels: Label of each image.
+        classes: Class names by label; None if the source has only numbers.
+        splits: "train" or "eval" for each image; None if the source has no splits.
+        read: Reads the encoded bytes of an image.
     """
 
     spec: str
@@ -41,13 +46,13 @@ class Source:
 
 
 def missing_image(image_id: str, spec: str) -> BadInput:
-    """Make the error for an id that the source does not hold."""
+    """Create the error for an id that the source does not contain."""
     return BadInput(f"{image_id}: not in {spec}, so the source has changed; run `vitprune dataset` again")
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryReader:
-    """Reads images that are held in memory."""
+    """Reads images from memory."""
 
     spec: str
     images: Mapping[str, bytes]
@@ -60,7 +65,16 @@ class MemoryReader:
 
 
 def open_digits(classes: Sequence[str] | None) -> Source:
-    """Open scikit-learn's 1,797 scanned digits: 8 x 8 pixels, 0..16 spread over 0..255, as PNG.
+    """Open scikit-learn's 1,797 scanned digits: 8 x 8 pixels, 0..16 scaled to 0..255, as PNG.
+
+    Args:
+        classes: Ten class names; None for "0" to "9".
+
+    Returns:
+        The source.
+
+    Raises:
+        BadInput: not ten class names.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
     """
@@ -91,12 +105,17 @@ class FolderReader:
 
 
 def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
-    """Open a folder with one sub-folder a class, or with train/ and val/ (validation/, valid/, test/) of that layout.
+    """Open a folder with one sub-folder per class, or with train/ and val/ (validation/, valid/, test/) of that layout.
 
-    Classes are the folders in timm's (natural) order, or as listed in `classes`; folders not listed are left out.
+    Args:
+        root: The folder.
+        classes: Sub-folders to use, in the order of the labels; None for all, in timm's natural order.
+
+    Returns:
+        The source.
 
     Raises:
-        BadInput: the folder is missing or holds no image.
+        BadInput: the folder is missing or has no images.
     """
     if not root.is_dir():
         raise BadInput(f"folder:{root}: no such folder; correct dataset.source")
@@ -107,13 +126,13 @@ def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
     splits: list[str] = []
     for split, part in parts.items():
         for label, name in enumerate(names):
-            found = _image_files(part / name)
-            ids += [file.relative_to(root).as_posix() for file in found]
-            labels += [label] * len(found)
-            splits += [split] * len(found)
+            files = _image_files(part / name)
+            ids += [file.relative_to(root).as_posix() for file in files]
+            labels += [label] * len(files)
+            splits += [split] * len(files)
     if not ids:
         raise BadInput(
-            f"folder:{root}: no image in its sub-folders; put the images of each class into a folder of its own"
+            f"folder:{root}: no images in its sub-folders; put the images of each class into their own folder"
         )
     return Source(
         f"folder:{root}",
@@ -128,8 +147,8 @@ def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
 def _folder_parts(root: Path) -> dict[str, Path]:
     if not (root / "train").is_dir():
         return {"train": root}
-    found = [root / name for name in EVAL_FOLDERS if (root / name).is_dir()]
-    return {"train": root / "train"} | ({"eval": found[0]} if found else {})
+    evaluation = [root / name for name in EVAL_FOLDERS if (root / name).is_dir()]
+    return {"train": root / "train"} | ({"eval": evaluation[0]} if evaluation else {})
 
 
 def _class_folders(parts: Iterable[Path]) -> tuple[str, ...]:
@@ -139,13 +158,13 @@ def _class_folders(parts: Iterable[Path]) -> tuple[str, ...]:
 
 def _image_files(folder: Path) -> list[Path]:
     extensions = get_img_extensions(as_set=True)
-    found = [
+    files = [
         Path(parent, name)
         for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
         if os.path.splitext(name)[1].lower() in extensions and name[0] != "."
     ]
-    return sorted(found, key=lambda file: natural_key(str(file)))
+    return sorted(files, key=lambda file: natural_key(str(file)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,12 +185,18 @@ EVAL_PREFIX = "eval:"
 
 
 def join(train: Source, evaluation: Source) -> Source:
-    """Make one source of two: the train split (or all) of the first, the eval split (or all) of the second.
+    """Join two sources.
 
-    Labels of the second are matched to the first's by class name where both have names.
+    Args:
+        train: Its train split, or all of it, becomes the train split.
+        evaluation: Its eval split, or all of it, becomes the eval split. Labels are matched by class name if both
+            sources have names.
+
+    Returns:
+        The joined source.
 
     Raises:
-        BadInput: an image of the second has a class that the first does not have.
+        BadInput: an eval image has a class that the train source does not have.
     """
     evaluation = _relabelled(evaluation, train)
     kept = [row for row in range(len(train.ids)) if train.splits is None or train.splits[row] == "train"]

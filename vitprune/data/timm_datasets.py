@@ -1,4 +1,4 @@
-"""Data sets by timm's names, through its own factory: hfds/... (Hugging Face) and torch/... (torchvision)."""
+"""timm datasets as image sources: hfds/... (Hugging Face) and torch/... (torchvision)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ EVAL_SPLITS = ("validation", "val", "test")
 
 @dataclass(frozen=True, eq=False)
 class TimmReader:
-    """Reads images by split and row out of timm's data sets; what has no encoded form is encoded as PNG."""
+    """Reads images of timm datasets by split and row; decoded images are encoded as PNG."""
 
     spec: str
     datasets: dict[str, Any]
@@ -34,10 +34,17 @@ class TimmReader:
 
 
 def open_timm(spec: str, classes: Sequence[str] | None) -> Source:
-    """Open a timm data set name, NAME or NAME:ROOT; its train split, and validation (val, test) where there is one.
+    """Open a timm dataset: its train split, and validation (val, test) if there is one.
+
+    Args:
+        spec: NAME or NAME:ROOT.
+        classes: Class names by label; None for those of the dataset.
+
+    Returns:
+        The source.
 
     Raises:
-        BadInput: the name is unknown, its package is not installed, or it is a stream (rows cannot be read by number).
+        BadInput: unknown name, missing package, or a streaming dataset, which cannot be read by row.
     """
     name, _, root = spec.partition(":")
     prefix = name.partition("/")[0].lower()
@@ -52,27 +59,25 @@ def open_timm(spec: str, classes: Sequence[str] | None) -> Source:
         )
     if name.lower() in ("torch/folder", "torch/image_folder"):
         raise BadInput(f"dataset.source: {spec} is an image folder; write folder:{root or 'PATH'}")
-    datasets = {"train": _created(spec, name, root, "train")} | _evaluation(name, root)
-    found, names = _labels(spec, datasets, classes)
-    splits = tuple("train" if split == "train" else "eval" for split, labels in found.items() for _ in labels)
+    datasets = {"train": _create(spec, name, root, "train")} | _evaluation(name, root)
+    labels_of, names = _labels(spec, datasets, classes)
+    splits = tuple("train" if split == "train" else "eval" for split, labels in labels_of.items() for _ in labels)
     return Source(
         spec,
-        tuple(f"{split}#{row}" for split, labels in found.items() for row in range(len(labels))),
-        tuple(label for labels in found.values() for label in labels),
+        tuple(f"{split}#{row}" for split, labels in labels_of.items() for row in range(len(labels))),
+        tuple(label for labels in labels_of.values() for label in labels),
         names,
         splits if len(datasets) == 2 else None,
         TimmReader(spec, datasets),
     )
 
 
-def _created(spec: str, name: str, root: str, split: str) -> Any:
+def _create(spec: str, name: str, root: str, split: str) -> Any:
     try:
         return create_dataset(name, root=root or None, split=split)
     except ImportError:
         raise BadInput(f"dataset.source: {spec} needs the package datasets; run `pip install datasets`") from None
-    except (
-        Exception
-    ) as error:  # whatever the reader, the network or the package raises, it is this name that cannot be opened
+    except Exception as error:  # readers, network and packages raise various errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"dataset.source: {spec} cannot be opened: {reason}") from None
 
@@ -81,7 +86,7 @@ def _evaluation(name: str, root: str) -> dict[str, Any]:
     for split in EVAL_SPLITS:
         try:
             return {split: create_dataset(name, root=root or None, split=split)}
-        except (ValueError, KeyError):  # how Hugging Face and torchvision say that there is no such split
+        except (ValueError, KeyError):  # raised by Hugging Face and torchvision for an unknown split
             continue
     return {}
 
@@ -90,22 +95,22 @@ def _labels(
     spec: str, datasets: dict[str, Any], classes: Sequence[str] | None
 ) -> tuple[dict[str, list[int]], tuple[str, ...] | None]:
     names = tuple(classes) if classes is not None else _names(datasets["train"])
-    found: dict[str, list[int]] = {}
+    labels_of: dict[str, list[int]] = {}
     for split, dataset in datasets.items():
-        # A torchvision data set has no common way to its labels but to read its rows.
+        # torchvision datasets have no common access to labels except reading the rows
         rows = dataset.reader.iter_targets() if isinstance(dataset, ImageDataset) else (row[1] for row in dataset)
         try:
-            found[split] = [int(label) for label in rows]
+            labels_of[split] = [int(label) for label in rows]
         except (TypeError, ValueError):
             raise BadInput(
                 f"dataset.source: {spec} has labels that are not integers; store it as parquet:PATH"
             ) from None
-        worst = max(found[split], default=0)
-        if min(found[split], default=0) < 0 or (names is not None and worst >= len(names)):
+        worst = max(labels_of[split], default=0)
+        if min(labels_of[split], default=0) < 0 or (names is not None and worst >= len(names)):
             raise BadInput(
                 f"dataset.source: {spec}, split {split}, has labels outside its classes; check dataset.classes"
             )
-    return found, names
+    return labels_of, names
 
 
 def _names(dataset: Any) -> tuple[str, ...] | None:

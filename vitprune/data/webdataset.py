@@ -1,6 +1,6 @@
-"""Images in WebDataset shards: plain tar files, whose members of one key are one sample, read by their place in them.
+"""WebDataset image source: tar shards in which the members of one key are one sample.
 
-timm reads the same shards as a stream; here an index of all members gives every image by its id.
+timm reads shards as a stream; here an index of all members gives random access by id.
 """
 
 import json
@@ -17,17 +17,23 @@ from vitprune.data.sources import Source, missing_image
 from vitprune.errors import BadInput
 from vitprune.runtime.progress import track
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # in the order in which they are looked for
+IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference
 LABELS = ("cls", "json")
 INFO = ("_info.json", "info.json")
 EVAL_SPLITS = ("validation", "val", "test")
 SPLIT_IN_NAME = re.compile(r"(?:^|[-_])(train|validation|val|test)(?=[-_.])")
-KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # the key ends at the first dot of the file's name
+KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # the key ends at the first dot of the file name
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Where the bytes of an image are: in which shard, and the first of them and their number there."""
+    """Byte range of an image in a shard.
+
+    Attributes:
+        shard: File name of the shard.
+        start: First byte.
+        size: Number of bytes.
+    """
 
     shard: str
     start: int
@@ -40,25 +46,25 @@ class ShardReader:
 
     spec: str
     root: Path
-    places: Mapping[str, ByteRange]
+    ranges: Mapping[str, ByteRange]
 
     def __call__(self, image_id: str, /) -> bytes:
         """Return the encoded bytes."""
-        if image_id not in self.places:
+        if image_id not in self.ranges:
             raise missing_image(image_id, self.spec)
-        place = self.places[image_id]
-        # opened anew: the position in an open file would be shared by threads and forked processes
-        with (self.root / place.shard).open("rb") as file:
-            file.seek(place.start)
-            data = file.read(place.size)
-        if len(data) < place.size:
-            raise OSError("the shard has become shorter")
+        span = self.ranges[image_id]
+        # reopened, because threads and forked processes would share the position of an open file
+        with (self.root / span.shard).open("rb") as file:
+            file.seek(span.start)
+            data = file.read(span.size)
+        if len(data) < span.size:
+            raise OSError("the shard is shorter than when it was indexed")
         return data
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the members of one key hold, by ending: the places of images, and the content of .cls and .json."""
+    """Members of one key by file extension: byte ranges of images, contents of .cls and .json."""
 
     images: dict[str, ByteRange] = field(default_factory=dict)
     labels: dict[str, bytes] = field(default_factory=dict)
@@ -66,58 +72,65 @@ class Sample:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of a split and the field of their .json members that is the label, empty for .cls."""
+    """Shards of a split, and the field of their .json members that is the label; empty for .cls."""
 
     shards: Sequence[str]
     field: str = ""
 
 
 def open_webdataset(spec: str, classes: Sequence[str] | None) -> Source:
-    """Open wds/PATH or, as timm writes it, wds/NAME:PATH; PATH is a shard or a folder of them.
+    """Open WebDataset shards.
 
-    Splits are those of _info.json (info.json), else the words train and validation (val, test) in all shards' names,
-    else the shards are one pool. The label is the .cls member, or the field that _info.json names (alt_label; `label`
-    where there is no .cls) of the .json member; a negative one there leaves the sample out, as in timm.
+    Splits come from _info.json (info.json), else from the words train and validation (val, test) in the names of all
+    shards, else there are none. The label is the .cls member, or a field of the .json member: the one that _info.json
+    names as alt_label, else `label` if there is no .cls. Samples with a negative .json label are skipped, as in timm.
+
+    Args:
+        spec: wds/PATH or, as in timm, wds/NAME:PATH; PATH is a shard or a folder of shards.
+        classes: Class names by label.
+
+    Returns:
+        The source.
 
     Raises:
-        BadInput: a shard is missing, compressed or cut off, or a sample lacks its image or its label.
+        BadInput: a shard is missing, compressed or truncated, or a sample has no image or label.
     """
-    place = spec.removeprefix("wds/").rpartition(":")[2]
-    if not place:
+    name_or_path = spec.removeprefix("wds/").rpartition(":")[2]
+    if not name_or_path:
         raise BadInput(f"dataset.source: {spec!r} lacks the path; write wds/PATH")
-    path = Path(place)
+    path = Path(name_or_path)
     root = path if path.is_dir() else path.parent
     splits = _splits(spec, path)
     ids: list[str] = []
     labels: list[int] = []
-    of: list[str] = []
-    places: dict[str, ByteRange] = {}
+    split_of: list[str] = []
+    ranges: dict[str, ByteRange] = {}
     shards = [(name, split, shard) for name, split in splits.items() for shard in split.shards]
     for name, split, shard in track(shards, "indexing the shards", len(shards)):
-        for key, sample in _indexed(root, shard).items():
-            found = _label(f"{root / shard}: sample {key}", sample, split.field, classes)
-            if found is None:
+        for key, sample in _index_shard(root, shard).items():
+            label = _label(f"{root / shard}: sample {key}", sample, split.field, classes)
+            if label is None:
                 continue
             ids.append(f"{shard}#{key}")
-            labels.append(found)
-            of.append("train" if name == "train" else "eval")
-            places[ids[-1]] = _image(f"{root / shard}: sample {key}", sample)
+            labels.append(label)
+            split_of.append("train" if name == "train" else "eval")
+            ranges[ids[-1]] = _image(f"{root / shard}: sample {key}", sample)
     if not ids:
-        raise BadInput(f"{spec}: no sample in its shards; correct dataset.source")
+        raise BadInput(f"{spec}: no samples in the shards; correct dataset.source")
     names = None if classes is None else tuple(classes)
-    native = tuple(of) if len(splits) == 2 else None
-    return Source(spec, tuple(ids), tuple(labels), names, native, ShardReader(spec, root, places))
+    native = tuple(split_of) if len(splits) == 2 else None
+    return Source(spec, tuple(ids), tuple(labels), names, native, ShardReader(spec, root, ranges))
 
 
 def _splits(spec: str, path: Path) -> dict[str, Split]:
-    """Return the shards of train and of one evaluation split, or of train alone where they are one pool."""
+    """Return the shards of train and of one eval split, or of train alone if there are no splits."""
     if path.is_file():
         return {"train": Split([path.name])}
     if not path.is_dir():
         raise BadInput(f"{spec}: no such file or folder; correct dataset.source")
-    described = next((path / name for name in INFO if (path / name).is_file()), None)
-    if described is not None:
-        return _chosen(_described(described))
+    info = next((path / name for name in INFO if (path / name).is_file()), None)
+    if info is not None:
+        return _train_and_eval(_read_info(info))
     shards = sorted(file.name for file in path.glob("*.tar"))
     if not shards:
         raise BadInput(f"{spec}: no *.tar file in the folder; correct dataset.source")
@@ -125,33 +138,33 @@ def _splits(spec: str, path: Path) -> dict[str, Split]:
     for shard in shards:
         match = SPLIT_IN_NAME.search(shard)
         by_name.setdefault(match[1] if match else "", []).append(shard)
-    splits = {name: Split(found) for name, found in by_name.items()}
+    splits = {name: Split(names) for name, names in by_name.items()}
     if "" in splits or "train" not in splits:
         return {"train": Split(shards)}
-    return _chosen(splits)
+    return _train_and_eval(splits)
 
 
-def _described(path: Path) -> dict[str, Split]:
+def _read_info(path: Path) -> dict[str, Split]:
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
-        found = {
+        described = {
             name: Split([str(shard) for shard in split["filenames"]], split.get("alt_label") or "")
             for name, split in splits.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path}: not the description of a data set as timm reads it ({error!r})") from None
-    if "train" not in found:
-        raise BadInput(f"{path}: has no split train; name the shards to train on there")
-    return found
+        raise BadInput(f"{path}: not a dataset description in timm's format ({error!r})") from None
+    if "train" not in described:
+        raise BadInput(f"{path}: has no split train; add one with the shards to train on")
+    return described
 
 
-def _chosen(splits: Mapping[str, Split]) -> dict[str, Split]:
+def _train_and_eval(splits: Mapping[str, Split]) -> dict[str, Split]:
     evaluation = next((name for name in EVAL_SPLITS if name in splits), None)
     return {"train": splits["train"]} | ({} if evaluation is None else {evaluation: splits[evaluation]})
 
 
-def _indexed(root: Path, shard: str) -> dict[str, Sample]:
-    """Return the samples of one shard by key, in its order; only labels are read, images are passed over."""
+def _index_shard(root: Path, shard: str) -> dict[str, Sample]:
+    """Return the samples of one shard by key, in order. Labels are read, images are only located."""
     samples: dict[str, Sample] = {}
     try:
         with tarfile.open(root / shard, "r:") as tar:
@@ -162,7 +175,7 @@ def _indexed(root: Path, shard: str) -> dict[str, Sample]:
     except FileNotFoundError:
         raise BadInput(f"{root / shard}: no such file; correct dataset.source") from None
     except (tarfile.TarError, OSError) as error:
-        raise BadInput(f"{root / shard}: not a whole, uncompressed tar file ({error}); write it again") from None
+        raise BadInput(f"{root / shard}: not a complete, uncompressed tar file ({error}); write it again") from None
     return samples
 
 
@@ -172,7 +185,7 @@ def _is_meta(name: str) -> bool:
 
 def _add(sample: Sample, member: tarfile.TarInfo, ending: str, tar: tarfile.TarFile, shard: str) -> None:
     if ending in sample.images or ending in sample.labels:
-        raise BadInput(f"{shard}: {member.name} is there twice; give every sample a key of its own")
+        raise BadInput(f"{shard}: {member.name} occurs twice; give every sample its own key")
     if ending in IMAGES:
         sample.images[ending] = ByteRange(shard, member.offset_data, member.size)
     elif ending in LABELS and (content := tar.extractfile(member)) is not None:
@@ -187,8 +200,8 @@ def _image(where: str, sample: Sample) -> ByteRange:
 
 
 def _label(where: str, sample: Sample, name: str, classes: Sequence[str] | None) -> int | None:
-    """Return the label of a sample, None if it is to be left out."""
-    value = _written(where, sample, name)
+    """Return the label of a sample, None to skip it."""
+    value = _label_value(where, sample, name)
     try:
         label = int(value)
     except (TypeError, ValueError):
@@ -201,7 +214,7 @@ def _label(where: str, sample: Sample, name: str, classes: Sequence[str] | None)
     return label
 
 
-def _written(where: str, sample: Sample, name: str) -> Any:
+def _label_value(where: str, sample: Sample, name: str) -> Any:
     if not name and "cls" in sample.labels:
         return sample.labels["cls"].decode("ascii", "replace").strip()
     if "json" not in sample.labels:

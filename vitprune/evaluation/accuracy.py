@@ -11,7 +11,18 @@ from vitprune.runtime.progress import track
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], Tensor]:
-    """Top-1 and top-5 in percent, and the predicted class of every image (N,)."""
+    """Measure top-1 and top-5 accuracy.
+
+    Args:
+        model: A classifier.
+        batches: Images (B, C, H, W) and labels (B,).
+
+    Returns:
+        `top1` and `top5` in percent, and the predicted class of every image (N,).
+
+    Raises:
+        BadInput: there are no images.
+    """
     device = next(model.parameters()).device
     right1 = right5 = seen = 0
     predictions = []
@@ -23,5 +34,5 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
             right1, right5, seen = right1 + int(hits[:, 0].sum()), right5 + int(hits.sum()), seen + len(labels)
             predictions.append(best[:, 0])
     if not seen:
-        raise BadInput("evaluate: there is no image to evaluate on; check the eval split")
+        raise BadInput("evaluate: no images; check the eval split")
     return {"top1": 100 * right1 / seen, "top5": 100 * right5 / seen}, torch.cat(predictions)

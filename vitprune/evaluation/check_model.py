@@ -1,4 +1,4 @@
-"""Proof that a timm model can be cut: removed by hand and cut out, its units leave the same function."""
+"""Check on random weights that vitprune prunes a timm model correctly, for every kind of unit (`vitprune check`)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,23 @@ from vitprune.evaluation.check_removal import RemovalCheck, check_removal
 from vitprune.groups import KINDS, Group, Masks
 
 RATIOS = (0.25, 0.5, 0.75)
-CLASSES = 10  # of a model that has no classifier
-SIDES = (64, 112, 128)  # of the images that a model is tried with, before those it was made for
+CLASSES = 10  # given to models without a classifier
+SIDES = (64, 112, 128)  # image sizes to try before the default one, for speed
 
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """A model, a kind of group and a ratio: proven, failed, or refused with the reason that the library gives."""
+    """Result of one kind and ratio on one model.
+
+    Attributes:
+        model: Name of the model.
+        kind: Kind of unit.
+        ratio: Share of the units that are removed.
+        verdict: "proven", "failed", or "refused" for a kind that the model does not support.
+        why: Failures, or the reason of the refusal.
+        groups: Number of groups.
+        proof: Details of the check; None for a refusal.
+    """
 
     model: str
     kind: str
@@ -35,7 +45,16 @@ class ModelCheck:
 def check(
     name: str, kinds: Sequence[str] = KINDS, ratios: Sequence[float] = RATIOS, args: dict[str, Any] | None = None
 ) -> Iterator[ModelCheck]:
-    """Prove every kind and ratio on a timm model with random weights; `args` are those of timm.create_model.
+    """Check the pruning of a timm model with random weights, for every kind and ratio.
+
+    Args:
+        name: Model name of timm.
+        kinds: Kinds of units.
+        ratios: Shares of units to remove, above 0 and below 1.
+        args: Arguments of timm.create_model.
+
+    Yields:
+        One result per kind and ratio.
 
     Raises:
         BadInput: timm cannot create the model, or a kind or ratio is unknown.
@@ -50,41 +69,50 @@ def check(
     for kind in kinds:
         try:
             groups = find_groups(dense, [kind])
-        except BadInput as refused:
-            yield ModelCheck(name, kind, 0.0, "refused", str(refused))
+        except BadInput as error:
+            yield ModelCheck(name, kind, 0.0, "refused", str(error))
             continue
         if kind == "block" and groups[0].units == 2:
-            yield ModelCheck(name, kind, 0.0, "refused", f"{type(dense).__name__}: it has one block, which stays")
+            yield ModelCheck(
+                name, kind, 0.0, "refused", f"{type(dense).__name__}: it has only one block, which cannot be removed"
+            )
             continue
         for number, ratio in enumerate(ratios):
-            proof = check_removal(dense, groups, random_odd_masks(groups, ratio, seed=number), inputs)
-            verdict = "failed" if proof.faults else "proven"
-            yield ModelCheck(name, kind, ratio, verdict, "; ".join(proof.faults), len(groups), proof)
+            result = check_removal(dense, groups, random_odd_masks(groups, ratio, seed=number), inputs)
+            verdict = "failed" if result.failures else "proven"
+            yield ModelCheck(name, kind, ratio, verdict, "; ".join(result.failures), len(groups), result)
 
 
 def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:
-    """A timm model in float64 whose weights all matter, and two images (2, C, H, W): small ones where it takes them.
+    """Create a timm model with random float64 weights and a batch of two images, small ones if the model takes them.
+
+    Args:
+        name: Model name of timm.
+        args: Arguments of timm.create_model.
+
+    Returns:
+        The model, and images (2, C, H, W).
 
     Raises:
         BadInput: timm cannot create the model.
     """
-    given = dict(args or {})
-    model: Any = models.create(name, given)
-    if model.num_classes == 0:  # its answer would be the residual stream, whose width may change
-        given |= {"num_classes": CLASSES}
-        model = models.create(name, given)
+    arguments = dict(args or {})
+    model: Any = models.create(name, arguments)
+    if model.num_classes == 0:  # without a classifier the output is the residual stream, whose width changes
+        arguments |= {"num_classes": CLASSES}
+        model = models.create(name, arguments)
     channels, *sizes = example_input(model, 1).shape[1:]
-    if "img_size" in given:
-        return randomize_parameters(model), _noise(2, channels, given["img_size"], given["img_size"])
+    if "img_size" in arguments:
+        return randomize_parameters(model), _noise(2, channels, arguments["img_size"], arguments["img_size"])
     trials = [] if max(sizes) <= SIDES[0] else [(side, side) for side in SIDES]
     for size in trials:
         images = torch.zeros(1, channels, *size)
         for more in ({}, {"img_size": size[0]}):
             try:
-                smaller = models.create(name, given | more)
+                smaller = models.create(name, arguments | more)
                 with torch.no_grad():
                     smaller.eval()(images)
-            except Exception:  # whatever it is that a model says to a size that it was not made for
+            except Exception:  # models raise various errors for an unsupported size
                 continue
             return randomize_parameters(smaller), _noise(2, channels, *size)
     return randomize_parameters(model), _noise(2, channels, *sizes)
@@ -96,7 +124,13 @@ def _noise(*shape: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter and statistic anew, in float64: what timm starts at zero or one would hide its units."""
+    """Draw all parameters and running statistics at random, in float64, in place.
+
+    timm initializes some to zero or one, which would hide the effect of a removed unit.
+
+    Returns:
+        The model.
+    """
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval()
     for name, parameter in model.named_parameters():
@@ -114,14 +148,23 @@ def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def random_odd_masks(groups: Sequence[Group], ratio: float, seed: int = 0) -> Masks:
-    """Random masks that remove about `ratio` of each group's units and leave an odd number of them (of each head)."""
+    """Draw random masks that keep an odd number of units of each group, or of each head.
+
+    Args:
+        groups: Groups of one model.
+        ratio: Approximate share of units to remove.
+        seed: Seed of the draw.
+
+    Returns:
+        Masks by group name, True = kept.
+    """
     generator = torch.Generator().manual_seed(seed)
     masks: Masks = {}
     for group in groups:
         row = {"block": group.units // 2, "weight": group.units}.get(group.kind, group.shape[-1])
         kept = max(1, row - max(1, round(ratio * row)))
         order = torch.rand((group.units // row, row), generator=generator).argsort(1)
-        if group.kind == "block":  # attention and FFN of a block go together
+        if group.kind == "block":  # attention and MLP of a block are removed together
             masks[group.name] = (order[0] < kept).repeat_interleave(2)
         else:
             kept -= kept % 2 == 0

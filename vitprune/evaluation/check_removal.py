@@ -1,4 +1,4 @@
-"""One cut held against the literal removal of the same units: logits, gradients, costs, and a round trip by file."""
+"""Compare a pruned model with a masked reference: logits, gradients, cost, and saving and loading."""
 
 import copy
 import tempfile
@@ -16,18 +16,24 @@ from vitprune.evaluation.cost import count_macs
 from vitprune.groups import Group, Masks, is_within, positions, removed_modules, shrink, zero
 from vitprune.runtime.eval_mode import eval_mode
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, nn.GroupNorm)  # whose statistics run over channels
-LOGIT_TOLERANCE = 1e-10  # of the largest logit, in float64
-MIN_CHANGE = 1e-6
+NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, nn.GroupNorm)  # normalize over channels
+LOGIT_TOLERANCE = 1e-10  # relative to the largest logit, in float64
+MIN_CHANGE = 1e-6  # relative change of the logits below which removing the units proves nothing
 
-Counted = tuple[int, tuple[int, dict[str, int]]]
+_Cost = tuple[int, tuple[int, dict[str, int]]]
 
 
 @dataclass(frozen=True)
 class RemovalCheck:
-    """What one cut did: largest difference of a logit (relative to the largest logit), and costs of one image.
+    """Result of one check.
 
-    `faults` says what did not hold; a proof without one is a proof.
+    Attributes:
+        difference: Largest difference of a logit, relative to the largest logit.
+        params_before: Parameters of the dense model.
+        params_after: Parameters of the pruned model.
+        macs_before: MACs per image of the dense model.
+        macs_after: MACs per image of the pruned model.
+        failures: One line per failed check; empty if all passed.
     """
 
     difference: float
@@ -35,62 +41,80 @@ class RemovalCheck:
     params_after: int
     macs_before: int
     macs_after: int
-    faults: tuple[str, ...]
+    failures: tuple[str, ...]
 
 
 def check_removal(dense: nn.Module, groups: Sequence[Group], masks: Masks, inputs: Tensor) -> RemovalCheck:
-    """Cut a copy of a model in float64 and hold it against the literal removal of the same units.
+    """Prune a copy of a model and compare it with the masked reference.
 
-    Single weights are zeroed, as they have no smaller form.
+    Args:
+        dense: Model in float64; it is not changed.
+        groups: Groups of one kind. For single weights, the pruned copy has zeros; other kinds are shrunk.
+        masks: Masks by group name, True = kept.
+        inputs: Images (B, C, H, W).
+
+    Returns:
+        The result, with the failures.
     """
     kind = groups[0].kind
-    whole = _answer(dense, inputs)
+    dense_logits = _logits(dense, inputs)
     counts = [(sum(p.numel() for p in dense.parameters()), count_macs(dense, inputs[:1]))] * 2
-    faults: list[str] = []
+    failures: list[str] = []
     difference = float("nan")
     try:
-        expected = _answer(masked_reference(dense, groups, masks), inputs)
+        expected = _logits(masked_reference(dense, groups, masks), inputs)
         smaller = (zero if kind == "weight" else shrink)(copy.deepcopy(dense), groups, masks)
-        found = _answer(smaller, inputs)
+        logits = _logits(smaller, inputs)
         scale = float(expected.abs().max())
-        difference = float((found - expected).abs().max()) / scale
+        difference = float((logits - expected).abs().max()) / scale
         if not difference <= LOGIT_TOLERANCE:
-            faults.append(f"its logits differ by {difference:.2g} from those of the literal removal")
-        if not float((expected - whole).abs().max()) >= MIN_CHANGE * scale:
-            faults.append("removing its units changes nothing, so nothing is proven")
+            failures.append(f"logits differ by {difference:.2g} from those of the masked reference")
+        if not float((expected - dense_logits).abs().max()) >= MIN_CHANGE * scale:
+            failures.append("removing the units does not change the logits, so the check proves nothing")
         counts[1] = sum(p.numel() for p in smaller.parameters()), count_macs(smaller, inputs[:1])
-        faults += _zeros(smaller, groups, masks) if kind == "weight" else _costs(dense, groups, masks, counts)
-        faults += _round_trip(smaller, inputs) + _backward(smaller, inputs)
-    except Exception as error:  # a wrong rule can break a forward pass in any way
-        faults.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        failures += (
+            _check_zeros(smaller, groups, masks) if kind == "weight" else _check_costs(dense, groups, masks, counts)
+        )
+        failures += _check_round_trip(smaller, inputs) + _check_backward(smaller, inputs)
+    except Exception as error:  # wrong slices can break a forward pass in any way
+        failures.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     (before, (macs_before, _)), (after, (macs_after, _)) = counts
-    return RemovalCheck(difference, before, after, macs_before, macs_after, tuple(faults))
+    return RemovalCheck(difference, before, after, macs_before, macs_after, tuple(failures))
 
 
 def masked_reference(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
-    """A copy of a model at its full size in which the removed units do nothing.
+    """Copy a model at full size and disable the removed units.
 
-    Units are zeroed; norms of a residual stream run over what is left of it; of blocks, the branches add nothing.
+    The weights of the units are zeroed. Norms of the residual stream use the remaining channels only. Removed blocks
+    add nothing to the residual stream.
+
+    Args:
+        dense: The model.
+        groups: Groups of one kind.
+        masks: Masks by group name, True = kept.
+
+    Returns:
+        The reference model.
     """
     model = copy.deepcopy(dense)
     if groups[0].kind not in ("residual", "block"):
         return zero(model, groups, masks)
     for path in dict.fromkeys(removed_modules(groups, masks)):
-        given = groups[0].whole_blocks  # to a block that goes as a whole, and on to the next
-        hook = (lambda module, args, output: args[0]) if given else (lambda *call: torch.zeros_like(call[-1]))
+        is_block = groups[0].whole_blocks  # the module is the whole block: it returns its input
+        hook = (lambda module, args, output: args[0]) if is_block else (lambda *call: torch.zeros_like(call[-1]))
         model.get_submodule(path).register_forward_hook(hook)
     for group in groups:
         for part in group.slices:
             module = model.get_submodule(part.param.rpartition(".")[0])
             if part.param.endswith(".weight") and isinstance(module, NORMS):
                 kept = positions(part, masks[group.name])
-                module.register_forward_hook(partial(_live, _narrow(module, kept), kept))
+                module.register_forward_hook(partial(_narrow_norm_output, _narrow_norm(module, kept), kept))
             with torch.no_grad():
                 model.get_parameter(part.param).index_fill_(part.axis, positions(part, ~masks[group.name]), 0)  # type: ignore[arg-type]
     return model
 
 
-def _narrow(norm: nn.Module, kept: Tensor) -> nn.Module:
+def _narrow_norm(norm: nn.Module, kept: Tensor) -> nn.Module:
     narrow: Any = copy.deepcopy(norm)
     for name, parameter in norm.named_parameters():
         setattr(narrow, name, nn.Parameter(parameter.detach()[kept]))
@@ -98,49 +122,57 @@ def _narrow(norm: nn.Module, kept: Tensor) -> nn.Module:
     return narrow  # type: ignore[no-any-return]
 
 
-def _live(narrow: nn.Module, kept: Tensor, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A norm's answer with statistics over the channels that are left; the others are zero."""
+def _narrow_norm_output(
+    narrow: nn.Module, kept: Tensor, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Output of a norm over the remaining channels; the removed ones are zero."""
     axis = 1 if isinstance(norm, LayerNorm2d | nn.GroupNorm) else -1
     return torch.zeros_like(output).index_copy(axis, kept, narrow(args[0].index_select(axis, kept)))
 
 
-def _answer(model: nn.Module, inputs: Tensor) -> Tensor:
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
     with torch.no_grad(), eval_mode(model):
-        answer: Tensor = model(inputs)
-    return answer
+        logits: Tensor = model(inputs)
+    return logits
 
 
-def _zeros(model: nn.Module, groups: Sequence[Group], masks: Masks) -> list[str]:
-    """Of single weights, exactly those of the masks are zero."""
+def _check_zeros(model: nn.Module, groups: Sequence[Group], masks: Masks) -> list[str]:
+    """Exactly the masked weights are zero."""
     wrong = [g.name for g in groups if not torch.equal(model.get_parameter(g.name) != 0, masks[g.name])]
-    return [f"{wrong[0]}: other weights are zero than its mask removes"] if wrong else []
+    return [f"{wrong[0]}: the zeros are not those of its mask"] if wrong else []
 
 
-def _costs(dense: nn.Module, groups: Sequence[Group], masks: Masks, counts: Sequence[Counted]) -> list[str]:
-    """Parameters must fall by what the slices hold, and the MACs of every layer in proportion to its weights."""
+def _check_costs(dense: nn.Module, groups: Sequence[Group], masks: Masks, counts: Sequence[_Cost]) -> list[str]:
+    """Parameters decrease by the size of the slices, MACs of every layer in proportion to its weights."""
     (before, (total, layers)), (after, (left, layers_left)) = counts
-    promised = expected_removals(dense, groups, masks)
-    gone = sum(promised.values())
-    faults = [] if before - after == gone else [f"{before - after} parameters went, its groups promise {gone}"]
+    removals = expected_removals(dense, groups, masks)
+    removed = sum(removals.values())
+    failures = [] if before - after == removed else [f"{before - after} parameters removed, expected {removed}"]
     saved = 0
     for name, cost in layers.items():
-        share = promised.get(f"{name}.weight", 0)
+        share = removals.get(f"{name}.weight", 0)
         expected = cost - cost * share // dense.get_parameter(f"{name}.weight").numel()
         saved += cost - expected
-        if groups[0].kind == "block":  # those behind a removed one move up, and have other names
+        if groups[0].kind == "block":  # later blocks are renumbered
             continue
         if layers_left[name] > expected or (share and layers_left[name] != expected):
-            faults.append(f"{name}: {layers_left[name]} MACs are left, its groups promise {expected}")
-    return faults if total - left >= saved else [*faults, f"{total - left} MACs went, its groups promise {saved}"]
+            failures.append(f"{name}: {layers_left[name]} MACs remain, expected {expected}")
+    return failures if total - left >= saved else [*failures, f"{total - left} MACs removed, expected {saved}"]
 
 
 def expected_removals(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> dict[str, int]:
-    """How many elements of each parameter go with the removed units, by its slices alone."""
+    """Return the number of elements that each parameter loses, computed from the slices alone.
+
+    Args:
+        dense: The model.
+        groups: Groups of one kind.
+        masks: Masks by group name, True = kept.
+    """
     kept: dict[str, Tensor] = {}
     parameters = dict(dense.named_parameters())
-    doomed = removed_modules(groups, masks)
+    removed = removed_modules(groups, masks)
     for name, parameter in parameters.items():
-        if is_within(name, doomed):
+        if is_within(name, removed):
             kept[name] = torch.zeros(parameter.shape, dtype=torch.bool)
     for group in groups:
         for part in group.slices:
@@ -150,19 +182,19 @@ def expected_removals(dense: nn.Module, groups: Sequence[Group], masks: Masks) -
     return {name: int((~mask).sum()) for name, mask in kept.items()}
 
 
-def _round_trip(model: nn.Module, inputs: Tensor) -> list[str]:
+def _check_round_trip(model: nn.Module, inputs: Tensor) -> list[str]:
     with tempfile.TemporaryDirectory() as directory:
         models.save(model, directory)
-        again = models.load(directory)
-    same = torch.equal(_answer(again, inputs), _answer(model, inputs))
-    return [] if same else ["saved and loaded again, it answers differently"]
+        loaded = models.load(directory)
+    same = torch.equal(_logits(loaded, inputs), _logits(model, inputs))
+    return [] if same else ["after saving and loading, the logits differ"]
 
 
-def _backward(model: nn.Module, inputs: Tensor) -> list[str]:
+def _check_backward(model: nn.Module, inputs: Tensor) -> list[str]:
     model.train()
-    answer = model(inputs)
-    logits = answer if isinstance(answer, Tensor) else torch.cat(answer)
+    output = model(inputs)
+    logits = output if isinstance(output, Tensor) else torch.cat(output)
     logits.square().mean().backward()  # type: ignore[no-untyped-call]
-    slopes = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    fine = bool(slopes) and all(bool(slope.isfinite().all()) for slope in slopes)
-    return [] if fine and bool(logits.isfinite().all()) else ["its logits or gradients are not finite"]
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    finite = bool(grads) and all(bool(grad.isfinite().all()) for grad in grads)
+    return [] if finite and bool(logits.isfinite().all()) else ["logits or gradients are not finite"]

@@ -19,8 +19,15 @@ from vitprune.runtime.eval_mode import eval_mode, frozen
 
 @dataclass(frozen=True)
 class Counts:
-    """Cost of one image. `nominal_macs` spreads the zeros evenly over the prunable layers, as DIMAP's paper does;
-    `nonzero_macs` counts each layer's own.
+    """Parameters of a model and multiply-accumulate operations (MACs) per image.
+
+    Attributes:
+        params: Parameters.
+        nonzero_params: Nonzero parameters.
+        macs: MACs.
+        nonzero_macs: MACs, with each layer's scaled by its own share of nonzero weights.
+        nominal_macs: MACs, with each prunable layer's scaled by the mean share of nonzero weights of all prunable
+            layers. Source: DIMAP, table 1.
     """
 
     params: int
@@ -31,10 +38,17 @@ class Counts:
 
 
 def count(model: nn.Module, example_input: Tensor) -> Counts:
-    """Parameters and multiply-accumulates of one image; `example_input` (B, C, H, W) gives its size.
+    """Count the parameters of a model and its MACs for one image.
 
-    MACs are half the FLOPs of matrix products, convolutions and attention, counted with fused attention off (it
-    is under-counted on CPU otherwise).
+    MACs are half the FLOPs of matrix products, convolutions and attention. Fused attention is disabled while counting,
+    because the FLOP counter misses part of it on CPU.
+
+    Args:
+        model: The model.
+        example_input: Images (B, C, H, W), of which the first is used.
+
+    Returns:
+        The counts.
     """
     total, per_layer = count_macs(model, example_input[:1])
     zeros = {name: _zero_share(model.get_parameter(f"{name}.weight")) for name in per_layer}
@@ -49,32 +63,46 @@ def count(model: nn.Module, example_input: Tensor) -> Counts:
 
 
 def group_costs(model: nn.Module, groups: Sequence[Group], example_input: Tensor) -> dict[str, tuple[int, int]]:
-    """Per group: the weights that go if all of it goes, and the MACs of one image in the layers that it cuts."""
+    """Return the weights and the MACs per image of the layers that each group prunes.
+
+    Args:
+        model: The model.
+        groups: Groups of its units.
+        example_input: Images (B, C, H, W), of which the first is used.
+
+    Returns:
+        By group name: number of weights removed with the whole group, and MACs of the layers that it prunes.
+    """
     per_layer = count_macs(model, example_input[:1])[1]
-    found = {}
+    costs = {}
     for group in groups:
         inner = {path for paths in group.sublayers for path in paths}
         names = dict.fromkeys(part.param for part in group.slices)
         names |= dict.fromkeys(name for name, _ in model.named_parameters() if is_within(name, inner))
         weights = sum(model.get_parameter(name).numel() for name in names)
-        found[group.name] = weights, sum(per_layer.get(name.removesuffix(".weight"), 0) for name in names)
-    return found
+        costs[group.name] = weights, sum(per_layer.get(name.removesuffix(".weight"), 0) for name in names)
+    return costs
 
 
 def count_macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
-    """MACs of the whole model, and of every Linear and Conv2d layer by name."""
+    """Return the MACs of the whole model, and of each Linear and Conv2d layer by name.
+
+    Args:
+        model: The model.
+        image: Input (1, C, H, W), or tokens.
+    """
     layers = _Layers(model)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), eval_mode(model), frozen(model), _plain_attention(model), counter, layers:
-        model(_for(model, image))
+        model(_cast(model, image))
     return int(counter.get_total_flops() // 2), layers.macs
 
 
 def _nominal_saving(model: nn.Module, per_layer: dict[str, int]) -> int:
-    """MACs saved if every prunable layer had the mean sparsity of all of them. Source: DIMAP, table 1."""
+    """MACs saved if every prunable layer had the mean sparsity of all prunable layers."""
     try:
         groups = find_groups(model, ["weight"])
-    except BadInput:  # a model without groups has no prunable layers to average over
+    except BadInput:  # no prunable layers
         return 0
     weights = [model.get_parameter(group.name) for group in groups]
     zeros = sum(w.numel() - int(w.count_nonzero()) for w in weights)
@@ -88,7 +116,7 @@ def _zero_share(weight: Tensor) -> float:
 
 @contextmanager
 def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """Switch fused attention off inside the model while counting."""
+    """Disable fused attention of the model."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
@@ -100,7 +128,7 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
 
 
 class _Layers(TorchFunctionMode):
-    """Counts MACs where weights are used: some attentions of timm use those of a layer without calling it."""
+    """Count MACs per weight at F.linear and F.conv2d: some timm attentions use a layer's weight without calling it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -113,13 +141,13 @@ class _Layers(TorchFunctionMode):
         if func in (F.linear, F.conv2d):
             weight = kwargs["weight"] if kwargs and "weight" in kwargs else args[1]
             name = self.names.get(id(weight))
-            if name is not None:  # every weight of a channel's row is used once per output position
+            if name is not None:  # each weight of an output channel is used once per output position
                 used = output.numel() // weight.shape[0] * weight.numel()
                 self.macs[name] = self.macs.get(name, 0) + used
         return output
 
 
-def _for(model: nn.Module, given: Tensor) -> Tensor:
-    """The input on the model's device, and in the type of its weights unless it is whole numbers (tokens)."""
+def _cast(model: nn.Module, image: Tensor) -> Tensor:
+    """Move the input to the model's device and, unless it is integer tokens, to the type of its weights."""
     weight = next(model.parameters())
-    return given.to(weight) if given.is_floating_point() else given.to(weight.device)
+    return image.to(weight) if image.is_floating_point() else image.to(weight.device)

@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 
 def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> list[dict[str, float]]:
-    """Milliseconds of a forward pass of each model: median, p10 and p90 over `runs`, after a warm-up.
+    """Measure the latency of a forward pass of several models.
 
-    The models take turns, so that what else the machine does in between meets all of them alike.
+    The models run alternately, so that other load on the machine affects all of them equally.
+
+    Args:
+        models: Models on the same device.
+        example_input: Batch (B, C, H, W).
+        runs: Measured runs per model, after a warm-up of max(3, runs / 5).
+
+    Returns:
+        For each model: `median`, `p10` and `p90` in milliseconds, `runs` and `batch`.
     """
     device = next(models[0].parameters()).device
     batch = example_input.to(device)
@@ -25,19 +33,19 @@ def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> li
     for model in models:
         model.eval()
     with torch.inference_mode():
-        for run in range(-max(3, runs // 5), runs):  # without a progress bar, whose thread would be measured too
-            for model, own in zip(models, times, strict=True):
-                _wait(device)
+        for run in range(-max(3, runs // 5), runs):  # no progress bar: its thread would affect the measurement
+            for model, durations in zip(models, times, strict=True):
+                _synchronize(device)
                 start = time.perf_counter()
                 model(batch)
-                _wait(device)
+                _synchronize(device)
                 if run >= 0:
-                    own.append(1000 * (time.perf_counter() - start))
-    return [_spread(own) | {"runs": runs, "batch": len(batch)} for own in times]
+                    durations.append(1000 * (time.perf_counter() - start))
+    return [_percentiles(durations) | {"runs": runs, "batch": len(batch)} for durations in times]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine behind a measurement."""
+    """Return package versions, device, CPU and threads of a measurement."""
     cuda = device.type == "cuda"
     return {
         "vitprune": metadata.version("vitprune"),
@@ -52,7 +60,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _spread(times: list[float]) -> dict[str, float]:
+def _percentiles(times: list[float]) -> dict[str, float]:
     deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     return {"median": statistics.median(times), "p10": deciles[0], "p90": deciles[8]}
 
@@ -65,6 +73,6 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The model card of a saved model: README.md with the hub's metadata, of facts that files hold and of nothing else."""
+"""Model card of a saved model: README.md with Hugging Face hub metadata, from recorded values only."""
 
 from collections.abc import Mapping
 from importlib import metadata
@@ -13,18 +13,18 @@ from vitprune.models.io import WEIGHTS, SavedModel, describe_saved
 from vitprune.runtime.files import atomic_write, read_json, sha256
 
 CARD = "README.md"
-STARTS = {
+INITIAL_WEIGHTS = {
     "pretrained": "timm's published weights",
     "checkpoint": "a checkpoint",
     "train": "random weights, trained",
 }
-NUMBERS = {  # of metrics/evaluate.json: what it is called, and how it is written
+NUMBERS = {  # key of metrics/evaluate.json -> label and format
     "top1": ("Top-1 accuracy, %", "{:.2f}"),
     "top5": ("Top-5 accuracy, %", "{:.2f}"),
     "params": ("Parameters", "{:,}"),
     "nonzero_params": ("Nonzero parameters", "{:,}"),
     "macs": ("Multiply-accumulates per image", "{:,}"),
-    "nonzero_macs": ("Those with a nonzero weight", "{:,}"),
+    "nonzero_macs": ("Multiply-accumulates with a nonzero weight", "{:,}"),
 }
 PAGE = """\
 ---
@@ -62,12 +62,12 @@ import timm
 model = timm.create_model("local-dir:DIRECTORY", pretrained=True)  # from the hub: "hf-hub:USER/NAME"
 ```
 {% else %}
-Its layers differ in width, for which timm alone has no words; the structure in config.json tells vitprune:
+Its layers differ in width, so timm alone cannot build it; vitprune reads the structure from config.json:
 
 ```python
 import vitprune
 
-model = vitprune.load("DIRECTORY")  # a timm model; of this directory, no code is run
+model = vitprune.load("DIRECTORY")  # a timm model; no code from the directory is run
 ```
 {% endif %}
 ## Provenance
@@ -79,13 +79,17 @@ model = vitprune.load("DIRECTORY")  # a timm model; of this directory, no code i
 
 
 def write_card(directory: str | Path, project: str | Path | None = None) -> None:
-    """Write README.md beside a saved model; `project` is where the pipeline has left its metrics, if it made the model.
+    """Write README.md into the directory of a saved model.
 
-    What is not known is left out: numbers and masks without metrics, the base model and its license unless the model
-    was made from timm's published weights.
+    Unknown values are left out: results and masks without a project, base model and license unless the model started
+    from timm's published weights.
+
+    Args:
+        directory: Directory of the saved model.
+        project: Directory of the pipeline project that made the model; its metrics are read.
 
     Raises:
-        BadInput: the directory holds no saved model, or a file of metrics is broken.
+        BadInput: the directory holds no saved model, or a metrics file is invalid.
     """
     directory = Path(directory)
     saved = describe_saved(directory)
@@ -104,7 +108,7 @@ def write_card(directory: str | Path, project: str | Path | None = None) -> None
 
 
 def _facts(project: Path, saved: SavedModel) -> dict[str, Any]:
-    """What the metrics of a project say about its model."""
+    """Read the metrics of a project."""
     dense, score, prune, evaluation = (
         _read_metrics(project / f"metrics/{name}.json") for name in ("dense", "score", "prune", "evaluate")
     )
@@ -123,37 +127,37 @@ def _facts(project: Path, saved: SavedModel) -> dict[str, Any]:
 
 
 def _base(saved: SavedModel) -> dict[str, str]:
-    """The published model and its license, as timm knows them."""
+    """Base model and license, from timm's registry."""
     name, tag = saved.architecture, saved.pretrained_cfg.get("tag")
-    found = timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name, allow_unregistered=True)
-    if found is None:
+    config = timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name, allow_unregistered=True)
+    if config is None:
         return {}
-    known = {"license": found.license, "base_model": found.hf_hub_id}
-    return {key: value for key, value in known.items() if value}
+    values = {"license": config.license, "base_model": config.hf_hub_id}
+    return {key: value for key, value in values.items() if value}
 
 
 def _rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Both models' numbers; those of nonzero weights only where a weight is zero."""
+    """Numbers of both models; those of nonzero weights only if they differ."""
     dense, pruned = evaluation.get("dense", {}), evaluation.get("pruned", {})
     rows = []
     for key, (name, form) in NUMBERS.items():
         plain = key.removeprefix("nonzero_")
-        told = key == plain or pruned.get(key) != pruned.get(plain) or dense.get(key) != dense.get(plain)
-        if key in dense and key in pruned and told:
+        is_new = key == plain or pruned.get(key) != pruned.get(plain) or dense.get(key) != dense.get(plain)
+        if key in dense and key in pruned and is_new:
             rows.append((name, form.format(dense[key]), form.format(pruned[key])))
     return rows
 
 
 def _origin(dense: Mapping[str, Any]) -> dict[str, str]:
-    """Where the dense model came from."""
-    found = {}
-    if dense.get("from") in STARTS:
-        found["the dense model started from"] = STARTS[dense["from"]]
+    """Origin of the dense model."""
+    origin = {}
+    if dense.get("from") in INITIAL_WEIGHTS:
+        origin["the dense model started from"] = INITIAL_WEIGHTS[dense["from"]]
     if dense.get("checkpoint_sha256"):
-        found["sha256 of that checkpoint"] = f"`{dense['checkpoint_sha256']}`"
+        origin["sha256 of that checkpoint"] = f"`{dense['checkpoint_sha256']}`"
     if dense.get("sha256"):
-        found["sha256 of the dense weights"] = f"`{dense['sha256']}`"
-    return found
+        origin["sha256 of the dense weights"] = f"`{dense['sha256']}`"
+    return origin
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What leaves the pipeline: a timm directory and an ONNX file, each checked against the model it came from."""
+"""Export to a timm directory and to ONNX, each compared with the original model."""
 
 import warnings
 from pathlib import Path
@@ -12,44 +12,58 @@ from vitprune import models
 from vitprune.errors import BadInput
 from vitprune.runtime.files import atomic_write
 
-TOLERANCE = 1e-3  # of logits, far above rounding and far below a wrong weight
+TOLERANCE = 1e-3  # of logits: above rounding errors, below the effect of a wrong weight
 
 
 def export_timm(model: nn.Module, directory: Path, example_input: Tensor) -> dict[str, Any]:
-    """Save a model and load it back, with vitprune and, if its blocks are all alike, with plain timm.
+    """Save a model, load it with vitprune and, if all blocks have the same shape, with plain timm, and compare.
 
-    Returns whether plain timm loads it, and the largest difference of the logits.
+    Args:
+        model: The model.
+        directory: Directory to write.
+        example_input: Images (B, C, H, W) for the comparison.
+
+    Returns:
+        `loads_plain_timm`, and `max_abs_diff`, the largest difference of the logits.
 
     Raises:
-        BadInput: what was loaded back is another function.
+        BadInput: the loaded model gives different logits.
     """
     models.save(model, directory)
-    answer = _answer(model, example_input)
-    difference = float((_answer(models.load(directory), example_input) - answer).abs().max())
+    logits = _logits(model, example_input)
+    difference = float((_logits(models.load(directory), example_input) - logits).abs().max())
     plain = True
     try:
-        theirs = timm.create_model(f"local-dir:{directory}", pretrained=True)
-        difference = max(difference, float((_answer(theirs, example_input) - answer).abs().max()))
-    except RuntimeError:  # layers of different widths: timm has no words for them
+        plain_model = timm.create_model(f"local-dir:{directory}", pretrained=True)
+        difference = max(difference, float((_logits(plain_model, example_input) - logits).abs().max()))
+    except RuntimeError:  # timm cannot build layers of different widths
         plain = False
     if not difference <= TOLERANCE:
-        raise BadInput(f"{directory}: loaded again, its logits differ by {difference:.3g}; do not use it")
+        raise BadInput(f"{directory}: after loading, the logits differ by {difference:.3g}; do not use it")
     return {"loads_plain_timm": plain, "max_abs_diff": difference}
 
 
 def export_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, Any]:
-    """Export a model to ONNX with a free batch size and compare it in onnxruntime; returns difference and size.
+    """Export a model to ONNX with a dynamic batch size and compare it in onnxruntime.
+
+    Args:
+        model: The model; it is moved to the CPU and set to evaluation mode.
+        path: File to write.
+        example_input: Images (B, C, H, W) for tracing and for the comparison.
+
+    Returns:
+        `max_abs_diff`, the largest difference of the logits, and `bytes`, the size of the file.
 
     Raises:
         BadInput: the packages of the `export` extra are not installed.
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  torch.onnx needs it and says so less clearly
+        import onnxscript  # noqa: F401  torch.onnx needs it, and its own error is less clear
     except ImportError as error:
         raise BadInput(f"export.onnx: {error.name} is not installed; pip install 'vitprune[export]'") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations, nothing a user can act on
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.onnx.export(
             model.eval().cpu(),
             (example_input,),
@@ -64,11 +78,11 @@ def export_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str
         program.save(str(partial))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": example_input.numpy()})
-    difference = float((torch.from_numpy(logits) - _answer(model, example_input)).abs().max())
+    difference = float((torch.from_numpy(logits) - _logits(model, example_input)).abs().max())
     return {"max_abs_diff": difference, "bytes": path.stat().st_size}
 
 
-def _answer(model: nn.Module, example_input: Tensor) -> Tensor:
+def _logits(model: nn.Module, example_input: Tensor) -> Tensor:
     with torch.no_grad():
-        answer: Tensor = model.eval()(example_input)
-    return answer
+        logits: Tensor = model.eval()(example_input)
+    return logits

@@ -1,4 +1,4 @@
-"""INT8 after training, by onnxruntime: weights per output channel, symmetric, so that every zero stays zero."""
+"""Post-training INT8 quantization by onnxruntime: symmetric weights per output channel, so zero is exact."""
 
 import contextlib
 import io
@@ -15,34 +15,47 @@ from vitprune.errors import BadInput
 from vitprune.runtime.files import atomic_write
 
 Batch = tuple[Tensor, Tensor]  # (images (B, C, H, W), labels (B,))
-WEIGHT_BITS = 7  # processors without VNNI add two products of 8 x 8 bits in 16 bits
-IMAGES, BATCH = 128, 16  # that calibrate the ranges of activations; a batch at a time bounds the memory
-PERCENTILE = 99.999  # of an activation's values inside its range
-LAYERS = ["MatMul", "Gemm", "Conv"]  # what has weights; norms, softmax and GELU stay in float
+WEIGHT_BITS = 7  # without VNNI, two products of 8 x 8 bits can overflow 16 bits
+IMAGES, BATCH = 128, 16  # for the activation ranges; small batches limit memory
+PERCENTILE = 99.999  # of the values of an activation that its range covers
+LAYERS = ["MatMul", "Gemm", "Conv"]  # operators with weights; norms, softmax and GELU are not quantized
 
 
 class CalibrationBatches:
-    """Calibration batches as onnxruntime reads them, one range after the other."""
+    """Calibration batches in the interface of onnxruntime's CalibrationDataReader.
+
+    Args:
+        images: Images (N, C, H, W); the first 128 are used.
+    """
 
     def __init__(self, images: Tensor):
         self._batches = torch.split(images[:IMAGES], BATCH)
-        self._left = iter(self._batches)
+        self._remaining = iter(self._batches)
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        """Go to the batches of a range."""
-        self._left = iter(self._batches[start_index:end_index])
+        """Restrict to the batches from `start_index` to before `end_index`."""
+        self._remaining = iter(self._batches[start_index:end_index])
 
     def get_next(self) -> dict[str, Any] | None:
         """Return the next batch, None at the end."""
-        batch = next(self._left, None)
+        batch = next(self._remaining, None)
         return None if batch is None else {"images": batch.numpy()}
 
 
 def quantize_and_compare(folder: Path, calibration: Sequence[Batch], evaluation: Iterable[Batch]) -> dict[str, Any]:
-    """Quantize the folder's model.onnx to int8.onnx and run both on the same images; returns all that was measured."""
+    """Quantize `model.onnx` of a folder to `int8.onnx` and compare both on the evaluation images.
+
+    Args:
+        folder: Folder with model.onnx.
+        calibration: Batches that set the activation ranges.
+        evaluation: Batches to measure the accuracy on.
+
+    Returns:
+        The values of `quantize_int8` and of `compare_onnx`.
+    """
     source, path = folder / "model.onnx", folder / "int8.onnx"
     images = torch.cat([images for images, _ in calibration])
     return quantize_int8(source, path, images) | compare_onnx([source, path], evaluation)
@@ -51,13 +64,21 @@ def quantize_and_compare(folder: Path, calibration: Sequence[Batch], evaluation:
 def quantize_int8(
     source: Path, path: Path, images: Tensor, calibration: str = "percentile", weight_bits: int = WEIGHT_BITS
 ) -> dict[str, Any]:
-    """Quantize an exported model's weighted layers and their inputs (QDQ format); returns size and zeros.
+    """Quantize the layers with weights and their inputs of an ONNX model (QDQ format).
 
-    `images` (N, C, H, W), of which the first 128 are used, set the ranges of the activations: `minmax`, `percentile` or
-    `entropy`. Weights have 7 bits, as processors without VNNI add two products of 8 bits in 16, or all 8.
+    Args:
+        source: The ONNX file in float.
+        path: The file to write.
+        images: Calibration images (N, C, H, W); the first 128 are used.
+        calibration: How activation ranges are set: "minmax", "percentile" or "entropy".
+        weight_bits: 7, safe on processors without VNNI, or 8.
+
+    Returns:
+        `calibration`, number of `images`, `bytes` of the file, and the counts of `count_zeros`.
 
     Raises:
-        BadInput: the packages of the `export` extra are not installed, the calibration is unknown, or a zero got lost.
+        BadInput: the packages of the `export` extra are missing, the calibration is unknown, or a zero weight became
+            nonzero.
     """
     try:
         from onnxruntime import quantization
@@ -89,10 +110,17 @@ def quantize_int8(
 
 
 def count_zeros(source: Path, path: Path) -> dict[str, int]:
-    """How many weights are zero before and after, in the layers that were quantized.
+    """Count the zeros of the quantized layers' weights before and after quantization.
+
+    Args:
+        source: The ONNX file in float.
+        path: The quantized file.
+
+    Returns:
+        `weights`, `zeros` before and `int8_zeros` after.
 
     Raises:
-        BadInput: a weight that was zero is not any more.
+        BadInput: a zero weight became nonzero.
     """
     import onnx
     from onnx import numpy_helper
@@ -101,43 +129,51 @@ def count_zeros(source: Path, path: Path) -> dict[str, int]:
         {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(str(file)).graph.initializer}
         for file in (source, path)
     )
-    found = {"weights": 0, "zeros": 0, "int8_zeros": 0}
+    counts = {"weights": 0, "zeros": 0, "int8_zeros": 0}
     for name, values in before.items():
         if values.ndim < 2 or f"{name}_quantized" not in after:
             continue
-        now = after[f"{name}_quantized"] == 0
-        if after[f"{name}_zero_point"].any() or not now[values == 0].all():
-            raise BadInput(f"{path}: zeros of {name} got lost in quantization; do not use it")
-        found["weights"] += values.size
-        found["zeros"] += int((values == 0).sum())
-        found["int8_zeros"] += int(now.sum())
-    return found
+        is_zero = after[f"{name}_quantized"] == 0
+        if after[f"{name}_zero_point"].any() or not is_zero[values == 0].all():
+            raise BadInput(f"{path}: zero weights of {name} became nonzero in quantization; do not use it")
+        counts["weights"] += values.size
+        counts["zeros"] += int((values == 0).sum())
+        counts["int8_zeros"] += int(is_zero.sum())
+    return counts
 
 
 def compare_onnx(paths: Sequence[Path], batches: Iterable[Batch]) -> dict[str, float]:
-    """Top-1 of the ONNX files in percent, by file name, and on how many images each has the first one's answer."""
+    """Measure the top-1 accuracy of ONNX files, and how often they predict the same class as the first.
+
+    Args:
+        paths: ONNX files.
+        batches: Images (B, C, H, W) and labels (B,).
+
+    Returns:
+        `NAME_top1` of every file and `NAME_agrees` of all but the first, in percent.
+    """
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     sessions = [onnxruntime.InferenceSession(str(path), settings, ["CPUExecutionProvider"]) for path in paths]
-    right, alike, seen = [0] * len(paths), [0] * len(paths), 0
+    correct, agreeing, seen = [0] * len(paths), [0] * len(paths), 0
     for images, labels in batches:
-        given = {"images": images.numpy()}
-        answers = [session.run(None, given)[0].argmax(1) for session in sessions]  # (B,) each
-        for place, answer in enumerate(answers):
-            right[place] += int((answer == labels.numpy()).sum())
-            alike[place] += int(numpy.sum(answer == answers[0]))
+        inputs = {"images": images.numpy()}
+        predictions = [session.run(None, inputs)[0].argmax(1) for session in sessions]  # (B,) each
+        for index, predicted in enumerate(predictions):
+            correct[index] += int((predicted == labels.numpy()).sum())
+            agreeing[index] += int(numpy.sum(predicted == predictions[0]))
         seen += len(labels)
     names = [path.stem for path in paths]
-    found = {f"{name}_top1": 100 * number / seen for name, number in zip(names, right, strict=True)}
-    same = zip(names[1:], alike[1:], strict=True)
-    return found | {f"{name}_agrees": 100 * number / seen for name, number in same}
+    top1 = {f"{name}_top1": 100 * number / seen for name, number in zip(names, correct, strict=True)}
+    same = zip(names[1:], agreeing[1:], strict=True)
+    return top1 | {f"{name}_agrees": 100 * number / seen for name, number in same}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without onnxruntime's prints, and its advice to optimize a model that the exporter has optimized."""
+    """Suppress onnxruntime's output, including its advice to optimize the already optimized model."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""timm models in and out: create, load, save, rebuild; safetensors and config.json, nothing that runs."""
+"""Create, load and save timm models: safetensors and config.json only."""
 
 import errno
 import json
@@ -33,8 +33,8 @@ from vitprune.models.validation import (
 from vitprune.runtime.files import atomic_write
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-LARGEST_DENSE, SMALL = 64, 1 << 27  # a dense model is at most so many times what is left of it, if it is not small
-MOST_OPERATIONS = 20_000  # of tensors, to build one; the largest of timm take 5,000
+MAX_DENSE_RATIO, SMALL = 64, 1 << 27  # a dense model has at most 64 times the weights of the file, or 2**27
+MAX_OPERATIONS = 20_000  # tensor operations to build a model; the largest of timm need 5,000
 
 
 def create(
@@ -44,7 +44,17 @@ def create(
     pretrained: bool = False,
     checkpoint: Path | None = None,
 ) -> nn.Module:
-    """A timm model with seeded random, pretrained or checkpoint weights.
+    """Create a timm model with seeded random, pretrained or checkpoint weights.
+
+    Args:
+        name: Model name of timm.
+        args: Arguments of timm.create_model.
+        seed: Seed of random weights.
+        pretrained: Load timm's published weights.
+        checkpoint: A safetensors file to load.
+
+    Returns:
+        The model.
 
     Raises:
         BadInput: timm does not know the name or an argument, or the weights do not fit.
@@ -57,12 +67,12 @@ def create(
             raise BadInput(f"model.name {name!r}: timm cannot create it ({str(error).splitlines()[0]})") from None
     _match_channels(model)
     if checkpoint is not None:
-        _fill(model, checkpoint)
+        _load_weights(model, checkpoint)
     return model
 
 
 def _match_channels(model: Any) -> None:
-    """Let mean and std of the config fit a model with another number of channels, by their average."""
+    """Average mean and std of the config if the model has another number of input channels."""
     for key in ("mean", "std"):
         values = model.pretrained_cfg.get(key)
         if values and len(values) != model.in_chans:
@@ -70,7 +80,7 @@ def _match_channels(model: Any) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
         BadInput: it is missing or not a safetensors file.
@@ -84,13 +94,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors under a temporary name, then rename it."""
+    """Write tensors as a safetensors file, atomically. Tensors that share memory are copied."""
     plain: dict[str, Tensor] = {}
-    places: set[int] = set()
+    pointers: set[int] = set()
     for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        plain[name] = own.clone() if own.data_ptr() in places else own  # of a module that has two names
-        places.add(own.data_ptr())
+        array = tensor.detach().cpu().contiguous()
+        plain[name] = array.clone() if array.data_ptr() in pointers else array  # a module with two names
+        pointers.add(array.data_ptr())
     with atomic_write(path) as partial:
         try:
             safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
@@ -100,12 +110,16 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
-    """Write model.safetensors and config.json: timm's layout plus the structure that rebuilds a shrunk model.
+    """Write model.safetensors and config.json: timm's layout plus the structure of a shrunk model.
 
-    A model whose blocks are all alike also loads in plain timm, as timm.create_model("local-dir:DIRECTORY").
+    If all blocks have the same shape, plain timm loads it too: timm.create_model("local-dir:DIRECTORY").
+
+    Args:
+        model: A model made by timm.create_model or `load`.
+        directory: Directory to write.
 
     Raises:
-        BadInput: the model was not made by timm.create_model, or its weights are of several floating-point types.
+        BadInput: the model was not made by timm.create_model, or its weights have several floating-point types.
     """
     directory = Path(directory)
     if "architecture" not in getattr(model, "pretrained_cfg", {}):
@@ -116,7 +130,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
     with atomic_write(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())
-        config["pretrained_cfg"]["crop_pct"] = data_config(model)["crop_pct"]  # timm writes that of the published size
+        config["pretrained_cfg"]["crop_pct"] = data_config(model)[
+            "crop_pct"
+        ]  # timm writes the value of the published input size
         config["vitprune"] = {
             "format": FORMAT,
             "structure": {name: list(shape) for name, shape in structure(model).items()},
@@ -126,33 +142,46 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
 
 def load(directory: str | Path) -> nn.Module:
-    """Rebuild a model from a directory that `save` (or timm) wrote, running no code but timm's and ours.
+    """Load a model from a directory that `save` or timm wrote.
 
-    The files are somebody else's: everything is checked on a model without memory before one is made.
+    The files are not trusted: no code from them is run, and everything is checked on the meta device before memory is
+    allocated.
+
+    Args:
+        directory: Directory with model.safetensors and config.json.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
-        BadInput: a file is missing or broken, asks for more than a model needs, or weights, arguments and structure do
-            not fit each other.
+        BadInput: a file is missing or invalid, exceeds a limit, or weights, arguments and structure do not match.
     """
     directory = Path(directory)
     config, path = read_config(directory / CONFIG), directory / WEIGHTS
     header = read_header(path)
     with torch.device("meta"):
-        frame = _dense(config, header)
-    cuts = _cut(frame, config)
-    check_fit(path, header, frame.state_dict(), type(frame).__name__)
-    model = _dense(config, header)
+        meta = _build_dense(config, header)
+    cuts = _resize(meta, config)
+    check_fit(path, header, meta.state_dict(), type(meta).__name__)
+    model = _build_dense(config, header)
     apply_cuts(model, cuts)
     types = {FLOATS[entry.dtype] for entry in header.values() if entry.dtype in FLOATS}
     if types:
         model.to(types.pop())
-    _fill(model, path)
+    _load_weights(model, path)
     return model.eval()
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What a saved model is: `plain` says that timm alone rebuilds it from its arguments, all blocks being alike."""
+    """Description of a saved model.
+
+    Attributes:
+        architecture: Model name of timm.
+        pretrained_cfg: timm's config of the model.
+        params: Number of parameters.
+        plain: Whether plain timm loads it: all blocks have the same shape.
+    """
 
     architecture: str
     pretrained_cfg: Mapping[str, Any]
@@ -161,69 +190,69 @@ class SavedModel:
 
 
 def describe_saved(directory: Path) -> SavedModel:
-    """What the files of a saved model say about it; no weight is read.
+    """Describe a saved model without reading its weights.
 
     Raises:
-        BadInput: as of `load`.
+        BadInput: as `load`.
     """
     config, path = read_config(directory / CONFIG), directory / WEIGHTS
     header = read_header(path)
     with torch.device("meta"):
-        frame = _dense(config, header)
-    plain = not config.structure or structure(frame) == config.structure
-    _cut(frame, config)
-    check_fit(path, header, frame.state_dict(), type(frame).__name__)
-    return SavedModel(config.architecture, config.pretrained_cfg, sum(p.numel() for p in frame.parameters()), plain)
+        meta = _build_dense(config, header)
+    plain = not config.structure or structure(meta) == config.structure
+    _resize(meta, config)
+    check_fit(path, header, meta.state_dict(), type(meta).__name__)
+    return SavedModel(config.architecture, config.pretrained_cfg, sum(p.numel() for p in meta.parameters()), plain)
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stops what makes tensors without end: a depth in a config is a loop in timm."""
+    """Limit the number of tensor operations: a depth in config.json is a loop in timm."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._done = 0
+        self._count = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self._done += 1
-        if self._done > MOST_OPERATIONS:
-            raise RuntimeError(f"more than {MOST_OPERATIONS} operations, which no model needs")
+        self._count += 1
+        if self._count > MAX_OPERATIONS:
+            raise RuntimeError(f"more than {MAX_OPERATIONS} operations; no timm model needs so many")
         if args and isinstance(args[0], Tensor) and args[0].is_meta and function._schema.name.endswith("_"):
-            return args[0]  # nothing is there to be changed in place
+            return args[0]  # meta tensors: in-place operations have no effect
         return function(*args, **(kwargs or {}))
 
 
-def _dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Module:
-    """The model that a config's arguments describe, if it is no larger than its weights let expect."""
+def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Module:
+    """Create the dense model of a config, unless it is much larger than its weights file."""
     args = {"pretrained_cfg": dict(config.pretrained_cfg), **config.args}
-    given = sum(math.prod(entry.shape) for entry in header.values())
+    stored = sum(math.prod(entry.shape) for entry in header.values())
     try:
         with torch.random.fork_rng(devices=[]), _Operations():
             model: nn.Module = timm.create_model(config.architecture, pretrained=False, **args)
             _match_channels(model)
-    except Exception as error:  # timm's code, at somebody else's arguments
-        told = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # timm raises various errors for untrusted arguments
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(
-            f"{config.path}: timm cannot create {config.architecture} of these model_args ({told})"
+            f"{config.path}: timm cannot create {config.architecture} with these model_args ({reason})"
         ) from None
     numbers = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
-    if numbers > max(SMALL, LARGEST_DENSE * given):
+    if numbers > max(SMALL, MAX_DENSE_RATIO * stored):
         raise BadInput(
-            f"{config.path}: model_args describe a model of {numbers} weights, the file has {given}; correct them"
+            f"{config.path}: model_args describe a model of {numbers} weights, the file has {stored}; correct them"
         )
     return model
 
 
-def _cut(model: nn.Module, config: ModelConfig) -> list[Cut]:
+def _resize(model: nn.Module, config: ModelConfig) -> list[Cut]:
     try:
         return resize_to_structure(model, config.structure)
     except BadInput as error:
         raise BadInput(f"{config.path}: vitprune.structure: {error}") from None
 
 
-def _fill(model: nn.Module, path: Path) -> None:
-    """Load a file's weights strictly, naming the first one that does not fit."""
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Load a file's weights; all must match."""
     check_fit(path, read_header(path), model.state_dict(), type(model).__name__)
     tensors = read_weights(path)
     check_finite(path, tensors)

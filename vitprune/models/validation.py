@@ -1,4 +1,4 @@
-"""The two files of a saved model, read as data: bounded in size, checked before anything is built, nothing fetched."""
+"""Validation of untrusted checkpoints: config.json and the safetensors header are checked before a model is built."""
 
 import json
 import math
@@ -18,19 +18,28 @@ from torch import Tensor
 from vitprune.errors import BadInput
 
 FORMAT = 1
-MAX_CONFIG_BYTES = 4 << 20  # bytes: with the names of 21,841 classes about 2 MiB
-MAX_NUMBER = 1 << 20  # of an argument or a size; timm's own are far below
+MAX_CONFIG_BYTES = 4 << 20  # 21,841 class names take about 2 MiB
+MAX_NUMBER = 1 << 20  # of an argument or a size; far above those of timm
 MAX_LENGTH, MAX_DEPTH = 10_000, 4  # of lists and mappings
 GROUP = re.compile(r"\w+(\.\w+)*", re.ASCII)
-NAME = re.compile(r"[\w-]*", re.ASCII)  # no path, no address, no module
+NAME = re.compile(r"[\w-]*", re.ASCII)  # no path, URL or module name
 ARCHITECTURE = re.compile(r"\w+(\.[\w-]+)?", re.ASCII)
 
-# by these keys timm reads or fetches, and wraps or converts what it has made; none is an argument of a model
-READS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn")
-FETCHES = ("pretrained_custom_load", "pretrained_model_args", "checkpoint_path", "cache_dir", "pruned")
-WRAPS = ("model_cfg", "feature_cfg", "feature_cls", "features_only", "kwargs_filter", "out_indices", "device", "dtype")
-CONVERTS = ("scriptable", "exportable", "no_jit")
-SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict")  # of weights, in a pretrained_cfg
+# arguments of timm.create_model that are not the model's: they load, download, wrap or convert
+FACTORY_ARGS = (
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
+    "pretrained_custom_load", "pretrained_model_args", "checkpoint_path", "cache_dir", "pruned",
+    "model_cfg", "feature_cfg", "feature_cls", "features_only", "kwargs_filter", "out_indices", "device", "dtype",
+    "scriptable", "exportable", "no_jit",
+)  # fmt: skip
+SOURCES = (
+    "url",
+    "file",
+    "hf_hub_id",
+    "hf_hub_filename",
+    "source",
+    "state_dict",
+)  # keys of pretrained_cfg that name a source of weights
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES = FLOATS | OTHERS | {"BOOL": torch.bool}
@@ -38,7 +47,7 @@ DTYPES = FLOATS | OTHERS | {"BOOL": torch.bool}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A config.json whose every value has the type and size that a model needs; its names are names and no paths."""
+    """A validated config.json: value types, sizes and names are checked."""
 
     path: Path
     architecture: str
@@ -56,10 +65,10 @@ class TensorSpec:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Read the config.json of a directory that `vitprune.save` or timm wrote.
+    """Read and validate the config.json of a saved model.
 
     Raises:
-        BadInput: it is missing, is not one, or has a value that is no argument of a timm model.
+        BadInput: the file is missing, is not a model config, or has a value that a timm model does not accept.
     """
     raw = _object(path)
     for key, kind in {"architecture": str, "pretrained_cfg": dict, "model_args": dict, "vitprune": dict}.items():
@@ -70,21 +79,21 @@ def read_config(path: Path) -> ModelConfig:
         raise BadInput(f"{path}: architecture {architecture[:80]!r}: timm {timm.__version__} has no model of this name")
     if raw["vitprune"].get("format", FORMAT) != FORMAT:
         raise BadInput(
-            f"{path}: vitprune.format is not {FORMAT}, which is all that this version reads; update vitprune"
+            f"{path}: vitprune.format is not {FORMAT}, the only one that this version reads; update vitprune"
         )
     for key, value in raw["model_args"].items():
-        if key in READS + FETCHES + WRAPS + CONVERTS:
-            raise BadInput(f"{path}: model_args.{key}: not an argument of a model but of timm's factory; remove it")
+        if key in FACTORY_ARGS:
+            raise BadInput(f"{path}: model_args.{key}: an argument of timm.create_model, not of the model; remove it")
         _check(path, f"model_args.{key[:80]}", value)
     _check_preprocessing(path, raw["pretrained_cfg"])
     return ModelConfig(path, architecture, raw["model_args"], raw["pretrained_cfg"], _structure(path, structure))
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
-    """Names, types and shapes of the tensors in a safetensors file, none of which is read.
+    """Read names, types and shapes of the tensors in a safetensors file, without their values.
 
     Raises:
-        BadInput: it is missing or not a safetensors file.
+        BadInput: the file is missing or not a safetensors file.
     """
     _size(path)
     try:
@@ -92,126 +101,134 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
             return {name: TensorSpec(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: not a safetensors file ({_line(error)}); fetch or save it again") from None
+        raise BadInput(f"{path}: not a safetensors file ({_line(error)}); download or save it again") from None
 
 
-def check_fit(path: Path, header: Mapping[str, TensorSpec], own: Mapping[str, Tensor], model: str) -> None:
-    """Check that a file has all tensors of a model and no others, of their shapes and of one floating-point type.
+def check_fit(path: Path, header: Mapping[str, TensorSpec], expected: Mapping[str, Tensor], model: str) -> None:
+    """Check that a file has exactly the tensors of a model, in its shapes and one floating-point type.
+
+    Args:
+        path: The file, for messages.
+        header: Tensors of the file.
+        expected: Tensors of the model, possibly on the meta device.
+        model: Name of the model class, for messages.
 
     Raises:
-        BadInput: a weight does not fit; it is named.
+        BadInput: a weight is missing, unknown, or has another shape or type.
     """
-    first: tuple[str, str] | None = None
-    for name in sorted(own.keys() | header.keys()):
+    first_float: tuple[str, str] | None = None
+    for name in sorted(expected.keys() | header.keys()):
         if name not in header:
-            raise BadInput(f"{path}: weight {name} is missing; is this checkpoint of another model?")
+            raise BadInput(f"{path}: weight {name} is missing; is the checkpoint of another model?")
         entry = header[name]
-        if name not in own:
-            raise BadInput(f"{path}: weight {_named(name)} is not in {model}; is this checkpoint of another model?")
-        if own[name].shape != entry.shape:
+        if name not in expected:
+            raise BadInput(f"{path}: weight {_quoted(name)} is not in {model}; is the checkpoint of another model?")
+        if expected[name].shape != entry.shape:
             raise BadInput(
-                f"{path}: weight {name} has shape {list(entry.shape)}, the model needs {list(own[name].shape)}"
+                f"{path}: weight {name} has shape {list(entry.shape)}, the model needs {list(expected[name].shape)}"
             )
-        floating = own[name].is_floating_point()
-        if entry.dtype not in FLOATS if floating else DTYPES.get(entry.dtype) != own[name].dtype:
-            wanted = ", ".join(FLOATS) if floating else str(own[name].dtype)
-            raise BadInput(f"{path}: weight {name} has type {entry.dtype}, the model needs {wanted}; save it again so")
+        floating = expected[name].is_floating_point()
+        if entry.dtype not in FLOATS if floating else DTYPES.get(entry.dtype) != expected[name].dtype:
+            wanted = ", ".join(FLOATS) if floating else str(expected[name].dtype)
+            raise BadInput(
+                f"{path}: weight {name} has type {entry.dtype}, the model needs {wanted}; save it in that type"
+            )
         if floating:
-            first = first or (name, entry.dtype)
-            if entry.dtype != first[1]:
+            first_float = first_float or (name, entry.dtype)
+            if entry.dtype != first_float[1]:
                 raise BadInput(
-                    f"{path}: weight {name} has type {entry.dtype}, {first[0]} has {first[1]}; save both in one type"
+                    f"{path}: weight {name} has type {entry.dtype}, {first_float[0]} has {first_float[1]}; use one type"
                 )
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Check that no weight is infinite or not a number.
+    """Check that all weights are finite.
 
     Raises:
-        BadInput: one is; its tensor is named.
+        BadInput: a weight is infinite or NaN.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise BadInput(
-                f"{path}: weight {name} has values that are not finite; its training has failed, do not use it"
+                f"{path}: weight {name} has values that are not finite; the training diverged, do not use it"
             )
 
 
 def _object(path: Path) -> dict[str, Any]:
     size = _size(path)
     if size > MAX_CONFIG_BYTES:
-        raise BadInput(f"{path}: not a timm model config ({size} bytes, at most {MAX_CONFIG_BYTES} are read)")
+        raise BadInput(f"{path}: not a timm model config ({size} bytes, the limit is {MAX_CONFIG_BYTES})")
     try:
         raw = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # not JSON, not even text, or nested without end
-        raise BadInput(f"{path}: not a timm model config ({_line(error)}); fetch or save it again") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deeply
+        raise BadInput(f"{path}: not a timm model config ({_line(error)}); download or save it again") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     return {"model_args": {}, "vitprune": {}} | raw if isinstance(raw, dict) else {}
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file; links to one are followed, as the caches of DVC and of the hub are made of them."""
+    """Size of a regular file in bytes. Links are followed: the caches of DVC and of the hub use them."""
     try:
-        facts = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; give a directory written by vitprune.save") from None
     except OSError as error:
         raise BadInput(
             f"{path}: cannot be read ({error.strerror}); give a directory written by vitprune.save"
         ) from None
-    if not stat.S_ISREG(facts.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise BadInput(f"{path}: not a regular file; give a directory written by vitprune.save")
-    return facts.st_size
+    return status.st_size
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check(path: Path, key: str, value: Any, depth: int = 0) -> None:
-    """Refuse what no model takes: paths, addresses, module names, numbers without bound, deep nesting."""
+    """Reject values that no model accepts: paths, URLs, module names, huge numbers, deep nesting."""
     if isinstance(value, str) and (len(value) > 64 or not NAME.fullmatch(value)):
-        raise BadInput(f"{path}: {key} is {value[:80]!r}; an argument of a model is a plain name; remove it")
+        raise BadInput(f"{path}: {key} is {value[:80]!r}; a text argument must be a plain name; remove it")
     if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER):
-        raise BadInput(f"{path}: {key} is beyond {MAX_NUMBER}, which no model needs; correct it")
+        raise BadInput(f"{path}: {key} is larger than {MAX_NUMBER}; correct it")
     if isinstance(value, list | dict):
         if depth == MAX_DEPTH or len(value) > MAX_LENGTH:
-            raise BadInput(f"{path}: {key} is longer or deeper nested than any model needs; correct it")
-        pairs = value.items() if isinstance(value, dict) else ((str(place), item) for place, item in enumerate(value))
+            raise BadInput(f"{path}: {key} is too long or nested too deeply; correct it")
+        pairs = value.items() if isinstance(value, dict) else ((str(index), item) for index, item in enumerate(value))
         for name, item in pairs:
             _check(path, f"a key in {key}", name, depth + 1)
             _check(path, f"{key}.{name[:80]}", item, depth + 1)
 
 
-def _check_preprocessing(path: Path, found: Mapping[str, Any]) -> None:
+def _check_preprocessing(path: Path, preprocessing: Mapping[str, Any]) -> None:
     for key in SOURCES:
-        if found.get(key) is not None:
-            raise BadInput(f"{path}: pretrained_cfg.{key}: names a source to fetch or read weights from; remove it")
+        if preprocessing.get(key) is not None:
+            raise BadInput(f"{path}: pretrained_cfg.{key}: a source of weights; remove it")
     for key in ("mean", "std"):
-        values = found.get(key) or []
+        values = preprocessing.get(key) or []
         if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
             raise BadInput(f"{path}: pretrained_cfg.{key} must be a list of numbers; correct it")
     for key in ("input_size", "test_input_size", "min_input_size", "pool_size"):
-        sizes = found.get(key) or []
+        sizes = preprocessing.get(key) or []
         if not isinstance(sizes, list) or not all(type(size) is int and 0 < size <= 1 << 14 for size in sizes):
             raise BadInput(f"{path}: pretrained_cfg.{key} must be a list of sizes from 1 to {1 << 14}; correct it")
 
 
-def _structure(path: Path, found: object) -> dict[str, tuple[int, ...]]:
+def _structure(path: Path, structure: object) -> dict[str, tuple[int, ...]]:
     where = f"{path}: vitprune.structure"
-    if not isinstance(found, dict) or len(found) > MAX_LENGTH:
-        raise BadInput(f"{where} must map names of groups to lists of whole numbers; fetch or save it again")
-    for name, shape in found.items():
+    if not isinstance(structure, dict) or len(structure) > MAX_LENGTH:
+        raise BadInput(f"{where} must map group names to lists of integers; download or save it again")
+    for name, shape in structure.items():
         if not GROUP.fullmatch(name):
-            raise BadInput(f"{where}: {_named(name)} is not the name of a group; fetch or save it again")
+            raise BadInput(f"{where}: {_quoted(name)} is not a group name; download or save it again")
         if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= MAX_NUMBER for size in shape):
-            raise BadInput(f"{where}.{name[:80]} must be a list of whole numbers from 1 to {MAX_NUMBER}; correct it")
-    return {name: tuple(shape) for name, shape in found.items()}
+            raise BadInput(f"{where}.{name[:80]} must be a list of integers from 1 to {MAX_NUMBER}; correct it")
+    return {name: tuple(shape) for name, shape in structure.items()}
 
 
-def _named(name: str) -> str:
-    """A name of somebody else's, fit for one line of a message."""
+def _quoted(name: str) -> str:
+    """An untrusted name, shortened and quoted for a message."""
     return name if len(name) <= 80 and GROUP.fullmatch(name) else repr(name[:80])
 
 

@@ -1,4 +1,4 @@
-"""Training and evaluation mode, module by module; parameters that take no gradient."""
+"""Context managers: evaluation mode, and parameters without gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation, and every module back to the mode it was in."""
+    """Set a model to evaluation mode; restore the mode of every module at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -20,7 +20,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Switch gradients of all parameters off, and on again where they were."""
+    """Disable the gradients of all parameters; enable them again at the end where they were enabled."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

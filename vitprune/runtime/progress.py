@@ -1,4 +1,4 @@
-"""A progress bar on stderr for what takes long, and nothing at all where stderr is not a terminal."""
+"""Progress bars on stderr; none if stderr is not a terminal."""
 
 import os
 import sys
@@ -13,10 +13,16 @@ Item = TypeVar("Item")
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None, done: int = 0) -> Iterator[Item]:
-    """Yield the items unchanged while a bar shows how far they are; bars stack, and each goes away at its end.
+    """Yield the items and show a progress bar, on rank 0 only. Nested bars are stacked; a finished bar disappears.
 
-    `done` of the total were done before: they count as done, but not in the speed from which the rest is guessed. Of
-    several processes, only the first shows bars.
+    Args:
+        iterable: The items.
+        description: Text of the bar.
+        total: Number of items including `done`; None if unknown.
+        done: Items finished earlier; they do not count for the estimate of the remaining time.
+
+    Yields:
+        The items, unchanged.
     """
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield from iterable
@@ -27,5 +33,5 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None, 
 
 @cache
 def _stderr() -> Console:
-    """One console for all bars: rich stacks the bars of one console, and those of two overwrite each other."""
+    """One console for all bars: rich stacks the bars of one console only."""
     return Console(stderr=True)

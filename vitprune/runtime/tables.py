@@ -1,4 +1,4 @@
-"""Arrow schemas of every table that a stage writes, and Parquet in and out."""
+"""Arrow schemas of the tables that stages write; Parquet input and output."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,13 +30,13 @@ EVALUATION = pa.schema([("id", pa.string()), ("label", pa.int64()), ("dense", pa
 
 
 def write_table(rows: Sequence[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
-    """Write rows as a Parquet table under a temporary name, then rename it."""
+    """Write rows as a Parquet table, atomically."""
     with atomic_write(path) as partial:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial, compression="zstd")
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read a Parquet table.
+    """Read a Parquet table, with the columns of the schema in its order.
 
     Raises:
         BadInput: the file is missing, is not Parquet, or lacks a column of the schema.

@@ -1,1 +1,1 @@
-"""Training: the one loop, and what a recipe, a teacher, several processes and a break-off make of it."""
+"""Training loop, optimizers, checkpoints, distillation and quantization-aware training."""

@@ -1,4 +1,4 @@
-"""A teacher that is asked once for every image, where a training shows each image always alike."""
+"""Cached teacher outputs for distillation without augmentation: one teacher pass per image."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,41 +14,49 @@ AUTOCAST = {True: torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.f
 
 
 class CachedTeacher(nn.Module):
-    """Stands in a task of timm's for the teacher, and says what it is given to say."""
+    """Replacement for the teacher of a timm task that returns precomputed outputs.
+
+    Attributes:
+        outputs: Teacher outputs (B, ...) of the current batch.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: Tensor | None = None
+        self.outputs: Tensor | None = None
 
     def normalize_input(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """The images as they are: nobody looks at them."""
+        """Return the images unchanged: they are not used."""
         return images
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor | None:
-        """The answers to the images of the batch that runs."""
-        return self.given
+        """Return the outputs of the current batch."""
+        return self.outputs
 
 
 class CachedDistillationTask(nn.Module):
-    """A task of distillation whose batches bring the teacher's answers: images, labels, answers (B, ...)."""
+    """Distillation task whose batches include the teacher's outputs.
+
+    Args:
+        task: A distillation task of timm; its teacher is replaced.
+    """
 
     def __init__(self, task: Any):
         super().__init__()
-        self.task, self._answers = task, CachedTeacher()
-        task.teacher = self._answers
+        self.task, self._teacher = task, CachedTeacher()
+        task.teacher = self._teacher
 
     @property
     def trainable_module(self) -> nn.Module:
-        """What trains."""
+        """The module whose parameters are trained."""
         return self.task.trainable_module  # type: ignore[no-any-return]
 
     def get_eval_model(self) -> nn.Module:
-        """The student."""
+        """Return the student."""
         return self.task.get_eval_model()  # type: ignore[no-any-return]
 
-    def forward(self, images: Tensor, labels: Tensor, answers: Tensor) -> dict[str, Tensor]:
-        """The losses of a batch."""
-        self._answers.given = answers
+    def forward(self, images: Tensor, labels: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+        """Return the losses of a batch: images (B, C, H, W), labels (B,), teacher outputs (B, ...)."""
+        self._teacher.outputs = outputs
         return self.task(images, labels)  # type: ignore[no-any-return]
 
 
@@ -59,28 +67,45 @@ def cache_teacher(
     batches: Iterable[tuple[Tensor, Tensor]],
     dist: ProcessGroup,
 ) -> Tensor:
-    """What the teacher of a task answers on all images, (N, classes) or (N, features), on the CPU, in their order.
+    """Compute the teacher's outputs of all images, in the precision of the training.
 
-    It runs in the precision of the training; each of several processes asks for its share of the batches.
+    Args:
+        task: The distillation task.
+        settings: Distillation settings: logits or features, and the precision.
+        batches: All images in order.
+        dist: Process group; each rank computes its share of the batches.
+
+    Returns:
+        Outputs (N, classes) or (N, features) on the CPU, in the order of the images, on every rank.
     """
-    device, found = next(task.trainable_module.parameters()).device, []
+    device, parts = next(task.trainable_module.parameters()).device, []
     task.to(device)
     amp = settings.train.amp if settings.train is not None else False
     for number, (images, _) in enumerate(batches):
-        shown = images.to(device) if dist.owns(number) else images[:1].to(device)  # one tells the answers' shape
+        # the batches of other ranks: one image gives the shape of the outputs
+        local = images.to(device) if dist.owns(number) else images[:1].to(device)
         with torch.autocast(device.type, AUTOCAST.get(amp), enabled=bool(amp)):
-            seen = task.teacher.normalize_input(shown, task.student_mean, task.student_std)
-            answers = task.teacher(seen, return_features=settings.kind == "features").cpu()
-        found.append(answers if dist.owns(number) else answers.new_zeros((len(images), *answers.shape[1:])))
-    answers = torch.cat(found)
+            normalized = task.teacher.normalize_input(local, task.student_mean, task.student_std)
+            outputs = task.teacher(normalized, return_features=settings.kind == "features").cpu()
+        parts.append(outputs if dist.owns(number) else outputs.new_zeros((len(images), *outputs.shape[1:])))
+    outputs = torch.cat(parts)
     if dist.size > 1:  # a sum with zeros is exact
-        answers = dist.all_reduce(answers.double()).to(answers.dtype)
-    return answers
+        outputs = dist.all_reduce(outputs.double()).to(outputs.dtype)
+    return outputs
 
 
 def with_teacher_outputs(
-    batches: Iterable[tuple[Tensor, Tensor]], answers: Tensor, rows: Iterable[np.ndarray]
+    batches: Iterable[tuple[Tensor, Tensor]], outputs: Tensor, rows: Iterable[np.ndarray]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Batches of images and labels, each with the answers to its rows."""
-    for (images, labels), own in zip(batches, rows, strict=True):
-        yield images, labels, answers[torch.from_numpy(own)]
+    """Add the teacher's outputs to batches of images and labels.
+
+    Args:
+        batches: Images (B, C, H, W) and labels (B,).
+        outputs: Teacher outputs of all images, (N, ...).
+        rows: Rows of `outputs` for each batch, (B,) int64.
+
+    Yields:
+        Images, labels and outputs of a batch.
+    """
+    for (images, labels), indices in zip(batches, rows, strict=True):
+        yield images, labels, outputs[torch.from_numpy(indices)]

@@ -1,4 +1,4 @@
-"""Checkpoints of work in progress: whole or not there, checked before they are taken up, the last few kept."""
+"""Checkpoint store: numbered, atomic, verified by checksums; the last few are kept."""
 
 import errno
 import hashlib
@@ -22,51 +22,69 @@ from vitprune.runtime.files import read_json, sha256, write_json
 
 INDEX, STATE, TENSORS = "index.json", "state.json", "tensors.safetensors"
 PACKAGES = ("accelerate", "numpy", "safetensors", "timm", "torch")
-RESERVED_BYTES = 64 << 20  # bytes that stay free on a disk, for what else is written
+RESERVED_BYTES = 64 << 20  # bytes of a disk that checkpoints leave free
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are as they were written: its directory, its plain values, and its digest."""
+    """A verified checkpoint.
+
+    Attributes:
+        directory: Its directory.
+        facts: JSON values.
+        sha256: Checksum over all files and the key.
+    """
 
     directory: Path
     facts: dict[str, Any]
     sha256: str
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+        """Read its tensors by name."""
         return read_weights(self.directory / TENSORS)
 
 
 class CheckpointStore:
-    """The checkpoints of one piece of work in a directory, numbered; only what has its key is taken up again."""
+    """Numbered checkpoints in a directory; only those with the same key are loaded.
+
+    Args:
+        directory: Directory of the store.
+        key: Key of the work, from `work_key`.
+        keep: Number of checkpoints to keep.
+    """
 
     def __init__(self, directory: Path, key: str, keep: int = 2):
         self._directory, self._key, self._keep = directory, key, keep
 
     def latest(self) -> Checkpoint | None:
-        """The last checkpoint that is whole and of this work; of every later one it is told why it is not taken."""
+        """Return the latest valid checkpoint with this key, None if there is none; report skipped ones on stderr."""
         for entry in reversed(self._entries()):
             try:
                 return self._read(entry)
             except BadInput as error:
-                print(f"{error}; not taken up", file=sys.stderr)
+                print(f"{error}; ignored", file=sys.stderr)
         return None
 
     def latest_unverified(self) -> Checkpoint:
-        """The last checkpoint, which another process has just written or checked."""
+        """Return the latest checkpoint without verification: another process has just written or verified it."""
         entry = self._entries()[-1]
         return Checkpoint(entry, read_json(entry / STATE), read_json(entry / INDEX)["sha256"])
 
     def save(
         self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Callable[[Path], object] | None = None
     ) -> Checkpoint:
-        """Write a checkpoint and drop those before the last few; `more` writes further files into its directory.
+        """Write a checkpoint and delete the oldest ones. The directory is renamed when all files are synced to disk.
 
-        It has its name only when all of it is on the disk. Of a plain value, JSON must give the same back.
+        Args:
+            facts: Values that survive a JSON round trip.
+            tensors: Tensors by name.
+            more: Writes further files into the directory that it is given.
+
+        Returns:
+            The checkpoint.
 
         Raises:
-            OSError: there is no room (ENOSPC), found before a byte is written; the checkpoints before stay.
+            OSError: not enough disk space (ENOSPC), checked before writing; earlier checkpoints are unchanged.
         """
         self.check_disk_space(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
         entries = self._entries()
@@ -81,7 +99,7 @@ class CheckpointStore:
             write_json(partial / STATE, facts)
             index = _index(partial, self._key)
             write_json(partial / INDEX, index)
-            _on_disk(partial)
+            _sync_tree(partial)
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -91,7 +109,7 @@ class CheckpointStore:
         return Checkpoint(target, dict(facts), index["sha256"])
 
     def check_disk_space(self, size: int) -> None:
-        """Refuse to begin what the disk has no room for, in bytes.
+        """Check that the disk has room for `size` bytes.
 
         Raises:
             OSError: ENOSPC.
@@ -101,7 +119,7 @@ class CheckpointStore:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
 
     def clear(self) -> None:
-        """Forget all of it."""
+        """Delete all checkpoints."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _entries(self) -> list[Path]:
@@ -112,32 +130,48 @@ class CheckpointStore:
     def _read(self, entry: Path) -> Checkpoint:
         index = read_json(entry / INDEX)
         if index.get("key") != self._key:
-            raise BadInput(f"{entry}: is a checkpoint of other work")
-        if index.get("sha256") != _seal(index):
-            raise BadInput(f"{entry / INDEX}: is not as it was written")
+            raise BadInput(f"{entry}: checkpoint of another run (different settings, inputs or code)")
+        if index.get("sha256") != _index_checksum(index):
+            raise BadInput(f"{entry / INDEX}: checksum mismatch")
         for name, expected in index["files"].items():
             path = entry / name
             if not path.is_file() or sha256(path) != expected:
-                raise BadInput(f"{path}: is {'not as it was written' if path.is_file() else 'missing'}")
+                raise BadInput(f"{path}: {'checksum mismatch' if path.is_file() else 'missing'}")
         return Checkpoint(entry, read_json(entry / STATE), index["sha256"])
 
 
 def work_key(stage: str, settings: Mapping[str, Any], inputs: Iterable[Path], device: str) -> str:
-    """The key of a stage's work, by all that decides its result: settings, files, code, packages, kind of device."""
+    """Return the key of a stage's work: a hash of everything that determines its result.
+
+    Args:
+        stage: Name of the stage.
+        settings: Settings of the stage.
+        inputs: Input files and directories, hashed by content.
+        device: Device type. Code, package versions and machine type are included too.
+
+    Returns:
+        32 hexadecimal digits.
+    """
     files = sorted(file for path in inputs for file in ([path] if path.is_file() else path.rglob("*")))
-    where = [platform.python_version(), platform.machine(), device, *(metadata.version(name) for name in PACKAGES)]
-    read = {str(file): sha256(file) for file in files if file.is_file()}
-    return hash_strings(stage, json.dumps(settings, sort_keys=True, default=str), json.dumps([read, where]), _code())
+    environment = [
+        platform.python_version(),
+        platform.machine(),
+        device,
+        *(metadata.version(name) for name in PACKAGES),
+    ]
+    checksums = {str(file): sha256(file) for file in files if file.is_file()}
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hash_strings(stage, text, json.dumps([checksums, environment]), _code())
 
 
 def hash_strings(*parts: str) -> str:
-    """One key of several."""
+    """Return the hash of several strings, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 @cache
 def _code() -> str:
-    """A digest of this package's source."""
+    """Hash of the source code of this package."""
     root = Path(__file__).parent
     return hash_strings(*(f"{file.relative_to(root)} {sha256(file)}" for file in sorted(root.rglob("*.py"))))
 
@@ -145,23 +179,23 @@ def _code() -> str:
 def _index(directory: Path, key: str) -> dict[str, Any]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     index = {"key": key, "files": {str(path.relative_to(directory)): sha256(path) for path in files}}
-    return index | {"sha256": _seal(index)}
+    return index | {"sha256": _index_checksum(index)}
 
 
-def _seal(index: Mapping[str, Any]) -> str:
+def _index_checksum(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([index.get("key"), index.get("files")], sort_keys=True).encode()).hexdigest()
 
 
-def _on_disk(directory: Path) -> None:
-    """Wait until every file of a directory is on the disk, then the directories that name them."""
-    below = sorted(directory.rglob("*"), key=lambda path: len(path.parts), reverse=True)
-    for path in [*(p for p in below if p.is_file()), *(p for p in below if p.is_dir()), directory]:
+def _sync_tree(directory: Path) -> None:
+    """Sync every file of a directory to disk, then the directories that contain them."""
+    paths = sorted(directory.rglob("*"), key=lambda path: len(path.parts), reverse=True)
+    for path in [*(p for p in paths if p.is_file()), *(p for p in paths if p.is_dir()), directory]:
         _sync(path)
 
 
 def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)

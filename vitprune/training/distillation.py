@@ -11,7 +11,7 @@ from vitprune.evaluation.losses import CrossEntropy
 
 
 def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
-    """The task of cross-entropy on labels."""
+    """Return the task of cross-entropy on labels with label smoothing."""
     task: nn.Module = ClassificationTask(model, CrossEntropy(smoothing), verbose=False)
     return task
 
@@ -19,34 +19,56 @@ def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
 def logit_distillation(
     student: nn.Module, teacher: nn.Module, alpha: float, temperature: float, smoothing: float
 ) -> nn.Module:
-    """The task of cross-entropy + alpha * KL(teacher || student) on softened logits.
+    """Return the task of cross-entropy + alpha * KL(teacher || student) on logits divided by the temperature.
 
-    The divergence is summed over the positions of a sequence, if there are any, and averaged over the batch.
+    The divergence is averaged over the batch and, for sequences, summed over positions.
 
-    Source: UP-ViTs equation 2.
+    Args:
+        student: The model to train.
+        teacher: The teacher; it is set to evaluation mode and takes no gradient.
+        alpha: Weight of the divergence.
+        temperature: Divisor of both models' logits.
+        smoothing: Label smoothing of the cross-entropy.
+
+    Returns:
+        A task of timm.
+
+    Source: UP-ViTs, equation 2.
     """
-    task: nn.Module = LogitDistillationTask(**_taught(student, teacher, alpha, smoothing), temperature=temperature)
+    task: nn.Module = LogitDistillationTask(
+        **_distillation_arguments(student, teacher, alpha, smoothing), temperature=temperature
+    )
     return task
 
 
 def feature_distillation(
     student: nn.Module, teacher: nn.Module, alpha: float, smoothing: float, seed: int
 ) -> nn.Module:
-    """The task of cross-entropy + alpha * mean squared error of the features before the head, pooled over positions.
+    """Return the task of cross-entropy + alpha * mean squared error of the pooled features before the head.
 
-    Where the student's features are fewer, a Linear layer drawn from the seed and trained with it maps them.
+    If the student has fewer features, a trained Linear layer maps them to the teacher's number of features.
 
-    Source: UP-ViTs' variant for PVTv2, as described by others (alpha 20); the letter itself does not give it.
+    Args:
+        student: The model to train.
+        teacher: The teacher; it is set to evaluation mode and takes no gradient.
+        alpha: Weight of the squared error.
+        smoothing: Label smoothing of the cross-entropy.
+        seed: Seed of the Linear layer's weights.
+
+    Returns:
+        A task of timm.
+
+    Source: variant for PVTv2 (alpha 20) that other papers attribute to UP-ViTs; the UP-ViTs paper does not give it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        own = _taught(student, teacher, alpha, smoothing)
-        task: nn.Module = FeatureDistillationTask(**own, dtype=next(student.parameters()).dtype)
+        arguments = _distillation_arguments(student, teacher, alpha, smoothing)
+        task: nn.Module = FeatureDistillationTask(**arguments, dtype=next(student.parameters()).dtype)
     return task
 
 
-def _taught(student: nn.Module, teacher: nn.Module, alpha: float, smoothing: float) -> dict[str, Any]:
-    """What both tasks take: who learns from whom, and how much labels and teacher count."""
+def _distillation_arguments(student: nn.Module, teacher: nn.Module, alpha: float, smoothing: float) -> dict[str, Any]:
+    """Arguments that timm's two distillation tasks share."""
     return {
         "student_model": student, "teacher_model": teacher.eval().requires_grad_(False), "verbose": False,
         "criterion": CrossEntropy(smoothing), "distill_loss_weight": alpha, "task_loss_weight": 1.0,
@@ -56,7 +78,7 @@ def _taught(student: nn.Module, teacher: nn.Module, alpha: float, smoothing: flo
 def distillation_task(
     student: nn.Module, teacher: nn.Module, settings: Distill, smoothing: float, seed: int
 ) -> nn.Module:
-    """The task that the settings ask for."""
+    """Return the distillation task of the settings: of features or of logits."""
     if settings.kind == "features":
         return feature_distillation(student, teacher, settings.alpha, smoothing, seed)
     return logit_distillation(student, teacher, settings.alpha, settings.temperature, smoothing)

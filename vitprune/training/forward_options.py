@@ -1,4 +1,4 @@
-"""What a recipe changes of a model's passes for the time of a training: memory format, blocks computed again, INT8."""
+"""Forward options during training: channels_last, gradient checkpointing, fake quantization."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,14 +14,14 @@ from vitprune.training.quantization_aware import FakeQuant
 
 @contextmanager
 def forward_options(task: Any, recipe: Train) -> Iterator[None]:
-    """Have the task's passes run as the recipe asks, and as before afterwards; no weight changes.
+    """Apply the forward options of a recipe to a task, and undo them at the end. Weights do not change.
 
     Raises:
-        BadInput: the model cannot compute its blocks again.
+        BadInput: the model does not support gradient checkpointing.
     """
     model = task.get_eval_model()
     if recipe.checkpointing:
-        _again(model, True)
+        _set_grad_checkpointing(model, True)
     if recipe.channels_last:
         task.to(memory_format=torch.channels_last)
     try:
@@ -31,22 +31,22 @@ def forward_options(task: Any, recipe: Train) -> Iterator[None]:
         if recipe.channels_last:
             task.to(memory_format=torch.contiguous_format)
         if recipe.checkpointing:
-            _again(model, False)
+            _set_grad_checkpointing(model, False)
 
 
-def _again(model: nn.Module, on: bool) -> None:
+def _set_grad_checkpointing(model: nn.Module, on: bool) -> None:
     switch = getattr(model, "set_grad_checkpointing", None)
     try:
         if switch is None:
             raise NotImplementedError
         switch(on)
-    except (AssertionError, NotImplementedError):  # timm's models that cannot say so by an assertion
+    except (AssertionError, NotImplementedError):  # timm asserts that the model supports it
         name = type(model).__name__
-        raise BadInput(f"train.checkpointing: {name} cannot compute its blocks again; set it to false") from None
+        raise BadInput(f"train.checkpointing: not supported by {name}; set it to false") from None
 
 
 def to_device(images: Tensor, device: torch.device, recipe: Train) -> Tensor:
-    """Images (B, C, H, W), or tokens, where and as the passes take them."""
+    """Move images (B, C, H, W) or tokens to a device, in the memory format of the recipe."""
     if recipe.channels_last and images.dim() == 4:
         return images.to(device, memory_format=torch.channels_last)
     return images.to(device)

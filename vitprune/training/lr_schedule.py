@@ -1,4 +1,4 @@
-"""Compute the learning rate of a training step."""
+"""Learning-rate schedule: linear warm-up, then cosine or linear decay."""
 
 import math
 
@@ -8,14 +8,25 @@ DECAYS = ("cosine", "linear")
 
 
 def learning_rate(step: int, steps: int, high: float, low: float, warmup: int = 0, decay: str = "cosine") -> float:
-    """Learning rate of one step of so many: a linear warm-up from 0, then the fall from `high` to `low`.
+    """Return the learning rate of one step: linear warm-up from 0, then decay from `high` to `low`.
 
-    linear: high - (high - low) * step / (steps - 1), which is `low` at the last step; cosine: low + (high - low) *
-    (1 + cos(pi * step / steps)) / 2, which would be `low` one step later. The fall is counted from step 0, under the
-    warm-up; without one, the first step has the full rate.
+    linear: high - (high - low) * step / (steps - 1), which is `low` at the last step.
+    cosine: low + (high - low) * (1 + cos(pi * step / steps)) / 2, which would be `low` one step after the last.
+    The decay starts at step 0, also with a warm-up.
+
+    Args:
+        step: Step, from 0.
+        steps: Number of steps.
+        high: Peak learning rate.
+        low: Final learning rate.
+        warmup: Number of warm-up steps.
+        decay: "cosine" or "linear".
+
+    Returns:
+        The learning rate.
 
     Raises:
-        BadInput: the fall is unknown.
+        BadInput: unknown decay.
     """
     if decay not in DECAYS:
         raise BadInput(f"decay {decay!r}: unknown; use one of {', '.join(DECAYS)}")

@@ -1,4 +1,4 @@
-"""The optimizer of a training: its groups and their rates, and what it knows from the training before."""
+"""Optimizers: parameter groups, learning rates, and optimizer state carried between pruning cycles."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +12,17 @@ from vitprune.config.train_config import Train
 from vitprune.errors import BadInput
 from vitprune.training.lr_schedule import learning_rate
 
-OptimizerState = dict[str, dict[str, Any]]  # parameter -> what the optimizer remembers of it
+OptimizerState = dict[str, dict[str, Any]]  # parameter -> its optimizer state
 
 
 @dataclass(frozen=True)
 class ScheduleSpan:
-    """Where a training stands in a gradual run: steps before it, steps of all cycles, and what the optimizer knew.
+    """Position of a training in a gradual run, over which the learning rate decays once.
 
-    The rate falls once over all the steps. `memory`, if there is one, is taken up and then replaced by what is known
-    at the end.
+    Attributes:
+        before: Steps of earlier trainings.
+        total: Steps of all trainings.
+        memory: Optimizer state to start from, replaced in place by the final one; None to start without state.
     """
 
     before: int
@@ -29,13 +31,19 @@ class ScheduleSpan:
 
 
 def make_optimizer(module: nn.Module, model: nn.Module, recipe: Train) -> Any:
-    """The recipe's optimizer of all that trains: the model, and what a task trains beside it.
+    """Create the optimizer of a recipe.
 
-    With `layer_decay` the rate of a layer is that share of the rate of the layer above, as timm numbers them; what
-    trains beside the model has the whole rate.
+    Args:
+        module: Everything that is trained: the model and additional modules of the task.
+        model: The model. With `layer_decay`, the learning rate of a layer is that fraction of the next layer's, in
+            timm's numbering; additional modules have the full rate.
+        recipe: The training settings.
+
+    Returns:
+        An optimizer of timm.
 
     Raises:
-        BadInput: an unknown optimizer, or one that does not take these settings.
+        BadInput: unknown optimizer, or one that does not accept these settings.
     """
     more: dict[str, Any] = {} if recipe.eps is None else {"eps": recipe.eps}
     if recipe.layer_decay is not None:
@@ -43,50 +51,57 @@ def make_optimizer(module: nn.Module, model: nn.Module, recipe: Train) -> Any:
     try:
         return create_optimizer_v2(module, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, **more)
     except (TypeError, ValueError) as error:
-        raise BadInput(f"train.optimizer {recipe.optimizer!r}: timm cannot make it ({error})") from None
+        raise BadInput(
+            f"train.optimizer {recipe.optimizer!r}: timm cannot create it ({error}); use other settings"
+        ) from None
 
 
 def _by_layer(module: nn.Module, model: nn.Module, recipe: Train) -> list[dict[str, Any]]:
-    spared: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
+    no_decay: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
     groups: list[dict[str, Any]] = param_groups_layer_decay(
-        model, weight_decay=recipe.weight_decay, no_weight_decay_list=spared(), layer_decay=recipe.layer_decay
+        model, weight_decay=recipe.weight_decay, no_weight_decay_list=no_decay(), layer_decay=recipe.layer_decay
     )
-    own = set(model.parameters())
+    in_model = set(model.parameters())
     for parameter in module.parameters():
-        if parameter.requires_grad and parameter not in own:
+        if parameter.requires_grad and parameter not in in_model:
             decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
             groups.append({"params": [parameter], "weight_decay": decay, "lr_scale": 1.0})
     return groups
 
 
 def learning_rates(recipe: Train, steps: int, span: ScheduleSpan | None) -> Callable[[int], float]:
-    """The learning rate of each step of a training of so many steps per epoch."""
-    whole, warmup = span or ScheduleSpan(0, recipe.epochs * steps), round(recipe.warmup_epochs * steps)
-    return lambda step: learning_rate(whole.before + step, whole.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)
+    """Return the learning rate as a function of the step, for `steps` steps per epoch."""
+    run, warmup = span or ScheduleSpan(0, recipe.epochs * steps), round(recipe.warmup_epochs * steps)
+    return lambda step: learning_rate(run.before + step, run.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)
 
 
-def set_learning_rate(optimizer: Any, now: float) -> None:
-    """Set the rate of every group to its share of it."""
+def set_learning_rate(optimizer: Any, value: float) -> None:
+    """Set the learning rate of every parameter group, scaled by the group's `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = now * group.get("lr_scale", 1.0)
+        group["lr"] = value * group.get("lr_scale", 1.0)
 
 
 @contextmanager
 def carry_optimizer_state(
     optimizer: Any, model: nn.Module, memory: OptimizerState | None, masks: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Start from what the optimizer knew, but of what is held by now, and keep what it knows at the end.
+    """Load optimizer state at the start and store the final state at the end.
 
-    A parameter that has another shape by now starts anew.
+    Args:
+        optimizer: The optimizer.
+        model: Model whose parameter names are the keys of `memory`.
+        memory: State to load, replaced in place by the final state; None for neither. The state of a parameter whose
+            shape has changed is dropped.
+        masks: Masks by parameter; the state of masked weights is set to zero.
     """
     named = dict(model.named_parameters())
-    for name, known in (memory or {}).items():
-        tensors = [value for value in known.values() if isinstance(value, Tensor) and value.dim()]
+    for name, state in (memory or {}).items():
+        tensors = [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
         if name not in named or any(value.shape != named[name].shape for value in tensors):
             continue
         for value in tensors if name in masks else ():
             value.masked_fill_(~masks[name].view_as(value).to(value.device), 0)
-        optimizer.state[named[name]].update(known)
+        optimizer.state[named[name]].update(state)
     yield
     if memory is not None:
         memory.clear()

@@ -1,4 +1,4 @@
-"""Quantization-aware training: passes on the INT8 grid, gradients that go straight through."""
+"""Quantization-aware training: fake INT8 quantization with straight-through gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,18 +15,18 @@ LAYERS: tuple[Callable[..., Any], ...] = (F.linear, F.conv2d)
 
 
 class FakeQuant(TorchFunctionMode):
-    """While it is entered, linear layers and convolutions that train compute with rounded weights and inputs.
+    """Mode in which trained linear layers and convolutions use fake-quantized weights and inputs.
 
-    A layer trains where gradients are taken and its weight asks for one: teachers and evaluation are left as they are.
-    Weights are rounded per output channel and symmetrically, so that zeros stay zero, as `export.int8` rounds them;
-    inputs by the smallest and the largest value of their batch.
+    It applies where gradients are enabled and the weight requires one, so not to teachers or to evaluation.
+    Weights: symmetric, per output channel, so that zero is exact, as in `models.int8`. Inputs: per tensor, with the
+    range of the batch.
 
     Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference
     (2018), section 3.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, on rounded tensors if it is a layer that trains."""
+        """Call the function, with fake-quantized tensors if it is a trained layer."""
         if func not in LAYERS or not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
         named = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})  # some layers give them by name
@@ -36,7 +36,7 @@ class FakeQuant(TorchFunctionMode):
 
 
 def fake_quantize_weight(weight: Tensor, bits: int = WEIGHT_BITS) -> Tensor:
-    """A weight (out, ...) on a grid of 2**bits + 1 points around zero, its scale that of each output channel."""
+    """Quantize a weight (out, ...) symmetrically per output channel, to 2**bits + 1 values."""
     top = 2 ** (bits - 1)
     largest = weight.detach().flatten(1).abs().amax(1).float()
     scale = (largest / top).clamp_min(torch.finfo(torch.float32).tiny)
@@ -45,7 +45,7 @@ def fake_quantize_weight(weight: Tensor, bits: int = WEIGHT_BITS) -> Tensor:
 
 
 def fake_quantize_input(x: Tensor, bits: int = INPUT_BITS) -> Tensor:
-    """A tensor on a grid of 2**bits points that holds its smallest and largest value, and zero."""
+    """Quantize a tensor to 2**bits values over the range of its minimum, maximum and zero."""
     top = 2**bits - 1
     low, high = (value.float() for value in torch.aminmax(x.detach()))
     low, high = low.clamp_max(0), high.clamp_min(0)

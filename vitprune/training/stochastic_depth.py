@@ -1,4 +1,4 @@
-"""Stochastic depth for a time: residual branches of a timm model that are left out at random in training."""
+"""Stochastic depth (drop path) during training: random skipping of residual branches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,23 +13,27 @@ BRANCHES = ("drop_path1", "drop_path2")
 
 @contextmanager
 def stochastic_depth(model: nn.Module, rate: float) -> Iterator[None]:
-    """Drop the branches of block i of n at a rate of rate * i / (n - 1) while training; 0 leaves the model's own rates.
+    """Set the drop-path rate of block i of n to rate * i / (n - 1), and restore the model's own rates at the end.
+
+    Args:
+        model: A timm model.
+        rate: Rate of the last block; 0 keeps the model's own rates.
 
     Raises:
-        BadInput: the model has no blocks with branches to drop.
+        BadInput: the model has no drop-path modules.
 
     Source: Huang et al. 2016, section 3; DeiT's recipe.
     """
     paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in BRANCHES] if rate else []
     if rate and not paths:
-        raise BadInput(f"train.drop_path {rate}: {type(model).__name__} has no branches to drop; set it to 0")
+        raise BadInput(f"train.drop_path {rate}: {type(model).__name__} has no drop-path modules; set it to 0")
     blocks = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
-    before = {path: model.get_submodule(path) for path in paths}
+    originals = {path: model.get_submodule(path) for path in paths}
     try:
         for path in paths:
-            place = blocks.index(path.rpartition(".")[0])
-            model.set_submodule(path, DropPath(rate * place / max(1, len(blocks) - 1)))
+            index = blocks.index(path.rpartition(".")[0])
+            model.set_submodule(path, DropPath(rate * index / max(1, len(blocks) - 1)))
         yield
     finally:
-        for path, module in before.items():
+        for path, module in originals.items():
             model.set_submodule(path, module)

@@ -1,4 +1,4 @@
-"""The final model as a logged model of MLflow 3: safetensors and config.json, no pickle."""
+"""The final model as a logged model of MLflow 3: safetensors and config.json."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

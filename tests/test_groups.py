@@ -1,6 +1,7 @@
-"""Zeroing and shrinking are one function, wherever zeroing is allowed at all."""
+"""Zeroing and shrinking units give the same function, and invalid masks are refused."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -8,10 +9,15 @@ import torch
 from tests.support.model_zoo import ZOO, answer, images, random_masks, same_state, state, tiny
 from tests.support.reference_kl import LiveNorm, literal_vit
 from vitprune import BadInput, find_groups, shrink, zero
-from vitprune.groups import ParamSlice, positions, resize_group, unit_sums
+from vitprune.config.params import Kind
+from vitprune.groups import KINDS, ParamSlice, positions, resize_group, unit_sums
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 VITS = [name for name in ZOO if not name.startswith(("swin", "pvt"))]
+
+
+def test_kinds_equal_those_of_params_yaml() -> None:
+    assert get_args(Kind) == KINDS
 
 
 def fused(model: torch.nn.Module, on: bool) -> torch.nn.Module:
@@ -24,7 +30,7 @@ def fused(model: torch.nn.Module, on: bool) -> torch.nn.Module:
 @pytest.mark.parametrize("on", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("kind", ["ffn", "head", "attention"])
 @pytest.mark.parametrize("name", ZOO)
-def test_zero_is_shrink(name: str, kind: str, on: bool) -> None:
+def test_zero_and_shrink_give_the_same_logits(name: str, kind: str, on: bool) -> None:
     zeroed, shrunk = fused(tiny(name), on), fused(tiny(name), on)
     groups = find_groups(zeroed, [kind])
     masks = random_masks(groups, 1 if kind == "head" else 0.4)
@@ -46,7 +52,7 @@ def test_fused_and_plain_attention_agree_on_a_shrunk_model(name: str) -> None:
     torch.testing.assert_close(answer(fused(model, True), x), answer(fused(model, False), x), **CLOSE)
 
 
-def test_kinds_cut_together_as_one_after_the_other(vit: torch.nn.Module) -> None:
+def test_kinds_cut_together_equal_kinds_cut_in_turn(vit: torch.nn.Module) -> None:
     together, in_turn = tiny("vit"), tiny("vit")
     kinds = ["residual", "attention", "ffn"]
     groups = find_groups(vit, kinds)
@@ -61,7 +67,7 @@ def test_kinds_cut_together_as_one_after_the_other(vit: torch.nn.Module) -> None
 
 @pytest.mark.parametrize("kinds", [["residual"], ["attention"], ["ffn"], ["residual", "attention", "ffn"]])
 @pytest.mark.parametrize("removed", [1, 0.3])
-def test_shrink_is_the_literal_removal(vit: torch.nn.Module, kinds: list[str], removed: float) -> None:
+def test_shrink_equals_literal_removal(vit: torch.nn.Module, kinds: list[str], removed: float) -> None:
     groups = find_groups(vit, kinds)
     masks = random_masks(groups, removed)
     x = images(vit)
@@ -70,13 +76,13 @@ def test_shrink_is_the_literal_removal(vit: torch.nn.Module, kinds: list[str], r
     torch.testing.assert_close(answer(vit, x), expected, **CLOSE)
 
 
-def test_the_oracle_is_the_model_when_nothing_is_masked(vit: torch.nn.Module) -> None:
+def test_reference_without_masks_equals_the_model(vit: torch.nn.Module) -> None:
     x = images(vit)
     torch.testing.assert_close(answer(vit, x), literal_vit(vit, x, {}), **CLOSE)
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_residual_shrink_runs_layer_norm_over_the_live_channels(name: str) -> None:
+def test_layer_norm_uses_only_the_kept_residual_channels(name: str) -> None:
     masked, shrunk = tiny(name), tiny(name)
     groups = find_groups(shrunk, ["residual"])
     masks = random_masks(groups, 0.3)
@@ -89,7 +95,7 @@ def test_residual_shrink_runs_layer_norm_over_the_live_channels(name: str) -> No
     assert shrunk.embed_dim == shrunk.num_features == int(masks["residual"].sum())
 
 
-def test_zeroed_residual_channels_would_be_another_function(vit: torch.nn.Module) -> None:
+def test_zeroing_residual_channels_is_refused(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["residual"])
     masks = random_masks(groups, 1)
     x = images(vit)
@@ -104,13 +110,13 @@ def test_zeroed_residual_channels_would_be_another_function(vit: torch.nn.Module
     assert (answer(vit, x) - removed).abs().max() > 1e-3
 
 
-def test_a_whole_residual_mask_may_be_zeroed(vit: torch.nn.Module) -> None:
+def test_zero_accepts_a_residual_mask_that_keeps_all_channels(vit: torch.nn.Module) -> None:
     before = state(vit)
     zero(vit, find_groups(vit, ["residual"]), {"residual": torch.ones(48, dtype=torch.bool)})
     assert same_state(vit, before)
 
 
-def test_biases_go_with_their_units(vit: torch.nn.Module) -> None:
+def test_biases_are_removed_with_their_units(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])[:1]
     masks = {"blocks.0.mlp": torch.arange(192) != 5}
     dense = state(vit)
@@ -207,12 +213,12 @@ def test_a_mask_that_does_not_fit_is_refused_and_nothing_changes(vit, apply, mas
     assert same_state(vit, before)
 
 
-def test_what_has_no_smaller_form_is_refused(vit: torch.nn.Module) -> None:
+def test_masks_without_a_smaller_form_are_refused(vit: torch.nn.Module) -> None:
     before = state(vit)
     weights, units = find_groups(vit, ["weight"]), find_groups(vit, ["ffn"])
     with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: single weights cannot be cut"):
         shrink(vit, units + weights, random_masks(units + weights, 0.5))
-    with pytest.raises(BadInput, match=r"^blocks.0.mlp: all 192 units would go"):
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp: all 192 units would be removed"):
         shrink(vit, units, random_masks(units, 192))
     both = find_groups(vit, ["attention", "head"])
     with pytest.raises(BadInput, match=r"blocks.0.attn and blocks.0.attn.heads cut the same axis"):
@@ -231,7 +237,7 @@ def test_groups_that_are_out_of_date_are_refused(vit: torch.nn.Module) -> None:
     assert same_state(vit, before)
 
 
-def test_a_stale_group_behind_a_good_one_leaves_the_model_whole(vit: torch.nn.Module) -> None:
+def test_nothing_is_cut_if_one_group_is_out_of_date(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     shrink(vit, groups[1:], random_masks(groups[1:], 0.5))
     before = state(vit)
@@ -240,7 +246,7 @@ def test_a_stale_group_behind_a_good_one_leaves_the_model_whole(vit: torch.nn.Mo
     assert same_state(vit, before)
 
 
-def test_cut_to_refuses_a_larger_shape(vit: torch.nn.Module) -> None:
+def test_resize_group_refuses_a_larger_shape(vit: torch.nn.Module) -> None:
     group = find_groups(vit, ["ffn"])[0]
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: shape \[193\] does not fit into \[192\]"):
         resize_group(vit, group, (193,))
@@ -248,7 +254,7 @@ def test_cut_to_refuses_a_larger_shape(vit: torch.nn.Module) -> None:
         resize_group(vit, replace(group, shape=(192,)), (2, 96))
 
 
-def test_layers_know_their_new_sizes_and_still_train(vit: torch.nn.Module) -> None:
+def test_recorded_layer_sizes_are_updated_and_gradients_flow(vit: torch.nn.Module) -> None:
     vit.blocks[0].mlp.fc1.weight.requires_grad_(False)
     groups = find_groups(vit, ["residual", "attention", "ffn"])
     shrink(vit, groups, random_masks(groups, 0.25))

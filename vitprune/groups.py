@@ -1,4 +1,4 @@
-"""Groups of units that may go, and the two ways to let them go: zero and shrink."""
+"""Prunable groups of units, and the two ways to remove units: `zero` (set to zero) and `shrink` (cut out)."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,15 +14,24 @@ Masks = dict[str, Tensor]
 Resize = Callable[[nn.Module, tuple[int, ...]], None]
 Drop = Callable[[nn.Module, Tensor], None]
 
-KINDS = ("weight", "ffn", "attention", "head", "residual", "block")
+KINDS = ("weight", "ffn", "attention", "head", "residual", "block")  # of units; config.params.Kind, without torch
 
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """Address of a group's units in one parameter: its axis read as (outer, units, inner).
+    """Positions of a group's units in one parameter or buffer.
 
-    `axis=None` means that every element of the parameter is a unit of its own. Where the units of each head lie several
-    times side by side, the axis is read as (outer, heads, runs, units / heads, inner).
+    The axis is read as (outer, units, inner): all units are repeated `outer` times, and every unit has `inner`
+    consecutive positions. With `heads`, it is read as (outer, heads, runs, units / heads, inner): the units of one head
+    are repeated `runs` times before those of the next head.
+
+    Attributes:
+        param: name of the parameter or buffer.
+        axis: axis of the units; None if every element of the parameter is a unit.
+        outer: number of repetitions of all units.
+        inner: number of consecutive positions of one unit.
+        heads: number of heads that the units are divided into.
+        runs: number of repetitions of the units of one head.
     """
 
     param: str
@@ -34,22 +43,30 @@ class ParamSlice:
 
     @property
     def length(self) -> int:
-        """How often a unit lies along the axis."""
+        """Number of positions of one unit along the axis."""
         return self.outer * self.runs * self.inner
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units of one kind that may go, and every slice that goes with each of them.
+    """Units of one kind that can be removed, with every slice that belongs to them.
 
-    `shape` is the shape of the group's scores and masks; attention channels are (heads, channels), and all heads
-    keep the same number. `pool` names the DIMAP module of a weight. `owner` is the module whose own sizes `resize`
-    sets to a new shape once the slices are cut. `buffers` are slices of buffers, as a BatchNorm's running mean: they
-    are cut with their units and never zeroed, as the weight and bias beside them are, which makes the units zero.
-
-    Blocks go in pairs of neighbours, so the units of their group are sub-layers, in the order of the model: attention,
-    FFN, attention, and so on. Of blocks that go as a whole, both units are the block. `sublayers` holds the paths of
-    the modules of each (its body first), and `drop` takes the others out of the model.
+    Attributes:
+        name: unique name; masks and scores are stored by it.
+        kind: weight, ffn, attention, head, residual or block.
+        shape: shape of scores and masks. For attention channels it is (heads, head_dim), and all heads must keep the
+            same number of channels.
+        slices: slices of parameters that are zeroed or cut out with the units.
+        layer_type: DIMAP module of single weights, such as qkv, proj or mlp; layers of one type are ranked together in
+            scope `module`.
+        owner: path of the module that `resize` and `drop` change; empty for the model.
+        resize: function that records a new shape in the owner, after the slices are cut.
+        sublayers: for blocks, the module paths of every unit, the attention or MLP first. The units are the sub-layers
+            in the order of the model: attention, FFN, attention, and so on. If only whole blocks can be removed, both
+            units of a block are the block.
+        drop: for blocks, function that removes the sub-layers which a mask does not keep from the owner.
+        buffers: slices of buffers, such as the running mean of a BatchNorm. They are cut out and never zeroed, because
+            zero weight and bias make the units zero.
     """
 
     name: str
@@ -70,19 +87,27 @@ class Group:
 
     @property
     def whole_blocks(self) -> bool:
-        """Whether the units of each block are the block itself, and go together."""
+        """Whether both units of every block are the whole block, and must be removed together."""
         return len(self.sublayers) > 1 and self.sublayers[0] == self.sublayers[1]
 
     @property
     def num_candidates(self) -> int:
-        """Number of units that may go first; the last sub-layer of a model has no next one to go with."""
+        """Number of units at which a removal can start; a sub-layer is removed together with the next one."""
         return self.units - 1 if self.kind == "block" else self.units
 
 
 def mask_without(group: Group, unit: int) -> Tensor:
-    """Mask that removes one unit alone; of blocks, a sub-layer and the next one, so unit 2i is block i.
+    """Return the mask that removes one unit, or for blocks one sub-layer and the next.
 
-    Unit 2i + 1 is the FFN of block i and the attention of block i + 1: what is left of the two is a hybrid block.
+    Removing unit 2i removes block i. Removing unit 2i + 1 removes the FFN of block i and the attention of block i + 1;
+    the attention of block i and the FFN of block i + 1 then form a hybrid block.
+
+    Args:
+        group: any group.
+        unit: index of the unit, less than `group.num_candidates`.
+
+    Returns:
+        A mask of the shape of the group, False for the removed units.
 
     Source: UP-ViTs, block pruning.
     """
@@ -92,19 +117,19 @@ def mask_without(group: Group, unit: int) -> Tensor:
 
 
 def removed_modules(groups: Iterable[Group], masks: Masks) -> tuple[str, ...]:
-    """Paths of the modules that go as a whole, with the sub-layer that they belong to."""
+    """Return the paths of all modules of the sub-layers that the masks of block groups remove."""
     blocks = [group for group in groups if group.kind == "block"]
     pairs = [pair for group in blocks for pair in zip(group.sublayers, masks[group.name].tolist(), strict=True)]
     return tuple(path for paths, keep in pairs if not keep for path in paths)
 
 
 def is_within(name: str, paths: Iterable[str]) -> bool:
-    """Whether a module, parameter or group belongs to one of the modules at these paths."""
+    """Return whether a module, parameter or group is one of the modules at these paths, or inside one."""
     return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
 
 def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
-    """Indices along the slice's axis that belong to the chosen units; `chosen` is a bool vector over all units."""
+    """Return the indices along the slice's axis that belong to the chosen units; `chosen` (units,) is boolean."""
     units = chosen.numel()
     grid = torch.arange(part.length * units).view(part.outer, part.heads, part.runs, units // part.heads, part.inner)
     picked = chosen.cpu().view(1, part.heads, 1, -1, 1).expand_as(grid)
@@ -112,7 +137,15 @@ def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
 
 
 def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
-    """Sum per unit of one value per weight, over all slices of the group, in float64; shape of the group."""
+    """Sum one value per weight over all slices of each unit.
+
+    Args:
+        group: any group.
+        values: tensor by name of parameter, in the shape of the parameter.
+
+    Returns:
+        The sums in float64, in the shape of the group.
+    """
     total = torch.zeros(group.units, dtype=torch.float64)
     for part in group.slices:
         value = values[part.param].detach().to("cpu", torch.float64)
@@ -125,7 +158,7 @@ def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model with its shapes alone: on the meta device, where nothing is stored."""
+    """Return a copy of a model on the meta device: it has shapes and no values."""
     memo: dict[int, object] = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         for parameter in model.parameters()
@@ -138,15 +171,23 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     """Set every slice of the removed units to zero, in place.
 
+    Args:
+        model: the model.
+        groups: its groups.
+        masks: boolean tensor by name of group, False for removed units.
+
+    Returns:
+        The model.
+
     Raises:
-        BadInput: a residual channel is to be zeroed (LayerNorm statistics would still run over it), or a mask does
-            not fit its group, or a group no longer fits its parameters. The model is untouched then.
+        BadInput: a mask removes residual channels (LayerNorm would still count them) or blocks, a mask does not fit
+            its group, or a group no longer fits its parameters. The model is unchanged then.
     """
     fitting = [(group, _fitting(group, masks)) for group in groups]
     for group, keep in fitting:
         _refuse_stale(model, group)
         why = {"residual": "residual channels cannot be zeroed, LayerNorm would still count them; shrink them"}
-        why |= {"block": "blocks cannot be zeroed, they are taken out of the model; shrink them"}
+        why |= {"block": "blocks cannot be zeroed, they are removed from the model; shrink them"}
         if group.kind in why and not bool(keep.all()):
             raise BadInput(f"{group.name}: {why[group.kind]}")
     for group, keep in fitting:
@@ -163,19 +204,28 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
 def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     """Cut the removed units out of every slice, in place, so that the tensors become smaller.
 
-    Whole sub-layers go last, as those behind them get other names; what belongs to one of them needs no mask.
+    Blocks are removed last, because the modules after a removed block get other names. Groups inside a removed
+    sub-layer need no mask.
+
+    Args:
+        model: the model.
+        groups: its groups.
+        masks: boolean tensor by name of group, False for removed units.
+
+    Returns:
+        The model.
 
     Raises:
-        BadInput: the group has no smaller form (single weights), nothing would be left, heads would keep different
-            numbers of channels, sub-layers would not form blocks, two groups share an axis of one parameter, or a
-            group no longer fits its parameters. The model is untouched then.
+        BadInput: a group has no smaller form (single weights), nothing would remain, heads would keep different
+            numbers of channels, the kept sub-layers would not form blocks, two groups share an axis of one parameter,
+            or a group no longer fits its parameters. The model is unchanged then.
     """
     _refuse_shared_axes(groups)
     for group in groups:
         _refuse_stale(model, group)
     blocks = [(group, _fitting(group, masks)) for group in groups if group.kind == "block"]
-    doomed = removed_modules([group for group, _ in blocks], masks)
-    others = [(g, _fitting(g, masks)) for g in groups if g.kind != "block" and not is_within(g.name, doomed)]
+    removed = removed_modules([group for group, _ in blocks], masks)
+    others = [(g, _fitting(g, masks)) for g in groups if g.kind != "block" and not is_within(g.name, removed)]
     for group, keep, shape in [(group, keep, _kept_shape(group, keep)) for group, keep in others + blocks]:
         _cut(model, group, keep, shape)
     return model
@@ -183,10 +233,15 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
 
 @torch.no_grad()
 def resize_group(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None:
-    """Give a group a smaller shape, keeping its first units: the frame that a saved model's weights fill.
+    """Cut a group to a smaller shape, in place, keeping its first units; a saved model's weights fit in afterwards.
+
+    Args:
+        model: the model.
+        group: one of its groups.
+        shape: the new shape, with as many axes as the group's.
 
     Raises:
-        BadInput: the shape is larger than the group, or has nothing in it.
+        BadInput: the shape is larger than the group, or is empty.
     """
     size = torch.Size(shape).numel()
     if not 0 < size <= group.units or len(shape) != len(group.shape):
@@ -211,25 +266,27 @@ def _fitting(group: Group, masks: Masks) -> Tensor:
 def _kept_shape(group: Group, mask: Tensor) -> tuple[int, ...]:
     if group.kind == "weight":
         raise BadInput(f"{group.name}: single weights cannot be cut out of a tensor; use zero")
-    left = mask.flatten().nonzero().flatten()
-    if group.kind == "block" and (len(left) % 2 or bool((left % 2 != torch.arange(len(left)) % 2).any())):
-        raise BadInput(f"{group.name}: what is left would not alternate attention and FFN; remove pairs of neighbours")
+    kept = mask.flatten().nonzero().flatten()
+    if group.kind == "block" and (len(kept) % 2 or bool((kept % 2 != torch.arange(len(kept)) % 2).any())):
+        raise BadInput(
+            f"{group.name}: kept sub-layers would not alternate attention and FFN; remove pairs of neighbours"
+        )
     if group.whole_blocks and not torch.equal(mask.flatten()[::2], mask.flatten()[1::2]):
-        raise BadInput(f"{group.name}: half of a block would go; remove both units of every block that goes")
+        raise BadInput(f"{group.name}: half of a block would be removed; remove both units of a block")
     rows = mask.view(group.shape).flatten(1) if len(group.shape) > 1 else mask.view(1, -1)
     counts = [int(count) for count in rows.sum(dim=1)]
     if len(set(counts)) > 1:
         raise BadInput(f"{group.name}: heads would keep {counts} channels; all must keep the same number")
     if counts[0] == 0:
-        raise BadInput(f"{group.name}: all {group.units} units would go; keep at least one")
+        raise BadInput(f"{group.name}: all {group.units} units would be removed; keep at least one")
     return (group.shape[0], counts[0]) if len(group.shape) > 1 else (counts[0],)
 
 
 def _refuse_shared_axes(groups: Sequence[Group]) -> None:
-    taken: dict[tuple[str, int | None], str] = {}
+    cut_by: dict[tuple[str, int | None], str] = {}
     for group in groups:
         for part in group.slices:
-            other = taken.setdefault((part.param, part.axis), group.name)
+            other = cut_by.setdefault((part.param, part.axis), group.name)
             if other != group.name:
                 raise BadInput(
                     f"{part.param}: groups {other} and {group.name} cut the same axis; "
@@ -241,13 +298,13 @@ def _refuse_stale(model: nn.Module, group: Group) -> None:
     modules = dict(model.named_modules()) if group.sublayers else {}
     for body, *_ in group.sublayers:
         if body not in modules:
-            raise BadInput(f"{group.name}: the model has no {body}, the group is out of date; find it again")
+            raise BadInput(f"{group.name}: the model has no {body}, the group is out of date; call find_groups again")
     for part in group.slices + group.buffers:
         tensor = _tensor(model, part.param)
         length = tensor.numel() if part.axis is None else tensor.shape[part.axis]
         if group.units * part.length != length:
             axis = "it" if part.axis is None else f"axis {part.axis}"
-            raise BadInput(f"{part.param}: {axis} is {length} long, the group is out of date; find it again")
+            raise BadInput(f"{part.param}: {axis} is {length} long, the group is out of date; call find_groups again")
 
 
 def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -> None:
@@ -260,7 +317,7 @@ def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -
         learned = isinstance(old, nn.Parameter)
         setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if learned else new)
         _match_weight(owner)
-    if group.resize is not None:  # also where nothing goes: heads may merge without losing a channel
+    if group.resize is not None:  # also if nothing is cut: heads may be merged without losing a channel
         group.resize(model.get_submodule(group.owner), shape)
     if group.drop is not None:
         group.drop(model.get_submodule(group.owner), keep)
@@ -275,12 +332,12 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def _match_weight(module: nn.Module) -> None:
-    """Set a plain layer's recorded sizes to those of its weight; in a depth-wise convolution groups are channels."""
+    """Set the recorded sizes of a layer to those of its weight; a depth-wise convolution has one group per channel."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
-        each, module.out_channels = module.out_channels // module.groups, module.weight.shape[0]
-        module.groups = module.in_channels = module.out_channels // each
+        multiplier, module.out_channels = module.out_channels // module.groups, module.weight.shape[0]
+        module.groups = module.in_channels = module.out_channels // multiplier
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.Conv2d):

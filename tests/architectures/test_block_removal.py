@@ -1,4 +1,4 @@
-"""Whole blocks of any family are skipped where they add to what they are given."""
+"""Removal of whole residual blocks in models of any family."""
 
 import copy
 import json
@@ -69,12 +69,12 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_blocks_by_hand(name: str) -> None:
+def test_removable_blocks_per_model(name: str) -> None:
     assert paths(small(name)) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", PYRAMIDS)
-def test_any_block_of_a_pyramid_can_be_skipped_and_the_rest_cut(name: str, tmp_path: Path) -> None:
+def test_every_block_of_swin_and_pvt_can_be_removed_and_others_shrunk(name: str, tmp_path: Path) -> None:
     model = tiny(name).float()
     every, x = paths(model), images(model)
     assert every == [path for path, module in model.named_modules() if type(module).__name__.endswith("Block")]
@@ -92,7 +92,7 @@ def test_any_block_of_a_pyramid_can_be_skipped_and_the_rest_cut(name: str, tmp_p
     assert torch.equal(answer(again, x), answer(smaller, x))
 
 
-def test_a_structure_names_what_is_skipped_and_nothing_else() -> None:
+def test_structure_lists_exactly_the_removed_blocks() -> None:
     dense = tiny("swin")
     assert not any(name.endswith(".skipped") for name in structure(dense))
     smaller = skipping(dense, ["layers.0.blocks.1", "layers.1.blocks.0"])
@@ -115,7 +115,9 @@ EVERY = {f"layers.{stage}.blocks.{block}.skipped": [1] for stage in range(2) for
         (EVERY, "blocks: shape .0. does not fit into .8."),
     ],
 )
-def test_a_file_cannot_skip_what_is_no_block(shapes: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_a_checkpoint_cannot_remove_modules_that_are_not_blocks(
+    shapes: dict[str, Any], why: str, tmp_path: Path
+) -> None:
     save(tiny("swin").float(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["vitprune"]["structure"] = shapes
@@ -124,7 +126,7 @@ def test_a_file_cannot_skip_what_is_no_block(shapes: dict[str, Any], why: str, t
         load(tmp_path)
 
 
-def test_blocks_are_scored_by_removal_and_go_one_by_one(swin: nn.Module) -> None:
+def test_blocks_are_scored_by_removal_and_pruned_one_at_a_time(swin: nn.Module) -> None:
     (group,), calibration = find_groups(swin, ["block"]), batches(swin)
     found = score(swin, [group], "kl-literal", calibration)["blocks"]
     assert torch.equal(score(swin, [group], "kl-exact", calibration)["blocks"], found)
@@ -143,7 +145,7 @@ def test_blocks_are_scored_by_removal_and_go_one_by_one(swin: nn.Module) -> None
 
 
 @pytest.mark.parametrize("name", ["swin", "pvt"])
-def test_units_beside_skipped_blocks_are_scored_exactly(name: str) -> None:
+def test_units_of_a_model_with_removed_blocks_are_scored_exactly(name: str) -> None:
     model = tiny(name)
     smaller, calibration = skipping(model, paths(model)[1:2]), batches(model, 1, 2)
     groups = [*find_groups(smaller, ["block"]), *find_groups(smaller, ["ffn"])[:1]]
@@ -153,20 +155,20 @@ def test_units_beside_skipped_blocks_are_scored_exactly(name: str) -> None:
         torch.testing.assert_close(exact[group.name], literal[group.name], rtol=1e-6, atol=1e-12)
 
 
-def test_the_only_block_that_is_left_stays(swin: nn.Module) -> None:
+def test_the_last_block_is_not_removed(swin: nn.Module) -> None:
     *gone, last = paths(swin)
     smaller = skipping(swin, gone)
     (group,) = find_groups(smaller, ["block"])
     assert group.sublayers == ((last,), (last,))
     assert score(smaller, [group], "kl-exact", batches(swin))["blocks"].tolist() == [float("inf")] * 2
-    with pytest.raises(BadInput, match=r"^blocks: all 2 units would go; keep at least one"):
+    with pytest.raises(BadInput, match=r"^blocks: all 2 units would be removed; keep at least one"):
         skipping(smaller, [last])
     pruned = prune(smaller, "upvits-blocks", 0.9, batches(swin))
     assert same_state(pruned, state(smaller))
 
 
 @pytest.mark.parametrize(("name", "what"), [("swin", "macs"), ("pvt", "params")])
-def test_a_target_of_cost_is_met(name: str, what: str) -> None:
+def test_block_removal_reaches_a_cost_target(name: str, what: str) -> None:
     model = tiny(name)
     pruned = prune(model, "upvits-blocks", None, batches(model, 1, 2), target={what: 0.75})
     share = cost(pruned, what) / cost(model, what)
@@ -174,7 +176,7 @@ def test_a_target_of_cost_is_met(name: str, what: str) -> None:
     assert share <= 0.75
 
 
-def test_skipped_blocks_run_in_onnx(swin: nn.Module, tmp_path: Path) -> None:
+def test_a_model_with_removed_blocks_exports_to_onnx(swin: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     from vitprune.models.export import export_onnx, export_timm
@@ -186,7 +188,7 @@ def test_skipped_blocks_run_in_onnx(swin: nn.Module, tmp_path: Path) -> None:
 
 def test_half_of_a_block_is_refused_and_costs_count_it_once(swin: nn.Module) -> None:
     (group,) = find_groups(swin, ["block"])
-    with pytest.raises(BadInput, match=r"^blocks: half of a block would go; remove both units"):
+    with pytest.raises(BadInput, match=r"^blocks: half of a block would be removed; remove both units"):
         shrink(swin, [group], {"blocks": mask_without(group, 1)})
     weights, macs = group_costs(swin, [group], images(swin))["blocks"]
     assert weights == sum(p.numel() for path in paths(swin) for p in swin.get_submodule(path).parameters())
@@ -229,13 +231,13 @@ class Inner(Mlp):
         return x + super().forward(x)
 
 
-def test_of_blocks_within_blocks_the_inner_ones_go_and_the_outer_ones_stay() -> None:
+def test_only_the_inner_of_nested_blocks_are_removable() -> None:
     model = Nested(reads=False)
     assert paths(model) == ["blocks.0.inner.0", "blocks.1.inner.0"]
     assert paths(skipping(model, ["blocks.0.inner.0"])) == ["blocks.1.inner.0"]
 
 
-def test_a_model_that_reads_its_blocks_is_refused() -> None:
+def test_a_model_that_does_not_run_without_its_blocks_is_refused() -> None:
     model = Nested(reads=True)
     for block in model.blocks:
         block.inner[0] = nn.Identity()
@@ -251,7 +253,7 @@ GONE = {
 
 
 @pytest.mark.parametrize("name", GONE)
-def test_timms_own_interfaces_see_the_smaller_model(name: str) -> None:
+def test_timm_feature_interfaces_with_removed_blocks(name: str) -> None:
     model = (tiny(name) if name in ZOO else small(name)).eval()
     smaller, slow, x = skipping(model, GONE[name]), giving_back(model, GONE[name]), noise(model)
     with torch.no_grad():
@@ -267,7 +269,7 @@ def test_timms_own_interfaces_see_the_smaller_model(name: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(given, expected[:2], strict=True))
 
 
-def test_a_list_of_features_and_another_size_of_images() -> None:
+def test_features_only_and_set_input_size_with_removed_blocks() -> None:
     args = SMALL["convnext_atto"] | {"features_only": True, "out_indices": (1, 3)}
     features = redrawn(timm.create_model("convnext_atto", **args), 0).eval()
     slow = giving_back(features, ["stages_2.blocks.1"])

@@ -1,4 +1,4 @@
-"""A causal language model is pruned by the same code as a ViT: an answer per position, divergences summed over them."""
+"""Pruning, scoring and training of a causal language model; logits and divergences per position."""
 
 import copy
 
@@ -40,7 +40,7 @@ def batches(number: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(texts(seed=n), texts(seed=n + 100)) for n in range(number)]
 
 
-def test_an_answer_depends_on_what_came_before_alone() -> None:
+def test_logits_depend_only_on_earlier_tokens() -> None:
     model, tokens = decoder(), texts()
     changed = tokens.clone()
     changed[:, 4] = (tokens[:, 4] + 1) % WORDS
@@ -52,7 +52,7 @@ def test_an_answer_depends_on_what_came_before_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ffn", "head", "attention"])
-def test_zero_is_shrink(kind: str) -> None:
+def test_zero_and_shrink_give_the_same_logits(kind: str) -> None:
     zeroed, shrunk, tokens = decoder(), decoder(), texts()
     groups = find_groups(zeroed, [kind])
     masks = random_masks(groups, 1 if kind == "head" else 0.4)
@@ -63,7 +63,7 @@ def test_zero_is_shrink(kind: str) -> None:
     assert (answer(zeroed, tokens) - dense).abs().max() > 1e-3
 
 
-def test_residual_shrink_runs_layer_norm_over_the_live_channels() -> None:
+def test_layer_norm_uses_only_the_kept_residual_channels() -> None:
     masked, shrunk, tokens = decoder(), decoder(), texts()
     groups = find_groups(shrunk, ["residual"])
     masks = random_masks(groups, 0.3)
@@ -75,7 +75,7 @@ def test_residual_shrink_runs_layer_norm_over_the_live_channels() -> None:
     assert shrunk.token_embed.embedding_dim == shrunk.embed_dim == 8
 
 
-def test_every_parameter_is_reached() -> None:
+def test_groups_cover_every_parameter() -> None:
     model = decoder()
     reached = {
         part.param for kind in ("residual", "ffn", "head") for g in find_groups(model, [kind]) for part in g.slices
@@ -105,7 +105,7 @@ def test_kl_is_summed_over_positions(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ffn", "attention", "head", "residual"])
-def test_exact_scoring_is_the_literal_removal(kind: str) -> None:
+def test_exact_scores_equal_literal_removal(kind: str) -> None:
     model, data = decoder(), batches()
     groups = find_groups(model, [kind])
     expected = score(model, groups, "kl-literal", data)
@@ -113,7 +113,7 @@ def test_exact_scoring_is_the_literal_removal(kind: str) -> None:
         torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-15)
 
 
-def test_a_chain_is_its_model() -> None:
+def test_chain_equals_the_model() -> None:
     model, tokens = decoder(), texts()
     with torch.no_grad():
         torch.testing.assert_close(build_chain(model)(tokens), answer(model, tokens), **CLOSE)
@@ -134,7 +134,7 @@ def test_taylor_takes_the_loss_over_all_positions() -> None:
     assert float(found[3]) == pytest.approx(((losses[0] - losses[1]) / 2e-5) ** 2, rel=1e-5)
 
 
-def test_cross_entropy_is_torchs() -> None:
+def test_cross_entropy_equals_torch() -> None:
     logits, labels = answer(decoder(), texts()), texts(seed=2)
     for smoothing in (0.0, 0.1):
         expected = F.cross_entropy(logits.transpose(1, 2), labels, label_smoothing=smoothing)
@@ -193,7 +193,7 @@ def test_fisher_ranks_units_as_exact_scores_do() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ffn", "head", "attention"])
-def test_units_of_a_decoder_are_eliminated_and_its_survivors_refitted(kind: str) -> None:
+def test_unit_obs_refits_the_remaining_weights_of_a_decoder(kind: str) -> None:
     model, data = decoder(), batches(8)
     groups = find_groups(model, [kind])
     importance = unit_obs(model, groups, data, ScoreConfig())

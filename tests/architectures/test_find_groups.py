@@ -1,4 +1,4 @@
-"""Which groups a model has, what merging heads does, and what is not understood."""
+"""Groups of each kind per model, merging of heads, rebuilding from a structure, and unsupported modules."""
 
 import pytest
 import timm
@@ -36,7 +36,7 @@ def test_groups_of_a_vit_by_hand(vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_every_parameter_is_reached_or_inside_a_block(name: str) -> None:
+def test_groups_cover_every_parameter(name: str) -> None:
     model = tiny(name)
     kinds = [kind for kind in KINDS if kind not in ("weight", "block")]
     reached = {part.param for kind in kinds for g in find_groups(model, [kind]) for part in g.slices}
@@ -56,7 +56,7 @@ def test_groups_of_a_swin(swin: nn.Module) -> None:
     ]
 
 
-def test_groups_come_in_the_order_of_the_kinds(vit: nn.Module) -> None:
+def test_groups_are_ordered_by_kind(vit: nn.Module) -> None:
     assert [g.kind for g in find_groups(vit, ["residual", "ffn", "attention"])] == [
         "residual",
         *["ffn"] * 2,
@@ -88,7 +88,7 @@ def test_groups_come_in_the_order_of_the_kinds(vit: nn.Module) -> None:
         ("vit_tiny_patch16_224", {}, ["heads"], r"^kind 'heads': unknown; use some of weight, ffn"),
     ],
 )
-def test_what_is_not_understood_is_named(architecture, args, kinds, why) -> None:
+def test_unsupported_modules_are_named(architecture, args, kinds, why) -> None:
     with torch.device("meta"):
         model = timm.create_model(architecture, **args)
     if why is None:
@@ -100,7 +100,7 @@ def test_what_is_not_understood_is_named(architecture, args, kinds, why) -> None
 
 
 @pytest.mark.parametrize("kept", [2, 5, 8, 11])
-def test_merged_heads_are_the_sum_over_kept_products(kept: int) -> None:
+def test_merged_heads_sum_over_the_kept_channels(kept: int) -> None:
     model = twelve_heads()
     groups = merge_heads(model, find_groups(model, ["attention"]), 3)
     assert [g.shape for g in groups] == [(3, 32), (3, 32)]
@@ -116,7 +116,7 @@ def test_merged_heads_are_the_sum_over_kept_products(kept: int) -> None:
     torch.testing.assert_close(answer(model, x), expected, **CLOSE)
 
 
-def test_merging_is_not_what_zeroing_does() -> None:
+def test_merging_heads_differs_from_zeroing() -> None:
     merged, apart = twelve_heads(), twelve_heads()
     groups = merge_heads(merged, find_groups(merged, ["attention"]), 3)
     masks = random_masks(groups, 0.5)
@@ -124,7 +124,7 @@ def test_merging_is_not_what_zeroing_does() -> None:
     assert (answer(shrink(merged, groups, masks), x) - answer(zero(apart, groups, masks), x)).abs().max() > 1e-3
 
 
-def test_deit_base_becomes_the_stock_deit_tiny() -> None:
+def test_deit_base_shrinks_to_the_shapes_of_deit_tiny() -> None:
     with torch.device("meta"):
         base, tiny_stock = timm.create_model("deit_base_patch16_224"), timm.create_model("deit_tiny_patch16_224")
     groups = merge_heads(base, find_groups(base, ["residual", "attention", "ffn"]), 3)
@@ -226,6 +226,6 @@ def test_uniform_args_are_those_of_timm(vit: nn.Module, swin: nn.Module) -> None
     assert uniform_args(vit) == {}
 
 
-def test_heads_merge_even_where_no_channel_goes(vit):
+def test_heads_merge_at_sparsity_zero(vit):
     merged = prune(vit, "upvits-literal", {"attention": 0.0}, batches(vit), merge_heads_to=1)
     assert [(block.attn.num_heads, block.attn.head_dim) for block in merged.blocks] == [(1, 48)] * 2

@@ -1,4 +1,4 @@
-"""Parts of models by themselves: hidden units of every MLP, and attentions that become narrower than their stream."""
+"""Groups of single modules: hidden units of MLPs, and attention narrower than its residual stream."""
 
 import copy
 
@@ -42,7 +42,7 @@ class Host(nn.Module):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_hidden_units_of_a_part_by_itself(part: nn.Module, units: int, slices: int, buffers: int) -> None:
+def test_hidden_units_of_a_single_mlp(part: nn.Module, units: int, slices: int, buffers: int) -> None:
     model = randomize_parameters(Host(part))
     (group,) = by_module.groups(model, "ffn")
     assert (group.name, group.shape, len(group.slices), len(group.buffers)) == ("part", (units,), slices, buffers)
@@ -55,7 +55,7 @@ def test_hidden_units_of_a_part_by_itself(part: nn.Module, units: int, slices: i
     assert gone == sum(expected_removals(model, [group], masks).values()) > 0
 
 
-def test_a_unit_behind_a_batch_norm_goes_with_its_statistics() -> None:
+def test_batch_norm_statistics_are_cut_with_their_units() -> None:
     model = randomize_parameters(Host(LevitMlp(12, 16)))
     (group,) = by_module.groups(model, "ffn")
     masks = {"part": torch.arange(16) != 3}
@@ -88,20 +88,20 @@ def with_mlp(kind: type[Mlp]) -> nn.Module:
     return model
 
 
-def test_an_mlp_of_another_class_is_found_by_how_it_runs() -> None:
+def test_an_mlp_of_an_unknown_class_is_traced() -> None:
     known, other = (find_groups(with_mlp(kind), ["ffn"])[1] for kind in (Mlp, OtherMlp))
     assert other.name == "blocks.1.mlp.fc1.units"
     assert set(other.slices) == set(known.slices)
 
 
-def test_the_first_module_that_is_not_understood_is_named_and_others_do_not_matter() -> None:
+def test_the_first_unsupported_module_is_named_and_other_kinds_work() -> None:
     model = with_mlp(SoftMlp)
     assert len(find_groups(model, ["head"])) == 2
     with pytest.raises(BadInput, match=r"^blocks.1.mlp \(SoftMlp\): this MLP is not understood yet"):
         find_groups(model, ["ffn"])
 
 
-def test_attentions_are_timms_until_they_are_narrower_than_their_stream() -> None:
+def test_attention_keeps_timm_class_until_narrower_than_embed_dim() -> None:
     dense, x = make_test_model("twins_pcpvt_small", SMALL["twins_pcpvt_small"])
     (group, *_) = find_groups(dense, ["head"])
     attn = dense.get_submodule(group.owner)

@@ -1,4 +1,4 @@
-"""Every kind of group of every model that we claim, proven as `vitprune check` proves it, or refused by name."""
+"""Every supported kind of group per model passes `vitprune check`; unsupported ones are refused by name."""
 
 import pytest
 import timm
@@ -13,7 +13,7 @@ from vitprune.groups import KINDS
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["vit", "extra", "distilled", "swin", "pvt", "pvt-linear"])
-def test_families_of_old_are_proven(name: str, kind: str) -> None:
+def test_check_proves_models_with_bookkeeping_of_their_own(name: str, kind: str) -> None:
     architecture, args = ZOO[name]
     rows = list(check(architecture, [kind], [0.5], args))
     assert [(row.verdict, row.why) for row in rows] == [("proven", "")]
@@ -21,14 +21,14 @@ def test_families_of_old_are_proven(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in PROVEN for kind in PROVEN[name].split()])
-def test_models_of_known_parts_are_proven(name: str, kind: str) -> None:
+def test_check_proves_models_of_known_modules(name: str, kind: str) -> None:
     rows = list(check(name, [kind], [0.5], SMALL.get(name, {}) | {"num_classes": 7}))
     assert [(row.verdict, row.why) for row in rows] == [("proven", "")]
     assert kind == "weight" or rows[0].proof.params_after < rows[0].proof.params_before
 
 
 @pytest.mark.parametrize(("name", "kind", "why"), REFUSED)
-def test_what_a_model_cannot_lose_is_refused_by_name(name: str, kind: str, why: str) -> None:
+def test_unsupported_kinds_are_refused(name: str, kind: str, why: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, **SMALL.get(name, {}))
     with pytest.raises(BadInput, match=why):
@@ -36,7 +36,7 @@ def test_what_a_model_cannot_lose_is_refused_by_name(name: str, kind: str, why: 
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "cait_xxs24_224"])
-def test_channels_that_have_no_basis_of_their_own_are_not_rebased(name: str) -> None:
+def test_unit_obs_refuses_attention_without_a_fused_qkv(name: str) -> None:
     model = timm.create_model(name, num_classes=7, **SMALL[name])
     with pytest.raises(BadInput, match=r"its q, k and v do not come from one Linear layer; use heads or ffn here$"):
         prune(model, "unit-obs", {"attention": 0.5}, batches(model))

@@ -1,4 +1,4 @@
-"""Residual streams of models that nobody named: what is cut, what timm is told of it, and what is refused."""
+"""Residual groups of models found by tracing: names, bookkeeping in timm, and refusals."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,14 +30,14 @@ def made(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stream_is_called_after_what_begins_it(name: str) -> None:
+def test_streams_are_named_after_their_first_writer(name: str) -> None:
     found = [group.name for group in find_groups(made(name)[0], ["residual"])]
     assert found[: len(STAGES[name])] == [f"{path}.residual" for path in STAGES[name]]
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "levit_128s", "xcit_nano_12_p16_224", "efficientvit_b0"])
 @torch.no_grad()
-def test_timm_is_told_the_widths(name: str) -> None:
+def test_timm_interfaces_report_the_new_widths(name: str) -> None:
     model, inputs = made(name)
     groups = find_groups(model, ["residual"])
     shrink(model, groups, random_odd_masks(groups, 0.4))
@@ -60,7 +60,7 @@ def test_timm_is_told_the_widths(name: str) -> None:
     ],
 )
 @torch.no_grad()
-def test_all_kinds_go_together_and_come_back_from_a_file(name: str, kinds: list[str], tmp_path: Path) -> None:
+def test_all_kinds_pruned_in_turn_survive_save_and_load(name: str, kinds: list[str], tmp_path: Path) -> None:
     model, inputs = made(name)
     for kind in kinds:
         groups = find_groups(model, [kind])
@@ -69,7 +69,7 @@ def test_all_kinds_go_together_and_come_back_from_a_file(name: str, kinds: list[
     assert torch.equal(load(tmp_path)(inputs), model.eval()(inputs))
 
 
-def test_a_channel_of_a_map_fades_as_its_readers_and_norms_do() -> None:
+def test_fisher_score_of_a_residual_channel_of_a_feature_map() -> None:
     model, inputs = made("convnext_atto")
     groups = find_groups(model, ["residual"])
     assert_fades(
@@ -80,7 +80,7 @@ def test_a_channel_of_a_map_fades_as_its_readers_and_norms_do() -> None:
     )
 
 
-def test_a_model_whose_stream_is_its_answer_keeps_it() -> None:
+def test_a_residual_stream_that_is_the_output_is_refused() -> None:
     model = timm.create_model("xcit_nano_12_p16_224", num_classes=0, **SMALL["xcit_nano_12_p16_224"])
     with pytest.raises(BadInput, match=r"^patch_embed.proj.6.0: the residual stream .* \(.*it is the answer\)$"):
         find_groups(model, ["residual"])
@@ -101,12 +101,12 @@ class Counting(nn.Module):
         return answer
 
 
-def test_a_width_known_by_heart_is_refused_before_a_cut() -> None:
+def test_a_hard_coded_width_is_refused() -> None:
     with pytest.raises(BadInput, match=r"^Counting: with a narrower residual stream it does not run "):
         find_groups(Counting(), ["residual"])
 
 
-def test_a_model_is_traced_once_while_its_shapes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trace_is_cached_while_shapes_are_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = made("convnext_atto")
     first = [group.name for group in find_groups(model, ["residual"])]
     monkeypatch.setattr(cache, "channel_groups", lambda *given: pytest.fail("traced again"))

@@ -1,4 +1,4 @@
-"""Models of several widths, PVTv2 and Swin: a stream per stage, and what lies between two of them."""
+"""Hierarchical models, PVTv2 and Swin: one residual stream per stage, and the layers between stages."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def stream_of(norm: str) -> tuple[str, int]:
 
 @pytest.mark.parametrize("name", ["pvt", "pvt-linear", "swin"])
 @pytest.mark.parametrize("removed", [1, 0.3])
-def test_residual_shrink_runs_each_norm_over_its_own_live_channels(name: str, removed: float) -> None:
+def test_each_norm_uses_only_its_kept_residual_channels(name: str, removed: float) -> None:
     masked, shrunk = tiny(name), tiny(name)
     groups = find_groups(shrunk, ["residual"])
     masks = random_masks(groups, removed)
@@ -83,7 +83,7 @@ def test_groups_of_a_pvt_by_hand(pvt: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["pvt", "pvt-linear", "swin"])
-def test_kinds_cut_together_as_one_after_the_other(name: str) -> None:
+def test_kinds_cut_together_equal_kinds_cut_in_turn(name: str) -> None:
     together, in_turn = tiny(name), tiny(name)
     groups = find_groups(together, KINDS)
     masks = random_masks(groups, 0.3)
@@ -104,7 +104,7 @@ def unfused(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_an_attention_is_timms_wherever_its_widths_agree(pvt: nn.Module) -> None:
+def test_attention_has_timm_class_if_all_widths_agree(pvt: nn.Module) -> None:
     def kinds() -> list[type]:
         return [type(block.attn) for stage in pvt.stages for block in stage.blocks]
 
@@ -122,7 +122,7 @@ def test_an_attention_is_timms_wherever_its_widths_agree(pvt: nn.Module) -> None
 
 
 @pytest.mark.parametrize("name", ["pvt", "pvt-linear"])
-def test_a_cut_attention_with_nothing_cut_is_timms(name: str) -> None:
+def test_narrow_attention_equals_timm_at_full_width(name: str) -> None:
     model, x = tiny(name), images(tiny(name))
     for on in (True, False):
         expected = answer(model if on else unfused(model), x)
@@ -149,7 +149,7 @@ def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
     assert answer(pvt, x).shape == (3, 7)
 
 
-def test_the_recipe_makes_exactly_b0_of_b1() -> None:
+def test_the_recipe_shrinks_b1_to_the_shapes_of_b0() -> None:
     recipe = load(Path(__file__).parents[2] / "recipes/up_pvt_v2_b0.yaml")
     with torch.device("meta"):
         dense, stock = timm.create_model(recipe.model.name), timm.create_model("pvt_v2_b0")
@@ -170,7 +170,7 @@ def test_the_recipe_makes_exactly_b0_of_b1() -> None:
     }
 
 
-def test_half_of_a_pvt_costs_what_timms_own_costs(pvt: nn.Module) -> None:
+def test_a_halved_pvt_equals_a_timm_model_of_its_shapes(pvt: nn.Module) -> None:
     half = prune(pvt, "channel-magnitude", dict.fromkeys(KINDS, 0.5), example_input=images(pvt))
     args = uniform_args(half)
     stock = timm.create_model("pvt_v2_b0", num_classes=7, **args).double()
@@ -179,7 +179,7 @@ def test_half_of_a_pvt_costs_what_timms_own_costs(pvt: nn.Module) -> None:
     torch.testing.assert_close(answer(stock, images(pvt)), answer(half, images(pvt)), **CLOSE)
 
 
-def test_convolutions_know_their_new_sizes_and_still_train(pvt: nn.Module) -> None:
+def test_recorded_convolution_sizes_are_updated_and_gradients_flow(pvt: nn.Module) -> None:
     groups = find_groups(pvt, KINDS)
     shrink(pvt, groups, random_masks(groups, 0.25))
     for module in pvt.modules():
@@ -190,7 +190,7 @@ def test_convolutions_know_their_new_sizes_and_still_train(pvt: nn.Module) -> No
     assert all(p.grad is not None for p in pvt.parameters())
 
 
-def test_a_hidden_unit_goes_with_its_channel_of_the_convolution(pvt: nn.Module) -> None:
+def test_a_hidden_unit_includes_its_depthwise_channel(pvt: nn.Module) -> None:
     group = find_groups(pvt, ["ffn"])[0]
     before = state(pvt)
     zero(pvt, [group], {group.name: torch.arange(32) != 5})
@@ -203,7 +203,7 @@ def test_a_hidden_unit_goes_with_its_channel_of_the_convolution(pvt: nn.Module) 
 
 
 @pytest.mark.parametrize("name", ["pvt", "swin"])
-def test_streams_cannot_be_zeroed(name: str) -> None:
+def test_zeroing_residual_channels_is_refused(name: str) -> None:
     model = tiny(name)
     groups = find_groups(model, ["residual"])
     with pytest.raises(BadInput, match="residual channels cannot be zeroed"):
@@ -228,7 +228,7 @@ def test_the_structure_of_a_pvt_names_its_streams_and_reductions(pvt: nn.Module)
         ("stages.1.downsample.proj", "residual", r"^PyramidVisionTransformerV2: it does not run on shapes alone "),
     ],
 )
-def test_what_is_not_understood_in_a_pvt_is_named(pvt: nn.Module, path: str, kind: str, why: str) -> None:
+def test_unsupported_modules_of_a_pvt_are_named(pvt: nn.Module, path: str, kind: str, why: str) -> None:
     pvt.set_submodule(path, nn.Softmax(dim=-1) if path == "stages.0.norm" else nn.Sequential())
     with pytest.raises(BadInput, match=why):
         find_groups(pvt, [kind])
@@ -262,7 +262,7 @@ def gated(name: str, group: str, unit: int, by: float) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["pvt", "swin"])
-def test_fisher_is_the_curvature_of_the_divergence_as_a_stream_fades(name: str) -> None:
+def test_fisher_is_the_curvature_of_the_divergence_under_a_residual_gate(name: str) -> None:
     model, step = tiny(name), 1e-3
     groups, x = find_groups(model, ["residual"]), images(tiny(name), 2)
     found = fisher_kl_per_image(model, groups, x, ScoreConfig(fisher_directions=1000))

@@ -86,7 +86,7 @@ def test_intermediates(model: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cut", ["units", "heads"])
 @torch.no_grad()
-def test_intermediates_are_those_of_the_dense_model_with_zeros(family: str, cut: str) -> None:
+def test_intermediates_equal_those_of_the_zeroed_dense_model(family: str, cut: str) -> None:
     zeroed, small = dense_of(family).double(), dense_of(family).double()
     for kind in CUTS[cut]:
         groups = find_groups(zeroed, [kind])
@@ -99,7 +99,7 @@ def test_intermediates_are_those_of_the_dense_model_with_zeros(family: str, cut:
 
 @EVERY
 @torch.no_grad()
-def test_feature_wrappers_know_the_channels(family: str, cut: str, loaded: Any) -> None:
+def test_feature_wrappers_report_the_new_channels(family: str, cut: str, loaded: Any) -> None:
     given = loaded(family, cut)
     x, wide, last = images(given), widths(given), len(widths(given)) - 1
     expected = given.forward_intermediates(x, indices=[0, last], intermediates_only=True)
@@ -113,7 +113,7 @@ def test_feature_wrappers_know_the_channels(family: str, cut: str, loaded: Any) 
 
 
 @EVERY
-def test_another_classifier_is_in_use_at_once_and_is_saved(model: Any, tmp_path: Path) -> None:
+def test_reset_classifier_works_and_is_saved(model: Any, tmp_path: Path) -> None:
     x, wide = images(model), widths(model)[-1]
     heads = model.get_classifier()
     for head in heads if isinstance(heads, tuple) else (heads,):
@@ -129,7 +129,7 @@ def test_another_classifier_is_in_use_at_once_and_is_saved(model: Any, tmp_path:
 
 
 @EVERY
-def test_checkpointed_gradients_are_the_plain_ones(family: str, cut: str, loaded: Any) -> None:
+def test_gradient_checkpointing_gives_equal_gradients(family: str, cut: str, loaded: Any) -> None:
     found = []
     for on in (False, True):
         model: Any = loaded(family, cut).train()
@@ -164,7 +164,7 @@ def test_pruned_intermediate_layers(model: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "distilled", "deit3", "pvt"])
-def test_timm_wraps_a_uniform_checkpoint_by_itself(family: str, tmp_path: Path) -> None:
+def test_timm_loads_a_uniform_checkpoint_without_vitprune(family: str, tmp_path: Path) -> None:
     pruned = prune(dense_of(family), "channel-magnitude", {"ffn": 0.25, "attention": 0.5, "residual": 0.5})
     save(pruned, tmp_path)
     wrapped = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(0, 1)).eval()
@@ -186,7 +186,7 @@ def test_another_image_size(family: str, tmp_path: Path) -> None:
     assert torch.equal(answer(load(tmp_path), x), answer(model, x))
 
 
-def test_the_cases_cut_what_they_say() -> None:
+def test_every_case_has_fewer_parameters() -> None:
     for family, cut in CASES:
         model: nn.Module = cut_of(family, cut)
         assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense_of(family).parameters())

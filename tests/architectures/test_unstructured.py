@@ -1,4 +1,4 @@
-"""Families whose prunable layers are a table: which weights may go, how many, and a prune that is saved and loaded."""
+"""Tables of prunable layers: which weights are pruned, their number, and save and load of a pruned model."""
 
 from pathlib import Path
 
@@ -88,7 +88,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_that_lose_weights_and_layers_that_do_not(name: str) -> None:
+def test_pruned_and_kept_layers_per_model(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     pools = {group.name.removesuffix(".weight"): group.layer_type for group in find_groups(model, ["weight"])}
@@ -114,7 +114,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_half_of_the_weights_go_and_come_back_from_a_file(name: str, tmp_path: Path) -> None:
+def test_half_sparsity_survives_save_and_load(name: str, tmp_path: Path) -> None:
     size, args = SMALL[name]
     model = redrawn(timm.create_model(name, num_classes=7, **args), 0)
     groups = find_groups(model, ["weight"])
@@ -137,7 +137,7 @@ def test_half_of_the_weights_go_and_come_back_from_a_file(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if not name.startswith(("swin", "pvt"))])
-def test_a_family_of_a_table_loses_channels_of_streams_and_blocks_that_add(name: str) -> None:
+def test_residual_and_block_groups_of_table_families(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     assert uniform_args(model) == {}
@@ -162,21 +162,21 @@ def test_a_family_of_a_table_loses_channels_of_streams_and_blocks_that_add(name:
         ("efficientnet_cc_b0_4e", r"^blocks.4.0.conv_pw \(CondConv2d\): expected a Linear or Conv2d"),
     ],
 )
-def test_layers_that_no_table_knows_are_refused(name: str, why: str) -> None:
+def test_layers_missing_from_the_table_are_refused(name: str, why: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(BadInput, match=why):
         find_groups(model, ["weight"])
 
 
-def test_a_layer_is_pruned_or_kept_never_both() -> None:
+def test_no_layer_is_both_pruned_and_kept() -> None:
     tables = [table for table in vars(unstructured_tables).values() if isinstance(table, unstructured_tables.Table)]
     assert len(tables) == 6
     assert [table.prune.keys() & table.keep.keys() for table in tables] == [set()] * 6
 
 
 @pytest.mark.parametrize("name", ["resnet50d", "convnext_atto"])
-def test_runs_of_n_of_m_lie_along_the_input_channels(name: str) -> None:
+def test_n_of_m_runs_along_the_input_channels(name: str) -> None:
     model = timm.create_model(name, **SMALL[name][1])
     pruned = prune(model, "n:m", None)
     for group in find_groups(model, ["weight"]):

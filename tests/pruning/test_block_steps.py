@@ -219,9 +219,9 @@ def test_what_would_leave_no_blocks_is_refused(vit: nn.Module) -> None:
     before, groups = state(vit), find_groups(vit, ["block", "ffn"])
     whole = random_masks(groups, 0)
     for mask in ([True, False, True, True], [False, True, True, False], [True, True, False, True]):
-        with pytest.raises(BadInput, match=r"^blocks: what is left would not alternate attention and FFN"):
+        with pytest.raises(BadInput, match=r"^blocks: kept sub-layers would not alternate attention and FFN"):
             shrink(vit, groups, whole | {"blocks": torch.tensor(mask)})
-    with pytest.raises(BadInput, match=r"^blocks: all 4 units would go"):
+    with pytest.raises(BadInput, match=r"^blocks: all 4 units would be removed"):
         shrink(vit, groups, whole | {"blocks": torch.zeros(4, dtype=torch.bool)})
     with pytest.raises(BadInput, match=r"^blocks: blocks cannot be zeroed, they are taken out"):
         zero(vit, groups, whole | {"blocks": mask_without(groups[0], 1)})
@@ -261,7 +261,7 @@ def test_a_model_of_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
 def test_a_structure_without_blocks_is_that_of_the_dense_model(vit: nn.Module) -> None:
     older = {name: shape for name, shape in structure(vit).items() if name != "blocks"}
     assert structure(rebuild(tiny("vit"), older)) == structure(vit)
-    with pytest.raises(BadInput, match=r"^blocks: what is left would not alternate"):
+    with pytest.raises(BadInput, match=r"^blocks: kept sub-layers would not alternate"):
         rebuild(tiny("vit"), {"blocks": [3]})
 
 

@@ -1,4 +1,4 @@
-"""What a trace of a model finds: the groups that are known by name, and nets whose channels are plain to see."""
+"""Channel groups of the tracer against reference groups and against small networks with known coupling."""
 
 import pytest
 import timm
@@ -31,7 +31,7 @@ def test_residual_groups_equal_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "thin", "odd", "extra", "distilled", "swin", "pvt", "pvt-linear"])
 @pytest.mark.parametrize("kind", ["residual", "ffn"])
-def test_known_groups_are_found_without_names(name: str, kind: str) -> None:
+def test_tracer_finds_the_groups_of_find_groups(name: str, kind: str) -> None:
     model = tiny(name)
     found = [one for one in channel_groups(model, images(model)[:1]) if not one.why_not]
     for group in find_groups(model, [kind]):
@@ -66,7 +66,7 @@ class Squeezed(nn.Module):
         return answer
 
 
-def test_a_net_by_hand() -> None:
+def test_channel_groups_of_a_bottleneck_network() -> None:
     residual, hidden, inner, side, answer = channel_groups(Squeezed(), torch.randn(1, 3, 8, 8))
     assert (residual.kind, residual.units, residual.why_not) == ("residual", 6, "")
     assert where(residual) == {
@@ -111,7 +111,7 @@ class Sorted(nn.Module):
         (Sorted(), "between (Sorted): operation sort is not understood"),
     ],
 )
-def test_what_cannot_be_cut_is_named(between: nn.Module, why: str) -> None:
+def test_unprunable_channels_give_the_reason(between: nn.Module, why: str) -> None:
     found = channel_groups(One(between), torch.randn(1, 3, 4, 4))
     assert next(one for one in found if "first.weight" in one.writers).why_not == why
 
@@ -119,7 +119,7 @@ def test_what_cannot_be_cut_is_named(between: nn.Module, why: str) -> None:
 @pytest.mark.parametrize(
     "between", [nn.GroupNorm(1, 8), nn.ReLU(), nn.Sequential(nn.Upsample(scale_factor=2), nn.GELU())]
 )
-def test_what_can_be_cut_is_free(between: nn.Module) -> None:
+def test_prunable_channels_give_no_reason(between: nn.Module) -> None:
     found = channel_groups(One(between), torch.randn(1, 3, 4, 4))
     hidden = next(one for one in found if "first.weight" in one.writers)
     assert (hidden.why_not, hidden.units) == ("", 8)
@@ -134,7 +134,7 @@ def test_what_can_be_cut_is_free(between: nn.Module) -> None:
         ("resnet50", [256, 512, 1024, 2048]),
     ],
 )
-def test_stages_of_models_that_nobody_named(name: str, widths: list[int]) -> None:
+def test_residual_streams_of_hierarchical_models(name: str, widths: list[int]) -> None:
     model = timm.create_model(name, pretrained=False).eval()
     found = [
         one for one in channel_groups(model, torch.randn(1, 3, 64, 64)) if one.kind == "residual" and not one.why_not
@@ -157,7 +157,7 @@ class Late(nn.Module):
         return answer
 
 
-def test_a_scale_over_tokens_of_two_kinds() -> None:
+def test_a_scale_over_concatenated_tokens_is_coupled_later() -> None:
     stream = channel_groups(Late(), torch.randn(1, 3, 8, 8))[0]
     assert (stream.kind, stream.units, stream.why_not) == ("residual", 6, "")
     assert ("gamma", 0, 1, 1) in where(stream)
@@ -178,7 +178,7 @@ class Doubled(nn.Module):
         return answer
 
 
-def test_a_channel_that_becomes_two() -> None:
+def test_depthwise_convolution_with_multiplier_two() -> None:
     stream = next(one for one in channel_groups(Doubled(), torch.randn(1, 3, 8, 8)) if one.kind == "residual")
     assert (stream.units, stream.why_not) == (4, "")
     assert where(stream) == {
@@ -188,7 +188,7 @@ def test_a_channel_that_becomes_two() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt-linear"])
-def test_shapes_alone_are_enough(name: str) -> None:
+def test_trace_on_the_meta_device_is_equal(name: str) -> None:
     model = tiny(name)
     inputs = images(model)[:1]
     assert channel_groups(meta_copy(model), inputs.to("meta")) == channel_groups(model, inputs)

@@ -1,4 +1,4 @@
-"""Modules that give back what they are given with something added are found, and no others."""
+"""Detection of residual modules, x + f(x)."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("how", ADDING)
-def test_a_branch_beside_the_input_is_found(how: str) -> None:
+def test_residual_modules_are_found(how: str) -> None:
     model, images = Stacked(how, "alone"), torch.randn(2, 3, 4, 6)
     assert found(model, images) == found(meta_copy(model), images.to("meta")) == {"blocks.0"}
     (group,) = find_groups(model, ["block"])
@@ -89,14 +89,14 @@ def test_a_branch_beside_the_input_is_found(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", OTHERS)
-def test_anything_else_is_refused(how: str) -> None:
+def test_other_modules_are_not_found(how: str) -> None:
     model, images = Stacked(how, "alone"), torch.randn(2, 3, 4, 6)
     assert found(model, images) == found(meta_copy(model), images.to("meta")) == set()
     with pytest.raises(BadInput, match=r"^blocks.0 \(Adding\): neither it nor any other block of Stacked returns its"):
         find_groups(model, ["block"])
 
 
-def test_what_runs_twice_must_add_both_times() -> None:
+def test_a_module_called_twice_must_be_residual_in_both_calls() -> None:
     for hows, expected in (
         (["plain", "behind"], {"blocks.0"}),
         (["plain", "alone"], set()),
@@ -108,14 +108,14 @@ def test_what_runs_twice_must_add_both_times() -> None:
         assert find_residual_modules(model, torch.randn(1, 3, 4, 6), ["blocks.0"]) == expected
 
 
-def test_inputs_of_any_size_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_above_the_size_limit_are_not_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual_branches, "MAX_ELEMENTS", 71)
     assert found(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == set()
     monkeypatch.setattr(residual_branches, "MAX_ELEMENTS", 72)
     assert found(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == {"blocks.0", "blocks.1"}
 
 
-def test_nothing_is_left_on_the_model_and_training_goes_on() -> None:
+def test_hooks_are_removed_and_training_mode_is_restored() -> None:
     model = Stacked("plain", "activated").train()
     assert found(model, torch.randn(1, 3, 4, 6)) == {"blocks.0"}
     assert all(module.training for module in model.modules())

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.support import preloaded, tamper_worker, tiny_project
-from tests.support.tampering import EDITS
+from tests.support.tampering import ATTACKS, EDITS
 from vitprune.config.params import load
 from vitprune.orchestration.execution.dvc_cache import tree_md5
 from vitprune.pipeline.verify import CHECKS, recheck
@@ -78,6 +78,31 @@ def test_a_clone_is_audited_from_a_remote_alone(project: Path, tmp_path: Path) -
         path.unlink()
     code, out, err = audit(tmp_path, *words, MLFLOW_TRACKING_URI=uri)
     assert (code, out.splitlines()[0][:9]) == (1, "complete:"), out + err
+
+
+def test_no_record_of_a_stranger_touches_a_file_of_the_auditor(project: Path) -> None:
+    victim = project.parent / "victim.txt"
+    victim.write_text("the auditor's own")
+    for name, attack in ATTACKS.items():
+        code, line = tamper_worker.edited(project, attack)
+        assert code == 1, (name, line)
+        assert "Traceback" not in line, (name, line)
+        assert victim.read_text() == "the auditor's own"
+        assert not victim.is_symlink(), name
+    assert not list(project.rglob("*victim*"))
+
+
+def test_a_command_that_is_only_in_mlflow_is_not_run_again(project: Path) -> None:
+    marker, (record,) = project.parent / "ran", (project / "mlartifacts").rglob("dvc.yaml")
+    original = record.read_text()
+    record.write_text(original.replace("stages:\n", f"stages:\n  aaa:\n    cmd: touch {marker}\n", 1))
+    try:
+        code, out, err = audit(project, tamper_worker.newest(project), "--all", "--rerun")
+    finally:
+        record.write_text(original)
+    assert (code, err) == (1, "")
+    assert "rerun: dvc.yaml in MLflow is not that of the commit, and only committed commands are run" in out
+    assert not marker.exists()
 
 
 def test_digests_are_those_of_dvc(project: Path) -> None:

@@ -3,6 +3,7 @@
 `forged_*` go further: they edit, then let DVC take the edit over and record the run anew, so that all digests agree.
 """
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -234,3 +235,72 @@ def _loose(path: Path) -> None:
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content)
+
+
+def name_output(path: str) -> Edit:
+    """Let MLflow's dvc.lock name one more output, whose content is in DVC's cache; {} is the folder of the project."""
+
+    def edit(lock: Path) -> None:
+        content = yaml.safe_load(lock.read_text())
+        first = content["stages"]["dataset"]["outs"][0]
+        root = next(parent for parent in lock.parents if parent.name == "mlartifacts").parent
+        content["stages"]["dataset"]["outs"].append(first | {"path": path.format(root.parent)})
+        lock.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    return in_mlflow("dvc.lock", edit)
+
+
+def name_dependency(path: str) -> Edit:
+    """Let MLflow's dvc.lock name one more dependency."""
+
+    def edit(lock: Path) -> None:
+        content = yaml.safe_load(lock.read_text())
+        first = content["stages"]["dense"]["deps"][0]
+        content["stages"]["dense"]["deps"].append(first | {"path": path})
+        lock.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    return in_mlflow("dvc.lock", edit)
+
+
+def list_outside(project: Path) -> None:
+    """Let a folder's list in DVC's cache, digests right, name a file outside of the folder."""
+    cache, content = project / ".dvc/cache/files/md5", (project / "data/manifest.parquet").read_bytes()
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    listed = json.dumps([{"md5": digest, "relpath": "../../../victim.txt"}]).encode()
+    name = hashlib.md5(listed, usedforsecurity=False).hexdigest()
+    (cache / name[:2]).mkdir(exist_ok=True)
+    (cache / name[:2] / f"{name[2:]}.dir").write_bytes(listed)
+
+    def edit(lock: Path) -> None:
+        stages = yaml.safe_load(lock.read_text())
+        stages["stages"]["dense"]["outs"][0]["md5"] = f"{name}.dir"
+        lock.write_text(yaml.safe_dump(stages, sort_keys=False))
+
+    in_mlflow("dvc.lock", edit)(project)
+
+
+def in_tag(key: str, value: str, child: bool = False) -> Edit:
+    """Set a tag of the flow's run, or of all runs below it, in MLflow's database."""
+    below = (
+        "IN (SELECT run_uuid FROM tags WHERE key = 'vitprune.cycle')"
+        if child
+        else ("= (SELECT run_uuid FROM tags WHERE key = 'vitprune.key' AND value NOT LIKE '%/%')")
+    )
+    return in_database(
+        f"INSERT OR REPLACE INTO tags (key, value, run_uuid) SELECT '{key}', '{value}', run_uuid FROM runs"
+        f" WHERE run_uuid {below}"
+    )
+
+
+# what a stranger who may write to MLflow or to the DVC remote can try; "victim.txt" is beside the project
+ATTACKS: dict[str, Edit] = {
+    "dvc.lock names an absolute path": name_output("{}/victim.txt"),
+    "dvc.lock names a path above the project": name_output("../../../../../../../..{}/victim.txt"),
+    "dvc.lock names a digest that is a path": in_mlflow("dvc.lock", edit_text("md5: ", "md5: ../../../../")),
+    "dvc.lock names a dependency above the project": name_dependency("../victim.txt"),
+    "dvc.lock is a list": in_mlflow("dvc.lock", lambda path: path.write_text("[1, 2]")),
+    "a list of DVC names a file above its folder": list_outside,
+    "the tag of the prefix is another folder": in_tag("vitprune.git_prefix", "/tmp"),
+    "the tag of the commit is an option of git": in_tag("mlflow.source.git.commit", "--output=victim.txt"),
+    "the tag of a cycle is a path": in_tag("vitprune.cycle", "../../x", child=True),
+}

@@ -16,6 +16,7 @@ from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import read_log
 from vitprune.orchestration.tracking.upload import JOURNAL, KEY
 from vitprune.runtime.commands import git
+from vitprune.runtime.untrusted import commit_id, path_inside, whole_number, without_credentials
 
 RECORDED = ("params.yaml", "dvc.yaml", "dvc.lock")
 
@@ -37,6 +38,7 @@ class CollectedRun:
         stages: for every stage the MLflow run that has its files; for a cached stage the run that computed it.
         cycles: MLflow run of every pruning cycle.
         store: DVC cache, and files fetched from the remote.
+        prefix: path of the project in its git repository, as git reports it (not MLflow's tag).
         missing: one message for every record or file that could not be collected.
     """
 
@@ -48,6 +50,7 @@ class CollectedRun:
     stages: Mapping[str, Run]
     cycles: Mapping[int, Run]
     store: Store
+    prefix: str
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -58,13 +61,17 @@ class CollectedRun:
     @property
     def tree(self) -> Path:
         """The project as it was at the end of the run."""
-        prefix: str = self.parent.data.tags.get("vitprune.git_prefix", "")
-        return self.scratch / "tree" / prefix
+        return self.scratch / "tree" / self.prefix
 
     @property
     def commit(self) -> str:
-        """The git commit at the start of the run; empty outside git."""
-        return str(self.parent.data.tags.get("mlflow.source.git.commit", ""))
+        """The git commit at the start of the run; empty outside git.
+
+        Raises:
+            BadInput: the tag is not a commit id.
+        """
+        commit = str(self.parent.data.tags.get("mlflow.source.git.commit", ""))
+        return commit_id(commit, "tag mlflow.source.git.commit") if commit else ""
 
     def stage_fact(self, stage: str) -> dict[str, Any]:
         """Return the entry of a stage in the run log."""
@@ -72,7 +79,7 @@ class CollectedRun:
 
     def record_of(self, stage: str, cycle: int | None = None) -> Path:
         """Return the folder of the files downloaded for a stage or a cycle."""
-        return self.records / (stage if cycle is None else f"{stage}-{cycle:02d}")
+        return path_inside(self.records, stage if cycle is None else f"{stage}-{cycle:02d}", "dvc.lock")
 
 
 @contextmanager
@@ -106,9 +113,9 @@ def _parent(client: MlflowClient, run_id: str) -> Run:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        raise AuditError(f"run {run_id}: {str(error).splitlines()[0]}") from None
+        raise AuditError(without_credentials(f"run {run_id}: {str(error).splitlines()[0]}")) from None
     key = run.data.tags.get(KEY, "")
-    if not key or "/" in key:
+    if not key or "/" in key or key in (".", ".."):
         raise AuditError(f"run {run_id}: not the parent run of a pipeline run; give the id that `vitprune run` printed")
     if run.info.status != "FINISHED":
         raise AuditError(f"run {run_id}: ended as {run.info.status}; only a finished run can be audited")
@@ -138,12 +145,16 @@ def _download_all(client: MlflowClient, parent: Run, project: Path, scratch: Pat
     cycles = {}
     if "prune" in stages:
         cycle_runs = _by_tag(client, stages["prune"], "vitprune.cycle")
-        cycles = {int(number): run for number, run in cycle_runs.items()}
+        cycles = {whole_number(number, "tag vitprune.cycle"): run for number, run in cycle_runs.items()}
         for number, run in cycles.items():
             _download(client, run, records / f"prune-{number:02d}")
     facts = read_log(records / JOURNAL) if (records / JOURNAL).is_file() else []
     store = Store(cache_dir(project), scratch / "objects")
-    return CollectedRun(client, parent, project, scratch, facts, stages, cycles, store, missing)
+    prefix = git(project, "rev-parse", "--show-prefix").stdout.strip()
+    recorded = parent.data.tags.get("vitprune.git_prefix", "")
+    if recorded != prefix:
+        missing.append(f"tag vitprune.git_prefix: is {recorded!r}, git reports {prefix!r}")
+    return CollectedRun(client, parent, project, scratch, facts, stages, cycles, store, prefix, missing)
 
 
 def _computing_run(client: MlflowClient, run: Run) -> Run:
@@ -170,7 +181,7 @@ def _download(client: MlflowClient, run: Run, folder: Path) -> None:
 def _check_out(collected: CollectedRun, worktree: Path) -> None:
     """Check out the run's commit, then write over it the recorded files and the files of its dvc.lock."""
     added = collected.commit and git(
-        collected.project, "worktree", "add", "--detach", "--force", str(worktree), collected.commit
+        collected.project, "worktree", "add", "--detach", "--force", "--end-of-options", str(worktree), collected.commit
     )
     if added and added.returncode:
         collected.missing.append(f"git: commit {collected.commit} is not in {collected.project}; run git fetch there")
@@ -182,8 +193,7 @@ def _check_out(collected: CollectedRun, worktree: Path) -> None:
     if not (tree / "dvc.lock").is_file():
         return
     try:
-        lock = read_lock(tree / "dvc.lock")
-        _fill(collected, lock)
+        _fill(collected, read_lock(tree / "dvc.lock"))
     except Exception as error:  # a tampered dvc.lock can raise anything
         collected.missing.append(f"dvc.lock: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
 
@@ -197,7 +207,7 @@ def _fill(collected: CollectedRun, lock: Mapping[str, Any]) -> None:
     for file in store.files(lock):
         record = collected.record_of(file.stage) / file.path
         source = store.path_of(file.md5) if is_cached(file.path) else record
-        path = tree / file.path
+        path = path_inside(tree, file.path, "dvc.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         if source.is_file():
@@ -217,14 +227,16 @@ def _link_inputs(collected: CollectedRun) -> None:
         if collected.store.missing({pointer: entry}) and collected.store.fetch(collected.tree, pointer):
             continue  # _link_other links the project's copy
         for file in collected.store.files({pointer: entry}):
-            path = collected.tree / file.path
+            path = path_inside(collected.tree, file.path, pointer)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.symlink_to(collected.store.path_of(file.md5))
 
 
 def _link_other(collected: CollectedRun, path: str) -> None:
     """Link an input that neither git nor DVC tracks, such as a folder of images, to the project's copy."""
-    target, original = collected.tree / path, collected.project / path
-    if not target.exists() and original.exists() and not Path(path).is_absolute():
+    if Path(path).is_absolute():
+        return
+    target, original = path_inside(collected.tree, path.rstrip("/"), "dvc.lock"), collected.project / path
+    if not target.exists() and original.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(original)

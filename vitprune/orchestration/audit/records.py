@@ -23,6 +23,7 @@ from vitprune.orchestration.tracking.replay import MIRRORED
 from vitprune.orchestration.tracking.upload import HASH, JOURNAL, JOURNAL_DIGEST, KEY
 from vitprune.runtime.commands import git
 from vitprune.runtime.files import md5, sha256
+from vitprune.runtime.untrusted import without_credentials
 
 Lines = Iterator[str]
 LOCK_DIGEST = "vitprune.dvc_lock_sha256"
@@ -104,10 +105,9 @@ def commit(collected: CollectedRun) -> Lines:
     if not collected.commit:
         yield "git: the run has no commit; commit the project and run again"
         return
-    prefix, changed = (collected.parent.data.tags.get(f"vitprune.git_{name}", "") for name in ("prefix", "changed"))
-    differing = changed.splitlines()
+    differing = collected.parent.data.tags.get("vitprune.git_changed", "").splitlines()
     for name in ("params.yaml", "dvc.yaml"):
-        shown = git(collected.project, "show", f"{collected.commit}:{prefix}{name}")
+        shown = git(collected.project, "show", "--end-of-options", f"{collected.commit}:{collected.prefix}{name}")
         recorded = (collected.records / name).read_text(encoding="utf-8")
         if name not in differing and shown.stdout != recorded:
             yield f"{name}: differs from commit {collected.commit[:12]}, and the run recorded no such change"
@@ -172,7 +172,8 @@ def check(name: str, collected: CollectedRun) -> Lines:
     try:
         yield from CHECKS[name](collected)
     except Exception as error:  # a tampered file can raise anything
-        yield f"{name}: cannot be checked ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        reason = without_credentials(" ".join(str(error).split()))[:200]
+        yield f"{name}: cannot be checked ({type(error).__name__}: {reason})"
 
 
 def _tracked_by_dvc(collected: CollectedRun) -> set[str]:

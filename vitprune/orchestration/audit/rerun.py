@@ -18,7 +18,7 @@ from vitprune.orchestration.execution.dvc_cache import (
 )
 from vitprune.orchestration.execution.processes import environment, run
 from vitprune.runtime.commands import error_line, git
-from vitprune.runtime.files import md5
+from vitprune.runtime.files import md5, sha256
 
 CLOCK = ("metrics/latency.json", "out/report/")  # latencies, and the page that shows them
 TOP1, COSTS = 1.0, 0.02  # tolerances on other hardware: percentage points; relative, of parameters and MACs
@@ -31,11 +31,12 @@ def rerun(collected: CollectedRun) -> Iterator[str]:
         One message for every output that differs.
     """
     worktree = collected.scratch / "again"
-    added = git(collected.project, "worktree", "add", "--detach", "--force", str(worktree), collected.commit)
+    words = ("--detach", "--force", "--end-of-options", str(worktree), collected.commit)
+    added = git(collected.project, "worktree", "add", *words)
     if added.returncode:
         yield f"git: no worktree of commit {collected.commit} ({error_line(added)})"
         return
-    project = worktree / collected.parent.data.tags.get("vitprune.git_prefix", "")
+    project = worktree / collected.prefix
     try:
         yield from _rerun(collected, project)
     except MissingFile as error:
@@ -45,8 +46,10 @@ def rerun(collected: CollectedRun) -> Iterator[str]:
 
 
 def _rerun(collected: CollectedRun, project: Path) -> Iterator[str]:
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copyfile(collected.records / name, project / name)
+    if sha256(collected.records / "dvc.yaml") != sha256(project / "dvc.yaml"):
+        yield "rerun: dvc.yaml in MLflow is not that of the commit, and only committed commands are run"
+        return
+    shutil.copyfile(collected.records / "params.yaml", project / "params.yaml")
     (project / "dvc.lock").unlink(missing_ok=True)
     use_cache(project, collected.store.fetched, collected.project)
     _copy_inputs(collected, project)

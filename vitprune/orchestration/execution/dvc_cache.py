@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from vitprune.errors import BadInput
 from vitprune.orchestration.execution.processes import dvc_in_project
 from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import md5
+from vitprune.runtime.untrusted import md5_digest, path_inside
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,34 @@ def tree_md5(folder: Path) -> str:
 
 
 def read_lock(path: Path) -> dict[str, Any]:
-    """Return the stages of a dvc.lock by name."""
-    stages: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-    return stages
+    """Return the stages of a dvc.lock by name; paths and digests are checked.
+
+    Raises:
+        BadInput: the file is not a dvc.lock, or has a path outside of the project.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    stages = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(stages, dict):
+        raise BadInput(f"{path}: is not a dvc.lock; restore it from git")
+    return {str(stage): _checked(entry, path.parent, f"dvc.lock: {stage}") for stage, entry in stages.items()}
+
+
+def _checked(entry: Any, root: Path, source: str) -> dict[str, Any]:
+    """Return an entry of dvc.lock or a .dvc file whose outputs are inside of the project."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key, []), list) for key in ("deps", "outs")):
+        raise BadInput(f"{source}: is not an entry of DVC; restore the file from git")
+    for out in [*entry.get("outs", ()), *entry.get("deps", ())]:
+        if not isinstance(out, dict) or not isinstance(out.get("path"), str):
+            raise BadInput(f"{source}: has an entry without a path; restore the file from git")
+        if "md5" in out:
+            md5_digest(out["md5"], source)
+    for out in entry.get("outs", ()):
+        path_inside(root, out["path"].rstrip("/"), source)
+        md5_digest(out.get("md5"), source)
+    for dep in entry.get("deps", ()):
+        if not Path(dep["path"]).is_absolute():  # images elsewhere are only read
+            path_inside(root, dep["path"].rstrip("/"), source)
+    return entry
 
 
 def pointers(directory: Path) -> dict[str, Any]:
@@ -56,7 +83,8 @@ def pointers(directory: Path) -> dict[str, Any]:
     entries = {}
     for name in sorted(listed.splitlines()):
         if (directory / name).is_file():
-            outs = yaml.safe_load((directory / name).read_text(encoding="utf-8")).get("outs", ())
+            entry = yaml.safe_load((directory / name).read_text(encoding="utf-8"))
+            outs = _checked(entry, (directory / name).parent, name).get("outs", ())
             paths = [out | {"path": (Path(name).parent / out["path"]).as_posix()} for out in outs]
             entries[name] = {"outs": paths}
     return entries
@@ -89,8 +117,11 @@ class Store:
                 listed = self.path_of(checksum)
                 if not listed.is_file() or md5(listed) + ".dir" != checksum:
                     raise MissingFile(f"{path}: DVC's list of its files, {checksum}, is missing or has another MD5")
+                source = f"{stage}: DVC's list {checksum}"
                 for row in json.loads(listed.read_text(encoding="utf-8")):
-                    yield LockedFile(stage, f"{path.rstrip('/')}/{row['relpath']}", row["md5"])
+                    path_inside(Path(path), row["relpath"], source)
+                    name = f"{path.rstrip('/')}/{row['relpath']}"
+                    yield LockedFile(stage, name, md5_digest(row["md5"], source))
 
     def missing(self, lock: Mapping[str, Any]) -> list[str]:
         """Return the paths of cached outputs that are neither in the cache nor among the fetched files."""

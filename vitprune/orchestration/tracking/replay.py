@@ -11,6 +11,7 @@ from typing import Any
 
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.tracking.journal import RunLog, read_log
+from vitprune.runtime.untrusted import without_credentials
 
 MIRRORED = "mirrored"
 
@@ -77,11 +78,11 @@ def _upload(project: Path, pending: list[RunLog]) -> UploadResult:
                 done += 1
     except (MlflowException, OSError) as error:
         reason = _first_line(error)
-    return UploadResult(done, len(pending) - done, run, experiment, uri, reason)
+    return UploadResult(done, len(pending) - done, run, experiment, without_credentials(uri), reason)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return without_credentials((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _pending(project: Path, flow_run_id: str | None) -> list[RunLog]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
+from vitprune.runtime.untrusted import without_credentials
 
 STATUS = {"finished": "FINISHED", "killed": "KILLED"}
 
@@ -25,7 +26,7 @@ def record(project: Path, folder: Path, out: Path, warn: Callable[..., None], st
     try:
         call(function, str(project), str(folder), str(out), status, project=folder)
     except IsolatedCallError as error:
-        warn("MLflow was not reached (%s)", str(error)[:160])
+        warn("MLflow was not reached (%s)", without_credentials(str(error))[:160])
 
 
 def upload_sweep(project_path: str, folder_path: str, out_path: str, status: str) -> None:

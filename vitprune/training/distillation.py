@@ -6,7 +6,7 @@ import torch
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from torch import nn
 
-from vitprune.config.params import Distill
+from vitprune.config.train_config import DistillConfig
 from vitprune.evaluation.losses import CrossEntropy
 
 
@@ -54,7 +54,7 @@ def _taught(student: nn.Module, teacher: nn.Module, alpha: float, smoothing: flo
 
 
 def distillation_task(
-    student: nn.Module, teacher: nn.Module, settings: Distill, smoothing: float, seed: int
+    student: nn.Module, teacher: nn.Module, settings: DistillConfig, smoothing: float, seed: int
 ) -> nn.Module:
     """The task that the settings ask for."""
     if settings.kind == "features":

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput
 from vitprune.training.quantization_aware import FakeQuant
 
 
 @contextmanager
-def forward_options(task: Any, recipe: Train) -> Iterator[None]:
+def forward_options(task: Any, recipe: TrainConfig) -> Iterator[None]:
     """Have the task's passes run as the recipe asks, and as before afterwards; no weight changes.
 
     Raises:
@@ -45,7 +45,7 @@ def _again(model: nn.Module, on: bool) -> None:
         raise BadInput(f"train.checkpointing: {name} cannot compute its blocks again; set it to false") from None
 
 
-def to_device(images: Tensor, device: torch.device, recipe: Train) -> Tensor:
+def to_device(images: Tensor, device: torch.device, recipe: TrainConfig) -> Tensor:
     """Images (B, C, H, W), or tokens, where and as the passes take them."""
     if recipe.channels_last and images.dim() == 4:
         return images.to(device, memory_format=torch.channels_last)

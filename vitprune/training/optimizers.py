@@ -8,7 +8,7 @@ from typing import Any
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput
 from vitprune.training.lr_schedule import learning_rate
 
@@ -28,7 +28,7 @@ class ScheduleSpan:
     memory: OptimizerState | None = None
 
 
-def make_optimizer(module: nn.Module, model: nn.Module, recipe: Train) -> Any:
+def make_optimizer(module: nn.Module, model: nn.Module, recipe: TrainConfig) -> Any:
     """The recipe's optimizer of all that trains: the model, and what a task trains beside it.
 
     With `layer_decay` the rate of a layer is that share of the rate of the layer above, as timm numbers them; what
@@ -46,7 +46,7 @@ def make_optimizer(module: nn.Module, model: nn.Module, recipe: Train) -> Any:
         raise BadInput(f"train.optimizer {recipe.optimizer!r}: timm cannot make it ({error})") from None
 
 
-def _by_layer(module: nn.Module, model: nn.Module, recipe: Train) -> list[dict[str, Any]]:
+def _by_layer(module: nn.Module, model: nn.Module, recipe: TrainConfig) -> list[dict[str, Any]]:
     spared: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
     groups: list[dict[str, Any]] = param_groups_layer_decay(
         model, weight_decay=recipe.weight_decay, no_weight_decay_list=spared(), layer_decay=recipe.layer_decay
@@ -59,7 +59,7 @@ def _by_layer(module: nn.Module, model: nn.Module, recipe: Train) -> list[dict[s
     return groups
 
 
-def learning_rates(recipe: Train, steps: int, span: ScheduleSpan | None) -> Callable[[int], float]:
+def learning_rates(recipe: TrainConfig, steps: int, span: ScheduleSpan | None) -> Callable[[int], float]:
     """The learning rate of each step of a training of so many steps per epoch."""
     whole, warmup = span or ScheduleSpan(0, recipe.epochs * steps), round(recipe.warmup_epochs * steps)
     return lambda step: learning_rate(whole.before + step, whole.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)

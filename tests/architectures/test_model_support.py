@@ -39,7 +39,7 @@ def test_what_a_model_cannot_lose_is_refused_by_name(name: str, kind: str, why: 
 def test_channels_that_have_no_basis_of_their_own_are_not_rebased(name: str) -> None:
     model = timm.create_model(name, num_classes=7, **SMALL[name])
     with pytest.raises(BadInput, match=r"its q, k and v do not come from one Linear layer; use heads or ffn here$"):
-        prune(model, "unit-obs", {"attention": 0.5}, batches(model))
+        prune(model, "unit-obs", sparsity={"attention": 0.5}, calibration=batches(model))
 
 
 def test_a_model_without_a_classifier_is_proven_with_one() -> None:

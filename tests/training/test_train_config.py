@@ -223,7 +223,7 @@ def test_patience_without_a_measurement_is_refused(vit: nn.Module) -> None:
 
 
 def test_every_key_at_once_on_a_pruned_model_holds_its_zeros() -> None:
-    model = prune(tiny("vit"), "channel-magnitude", {"ffn": 0.5})
+    model = prune(tiny("vit"), "channel-magnitude", sparsity={"ffn": 0.5}).model
     groups = find_groups(model, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(model, groups, held.masks)

@@ -78,16 +78,16 @@ def test_stages_broken_off_at_every_few_writings_end_the_same(
     monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project", **prune)
     expected = ends(project)
-    left, put = [0], CheckpointStore.put
+    left, save = [0], CheckpointStore.save
 
     def breaking(*args, **kwargs):
-        saved = put(*args, **kwargs)
+        saved = save(*args, **kwargs)
         left[0] -= 1
         if not left[0]:
             raise Broken
         return saved
 
-    monkeypatch.setattr(CheckpointStore, "put", breaking)
+    monkeypatch.setattr(CheckpointStore, "save", breaking)
     for stage, number in [("prune", 1), ("prune", 4), ("prune", 8), ("distill", 2)]:
         emptied(project, stage)
         left[0] = number

@@ -80,7 +80,7 @@ def test_stochastic_depth_rates_are_linear_over_blocks_and_restored() -> None:
         assert torch.equal(model.eval()(x), before(x))
     assert not any(isinstance(module, DropPath) for module in model.modules())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
-    with pytest.raises(BadInput, match=r"^train.drop_path 0.1: Linear has no branches"):
+    with pytest.raises(BadInput, match=r"^train.drop_path 0.1: Linear has no drop-path modules"):
         stochastic_depth(nn.Linear(2, 2), 0.1).__enter__()
 
 

@@ -158,7 +158,7 @@ def test_the_interval_is_read_from_the_environment(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_optimizer_state_that_cannot_be_saved_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"^train.optimizer: keeps a list \(history\), which no checkpoint can hold"):
+    with pytest.raises(BadInput, match=r"^train.optimizer: state history is a list, which cannot be saved"):
         pack({"weight": {"history": [1]}}, "optimizer")
 
 

@@ -218,7 +218,7 @@ def test_patience_stops_after_epochs_without_a_better_top1(
 
 
 def test_patience_without_an_evaluation_is_refused(vit: nn.Module) -> None:
-    with pytest.raises(BadInput, match=r"^train.patience: nothing measures top-1 after an epoch here; set it to null$"):
+    with pytest.raises(BadInput, match=r"^train.patience: top-1 is not evaluated after each epoch here; set it to null$"):
         fit(vit, {"patience": 1})
 
 

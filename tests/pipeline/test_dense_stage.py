@@ -98,7 +98,7 @@ def test_a_pruned_backbone_learns_other_classes(pruned, tmp_path, monkeypatch):
     assert found["evaluate"]["dense"]["top1"] > 50  # of three classes; an untrained head has a third
     assert found["evaluate"]["pruned"]["top1"] == found["evaluate"]["dense"]["top1"]
     assert found["evaluate"]["kept"]["params"] == 1.0
-    assert f"sha256 of that checkpoint: `{sha256}`" in (tmp_path / "out/export/timm/README.md").read_text()
+    assert f"sha256 of that checkpoint: `{expected}`" in (tmp_path / "out/export/timm/README.md").read_text()
     write_report(tmp_path, tmp_path / "report.html")
     assert "turned7" in (tmp_path / "report.html").read_text()
 
@@ -125,11 +125,11 @@ def test_zeros_of_a_checkpoint_are_held_unless_they_may_grow(pruned):
     params = Params.model_validate(settings(pruned("magnitude")))
     model = initial_model(params).model
     weight, own = model.blocks[0].mlp.fc1.weight, FrozenZeros([], {})
-    held = zeros_to_keep(model, params, own, hold=True)
+    held = zeros_to_keep(model, params, own, keep_zeros=True)
     assert torch.equal(held.masks["blocks.0.mlp.fc1.weight"], weight != 0)
-    assert zeros_to_keep(model, params, own, hold=False) is own
+    assert zeros_to_keep(model, params, own, keep_zeros=False) is own
     trained = params.model_copy(update={"dense": params.dense.model_copy(update={"start": "pretrained"})})
-    assert zeros_to_keep(model, trained, own, hold=True) is own
+    assert zeros_to_keep(model, trained, own, keep_zeros=True) is own
 
 
 def test_the_new_classifier_is_of_the_seed(pruned):

@@ -218,7 +218,8 @@ def test_patience_stops_after_epochs_without_a_better_top1(
 
 
 def test_patience_without_an_evaluation_is_refused(vit: nn.Module) -> None:
-    with pytest.raises(BadInput, match=r"^train.patience: top-1 is not evaluated after each epoch here; set it to null$"):
+    told = r"^train.patience: top-1 is not evaluated after each epoch here; set it to null$"
+    with pytest.raises(BadInput, match=told):
         fit(vit, {"patience": 1})
 
 

@@ -1,34 +1,81 @@
-"""Prune vision transformers and verify the result."""
+"""Structured and unstructured pruning of vision transformers: UP-ViTs, DIMAP, CAP/oViT, OBC and others.
+
+Names are imported on first use (PEP 562), so that `import vitprune` does not import torch or timm.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitprune.architectures import find_groups, merge_heads
+    from vitprune.config.prune_config import PruneConfig, Schedule
+    from vitprune.config.score_config import ScoreConfig
+    from vitprune.config.train_config import DistillConfig, TrainConfig
     from vitprune.errors import BadInput
     from vitprune.evaluation.accuracy import accuracy
+    from vitprune.evaluation.check_model import check
     from vitprune.evaluation.cost import count
+    from vitprune.evaluation.evaluate import evaluate
     from vitprune.evaluation.latency import latency
     from vitprune.groups import Group, Masks, ParamSlice, Scores, shrink, zero
     from vitprune.models.card import write_card
+    from vitprune.models.export import export_onnx
     from vitprune.models.io import load, save
+    from vitprune.pruning.gradual_prune import gradual_prune
     from vitprune.pruning.methods import CRITERIA, METHODS
     from vitprune.pruning.plan import plan_for
-    from vitprune.pruning.prune import prune, score
+    from vitprune.pruning.prune import PruneResult, prune, score
     from vitprune.pruning.select import select
+    from vitprune.training.finetune import finetune
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "architectures": ("find_groups", "merge_heads"),
+    "config.prune_config": ("PruneConfig", "Schedule"),
+    "config.score_config": ("ScoreConfig",),
+    "config.train_config": ("DistillConfig", "TrainConfig"),
+    "errors": ("BadInput",),
+    "evaluation.accuracy": ("accuracy",),
+    "evaluation.cost": ("count",),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.latency": ("latency",),
+    "evaluation.check_model": ("check",),
+    "groups": ("Group", "Masks", "ParamSlice", "Scores", "shrink", "zero"),
+    "models.card": ("write_card",),
+    "models.export": ("export_onnx",),
+    "models.io": ("load", "save"),
+    "pruning.gradual_prune": ("gradual_prune",),
+    "pruning.methods": ("CRITERIA", "METHODS"),
+    "pruning.plan": ("plan_for",),
+    "pruning.prune": ("PruneResult", "prune", "score"),
+    "pruning.select": ("select",),
+    "training.finetune": ("finetune",),
+}
+_MODULE_OF = {name: f"vitprune.{module}" for module, names in _MODULES.items() for name in names}
+
 __all__ = [
     "CRITERIA",
     "METHODS",
     "BadInput",
+    "DistillConfig",
     "Group",
     "Masks",
     "ParamSlice",
+    "PruneConfig",
+    "PruneResult",
+    "Schedule",
+    "ScoreConfig",
     "Scores",
+    "TrainConfig",
     "accuracy",
+    "check",
     "count",
+    "evaluate",
+    "export_onnx",
     "find_groups",
+    "finetune",
+    "gradual_prune",
     "latency",
     "load",
     "merge_heads",
@@ -42,27 +89,13 @@ __all__ = [
     "zero",
 ]
 
-_MODULES = {  # imported on first use, so that the command line prints its help without torch
-    "architectures": ("find_groups", "merge_heads"),
-    "errors": ("BadInput",),
-    "evaluation.accuracy": ("accuracy",),
-    "evaluation.cost": ("count",),
-    "evaluation.latency": ("latency",),
-    "groups": ("Group", "Masks", "ParamSlice", "Scores", "shrink", "zero"),
-    "models.card": ("write_card",),
-    "models.io": ("load", "save"),
-    "pruning.methods": ("CRITERIA", "METHODS"),
-    "pruning.plan": ("plan_for",),
-    "pruning.prune": ("prune", "score"),
-    "pruning.select": ("select",),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'vitprune' has no attribute {name!r}")
-    return getattr(import_module(f"vitprune.{_MODULE_OF[name]}"), name)
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

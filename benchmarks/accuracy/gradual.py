@@ -23,8 +23,8 @@ from benchmarks.accuracy.torch_pruning import load_dense
 from benchmarks.lib.deit_tiny import damped
 from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
 from vitprune import METHODS, data, plan_for
-from vitprune.config.params import Schedule
-from vitprune.config.train_config import Train
+from vitprune.config.prune_config import Schedule
+from vitprune.config.train_config import TrainConfig
 from vitprune.data.loaders import batch_count, train_batches
 from vitprune.pruning.prune import prune_cycles
 from vitprune.training.distillation import classification
@@ -161,7 +161,7 @@ def recover(
     total = epochs * own
     spans = {"cycle": (0, total), "run": ((cycle - 1) * total, len(budget.sparsities) * total)}
     settings = {"lr": 2e-4, "min_lr": 1e-5, "decay": decay, "decay_over": over, "optimizer_state": "keep"}
-    recipe = Train.model_validate({"epochs": epochs, "batch_size": budget.batch, "weight_decay": 0.03} | settings)
+    recipe = TrainConfig.model_validate({"epochs": epochs, "batch_size": budget.batch, "weight_decay": 0.03} | settings)
     span = ScheduleSpan(*spans[over], memory)
     train(classification(model, 0.1), batches, own, recipe, seed, lambda row: None, held, span=span)
 

@@ -22,7 +22,7 @@ from benchmarks.accuracy.torch_pruning import load_dense
 from benchmarks.lib.deit_tiny import damped
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import data, plan_for
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.pruning.prune import prune_cycles
 from vitprune.training.distillation import logit_distillation
 from vitprune.training.loop import FrozenZeros, train
@@ -83,7 +83,7 @@ def trained(
 ) -> float:
     """Train in place; the mean loss."""
     table = images_of(real, "train", "none")
-    recipe = Train(epochs=1, batch_size=BATCH, lr=2e-4, min_lr=1e-5, weight_decay=0.03, int8=int8)
+    recipe = TrainConfig(epochs=1, batch_size=BATCH, lr=2e-4, min_lr=1e-5, weight_decay=0.03, int8=int8)
     rows: list[dict[str, float]] = []
     task = logit_distillation(student, copy.deepcopy(dense), 1.0, 1.0, 0.0)
     train(

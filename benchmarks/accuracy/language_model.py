@@ -19,7 +19,7 @@ from benchmarks.lib.python_corpus import VOCABULARY, Corpus, drawn, spread, stan
 from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune import count, plan_for
 from vitprune.architectures.causal_lm import Decoder
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.evaluation.losses import cross_entropy
 from vitprune.pruning.cycle_masks import groups_for, select_masks
 from vitprune.pruning.prune import prune_cycles
@@ -122,7 +122,7 @@ def dense(corpus: Corpus, size: Size) -> nn.Module:
 
 def fit(task: nn.Module, corpus: Corpus, steps: int, lr: float) -> None:
     """Train a task's model on windows that a fixed seed draws."""
-    recipe = Train(epochs=1, optimizer="muon", lr=lr, weight_decay=0.05, warmup_epochs=0.1)
+    recipe = TrainConfig(epochs=1, optimizer="muon", lr=lr, weight_decay=0.05, warmup_epochs=0.1)
     train(task, lambda epoch: drawn(corpus.train, CONTEXT, BATCH, steps, epoch), steps, recipe, 0, lambda row: None)
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks.accuracy import torch_pruning
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import data, models, plan_for
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.data.loaders import ImageTable, batch_count, eval_batches, train_batches
 from vitprune.data.sources import Source
 from vitprune.evaluation.accuracy import accuracy
@@ -49,9 +49,9 @@ class Budget:
     lr: float = 5e-4
 
     @property
-    def recipe(self) -> Train:
+    def recipe(self) -> TrainConfig:
         """As the training loop takes it."""
-        return Train(epochs=self.epochs, batch_size=self.batch, lr=self.lr, warmup_epochs=0.1)
+        return TrainConfig(epochs=self.epochs, batch_size=self.batch, lr=self.lr, warmup_epochs=0.1)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune import find_groups, zero
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline import score_stage
@@ -126,7 +126,7 @@ def trained(settings: dict[str, object], dist: ProcessGroup) -> dict[str, Tensor
     groups = find_groups(model, ["weight"])
     held = FrozenZeros(groups, {group.name: model.get_parameter(group.name).detach().abs() > 0.01 for group in groups})
     zero(model, groups, held.masks)
-    recipe = Train.model_validate({"epochs": 2, "lr": 0.005, "clip": 0.5} | settings)
+    recipe = TrainConfig.model_validate({"epochs": 2, "lr": 0.005, "clip": 0.5} | settings)
     noise = [*batches(3, 8), *batches(1, 3)]
 
     def of(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

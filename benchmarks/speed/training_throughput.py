@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune import data, find_groups, zero
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.training.distillation import logit_distillation
 from vitprune.training.loop import FrozenZeros, train
 
@@ -138,7 +138,7 @@ def ours(student: nn.Module, teacher: nn.Module, watch: Watch, budget: Budget, h
         weights = {group.name: student.get_parameter(group.name).detach() for group in groups}
         held = FrozenZeros(groups, {key: weight.abs() > weight.abs().median() for key, weight in weights.items()})
         zero(student, groups, held.masks)
-    recipe = Train(epochs=1, lr=RATE, weight_decay=DECAY, clip=CLIP, smoothing=SMOOTHING, amp=budget.amp)
+    recipe = TrainConfig(epochs=1, lr=RATE, weight_decay=DECAY, clip=CLIP, smoothing=SMOOTHING, amp=budget.amp)
     task = logit_distillation(student, teacher, 1.0, 1.0, SMOOTHING)
     train(task, watch.epochs, budget.warm + budget.steps, recipe, 0, lambda row: None, held)
 

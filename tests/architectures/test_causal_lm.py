@@ -13,7 +13,7 @@ from vitprune import count, find_groups, prune, score, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.chain_builders import build_chain
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.criteria import ScoreConfig
 from vitprune.criteria.kl.exact import exact_kl
 from vitprune.criteria.kl.fisher import fisher_kl
@@ -162,7 +162,7 @@ def test_a_pruned_decoder_recovers(taught_by: str | None) -> None:
         "features": lambda: feature_distillation(student, teacher, 1.0, 0.0, 0),
         None: lambda: classification(student),
     }
-    train(tasks[taught_by](), lambda epoch: data, len(data), Train(epochs=10, lr=0.01), 0, lambda row: None)
+    train(tasks[taught_by](), lambda epoch: data, len(data), TrainConfig(epochs=10, lr=0.01), 0, lambda row: None)
     assert loss(student, data) < 0.7 * own
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 

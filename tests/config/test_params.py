@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from vitprune import BadInput, plan_for
-from vitprune.config.params import RENAMED, Params, load, read
+from vitprune.config.params import Params, load, read
+from vitprune.config.section import RENAMED
 
 ROOT = Path(__file__).parents[2]
 

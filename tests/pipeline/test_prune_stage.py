@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import vitprune
 from tests.support.model_zoo import batches, random_masks, state, tiny
 from vitprune import METHODS, find_groups, models, plan_for, zero
-from vitprune.config.params import Schedule, load
-from vitprune.config.train_config import Train
+from vitprune.config.params import load
+from vitprune.config.prune_config import Schedule
+from vitprune.config.train_config import TrainConfig
 from vitprune.criteria import Importance, ScoreConfig
 from vitprune.criteria import magnitude as by_weights
 from vitprune.evaluation.accuracy import accuracy
@@ -47,7 +48,7 @@ def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def fit(
-    model: nn.Module, recipe: Train, held: FrozenZeros | None = None, span: ScheduleSpan | None = None
+    model: nn.Module, recipe: TrainConfig, held: FrozenZeros | None = None, span: ScheduleSpan | None = None
 ) -> list[dict]:
     data, rows = batches(model, 3, 6), []
     train(classification(model), lambda epoch: data, len(data), recipe, 0, rows.append, held, span=span)
@@ -67,7 +68,7 @@ def test_what_is_held_leaves_nothing_in_the_optimizer(
     vit: nn.Module, optimizers: list[Any], optimizer: str, ema: float
 ) -> None:
     held = halved(vit)
-    fit(vit, Train(epochs=2, lr=0.002, weight_decay=0.1, optimizer=optimizer, ema=ema), held)
+    fit(vit, TrainConfig(epochs=2, lr=0.002, weight_decay=0.1, optimizer=optimizer, ema=ema), held)
     remembered = 0
     for group in held.groups:
         parameter, mask = vit.get_parameter(group.name), held.masks[group.name]
@@ -89,7 +90,7 @@ def test_held_gradients_do_not_count_when_clipping(clip: float | None) -> None:
             for group in held.groups:
                 mask = held.masks[group.name].double()
                 model.get_parameter(group.name).register_hook(lambda gradient, mask=mask: gradient * mask)
-        fit(model, Train(epochs=1, lr=0.1, optimizer="sgd", weight_decay=0.1, clip=clip), held)
+        fit(model, TrainConfig(epochs=1, lr=0.1, optimizer="sgd", weight_decay=0.1, clip=clip), held)
         return state(model)
 
     plain, hooked = through("plain"), through("hooks")
@@ -97,7 +98,7 @@ def test_held_gradients_do_not_count_when_clipping(clip: float | None) -> None:
 
 
 def test_the_rate_falls_once_over_all_cycles_or_anew_in_each(vit: nn.Module) -> None:
-    recipe = Train(epochs=2, lr=0.01, min_lr=0.001, decay="linear")
+    recipe = TrainConfig(epochs=2, lr=0.01, min_lr=0.001, decay="linear")
     anew = [fit(vit, recipe)[1]["lr"] for _ in range(2)]
     assert anew == pytest.approx([0.001, 0.001])
     once = [row["lr"] for before in (0, 6) for row in fit(vit, recipe, span=ScheduleSpan(before, 12))]
@@ -107,7 +108,7 @@ def test_the_rate_falls_once_over_all_cycles_or_anew_in_each(vit: nn.Module) -> 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
 def test_what_an_optimizer_keeps_is_as_if_it_had_gone_on(optimizer: str) -> None:
     """Two trainings of one epoch, the second at the rate of the first, against one of two epochs."""
-    recipe = Train(epochs=1, lr=0.01, decay="linear", decay_over="run", optimizer=optimizer)
+    recipe = TrainConfig(epochs=1, lr=0.01, decay="linear", decay_over="run", optimizer=optimizer)
     found = []
     for parts in ([2], [1, 1]):
         model, memory, before = tiny("vit"), {}, 0
@@ -121,7 +122,7 @@ def test_what_an_optimizer_keeps_is_as_if_it_had_gone_on(optimizer: str) -> None
 
 def test_what_an_optimizer_knew_of_the_newly_pruned_is_forgotten(vit: nn.Module, optimizers: list[Any]) -> None:
     memory: dict[str, dict[str, Any]] = {}
-    recipe = Train(epochs=1, lr=0.01)
+    recipe = TrainConfig(epochs=1, lr=0.01)
     fit(vit, recipe, span=ScheduleSpan(0, 3, memory))
     assert set(memory) == set(dict(vit.named_parameters()))
     held = halved(vit)
@@ -135,16 +136,16 @@ def test_what_an_optimizer_knew_of_the_newly_pruned_is_forgotten(vit: nn.Module,
 
 def test_a_parameter_that_was_cut_starts_anew() -> None:
     model, memory = tiny("vit"), {}
-    fit(model, Train(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
+    fit(model, TrainConfig(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
     cut = vitprune.prune(model, "channel-magnitude", {"ffn": 0.5})
-    fit(cut, Train(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
+    fit(cut, TrainConfig(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
     steps = {name: float(known["step"]) for name, known in memory.items()}
     assert steps["blocks.0.mlp.fc1.weight"] == 3
     assert steps["blocks.0.attn.qkv.weight"] == 6
 
 
 def test_the_epsilon_is_the_optimizers(vit: nn.Module, optimizers: list[Any]) -> None:
-    fit(vit, Train(epochs=1, lr=0.01, eps=1e-5))
+    fit(vit, TrainConfig(epochs=1, lr=0.01, eps=1e-5))
     assert {group["eps"] for group in optimizers[0].param_groups} == {1e-5}
 
 
@@ -169,7 +170,7 @@ def test_zeros_only_grow_over_four_cycles_with_and_without_update(
     row = Method(compensating, {"weight": "global"}, ("weight",), False, "for this test")
     monkeypatch.setitem(METHODS, "compensating", row)
     plan = plan_for(method, 0.9, cycles=4, schedule=Schedule(steps=STEPS))
-    recipe, zeros, before = Train(epochs=1, lr=0.01, weight_decay=0.1, ema=ema), [], {}
+    recipe, zeros, before = TrainConfig(epochs=1, lr=0.01, weight_decay=0.1, ema=ema), [], {}
     for cycle in prune_cycles(vit, plan, batches(vit, 2, 8)):
         fit(vit, recipe, FrozenZeros(cycle.held, cycle.masks))
         now = {group.name: vit.get_parameter(group.name).detach() == 0 for group in cycle.groups}

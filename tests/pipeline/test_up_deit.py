@@ -9,7 +9,8 @@ from torch import nn
 
 from tests.support.model_zoo import answer, images, same_state, state
 from vitprune import plan_for, save, score, shrink
-from vitprune.config.params import Prune, load
+from vitprune.config.params import load
+from vitprune.config.prune_config import PruneConfig
 from vitprune.pruning.cycle_masks import groups_for, select_masks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -44,7 +45,7 @@ def test_deit_base_becomes_up_deit(base: nn.Module, recipe: str, tmp_path: Path)
         assert torch.equal(answer(again, x), answer(pruned, x))
 
 
-def cut(base: nn.Module, settings: Prune) -> nn.Module:
+def cut(base: nn.Module, settings: PruneConfig) -> nn.Module:
     """Cut the model as a recipe says, by random scores; a new model, the given one keeps its tensors."""
     with torch.device("meta"):
         model = timm.create_model("deit_base_patch16_224")

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.support.model_zoo import tiny
 from vitprune import BadInput, find_groups
 from vitprune.groups import Group
-from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, in_lots, nearest, removal_steps
+from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, nearest, removal_steps, select_in_steps
 from vitprune.pruning.cost_target import make_cost_model
 from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs
 from vitprune.pruning.select import candidate_pools, select
@@ -50,7 +50,7 @@ def test_a_group_alone_keeps_the_nearest_multiple(units: int, sparsity: float, s
 def test_a_pool_in_lots_by_hand() -> None:
     worths = [[1.0, 2.0, 3.0, 4.0], [1.5, 1.6, 9.0, 9.5]]  # two lots of two each: ranks 1 and 3, 1.5 and 9
     kept = [range(2, 5, 2)] * 2
-    stay = {remove: in_lots(worths, kept, remove) for remove in range(5)}
+    stay = {remove: select_in_steps(worths, kept, remove) for remove in range(5)}
     assert stay == {0: [4, 4], 1: [4, 4], 2: [2, 4], 3: [2, 4], 4: [2, 2]}
     assert removal_steps(7, range(2, 5, 2)) == [(0, 3), (3, 5)]
     assert [nearest(range(8, 33, 8), wanted) for wanted in (0, 11, 12, 13, 40)] == [8, 8, 16, 16, 32]

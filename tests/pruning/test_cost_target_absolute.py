@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.support.model_zoo import VIT, cost, same_state, state, tiny
 from vitprune import BadInput, count, find_groups, plan_for, prune, shrink
-from vitprune.config.params import Schedule
+from vitprune.config.prune_config import Schedule
 from vitprune.config.quantity import format_cost, number_of
 from vitprune.data import example_input
 from vitprune.evaluation.latency import latency

@@ -10,7 +10,7 @@ from torch import nn
 from tests.support.model_zoo import answer, batches, images, same_state, state, tiny
 from tests.support.reference_kl import literal_vit
 from vitprune import METHODS, BadInput, find_groups, plan_for, prune, score, shrink, zero
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.criteria import Importance, ScoreConfig
 from vitprune.criteria import magnitude as by_weights
 from vitprune.evaluation.cost import count
@@ -41,7 +41,7 @@ def grow(cycles: list[Cycle]) -> bool:
 @pytest.mark.parametrize("method", SINGLE)
 def test_gradual_weights_reach_the_exact_count_and_stay_zero_in_training(vit: nn.Module, method: str) -> None:
     data, counts, cycles = batches(vit, 3, 8), [], []
-    recipe = Train(epochs=1, lr=0.01, weight_decay=0.1)
+    recipe = TrainConfig(epochs=1, lr=0.01, weight_decay=0.1)
     for cycle in prune_cycles(vit, plan_for(method, 0.6, cycles=3), data):
         task = classification(vit)
         train(task, lambda epoch: data, len(data), recipe, 0, lambda row: None, FrozenZeros(cycle.held, cycle.masks))

@@ -8,7 +8,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from vitprune import BadInput, plan_for
-from vitprune.config.params import Schedule
+from vitprune.config.prune_config import Schedule
 from vitprune.pruning.schedule import spans, sparsities
 from vitprune.training.lr_schedule import learning_rate
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from tests.support.model_zoo import batches, random_masks, tiny
 from vitprune import find_groups, zero
-from vitprune.config.params import Distill
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.models.io import write_weights
 from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from vitprune.training.cached_teacher import cache_teacher
@@ -35,7 +34,7 @@ def trained(settings: dict, dist: ProcessGroup = SINGLE_PROCESS, taught: bool = 
     groups = find_groups(model, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(model, groups, held.masks)
-    recipe = Train.model_validate({"epochs": 2, "lr": 0.01, "weight_decay": 0.1} | settings)
+    recipe = TrainConfig.model_validate({"epochs": 2, "lr": 0.01, "weight_decay": 0.1} | settings)
     noise = [*batches(model, STEPS - 1, 6), *batches(model, 1, 3)]  # the last is smaller, with 4 processes one has none
 
     def of(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -59,7 +58,7 @@ def answers(dist: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """What a teacher answers on 5 batches, of which the last is smaller."""
     model = tiny("vit")
     task = logit_distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
-    return cache_teacher(task, Distill(), [*batches(model, 4, 6), *batches(model, 1, 3)], dist)
+    return cache_teacher(task, DistillConfig(), [*batches(model, 4, 6), *batches(model, 1, 3)], dist)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 from tests.support.model_zoo import batches, images, random_masks, state, tiny
 from vitprune import BadInput, find_groups, zero
 from vitprune.config.params import load
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.data import cutmix
 from vitprune.pruning.plan import plan_of
 from vitprune.training.distillation import classification, logit_distillation
@@ -21,7 +21,7 @@ from vitprune.training.loop import FrozenZeros, train
 from vitprune.training.lr_schedule import learning_rate
 from vitprune.training.stochastic_depth import stochastic_depth
 
-RECIPE = Train(epochs=2, lr=0.01)
+RECIPE = TrainConfig(epochs=2, lr=0.01)
 
 
 def fit(
@@ -56,7 +56,7 @@ def test_training_with_cutmix_uses_the_loss_on_mixed_labels(vit: nn.Module) -> N
     with torch.no_grad():
         expected = float(-(target * vit(x).log_softmax(-1)).sum(1).mean())
     rows: list[dict] = []
-    train(classification(vit), lambda epoch: noise, 1, Train(epochs=1, lr=0.01, cutmix=0.5), 3, rows.append)
+    train(classification(vit), lambda epoch: noise, 1, TrainConfig(epochs=1, lr=0.01, cutmix=0.5), 3, rows.append)
     assert rows[0]["loss"] == pytest.approx(expected, rel=1e-9)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.support.model_zoo import images, noisy, random_masks, state, tiny
 from tests.support.recipe_models import stand_in, write_images
 from vitprune import BadInput, data, find_groups, zero
-from vitprune.config.params import Dataset, Distill, Params, checked, load
-from vitprune.config.train_config import Train
+from vitprune.config.params import Dataset, Params, checked, load
+from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.pipeline import dataset_stage
 from vitprune.pipeline.artifacts import History
 from vitprune.pipeline.stage_training import train_model
@@ -36,8 +36,8 @@ def table() -> data.ImageTable:
 def taught(kind: str, how: str, more: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]], int]:
     """Weights, records and number of teacher images; the teacher runs per step, in image order or in batch order."""
     student, teacher, seen, rows = noisy(), tiny("vit", 1), [], []
-    recipe = Train.model_validate(RECIPE | more)
-    settings = Distill(kind=kind, alpha=2.0, temperature=2.0, cache=how != "each step", train=recipe)
+    recipe = TrainConfig.model_validate(RECIPE | more)
+    settings = DistillConfig(kind=kind, alpha=2.0, temperature=2.0, cache=how != "each step", train=recipe)
     groups = find_groups(student, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(student, groups, held.masks)
@@ -88,8 +88,8 @@ def test_random_augmentation_is_refused_with_a_cached_teacher(key: str) -> None:
     settings = {"cache": True, "train": {"epochs": 1, "lr": 0.1, key: value}}
     told = rf"^here: .*Value error, no cache: train.{key} shows an image differently in every epoch; give up one"
     with pytest.raises(BadInput, match=told):
-        checked(settings, Distill, "here")
-    assert checked(settings | {"cache": False}, Distill, "here").train is not None
+        checked(settings, DistillConfig, "here")
+    assert checked(settings | {"cache": False}, DistillConfig, "here").train is not None
 
 
 def test_a_stage_runs_its_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +101,8 @@ def test_a_stage_runs_its_teacher_once(tmp_path: Path, monkeypatch: pytest.Monke
     found = []
     for cache in (False, True):
         student, teacher, seen = stand_in("deit"), stand_in("deit"), []
-        recipe = Train(epochs=2, batch_size=5, lr=0.01, amp=True)
-        settings = Distill(temperature=2.0, cache=cache, train=recipe)
+        recipe = TrainConfig(epochs=2, batch_size=5, lr=0.01, amp=True)
+        settings = DistillConfig(temperature=2.0, cache=cache, train=recipe)
         project = params.model_copy(update={"distill": settings})
         with torch.no_grad():
             teacher.head.weight.add_(torch.linspace(-1, 1, teacher.head.weight.numel()).view(7, -1))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.support.model_zoo import batches, noisy, random_masks, state, tiny
 from vitprune import BadInput, find_groups, zero
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.runtime.files import sha256
 from vitprune.training import checkpoint_store
 from vitprune.training.checkpoint import INTERVAL_ENV, Checkpointer, catch_sigterm, checkpoint_minutes, pack
@@ -210,7 +210,7 @@ def test_a_training_interrupted_at_any_step_resumes_bit_identically(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], task: Any, every: int
 ) -> None:
     monkeypatch.setenv(INTERVAL_ENV, "0")
-    recipe, found = Train.model_validate({"epochs": 3, "lr": 0.01, "weight_decay": 0.1} | settings), []
+    recipe, found = TrainConfig.model_validate({"epochs": 3, "lr": 0.01, "weight_decay": 0.1} | settings), []
     noise = batches(tiny("vit"), STEPS, 6)
     for left in (0, every):
         memory, starts = OptimizerState(), 0
@@ -257,10 +257,10 @@ def test_a_resume_at_the_wrong_batch_changes_the_weights(tmp_path: Path, monkeyp
         saver = Breaking(shelf, list)
         saver.left = 2
         with pytest.raises(Broken):
-            train(plain(model), lambda epoch: noise, STEPS, Train(epochs=1, lr=0.01), 0, print, checkpointer=saver)
+            train(plain(model), lambda epoch: noise, STEPS, TrainConfig(epochs=1, lr=0.01), 0, print, checkpointer=saver)
         ahead = noise[2 - skipped :]  # the remaining batches, or one too many
         other = tiny("vit")
-        train(plain(other), lambda epoch, left=ahead: left, STEPS, Train(epochs=1, lr=0.01), 0, lambda row: None,
+        train(plain(other), lambda epoch, left=ahead: left, STEPS, TrainConfig(epochs=1, lr=0.01), 0, lambda row: None,
               checkpointer=Checkpointer(shelf, list))  # fmt: skip
         ends.append(state(other))
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -8,14 +8,16 @@ from torch import nn
 
 from tests.support.model_zoo import batches, noisy, random_masks, same_state, state, tiny
 from vitprune import BadInput, find_groups, prune, zero
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.training.distillation import classification, feature_distillation, logit_distillation
 from vitprune.training.loop import FrozenZeros, train
 
-RECIPE = Train(epochs=2, lr=0.01, weight_decay=0.1)
+RECIPE = TrainConfig(epochs=2, lr=0.01, weight_decay=0.1)
 
 
-def fit(model: nn.Module, recipe: Train = RECIPE, seed: int = 0, task: nn.Module | None = None, **more) -> list[dict]:
+def fit(
+    model: nn.Module, recipe: TrainConfig = RECIPE, seed: int = 0, task: nn.Module | None = None, **more
+) -> list[dict]:
     data, rows = batches(model, 3, 6), []
     train(task or classification(model), lambda epoch: data, len(data), recipe, seed, rows.append, **more)
     return rows
@@ -75,7 +77,7 @@ def test_a_non_finite_loss_stops_before_the_update(vit: nn.Module) -> None:
     good = [data[0], data[0], data[0]]
     expected = tiny("vit")
     rows: list[dict] = []
-    one = Train(epochs=1, lr=0.01)
+    one = TrainConfig(epochs=1, lr=0.01)
     with pytest.raises(BadInput, match=r"^recovery, epoch 1, step 2: the loss is nan; lower the learning rate") as bad:
         train(classification(vit), lambda epoch: data, 3, one, 0, rows.append, name="recovery")
     assert "\n" not in str(bad.value)
@@ -101,7 +103,7 @@ def test_an_empty_epoch_is_refused(vit: nn.Module) -> None:
 
 
 def test_the_learning_rate_warms_up_and_decays_to_min_lr(vit: nn.Module) -> None:
-    recipe = Train(epochs=4, lr=0.01, min_lr=0.001, warmup_epochs=1)
+    recipe = TrainConfig(epochs=4, lr=0.01, min_lr=0.001, warmup_epochs=1)
     rows = fit(vit, recipe)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
@@ -112,7 +114,7 @@ def test_the_learning_rate_warms_up_and_decays_to_min_lr(vit: nn.Module) -> None
 
 
 def test_training_reduces_the_loss(vit: nn.Module) -> None:
-    rows = fit(vit, Train(epochs=15, lr=0.005))
+    rows = fit(vit, TrainConfig(epochs=15, lr=0.005))
     assert rows[-1]["loss"] < 0.1 * rows[0]["loss"]
     assert [set(row) for row in rows[:1]] == [{"epoch", "step", "loss", "lr"}]
 
@@ -160,7 +162,7 @@ def test_distillation_changes_the_student_only() -> None:
 def test_a_shrunk_student_approaches_its_teacher() -> None:
     teacher = tiny("vit")
     student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
-    rows = fit(student, Train(epochs=5, lr=0.005), task=logit_distillation(student, teacher, 1.0, 2.0, 0.0))
+    rows = fit(student, TrainConfig(epochs=5, lr=0.005), task=logit_distillation(student, teacher, 1.0, 2.0, 0.0))
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -188,7 +190,7 @@ def test_a_narrower_student_approaches_its_teachers_features(name: str) -> None:
     student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
     names = student.state_dict().keys()
     task = feature_distillation(student, teacher, 20.0, 0.0, seed=3)
-    rows = fit(student, Train(epochs=5, lr=0.005), task=task)
+    rows = fit(student, TrainConfig(epochs=5, lr=0.005), task=task)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert student.state_dict().keys() == names  # the mapping layer is not part of the model
     assert same_state(teacher, before)

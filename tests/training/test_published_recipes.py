@@ -11,7 +11,7 @@ from tests.support.model_zoo import random_masks, state
 from tests.support.recipe_models import stand_in, write_images
 from vitprune import find_groups, prune, zero
 from vitprune.config.params import Dataset, Params, load
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.pipeline import dataset_stage
 from vitprune.pipeline.artifacts import History
 from vitprune.pipeline.stage_training import RecoverySegment, train_model
@@ -62,7 +62,7 @@ DIMAP = {"epochs": 30, "optimizer": "adamw", "lr": 2e-5, "min_lr": 2e-7, "weight
 PAPERS = {"up_deit_tiny": UP, "up_deit_small": UP, "up_pvt_v2_b0": UP, "dimap_swin_tiny": DIMAP}
 
 
-def section(params: Params, stage: str) -> Train | None:
+def section(params: Params, stage: str) -> TrainConfig | None:
     found = {"dense": params.dense.train, "finetune": params.prune.finetune, "distill": params.distill.train}
     return found[stage]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.support.model_zoo import batches, images, random_masks, state, tiny
 from vitprune import find_groups
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.training.distillation import classification, logit_distillation
 from vitprune.training.loop import FrozenZeros, train
 from vitprune.training.quantization_aware import FakeQuant, fake_quantize_input, fake_quantize_weight
@@ -127,7 +127,7 @@ def test_training_with_fake_quantization_keeps_zeros(model: nn.Module) -> None:
     other, masks = copy.deepcopy(model), random_masks(groups, 0)
     noise = [(x.float(), labels) for x, labels in batches(model, 2, 4)]
     for one, int8 in ((model, True), (other, False)):
-        recipe = Train(epochs=2, lr=0.01, int8=int8, ema=0.5)
+        recipe = TrainConfig(epochs=2, lr=0.01, int8=int8, ema=0.5)
         task = logit_distillation(one, copy.deepcopy(teacher), 1.0, 1.0, 0.0)
         train(task, lambda epoch: noise, 2, recipe, 0, lambda row: None, FrozenZeros(groups, masks))
         for group in groups:
@@ -142,12 +142,12 @@ def test_training_with_fake_quantization_keeps_zeros(model: nn.Module) -> None:
 @pytest.mark.parametrize("key", ["compile", "checkpointing"])
 def test_int8_is_refused_with_compile_and_checkpointing(key: str) -> None:
     with pytest.raises(ValidationError, match=f"set {key} to false, or int8"):
-        Train.model_validate({"epochs": 1, "lr": 0.1, "int8": True, key: True})
+        TrainConfig.model_validate({"epochs": 1, "lr": 0.1, "int8": True, key: True})
 
 
 def test_the_loss_decreases_with_fake_quantization(model: nn.Module) -> None:
     (noise,) = batches(model, 1, 8)
     rows: list[dict[str, float]] = []
-    recipe = Train(epochs=12, lr=0.01, int8=True)
+    recipe = TrainConfig(epochs=12, lr=0.01, int8=True)
     train(classification(model), lambda epoch: [(noise[0].float(), noise[1])], 1, recipe, 0, rows.append)
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]

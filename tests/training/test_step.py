@@ -20,7 +20,7 @@ from tests.support.subprocesses import ONE_THREAD
 from tests.support.train_worker import CASES, answers, trained
 from vitprune import BadInput, data, find_groups, zero
 from vitprune.config.params import load
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.errors import Interrupted
 from vitprune.runtime.distributed import ProcessGroup
 from vitprune.training import loop as training
@@ -96,7 +96,7 @@ def test_out_of_memory_splits_the_batch_with_the_same_result(capsys: pytest.Capt
         task = classification(model)
         task.criterion = Greedy(most)
         noise = batches(model, 2, 6)
-        recipe = Train(epochs=2, lr=0.01, accumulate=accumulate)
+        recipe = TrainConfig(epochs=2, lr=0.01, accumulate=accumulate)
         train(task, lambda epoch, noise=noise: noise, 2, recipe, 0, rows.append)
         found.append((state(model), rows, task.criterion.seen, capsys.readouterr().err))
     assert found[1][2][:2] == [6, 3]  # 6 at once, then the first of 2 parts, then 4 parts
@@ -117,13 +117,15 @@ def test_out_of_memory_with_one_image_is_refused(vit: nn.Module) -> None:
     with pytest.raises(
         BadInput, match=r"^training, epoch 1, step 1: out of memory with one image at a time"
     ) as refused:
-        train(task, lambda epoch: batches(vit, 1, 3), 1, Train(epochs=1, lr=0.01), 0, print)
+        train(task, lambda epoch: batches(vit, 1, 3), 1, TrainConfig(epochs=1, lr=0.01), 0, print)
     assert "\n" not in str(refused.value)
 
 
 def test_float16_is_refused_on_a_cpu(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^train.amp float16: not supported on CPU; use bfloat16 or false$"):
-        train(classification(vit), lambda epoch: batches(vit), 2, Train(epochs=1, lr=0.01, amp="float16"), 0, print)
+        train(
+            classification(vit), lambda epoch: batches(vit), 2, TrainConfig(epochs=1, lr=0.01, amp="float16"), 0, print
+        )
 
 
 @pytest.mark.parametrize("optimizer", HELD)
@@ -169,7 +171,7 @@ def test_pruned_weights_are_zero_after_every_step_and_in_the_ema(
         def write(self, snapshot: Any) -> None:
             raise AssertionError
 
-    recipe = Train.model_validate({"epochs": 2, "lr": 0.02, "weight_decay": 0.2, "optimizer": optimizer} | more)
+    recipe = TrainConfig.model_validate({"epochs": 2, "lr": 0.02, "weight_decay": 0.2, "optimizer": optimizer} | more)
     noise = batches(vit, 3, 6)
     train(classification(vit), lambda epoch: noise, 3, recipe, 0, lambda row: None, held, checkpointer=Watch())
     assert checked == [6]

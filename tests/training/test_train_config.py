@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.support.model_zoo import batches, noisy, random_masks, same_state, state, tiny
 from tests.support.subprocesses import ONE_THREAD
 from vitprune import BadInput, find_groups, prune, zero
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.training.distillation import classification, feature_distillation
 from vitprune.training.loop import FrozenZeros, train
 
@@ -32,7 +32,7 @@ def fit(
     **given: Any,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    recipe = Train.model_validate({"epochs": 2, "lr": 0.01} | more)
+    recipe = TrainConfig.model_validate({"epochs": 2, "lr": 0.01} | more)
     noise = batches(model, number, 6)
     train(task or classification(model), lambda epoch: noise, number, recipe, 0, rows.append, held, **given)
     return rows
@@ -110,7 +110,9 @@ def test_gradient_checkpointing_is_refused_for_models_without_it() -> None:
     model = Plain(4, 7)
     noise = [(torch.rand(3, 4), torch.arange(3))]
     with pytest.raises(BadInput, match=told):
-        train(classification(model), lambda epoch: noise, 1, Train(epochs=1, lr=0.1, checkpointing=True), 0, print)
+        train(
+            classification(model), lambda epoch: noise, 1, TrainConfig(epochs=1, lr=0.1, checkpointing=True), 0, print
+        )
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
@@ -138,7 +140,7 @@ import torch
 from tests.support.model_zoo import batches, random_masks, tiny
 from vitprune import find_groups, zero
 from vitprune.models import write_weights
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.training.loop import FrozenZeros, train
 from vitprune.training.distillation import classification
 torch.set_num_threads(1)
@@ -147,7 +149,7 @@ groups = find_groups(model, ["weight"])
 held = FrozenZeros(groups, random_masks(groups, 0.5))
 zero(model, groups, held.masks)
 names, noise = list(model.state_dict()), batches(model, 2, 6)
-recipe = Train(epochs=2, lr=0.01, compile=sys.argv[2] == "compile", ema=0.5)
+recipe = TrainConfig(epochs=2, lr=0.01, compile=sys.argv[2] == "compile", ema=0.5)
 train(classification(model), lambda epoch: noise, 2, recipe, 0, lambda row: None, held)
 assert list(model.state_dict()) == names
 assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in held.masks.items())

@@ -1,29 +1,19 @@
-"""Sections of params.yaml that Python code may give as plain mappings as well: targets, and rules for single groups."""
+"""Cost targets, and rules for single groups."""
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
-from vitprune.config.quantity import Quantity, number_of
-from vitprune.errors import BadInput
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from vitprune.config.quantity import Quantity, number_of, parse_cost
+from vitprune.config.section import Fraction, Section
 
 
-class Section(BaseModel):
-    """A part of params.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _amount(given: Any) -> Quantity:
-    number = number_of(given)
+def _amount(value: Any) -> Quantity:
+    number = number_of(value)
     if not (0 < number < 1 or number > 1):
         raise ValueError("give a fraction of the dense model between 0 and 1, or an absolute number above 1 (600M)")
-    return given if isinstance(given, str) else number
+    return value if isinstance(value, str) else number
 
 
 def _expression(text: str) -> str:
@@ -38,62 +28,59 @@ Amount = Annotated[Quantity, PlainValidator(_amount)]
 
 
 class Target(Section):
-    """What the pruned model may cost at most, one of these: a fraction of the dense model's, or an absolute number.
+    """Largest cost of the pruned model; give exactly one of the keys."""
 
-    `params` and `macs` take both (600M; K, M and G), `latency` a fraction, `latency_ms` milliseconds on this device.
-    """
+    section: ClassVar[str] = "prune.target"
 
     params: Amount | None = None
+    """Parameters: a fraction of the dense model's, or a number (12M)."""
+
     macs: Amount | None = None
+    """Multiply-accumulates of one image: a fraction of the dense model's, or a number (600M)."""
+
     latency: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Latency of one image on this device, as a fraction of the dense model's."""
+
     latency_ms: Annotated[float, Field(gt=0)] | None = None
+    """Latency of one image on this device, in milliseconds."""
 
     @model_validator(mode="after")
-    def _one_cost(self) -> Self:
+    def _check_one_cost(self) -> Self:
         if len(self.costs) != 1:
             raise ValueError(f"give one cost of {', '.join(type(self).model_fields)}")
         return self
 
     @property
     def costs(self) -> dict[str, Quantity]:
-        """The cost and how much of it."""
-        return self.model_dump(exclude_none=True)
+        """The cost and its amount."""
+        return {cost: parse_cost(amount) for cost, amount in self.model_dump(exclude_none=True).items()}
 
 
 class Rule(Section):
-    """What holds for groups whose whole name `match` fits, a regular expression; of several rules, the first alone.
+    """Constraint on the groups whose whole name matches; give ignore, sparsity, or one or both of the bounds."""
 
-    `ignore`: nothing goes. `sparsity`: exactly this fraction goes, whatever the others lose. `min_sparsity`,
-    `max_sparsity`: no smaller, no larger fraction goes.
-    """
+    section: ClassVar[str] = "prune.rules"
 
     match: Annotated[str, AfterValidator(_expression)]
+    """Regular expression for the whole name of a group (`vitprune inspect` lists the names)."""
+
     ignore: Literal[True] | None = None
+    """Remove nothing."""
+
     sparsity: Fraction | None = None
+    """Remove exactly this fraction, independently of the other groups."""
+
     min_sparsity: Fraction | None = None
+    """Remove at least this fraction."""
+
     max_sparsity: Fraction | None = None
+    """Remove at most this fraction."""
 
     @model_validator(mode="after")
-    def _one_way(self) -> Self:
+    def _check_form(self) -> Self:
         bounds = [bound for bound in (self.min_sparsity, self.max_sparsity) if bound is not None]
         if [self.ignore is None, self.sparsity is None, not bounds].count(False) != 1:
             raise ValueError("give ignore: true, or sparsity, or min_sparsity and max_sparsity (one or both)")
         if bounds != sorted(bounds):
             raise ValueError("min_sparsity is above max_sparsity; exchange them")
         return self
-
-
-def rule_of(given: Rule | Mapping[str, Any], number: int) -> Rule:
-    """A rule as Python code gives it, counted from 0 as in params.yaml.
-
-    Raises:
-        BadInput: a key is unknown, missing or of a wrong type or value; the line names the rule.
-    """
-    if isinstance(given, Rule):
-        return given
-    try:
-        return Rule.model_validate(given)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in ("prune.rules", number, *problem["loc"]))
-        raise BadInput(f"{key}: {problem['msg']}, got {problem['input']!r}") from None

@@ -1,67 +1,106 @@
-"""One training run as a type: the recipe of dense training, of recovery and of distillation."""
+"""Settings of one training run: dense training, fine-tuning after pruning, or distillation."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from vitprune.config.targets import Count, Fraction, Section
+from vitprune.config.section import Count, Fraction, Section
 
 Augment = Literal[
     "none", "digits", "light", "deit", "light1", "light2", "medium1", "medium2", "deit_wide", "deit_light"
 ]
 
 
-class Train(Section):
-    """One training run: epochs, optimizer and schedule (linear warm-up, then a fall to `min_lr`).
-
-    The rate falls as a cosine or a line (`decay`), over each cycle's training anew or once over the whole gradual run
-    (`decay_over`), and the optimizer's state starts anew with each cycle or is kept (`optimizer_state`); without cycles
-    these are the same. `eps` is the optimizer's, null its own default.
-    `cutmix` is the parameter of its Beta distribution; with a parameter for `mixup` as well, each batch takes one of
-    the two at even odds, and `mix_prob` of the batches are mixed at all. `repeats` takes so many views of an image
-    into a batch, and as many fewer images into an epoch. `drop_path` is the rate of stochastic depth in the last block,
-    `ema` the decay, step by step, of the average of the weights that the run ends with; 0 is without any of them.
-    `amp` runs the passes in bfloat16 (true) or in float16, whose loss is scaled. A batch goes through in `accumulate`
-    parts, each process's share of it if there are several; batch_size is the whole.
-    `layer_decay` gives a layer that share of the rate of the layer above it. `checkpointing` computes blocks again in
-    the backward pass instead of keeping what they computed: less memory, more time, the same numbers. `compile` has
-    torch.compile make code of the passes, and goes on without where it fails; `channels_last` stores images and
-    convolutions that way. `patience` ends the run after so many epochs without a better top-1 of the training weights
-    on the eval split, the one that is reported; weights are those of the last epoch, and rates fall as if it went on.
-    `int8` rounds weights and inputs of the layers that have weights as `export.int8` will: the weights learn with it.
-    """
+class TrainConfig(Section):
+    """One training run: epochs, optimizer, learning-rate schedule (linear warm-up, then decay) and augmentation."""
 
     epochs: Count
+    """Passes over the training images. In gradual pruning: after every cycle."""
+
     batch_size: Count = 64
+    """Images per optimizer step, over all processes and micro-batches."""
+
     optimizer: str = "adamw"
+    """Name of a timm optimizer."""
+
     lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+
     decay: Literal["cosine", "linear"] = "cosine"
+    """Shape of the decay from `lr` to `min_lr`."""
+
     decay_over: Literal["cycle", "run"] = "cycle"
+    """Gradual pruning: decay within the fine-tuning of every cycle, or once over all cycles."""
+
     eps: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of the optimizer; null: the optimizer's default."""
+
     optimizer_state: Literal["restart", "keep"] = "restart"
+    """Gradual pruning: reset the optimizer's state at every cycle, or keep that of the remaining weights."""
+
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Weight decay; not applied to biases and norms."""
+
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs of linear warm-up from 0 to `lr`."""
+
     smoothing: Fraction = 0.0
+    """Label smoothing."""
+
     clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient; null: no clipping."""
+
     augment: Augment = "none"
+    """Augmentation policy."""
+
     repeats: Count = 1
+    """Augmented views of every image in a batch (repeated augmentation); an epoch has that many fewer images."""
+
     mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Parameter of Mixup's Beta distribution; 0: no Mixup. With CutMix, every batch uses one of them at random."""
+
     cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """Parameter of CutMix's Beta distribution; 0: no CutMix."""
+
     mix_prob: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability that a batch is mixed."""
+
     drop_path: Fraction = 0.0
+    """Stochastic depth: drop rate of the last block, rising linearly from 0 at the first."""
+
     ema: Fraction = 0.0
+    """Decay per step of the exponential moving average of the weights, which the run ends with; 0: no average."""
+
     amp: bool | Literal["bfloat16", "float16"] = False
+    """Mixed precision: true or bfloat16, or float16 with loss scaling."""
+
     accumulate: Count = 1
+    """Micro-batches per optimizer step; each has `batch_size` / `accumulate` images."""
+
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Learning rate of a layer relative to that of the next one; null: the same for all."""
+
     checkpointing: bool = False
+    """Gradient checkpointing: recompute blocks in the backward pass; less memory, more time, the same result."""
+
     compile: bool = False
+    """Use torch.compile; if it fails, training continues without it."""
+
     channels_last: bool = False
+    """Store images and convolution weights in the channels-last format."""
+
     int8: bool = False
+    """Quantization-aware training: round weights and inputs of all layers as `export.int8` does."""
+
     patience: Count | None = None
+    """Stop after this many epochs without a higher top-1 on the eval split. The weights of the last epoch are kept, and
+    the learning rate decays as if training went on to the end."""
 
     @model_validator(mode="after")
-    def _rounds_what_it_sees(self) -> Self:
+    def _check_int8(self) -> Self:
         for key in ("compile", "checkpointing"):
             if self.int8 and getattr(self, key):
                 raise ValueError(f"int8 rounds passes that run as they are written; set {key} to false, or int8")
@@ -69,5 +108,37 @@ class Train(Section):
 
     @property
     def mixes(self) -> bool:
-        """Whether the images of a batch are mixed."""
+        """Whether Mixup or CutMix is on."""
         return bool(self.mixup or self.cutmix)
+
+
+class DistillConfig(Section):
+    """Fine-tuning with the dense model as teacher: cross-entropy + alpha * distance between student and teacher."""
+
+    section: ClassVar[str] = "distill"
+
+    kind: Literal["logits", "features"] = "logits"
+    """Distance: KL divergence of the softened logits, or mean squared error of the features before the head."""
+
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the distance. UP-ViTs takes 20 for the features of PVTv2."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the logits; not used for features."""
+
+    cache: bool = False
+    """Compute the teacher's outputs once per image and keep them in memory; only without augmentation and mixing."""
+
+    train: TrainConfig | None = None
+    """The training run; null: no distillation."""
+
+    keep_zeros: bool = True
+    """Keep the zeros of a checkpoint at zero as well. Weights that the plan has pruned remain zero in any case."""
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        t = self.train
+        if self.cache and t is not None and (t.augment != "none" or t.mixes):
+            key = "augment" if t.augment != "none" else "mixup" if t.mixup else "cutmix"
+            raise ValueError(f"no cache: train.{key} shows an image differently in every epoch; give up one of the two")
+        return self

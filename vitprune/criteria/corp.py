@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, ScoreConfig, Statistics, Update
+from vitprune.criteria import Batches, Importance, ScoringContext, Statistics, Update
 from vitprune.criteria.moments import collect_unit_moments, find_consumer
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores, unit_sums
@@ -13,14 +13,14 @@ from vitprune.groups import Group, Masks, Scores, unit_sums
 RIDGE = 1e-3  # absolute; the authors' rule gives this value in every layer of a small model
 
 
-def corp(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def corp(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score FFN units by E[x_j^2] ||W1_j|| ||W2_j||, with an affine-prediction update of the consumer.
 
     Args:
         model: the dense model.
         groups: groups of kind `ffn`.
         batches: calibration batches (images, labels).
-        setting: the scoring options.
+        context: the scoring options.
 
     Returns:
         Scores of every unit, the update and the second moments that it needs.
@@ -36,7 +36,7 @@ def corp(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: S
         raise BadInput(
             f"{unsupported[0].name}: corp scores ffn, not kind {unsupported[0].kind!r}; set prune.kinds to [ffn]"
         )
-    statistics = collect_unit_moments(model, groups, batches, setting)
+    statistics = collect_unit_moments(model, groups, batches, context)
     scores: Scores = {}
     for group in groups:
         moments = statistics[f"{find_consumer(model, group).path}/inputs"].sum(dim=0)

@@ -6,18 +6,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, ScoreConfig
+from vitprune.criteria import Batches, Importance, ScoringContext
 from vitprune.errors import BadInput
 from vitprune.groups import Group, unit_sums
 
 
-def random(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def random(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score every unit by a uniform random number: the baseline."""
-    generator = torch.Generator().manual_seed(setting.seed)
+    generator = torch.Generator().manual_seed(context.seed)
     return Importance({g.name: torch.rand(g.shape, generator=generator, dtype=torch.float64) for g in groups})
 
 
-def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score a single weight by |w|, a unit by the L2 norm of the weight rows that produce it.
 
     Columns and biases are excluded: on DeiT-Tiny the norm of all weights of a hidden unit ranks worse (docs/LOG.md).
@@ -29,7 +29,7 @@ def magnitude(model: nn.Module, groups: Sequence[Group], batches: Batches, setti
     return Importance({group.name: unit_sums(group, squares).sqrt() for group in rows})
 
 
-def energy(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def energy(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score a weight by w_(j)^2 / sum_{k<=j} w_(k)^2, |w_(1)| >= |w_(2)| >= ... sorted within its layer.
 
     Computed in float64; the score of a zero weight is 0.

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, ScoreConfig, Statistics, layer_io
+from vitprune.criteria import Batches, ScoringContext, Statistics, layer_io
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.errors import BadInput
@@ -70,7 +70,7 @@ def find_qkv(model: nn.Module, group: Group) -> str:
 
 
 def collect_unit_moments(
-    model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig, grads: bool = False
+    model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext, grads: bool = False
 ) -> Statistics:
     """Collect the sums over all tokens of all images that refit and structured OBS need, per consumer.
 
@@ -78,7 +78,7 @@ def collect_unit_moments(
         model: the dense model.
         groups: groups of FFN units, heads or attention channels.
         batches: calibration batches.
-        setting: the scoring options (`memory`, number of Fisher directions, seed).
+        context: the scoring options (`memory`, number of Fisher directions, seed).
         grads: also run backward passes for the Fisher metric.
 
     Returns:
@@ -94,7 +94,7 @@ def collect_unit_moments(
     """
     readers = list(dict.fromkeys(find_consumer(model, group).path for group in groups))
     heads = {find_qkv(model, group): group.shape[0] for group in groups if grads and group.kind == "attention"}
-    return collect_layer_moments(model, readers, heads, batches, setting, "metric" if grads else None)
+    return collect_layer_moments(model, readers, heads, batches, context, "metric" if grads else None)
 
 
 def collect_layer_moments(
@@ -102,7 +102,7 @@ def collect_layer_moments(
     readers: Sequence[str],
     heads: dict[str, int],
     batches: Batches,
-    setting: ScoreConfig,
+    context: ScoringContext,
     grads: GradMoment | None,
 ) -> Statistics:
     """Collect the same sums for plain layers (`readers`) and qkv layers (`heads`: path to number of heads).
@@ -115,12 +115,12 @@ def collect_layer_moments(
     if not batches:
         raise BadInput("second moments: need images; give batches")
     total: Statistics = {}
-    first = setting.first
+    first = context.first
     with eval_mode(model), frozen(model):
-        size = _at_once(model, readers, heads, batches[0][0], setting)
+        size = _at_once(model, readers, heads, batches[0][0], context)
         for batch, _ in track(batches, "collecting second moments"):
             for images in minibatches(batch, size):
-                result = _of_batch(model, readers, heads, images, setting, grads, first)
+                result = _of_batch(model, readers, heads, images, context, grads, first)
                 for name, value in result.items():
                     _add(total, name, value)
                 first += len(images)
@@ -128,12 +128,12 @@ def collect_layer_moments(
 
 
 def _at_once(
-    model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, setting: ScoreConfig
+    model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, context: ScoringContext
 ) -> int:
-    """Number of images per forward pass that fits into `setting.memory`."""
+    """Number of images per forward pass that fits into `context.config.memory`."""
     one = images[:1].to(next(model.parameters()).device)
     with record_layer_io(model, readers, list(heads)):
-        return max_batch_size(model, model, one, setting.memory)
+        return max_batch_size(model, model, one, context.config.memory)
 
 
 def _of_batch(
@@ -141,7 +141,7 @@ def _of_batch(
     readers: Sequence[str],
     heads: dict[str, int],
     images: Tensor,
-    setting: ScoreConfig,
+    context: ScoringContext,
     grads: GradMoment | None,
     first: int,
 ) -> Statistics:
@@ -158,7 +158,7 @@ def _of_batch(
         return result
     paths = list(outputs)
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
-    for direction in fisher_directions(probability, None, setting.fisher_directions, setting.seed, where):
+    for direction in fisher_directions(probability, None, context.config.fisher_directions, context.seed, where):
         output_grads = torch.autograd.grad(
             logits, [outputs[p] for p in paths], direction.to(logits.dtype), retain_graph=True
         )

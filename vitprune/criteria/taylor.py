@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from vitprune.criteria import Batches, Importance, ScoreConfig
+from vitprune.criteria import Batches, Importance, ScoringContext
 from vitprune.criteria.magnitude import parameters_of
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import cross_entropy
@@ -15,14 +15,14 @@ from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.progress import track
 
 
-def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score a unit by sum over batches of (sum over its weights of dL/dw * w)^2, with the cross-entropy loss L.
 
     Args:
         model: the model; its parameters may be frozen.
         groups: groups of any kind but `block`.
         batches: labelled batches.
-        setting: not used.
+        context: not used.
 
     Raises:
         BadInput: no batches, or a group of blocks.

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from vitprune import models
-from vitprune.architectures import find_groups
 from vitprune.config.params import Params
 from vitprune.errors import BadInput
 from vitprune.pipeline.artifacts import History, model_facts
@@ -17,6 +16,7 @@ from vitprune.pipeline.stage_training import evaluate_model, stage_checkpoint, t
 from vitprune.runtime.distributed import process_group
 from vitprune.runtime.files import sha256, write_json
 from vitprune.training.distillation import classification
+from vitprune.training.finetune import zero_weights
 from vitprune.training.loop import FrozenZeros
 
 
@@ -77,7 +77,7 @@ def initial_model(params: Params) -> InitialModel:
     facts: dict[str, Any] = {"from": settings.start, "checkpoint_sha256": None}
     if checkpoint is None:
         return InitialModel(model, None, facts)
-    frozen = _zero_weights(model)
+    frozen = zero_weights(model)
     facts |= {"checkpoint_sha256": sha256(checkpoint), "held_weights": _count(frozen)}
     return InitialModel(model, frozen, facts)
 
@@ -92,7 +92,7 @@ def zeros_to_keep(model: nn.Module, params: Params, pruned: FrozenZeros | None, 
         keep_zeros: Whether to keep all zeros of a model that started from a checkpoint, those of the checkpoint
             included. If False, or without a checkpoint, only `pruned` remains zero.
     """
-    return _zero_weights(model) if keep_zeros and params.dense.start == "checkpoint" else pruned
+    return zero_weights(model) if keep_zeros and params.dense.start == "checkpoint" else pruned
 
 
 def _from_directory(directory: Path, params: Params) -> InitialModel:
@@ -109,7 +109,7 @@ def _from_directory(directory: Path, params: Params) -> InitialModel:
     classes = params.model.args.get("num_classes", model.num_classes)
     if type(classes) is not int or classes < 1:
         raise BadInput(f"model.args.num_classes: {classes!r} is not a number of classes; give a whole number above 0")
-    frozen = _zero_weights(model)
+    frozen = zero_weights(model)
     facts: dict[str, Any] = {"from": "checkpoint", "checkpoint_sha256": sha256(directory / models.WEIGHTS)}
     facts |= {"checkpoint_classes": model.num_classes, "held_weights": _count(frozen)}
     if classes != model.num_classes:
@@ -128,17 +128,6 @@ def _new_classifier(model: Any, classes: int, seed: int) -> None:
         torch.manual_seed(seed)
         model.reset_classifier(classes)
     model.to(dtype)
-
-
-def _zero_weights(model: nn.Module) -> FrozenZeros | None:
-    """Return the prunable weights that are exactly zero; None if there are none."""
-    try:
-        groups = find_groups(model, ["weight"])
-    except BadInput:  # a model without prunable weights has no pruned ones
-        return None
-    masks = {group.name: model.get_parameter(group.name).detach() != 0 for group in groups}
-    sparse = [group for group in groups if not bool(masks[group.name].all())]
-    return FrozenZeros(sparse, {group.name: masks[group.name] for group in sparse}) if sparse else None
 
 
 def _count(frozen: FrozenZeros | None) -> int:

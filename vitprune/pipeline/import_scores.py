@@ -34,10 +34,10 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
         BadInput: the method would compute other scores than those of the lists, or a list is missing or malformed.
     """
     plan = plan_of(params)
-    if plan.row.settle or plan.row.update:
-        raise BadInput(f"prune.method {plan.method}: computes scores of its own; set it to upvits-exact")
-    groups = scored_groups(models.load(OUT / "dense"), params, plan)
-    facts = {"method": plan.method, "lists": directory.name, "parsing": parsing}
+    if plan.method.rescore or plan.method.update_from_stats:
+        raise BadInput(f"prune.method {params.prune.method}: computes scores of its own; set it to upvits-exact")
+    groups = scored_groups(models.load(OUT / "dense"), plan)
+    facts = {"method": params.prune.method, "lists": directory.name, "parsing": parsing}
     facts |= write_scores(OUT / "score", groups, Importance(read_all(directory, groups, parsing)))
     write_json(METRICS / "score.json", facts)
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, PlainValidator
 from vitprune import data, models
 from vitprune.config.params import Params, checked, read
 from vitprune.config.quantity import Quantity, number_of
-from vitprune.config.targets import Section
+from vitprune.config.section import Section
 from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.paired_test import McNemarTable, mcnemar_table

@@ -18,7 +18,6 @@ from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, OUT, 
 from vitprune.pipeline.score_stage import read_statistics
 from vitprune.pipeline.stage_training import (
     Evaluate,
-    RecoverySegment,
     StageCheckpoint,
     make_evaluator,
     stage_checkpoint,
@@ -33,6 +32,7 @@ from vitprune.runtime.files import write_csv, write_json
 from vitprune.training.checkpoint import Snapshot, pack, unpack
 from vitprune.training.checkpoint_store import Checkpoint, CheckpointStore
 from vitprune.training.distillation import classification
+from vitprune.training.finetune import RecoverySegment
 from vitprune.training.loop import FrozenZeros
 from vitprune.training.optimizers import OptimizerState
 
@@ -155,7 +155,7 @@ def _run_cycles(params: Params, checkpoint: StageCheckpoint, history: History) -
             metrics = evaluate()
         row = _write_cycle(cycle, cycle.scores or _mask_scores(), model, pruned.metrics["top1"], metrics["top1"])
         done.model, done.metrics, done.rows = model, metrics, [*done.rows, row]
-        if plan.cycles > 1 or params.prune.finetune is not None:
+        if plan.config.cycles > 1 or params.prune.finetune is not None:
             _save_completed(checkpoint, cycle.number, done, history)
     checkpoint.dist.broadcast(0)
     return done
@@ -177,7 +177,7 @@ def _follow(params: Params, checkpoint: StageCheckpoint, history: History) -> No
 
 
 def _frozen(model: nn.Module, cycle: Cycle, params: Params) -> FrozenZeros | None:
-    pruned = FrozenZeros(cycle.held, cycle.masks) if cycle.held else None
+    pruned = FrozenZeros(cycle.zeroed, cycle.masks) if cycle.zeroed else None
     return zeros_to_keep(model, params, pruned, params.prune.keep_zeros)
 
 
@@ -189,7 +189,7 @@ def _cycles(
     dense = model if number == 0 else models.load(OUT / "dense").to(device())
     masks = models.read_weights(CYCLES / f"{number:02d}" / MASKS) if number else {}
     finetunes = params.prune.finetune is not None
-    if finetunes and number < plan.cycles:
+    if finetunes and number < plan.config.cycles:
         pruned = _load_pruned(checkpoint, number + 1, done.checkpoint, dense, plan)
         if pruned is not None:
             model, number, masks = pruned.model, pruned.cycle.number, pruned.cycle.masks

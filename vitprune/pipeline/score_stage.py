@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from vitprune import models
 from vitprune.architectures import find_groups, merge_heads
 from vitprune.config.params import Params
-from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig, Statistics
+from vitprune.criteria import Batches, Criterion, Importance, ScoringContext, Statistics
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
 from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline.artifacts import SCORES, summary_rows
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
-from vitprune.pruning.plan import Plan, kinds_of, plan_of
+from vitprune.pruning.plan import Plan, plan_of, scored_kinds
 from vitprune.runtime import tables
 from vitprune.runtime.distributed import ProcessGroup, process_group
 from vitprune.runtime.files import sha256, write_json
@@ -35,18 +35,18 @@ def run(params: Params) -> None:
     plan = plan_of(params)
     with process_group() as dist:
         model = models.load(OUT / "dense").to(device())
-        groups = scored_groups(model, params, plan)
-        job = ScoringJob(plan.row.criterion, groups, calibration(model, params), plan.setting_of(1))
-        importance = job.importance(model, plan.row.additive, PARTIAL, dist, plan.row.collective)
+        groups = scored_groups(model, plan)
+        job = ScoringJob(plan.method.criterion, groups, calibration(model, params), plan.context(1))
+        importance = job.importance(model, plan.method.additive, PARTIAL, dist, plan.method.collective)
     if importance is None:  # rank 0 writes
         return
-    write_json(METRICS / "score.json", {"method": plan.method} | write_scores(OUT / "score", groups, importance))
+    write_json(METRICS / "score.json", {"method": plan.config.method} | write_scores(OUT / "score", groups, importance))
     clear_partial(PARTIAL)
 
 
-def scored_groups(model: nn.Module, params: Params, plan: Plan) -> list[Group]:
+def scored_groups(model: nn.Module, plan: Plan) -> list[Group]:
     """Return the groups to score, with attention heads merged as the plan says."""
-    return merge_heads(model, find_groups(model, kinds_of(params)), plan.merge_heads_to)
+    return merge_heads(model, find_groups(model, scored_kinds(plan)), plan.config.merge_heads_to)
 
 
 def write_scores(directory: Path, groups: Sequence[Group], importance: Importance) -> dict[str, Any]:
@@ -77,13 +77,13 @@ class ScoringJob:
         criterion: Importance criterion.
         groups: Groups to score.
         batches: Calibration batches.
-        setting: Options of the criterion.
+        context: Options of the criterion and seed.
     """
 
     criterion: Criterion
     groups: Sequence[Group]
     batches: Batches
-    setting: ScoreConfig
+    context: ScoringContext
 
     @property
     def units(self) -> int:
@@ -102,7 +102,7 @@ class ScoringJob:
                 After each round it writes the sum under `directory`, from which an interrupted job resumes.
             directory: Directory of the partial results.
             dist: Process group.
-            collective: Whether the criterion itself distributes its work, through `setting.team`.
+            collective: Whether the criterion itself distributes its work, through `context.dist`.
 
         Returns:
             The scores on rank 0, None on the other ranks.
@@ -115,12 +115,12 @@ class ScoringJob:
             return None if dist.rank else Importance(_by_group(self.groups, total))
         if collective:
             name = f"scores-{self._digest(model)}-{dist.rank}-of-{dist.size}"
-            setting = replace(self.setting, team=dist, notes=PartialScoreStore(directory, name))
-            importance = self.criterion(model, self.groups, self.batches, setting)
+            context = replace(self.context, dist=dist, partial=PartialScoreStore(directory, name))
+            importance = self.criterion(model, self.groups, self.batches, context)
             return None if dist.rank else importance
         if dist.size > 1:
             raise BadInput(f"{self.criterion.__qualname__}: its scores are no sums over images; use one process")
-        return self.criterion(model, self.groups, self.batches, self.setting)
+        return self.criterion(model, self.groups, self.batches, self.context)
 
     def _summed(self, model: nn.Module, directory: Path, dist: ProcessGroup) -> Tensor:
         path = directory / f"scores-{self._digest(model)}.safetensors" if dist.rank == 0 else directory
@@ -140,16 +140,16 @@ class ScoringJob:
         """Return the scores of one batch, concatenated over groups: (units,), float64."""
         if number >= len(self.batches):
             return torch.zeros(self.units, dtype=torch.float64)
-        first = self.setting.first + sum(len(images) for images, _ in self.batches[:number])
-        setting = replace(self.setting, first=first)
-        scores = self.criterion(model, self.groups, [self.batches[number]], setting).scores
+        first = self.context.first + sum(len(images) for images, _ in self.batches[:number])
+        context = replace(self.context, first=first)
+        scores = self.criterion(model, self.groups, [self.batches[number]], context).scores
         return torch.cat([scores[group.name].flatten().to("cpu", torch.float64) for group in self.groups])
 
     def _digest(self, model: nn.Module) -> str:
         """Hash model, images, settings and machine type, so that partial sums of another job are never used."""
         sha = hashlib.sha256()
         machine = (torch.__version__, next(model.parameters()).device.type, torch.get_num_threads())
-        sha.update(repr((self.criterion.__module__, self.criterion.__qualname__, self.setting, machine)).encode())
+        sha.update(repr((self.criterion.__module__, self.criterion.__qualname__, self.context, machine)).encode())
         sha.update(repr([(group.name, group.shape, group.slices) for group in self.groups]).encode())
         weights = [tensor for _, tensor in sorted(model.state_dict().items())]
         for tensor in [*weights, *(tensor for batch in self.batches for tensor in batch)]:

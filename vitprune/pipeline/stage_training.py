@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitprune import data
 from vitprune.config.params import Params
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.pipeline.artifacts import History
@@ -21,8 +21,8 @@ from vitprune.training import checkpoint_store
 from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_teacher_outputs
 from vitprune.training.checkpoint import Checkpointer, catch_sigterm
 from vitprune.training.checkpoint_store import CheckpointStore
+from vitprune.training.finetune import SEED_STEP, RecoverySegment
 from vitprune.training.loop import EpochBatches, FrozenZeros, train
-from vitprune.training.optimizers import OptimizerState, ScheduleSpan
 
 RESUME = Path(".vitprune/resume")  # DVC empties the outputs of a stage before it runs, not this directory
 SECTIONS = {  # sections of params.yaml that a resumable stage depends on
@@ -32,32 +32,6 @@ SECTIONS = {  # sections of params.yaml that a resumable stage depends on
 }
 MAX_LISTED = 8  # image ids of a bad batch that an error message lists
 Evaluate = Callable[[], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class RecoverySegment:
-    """Fine-tuning after one pruning cycle, as part of the learning-rate schedule over all cycles.
-
-    Attributes:
-        cycle: Number of the cycle, from 1.
-        epochs: EpochBatches of the fine-tuning after each cycle.
-        memory: Optimizer state to continue from and to update; None starts with a new optimizer.
-    """
-
-    cycle: int
-    epochs: list[int]
-    memory: OptimizerState | None
-
-    @property
-    def name(self) -> str:
-        """Name of the training in messages."""
-        return f"recovery after cycle {self.cycle}"
-
-    def span(self, recipe: Train, steps: int) -> ScheduleSpan:
-        """Return the position of this segment in the schedule, given the number of steps of an epoch."""
-        if recipe.decay_over == "cycle":
-            return ScheduleSpan(0, recipe.epochs * steps, self.memory)
-        return ScheduleSpan(sum(self.epochs[: self.cycle - 1]) * steps, sum(self.epochs) * steps, self.memory)
 
 
 @dataclass(frozen=True)
@@ -108,7 +82,7 @@ def make_evaluator(dense: nn.Module, params: Params) -> Callable[[nn.Module], di
 
 def train_model(
     task: Any,
-    recipe: Train,
+    recipe: TrainConfig,
     params: Params,
     history: History,
     store: CheckpointStore,
@@ -138,7 +112,7 @@ def train_model(
     """
     table = open_images("train", task.get_eval_model(), params, recipe.augment)
     name, cycle = (f"{history.stage} training", None) if segment is None else (segment.name, segment.cycle)
-    seed = params.seed if cycle is None else params.seed + 1000 * cycle
+    seed = params.seed if cycle is None else params.seed + SEED_STEP * cycle
     steps = data.batch_count(len(table), recipe.batch_size)
     span = segment.span(recipe, steps) if segment else None
     with catch_sigterm() as stop_requested:
@@ -165,7 +139,7 @@ def train_model(
 
 def _epochs(
     table: data.ImageTable,
-    recipe: Train,
+    recipe: TrainConfig,
     seed: int,
     start: Mapping[str, int],
     dist: ProcessGroup,

@@ -11,12 +11,14 @@ from pydantic import Discriminator, Field, Tag
 from torch import nn
 
 from vitprune import models
-from vitprune.config.params import Kind, Params, checked, overlay, read
-from vitprune.config.targets import Fraction, Section, Target
+from vitprune.config.params import Params, checked, overlay, read
+from vitprune.config.prune_config import Kind
+from vitprune.config.section import Fraction, Section
+from vitprune.config.targets import Target
 from vitprune.errors import BadInput
 from vitprune.pipeline.dense_stage import initial_model
 from vitprune.pruning.cost_target import COUNTS
-from vitprune.pruning.cycle_masks import cost_model_for, groups_for
+from vitprune.pruning.cycle_masks import costs_for, groups_for
 from vitprune.pruning.methods import method_named
 from vitprune.pruning.plan import plan_of
 
@@ -143,7 +145,7 @@ def _check(runs: list[Run]) -> None:
         with _naming(run):
             groups = groups_for(model, plan)
             if not plan.target or next(iter(plan.target)) in COUNTS:  # latency is measured when the run prunes
-                cost_model_for(model, groups, plan)
+                costs_for(model, groups, plan)
 
 
 @contextmanager

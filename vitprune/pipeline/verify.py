@@ -53,7 +53,7 @@ def scores(params: Params) -> Lines:
     expected = summary_rows([groups[name] for name in saved if name in groups], saved)
     by_group = {row["group"]: row for row in tables.read_table(folder / "summary.parquet", tables.SCORES).to_pylist()}
     yield from _rows(folder / "summary.parquet", [by_group.get(row["group"], {}) for row in expected], expected)
-    yield from _facts(METRICS / "score.json", {"method": plan.method, "sha256": sha256(folder / SCORES)})
+    yield from _facts(METRICS / "score.json", {"method": params.prune.method, "sha256": sha256(folder / SCORES)})
     yield from _masks(OUT / "mask", METRICS / "mask.json", list(groups.values()))
 
 
@@ -61,10 +61,10 @@ def cycles(params: Params) -> Lines:
     """Compare every cycle's masks with its model, tables and the previous cycle, and the last with `prune`'s model."""
     plan, dense = plan_of(params), models.load(OUT / "dense")
     groups = groups_for(dense, plan)
-    folders = [OUT / "cycles" / f"{number:02d}" for number in range(1, plan.cycles + 1)]
+    folders = [OUT / "cycles" / f"{number:02d}" for number in range(1, plan.config.cycles + 1)]
     present = sorted(OUT.glob("cycles/[0-9]*"))
     if present != folders:
-        yield f"out/cycles: contains {[path.name for path in present]}, but params.yaml asks for {plan.cycles} cycles"
+        yield f"out/cycles: contains {[path.name for path in present]}, but prune.cycles is {plan.config.cycles}"
         return
     previous, label = models.read_weights(OUT / "mask" / MASKS), "out/mask"
     rows = []
@@ -78,7 +78,7 @@ def cycles(params: Params) -> Lines:
         previous, label = masks, "the previous cycle"
     yield from _rows(PLOTS / "cycles.csv", _numbers(PLOTS / "cycles.csv"), rows)
     last = read_json(folders[-1] / "metrics.json")
-    facts = {"cycles": plan.cycles, "sha256": last["sha256"], "top1": last["top1_after"]}
+    facts = {"cycles": plan.config.cycles, "sha256": last["sha256"], "top1": last["top1_after"]}
     yield from _facts(METRICS / "prune.json", facts)
 
 

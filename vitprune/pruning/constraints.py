@@ -1,19 +1,28 @@
-"""How many units of a group may stay: between two shares, and in multiples of a width."""
+"""Constraints on the sparsity of single groups, and multiples of remaining units (`prune.rules`, `prune.round_to`)."""
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
-SLACK = 1e-6  # of a unit: a share times a number of units is no finer in floating point
+from vitprune.config.targets import Rule
+from vitprune.errors import BadInput
+from vitprune.groups import Group
+
+WIDTHS = ("ffn", "attention", "head", "residual")  # kinds whose number of units is a width of layers
+TOLERANCE = 1e-6  # in units: rounding error of a sparsity times a number of units
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """Range of a group's sparsity (`min_sparsity` to `max_sparsity`) and the `multiple` of units that remain.
+    """Constraint on a group; for attention channels, on every head.
 
-    Where both shares are one, the group competes with no other. Of attention channels all this is of each head.
+    Attributes:
+        min_sparsity: Least sparsity.
+        max_sparsity: Largest sparsity. If it equals `min_sparsity`, the group does not compete with others.
+        multiple: The number of remaining units is a multiple of this.
     """
 
     min_sparsity: float = 0.0
@@ -22,31 +31,32 @@ class Constraint:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether exactly so much goes, whatever the others lose."""
+        """Whether the sparsity is given, independently of other groups."""
         return self.min_sparsity == self.max_sparsity
 
     def window(self, units: int) -> tuple[int, int]:
-        """The fewest and the most of so many units that may stay; the first is the larger where no number may.
+        """Return the smallest and the largest number of units that may remain of so many; reversed if there is none.
 
-        A group of fewer units than the multiple stays as it is, and so does one that may lose nothing.
+        A group with fewer units than the multiple, or with largest sparsity 0, keeps all of them.
         """
         if self.max_sparsity == 0 or units < self.multiple:
             return units, units
         if self.is_fixed:
             wanted = nearest_multiple(units - rounded(self.min_sparsity * units), self.multiple, units)
             return wanted, wanted
-        fewest, most = (
-            units - math.floor(self.max_sparsity * units + SLACK),
-            units - math.ceil(self.min_sparsity * units - SLACK),
-        )
+        fewest = units - math.floor(self.max_sparsity * units + TOLERANCE)
+        most = units - math.ceil(self.min_sparsity * units - TOLERANCE)
         if self.multiple == 1:
             return fewest, most
         return max(1, math.ceil(fewest / self.multiple)) * self.multiple, most // self.multiple * self.multiple
 
     def kept(self, units: int, left: int, protected: int = 0) -> range:
-        """Numbers that may stay of so many units of which `left` are still there, ascending, never none.
+        """Return the numbers of units that may remain, ascending and never empty.
 
-        What is gone stays gone, and `protected` units stay, whatever the bounds.
+        Args:
+            units: Units of the group.
+            left: Units that earlier cycles have left; the number cannot grow.
+            protected: Units that remain whatever the constraint.
         """
         fewest, most = (min(left, max(number, min(protected, left))) for number in self.window(units))
         if self.multiple > 1 and self.max_sparsity > 0 and most == left < units:
@@ -55,61 +65,121 @@ class Constraint:
 
 
 UNCONSTRAINED = Constraint()
-Constraints = Mapping[str, Constraint]  # by group; one that is not named is free
+Constraints = Mapping[str, Constraint]  # by group; groups that are not named are unconstrained
+
+
+def constraints_of(
+    groups: Sequence[Group], rules: Sequence[Rule], round_to: Mapping[str, int], progress: float = 1.0
+) -> dict[str, Constraint]:
+    """Return the constraints of all groups to which a rule or a multiple applies.
+
+    Args:
+        groups: The groups.
+        rules: Rules; the first one that matches the name of a group applies.
+        round_to: Multiple per kind.
+        progress: Fraction of a gradual run that is done: least sparsities are scaled by it, largest ones are not.
+
+    Raises:
+        BadInput: a rule matches no group, or no number of units of a group satisfies its constraint.
+    """
+    expressions = [re.compile(rule.match) for rule in rules]
+    for number, expression in enumerate(expressions):
+        if not any(expression.fullmatch(group.name) for group in groups):
+            kinds = ", ".join(dict.fromkeys(group.kind for group in groups))
+            raise BadInput(
+                f"prune.rules.{number}: {expression.pattern!r} matches the whole name of no group of kind {kinds}, "
+                f"such as {groups[0].name}; vitprune inspect lists them"
+            )
+    result = {}
+    for group in groups:
+        matching = [number for number, expression in enumerate(expressions) if expression.fullmatch(group.name)]
+        rule = _constraint(rules[matching[0]]) if matching else UNCONSTRAINED
+        final = replace(rule, multiple=round_to.get(group.kind, 1))
+        if matching:
+            _check_feasible(matching[0], rules[matching[0]], group, final)
+        now = replace(final, min_sparsity=final.min_sparsity * progress)
+        now = replace(now, max_sparsity=now.min_sparsity) if final.is_fixed else now
+        if now != UNCONSTRAINED:
+            result[group.name] = now
+    return result
+
+
+def _constraint(rule: Rule) -> Constraint:
+    if rule.ignore:
+        return Constraint(0.0, 0.0)
+    if rule.sparsity is not None:
+        return Constraint(rule.sparsity, rule.sparsity)
+    return Constraint(rule.min_sparsity or 0.0, 1.0 if rule.max_sparsity is None else rule.max_sparsity)
+
+
+def _check_feasible(number: int, rule: Rule, group: Group, constraint: Constraint) -> None:
+    """Refuse a constraint that no number of units (of channels of a head, of blocks) satisfies."""
+    units = group.shape[-1] if group.kind == "attention" else group.units
+    fewest, most = constraint.window(units // 2 if group.kind == "block" else units)
+    if fewest > most or (units < constraint.multiple and constraint.min_sparsity > 0):
+        multiple = f" in multiples of {constraint.multiple}" if constraint.multiple > 1 else ""
+        raise BadInput(
+            f"prune.rules.{number}: {rule.match!r} allows no number of the {units} units of {group.name}{multiple}; "
+            "widen the range between its bounds, or ignore the group"
+        )
 
 
 def rounded(number: float) -> int:
-    """The nearest whole number, of two the larger."""
+    """Round to the nearest integer, half up."""
     return int(number + 0.5)
 
 
 def nearest_multiple(number: int, multiple: int, most: int) -> int:
-    """The multiple nearest to a number, of two the larger; at least one, and no more than fit into `most`."""
+    """Round to the nearest multiple, half up; at least one, at most the largest one that is <= `most`."""
     return min(max(1, rounded(number / multiple)), max(1, most // multiple)) * multiple
 
 
 def nearest(kept: range, wanted: int) -> int:
-    """The number in a range that is nearest to the wanted one, of two the larger."""
+    """Return the number in a range that is nearest to the wanted one, of two equally near ones the larger."""
     below = kept[max(0, min(len(kept) - 1, (wanted - kept[0]) // kept.step))]
     above = min(kept[-1], below + kept.step)
     return above if below < wanted and above - wanted <= wanted - below else below
 
 
 def removal_steps(left: int, kept: range) -> list[tuple[int, int]]:
-    """Places of units that go together, among the `left` in ascending order of worth: (begin, end) of each lot.
+    """Split the `left` units, in ascending order of importance, into ranges (begin, end) that are removed in one step.
 
-    The first lot must go where all that are left may not stay.
+    The first step is mandatory if not all of them may remain.
     """
     stops = [left, *(number for number in reversed(kept) if number < left)]
     return [(left - more, left - fewer) for more, fewer in itertools.pairwise(stops)]
 
 
-def middle(lot: tuple[int, int]) -> int:
-    """The unit by which a lot is ranked: its group's count is rounded down once half of the lot would go."""
-    return (lot[0] + lot[1] - 1) // 2
+def middle(step: tuple[int, int]) -> int:
+    """Return the unit whose score ranks a step: the group's count is rounded down from half of the step on."""
+    return (step[0] + step[1] - 1) // 2
 
 
-def in_lots(worths: Sequence[Sequence[float]], kept: Sequence[range], remove: int) -> list[int]:
-    """How many units of each group stay, where they go in lots: as many lots, the worst first, as come nearest.
+def select_in_steps(scores: Sequence[Sequence[float]], kept: Sequence[range], remove: int) -> list[int]:
+    """Return how many units of each group remain if they are removed in steps, least important first.
 
-    `worths` are each group's finite scores in ascending order; of equal lots those of the first group go first.
+    Args:
+        scores: Finite scores of each group, ascending.
+        kept: Numbers of units that may remain, per group.
+        remove: Units to remove in total; the nearest possible number is removed.
     """
-    line: list[tuple[float, int, int]] = []  # rank of a lot, its group, its size
-    for group, (worth, allowed) in enumerate(zip(worths, kept, strict=True)):
-        for lot in removal_steps(len(worth), allowed):
-            must = lot[0] == 0 and len(worth) > allowed[-1]
-            line.append((-math.inf if must else worth[middle(lot)], group, lot[1] - lot[0]))
-    line.sort(key=itemgetter(0))
-    gone = [0, *itertools.accumulate(size for _, _, size in line)]
-    first = sum(rank == -math.inf for rank, _, _ in line)
-    end = min(range(first, len(gone)), key=lambda number: abs(gone[number] - remove))
-    stay = [len(worth) for worth in worths]
-    for _, group, size in line[:end]:
-        stay[group] -= size
-    return stay
+    steps: list[tuple[float, int, int]] = []  # score, group, units
+    for group, (ascending, allowed) in enumerate(zip(scores, kept, strict=True)):
+        for step in removal_steps(len(ascending), allowed):
+            mandatory = step[0] == 0 and len(ascending) > allowed[-1]
+            steps.append((-math.inf if mandatory else ascending[middle(step)], group, step[1] - step[0]))
+    steps.sort(key=itemgetter(0))
+    removed = [0, *itertools.accumulate(units for _, _, units in steps)]
+    first = sum(score == -math.inf for score, _, _ in steps)
+    end = min(range(first, len(removed)), key=lambda number: abs(removed[number] - remove))
+    remaining = [len(ascending) for ascending in scores]
+    for _, group, units in steps[:end]:
+        remaining[group] -= units
+    return remaining
 
 
-def shared(bounds: Constraints, names: Sequence[str]) -> list[list[str]]:
-    """Groups that compete as pools of their own: those whose share is said leave the others."""
-    together = [name for name in names if not bounds.get(name, UNCONSTRAINED).is_fixed]
-    return [[name] for name in names if bounds.get(name, UNCONSTRAINED).is_fixed] + ([together] if together else [])
+def competing(constraints: Constraints, names: Sequence[str]) -> list[list[str]]:
+    """Split groups into those that compete with each other; every group of fixed sparsity is alone."""
+    free = [name for name in names if not constraints.get(name, UNCONSTRAINED).is_fixed]
+    fixed = [[name] for name in names if constraints.get(name, UNCONSTRAINED).is_fixed]
+    return fixed + ([free] if free else [])

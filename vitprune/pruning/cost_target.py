@@ -1,4 +1,4 @@
-"""How much to remove for a model of a given cost: parameters, MACs or latency, as a fraction or in absolute units."""
+"""Reach a cost target (parameters, MACs or latency) by bisection over the sparsity."""
 
 import copy
 import math
@@ -16,206 +16,194 @@ from vitprune.evaluation.latency import latency
 from vitprune.groups import Group, Masks, meta_copy, shrink
 
 COUNTS = ("params", "macs")
-COSTS = (*COUNTS, "latency", "latency_ms")
-PRECISION = {"params": 1e-9, "macs": 1e-9, "latency": 0.01, "latency_ms": 0.01}  # of the scalar; a clock is no finer
-CLOSE = 0.02  # of the target: a larger miss is explained
-RUNS, LONG = 15, 45  # forward passes of each model behind a latency: while searching, and of what is found
-TRIES = 4  # to correct a search by longer readings
+PRECISION = {"params": 1e-9, "macs": 1e-9, "latency": 0.01, "latency_ms": 0.01}  # of the scalar; measurements are noisy
+CLOSE = 0.02  # relative deviation from the target above which it is explained
+SHORT_RUNS, LONG_RUNS = 15, 45  # forward passes per latency measurement: in the search, and of its result
+TRIES = 4  # long measurements that correct the result of a search
 CostFn = Callable[[Masks], float]  # masks of the dense model's groups -> cost as a fraction of the dense model's
-Spread = Mapping[str, float]  # milliseconds: median, p10 and p90, and the dense model's median beside it
+Latencies = Mapping[str, float]  # milliseconds: median, p10 and p90, and the dense model's median measured alongside
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What candidates cost: masks of the dense model's groups to a fraction of the `whole` that the dense model costs.
+    """Cost of pruning candidates.
 
-    The whole is in parameters, MACs or milliseconds; `spread`, of a clock alone, measures anew and longer.
+    Attributes:
+        cost: params, macs, latency or latency_ms.
+        dense: Cost of the dense model, in parameters, MACs or milliseconds.
+        relative_cost: Maps masks of the dense model's groups to a fraction of `dense`.
+        latencies: Measures the latency of masks again with more runs; None for params and macs.
     """
 
     cost: str
-    whole: float
-    share: CostFn
-    spread: Callable[[Masks], Spread] | None = None
+    dense: float
+    relative_cost: CostFn
+    latencies: Callable[[Masks], Latencies] | None = None
 
     def __call__(self, masks: Masks) -> float:
-        """Cost as a fraction of the dense model's."""
-        return self.share(masks)
+        """Return the cost of masks as a fraction of the dense model's."""
+        return self.relative_cost(masks)
 
-    def said(self, fraction: float) -> str:
-        """A fraction of the whole in words."""
+    def format(self, fraction: float) -> str:
+        """Format a fraction of the dense model's cost with its unit."""
         unit = {"params": " parameters", "macs": " MACs"}.get(self.cost, " ms")
-        return format_cost(fraction * self.whole) + unit
-
-
-def check(target: Mapping[str, Quantity], kinds: Sequence[str]) -> None:
-    """Refuse a target that is not one cost and a fraction, or an absolute number where the cost takes one.
-
-    Text that says no quantity is left to `fraction_of`, which can say what the model has.
-
-    Raises:
-        BadInput: it names no cost or several, an unknown one, a number that it does not take, or the latency of zeros.
-    """
-    if len(target) != 1:
-        raise BadInput(f"prune.target: names {len(target)} costs; give one of {', '.join(COSTS)}")
-    ((cost, asked),) = target.items()
-    if cost not in COSTS:
-        raise BadInput(f"prune.target.{cost}: unknown; use one of {', '.join(COSTS)}")
-    if cost.startswith("latency") and "weight" in kinds:
-        raise BadInput(f"prune.target.{cost}: single weights become zeros, which take as long; use params or macs")
-    if isinstance(asked, str):
-        return
-    if cost == "latency_ms" and not 0 < asked < math.inf:
-        raise BadInput(f"prune.target.latency_ms: {asked} is not above 0 (milliseconds of a forward pass)")
-    if cost != "latency_ms" and not (0 < asked < 1 or (cost in COUNTS and 1 < asked < math.inf)):
-        other = (
-            " nor above 1 (an absolute number, such as 600M)" if cost in COUNTS else "; for milliseconds: latency_ms"
-        )
-        raise BadInput(
-            f"prune.target.{cost}: {asked} is not above 0 and below 1 (the fraction of the dense model){other}"
-        )
+        return format_cost(fraction * self.dense) + unit
 
 
 def is_fraction(target: Mapping[str, Quantity]) -> bool:
-    """Whether a checked target is a fraction, known without the model."""
-    ((cost, asked),) = target.items()
-    return cost != "latency_ms" and not isinstance(asked, str) and asked < 1
+    """Return whether a target is a fraction of the dense model's cost."""
+    ((cost, amount),) = target.items()
+    return cost != "latency_ms" and not isinstance(amount, str) and amount < 1
 
 
-def fraction_of(target: Mapping[str, Quantity], share_of: CostModel, smallest: float) -> float:
-    """A checked target as a fraction of what the dense model has; `smallest` is the least that can be reached.
+def fraction_of(target: Mapping[str, Quantity], cost_model: CostModel, smallest: float) -> float:
+    """Return a target as a fraction of the dense model's cost.
+
+    Args:
+        target: The target.
+        cost_model: Cost model of the dense model.
+        smallest: Least cost that can be reached.
 
     Raises:
-        BadInput: text says no quantity, or it is not less than the dense model has or less than can be reached. The
-            line says both.
+        BadInput: the target is not between the least cost and the dense model's.
     """
-    ((cost, asked),) = target.items()
-    has = f"the smallest is {smallest:.4f} ({share_of.said(smallest)}); the dense model has {share_of.said(1.0)}"
-    try:
-        number = number_of(asked)
-    except ValueError as error:
-        raise BadInput(f"prune.target.{cost}: {error}; {has}") from None
-    absolute = cost == "latency_ms" or number > 1
-    words = share_of.said(number / share_of.whole) if absolute else f"{number:g} of the dense model"
-    fraction = number / share_of.whole if absolute else number
+    ((cost, amount),) = target.items()
+    limits = f"the smallest is {smallest:.4f} ({cost_model.format(smallest)}); "
+    limits += f"the dense model has {cost_model.format(1.0)}"
+    number = number_of(amount)
+    is_absolute = cost == "latency_ms" or number > 1
+    fraction = number / cost_model.dense if is_absolute else number
+    shown = cost_model.format(fraction) if is_absolute else f"{number:g} of the dense model"
     if fraction >= 1:
-        raise BadInput(f"prune.target: {words} is not less than the dense model has; {has}")
+        raise BadInput(f"prune.target: {shown} is not less than the dense model has; {limits}")
     if fraction < smallest:
-        raise BadInput(f"prune.target: {words} cannot be reached, {has}")
+        raise BadInput(f"prune.target: {shown} cannot be reached, {limits}")
     return fraction
 
 
-def relative(sparsity: Mapping[str, float]) -> dict[str, float]:
-    """Shares of the kinds among each other, the largest being 1.
+def relative_shares(sparsity: Mapping[str, float]) -> dict[str, float]:
+    """Scale sparsities per kind so that the largest is 1.
 
     Raises:
-        BadInput: one is negative or not a number, or all are 0.
+        BadInput: all are 0.
     """
-    wrong = [kind for kind, share in sparsity.items() if not 0 <= share < math.inf]
-    if wrong:
-        raise BadInput(f"prune.sparsity.{wrong[0]}: {sparsity[wrong[0]]} is no share; beside a target, give 0 or more")
     largest = max(sparsity.values(), default=0.0)
     if not largest:
-        raise BadInput("prune.sparsity: nothing may go, so no target is reached; give a share above 0 or null")
+        raise BadInput("prune.sparsity: all shares are 0, so no target can be reached; give a share above 0 or null")
     return {kind: share / largest for kind, share in sparsity.items()}
 
 
 def make_cost_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
-    """What candidates cost: really shrunk copies of the dense model; single weights by their non-zeros.
+    """Return the cost model of a dense model.
 
-    Parameters and MACs are counted on copies without data. Latency is measured, each time in turns with the dense
-    model; a copy of it is kept for that.
+    Parameters and MACs are counted on shrunk copies without data; single weights count if they are not zero. Latency is
+    measured on shrunk copies, alternating with a copy of the dense model.
     """
-    return _counter(model, groups, cost) if cost in COUNTS else _clock(copy.deepcopy(model), groups, cost)
+    if cost in COUNTS:
+        return _count_model(model, groups, cost)
+    return _latency_model(copy.deepcopy(model), groups, cost)
 
 
-def solve(masks_at: Callable[[float], Masks], share_of: CostFn, limit: float, precision: float = 1e-9) -> float:
-    """The least scalar from 0 to 1 whose masks cost no more than the limit, by bisection.
+def solve(masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precision: float = 1e-9) -> float:
+    """Find the least scalar in 0..1 whose masks cost no more than a limit, by bisection.
 
-    `masks_at` must remove more, and never other units, as its scalar grows; then the cost found is less than one step
-    of every pool below the limit: a unit, or what `round_to` lets go at once.
+    The cost found is less than one removal of every candidate pool below the limit.
+
+    Args:
+        masks_at: Masks for a scalar; a larger scalar must remove a superset of the units.
+        cost: Cost of masks.
+        limit: Largest cost.
+        precision: Precision of the scalar.
 
     Raises:
-        BadInput: the limit is not reached where all goes that may go; the line says what is.
+        BadInput: the limit cannot be reached.
     """
-    return bisect(masks_at, share_of, limit, precision)[1]
+    return bisect(masks_at, cost, limit, precision)[1]
 
 
 def bisect(
-    masks_at: Callable[[float], Masks], share_of: CostFn, limit: float, precision: float = 1e-9
+    masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precision: float = 1e-9
 ) -> tuple[float, float]:
-    """The scalar of `solve` behind one whose masks are the next ones, which cost too much; twice 0 where none do."""
+    """Return the scalar of `solve` and, before it, the nearest one that costs too much; (0, 0) if none does."""
     low, high = 0.0, math.nextafter(1.0, 0.0)
-    fewest = _left(masks_at(high))
-    smallest = share_of(masks_at(high))
+    fewest = _remaining(masks_at(high))
+    smallest = cost(masks_at(high))
     if smallest > limit:
         raise BadInput(f"prune.target: {limit:g} of the dense model cannot be reached, the smallest is {smallest:.4f}")
-    most = _left(masks_at(low))
-    if share_of(masks_at(low)) <= limit:
+    most = _remaining(masks_at(low))
+    if cost(masks_at(low)) <= limit:
         return low, low
     while high - low > precision and most - fewest > 1:
         middle = (low + high) / 2
         masks = masks_at(middle)
-        left = _left(masks)
-        if left == fewest or (left != most and share_of(masks) <= limit):
-            high, fewest = middle, left
+        remaining = _remaining(masks)
+        if remaining == fewest or (remaining != most and cost(masks) <= limit):
+            high, fewest = middle, remaining
         else:
-            low, most = middle, left
+            low, most = middle, remaining
     return low, high
 
 
 def refine_latency(
-    masks_at: Callable[[float], Masks], read: CostFn, limit: float, scalar: float
+    masks_at: Callable[[float], Masks], measure: CostFn, limit: float, scalar: float
 ) -> tuple[float, float]:
-    """The scalar that a search by short readings has found, corrected by long ones, and what the clock said of it.
+    """Correct the result of a search over short latency measurements by long ones.
 
-    A search takes the readings that happen to be low for what they are, so it ends too early. Each try goes along a
-    line from the dense model to the smallest; the best is the largest reading below the limit.
+    Short measurements that are low by chance end a search too early. The tries move along a line from the dense to the
+    smallest model.
+
+    Returns:
+        The scalar with the largest latency below the limit, and that latency.
     """
-    slope = max(1 - read(masks_at(math.nextafter(1.0, 0.0))), CLOSE)
+    slope = max(1 - measure(masks_at(math.nextafter(1.0, 0.0))), CLOSE)
     tried: dict[float, float] = {}
     for _ in range(TRIES):
-        tried[scalar] = read(masks_at(scalar))
+        tried[scalar] = measure(masks_at(scalar))
         if limit * (1 - CLOSE) <= tried[scalar] <= limit:
             break
         aim = limit * (1 - CLOSE / 2)
         scalar = min(max(scalar + (tried[scalar] - aim) / slope, 0.0), math.nextafter(1.0, 0.0))
-    below = [one for one, reading in tried.items() if reading <= limit]
+    below = [one for one, latency_ in tried.items() if latency_ <= limit]
     best = max(below, key=tried.__getitem__) if below else min(tried, key=tried.__getitem__)
     return best, tried[best]
 
 
-def step_between(groups: Sequence[Group], more: Masks, fewer: Masks, share_of: CostModel) -> str:
-    """Which units go together as the last ones, and what it would cost if they did not, in words."""
+def step_between(groups: Sequence[Group], more: Masks, fewer: Masks, cost_model: CostModel) -> str:
+    """Describe the last removal of a search: its units, and the cost without it."""
     units = {g.name: int(more[g.name].sum()) - int(fewer[g.name].sum()) for g in groups}
     cut = [group for group in groups if units[group.name]]
     if not cut:
-        return "what the rules remove comes to that, and nothing else has to go"
+        return "the rules alone remove enough"
     where = cut[0].name if len(cut) == 1 else f"{len(cut)} groups of kind {', '.join({g.kind: 0 for g in cut})}"
-    cost = share_of(more)
+    cost = cost_model(more)
     return (
-        f"the last {sum(units.values())} units go together, of {where}, and without that step it would be "
-        f"{cost:.4f} ({share_of.said(cost)})"
+        f"the last {sum(units.values())} units are removed together, of {where}, and without that step it would be "
+        f"{cost:.4f} ({cost_model.format(cost)})"
     )
 
 
-def explain_miss(limit: float, reached: float, share_of: CostModel, last: str) -> str:
-    """Why a cost is not within 2 % of its limit, in words; empty where it is.
+def explain_miss(limit: float, reached: float, cost_model: CostModel, last_step: str) -> str:
+    """Explain why a cost misses its limit by more than 2 %; empty if it does not.
 
-    Both are fractions of the dense model's cost, and `last` says what the last step was.
+    Args:
+        limit: The limit, a fraction of the dense model's cost.
+        reached: The cost reached, likewise.
+        cost_model: The cost model.
+        last_step: The last removal, in words.
     """
     if abs(reached / limit - 1) <= CLOSE:
         return ""
-    off = f"{reached:.4f} ({share_of.said(reached)}) is {abs(reached / limit - 1):.1%}"
+    off = f"{reached:.4f} ({cost_model.format(reached)}) is {abs(reached / limit - 1):.1%}"
     if reached > limit:
-        return f"{off} above the target: {last or 'the masks were not chosen for it'}"
-    return f"{off} below the target: {last or 'what goes together, by scope, round_to and rules, is larger than that'}"
+        return f"{off} above the target: {last_step or 'the masks were not selected for it'}"
+    return f"{off} below the target: {last_step or 'scope, round_to and rules remove more units in one step'}"
 
 
-def _left(masks: Masks) -> int:
+def _remaining(masks: Masks) -> int:
     return sum(int(mask.sum()) for mask in masks.values())
 
 
-def _counter(model: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
+def _count_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
     small, example = meta_copy(model), example_input(model, 1).to("meta")
     units = [group for group in groups if group.kind != "weight"]
     weights = {g.name: model.get_parameter(g.name).detach().cpu() != 0 for g in groups if g.kind == "weight"}
@@ -240,15 +228,17 @@ def _zeros(there: Tensor, mask: Tensor) -> float:
     return 1 - int((there & mask).sum()) / there.numel()
 
 
-def _clock(dense: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
+def _latency_model(dense: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
     example = example_input(dense, 1)
 
-    def both(masks: Masks, runs: int) -> Spread:
+    def both(masks: Masks, runs: int) -> Latencies:
         whole, part = latency([dense, shrink(copy.deepcopy(dense), groups, masks)], example, runs)
         return {"median": part["median"], "p10": part["p10"], "p90": part["p90"], "dense": whole["median"]}
 
     def share(masks: Masks) -> float:
-        times = both(masks, RUNS)
+        times = both(masks, SHORT_RUNS)
         return times["median"] / times["dense"]
 
-    return CostModel(cost, latency([dense], example, LONG)[0]["median"], share, lambda masks: both(masks, LONG))
+    return CostModel(
+        cost, latency([dense], example, LONG_RUNS)[0]["median"], share, lambda masks: both(masks, LONG_RUNS)
+    )

@@ -1,22 +1,27 @@
-"""Who goes in a cycle: from scores, a plan and what candidates cost to masks in the dense model's coordinates."""
+"""Select the masks of one pruning cycle from importance scores, the plan and the cost model.
+
+Masks are indexed as in the dense model and cumulative: a unit that a cycle removes remains removed.
+"""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitprune.architectures import find_groups, merge_heads
 from vitprune.criteria import Batches
+from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
-from vitprune.pruning.block_steps import remaining_groups
-from vitprune.pruning.constraints import Constraints, nearest
+from vitprune.pruning.block_steps import next_block_removal, remaining_groups, to_dense_names
+from vitprune.pruning.constraints import Constraints, constraints_of, nearest
 from vitprune.pruning.cost_target import (
     COUNTS,
     PRECISION,
     CostModel,
-    Spread,
+    Latencies,
     bisect,
     explain_miss,
     fraction_of,
@@ -28,196 +33,322 @@ from vitprune.pruning.cost_target import (
 from vitprune.pruning.macs_scope import MacsPerUnit, macs_per_unit, select_by_macs
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.rescoring import Rescored
-from vitprune.pruning.rules import bounds_of
 from vitprune.pruning.select import CandidatePool, blocks_removed, candidate_pools, select, select_blocks
 
-
-def groups_for(model: nn.Module, plan: Plan) -> list[Group]:
-    """The groups that a plan prunes, heads merged where it says so."""
-    return merge_heads(model, find_groups(model, list(plan.sparsity)), plan.merge_heads_to)
+CostReport = Mapping[str, Mapping[str, float | str]]  # by cost: target, reached, dense, p10, p90, why
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What candidates cost, where a plan has a target (`share_of`), and what a unit saves, where units are bought.
+    """Cost models of a plan.
 
-    `final` is the target as a fraction of the dense model's cost.
+    Attributes:
+        model: Cost of a candidate, if the plan has a target.
+        macs_per_unit: MACs that a unit saves, per group, for scope macs.
+        final: The target as a fraction of the dense model's cost.
     """
 
-    share_of: CostModel | None = None
+    model: CostModel | None = None
     macs_per_unit: MacsPerUnit = field(default_factory=dict)
     final: float | None = None
 
 
+NO_COSTS = Costs()
+
+
+@dataclass(frozen=True)
+class CycleState:
+    """State of a pruning run before a cycle.
+
+    Attributes:
+        number: The cycle to prune next, from 1.
+        masks: Masks after the cycle before; all units before the first.
+        groups: Groups of the dense model.
+        costs: Cost models, measured on the dense model.
+    """
+
+    number: int
+    masks: Masks
+    groups: Sequence[Group]
+    costs: Costs
+
+    def following(self, masks: Masks) -> "CycleState":
+        """Return the state after a cycle that has these masks."""
+        return replace(self, number=self.number + 1, masks=masks)
+
+
+@dataclass(frozen=True)
+class CycleMasks:
+    """Masks of a cycle, and how they were selected.
+
+    Attributes:
+        masks: The masks.
+        target: Sparsity per kind that was asked for.
+        scores: Scores that selected the masks, indexed as in the dense model; zero for removed units.
+        complete: Whether the cycle is complete. If it removes several blocks, they are removed one at a time, with new
+            scores for each.
+        facts: Figures about rescoring.
+        last_step: The last removal that the cost target required, in words.
+    """
+
+    masks: Masks
+    target: Mapping[str, float]
+    scores: Scores = field(default_factory=dict)
+    complete: bool = True
+    facts: Mapping[str, float] = field(default_factory=dict)
+    last_step: str = ""
+
+
 @dataclass(frozen=True)
 class CycleTarget:
-    """Sparsity per kind after a cycle and, where a cost decided, its last step in words."""
+    """Sparsity per kind of a cycle and, with a cost target, its last removal in words."""
 
     target: Mapping[str, float]
-    last: str = ""
+    last_step: str = ""
 
 
-FREE_COSTS = Costs()
+def groups_for(model: nn.Module, plan: Plan) -> list[Group]:
+    """Return the groups that a plan prunes, with attention heads merged as the plan says."""
+    return merge_heads(model, find_groups(model, list(plan.sparsity)), plan.config.merge_heads_to)
 
 
-def select_masks(
-    scores: Scores,
-    groups: Sequence[Group],
-    plan: Plan,
-    target: Mapping[str, float],
-    kept: Masks | None = None,
-    costs: Costs = FREE_COSTS,
-    cycle: int | None = None,
-) -> Masks:
-    """Masks of one cycle, each kind by its own scope; structured groups keep at least one unit.
+def available_kinds(model: nn.Module, kinds: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Split kinds into those that a model has, and the others with the reason."""
+    available, skipped = [], {}
+    for kind in kinds:
+        try:
+            if find_groups(model, [kind]):
+                available.append(kind)
+            else:
+                skipped[kind] = "the model has no group of this kind"
+        except BadInput as error:
+            skipped[kind] = str(error)
+    return available, skipped
 
-    What the cycles before have kept is in `kept`; None where there is none before. A kind that `target` does not name
-    stays as it is. Blocks go first: what belongs to them goes too, and a share is one of what they leave. `cycle` is
-    the one whose part of the plan's rules holds, None the last.
+
+def cycle_state(dense: nn.Module, plan: Plan, number: int = 1, masks: Masks | None = None) -> CycleState:
+    """Return the state before a cycle.
+
+    Args:
+        dense: The dense model.
+        plan: The pruning plan.
+        number: The cycle to prune next.
+        masks: Masks after the cycle before it; None before the first.
+
+    Raises:
+        BadInput: the model has no group of a kind, the target is out of its reach, or a rule does not fit it.
     """
-    masks = dict(kept) if kept else {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
-    bounds = constraints_for(groups, plan, costs, cycle)
+    groups = groups_for(dense, plan)
+    return CycleState(number, masks or _all_units(groups), groups, costs_for(dense, groups, plan))
+
+
+def select_cycle_masks(
+    model: nn.Module, scores: Scores, plan: Plan, state: CycleState, batches: Batches = ()
+) -> CycleMasks:
+    """Select the masks of a cycle.
+
+    Args:
+        model: The model before the cycle.
+        scores: Scores of its units, by its own group names.
+        plan: The pruning plan.
+        state: State before the cycle.
+        batches: Calibration batches, for methods that rescore units near the threshold.
+
+    Raises:
+        BadInput: the target cannot be reached.
+    """
+    names = to_dense_names(state.groups, groups_for(model, plan), state.masks)
+    dense_scores = scores_in_dense(scores, names, state)
+    wanted = cycle_target(dense_scores, plan, state)
+    step = next_block_removal(state.groups, wanted.target, state.masks)
+    rescored = _rescore(model, batches, scores, plan, step, state)
+    if rescored.facts:
+        dense_scores = scores_in_dense(rescored.scores, names, state)
+    masks = select_masks(dense_scores, plan, step, state)
+    return CycleMasks(masks, wanted.target, dense_scores, step == wanted.target, rescored.facts, wanted.last_step)
+
+
+def given_masks(masks: Masks, plan: Plan, state: CycleState) -> CycleMasks:
+    """Return the selection of a first cycle whose masks are known, such as those of the mask stage."""
+    if state.costs.model is None:
+        target = cycle_target({}, plan, state).target
+        return CycleMasks(masks, target, complete=next_block_removal(state.groups, target, state.masks) == target)
+    units, removed = Counter[str](), Counter[str]()
+    for group in state.groups:
+        units[group.kind] += group.units
+        removed[group.kind] += int((~masks[group.name]).sum())
+    target = {kind: removed[kind] / units[kind] for kind in units}
+    return CycleMasks(masks, target, complete="block" not in plan.sparsity)
+
+
+def scores_in_dense(scores: Scores, names: Mapping[str, str], state: CycleState) -> Scores:
+    """Map the scores of a pruned model to the dense model's indices; removed units score 0.
+
+    Args:
+        scores: Scores by the pruned model's group names.
+        names: The dense name of each of its groups.
+        state: State with the masks of the pruned model.
+    """
+    by_dense_name = {dense_name: scores[name] for name, dense_name in names.items() if name in scores}
+    return {group.name: _in_dense(group, by_dense_name, state.masks) for group in state.groups}
+
+
+def _in_dense(group: Group, scores: Scores, masks: Masks) -> Tensor:
+    if group.name not in scores:  # removed with its block
+        return torch.zeros(group.shape, dtype=torch.float64)
+    score = scores[group.name].to("cpu", torch.float64)
+    if group.kind == "weight":
+        return score
+    full = torch.zeros(group.units, dtype=torch.float64)
+    full[masks[group.name].flatten()] = score.flatten()
+    return full.view(group.shape)
+
+
+def select_masks(scores: Scores, plan: Plan, target: Mapping[str, float], state: CycleState) -> Masks:
+    """Select masks for given sparsities, each kind by its own scope; every structured group keeps a unit.
+
+    Blocks are removed first, with all groups in them; the sparsity of a kind refers to the remaining groups. Kinds that
+    `target` does not name keep their masks.
+    """
+    groups, masks = state.groups, dict(state.masks)
+    constraints = constraints_for(plan, state)
     macs_kinds = [group for group in groups if group.kind in plan.macs_kinds and group.kind in target]
     if macs_kinds:
-        own = {group.name: scores[group.name] for group in macs_kinds}
-        masks |= select_by_macs(own, target[macs_kinds[0].kind], macs_kinds, costs.macs_per_unit, kept, bounds)
+        by_name = {group.name: scores[group.name] for group in macs_kinds}
+        share = target[macs_kinds[0].kind]
+        masks |= select_by_macs(by_name, share, macs_kinds, state.costs.macs_per_unit, state.masks, constraints)
     for kind, share in sorted(target.items(), key=lambda pair: pair[0] != "block"):
         if kind in plan.macs_kinds:
             continue
         same = [group for group in remaining_groups(groups, masks) if group.kind == kind]
-        own = {group.name: scores[group.name] for group in same}
+        by_name = {group.name: scores[group.name] for group in same}
         if kind == "block":
-            masks |= select_blocks(own, share, kept)
+            masks |= select_blocks(by_name, share, state.masks)
         else:
-            masks |= select(own, share, plan.scope_of(kind), same, kept, 0 if kind == "weight" else 1, bounds)
-    alive = {group.name for group in remaining_groups(groups, masks)}
-    return {name: mask if name in alive else torch.zeros_like(mask) for name, mask in masks.items()}
+            keep = 0 if kind == "weight" else 1
+            masks |= select(by_name, share, plan.scope_of(kind), same, state.masks, keep, constraints)
+    remaining = {group.name for group in remaining_groups(groups, masks)}
+    return {name: mask if name in remaining else torch.zeros_like(mask) for name, mask in masks.items()}
 
 
-def constraints_for(groups: Sequence[Group], plan: Plan, costs: Costs, cycle: int | None = None) -> Constraints:
-    """Bounds of single groups after a cycle, None the last.
+def constraints_for(plan: Plan, state: CycleState) -> Constraints:
+    """Return the constraints of single groups in a cycle.
 
     Raises:
-        BadInput: a rule fits no group, or a group cannot be within its bounds.
+        BadInput: a rule matches no group, or a group cannot satisfy its constraint.
     """
-    return bounds_of(groups, plan.rules, plan.round_to, plan.progress(cycle or plan.cycles, costs.final))
+    progress = plan.progress(state.number, state.costs.final)
+    return constraints_of(state.groups, plan.config.rules, plan.round_to, progress)
 
 
-def cycle_target(
-    scores: Scores, groups: Sequence[Group], plan: Plan, number: int, costs: Costs, kept: Masks | None = None
-) -> CycleTarget:
-    """What a cycle is to remove: the plan's own sparsities, or what its cost asks for."""
-    bounds = constraints_for(groups, plan, costs, number)
-    if costs.share_of is None:
-        return CycleTarget(_of_blocks(plan.targets()[number - 1], groups, bounds))
-    ((cost, limit),) = plan.costs(costs.final)[number - 1].items()
+def cycle_target(scores: Scores, plan: Plan, state: CycleState) -> CycleTarget:
+    """Return the sparsity per kind of a cycle: the plan's own, or the one that reaches the cost target."""
+    constraints, model = constraints_for(plan, state), state.costs.model
+    if model is None:
+        return CycleTarget(_feasible_blocks(plan.targets()[state.number - 1], state.groups, constraints))
+    ((cost, limit),) = plan.costs(state.costs.final)[state.number - 1].items()
 
     def shares(scalar: float) -> Mapping[str, float]:
-        return _of_blocks(plan.shares(scalar), groups, bounds)
+        return _feasible_blocks(plan.shares(scalar), state.groups, constraints)
 
     def masks_at(scalar: float) -> Masks:
-        return select_masks(scores, groups, plan, shares(scalar), kept, costs, number)
+        return select_masks(scores, plan, shares(scalar), state)
 
-    low, high = bisect(masks_at, costs.share_of, limit, PRECISION[cost])
-    if (spread := costs.share_of.spread) is not None:
-        whole = costs.share_of.whole
-        high, reading = refine_latency(masks_at, lambda masks: _by_clock(cost, spread(masks), whole), limit, high)
-        return CycleTarget(
-            shares(high), f"the clock said {reading:.4f} when it was chosen, the nearest of what was tried"
+    low, high = bisect(masks_at, model, limit, PRECISION[cost])
+    if (measure := model.latencies) is not None:
+        high, latency = refine_latency(
+            masks_at, lambda masks: _relative_latency(cost, measure(masks), model.dense), limit, high
         )
-    return CycleTarget(shares(high), step_between(groups, masks_at(low), masks_at(high), costs.share_of))
+        return CycleTarget(shares(high), f"{latency:.4f} was measured at selection, the nearest of all tries")
+    return CycleTarget(shares(high), step_between(state.groups, masks_at(low), masks_at(high), model))
 
 
-def _by_clock(cost: str, times: Spread, whole: float) -> float:
-    """What a clock says: milliseconds count as they are now, a fraction is one of the dense model beside it."""
-    return times["median"] / (whole if cost == "latency_ms" else times["dense"])
+def _relative_latency(cost: str, times: Latencies, dense: float) -> float:
+    """Return a latency as a fraction: of the first measurement of the dense model, or of the one next to it."""
+    return times["median"] / (dense if cost == "latency_ms" else times["dense"])
 
 
-def _of_blocks(target: Mapping[str, float], groups: Sequence[Group], bounds: Constraints) -> Mapping[str, float]:
-    """A target with the share of blocks that their bounds allow; of units, `select` sees to it."""
-    found = dict(target)
+def _feasible_blocks(
+    target: Mapping[str, float], groups: Sequence[Group], constraints: Constraints
+) -> Mapping[str, float]:
+    """Move the sparsity of blocks into their constraints; `select` does it for units."""
+    result = dict(target)
     for group in groups:
-        if group.kind == "block" and group.name in bounds and "block" in target:
+        if group.kind == "block" and group.name in constraints and "block" in target:
             blocks = group.units // 2
-            stay = nearest(bounds[group.name].kept(blocks, blocks, 1), blocks - blocks_removed(target["block"], blocks))
-            found["block"] = 1 - stay / blocks
-    return found
+            wanted = blocks - blocks_removed(target["block"], blocks)
+            result["block"] = 1 - nearest(constraints[group.name].kept(blocks, blocks, 1), wanted) / blocks
+    return result
 
 
-def cost_model_for(model: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
-    """What a plan has to know of costs; the model must still be the dense one.
+def costs_for(dense: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
+    """Return the cost models of a plan for a dense model.
 
     Raises:
-        BadInput: the plan's target is none for this model, or its rules are none.
+        BadInput: the target is out of the model's reach, or a rule does not fit it.
     """
-    bounds = constraints_for(groups, plan, FREE_COSTS)
+    state = CycleState(plan.config.cycles, _all_units(groups), groups, NO_COSTS)
+    constraints = constraints_for(plan, state)
     macs_kinds = [group for group in groups if group.kind in plan.macs_kinds]
-    costs = Costs(
-        macs_per_unit=macs_per_unit(macs_kinds, make_cost_model(model, macs_kinds, "macs")) if macs_kinds else {}
-    )
+    if macs_kinds:
+        per_unit = macs_per_unit(macs_kinds, make_cost_model(dense, macs_kinds, "macs"))
+        state = replace(state, costs=Costs(macs_per_unit=per_unit))
     if plan.target is None:
-        return costs
-    share_of = make_cost_model(model, groups, next(iter(plan.target)))
-    alike = {group.name: torch.zeros(group.shape) for group in groups}
-    most = _of_blocks(plan.shares(math.nextafter(1.0, 0.0)), groups, bounds)
-    final = fraction_of(plan.target, share_of, share_of(select_masks(alike, groups, plan, most, costs=costs)))
+        return state.costs
+    model = make_cost_model(dense, groups, next(iter(plan.target)))
+    equal = {group.name: torch.zeros(group.shape) for group in groups}
+    most = _feasible_blocks(plan.shares(math.nextafter(1.0, 0.0)), groups, constraints)
+    final = fraction_of(plan.target, model, model(select_masks(equal, plan, most, state)))
     plan.costs(final)
-    return replace(costs, share_of=share_of, final=final)
+    return replace(state.costs, model=model, final=final)
 
 
-def reached_cost(
-    masks: Masks, plan: Plan, number: int, costs: Costs, last: str = ""
-) -> dict[str, dict[str, float | str]]:
-    """What a cycle was to cost and costs, in the unit of the target; empty where the plan has no cost.
+def reached_cost(selected: CycleMasks, plan: Plan, state: CycleState) -> CostReport:
+    """Return target and reached cost of a cycle in the unit of the target; empty without a cost target.
 
-    An absolute target comes with what the dense model has, and latencies with their spread in ms (p10 and p90). Where
-    more than 2 % lie between the two, `why` says what is in the way, `last` being the goal's last step.
+    An absolute target comes with the dense model's cost, latencies with their 10th and 90th percentile in ms. If the
+    cost misses the target by more than 2 %, `why` gives the reason.
     """
-    if costs.share_of is None or plan.target is None:
+    model = state.costs.model
+    if model is None or plan.target is None:
         return {}
-    ((cost, limit),) = plan.costs(costs.final)[number - 1].items()
-    times = costs.share_of.spread(masks) if costs.share_of.spread is not None else {}
-    reached = _by_clock(cost, times, costs.share_of.whole) if times else costs.share_of(masks)
-    found: dict[str, float | str] = {"target": limit, "reached": reached}
+    ((cost, limit),) = plan.costs(state.costs.final)[state.number - 1].items()
+    times = model.latencies(selected.masks) if model.latencies is not None else {}
+    reached = _relative_latency(cost, times, model.dense) if times else model(selected.masks)
+    report: dict[str, float | str] = {"target": limit, "reached": reached}
     if not is_fraction(plan.target):
-        whole, digits = costs.share_of.whole, None if cost in COUNTS else 6
-        found = {"target": round(limit * whole, digits), "reached": round(reached * whole, digits), "dense": whole}
-    found |= {name: times[name] for name in ("p10", "p90") if name in times}
+        digits = None if cost in COUNTS else 6
+        target, absolute = round(limit * model.dense, digits), round(reached * model.dense, digits)
+        report = {"target": target, "reached": absolute, "dense": model.dense}
+    report |= {name: times[name] for name in ("p10", "p90") if name in times}
+    last_step = selected.last_step
     if times:
-        drift = f"the dense model takes {times['dense']:.4g} ms beside it and took {costs.share_of.whole:.4g} ms before"
-        last = f"{drift}; {last}" if last else drift
-    why = explain_miss(limit, reached, costs.share_of, last)
-    return {cost: found | ({"why": why} if why else {})}
+        drift = f"the dense model now takes {times['dense']:.4g} ms, and took {model.dense:.4g} ms at the start"
+        last_step = f"{drift}; {last_step}" if last_step else drift
+    why = explain_miss(limit, reached, model, last_step)
+    return {cost: report | ({"why": why} if why else {})}
 
 
-def rescore_borderline(
-    model: nn.Module,
-    batches: Batches,
-    scores: Scores,
-    groups: Sequence[Group],
-    plan: Plan,
-    target: Mapping[str, float],
-    cycle: int = 1,
-    kept: Masks | None = None,
-    costs: Costs = FREE_COSTS,
+def _rescore(
+    model: nn.Module, batches: Batches, scores: Scores, plan: Plan, target: Mapping[str, float], state: CycleState
 ) -> Rescored:
-    """Scores that tell who stays in a cycle: a method's own, measured again where it has a way to settle a doubt.
-
-    `scores` are of the units that the model still has, `groups` the dense model's, as for `choose`.
-    """
-    if plan.row.settle is None:
+    """Rescore the units near the pruning threshold, if the method does so."""
+    if plan.method.rescore is None:
         return Rescored(scores, {})
-    alive = kept or {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
-    bounds = constraints_for(groups, plan, costs, cycle)
-    fields: list[CandidatePool] = []
+    constraints = constraints_for(plan, state)
+    pools: list[CandidatePool] = []
     for kind, share in target.items():
-        same = [group for group in groups if group.kind == kind]
-        own = {group.name: alive[group.name] for group in same}
-        fields += candidate_pools(own, share, plan.scope_of(kind), same, kept, 1, bounds)
-    place = {name: mask.flatten().cumsum(0) - 1 for name, mask in alive.items()}  # of a living unit in the model
-    now = [CandidatePool(tuple((name, place[name][units]) for name, units in c.places), c.remove) for c in fields]
-    if not any(contest.remove for contest in now):
+        same = [group for group in state.groups if group.kind == kind]
+        masks = {group.name: state.masks[group.name] for group in same}
+        pools += candidate_pools(masks, share, plan.scope_of(kind), same, state.masks, 1, constraints)
+    index = {name: mask.flatten().cumsum(0) - 1 for name, mask in state.masks.items()}  # of a remaining unit in `model`
+    now = [CandidatePool(tuple((name, index[name][units]) for name, units in p.places), p.remove) for p in pools]
+    if not any(pool.remove for pool in now):
         return Rescored(scores, {})
-    found = [group for group in groups_for(model, plan) if group.kind in target]
-    own = {group.name: scores[group.name] for group in found}
-    return plan.row.settle(model, found, batches, own, now, plan.setting_of(cycle))
+    groups = [group for group in groups_for(model, plan) if group.kind in target]
+    by_name = {group.name: scores[group.name] for group in groups}
+    return plan.method.rescore(model, groups, batches, by_name, now, plan.context(state.number))
+
+
+def _all_units(groups: Sequence[Group]) -> Masks:
+    return {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}

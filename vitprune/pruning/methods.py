@@ -1,4 +1,4 @@
-"""The table of methods: what may go, what it is worth, who competes. Two methods differ only as their rows do."""
+"""Pruning methods: importance criterion, ranking scope per kind of units, and weight update."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,21 +14,33 @@ ADDITIVE = (taylor.taylor, leave_one_out.leave_one_out_kl, exact.exact_kl, fishe
 
 @dataclass(frozen=True)
 class Method:
-    """A row: criterion x scope per kind. A single sparsity applies to `kinds`, the others must be asked for."""
+    """A pruning method.
+
+    Attributes:
+        criterion: Importance criterion.
+        scopes: Kinds of units that it can prune, each with the scope in which its units are ranked.
+        kinds: Kinds that are pruned by default.
+        free_scope: Whether the user may choose another scope.
+        about: Description in one line.
+        update_from_stats: Computes the update of the remaining weights from the statistics of the criterion.
+        rescore: Computes more precise scores of the units near the pruning threshold.
+        recompute_update: Computes the update from the images, if its statistics are too large to be stored.
+        collective: Whether the criterion distributes its work over processes itself.
+    """
 
     criterion: Criterion
     scopes: Mapping[str, str]
     kinds: tuple[str, ...]
     free_scope: bool
     about: str
-    update: UpdateFromStats | None = None  # the criterion's update, from the statistics that it has left
-    settle: rescoring.RescoreFn | None = None  # measures again where the criterion's scores leave in doubt who stays
-    again: RecomputeUpdate | None = None  # the same update from the images, where what it needs is too large to be left
-    collective: bool = False  # its criterion shares its work among processes by itself
+    update_from_stats: UpdateFromStats | None = None
+    rescore: rescoring.RescoreFn | None = None
+    recompute_update: RecomputeUpdate | None = None
+    collective: bool = False
 
     @property
     def additive(self) -> bool:
-        """Whether scores are sums over batches, so that processes can share them."""
+        """Whether the scores are sums over batches, which processes can compute in parts."""
         return self.criterion in ADDITIVE
 
 
@@ -36,8 +48,10 @@ def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = Fal
     return Method(criterion, {"weight": scope}, ("weight",), free_scope, about)
 
 
-def _blockwise(criterion: Criterion, again: RecomputeUpdate, about: str) -> Method:
-    return Method(criterion, {"weight": "global"}, ("weight",), True, about, again=again, collective=True)
+def _blockwise(criterion: Criterion, recompute_update: RecomputeUpdate, about: str) -> Method:
+    return Method(
+        criterion, {"weight": "global"}, ("weight",), True, about, recompute_update=recompute_update, collective=True
+    )
 
 
 def _structured(criterion: Criterion, about: str) -> Method:
@@ -45,46 +59,49 @@ def _structured(criterion: Criterion, about: str) -> Method:
     return Method(criterion, scopes, ("ffn", "attention"), True, about)
 
 
-def _upvits(criterion: Criterion, about: str, settle: rescoring.RescoreFn | None = None) -> Method:
+def _upvits(criterion: Criterion, about: str, rescore: rescoring.RescoreFn | None = None) -> Method:
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
-    return Method(criterion, scopes, ("ffn", "attention"), False, about, settle=settle)
+    return Method(criterion, scopes, ("ffn", "attention"), False, about, rescore=rescore)
 
 
 METHODS: dict[str, Method] = {
-    "random": _single(magnitude.random, "global", "weights drawn at random: the floor", free_scope=True),
+    "random": _single(magnitude.random, "global", "random weights: the baseline", free_scope=True),
     "magnitude": _single(magnitude.magnitude, "global", "smallest weights of the whole model"),
     "uniform": _single(magnitude.magnitude, "layer", "smallest weights of each layer"),
     "lamp": _single(magnitude.energy, "global", "layer-adaptive magnitude (Lee et al., ICLR 2021)"),
     "dimap": _single(magnitude.energy, "module", "data-free, module-aware: qkv, proj, mlp (He & Zhou, ICLR 2024)"),
     "taylor": _single(taylor.taylor, "global", "first-order change of the loss (Molchanov et al., CVPR 2019)"),
-    "n:m": _single(magnitude.magnitude, "2:4", "N of every M consecutive weights stay", free_scope=True),
+    "n:m": _single(magnitude.magnitude, "2:4", "magnitude; N of every M consecutive weights remain", free_scope=True),
     "ovit": _blockwise(
         cap.ovit,
         cap.joint_update,
-        "greedy second-order elimination in blocks, and the update (CAP, NeurIPS 2023); also N:M",
+        "greedy second-order elimination in Fisher blocks, with weight update (CAP, NeurIPS 2023); also N:M",
     ),
     "ovit-increments": _blockwise(
         cap.ovit_increments,
         cap.joint_update,
-        "the same elimination, ranked by what each weight adds to its block's loss (ours)",
+        "the same elimination, weights ranked by the increase of their block's loss (ours)",
     ),
     "woodfisher": _blockwise(
         cap.woodfisher,
         cap.independent_update,
-        "what a weight costs alone, and the sum of single updates (NeurIPS 2020)",
+        "loss increase of each weight alone, with the sum of the single updates (WoodFisher, NeurIPS 2020)",
     ),
     "woodfisher-joint": _blockwise(
-        cap.with_joint_update(cap.woodfisher), cap.joint_update, "the masks of woodfisher, and the update of ovit"
+        cap.with_joint_update(cap.woodfisher), cap.joint_update, "masks of woodfisher, weight update of ovit"
     ),
     "fisher-diagonal": _single(
-        cap.fisher_diagonal, "global", "squared weight times the diagonal of Fisher: ovit in blocks of one", True
+        cap.fisher_diagonal,
+        "global",
+        "squared weight times the diagonal of the Fisher matrix (ovit with blocks of one weight)",
+        True,
     ),
     "fastcap": Method(
         fastcap.fastcap,
         {"weight": "layer"},
         ("weight",),
         True,
-        "one Fisher matrix per layer, its update from left to right (CAP, algorithm 2, as intended)",
+        "one Fisher matrix per layer, columns pruned from left to right (FastCAP: CAP, algorithm 2)",
         fastcap.columnwise_update,
     ),
     "obc": Method(
@@ -92,41 +109,41 @@ METHODS: dict[str, Method] = {
         {"weight": "global"},
         ("weight",),
         True,
-        "rows eliminated by what they read and solved anew (Optimal Brain Compression, NeurIPS 2022); also N:M",
+        "OBS per output row on the input Hessian, remaining weights solved again (OBC, NeurIPS 2022); also N:M",
         obc.obc_update,
     ),
     "magnitude-obs": _blockwise(
         cap.with_joint_update(magnitude.magnitude),
         cap.joint_update,
-        "smallest weights, and the update of ovit for the rest",
+        "smallest weights, weight update of ovit",
     ),
-    "channel-magnitude": _structured(
-        magnitude.magnitude, "units whose rows have the least L2 norm (Li et al., ICLR 2017)"
-    ),
-    "channel-taylor": _structured(taylor.taylor, "units of least first-order change of the loss"),
+    "channel-magnitude": _structured(magnitude.magnitude, "smallest L2 norm of a unit's rows (Li et al., ICLR 2017)"),
+    "channel-taylor": _structured(taylor.taylor, "first-order change of the loss, per unit"),
     "upvits": _upvits(
         fisher.fisher_kl,
-        "KL divergence (Yu & Wu, SCIS 2023): to second order, then exactly where it decides who stays",
+        "KL divergence: second-order scores, exact ones near the pruning threshold (UP-ViTs, SCIS 2023)",
         rescoring.rescore,
     ),
     "upvits-literal": _upvits(
-        leave_one_out.leave_one_out_kl, "the same scores by one removal at a time: slow, the oracle"
+        leave_one_out.leave_one_out_kl, "exact KL divergence, one removal at a time (slow reference)"
     ),
-    "upvits-exact": _upvits(exact.exact_kl, "KL divergence exactly, running again only what a removal changes"),
-    "upvits-fisher": _upvits(fisher.fisher_kl, "KL divergence to second order, all units from a few backward passes"),
+    "upvits-exact": _upvits(exact.exact_kl, "exact KL divergence, from cached activations"),
+    "upvits-fisher": _upvits(
+        fisher.fisher_kl, "KL divergence to second order, from a few backward passes for all units"
+    ),
     "upvits-blocks": Method(
         exact.exact_kl,
         {"block": "layer"},
         ("block",),
         False,
-        "KL divergence of whole blocks, scored again after each; what is left between two forms hybrid blocks",
+        "KL divergence of whole blocks, scored again after each removal (UP-ViTs)",
     ),
     "upvits-refit": Method(
         units.with_refit_update(fisher.fisher_kl),
         {"ffn": "layer", "attention": "head", "head": "layer"},
         ("ffn", "attention"),
         True,
-        "KL divergence to second order, as UP-ViTs selects, and the consumers refitted to the dense outputs",
+        "upvits-fisher, then least-squares refit of the following layers to the dense outputs (ours)",
         units.refit_update,
     ),
     "upvits-global": Method(
@@ -134,7 +151,7 @@ METHODS: dict[str, Method] = {
         {"ffn": "macs", "attention": "macs", "head": "macs"},
         ("ffn", "attention"),
         False,
-        "KL divergence per MAC saved, all blocks and components competing, and the refit (ours)",
+        "KL divergence per MAC saved, ranked over all layers and kinds, with refit (ours)",
         units.refit_update,
     ),
     "unit-obs": Method(
@@ -142,7 +159,7 @@ METHODS: dict[str, Method] = {
         {"ffn": "macs", "attention": "macs", "head": "macs"},
         ("ffn", "attention"),
         True,
-        "greedy elimination of units in nats per MAC, attention in a basis of its own, and the refit (ours)",
+        "structured OBS: greedy elimination in nats per MAC, rotated attention basis, with refit (ours)",
         units.unit_obs_update,
     ),
     "corp": Method(
@@ -150,7 +167,7 @@ METHODS: dict[str, Method] = {
         {"ffn": "layer"},
         ("ffn",),
         True,
-        "FFN units of least energy and weight, what they carried predicted from the rest (CORP, 2026)",
+        "FFN units of least energy and weight, predicted from the remaining ones (CORP, 2026)",
         corp.affine_update,
     ),
 }
@@ -175,10 +192,10 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def method_named(name: str) -> Method:
-    """The row of a method.
+    """Return the method of a name.
 
     Raises:
-        BadInput: there is none of that name.
+        BadInput: there is no such method.
     """
     if name not in METHODS:
         raise BadInput(f"method {name!r}: unknown; use one of {', '.join(METHODS)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vitprune.criteria import Batches, ScoreConfig
+from vitprune.criteria import Batches, ScoringContext
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.criteria.moments import record_layer_io
@@ -49,12 +49,12 @@ def dense_logits(model: nn.Module, batches: Batches) -> list[Tensor]:
         return [model(images.to(device)) for images, _ in batches]
 
 
-def correct_norms(model: nn.Module, wanted: Sequence[Tensor], batches: Batches, setting: ScoreConfig) -> Corrected:
+def correct_norms(model: nn.Module, wanted: Sequence[Tensor], batches: Batches, context: ScoringContext) -> Corrected:
     """Scales and shifts of norms and biases that bring the answers nearer to those wanted; the model stays as it is.
 
     Minimises |r - J x|^2 + damping |x|^2, where r are the errors of the logits along a few directions of the wanted
     answers' Fisher matrix, image by image, and J their slopes. The damping is the one of least KL divergence on the
-    images of even position when fitted to the odd ones, and the other way round. At most `setting.memory` bytes of
+    images of even position when fitted to the odd ones, and the other way round. At most `config.memory` bytes of
     slopes are held: more images than that are left out, evenly.
 
     Source: Gauss-Newton on UP-ViTs' score (equation 1) to second order; Martens 2020 for the Fisher matrix as metric.
@@ -63,10 +63,10 @@ def correct_norms(model: nn.Module, wanted: Sequence[Tensor], batches: Batches, 
     names = [name for layer in layers for name in layer.names]
     width = sum(model.get_parameter(name).numel() for name in names)
     total = sum(len(images) for images, _ in batches)
-    every = max(1, -(-total * PULLS * width * next(model.parameters()).element_size() // setting.memory))
+    every = max(1, -(-total * PULLS * width * next(model.parameters()).element_size() // context.config.memory))
     some = [(images[::every], labels[::every]) for images, labels in batches]
     aims = [logits[::every] for logits in wanted]
-    slopes, errors = _system(model, layers, aims, some, setting)
+    slopes, errors = _system(model, layers, aims, some, context)
     odd = torch.arange(sum(len(images) for images, _ in some)) % 2 == 1
     before = sum(_distance(model, {}, aims, some, half) for half in (odd, ~odd)) / 2
     tried = {damping: _held_out(model, names, (slopes, errors), damping, aims, some, odd) for damping in DAMPINGS}
@@ -104,17 +104,17 @@ def _layers(model: nn.Module) -> list[_Layer]:
 
 
 def _system(
-    model: nn.Module, layers: Sequence[_Layer], wanted: Sequence[Tensor], batches: Batches, setting: ScoreConfig
+    model: nn.Module, layers: Sequence[_Layer], wanted: Sequence[Tensor], batches: Batches, context: ScoringContext
 ) -> tuple[Tensor, Tensor]:
     """Slopes (rows, values) and errors (rows,) of the answers along their directions, PULLS rows per image."""
     found, first = [], 0
     with eval_mode(model), frozen(model):
         with record_layer_io(model, [layer.path for layer in layers], []):
             one = batches[0][0][:1].to(wanted[0].device)
-            size = max_batch_size(model, model, one, setting.memory)
+            size = max_batch_size(model, model, one, context.config.memory)
         for (batch, _), aims in track(list(zip(batches, wanted, strict=True)), "correcting"):
             for images, aim in zip(minibatches(batch, size), minibatches(aims, size), strict=True):
-                found.append(_of_batch(model, layers, aim, images, setting.seed, first))
+                found.append(_of_batch(model, layers, aim, images, context.seed, first))
                 first += len(images)
     slopes, errors = zip(*found, strict=True)
     return torch.cat(slopes), torch.cat(errors)

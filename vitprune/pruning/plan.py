@@ -1,252 +1,224 @@
-"""What is to be done to a model: a method and how much of each kind goes, checked against the method's row."""
+"""Pruning plan: the settings, checked against the pruning method and resolved to a sparsity per kind."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
 
-from vitprune.config.params import Params, Schedule
-from vitprune.config.quantity import Quantity, parse_cost
-from vitprune.config.targets import Rule, rule_of
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
+from vitprune.config.params import Params
+from vitprune.config.prune_config import PruneConfig
+from vitprune.config.quantity import Quantity
+from vitprune.config.score_config import ScoreConfig
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoringContext
 from vitprune.errors import BadInput
-from vitprune.pruning.cost_target import check, is_fraction, relative
+from vitprune.pruning.constraints import WIDTHS
+from vitprune.pruning.cost_target import is_fraction, relative_shares
 from vitprune.pruning.methods import Method, method_named
-from vitprune.pruning.rules import WIDTHS
-from vitprune.pruning.schedule import spans, sparsities
+from vitprune.pruning.schedule import epochs_per_cycle, sparsities
 from vitprune.pruning.select import SCOPES, pattern_of, sparsity_of
-
-Target = Mapping[Any, Quantity]  # one cost: a fraction of the dense model's or an absolute number
-Rules = Sequence[Rule | Mapping[str, Any]]
-Widths = int | Mapping[Any, int]  # one multiple for all kinds that are widths, or one per kind
-Sparsity = float | Mapping[Any, float]  # one for all kinds, or one per kind
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do to a model: method, final sparsity per kind, and the schedule that leads there.
+    """Checked settings of a pruning run.
 
-    With a `target`, a cost and how much of it may be left, the sparsities are only relative to each other: the largest
-    is 1, and all are multiplied by the one scalar that reaches the cost. `round_to` has a multiple per kind.
+    Attributes:
+        config: The settings.
+        method: The pruning method.
+        sparsity: Final sparsity per kind. With a target, the shares of the kinds relative to each other, the largest
+            being 1: all are multiplied by the one scalar that reaches the cost.
+        target: The cost and its limit, a fraction of the dense model's cost or an absolute number; None without one.
+        round_to: Multiple of the remaining units, per kind.
+        score: Options of the criteria.
+        seed: Seed of the run.
     """
 
-    method: str
+    config: PruneConfig
+    method: Method
     sparsity: Mapping[str, float]
-    scope: str | None = None
-    merge_heads_to: int | None = None
-    cycles: int = 1
-    schedule: str | Schedule = "cubic"
-    setting: ScoreConfig = DEFAULT_SCORE_CONFIG
-    target: Mapping[str, Quantity] | None = None
-    correct_norms: bool = False
-    round_to: Mapping[str, int] = field(default_factory=dict)
-    rules: tuple[Rule, ...] = ()
+    target: Mapping[str, Quantity] | None
+    round_to: Mapping[str, int]
+    score: ScoreConfig = DEFAULT_SCORE_CONFIG
+    seed: int = 0
 
-    @property
-    def row(self) -> Method:
-        """The method's row in the table."""
-        return method_named(self.method)
-
-    def setting_of(self, cycle: int) -> ScoreConfig:
-        """How the cycle of that number scores: every one has a seed of its own, and N:M is known beforehand."""
+    def context(self, cycle: int) -> ScoringContext:
+        """Return the scoring context of a cycle; every cycle has its own seed."""
         pattern = pattern_of(self.scope_of("weight")) if "weight" in self.sparsity else None
-        return replace(self.setting, seed=self.setting.seed + cycle, pattern=pattern)
+        return ScoringContext(self.score, self.seed + cycle, pattern=pattern)
 
     def scope_of(self, kind: str) -> str:
-        """Who competes among the units of a kind; attention channels inside their head, or all for the MACs."""
-        if self.scope in (None, "macs"):
-            return self.scope or self.row.scopes[kind]
-        return "head" if kind == "attention" else str(self.scope)
+        """Return the scope of a kind. Attention channels are ranked within their head, unless the scope is macs."""
+        if self.config.scope in (None, "macs"):
+            return self.config.scope or self.method.scopes[kind]
+        return "head" if kind == "attention" else str(self.config.scope)
 
     @property
     def macs_kinds(self) -> list[str]:
-        """Kinds whose units compete with each other, of whatever kind they are, by what they save."""
+        """Kinds whose units are ranked together, by score per MAC saved."""
         return [kind for kind in self.sparsity if self.scope_of(kind) == "macs"]
 
     def shares(self, scalar: float) -> dict[str, float]:
-        """Sparsity per kind at a scalar, where a cost decides how much goes."""
+        """Return the sparsity per kind for a scalar, if a cost target determines the amount."""
         return {kind: share * scalar for kind, share in self.sparsity.items()}
 
     def costs(self, final: float | None = None) -> list[dict[str, float]]:
-        """Fraction of the dense model's cost that may be left after each cycle; `final` of an absolute target."""
-        ends = {cost: float(asked) if final is None else final for cost, asked in (self.target or {}).items()}
-        left = {cost: [*(1 - gone for gone in self._leading_to(1 - end)[:-1]), end] for cost, end in ends.items()}
-        return [{cost: steps[cycle] for cost, steps in left.items()} for cycle in range(self.cycles)]
+        """Return the cost limit after each cycle, as a fraction of the dense model's.
+
+        Args:
+            final: The limit after the last cycle, if the target is absolute.
+        """
+        limits = {cost: float(limit) if final is None else final for cost, limit in (self.target or {}).items()}
+        by_cost = {cost: [*(1 - x for x in self._sparsities(1 - limit)[:-1]), limit] for cost, limit in limits.items()}
+        return [{cost: steps[cycle] for cost, steps in by_cost.items()} for cycle in range(self.config.cycles)]
 
     def progress(self, cycle: int, final: float | None = None) -> float:
-        """How much of all that goes is gone after the cycle of that number, `final` as in `costs`; 1 after the last."""
-        gone = max(self.sparsity.values()) if final is None else 1 - final
-        return self._leading_to(gone)[cycle - 1] / gone if cycle < self.cycles and gone else 1.0
+        """Return the fraction of all removals that is done after a cycle, `final` as in `costs`; 1 after the last."""
+        removed = max(self.sparsity.values()) if final is None else 1 - final
+        return self._sparsities(removed)[cycle - 1] / removed if cycle < self.config.cycles and removed else 1.0
 
     def targets(self) -> list[dict[str, float]]:
-        """Sparsity per kind after each cycle."""
-        by_kind = {kind: self._leading_to(final) for kind, final in self.sparsity.items()}
-        return [{kind: steps[cycle] for kind, steps in by_kind.items()} for cycle in range(self.cycles)]
+        """Return the sparsity per kind after each cycle."""
+        by_kind = {kind: self._sparsities(final) for kind, final in self.sparsity.items()}
+        return [{kind: steps[cycle] for kind, steps in by_kind.items()} for cycle in range(self.config.cycles)]
 
     def epochs(self, last: int) -> list[int]:
-        """Epochs of training after each cycle; the schedule's own, `last` after the last one."""
-        steps = None if isinstance(self.schedule, str) else self.schedule.steps
-        return spans(steps if isinstance(steps, dict) else None, self.cycles, last)
+        """Return the epochs of training after each cycle, as the schedule says; `last` after the last one."""
+        steps = None if isinstance(self.config.schedule, str) else self.config.schedule.steps
+        return epochs_per_cycle(steps if isinstance(steps, dict) else None, self.config.cycles, last)
 
-    def _leading_to(self, final: float) -> list[float]:
-        if isinstance(self.schedule, str):
-            return sparsities(final, self.cycles, self.schedule)
-        steps, shape = self.schedule.steps, self.schedule.shape or "cubic"
-        listed = list(steps.values()) if isinstance(steps, dict) else steps
-        return sparsities(final, self.cycles, shape, self.schedule.initial, listed)
+    def _sparsities(self, final: float) -> list[float]:
+        schedule, cycles = self.config.schedule, self.config.cycles
+        if isinstance(schedule, str):
+            return sparsities(final, cycles, schedule)
+        steps = list(schedule.steps.values()) if isinstance(schedule.steps, dict) else schedule.steps
+        return sparsities(final, cycles, schedule.shape or "cubic", schedule.initial, steps)
 
 
-def plan_for(
-    method: str,
-    sparsity: Sparsity | None,
-    scope: str | None = None,
-    merge_heads_to: int | None = None,
-    cycles: int = 1,
-    schedule: str | Schedule = "cubic",
-    setting: ScoreConfig = DEFAULT_SCORE_CONFIG,
-    target: Target | None = None,
-    correct_norms: bool = False,
-    round_to: Widths | None = None,
-    rules: Rules = (),
-) -> Plan:
-    """Check a method's settings against its row; a single sparsity applies to the row's usual kinds.
+def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, seed: int = 0) -> Plan:
+    """Check settings against the pruning method.
 
-    A `target` such as {"macs": 0.5} or {"params": "12M"} takes the place of the sparsity; beside it, sparsities per
-    kind are relative. `round_to` and `rules` are those of params.yaml.
+    Args:
+        config: The settings. A single sparsity applies to `kinds`, by default the method's own.
+        score: Options of the criteria.
+        seed: Seed of the run.
 
     Raises:
-        BadInput: unknown method, scope, kind or schedule, a sparsity outside 0..1, N:M with another sparsity, or a
-            target, a width or a rule that is none.
+        BadInput: unknown method, scope or kind, a sparsity or target that the method cannot have, or settings that
+            contradict each other.
     """
-    row = method_named(method)
-    implied = _refuse_scope(method, scope)
+    method = method_named(config.method)
+    kinds, implied = config.kinds or method.kinds, _implied_sparsity(config, method)
+    target = config.target.costs if config.target is not None else None
     if target is not None:
-        target = {cost: parse_cost(asked) for cost, asked in target.items()}
-        check(target, list(sparsity) if isinstance(sparsity, Mapping) else row.kinds)
-        if implied is not None or isinstance(sparsity, float):
-            raise BadInput("prune.target: takes a sparsity's place; set sparsity to null, or to a share for each kind")
-        shares = relative(sparsity or dict.fromkeys(row.kinds, 1.0))
-    elif sparsity is None and implied is None:
-        raise BadInput(f"prune.sparsity: method {method} needs one; give the fraction to remove, 0 to 1")
+        _check_target(config, kinds, implied)
+        sparsity = relative_shares(_per_kind(config, kinds, 1.0))
+    elif config.sparsity is None and implied is None:
+        raise BadInput(f"prune.sparsity: method {config.method} needs one; give the fraction to remove, 0 to 1")
     else:
-        wanted = implied if sparsity is None else sparsity
-        shares = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(row.kinds, float(wanted or 0))
-    _refuse_shares(method, shares, 1.0 if target is None else math.inf)
-    if implied is not None and (cycles > 1 or abs(shares["weight"] - implied) > 1e-9):
-        raise BadInput(f"prune: an N:M scope removes {implied:g} at once; set sparsity to null and cycles to 1")
-    if merge_heads_to is not None and "attention" not in shares:
-        raise BadInput(f"prune.merge_heads_to {merge_heads_to}: merging heads needs kind attention; set it to null")
-    widths, held = _widths(round_to, list(shares)), tuple(rule_of(rule, number) for number, rule in enumerate(rules))
-    if implied is not None and any(rule.ignore is None for rule in held):
-        raise BadInput("prune.rules: an N:M scope removes as much of every layer; rules can only ignore some")
-    plan = Plan(method, shares, scope, merge_heads_to, cycles, schedule, setting, target, correct_norms, widths, held)
-    _refuse_plan(plan)
+        sparsity = _per_kind(config, kinds, implied)
+    plan = Plan(config, method, sparsity, target, _widths(config, list(sparsity)), score, seed)
+    _check_kinds(plan)
+    _check_pattern(plan, implied)
+    _check_schedule(plan)
     return plan
 
 
-def _refuse_plan(plan: Plan) -> None:
-    """Refuse what does not go together."""
+def plan_of(params: Params) -> Plan:
+    """Return the plan of a params.yaml.
+
+    Raises:
+        BadInput: as `plan_for`, or a kind is to be pruned that is not scored.
+    """
+    plan = plan_for(params.prune, params.score, params.seed)
+    unscored = [kind for kind in plan.sparsity if kind not in scored_kinds(plan)]
+    if unscored:
+        raise BadInput(
+            f"prune.sparsity.{unscored[0]}: only {', '.join(scored_kinds(plan))} are scored; add it to prune.kinds"
+        )
+    return plan
+
+
+def scored_kinds(plan: Plan) -> Sequence[str]:
+    """Return the kinds that the pipeline scores: those of params.yaml, or those of the method."""
+    return plan.config.kinds or plan.method.kinds
+
+
+def _per_kind(config: PruneConfig, kinds: Sequence[str], default: float | None) -> dict[str, float]:
+    if isinstance(config.sparsity, dict):
+        return {str(kind): share for kind, share in config.sparsity.items()}
+    return dict.fromkeys(kinds, float((default if config.sparsity is None else config.sparsity) or 0))
+
+
+def _implied_sparsity(config: PruneConfig, method: Method) -> float | None:
+    """Check the scope; return the sparsity of an N:M scope, None for other scopes."""
+    scope = config.scope
+    if scope and not method.free_scope:
+        raise BadInput(f"prune.scope {scope!r}: the scope of method {config.method} is fixed; set it to null")
+    implied = sparsity_of(scope or method.scopes[method.kinds[0]])
+    if scope and implied is None and scope not in (*SCOPES, "macs"):
+        raise BadInput(f"prune.scope {scope!r}: unknown; use one of {', '.join(SCOPES)} (as in 2:4), macs")
+    if implied is not None and "weight" not in method.scopes:
+        raise BadInput(f"prune.scope {scope!r}: N:M is for single weights, which method {config.method} does not prune")
+    return implied
+
+
+def _check_target(config: PruneConfig, kinds: Sequence[str], implied: float | None) -> None:
+    if implied is not None:
+        raise BadInput("prune.target: an N:M scope implies the sparsity; set the target to null")
+    pruned = list(config.sparsity) if isinstance(config.sparsity, Mapping) else kinds
+    cost = next(iter(config.target.costs)) if config.target is not None else ""
+    if cost.startswith("latency") and "weight" in pruned:
+        raise BadInput(f"prune.target.{cost}: zeroed single weights do not run faster; use params or macs")
+
+
+def _check_kinds(plan: Plan) -> None:
+    config, kinds = plan.config, plan.sparsity
+    if not kinds:
+        raise BadInput("prune.sparsity: names no kind; give the fraction to remove of at least one")
+    for kind in kinds:
+        if kind not in plan.method.scopes:
+            raise BadInput(f"prune.sparsity.{kind}: method {config.method} prunes only {', '.join(plan.method.scopes)}")
+    if {"head", "attention"} <= set(kinds):
+        raise BadInput("prune.sparsity: head and attention prune the same axis; choose one of them")
+    if config.merge_heads_to is not None and "attention" not in kinds:
+        raise BadInput(f"prune.merge_heads_to {config.merge_heads_to}: needs kind attention; set it to null")
     if len({plan.sparsity[kind] for kind in plan.macs_kinds}) > 1:
         raise BadInput(
-            f"prune.sparsity: {', '.join(plan.macs_kinds)} compete for one share of the MACs; give all the same"
+            f"prune.sparsity: {', '.join(plan.macs_kinds)} share one fraction of the MACs; give all the same"
         )
+
+
+def _check_pattern(plan: Plan, implied: float | None) -> None:
+    if implied is None:
+        return
+    if plan.config.cycles > 1 or not math.isclose(plan.sparsity["weight"], implied, abs_tol=1e-9):
+        raise BadInput(f"prune: an N:M scope removes {implied:g} in one cycle; set sparsity to null and cycles to 1")
+    if any(rule.ignore is None for rule in plan.config.rules):
+        raise BadInput("prune.rules: an N:M scope removes the same fraction of every layer; rules can only ignore some")
+
+
+def _check_schedule(plan: Plan) -> None:
     if plan.target is None:
         plan.targets()
     elif is_fraction(plan.target):
         plan.costs()
-    elif isinstance(plan.schedule, Schedule) and plan.schedule.steps is not None:
-        raise BadInput("prune.schedule.steps: are fractions, and the target is not; give a fraction, or a shape")
+    elif not isinstance(plan.config.schedule, str) and plan.config.schedule.steps is not None:
+        raise BadInput("prune.schedule.steps: are fractions but prune.target is absolute; use a fraction, or a shape")
     else:
         plan.costs(0.0)
     plan.epochs(1)
 
 
-def _widths(round_to: Widths | None, kinds: Sequence[str]) -> dict[str, int]:
-    """The multiple of every kind that has one."""
-    able = [kind for kind in kinds if kind in WIDTHS]
-    if isinstance(round_to, int) and not able:
-        raise BadInput(f"prune.round_to {round_to}: of {', '.join(kinds)} none is a width; set it to null")
-    wanted = dict.fromkeys(able, round_to) if isinstance(round_to, int) else dict(round_to or {})
-    for kind, multiple in wanted.items():
-        if kind not in able:
-            raise BadInput(f"prune.round_to.{kind}: is not among the widths that go here ({', '.join(able) or 'none'})")
-        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-            raise BadInput(f"prune.round_to.{kind}: {multiple!r} is no whole number of at least 1")
-    return wanted
-
-
-def _refuse_scope(method: str, scope: str | None) -> float | None:
-    """Check a scope against the method's row; returns the sparsity that it implies, if it does."""
-    row = method_named(method)
-    if scope and not row.free_scope:
-        raise BadInput(f"prune.scope {scope!r}: method {method} has a scope of its own; leave it null")
-    implied = sparsity_of(scope or row.scopes[row.kinds[0]])
-    if scope and implied is None and scope not in (*SCOPES, "macs"):
-        raise BadInput(f"prune.scope {scope!r}: unknown; use one of {', '.join(SCOPES)} (as in 2:4), macs")
-    if implied is not None and "weight" not in row.scopes:
-        raise BadInput(f"prune.scope {scope!r}: N:M is for single weights, which method {method} does not prune")
-    return implied
-
-
-def _refuse_shares(method: str, shares: Mapping[str, float], below: float) -> None:
-    scopes = method_named(method).scopes
-    if not shares:
-        raise BadInput("prune.sparsity: names no kind; give the fraction to remove of at least one")
-    for kind, share in shares.items():
-        if kind not in scopes:
-            raise BadInput(f"prune.sparsity.{kind}: method {method} prunes only {', '.join(scopes)}")
-        if not 0 <= share < below:
-            raise BadInput(f"prune.sparsity.{kind}: {share} is not at least 0 and below 1 (the fraction to remove)")
-    if {"head", "attention"} <= set(shares):
-        raise BadInput("prune.sparsity: head and attention cut the same axis; choose one of them")
-
-
-def kinds_of(params: Params) -> Sequence[str]:
-    """The kinds that params.yaml has scored: those it names, or the method's usual ones."""
-    return params.prune.kinds or method_named(params.prune.method).kinds
-
-
-def plan_of(params: Params) -> Plan:
-    """The plan of a params.yaml.
-
-    Raises:
-        BadInput: a setting cannot be, or a kind is to be pruned that is not scored.
-    """
-    p, kinds = params.prune, kinds_of(params)
-    one = 1.0 if p.target is not None and p.sparsity is None else p.sparsity  # for all kinds alike
-    sparsity = dict.fromkeys(kinds, one) if isinstance(one, float) else one
-    target = p.target.costs if p.target is not None else None
-    plan = plan_for(
-        p.method,
-        sparsity,
-        p.scope,
-        p.merge_heads_to,
-        p.cycles,
-        p.schedule,
-        _setting(params),
-        target,
-        p.correct_norms,
-        p.round_to,
-        p.rules,
-    )
-    unscored = [kind for kind in plan.sparsity if kind not in kinds]
-    if unscored:
-        raise BadInput(f"prune.sparsity.{unscored[0]}: only {', '.join(kinds)} are scored; add it to prune.kinds")
-    return plan
-
-
-def _setting(params: Params) -> ScoreConfig:
-    """How criteria run."""
-    s = params.score
-    return ScoreConfig(
-        seed=params.seed,
-        memory=s.memory_mb << 20,
-        fisher_directions=s.fisher_directions,
-        autocast=s.autocast,
-        confidence=s.confidence,
-        fisher_block_size=s.fisher_block_size,
-        damping=s.damping,
-        num_gradients=s.num_gradients,
-        gradient_batch=s.gradient_batch,
-        per_sample=s.per_sample,
-    )
+def _widths(config: PruneConfig, kinds: Sequence[str]) -> dict[str, int]:
+    """Return the multiple of every kind that has one."""
+    widths = [kind for kind in kinds if kind in WIDTHS]
+    if config.round_to is None:
+        return {}
+    if isinstance(config.round_to, int):
+        if not widths:
+            raise BadInput(f"prune.round_to {config.round_to}: of {', '.join(kinds)} none is a width; set it to null")
+        return dict.fromkeys(widths, config.round_to)
+    for kind in config.round_to:
+        if kind not in widths:
+            pruned = ", ".join(widths) or "none"
+            raise BadInput(f"prune.round_to.{kind}: is not among the widths that are pruned ({pruned})")
+    return {str(kind): multiple for kind, multiple in config.round_to.items()}

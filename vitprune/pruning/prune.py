@@ -1,37 +1,55 @@
-"""The heart: for each cycle score, select, apply; whoever drives it recovers the model in between."""
+"""Prune a model: compute scores, select masks, remove units; cycle by cycle for gradual pruning."""
 
 import copy
-from collections import Counter
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig, Statistics
+from vitprune.config.prune_config import Kind, PruneConfig
+from vitprune.config.quantity import Quantity, format_cost
+from vitprune.config.score_config import ScoreConfig
+from vitprune.config.targets import Rule, Target
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Criterion, ScoringContext, Statistics, Update
+from vitprune.data import example_input as example_of
 from vitprune.errors import BadInput
+from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, shrink, zero
-from vitprune.pruning.block_steps import next_block_removal, to_dense_names
+from vitprune.pruning.block_steps import to_dense_names
 from vitprune.pruning.cycle_masks import (
-    cost_model_for,
-    cycle_target,
+    CostReport,
+    CycleState,
+    available_kinds,
+    cycle_state,
+    given_masks,
     groups_for,
     reached_cost,
-    rescore_borderline,
-    select_masks,
+    select_cycle_masks,
 )
-from vitprune.pruning.methods import CRITERIA
-from vitprune.pruning.norm_correction import correct_norms as correction
+from vitprune.pruning.methods import CRITERIA, method_named
+from vitprune.pruning.norm_correction import correct_norms as corrected_norms
 from vitprune.pruning.norm_correction import dense_logits
-from vitprune.pruning.plan import Plan, Rules, Sparsity, Target, Widths, plan_for
+from vitprune.pruning.plan import Plan, plan_for
+
+NOTHING_SKIPPED: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """One step: `masks` and `scores` are in the dense model's coordinates, masks cumulative (zeros only grow).
+    """A completed pruning cycle; masks and scores are indexed as in the dense model.
 
-    `target` is the sparsity per kind; `cost`, where the plan has one, what was wanted and reached of it, and why a miss
-    is larger than 2 %.
+    Attributes:
+        number: Number of the cycle, from 1.
+        target: Sparsity per kind that was asked for.
+        groups: Groups of the dense model.
+        scores: Scores that selected the masks; empty if the masks were given.
+        masks: Cumulative masks.
+        cost: Target and reached cost, and why a miss is larger than 2 %; empty without a cost target.
+        facts: Figures about rescoring.
+        corrected: Figures about the correction of norms, on images that it did not use.
     """
 
     number: int
@@ -39,37 +57,97 @@ class Cycle:
     groups: Sequence[Group]
     scores: Scores
     masks: Masks
-    cost: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
-    facts: Mapping[str, float] = field(default_factory=dict)  # about what was settled by measuring again
-    corrected: Mapping[str, float] = field(default_factory=dict)  # what a correction did on images that it did not see
+    cost: CostReport = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
+    corrected: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def held(self) -> list[Group]:
-        """Groups whose removed weights are still there as zeros, and must be held at zero in training."""
+    def zeroed(self) -> list[Group]:
+        """Groups of single weights: the removed ones are zeros in the model, to be kept at zero in training."""
         return [group for group in self.groups if group.kind == "weight"]
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run was broken off: the dense model that it began with, the last cycle done, and its masks."""
+    """Where an interrupted run continues.
+
+    Attributes:
+        dense: The dense model.
+        number: The last completed cycle.
+        masks: Its masks.
+    """
 
     dense: nn.Module
     number: int
     masks: Masks
 
 
+@dataclass(frozen=True)
+class PruneResult:
+    """Result of `prune`; `print(result)` shows a table of the cost before and after.
+
+    Attributes:
+        model: The pruned model.
+        masks: Mask of every group of the dense model; True for remaining units.
+        sparsity: Fraction of the units removed, per kind.
+        before: Cost of the dense model.
+        after: Cost of the pruned model.
+        target_miss: Why the cost misses the target by more than 2 %; empty if it does not, or without a target.
+        skipped: Kinds of the method that this model does not have, each with the reason.
+        seconds: Duration.
+    """
+
+    model: nn.Module
+    masks: Masks
+    sparsity: Mapping[str, float]
+    before: Counts
+    after: Counts
+    target_miss: str
+    skipped: Mapping[str, str]
+    seconds: float
+
+    def __str__(self) -> str:
+        names = {"params": "parameters", "nonzero_params": "nonzero parameters", "macs": "MACs"}
+        names |= {"nonzero_macs": "nonzero MACs"}
+        lines = [f"{'':<20}{'before':>10}{'after':>10}{'change':>10}"]
+        for name, label in names.items():
+            before, after = getattr(self.before, name), getattr(self.after, name)
+            change = f"{after / before - 1:+.1%}" if before else ""
+            lines.append(f"{label:<20}{format_cost(before):>10}{format_cost(after):>10}{change:>10}")
+        lines.append("sparsity: " + ", ".join(f"{kind} {share:.3g}" for kind, share in self.sparsity.items()))
+        lines += [f"left out: {kind} ({why})" for kind, why in self.skipped.items()]
+        lines += [f"target: {self.target_miss}"] if self.target_miss else []
+        return "\n".join([*lines, f"{self.seconds:.1f} s"])
+
+
 def score(
-    model: nn.Module, groups: Sequence[Group], criterion: str | Criterion, batches: Batches = (), seed: int = 0
+    model: nn.Module,
+    groups: Sequence[Group],
+    criterion: str | Criterion,
+    batches: Batches = (),
+    seed: int = 0,
+    config: ScoreConfig = DEFAULT_SCORE_CONFIG,
 ) -> Scores:
-    """One score per unit, larger = worth more; `criterion` is a name in CRITERIA or a function.
+    """Compute the importance of every unit.
+
+    Args:
+        model: A timm model.
+        groups: Groups of units, from `find_groups`.
+        criterion: Name of a criterion in `CRITERIA`, or a function.
+        batches: Calibration batches (images (B, C, H, W), labels (B,)), for criteria that need data.
+        seed: Seed of random numbers.
+        config: Options of the criterion.
+
+    Returns:
+        Scores by group name, each of the group's shape; larger = more important.
 
     Raises:
-        BadInput: no criterion of that name, or it needs batches.
+        BadInput: there is no such criterion, or it needs batches.
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-    return function(model, groups, _lasting(batches), ScoreConfig(seed)).scores
+    return function(model, groups, _reject_iterator(batches), ScoringContext(config, seed)).scores
 
 
 def prune_cycles(
@@ -78,185 +156,202 @@ def prune_cycles(
     batches: Batches,
     first: Masks | None = None,
     statistics: Statistics | None = None,
-    after: ResumePoint | None = None,
+    resume: ResumePoint | None = None,
 ) -> Iterator[Cycle]:
-    """Prune a model in place, cycle by cycle; what drives the iterator may train the model between two cycles.
+    """Prune a model in place, cycle by cycle; the caller may train it between two cycles.
 
-    `first` gives the masks of the first cycle, where they were chosen before, and `statistics` what scoring left for
-    the update then; without them a method with an update scores again. With `after`, the model is what the last cycle
-    done has left, and the next one follows as if nothing had happened.
+    Args:
+        model: The dense model, or the model after the cycle of `resume`.
+        plan: The pruning plan.
+        batches: Calibration batches.
+        first: Masks of the first cycle, if they are known.
+        statistics: Statistics of the criterion, for the weight update of a first cycle with known masks.
+        resume: Where an interrupted run continues.
+
+    Yields:
+        Every cycle after its pruning.
     """
-    batches, whole = _lasting(batches), model if after is None else after.dense
-    dense = groups_for(whole, plan)
-    kept = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in dense} if after is None else after.masks
-    costs = cost_model_for(whole, dense, plan)
-    dense_answers = dense_logits(whole, batches) if plan.correct_norms else []
-    first = first if after is None else None  # it has been applied
-    for number in range(1 if after is None else after.number + 1, plan.cycles + 1):
+    batches, dense = _reject_iterator(batches), model if resume is None else resume.dense
+    state = cycle_state(dense, plan) if resume is None else cycle_state(dense, plan, resume.number + 1, resume.masks)
+    logits = dense_logits(dense, batches) if plan.config.correct_norms else []
+    given = given_masks(first, plan, state) if first is not None and resume is None else None
+    while state.number <= plan.config.cycles:
         complete = False
         while not complete:
-            now = groups_for(model, plan)
-            names = to_dense_names(dense, now, kept)
-            scores: Scores = {}
-            facts: Mapping[str, float] = {}
-            last = ""
-            importance = _judged(model, now, batches, plan, number, first is not None, statistics)
-            if importance.scores:
-                scores = _all_in_dense(dense, names, importance.scores, kept)
-            target: Mapping[str, float]
-            if first is not None and costs.share_of is not None:
-                masks, target, complete = first, _removed(dense, first), "block" not in plan.sparsity
+            groups = groups_for(model, plan)
+            if given is not None:
+                selected, given = given, None
+                update = _update_for_given(model, groups, batches, plan, state, statistics)
             else:
-                wanted = cycle_target(scores, dense, plan, number, costs, kept)
-                target, step, last = wanted.target, next_block_removal(dense, wanted.target, kept), wanted.last
-                if first is None:
-                    settled = rescore_borderline(
-                        model, batches, importance.scores, dense, plan, step, number, kept, costs
-                    )
-                    scores, facts = _all_in_dense(dense, names, settled.scores, kept), settled.facts
-                masks = select_masks(scores, dense, plan, step, kept, costs, number) if first is None else first
-                complete = step == target
-            _apply(model, [(group, names[group.name]) for group in now], masks, kept, importance)
-            kept, first = masks, None
-        corrected = _corrected(model, dense_answers, batches, plan, number)
-        cost = reached_cost(masks, plan, number, costs, last)
-        yield Cycle(number, target, dense, scores, masks, cost, facts, corrected)
+                importance = plan.method.criterion(model, groups, batches, plan.context(state.number))
+                selected = select_cycle_masks(model, importance.scores, plan, state, batches)
+                update = importance.update
+            _apply(model, groups, selected.masks, state, update)
+            state, complete = replace(state, masks=selected.masks), selected.complete
+        corrected = _correct(model, logits, batches, plan, state.number)
+        cost = reached_cost(selected, plan, state)
+        scores, facts = selected.scores, selected.facts
+        yield Cycle(state.number, selected.target, state.groups, scores, state.masks, cost, facts, corrected)
+        state = state.following(selected.masks)
 
 
 def prune(
     model: nn.Module,
     method: str,
-    sparsity: Sparsity | None,
-    batches: Batches = (),
-    example_input: Tensor | None = None,
     *,
+    sparsity: float | Mapping[Kind, float] | None = None,
+    target: Target | Mapping[str, Quantity] | None = None,
+    kinds: Sequence[Kind] | None = None,
+    calibration: Batches = (),
+    config: ScoreConfig = DEFAULT_SCORE_CONFIG,
     scope: str | None = None,
+    round_to: int | Mapping[Kind, int] | None = None,
+    rules: Sequence[Rule | Mapping[str, object]] = (),
     merge_heads_to: int | None = None,
-    seed: int = 0,
-    target: Target | None = None,
     correct_norms: bool = False,
-    round_to: Widths | None = None,
-    rules: Rules = (),
-) -> nn.Module:
-    """Prune a copy of a timm model in one shot and return it; the model itself is untouched.
+    example_input: Tensor | None = None,
+    seed: int = 0,
+) -> PruneResult:
+    """Prune a copy of a timm model in one cycle; the model itself is not changed.
 
-    `sparsity` is the fraction of units to remove, one for all kinds or one per kind; `batches` are (images, labels)
-    for the methods that look at data; `target`, such as {"macs": 0.5}, {"params": "12M"} or {"latency_ms": 20}, takes
-    the sparsity's place; of every group a multiple of `round_to` stays, one number for all widths or one per kind;
-    `rules` hold for single groups, as {"match": "blocks.0.mlp", "ignore": True}; `correct_norms` moves norms and
-    biases towards the dense answers afterwards, without labels; `example_input` (B, C, H, W), if given, is run
-    through the result.
+    Give exactly one of `sparsity` and `target`; N:M methods need neither.
+
+    Args:
+        model: A timm model.
+        method: Name of a method in `METHODS`.
+        sparsity: Fraction of units to remove, one for all kinds or one per kind.
+        target: Cost of the pruned model, such as {"macs": 0.5}, {"params": "12M"} or {"latency_ms": 20}.
+        kinds: Kinds to prune; None: all kinds of the method that the model has, see `PruneResult.skipped`.
+        calibration: Batches (images (B, C, H, W), labels (B,)), for methods that need data.
+        config: Options of the criteria.
+        scope: See `PruneConfig.scope`; likewise `round_to`, `rules`, `merge_heads_to` and `correct_norms`.
+        round_to: Remaining units of every group are a multiple of this.
+        rules: Constraints on single groups, such as {"match": "blocks.0.mlp", "ignore": True}.
+        merge_heads_to: Merge the attention heads into this many first.
+        correct_norms: Correct norms and biases towards the dense model's logits.
+        example_input: Input (B, C, H, W) for a check of the result; None: an input of the model's size, for the counts.
+        seed: Seed of random numbers.
+
+    Returns:
+        The pruned model, its masks and its cost.
 
     Raises:
         BadInput: a setting, a module or the result cannot be used; the message names it.
+
+    Example:
+        result = vitprune.prune(model, "upvits", target={"macs": 0.5}, calibration=batches)
     """
+    start = time.perf_counter()
+    skipped: dict[str, str] = {}
+    settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "target": target, "kinds": kinds}
+    settings |= {"scope": scope, "round_to": round_to, "rules": rules}
+    settings |= {"merge_heads_to": merge_heads_to, "correct_norms": correct_norms}
+    if kinds is None and not isinstance(sparsity, Mapping):
+        available, skipped = available_kinds(model, method_named(method).kinds)
+        if not available:
+            raise BadInput(next(iter(skipped.values())))
+        settings["kinds"] = available if skipped else None
     pruned = copy.deepcopy(model)
-    setting = ScoreConfig(seed)
-    plan = plan_for(
-        method,
-        sparsity,
-        scope,
-        merge_heads_to,
-        setting=setting,
-        target=target,
-        correct_norms=correct_norms,
-        round_to=round_to,
-        rules=rules,
-    )
-    for _ in prune_cycles(pruned, plan, batches):
-        pass
+    (cycle,) = prune_cycles(pruned, plan_for(PruneConfig(**settings), config, seed), calibration)
     if example_input is not None:
-        with torch.no_grad():
-            answer = pruned.eval()(example_input)
-        if not bool(answer.isfinite().all()):
-            raise BadInput(f"{type(model).__name__}: the pruned model's output is not finite; check the dense model's")
-        pruned.train(model.training)
-    return pruned
+        _check_finite(pruned, example_input)
+    return result_of(model, pruned, cycle, start, skipped, example_input)
 
 
-def _removed(groups: Sequence[Group], masks: Masks) -> dict[str, float]:
-    """Share of the units of each kind that masks remove."""
-    units, gone = Counter[str](), Counter[str]()
-    for group in groups:
-        units[group.kind] += group.units
-        gone[group.kind] += int((~masks[group.name]).sum())
-    return {kind: gone[kind] / units[kind] for kind in units}
+def result_of(
+    dense: nn.Module,
+    pruned: nn.Module,
+    cycle: Cycle,
+    start: float,
+    skipped: Mapping[str, str] = NOTHING_SKIPPED,
+    example_input: Tensor | None = None,
+) -> PruneResult:
+    """Return the result after the last cycle of a run that started at a time of `time.perf_counter`."""
+    example = example_of(dense, 1) if example_input is None else example_input
+    example = example.to(next(dense.parameters()).device)
+    return PruneResult(
+        model=pruned,
+        masks=cycle.masks,
+        sparsity=_sparsity_per_kind(cycle),
+        before=count(dense, example),
+        after=count(pruned, example),
+        target_miss="".join(str(report.get("why", "")) for report in cycle.cost.values()),
+        skipped=skipped,
+        seconds=time.perf_counter() - start,
+    )
 
 
-def _lasting(batches: Batches) -> Batches:
-    """Refuse what can be read only once: every cycle reads all batches again."""
+def _sparsity_per_kind(cycle: Cycle) -> dict[str, float]:
+    result = {}
+    for kind in dict.fromkeys(group.kind for group in cycle.groups):
+        masks = torch.cat([cycle.masks[group.name].flatten() for group in cycle.groups if group.kind == kind])
+        result[kind] = int((~masks).sum()) / masks.numel()
+    return result
+
+
+def _check_finite(model: nn.Module, example_input: Tensor) -> None:
+    training = model.training
+    with torch.no_grad():
+        output = model.eval()(example_input)
+    if not bool(output.isfinite().all()):
+        raise BadInput(f"{type(model).__name__}: the pruned model's output is not finite; check the dense model's")
+    model.train(training)
+
+
+def _reject_iterator(batches: Batches) -> Batches:
+    """Refuse batches that can be read only once: every cycle reads all of them again."""
     if isinstance(batches, Iterator):
         raise BadInput("batches: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
     return batches
 
 
-def _judged(
+def _update_for_given(
     model: nn.Module,
     groups: Sequence[Group],
     batches: Batches,
     plan: Plan,
-    number: int,
-    chosen: bool,
+    state: CycleState,
     statistics: Statistics | None,
-) -> Importance:
-    """Scores and update of a cycle; where the masks are chosen, only the update, from statistics if there are any."""
-    update, again = plan.row.update, plan.row.again
-    if chosen and again is not None:
-        return Importance({}, again(model, groups, batches, plan.setting_of(number)))
-    if chosen and update is None:
-        return Importance({})
-    if chosen and update is not None and statistics:
-        return Importance({}, update(model, groups, statistics))
-    return plan.row.criterion(model, groups, batches, plan.setting_of(number))
+) -> Update | None:
+    """Return the weight update of a cycle whose masks are given, from the statistics of its scoring if possible."""
+    method, context = plan.method, plan.context(state.number)
+    if method.recompute_update is not None:
+        return method.recompute_update(model, groups, batches, context)
+    if method.update_from_stats is None:
+        return None
+    if statistics:
+        return method.update_from_stats(model, groups, statistics)
+    return method.criterion(model, groups, batches, context).update
 
 
-def _all_in_dense(dense: Sequence[Group], names: Mapping[str, str], scores: Scores, kept: Masks) -> Scores:
-    """Scores of the model as it is, `names` its groups' names in the dense model, at their places there."""
-    own = {names[name]: score for name, score in scores.items()}
-    return {group.name: _in_dense(group, own, kept) for group in dense}
-
-
-def _in_dense(group: Group, scores: Scores, kept: Masks) -> Tensor:
-    """Scores of the living units at their places in the dense group; shape of the dense group."""
-    if group.name not in scores:  # it has gone with its block
-        return torch.zeros(group.shape, dtype=torch.float64)
-    own = scores[group.name].to("cpu", torch.float64)
-    if group.kind == "weight":
-        return own
-    full = torch.zeros(group.units, dtype=torch.float64)
-    full[kept[group.name].flatten()] = own.flatten()
-    return full.view(group.shape)
-
-
-def _corrected(
-    model: nn.Module, wanted: Sequence[Tensor], batches: Batches, plan: Plan, number: int
+def _correct(
+    model: nn.Module, logits: Sequence[Tensor], batches: Batches, plan: Plan, number: int
 ) -> Mapping[str, float]:
-    """Move the model towards the dense answers, where the plan says so; returns figures about it."""
-    if not plan.correct_norms:
+    """Correct norms and biases towards the dense model's logits, if the plan says so; return figures about it."""
+    if not plan.config.correct_norms:
         return {}
-    found = correction(model, wanted, batches, plan.setting_of(number))
-    _put(model, found.values)
-    return found.facts
+    corrected = corrected_norms(model, logits, batches, plan.context(number))
+    _copy_params(model, corrected.values)
+    return corrected.facts
 
 
 @torch.no_grad()
-def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def _copy_params(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         model.get_parameter(name).copy_(value)
 
 
 @torch.no_grad()
-def _apply(
-    model: nn.Module, now: Sequence[tuple[Group, str]], masks: Masks, kept: Masks, importance: Importance
-) -> None:
-    """Weights become zero, units are cut out; first the survivors take their update, if there is one.
-
-    `now` has the groups of the model as it is, each with its name in the dense model.
-    """
-    weights = [group for group, _ in now if group.kind == "weight"]
-    units = [(group, name) for group, name in now if group.kind != "weight"]
-    left = {g.name: masks[name].flatten()[kept[name].flatten()].view(g.shape) for g, name in units}
-    if importance.update is not None:
-        _put(model, importance.update(left | {g.name: masks[g.name] for g in weights}))
+def _apply(model: nn.Module, groups: Sequence[Group], masks: Masks, state: CycleState, update: Update | None) -> None:
+    """Update the remaining weights, then zero single weights and cut out the other units."""
+    names = to_dense_names(state.groups, groups, state.masks)
+    weights = [group for group in groups if group.kind == "weight"]
+    units = [group for group in groups if group.kind != "weight"]
+    own_masks = {
+        group.name: masks[names[group.name]].flatten()[state.masks[names[group.name]].flatten()].view(group.shape)
+        for group in units
+    }
+    if update is not None:
+        _copy_params(model, update(own_masks | {group.name: masks[group.name] for group in weights}))
     zero(model, weights, masks)
-    shrink(model, [group for group, _ in units], left)
+    shrink(model, units, own_masks)

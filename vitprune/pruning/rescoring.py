@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, ScoreConfig
+from vitprune.criteria import Batches, ScoringContext
 from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.errors import BadInput
@@ -34,7 +34,7 @@ class Rescored:
     facts: dict[str, float]
 
 
-RescoreFn = Callable[[nn.Module, Sequence[Group], Batches, Scores, Sequence[CandidatePool], ScoreConfig], Rescored]
+RescoreFn = Callable[[nn.Module, Sequence[Group], Batches, Scores, Sequence[CandidatePool], ScoringContext], Rescored]
 
 
 def rescore(
@@ -43,13 +43,13 @@ def rescore(
     batches: Batches,
     scores: Scores,
     contests: Sequence[CandidatePool],
-    setting: ScoreConfig,
+    context: ScoringContext,
 ) -> Rescored:
     """Measure exact scores of the units whose place in a contest is in doubt, until the kept set is settled.
 
     `scores` are Fisher's of all units over the same images and with the same seed: their parts, image by image, are the
     control variate. A kind of units is settled when the expected share of its kept units that the exact scores would
-    keep is at least `setting.confidence`. Images are taken in one random order, without replacement, so that what
+    keep is at least `config.confidence`. Images are taken in one random order, without replacement, so that what
     is measured on all of them is exact.
 
     Raises:
@@ -58,22 +58,22 @@ def rescore(
     if not batches:
         raise BadInput("upvits: needs images; give batches")
     images = [image for batch, _ in batches for image in batch]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(setting.seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(context.seed))
     names = list(scores)
     own = [group for group in groups if group.name in scores]
 
     def exact(chosen: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
-        return kl_divergences(model, own, chosen, torch.stack([images[place] for place in places.tolist()]), setting)
+        return kl_divergences(model, own, chosen, torch.stack([images[place] for place in places.tolist()]), context)
 
     def control(places: Tensor) -> Tensor:
         some = torch.stack([images[place] for place in places.tolist()])
-        found = fisher_kl_per_image(model, own, some, setting, [setting.first + place for place in places.tolist()])
+        found = fisher_kl_per_image(model, own, some, context, [context.first + place for place in places.tolist()])
         return torch.cat([found[name] for name in names])
 
     units = sum(score.numel() for score in scores.values())
-    affordable = units * len(images) * 4 <= setting.memory
+    affordable = units * len(images) * 4 <= context.config.memory
     kinds = {group.name: group.kind for group in own}
-    return adaptive_rescoring(scores, kinds, contests, exact, control if affordable else None, order, setting)
+    return adaptive_rescoring(scores, kinds, contests, exact, control if affordable else None, order, context)
 
 
 def adaptive_rescoring(
@@ -83,7 +83,7 @@ def adaptive_rescoring(
     exact: Exact,
     control: Control | None,
     order: Tensor,
-    setting: ScoreConfig,
+    context: ScoringContext,
 ) -> Rescored:
     """The race itself: `exact` and `control` give values of units on images, in the order given.
 
@@ -100,7 +100,7 @@ def adaptive_rescoring(
     surrogate = torch.cat([score.flatten().to("cpu", torch.float64) for score in scores.values()])
     state = ScorePosterior(surrogate, pools(list(sizes.values())), len(order))
     controls = _Controls(control, order, surrogate)
-    rounds, sent = 0, field.sample(setting)
+    rounds, sent = 0, field.sample(context)
     while len(sent):
         rounds += 1
         for begin, end, last, units in _stages(state, sent):
@@ -108,10 +108,10 @@ def adaptive_rescoring(
             measured = torch.cat([found[name] for name in field.by_group(units)])
             needed = torch.zeros_like(measured) if last else controls.of(units, begin, end)
             state.add(units, measured, needed)
-        sent = field.sent(state, field.doubts(state, setting), setting)
+        sent = field.sent(state, field.doubts(state, context), context)
     values = torch.split(state.scores(), list(sizes.values()))
     settled = {name: value.view(scores[name].shape) for name, value in zip(scores, values, strict=True)}
-    return Rescored(settled, _facts(state, field.doubts(state, setting), field, rounds, setting))
+    return Rescored(settled, _facts(state, field.doubts(state, context), field, rounds, context))
 
 
 @dataclass(frozen=True)
@@ -124,36 +124,36 @@ class _Field:
     kinds: list[str]
     of: Mapping[str, str]  # kind of each group
 
-    def doubts(self, state: ScorePosterior, setting: ScoreConfig) -> list[Doubt]:
+    def doubts(self, state: ScorePosterior, context: ScoringContext) -> list[Doubt]:
         mean, deviation = state.posterior()
         found = []
         for number, (units, remove) in enumerate(zip(self.contests, self.remove, strict=True)):
-            source = torch.Generator().manual_seed(setting.seed + number)
+            source = torch.Generator().manual_seed(context.seed + number)
             draws = heavy_tailed((DRAWS, len(units)), source)
             found.append(doubt(mean[units], deviation[units], remove, draws))
         return found
 
-    def sample(self, setting: ScoreConfig) -> Tensor:
+    def sample(self, context: ScoringContext) -> Tensor:
         """Some units of every group that competes, drawn at random: what the ratios of its pool are guessed from."""
-        source = torch.Generator().manual_seed(setting.seed)
+        source = torch.Generator().manual_seed(context.seed)
         competing = torch.cat([units for units, remove in zip(self.contests, self.remove, strict=True) if remove])
         pieces = torch.split(torch.arange(sum(self.sizes.values())), list(self.sizes.values()))
         drawn = [piece[torch.randperm(len(piece), generator=source)[:SAMPLE]] for piece in pieces]
         found = torch.cat(drawn)
         return found[torch.isin(found, competing)].sort().values
 
-    def sent(self, state: ScorePosterior, doubts: Sequence[Doubt], setting: ScoreConfig) -> Tensor:
+    def sent(self, state: ScorePosterior, doubts: Sequence[Doubt], context: ScoringContext) -> Tensor:
         """Units to measure on more images, ascending; none where every kind is settled, or all of it is measured."""
         sent = [torch.empty(0, dtype=torch.int64)]
         for kind in sorted(set(self.kinds)):
             own = [number for number, other in enumerate(self.kinds) if other == kind]
-            if self.overlap(doubts, own) >= setting.confidence:
+            if self.overlap(doubts, own) >= context.config.confidence:
                 continue
             units = torch.cat([self.contests[number] for number in own])
             wrong = torch.cat([doubts[number].wrong for number in own])
             able = state.seen[units] < state.images
             effort = self.effort(kind)[units]
-            chosen = doubtful(wrong, able, effort, (1 - setting.confidence) * self.kept(own) / SPARE)
+            chosen = doubtful(wrong, able, effort, (1 - context.config.confidence) * self.kept(own) / SPARE)
             if not len(chosen):  # what is in doubt is measured, but not what it is compared with
                 chosen = doubtful(wrong, able, effort, 0.0)
             sent.append(units[chosen])
@@ -218,12 +218,12 @@ def _stages(state: ScorePosterior, sent: Tensor) -> Iterator[tuple[int, int, boo
 
 
 def _facts(
-    state: ScorePosterior, doubts: Sequence[Doubt], field: _Field, rounds: int, setting: ScoreConfig
+    state: ScorePosterior, doubts: Sequence[Doubt], field: _Field, rounds: int, context: ScoringContext
 ) -> dict[str, float]:
     numbers = range(len(doubts))
     by_kind = {kind: [n for n in numbers if field.kinds[n] == kind] for kind in sorted(set(field.kinds))}
     return {
-        "confidence": setting.confidence,
+        "confidence": context.config.confidence,
         "contests": float(len(doubts)),
         "evaluations": float(state.seen.sum()),
         "evaluations_share": float(state.seen.sum()) / (len(state.seen) * state.images),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
-from vitprune.pruning.constraints import UNCONSTRAINED, Constraints, in_lots, nearest, rounded, shared
+from vitprune.pruning.constraints import UNCONSTRAINED, Constraints, competing, nearest, rounded, select_in_steps
 
 NO_BOUNDS: Constraints = {}
 SCOPES = ("layer", "global", "module", "isomorphic", "head", "N:M")
@@ -136,7 +136,7 @@ def candidate_pools(
     if scope == "head":
         pools = [[(name, row)] for name, score in scores.items() for row in _rows(name, score)]
     else:
-        named = [pool for names in _pools(scores, scope, groups).values() for pool in shared(bounds, names)]
+        named = [pool for names in _pools(scores, scope, groups).values() for pool in competing(bounds, names)]
         pools = [[(name, torch.arange(scores[name].numel())) for name in names] for names in named]
     return [_contest(pool, sparsity, previous, keep_at_least, bounds) for pool in pools]
 
@@ -168,7 +168,7 @@ def _settled(ranked: Scores, fields: Sequence[CandidatePool]) -> Masks:
     for contest in fields:
         own = [ranked[name].flatten()[_all_or(places, ranked[name])] for name, places in contest.places]
         if contest.stepped:
-            stay = in_lots([_finite(flat).sort().values.tolist() for flat in own], contest.kept, contest.remove)
+            stay = select_in_steps([_finite(flat).sort().values.tolist() for flat in own], contest.kept, contest.remove)
             pieces = [_keep_best(flat, keep) for flat, keep in zip(own, stay, strict=True)]
         else:
             flat = torch.cat([_bounded(*pair) for pair in zip(own, contest.kept, strict=True)] if contest.kept else own)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprune.config.params import Distill
+from vitprune.config.train_config import DistillConfig
 from vitprune.runtime.distributed import ProcessGroup
 
 AUTOCAST = {True: torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,7 +63,7 @@ class CachedDistillationTask(nn.Module):
 @torch.no_grad()
 def cache_teacher(
     task: Any,
-    settings: Distill,
+    settings: DistillConfig,
     batches: Iterable[tuple[Tensor, Tensor]],
     dist: ProcessGroup,
 ) -> Tensor:

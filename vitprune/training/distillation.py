@@ -6,7 +6,7 @@ import torch
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from torch import nn
 
-from vitprune.config.params import Distill
+from vitprune.config.train_config import DistillConfig
 from vitprune.evaluation.losses import CrossEntropy
 
 
@@ -76,7 +76,7 @@ def _distillation_arguments(student: nn.Module, teacher: nn.Module, alpha: float
 
 
 def distillation_task(
-    student: nn.Module, teacher: nn.Module, settings: Distill, smoothing: float, seed: int
+    student: nn.Module, teacher: nn.Module, settings: DistillConfig, smoothing: float, seed: int
 ) -> nn.Module:
     """Return the distillation task of the settings: of features or of logits."""
     if settings.kind == "features":

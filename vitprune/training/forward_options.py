@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput
 from vitprune.training.quantization_aware import FakeQuant
 
 
 @contextmanager
-def forward_options(task: Any, recipe: Train) -> Iterator[None]:
+def forward_options(task: Any, recipe: TrainConfig) -> Iterator[None]:
     """Apply the forward options of a recipe to a task, and undo them at the end. Weights do not change.
 
     Raises:
@@ -45,7 +45,7 @@ def _set_grad_checkpointing(model: nn.Module, on: bool) -> None:
         raise BadInput(f"train.checkpointing: not supported by {name}; set it to false") from None
 
 
-def to_device(images: Tensor, device: torch.device, recipe: Train) -> Tensor:
+def to_device(images: Tensor, device: torch.device, recipe: TrainConfig) -> Tensor:
     """Move images (B, C, H, W) or tokens to a device, in the memory format of the recipe."""
     if recipe.channels_last and images.dim() == 4:
         return images.to(device, memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.data import MixFn, make_mixer
 from vitprune.errors import BadInput, NotFinite
 from vitprune.groups import Group, Masks, zero
@@ -71,7 +71,7 @@ def train(
     task: Any,
     epochs: EpochBatches,
     steps: int,
-    recipe: Train,
+    recipe: TrainConfig,
     seed: int,
     record: Record,
     frozen_zeros: FrozenZeros | None = None,
@@ -139,7 +139,9 @@ def train(
                 break
 
 
-def _epoch_row(counters: _Counters, recipe: Train, rate_at: Callable[[int], float], name: str) -> dict[str, float]:
+def _epoch_row(
+    counters: _Counters, recipe: TrainConfig, rate_at: Callable[[int], float], name: str
+) -> dict[str, float]:
     step = counters.step
     row = {"epoch": counters.epoch + 1, "step": step, "loss": _mean(counters.losses, name), "lr": rate_at(step - 1)}
     # a different number of micro-batches: memory did not suffice for the configured one
@@ -203,7 +205,7 @@ def _mean(losses: Sequence[float], name: str) -> float:
     return sum(losses) / len(losses)
 
 
-def _make_mix(task: Any, recipe: Train, generator: np.random.Generator, dist: ProcessGroup) -> MixFn:
+def _make_mix(task: Any, recipe: TrainConfig, generator: np.random.Generator, dist: ProcessGroup) -> MixFn:
     """Mixup and CutMix over the whole batch, then this rank's share; the identity without mixing."""
     if not recipe.mixes:
         return lambda images, labels: (images, labels)

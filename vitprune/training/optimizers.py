@@ -8,7 +8,7 @@ from typing import Any
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput
 from vitprune.training.lr_schedule import learning_rate
 
@@ -30,7 +30,7 @@ class ScheduleSpan:
     memory: OptimizerState | None = None
 
 
-def make_optimizer(module: nn.Module, model: nn.Module, recipe: Train) -> Any:
+def make_optimizer(module: nn.Module, model: nn.Module, recipe: TrainConfig) -> Any:
     """Create the optimizer of a recipe.
 
     Args:
@@ -56,7 +56,7 @@ def make_optimizer(module: nn.Module, model: nn.Module, recipe: Train) -> Any:
         ) from None
 
 
-def _by_layer(module: nn.Module, model: nn.Module, recipe: Train) -> list[dict[str, Any]]:
+def _by_layer(module: nn.Module, model: nn.Module, recipe: TrainConfig) -> list[dict[str, Any]]:
     no_decay: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
     groups: list[dict[str, Any]] = param_groups_layer_decay(
         model, weight_decay=recipe.weight_decay, no_weight_decay_list=no_decay(), layer_decay=recipe.layer_decay
@@ -69,7 +69,7 @@ def _by_layer(module: nn.Module, model: nn.Module, recipe: Train) -> list[dict[s
     return groups
 
 
-def learning_rates(recipe: Train, steps: int, span: ScheduleSpan | None) -> Callable[[int], float]:
+def learning_rates(recipe: TrainConfig, steps: int, span: ScheduleSpan | None) -> Callable[[int], float]:
     """Return the learning rate as a function of the step, for `steps` steps per epoch."""
     run, warmup = span or ScheduleSpan(0, recipe.epochs * steps), round(recipe.warmup_epochs * steps)
     return lambda step: learning_rate(run.before + step, run.total, recipe.lr, recipe.min_lr, warmup, recipe.decay)

@@ -14,7 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from vitprune.config.train_config import Train
+from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput
 from vitprune.runtime.distributed import ProcessGroup
 from vitprune.training.checkpoint import set_rng_state
@@ -30,7 +30,7 @@ class TrainStep:
         micro_batches: Micro-batches per batch and process; doubled when memory is insufficient.
     """
 
-    def __init__(self, task: Any, optimizer: Any, recipe: Train, dist: ProcessGroup, accelerator: Any):
+    def __init__(self, task: Any, optimizer: Any, recipe: TrainConfig, dist: ProcessGroup, accelerator: Any):
         self._module, self._dist, self._accelerator = task.trainable_module, dist, accelerator
         self._task = accelerator.prepare_model(task, device_placement=False)
         self._forward, self._compiled = self._task, recipe.compile
@@ -142,7 +142,7 @@ class TrainStep:
 
 @contextmanager
 def make_train_step(
-    task: Any, optimizer: Any, recipe: Train, device: torch.device, dist: ProcessGroup
+    task: Any, optimizer: Any, recipe: TrainConfig, device: torch.device, dist: ProcessGroup
 ) -> Iterator[TrainStep]:
     """Create the step of one training; accelerate's global state is reset at the end.
 

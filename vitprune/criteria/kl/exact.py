@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures.chain import AttentionLayers, Branch, Chain, Step
 from vitprune.architectures.chain_builders import build_chain
-from vitprune.criteria import Batches, Importance, ScoreConfig
+from vitprune.criteria import Batches, Importance, ScoringContext
 from vitprune.criteria.kl.branch_ablation import BranchContext, ablation_fn
 from vitprune.criteria.kl.fast_matmul import full_precision, raise_mmap_threshold
 from vitprune.criteria.kl.leave_one_out import copy_without_unit, leave_one_out_kl
@@ -25,7 +25,7 @@ LOGITS = 4  # copies of the attention logits and of the output logits
 CACHE = 24 << 20  # bytes; on a CPU, larger batches of candidates miss the cache and are slower
 
 
-def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score a unit by sum over images of KL(model || model without the unit), in nats.
 
     Same values as `leave_one_out_kl`, faster. A float64 model is scored in float64. A float32 model runs in float32 and
@@ -36,7 +36,7 @@ def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
         model: the model; `architectures.chain_builders` must support it.
         groups: groups of any kind but `weight`.
         batches: calibration batches; labels are not used.
-        setting: the scoring options; `memory` limits the cached activations.
+        context: the scoring options; `memory` limits the cached activations.
 
     Raises:
         BadInput: no batches, or a model or group that exact scoring does not support.
@@ -48,20 +48,20 @@ def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
     dense = [group for group in groups if group.whole_blocks]
     if dense:
         others = [group for group in groups if not group.whole_blocks]
-        whole_scores = leave_one_out_kl(model, dense, batches, setting).scores
-        return Importance(whole_scores | (exact_kl(model, others, batches, setting).scores if others else {}))
+        whole_scores = leave_one_out_kl(model, dense, batches, context).scores
+        return Importance(whole_scores | (exact_kl(model, others, batches, context).scores if others else {}))
     everything = {group.name: torch.arange(group.num_candidates) for group in groups}
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     for group in groups:
         scores[group.name][group.num_candidates :] = torch.inf
     for images, _ in track(batches, "scoring units, batch by batch"):
-        for name, result in kl_divergences(model, groups, everything, images, setting).items():
+        for name, result in kl_divergences(model, groups, everything, images, context).items():
             scores[name][: len(result)] += result.sum(1)
     return Importance({group.name: scores[group.name].view(group.shape) for group in groups})
 
 
 def kl_divergences(
-    model: nn.Module, groups: Sequence[Group], chosen: Mapping[str, Tensor], images: Tensor, setting: ScoreConfig
+    model: nn.Module, groups: Sequence[Group], chosen: Mapping[str, Tensor], images: Tensor, context: ScoringContext
 ) -> dict[str, Tensor]:
     """Return KL(model || model without the unit) for selected units and every image, in nats.
 
@@ -70,7 +70,7 @@ def kl_divergences(
         groups: its groups.
         chosen: group name -> flat unit indices, (units,).
         images: (B, C, H, W).
-        setting: the scoring options; about `memory` bytes of activations are held at a time.
+        context: the scoring options; about `memory` bytes of activations are held at a time.
 
     Returns:
         Group name -> (units, images), float64, on the CPU.
@@ -88,11 +88,11 @@ def kl_divergences(
         raise_mmap_threshold(device)
         size = 1
         if len(images) > 1:
-            size = _images_at_once(_dense_pass(model, chain, images[:1].to(device)), setting.memory)
+            size = _images_at_once(_dense_pass(model, chain, images[:1].to(device)), context.config.memory)
         parts = (slice(first, first + size) for first in range(0, len(images), size))
         dense_passes = ((part, _dense_pass(model, chain, images[part].to(device))) for part in parts)
         effort = sum(len(units) * _depth(chain, group) for group, units in jobs) * -(-len(images) // size)
-        for _ in track(_fill(result, jobs, dense_passes, setting.memory), "removing units", total=effort):
+        for _ in track(_fill(result, jobs, dense_passes, context.config.memory), "removing units", total=effort):
             pass
     return result
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, ScoreConfig
+from vitprune.criteria import Batches, Importance, ScoringContext
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.kl.gate_gradients import UnitGate, find_gates, record_gates
 from vitprune.criteria.memory import max_batch_size
@@ -15,7 +15,7 @@ from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 
 
-def fisher_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def fisher_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score a unit by 1/2 sum over images and classes of p_c (d log p_c / dg)^2, with g a gate on the unit.
 
     This is the second-order expansion of KL(model || model without the unit) in g. The sum over classes is estimated
@@ -25,7 +25,7 @@ def fisher_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setti
         model: the model.
         groups: groups of any kind but `weight`.
         batches: calibration batches; labels are not used.
-        setting: the scoring options.
+        context: the scoring options.
 
     Raises:
         BadInput: no batches, or a module through which the gate gradient is not defined.
@@ -35,10 +35,10 @@ def fisher_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setti
     if not batches:
         raise BadInput("kl-fisher: needs images; give batches")
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
-    first = setting.first
+    first = context.first
     for images, _ in track(batches, "taking gradients"):
         for name, value in fisher_kl_per_image(
-            model, groups, images, setting, range(first, first + len(images))
+            model, groups, images, context, range(first, first + len(images))
         ).items():
             scores[name] += value.sum(dim=1)
         first += len(images)
@@ -51,7 +51,7 @@ def fisher_kl_per_image(
     model: nn.Module,
     groups: Sequence[Group],
     images: Tensor,
-    setting: ScoreConfig,
+    context: ScoringContext,
     positions: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Return the score of every unit on every image.
@@ -60,7 +60,7 @@ def fisher_kl_per_image(
         model: the model.
         groups: groups of any kind but `weight`.
         images: (B, C, H, W).
-        setting: the scoring options.
+        context: the scoring options.
         positions: index of every image in the data set, which decides its random signs; default: from 0.
 
     Returns:
@@ -71,22 +71,24 @@ def fisher_kl_per_image(
     images = images.detach().to(device)
     with eval_mode(model), frozen(model), torch.enable_grad():
         with record_gates(model, gates, 1):
-            size = max_batch_size(model, lambda image: _forward(model, image, setting), images[:1], setting.memory)
+            size = max_batch_size(
+                model, lambda image: _forward(model, image, context), images[:1], context.config.memory
+            )
         indices = range(len(images)) if positions is None else positions
         starts = range(0, len(images), size)
-        pieces = [_minibatch_scores(model, gates, images[n : n + size], setting, indices[n : n + size]) for n in starts]
+        pieces = [_minibatch_scores(model, gates, images[n : n + size], context, indices[n : n + size]) for n in starts]
     return {group.name: torch.cat([piece[group.name] for piece in pieces], dim=1) for group in groups}
 
 
 def _minibatch_scores(
-    model: nn.Module, gates: Sequence[UnitGate], images: Tensor, setting: ScoreConfig, positions: Sequence[int]
+    model: nn.Module, gates: Sequence[UnitGate], images: Tensor, context: ScoringContext, positions: Sequence[int]
 ) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     with record_gates(model, gates, len(images)) as tape:
-        logits = _forward(model, images, setting)
+        logits = _forward(model, images, context)
         probability = logits.detach().double().softmax(dim=-1)  # (B, ..., classes)
         for direction in fisher_directions(
-            probability, tape.head(logits), setting.fisher_directions, setting.seed, positions
+            probability, tape.head(logits), context.config.fisher_directions, context.seed, positions
         ):
             for name, grad in tape.derivatives(logits, direction.to(logits.dtype), gates).items():
                 half = grad.double().square() / 2  # (B, units)
@@ -94,7 +96,7 @@ def _minibatch_scores(
     return {name: value.T.cpu() for name, value in total.items()}
 
 
-def _forward(model: nn.Module, images: Tensor, setting: ScoreConfig) -> Tensor:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=setting.autocast):
+def _forward(model: nn.Module, images: Tensor, context: ScoringContext) -> Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=context.config.autocast):
         logits: Tensor = model(images)
     return logits

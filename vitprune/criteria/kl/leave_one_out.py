@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, ScoreConfig
+from vitprune.criteria import Batches, Importance, ScoringContext
 from vitprune.errors import BadInput
 from vitprune.groups import Group, mask_without, shrink, zero
 from vitprune.runtime.eval_mode import eval_mode
@@ -14,7 +14,9 @@ from vitprune.runtime.progress import track
 
 
 @torch.no_grad()
-def leave_one_out_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def leave_one_out_kl(
+    model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext
+) -> Importance:
     """Score a unit by sum over images of KL(model || model without the unit), in nats, one unit removed at a time.
 
     Costs units x images forward passes. Residual channels and blocks are shrunk, others zeroed, which gives the same
@@ -26,7 +28,7 @@ def leave_one_out_kl(model: nn.Module, groups: Sequence[Group], batches: Batches
         model: the model.
         groups: groups of any kind but `weight`.
         batches: calibration batches; labels are not used.
-        setting: not used.
+        context: not used.
 
     Raises:
         BadInput: no batches.

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, ScoreConfig, Statistics, Update
+from vitprune.criteria import Batches, Importance, ScoringContext, Statistics, Update
 from vitprune.criteria.obs.gradients import count_gradients, weight_gradients
 from vitprune.criteria.obs.weight_blocks import chunk_by_memory, split_into_blocks
 from vitprune.groups import Group, Masks, Scores
@@ -14,7 +14,7 @@ from vitprune.groups import Group, Masks, Scores
 DAMP = 1e-2  # of the mean of the diagonal, as in the paper's recipes
 
 
-def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score a weight by w_c^2 / U_cc^2, with U the upper Cholesky factor of the inverse of its layer's Fisher matrix.
 
     U_cc^2 is the variance of column c conditioned on the columns before it. Columns without any gradient score 0.
@@ -23,20 +23,22 @@ def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, setting
         model: the model.
         groups: groups of kind `weight`.
         batches: labelled calibration batches.
-        setting: the scoring options.
+        context: the scoring options.
 
     Raises:
         BadInput: no batches, or a group of another kind.
 
     Source: CAP, algorithm 2 (FastCAP), as described in the paper; its released code does not apply the result.
     """
-    config = replace(setting, pattern=None)
+    context = replace(context, pattern=None)
     statistics: Statistics = {}
-    parts = split_into_blocks(model, groups, config.fisher_block_size)
-    for chunk in chunk_by_memory(parts, config.memory, 2 * max((len(labels) for _, labels in batches), default=1)):
-        for part, values in weight_gradients(model, chunk, batches, config):
+    parts = split_into_blocks(model, groups, context.config.fisher_block_size)
+    for chunk in chunk_by_memory(
+        parts, context.config.memory, 2 * max((len(labels) for _, labels in batches), default=1)
+    ):
+        for part, values in weight_gradients(model, chunk, batches, context):
             rows = values.reshape(-1, part.size).double()
-            moment = 2 * (rows.mT @ rows).cpu() / count_gradients(batches, config)
+            moment = 2 * (rows.mT @ rows).cpu() / count_gradients(batches, context)
             name = f"{part.param}/fisher"
             statistics[name] = statistics[name] + moment if name in statistics else moment
     scores: Scores = {}

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, ScoreConfig, Update
+from vitprune.config.score_config import ScoreConfig
+from vitprune.criteria import Batches, ScoringContext, Update
 from vitprune.criteria.obs.gradients import GRADIENTS_AT_ONCE, count_gradients, weight_gradients
 from vitprune.criteria.obs.weight_blocks import BlockRange, chunk_by_memory, split_into_blocks
 from vitprune.errors import BadInput
@@ -24,14 +25,14 @@ BlockSolveFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 class FisherBlocks:
     """Damped Fisher blocks F = damping I + 1/m sum_i g_i g_i^T of all weights of some groups, in float64.
 
-    Iterates over (block range, matrices) any number of times. If the matrices exceed `setting.memory`, they are
+    Iterates over (block range, matrices) any number of times. If the matrices exceed `context.config.memory`, they are
     collected in chunks, with the gradients recomputed for every chunk; otherwise they are collected once and cached.
 
     Args:
         model: the model.
         groups: groups of kind `weight`.
         batches: labelled calibration batches.
-        setting: the scoring options.
+        context: the scoring options.
 
     Raises:
         BadInput: a group of another kind, or too few images.
@@ -39,14 +40,14 @@ class FisherBlocks:
     Source: CAP section 3.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig):
+    def __init__(self, model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext):
         parts = split_into_blocks(
-            model, groups, setting.fisher_block_size, setting.pattern[1] if setting.pattern else 1
+            model, groups, context.config.fisher_block_size, context.pattern[1] if context.pattern else 1
         )
-        count_gradients(batches, setting)
-        held = max(len(labels) for _, labels in batches) if setting.per_sample else GRADIENTS_AT_ONCE
-        self.model, self.batches, self.setting = model, batches, setting
-        self.chunks = chunk_by_memory(parts, setting.memory, held)
+        count_gradients(batches, context)
+        held = max(len(labels) for _, labels in batches) if context.config.per_sample else GRADIENTS_AT_ONCE
+        self.model, self.batches, self.context = model, batches, context
+        self.chunks = chunk_by_memory(parts, context.config.memory, held)
         self._cache: dict[BlockRange, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[BlockRange, Tensor]]:
@@ -62,7 +63,7 @@ class FisherBlocks:
         if self._cache:
             yield from self._cache.items()
             return
-        result = collect_fisher_blocks(self.model, self.chunks[number], self.batches, self.setting, f"fisher-{number}")
+        result = collect_fisher_blocks(self.model, self.chunks[number], self.batches, self.context, f"fisher-{number}")
         if len(self.chunks) == 1:
             self._cache = dict(result)
         for part in self.chunks[number]:
@@ -70,29 +71,29 @@ class FisherBlocks:
 
 
 def collect_fisher_blocks(
-    model: nn.Module, parts: Sequence[BlockRange], batches: Batches, setting: ScoreConfig, name: str = "fisher"
+    model: nn.Module, parts: Sequence[BlockRange], batches: Batches, context: ScoringContext, name: str = "fisher"
 ) -> dict[BlockRange, Tensor]:
     """Collect the damped Fisher blocks of some block ranges, (blocks, B, B) each.
 
-    Partial sums are saved to and resumed from `setting.notes` under `name`.
+    Partial sums are saved to and resumed from `context.partial` under `name`.
     """
-    device, notes = next(model.parameters()).device, setting.notes
+    device, notes = next(model.parameters()).device, context.partial
     noted = notes.read(name) if notes else {}
     done = int(noted["done"]) if noted else 0
     sums = {}
     for part in parts:
         fresh = torch.zeros(part.blocks, part.size, part.size, dtype=torch.float64)
         sums[part] = noted.get(_label(part), fresh).to(device)
-    for number, (part, values) in enumerate(weight_gradients(model, parts, batches, setting, done), 1):
+    for number, (part, values) in enumerate(weight_gradients(model, parts, batches, context, done), 1):
         add_outer_products(sums[part], values)
         if notes and number % len(parts) == 0 and notes.due():
             rounds = torch.tensor(done + number // len(parts))
             notes.write(name, {_label(part): total for part, total in sums.items()} | {"done": rounds})
-    number = count_gradients(batches, setting)
+    number = count_gradients(batches, context)
     for total in sums.values():
-        symmetrize(setting.team.all_reduce(total))
+        symmetrize(context.dist.all_reduce(total))
         total /= number
-        total.diagonal(dim1=1, dim2=2).add_(effective_damping(setting))
+        total.diagonal(dim1=1, dim2=2).add_(effective_damping(context.config, number))
     return sums
 
 
@@ -100,13 +101,13 @@ def _label(part: BlockRange) -> str:
     return f"{part.param}/{part.start}"
 
 
-def effective_damping(setting: ScoreConfig) -> float:
+def effective_damping(config: ScoreConfig, gradients: int) -> float:
     """Return the damping that is added to the diagonal.
 
     A per-image gradient has `gradient_batch` times the variance of a batch gradient, and masks and updates depend only
     on the ratio of Fisher and damping: per-image Fisher matrices get `gradient_batch` times the configured damping.
     """
-    return setting.damping * (setting.gradient_batch if setting.per_sample else 1)
+    return config.damping_for(gradients) * (config.gradient_batch if config.per_sample else 1)
 
 
 def add_outer_products(total: Tensor, values: Tensor) -> None:
@@ -151,7 +152,7 @@ def blockwise_scores(model: nn.Module, groups: Sequence[Group], fisher: FisherBl
 
     Block ranges are divided among the processes. Chunks whose scores all processes have saved are not collected again.
     """
-    team, notes = fisher.setting.team, fisher.setting.notes
+    team, notes = fisher.context.dist, fisher.context.partial
     scores = {group.slices[0].param: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     for number, parts in enumerate(track(fisher.chunks, "collecting Fisher blocks")):
         result = notes.read(f"scores-{number}") if notes else {}
@@ -169,7 +170,7 @@ def _local_losses(model: nn.Module, fisher: FisherBlocks, chunk: int, score_fn: 
     """Losses of this process's block ranges in a chunk, zeros for the others; (weights,) each."""
     result = {}
     for number, (part, matrices) in enumerate(fisher.chunk(chunk)):
-        if fisher.setting.team.owns(number):
+        if fisher.context.dist.owns(number):
             weights = _weights(model, part)
             starts = range(0, part.blocks, _at_once(matrices))
             pieces = [score_fn(matrices[n : n + starts.step], weights[n : n + starts.step]) for n in starts]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vitprune.criteria import Batches, ScoreConfig, layer_io
+from vitprune.criteria import Batches, ScoringContext, layer_io
 from vitprune.criteria.obs.weight_blocks import BlockRange
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import cross_entropy
@@ -24,7 +24,7 @@ CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop, the defaults o
 SEED_STRIDE = 1 << 20  # between the seeds of two cycles, larger than the number of batches
 
 
-def count_gradients(batches: Batches, setting: ScoreConfig) -> int:
+def count_gradients(batches: Batches, context: ScoringContext) -> int:
     """Return how many gradients are taken: `num_gradients`, or one per image (or batch) if it is None.
 
     Raises:
@@ -32,20 +32,20 @@ def count_gradients(batches: Batches, setting: ScoreConfig) -> int:
     """
     if not batches:
         raise BadInput("Fisher blocks: need images with labels; give batches")
-    if setting.num_gradients is not None:
-        return setting.num_gradients
+    if context.config.num_gradients is not None:
+        return context.config.num_gradients
     images = sum(len(labels) for _, labels in batches)
-    found = images if setting.per_sample else images // setting.gradient_batch
+    found = images if context.config.per_sample else images // context.config.gradient_batch
     if not found:
         raise BadInput(
-            f"score.gradient_batch {setting.gradient_batch}: there are only {images} images; lower it, give "
+            f"score.gradient_batch {context.config.gradient_batch}: there are only {images} images; lower it, give "
             "score.num_gradients, or set score.per_sample"
         )
     return found
 
 
 def weight_gradients(
-    model: nn.Module, parts: Sequence[BlockRange], batches: Batches, setting: ScoreConfig, done: int = 0
+    model: nn.Module, parts: Sequence[BlockRange], batches: Batches, context: ScoringContext, done: int = 0
 ) -> Iterator[GradientChunk]:
     """Yield this process's gradients w.r.t. the weights of block ranges, several at a time; zero for zero weights.
 
@@ -56,25 +56,25 @@ def weight_gradients(
         model: the model.
         parts: block ranges; each is yielded once per round.
         batches: labelled calibration batches.
-        setting: the scoring options.
+        context: the scoring options.
         done: number of rounds to skip (one batch of images, or `GRADIENTS_AT_ONCE` gradients of batches, each).
 
     Raises:
         BadInput: too few images, or a weight that is not used in the forward pass.
     """
-    number = count_gradients(batches, setting)
+    number = count_gradients(batches, context)
     device = next(model.parameters()).device
     masks = {part: _flat(model, part) != 0 for part in parts}
-    if setting.per_sample:
+    if context.config.per_sample:
         stream = augmented_images(
-            batches, number, setting.seed, lambda batch_index: _is_pending(setting, batch_index, done)
+            batches, number, context.seed, lambda batch_index: _is_pending(context, batch_index, done)
         )
         take = _per_image
     else:
-        stream = augmented_images(batches, number * setting.gradient_batch, setting.seed)
+        stream = augmented_images(batches, number * context.config.gradient_batch, context.seed)
         take = partial(_per_batch, done=done)
     with eval_mode(model), frozen(model), highest_matmul_precision():
-        for part, values in take(model, parts, ((x.to(device), y.to(device)) for x, y in stream), setting):
+        for part, values in take(model, parts, ((x.to(device), y.to(device)) for x, y in stream), context):
             yield part, values * masks[part]
 
 
@@ -89,9 +89,9 @@ def highest_matmul_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _is_pending(setting: ScoreConfig, number: int, done: int) -> bool:
+def _is_pending(context: ScoringContext, number: int, done: int) -> bool:
     """Return whether gradient (batch) `number` belongs to this process and was not taken before."""
-    return setting.team.owns(number) and number // setting.team.size >= done
+    return context.dist.owns(number) and number // context.dist.size >= done
 
 
 def _flat(model: nn.Module, part: BlockRange) -> Tensor:
@@ -99,7 +99,7 @@ def _flat(model: nn.Module, part: BlockRange) -> Tensor:
 
 
 def _per_image(
-    model: nn.Module, parts: Sequence[BlockRange], stream: Iterator[tuple[Tensor, Tensor]], setting: ScoreConfig
+    model: nn.Module, parts: Sequence[BlockRange], stream: Iterator[tuple[Tensor, Tensor]], context: ScoringContext
 ) -> Iterator[GradientChunk]:
     layers = {part.param: model.get_submodule(part.param.rpartition(".")[0]) for part in parts}
     plain_params = [
@@ -162,7 +162,7 @@ def _per_batch(
     model: nn.Module,
     parts: Sequence[BlockRange],
     stream: Iterator[tuple[Tensor, Tensor]],
-    setting: ScoreConfig,
+    context: ScoringContext,
     done: int,
 ) -> Iterator[GradientChunk]:
     held: list[dict[BlockRange, Tensor]] = []
@@ -170,15 +170,15 @@ def _per_batch(
     for images, labels in stream:
         while len(images):
             if not missing:
-                missing, number = setting.gradient_batch, number + 1
+                missing, number = context.config.gradient_batch, number + 1
                 if len(held) == GRADIENTS_AT_ONCE:
                     yield from _stacked(held)
-                if _is_pending(setting, number, done * GRADIENTS_AT_ONCE):
+                if _is_pending(context, number, done * GRADIENTS_AT_ONCE):
                     held.append({part: torch.zeros_like(_flat(model, part)) for part in parts})
             used_images = min(missing, len(images))
-            if _is_pending(setting, number, done * GRADIENTS_AT_ONCE):
+            if _is_pending(context, number, done * GRADIENTS_AT_ONCE):
                 for part, grad in _slopes(model, parts, images[:used_images], labels[:used_images]).items():
-                    held[-1][part] += grad * (used_images / setting.gradient_batch)
+                    held[-1][part] += grad * (used_images / context.config.gradient_batch)
             missing, images, labels = missing - used_images, images[used_images:], labels[used_images:]
     yield from _stacked(held)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Importance, ScoreConfig, Statistics, Update, layer_io
+from vitprune.criteria import Batches, Importance, ScoringContext, Statistics, Update, layer_io
 from vitprune.criteria.moments import collect_layer_moments
 from vitprune.criteria.obs.greedy import eliminate_weights, loss_increments
 from vitprune.criteria.obs.unit_elimination import RIDGES, add_ridge, fit_and_test_moments
@@ -20,19 +20,19 @@ BYTES_PER_ENTRY = 3 * 8  # matrix, inverse or factor, and workspace
 SOLVE_BYTES = 1 << 28  # for the matrices of the rows that are solved at once
 
 
-def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score a weight by its increment of the estimated loss in greedy elimination of its output row, in nats per image.
 
     The loss of a row is the squared change of its output over all tokens, after the update of the remaining weights,
     times the mean squared gradient of the logits w.r.t. that output: rows of all layers are comparable. With
-    `setting.pattern` (N, M), at most M - N of every M consecutive weights are removed; the others score infinity.
+    `context.pattern` (N, M), at most M - N of every M consecutive weights are removed; the others score infinity.
     A row of k weights costs k^3 / 3 multiply-adds; statistics hold 2 (k + 1)^2 numbers per layer.
 
     Args:
         model: the model.
         groups: groups of kind `weight`.
         batches: labelled calibration batches.
-        setting: the scoring options.
+        context: the scoring options.
 
     Raises:
         BadInput: no batches, a group of another kind, or a layer that is neither Linear nor an ungrouped convolution.
@@ -40,9 +40,9 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Sc
     Source: Optimal Brain Compression (Frantar & Alistarh, NeurIPS 2022), ExactOBS by rows. The weighting by
         gradients is ours: K-FAC (Martens & Grosse, ICML 2015) with the diagonal of its second factor.
     """
-    split_into_blocks(model, groups, 1, setting.pattern[1] if setting.pattern else 1)
+    split_into_blocks(model, groups, 1, context.pattern[1] if context.pattern else 1)
     statistics = collect_layer_moments(
-        model, [_path(model, group) for group in groups], {}, batches, setting, "metric_diagonal"
+        model, [_path(model, group) for group in groups], {}, batches, context, "metric_diagonal"
     )
     images = sum(len(labels) for _, labels in batches)
     scores: Scores = {}
@@ -51,7 +51,7 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: Sc
         grad_sq = statistics[f"{_path(model, group)}/metric_diagonal"] / images
         rows = _rows(model, group)
         rows = rows * grad_sq.to(rows).sqrt()[:, None]
-        scores[group.name] = _row_losses(rows, _conditional(model, group, moments), setting).view(group.shape)
+        scores[group.name] = _row_losses(rows, _conditional(model, group, moments), context).view(group.shape)
     return Importance(scores, obc_update(model, groups, statistics), statistics=statistics)
 
 
@@ -120,18 +120,18 @@ def _restrict(damped: Tensor, keep_inputs: Tensor) -> Tensor:
     return damped * weights[:, :, None] * weights[:, None, :] + torch.diag_embed(1 - weights)
 
 
-def _row_losses(rows: Tensor, conditional: Tensor, setting: ScoreConfig) -> Tensor:
+def _row_losses(rows: Tensor, conditional: Tensor, context: ScoringContext) -> Tensor:
     """Return the losses of the weights of all rows; zero weights are removed first."""
     inverse = torch.linalg.inv(conditional)
     result = []
-    for part in _row_chunks(len(rows), rows.shape[1], setting.memory):
+    for part in _row_chunks(len(rows), rows.shape[1], context.config.memory):
         weights = rows[part]
         if bool((weights == 0).any()):
             matrices = torch.linalg.inv(_restrict(conditional, weights != 0))
         else:
             matrices = inverse.expand(len(weights), -1, -1)
-        losses = eliminate_weights(matrices, weights, pattern=setting.pattern)
-        result.append(losses if setting.pattern else loss_increments(losses))
+        losses = eliminate_weights(matrices, weights, pattern=context.pattern)
+        result.append(losses if context.pattern else loss_increments(losses))
     return torch.cat(result)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitprune.criteria import Batches, Criterion, Importance, ScoreConfig, Statistics, Update
+from vitprune.criteria import Batches, Criterion, Importance, ScoringContext, Statistics, Update
 from vitprune.criteria.moments import Consumer, collect_unit_moments, find_consumer, find_qkv
 from vitprune.criteria.obs.attention_basis import AttentionBasis, attention_basis
 from vitprune.criteria.obs.unit_elimination import eliminate_units, ridge_refit
@@ -17,7 +17,7 @@ TINY = 1e-300
 RIDGE = 1e-3  # of elimination; `ridge_refit` selects its own
 
 
-def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
+def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
     """Score FFN units and heads by greedy OBS elimination, attention channels by energy in a new basis; in nats.
 
     FFN units and heads: w_j^T G w_j / (2 [C^-1]_jj), with C the second moment of the consumer's inputs and G the Fisher
@@ -28,7 +28,7 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
         model: the dense model.
         groups: groups of kind `ffn`, `head` or `attention`.
         batches: calibration batches; labels are not used.
-        setting: the scoring options.
+        context: the scoring options.
 
     Raises:
         BadInput: no batches, a group of another kind, or a group without exactly one consumer.
@@ -40,7 +40,7 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, settin
         raise BadInput(
             f"{unsupported[0].name}: unit-obs scores ffn, head and attention, not kind {unsupported[0].kind!r}"
         )
-    statistics = collect_unit_moments(model, groups, batches, setting, grads=True)
+    statistics = collect_unit_moments(model, groups, batches, context, grads=True)
     scores: Scores = {}
     for group in track(groups, "eliminating units"):
         scores[group.name] = (_channel_losses if group.kind == "attention" else _unit_losses)(model, group, statistics)
@@ -75,10 +75,10 @@ def refit_update(model: nn.Module, groups: Sequence[Group], statistics: Statisti
 def with_refit_update(criterion: Criterion) -> Criterion:
     """Return a criterion with the scores of the given one and the refit as update."""
 
-    def refitted(model: nn.Module, groups: Sequence[Group], batches: Batches, setting: ScoreConfig) -> Importance:
-        result = criterion(model, groups, batches, setting)
+    def refitted(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
+        result = criterion(model, groups, batches, context)
         statistics = collect_unit_moments(
-            model, [group for group in groups if group.kind != "residual"], batches, setting
+            model, [group for group in groups if group.kind != "residual"], batches, context
         )
         return Importance(result.scores, refit_update(model, groups, statistics), result.facts, statistics)
 

@@ -1,0 +1,98 @@
+"""Settings of pruning: method, sparsity or cost target, constraints, and the gradual schedule."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vitprune.config.section import Count, Fraction, Section, at_key
+from vitprune.config.targets import Rule, Target
+from vitprune.config.train_config import TrainConfig
+
+Epoch = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0)]
+Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
+
+
+class Schedule(Section):
+    """Sparsity over the cycles: a shape, or the sparsity of every cycle. Both end at `prune.sparsity`."""
+
+    section: ClassVar[str] = "prune.schedule"
+
+    shape: Literal["linear", "cubic"] | None = None
+    """Shape of the curve (cubic: Zhu & Gupta, 2017)."""
+
+    initial: Fraction | None = None
+    """Sparsity after the first cycle; null: as the shape gives it, starting from the dense model."""
+
+    steps: Annotated[list[Fraction], Field(min_length=1)] | dict[Epoch, Fraction] | None = None
+    """Sparsity after every cycle: a list, or epoch: sparsity. The epochs are those of the whole run at which the cycles
+    prune, starting with 0; the last cycle then trains for `prune.finetune.epochs`."""
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        if (self.shape is None) == (self.steps is None) or (self.steps is not None and self.initial is not None):
+            raise ValueError("give a shape, with or without an initial sparsity, or steps")
+        return self
+
+
+class PruneConfig(Section):
+    """What to prune and how much; exactly one of `sparsity` and `target`, except for N:M methods, which need neither.
+
+    Example:
+        PruneConfig(method="upvits", target={"macs": 0.5}, round_to=8)
+    """
+
+    section: ClassVar[str] = "prune"
+
+    method: str
+    """Name of a pruning method; `vitprune methods` lists them."""
+
+    kinds: list[Kind] | None = None
+    """Kinds of units to score; null: the kinds of the method. Only scored kinds can be pruned."""
+
+    sparsity: Fraction | dict[Kind, Share] | None = None
+    """Fraction of units to remove, one for all kinds or one per kind (scope macs: fraction of the MACs). Beside a
+    target, sparsities per kind are relative to each other."""
+
+    target: Target | None = None
+    """Cost of the pruned model, instead of a sparsity."""
+
+    scope: str | None = None
+    """Which units compete with each other: layer, global, isomorphic, macs or N:M; null: as the method defines it."""
+
+    round_to: Count | dict[Kind, Count] | None = None
+    """Remaining units of every group are a multiple of this, one for all widths or one per kind (attention: channels of
+    every head)."""
+
+    rules: tuple[Rule, ...] = ()
+    """Constraints on single groups; the first rule that matches a group's name applies."""
+
+    merge_heads_to: Count | None = None
+    """Merge the attention heads into this many before pruning attention channels (UP-ViTs)."""
+
+    cycles: Count = 1
+    """Pruning cycles. More than one: gradual pruning, scores are computed again in every cycle."""
+
+    schedule: Literal["linear", "cubic"] | Schedule = "cubic"
+    """Sparsity over the cycles."""
+
+    correct_norms: bool = False
+    """After every cycle, correct norms and biases by one Gauss-Newton step towards the dense model's logits, without
+    labels."""
+
+    finetune: TrainConfig | None = None
+    """Training after every cycle; null: none."""
+
+    keep_zeros: bool = True
+    """Keep the zeros of a checkpoint at zero while fine-tuning as well. Weights that the plan has pruned remain zero in
+    any case."""
+
+    @model_validator(mode="after")
+    def _check_amount(self) -> Self:
+        if self.target is not None and isinstance(self.sparsity, float):
+            raise ValueError("give a target or one sparsity, not both; beside a target, sparsity is null or per kind")
+        if self.target is None and isinstance(self.sparsity, dict):
+            for kind, share in self.sparsity.items():
+                if share >= 1:
+                    raise at_key(f"sparsity.{kind}", "give the fraction to remove, at least 0 and below 1", share)
+        return self

@@ -1,0 +1,72 @@
+"""Options of the importance criteria."""
+
+import math
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from vitprune.config.section import Count, Section
+
+FEW_GRADIENTS, FEW_GRADIENTS_DAMPING = 512, 4e-6
+MANY_GRADIENTS, MANY_GRADIENTS_DAMPING = 4096, 1e-8
+
+
+class ScoreConfig(Section):
+    """How importance scores are computed; each criterion reads the options that concern it."""
+
+    section: ClassVar[str] = "score"
+
+    batch_size: Count = 64
+    """Images per batch of the calibration set. The pipeline alone reads it; in Python, pass batches."""
+
+    memory_mb: Annotated[float, Field(gt=0)] = 1024
+    """Memory in MiB for activations of ablated models and for Fisher matrices; a smaller value takes longer. The model
+    itself is not included."""
+
+    fisher_directions: Count = 8
+    """Gradients per image for the Fisher matrix of the logits (kl-fisher, unit-obs, obc). The scores are exact if it is
+    at least the number of classes."""
+
+    autocast: bool = False
+    """Compute the forward and backward passes of kl-fisher in bfloat16."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.99
+    """Method upvits: expected fraction of the kept units that exact scores would keep as well."""
+
+    fisher_block_size: Count = 192
+    """Weights per block of the block-diagonal Fisher matrix (ovit, woodfisher, fastcap): the smallest divisor of the
+    layer's number of weights that is at least this."""
+
+    damping: Annotated[float, Field(gt=0)] | None = None
+    """Constant on the diagonal of a Fisher block, for gradients of `gradient_batch` images; gradients of single images
+    get `gradient_batch` times as much, since their variance is that much larger. Default null: chosen by the number of
+    gradients, 4e-6 up to 512 gradients, 1e-8 (CAP) from 4096, log-linear in between."""
+
+    num_gradients: Count | None = None
+    """Gradients for the Fisher blocks. Default null: one per image, or one per `gradient_batch` images. A larger number
+    adds random crops of the images. CAP takes 4096."""
+
+    gradient_batch: Count = 128
+    """Images whose mean loss gives one gradient if `per_sample` is false."""
+
+    per_sample: bool = True
+    """One gradient per image; false: one per `gradient_batch` images, as CAP."""
+
+    @property
+    def memory(self) -> int:
+        """Memory limit in bytes."""
+        return int(self.memory_mb * (1 << 20))
+
+    def damping_for(self, gradients: int) -> float:
+        """Return the damping for a number of gradients: the value given, else the default for that number.
+
+        Source: docs/LOG.md, "An update needs more damping than CAP's" (200 gradients); CAP, appendix (4096).
+        """
+        if self.damping is not None:
+            return self.damping
+        if gradients <= FEW_GRADIENTS:
+            return FEW_GRADIENTS_DAMPING
+        if gradients >= MANY_GRADIENTS:
+            return MANY_GRADIENTS_DAMPING
+        position = math.log(gradients / FEW_GRADIENTS) / math.log(MANY_GRADIENTS / FEW_GRADIENTS)
+        return float(FEW_GRADIENTS_DAMPING * (MANY_GRADIENTS_DAMPING / FEW_GRADIENTS_DAMPING) ** position)

@@ -1,0 +1,62 @@
+"""Gradual pruning in Python: prune and fine-tune in turns."""
+
+import copy
+import time
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from vitprune.config.prune_config import PruneConfig
+from vitprune.config.score_config import ScoreConfig
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches
+from vitprune.errors import BadInput
+from vitprune.pruning.plan import plan_for
+from vitprune.pruning.prune import PruneResult, prune_cycles, result_of
+from vitprune.training.finetune import SEED_STEP, RecoverySegment, finetune
+from vitprune.training.loop import FrozenZeros
+from vitprune.training.optimizers import OptimizerState
+
+
+def gradual_prune(
+    model: nn.Module,
+    config: PruneConfig,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    calibration: Batches = (),
+    score: ScoreConfig = DEFAULT_SCORE_CONFIG,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+) -> PruneResult:
+    """Prune a copy of a timm model over `config.cycles` cycles, and fine-tune it after each.
+
+    Args:
+        model: A timm model; it is not changed.
+        config: Method, sparsity or target, cycles, schedule, and the fine-tuning after every cycle.
+        loader: Training batches, see `finetune`.
+        calibration: Batches for methods that need data.
+        score: Options of the criteria.
+        teacher: Teacher of the fine-tuning; None for labels alone.
+        seed: Seed of random numbers.
+
+    Returns:
+        The result after the last cycle and its fine-tuning.
+
+    Raises:
+        BadInput: `config.finetune` is missing, or as `prune` and `finetune`.
+
+    Example:
+        config = PruneConfig(method="lamp", sparsity=0.9, cycles=5, finetune=TrainConfig(epochs=2, lr=1e-4))
+        result = vitprune.gradual_prune(model, config, loader)
+    """
+    recipe = config.finetune
+    if recipe is None:
+        raise BadInput("prune.finetune: gradual_prune trains after every cycle; give a TrainConfig, or use prune")
+    plan, pruned = plan_for(config, score, seed), copy.deepcopy(model)
+    epochs = plan.epochs(recipe.epochs)
+    start, memory = time.perf_counter(), OptimizerState()
+    for cycle in prune_cycles(pruned, plan, calibration):
+        keep_zeros = config.keep_zeros or FrozenZeros(cycle.zeroed, cycle.masks)
+        segment = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
+        settings = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
+        finetune(pruned, loader, settings, teacher, keep_zeros, seed=seed + SEED_STEP * cycle.number, segment=segment)
+    return result_of(model, pruned, cycle, start)

@@ -1,0 +1,97 @@
+"""Fine-tune a pruned model on a data loader, with or without a teacher; removed weights remain zero."""
+
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitprune.architectures import find_groups
+from vitprune.config.train_config import DistillConfig, TrainConfig
+from vitprune.errors import BadInput
+from vitprune.training.distillation import classification, distillation_task
+from vitprune.training.loop import FrozenZeros, train
+from vitprune.training.optimizers import OptimizerState, ScheduleSpan
+
+DEFAULT_DISTILLATION = DistillConfig()
+SEED_STEP = 1000  # between the seeds of the fine-tunings of two cycles
+
+
+@dataclass(frozen=True)
+class RecoverySegment:
+    """Fine-tuning after one pruning cycle, as part of the learning-rate schedule over all cycles.
+
+    Attributes:
+        cycle: Number of the cycle, from 1.
+        epochs: EpochBatches of the fine-tuning after each cycle.
+        memory: Optimizer state to continue from and to update; None starts with a new optimizer.
+    """
+
+    cycle: int
+    epochs: list[int]
+    memory: OptimizerState | None
+
+    @property
+    def name(self) -> str:
+        """Name of the training in messages."""
+        return f"recovery after cycle {self.cycle}"
+
+    def span(self, recipe: TrainConfig, steps: int) -> ScheduleSpan:
+        """Return the position of this segment in the schedule, given the number of steps of an epoch."""
+        if recipe.decay_over == "cycle":
+            return ScheduleSpan(0, recipe.epochs * steps, self.memory)
+        return ScheduleSpan(sum(self.epochs[: self.cycle - 1]) * steps, sum(self.epochs) * steps, self.memory)
+
+
+def finetune(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    config: TrainConfig,
+    teacher: nn.Module | None = None,
+    keep_zeros: bool | FrozenZeros = True,
+    distillation: DistillConfig = DEFAULT_DISTILLATION,
+    seed: int = 0,
+    segment: RecoverySegment | None = None,
+) -> list[dict[str, float]]:
+    """Train a model in place.
+
+    Args:
+        model: The model.
+        loader: Batches (images, labels) that can be iterated once per epoch, with a length. It decides augmentation and
+            batch size: `augment`, `repeats` and `batch_size` of the config are not used.
+        config: Epochs, optimizer and schedule.
+        teacher: The dense model, for distillation; None for training on labels alone.
+        keep_zeros: Keep all single weights that are zero at zero, or those of given masks.
+        distillation: Distance to the teacher and its weight.
+        seed: Seed of random numbers.
+        segment: Position in a gradual run, for the learning rate and the state of the optimizer.
+
+    Returns:
+        One record per epoch: epoch, step, mean loss and learning rate.
+
+    Raises:
+        BadInput: the loader is an iterator or has no length, or the optimizer is unknown.
+        NotFinite: a loss or gradient is not finite.
+    """
+    if not isinstance(loader, Sized):
+        raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")
+    task: Any = classification(model, config.smoothing)
+    if teacher is not None:
+        task = distillation_task(model, teacher, distillation, config.smoothing, seed)
+    history: list[dict[str, float]] = []
+    frozen = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None
+    name, steps = "fine-tuning" if segment is None else segment.name, len(loader)
+    span = segment.span(config, steps) if segment is not None else None
+    train(task, lambda epoch: loader, steps, config, seed, history.append, frozen, name=name, span=span)
+    return history
+
+
+def zero_weights(model: nn.Module) -> FrozenZeros | None:
+    """Return the single weights that are zero, layer by layer; None if there are none."""
+    try:
+        groups = find_groups(model, ["weight"])
+    except BadInput:  # single weights of this model cannot be pruned
+        return None
+    masks = {group.name: model.get_parameter(group.name).detach() != 0 for group in groups}
+    with_zeros = [group for group in groups if not bool(masks[group.name].all())]
+    return FrozenZeros(with_zeros, {group.name: masks[group.name] for group in with_zeros}) if with_zeros else None

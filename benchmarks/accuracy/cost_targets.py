@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.lib.results import Row, arguments, write_results, write_table
-from vitprune import BadInput, count, plan_for
+from vitprune import BadInput, PruneConfig, count, plan_for
 from vitprune.config.quantity import format_cost
 from vitprune.data import example_input
 from vitprune.evaluation.latency import latency
@@ -71,7 +71,9 @@ def measured(name: str, dense: nn.Module, case: Case) -> tuple[list[Row], list[s
     """What a case reaches, as rows and as a line of the table."""
     model, start = copy.deepcopy(dense), time.perf_counter()
     try:
-        plan = plan_for("channel-magnitude", SHARES.get(name), target=case.target, **case.settings)
+        plan = plan_for(
+            PruneConfig(method="channel-magnitude", sparsity=SHARES.get(name), target=case.target, **case.settings)
+        )
         (cycle,) = prune_cycles(model, plan, ())
     except BadInput as refused:  # where the clock has drifted since the dense model was timed
         return [], [name, str(case), "", "refused", "", "", str(refused)]

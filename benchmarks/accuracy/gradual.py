@@ -22,7 +22,7 @@ from benchmarks.accuracy.recovery import images_of, top1_of
 from benchmarks.accuracy.torch_pruning import load_dense
 from benchmarks.lib.deit_tiny import damped
 from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
-from vitprune import METHODS, data, plan_for
+from vitprune import METHODS, PruneConfig, data
 from vitprune.config.prune_config import Schedule
 from vitprune.config.train_config import TrainConfig
 from vitprune.data.loaders import batch_count, train_batches
@@ -125,12 +125,14 @@ def pruned(job: Job) -> list[Point]:
     budget, model, memory = job.budget, load_dense(job.real).to(job.device), OptimizerState()
     table = images_of(job.real, "train", budget.augment)
     steps = Schedule(steps=list(budget.sparsities))
-    plan = damped(plan_for(job.method, budget.sparsities[-1], cycles=len(budget.sparsities), schedule=steps))
+    plan = damped(
+        PruneConfig(method=job.method, sparsity=budget.sparsities[-1], cycles=len(budget.sparsities), schedule=steps)
+    )
     points: list[Point] = []
     start = time.perf_counter()
     for cycle in prune_cycles(model, plan, calibration(job)):
         scored = time.perf_counter()
-        recover(model, job, table, FrozenZeros(cycle.held, cycle.masks), cycle.number, memory)
+        recover(model, job, table, FrozenZeros(cycle.zeroed, cycle.masks), cycle.number, memory)
         trained = time.perf_counter()
         weights = [model.get_parameter(group.name) for group in cycle.groups]
         zeros = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.lib.deit_tiny import damped, load_images
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import data, models, plan_for
+from vitprune import PruneConfig, data, models
 from vitprune.models.export import export_onnx
 from vitprune.models.int8 import IMAGES, compare_onnx, quantize_int8
 from vitprune.pruning.prune import prune_cycles
@@ -48,7 +48,7 @@ def main() -> None:
     rows, table = [], []
     for method, sparsity, variants in CASES[: 1 if quick else None]:
         model = copy.deepcopy(dense)
-        for _ in prune_cycles(model, damped(plan_for(method, sparsity)), seen) if sparsity else ():
+        for _ in prune_cycles(model, damped(PruneConfig(method=method, sparsity=sparsity)), seen) if sparsity else ():
             pass
         for variant, facts in measured(model, variants[: 1 if quick else None], given, batches).items():
             off = facts["int8"] - facts["float"]

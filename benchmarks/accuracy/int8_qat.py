@@ -21,7 +21,7 @@ from benchmarks.accuracy.recovery import images_of
 from benchmarks.accuracy.torch_pruning import load_dense
 from benchmarks.lib.deit_tiny import damped
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import data, plan_for
+from vitprune import PruneConfig, data
 from vitprune.config.train_config import TrainConfig
 from vitprune.pruning.prune import prune_cycles
 from vitprune.training.distillation import logit_distillation
@@ -73,9 +73,9 @@ def pruned(dense: nn.Module, real: Path, number: int) -> tuple[nn.Module, Frozen
     model = copy.deepcopy(dense)
     table = images_of(real, "train", None, 3000 // number)
     (cycle,) = prune_cycles(
-        model, damped(plan_for("ovit", 0.5)), list(itertools.islice(data.eval_batches(table, 32), 8))
+        model, damped(PruneConfig(method="ovit", sparsity=0.5)), list(itertools.islice(data.eval_batches(table, 32), 8))
     )
-    return model, FrozenZeros(cycle.held, cycle.masks)
+    return model, FrozenZeros(cycle.zeroed, cycle.masks)
 
 
 def trained(

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from benchmarks.lib.python_corpus import VOCABULARY, Corpus, drawn, spread, standard_library
 from benchmarks.lib.results import Row, arguments, write_results, write_table
-from vitprune import count, plan_for
+from vitprune import PruneConfig, count, plan_for
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.config.train_config import TrainConfig
 from vitprune.evaluation.losses import cross_entropy
-from vitprune.pruning.cycle_masks import groups_for, select_masks
+from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_cycle_masks
 from vitprune.pruning.prune import prune_cycles
 from vitprune.training.distillation import classification, logit_distillation
 from vitprune.training.loop import train
@@ -129,13 +129,16 @@ def fit(task: nn.Module, corpus: Corpus, steps: int, lr: float) -> None:
 def pruned(bench: Bench, method: str) -> Iterator[Pruned]:
     """Score once; at every share prune a copy, measure it, and let the dense model teach it where asked."""
     start = time.perf_counter()
-    plans = [plan_for(method, {"ffn": share, "attention": share}) for share in bench.size.shares]
+    plans = [
+        plan_for(PruneConfig(method=method, sparsity={"ffn": share, "attention": share})) for share in bench.size.shares
+    ]
     groups = groups_for(bench.dense, plans[0])
-    scores = plans[0].row.criterion(bench.dense, groups, bench.scored_on, plans[0].setting_of(1)).scores
+    scores = plans[0].method.criterion(bench.dense, groups, bench.scored_on, plans[0].context(1)).scores
     seconds = time.perf_counter() - start
     for share, plan in zip(bench.size.shares, plans, strict=True):
         model = copy.deepcopy(bench.dense)
-        for _ in prune_cycles(model, plan, bench.scored_on, select_masks(scores, groups, plan, plan.targets()[0])):
+        first = select_cycle_masks(bench.dense, scores, plan, cycle_state(bench.dense, plan)).masks
+        for _ in prune_cycles(model, plan, bench.scored_on, first):
             before = bench.perplexity(model)
         window = bench.scored_on[0][0][:1]
         cost, whole = count(model, window), count(bench.dense, window)

@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.accuracy import torch_pruning
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import data, models, plan_for
+from vitprune import PruneConfig, data, models, plan_for
 from vitprune.config.train_config import TrainConfig
 from vitprune.data.loaders import ImageTable, batch_count, eval_batches, train_batches
 from vitprune.data.sources import Source
@@ -122,7 +122,7 @@ def prune_both(real: Path, folder: Path, method: str, quick: bool) -> list[Side]
     setup, rival = rival_of(dense, calibration, quick)
     target = {"macs": count(rival, image).macs / whole.macs}
     own = torch_pruning.load_dense(real)
-    for _ in prune_cycles(own, plan_for(method, None, target=target), calibration):
+    for _ in prune_cycles(own, plan_for(PruneConfig(method=method, target=target)), calibration):
         pass
     sides = []
     for name, about, model in (("vitprune", method, own), ("Torch-Pruning", setup, rival)):

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.lib.deit_tiny import Setup, corrected, damped, setup
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import models, plan_for
+from vitprune import PruneConfig, models, plan_for
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
 from vitprune.pruning.prune import prune_cycles
@@ -74,8 +74,8 @@ def main() -> None:
 def pruned(case: Setup, wanted: Case) -> nn.Module:
     """The dense model cut, its weights set to zero, and corrected after either."""
     model = copy.deepcopy(case.dense)
-    plans = [plan_for(wanted.units, None, target={"macs": MACS})] if wanted.units else []
-    plans += [damped(plan_for(wanted.weights, SPARSITY))] if wanted.weights else []
+    plans = [plan_for(PruneConfig(method=wanted.units, target={"macs": MACS}))] if wanted.units else []
+    plans += [damped(PruneConfig(method=wanted.weights, sparsity=SPARSITY))] if wanted.weights else []
     for plan in plans:
         for _ in prune_cycles(model, plan, case.calibration):
             corrected(case, model)

@@ -8,27 +8,26 @@ import json
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.results import Row, real_data
-from vitprune import data, find_groups, models, plan_for
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, Importance
+from vitprune import PruneConfig, ScoreConfig, data, find_groups, models, plan_for
+from vitprune.criteria import DEFAULT_CONTEXT, DEFAULT_SCORE_CONFIG, Importance
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
 from vitprune.groups import shrink
-from vitprune.pruning.cycle_masks import cost_model_for, cycle_target, groups_for, select_masks
+from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_cycle_masks
 from vitprune.pruning.methods import method_named
 from vitprune.pruning.norm_correction import correct_norms
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune_cycles
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-# the damping that a few hundred gradients need (docs/LOG.md), and room for half of the matrices at once
-SECOND_ORDER = {"damping": 4e-6, "memory": 4 << 30}
+SECOND_ORDER = ScoreConfig(memory_mb=4096)  # room for half of the Fisher blocks of DeiT-Tiny
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,25 @@ class Entry:
         scope, steps = f", {self.scope}" if self.scope else "", " in steps" if self.steps > 1 else ""
         return self.method + scope + steps + ("" if self.refit else ", no refit")
 
-    def plan(self, goal: Goal) -> Plan | None:
-        """The plan for a goal; None where the method cannot lose what the goal names."""
+    def config(self, goal: Goal) -> PruneConfig | None:
+        """Settings for a goal; None if the method cannot prune the kinds of the goal."""
         row = method_named(self.method)
         if not set(goal.kinds) <= set(row.scopes) or (self.steps > 1 and not goal.deep):
             return None
         if goal.pattern:
-            return plan_for(self.method, None, goal.pattern) if row.free_scope else None
+            return PruneConfig(method=self.method, scope=goal.pattern) if row.free_scope else None
         if self.method == "n:m":
             return None
         macs = {"macs": goal.macs} if goal.macs is not None else None
         shares = goal.removed or dict.fromkeys(goal.kinds, 1.0)
-        return plan_for(self.method, shares, self.scope, cycles=self.steps, schedule="linear", target=macs)
+        return PruneConfig(
+            method=self.method,
+            sparsity=shares,
+            scope=self.scope,
+            cycles=self.steps,
+            schedule="linear",
+            target=macs,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Cut:
     """A pruned model's top-1 on evaluation images, before and after the correction, and its share of the cost."""
 
     entry: str
-    cycle_target: str
+    goal: str
     ours: bool
     top1: float
     corrected: float | None
@@ -113,12 +119,12 @@ class Setup:
 
 
 def measure(
-    entries: Sequence[Entry], goals: Sequence[Goal], notes: Path, setting: Mapping[str, float] | None = None
+    entries: Sequence[Entry], goals: Sequence[Goal], notes: Path, score: ScoreConfig = DEFAULT_SCORE_CONFIG
 ) -> dict[tuple[str, str], Cut]:
     """All cuts by the labels of entry and goal, each entry in one of two processes of one thread.
 
     `notes` takes a line per cut as it is made, and what is there already is not made again: delete it to begin anew.
-    `setting` are keys of the criteria's Setting that differ from the defaults.
+    `score` has the options of the criteria.
     """
     done = [Cut(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
     made = {(cut.entry, cut.goal) for cut in done}
@@ -126,13 +132,13 @@ def measure(
         jobs = []
         for entry in entries:
             left = [goal for goal in goals if (entry.label, goal.name) not in made]
-            jobs += [pool.submit(_cuts, entry, left, notes, setting or {})] if left else []
+            jobs += [pool.submit(_cuts, entry, left, notes, score)] if left else []
         return {(cut.entry, cut.goal): cut for cut in [*done, *(cut for job in jobs for cut in job.result())]}
 
 
-def damped(plan: Plan) -> Plan:
-    """The plan with what second-order methods need where there are few gradients."""
-    return replace(plan, setting=replace(plan.setting, **SECOND_ORDER))
+def damped(config: PruneConfig) -> Plan:
+    """The plan of settings for second-order methods."""
+    return plan_for(config, SECOND_ORDER)
 
 
 def setup() -> Setup:
@@ -158,7 +164,7 @@ def load_images(path: Path, model: nn.Module) -> tuple[Tensor, Tensor]:
 def corrected(case: Setup, model: nn.Module) -> nn.Module:
     """The model, its norms and biases moved towards the dense answers in place; what is zero stays so."""
     with torch.no_grad():
-        for name, value in correct_norms(model, case.wanted, case.calibration, DEFAULT_SCORE_CONFIG).values.items():
+        for name, value in correct_norms(model, case.wanted, case.calibration, DEFAULT_CONTEXT).values.items():
             model.get_parameter(name).copy_(value)
     return model
 
@@ -191,12 +197,12 @@ def lines(done: Mapping[tuple[str, str], Cut], entries: Sequence[Entry], goals: 
     return found
 
 
-def _cuts(entry: Entry, goals: Sequence[Goal], notes: Path, setting: Mapping[str, float]) -> list[Cut]:
+def _cuts(entry: Entry, goals: Sequence[Goal], notes: Path, score: ScoreConfig) -> list[Cut]:
     """One line of the table, noted cut by cut."""
     case = setup()
-    own = replace(DEFAULT_SCORE_CONFIG, **setting)
-    plans = {goal.name: replace(plan, setting=own) for goal in goals if (plan := entry.plan(goal)) is not None}
-    shared = [plan for plan in plans.values() if plan.setting_of(1).pattern is None]
+    configs = {goal.name: entry.config(goal) for goal in goals}
+    plans = {name: plan_for(config, score) for name, config in configs.items() if config is not None}
+    shared = [plan for plan in plans.values() if plan.context(1).pattern is None]
     found = _scored(case, shared) if shared and entry.steps == 1 else None
     cuts = []
     for name, plan in plans.items():
@@ -209,7 +215,7 @@ def _cuts(entry: Entry, goals: Sequence[Goal], notes: Path, setting: Mapping[str
 def _scored(case: Setup, plans: Sequence[Plan]) -> Importance:
     """Scores of all kinds that any of the plans needs, and what the update needs."""
     kinds = list(dict.fromkeys(kind for plan in plans for kind in plan.sparsity))
-    return plans[0].row.criterion(case.dense, find_groups(case.dense, kinds), case.calibration, plans[0].setting)
+    return plans[0].method.criterion(case.dense, find_groups(case.dense, kinds), case.calibration, plans[0].context(0))
 
 
 def _cut(case: Setup, entry: Entry, name: str, plan: Plan, found: Importance | None) -> Cut:
@@ -230,9 +236,6 @@ def _cut(case: Setup, entry: Entry, name: str, plan: Plan, found: Importance | N
     return done
 
 
-def _chosen(model: nn.Module, plan: Plan, found: Importance) -> dict[str, Tensor]:
+def _chosen(model: nn.Module, plan: Plan, importance: Importance) -> dict[str, Tensor]:
     """Masks of a plan of one cycle."""
-    groups = groups_for(model, plan)
-    costs = cost_model_for(model, groups, plan)
-    own = {group.name: found.scores[group.name] for group in groups}
-    return select_masks(own, groups, plan, cycle_target(own, groups, plan, 1, costs).target, costs=costs)
+    return dict(select_cycle_masks(model, importance.scores, plan, cycle_state(model, plan)).masks)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.lib.results import Row
 from vitprune import find_groups
-from vitprune.criteria import ScoreConfig
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.groups import Group
@@ -53,7 +53,7 @@ def rescoring_rows(
         name: torch.randperm(groups[name].units, generator=torch.Generator().manual_seed(0))[:pool].sort().values
         for name in SAMPLED
     }
-    truth = kl_divergences(model, [groups[name] for name in SAMPLED], chosen, images, ScoreConfig())
+    truth = kl_divergences(model, [groups[name] for name in SAMPLED], chosen, images, DEFAULT_CONTEXT)
     some = {name: control[name][chosen[name]] for name in SAMPLED}
     result, shares = rescored(groups, truth, some)
     cost = 2 * fisher + sum(shares[kind] * units[kind] * exact[kind] for kind in KINDS)
@@ -74,7 +74,7 @@ def fisher_images(model: nn.Module, groups: list[Group], images: Tensor) -> dict
     starts = range(0, len(images), CHUNK)
     parts = [
         fisher_kl_per_image(
-            model, groups, images[n : n + CHUNK], ScoreConfig(), range(n, n + len(images[n : n + CHUNK]))
+            model, groups, images[n : n + CHUNK], DEFAULT_CONTEXT, range(n, n + len(images[n : n + CHUNK]))
         )
         for n in starts
     ]
@@ -97,7 +97,9 @@ def rescored(
     order = torch.randperm(stacked.shape[1], generator=torch.Generator().manual_seed(0))
     kinds = {name: groups[name].kind for name in truth}
     pools = [pool for name in truth for pool in candidate_pools({name: scores[name]}, 0.5)]
-    result = adaptive_rescoring(scores, kinds, pools, exact, lambda columns: stacked[:, columns], order, ScoreConfig())
+    result = adaptive_rescoring(
+        scores, kinds, pools, exact, lambda columns: stacked[:, columns], order, DEFAULT_CONTEXT
+    )
     shares = {
         kind: mean(requested[name] / truth[name].numel() for name in truth if kinds[name] == kind) for kind in KINDS
     }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune import find_groups, zero
 from vitprune.config.train_config import TrainConfig
-from vitprune.criteria import DEFAULT_SCORE_CONFIG
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline import score_stage
 from vitprune.pruning.methods import CRITERIA
@@ -94,7 +94,7 @@ def compute(directory: Path) -> None:
         for name in SCORES:
             model = made(0)
             work = score_stage.ScoringJob(
-                CRITERIA[name], find_groups(model, ["ffn", "head"]), batches(6, 4), DEFAULT_SCORE_CONFIG
+                CRITERIA[name], find_groups(model, ["ffn", "head"]), batches(6, 4), DEFAULT_CONTEXT
             )
             scores = work.importance(model, True, directory / f"partial-{name}", dist)
             if scores is not None:

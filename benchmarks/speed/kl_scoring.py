@@ -19,7 +19,7 @@ from benchmarks.lib.deit_tiny import load_images
 from benchmarks.lib.kl_rescoring import KINDS, rescoring_rows
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import find_groups, models
-from vitprune.criteria import ScoreConfig
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.criteria.kl.leave_one_out import copy_without_unit
 from vitprune.groups import Group
@@ -99,7 +99,7 @@ def timing(case: Case, group: Group, once: float, units: int) -> Timing:
 def exact_run(case: Case, group: Group, chosen: Tensor) -> tuple[float, Tensor]:
     """Return seconds and divergences of `kl_divergences`."""
     start = time.perf_counter()
-    found = kl_divergences(case.model, [group], {group.name: chosen}, case.images, ScoreConfig())[group.name]
+    found = kl_divergences(case.model, [group], {group.name: chosen}, case.images, DEFAULT_CONTEXT)[group.name]
     return time.perf_counter() - start, found
 
 

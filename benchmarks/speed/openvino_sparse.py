@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import data, models, plan_for
+from vitprune import PruneConfig, data, models, plan_for
 from vitprune.models.export import export_onnx
 from vitprune.models.int8 import quantize_int8
 from vitprune.pruning.prune import prune_cycles
@@ -75,7 +75,7 @@ def engines(dense: torch.nn.Module, image: torch.Tensor, folder: Path) -> dict[s
     plain = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
     for sparsity in SPARSITIES:
         model = copy.deepcopy(dense)
-        for _ in prune_cycles(model, plan_for("uniform", sparsity), []):
+        for _ in prune_cycles(model, plan_for(PruneConfig(method="uniform", sparsity=sparsity)), []):
             pass
         source, path = folder / f"{sparsity}.onnx", folder / f"{sparsity}-int8.onnx"
         export_onnx(model, source, image.expand(2, -1, -1, -1))

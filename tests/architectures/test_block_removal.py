@@ -136,7 +136,7 @@ def test_blocks_are_scored_by_removal_and_pruned_one_at_a_time(swin: nn.Module) 
         assert found[2 * place + 1] == float("inf")
     with pytest.raises(BadInput, match=r"^blocks: blocks removed as a whole can be scored only by kl-literal$"):
         score(swin, [group], "kl-fisher", calibration)
-    pruned = prune(swin, "upvits-blocks", 0.5, calibration, images(swin))
+    pruned = prune(swin, "upvits-blocks", sparsity=0.5, calibration=calibration, example_input=images(swin)).model
     first = paths(swin)[int(found[::2].argmin())]
     second = score(skipping(swin, [first]), find_groups(skipping(swin, [first]), ["block"]), "kl-literal", calibration)
     left = [path for path in paths(swin) if path != first]
@@ -163,14 +163,14 @@ def test_the_last_block_is_not_removed(swin: nn.Module) -> None:
     assert score(smaller, [group], "kl-exact", batches(swin))["blocks"].tolist() == [float("inf")] * 2
     with pytest.raises(BadInput, match=r"^blocks: all 2 units would be removed; keep at least one"):
         skipping(smaller, [last])
-    pruned = prune(smaller, "upvits-blocks", 0.9, batches(swin))
+    pruned = prune(smaller, "upvits-blocks", sparsity=0.9, calibration=batches(swin)).model
     assert same_state(pruned, state(smaller))
 
 
 @pytest.mark.parametrize(("name", "what"), [("swin", "macs"), ("pvt", "params")])
 def test_block_removal_reaches_a_cost_target(name: str, what: str) -> None:
     model = tiny(name)
-    pruned = prune(model, "upvits-blocks", None, batches(model, 1, 2), target={what: 0.75})
+    pruned = prune(model, "upvits-blocks", calibration=batches(model, 1, 2), target={what: 0.75}).model
     share = cost(pruned, what) / cost(model, what)
     assert len(paths(pruned)) < len(paths(model))
     assert share <= 0.75

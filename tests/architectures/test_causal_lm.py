@@ -8,18 +8,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.support.model_zoo import answer, random_masks, redrawn, state
+from tests.support.plans import context, plan_for
 from tests.support.reference_kl import LiveNorm, kl
 from vitprune import count, find_groups, prune, score, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.chain_builders import build_chain
 from vitprune.config.train_config import TrainConfig
-from vitprune.criteria import ScoreConfig
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.kl.exact import exact_kl
 from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.criteria.obs.units import unit_obs
 from vitprune.evaluation.losses import cross_entropy
-from vitprune.pruning.prune import plan_for, prune_cycles
+from vitprune.pruning.prune import prune_cycles
 from vitprune.pruning.select import select
 from vitprune.training.distillation import classification, feature_distillation, logit_distillation
 from vitprune.training.loop import train
@@ -155,7 +156,7 @@ def test_macs_of_a_decoder_by_hand() -> None:
 def test_a_pruned_decoder_recovers(taught_by: str | None) -> None:
     teacher = decoder()
     data = [(tokens, answer(teacher, tokens).argmax(-1)) for tokens in (texts(8, seed) for seed in range(4))]
-    student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "attention": 0.5}, data)
+    student = prune(teacher, "channel-magnitude", sparsity={"ffn": 0.5, "attention": 0.5}, calibration=data).model
     before, own = state(teacher), loss(student, data)
     tasks = {
         "logits": lambda: logit_distillation(student, teacher, 1 / LENGTH, 1.0, 0.0),
@@ -185,7 +186,7 @@ def test_fisher_ranks_units_as_exact_scores_do() -> None:
     model, data = decoder(), batches(4)
     groups = find_groups(model, ["ffn"])
     true = score(model, groups, "kl-exact", data)
-    near = fisher_kl(model, groups, data, ScoreConfig(fisher_directions=64)).scores
+    near = fisher_kl(model, groups, data, context(fisher_directions=64)).scores
     for group in groups:
         ranks = torch.stack([found[group.name].argsort().argsort().double() for found in (true, near)])
         assert float(torch.corrcoef(ranks)[0, 1]) > 0.8
@@ -196,14 +197,14 @@ def test_fisher_ranks_units_as_exact_scores_do() -> None:
 def test_unit_obs_refits_the_remaining_weights_of_a_decoder(kind: str) -> None:
     model, data = decoder(), batches(8)
     groups = find_groups(model, [kind])
-    importance = unit_obs(model, groups, data, ScoreConfig())
+    importance = unit_obs(model, groups, data, DEFAULT_CONTEXT)
     assert importance.update is not None
     scope = "head" if kind == "attention" else "layer"
     masks = select(importance.scores, 0.34, scope, groups)
     tokens = torch.cat([inputs for inputs, _ in data])
     plain, refitted = decoder(), decoder()
     near = select(
-        fisher_kl(model, groups, data, ScoreConfig()).scores, 0.34, "head" if kind == "attention" else "layer", groups
+        fisher_kl(model, groups, data, DEFAULT_CONTEXT).scores, 0.34, "head" if kind == "attention" else "layer", groups
     )
     with torch.no_grad():
         for name, value in importance.update(masks).items():

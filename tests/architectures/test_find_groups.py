@@ -227,5 +227,5 @@ def test_uniform_args_are_those_of_timm(vit: nn.Module, swin: nn.Module) -> None
 
 
 def test_heads_merge_at_sparsity_zero(vit):
-    merged = prune(vit, "upvits-literal", {"attention": 0.0}, batches(vit), merge_heads_to=1)
+    merged = prune(vit, "upvits-literal", sparsity={"attention": 0.0}, calibration=batches(vit), merge_heads_to=1).model
     assert [(block.attn.num_heads, block.attn.head_dim) for block in merged.blocks] == [(1, 48)] * 2

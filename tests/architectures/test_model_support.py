@@ -39,7 +39,7 @@ def test_unsupported_kinds_are_refused(name: str, kind: str, why: str) -> None:
 def test_unit_obs_refuses_attention_without_a_fused_qkv(name: str) -> None:
     model = timm.create_model(name, num_classes=7, **SMALL[name])
     with pytest.raises(BadInput, match=r"its q, k and v do not come from one Linear layer; use heads or ffn here$"):
-        prune(model, "unit-obs", {"attention": 0.5}, batches(model))
+        prune(model, "unit-obs", sparsity={"attention": 0.5}, calibration=batches(model))
 
 
 def test_a_model_without_a_classifier_is_proven_with_one() -> None:

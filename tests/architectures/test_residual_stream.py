@@ -1,6 +1,5 @@
 """Residual groups of models found by tracing: names, bookkeeping in timm, and refusals."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import nn
 
 from tests.support.model_zoo import SMALL
+from tests.support.plans import context
 from tests.support.reference_kl import assert_fades
 from vitprune import BadInput, find_groups, load, save, shrink
 from vitprune.architectures.tracing import cache
-from vitprune.criteria import DEFAULT_SCORE_CONFIG
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.evaluation.check_model import make_test_model, random_odd_masks
 
@@ -76,7 +75,7 @@ def test_fisher_score_of_a_residual_channel_of_a_feature_map() -> None:
         model,
         inputs,
         groups,
-        fisher_kl_per_image(model, groups, inputs, replace(DEFAULT_SCORE_CONFIG, fisher_directions=1000)),
+        fisher_kl_per_image(model, groups, inputs, context(fisher_directions=1000)),
     )
 
 

@@ -9,12 +9,12 @@ from timm.models.pvt_v2 import Attention
 from torch import nn
 
 from tests.support.model_zoo import answer, images, random_masks, same_state, state, tiny
+from tests.support.plans import context
 from tests.support.reference_kl import LiveNorm, kl
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, structure, uniform_args
 from vitprune.architectures.narrow_attention import NarrowPvtAttention
 from vitprune.config.params import load
-from vitprune.criteria import ScoreConfig
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.evaluation.cost import count
 
@@ -171,7 +171,7 @@ def test_the_recipe_shrinks_b1_to_the_shapes_of_b0() -> None:
 
 
 def test_a_halved_pvt_equals_a_timm_model_of_its_shapes(pvt: nn.Module) -> None:
-    half = prune(pvt, "channel-magnitude", dict.fromkeys(KINDS, 0.5), example_input=images(pvt))
+    half = prune(pvt, "channel-magnitude", sparsity=dict.fromkeys(KINDS, 0.5), example_input=images(pvt)).model
     args = uniform_args(half)
     stock = timm.create_model("pvt_v2_b0", num_classes=7, **args).double()
     stock.load_state_dict(half.state_dict(), strict=True)
@@ -265,7 +265,7 @@ def gated(name: str, group: str, unit: int, by: float) -> nn.Module:
 def test_fisher_is_the_curvature_of_the_divergence_under_a_residual_gate(name: str) -> None:
     model, step = tiny(name), 1e-3
     groups, x = find_groups(model, ["residual"]), images(tiny(name), 2)
-    found = fisher_kl_per_image(model, groups, x, ScoreConfig(fisher_directions=1000))
+    found = fisher_kl_per_image(model, groups, x, context(fisher_directions=1000))
     dense = answer(model, x)
     for group in groups:
         for unit in (0, group.units // 2):

@@ -165,7 +165,9 @@ def test_pruned_intermediate_layers(model: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["vit", "distilled", "deit3", "pvt"])
 def test_timm_loads_a_uniform_checkpoint_without_vitprune(family: str, tmp_path: Path) -> None:
-    pruned = prune(dense_of(family), "channel-magnitude", {"ffn": 0.25, "attention": 0.5, "residual": 0.5})
+    pruned = prune(
+        dense_of(family), "channel-magnitude", sparsity={"ffn": 0.25, "attention": 0.5, "residual": 0.5}
+    ).model
     save(pruned, tmp_path)
     wrapped = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(0, 1)).eval()
     assert wrapped.feature_info.channels() == widths(pruned)[:2]

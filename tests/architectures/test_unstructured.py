@@ -119,7 +119,7 @@ def test_half_sparsity_survives_save_and_load(name: str, tmp_path: Path) -> None
     model = redrawn(timm.create_model(name, num_classes=7, **args), 0)
     groups = find_groups(model, ["weight"])
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    pruned = prune(model, "lamp" if "net" in name else "dimap", 0.5)
+    pruned = prune(model, "lamp" if "net" in name else "dimap", sparsity=0.5).model
     zeros = [int((pruned.get_parameter(group.name) == 0).sum()) for group in groups]
     units = sum(group.units for group in groups)
     assert abs(sum(zeros) - units / 2) <= len({group.layer_type for group in groups}) / 2  # each pool is rounded
@@ -178,7 +178,7 @@ def test_no_layer_is_both_pruned_and_kept() -> None:
 @pytest.mark.parametrize("name", ["resnet50d", "convnext_atto"])
 def test_n_of_m_runs_along_the_input_channels(name: str) -> None:
     model = timm.create_model(name, **SMALL[name][1])
-    pruned = prune(model, "n:m", None)
+    pruned = prune(model, "n:m").model
     for group in find_groups(model, ["weight"]):
         weight = pruned.get_parameter(group.name)
         for place in weight.flatten(2).unbind(2) if weight.dim() == 4 else [weight]:  # (d_out, d_in) each

@@ -7,7 +7,7 @@ import torch
 
 from tests.support.model_zoo import answer, batches, tiny
 from vitprune import BadInput, find_groups, prune
-from vitprune.criteria import DEFAULT_SCORE_CONFIG
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.corp import affine_prediction, corp
 from vitprune.groups import zero
 
@@ -31,7 +31,7 @@ def test_scores_are_energy_times_both_norms() -> None:
     for images, _ in batches(model):
         answer(model, images)
     handle.remove()
-    found = corp(model, [group], batches(model), DEFAULT_SCORE_CONFIG).scores[group.name]
+    found = corp(model, [group], batches(model), DEFAULT_CONTEXT).scores[group.name]
     energy = torch.cat([rows.flatten(0, 1) for rows in seen]).double().square().mean(dim=0)
     fc1, fc2 = (block.get_parameter(f"{layer}.weight").double() for layer in ("fc1", "fc2"))
     torch.testing.assert_close(found, energy * fc1.norm(dim=1) * fc2.norm(dim=0), rtol=1e-5, atol=0)
@@ -39,7 +39,7 @@ def test_scores_are_energy_times_both_norms() -> None:
 
 def test_the_update_reduces_the_logit_error() -> None:
     model = tiny("vit")
-    importance = corp(model, find_groups(model, ["ffn"]), batches(model), DEFAULT_SCORE_CONFIG)
+    importance = corp(model, find_groups(model, ["ffn"]), batches(model), DEFAULT_CONTEXT)
     masks = {name: score > score.median() for name, score in importance.scores.items()}
     groups = find_groups(model, ["ffn"])
     plain, updated = zero(copy.deepcopy(model), groups, masks), zero(copy.deepcopy(model), groups, masks)
@@ -55,6 +55,6 @@ def test_the_update_reduces_the_logit_error() -> None:
 def test_attention_is_refused() -> None:
     model = tiny("vit")
     with pytest.raises(BadInput, match=r"^prune.sparsity.attention: method corp prunes only ffn"):
-        prune(model, "corp", {"attention": 0.5}, batches(model))
+        prune(model, "corp", sparsity={"attention": 0.5}, calibration=batches(model))
     with pytest.raises(BadInput, match=r"corp scores ffn, not kind 'attention'"):
-        corp(model, find_groups(model, ["attention"]), batches(model), DEFAULT_SCORE_CONFIG)
+        corp(model, find_groups(model, ["attention"]), batches(model), DEFAULT_CONTEXT)

@@ -52,7 +52,7 @@ def test_counts_of_the_real_deit_tiny(real_deit: nn.Module) -> None:
 def test_counts_of_a_shrunk_model_by_hand(vit: nn.Module) -> None:
     dense = count(vit, images(vit))
     assert dense.macs == macs_of_vit(17, 48, 2, 48, 192, 192, 7)
-    pruned = prune(vit, "channel-magnitude", {"ffn": 0.5, "attention": 0.25, "residual": 0.25})
+    pruned = prune(vit, "channel-magnitude", sparsity={"ffn": 0.5, "attention": 0.25, "residual": 0.25}).model
     found = count(pruned, images(vit))
     assert found.macs == macs_of_vit(17, 36, 2, 36, 96, 192, 7) == found.nonzero_macs == found.nominal_macs
     assert found.params == sum(p.numel() for p in pruned.parameters()) == found.nonzero_params < dense.params

@@ -52,7 +52,11 @@ def test_a_card_loads_an_uneven_model_with_vitprune(family: str, tmp_path: Path)
 @pytest.mark.parametrize("family", ["vit", "distilled", "pvt", "swin"])
 def test_a_card_loads_a_uniform_model_with_plain_timm(family: str, tmp_path: Path) -> None:
     dense, half = dense_of(family), {"ffn": 0.5, "attention": 0.5, "residual": 0.5}
-    model = prune(dense, "magnitude", 0.5) if family == "swin" else prune(dense, "channel-magnitude", half)
+    model = (
+        prune(dense, "magnitude", sparsity=0.5).model
+        if family == "swin"
+        else prune(dense, "channel-magnitude", sparsity=half).model
+    )
     save(model, tmp_path)
     write_card(tmp_path)
     assert "vitprune" not in re.findall(r"```python\n(.*?)```", parts(tmp_path)[1], re.DOTALL)[0]

@@ -25,7 +25,7 @@ def uneven(name: str) -> nn.Module:
 
 def test_plain_timm_loads_a_uniform_model(tmp_path: Path) -> None:
     sparsity = {"ffn": 0.5, "attention": 0.25, "residual": 0.25}
-    pruned = prune(tiny("vit", dtype=torch.float32), "channel-magnitude", sparsity)
+    pruned = prune(tiny("vit", dtype=torch.float32), "channel-magnitude", sparsity=sparsity).model
     facts = export_timm(pruned, tmp_path, images(pruned))
     assert facts["loads_plain_timm"] is True
     assert facts["max_abs_diff"] < 1e-6

@@ -28,7 +28,7 @@ from vitprune.models.int8 import IMAGES, CalibrationBatches, compare_onnx, count
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """A small ViT with half of its weights zero and one output channel all zero, as an ONNX file and as a model."""
     name, args = ZOO["vit"]
-    model = prune(redrawn(timm.create_model(name, **args), 0), "magnitude", 0.5)
+    model = prune(redrawn(timm.create_model(name, **args), 0), "magnitude", sparsity=0.5).model
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight[3] = 0
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
@@ -105,7 +105,7 @@ def test_the_export_stage_measures_the_int8_file(monkeypatch, tmp_path: Path) ->
     monkeypatch.chdir(project)
     for stage in ("dataset", "dense", "calibrate"):
         stages.run(stage, project)
-    models.save(prune(models.load("out/dense"), "magnitude", 0.5), "out/distill")
+    models.save(prune(models.load("out/dense"), "magnitude", sparsity=0.5).model, "out/distill")
     stages.run("export", project)
     facts = json.loads(Path("metrics/export.json").read_text())["int8"]
     assert facts["zeros"] == 2 * 12 * 48**2 // 2

@@ -56,7 +56,7 @@ def cut_models() -> dict[str, nn.Module]:
         "merged": uneven("vit", ["attention", "ffn"], merged=1),
         "heads": uneven("vit", ["head", "ffn"]),
         "heads-then-channels": shrink(twice, groups, random_masks(groups, 0.25)),
-        "weights": prune(single("vit"), "magnitude", 0.5),
+        "weights": prune(single("vit"), "magnitude", sparsity=0.5).model,
         "swin": uneven("swin", ["attention", "ffn"]),
         "swin-heads": uneven("swin", ["head", "ffn"]),
         "swin-all": uneven("swin", ["residual", "attention", "ffn"]),
@@ -165,7 +165,11 @@ UNIFORM = [
 @pytest.mark.parametrize(("name", "sparsity"), UNIFORM)
 def test_a_uniform_model_loads_in_plain_timm(name: str, sparsity: dict | None, tmp_path: Path) -> None:
     model = single(name)
-    pruned = prune(model, "channel-magnitude", sparsity) if sparsity else prune(model, "magnitude", 0.5)
+    pruned = (
+        prune(model, "channel-magnitude", sparsity=sparsity).model
+        if sparsity
+        else prune(model, "magnitude", sparsity=0.5).model
+    )
     save(pruned, tmp_path / "model")
     plain = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     x = images(model)
@@ -178,7 +182,7 @@ def test_merged_heads_load_in_plain_timm(tmp_path: Path) -> None:
     model = redrawn(timm.create_model("vit_tiny_patch16_224", **twelve), 0)
     x = images(model)
     share = {"attention": 0.5, "ffn": 0.5, "residual": 0.5}
-    pruned = prune(model, "channel-magnitude", share, example_input=x, merge_heads_to=3)
+    pruned = prune(model, "channel-magnitude", sparsity=share, example_input=x, merge_heads_to=3).model
     assert [(b.attn.num_heads, b.attn.head_dim) for b in pruned.blocks] == [(3, 16)] * 2
     save(pruned, tmp_path)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
@@ -223,7 +227,7 @@ def test_what_timm_cannot_create_is_refused(name: str, args: dict) -> None:
 
 @pytest.mark.real
 def test_real_deit_tiny_shrunk_and_loaded(real_deit: nn.Module, tmp_path: Path) -> None:
-    pruned = prune(real_deit, "channel-magnitude", {"ffn": 0.25, "attention": 0.25}, scope="global")
+    pruned = prune(real_deit, "channel-magnitude", sparsity={"ffn": 0.25, "attention": 0.25}, scope="global").model
     save(pruned, tmp_path)
     x = images(pruned, 1)
     assert torch.equal(answer(load(tmp_path), x), answer(pruned, x))

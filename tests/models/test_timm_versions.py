@@ -120,7 +120,11 @@ def test_uniform_checkpoints_load_in_older_timm_without_vitprune(install: Instal
     given, expected = {}, {}
     for family in ("vit", "distilled", "deit3", "swin", "pvt"):
         dense, half = dense_of(family), {"ffn": 0.5, "attention": 0.5, "residual": 0.5}
-        model = prune(dense, "magnitude", 0.5) if family == "swin" else prune(dense, "channel-magnitude", half)
+        model = (
+            prune(dense, "magnitude", sparsity=0.5).model
+            if family == "swin"
+            else prune(dense, "channel-magnitude", sparsity=half).model
+        )
         save(model, tmp_path / family)
         given[family] = images(model)
         expected[family] = answer(model, given[family])

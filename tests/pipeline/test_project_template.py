@@ -114,7 +114,7 @@ def test_every_method_has_settings_that_can_be_planned(tmp_path: Path, source: s
     (tmp_path / "params.yaml").write_text(new_params.render(demo, source, None, method, None))
     prune = load(tmp_path / "params.yaml").prune
     assert prune.method == method
-    plan_for(method, prune.sparsity, prune.scope, prune.merge_heads_to, prune.cycles, prune.schedule)
+    plan_for(prune)
     assert "# vitprune methods lists them" in (tmp_path / "params.yaml").read_text()
 
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import vitprune
 from tests.support.model_zoo import batches, random_masks, state, tiny
-from vitprune import METHODS, find_groups, models, plan_for, zero
+from tests.support.plans import plan_for
+from vitprune import METHODS, find_groups, models, zero
 from vitprune.config.params import load
 from vitprune.config.prune_config import Schedule
 from vitprune.config.train_config import TrainConfig
-from vitprune.criteria import Importance, ScoreConfig
+from vitprune.criteria import Importance, ScoringContext
 from vitprune.criteria import magnitude as by_weights
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.pipeline import stages
@@ -137,7 +138,7 @@ def test_what_an_optimizer_knew_of_the_newly_pruned_is_forgotten(vit: nn.Module,
 def test_a_parameter_that_was_cut_starts_anew() -> None:
     model, memory = tiny("vit"), {}
     fit(model, TrainConfig(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
-    cut = vitprune.prune(model, "channel-magnitude", {"ffn": 0.5})
+    cut = vitprune.prune(model, "channel-magnitude", sparsity={"ffn": 0.5}).model
     fit(cut, TrainConfig(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
     steps = {name: float(known["step"]) for name, known in memory.items()}
     assert steps["blocks.0.mlp.fc1.weight"] == 3
@@ -149,7 +150,7 @@ def test_the_epsilon_is_the_optimizers(vit: nn.Module, optimizers: list[Any]) ->
     assert {group["eps"] for group in optimizers[0].param_groups} == {1e-5}
 
 
-def compensating(model: nn.Module, groups: list, data: object, setting: ScoreConfig) -> Importance:
+def compensating(model: nn.Module, groups: list, data: object, setting: ScoringContext) -> Importance:
     """Magnitude, and an update that moves every weight, gone or not, by what its row loses."""
 
     def update(masks: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,7 +173,7 @@ def test_zeros_only_grow_over_four_cycles_with_and_without_update(
     plan = plan_for(method, 0.9, cycles=4, schedule=Schedule(steps=STEPS))
     recipe, zeros, before = TrainConfig(epochs=1, lr=0.01, weight_decay=0.1, ema=ema), [], {}
     for cycle in prune_cycles(vit, plan, batches(vit, 2, 8)):
-        fit(vit, recipe, FrozenZeros(cycle.held, cycle.masks))
+        fit(vit, recipe, FrozenZeros(cycle.zeroed, cycle.masks))
         now = {group.name: vit.get_parameter(group.name).detach() == 0 for group in cycle.groups}
         assert all(torch.equal(gone, ~cycle.masks[name]) for name, gone in now.items())
         assert all(bool(now[name][gone].all()) for name, gone in before.items())

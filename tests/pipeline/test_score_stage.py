@@ -15,9 +15,10 @@ from torch import nn
 from tests.support.cap_worker import KINDS, setting_of
 from tests.support.digits_project import ORDER, project_in
 from tests.support.model_zoo import batches
+from tests.support.plans import context
 from tests.support.subprocesses import ONE_THREAD, TOGETHER
 from vitprune import BadInput, find_groups
-from vitprune.criteria import DEFAULT_SCORE_CONFIG
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.criteria.magnitude import magnitude
 from vitprune.criteria.obs import fisher_blocks, gradients
@@ -46,9 +47,9 @@ def done_in(directory: Path) -> int:
 @pytest.mark.parametrize("criterion", [fisher_kl, taylor])
 def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path, criterion) -> None:
     groups, data = find_groups(vit, ["ffn", "head"]), batches(vit, 3)
-    work = score_stage.ScoringJob(criterion, groups, data, replace(DEFAULT_SCORE_CONFIG, fisher_directions=2))
+    work = score_stage.ScoringJob(criterion, groups, data, context(fisher_directions=2))
     found = work.importance(vit, True, tmp_path, ProcessGroup()).scores
-    expected = criterion(vit, groups, data, work.setting).scores
+    expected = criterion(vit, groups, data, work.context).scores
     for name, score in expected.items():
         assert found[name].shape == score.shape
         torch.testing.assert_close(found[name], score, rtol=1e-12, atol=1e-18)
@@ -56,7 +57,7 @@ def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path
 
 def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_path: Path) -> None:
     groups, data = find_groups(vit, ["ffn"]), batches(vit, 3)
-    work = score_stage.ScoringJob(fisher_kl, groups, data, DEFAULT_SCORE_CONFIG)
+    work = score_stage.ScoringJob(fisher_kl, groups, data, DEFAULT_CONTEXT)
     first = work.importance(vit, True, tmp_path, ProcessGroup()).scores
     (path,) = tmp_path.glob("scores-*.safetensors")
     assert all(
@@ -64,7 +65,7 @@ def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_pat
     )
     assert list(tmp_path.iterdir()) == [path]  # found again, nothing else beside it
     others = [
-        replace(work, setting=replace(DEFAULT_SCORE_CONFIG, seed=1)),
+        replace(work, context=context(seed=1)),
         replace(work, batches=data[:2]),
         replace(work, criterion=taylor),
         replace(work, groups=groups[:1]),
@@ -91,9 +92,7 @@ def test_killed_and_taken_up_by_two_processes_it_is_the_same_to_the_bit(vit: nn.
     assert not (tmp_path / "scores.safetensors").exists()
     assert worker(tmp_path, together=True).wait(120) == 0
     assert done_in(tmp_path) == 5
-    work = score_stage.ScoringJob(
-        fisher_kl, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULT_SCORE_CONFIG
-    )
+    work = score_stage.ScoringJob(fisher_kl, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULT_CONTEXT)
     found = load_file(tmp_path / "scores.safetensors")
     expected = work.importance(vit, True, tmp_path / "other", ProcessGroup()).scores
     assert all(torch.equal(found[name], score) for name, score in expected.items())
@@ -134,7 +133,7 @@ def test_blocks_broken_off_anywhere_are_taken_up(
     work = score_stage.ScoringJob(ovit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind))
     monkeypatch.setattr(score_stage.PartialScoreStore, "due", lambda notebook: True)
     monkeypatch.setattr(gradients, "GRADIENTS_AT_ONCE", 1)
-    expected = ovit(vit, work.groups, work.batches, work.setting).scores
+    expected = ovit(vit, work.groups, work.batches, work.context).scores
     left, add = [0], fisher_blocks.add_outer_products
 
     def breaking(total: torch.Tensor, values: torch.Tensor) -> None:
@@ -155,7 +154,7 @@ def test_blocks_broken_off_anywhere_are_taken_up(
 
 
 def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:
-    work = score_stage.ScoringJob(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_SCORE_CONFIG)
+    work = score_stage.ScoringJob(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_CONTEXT)
     assert work.importance(vit, False, tmp_path, ProcessGroup()) is not None
     with pytest.raises(BadInput, match=r"^magnitude: its scores are no sums over images; use one process$"):
         work.importance(vit, False, tmp_path, ProcessGroup(0, 2))

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from tests.support.model_zoo import answer, images, same_state, state
-from vitprune import plan_for, save, score, shrink
+from tests.support.plans import plan_for
+from vitprune import save, score, shrink
 from vitprune.config.params import load
 from vitprune.config.prune_config import PruneConfig
-from vitprune.pruning.cycle_masks import groups_for, select_masks
+from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_masks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STOCK = {"up_deit_small": ("deit_small_patch16_224", 22_050_664), "up_deit_tiny": ("deit_tiny_patch16_224", 5_717_416)}
@@ -51,7 +52,7 @@ def cut(base: nn.Module, settings: PruneConfig) -> nn.Module:
         model = timm.create_model("deit_base_patch16_224")
     model.load_state_dict(base.state_dict(), assign=True)
     shares = dict.fromkeys(settings.kinds, settings.sparsity)
-    plan = plan_for(settings.method, shares, settings.scope, settings.merge_heads_to)
+    plan = plan_for(settings.method, shares, settings.scope, merge_heads_to=settings.merge_heads_to)
     groups = groups_for(model, plan)
-    masks = select_masks(score(model, groups, "random"), groups, plan, plan.targets()[0])
+    masks = select_masks(score(model, groups, "random"), plan, plan.targets()[0], cycle_state(model, plan))
     return shrink(model, groups, masks).eval()

@@ -12,15 +12,16 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tests.support.model_zoo import VIT, ZOO, answer, batches, images, random_masks, redrawn, same_state, state, tiny
+from tests.support.plans import plan_for
 from tests.support.reference_kl import kl
-from vitprune import METHODS, BadInput, data, find_groups, load, plan_for, prune, save, score, shrink, zero
+from vitprune import METHODS, BadInput, data, find_groups, load, prune, save, score, shrink, zero
 from vitprune.architectures import rebuild, structure
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.criteria.kl import leave_one_out as by_kl
 from vitprune.evaluation.cost import count, group_costs
 from vitprune.groups import mask_without
 from vitprune.pruning.block_steps import next_block_removal, to_dense_names
-from vitprune.pruning.cycle_masks import select_masks
+from vitprune.pruning.cycle_masks import cycle_state, select_masks
 from vitprune.pruning.methods import Method
 from vitprune.pruning.prune import Cycle, prune_cycles
 from vitprune.pruning.select import select_blocks
@@ -148,7 +149,7 @@ def test_masks_of_the_mask_stage_are_the_first_removal_only() -> None:
     groups = find_groups(model, ["block"])
     step = next_block_removal(groups, plan.targets()[0])
     assert step == {"block": 1 / 6}
-    first = select_masks(score(model, groups, "kl-literal", noise), groups, plan, step)
+    first = select_masks(score(model, groups, "kl-literal", noise), plan, step, cycle_state(model, plan))
     assert int(first["blocks"].sum()) == 10
     (cycle,) = prune_cycles(model, plan, noise, first)
     assert torch.equal(cycle.masks["blocks"], run(other, 0.5, noise)[0].masks["blocks"])
@@ -249,7 +250,9 @@ def test_another_depth_with_other_cuts_is_saved_and_loaded(name: str, tmp_path: 
 
 def test_a_model_of_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
     model = deep(4).float()
-    pruned = prune(model, "upvits-blocks", 0.25, batches(model, 1), images(model))
+    pruned = prune(
+        model, "upvits-blocks", sparsity=0.25, calibration=batches(model, 1), example_input=images(model)
+    ).model
     assert (len(model.blocks), len(pruned.blocks)) == (4, 3)
     save(pruned, tmp_path)
     x = images(model)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.model_zoo import VIT, batches, cost, same_state, state, tiny
-from vitprune import BadInput, count, find_groups, plan_for, prune, save, shrink
+from tests.support.plans import plan_for
+from vitprune import BadInput, count, find_groups, prune, save, shrink
 from vitprune.architectures import merge_heads
 from vitprune.config.params import Params
 from vitprune.criteria import magnitude as by_weights
@@ -18,7 +19,7 @@ from vitprune.data import example_input
 from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline import mask_stage
 from vitprune.pruning.cost_target import make_cost_model, solve
-from vitprune.pruning.cycle_masks import select_masks
+from vitprune.pruning.cycle_masks import cycle_state, select_masks
 from vitprune.pruning.prune import prune_cycles
 
 pytestmark = pytest.mark.usefixtures("drawn")
@@ -46,7 +47,7 @@ def test_a_target_is_reached_from_below_by_less_than_one_unit(name: str, setting
     model = tiny(name)
     limit, whole = 0.6, cost(model, what)
     settings = {"sparsity": None} | settings
-    pruned = prune(model, "drawn", target={what: limit}, **settings)
+    pruned = prune(model, "drawn", target={what: limit}, **settings).model
     reached = cost(pruned, what) / whole
     assert reached <= limit
     kinds = plan_for("drawn", **settings, target={what: limit}).sparsity
@@ -74,7 +75,7 @@ def largest_step(model: nn.Module, groups: list, what: str, pooled: bool) -> flo
 @pytest.mark.parametrize("method", ["magnitude", "uniform", "dimap"])
 def test_single_weights_are_counted_by_their_non_zeros(vit: nn.Module, method: str, what: str) -> None:
     whole = nonzero(vit, what)
-    pruned = prune(vit, method, None, target={what: 0.4})
+    pruned = prune(vit, method, target={what: 0.4}).model
     reached = nonzero(pruned, what) / whole
     pools, tokens = {"magnitude": 1, "uniform": 8, "dimap": 3}[method], 17
     assert 0 <= 0.4 - reached <= pools * (tokens if what == "macs" else 1) / whole
@@ -84,7 +85,8 @@ def test_the_meter_is_the_count_of_the_really_shrunk_model(vit: nn.Module) -> No
     groups = find_groups(vit, ["ffn", "attention", "residual"])
     before = state(vit)
     plan = plan_for("drawn", {"ffn": 0.3, "attention": 0.2, "residual": 0.4})
-    masks = select_masks(by_weights.random(vit, groups, (), plan.setting).scores, groups, plan, plan.targets()[0])
+    scores = by_weights.random(vit, groups, (), plan.context(0)).scores
+    masks = select_masks(scores, plan, plan.targets()[0], cycle_state(vit, plan))
     for what in ("params", "macs"):
         expected = cost(shrink(copy.deepcopy(vit), groups, masks), what) / cost(vit, what)
         assert make_cost_model(vit, groups, what)(masks) == expected
@@ -93,13 +95,13 @@ def test_the_meter_is_the_count_of_the_really_shrunk_model(vit: nn.Module) -> No
 
 def test_latency_is_measured_beside_the_dense_model() -> None:
     model = tiny("vit").float()
-    thin = prune(model, "drawn", {"block": 1.0}, target={"latency": 0.8})
+    thin = prune(model, "drawn", sparsity={"block": 1.0}, target={"latency": 0.8}).model
     assert len(thin.blocks) == 1
 
 
 def test_shares_of_kinds_are_relative(vit: nn.Module) -> None:
     shares = {"ffn": 0.8, "attention": 0.4}, {"ffn": 0.2, "attention": 0.1}
-    pruned = [prune(vit, "drawn", share, target={"macs": 0.5}) for share in shares]
+    pruned = [prune(vit, "drawn", sparsity=share, target={"macs": 0.5}).model for share in shares]
     assert same_state(pruned[0], state(pruned[1]))
     ffn, attention = pruned[0].blocks[0].mlp.fc1.out_features / 192, pruned[0].blocks[0].attn.head_dim / 16
     assert 1 - attention == pytest.approx((1 - ffn) / 2, abs=1 / 16)
@@ -124,8 +126,8 @@ def test_blocks_go_one_by_one_until_the_target_is_met(monkeypatch: pytest.Monkey
     assert cycle.cost["macs"]["reached"] == cost(model, "macs") / whole <= 0.5
     other = tiny("odd")
     groups, plan = find_groups(other, ["block"]), plan_for("upvits-blocks", None, target={"macs": 0.5})
-    scores = by_kl.leave_one_out_kl(other, groups, batches(other, 1), plan.setting).scores
-    first = select_masks(scores, groups, plan, {"block": 1 / 3})
+    scores = by_kl.leave_one_out_kl(other, groups, batches(other, 1), plan.context(0)).scores
+    first = select_masks(scores, plan, {"block": 1 / 3}, cycle_state(other, plan))
     (again,) = prune_cycles(other, plan, batches(other, 1), first)
     assert torch.equal(again.masks["blocks"], cycle.masks["blocks"])
 
@@ -152,26 +154,62 @@ def test_solve_by_hand() -> None:
             {"target": {"macs": 0.01}},
             r"^prune.target: 0.01 of the dense model cannot be reached, the smallest is 0.\d{4} \(.* MACs\); the dense",
         ),
-        ("drawn", {"target": {"flops": 0.5}}, r"^prune.target.flops: unknown; use one of params, .*, latency_ms$"),
-        ("drawn", {"target": {}}, r"^prune.target: names 0 costs"),
-        ("drawn", {"target": {"macs": 0.5, "params": 0.5}}, r"^prune.target: names 2 costs"),
-        ("drawn", {"target": {"macs": 1.0}}, r"^prune.target.macs: 1.0 is not above 0 and below 1"),
-        ("drawn", {"target": {"macs": float("nan")}}, r"^prune.target.macs: nan is not above 0"),
-        ("drawn", {"target": {"macs": 0.5}, "sparsity": 0.5}, r"^prune.target: takes a sparsity's place"),
-        ("drawn", {"target": {"macs": 0.5}, "sparsity": {"ffn": 0.0}}, r"^prune.sparsity: nothing may go"),
-        ("drawn", {"target": {"macs": 0.5}, "sparsity": {"ffn": -1.0}}, r"^prune.sparsity.ffn: -1.0 is no share"),
+        ("drawn", {"target": {"flops": 0.5}}, r"^prune.target.flops: unknown key; remove it or correct its name$"),
+        (
+            "drawn",
+            {"target": {}},
+            r"^prune.target: Value error, give one cost of params, macs, latency, latency_ms, got {}$",
+        ),
+        (
+            "drawn",
+            {"target": {"macs": 0.5, "params": 0.5}},
+            r"^prune.target: Value error, give one cost of params, macs, latency, latency_ms, got {",
+        ),
+        (
+            "drawn",
+            {"target": {"macs": 1.0}},
+            r"^prune.target.macs: Value error, give a fraction of the dense model between 0 and 1, or .*, got 1.0$",
+        ),
+        (
+            "drawn",
+            {"target": {"macs": float("nan")}},
+            r"^prune.target.macs: Value error, nan is no quantity; give a fraction, .*, got nan$",
+        ),
+        (
+            "drawn",
+            {"target": {"macs": 0.5}, "sparsity": 0.5},
+            r"^prune.target: give a target or one sparsity, not both; ",
+        ),
+        (
+            "drawn",
+            {"target": {"macs": 0.5}, "sparsity": {"ffn": 0.0}},
+            r"^prune.sparsity: all shares are 0, so no target can be reached",
+        ),
+        (
+            "drawn",
+            {"target": {"macs": 0.5}, "sparsity": {"ffn": -1.0}},
+            r"^prune.sparsity.ffn: Input should be greater than or equal to 0, got -1.0$",
+        ),
         (
             "drawn",
             {"target": {"macs": 0.5}, "sparsity": {"weight": 1.0}},
             r"^prune.sparsity.weight: method drawn",
         ),
-        ("lamp", {"target": {"latency": 0.5}}, r"^prune.target.latency: single weights become zeros"),
-        ("n:m", {"target": {"macs": 0.5}}, r"^prune.target: takes a sparsity's place"),
+        (
+            "lamp",
+            {"target": {"latency": 0.5}},
+            r"^prune.target.latency: zeroed single weights do not run faster; use params or macs$",
+        ),
+        (
+            "n:m",
+            {"target": {"macs": 0.5}},
+            r"^prune.target: an N:M scope implies the sparsity; set the target to null$",
+        ),
     ],
 )
 def test_what_is_no_target_is_refused(vit: nn.Module, method: str, settings: dict, why: str) -> None:
     with pytest.raises(BadInput, match=why) as refused:
-        prune(vit, method, settings.pop("sparsity", None), **settings)
+        prune(vit, method, sparsity=settings.pop("sparsity", None), **settings)
     assert "\n" not in str(refused.value)
 
 
@@ -189,7 +227,7 @@ def test_the_mask_stage_writes_what_it_resolved(
     save(dense, tmp_path / "out/dense")
     groups = find_groups(dense, ["ffn"])
     write_weights(
-        by_weights.magnitude(dense, groups, (), plan_for("uniform", 0.5).setting).scores,
+        by_weights.magnitude(dense, groups, (), plan_for("uniform", 0.5).context(0)).scores,
         tmp_path / "out/score/scores.safetensors",
     )
     mask_stage.run(Params.model_validate(settings))

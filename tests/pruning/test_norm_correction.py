@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.support.model_zoo import batches, tiny
-from vitprune import BadInput, find_groups, plan_for
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
+from tests.support.plans import context, plan_for
+from vitprune import BadInput, find_groups
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.pruning import norm_correction as module
 from vitprune.pruning.norm_correction import correct_norms, dense_logits
@@ -51,10 +52,10 @@ def test_slopes_are_those_of_one_image_and_parameter_at_a_time(name: str) -> Non
     wanted = dense_logits(model, given)
     layers = module._layers(other)
     names = [key for layer in layers for key in layer.names]
-    slopes, _ = module._system(other, layers, wanted, given, DEFAULT_SCORE_CONFIG)
+    slopes, _ = module._system(other, layers, wanted, given, DEFAULT_CONTEXT)
     expected = slow_system(other, names, wanted, [images for images, _ in given], 0)
     torch.testing.assert_close(slopes, expected, rtol=1e-8, atol=1e-12)
-    alone, _ = module._system(other, layers, wanted, given, ScoreConfig(memory=1))
+    alone, _ = module._system(other, layers, wanted, given, context(memory=1))
     torch.testing.assert_close(alone, expected, rtol=1e-8, atol=1e-12)
 
 
@@ -63,7 +64,7 @@ def test_a_correction_helps_on_images_that_it_did_not_see(name: str) -> None:
     model, other = disturbed(name)
     given = batches(model, 4, 8)
     before = copy.deepcopy(other.state_dict())
-    found = correct_norms(other, dense_logits(model, given), given, DEFAULT_SCORE_CONFIG)
+    found = correct_norms(other, dense_logits(model, given), given, DEFAULT_CONTEXT)
     assert found.facts["nats_after"] < 0.9 * found.facts["nats_before"]
     assert found.values
     for key, value in other.state_dict().items():
@@ -72,7 +73,7 @@ def test_a_correction_helps_on_images_that_it_did_not_see(name: str) -> None:
 
 def test_nothing_moves_where_nothing_is_wrong() -> None:
     model = tiny("vit")
-    found = correct_norms(model, dense_logits(model, batches(model)), batches(model), DEFAULT_SCORE_CONFIG)
+    found = correct_norms(model, dense_logits(model, batches(model)), batches(model), DEFAULT_CONTEXT)
     assert found.values == {}
     assert found.facts["nats_before"] == pytest.approx(0, abs=1e-12)
 
@@ -81,9 +82,9 @@ def test_memory_bounds_the_images_that_are_taken() -> None:
     model, other = disturbed("vit")
     given = batches(model, 2, 8)
     width = sum(other.get_parameter(name).numel() for layer in module._layers(other) for name in layer.names)
-    few = correct_norms(other, dense_logits(model, given), given, ScoreConfig(memory=width * 8 * module.PULLS * 8))
+    few = correct_norms(other, dense_logits(model, given), given, context(memory=width * 8 * module.PULLS * 8))
     thinner = [(images[::2], labels[::2]) for images, labels in given]
-    same = correct_norms(other, dense_logits(model, thinner), thinner, DEFAULT_SCORE_CONFIG)
+    same = correct_norms(other, dense_logits(model, thinner), thinner, DEFAULT_CONTEXT)
     assert few.facts == pytest.approx(same.facts)
 
 

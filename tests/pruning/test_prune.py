@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from tests.support.model_zoo import answer, batches, images, same_state, state, tiny
+from tests.support.plans import plan_for
 from tests.support.reference_kl import literal_vit
-from vitprune import METHODS, BadInput, find_groups, plan_for, prune, score, shrink, zero
+from vitprune import METHODS, BadInput, find_groups, prune, score, shrink, zero
 from vitprune.config.train_config import TrainConfig
-from vitprune.criteria import Importance, ScoreConfig
+from vitprune.criteria import Importance, ScoringContext
 from vitprune.criteria import magnitude as by_weights
 from vitprune.evaluation.cost import count
 from vitprune.pruning.cycle_masks import groups_for
@@ -44,7 +45,7 @@ def test_gradual_weights_reach_the_exact_count_and_stay_zero_in_training(vit: nn
     recipe = TrainConfig(epochs=1, lr=0.01, weight_decay=0.1)
     for cycle in prune_cycles(vit, plan_for(method, 0.6, cycles=3), data):
         task = classification(vit)
-        train(task, lambda epoch: data, len(data), recipe, 0, lambda row: None, FrozenZeros(cycle.held, cycle.masks))
+        train(task, lambda epoch: data, len(data), recipe, 0, lambda row: None, FrozenZeros(cycle.zeroed, cycle.masks))
         cycles.append(cycle)
         counts.append(removed(cycle.masks))
         for group in cycle.groups:
@@ -131,7 +132,7 @@ def test_scores_and_groups_are_in_the_coordinates_of_the_dense_model(vit: nn.Mod
             torch.testing.assert_close(found[scored], expected[name][scored])
             assert not bool((cycle.masks[name] & ~scored).any())
     assert int((~scored).sum()) == 111  # what the first two of three cubic cycles removed: 0.6 * (1 - 1/27) of 192
-    assert cycle.held == []
+    assert cycle.zeroed == []
 
 
 def test_masks_chosen_before_are_those_of_the_first_cycle(vit: nn.Module) -> None:
@@ -143,14 +144,14 @@ def test_masks_chosen_before_are_those_of_the_first_cycle(vit: nn.Module) -> Non
     assert all(torch.equal(cycles[0].masks[name], first[name]) for name in first)
     assert grow(cycles)
     assert removed(cycles[1].masks) == 55296 // 2
-    assert [group.name for group in cycles[1].held] == [group.name for group in groups]
+    assert [group.name for group in cycles[1].zeroed] == [group.name for group in groups]
 
 
 def test_an_update_comes_before_the_cut(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """A criterion whose survivors double their output, and whose bias becomes the number of units that stay."""
     seen = []
 
-    def doubling(model: nn.Module, groups, data, setting: ScoreConfig) -> Importance:
+    def doubling(model: nn.Module, groups, data, setting: ScoringContext) -> Importance:
         def update(masks):
             seen.append({name: tuple(mask.shape) for name, mask in masks.items()})
             doubled = {f"{name}.fc2.weight": 2 * model.get_parameter(f"{name}.fc2.weight") for name in masks}
@@ -171,7 +172,7 @@ def test_an_update_comes_before_the_cut(vit: nn.Module, monkeypatch: pytest.Monk
 
 
 def test_an_update_of_weights_is_followed_by_the_zeros(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ones(model: nn.Module, groups, data, setting: ScoreConfig) -> Importance:
+    def ones(model: nn.Module, groups, data, setting: ScoringContext) -> Importance:
         scores = by_weights.magnitude(model, groups, data, setting).scores
         return Importance(scores, lambda masks: {name: torch.ones(mask.shape) for name, mask in masks.items()})
 
@@ -185,7 +186,9 @@ def test_every_method_prunes_a_vit_and_leaves_it_untouched() -> None:
     model = tiny("thin")
     before, data, x = state(model), batches(model), images(model)
     for method, row in METHODS.items():
-        pruned = prune(model, method, None if method == "n:m" else 0.5, data, x)
+        pruned = prune(
+            model, method, sparsity=None if method == "n:m" else 0.5, calibration=data, example_input=x
+        ).model
         assert same_state(model, before)
         if row.kinds == ("block",):
             assert len(pruned.blocks) == 1
@@ -203,27 +206,29 @@ def test_every_method_prunes_a_vit_and_leaves_it_untouched() -> None:
 
 
 def test_prune_takes_a_sparsity_per_kind(vit: nn.Module) -> None:
-    pruned = prune(vit, "channel-magnitude", {"ffn": 0.25, "head": 0.34, "residual": 0.5}, example_input=images(vit))
+    pruned = prune(
+        vit, "channel-magnitude", sparsity={"ffn": 0.25, "head": 0.34, "residual": 0.5}, example_input=images(vit)
+    ).model
     assert [(b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in pruned.blocks] == [(2, 16, 144)] * 2
     assert pruned.embed_dim == 24
-    nothing = prune(vit, "magnitude", 0.0)
+    nothing = prune(vit, "magnitude", sparsity=0.0).model
     assert same_state(nothing, state(vit))
 
 
 def test_prune_keeps_training_mode_and_is_the_same_each_time(vit: nn.Module) -> None:
-    first = prune(vit.train(), "random", 0.5, example_input=images(vit), seed=3)
+    first = prune(vit.train(), "random", sparsity=0.5, example_input=images(vit), seed=3).model
     assert first.training
     assert vit.training
-    assert same_state(prune(vit, "random", 0.5, seed=3), state(first))
-    assert not same_state(prune(vit, "random", 0.5, seed=4), state(first))
+    assert same_state(prune(vit, "random", sparsity=0.5, seed=3).model, state(first))
+    assert not same_state(prune(vit, "random", sparsity=0.5, seed=4).model, state(first))
 
 
 def test_prune_checks_its_result(vit: nn.Module) -> None:
     with torch.no_grad():
         vit.head.bias[0] = float("inf")
     with pytest.raises(BadInput, match=r"^VisionTransformer: the pruned model's output is not finite"):
-        prune(vit, "magnitude", 0.5, example_input=images(vit))
-    assert prune(vit, "magnitude", 0.5) is not vit
+        prune(vit, "magnitude", sparsity=0.5, example_input=images(vit))
+    assert prune(vit, "magnitude", sparsity=0.5).model is not vit
 
 
 def test_a_nan_weight_is_named(vit: nn.Module) -> None:
@@ -231,18 +236,18 @@ def test_a_nan_weight_is_named(vit: nn.Module) -> None:
         vit.blocks[1].attn.proj.weight[0, 0] = float("nan")
     for method in ("magnitude", "taylor"):
         with pytest.raises(BadInput, match=r"scores are NaN; check the model's weights"):
-            prune(vit, method, 0.5, batches(vit))
+            prune(vit, method, sparsity=0.5, calibration=batches(vit))
 
 
 def test_a_nan_weight_is_not_scored_as_zero_energy(vit: nn.Module) -> None:
     with torch.no_grad():
         vit.blocks[1].attn.proj.weight[0, 0] = float("nan")
     with pytest.raises(BadInput, match=r"^blocks.1.attn.proj.weight: .* NaN"):
-        prune(vit, "lamp", 0.5)
+        prune(vit, "lamp", sparsity=0.5)
 
 
 def test_high_sparsity_leaves_one_unit_of_every_group(vit: nn.Module) -> None:
-    pruned = prune(vit, "channel-magnitude", 0.999, example_input=images(vit), scope="global")
+    pruned = prune(vit, "channel-magnitude", sparsity=0.999, example_input=images(vit), scope="global").model
     assert all(block.mlp.fc1.out_features >= 1 for block in pruned.blocks)
     assert sum(block.mlp.fc1.out_features for block in pruned.blocks) == 2
     assert [block.attn.head_dim for block in pruned.blocks] == [1, 1]
@@ -253,22 +258,32 @@ def test_high_sparsity_leaves_one_unit_of_every_group(vit: nn.Module) -> None:
     [
         ("best", 0.5, {}, r"^method 'best': unknown; use one of random, magnitude"),
         ("magnitude", None, {}, r"^prune.sparsity: method magnitude needs one"),
-        ("magnitude", 1.0, {}, r"^prune.sparsity.weight: 1.0 is not at least 0 and below 1"),
-        ("magnitude", -0.1, {}, r"^prune.sparsity.weight: -0.1 is not"),
-        ("magnitude", float("nan"), {}, r"^prune.sparsity.weight: nan is not"),
+        ("magnitude", 1.0, {}, r"^prune.sparsity: Input should be less than 1, got 1.0"),
+        ("magnitude", -0.1, {}, r"^prune.sparsity: Input should be greater than or equal to 0, got -0.1"),
+        ("magnitude", float("nan"), {}, r"^prune.sparsity: Input should be a finite number, got nan"),
         ("magnitude", {"ffn": 0.5}, {}, r"^prune.sparsity.ffn: method magnitude prunes only weight$"),
         ("channel-magnitude", {"block": 0.5}, {}, r"^prune.sparsity.block: method channel-magnitude prunes only"),
-        ("channel-magnitude", {"head": 0.5, "attention": 0.5}, {}, r"^prune.sparsity: head and attention cut the same"),
+        (
+            "channel-magnitude",
+            {"head": 0.5, "attention": 0.5},
+            {},
+            r"^prune.sparsity: head and attention prune the same axis",
+        ),
         ("magnitude", {}, {}, r"^prune.sparsity: "),
-        ("lamp", 0.5, {"scope": "layer"}, r"^prune.scope 'layer': method lamp has a scope of its own; leave it null"),
+        ("lamp", 0.5, {"scope": "layer"}, r"^prune.scope 'layer': the scope of method lamp is fixed; set it to null"),
         ("random", 0.5, {"scope": "all"}, r"^prune.scope 'all': unknown"),
         ("channel-magnitude", 0.5, {"scope": "2:4"}, r"^prune.scope '2:4': "),
         ("channel-magnitude", 0.5, {"scope": "head"}, r"^prune.scope 'head': |scope 'head' needs"),
-        ("n:m", 0.3, {}, r"^prune: an N:M scope removes 0.5 at once"),
-        ("n:m", None, {"cycles": 2}, r"^prune: an N:M scope removes 0.5 at once"),
+        ("n:m", 0.3, {}, r"^prune: an N:M scope removes 0.5 in one cycle"),
+        ("n:m", None, {"cycles": 2}, r"^prune: an N:M scope removes 0.5 in one cycle"),
         ("n:m", None, {"scope": "1:0"}, r"N must be between 1 and M - 1"),
-        ("magnitude", 0.5, {"schedule": "sudden"}, r"^schedule 'sudden'"),
-        ("magnitude", 0.5, {"cycles": 0}, r"^cycles 0"),
+        (
+            "magnitude",
+            0.5,
+            {"schedule": "sudden"},
+            r"^prune.schedule: Input should be 'linear' or 'cubic', got 'sudden'",
+        ),
+        ("magnitude", 0.5, {"cycles": 0}, r"^prune.cycles: Input should be greater than or equal to 1, got 0"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(vit: nn.Module, method, sparsity, settings, why) -> None:
@@ -279,12 +294,12 @@ def test_what_cannot_be_planned_is_refused(vit: nn.Module, method, sparsity, set
 
 def test_an_unsupported_model_is_refused_before_anything_happens() -> None:
     with pytest.raises(BadInput, match=r"^Linear: this model is not supported;"):
-        prune(nn.Linear(3, 3), "magnitude", 0.5)
+        prune(nn.Linear(3, 3), "magnitude", sparsity=0.5)
 
 
 @pytest.mark.parametrize(("scope", "share"), [("2:4", 0.5), ("1:4", 0.75), ("4:8", 0.5)])
 def test_n_of_m_by_name(vit: nn.Module, scope: str, share: float) -> None:
-    pruned = prune(vit, "n:m", None, scope=scope)
+    pruned = prune(vit, "n:m", scope=scope).model
     n, m = map(int, scope.split(":"))
     for group in find_groups(pruned, ["weight"]):
         runs = pruned.get_parameter(group.name).reshape(-1, m)
@@ -297,7 +312,9 @@ def test_prune_is_score_select_and_apply_by_hand(vit: nn.Module) -> None:
     data = batches(vit)
     masks = select(score(vit, groups, "taylor", data), 0.5, "isomorphic", groups, keep_at_least=1)
     by_hand = shrink(copy.deepcopy(vit), groups, masks)
-    assert same_state(prune(vit, "channel-taylor", {"ffn": 0.5}, data, scope="isomorphic"), state(by_hand))
+    assert same_state(
+        prune(vit, "channel-taylor", sparsity={"ffn": 0.5}, calibration=data, scope="isomorphic").model, state(by_hand)
+    )
     weights = find_groups(vit, ["weight"])
     masks = select(score(vit, weights, "energy"), 0.3, "module", weights)
-    assert same_state(prune(vit, "dimap", 0.3), state(zero(copy.deepcopy(vit), weights, masks)))
+    assert same_state(prune(vit, "dimap", sparsity=0.3).model, state(zero(copy.deepcopy(vit), weights, masks)))

@@ -1,7 +1,6 @@
 """The race to the kept set: against exact sets of made-up scores, of tiny models, and through the library."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +8,14 @@ from torch import Tensor, nn
 
 from tests.support.digits_project import ORDER, project_in
 from tests.support.model_zoo import batches, tiny
+from tests.support.plans import changed, context, plan_for
 from vitprune import find_groups, prune
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
+from vitprune.criteria import ScoringContext
 from vitprune.criteria.kl.exact import exact_kl
 from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.errors import BadInput
 from vitprune.pipeline import stages
-from vitprune.pruning.prune import plan_for, prune_cycles
+from vitprune.pruning.prune import prune_cycles
 from vitprune.pruning.rescoring import Rescored, adaptive_rescoring, rescore
 from vitprune.pruning.rescoring_posterior import ScorePosterior, doubt, doubtful
 from vitprune.pruning.select import candidate_pools, select
@@ -34,7 +34,9 @@ def made_up(units: int = 300, seed: int = 0, noise: float = 0.4, ratio: float = 
     return control * (ratio * normal(units, 1) + noise * normal(units, IMAGES) - 0.1).exp(), control
 
 
-def raced(measured: Tensor, control: Tensor | None, setting: ScoreConfig, surrogate: Tensor, seed: int = 0) -> Rescored:
+def raced(
+    measured: Tensor, control: Tensor | None, setting: ScoringContext, surrogate: Tensor, seed: int = 0
+) -> Rescored:
     scores = {"a": surrogate}
     order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(seed))
     return adaptive_rescoring(
@@ -44,7 +46,7 @@ def raced(measured: Tensor, control: Tensor | None, setting: ScoreConfig, surrog
         lambda chosen, places: {name: measured[units][:, places] for name, units in chosen.items()},
         None if control is None else (lambda places: control[:, places]),
         order,
-        replace(setting, seed=seed),
+        changed(setting, seed=seed),
     )
 
 
@@ -57,7 +59,7 @@ def test_the_expected_overlap_is_the_one_that_comes() -> None:
     found, promised, shares = [], [], []
     for seed in range(8):
         measured, control = made_up(seed=seed)
-        settled = raced(measured, control, replace(DEFAULT_SCORE_CONFIG, confidence=0.98), control.sum(1), seed)
+        settled = raced(measured, control, context(confidence=0.98), control.sum(1), seed)
         found.append(overlap(settled.scores["a"], measured.sum(1)))
         promised.append(settled.facts["expected_overlap"])
         shares.append(settled.facts["evaluations_share"])
@@ -70,16 +72,14 @@ def test_the_expected_overlap_is_the_one_that_comes() -> None:
 @pytest.mark.parametrize("controlled", [True, False])
 def test_to_full_confidence_the_kept_set_is_the_exact_one(controlled: bool) -> None:
     measured, control = made_up(units=60)
-    settled = raced(
-        measured, control if controlled else None, replace(DEFAULT_SCORE_CONFIG, confidence=1 - 1e-9), control.sum(1)
-    )
+    settled = raced(measured, control if controlled else None, context(confidence=1 - 1e-9), control.sum(1))
     assert overlap(settled.scores["a"], measured.sum(1)) == 1
     assert 0 < settled.facts["evaluations"] <= 60 * IMAGES
 
 
 def test_a_control_saves_measurements() -> None:
     measured, control = made_up()
-    setting = replace(DEFAULT_SCORE_CONFIG, confidence=0.98)
+    setting = context(confidence=0.98)
     with_it, without = (raced(measured, c, setting, control.sum(1)).facts["evaluations"] for c in (control, None))
     assert with_it < 0.8 * without
 
@@ -87,7 +87,7 @@ def test_a_control_saves_measurements() -> None:
 def test_a_surrogate_that_is_wrong_is_found_out() -> None:
     measured, control = made_up(ratio=1.5)
     before = overlap(control.sum(1), measured.sum(1))
-    settled = raced(measured, control, replace(DEFAULT_SCORE_CONFIG, confidence=0.98), control.sum(1))
+    settled = raced(measured, control, context(confidence=0.98), control.sum(1))
     assert before < 0.8
     assert overlap(settled.scores["a"], measured.sum(1)) > 0.95
 
@@ -137,7 +137,7 @@ def test_select_is_its_contests(scope: str, vit: nn.Module) -> None:
 def test_a_tiny_model_is_settled_to_its_exact_set(vit: nn.Module) -> None:
     kinds = {"ffn": "layer", "head": "layer", "residual": "layer"}
     groups, data = find_groups(vit, list(kinds)), batches(vit, 4, 4)
-    setting = replace(DEFAULT_SCORE_CONFIG, confidence=1 - 1e-9, fisher_directions=4)
+    setting = context(confidence=1 - 1e-9, fisher_directions=4)
     scores = fisher_kl(vit, groups, data, setting).scores
     fields = [
         c for k in kinds for c in candidate_pools({g.name: scores[g.name] for g in groups if g.kind == k}, 0.5, "layer")
@@ -167,7 +167,7 @@ def test_the_default_method_settles_every_cycle(vit: nn.Module) -> None:
     assert cycles[1].facts["units"] < cycles[0].facts["units"]
     dense = tiny("vit")
     inputs = batches(dense)[0][0]
-    pruned = prune(dense, "upvits", 0.25, batches(dense), inputs)
+    pruned = prune(dense, "upvits", sparsity=0.25, calibration=batches(dense), example_input=inputs).model
     assert pruned.blocks[0].mlp.fc1.out_features == 144
 
 

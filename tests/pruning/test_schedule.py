@@ -7,9 +7,10 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from vitprune import BadInput, plan_for
+from tests.support.plans import plan_for
+from vitprune import BadInput
 from vitprune.config.prune_config import Schedule
-from vitprune.pruning.schedule import spans, sparsities
+from vitprune.pruning.schedule import epochs_per_cycle, sparsities
 from vitprune.training.lr_schedule import learning_rate
 
 LONG = {0: 0.4, 20: 0.5, 40: 0.6, 60: 0.65, 80: 0.7, 100: 0.75, 120: 0.76667, 140: 0.78333, 160: 0.8, 180: 0.81667}
@@ -63,13 +64,17 @@ def test_a_target_follows_the_same_schedules() -> None:
     ("cycles", "schedule", "why"),
     [
         (4, Schedule(steps=[0.5, 0.7, 0.9]), r"^prune.cycles 4: prune.schedule.steps has 3; give the same number"),
-        (3, Schedule(steps=[0.5, 0.7, 0.8]), r"^prune.schedule.steps: ends at 0.8, but 0.9 is to go; give the same"),
-        (3, Schedule(steps=[0.7, 0.5, 0.9]), r"^prune.schedule.steps: \[0.7, 0.5, 0.9\] falls"),
+        (
+            3,
+            Schedule(steps=[0.5, 0.7, 0.8]),
+            r"^prune.schedule.steps: ends at 0.8, the target sparsity is 0.9; give the same",
+        ),
+        (3, Schedule(steps=[0.7, 0.5, 0.9]), r"^prune.schedule.steps: \[0.7, 0.5, 0.9\] decreases"),
         (2, Schedule(steps={10: 0.5, 20: 0.9}), r"^prune.schedule.steps: prunes at epochs \[10, 20\]; begin with 0"),
         (3, Schedule(steps={0: 0.5, 20: 0.6, 10: 0.9}), r"prunes at epochs \[0, 20, 10\]"),
         (1, Schedule(shape="linear", initial=0.4), r"^prune.schedule.initial 0.4: give 2 cycles or more"),
         (3, Schedule(shape="linear", initial=0.95), r"^prune.schedule.initial 0.95: .* no more than 0.9"),
-        (3, "sudden", r"^schedule 'sudden': unknown; use one of linear, cubic"),
+        (3, "sudden", r"^prune.schedule: Input should be 'linear' or 'cubic', got 'sudden'"),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused(cycles: int, schedule: str | Schedule, why: str) -> None:
@@ -79,7 +84,7 @@ def test_a_schedule_that_does_not_fit_is_refused(cycles: int, schedule: str | Sc
 
 
 def test_kinds_of_different_sparsities_have_no_common_steps() -> None:
-    with pytest.raises(BadInput, match=r"^prune.schedule.steps: ends at 0.5, but 0.6 is to go"):
+    with pytest.raises(BadInput, match=r"^prune.schedule.steps: ends at 0.5, the target sparsity is 0.6"):
         plan_for("channel-magnitude", {"attention": 0.5, "ffn": 0.6}, cycles=2, schedule=Schedule(steps=[0.2, 0.5]))
 
 
@@ -109,5 +114,5 @@ def test_the_cosine_is_timms(warmup: int) -> None:
 
 
 def test_spans_without_epochs_are_all_alike() -> None:
-    assert spans(None, 3, 5) == [5, 5, 5]
-    assert spans({0: 0.5}, 1, 5) == [5]
+    assert epochs_per_cycle(None, 3, 5) == [5, 5, 5]
+    assert epochs_per_cycle({0: 0.5}, 1, 5) == [5]

@@ -1,14 +1,14 @@
 """Score a tiny model by CAP as one of several processes: cap_worker.py DIRECTORY."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from tests.support.model_zoo import batches, tiny
+from tests.support.plans import changed, context
 from vitprune import find_groups
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
+from vitprune.criteria import ScoringContext
 from vitprune.criteria.obs.cap import ovit
 from vitprune.models.io import write_weights
 from vitprune.pipeline import score_stage
@@ -17,10 +17,10 @@ from vitprune.runtime.distributed import process_group
 KINDS = ("per-sample", "per-batch")
 
 
-def setting_of(kind: str) -> ScoreConfig:
+def setting_of(kind: str) -> ScoringContext:
     """Three passes over three batches, several chunks of blocks."""
-    few = replace(DEFAULT_SCORE_CONFIG, fisher_block_size=24, num_gradients=20, memory=4_000_000)
-    return few if kind == "per-sample" else replace(few, num_gradients=5, per_sample=False, gradient_batch=4)
+    few = context(fisher_block_size=24, num_gradients=20, memory=4_000_000)
+    return few if kind == "per-sample" else changed(few, num_gradients=5, per_sample=False, gradient_batch=4)
 
 
 def main() -> None:

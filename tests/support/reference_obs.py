@@ -1,17 +1,16 @@
 """Reference implementation of CAP: one image, one block and one weight at a time."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.support.model_zoo import batches
+from tests.support.plans import context
 from vitprune import find_groups
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
+from vitprune.criteria import ScoringContext
 from vitprune.criteria.obs.fisher_blocks import FisherBlocks
 
-SMALL = replace(DEFAULT_SCORE_CONFIG, fisher_block_size=24, damping=1e-7)
+SMALL = context(fisher_block_size=24, damping=1e-7)
 
 
 def image_gradients(model: nn.Module, param: str, data: list) -> Tensor:
@@ -104,7 +103,7 @@ def fastcap_columns(fisher: Tensor, weights: Tensor, share: float, damp: float) 
     return w
 
 
-def matrices(model: nn.Module, setting: ScoreConfig = SMALL, data: list | None = None) -> dict[str, Tensor]:
+def matrices(model: nn.Module, setting: ScoringContext = SMALL, data: list | None = None) -> dict[str, Tensor]:
     """Fisher blocks of a whole model, by parameter."""
     found: dict[str, list[Tensor]] = {}
     for part, fisher in FisherBlocks(model, find_groups(model, ["weight"]), data or batches(model), setting):

@@ -10,14 +10,14 @@ from torch import nn
 
 from tests.support.model_zoo import batches, tiny
 from vitprune import Group, find_groups
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Importance, ScoreConfig
+from vitprune.criteria import DEFAULT_CONTEXT, Batches, Importance, ScoringContext
 from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.models.io import write_weights
 from vitprune.pipeline import score_stage
 from vitprune.runtime.distributed import process_group
 
 
-def slow(model: nn.Module, groups: Sequence[Group], data: Batches, setting: ScoreConfig) -> Importance:
+def slow(model: nn.Module, groups: Sequence[Group], data: Batches, setting: ScoringContext) -> Importance:
     """Fisher, with time to be killed in."""
     time.sleep(float(sys.argv[2]))
     return fisher_kl(model, groups, data, setting)
@@ -26,9 +26,7 @@ def slow(model: nn.Module, groups: Sequence[Group], data: Batches, setting: Scor
 def main() -> None:
     torch.set_num_threads(1)
     directory, model = Path(sys.argv[1]), tiny("vit")
-    work = score_stage.ScoringJob(
-        slow, find_groups(model, ["ffn", "residual"]), batches(model, 5, 2), DEFAULT_SCORE_CONFIG
-    )
+    work = score_stage.ScoringJob(slow, find_groups(model, ["ffn", "residual"]), batches(model, 5, 2), DEFAULT_CONTEXT)
     with process_group() as dist:
         found = work.importance(model, True, directory / "partial", dist)
     if found is not None:

@@ -161,7 +161,7 @@ def test_distillation_changes_the_student_only() -> None:
 
 def test_a_shrunk_student_approaches_its_teacher() -> None:
     teacher = tiny("vit")
-    student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
+    student = prune(teacher, "channel-magnitude", sparsity={"ffn": 0.5, "residual": 0.25}).model
     rows = fit(student, TrainConfig(epochs=5, lr=0.005), task=logit_distillation(student, teacher, 1.0, 2.0, 0.0))
     assert rows[-1]["loss"] < rows[0]["loss"]
 
@@ -187,7 +187,7 @@ def test_the_feature_distillation_loss_is_cross_entropy_plus_squared_error_of_po
 def test_a_narrower_student_approaches_its_teachers_features(name: str) -> None:
     teacher = tiny(name)
     before = state(teacher)
-    student = prune(teacher, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
+    student = prune(teacher, "channel-magnitude", sparsity={"ffn": 0.5, "residual": 0.25}).model
     names = student.state_dict().keys()
     task = feature_distillation(student, teacher, 20.0, 0.0, seed=3)
     rows = fit(student, TrainConfig(epochs=5, lr=0.005), task=task)
@@ -201,7 +201,7 @@ def test_feature_distillation_is_bit_identical_and_keeps_zeros() -> None:
     for number in range(2):
         torch.rand(number + 1)
         teacher = tiny("pvt")
-        student = prune(teacher, "channel-magnitude", {"residual": 0.25})
+        student = prune(teacher, "channel-magnitude", sparsity={"residual": 0.25}).model
         groups = find_groups(student, ["weight"])
         masks = random_masks(groups, 0.5)
         held = FrozenZeros(groups, masks)

@@ -121,7 +121,7 @@ def test_a_recipe_trains_two_steps(name: str, stage: str, tmp_path: Path, monkey
 
     dense, held = stand_in(params.model.name), None
     if stage == "distill":
-        model = prune(dense, "channel-magnitude", {"ffn": 0.5, "residual": 0.25})
+        model = prune(dense, "channel-magnitude", sparsity={"ffn": 0.5, "residual": 0.25}).model
         task = distillation_task(model, dense, params.distill, recipe.smoothing, params.seed)
     else:
         model, task = dense, classification(dense, recipe.smoothing)

@@ -226,7 +226,7 @@ def test_patience_without_an_evaluation_is_refused(vit: nn.Module) -> None:
 
 
 def test_all_keys_together_keep_the_zeros_of_a_pruned_model() -> None:
-    model = prune(tiny("vit"), "channel-magnitude", {"ffn": 0.5})
+    model = prune(tiny("vit"), "channel-magnitude", sparsity={"ffn": 0.5}).model
     groups = find_groups(model, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(model, groups, held.masks)

@@ -90,7 +90,8 @@ class PruneConfig(Section):
     @model_validator(mode="after")
     def _check_amount(self) -> Self:
         if self.target is not None and isinstance(self.sparsity, float):
-            raise ValueError("give a target or one sparsity, not both; beside a target, sparsity is null or per kind")
+            message = "give a target or one sparsity, not both; beside a target, sparsity is null or per kind"
+            raise at_key("target", message, self.target.costs)
         if self.target is None and isinstance(self.sparsity, dict):
             for kind, share in self.sparsity.items():
                 if share >= 1:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.model_zoo import SWIN, VIT, answer, batches, images, random_masks, redrawn, same_state, state, tiny
+from tests.support.plans import context
 from tests.support.reference_kl import kl
 from vitprune import BadInput, data, find_groups, score
 from vitprune.architectures import merge_heads
 from vitprune.architectures.chain_builders import build_chain
-from vitprune.criteria import ScoreConfig
+from vitprune.criteria import DEFAULT_CONTEXT, ScoringContext
 from vitprune.criteria.kl import fast_matmul
 from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.groups import Group, shrink, zero
@@ -46,11 +47,11 @@ def some(group: Group, number: int = 4) -> Tensor:
     return torch.randperm(group.units, generator=torch.Generator().manual_seed(3))[:number]
 
 
-def holds(model: nn.Module, groups: list[Group], setting: ScoreConfig | None = None) -> None:
+def holds(model: nn.Module, groups: list[Group], setting: ScoringContext | None = None) -> None:
     """Assert that exact divergences of some units equal those of removed units."""
     inputs = images(model)
     chosen = {group.name: some(group) for group in groups}
-    found = kl_divergences(model, groups, chosen, inputs, setting or ScoreConfig())
+    found = kl_divergences(model, groups, chosen, inputs, setting or DEFAULT_CONTEXT)
     assert list(found) == [group.name for group in groups]
     for group in groups:
         expected = one_by_one(model, group, chosen[group.name], inputs)
@@ -113,7 +114,7 @@ def test_a_pruned_model_can_be_scored_again() -> None:
 @pytest.mark.parametrize("memory", [1, 200_000, 1 << 30])
 def test_memory_does_not_change_the_divergences(memory: int) -> None:
     model = tiny("thin")
-    holds(model, find_groups(model, KINDS), ScoreConfig(memory=memory))
+    holds(model, find_groups(model, KINDS), context(memory=memory))
 
 
 def test_scores_equal_leave_one_out_with_uneven_batches() -> None:
@@ -130,7 +131,7 @@ def test_only_chosen_units_are_scored_and_the_model_is_unchanged() -> None:
     model = tiny("vit").train()
     before, groups = state(model), find_groups(model, ["ffn", "head"])
     chosen = {"blocks.1.mlp": torch.tensor([7, 3, 7]), "blocks.0.attn.heads": torch.tensor([], dtype=torch.int64)}
-    found = kl_divergences(model, groups, chosen, images(model), ScoreConfig())
+    found = kl_divergences(model, groups, chosen, images(model), DEFAULT_CONTEXT)
     assert {name: tuple(each.shape) for name, each in found.items()} == {
         "blocks.1.mlp": (3, 3),
         "blocks.0.attn.heads": (0, 3),
@@ -148,7 +149,7 @@ def test_tiny_divergences_keep_their_precision() -> None:
     for small in (1e-3, 1e-6):
         with torch.no_grad():
             model.blocks[1].mlp.fc2.weight[:, 5] = column * small
-        found[small] = kl_divergences(model, [group], {group.name: unit}, inputs, ScoreConfig())[group.name]
+        found[small] = kl_divergences(model, [group], {group.name: unit}, inputs, DEFAULT_CONTEXT)[group.name]
     torch.testing.assert_close(found[1e-6] * 1e6, found[1e-3], rtol=0.02, atol=0)  # it goes as the square
     assert bool((found[1e-6] < 1e-12).all())
 
@@ -158,7 +159,7 @@ def test_divergences_beyond_the_exponential_range_are_finite() -> None:
     with torch.no_grad():
         model.head.weight *= 1e5
     group = find_groups(model, ["head"])[1]
-    found = kl_divergences(model, [group], {group.name: torch.arange(3)}, images(model), ScoreConfig())[group.name]
+    found = kl_divergences(model, [group], {group.name: torch.arange(3)}, images(model), DEFAULT_CONTEXT)[group.name]
     assert bool(found.isfinite().all())
     assert float(found.max()) > 500
     torch.testing.assert_close(found, logarithms(model, group), rtol=1e-9, atol=1e-9)
@@ -180,8 +181,8 @@ def test_float32_scores_equal_float64_up_to_rounding(name: str) -> None:
     model = tiny(name)
     groups, inputs = find_groups(model, KINDS), images(model)
     chosen = {group.name: some(group) for group in groups}
-    expected = kl_divergences(model, groups, chosen, inputs, ScoreConfig())
-    found = kl_divergences(model.float(), groups, chosen, inputs.float(), ScoreConfig())
+    expected = kl_divergences(model, groups, chosen, inputs, DEFAULT_CONTEXT)
+    found = kl_divergences(model.float(), groups, chosen, inputs.float(), DEFAULT_CONTEXT)
     for group, each in found.items():
         torch.testing.assert_close(each, expected[group], rtol=2e-3, atol=1e-9)
 
@@ -190,12 +191,12 @@ def test_autocast_and_tf32_are_disabled() -> None:
     model = tiny("vit").float()
     groups, inputs = find_groups(model, ["ffn"]), images(model)
     chosen = {group.name: some(group) for group in groups}
-    expected = kl_divergences(model, groups, chosen, inputs, ScoreConfig())
+    expected = kl_divergences(model, groups, chosen, inputs, DEFAULT_CONTEXT)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            found = kl_divergences(model, groups, chosen, inputs, ScoreConfig())
+            found = kl_divergences(model, groups, chosen, inputs, DEFAULT_CONTEXT)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -225,13 +226,13 @@ def test_unsupported_input_is_refused_by_name() -> None:
     with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: exact scoring removes .*, not kind 'weight'$"):
         score(model, [weight], "kl-exact", batches(model))
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: unit 24 is out of range 0 to 23$"):
-        kl_divergences(model, [group], {group.name: torch.tensor([24])}, inputs, ScoreConfig())
+        kl_divergences(model, [group], {group.name: torch.tensor([24])}, inputs, DEFAULT_CONTEXT)
     with pytest.raises(BadInput, match=r"^ResNet: exact scoring is not supported yet; supported are VisionTransformer"):
         build_chain(timm.create_model("resnet18", num_classes=3))
     model.blocks = model.blocks[1:]
     with pytest.raises(BadInput, match=r"^blocks.1.mlp: the model has no branch of that name"):
         kl_divergences(
-            model, find_groups(tiny("thin"), ["ffn"])[1:], {"blocks.1.mlp": some(group)}, inputs, ScoreConfig()
+            model, find_groups(tiny("thin"), ["ffn"])[1:], {"blocks.1.mlp": some(group)}, inputs, DEFAULT_CONTEXT
         )
 
 
@@ -244,7 +245,7 @@ def test_divergences_on_deit_tiny(real_deit, real_data) -> None:
     blocks = [find_groups(real_deit, [kind])[number] for kind in KINDS[:3] for number in (2, 11)]
     groups = [*blocks, *find_groups(real_deit, ["residual"])]
     chosen = {group.name: some(group, 2) for group in groups}
-    found = kl_divergences(real_deit, groups, chosen, inputs, ScoreConfig())
+    found = kl_divergences(real_deit, groups, chosen, inputs, DEFAULT_CONTEXT)
     for group in groups:
         expected = one_by_one(real_deit, group, chosen[group.name], inputs)
         torch.testing.assert_close(found[group.name], expected, rtol=1e-2, atol=1e-8)

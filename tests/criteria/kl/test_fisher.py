@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.model_zoo import answer, batches, images, same_state, state, tiny
+from tests.support.plans import changed, context
 from tests.support.reference_kl import assert_fades, fisher_quadratic, gated_vit, kl
 from vitprune import BadInput, Group, data, find_groups
 from vitprune.architectures import merge_heads
-from vitprune.criteria import DEFAULT_SCORE_CONFIG
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.criteria.kl.fisher import fisher_kl, fisher_kl_per_image
 from vitprune.criteria.kl.leave_one_out import leave_one_out_kl
 
 ALL = ["residual", "attention", "head", "ffn"]
-EVERY_CLASS = replace(DEFAULT_SCORE_CONFIG, fisher_directions=1000)
+EVERY_CLASS = context(fisher_directions=1000)
 
 
 @pytest.mark.parametrize("name", ["vit", "odd"])
@@ -95,7 +96,7 @@ def test_for_small_units_it_approximates_the_leave_one_out_score(kind: str) -> N
             model.blocks[1].attn.qkv.weight[: group.units] *= 1e-3
             model.blocks[1].attn.qkv.bias[: group.units] *= 1e-3
     found = fisher_kl(model, [group], data, EVERY_CLASS).scores[group.name]
-    expected = leave_one_out_kl(model, [group], data, DEFAULT_SCORE_CONFIG).scores[group.name]
+    expected = leave_one_out_kl(model, [group], data, DEFAULT_CONTEXT).scores[group.name]
     torch.testing.assert_close(found / expected, torch.ones_like(found), rtol=0, atol=5e-3)
 
 
@@ -114,14 +115,14 @@ def test_a_pair_of_sub_layers_shares_one_gate() -> None:
                 scale.gamma.data *= 1 + by
             apart.append(kl(dense, answer(changed, inputs)))
         assert sum(apart) / 2 / step**2 == pytest.approx(float(found[unit]), rel=2e-3)
-    whole = fisher_kl(model, [group], batches(model), DEFAULT_SCORE_CONFIG).scores["blocks"]
+    whole = fisher_kl(model, [group], batches(model), DEFAULT_CONTEXT).scores["blocks"]
     assert whole.isinf().tolist() == [False] * group.num_candidates + [True]
 
 
 def test_merged_heads_have_the_scores_of_their_channels(vit: nn.Module) -> None:
     groups = find_groups(vit, ["attention"])
     merged = merge_heads(vit, groups, 1)
-    one, other = (fisher_kl(vit, each, batches(vit), DEFAULT_SCORE_CONFIG).scores for each in (groups, merged))
+    one, other = (fisher_kl(vit, each, batches(vit), DEFAULT_CONTEXT).scores for each in (groups, merged))
     assert other["blocks.0.attn"].shape == (1, 48)
     assert all(torch.equal(one[name].flatten(), other[name].flatten()) for name in one)
 
@@ -155,7 +156,7 @@ def test_outputs_of_different_tokens_are_uncorrelated() -> None:
 def test_random_signs_are_unbiased(vit: nn.Module) -> None:
     groups, inputs = find_groups(vit, ALL), images(vit, 2)
     exact = torch.cat(list(fisher_kl_per_image(vit, groups, inputs, EVERY_CLASS).values()))
-    settings = [replace(DEFAULT_SCORE_CONFIG, fisher_directions=2, seed=seed) for seed in range(60)]
+    settings = [context(fisher_directions=2, seed=seed) for seed in range(60)]
     draws = torch.stack([torch.cat(list(fisher_kl_per_image(vit, groups, inputs, s).values())) for s in settings])
     spread = draws.std(dim=0) / len(draws) ** 0.5
     off = (draws.mean(dim=0) - exact).abs() / spread
@@ -165,12 +166,12 @@ def test_random_signs_are_unbiased(vit: nn.Module) -> None:
 
 def test_random_signs_depend_on_the_image_position_not_the_batch(vit: nn.Module) -> None:
     groups, inputs = find_groups(vit, ALL), images(vit, 6)
-    few = replace(DEFAULT_SCORE_CONFIG, fisher_directions=2, seed=3)
+    few = context(fisher_directions=2, seed=3)
     whole = fisher_kl_per_image(vit, groups, inputs, few)
     labels = torch.zeros(6, dtype=torch.int64)
     total = fisher_kl(vit, groups, [(inputs[:4], labels[:4]), (inputs[4:], labels[4:])], few).scores
-    rest = fisher_kl(vit, groups, [(inputs[4:], labels[4:])], replace(few, first=4)).scores
-    tight = fisher_kl_per_image(vit, groups, inputs, replace(few, memory=1))  # one image at a time
+    rest = fisher_kl(vit, groups, [(inputs[4:], labels[4:])], changed(few, first=4)).scores
+    tight = fisher_kl_per_image(vit, groups, inputs, changed(few, memory=1))  # one image at a time
     for group in groups:
         torch.testing.assert_close(total[group.name].flatten(), whole[group.name].sum(dim=1), rtol=1e-12, atol=1e-18)
         torch.testing.assert_close(rest[group.name].flatten(), whole[group.name][:, 4:].sum(1), rtol=1e-12, atol=1e-18)
@@ -180,11 +181,11 @@ def test_random_signs_depend_on_the_image_position_not_the_batch(vit: nn.Module)
 @pytest.mark.parametrize("requires", [True, False])
 def test_a_frozen_model_scores_the_same_and_stays_frozen(vit: nn.Module, requires: bool) -> None:
     groups, before = find_groups(vit, ALL), state(vit)
-    expected = fisher_kl(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG).scores
+    expected = fisher_kl(vit, groups, batches(vit), DEFAULT_CONTEXT).scores
     vit.requires_grad_(requires).train()
     vit.blocks[0].eval()
     with torch.no_grad():
-        found = fisher_kl(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG).scores
+        found = fisher_kl(vit, groups, batches(vit), DEFAULT_CONTEXT).scores
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(p.requires_grad is requires and p.grad is None for p in vit.parameters())
     assert vit.training
@@ -196,9 +197,9 @@ def test_a_frozen_model_scores_the_same_and_stays_frozen(vit: nn.Module, require
 
 def test_groups_without_gates_are_refused_by_name(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: Fisher scores are for units, not"):
-        fisher_kl(vit, find_groups(vit, ["weight"]), batches(vit), DEFAULT_SCORE_CONFIG)
+        fisher_kl(vit, find_groups(vit, ["weight"]), batches(vit), DEFAULT_CONTEXT)
     with pytest.raises(BadInput, match=r"^kl-fisher: needs images; give batches$"):
-        fisher_kl(vit, find_groups(vit, ["ffn"]), [], DEFAULT_SCORE_CONFIG)
+        fisher_kl(vit, find_groups(vit, ["ffn"]), [], DEFAULT_CONTEXT)
     groups = find_groups(vit, ["ffn"])
     vit.blocks[1].mlp = nn.Identity()
     unused = nn.Module()
@@ -206,7 +207,7 @@ def test_groups_without_gates_are_refused_by_name(vit: nn.Module) -> None:
     vit.add_module("spare", unused)
     moved = replace(groups[0], slices=tuple(replace(p, param="spare.fc2.weight") for p in groups[0].slices[-1:]))
     with pytest.raises(BadInput, match=r"^spare.fc2: no gradient reaches it, so its units have no gate gradient"):
-        fisher_kl(vit, [moved], batches(vit), DEFAULT_SCORE_CONFIG)
+        fisher_kl(vit, [moved], batches(vit), DEFAULT_CONTEXT)
 
 
 @pytest.mark.real
@@ -217,9 +218,9 @@ def test_ranks_on_deit_tiny_match_leave_one_out(real_deit: nn.Module, real_input
         ("residual", "residual", 0.3),  # its removal is far from small
     ):
         group = next(group for group in find_groups(real_deit, [kind]) if group.name == path)
-        found = fisher_kl_per_image(real_deit, [group], real_inputs, DEFAULT_SCORE_CONFIG)[path].sum(dim=1)
+        found = fisher_kl_per_image(real_deit, [group], real_inputs, DEFAULT_CONTEXT)[path].sum(dim=1)
         some = torch.arange(0, group.units, group.units // 24)
-        expected = kl_divergences(real_deit, [group], {path: some}, real_inputs, DEFAULT_SCORE_CONFIG)[path].sum(dim=1)
+        expected = kl_divergences(real_deit, [group], {path: some}, real_inputs, DEFAULT_CONTEXT)[path].sum(dim=1)
         assert spearman(found[some], expected) > least
 
 
@@ -240,7 +241,7 @@ def test_a_forward_pass_is_released(vit: nn.Module) -> None:
     seen: list[weakref.ref[Tensor]] = []
     groups = find_groups(vit, ["ffn", "attention", "residual"])  # before the hook: it runs forward passes of its own
     vit.get_submodule("head").register_forward_hook(lambda module, given, output: seen.append(weakref.ref(output)))
-    fisher_kl(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG)
+    fisher_kl(vit, groups, batches(vit), DEFAULT_CONTEXT)
     gc.collect()
     assert len(seen) == 4
     assert all(ref() is None for ref in seen)

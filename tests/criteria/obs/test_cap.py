@@ -1,12 +1,11 @@
 """CAP: greedy elimination in Fisher blocks against reference loops and closed forms."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.support.model_zoo import batches, images, tiny
+from tests.support.plans import changed, plan_for
 from tests.support.reference_obs import (
     SMALL,
     block_loss,
@@ -18,7 +17,7 @@ from tests.support.reference_obs import (
     right_looking,
     sherman_morrison,
 )
-from vitprune import find_groups, plan_for
+from vitprune import find_groups
 from vitprune.criteria.obs import cap, greedy
 from vitprune.criteria.obs.fisher_blocks import invert_blocks, solve_independently, solve_jointly
 from vitprune.evaluation.accuracy import accuracy
@@ -147,7 +146,7 @@ def test_scores_equal_the_reference_loops(vit: nn.Module) -> None:
     found = {name: f(vit, groups, data, SMALL).scores for name, f in CRITERIA.items()}
     for group in groups:
         weights = vit.get_parameter(group.name).detach().view(-1, 24)
-        fisher = naive_fisher(image_gradients(vit, group.name, data), 24, SMALL.damping * 128)
+        fisher = naive_fisher(image_gradients(vit, group.name, data), 24, SMALL.config.damping * 128)
         for block in range(0, len(weights), 17):
             losses = right_looking(fisher[block], weights[block])[0]
             alone = weights[block] ** 2 / torch.linalg.inv(fisher[block]).diagonal() / 2
@@ -162,7 +161,7 @@ CRITERIA = {"ovit": cap.ovit, "woodfisher": cap.woodfisher, "diagonal": cap.fish
 
 def test_blocks_of_one_weight_are_the_diagonal(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
-    alone = replace(SMALL, fisher_block_size=1)
+    alone = changed(SMALL, fisher_block_size=1)
     expected = cap.fisher_diagonal(vit, groups, batches(vit), SMALL).scores
     for criterion in (cap.ovit, cap.woodfisher, cap.ovit_increments):
         found = criterion(vit, groups, batches(vit), alone).scores
@@ -218,7 +217,7 @@ def test_a_second_cycle_keeps_the_zeros_of_the_first(method: str) -> None:
     groups = find_groups(model, ["weight"])
     dense = {group.name: model.get_parameter(group.name).detach().clone() for group in groups}
     before: Masks = {}
-    plan = plan_for(method, 0.5, cycles=2, schedule="linear", setting=SMALL)
+    plan = plan_for(method, 0.5, cycles=2, schedule="linear", score=SMALL.config)
     for cycle in prune_cycles(model, plan, data):
         gone = {name: model.get_parameter(name) == 0 for name in dense}
         assert all(torch.equal(gone[name], ~cycle.masks[name]) for name in dense)
@@ -239,6 +238,6 @@ def test_a_zero_weight_is_decoupled_in_the_inverse(vit: nn.Module) -> None:
     fisher = matrices(vit)[name]
     gone = (vit.get_parameter(name) == 0).view(-1, 24)
     found = invert_blocks(fisher)
-    unit = torch.eye(24, dtype=torch.float64) / (SMALL.damping * 128)
+    unit = torch.eye(24, dtype=torch.float64) / (SMALL.config.damping * 128)
     for block in range(0, len(found), 11):
         torch.testing.assert_close(found[block][gone[block]], unit[gone[block]], rtol=1e-9, atol=1e-9)

@@ -1,16 +1,15 @@
 """Fisher blocks: per-image and per-batch gradients, block ranges, memory chunks, augmentation."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.support.model_zoo import batches, images, tiny
+from tests.support.plans import changed, context, plan_for
 from tests.support.reference_obs import image_gradients, naive_fisher
-from vitprune import BadInput, find_groups, plan_for
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, ScoreConfig
+from vitprune import BadInput, find_groups
+from vitprune.criteria import Batches, ScoringContext
 from vitprune.criteria.obs import cap
 from vitprune.criteria.obs.fisher_blocks import FisherBlocks
 from vitprune.criteria.obs.gradients import augmented_images, random_crops, weight_gradients
@@ -18,14 +17,14 @@ from vitprune.criteria.obs.weight_blocks import BlockRange, block_size, chunk_by
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.prune import prune_cycles
 
-SMALL = replace(DEFAULT_SCORE_CONFIG, fisher_block_size=24)
+SMALL = context(fisher_block_size=24)
 
 
 def group_of(model: nn.Module, param: str) -> Group:
     return Group(param, "weight", tuple(model.get_parameter(param).shape), (ParamSlice(param, None),))
 
 
-def collected(model: nn.Module, groups: list[Group], data: Batches, setting: ScoreConfig) -> dict[str, Tensor]:
+def collected(model: nn.Module, groups: list[Group], data: Batches, setting: ScoringContext) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for part, fisher in FisherBlocks(model, groups, data, setting):
         found.setdefault(part.param, []).append(fisher)
@@ -80,21 +79,21 @@ def test_fisher_equals_that_of_per_image_gradients(name: str) -> None:
     for param in some:
         grads = image_gradients(model, param, data)
         size = block_size(grads.shape[1], 24)
-        expected = naive_fisher(grads, size, SMALL.damping * 128)
+        expected = naive_fisher(grads, size, SMALL.config.damping * 128)
         torch.testing.assert_close(found[param], expected, rtol=1e-8, atol=1e-12)
 
 
 def test_batches_of_gradients_are_means(vit: nn.Module) -> None:
     """Five gradients of four images each from twelve images: the second pass uses random crops."""
     param = "blocks.0.mlp.fc2.weight"
-    data, setting = batches(vit, 4), replace(SMALL, per_sample=False, gradient_batch=4, num_gradients=None)
+    data, setting = batches(vit, 4), changed(SMALL, per_sample=False, gradient_batch=4, num_gradients=None)
     weight = vit.get_parameter(param)
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     grads = [torch.autograd.grad(F.cross_entropy(vit(x[n : n + 4]), y[n : n + 4]), [weight])[0] for n in (0, 4, 8)]
-    expected = naive_fisher(torch.stack([grad.flatten() for grad in grads]), 24, setting.damping)
+    expected = naive_fisher(torch.stack([grad.flatten() for grad in grads]), 24, setting.config.damping)
     found = collected(vit, [group_of(vit, param)], data, setting)[param]
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
-    more = replace(setting, num_gradients=5)
+    more = changed(setting, num_gradients=5)
     part = BlockRange(param, 24, 0, weight.numel())
     chunks = torch.cat([values for _, values in weight_gradients(vit, [part], data, more)])
     assert chunks.shape == (5, weight.numel())
@@ -109,7 +108,7 @@ def test_the_mean_of_per_sample_gradients_is_that_of_the_batch(vit: nn.Module) -
     parts = split_into_blocks(vit, find_groups(vit, ["weight"]), 24)
     data = batches(vit, 2)
     alone = dict(weight_gradients(vit, parts, data[:1], SMALL))
-    whole = replace(SMALL, per_sample=False, gradient_batch=3)
+    whole = changed(SMALL, per_sample=False, gradient_batch=3)
     for part, mean in weight_gradients(vit, parts, data[:1], whole):
         torch.testing.assert_close(alone[part].mean(dim=0), mean[0], rtol=1e-9, atol=1e-13)
 
@@ -117,17 +116,17 @@ def test_the_mean_of_per_sample_gradients_is_that_of_the_batch(vit: nn.Module) -
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_memory_changes_only_the_number_of_passes(vit: nn.Module, per_sample: bool) -> None:
     groups, data = find_groups(vit, ["weight"])[:3], batches(vit)
-    setting = replace(SMALL, per_sample=per_sample, gradient_batch=2, num_gradients=4 if per_sample else 3)
+    setting = changed(SMALL, per_sample=per_sample, gradient_batch=2, num_gradients=4 if per_sample else 3)
     whole, tight = (
         collected(vit, groups, data, setting),
-        collected(vit, groups, data, replace(setting, memory=1_000_000)),
+        collected(vit, groups, data, changed(setting, memory=1_000_000)),
     )
     assert len(FisherBlocks(vit, groups, data, setting).chunks) == 1
-    assert len(FisherBlocks(vit, groups, data, replace(setting, memory=1_000_000)).chunks) > 3
+    assert len(FisherBlocks(vit, groups, data, changed(setting, memory=1_000_000)).chunks) > 3
     for param, fisher in whole.items():
         torch.testing.assert_close(tight[param], fisher, rtol=1e-10, atol=1e-16)
-    importance = cap.ovit(vit, groups, data, replace(setting, memory=1_000_000))
-    again = cap.joint_update(vit, groups, data, replace(setting, memory=1_500_000))
+    importance = cap.ovit(vit, groups, data, changed(setting, memory=1_000_000))
+    again = cap.joint_update(vit, groups, data, changed(setting, memory=1_500_000))
     masks = {name: score > score.median() for name, score in importance.scores.items()}
     for param, value in importance.update(masks).items():
         torch.testing.assert_close(again(masks)[param], value, rtol=1e-6, atol=1e-9)
@@ -138,7 +137,7 @@ def test_collection_does_not_change_the_model(vit: nn.Module) -> None:
     vit.blocks[0].mlp.fc1.weight.requires_grad_()
     for per_sample in (True, False):
         collected(
-            vit, find_groups(vit, ["weight"]), batches(vit), replace(SMALL, per_sample=per_sample, gradient_batch=2)
+            vit, find_groups(vit, ["weight"]), batches(vit), changed(SMALL, per_sample=per_sample, gradient_batch=2)
         )
     assert vit.training
     assert [name for name, p in vit.named_parameters() if p.requires_grad] == ["blocks.0.mlp.fc1.weight"]
@@ -148,7 +147,7 @@ def test_collection_does_not_change_the_model(vit: nn.Module) -> None:
 
 def test_given_masks_are_updated_without_scoring(vit: nn.Module) -> None:
     """As in the prune stage: masks come from files, gradients are taken again for the update."""
-    data, plan = batches(vit), plan_for("ovit", 0.5, setting=SMALL)
+    data, plan = batches(vit), plan_for("ovit", 0.5, score=SMALL.config)
     (cycle,) = prune_cycles(one := tiny("vit"), plan, data)
     (other,) = prune_cycles(two := tiny("vit"), plan, data, cycle.masks)
     assert other.scores == {}
@@ -178,7 +177,7 @@ def test_augmented_samples_are_random_crops_and_flips(vit: nn.Module) -> None:
 def test_an_unused_weight_is_refused_by_name(vit: nn.Module) -> None:
     vit.add_module("spare", nn.Linear(4, 4).double())
     for per_sample in (True, False):
-        setting = replace(SMALL, per_sample=per_sample, gradient_batch=2)
+        setting = changed(SMALL, per_sample=per_sample, gradient_batch=2)
         with pytest.raises(
             BadInput, match=r"^spare.weight: is not used in the forward pass and has no gradient; exclude"
         ):

@@ -1,14 +1,13 @@
 """Optimal Brain Compression: row elimination and update against direct solves."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.support.model_zoo import answer, batches, images, tiny
+from tests.support.plans import context
 from vitprune import BadInput, find_groups, prune
-from vitprune.criteria import DEFAULT_SCORE_CONFIG
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.obs.obc import obc, solve_rows
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.select import select
@@ -61,7 +60,7 @@ def literal(row: Tensor, covariance: Tensor, steps: int) -> list[tuple[int, floa
 
 def test_row_elimination_equals_the_reference() -> None:
     model, group, data = case(nn.Linear(7, 4), 4, (9, 7))
-    importance = obc(model, [group], data, DEFAULT_SCORE_CONFIG)
+    importance = obc(model, [group], data, DEFAULT_CONTEXT)
     read = torch.cat([value for value, _ in data]).reshape(-1, 7)
     moment = read.T @ read / len(read)
     moment += 1e-3 * moment.diagonal().mean() * torch.eye(7).double()
@@ -78,7 +77,7 @@ def test_row_elimination_equals_the_reference() -> None:
 
 def test_output_metric_equals_the_fisher_diagonal() -> None:
     model, group, data = case(nn.Linear(6, 3), 3, (4, 6))
-    importance = obc(model, [group], data, replace(DEFAULT_SCORE_CONFIG, fisher_directions=64))
+    importance = obc(model, [group], data, context(fisher_directions=64))
     value = torch.cat([value for value, _ in data])
     read = model[0](value).detach().requires_grad_()
     logits = model[1](read.mean(dim=1))
@@ -109,7 +108,7 @@ def test_the_update_is_least_squares_of_each_row() -> None:
 def test_a_convolution_scores_like_its_unfolded_linear_layer() -> None:
     layer = nn.Conv2d(3, 4, 2, stride=2, padding=1).double()
     model, group, data = case(layer, 4, (3, 6, 6))
-    importance = obc(model, [group], data, DEFAULT_SCORE_CONFIG)
+    importance = obc(model, [group], data, DEFAULT_CONTEXT)
     read = torch.cat([nn.functional.unfold(value, 2, 1, 1, 2).transpose(1, 2) for value, _ in data])
     flat = nn.Linear(12, 4).double()
     with torch.no_grad():
@@ -117,7 +116,7 @@ def test_a_convolution_scores_like_its_unfolded_linear_layer() -> None:
         flat.bias.copy_(layer.bias)
     same, other, _ = case(flat, 4, (1, 12))
     same[1].load_state_dict(model[1].state_dict())
-    expected = obc(same, [other], [(read, torch.zeros(12).long())], DEFAULT_SCORE_CONFIG)
+    expected = obc(same, [other], [(read, torch.zeros(12).long())], DEFAULT_CONTEXT)
     found, wanted = importance.scores["0.weight"].flatten(1), expected.scores["0.weight"]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-12)
     masks = {"0.weight": found > found.median()}
@@ -130,7 +129,7 @@ def test_zero_weights_score_zero_and_stay_zero() -> None:
     model, group, data = case(nn.Linear(8, 4, bias=False), 4, (9, 8))
     with torch.no_grad():
         model[0].weight[:, [1, 4]] = 0
-    importance = obc(model, [group], data, DEFAULT_SCORE_CONFIG)
+    importance = obc(model, [group], data, DEFAULT_CONTEXT)
     scores = importance.scores["0.weight"]
     assert not scores[:, [1, 4]].any()
     assert bool((scores[:, [0, 2, 3, 5, 6, 7]] > 0).all())
@@ -140,7 +139,7 @@ def test_zero_weights_score_zero_and_stay_zero() -> None:
         smaller[1].load_state_dict(model[1].state_dict())
     cut = [(value[..., [0, 2, 3, 5, 6, 7]], labels) for value, labels in data]
     alone = Group("0.weight", "weight", (4, 6), WEIGHT)
-    expected = obc(smaller, [alone], cut, DEFAULT_SCORE_CONFIG).scores["0.weight"]
+    expected = obc(smaller, [alone], cut, DEFAULT_CONTEXT).scores["0.weight"]
     torch.testing.assert_close(scores[:, [0, 2, 3, 5, 6, 7]], expected, rtol=0.05, atol=0)  # the ridge's mean differs
 
 
@@ -148,7 +147,9 @@ def test_zero_weights_score_zero_and_stay_zero() -> None:
 def test_n_of_m_weights_of_each_row_are_kept(pattern: tuple[int, int]) -> None:
     model = tiny("vit")
     data = batches(model)
-    pruned = prune(model, "obc", None, data, images(model), scope=f"{pattern[0]}:{pattern[1]}")
+    pruned = prune(
+        model, "obc", calibration=data, example_input=images(model), scope=f"{pattern[0]}:{pattern[1]}"
+    ).model
     for group in find_groups(pruned, ["weight"]):
         weight = pruned.get_parameter(group.name)
         assert bool(((weight.view(len(weight), -1, 4) != 0).sum(dim=2) == pattern[0]).all())
@@ -160,21 +161,24 @@ def test_logits_are_closer_to_dense_than_with_magnitude(kind: str) -> None:
     data = batches(model)
     seen = data[0][0]
     dense = answer(model, seen)
-    found = {method: answer(prune(model, method, 0.5, data), seen) for method in ("obc", "magnitude")}
+    found = {
+        method: answer(prune(model, method, sparsity=0.5, calibration=data).model, seen)
+        for method in ("obc", "magnitude")
+    }
     assert (found["obc"] - dense).norm() < 0.5 * (found["magnitude"] - dense).norm()
-    assert select(obc(model, find_groups(model, ["weight"])[:1], data, DEFAULT_SCORE_CONFIG).scores, 0.5, "global")
+    assert select(obc(model, find_groups(model, ["weight"])[:1], data, DEFAULT_CONTEXT).scores, 0.5, "global")
 
 
 def test_invalid_input_is_refused() -> None:
     model, _, data = case(nn.Conv2d(4, 4, 3, groups=2), 4, (4, 5, 5))
     group = Group("0.weight", "weight", (4, 2, 3, 3), WEIGHT)
     with pytest.raises(BadInput, match=r"^0.weight: obc needs a Linear layer or an ungrouped convolution; exclude"):
-        obc(model, [group], data, DEFAULT_SCORE_CONFIG)
+        obc(model, [group], data, DEFAULT_CONTEXT)
     vit = tiny("vit")
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: unstructured criteria score kind 'weight', not 'ffn'$"):
-        obc(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_SCORE_CONFIG)
+        obc(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_CONTEXT)
     with pytest.raises(BadInput, match=r"^second moments: need images; give batches$"):
-        obc(vit, find_groups(vit, ["weight"]), [], DEFAULT_SCORE_CONFIG)
+        obc(vit, find_groups(vit, ["weight"]), [], DEFAULT_CONTEXT)
 
 
 def test_a_layer_that_runs_twice_is_refused() -> None:
@@ -182,4 +186,4 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     model = nn.Sequential(layer, nn.GELU(), layer)
     group = Group("0.weight", "weight", (6, 6), WEIGHT)
     with pytest.raises(BadInput, match=r"^0: runs more than once per forward pass; exclude it$"):
-        obc(model, [group], [(torch.randn(4, 6), torch.zeros(4).long())], DEFAULT_SCORE_CONFIG)
+        obc(model, [group], [(torch.randn(4, 6), torch.zeros(4).long())], DEFAULT_CONTEXT)

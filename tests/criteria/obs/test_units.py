@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from tests.support.model_zoo import ZOO, answer, batches, images, redrawn, tiny
+from tests.support.plans import context, plan_for
 from tests.support.reference_kl import naive_elimination
-from vitprune import BadInput, find_groups, plan_for, prune
+from vitprune import BadInput, find_groups, prune
 from vitprune.architectures import merge_heads
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoreConfig
+from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.moments import collect_unit_moments
 from vitprune.criteria.obs.unit_elimination import add_ridge, eliminate_units, ridge_refit
 from vitprune.criteria.obs.units import refit_update, rotate_attention, unit_obs, unit_obs_update
@@ -68,7 +69,7 @@ def test_refit_recovers_duplicated_inputs_exactly() -> None:
 def test_the_attention_basis_preserves_the_function(name: str) -> None:
     model = tiny(name)
     groups = find_groups(model, ["attention"])
-    statistics = collect_unit_moments(model, groups, batches(model, 3, 8), DEFAULT_SCORE_CONFIG, grads=True)
+    statistics = collect_unit_moments(model, groups, batches(model, 3, 8), DEFAULT_CONTEXT, grads=True)
     turned = copy.deepcopy(model)
     for group in groups:
         for path, value in rotate_attention(model, group, statistics).items():
@@ -81,7 +82,7 @@ def test_the_attention_basis_preserves_the_function(name: str) -> None:
 @pytest.mark.parametrize("kind", ["ffn", "attention", "head"])
 def test_the_update_reduces_the_logit_error(vit: nn.Module, kind: str) -> None:
     groups, seen, x = find_groups(vit, [kind]), batches(vit, 4, 16), images(vit, 16, 99)
-    importance = unit_obs(vit, groups, seen, DEFAULT_SCORE_CONFIG)
+    importance = unit_obs(vit, groups, seen, DEFAULT_CONTEXT)
     masks = select(importance.scores, 0.4, "head" if kind == "attention" else "layer")
     plain, updated = copy.deepcopy(vit), copy.deepcopy(vit)
     assert importance.update is not None
@@ -93,7 +94,7 @@ def test_the_update_reduces_the_logit_error(vit: nn.Module, kind: str) -> None:
 
 def test_updates_are_empty_if_nothing_is_removed(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
-    statistics = collect_unit_moments(vit, groups, batches(vit), DEFAULT_SCORE_CONFIG, grads=True)
+    statistics = collect_unit_moments(vit, groups, batches(vit), DEFAULT_CONTEXT, grads=True)
     everything = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
     assert unit_obs_update(vit, groups, statistics)(everything) == {}
     assert refit_update(vit, groups, statistics)(everything) == {}
@@ -104,7 +105,7 @@ def test_saved_statistics_replace_the_images(vit: nn.Module, method: str) -> Non
     plan, noise, models = plan_for(method, 0.4), batches(vit, 3, 8), [copy.deepcopy(vit) for _ in range(2)]
     (cycle,) = prune_cycles(models[0], plan, noise)
     groups = find_groups(vit, KINDS)
-    statistics = dict(plan.row.criterion(vit, groups, noise, plan.setting_of(1)).statistics)
+    statistics = dict(plan.method.criterion(vit, groups, noise, plan.context(1)).statistics)
     list(prune_cycles(models[1], plan, [], cycle.masks, statistics))
     x = images(vit)
     assert torch.equal(answer(models[0], x), answer(models[1], x))
@@ -112,18 +113,20 @@ def test_saved_statistics_replace_the_images(vit: nn.Module, method: str) -> Non
 
 def test_groups_without_exactly_one_consumer_are_refused(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^residual: unit-obs scores ffn, head and attention, not kind 'residual'"):
-        unit_obs(vit, find_groups(vit, ["residual"]), batches(vit), DEFAULT_SCORE_CONFIG)
+        unit_obs(vit, find_groups(vit, ["residual"]), batches(vit), DEFAULT_CONTEXT)
     merged = merge_heads(vit, find_groups(vit, ["attention"]), 1)
     with pytest.raises(
         BadInput, match=r"^blocks.0.attn: each of its 3 heads has its own basis, so heads cannot be merged"
     ):
-        unit_obs(vit, merged, batches(vit), DEFAULT_SCORE_CONFIG)
+        unit_obs(vit, merged, batches(vit), DEFAULT_CONTEXT)
     assert (
-        prune(vit, "upvits-refit", {"attention": 0.5}, batches(vit, 2, 8), merge_heads_to=1).blocks[0].attn.num_heads
+        prune(vit, "upvits-refit", sparsity={"attention": 0.5}, calibration=batches(vit, 2, 8), merge_heads_to=1)
+        .model.blocks[0]
+        .attn.num_heads
         == 1
     )
     with pytest.raises(BadInput, match="need images"):
-        unit_obs(vit, find_groups(vit, ["ffn"]), [], DEFAULT_SCORE_CONFIG)
+        unit_obs(vit, find_groups(vit, ["ffn"]), [], DEFAULT_CONTEXT)
 
 
 def test_macs_per_unit_equal_the_saved_macs(vit: nn.Module) -> None:
@@ -170,7 +173,7 @@ def test_macs_masks_are_nested_in_the_sparsity(vit: nn.Module) -> None:
 
 
 def test_kinds_in_one_macs_pool_need_one_sparsity() -> None:
-    with pytest.raises(BadInput, match=r"ffn, attention compete for one share of the MACs; give all the same"):
+    with pytest.raises(BadInput, match=r"ffn, attention share one fraction of the MACs; give all the same"):
         plan_for("unit-obs", {"ffn": 0.5, "attention": 0.4})
     assert plan_for("unit-obs", {"ffn": 0.5, "attention": 0.4}, "layer").macs_kinds == []
     assert plan_for("channel-taylor", 0.5, "macs").macs_kinds == ["ffn", "attention"]
@@ -189,7 +192,9 @@ def test_the_only_head_of_a_stage_is_kept(method: str) -> None:
     model = redrawn(timm.create_model(architecture, **args | {"num_heads": (1, 2, 4)}), 0)
     heads = [group.units for group in find_groups(model, ["head"])]
     assert 1 in heads
-    pruned = prune(model, method, {"head": 0.6}, batches(model, 2, 4), images(model))
+    pruned = prune(
+        model, method, sparsity={"head": 0.6}, calibration=batches(model, 2, 4), example_input=images(model)
+    ).model
     left = [group.units for group in find_groups(pruned, ["head"])]
     assert [now for now, before in zip(left, heads, strict=True) if before == 1] == [1] * heads.count(1)
     assert sum(left) < sum(heads)
@@ -198,7 +203,7 @@ def test_the_only_head_of_a_stage_is_kept(method: str) -> None:
 def test_second_moments_do_not_depend_on_how_many_images_fit_into_memory() -> None:
     vit = tiny("vit")
     found = [
-        collect_unit_moments(vit, find_groups(vit, KINDS), batches(vit), ScoreConfig(memory=m), grads=True)
+        collect_unit_moments(vit, find_groups(vit, KINDS), batches(vit), context(memory=m), grads=True)
         for m in (1, 1 << 30)
     ]
     for name, value in found[0].items():

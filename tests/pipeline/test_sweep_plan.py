@@ -67,7 +67,7 @@ def test_settings_for_all_and_for_one_method(tmp_path: Path) -> None:
         ({"methods": ["lamp"], "targets": [0.5, 0.5]}, r"^targets: lamp-sparsity-0.5 is there twice"),
         (
             {"methods": {"lamp": {"sparsity": 0.1}}, "targets": [0.5]},
-            r"^methods.lamp.sparsity: is what the sweep itself",
+            r"^methods.lamp.sparsity: is set by the sweep itself",
         ),
         (
             {"methods": {"lamp": {"cycle": 1}}, "targets": [0.5]},

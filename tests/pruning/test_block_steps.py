@@ -224,7 +224,9 @@ def test_what_would_leave_no_blocks_is_refused(vit: nn.Module) -> None:
             shrink(vit, groups, whole | {"blocks": torch.tensor(mask)})
     with pytest.raises(BadInput, match=r"^blocks: all 4 units would be removed"):
         shrink(vit, groups, whole | {"blocks": torch.zeros(4, dtype=torch.bool)})
-    with pytest.raises(BadInput, match=r"^blocks: blocks cannot be zeroed, they are removed from the model; shrink them"):
+    with pytest.raises(
+        BadInput, match=r"^blocks: blocks cannot be zeroed, they are removed from the model; shrink them"
+    ):
         zero(vit, groups, whole | {"blocks": mask_without(groups[0], 1)})
     assert same_state(vit, before)
     shrink(vit, groups, whole | {"blocks": mask_without(groups[0], 1)})

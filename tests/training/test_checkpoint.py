@@ -257,7 +257,9 @@ def test_a_resume_at_the_wrong_batch_changes_the_weights(tmp_path: Path, monkeyp
         saver = Breaking(shelf, list)
         saver.left = 2
         with pytest.raises(Broken):
-            train(plain(model), lambda epoch: noise, STEPS, TrainConfig(epochs=1, lr=0.01), 0, print, checkpointer=saver)
+            train(
+                plain(model), lambda epoch: noise, STEPS, TrainConfig(epochs=1, lr=0.01), 0, print, checkpointer=saver
+            )
         ahead = noise[2 - skipped :]  # the remaining batches, or one too many
         other = tiny("vit")
         train(plain(other), lambda epoch, left=ahead: left, STEPS, TrainConfig(epochs=1, lr=0.01), 0, lambda row: None,

@@ -155,7 +155,7 @@ def made(project: Path, servers: servers.Servers, remote: servers.Remote, scratc
     if toy.flow(log, "run").wait():
         sys.exit(log.read_text())
     subprocess.run(["cp", "-a", project, toy.whole], check=True)
-    (journal,) = (project / STATE / "journal/mirrored").glob("*.jsonl")
+    (journal,) = (project / STATE / "journal/uploaded").glob("*.jsonl")
     seconds = {fact["stage"]: fact["seconds"] for fact in read_log(journal) if fact["fact"] == "stage"}
     lock = (project / "dvc.lock").read_text()
     return Toy(project, toy.whole, servers, digests(project), locked(lock), seconds)

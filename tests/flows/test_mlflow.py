@@ -188,7 +188,7 @@ def test_two_first_uses_of_the_local_store_at_once_are_safe(project: Path) -> No
     both = [start_replay(project, None) for _ in range(2)]
     said = sorted(process.communicate(timeout=180)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert said == [f"uploaded 1 runs to sqlite:///{project}/mlflow.db\n", "nothing to upload\n"]
+    assert said == ["nothing to upload\n", f"uploaded 1 run to sqlite:///{project}/mlflow.db\n"]
     seen = look(f"sqlite:///{project}/mlflow.db")
     assert {run["name"] for run in seen["runs"] if run["status"] == "FINISHED"} >= {
         "compress-first",

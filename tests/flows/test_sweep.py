@@ -81,9 +81,8 @@ def test_a_killed_sweep_goes_on_and_names_what_fails(project: Path, server: str,
     assert code == 0, err
     assert (said + err).count("already finished") == 3
     more = (tmp_path / "ran").read_text().splitlines()[len(ran) :]
-    names = [line.split()[0] for line in more]  # less what another run has left alike in the cache
-    assert names[:2] == ["prune", "distill"]
-    assert set(names) <= {"prune", "distill", "evaluate", "export", "report"}
+    # distill, evaluate and export do not depend on the settings of prune: the toy's other runs have the same inputs
+    assert [line.split()[0] for line in more] == ["prune", "report"]
     assert {line.split()[1] for line in more} == {str(places[RUNS[3]])}
     assert not (project / "dvc.lock").exists()  # the project's own stages are as they were
 

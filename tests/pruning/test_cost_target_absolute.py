@@ -52,11 +52,11 @@ def test_cycles_approach_an_absolute_target(vit: nn.Module) -> None:
 
 
 def test_milliseconds_come_with_their_spread() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 6})
-    whole = latency([model], example_input(model, 1), 30)[0]["median"]
+    model = timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 12})  # the dense model is timed twice
+    whole = latency([model], example_input(model, 1), 50)[0]["median"]
     (cycle,) = prune_cycles(model, plan_for("drawn", {"block": 1.0}, target={"latency_ms": 0.5 * whole}), ())
     record = cycle.cost["latency_ms"]
-    assert 1 <= len(model.blocks) < 6
+    assert 1 <= len(model.blocks) < 12
     assert record["target"] == pytest.approx(0.5 * whole, abs=1e-6)
     assert 0 < record["p10"] <= record["reached"] <= record["p90"]
     assert "ms beside it" in record.get("why", "ms beside it")

@@ -107,8 +107,10 @@ def upload_missing_runs(project: Path, as_json: bool) -> int:
     result = replay(project)
     if as_json:
         print(json.dumps(asdict(result)))
-    elif result.missed:
-        print(f"uploaded {result.done} runs; {result.missed} are missing: {result.error}", file=sys.stderr)
+        return 1 if result.missed else 0
+    runs = f"{result.done} run{'' if result.done == 1 else 's'}"
+    if result.missed:
+        print(f"uploaded {runs}; not uploaded: {result.missed} ({result.error})", file=sys.stderr)
     else:
-        print(f"uploaded {result.done} runs to {result.uri}" if result.done else "nothing to upload")
+        print(f"uploaded {runs} to {result.uri}" if result.done else "nothing to upload")
     return 1 if result.missed else 0

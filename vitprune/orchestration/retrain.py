@@ -21,7 +21,7 @@ from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.execution.worktrees import WorktreeError
 from vitprune.orchestration.tracking.registry import Registry, registry
-from vitprune.orchestration.tracking.replay import MIRRORED
+from vitprune.orchestration.tracking.replay import UPLOADED
 from vitprune.orchestration.tracking.store import short_timeouts, tracking_uri
 
 Compress = Callable[[Path], State[Any]]
@@ -161,7 +161,7 @@ class _Challenger:
     @property
     def flow_run_id(self) -> str:
         """Id of the run of the flow compress: the name of its run log."""
-        return next((self.worktree / STATE / "journal" / MIRRORED).glob("*.jsonl")).stem
+        return next((self.worktree / STATE / "journal" / UPLOADED).glob("*.jsonl")).stem
 
 
 def execute_retraining(project: Path, model: str | None, branch: str, compress: Compress) -> State[Retrained]:

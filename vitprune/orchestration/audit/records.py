@@ -19,7 +19,7 @@ from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import MODEL, RunLog, flatten
 from vitprune.orchestration.tracking.logged_model import DIGEST
-from vitprune.orchestration.tracking.replay import MIRRORED
+from vitprune.orchestration.tracking.replay import UPLOADED
 from vitprune.orchestration.tracking.upload import HASH, JOURNAL, JOURNAL_DIGEST, KEY
 from vitprune.runtime.commands import git
 from vitprune.runtime.files import md5, sha256
@@ -41,7 +41,7 @@ def journal(collected: CollectedRun) -> Lines:
     wanted = collected.parent.data.tags.get(JOURNAL_DIGEST)
     if sha256(path) != wanted:
         yield f"{JOURNAL}: its sha256 is {sha256(path)}, the run says {wanted}"
-    kept = collected.project / STATE / "journal" / MIRRORED / f"{flow}.jsonl"
+    kept = collected.project / STATE / "journal" / UPLOADED / f"{flow}.jsonl"
     if kept.is_file() and sha256(kept) != sha256(path):
         yield f"{JOURNAL}: MLflow's differs from the project's copy, {kept}"
 

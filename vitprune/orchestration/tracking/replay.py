@@ -13,7 +13,7 @@ from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclus
 from vitprune.orchestration.tracking.journal import RunLog, read_log
 from vitprune.runtime.untrusted import without_credentials
 
-MIRRORED = "mirrored"
+UPLOADED = "uploaded"  # directory of the logs that MLflow has
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _pending(project: Path, flow_run_id: str | None) -> list[RunLog]:
 
 
 def _archive(run_log: RunLog) -> None:
-    folder = run_log.path.parent / MIRRORED
+    folder = run_log.path.parent / UPLOADED
     folder.mkdir(exist_ok=True)
     os.replace(run_log.path, folder / run_log.path.name)
     shutil.rmtree(run_log.spool, ignore_errors=True)  # last: until here an interrupted upload can be repeated

@@ -144,18 +144,21 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
     """
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     cuts: list[Cut] = []
+    reached: dict[str, dict[str, tuple[int, ...]]] = {}  # as `structure` would return it for the result, by kind
     for kind in ("block", "head", "residual", "attention", "ffn") if wanted else ():
         if kind == "block" and type(model) not in SUBLAYER_PRUNED:
             cuts += apply_cuts(model, block_removal.cuts_of(model, wanted))
+            reached[kind] = block_removal.removed_blocks(model)
             continue
         groups = _cuttable(model, kind)
-        if kind == "head":
-            cuts += apply_cuts(model, _fewer_heads(model, groups, wanted))
-        else:
-            cuts += apply_cuts(model, [(group, wanted[group.name]) for group in groups if group.name in wanted])
-    reached = structure(model) if wanted else {}
+        chosen = [(group, wanted[group.name]) for group in groups if group.name in wanted]
+        made = _fewer_heads(model, groups, wanted) if kind == "head" else chosen
+        cuts += apply_cuts(model, made)
+        reached[kind] = {group.name: group.shape for group in groups} | {group.name: shape for group, shape in made}
+    if reached.get("attention"):
+        del reached["head"]
     for name, shape in wanted.items():
-        if reached.get(name) != shape:
+        if not any(of_kind.get(name) == shape for of_kind in reached.values()):
             model_name = type(model).__name__
             raise BadInput(f"structure: {model_name} has no group {name} that could take the shape {list(shape)}")
     return cuts

@@ -3,19 +3,19 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.slices import not_prunable
-from vitprune.architectures.tracing.cache import Shapes, first_line, meta_input, state_shapes
+from vitprune.architectures.tracing.cache import first_line, meta_input
+from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.architectures.tracing.residual_branches import find_residual_modules
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within, meta_copy
 from vitprune.runtime.eval_mode import eval_mode
 
-_CACHE: WeakKeyDictionary[nn.Module, tuple[Shapes, tuple[str, ...] | BadInput]] = WeakKeyDictionary()
+_CACHE: StructureCache[tuple[str, ...] | BadInput] = StructureCache()
 
 
 class IdentityBlock(nn.Module):
@@ -33,18 +33,15 @@ def groups(model: nn.Module) -> list[Group]:
     """Find all removable blocks of a model, as one group.
 
     A removable block is a member of a Sequential or ModuleList, has two layers or more, and returns its first input
-    plus something. If such blocks contain others, the inner ones are removable. Cached until the model's shapes change.
+    plus something. If such blocks contain others, the inner ones are removable. Cached for models of one structure.
 
     Raises:
         BadInput: no block is removable (the message names one), or the model does not run without its blocks.
     """
-    shapes = state_shapes(model)
-    entry = _CACHE.get(model)
-    if entry is None or entry[0] != shapes:
-        _CACHE[model] = entry = (shapes, _find_blocks(model))
-    if isinstance(entry[1], BadInput):
-        raise BadInput(str(entry[1]))
-    return [group_of(entry[1])]
+    paths = _CACHE.value_for(model, _find_blocks)
+    if isinstance(paths, BadInput):
+        raise BadInput(str(paths))
+    return [group_of(paths)]
 
 
 def group_of(paths: Sequence[str]) -> Group:

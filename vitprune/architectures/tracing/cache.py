@@ -2,39 +2,36 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
+from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
 from vitprune.runtime.eval_mode import eval_mode
 
-Shapes = tuple[tuple[str, torch.Size], ...]
-
 
 @dataclass(frozen=True)
 class _CacheEntry:
-    """The trace of a model at these shapes, and the error of each trial run by group names (empty: it ran)."""
+    """The trace of a model, and the error of each trial run by group names (empty: it ran)."""
 
-    shapes: Shapes
     groups: list[ChannelGroup]
     trials: dict[tuple[str, ...], str] = field(default_factory=dict)
 
 
-_CACHE: WeakKeyDictionary[nn.Module, _CacheEntry] = WeakKeyDictionary()
+_CACHE: StructureCache[_CacheEntry] = StructureCache()
 
 
 def traced_channels(model: nn.Module) -> list[ChannelGroup]:
-    """Return the groups of coupled channels of a model at its own input size, cached until its shapes change.
+    """Return the groups of coupled channels of a model at its own input size, cached for models of the same structure.
 
     Raises:
         BadInput: the model does not run on the meta device.
     """
-    return _entry(model).groups
+    return _CACHE.value_for(model, _trace).groups
 
 
 def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
@@ -48,24 +45,19 @@ def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
     Raises:
         BadInput: the pruned copy does not run.
     """
-    trials, names = _entry(model).trials, tuple(group.name for group in groups)
+    trials, names = _CACHE.value_for(model, _trace).trials, tuple(group.name for group in groups)
     if names not in trials:
         trials[names] = _trial_error(model, groups)
     if trials[names]:
         raise BadInput(f"{type(model).__name__}: with {what} it does not run ({trials[names]})")
 
 
-def _entry(model: nn.Module) -> _CacheEntry:
-    shapes = state_shapes(model)
-    entry = _CACHE.get(model)
-    if entry is None or entry.shapes != shapes:
-        copy = meta_copy(model)
-        try:
-            groups = channel_groups(copy, meta_input(copy))
-        except Exception as error:  # a forward pass may raise anything on tensors without values
-            raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({first_line(error)})") from None
-        _CACHE[model] = entry = _CacheEntry(shapes, groups)
-    return entry
+def _trace(model: nn.Module) -> _CacheEntry:
+    copy = meta_copy(model)
+    try:
+        return _CacheEntry(channel_groups(copy, meta_input(copy)))
+    except Exception as error:  # a forward pass may raise anything on tensors without values
+        raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({first_line(error)})") from None
 
 
 def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
@@ -78,11 +70,6 @@ def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
     except Exception as error:
         return first_line(error)
     return ""
-
-
-def state_shapes(model: nn.Module) -> Shapes:
-    """Return name and shape of every tensor in a model's state."""
-    return tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
 
 
 def meta_input(model: nn.Module) -> Tensor:

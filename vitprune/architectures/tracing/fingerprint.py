@@ -1,0 +1,88 @@
+"""Fingerprint of a model's structure: equal fingerprints mean equal forward passes on the meta device."""
+
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import is_dataclass
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+CAPACITY = 32  # structures; a trace of a large model takes about 1 MiB
+SIMPLE = (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, BuiltinFunctionType)
+IGNORED = {"training"}  # traces run in evaluation mode
+
+Value = TypeVar("Value")
+
+
+class _UnknownStateError(Exception):
+    """A module has an attribute whose effect on the forward pass is not known."""
+
+
+class StructureCache(dict[Hashable, Value]):
+    """Values that depend on a model's structure alone, the most recent ones; shared by models of equal structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_model: WeakKeyDictionary[nn.Module, tuple[Hashable, Value]] = WeakKeyDictionary()
+
+    def value_for(self, model: nn.Module, compute: Callable[[nn.Module], Value]) -> Value:
+        """Return the value of a model, computed once for each structure."""
+        key = fingerprint(model)
+        if key is None:  # of this model only, until its shapes change
+            shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
+            entry = self._by_model.get(model)
+            if entry is None or entry[0] != shapes:
+                self._by_model[model] = entry = (shapes, compute(model))
+            return entry[1]
+        value = self.pop(key) if key in self else compute(model)
+        self[key] = value  # the last one
+        while len(self) > CAPACITY:
+            del self[next(iter(self))]
+        return value
+
+
+def fingerprint(model: nn.Module) -> Hashable | None:
+    """Return class, attributes and shapes of every module; None if that does not determine the forward pass.
+
+    It does not if a module has hooks, a method that was replaced by a closure, or attributes of unknown types.
+    """
+    numbers: dict[int, int] = {}
+    try:
+        return tuple(
+            (path, type(module), _freeze(vars(module), numbers))
+            for path, module in model.named_modules(remove_duplicate=False)
+        )
+    except _UnknownStateError:
+        return None
+
+
+def _freeze(value: Any, numbers: dict[int, int]) -> Hashable:
+    """Return a hashable copy of an attribute; tensors and modules become their shape and their order of occurrence."""
+    if isinstance(value, SIMPLE) or (isinstance(value, FunctionType) and value.__closure__ is None):
+        return value
+    if isinstance(value, nn.Module):
+        return ("module", numbers.setdefault(id(value), len(numbers)))
+    if isinstance(value, nn.Parameter):
+        return ("parameter", value.shape, numbers.setdefault(id(value), len(numbers)))
+    if isinstance(value, dict):
+        if any(str(key).endswith("_hooks") and hooks for key, hooks in value.items()):
+            raise _UnknownStateError
+        return tuple(
+            (key, tuple((name, None if buffer is None else buffer.shape) for name, buffer in item.items()))
+            if key == "_buffers"
+            else (key, _freeze(item, numbers))
+            for key, item in value.items()
+            if key not in IGNORED
+        )
+    if isinstance(value, list | tuple):
+        return (type(value), *(_freeze(item, numbers) for item in value))
+    if isinstance(value, set | frozenset):
+        return frozenset(value)
+    if isinstance(value, functools.partial):
+        return (value.func, _freeze(value.args, numbers), _freeze(value.keywords, numbers))
+    if is_dataclass(value):
+        return (type(value), _freeze(vars(value), numbers))
+    raise _UnknownStateError

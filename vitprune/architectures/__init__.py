@@ -157,10 +157,12 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
         reached[kind] = {group.name: group.shape for group in groups} | {group.name: shape for group, shape in made}
     if reached.get("attention"):
         del reached["head"]
-    for name, shape in wanted.items():
-        if not any(of_kind.get(name) == shape for of_kind in reached.values()):
+    missing = [name for name in wanted if not any(of_kind.get(name) == wanted[name] for of_kind in reached.values())]
+    now = structure(model) if missing else {}  # narrower attention can make residual streams separable
+    for name in missing:
+        if now.get(name) != wanted[name]:
             model_name = type(model).__name__
-            raise BadInput(f"structure: {model_name} has no group {name} that could take the shape {list(shape)}")
+            raise BadInput(f"structure: {model_name} has no group {name} that could take the shape {[*wanted[name]]}")
     return cuts
 
 

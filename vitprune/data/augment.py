@@ -74,7 +74,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def example_input(model: nn.Module, batch: int) -> torch.Tensor:
-    """Return seeded noise of the model's input size, (batch, C, H, W), or tokens (batch, T) for a causal language model."""
+    """Return seeded noise of the input size, (batch, C, H, W), or tokens (batch, T) of a causal language model."""
     context = getattr(model, "pretrained_cfg", {}).get("context_length")
     if context:
         return torch.zeros(batch, context, dtype=torch.int64)

@@ -193,7 +193,7 @@ def test_half_of_a_block_is_refused_and_costs_count_it_once(swin: nn.Module) -> 
     weights, macs = group_costs(swin, [group], images(swin))["blocks"]
     assert weights == sum(p.numel() for path in paths(swin) for p in swin.get_submodule(path).parameters())
     assert 0 < macs < cost(swin, "macs")
-    assert mask_facts([group], mask_of(group, ["layers.1.blocks.0"]))["gone"] == ["layers.1.blocks.0"]
+    assert mask_facts([group], mask_of(group, ["layers.1.blocks.0"]))["removed_blocks"] == ["layers.1.blocks.0"]
 
 
 class Nested(nn.Module):

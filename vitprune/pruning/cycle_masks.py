@@ -342,7 +342,7 @@ def _rescore(
         masks = {group.name: state.masks[group.name] for group in same}
         pools += candidate_pools(masks, share, plan.scope_of(kind), same, state.masks, 1, constraints)
     index = {name: mask.flatten().cumsum(0) - 1 for name, mask in state.masks.items()}  # of a remaining unit in `model`
-    now = [CandidatePool(tuple((name, index[name][units]) for name, units in p.places), p.remove) for p in pools]
+    now = [CandidatePool(tuple((name, index[name][units]) for name, units in p.members), p.remove) for p in pools]
     if not any(pool.remove for pool in now):
         return Rescored(scores, {})
     groups = [group for group in groups_for(model, plan) if group.kind in target]

@@ -196,7 +196,7 @@ def test_a_multiple_per_kind() -> None:
         ),
         (
             {"rules": [{"match": "mlp", "ignore": True}]},
-            r"^prune.rules.0: 'mlp' matches the whole name of no group of kind ffn, attention, such as blocks.0.mlp; ",
+            r"^prune.rules.0: 'mlp' matches the full name of no group of kind ffn, attention, such as blocks.0.mlp; ",
         ),
         (
             {"rules": [{"match": ".*", "ignore": True}, {"match": "x", "sparsity": 0.1}]},

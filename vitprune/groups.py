@@ -14,8 +14,6 @@ Masks = dict[str, Tensor]
 Resize = Callable[[nn.Module, tuple[int, ...]], None]
 Drop = Callable[[nn.Module, Tensor], None]
 
-KINDS = ("weight", "ffn", "attention", "head", "residual", "block")  # of units; config.params.Kind, without torch
-
 
 @dataclass(frozen=True)
 class ParamSlice:

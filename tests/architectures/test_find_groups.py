@@ -9,7 +9,7 @@ from tests.support.model_zoo import ZOO, answer, batches, images, random_masks, 
 from tests.support.reference_kl import literal_vit
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure, uniform_args
-from vitprune.groups import KINDS
+from vitprune.config.prune_config import KINDS
 from vitprune.pruning.select import select
 
 TWELVE = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 12, "num_classes": 7}

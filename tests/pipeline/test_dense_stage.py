@@ -17,7 +17,7 @@ import vitprune
 from tests.support.digits_project import ORDER, project_in
 from vitprune import BadInput, find_groups, shrink
 from vitprune.architectures import structure
-from vitprune.config.params import Params, read
+from vitprune.config.params import Params, read_yaml
 from vitprune.pipeline import stages
 from vitprune.pipeline.dense_stage import initial_model, zeros_to_keep
 from vitprune.pipeline.report import write_report
@@ -25,7 +25,7 @@ from vitprune.runtime.files import sha256
 from vitprune.training.loop import FrozenZeros
 
 ROOT = Path(__file__).parents[2]
-RECIPE = read(ROOT / "recipes/transfer_deit_tiny_folder.yaml", "")
+RECIPE = read_yaml(ROOT / "recipes/transfer_deit_tiny_folder.yaml", "")
 SHORT = {"epochs": 2, "batch_size": 32, "lr": 0.002, "augment": "digits"}
 
 LONGER = SHORT | {"epochs": 15, "augment": "none"}

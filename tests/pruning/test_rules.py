@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.support.model_zoo import VIT, batches, tiny
 from tests.support.plans import plan_for
 from vitprune import METHODS, BadInput, count, find_groups, prune, save
-from vitprune.config.params import Params, load
+from vitprune.config.params import Params, load_params
 from vitprune.config.targets import Rule
 from vitprune.criteria import magnitude as by_weights
 from vitprune.data import example_input
@@ -295,6 +295,6 @@ def test_params_yaml_names_what_is_wrong(tmp_path: Path, key: str, value: object
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(BadInput) as error:
-        load(path)
+        load_params(path)
     assert str(error.value).startswith(f"{path}: {why}")
     assert "\n" not in str(error.value)

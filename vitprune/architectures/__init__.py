@@ -31,8 +31,9 @@ from vitprune.architectures import (
 )
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.causal_lm import groups as decoder_groups
+from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
-from vitprune.groups import KINDS, Group, resize_group
+from vitprune.groups import Group, resize_group
 
 Finder = Callable[[nn.Module, str], list[Group]]
 Cut = tuple[Group, tuple[int, ...]]
@@ -60,7 +61,7 @@ def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
 
     Args:
         model: a timm model or a `Decoder`.
-        kinds: kinds of units, from `vitprune.groups.KINDS`.
+        kinds: kinds of units, from `vitprune.config.prune_config.KINDS`.
 
     Returns:
         The groups kind by kind, in the order of the model's layers.

@@ -118,16 +118,16 @@ class Params(Section):
     export: Export = Export()
 
 
-def load(path: Path) -> Params:
+def load_params(path: Path) -> Params:
     """Read and validate a params.yaml.
 
     Raises:
         BadInput: the file is missing, is not YAML, or a key is unknown, missing or of a wrong type or value.
     """
-    return checked(read(path, "run in a project directory (vitprune init DIR makes one)"), Params, path)
+    return checked(read_yaml(path, "run in a project directory (vitprune init DIR makes one)"), Params, path)
 
 
-def read(path: Path, remedy: str) -> dict[str, Any]:
+def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
     """Read a YAML file of sections. A key `base` names another file in its directory, whose settings it replaces.
 
     Args:

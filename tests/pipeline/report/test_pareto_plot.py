@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vitprune import BadInput
-from vitprune.pipeline.report.pareto_plot import Dense, Point, draw, front
+from vitprune.pipeline.report.pareto_plot import DensePoint, Point, draw, front
 from vitprune.pipeline.report.sweep_table import write_sweep
 
 
@@ -137,5 +137,5 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
 def test_the_picture_is_the_same_each_time(tmp_path: Path) -> None:
     points = [Point(1.2, 75.0, "a", "macs 0.8"), Point(1.2, 75.0, "b", "ffn 0.5 attention 0.2")]
     for name in ("one", "two"):
-        draw(points, Dense(80.0, 100.0), "throughput", "twice", tmp_path / f"{name}.svg")
+        draw(points, DensePoint(80.0, 100.0), "throughput", "twice", tmp_path / f"{name}.svg")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()

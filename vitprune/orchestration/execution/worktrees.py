@@ -232,7 +232,7 @@ def _deciding_files(directory: Path) -> Iterator[str]:
         yield from sorted(path.relative_to(directory).as_posix() for path in (directory / "vitprune").rglob("*.py"))
 
 
-def commit(project: Path, directory: Path, branch: str, message: str, trailers: Mapping[str, Any]) -> str:
+def commit_worktree(project: Path, directory: Path, branch: str, message: str, trailers: Mapping[str, Any]) -> str:
     """Commit all files of a worktree on a branch of the project, on top of the branch's last commit.
 
     Args:

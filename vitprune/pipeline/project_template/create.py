@@ -12,7 +12,7 @@ from string import Template
 import yaml
 
 from vitprune import data
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.errors import BadInput
 from vitprune.pipeline.project_template import new_params, remotes
 from vitprune.runtime.commands import Completed, dvc, error_line, git
@@ -45,7 +45,7 @@ class Choice:
     recipe: Path | None = None
 
 
-def create(directory: Path, choice: Choice) -> list[str]:
+def create_project(directory: Path, choice: Choice) -> list[str]:
     """Make a project in a directory, new or not, and return the names of the files written.
 
     Nothing that is there is overwritten; existing .gitignore and .dvcignore get the lines that they lack.
@@ -59,7 +59,7 @@ def create(directory: Path, choice: Choice) -> list[str]:
     _refuse_without("DVC", importlib.util.find_spec("dvc") is not None, "pip install 'vitprune[pipeline]'")
     remote = remotes.located(choice.remote) if choice.remote is not None else None
     if choice.recipe is not None:
-        settings, path = load(choice.recipe), None
+        settings, path = load_params(choice.recipe), None
         source = settings.dataset.source
         params = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     else:
@@ -198,7 +198,7 @@ def _write_all(root: Path, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
             partial[name].parent.mkdir(exist_ok=True)
             partial[name].write_text(text, encoding="utf-8")
-        load(partial["params.yaml"])
+        load_params(partial["params.yaml"])
         for name, path in partial.items():
             os.replace(path, root / name)
     finally:

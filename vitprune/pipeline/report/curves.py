@@ -22,10 +22,10 @@ def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
         number = {key: numbers.finite(record.get(key)) for key in ("top1_before", "top1_after", *_CYCLE_SIZES)}
         rows.append(
             {
-                "cycle": numbers.whole(f"{stem}.cycle", record["cycle"]),
+                "cycle": numbers.grouped(f"{stem}.cycle", record["cycle"]),
                 "sparsity": [(kind, _percent(f"{stem}.sparsity.{kind}", v)) for kind, v in _by_kind(record).items()],
                 "top1": [numbers.fixed(f"{stem}.{key}", number[key], 2) for key in ("top1_before", "top1_after")],
-                "sizes": [numbers.count(f"{stem}.{key}", number[key]) for key in _CYCLE_SIZES],
+                "sizes": [numbers.si_count(f"{stem}.{key}", number[key]) for key in _CYCLE_SIZES],
                 "digest": str(record.get("masks_sha256") or ""),
             }
         )
@@ -33,7 +33,7 @@ def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
 
 
 def _cycle_records(project: Path) -> list[dict[str, Any]]:
-    read = (inputs.read_json(path) for path in sorted(project.glob("out/cycles/*/metrics.json")))
+    read = (inputs.read_optional_json(path) for path in sorted(project.glob("out/cycles/*/metrics.json")))
     records = [record for record in read if record is not None]
     if not records:
         columns = inputs.read_columns(project / "plots/cycles.csv")

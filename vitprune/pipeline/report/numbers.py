@@ -36,7 +36,7 @@ def fixed(name: str, value: float | None, decimals: int) -> Quantity:
     return Quantity(name, value, text)
 
 
-def count(name: str, value: float | None) -> Quantity:
+def si_count(name: str, value: float | None) -> Quantity:
     """A count in full below 1,000, else three digits and an SI unit: 5.72 M."""
     if value is None:
         return Quantity(name, None, ABSENT)
@@ -46,7 +46,7 @@ def count(name: str, value: float | None) -> Quantity:
     return Quantity(name, value, f"{value:.0f}")
 
 
-def whole(name: str, value: float | None) -> Quantity:
+def grouped(name: str, value: float | None) -> Quantity:
     """A count in full, thousands set apart by a thin space: 1 797."""
     text = ABSENT if value is None else f"{value:,.0f}".replace(",", _GAP)
     return Quantity(name, value, text)
@@ -68,7 +68,7 @@ def signed(name: str, value: float | None, decimals: int, unit: str = "") -> Qua
     return Quantity(name, value, f"{sign}{text}{_GAP + unit if unit else ''}")
 
 
-def relative(name: str, before: float | None, after: float | None) -> Quantity:
+def relative_change(name: str, before: float | None, after: float | None) -> Quantity:
     """The change from `before` to `after` in percent of `before`: -57.1 %."""
     if before is None or after is None or before == 0:
         return Quantity(name, None, ABSENT)

@@ -49,7 +49,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Dense:
+class DensePoint:
     """The dense model: its top-1 in %, and what it costs, in the axis' unit."""
 
     top1: float
@@ -73,7 +73,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return found[::-1]
 
 
-def draw(points: Sequence[Point], dense: Dense, against: str, title: str, out: Path) -> None:
+def draw(points: Sequence[Point], dense: DensePoint, against: str, title: str, out: Path) -> None:
     """Write the picture as a file, PNG or SVG by its name."""
     style = {
         "svg.hashsalt": "vitprune",
@@ -99,7 +99,7 @@ def draw(points: Sequence[Point], dense: Dense, against: str, title: str, out: P
             figure.savefig(partial, format=kind, dpi=200, metadata=metadata)
 
 
-def _paint(figure: Figure, points: Sequence[Point], dense: Dense, against: str, title: str) -> None:
+def _paint(figure: Figure, points: Sequence[Point], dense: DensePoint, against: str, title: str) -> None:
     axes = figure.add_subplot(facecolor=PAPER)
     axes.grid(True)
     axes.set_title(title, loc="left", fontsize=12.5, weight="bold", color=INK, pad=10)
@@ -120,7 +120,7 @@ def _paint(figure: Figure, points: Sequence[Point], dense: Dense, against: str, 
     _labels(figure, axes, points, dense)
 
 
-def _axes(axes: Any, points: Sequence[Point], dense: Dense, against: str) -> None:
+def _axes(axes: Any, points: Sequence[Point], dense: DensePoint, against: str) -> None:
     """Both scales: how many times better below, in units of the cost above."""
     name, unit = AXES[against]
     gains, tops = [1.0, *(point.gain for point in points)], [dense.top1, *(point.top1 for point in points)]
@@ -139,7 +139,7 @@ def _axes(axes: Any, points: Sequence[Point], dense: Dense, against: str) -> Non
     above.set_xlabel(unit, fontsize=9)
 
 
-def _cost(gain: float, dense: Dense, against: str) -> str:
+def _cost(gain: float, dense: DensePoint, against: str) -> str:
     if gain <= 0:
         return ""
     cost = dense.cost * gain if against == "throughput" else dense.cost / gain
@@ -175,7 +175,7 @@ def _common(points: Sequence[Point]) -> str:
     return next(iter(words))[0] if len(words) == 1 and () not in words else ""
 
 
-def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: Dense) -> None:
+def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: DensePoint) -> None:
     """The target beside each point, where it covers neither points nor other labels."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")

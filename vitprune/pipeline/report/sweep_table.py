@@ -10,8 +10,8 @@ import jinja2
 import pyarrow as pa
 
 from vitprune.errors import BadInput
-from vitprune.pipeline.report.inputs import read_json
-from vitprune.pipeline.report.pareto_plot import SCALE, Dense, Point, draw, front
+from vitprune.pipeline.report.inputs import read_optional_json
+from vitprune.pipeline.report.pareto_plot import SCALE, DensePoint, Point, draw, front
 from vitprune.runtime import tables
 from vitprune.runtime.files import atomic_write
 
@@ -39,13 +39,13 @@ def write_sweep(folder: Path, out: Path) -> list[dict[str, Any]]:
     Raises:
         BadInput: the folder is none of a sweep, or a finished run's metrics cannot be read.
     """
-    plan = read_json(folder / "sweep.json")
+    plan = read_optional_json(folder / "sweep.json")
     if plan is None:
         raise BadInput(f"{folder / 'sweep.json'}: no such file; give a folder written by vitprune sweep")
     rows = [_row(folder, run, plan["against"]) for run in plan["runs"]]
     done = [row for row in rows if row["status"] == FINISHED]
     if done:
-        dense = Dense(done[0]["dense_top1"], _dense_cost(done, plan["against"]))
+        dense = DensePoint(done[0]["dense_top1"], _dense_cost(done, plan["against"]))
         best = front([(1.0, dense.top1), *((row["gain"], row["top1"]) for row in done)])
         for at, row in enumerate(done, start=1):
             row["front"] = at in best
@@ -60,7 +60,7 @@ def write_sweep(folder: Path, out: Path) -> list[dict[str, Any]]:
 
 def _row(folder: Path, run: Mapping[str, str], against: str) -> dict[str, Any]:
     """One run: what it was to do, how it went, and what its metrics say of the pruned model and the dense one."""
-    result = read_json(folder / "results" / f"{run['name']}.json") or {
+    result = read_optional_json(folder / "results" / f"{run['name']}.json") or {
         "status": "waiting",
         "error": "",
         "seconds": None,
@@ -70,7 +70,10 @@ def _row(folder: Path, run: Mapping[str, str], against: str) -> dict[str, Any]:
     if result["status"] != FINISHED:
         return row
     place = folder / run["place"]
-    evaluation, clock = read_json(place / "metrics/evaluate.json"), read_json(place / "metrics/latency.json")
+    evaluation, clock = (
+        read_optional_json(place / "metrics/evaluate.json"),
+        read_optional_json(place / "metrics/latency.json"),
+    )
     if evaluation is None or clock is None:
         raise BadInput(f"{place}: has no metrics of its evaluation any more; run the sweep again")
     for model, prefix in (("pruned", ""), ("dense", "dense_")):

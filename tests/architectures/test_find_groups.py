@@ -83,7 +83,7 @@ def test_groups_are_ordered_by_kind(vit: nn.Module) -> None:
             "pvt_v2_b0",
             {"norm_layer": nn.BatchNorm1d},
             ["residual"],
-            r"^PyramidVisionTransformerV2: it does not run on shapes alone .running_mean should",
+            r"^PyramidVisionTransformerV2: it does not run on the meta device .running_mean should",
         ),
         ("vit_tiny_patch16_224", {}, ["heads"], r"^kind 'heads': unknown; use some of weight, ffn"),
     ],

@@ -29,7 +29,7 @@ _CACHE: WeakKeyDictionary[nn.Module, _CacheEntry] = WeakKeyDictionary()
 
 
 def traced_channels(model: nn.Module) -> list[ChannelGroup]:
-    """Return the groups of coupled channels of a model at its own input size, cached until its shapes change.
+    """Return the groups of coupled channels of a model at its configured input size, cached until its shapes change.
 
     Raises:
         BadInput: the model does not run on the meta device.
@@ -63,7 +63,9 @@ def _entry(model: nn.Module) -> _CacheEntry:
         try:
             groups = channel_groups(copy, meta_input(copy))
         except Exception as error:  # a forward pass may raise anything on tensors without values
-            raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({first_line(error)})") from None
+            raise BadInput(
+                f"{type(model).__name__}: it does not run on the meta device ({first_line(error)})"
+            ) from None
         _CACHE[model] = entry = _CacheEntry(shapes, groups)
     return entry
 

@@ -14,7 +14,7 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime.progress import track
 
-RIDGE = 1e-3  # of elimination; the update selects its own
+RIDGE = 1e-3  # of elimination; the update selects another
 RIDGE_ROWS = 24
 BYTES_PER_ENTRY = 3 * 8  # matrix, inverse or factor, and workspace
 SOLVE_BYTES = 1 << 28  # for the matrices of the rows that are solved at once

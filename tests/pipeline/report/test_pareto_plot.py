@@ -48,7 +48,7 @@ def sweep(folder: Path, runs: dict[str, tuple[float, float, str]], against: str 
     plan = {"title": "a sweep", "against": against, "runs": []}
     for name, (top1, throughput, status) in runs.items():
         method, _, target = name.partition(" ")
-        plan["runs"].append({"name": name, "method": method, "target": target, "place": f"runs/{name}"})
+        plan["runs"].append({"name": name, "method": method, "target": target, "directory": f"runs/{name}"})
         if status == "waiting":
             continue
         result = {"name": name, "status": status, "seconds": 12.5, "error": "no luck" if status == "failed" else ""}
@@ -130,7 +130,7 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
         write_sweep(tmp_path, tmp_path / "out")
     folder = sweep(tmp_path / "sweep", {"a macs 0.5": (70.0, 150.0, "finished")})
     (folder / "runs/a macs 0.5/metrics/latency.json").unlink()
-    with pytest.raises(BadInput, match="has no metrics of its evaluation any more"):
+    with pytest.raises(BadInput, match="its evaluation metrics are missing"):
         write_sweep(folder, tmp_path / "out")
 
 

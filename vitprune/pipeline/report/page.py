@@ -1,4 +1,4 @@
-"""Render the HTML report: headline, comparison and provenance; the other sections are in sections and curves."""
+"""Render the HTML report: headline, comparison and provenance; `sections` and `curves` make the other sections."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -111,7 +111,7 @@ def _pair(evaluation: dict[str, Any], dotted: str) -> tuple[float | None, float 
 
 
 def _source(dataset: dict[str, Any] | None) -> str:
-    # Only the last part of a path: the report is read on other machines.
+    # Only the last part of a path, because paths differ between machines.
     kind, _, path = str(inputs.look_up(dataset, "source") or "").partition(":")
     return Path(path).stem if path else kind
 
@@ -194,12 +194,10 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
         if difference is not None:
             shown = Quantity(f"export.{key}.max_abs_diff", difference, f"{difference:.1e}")
             lines.append((f"Largest difference of logits, {label}", shown))
-    size = _number(export, "onnx.bytes")
-    if size is not None:
-        lines.append(("ONNX file, bytes", numbers.grouped("export.onnx.bytes", size)))
-    size = _number(export, "int8.bytes")
-    if size is not None:
-        lines.append(("INT8 file, bytes", numbers.grouped("export.int8.bytes", size)))
+    for key, label in (("onnx", "ONNX"), ("int8", "INT8")):
+        size = _number(export, f"{key}.bytes")
+        if size is not None:
+            lines.append((f"{label} file, bytes", numbers.grouped(f"export.{key}.bytes", size)))
     for name, label in (("model", "ONNX"), ("int8", "INT8")):
         top1 = _number(export, f"int8.{name}_top1")
         if top1 is not None:

@@ -1,4 +1,4 @@
-"""Content of the report's sections from tables and metrics; None or empty if the inputs are missing."""
+"""Content of the report's sections, from tables and metrics; None or empty if the inputs are missing."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _PAIRS = ("images", "both", "dense_only", "pruned_only", "neither", "discordant"
 
 
 def class_names(dataset: dict[str, Any] | None) -> list[str]:
-    """The names of the classes by label, if metrics/dataset.json knows them (key class_names)."""
+    """Return the class names by label from metrics/dataset.json (key class_names); empty if it has none."""
     names = inputs.look_up(dataset, "class_names")
     return [str(name) for name in names] if isinstance(names, list) else []
 
@@ -28,7 +28,7 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
     """Return the paired counts, the confidence interval of the difference, and the classes with the largest loss.
 
     Raises:
-        BadInput: the table's accuracies are not those of the metrics.
+        BadInput: the accuracies of the table and of the metrics differ.
     """
     if not path.exists():
         return None
@@ -85,7 +85,7 @@ def sparsity(out: Path) -> dict[str, Any] | None:
         families[row["kind"], _pattern(row["group"])].append(row)
     panels: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for (kind, pattern), members in families.items():
-        panels[kind, pattern if len(members) > 1 else ""] += members  # groups without siblings share one plot
+        panels[kind, pattern if len(members) > 1 else ""] += members  # groups with a unique pattern share one plot
     drawn = [_sparsity_plot(f"sparsity{at}", *panel, members) for at, (panel, members) in enumerate(panels.items())]
     return {"plots": drawn, "groups": [_group_row(row) for row in rows]}
 

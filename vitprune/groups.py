@@ -322,7 +322,7 @@ def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by name."""
+    """Return a parameter or buffer by name."""
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
     assert isinstance(tensor, Tensor)

@@ -134,7 +134,9 @@ def test_blocks_are_scored_by_removal_and_pruned_one_at_a_time(swin: nn.Module) 
         expected = sum(kl(answer(swin, x), answer(giving_back(swin, [path]), x)) for x, _ in calibration)
         assert float(found[2 * place]) == pytest.approx(expected, rel=1e-9)
         assert found[2 * place + 1] == float("inf")
-    with pytest.raises(BadInput, match=r"^blocks: blocks removed as a whole can be scored only by kl-literal$"):
+    with pytest.raises(
+        BadInput, match=r"^blocks: blocks that are removed with all their layers can be scored only by kl-literal$"
+    ):
         score(swin, [group], "kl-fisher", calibration)
     pruned = prune(swin, "upvits-blocks", sparsity=0.5, calibration=calibration, example_input=images(swin)).model
     first = paths(swin)[int(found[::2].argmin())]

@@ -93,9 +93,9 @@ def test_a_remote_that_is_there_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("ssh://me:secret@host/store", r"^--remote ssh://me:\.\.\.@host/store: holds a password"),
+        ("ssh://me:secret@host/store", r"^--remote ssh://me:\.\.\.@host/store: contains a password"),
         ("ftp://host/store", r"^--remote ftp://: unknown; give a folder, or .*ssh://$"),
-        ("s3:///store", r"^--remote s3:///store: names no bucket$"),
+        ("s3:///store", r"^--remote s3:///store: has no bucket$"),
     ],
 )
 def test_an_address_that_cannot_be_used_leaves_nothing(tmp_path: Path, address: str, message: str) -> None:

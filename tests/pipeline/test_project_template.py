@@ -130,7 +130,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     assert ignored.count("/out/") == 1
     assert "/data/*.parquet" in ignored
     before = (tmp_path / "params.yaml").read_bytes()
-    with pytest.raises(BadInput, match=r"dvc\.yaml: already there, and init overwrites nothing"):
+    with pytest.raises(BadInput, match=r"dvc\.yaml: exists, and init does not overwrite files"):
         create_project(tmp_path, Choice(method="lamp"))
     assert (tmp_path / "params.yaml").read_bytes() == before
 

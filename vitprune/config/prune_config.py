@@ -59,7 +59,7 @@ class PruneConfig(Section):
     """Cost of the pruned model, instead of a sparsity."""
 
     scope: str | None = None
-    """Which units compete with each other: layer, global, isomorphic, macs or N:M; null: as the method defines it."""
+    """Units that are ranked together: layer, global, isomorphic, macs or N:M; null: as the method defines it."""
 
     round_to: Count | dict[Kind, Count] | None = None
     """Remaining units of every group are a multiple of this, one for all widths or one per kind (attention: channels of

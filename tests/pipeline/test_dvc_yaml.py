@@ -110,7 +110,7 @@ def test_settings_name_every_parameter_that_a_stage_depends_on(path):
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_settings_are_valid(path):
-    assert plan_of(load_params(path)).cycles >= 1
+    assert plan_of(load_params(path)).config.cycles >= 1
 
 
 @pytest.mark.parametrize("stage", STAGES)

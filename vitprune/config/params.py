@@ -160,7 +160,7 @@ def _mapping(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def overlay(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with keys of each section replaced; a value below a section replaces the whole value."""
+    """Return settings with keys of each section replaced; values are replaced as a whole, not merged."""
     merged = dict(base)
     for key, value in more.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

@@ -107,7 +107,7 @@ def make_cost_model(model: nn.Module, groups: Sequence[Group], cost: str) -> Cos
 def solve(masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precision: float = 1e-9) -> float:
     """Find the least scalar in 0..1 whose masks cost no more than a limit, by bisection.
 
-    The cost found is less than one removal of every candidate pool below the limit.
+    The cost is below the limit by less than one removal from every candidate pool.
 
     Args:
         masks_at: Masks for a scalar; a larger scalar must remove a superset of the units.

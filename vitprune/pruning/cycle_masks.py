@@ -242,7 +242,7 @@ def constraints_for(plan: Plan, state: CycleState) -> Constraints:
 
 
 def cycle_target(scores: Scores, plan: Plan, state: CycleState) -> CycleTarget:
-    """Return the sparsity per kind of a cycle: the plan's own, or the one that reaches the cost target."""
+    """Return the sparsity per kind of a cycle: that of the plan, or the one that reaches the cost target."""
     constraints, model = constraints_for(plan, state), state.costs.model
     if model is None:
         return CycleTarget(_feasible_blocks(plan.targets()[state.number - 1], state.groups, constraints))

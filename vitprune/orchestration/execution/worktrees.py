@@ -18,7 +18,7 @@ from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import sha256
 
 COMMITTER = {"user.name": "vitprune-retrain", "user.email": "vitprune-retrain@localhost"}
-# Written by runs, beside the outs of dvc.yaml: never copied from the project into the directory of a run.
+# Written by runs, in addition to the outs of dvc.yaml: never copied from the project into the directory of a run.
 WRITTEN_BY_RUNS: tuple[str, ...] = (
     "out",
     "metrics",

@@ -9,8 +9,8 @@ import torch
 from tests.support.model_zoo import ZOO, answer, images, random_masks, same_state, state, tiny
 from tests.support.reference_kl import LiveNorm, literal_vit
 from vitprune import BadInput, find_groups, shrink, zero
-from vitprune.config.params import Kind
-from vitprune.groups import KINDS, ParamSlice, positions, resize_group, unit_sums
+from vitprune.config.prune_config import KINDS, Kind
+from vitprune.groups import ParamSlice, positions, resize_group, unit_sums
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 VITS = [name for name in ZOO if not name.startswith(("swin", "pvt"))]

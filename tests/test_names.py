@@ -15,16 +15,12 @@ SHARED = {
     "main",  # the entry point of a command
     "run",  # the entry point of a stage, and of processes
     *STAGES,  # a stage, its command, its section of the report, its check and the library function that it calls
+    "check",  # a command and the library function that it calls
     "import_scores",  # a stage of projects that start from published scores
     # what modules of architectures/ define each, called as MODULE.NAME
     *("groups", "chain", "merge_heads", "rebuild", "uniform_args", "plain", "weights"),
     # what a check of pipeline/verify.py recomputes and the report shows
     *("images", "calibration", "curves", "cycles", "evaluation", "losses", "sparsity"),
-}
-# Names that have more than one meaning today; no other name may join them.
-AMBIGUOUS = {
-    *("refuse", "judge", "check", "Dense", "load", "read", "read_json"),
-    *("build_manifest", "count", "environment", "create", "commit", "relative", "shared"),
 }
 
 
@@ -45,7 +41,7 @@ def test_no_file_stem_occurs_twice() -> None:
 
 def test_a_public_name_is_defined_once() -> None:
     names = public_names().items()
-    assert {name: files for name, files in names if len(files) > 1 and name not in SHARED | AMBIGUOUS} == {}
+    assert {name: files for name, files in names if len(files) > 1 and name not in SHARED} == {}
 
 
 def test_the_package_has_at_most_16_entries() -> None:

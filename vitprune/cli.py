@@ -223,9 +223,9 @@ def init(
     ] = None,
 ) -> None:
     """Create a project: a git and DVC repository with the pipeline, its settings and its Prefect flows."""
-    from vitprune.pipeline.project_template import Choice, create
+    from vitprune.pipeline.project_template import Choice, create_project
 
-    written = create(directory, Choice(source, model, method or Choice.method, classes, remote, recipe))
+    written = create_project(directory, Choice(source, model, method or Choice.method, classes, remote, recipe))
     print(f"{directory}: wrote {', '.join(written)}")
     print(f"Next: cd {directory} && vitprune run (or dvc repro); all settings are in params.yaml")
     if remote is not None:
@@ -276,8 +276,8 @@ def inspect(
 
     from vitprune import data, models
     from vitprune.architectures import find_groups
+    from vitprune.config.prune_config import KINDS
     from vitprune.evaluation.cost import count, group_costs
-    from vitprune.groups import KINDS
 
     network = models.load(model) if Path(model).is_dir() else models.create(model)
     example = data.example_input(network, 1)
@@ -316,8 +316,8 @@ def check(
     from rich.markup import escape
     from rich.table import Table
 
+    from vitprune.config.prune_config import KINDS
     from vitprune.evaluation.check_model import check as check_model
-    from vitprune.groups import KINDS
 
     try:
         shares = [float(share) for share in ratios.split(",")]

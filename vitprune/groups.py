@@ -14,8 +14,6 @@ Masks = dict[str, Tensor]
 Resize = Callable[[nn.Module, tuple[int, ...]], None]
 Drop = Callable[[nn.Module, Tensor], None]
 
-KINDS = ("weight", "ffn", "attention", "head", "residual", "block")  # of units; config.params.Kind, without torch
-
 
 @dataclass(frozen=True)
 class ParamSlice:
@@ -324,7 +322,7 @@ def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by name."""
+    """Return a parameter or buffer by name."""
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
     assert isinstance(tensor, Tensor)

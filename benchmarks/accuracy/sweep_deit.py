@@ -20,7 +20,7 @@ import yaml
 
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from benchmarks.lib.toy_project import ROOT, tiny_project
-from vitprune.pipeline.project_template import Choice, create
+from vitprune.pipeline.project_template import Choice, create_project
 
 MODEL = "deit_tiny_patch16_224"
 METHODS = ("channel-magnitude", "channel-taylor", "upvits", "unit-obs")
@@ -50,7 +50,7 @@ def main() -> None:
 
 def make(project: Path, real: Path, quick: bool) -> None:
     """A project of real images and weights, committed."""
-    create(project, Choice(f"parquet:{real / 'imagenet-val-800.parquet'}", MODEL))
+    create_project(project, Choice(f"parquet:{real / 'imagenet-val-800.parquet'}", MODEL))
     path = project / "params.yaml"
     params: dict[str, Any] = yaml.safe_load(path.read_text())
     params["dataset"] |= {"classes": None, "eval_source": None, "eval_fraction": 0.95 if quick else 0.75}

@@ -29,7 +29,7 @@ from benchmarks.lib import toy_project
 from benchmarks.lib.results import RESULTS, Row, Section, arguments, write_results, write_sections
 from benchmarks.lib.toy_project import ROOT, STAGES, servers, tamper_worker, tiny_project
 from vitprune.orchestration.execution import worktrees
-from vitprune.orchestration.execution.run_stage import environment
+from vitprune.orchestration.execution.processes import process_environment
 
 NOTES = RESULTS / "fleet-notes.json"
 LARGEST_RATIO = 1.10
@@ -166,7 +166,7 @@ def by_hand(project: Path) -> None:
     """The command lines of dvc.yaml, one after the other."""
     pipeline = yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
     for stage in STAGES:
-        subprocess.run(pipeline[stage]["cmd"], shell=True, cwd=project, env=environment(project), check=True)
+        subprocess.run(pipeline[stage]["cmd"], shell=True, cwd=project, env=process_environment(project), check=True)
 
 
 def epochs_for(project: Path, minutes: float) -> int:
@@ -177,7 +177,7 @@ def epochs_for(project: Path, minutes: float) -> int:
         change(project, dense={"train": {**tiny_project.ONE_EPOCH, "epochs": epochs}})
         for command in stage if epochs == 1 else stage[1:]:
             begun = time.monotonic()
-            subprocess.run(command, cwd=project, env=environment(project), check=True)
+            subprocess.run(command, cwd=project, env=process_environment(project), check=True)
         seconds.append(time.monotonic() - begun)
     for name in toy_project.MADE:
         for path in (project / name).glob("*"):

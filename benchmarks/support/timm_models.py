@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.lib.results import RESULTS, Row, write_results, write_table
 from vitprune import find_groups, models
+from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
 from vitprune.evaluation.check_model import check
-from vitprune.groups import KINDS
 
 ROOT = Path(__file__).parents[2]
 MODELS = (

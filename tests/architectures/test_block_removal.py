@@ -134,7 +134,9 @@ def test_blocks_are_scored_by_removal_and_pruned_one_at_a_time(swin: nn.Module) 
         expected = sum(kl(answer(swin, x), answer(giving_back(swin, [path]), x)) for x, _ in calibration)
         assert float(found[2 * place]) == pytest.approx(expected, rel=1e-9)
         assert found[2 * place + 1] == float("inf")
-    with pytest.raises(BadInput, match=r"^blocks: blocks removed as a whole can be scored only by kl-literal$"):
+    with pytest.raises(
+        BadInput, match=r"^blocks: blocks that are removed with all their layers can be scored only by kl-literal$"
+    ):
         score(swin, [group], "kl-fisher", calibration)
     pruned = prune(swin, "upvits-blocks", sparsity=0.5, calibration=calibration, example_input=images(swin)).model
     first = paths(swin)[int(found[::2].argmin())]
@@ -193,7 +195,7 @@ def test_half_of_a_block_is_refused_and_costs_count_it_once(swin: nn.Module) -> 
     weights, macs = group_costs(swin, [group], images(swin))["blocks"]
     assert weights == sum(p.numel() for path in paths(swin) for p in swin.get_submodule(path).parameters())
     assert 0 < macs < cost(swin, "macs")
-    assert mask_facts([group], mask_of(group, ["layers.1.blocks.0"]))["gone"] == ["layers.1.blocks.0"]
+    assert mask_facts([group], mask_of(group, ["layers.1.blocks.0"]))["removed_blocks"] == ["layers.1.blocks.0"]
 
 
 class Nested(nn.Module):
@@ -241,7 +243,7 @@ def test_a_model_that_does_not_run_without_its_blocks_is_refused() -> None:
     model = Nested(reads=True)
     for block in model.blocks:
         block.inner[0] = nn.Identity()
-    with pytest.raises(BadInput, match=r"^Nested: without its blocks it does not run on shapes alone \(.* 'inner'"):
+    with pytest.raises(BadInput, match=r"^Nested: without its blocks it does not run on the meta device \(.* 'inner'"):
         find_groups(model, ["block"])
 
 

@@ -9,7 +9,7 @@ from tests.support.model_zoo import ZOO, answer, batches, images, random_masks, 
 from tests.support.reference_kl import literal_vit
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure, uniform_args
-from vitprune.groups import KINDS
+from vitprune.config.prune_config import KINDS
 from vitprune.pruning.select import select
 
 TWELVE = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 12, "num_classes": 7}
@@ -83,7 +83,7 @@ def test_groups_are_ordered_by_kind(vit: nn.Module) -> None:
             "pvt_v2_b0",
             {"norm_layer": nn.BatchNorm1d},
             ["residual"],
-            r"^PyramidVisionTransformerV2: it does not run on shapes alone .running_mean should",
+            r"^PyramidVisionTransformerV2: it does not run on the meta device .running_mean should",
         ),
         ("vit_tiny_patch16_224", {}, ["heads"], r"^kind 'heads': unknown; use some of weight, ffn"),
     ],

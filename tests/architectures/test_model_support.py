@@ -6,9 +6,9 @@ import torch
 
 from tests.support.model_zoo import PROVEN, REFUSED, SMALL, ZOO, batches
 from vitprune import BadInput, find_groups, prune
+from vitprune.config.prune_config import KINDS
 from vitprune.evaluation.check_model import check, make_test_model
 from vitprune.evaluation.cost import count_macs
-from vitprune.groups import KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)

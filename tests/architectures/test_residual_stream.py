@@ -81,7 +81,9 @@ def test_fisher_score_of_a_residual_channel_of_a_feature_map() -> None:
 
 def test_a_residual_stream_that_is_the_output_is_refused() -> None:
     model = timm.create_model("xcit_nano_12_p16_224", num_classes=0, **SMALL["xcit_nano_12_p16_224"])
-    with pytest.raises(BadInput, match=r"^patch_embed.proj.6.0: the residual stream .* \(.*it is the answer\)$"):
+    with pytest.raises(
+        BadInput, match=r"^patch_embed.proj.6.0: the residual stream .* \(.*it is the output of the model\)$"
+    ):
         find_groups(model, ["residual"])
 
 

@@ -14,7 +14,7 @@ from tests.support.reference_kl import LiveNorm, kl
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, structure, uniform_args
 from vitprune.architectures.narrow_attention import NarrowPvtAttention
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.evaluation.cost import count
 
@@ -150,7 +150,7 @@ def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
 
 
 def test_the_recipe_shrinks_b1_to_the_shapes_of_b0() -> None:
-    recipe = load(Path(__file__).parents[2] / "recipes/up_pvt_v2_b0.yaml")
+    recipe = load_params(Path(__file__).parents[2] / "recipes/up_pvt_v2_b0.yaml")
     with torch.device("meta"):
         dense, stock = timm.create_model(recipe.model.name), timm.create_model("pvt_v2_b0")
     assert recipe.prune.kinds == KINDS
@@ -225,7 +225,7 @@ def test_the_structure_of_a_pvt_names_its_streams_and_reductions(pvt: nn.Module)
             "residual",
             r"^patch_embed.proj: the residual .*stages.0.norm .Softmax.: softmax runs over it",
         ),
-        ("stages.1.downsample.proj", "residual", r"^PyramidVisionTransformerV2: it does not run on shapes alone "),
+        ("stages.1.downsample.proj", "residual", r"^PyramidVisionTransformerV2: it does not run on the meta device "),
     ],
 )
 def test_unsupported_modules_of_a_pvt_are_named(pvt: nn.Module, path: str, kind: str, why: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vitprune import BadInput, plan_for
-from vitprune.config.params import Params, load, read
+from vitprune.config.params import Params, load_params, read_yaml
 from vitprune.config.section import RENAMED
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def told(tmp_path: Path):
             section[last] = value
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
         with pytest.raises(BadInput) as error:
-            load(tmp_path / "params.yaml")
+            load_params(tmp_path / "params.yaml")
         told = str(error.value)
         assert "\n" not in told
         assert told.startswith(f"{tmp_path / 'params.yaml'}: ")
@@ -40,7 +40,7 @@ def told(tmp_path: Path):
     "path", [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))], ids=lambda p: p.name
 )
 def test_what_the_repository_ships_is_valid(path: Path) -> None:
-    params = load(path)
+    params = load_params(path)
     prune = params.prune
     plan = plan_for(prune)
     assert len(plan.targets()) == prune.cycles
@@ -189,7 +189,7 @@ def test_a_target_beside_one_sparsity_is_refused(tmp_path: Path) -> None:
     raw["prune"] |= {"sparsity": 0.5, "target": {"macs": 0.5}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(BadInput, match=r"params.yaml: prune.target: give a target or one sparsity, not both") as error:
-        load(tmp_path / "params.yaml")
+        load_params(tmp_path / "params.yaml")
     assert "\n" not in str(error.value)
 
 
@@ -198,7 +198,7 @@ def test_several_errors_are_counted(told, tmp_path: Path) -> None:
     raw["seed"], raw["score"]["batch_size"] = "x", 0
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(BadInput, match=r"seed: .* \(and 1 more\)$"):
-        load(tmp_path / "params.yaml")
+        load_params(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize(
@@ -214,20 +214,20 @@ def test_several_errors_are_counted(told, tmp_path: Path) -> None:
 def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(BadInput, match=why) as error:
-        load(tmp_path / "params.yaml")
+        load_params(tmp_path / "params.yaml")
     assert "\n" not in str(error.value)
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00seed")
     with pytest.raises(BadInput, match="not valid YAML") as error:
-        load(tmp_path / "params.yaml")
+        load_params(tmp_path / "params.yaml")
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"nowhere.yaml: no such file; run in a project directory"):
-        load(tmp_path / "nowhere.yaml")
+        load_params(tmp_path / "nowhere.yaml")
 
 
 def test_yaml_s_own_way_with_numbers_is_accepted(tmp_path: Path) -> None:
@@ -235,11 +235,11 @@ def test_yaml_s_own_way_with_numbers_is_accepted(tmp_path: Path) -> None:
     raw = yaml.safe_load(text)
     raw["dense"]["train"]["lr"] = "1e-3"  # what YAML makes of a plain 1e-3
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    assert load(tmp_path / "params.yaml").dense.train.lr == 0.001
+    assert load_params(tmp_path / "params.yaml").dense.train.lr == 0.001
 
 
 def test_params_are_frozen() -> None:
-    params = load(ROOT / "params.yaml")
+    params = load_params(ROOT / "params.yaml")
     with pytest.raises(ValueError, match="frozen"):
         params.seed = 1
     assert Params.model_validate(params.model_dump()) == params
@@ -250,8 +250,8 @@ def test_a_file_with_a_base_replaces_single_keys_of_its_sections(tmp_path: Path)
     (tmp_path / "b.yaml").write_text("base: a.yaml\nscore: {memory_mb: 7}\n")
     (tmp_path / "c.yaml").write_text("base: b.yaml\n")
     (tmp_path / "d.yaml").write_text("base: none.yaml\n")
-    assert read(tmp_path / "b.yaml", "") == {"seed": 1, "score": {"batch_size": 3, "memory_mb": 7}}
+    assert read_yaml(tmp_path / "b.yaml", "") == {"seed": 1, "score": {"batch_size": 3, "memory_mb": 7}}
     with pytest.raises(BadInput, match=r"c\.yaml: base: b\.yaml has a base itself; name a file that has none$"):
-        read(tmp_path / "c.yaml", "")
+        read_yaml(tmp_path / "c.yaml", "")
     with pytest.raises(BadInput, match=r"none\.yaml: no such file; it is the base of .*d\.yaml; correct its name$"):
-        read(tmp_path / "d.yaml", "")
+        read_yaml(tmp_path / "d.yaml", "")

@@ -10,7 +10,7 @@ import yaml
 
 from tests.support import preloaded, tamper_worker, tiny_project
 from tests.support.tampering import ATTACKS, EDITS
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.orchestration.execution.dvc_cache import tree_md5
 from vitprune.pipeline.verify import CHECKS, recheck
 from vitprune.runtime.files import md5
@@ -115,5 +115,5 @@ def test_digests_are_those_of_dvc(project: Path) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_that_cannot_read_its_files_says_so(project: Path, name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    params = load(project / "params.yaml")
+    params = load_params(project / "params.yaml")
     assert len(list(recheck(name, params))) == 1

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import servers, tiny_project
 from vitprune.errors import BadInput
-from vitprune.pipeline.project_template import Choice, create
+from vitprune.pipeline.project_template import Choice, create_project
 
 pytestmark = pytest.mark.pipeline
 KINDS = ("folder", "ssh", "s3")
@@ -69,10 +69,10 @@ def test_a_clone_elsewhere_pulls_a_run_and_computes_nothing(
 
 def test_init_names_the_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    create(tmp_path / "first", Choice(remote="store"))
+    create_project(tmp_path / "first", Choice(remote="store"))
     assert tiny_project.dvc(tmp_path / "first", "config", "remote.team.url").strip() == str(tmp_path / "store")
     assert (tmp_path / "first/requirements.txt").read_text().count("\n") == 1
-    create(tmp_path / "second", Choice(remote="ssh://me@host.example/store"))
+    create_project(tmp_path / "second", Choice(remote="ssh://me@host.example/store"))
     assert tiny_project.dvc(tmp_path / "second", "config", "remote.team.url").strip() == "ssh://me@host.example/store"
     assert tiny_project.dvc(tmp_path / "second", "config", "core.remote").strip() == "team"
     assert (tmp_path / "second/requirements.txt").read_text().splitlines()[1] == "dvc[ssh]"
@@ -83,31 +83,31 @@ def test_a_remote_that_is_there_stays(tmp_path: Path) -> None:
         subprocess.run(["git", "init", "-q", tmp_path / name], check=True)
         tiny_project.dvc(tmp_path / name, "init", "-q")
         tiny_project.dvc(tmp_path / name, "remote", "add", "-d", "mine", str(tmp_path / "store"))
-    create(tmp_path / "same", Choice(remote=str(tmp_path / "store")))
+    create_project(tmp_path / "same", Choice(remote=str(tmp_path / "store")))
     assert tiny_project.dvc(tmp_path / "same", "config", "core.remote").strip() == "mine"
     with pytest.raises(BadInput, match=r"DVC's default remote is mine, .*store; leave out --remote to keep it"):
-        create(tmp_path / "other", Choice(remote=str(tmp_path / "elsewhere")))
+        create_project(tmp_path / "other", Choice(remote=str(tmp_path / "elsewhere")))
     assert not (tmp_path / "other/params.yaml").exists()
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("ssh://me:secret@host/store", r"^--remote ssh://me:\.\.\.@host/store: holds a password"),
+        ("ssh://me:secret@host/store", r"^--remote ssh://me:\.\.\.@host/store: contains a password"),
         ("ftp://host/store", r"^--remote ftp://: unknown; give a folder, or .*ssh://$"),
-        ("s3:///store", r"^--remote s3:///store: names no bucket$"),
+        ("s3:///store", r"^--remote s3:///store: has no bucket$"),
     ],
 )
 def test_an_address_that_cannot_be_used_leaves_nothing(tmp_path: Path, address: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        create(tmp_path / "project", Choice(remote=address))
+        create_project(tmp_path / "project", Choice(remote=address))
     assert not (tmp_path / "project").exists()
 
 
 def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dvc_gs", None)
     with pytest.raises(BadInput, match=r"^--remote gs://team/store: needs dvc_gs; pip install 'dvc\[gs\]'$"):
-        create(tmp_path / "project", Choice(remote="gs://team/store"))
+        create_project(tmp_path / "project", Choice(remote="gs://team/store"))
 
 
 def clone(source: Path, target: Path) -> None:

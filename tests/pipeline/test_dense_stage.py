@@ -17,7 +17,7 @@ import vitprune
 from tests.support.digits_project import ORDER, project_in
 from vitprune import BadInput, find_groups, shrink
 from vitprune.architectures import structure
-from vitprune.config.params import Params, read
+from vitprune.config.params import Params, read_yaml
 from vitprune.pipeline import stages
 from vitprune.pipeline.dense_stage import initial_model, zeros_to_keep
 from vitprune.pipeline.report import write_report
@@ -25,7 +25,7 @@ from vitprune.runtime.files import sha256
 from vitprune.training.loop import FrozenZeros
 
 ROOT = Path(__file__).parents[2]
-RECIPE = read(ROOT / "recipes/transfer_deit_tiny_folder.yaml", "")
+RECIPE = read_yaml(ROOT / "recipes/transfer_deit_tiny_folder.yaml", "")
 SHORT = {"epochs": 2, "batch_size": 32, "lr": 0.002, "augment": "digits"}
 
 LONGER = SHORT | {"epochs": 15, "augment": "none"}
@@ -92,9 +92,9 @@ def test_a_pruned_backbone_learns_other_classes(pruned, tmp_path, monkeypatch):
     assert [m.num_classes for m in (first, dense, last)] == [10, 3, 3]
     assert structure(first) == structure(dense) == structure(last)
     assert not torch.equal(first.blocks[0].mlp.fc1.weight, dense.blocks[0].mlp.fc1.weight)
-    facts = {key: found["dense"][key] for key in ("from", "checkpoint_sha256", "checkpoint_classes", "held_weights")}
+    facts = {key: found["dense"][key] for key in ("from", "checkpoint_sha256", "checkpoint_classes", "frozen_zeros")}
     expected = sha256(source / "model.safetensors")
-    assert facts == {"from": "checkpoint", "checkpoint_sha256": expected, "checkpoint_classes": 10, "held_weights": 0}
+    assert facts == {"from": "checkpoint", "checkpoint_sha256": expected, "checkpoint_classes": 10, "frozen_zeros": 0}
     assert found["evaluate"]["dense"]["top1"] > 50  # of three classes; an untrained head has a third
     assert found["evaluate"]["pruned"]["top1"] == found["evaluate"]["dense"]["top1"]
     assert found["evaluate"]["kept"]["params"] == 1.0
@@ -109,7 +109,7 @@ def test_zeros_of_the_first_pruning_stay_and_it_can_be_pruned_further(pruned, tm
     found = run_all(tmp_path, recipe, monkeypatch)
     before, dense = (load_file(path / "model.safetensors") for path in (source, Path("out/dense")))
     names = [name for name in before if re.search(r"(qkv|proj|fc1|fc2)\.weight$", name) and "blocks" in name]
-    assert sum(int((before[name] == 0).sum()) for name in names) == found["dense"]["held_weights"] > 10_000
+    assert sum(int((before[name] == 0).sum()) for name in names) == found["dense"]["frozen_zeros"] > 10_000
     assert all(torch.equal(before[name] == 0, dense[name] == 0) for name in names)
     assert found["evaluate"]["kept"]["params"] < 0.95
     begun = vitprune.load("out/dense")

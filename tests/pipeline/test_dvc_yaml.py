@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vitprune.config.params import load, read
+from vitprune.config.params import load_params, read_yaml
 from vitprune.pipeline import stages
 from vitprune.pruning.plan import plan_of
 
@@ -103,14 +103,14 @@ def test_the_stages_are_those_of_the_command_line_in_order():
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_settings_name_every_parameter_that_a_stage_depends_on(path):
-    params = read(path, "")
+    params = read_yaml(path, "")
     named = {dotted for stage in STAGES.values() for dotted in stage.get("params", [])}
     assert [dotted for dotted in sorted(named) if not has(params, dotted)] == []
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_settings_are_valid(path):
-    assert plan_of(load(path)).cycles >= 1
+    assert plan_of(load_params(path)).config.cycles >= 1
 
 
 @pytest.mark.parametrize("stage", STAGES)

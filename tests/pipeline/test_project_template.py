@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from vitprune import data, plan_for
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.errors import BadInput
-from vitprune.pipeline.project_template import Choice, create, new_params
+from vitprune.pipeline.project_template import Choice, create_project, new_params
 from vitprune.pruning.methods import METHODS
 
 pytestmark = pytest.mark.pipeline
@@ -46,7 +46,7 @@ def write_folder(root: Path, names: str = "ab") -> Path:
 
 def test_a_project_of_digits_is_the_demo(tmp_path: Path) -> None:
     project = tmp_path / "deep" / "project"
-    create(project, Choice())
+    create_project(project, Choice())
     assert (project / "params.yaml").read_text() == (REPOSITORY / "params.yaml").read_text()
     stages = yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
     for name, stage in yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].items():
@@ -67,7 +67,7 @@ def test_a_project_of_digits_is_the_demo(tmp_path: Path) -> None:
 
 
 def test_dvc_runs_the_first_stage_and_git_sees_the_numbers_only(tmp_path: Path) -> None:
-    create(tmp_path, Choice())
+    create_project(tmp_path, Choice())
     assert "Running stage 'dataset'" in repro(tmp_path, "dataset")
     assert json.loads((tmp_path / "metrics/dataset.json").read_text())["classes"] == 10
     assert "didn't change, skipping" in repro(tmp_path, "dataset")
@@ -87,8 +87,8 @@ def test_dvc_runs_the_first_stage_and_git_sees_the_numbers_only(tmp_path: Path) 
 def test_images_inside_the_project_are_a_relative_dependency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "project" / "photos")
     monkeypatch.chdir(tmp_path)
-    create(Path("project"), Choice("folder:project/photos"))
-    params = load(tmp_path / "project/params.yaml")
+    create_project(Path("project"), Choice("folder:project/photos"))
+    params = load_params(tmp_path / "project/params.yaml")
     assert params.dataset.source == "folder:photos"
     assert (params.model.name, params.model.args) == ("deit_tiny_patch16_224", {"num_classes": 2})
     pipeline = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text())
@@ -100,8 +100,8 @@ def test_images_inside_the_project_are_a_relative_dependency(tmp_path: Path, mon
 
 def test_images_elsewhere_are_an_absolute_dependency(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos")
-    create(tmp_path / "project", Choice(f"folder:{photos}", classes=1000))
-    params = load(tmp_path / "project/params.yaml")
+    create_project(tmp_path / "project", Choice(f"folder:{photos}", classes=1000))
+    params = load_params(tmp_path / "project/params.yaml")
     assert params.dataset.source == f"folder:{photos}"
     assert (params.model.args, params.dense.start, params.dense.train) == ({}, "pretrained", None)
     assert str(photos) in yaml.safe_load((tmp_path / "project/dvc.yaml").read_text())["stages"]["dataset"]["deps"]
@@ -112,7 +112,7 @@ def test_images_elsewhere_are_an_absolute_dependency(tmp_path: Path) -> None:
 def test_every_method_has_settings_that_can_be_planned(tmp_path: Path, source: str, method: str) -> None:
     demo = (REPOSITORY / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(new_params.render(demo, source, None, method, None))
-    prune = load(tmp_path / "params.yaml").prune
+    prune = load_params(tmp_path / "params.yaml").prune
     assert prune.method == method
     plan_for(prune)
     assert "# vitprune methods lists them" in (tmp_path / "params.yaml").read_text()
@@ -122,7 +122,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     (tmp_path / "README.md").write_text("mine\n")
     (tmp_path / ".gitignore").write_text("/out/\n/mine/")
-    written = create(tmp_path, Choice())
+    written = create_project(tmp_path, Choice())
     assert "README.md" not in written
     assert (tmp_path / "README.md").read_text() == "mine\n"
     ignored = (tmp_path / ".gitignore").read_text().splitlines()
@@ -130,14 +130,14 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     assert ignored.count("/out/") == 1
     assert "/data/*.parquet" in ignored
     before = (tmp_path / "params.yaml").read_bytes()
-    with pytest.raises(BadInput, match=r"dvc\.yaml: already there, and init overwrites nothing"):
-        create(tmp_path, Choice(method="lamp"))
+    with pytest.raises(BadInput, match=r"dvc\.yaml: exists, and init does not overwrite files"):
+        create_project(tmp_path, Choice(method="lamp"))
     assert (tmp_path / "params.yaml").read_bytes() == before
 
 
 def test_inside_a_larger_repository_dvc_has_a_part_of_its_own(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
-    create(tmp_path / "project", Choice())
+    create_project(tmp_path / "project", Choice())
     assert not (tmp_path / "project/.git").exists()
     repro(tmp_path / "project", "dataset")
 
@@ -155,7 +155,7 @@ def test_inside_a_larger_repository_dvc_has_a_part_of_its_own(tmp_path: Path) ->
 )
 def test_a_choice_that_cannot_be_used_leaves_nothing(tmp_path: Path, choice: Choice, message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
-        create(tmp_path / "project", choice)
+        create_project(tmp_path / "project", choice)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "project").exists()
 
@@ -163,16 +163,16 @@ def test_a_choice_that_cannot_be_used_leaves_nothing(tmp_path: Path, choice: Cho
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="file: is a file; give a directory"):
-        create(tmp_path / "file", Choice())
+        create_project(tmp_path / "file", Choice())
 
 
 def test_a_project_from_a_recipe_has_all_of_its_settings(tmp_path: Path) -> None:
     recipe = REPOSITORY / "recipes/up_deit_small.yaml"
-    create(tmp_path / "project", Choice(recipe=recipe))
+    create_project(tmp_path / "project", Choice(recipe=recipe))
     written = yaml.safe_load((tmp_path / "project/params.yaml").read_text())
     assert "base" not in written
     assert written["prune"]["merge_heads_to"] == 6
-    assert load(tmp_path / "project/params.yaml") == load(recipe)
+    assert load_params(tmp_path / "project/params.yaml") == load_params(recipe)
 
 
 def test_the_wheel_brings_all_that_init_needs(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_the_wheel_brings_all_that_init_needs(tmp_path: Path) -> None:
     command = [sys.executable, "-c", INIT, "init", "project", "--method", "lamp"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert load(tmp_path / "project/params.yaml").prune.method == "lamp"
+    assert load_params(tmp_path / "project/params.yaml").prune.method == "lamp"
     again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stderr.startswith("Error: ")

@@ -9,7 +9,7 @@ from vitprune import models
 from vitprune.errors import BadInput
 from vitprune.evaluation.paired_test import McNemarTable
 from vitprune.pipeline import stages
-from vitprune.pipeline.promotion import PromotionGates, judge, load_gates, verdict
+from vitprune.pipeline.promotion import PromotionGates, compare_with_champion, load_gates, verdict
 from vitprune.runtime.files import sha256
 
 
@@ -61,13 +61,14 @@ def test_a_champion_is_held_against_the_challenger_on_the_same_images(
     project = finished_project
     monkeypatch.chdir(project)
     params = stages.enter(project)
-    itself = judge(params, project / "out/distill", PromotionGates())
+    itself = compare_with_champion(params, project / "out/distill", PromotionGates())
     assert (itself["lost"], itself["won"], itself["p_worse"], itself["passed"]) == (0, 0, 1.0, True)
     assert itself["challenger_sha256"] == itself["champion_sha256"] == sha256(project / "out/distill/model.safetensors")
-    dense = judge(params, None, PromotionGates(max_accuracy_loss=100, alpha=None))
-    as_champion = judge(params, project / "out/dense", PromotionGates(max_accuracy_loss=100, alpha=None))
+    gates = PromotionGates(max_accuracy_loss=100, alpha=None)
+    dense = compare_with_champion(params, None, gates)
+    as_champion = compare_with_champion(params, project / "out/dense", gates)
     assert [dense[key] for key in ("lost", "won", "images")] == [as_champion[key] for key in ("lost", "won", "images")]
     other = models.create("vit_tiny_patch16_224", {**params.model.args, "num_classes": 3})
     models.save(other, tmp_path / "other")
     with pytest.raises(BadInput, match="num_classes"):
-        judge(params, tmp_path / "other", PromotionGates())
+        compare_with_champion(params, tmp_path / "other", PromotionGates())

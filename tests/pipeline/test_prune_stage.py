@@ -15,7 +15,7 @@ import vitprune
 from tests.support.model_zoo import batches, random_masks, state, tiny
 from tests.support.plans import plan_for
 from vitprune import METHODS, find_groups, models, zero
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.config.prune_config import Schedule
 from vitprune.config.train_config import TrainConfig
 from vitprune.criteria import Importance, ScoringContext
@@ -215,7 +215,7 @@ def test_every_cycle_leaves_its_recovered_model(monkeypatch: pytest.MonkeyPatch,
     for cycle, share in enumerate(steps.values(), 1):
         folder = tmp_path / f"out/cycles/{cycle:02d}"
         facts, model = json.loads((folder / "metrics.json").read_text()), models.load(folder)
-        table = table or open_images("eval", model, load(Path("params.yaml")))
+        table = table or open_images("eval", model, load_params(Path("params.yaml")))
         found = accuracy(model, vitprune.data.eval_batches(table, 256))[0]["top1"]
         assert (found, sha256(folder / models.WEIGHTS)) == (facts["top1_after"], facts["sha256"])
         masks = load_file(folder / "masks.safetensors")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from vitprune import data, models
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.errors import BadInput
 from vitprune.pipeline import stages
 from vitprune.pipeline.project_data import open_images
@@ -162,7 +162,7 @@ def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monk
         stages.run("prune", project)
     told = str(refused.value)
     assert "\n" not in told
-    table = open_images("train", models.load("out/dense"), load(Path("params.yaml")))
+    table = open_images("train", models.load("out/dense"), load_params(Path("params.yaml")))
     ids = data.batch_ids(table, 512, 1000, 0, 1)
     assert f"; its images: {', '.join(ids[:8])} and 504 more; the last checkpoint is {KEPT}/prune-" in told
     images, _ = list(data.train_batches(table, 512, 1000, 0))[1]

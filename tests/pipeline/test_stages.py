@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import vitprune
 from tests.support.digits_project import ORDER, project_in
-from vitprune.config.params import read
+from vitprune.config.params import read_yaml
 from vitprune.pipeline import stages
 from vitprune.runtime.files import sha256
 
@@ -115,7 +115,7 @@ def test_one_shot_n_of_m_leaves_two_of_every_four(finish):
 
 @pytest.mark.real
 def test_the_stages_on_real_images_and_weights(monkeypatch, tmp_path, real_data):
-    params = read(ROOT / "recipes/deit_tiny_ffn_oneshot.yaml", "")
+    params = read_yaml(ROOT / "recipes/deit_tiny_ffn_oneshot.yaml", "")
     params["dataset"] |= {"source": f"parquet:{real_data / 'imagenet-val-800.parquet'}", "eval_fraction": 0.1}
     params["dense"]["checkpoint"] = str(real_data / "deit_tiny_patch16_224.safetensors")
     params["calibrate"]["size"], params["evaluate"]["latency_runs"], params["export"]["onnx"] = 50, 2, False

@@ -10,7 +10,7 @@ from torch import nn
 from tests.support.model_zoo import answer, images, same_state, state
 from tests.support.plans import plan_for
 from vitprune import save, score, shrink
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.config.prune_config import PruneConfig
 from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_masks
 
@@ -35,7 +35,7 @@ def base() -> nn.Module:
 @pytest.mark.parametrize("recipe", STOCK)
 def test_deit_base_becomes_up_deit(base: nn.Module, recipe: str, tmp_path: Path) -> None:
     target, parameters = STOCK[recipe]
-    pruned = cut(base, load(RECIPES / f"{recipe}.yaml").prune)
+    pruned = cut(base, load_params(RECIPES / f"{recipe}.yaml").prune)
     assert sum(p.numel() for p in pruned.parameters()) == parameters
     x = images(pruned, 1)
     save(pruned, tmp_path)

@@ -1,4 +1,4 @@
-"""The correction of norms and biases towards the dense model's answers."""
+"""The correction of norms and biases towards the dense model's logits."""
 
 import copy
 
@@ -32,14 +32,14 @@ def slow_system(model: nn.Module, names: list[str], wanted: list[Tensor], images
     """Slopes by one backward pass per image and direction, of whole parameters."""
     rows, first = [], 0
     for batch, aim in zip(images, wanted, strict=True):
-        for place in range(len(batch)):
+        for index in range(len(batch)):
             values = {name: model.get_parameter(name).detach().requires_grad_() for name in names}
-            logits = functional_call(model, values, (batch[place : place + 1],))
+            logits = functional_call(model, values, (batch[index : index + 1],))
             directions = fisher_directions(
-                aim[place : place + 1].softmax(-1), None, module.PULLS, seed, range(first, first + 1)
+                aim[index : index + 1].softmax(-1), None, module.DIRECTIONS, seed, range(first, first + 1)
             )
-            for pull in directions:
-                slopes = torch.autograd.grad((logits * pull).sum(), list(values.values()), retain_graph=True)
+            for direction in directions:
+                slopes = torch.autograd.grad((logits * direction).sum(), list(values.values()), retain_graph=True)
                 rows.append(torch.cat([slope.flatten() for slope in slopes]))
             first += 1
     return torch.stack(rows)
@@ -82,7 +82,7 @@ def test_memory_bounds_the_images_that_are_taken() -> None:
     model, other = disturbed("vit")
     given = batches(model, 2, 8)
     width = sum(other.get_parameter(name).numel() for layer in module._layers(other) for name in layer.names)
-    few = correct_norms(other, dense_logits(model, given), given, context(memory=width * 8 * module.PULLS * 8))
+    few = correct_norms(other, dense_logits(model, given), given, context(memory=width * 8 * module.DIRECTIONS * 8))
     thinner = [(images[::2], labels[::2]) for images, labels in given]
     same = correct_norms(other, dense_logits(model, thinner), thinner, DEFAULT_CONTEXT)
     assert few.facts == pytest.approx(same.facts)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.support.model_zoo import VIT, batches, tiny
 from tests.support.plans import plan_for
 from vitprune import METHODS, BadInput, count, find_groups, prune, save
-from vitprune.config.params import Params, load
+from vitprune.config.params import Params, load_params
 from vitprune.config.targets import Rule
 from vitprune.criteria import magnitude as by_weights
 from vitprune.data import example_input
@@ -100,7 +100,9 @@ def test_n_of_m_leaves_the_layers_that_a_rule_ignores() -> None:
     pruned = prune(model, "n:m", rules=[{"match": r".*\.fc1\.weight", "ignore": True}]).model
     zeros = {name: int((p == 0).sum()) / p.numel() for name, p in pruned.named_parameters() if p.dim() == 2}
     assert [zeros[f"blocks.0.mlp.{layer}.weight"] for layer in ("fc1", "fc2")] == [0, 0.5]
-    with pytest.raises(BadInput, match=r"^prune.rules: an N:M scope removes as much of every layer; rules can only ig"):
+    with pytest.raises(
+        BadInput, match=r"^prune.rules: an N:M scope removes the same fraction of every layer; rules can only ig"
+    ):
         prune(model, "n:m", rules=[{"match": r".*", "sparsity": 0.3}])
 
 
@@ -186,7 +188,7 @@ def test_a_multiple_per_kind() -> None:
     [
         (
             {"round_to": {"weight": 8}},
-            r"^prune.round_to.weight: is not among the widths that go here \(ffn, attention\)$",
+            r"^prune.round_to.weight: is not among the widths that are pruned \(ffn, attention\)$",
         ),
         ({"round_to": {"residual": 8}}, r"^prune.round_to.residual: is not among the widths that are pruned"),
         ({"round_to": 0}, r"^prune.round_to: Input should be greater than or equal to 1, got 0$"),
@@ -196,7 +198,7 @@ def test_a_multiple_per_kind() -> None:
         ),
         (
             {"rules": [{"match": "mlp", "ignore": True}]},
-            r"^prune.rules.0: 'mlp' matches the whole name of no group of kind ffn, attention, such as blocks.0.mlp; ",
+            r"^prune.rules.0: 'mlp' matches the full name of no group of kind ffn, attention, such as blocks.0.mlp; ",
         ),
         (
             {"rules": [{"match": ".*", "ignore": True}, {"match": "x", "sparsity": 0.1}]},
@@ -295,6 +297,6 @@ def test_params_yaml_names_what_is_wrong(tmp_path: Path, key: str, value: object
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(BadInput) as error:
-        load(path)
+        load_params(path)
     assert str(error.value).startswith(f"{path}: {why}")
     assert "\n" not in str(error.value)

@@ -12,10 +12,11 @@ import yaml
 
 from tests.support import preloaded
 from vitprune import data
-from vitprune.orchestration.execution.run_stage import STAGES, StageResult, environment
+from vitprune.orchestration.execution.processes import process_environment
+from vitprune.orchestration.execution.run_stage import STAGES, StageResult
 from vitprune.orchestration.tracking.journal import RunLog
 from vitprune.pipeline import stages
-from vitprune.pipeline.project_template import Choice, create
+from vitprune.pipeline.project_template import Choice, create_project
 from vitprune.pipeline.report import write_report
 
 ONE_EPOCH = {"epochs": 1, "batch_size": 64, "lr": 0.001}
@@ -23,7 +24,7 @@ ONE_EPOCH = {"epochs": 1, "batch_size": 64, "lr": 0.001}
 
 def make(project: Path) -> Path:
     """Make a project of git and DVC with the demo's settings cut short, and commit it."""
-    create(project, Choice())
+    create_project(project, Choice())
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
     params["model"]["args"]["depth"] = 2
@@ -37,7 +38,7 @@ def make(project: Path) -> Path:
 def make_of_images(project: Path, size: int = 240) -> Path:
     """Make a project whose images are a folder that DVC keeps, smaller still, and commit it."""
     write_images(project / "images", range(size))
-    create(project, Choice(f"folder:{project / 'images'}", "vit_tiny_patch16_224"))
+    create_project(project, Choice(f"folder:{project / 'images'}", "vit_tiny_patch16_224"))
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
     args = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -90,7 +91,7 @@ def record(project: Path, name: str, cached: bool = False) -> RunLog:
 
 def upload(project: Path, uri: str | None = None) -> str:
     """Upload the recorded runs to MLflow and return the id of the newest."""
-    env = environment(project) | ({"MLFLOW_TRACKING_URI": uri} if uri else {})
+    env = process_environment(project) | ({"MLFLOW_TRACKING_URI": uri} if uri else {})
     result = preloaded.run("vitprune.cli", "sync", "--json", "--project", str(project), cwd=project, env=env)
     assert result.returncode == 0, result.stderr
     return str(json.loads(result.stdout.splitlines()[-1])["run_id"])
@@ -107,7 +108,7 @@ def write_images(folder: Path, numbers: range) -> None:
 
 def dvc(project: Path, *words: str) -> str:
     """Run DVC in a project and return what it printed."""
-    result = preloaded.run("dvc", *words, cwd=project, env=environment(project))
+    result = preloaded.run("dvc", *words, cwd=project, env=process_environment(project))
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

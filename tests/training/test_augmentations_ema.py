@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.support.model_zoo import batches, images, random_masks, state, tiny
 from vitprune import BadInput, find_groups, zero
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.config.train_config import TrainConfig
 from vitprune.data import cutmix
 from vitprune.pruning.plan import plan_of
@@ -133,7 +133,7 @@ def test_bfloat16_keeps_the_type_of_the_weights() -> None:
 
 
 def test_dimap_fine_tuning_matches_its_paper() -> None:
-    params = load(Path(__file__).parents[2] / "recipes/dimap_swin_tiny.yaml")
+    params = load_params(Path(__file__).parents[2] / "recipes/dimap_swin_tiny.yaml")
     plan, recover = plan_of(params), params.prune.finetune
     assert recover is not None
     assert (plan.method, plan.scope_of("weight"), plan.targets()) == ("dimap", "module", [{"weight": 0.55}])

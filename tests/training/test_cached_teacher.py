@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.support.model_zoo import images, noisy, random_masks, state, tiny
 from tests.support.recipe_models import stand_in, write_images
 from vitprune import BadInput, data, find_groups, zero
-from vitprune.config.params import Dataset, Params, checked, load
+from vitprune.config.params import Dataset, Params, checked, load_params
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.pipeline import dataset_stage
 from vitprune.pipeline.artifacts import History
@@ -95,7 +95,7 @@ def test_random_augmentation_is_refused_with_a_cached_teacher(key: str) -> None:
 def test_a_stage_runs_its_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
-    params: Params = load(ROOT / "params.yaml")
+    params: Params = load_params(ROOT / "params.yaml")
     params = params.model_copy(update={"dataset": Dataset(source="folder:images", eval_fraction=0.17)})
     dataset_stage.run(params)
     found = []

@@ -10,7 +10,7 @@ import torch
 from tests.support.model_zoo import random_masks, state
 from tests.support.recipe_models import stand_in, write_images
 from vitprune import find_groups, prune, zero
-from vitprune.config.params import Dataset, Params, load
+from vitprune.config.params import Dataset, Params, load_params
 from vitprune.config.train_config import TrainConfig
 from vitprune.pipeline import dataset_stage
 from vitprune.pipeline.artifacts import History
@@ -67,7 +67,7 @@ def section(params: Params, stage: str) -> TrainConfig | None:
     return found[stage]
 
 
-TRAINED = [(name, stage) for name, path in RECIPES.items() for stage in STAGES if section(load(path), stage)]
+TRAINED = [(name, stage) for name, path in RECIPES.items() for stage in STAGES if section(load_params(path), stage)]
 # the rate of the second of two steps, where it is not at its end already (a line) or half-way (a cosine)
 SECOND = dict.fromkeys(("up_deit_tiny", "up_deit_small", "up_pvt_v2_b0"), 1e-3 / 4)  # a warm-up over 2 x 2 steps
 SECOND |= {"dimap_swin_tiny": 2e-5 / 30, "transfer_deit_tiny_folder": 1e-4 / 2}
@@ -79,7 +79,7 @@ SECOND |= {
 
 @pytest.mark.parametrize("name", CAP)
 def test_cap_recipes_have_the_values_of_the_papers_tables(name: str) -> None:
-    params = load(RECIPES[name])
+    params = load_params(RECIPES[name])
     recipe = section(params, "finetune") or section(params, "dense")
     assert recipe is not None
     plan = plan_of(params)
@@ -97,13 +97,13 @@ def test_cap_recipes_have_the_values_of_the_papers_tables(name: str) -> None:
 
 
 def test_every_preset_has_a_recipe() -> None:
-    trained = [section(load(RECIPES[name]), stage) for name, stage in TRAINED]
+    trained = [section(load_params(RECIPES[name]), stage) for name, stage in TRAINED]
     assert set(PRESETS) <= {recipe.augment for recipe in trained if recipe is not None}
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_other_recipes_have_the_values_of_their_papers(name: str) -> None:
-    params = load(RECIPES[name])
+    params = load_params(RECIPES[name])
     recipe = section(params, "distill") or section(params, "finetune")
     assert recipe is not None
     assert {key: getattr(recipe, key) for key in PAPERS[name]} == PAPERS[name]
@@ -111,7 +111,7 @@ def test_other_recipes_have_the_values_of_their_papers(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "stage"), TRAINED)
 def test_a_recipe_trains_two_steps(name: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = load(RECIPES[name])
+    params = load_params(RECIPES[name])
     recipe = section(params, stage)
     assert recipe is not None
     write_images(tmp_path / "images")

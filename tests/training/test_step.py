@@ -19,7 +19,7 @@ from tests.support.model_zoo import batches, random_masks, state, tiny
 from tests.support.subprocesses import ONE_THREAD
 from tests.support.train_worker import CASES, answers, trained
 from vitprune import BadInput, data, find_groups, zero
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.config.train_config import TrainConfig
 from vitprune.errors import Interrupted
 from vitprune.runtime.distributed import ProcessGroup
@@ -182,7 +182,7 @@ def test_pruned_weights_are_zero_after_every_step_and_in_the_ema(
 def test_all_optimizers_of_the_recipes_are_tested() -> None:
     found = set()
     for path in (ROOT / "recipes").glob("*.yaml"):
-        params = load(path)
+        params = load_params(path)
         found |= {r.optimizer for r in (params.dense.train, params.prune.finetune, params.distill.train) if r}
     assert {"adamw", "momentum"} <= found <= set(HELD)
 

@@ -31,20 +31,25 @@ from vitprune.architectures import (
 )
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.causal_lm import groups as decoder_groups
+from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
-from vitprune.groups import KINDS, Group, resize_group
+from vitprune.groups import Group, resize_group
 
 Finder = Callable[[nn.Module, str], list[Group]]
 Cut = tuple[Group, tuple[int, ...]]
 
-FAMILIES: dict[type[nn.Module], Finder] = {  # models with group names and bookkeeping of their own
+FAMILIES: dict[type[nn.Module], Finder] = {  # models with special group names and sizes
     VisionTransformer: vit.groups,
     VisionTransformerDistilled: vit.groups,
     SwinTransformer: swin.groups,
     PyramidVisionTransformerV2: pvt.groups,
     Decoder: decoder_groups,
 }
-SUBLAYER_PRUNED = (VisionTransformer, VisionTransformerDistilled, Decoder)  # remove sub-layers; others whole blocks
+SUBLAYER_PRUNED = (
+    VisionTransformer,
+    VisionTransformerDistilled,
+    Decoder,
+)  # remove sub-layers; other models remove blocks
 TABLES: dict[type[nn.Module], unstructured.Table] = {
     Xcit: unstructured_tables.XCIT,
     EfficientFormer: unstructured_tables.EFFICIENTFORMER,
@@ -60,13 +65,13 @@ def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
 
     Args:
         model: a timm model or a `Decoder`.
-        kinds: kinds of units, from `vitprune.groups.KINDS`.
+        kinds: kinds of units, from `vitprune.config.prune_config.KINDS`.
 
     Returns:
         The groups kind by kind, in the order of the model's layers.
 
     Raises:
-        BadInput: a kind is unknown, or the model or one of its modules cannot be pruned so; the message names it.
+        BadInput: a kind is unknown, or the model or one of its modules does not support it; the message names it.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
@@ -120,7 +125,7 @@ def _cuttable(model: nn.Module, kind: str) -> list[Group]:
 
 
 def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """Cut a dense model to a recorded structure, in place, and return it; its weights are to be overwritten.
+    """Cut a dense model to a recorded structure, in place, and return it; its weights are overwritten later.
 
     Raises:
         BadInput: as of `resize_to_structure`.
@@ -178,7 +183,7 @@ def apply_cuts(model: nn.Module, cuts: Sequence[Cut]) -> Sequence[Cut]:
 
 
 def _fewer_heads(model: nn.Module, groups: Sequence[Group], wanted: Mapping[str, tuple[int, ...]]) -> list[Cut]:
-    """Cuts of whole heads, for every attention recorded with fewer heads that are not wider (merged) than before."""
+    """Return cuts of heads for every attention recorded with fewer heads that are not wider (merged) than before."""
     widths = {group.name: group.shape[1] for group in _cuttable(model, "attention")}
     cuts: list[Cut] = []
     for group in groups:

@@ -88,7 +88,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
         inputs = meta_input(copy)
         residual = find_residual_modules(copy, inputs, members)
     except Exception as error:  # a forward pass may raise anything on tensors without values
-        return BadInput(f"{type(model).__name__}: it does not run on shapes alone ({first_line(error)})")
+        return BadInput(f"{type(model).__name__}: it does not run on the meta device ({first_line(error)})")
     paths = _innermost([path for path in members if path in residual])
     if not paths:
         return _refusal(model, members)
@@ -98,7 +98,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
             copy(inputs)
     except Exception as error:
         return BadInput(
-            f"{type(model).__name__}: without its blocks it does not run on shapes alone ({first_line(error)})"
+            f"{type(model).__name__}: without its blocks it does not run on the meta device ({first_line(error)})"
         )
     return paths
 

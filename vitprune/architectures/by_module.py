@@ -1,4 +1,4 @@
-"""Groups found module by module: every known attention or MLP, in any model."""
+"""Find groups module by module: every known attention or MLP, in any model."""
 
 import re
 from collections.abc import Callable, Iterator

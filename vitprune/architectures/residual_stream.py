@@ -1,4 +1,4 @@
-"""Groups of residual-stream channels, found in the channel dependency graph of a model."""
+"""Find groups of residual-stream channels in the channel dependency graph of a model."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -18,7 +18,7 @@ LAYER_TYPES = {"q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "qk": "qkv", "fc
 class Table:
     """All layers of a model family, by path; # stands for any number between two dots.
 
-    An entry matches whole paths only. An entry with numbers takes precedence over one with #.
+    An entry matches full paths only. An entry with numbers takes precedence over one with #.
 
     Attributes:
         prune: layers whose weights are pruned, with their type (DIMAP module).

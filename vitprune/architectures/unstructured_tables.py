@@ -1,7 +1,7 @@
 """Tables of the layers that unstructured pruning prunes, per model family, after CAP's released recipes.
 
 The recipes match layers by a prefix of their path. In XCiT this also matched LayerNorm scales and depth-wise
-convolutions, and it did not match fused qkv. The tables here match whole paths. With one exception (deep stems of
+convolutions, and it did not match fused qkv. The tables here match full paths. With one exception (deep stems of
 ResNet), the recipes do not prune stems and classifiers.
 
 Source: CAP's recipes; EfficientFormer has none and follows the other transformers.

@@ -118,16 +118,16 @@ class Params(Section):
     export: Export = Export()
 
 
-def load(path: Path) -> Params:
+def load_params(path: Path) -> Params:
     """Read and validate a params.yaml.
 
     Raises:
         BadInput: the file is missing, is not YAML, or a key is unknown, missing or of a wrong type or value.
     """
-    return checked(read(path, "run in a project directory (vitprune init DIR makes one)"), Params, path)
+    return checked(read_yaml(path, "run in a project directory (vitprune init DIR makes one)"), Params, path)
 
 
-def read(path: Path, remedy: str) -> dict[str, Any]:
+def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
     """Read a YAML file of sections. A key `base` names another file in its directory, whose settings it replaces.
 
     Args:
@@ -160,7 +160,7 @@ def _mapping(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def overlay(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with keys of each section replaced; a value below a section replaces the whole value."""
+    """Return settings with keys of each section replaced; values are replaced as a whole, not merged."""
     merged = dict(base)
     for key, value in more.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

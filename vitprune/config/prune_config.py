@@ -1,6 +1,6 @@
 """Settings of pruning: method, sparsity or cost target, constraints, and the gradual schedule."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from vitprune.config.train_config import TrainConfig
 Epoch = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0)]
 Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Schedule(Section):
@@ -51,14 +52,14 @@ class PruneConfig(Section):
     """Kinds of units to score; null: the kinds of the method. Only scored kinds can be pruned."""
 
     sparsity: Fraction | dict[Kind, Share] | None = None
-    """Fraction of units to remove, one for all kinds or one per kind (scope macs: fraction of the MACs). Beside a
+    """Fraction of units to remove, one for all kinds or one per kind (scope macs: fraction of the MACs). With a
     target, sparsities per kind are relative to each other."""
 
     target: Target | None = None
     """Cost of the pruned model, instead of a sparsity."""
 
     scope: str | None = None
-    """Which units compete with each other: layer, global, isomorphic, macs or N:M; null: as the method defines it."""
+    """Units that are ranked together: layer, global, isomorphic, macs or N:M; null: as the method defines it."""
 
     round_to: Count | dict[Kind, Count] | None = None
     """Remaining units of every group are a multiple of this, one for all widths or one per kind (attention: channels of
@@ -90,7 +91,7 @@ class PruneConfig(Section):
     @model_validator(mode="after")
     def _check_amount(self) -> Self:
         if self.target is not None and isinstance(self.sparsity, float):
-            message = "give a target or one sparsity, not both; beside a target, sparsity is null or per kind"
+            message = "give a target or one sparsity, not both; with a target, sparsity is null or per kind"
             raise at_key("target", message, self.target.costs)
         if self.target is None and isinstance(self.sparsity, dict):
             for kind, share in self.sparsity.items():

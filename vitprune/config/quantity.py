@@ -1,33 +1,33 @@
-"""Costs as people write and read them: 600M, 1.26G, 20."""
+"""Parse and format costs such as 600M, 1.26G or 20."""
 
 import math
 import re
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9}
 QUANTITY = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d+))?\s*([KMG]?)", re.ASCII)
-MEANT = "a fraction, a whole number, or one with K, M or G (600M)"
+EXPECTED = "a fraction, a whole number, or one with K, M or G (600M)"
 
 Quantity = float | str  # as in params.yaml and in Python
 
 
 def number_of(quantity: Quantity) -> float:
-    """The number that is meant: 600M is 600,000,000.
+    """Convert a quantity to a number: 600M is 600,000,000.
 
     Raises:
-        ValueError: it is neither a finite number nor text that says one; the message has no name of a key.
+        ValueError: it is neither a finite number nor the text of one. The message does not name the key.
     """
     if isinstance(quantity, str):
-        found = QUANTITY.fullmatch(quantity.strip())
-        if found is None:
-            raise ValueError(f"{quantity!r} is no quantity; give {MEANT}")
-        quantity = float(f"{found[1]}e{found[2] or 0}") * SUFFIXES.get(found[3], 1.0)
+        match = QUANTITY.fullmatch(quantity.strip())
+        if match is None:
+            raise ValueError(f"{quantity!r} is no quantity; give {EXPECTED}")
+        quantity = float(f"{match[1]}e{match[2] or 0}") * SUFFIXES.get(match[3], 1.0)
     if isinstance(quantity, bool) or not isinstance(quantity, int | float) or not math.isfinite(quantity):
-        raise ValueError(f"{quantity!r} is no quantity; give {MEANT}")
+        raise ValueError(f"{quantity!r} is no quantity; give {EXPECTED}")
     return float(quantity)
 
 
 def parse_cost(quantity: Quantity) -> Quantity:
-    """The number that text says; text that says none as it is."""
+    """Convert text to a number; return other values and text without a number unchanged."""
     try:
         return number_of(quantity) if isinstance(quantity, str) else quantity
     except ValueError:
@@ -35,7 +35,7 @@ def parse_cost(quantity: Quantity) -> Quantity:
 
 
 def format_cost(number: float) -> str:
-    """A number to read: four digits, with K, M or G from ten thousand on."""
+    """Format a number with four digits, and with K, M or G from ten thousand on."""
     for suffix, size in reversed(SUFFIXES.items()):
         if number >= max(size, 1e4) * (1 - 1e-9):
             return f"{number / size:.4g}{suffix}"

@@ -1,4 +1,4 @@
-"""Cost targets, and rules for single groups."""
+"""Cost targets and constraints on single groups (prune.target, prune.rules)."""
 
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -52,17 +52,17 @@ class Target(Section):
 
     @property
     def costs(self) -> dict[str, Quantity]:
-        """The cost and its amount."""
+        """The cost and its amount, as a mapping with one item."""
         return {cost: parse_cost(amount) for cost, amount in self.model_dump(exclude_none=True).items()}
 
 
 class Rule(Section):
-    """Constraint on the groups whose whole name matches; give ignore, sparsity, or one or both of the bounds."""
+    """Constraint on the groups whose full name matches; give ignore, sparsity, or one or both of the bounds."""
 
     section: ClassVar[str] = "prune.rules"
 
     match: Annotated[str, AfterValidator(_expression)]
-    """Regular expression for the whole name of a group (`vitprune inspect` lists the names)."""
+    """Regular expression for the full name of a group (`vitprune inspect` lists the names)."""
 
     ignore: Literal[True] | None = None
     """Remove nothing."""

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.architectures import find_groups
+from vitprune.config.prune_config import KINDS
 from vitprune.data import example_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.check_removal import RemovalCheck, check_removal
-from vitprune.groups import KINDS, Group, Masks
+from vitprune.groups import Group, Masks
 
 RATIOS = (0.25, 0.5, 0.75)
 CLASSES = 10  # given to models without a classifier

@@ -64,11 +64,11 @@ def audit_run(run_id: str, project: Path | None, list_all: bool, rerun: bool) ->
 def _checks(collected: "CollectedRun", rerun: bool) -> Iterator[tuple[str, Iterator[str]]]:
     """Yield every check with its differences: first the records, then the recomputed values."""
     from vitprune.orchestration.audit import rerun as rerun_check
-    from vitprune.orchestration.audit.records import CHECKS, check
+    from vitprune.orchestration.audit.records import CHECKS, run_check
     from vitprune.pipeline import verify
 
     for name in CHECKS:
-        yield name, check(name, collected)
+        yield name, run_check(name, collected)
     for name in verify.CHECKS:
         yield name, _recomputed(collected.tree, name)
     if rerun:
@@ -76,12 +76,12 @@ def _checks(collected: "CollectedRun", rerun: bool) -> Iterator[tuple[str, Itera
 
 
 def _recomputed(tree: Path, name: str) -> Iterator[str]:
-    from vitprune.config.params import load
+    from vitprune.config.params import load_params
     from vitprune.pipeline.verify import recheck
 
     with contextlib.chdir(tree):
         try:
-            yield from recheck(name, load(Path("params.yaml")))
+            yield from recheck(name, load_params(Path("params.yaml")))
         except BadInput as error:
             yield str(error)
 

@@ -100,7 +100,7 @@ def _plan(project: Path, folder: Path, options: SweepOptions) -> None:
     except (IsolatedCallError, WorktreeError) as error:
         raise BadInput(str(error)) from None
     for planned in plan["runs"]:
-        planned["place"] = str(Path("runs") / planned["name"] / prefix)
+        planned["directory"] = str(Path("runs") / planned["name"] / prefix)
     path = folder / "sweep.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     same = {name: value for name, value in before.items() if name != "key"} == plan

@@ -123,7 +123,7 @@ class _Retraining:
         worktree = challenger.worktree
         pushed = worktrees.push(worktree)
         subject = f"retrain: data version {challenger.tags['vitprune.data_version'][:12]}"
-        commit = worktrees.commit(self.project, worktree, self.branch, subject, self._provenance(challenger))
+        commit = worktrees.commit_worktree(self.project, worktree, self.branch, subject, self._provenance(challenger))
         version = self.models.add(
             challenger.run, challenger.flow_run_id, {**challenger.tags, "vitprune.commit": commit}
         )

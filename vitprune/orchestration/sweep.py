@@ -19,7 +19,14 @@ from prefect.states import Completed, Failed
 from vitprune.orchestration.compress import RunLogger
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import exclusive, repair
-from vitprune.orchestration.execution.processes import dvc_in_project, environment, kill_marked, kill_tree, mark_of, run
+from vitprune.orchestration.execution.processes import (
+    dvc_in_project,
+    kill_marked,
+    kill_tree,
+    mark_of,
+    process_environment,
+    run,
+)
 from vitprune.orchestration.execution.run_stage import reproduce
 from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
 from vitprune.orchestration.summary import evaluation
@@ -99,7 +106,7 @@ def execute_job(job: SweepJob, log: RunLogger) -> RunResult:
                 errors.append(text.removeprefix("Error: "))
 
         log.info("started")
-        ended = run(command, job.directory, environment(job.directory) | job.env, None, line)
+        ended = run(command, job.directory, process_environment(job.directory) | job.env, None, line)
     seconds = time.time() - started
     if ended.exit_code == 0:
         log.info("%s (%.0f s)", _summary(job.directory), seconds)

@@ -12,7 +12,7 @@ def compare_models(project: str, champion: str | None) -> dict[str, Any]:
     """Compare a project's final model with a saved one (None: the dense model) and apply gates.yaml."""
     params = stages.enter(Path(project))
     gates = promotion.load_gates(promotion.GATES)
-    return promotion.judge(params, None if champion is None else Path(champion), gates)
+    return promotion.compare_with_champion(params, None if champion is None else Path(champion), gates)
 
 
 def plan_sweep(file: str, project: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def mask_facts(groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
     for group in groups:
         if group.kind == "block":
             pairs = zip(group.sublayers, masks[group.name], strict=True)
-            facts["gone"] = list(dict.fromkeys(body for (body, *_), keep in pairs if not keep))
+            facts["removed_blocks"] = list(dict.fromkeys(body for (body, *_), keep in pairs if not keep))
     return facts
 
 

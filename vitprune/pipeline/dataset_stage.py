@@ -12,12 +12,12 @@ from vitprune.runtime.files import sha256, write_json
 def run(params: Params) -> None:
     """Write the manifest and metrics/dataset.json."""
     source = source_of(params)
-    manifest = build_manifest(source, params)
+    manifest = manifest_of(source, params)
     tables.write_table(manifest.rows, tables.MANIFEST, MANIFEST)
     write_json(METRICS / "dataset.json", dataset_facts(source, manifest, params))
 
 
-def build_manifest(source: data.Source, params: Params) -> data.Manifest:
+def manifest_of(source: data.Source, params: Params) -> data.Manifest:
     """Read every image of a source and assign it to a split, as the `dataset` settings say."""
     settings = params.dataset
     return data.build_manifest(source, settings.eval_fraction, params.seed, settings.skip_limit)

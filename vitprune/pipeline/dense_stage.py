@@ -78,7 +78,7 @@ def initial_model(params: Params) -> InitialModel:
     if checkpoint is None:
         return InitialModel(model, None, facts)
     frozen = zero_weights(model)
-    facts |= {"checkpoint_sha256": sha256(checkpoint), "held_weights": _count(frozen)}
+    facts |= {"checkpoint_sha256": sha256(checkpoint), "frozen_zeros": _count(frozen)}
     return InitialModel(model, frozen, facts)
 
 
@@ -111,7 +111,7 @@ def _from_directory(directory: Path, params: Params) -> InitialModel:
         raise BadInput(f"model.args.num_classes: {classes!r} is not a number of classes; give a whole number above 0")
     frozen = zero_weights(model)
     facts: dict[str, Any] = {"from": "checkpoint", "checkpoint_sha256": sha256(directory / models.WEIGHTS)}
-    facts |= {"checkpoint_classes": model.num_classes, "held_weights": _count(frozen)}
+    facts |= {"checkpoint_classes": model.num_classes, "frozen_zeros": _count(frozen)}
     if classes != model.num_classes:
         if params.dense.train is None:
             raise BadInput(

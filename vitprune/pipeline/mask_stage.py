@@ -19,7 +19,7 @@ def run(params: Params) -> None:
     batches = calibration(model, params) if plan.method.rescore else []
     selected = select_cycle_masks(model, models.read_weights(OUT / "score" / SCORES), plan, state, batches)
     facts: dict[str, Any] = {"target": dict(selected.target), "cost": reached_cost(selected, plan, state)}
-    facts |= {"settled": dict(selected.facts) or None} | write_masks(OUT / "mask", state.groups, selected.masks)
+    facts |= {"rescoring": dict(selected.facts) or None} | write_masks(OUT / "mask", state.groups, selected.masks)
     (OUT / "mask" / SCORES).unlink(missing_ok=True)
     if selected.facts:
         models.write_weights(selected.scores, OUT / "mask" / SCORES)

@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, PlainValidator
 
 from vitprune import data, models
-from vitprune.config.params import Params, checked, read
+from vitprune.config.params import Params, checked, read_yaml
 from vitprune.config.quantity import Quantity, number_of
 from vitprune.config.section import Section
 from vitprune.errors import BadInput
@@ -70,10 +70,10 @@ def load_gates(path: Path) -> PromotionGates:
     """
     if not path.exists() or not path.read_bytes().strip():
         return PromotionGates()
-    return checked(read(path, "give the gates"), PromotionGates, path)
+    return checked(read_yaml(path, "give the gates"), PromotionGates, path)
 
 
-def judge(params: Params, champion: Path | None, gates: PromotionGates) -> dict[str, Any]:
+def compare_with_champion(params: Params, champion: Path | None, gates: PromotionGates) -> dict[str, Any]:
     """Compare the project's final model with the champion on the eval split and apply the gates.
 
     Args:

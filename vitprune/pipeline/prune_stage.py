@@ -277,7 +277,7 @@ def _write_cycle(cycle: Cycle, scores: Scores, model: nn.Module, before: float, 
     facts = {"cycle": cycle.number, "target": dict(cycle.target), "cost": dict(cycle.cost)}
     facts |= write_masks(directory, cycle.groups, cycle.masks)
     facts |= {"top1_before": before, "top1_after": after} | model_facts(model, directory)
-    facts |= {"settled": dict(cycle.facts)} if cycle.facts else {}
+    facts |= {"rescoring": dict(cycle.facts)} if cycle.facts else {}
     facts |= {"corrected": dict(cycle.corrected)} if cycle.corrected else {}
     write_json(directory / "metrics.json", facts)
     return cycle_row(cycle.number, cycle.groups, cycle.masks, facts)

@@ -37,10 +37,10 @@ def enter(project: Path) -> "Params":
     """
     if not project.is_dir():
         raise BadInput(f"{project}: no such directory; give a project directory (vitprune init DIR creates one)")
-    from vitprune.config.params import load  # the command line prints its help without pydantic
+    from vitprune.config.params import load_params  # the command line prints its help without pydantic
 
     os.chdir(project)
-    params = load(Path("params.yaml"))
+    params = load_params(Path("params.yaml"))
     if params.threads is not None:
         import torch  # the command line prints its help without it
 

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag
 from torch import nn
 
 from vitprune import models
-from vitprune.config.params import Params, checked, overlay, read
+from vitprune.config.params import Params, checked, overlay, read_yaml
 from vitprune.config.prune_config import Kind
 from vitprune.config.section import Fraction, Section
 from vitprune.config.targets import Target
@@ -80,7 +80,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         BadInput: the file is missing, is not YAML, or a key is unknown, missing or has an invalid type or value.
     """
-    return checked(read(path, "give a file with methods and targets"), Sweep, path)
+    return checked(read_yaml(path, "give a file with methods and targets"), Sweep, path)
 
 
 def runs_of(sweep: Sweep, params: Path) -> list[Run]:
@@ -95,7 +95,7 @@ def runs_of(sweep: Sweep, params: Path) -> list[Run]:
         raise BadInput(f"methods: {', '.join(sweep.methods)} names one twice; remove it")
     for method in methods:
         method_named(method)
-    base = overlay(read(params, "run in a project directory (vitprune init DIR makes one)"), sweep.params)
+    base = overlay(read_yaml(params, "run in a project directory (vitprune init DIR makes one)"), sweep.params)
     runs = [
         _run(method, dict(settings or {}), target, base)
         for method, settings in methods.items()

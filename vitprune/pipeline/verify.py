@@ -16,7 +16,7 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, shrink
 from vitprune.pipeline.artifacts import MASKS, SCORES, mask_facts, model_facts, sparsity_rows, summary_rows
 from vitprune.pipeline.calibrate_stage import calibration_facts, draw_rows
-from vitprune.pipeline.dataset_stage import build_manifest, dataset_facts
+from vitprune.pipeline.dataset_stage import dataset_facts, manifest_of
 from vitprune.pipeline.evaluate_stage import COSTS, EVALUATION, kept_costs, top1_of
 from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, OUT, PLOTS, source_of
 from vitprune.pipeline.prune_stage import cycle_row
@@ -32,7 +32,7 @@ Row = Mapping[str, Any]
 def images(params: Params) -> Lines:
     """Hash every image of the source again and compare the manifest: ids, labels, splits and checksums."""
     source = source_of(params)
-    manifest = build_manifest(source, params)
+    manifest = manifest_of(source, params)
     yield from _rows(MANIFEST, tables.read_table(MANIFEST, tables.MANIFEST).to_pylist(), manifest.rows)
     yield from _facts(METRICS / "dataset.json", dataset_facts(source, manifest, params))
 

@@ -1,4 +1,4 @@
-"""Blocks that go one at a time: the next removal, and the dense names of what is left."""
+"""Progressive block removal: the next block to remove, and the dense names of the remaining groups."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,14 @@ from vitprune.pruning.select import blocks_removed
 def next_block_removal(
     groups: Sequence[Group], target: Mapping[str, float], kept: Masks | None = None
 ) -> Mapping[str, float]:
-    """The target itself or, where it takes several blocks of a group, one more of them and nothing else.
+    """Return the target, or the removal of one more block if the target removes several blocks of a group.
 
-    Every removal forms a new pair of neighbours, so blocks are scored again after each.
+    Every removal forms a new pair of neighbouring sub-layers, so blocks are scored again after each.
+
+    Args:
+        groups: Groups of the dense model.
+        target: Sparsity per kind.
+        kept: Masks so far; None before the first removal.
 
     Source: UP-ViTs, progressive block pruning.
     """
@@ -19,28 +24,34 @@ def next_block_removal(
     for group in groups:
         if group.kind == "block" and "block" in target:
             blocks = group.units // 2
-            gone = 0 if kept is None else blocks - int(kept[group.name].sum()) // 2
-            more = blocks_removed(target["block"], blocks) - gone
+            removed = 0 if kept is None else blocks - int(kept[group.name].sum()) // 2
+            more = blocks_removed(target["block"], blocks) - removed
             several = several or more > 1
-            pending += [(gone + 1) / blocks] if more > 0 else []
+            pending += [(removed + 1) / blocks] if more > 0 else []
     return {"block": min(pending)} if several else target
 
 
 def to_dense_names(dense: Sequence[Group], now: Sequence[Group], kept: Masks) -> dict[str, str]:
-    """Name in the dense model of every group of a model whose blocks, as `kept` has them, have moved up."""
+    """Map the group names of a model with removed blocks to the names in the dense model.
+
+    Args:
+        dense: Groups of the dense model.
+        now: Groups of the model, whose blocks are numbered without the removed ones.
+        kept: Masks of the dense model's groups.
+    """
     moved: dict[str, str] = {}
     for group in dense:
         if group.kind == "block":
             left = [path for path, keep in zip(group.sublayers, kept[group.name].tolist(), strict=True) if keep]
             moved |= {new: old for (new, *_), (old, *_) in zip(group.sublayers, left, strict=False)}
-    found = {}
+    names = {}
     for group in now:
         path = next((path for path in moved if is_within(group.name, [path])), None)
-        found[group.name] = group.name if path is None else moved[path] + group.name.removeprefix(path)
-    return found
+        names[group.name] = group.name if path is None else moved[path] + group.name.removeprefix(path)
+    return names
 
 
 def remaining_groups(groups: Sequence[Group], masks: Masks) -> list[Group]:
-    """Groups that do not belong to a sub-layer that has gone."""
-    gone = removed_modules([group for group in groups if group.name in masks], masks)
-    return [group for group in groups if not is_within(group.name, gone)]
+    """Return the groups that are not inside a removed sub-layer."""
+    removed = removed_modules([group for group in groups if group.name in masks], masks)
+    return [group for group in groups if not is_within(group.name, removed)]

@@ -87,7 +87,7 @@ def constraints_of(
         if not any(expression.fullmatch(group.name) for group in groups):
             kinds = ", ".join(dict.fromkeys(group.kind for group in groups))
             raise BadInput(
-                f"prune.rules.{number}: {expression.pattern!r} matches the whole name of no group of kind {kinds}, "
+                f"prune.rules.{number}: {expression.pattern!r} matches the full name of no group of kind {kinds}, "
                 f"such as {groups[0].name}; vitprune inspect lists them"
             )
     result = {}

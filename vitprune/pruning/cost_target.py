@@ -107,7 +107,7 @@ def make_cost_model(model: nn.Module, groups: Sequence[Group], cost: str) -> Cos
 def solve(masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precision: float = 1e-9) -> float:
     """Find the least scalar in 0..1 whose masks cost no more than a limit, by bisection.
 
-    The cost found is less than one removal of every candidate pool below the limit.
+    The cost is below the limit by less than one removal from every candidate pool.
 
     Args:
         masks_at: Masks for a scalar; a larger scalar must remove a superset of the units.
@@ -163,7 +163,7 @@ def refine_latency(
             break
         aim = limit * (1 - CLOSE / 2)
         scalar = min(max(scalar + (tried[scalar] - aim) / slope, 0.0), math.nextafter(1.0, 0.0))
-    below = [one for one, latency_ in tried.items() if latency_ <= limit]
+    below = [candidate for candidate, measured in tried.items() if measured <= limit]
     best = max(below, key=tried.__getitem__) if below else min(tried, key=tried.__getitem__)
     return best, tried[best]
 
@@ -212,28 +212,28 @@ def _count_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostMo
     def counted(masks: Masks) -> float:
         smaller = shrink(copy.deepcopy(small), units, masks) if units else small
         if cost == "params" and weights:
-            return nonzero - sum(int((there & ~masks[name]).sum()) for name, there in weights.items())
+            return nonzero - sum(int((used & ~masks[name]).sum()) for name, used in weights.items())
         if cost == "params":
             return sum(parameter.numel() for parameter in smaller.parameters())
         total, per_layer = count_macs(smaller, example)
         return total - sum(
-            per_layer.get(n.removesuffix(".weight"), 0) * _zeros(w, masks[n]) for n, w in weights.items()
+            per_layer.get(n.removesuffix(".weight"), 0) * _zeros(used, masks[n]) for n, used in weights.items()
         )
 
-    whole = counted({group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups})
-    return CostModel(cost, whole, lambda masks: counted(masks) / whole)
+    dense = counted({group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups})
+    return CostModel(cost, dense, lambda masks: counted(masks) / dense)
 
 
-def _zeros(there: Tensor, mask: Tensor) -> float:
-    return 1 - int((there & mask).sum()) / there.numel()
+def _zeros(nonzero: Tensor, mask: Tensor) -> float:
+    return 1 - int((nonzero & mask).sum()) / nonzero.numel()
 
 
 def _latency_model(dense: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
     example = example_input(dense, 1)
 
     def both(masks: Masks, runs: int) -> Latencies:
-        whole, part = latency([dense, shrink(copy.deepcopy(dense), groups, masks)], example, runs)
-        return {"median": part["median"], "p10": part["p10"], "p90": part["p90"], "dense": whole["median"]}
+        reference, pruned = latency([dense, shrink(copy.deepcopy(dense), groups, masks)], example, runs)
+        return {name: pruned[name] for name in ("median", "p10", "p90")} | {"dense": reference["median"]}
 
     def share(masks: Masks) -> float:
         times = both(masks, SHORT_RUNS)

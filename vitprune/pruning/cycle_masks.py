@@ -242,7 +242,7 @@ def constraints_for(plan: Plan, state: CycleState) -> Constraints:
 
 
 def cycle_target(scores: Scores, plan: Plan, state: CycleState) -> CycleTarget:
-    """Return the sparsity per kind of a cycle: the plan's own, or the one that reaches the cost target."""
+    """Return the sparsity per kind of a cycle: that of the plan, or the one that reaches the cost target."""
     constraints, model = constraints_for(plan, state), state.costs.model
     if model is None:
         return CycleTarget(_feasible_blocks(plan.targets()[state.number - 1], state.groups, constraints))
@@ -342,7 +342,7 @@ def _rescore(
         masks = {group.name: state.masks[group.name] for group in same}
         pools += candidate_pools(masks, share, plan.scope_of(kind), same, state.masks, 1, constraints)
     index = {name: mask.flatten().cumsum(0) - 1 for name, mask in state.masks.items()}  # of a remaining unit in `model`
-    now = [CandidatePool(tuple((name, index[name][units]) for name, units in p.places), p.remove) for p in pools]
+    now = [CandidatePool(tuple((name, index[name][units]) for name, units in p.members), p.remove) for p in pools]
     if not any(pool.remove for pool in now):
         return Rescored(scores, {})
     groups = [group for group in groups_for(model, plan) if group.kind in target]

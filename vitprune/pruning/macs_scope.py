@@ -1,4 +1,4 @@
-"""Selection across kinds: all units of a model compete by what they are worth per MAC that they save."""
+"""Select units of all kinds together, ranked by importance per MAC saved (scope macs)."""
 
 import math
 from collections.abc import Sequence
@@ -14,41 +14,46 @@ from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, Constraints,
 from vitprune.pruning.cost_target import CostFn
 
 NO_BOUNDS: Constraints = {}
-MacsPerUnit = dict[str, float]  # by group: the share of the dense model's MACs that one unit (of each head) saves
+MacsPerUnit = dict[str, float]  # by group: fraction of the dense model's MACs that one unit (of every head) saves
 
 
 @dataclass(frozen=True)
-class _Lot:
-    """Units that go at once: one or as many as a multiple asks for, of attention channels the worst left of each head.
+class _RemovalStep:
+    """Units of a group that are removed together: one or a multiple, for attention channels in every head alike.
 
-    All heads stay alike. The lot goes as long as `enough` of the budget is left.
+    Attributes:
+        rate: Importance per MAC saved; steps are removed in ascending order.
+        macs: MACs saved, as a fraction of the dense model's.
+        min_budget: The step is removed if at least this much of the budget is left.
+        group: Name of the group.
+        units: Flat indices of the units.
     """
 
     rate: float
-    price: float
-    enough: float
+    macs: float
+    min_budget: float
     group: str
     units: Tensor
 
 
 def macs_per_unit(groups: Sequence[Group], share_of: CostFn) -> MacsPerUnit:
-    """What a unit of each group saves, measured on the dense model with one unit less.
+    """Measure the MACs that one unit of each group saves, on the dense model without this unit.
 
     Raises:
-        BadInput: a group's units cannot be bought one at a time (single weights, blocks).
+        BadInput: the units of a group do not save MACs one at a time (single weights, blocks).
     """
-    whole = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
-    found: MacsPerUnit = {}
+    all_units = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    savings: MacsPerUnit = {}
     for group in groups:
         if group.kind in ("weight", "block"):
-            raise BadInput(f"{group.name}: units of kind {group.kind!r} have no price in MACs; use another scope")
-        if group.shape[-1] < 2:  # the last one stays, so it is never for sale
-            found[group.name] = 0.0
+            raise BadInput(f"{group.name}: scope macs cannot rank units of kind {group.kind!r}; use another scope")
+        if group.shape[-1] < 2:  # the only unit cannot be removed
+            savings[group.name] = 0.0
             continue
-        less = whole[group.name].clone()
-        less[..., 0] = False
-        found[group.name] = 1 - share_of(whole | {group.name: less})
-    return found
+        one_less = all_units[group.name].clone()
+        one_less[..., 0] = False
+        savings[group.name] = 1 - share_of(all_units | {group.name: one_less})
+    return savings
 
 
 def select_by_macs(
@@ -59,16 +64,23 @@ def select_by_macs(
     previous: Masks | None = None,
     bounds: Constraints = NO_BOUNDS,
 ) -> Masks:
-    """Remove the units worth least per MAC until a share of all their MACs is gone; every group keeps one (per head).
+    """Remove the units with the least importance per MAC until a share of the MACs of all units is removed.
 
-    A larger share removes more, and never other units. What `previous` has removed stays removed and counts. `bounds`
-    hold as in `select`: shares of a group are shares of its units, a group whose own is said is no part of the budget,
-    and multiples are rounded towards the nearest sum of MACs.
+    A larger share removes a superset of the units. Every group keeps a unit (per head).
+
+    Args:
+        scores: Scores by group.
+        share: Fraction of the MACs of all units to remove.
+        groups: The groups.
+        costs: MACs that one unit of each group saves.
+        previous: Masks of the cycle before. Units that they remove remain removed, and count as removed.
+        bounds: Constraints of single groups, as in `select`. Sparsities are fractions of a group's units, groups of
+            fixed sparsity are not part of the budget, and multiples are rounded to the nearest sum of MACs.
 
     Raises:
         BadInput: the share is outside 0..1, or a score is NaN.
 
-    Source: UP-ViTs' score as one currency, in nats, across blocks and components.
+    Source: UP-ViTs' score, whose unit (nats) is the same for all blocks and components.
     """
     if not 0 <= share < 1:
         raise BadInput(f"sparsity {share}: must be at least 0 and below 1 (the fraction of MACs to remove)")
@@ -76,41 +88,44 @@ def select_by_macs(
         g.name: torch.ones(g.shape, dtype=torch.bool) if previous is None else previous[g.name].view(g.shape).clone()
         for g in groups
     }
-    budget, line = 0.0, list[_Lot]()
+    budget, steps = 0.0, list[_RemovalStep]()
     for group in groups:
-        own = bounds.get(group.name, UNCONSTRAINED)
-        own = own if share or own.min_sparsity else replace(own, multiple=1)
-        price = 0.0 if own.is_fixed else costs[group.name]
-        gone = int((~masks[group.name]).sum()) / (group.units / group.shape[-1])
-        budget += price * (share * group.shape[-1] - gone)
-        line += _lots(group, scores[group.name], masks[group.name], price, own)
-    for lot in sorted(line, key=attrgetter("rate")):
-        if budget < lot.enough:
+        constraint = bounds.get(group.name, UNCONSTRAINED)
+        constraint = constraint if share or constraint.min_sparsity else replace(constraint, multiple=1)
+        macs = 0.0 if constraint.is_fixed else costs[group.name]
+        removed = int((~masks[group.name]).sum()) / (group.units / group.shape[-1])
+        budget += macs * (share * group.shape[-1] - removed)
+        steps += _removal_steps(group, scores[group.name], masks[group.name], macs, constraint)
+    for step in sorted(steps, key=attrgetter("rate")):
+        if budget < step.min_budget:
             break
-        budget -= lot.price
-        masks[lot.group].view(-1)[lot.units] = False
+        budget -= step.macs
+        masks[step.group].view(-1)[step.units] = False
     return masks
 
 
-def _lots(group: Group, scores: Tensor, alive: Tensor, price: float, bounds: Constraint) -> list[_Lot]:
-    """What of a group can go, in the order in which it must: rates rise, so that a later lot never goes first."""
+def _removal_steps(
+    group: Group, scores: Tensor, mask: Tensor, macs: float, constraint: Constraint
+) -> list[_RemovalStep]:
+    """Return the possible removals of a group in order; rates never decrease, so sorting keeps the order."""
     if bool(scores.isnan().any()):
         raise BadInput(f"{group.name}: {int(scores.isnan().sum())} scores are NaN; check the model's weights")
     rows = scores.detach().cpu().double().reshape(-1, group.shape[-1])
-    there = alive.reshape(rows.shape)
-    left = int(there[0].sum())
-    places = torch.arange(rows.numel()).view(rows.shape)
+    row_masks = mask.reshape(rows.shape)
+    left = int(row_masks[0].sum())
+    indices = torch.arange(rows.numel()).view(rows.shape)
     order = torch.stack(
-        [place[keep][row[keep].argsort(stable=True)] for place, row, keep in zip(places, rows, there, strict=True)]
+        [index[keep][row[keep].argsort(stable=True)] for index, row, keep in zip(indices, rows, row_masks, strict=True)]
     )
-    worth = rows.flatten()[order].sum(dim=0).cummax(dim=0).values  # (left,), over the rows
-    kept = bounds.kept(group.shape[-1], left, protected=1)
-    found = []
-    for lot in removal_steps(left, kept):
-        units, size = order[:, lot[0] : lot[1]].flatten(), lot[1] - lot[0]
-        if lot[0] == 0 and left > kept[-1]:
-            found.append(_Lot(-math.inf, price * size, -math.inf, group.name, units))
+    importance = rows.flatten()[order].sum(dim=0).cummax(dim=0).values  # (left,), summed over the rows
+    kept = constraint.kept(group.shape[-1], left, protected=1)
+    result = []
+    for step in removal_steps(left, kept):
+        units, size = order[:, step[0] : step[1]].flatten(), step[1] - step[0]
+        if step[0] == 0 and left > kept[-1]:  # mandatory
+            result.append(_RemovalStep(-math.inf, macs * size, -math.inf, group.name, units))
         else:
-            enough = price * size * (0.5 + 1e-9 if bounds.multiple > 1 else 1 - 1e-9)
-            found.append(_Lot(float(worth[middle(lot)]) / price, price * size, enough, group.name, units))
-    return found
+            min_budget = macs * size * (0.5 + 1e-9 if constraint.multiple > 1 else 1 - 1e-9)
+            rate = float(importance[middle(step)]) / macs
+            result.append(_RemovalStep(rate, macs * size, min_budget, group.name, units))
+    return result

@@ -1,7 +1,7 @@
-"""Correction: one damped Gauss-Newton step of norms and biases from a pruned model's answers to the dense model's.
+"""Norm correction: one damped Gauss-Newton step of norms and biases towards the dense model's logits.
 
-It takes neither labels nor training. What is small enough to be fitted to a few hundred images, the scales and shifts
-of norms and the biases of layers, moves once; how far is decided on images that it was not fitted to.
+It needs neither labels nor training. Only scales and shifts of norms and biases of layers are changed, few enough
+parameters for a few hundred images; the damping is selected by cross-validation on these images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,15 +21,17 @@ from vitprune.errors import BadInput
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 
-DAMPINGS = (1.0, 3.0, 10.0, 30.0)  # relative to the mean squared length of a row
-PULLS = 4  # directions of the answer per image
+DAMPINGS = (1.0, 3.0, 10.0, 30.0)  # relative to the mean squared norm of a row of the Jacobian
+DIRECTIONS = 4  # of the logits, per image
 
 
 @dataclass(frozen=True)
 class Corrected:
-    """New values by parameter name, empty where no step helped, and what the step did on images that it did not see.
+    """Result of a norm correction.
 
-    Facts are the KL divergence from the dense answers, in nats per image, before and after, and the damping.
+    Attributes:
+        values: New values by parameter name; empty if no step reduces the divergence on held-out images.
+        facts: KL divergence from the dense logits on held-out images before and after, in nats per image, and damping.
     """
 
     values: Mapping[str, Tensor]
@@ -37,7 +39,7 @@ class Corrected:
 
 
 def dense_logits(model: nn.Module, batches: Batches) -> list[Tensor]:
-    """Logits of every batch, as the correction wants them of the dense model; (B, ..., classes) each.
+    """Return the logits of the dense model for every batch, (B, ..., classes) each.
 
     Raises:
         BadInput: no batches.
@@ -49,37 +51,45 @@ def dense_logits(model: nn.Module, batches: Batches) -> list[Tensor]:
         return [model(images.to(device)) for images, _ in batches]
 
 
-def correct_norms(model: nn.Module, wanted: Sequence[Tensor], batches: Batches, context: ScoringContext) -> Corrected:
-    """Scales and shifts of norms and biases that bring the answers nearer to those wanted; the model stays as it is.
+def correct_norms(model: nn.Module, target: Sequence[Tensor], batches: Batches, context: ScoringContext) -> Corrected:
+    """Fit scales and shifts of norms and biases so that the logits approach the target; the model is not changed.
 
-    Minimises |r - J x|^2 + damping |x|^2, where r are the errors of the logits along a few directions of the wanted
-    answers' Fisher matrix, image by image, and J their slopes. The damping is the one of least KL divergence on the
-    images of even position when fitted to the odd ones, and the other way round. At most `config.memory` bytes of
-    slopes are held: more images than that are left out, evenly.
+    Minimizes |r - J x|^2 + damping |x|^2, where r are the errors of the logits along a few directions of the target's
+    Fisher matrix, image by image, and J is their Jacobian. The damping is the one with the least KL divergence in a
+    two-fold cross-validation over the images with even and with odd index. If the Jacobian of all images exceeds
+    `config.memory` bytes, evenly spaced images are used.
 
-    Source: Gauss-Newton on UP-ViTs' score (equation 1) to second order; Martens 2020 for the Fisher matrix as metric.
+    Args:
+        model: The pruned model.
+        target: Logits of the dense model for every batch.
+        batches: Calibration batches; labels are not used.
+        context: The scoring options.
+
+    Source: Gauss-Newton for UP-ViTs' score (equation 1) to second order; Martens 2020 for the Fisher matrix as metric.
     """
     layers = _layers(model)
     names = [name for layer in layers for name in layer.names]
     width = sum(model.get_parameter(name).numel() for name in names)
     total = sum(len(images) for images, _ in batches)
-    every = max(1, -(-total * PULLS * width * next(model.parameters()).element_size() // context.config.memory))
-    some = [(images[::every], labels[::every]) for images, labels in batches]
-    aims = [logits[::every] for logits in wanted]
-    slopes, errors = _system(model, layers, aims, some, context)
-    odd = torch.arange(sum(len(images) for images, _ in some)) % 2 == 1
-    before = sum(_distance(model, {}, aims, some, half) for half in (odd, ~odd)) / 2
-    tried = {damping: _held_out(model, names, (slopes, errors), damping, aims, some, odd) for damping in DAMPINGS}
-    damping = min(tried, key=lambda one: tried[one])
-    facts = {"nats_before": before, "nats_after": min(before, tried[damping])}
-    if tried[damping] >= before:
+    every = max(1, -(-total * DIRECTIONS * width * next(model.parameters()).element_size() // context.config.memory))
+    batches = [(images[::every], labels[::every]) for images, labels in batches]
+    target = [logits[::every] for logits in target]
+    jacobian, errors = _system(model, layers, target, batches, context)
+    odd = torch.arange(sum(len(images) for images, _ in batches)) % 2 == 1
+    before = sum(_divergence(model, {}, target, batches, half) for half in (odd, ~odd)) / 2
+    after = {
+        damping: _held_out(model, names, (jacobian, errors), damping, target, batches, odd) for damping in DAMPINGS
+    }
+    damping = min(after, key=after.__getitem__)
+    facts = {"nats_before": before, "nats_after": min(before, after[damping])}
+    if after[damping] >= before:
         return Corrected({}, facts)
-    return Corrected(_moved(model, names, _step(slopes, errors, damping)), facts | {"damping": damping})
+    return Corrected(_updated(model, names, _step(jacobian, errors, damping)), facts | {"damping": damping})
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A norm, or a layer with a bias: its path, its own parameters that may move, and the axis of its channels."""
+    """A norm, or a layer with a bias: its path, whether it has a scale and a shift, and the axis of its channels."""
 
     path: str
     scale: bool
@@ -88,73 +98,76 @@ class _Layer:
 
     @property
     def names(self) -> list[str]:
-        """Full names of what may move."""
-        return [f"{self.path}.{leaf}" for leaf, there in (("weight", self.scale), ("bias", self.shift)) if there]
+        """Full names of the parameters to correct."""
+        return [f"{self.path}.{leaf}" for leaf, present in (("weight", self.scale), ("bias", self.shift)) if present]
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
-    found = []
+    result = []
     for path, module in model.named_modules():
         norm = isinstance(module, nn.LayerNorm)
         shift = isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv2d) and module.bias is not None
         if norm or shift:
             scale = norm and cast(nn.LayerNorm, module).weight is not None
-            found.append(_Layer(path, scale, shift, 1 if isinstance(module, nn.Conv2d) else -1))
-    return found
+            result.append(_Layer(path, scale, shift, 1 if isinstance(module, nn.Conv2d) else -1))
+    return result
 
 
 def _system(
-    model: nn.Module, layers: Sequence[_Layer], wanted: Sequence[Tensor], batches: Batches, context: ScoringContext
+    model: nn.Module, layers: Sequence[_Layer], target: Sequence[Tensor], batches: Batches, context: ScoringContext
 ) -> tuple[Tensor, Tensor]:
-    """Slopes (rows, values) and errors (rows,) of the answers along their directions, PULLS rows per image."""
-    found, first = [], 0
+    """Return the Jacobian (rows, values) and the errors (rows,) of the logits, DIRECTIONS rows per image."""
+    parts, first = [], 0
     with eval_mode(model), frozen(model):
         with record_layer_io(model, [layer.path for layer in layers], []):
-            one = batches[0][0][:1].to(wanted[0].device)
-            size = max_batch_size(model, model, one, context.config.memory)
-        for (batch, _), aims in track(list(zip(batches, wanted, strict=True)), "correcting"):
-            for images, aim in zip(minibatches(batch, size), minibatches(aims, size), strict=True):
-                found.append(_of_batch(model, layers, aim, images, context.seed, first))
+            image = batches[0][0][:1].to(target[0].device)
+            size = max_batch_size(model, model, image, context.config.memory)
+        for (batch, _), logits in track(list(zip(batches, target, strict=True)), "correcting"):
+            for images, expected in zip(minibatches(batch, size), minibatches(logits, size), strict=True):
+                parts.append(_batch_system(model, layers, expected, images, context.seed, first))
                 first += len(images)
-    slopes, errors = zip(*found, strict=True)
-    return torch.cat(slopes), torch.cat(errors)
+    jacobian, errors = zip(*parts, strict=True)
+    return torch.cat(jacobian), torch.cat(errors)
 
 
-def _of_batch(
-    model: nn.Module, layers: Sequence[_Layer], aim: Tensor, images: Tensor, seed: int, first: int
+def _batch_system(
+    model: nn.Module, layers: Sequence[_Layer], target: Tensor, images: Tensor, seed: int, first: int
 ) -> tuple[Tensor, Tensor]:
     paths = [layer.path for layer in layers]
     with torch.enable_grad(), record_layer_io(model, paths, []) as (inputs, outputs):
-        logits = model(images.to(aim.device))
-    missing = aim.double() - logits.detach().double()
+        logits = model(images.to(target.device))
+    difference = target.double() - logits.detach().double()
+    probability, indices = target.double().softmax(dim=-1), range(first, first + len(images))
     rows, errors = [], []
-    for pull in fisher_directions(aim.double().softmax(dim=-1), None, PULLS, seed, range(first, first + len(images))):
-        slopes = torch.autograd.grad(logits, [outputs[p] for p in paths], pull.to(logits.dtype), retain_graph=True)
+    for direction in fisher_directions(probability, None, DIRECTIONS, seed, indices):
+        outer = direction.to(logits.dtype)
+        grads = torch.autograd.grad(logits, [outputs[path] for path in paths], outer, retain_graph=True)
         parts = [
-            _own(model, layer, inputs[layer.path], slope, len(images))
-            for layer, slope in zip(layers, slopes, strict=True)
+            _parameter_grads(model, layer, inputs[layer.path], grad, len(images))
+            for layer, grad in zip(layers, grads, strict=True)
         ]
         rows.append(torch.cat(parts, dim=1))
-        errors.append((pull * missing).flatten(1).sum(dim=1))
+        errors.append((direction * difference).flatten(1).sum(dim=1))
     return torch.stack(rows, dim=1).flatten(0, 1), torch.stack(errors, dim=1).flatten()
 
 
-def _own(model: nn.Module, layer: _Layer, given: Tensor, slope: Tensor, images: int) -> Tensor:
-    """Slopes by a layer's scale and shift, image by image; (images, values)."""
-    by_place = _by_place(slope, layer, images)
-    found = []
+def _parameter_grads(model: nn.Module, layer: _Layer, inputs: Tensor, grad: Tensor, images: int) -> Tensor:
+    """Return the gradients w.r.t. a layer's scale and shift for every image, (images, values)."""
+    by_position = _by_position(grad, layer, images)
+    parts = []
     if layer.scale:
         norm = cast(nn.LayerNorm, model.get_submodule(layer.path))
-        normal = F.layer_norm(given, norm.normalized_shape, None, None, norm.eps)
-        found.append((by_place * _by_place(normal, layer, images)).sum(dim=1))
+        normal = F.layer_norm(inputs, norm.normalized_shape, None, None, norm.eps)
+        parts.append((by_position * _by_position(normal, layer, images)).sum(dim=1))
     if layer.shift:
-        found.append(by_place.sum(dim=1))
-    return torch.cat(found, dim=1)
+        parts.append(by_position.sum(dim=1))
+    return torch.cat(parts, dim=1)
 
 
-def _by_place(value: Tensor, layer: _Layer, images: int) -> Tensor:
-    moved = value.movedim(layer.axis, -1)
-    return moved.reshape(images, -1, moved.shape[-1])  # (images, places, channels); windows of an image are neighbours
+def _by_position(value: Tensor, layer: _Layer, images: int) -> Tensor:
+    channels_last = value.movedim(layer.axis, -1)
+    # (images, positions, channels); windows of an image are neighbours
+    return channels_last.reshape(images, -1, channels_last.shape[-1])
 
 
 def _held_out(
@@ -162,45 +175,45 @@ def _held_out(
     names: Sequence[str],
     system: tuple[Tensor, Tensor],
     damping: float,
-    wanted: Sequence[Tensor],
+    target: Sequence[Tensor],
     batches: Batches,
     odd: Tensor,
 ) -> float:
-    """Divergence of either half of the images when fitted to the other, in nats per image."""
+    """Return the mean divergence of each half of the images after fitting to the other half, in nats per image."""
     total = 0.0
     for half in (odd, ~odd):
-        rows = (~half).repeat_interleave(PULLS)
-        moved = _moved(model, names, _step(system[0][rows], system[1][rows], damping))
-        total += _distance(model, moved, wanted, batches, half) / 2
+        rows = (~half).repeat_interleave(DIRECTIONS)
+        values = _updated(model, names, _step(system[0][rows], system[1][rows], damping))
+        total += _divergence(model, values, target, batches, half) / 2
     return total
 
 
-def _distance(
-    model: nn.Module, values: Mapping[str, Tensor], wanted: Sequence[Tensor], batches: Batches, chosen: Tensor
+def _divergence(
+    model: nn.Module, values: Mapping[str, Tensor], target: Sequence[Tensor], batches: Batches, chosen: Tensor
 ) -> float:
-    """Mean KL divergence of the chosen images' answers from those wanted, with these values in the model."""
+    """Return the mean KL divergence of the chosen images' logits from the target, with these parameter values."""
     total, first = 0.0, 0
     with eval_mode(model), torch.no_grad():
-        for (images, _), aim in zip(batches, wanted, strict=True):
-            own = chosen[first : first + len(images)].to(aim.device)
+        for (images, _), expected in zip(batches, target, strict=True):
+            indices = chosen[first : first + len(images)].to(expected.device)
             first += len(images)
-            given = (images.to(aim.device)[own],)
-            found = functional_call(model, dict(values), given).double().log_softmax(dim=-1)
-            right = aim[own].double().log_softmax(dim=-1)
-            total += float((right.exp() * (right - found)).sum())
+            inputs = (images.to(expected.device)[indices],)
+            log_q = functional_call(model, dict(values), inputs).double().log_softmax(dim=-1)
+            log_p = expected[indices].double().log_softmax(dim=-1)
+            total += float((log_p.exp() * (log_p - log_q)).sum())
     return total / int(chosen.sum())
 
 
-def _step(slopes: Tensor, errors: Tensor, damping: float) -> Tensor:
-    """Damped least squares by the rows' inner products; (values,)."""
-    products = (slopes @ slopes.T).double()
-    damped = products + damping * products.diagonal().mean() * torch.eye(len(products)).to(products)
-    step: Tensor = slopes.T @ torch.linalg.solve(damped, errors).to(slopes)
+def _step(jacobian: Tensor, errors: Tensor, damping: float) -> Tensor:
+    """Solve the damped least squares problem through the Gram matrix of the rows; (values,)."""
+    gram = (jacobian @ jacobian.T).double()
+    damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    step: Tensor = jacobian.T @ torch.linalg.solve(damped, errors).to(jacobian)
     return step
 
 
-def _moved(model: nn.Module, names: Sequence[str], step: Tensor) -> dict[str, Tensor]:
-    """Parameters after a step, by name."""
+def _updated(model: nn.Module, names: Sequence[str], step: Tensor) -> dict[str, Tensor]:
+    """Return the parameters after a step, by name."""
     old = [model.get_parameter(name).detach() for name in names]
     parts = torch.split(step, [value.numel() for value in old])
     return {name: value + part.view_as(value) for name, value, part in zip(names, old, parts, strict=True)}

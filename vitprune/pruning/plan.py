@@ -97,7 +97,7 @@ def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, see
     """Check settings against the pruning method.
 
     Args:
-        config: The settings. A single sparsity applies to `kinds`, by default the method's own.
+        config: The settings. A single sparsity applies to `kinds`, by default those of the method.
         score: Options of the criteria.
         seed: Seed of the run.
 

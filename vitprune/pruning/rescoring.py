@@ -1,4 +1,4 @@
-"""UP-ViTs' kept set at a fraction of its cost: surrogate scores for all, exact ones where a place is at stake."""
+"""Adaptive rescoring: Fisher scores for all units, exact KL scores only near the pruning threshold (UP-ViTs)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,19 @@ from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
-from vitprune.pruning.rescoring_posterior import Doubt, ScorePosterior, doubt, doubtful, heavy_tailed, pools
+from vitprune.pruning.rescoring_posterior import (
+    ScorePosterior,
+    SelectionErrors,
+    heavy_tailed,
+    pool_numbers,
+    selection_errors,
+    units_to_measure,
+)
 from vitprune.pruning.select import CandidatePool
 
-DRAWS = 200  # from the posterior, to see how often the kept set would be another
-FIRST_IMAGES = 8  # of a unit in its first round; each round after doubles them
-SPARE = 2  # the errors left alone in a round are so many times fewer than those allowed
-
+DRAWS = 200  # from the posterior, to estimate the selection errors
+FIRST_IMAGES = 8  # of a unit in its first round; every later round doubles its images
+SPARE = 2  # a round ignores units with at most 1 / SPARE of the allowed errors
 SAMPLE = 8  # units of a group that are measured first
 CHUNK = 64  # images at a time
 
@@ -28,7 +34,7 @@ Control = Callable[[Tensor], Tensor]  # images -> (all units, images)
 
 @dataclass(frozen=True)
 class Rescored:
-    """Scores from which `select` takes the settled kept set, and figures about how they came about."""
+    """Scores for `select`, and figures about the rescoring for the metrics."""
 
     scores: Scores
     facts: dict[str, float]
@@ -42,158 +48,172 @@ def rescore(
     groups: Sequence[Group],
     batches: Batches,
     scores: Scores,
-    contests: Sequence[CandidatePool],
+    pools: Sequence[CandidatePool],
     context: ScoringContext,
 ) -> Rescored:
-    """Measure exact scores of the units whose place in a contest is in doubt, until the kept set is settled.
+    """Measure exact scores of the units near the pruning threshold until the selection is accurate enough.
 
-    `scores` are Fisher's of all units over the same images and with the same seed: their parts, image by image, are the
-    control variate. A kind of units is settled when the expected share of its kept units that the exact scores would
-    keep is at least `config.confidence`. Images are taken in one random order, without replacement, so that what
-    is measured on all of them is exact.
+    For every kind, the expected share of kept units that the exact scores would keep as well must be at least
+    `config.confidence`. Images are taken in one random order without replacement, so a score that is measured on all
+    of them is exact.
+
+    Args:
+        model: The model.
+        groups: Its groups.
+        batches: Calibration batches.
+        scores: Fisher scores of all units on the same images and with the same seed; their parts per image are the
+            control variate.
+        pools: Units that are ranked together, and the number to remove.
+        context: The scoring options.
 
     Raises:
-        BadInput: no batches, or the model or a group is not understood.
+        BadInput: no batches, or the model or a group is not supported.
     """
     if not batches:
         raise BadInput("upvits: needs images; give batches")
     images = [image for batch, _ in batches for image in batch]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(context.seed))
-    names = list(scores)
-    own = [group for group in groups if group.name in scores]
+    scored = [group for group in groups if group.name in scores]
 
-    def exact(chosen: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
-        return kl_divergences(model, own, chosen, torch.stack([images[place] for place in places.tolist()]), context)
+    def exact(chosen: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
+        return kl_divergences(model, scored, chosen, torch.stack([images[i] for i in indices.tolist()]), context)
 
-    def control(places: Tensor) -> Tensor:
-        some = torch.stack([images[place] for place in places.tolist()])
-        found = fisher_kl_per_image(model, own, some, context, [context.first + place for place in places.tolist()])
-        return torch.cat([found[name] for name in names])
+    def control(indices: Tensor) -> Tensor:
+        batch = torch.stack([images[i] for i in indices.tolist()])
+        values = fisher_kl_per_image(model, scored, batch, context, [context.first + i for i in indices.tolist()])
+        return torch.cat([values[name] for name in scores])
 
     units = sum(score.numel() for score in scores.values())
-    affordable = units * len(images) * 4 <= context.config.memory
-    kinds = {group.name: group.kind for group in own}
-    return adaptive_rescoring(scores, kinds, contests, exact, control if affordable else None, order, context)
+    fits = units * len(images) * 4 <= context.config.memory
+    kinds = {group.name: group.kind for group in scored}
+    return adaptive_rescoring(scores, kinds, pools, exact, control if fits else None, order, context)
 
 
 def adaptive_rescoring(
     scores: Scores,
     kinds: Mapping[str, str],
-    contests: Sequence[CandidatePool],
+    pools: Sequence[CandidatePool],
     exact: Exact,
     control: Control | None,
     order: Tensor,
     context: ScoringContext,
 ) -> Rescored:
-    """The race itself: `exact` and `control` give values of units on images, in the order given.
+    """Rescore in rounds; every round measures the units with the largest expected errors on twice as many images.
 
-    In each round, every kind not yet settled sends its units most in doubt to more images, twice as many as before.
+    Args:
+        scores: Surrogate scores.
+        kinds: Kind of each group.
+        pools: Units that are ranked together, and the number to remove.
+        exact: Measures exact scores of units on images.
+        control: Computes surrogate scores of all units on images; None for equal scores on all images.
+        order: Order of the images.
+        context: The scoring options.
 
     Source: racing (Maron & Moore 1994) on the ratio to a control variate. It stops at an expected overlap, not when all
-    pairs are apart: two nearly equal units take the most images to tell apart, and it matters least which one goes. Of
-    equal doubts the one that is cheaper to clear, in the later layers, is cleared first.
+    pairs are distinguished: two nearly equal units take the most images, and a wrong choice among them costs the least.
+    Of equal errors, those in later layers are measured first, because this is cheaper.
     """
     sizes = {name: score.numel() for name, score in scores.items()}
-    flat = [_flat(sizes, contest) for contest in contests]
-    removals = [contest.remove for contest in contests]
-    field = _Field(sizes, flat, removals, [kinds[contest.places[0][0]] for contest in contests], kinds)
+    removals = [pool.remove for pool in pools]
+    pool_kinds = [kinds[pool.members[0][0]] for pool in pools]
+    candidates = _Candidates(sizes, [_flat_indices(sizes, pool) for pool in pools], removals, pool_kinds, kinds)
     surrogate = torch.cat([score.flatten().to("cpu", torch.float64) for score in scores.values()])
-    state = ScorePosterior(surrogate, pools(list(sizes.values())), len(order))
+    state = ScorePosterior(surrogate, pool_numbers(list(sizes.values())), len(order))
     controls = _Controls(control, order, surrogate)
-    rounds, sent = 0, field.sample(context)
-    while len(sent):
+    rounds, units = 0, candidates.first_sample(context)
+    while len(units):
         rounds += 1
-        for begin, end, last, units in _stages(state, sent):
-            found = exact(field.by_group(units), order[begin:end])
-            measured = torch.cat([found[name] for name in field.by_group(units)])
-            needed = torch.zeros_like(measured) if last else controls.of(units, begin, end)
-            state.add(units, measured, needed)
-        sent = field.sent(state, field.doubts(state, context), context)
-    values = torch.split(state.scores(), list(sizes.values()))
-    settled = {name: value.view(scores[name].shape) for name, value in zip(scores, values, strict=True)}
-    return Rescored(settled, _facts(state, field.doubts(state, context), field, rounds, context))
+        for begin, end, last, batch in _image_ranges(state, units):
+            by_group = candidates.by_group(batch)
+            values = exact(by_group, order[begin:end])
+            measured = torch.cat([values[name] for name in by_group])
+            state.add(batch, measured, torch.zeros_like(measured) if last else controls.of(batch, begin, end))
+        units = candidates.next_units(state, candidates.errors(state, context), context)
+    parts = torch.split(state.scores(), list(sizes.values()))
+    rescored = {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+    return Rescored(rescored, _facts(state, candidates.errors(state, context), candidates, rounds, context))
 
 
 @dataclass(frozen=True)
-class _Field:
-    """All units in a row, group by group, and which of them compete."""
+class _Candidates:
+    """All units, numbered group by group, and the pools in which they are ranked."""
 
-    sizes: dict[str, int]
-    contests: list[Tensor]  # of units, by their places in the row
-    remove: list[int]
-    kinds: list[str]
-    of: Mapping[str, str]  # kind of each group
+    sizes: dict[str, int]  # units of each group
+    pools: list[Tensor]  # units of each pool
+    remove: list[int]  # units to remove from each pool
+    kinds: list[str]  # of each pool
+    kind_of: Mapping[str, str]  # of each group
 
-    def doubts(self, state: ScorePosterior, context: ScoringContext) -> list[Doubt]:
+    def errors(self, state: ScorePosterior, context: ScoringContext) -> list[SelectionErrors]:
+        """Estimate the selection errors of each pool."""
         mean, deviation = state.posterior()
-        found = []
-        for number, (units, remove) in enumerate(zip(self.contests, self.remove, strict=True)):
-            source = torch.Generator().manual_seed(context.seed + number)
-            draws = heavy_tailed((DRAWS, len(units)), source)
-            found.append(doubt(mean[units], deviation[units], remove, draws))
-        return found
+        result = []
+        for number, (units, remove) in enumerate(zip(self.pools, self.remove, strict=True)):
+            draws = heavy_tailed((DRAWS, len(units)), torch.Generator().manual_seed(context.seed + number))
+            result.append(selection_errors(mean[units], deviation[units], remove, draws))
+        return result
 
-    def sample(self, context: ScoringContext) -> Tensor:
-        """Some units of every group that competes, drawn at random: what the ratios of its pool are guessed from."""
-        source = torch.Generator().manual_seed(context.seed)
-        competing = torch.cat([units for units, remove in zip(self.contests, self.remove, strict=True) if remove])
-        pieces = torch.split(torch.arange(sum(self.sizes.values())), list(self.sizes.values()))
-        drawn = [piece[torch.randperm(len(piece), generator=source)[:SAMPLE]] for piece in pieces]
-        found = torch.cat(drawn)
-        return found[torch.isin(found, competing)].sort().values
+    def first_sample(self, context: ScoringContext) -> Tensor:
+        """Draw some units of every group from which units are removed, to fit the prior of its ratios."""
+        generator = torch.Generator().manual_seed(context.seed)
+        ranked = torch.cat([units for units, remove in zip(self.pools, self.remove, strict=True) if remove])
+        parts = torch.split(torch.arange(sum(self.sizes.values())), list(self.sizes.values()))
+        drawn = torch.cat([part[torch.randperm(len(part), generator=generator)[:SAMPLE]] for part in parts])
+        return drawn[torch.isin(drawn, ranked)].sort().values
 
-    def sent(self, state: ScorePosterior, doubts: Sequence[Doubt], context: ScoringContext) -> Tensor:
-        """Units to measure on more images, ascending; none where every kind is settled, or all of it is measured."""
-        sent = [torch.empty(0, dtype=torch.int64)]
+    def next_units(self, state: ScorePosterior, errors: Sequence[SelectionErrors], context: ScoringContext) -> Tensor:
+        """Return the units to measure on more images, ascending; empty if every kind is accurate enough or exact."""
+        result = [torch.empty(0, dtype=torch.int64)]
         for kind in sorted(set(self.kinds)):
-            own = [number for number, other in enumerate(self.kinds) if other == kind]
-            if self.overlap(doubts, own) >= context.config.confidence:
+            numbers = [number for number, other in enumerate(self.kinds) if other == kind]
+            if self.overlap(errors, numbers) >= context.config.confidence:
                 continue
-            units = torch.cat([self.contests[number] for number in own])
-            wrong = torch.cat([doubts[number].wrong for number in own])
-            able = state.seen[units] < state.images
+            units = torch.cat([self.pools[number] for number in numbers])
+            wrong = torch.cat([errors[number].wrong for number in numbers])
+            measurable = state.seen[units] < state.images
             effort = self.effort(kind)[units]
-            chosen = doubtful(wrong, able, effort, (1 - context.config.confidence) * self.kept(own) / SPARE)
-            if not len(chosen):  # what is in doubt is measured, but not what it is compared with
-                chosen = doubtful(wrong, able, effort, 0.0)
-            sent.append(units[chosen])
-        return torch.cat(sent).sort().values
+            allowed = (1 - context.config.confidence) * self.num_kept(numbers) / SPARE
+            chosen = units_to_measure(wrong, measurable, effort, allowed)
+            if not len(chosen):  # the units with the largest errors are exact, those next to the threshold are not
+                chosen = units_to_measure(wrong, measurable, effort, 0.0)
+            result.append(units[chosen])
+        return torch.cat(result).sort().values
 
     def effort(self, kind: str) -> Tensor:
-        """What a measurement of each unit costs: the share of the kind's layers that have to run again."""
-        own = [name for name in self.sizes if self.of[name] == kind]
-        steps = {name: (len(own) - number) / len(own) for number, name in enumerate(own)}
-        return torch.cat([torch.full((size,), steps.get(name, 1.0)) for name, size in self.sizes.items()])
+        """Return the cost of measuring each unit: the fraction of the groups of its kind that are computed again."""
+        names = [name for name in self.sizes if self.kind_of[name] == kind]
+        fractions = {name: (len(names) - number) / len(names) for number, name in enumerate(names)}
+        return torch.cat([torch.full((size,), fractions.get(name, 1.0)) for name, size in self.sizes.items()])
 
-    def kept(self, contests: Sequence[int]) -> int:
-        """How many units of some contests stay."""
-        return sum(len(self.contests[number]) - self.remove[number] for number in contests)
+    def num_kept(self, numbers: Sequence[int]) -> int:
+        """Return the number of units that remain in some pools."""
+        return sum(len(self.pools[number]) - self.remove[number] for number in numbers)
 
-    def overlap(self, doubts: Sequence[Doubt], contests: Sequence[int]) -> float:
-        """Expected share of the units which stay in some contests that the exact scores would keep."""
-        right = sum(doubts[number].overlap * self.kept([number]) for number in contests)
-        return right / max(1, self.kept(contests))
+    def overlap(self, errors: Sequence[SelectionErrors], numbers: Sequence[int]) -> float:
+        """Return the expected share of the kept units of some pools that the exact scores would keep."""
+        right = sum(errors[number].overlap * self.num_kept([number]) for number in numbers)
+        return right / max(1, self.num_kept(numbers))
 
     def by_group(self, units: Tensor) -> dict[str, Tensor]:
-        """Places inside their groups of units in ascending order."""
-        chosen, start = {}, 0
+        """Return the indices within their groups of units in ascending order."""
+        result, start = {}, 0
         for name, size in self.sizes.items():
-            own = units[(units >= start) & (units < start + size)] - start
-            if len(own):
-                chosen[name] = own
+            indices = units[(units >= start) & (units < start + size)] - start
+            if len(indices):
+                result[name] = indices
             start += size
-        return chosen
+        return result
 
 
 class _Controls:
-    """The surrogate's values of all units on the first images of the order, each image's taken once."""
+    """Surrogate scores of all units per image, computed once for each image."""
 
     def __init__(self, control: Control | None, order: Tensor, surrogate: Tensor) -> None:
         self.control, self.order, self.surrogate = control, order, surrogate
         self.values = torch.empty(len(surrogate), 0, dtype=torch.float32)
 
     def of(self, units: Tensor, begin: int, end: int) -> Tensor:
-        """Values of some units (units, images); without a control, equal shares of their totals."""
+        """Return the scores of some units, (units, images); without a control, equal parts of their sums."""
         if self.control is None:
             return (self.surrogate[units, None] / len(self.order)).expand(-1, end - begin)
         done = self.values.shape[1]
@@ -202,34 +222,38 @@ class _Controls:
         return self.values[units, begin:end].double()
 
 
-def _flat(sizes: Mapping[str, int], contest: CandidatePool) -> Tensor:
+def _flat_indices(sizes: Mapping[str, int], pool: CandidatePool) -> Tensor:
     starts = dict(zip(sizes, [0, *accumulate(sizes.values())], strict=False))
-    return torch.cat([starts[name] + places for name, places in contest.places])
+    return torch.cat([starts[name] + units for name, units in pool.members])
 
 
-def _stages(state: ScorePosterior, sent: Tensor) -> Iterator[tuple[int, int, bool, Tensor]]:
-    """Which images units see next, those together that have seen the same: (begin, end, after them all, units)."""
-    seen = state.seen[sent]
+def _image_ranges(state: ScorePosterior, units: Tensor) -> Iterator[tuple[int, int, bool, Tensor]]:
+    """Yield begin and end of the next images, whether all images are then measured, and the units to measure."""
+    seen = state.seen[units]
     for before in sorted(set(seen.tolist())):
         after = min(state.images, max(FIRST_IMAGES, 2 * before))
         for begin in range(before, after, CHUNK):
-            # of a score that is exact in the end, the control says nothing
-            yield begin, min(after, begin + CHUNK), after == state.images, sent[seen == before]
+            # a score measured on all images is exact and needs no control
+            yield begin, min(after, begin + CHUNK), after == state.images, units[seen == before]
 
 
 def _facts(
-    state: ScorePosterior, doubts: Sequence[Doubt], field: _Field, rounds: int, context: ScoringContext
+    state: ScorePosterior,
+    errors: Sequence[SelectionErrors],
+    candidates: _Candidates,
+    rounds: int,
+    context: ScoringContext,
 ) -> dict[str, float]:
-    numbers = range(len(doubts))
-    by_kind = {kind: [n for n in numbers if field.kinds[n] == kind] for kind in sorted(set(field.kinds))}
+    numbers = range(len(errors))
+    by_kind = {kind: [n for n in numbers if candidates.kinds[n] == kind] for kind in sorted(set(candidates.kinds))}
     return {
         "confidence": context.config.confidence,
-        "contests": float(len(doubts)),
+        "candidate_pools": float(len(errors)),
         "evaluations": float(state.seen.sum()),
         "evaluations_share": float(state.seen.sum()) / (len(state.seen) * state.images),
-        "expected_overlap": field.overlap(doubts, numbers),
+        "expected_overlap": candidates.overlap(errors, numbers),
         "images": float(state.images),
         "rescored": float((state.seen > 0).sum()),
         "rounds": float(rounds),
         "units": float(len(state.seen)),
-    } | {f"expected_overlap_{kind}": field.overlap(doubts, own) for kind, own in by_kind.items()}
+    } | {f"expected_overlap_{kind}": candidates.overlap(errors, chosen) for kind, chosen in by_kind.items()}

@@ -1,4 +1,4 @@
-"""What is known of exact scores while they are being measured on more and more images, and how sure that is."""
+"""Posterior of exact scores that are measured on a part of the images, and the resulting selection errors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,18 +6,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PRIOR_SPREAD = 0.5  # of log(exact / surrogate) where nothing is measured yet
-PRIOR_UNITS = 4  # as many units' worth that first guess has
-NOISE_IMAGES = 8  # as many images' worth the pool's noise has in that of a unit
-FREEDOM = 4  # degrees of it in Student's t, for what lies outside the normal
-LEAST = 1e-30  # a score below it counts as zero
+PRIOR_SPREAD = 0.5  # of log(exact / surrogate), before any measurement
+PRIOR_UNITS = 4  # weight of the prior spread, in measured units
+NOISE_IMAGES = 8  # weight of the pool's mean noise in the noise of a unit, in images
+FREEDOM = 4  # degrees of freedom of Student's t
+LEAST = 1e-30  # smaller scores count as this
 
 
 @dataclass
 class ScorePosterior:
-    """Running sums of every unit over the images on which it was measured; all vectors are (units,), float64.
+    """Sums of every unit over the images on which it was measured; all vectors are (units,), float64.
 
-    `surrogate` is a unit's surrogate score over all `images`, `pool` the number of units whose ratios are alike.
+    Attributes:
+        surrogate: Surrogate scores over all images.
+        pool: Number of each unit's pool; the units of a pool have similar ratios exact / surrogate.
+        images: Number of all images.
     """
 
     surrogate: Tensor
@@ -31,9 +34,9 @@ class ScorePosterior:
         )
 
     def add(self, units: Tensor, exact: Tensor, control: Tensor) -> None:
-        """Take in the exact scores of units on some images, and the surrogate's on the same: (units, images) each.
+        """Add the exact and the surrogate scores of units on further images, (units, images) each.
 
-        The surrogate's may be left out (zeros) in the last step to all images.
+        The surrogate scores may be zeros if the units have then been measured on all images.
         """
         self.seen[units] += exact.shape[1]
         self.exact[units] += exact.sum(dim=1)
@@ -43,101 +46,122 @@ class ScorePosterior:
         self.controls[units] += control.square().sum(dim=1)
 
     def posterior(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the logarithm of every unit's exact score over all images.
+        """Return mean and standard deviation of the logarithm of every unit's exact score over all images.
 
-        The ratio exact / surrogate, estimated on the images seen with the finite-population correction, meets a normal
-        prior of its pool (by default 0 +- PRIOR_SPREAD), which is fitted to the units measured. Where all images are
-        seen, the score is exact and the deviation 0.
+        The ratio exact / surrogate is estimated from the measured images with the finite-population correction, and
+        combined with a normal prior per pool (initially 0 +- PRIOR_SPREAD) that is fitted to the measured units. After
+        all images, the score is exact and the deviation is 0.
 
         Source: Cochran, Sampling Techniques (1977), section 6.4 (ratio estimator); normal empirical Bayes.
         """
         ratio, variance = self._ratios()
-        middle, spread = self._priors(ratio, variance)
-        weight = spread.square() / (spread.square() + variance)  # of the measurement; 0 where there is none
-        mean = self.surrogate.clamp(min=LEAST).log() + middle + weight * (ratio - middle)
+        centre, spread = self._priors(ratio, variance)
+        weight = spread.square() / (spread.square() + variance)  # of the measurement; 0 without one
+        mean = self.surrogate.clamp(min=LEAST).log() + centre + weight * (ratio - centre)
         deviation = ((1 - weight) * spread.square()).sqrt()
-        whole = self.seen == self.images
-        mean[whole] = self.exact[whole].clamp(min=LEAST).log()
-        deviation[whole] = 0
+        complete = self.seen == self.images
+        mean[complete] = self.exact[complete].clamp(min=LEAST).log()
+        deviation[complete] = 0
         return mean, deviation
 
     def scores(self) -> Tensor:
-        """Best estimates of the exact scores: measured sums where all images were seen."""
+        """Return estimates of the exact scores; the measured sums after all images."""
         mean, _ = self.posterior()
         return torch.where(self.seen == self.images, self.exact, mean.exp())
 
     def _ratios(self) -> tuple[Tensor, Tensor]:
-        """log(exact / surrogate) of the images seen, and its variance: infinite where there are fewer than two."""
-        whole = self.seen == self.images
-        ratio = self.exact.clamp(min=LEAST) / torch.where(whole, self.surrogate, self.control).clamp(min=LEAST)
+        """Return log(exact / surrogate) on the measured images, and its variance: infinite below two images."""
+        complete = self.seen == self.images
+        ratio = self.exact.clamp(min=LEAST) / torch.where(complete, self.surrogate, self.control).clamp(min=LEAST)
         residual = self.squares - 2 * ratio * self.products + ratio.square() * self.controls
         noise = residual.clamp(min=0) / self.exact.clamp(min=LEAST).square() * self.seen.square()
-        known = (self.seen > 1) & ~whole
+        known = (self.seen > 1) & ~complete
         noise = noise / (self.seen - 1).clamp(min=1)  # squared coefficient of variation of an image's residual
         for pool in range(int(self.pool.max()) + 1):
-            own = known & (self.pool == pool)
-            if bool(own.any()):
-                degrees = self.seen[own] - 1
-                noise[own] = (noise[own] * degrees + noise[own].mean() * NOISE_IMAGES) / (degrees + NOISE_IMAGES)
+            members = known & (self.pool == pool)
+            if bool(members.any()):
+                degrees = self.seen[members] - 1
+                pooled = noise[members].mean() * NOISE_IMAGES
+                noise[members] = (noise[members] * degrees + pooled) / (degrees + NOISE_IMAGES)
         variance = noise * (1 / self.seen.clamp(min=1) - 1 / self.images)
-        return ratio.log(), torch.where(known, variance, torch.where(whole, 0.0, torch.inf))
+        return ratio.log(), torch.where(known, variance, torch.where(complete, 0.0, torch.inf))
 
     def _priors(self, ratio: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Middle and spread of the ratios of every unit's pool, fitted to what is measured of it."""
-        middle, spread = torch.zeros_like(ratio), torch.full_like(ratio, PRIOR_SPREAD)
+        """Return centre and spread of the prior of every unit's ratio, fitted to the measured units of its pool."""
+        centre, spread = torch.zeros_like(ratio), torch.full_like(ratio, PRIOR_SPREAD)
         for pool in range(int(self.pool.max()) + 1):
-            own = self.pool == pool
-            seen = own & variance.isfinite() & (self.surrogate > LEAST)
-            number = int(seen.sum())
+            members = self.pool == pool
+            measured = members & variance.isfinite() & (self.surrogate > LEAST)
+            number = int(measured.sum())
             if number:
-                centre = ratio[seen].median()
-                excess = (ratio[seen] - centre).square() - variance[seen]
+                median = ratio[measured].median()
+                excess = (ratio[measured] - median).square() - variance[measured]
                 fitted = (excess.sum() + PRIOR_UNITS * PRIOR_SPREAD**2) / (number + PRIOR_UNITS)
-                middle[own] = centre * number / (number + PRIOR_UNITS)
-                spread[own] = fitted.clamp(min=(PRIOR_SPREAD / 10) ** 2).sqrt()
-        return middle, spread
+                centre[members] = median * number / (number + PRIOR_UNITS)
+                spread[members] = fitted.clamp(min=(PRIOR_SPREAD / 10) ** 2).sqrt()
+        return centre, spread
 
 
 @dataclass(frozen=True)
-class Doubt:
-    """How sure a contest is: every unit's probability to be on the wrong side, and how much of the kept is right."""
+class SelectionErrors:
+    """Expected errors of the selection in a candidate pool.
+
+    Attributes:
+        wrong: Probability of every unit to be kept or removed wrongly.
+        overlap: Expected share of the kept units that the exact scores would keep as well.
+    """
 
     wrong: Tensor
     overlap: float
 
 
-def doubt(mean: Tensor, deviation: Tensor, remove: int, draws: Tensor) -> Doubt:
-    """Compare the kept set of the means with those of scores drawn from the posterior; draws are standard, (D, units).
+def selection_errors(mean: Tensor, deviation: Tensor, remove: int, draws: Tensor) -> SelectionErrors:
+    """Compare the selection by the posterior means with selections by scores drawn from the posterior.
 
-    `overlap` is the expected share of the units that stay which the exact scores would keep as well.
+    Args:
+        mean: Posterior means, (units,).
+        deviation: Posterior standard deviations, (units,).
+        remove: Number of units to remove.
+        draws: Random numbers of a standard distribution, (draws, units).
     """
     keep = len(mean) - remove
     if remove == 0 or keep == 0:
-        return Doubt(torch.zeros_like(mean), 1.0)
+        return SelectionErrors(torch.zeros_like(mean), 1.0)
     drawn = (mean + deviation * draws).topk(keep, dim=1).indices
-    stays = torch.zeros(draws.shape, dtype=torch.bool).scatter(1, drawn, True)
+    kept = torch.zeros(draws.shape, dtype=torch.bool).scatter(1, drawn, True)
     best = torch.zeros(len(mean), dtype=torch.bool).scatter(0, mean.topk(keep).indices, True)
-    wrong = (stays != best).double().mean(dim=0)
-    return Doubt(wrong, 1 - float(wrong[best].sum()) / keep)
+    wrong = (kept != best).double().mean(dim=0)
+    return SelectionErrors(wrong, 1 - float(wrong[best].sum()) / keep)
 
 
 def heavy_tailed(shape: tuple[int, int], source: torch.Generator) -> Tensor:
-    """Draws from Student's t: an image can weigh more than all before it, and some ratios are far from their pool's."""
+    """Draw from Student's t distribution: single images may dominate a score, and single ratios differ from their pool.
+
+    Returns:
+        Random numbers in float64, of the given shape.
+    """
     normal, *others = torch.randn((1 + FREEDOM, *shape), generator=source, dtype=torch.float64)
     scale = torch.stack(others).square().mean(dim=0).sqrt()
     drawn: Tensor = normal / scale
     return drawn
 
 
-def doubtful(wrong: Tensor, able: Tensor, effort: Tensor, allowed: float) -> Tensor:
-    """Units to measure on: the cheapest, of those that are able, without whom the errors expected are as allowed."""
-    order = (wrong / effort).argsort(stable=True)  # ascending: the surest and the dearest are left alone
-    left_alone = wrong[order].cumsum(0) / 2 <= allowed  # an error is two units on the wrong side
-    chosen = order[~left_alone]
-    going: Tensor = chosen[able[chosen].nonzero().flatten()]
-    return going
+def units_to_measure(wrong: Tensor, measurable: Tensor, effort: Tensor, allowed: float) -> Tensor:
+    """Return the units to measure next, so that the expected selection errors among the others are at most `allowed`.
+
+    Args:
+        wrong: Probability of every unit to be kept or removed wrongly.
+        measurable: False for units that have been measured on all images.
+        effort: Relative cost of a measurement of every unit; cheaper units are preferred.
+        allowed: Allowed number of expected errors.
+    """
+    order = (wrong / effort).argsort(stable=True)
+    skipped = wrong[order].cumsum(0) / 2 <= allowed  # each error concerns two units
+    candidates = order[~skipped]
+    chosen: Tensor = candidates[measurable[candidates].nonzero().flatten()]
+    return chosen
 
 
-def pools(sizes: Sequence[int]) -> Tensor:
-    """Number of its pool for every unit, from the sizes of the pools."""
+def pool_numbers(sizes: Sequence[int]) -> Tensor:
+    """Return the number of every unit's pool, given the sizes of the pools."""
     return torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])

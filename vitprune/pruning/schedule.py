@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from vitprune.errors import BadInput
 
+SHAPES = ("linear", "cubic")
+
 
 def sparsities(
     final: float, cycles: int, shape: str = "cubic", initial: float | None = None, steps: Sequence[float] | None = None
@@ -23,10 +25,15 @@ def sparsities(
         steps: The sparsity of every cycle, instead of a shape.
 
     Raises:
-        BadInput: `initial` or `steps` do not fit the number of cycles or do not end at `final`.
+        BadInput: the shape is unknown, the number of cycles is 0, or `initial` or `steps` do not fit the number of
+            cycles or do not end at `final`.
 
     Source: Zhu & Gupta 2017, equation 1 (cubic). CAP's recipes include both ends.
     """
+    if shape not in SHAPES:
+        raise BadInput(f"schedule {shape!r}: unknown; use one of {', '.join(SHAPES)}")
+    if cycles < 1:
+        raise BadInput(f"cycles {cycles}: at least one is needed")
     if steps is not None:
         return _checked_steps(list(steps), final, cycles)
     if initial is None:

@@ -1,4 +1,4 @@
-"""From scores to masks with exact counts: who competes with whom is the scope."""
+"""Select masks from scores with exact counts; the scope decides which units are ranked together."""
 
 import re
 from collections import defaultdict
@@ -20,18 +20,21 @@ N_OF_M = re.compile(r"(\d+):(\d+)")
 
 @dataclass(frozen=True)
 class CandidatePool:
-    """Units that compete: the name of each group that takes part with flat indices into it, and how many have to go.
+    """Units that are ranked together.
 
-    `kept` has, for each of them, how many may stay; empty where every number may.
+    Attributes:
+        members: Name of each group in the pool, and flat indices of its units.
+        remove: Number of units to remove.
+        kept: Numbers of units that may remain, per group; empty if every number may.
     """
 
-    places: tuple[tuple[str, Tensor], ...]
+    members: tuple[tuple[str, Tensor], ...]
     remove: int
     kept: tuple[range, ...] = ()
 
     @property
-    def stepped(self) -> bool:
-        """Whether the units of several groups go in lots of more than one."""
+    def in_steps(self) -> bool:
+        """Whether units of several groups are removed in steps of more than one unit."""
         return len(self.kept) > 1 and any(kept.step > 1 for kept in self.kept)
 
 
@@ -44,27 +47,30 @@ def select(
     keep_at_least: int = 0,
     bounds: Constraints = NO_BOUNDS,
 ) -> Masks:
-    """Remove the units of least score: exactly round(sparsity * units) of every pool that competes.
+    """Remove the units with the lowest scores: exactly round(sparsity * units) of every candidate pool.
 
-    Ties go in order of position (group by group, lower index first). Scopes: `layer` (each group alone), `global`
-    (all together), `module` (all groups of one pool name), `isomorphic` (all groups of one structure), `head` (each
-    row of a (heads, channels) group alone), `N:M` (N of every M consecutive input channels of a row stay). `module` and
-    `isomorphic` read `groups`. Units that `previous` has removed stay removed and count as removed;
-    `keep_at_least` protects that many best units of every group (of every row under `head`), even where the count
-    would take them.
+    Of equal scores, units of earlier groups and with lower indices are removed first. A larger sparsity removes a
+    superset of the units.
 
-    `bounds` hold for single groups. One whose share is said has exactly that, and the sparsity is that of the others;
-    the least and the most that may go of a group are kept while the pool's count is, as far as they allow it. A
-    multiple: as if the line between what stays and what goes were moved along the pool's order, each group's count
-    above it rounded to the nearest multiple, until the total is as near as it gets to the asked one (of two equally
-    near the larger). So a larger sparsity removes more, and never other units. At least one multiple stays; a group
-    with fewer units stays whole, and at a sparsity of 0 so do all. Under `head` a bound is of each row.
+    Args:
+        scores: Scores by group.
+        sparsity: Fraction of the units to remove. Fixed sparsities of single groups come in addition.
+        scope: Units that are ranked together: `layer` (each group), `global` (all groups), `module` (groups of one
+            layer type), `isomorphic` (groups of one structure), `head` (each row of a (heads, channels) group) or `N:M`
+            (N of every M consecutive input channels of a row remain).
+        groups: The groups, for `module` and `isomorphic`.
+        previous: Masks of the cycle before. Units that they remove remain removed, and count as removed.
+        keep_at_least: Number of best units that remain in every group (in every row for `head`).
+        bounds: Constraints of single groups (of each row for `head`). They take precedence over the pool's number. With
+            a multiple, a group's number is rounded to the nearest multiple, and the total is the nearest possible one
+            (of two equally near ones the larger). A group with fewer units than its multiple keeps all of them, and so
+            do all groups at sparsity 0.
 
     Raises:
-        BadInput: sparsity is outside 0..1, a score is NaN, a scope is unknown or does not fit a group's shape, or N:M
-            is to keep bounds other than that nothing goes.
+        BadInput: the sparsity is outside 0..1, a score is NaN, the scope is unknown or does not fit the shape of a
+            group, or N:M is combined with a constraint other than that a group is ignored.
 
-    Source: UP-ViTs (the same share in each group, stable order), DIMAP (one threshold per module).
+    Source: UP-ViTs (the same sparsity in each group, stable order), DIMAP (one threshold per module).
     """
     _refuse_outside(sparsity)
     ranked = {name: _ranked(name, score, previous, keep_at_least) for name, score in scores.items()}
@@ -72,20 +78,22 @@ def select(
     if pattern:
         masks = {name: _n_of_m(name, s, *pattern, sparsity, bounds) for name, s in ranked.items()}
     else:
-        masks = _settled(ranked, candidate_pools(scores, sparsity, scope, groups, previous, keep_at_least, bounds))
+        pools = candidate_pools(scores, sparsity, scope, groups, previous, keep_at_least, bounds)
+        masks = _select_from_pools(ranked, pools)
     if previous is not None:
         masks = {name: mask & previous[name].view(mask.shape) for name, mask in masks.items()}
     return masks
 
 
 def select_blocks(scores: Scores, sparsity: float, previous: Masks | None = None) -> Masks:
-    """Remove pairs of neighbouring sub-layers, exactly round(sparsity * blocks) of each group, but never the last one.
+    """Remove pairs of neighbouring sub-layers: exactly round(sparsity * blocks) pairs of each group, never all.
 
-    The score of a sub-layer is that of its pair with the next one that is left; of equal pairs the first goes. A
-    removal forms a new pair, which nobody has scored: it goes where no other is left, so score again after each.
+    The score of a sub-layer is that of its pair with the next remaining one; of equal scores the first pair is removed.
+    A removal forms a new pair without a score, which is removed only if no other pair remains. Therefore compute the
+    scores again after each removal.
 
     Raises:
-        BadInput: sparsity is outside 0..1, or a score is NaN.
+        BadInput: the sparsity is outside 0..1, or a score is NaN.
 
     Source: UP-ViTs, progressive block pruning.
     """
@@ -101,17 +109,16 @@ def select_blocks(scores: Scores, sparsity: float, previous: Masks | None = None
 
 
 def blocks_removed(sparsity: float, blocks: int) -> int:
-    """How many of so many blocks a sparsity removes; one always stays."""
+    """Return the number of blocks that a sparsity removes; at least one block remains."""
     return min(rounded(sparsity * blocks), blocks - 1)
 
 
 def _remove_pairs(ranked: list[float], mask: Tensor, keep: int) -> None:
     left = mask.nonzero().flatten().tolist()
     while len(left) > keep:
-        worths = [ranked[unit] for unit in left[:-1]]
-        at = worths.index(min(worths))
+        at = min(range(len(left) - 1), key=lambda index: ranked[left[index]])
         mask[left[at : at + 2]] = False
-        if at > 0:  # its next one is another now
+        if at > 0:  # this sub-layer forms a new pair, which has no score
             ranked[left[at - 1]] = float("inf")
         del left[at : at + 2]
 
@@ -125,66 +132,67 @@ def candidate_pools(
     keep_at_least: int = 0,
     bounds: Constraints = NO_BOUNDS,
 ) -> list[CandidatePool]:
-    """Who competes in `select`, of the units that are still there, and how many of them have to go.
+    """Return the pools of remaining units that `select` ranks together, and the number that it removes from each.
 
-    Of the scores only names and shapes count. Where the groups of a pool keep multiples, the number is the asked one,
-    and the scores say which multiples come nearest.
+    The arguments are those of `select`; only names and shapes of the scores are used. If groups of a pool keep
+    multiples, `select` removes the nearest possible number.
 
     Raises:
-        BadInput: a scope is unknown or does not fit a group's shape, or it is N:M, which has a contest per few weights.
+        BadInput: the scope is unknown, does not fit the shape of a group, or is N:M.
     """
     if scope == "head":
         pools = [[(name, row)] for name, score in scores.items() for row in _rows(name, score)]
     else:
         named = [pool for names in _pools(scores, scope, groups).values() for pool in competing(bounds, names)]
         pools = [[(name, torch.arange(scores[name].numel())) for name in names] for names in named]
-    return [_contest(pool, sparsity, previous, keep_at_least, bounds) for pool in pools]
+    return [_candidate_pool(pool, sparsity, previous, keep_at_least, bounds) for pool in pools]
 
 
-def _contest(
+def _candidate_pool(
     pool: Sequence[tuple[str, Tensor]], sparsity: float, previous: Masks | None, keep_at_least: int, bounds: Constraints
 ) -> CandidatePool:
-    """What is gone counts as removed, no group loses its last protected units, and every group keeps its bounds."""
+    """Return a pool without the units removed before; `remove` respects protected units and constraints."""
     if previous is None:
-        living = list(pool)
+        members = list(pool)
     else:
-        living = [(name, places[previous[name].flatten().cpu()[places]]) for name, places in pool]
+        members = [(name, units[previous[name].flatten().cpu()[units]]) for name, units in pool]
     kept = []
-    for (name, places), (_, there) in zip(pool, living, strict=True):
-        own = bounds.get(name, UNCONSTRAINED)
-        own = own if sparsity or own.min_sparsity else replace(own, multiple=1)
-        kept.append(own.kept(len(places), len(there), keep_at_least))
-    units, left = (sum(len(places) for _, places in those) for those in (pool, living))
-    stay = units - rounded(sparsity * units)
-    stay = max(min(stay, sum(one[-1] for one in kept)), sum(one[0] for one in kept))
+    for (name, units), (_, left) in zip(pool, members, strict=True):
+        constraint = bounds.get(name, UNCONSTRAINED)
+        constraint = constraint if sparsity or constraint.min_sparsity else replace(constraint, multiple=1)
+        kept.append(constraint.kept(len(units), len(left), keep_at_least))
+    total, remaining = (sum(len(units) for _, units in part) for part in (pool, members))
+    keep = total - rounded(sparsity * total)
+    keep = max(min(keep, sum(numbers[-1] for numbers in kept)), sum(numbers[0] for numbers in kept))
     if len(kept) == 1:
-        stay = nearest(kept[0], stay)
-    return CandidatePool(tuple(living), left - stay, tuple(kept) if bounds else ())
+        keep = nearest(kept[0], keep)
+    return CandidatePool(tuple(members), remaining - keep, tuple(kept) if bounds else ())
 
 
-def _settled(ranked: Scores, fields: Sequence[CandidatePool]) -> Masks:
-    """The best of each contest stay; what takes part in none is gone."""
+def _select_from_pools(ranked: Scores, pools: Sequence[CandidatePool]) -> Masks:
+    """Keep the best units of each pool; units in no pool have been removed before."""
     masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in ranked.items()}
-    for contest in fields:
-        own = [ranked[name].flatten()[_all_or(places, ranked[name])] for name, places in contest.places]
-        if contest.stepped:
-            stay = select_in_steps([_finite(flat).sort().values.tolist() for flat in own], contest.kept, contest.remove)
-            pieces = [_keep_best(flat, keep) for flat, keep in zip(own, stay, strict=True)]
+    for pool in pools:
+        scores = [ranked[name].flatten()[_index(units, ranked[name])] for name, units in pool.members]
+        if pool.in_steps:
+            keep = select_in_steps([_finite(flat).sort().values.tolist() for flat in scores], pool.kept, pool.remove)
+            parts = [_keep_best(flat, number) for flat, number in zip(scores, keep, strict=True)]
         else:
-            flat = torch.cat([_bounded(*pair) for pair in zip(own, contest.kept, strict=True)] if contest.kept else own)
-            pieces = list(torch.split(_keep_best(flat, len(flat) - contest.remove), [len(one) for one in own]))
-        for (name, places), piece in zip(contest.places, pieces, strict=True):
-            masks[name].view(-1)[_all_or(places, masks[name])] = piece
+            bounded = [_bounded(*pair) for pair in zip(scores, pool.kept, strict=True)] if pool.kept else scores
+            flat = torch.cat(bounded)
+            parts = list(torch.split(_keep_best(flat, len(flat) - pool.remove), [len(part) for part in scores]))
+        for (name, units), part in zip(pool.members, parts, strict=True):
+            masks[name].view(-1)[_index(units, masks[name])] = part
     return masks
 
 
-def _all_or(places: Tensor, of: Tensor) -> Tensor | slice:
-    """Rising places as an index; if they are all, one that costs nothing."""
-    return slice(None) if len(places) == of.numel() else places
+def _index(units: Tensor, values: Tensor) -> Tensor | slice:
+    """Return ascending indices, or a slice (which needs no copy) if they are all indices."""
+    return slice(None) if len(units) == values.numel() else units
 
 
 def _bounded(flat: Tensor, kept: range) -> Tensor:
-    """Scores as they compete: what must go, for the group's bounds, is -inf, and what must stay +inf."""
+    """Set the scores of units that the group's constraint removes to -inf, and of those that it keeps to +inf."""
     if not kept[0] and kept[-1] == len(flat):
         return _finite(flat)
     order, flat = flat.argsort(stable=True), _finite(flat)
@@ -198,24 +206,24 @@ def _finite(flat: Tensor) -> Tensor:
 
 
 def sparsity_of(scope: str) -> float | None:
-    """Fraction that an N:M scope removes, or None where the sparsity is free.
+    """Return the fraction that an N:M scope removes; None for other scopes, whose sparsity is a setting.
 
     Raises:
         BadInput: N is not between 1 and M - 1.
     """
     pattern = pattern_of(scope)
-    return 1 - _stay(*pattern) if pattern else None
+    return 1 - _kept_fraction(*pattern) if pattern else None
 
 
 def pattern_of(scope: str) -> tuple[int, int] | None:
-    """N and M of a scope N:M, None for any other."""
-    found = N_OF_M.fullmatch(scope)
-    return (int(found[1]), int(found[2])) if found else None
+    """Return N and M of a scope N:M, None for any other."""
+    match = N_OF_M.fullmatch(scope)
+    return (int(match[1]), int(match[2])) if match else None
 
 
-def _stay(n: int, m: int) -> float:
+def _kept_fraction(n: int, m: int) -> float:
     if not 0 < n < m:
-        raise BadInput(f"scope '{n}:{m}': N of M weights stay, so N must be between 1 and M - 1")
+        raise BadInput(f"scope '{n}:{m}': N of M weights remain, so N must be between 1 and M - 1")
     return n / m
 
 
@@ -225,7 +233,7 @@ def _refuse_outside(sparsity: float) -> None:
 
 
 def _ranked(name: str, score: Tensor, previous: Masks | None, keep_at_least: int) -> Tensor:
-    """Scores as they compete: what is gone is -inf, what is protected is +inf."""
+    """Return scores as float64 with removed units at -inf and protected units at +inf."""
     if bool(score.isnan().any()):
         raise BadInput(f"{name}: {int(score.isnan().sum())} scores are NaN; check the model's weights and the images")
     ranked = score.detach().to("cpu", torch.float64, copy=previous is not None or keep_at_least > 0)
@@ -238,7 +246,7 @@ def _ranked(name: str, score: Tensor, previous: Masks | None, keep_at_least: int
 
 
 def _keep_best(flat: Tensor, keep: int) -> Tensor:
-    """Bool vector with exactly `keep` True at the largest scores; of equal scores the later positions stay."""
+    """Return a mask of exactly the `keep` largest scores; of equal scores the later ones are kept."""
     remove = flat.numel() - keep
     if remove == 0:
         return torch.ones_like(flat, dtype=torch.bool)
@@ -267,7 +275,7 @@ def _pools(scores: Scores, scope: str, groups: Sequence[Group]) -> dict[object, 
 
 
 def _structure(group: Group) -> tuple[object, ...]:
-    """What isomorphic groups share: kind and the addresses of their slices without block numbers."""
+    """Return what isomorphic groups share: kind and parameter slices without block numbers."""
     return (group.kind, *(replace(part, param=re.sub(r"\.\d+\.", ".#.", part.param)) for part in group.slices))
 
 
@@ -278,19 +286,19 @@ def _rows(name: str, score: Tensor) -> Tensor:
 
 
 def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float, bounds: Constraints) -> Tensor:
-    implied = 1 - _stay(n, m)
+    implied = 1 - _kept_fraction(n, m)
     if bounds.get(name, UNCONSTRAINED).max_sparsity == 0:
         return torch.ones(score.shape, dtype=torch.bool)
     if bounds.get(name, UNCONSTRAINED) != UNCONSTRAINED:
         raise BadInput(f"{name}: scope '{n}:{m}' removes {implied:g} of every layer; a rule can only ignore one")
     if abs(sparsity - implied) > 1e-9:
         raise BadInput(f"scope '{n}:{m}': removes {implied:g}, but sparsity is {sparsity:g}; set it to {implied:g}")
-    # A run lies along the input channels, for a k x k kernel at one of its positions: a sparse matrix unit multiplies
-    # the kernel as k * k matrices (or as one of k * k * d_in columns, channels last), never neighbouring positions.
+    # A run is along the input channels, at one position of a k x k kernel: sparse matrix units multiply the kernel as
+    # k * k matrices (or as one with k * k * d_in columns, channels last), so neighbouring positions are never in a run.
     inputs_last = score.movedim(1, -1)  # (d_out, [k, k,] d_in)
     if score.shape[1] % m:
         raise BadInput(f"{name}: rows of {score.shape[1]} weights cannot be divided into runs of {m}; leave it out")
     runs = inputs_last.reshape(-1, m)
-    order = runs.argsort(dim=1, stable=True)  # ascending: the first m - n go
+    order = runs.argsort(dim=1, stable=True)  # ascending: the first m - n are removed
     mask = torch.ones_like(runs, dtype=torch.bool).scatter(1, order[:, : m - n], False)
     return mask.view(inputs_last.shape).movedim(-1, 1).contiguous()

@@ -51,7 +51,7 @@ def md5_digest(text: object, source: str) -> str:
 
 
 def commit_id(text: str, source: str) -> str:
-    """Return a full commit id of git, so that no option of git can stand in its place.
+    """Return a full commit id of git; anything else, such as an option of git, is refused.
 
     Raises:
         BadInput: it is none.

@@ -23,7 +23,7 @@ class RecoverySegment:
 
     Attributes:
         cycle: Number of the cycle, from 1.
-        epochs: EpochBatches of the fine-tuning after each cycle.
+        epochs: Epochs of the fine-tuning after each cycle.
         memory: Optimizer state to continue from and to update; None starts with a new optimizer.
     """
 

@@ -82,7 +82,7 @@ def test_channel_groups_of_a_bottleneck_network() -> None:
     }
     assert where(inner) == {("down.weight", 0, 1, 1), ("down.bias", 0, 1, 1), ("up.weight", 1, 1, 1)}
     assert where(side) == {("side.weight", 0, 1, 1), ("side.bias", 0, 1, 1)}
-    assert answer.why_not == "Squeezed: it is the answer"
+    assert answer.why_not == "Squeezed: it is the output of the model"
 
 
 class One(nn.Module):
@@ -108,7 +108,7 @@ class Sorted(nn.Module):
         (nn.Softmax(dim=1), "between (Softmax): softmax runs over it"),
         (nn.GroupNorm(4, 8), "between (GroupNorm): a GroupNorm of 4 groups counts its channels"),
         (nn.Conv2d(8, 8, 1, groups=2), "between (Conv2d): it runs through a convolution of 2 groups"),
-        (Sorted(), "between (Sorted): operation sort is not understood"),
+        (Sorted(), "between (Sorted): operation sort is not supported"),
     ],
 )
 def test_unprunable_channels_give_the_reason(between: nn.Module, why: str) -> None:

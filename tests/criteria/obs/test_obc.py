@@ -9,6 +9,7 @@ from tests.support.plans import context
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.obs.obc import obc, solve_rows
+from vitprune.criteria.obs.unit_elimination import RIDGES
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.select import select
 
@@ -96,7 +97,7 @@ def test_the_update_is_least_squares_of_each_row() -> None:
     halves = torch.stack([ones[half::2].T @ ones[half::2] for half in (0, 1)])
     rows, keep = torch.randn(3, 6).double(), torch.rand((3, 6), generator=generator) > 0.5
     for constant in (True, False):
-        found = solve_rows(rows, halves, keep, constant)
+        found = solve_rows(rows, halves, keep, constant, "0.weight")
         for row in range(3):
             places = [*keep[row].nonzero().flatten().tolist(), *([6] if constant else [])]
             wanted = read @ rows[row]
@@ -167,6 +168,15 @@ def test_logits_are_closer_to_dense_than_with_magnitude(kind: str) -> None:
     }
     assert (found["obc"] - dense).norm() < 0.5 * (found["magnitude"] - dense).norm()
     assert select(obc(model, find_groups(model, ["weight"])[:1], data, DEFAULT_CONTEXT).scores, 0.5, "global")
+
+
+def test_rows_need_a_positive_definite_moment() -> None:
+    rows, keep = torch.ones(2, 3).double(), torch.ones(2, 3, dtype=torch.bool)
+    nearly = torch.diag(torch.tensor([1.0, 1.0, -RIDGES[0] * 0.9, 1.0])).double()  # only larger ridges make it definite
+    assert bool(solve_rows(rows, nearly[None], keep, True, "0.weight").isfinite().all())
+    for moment in (-nearly, torch.full_like(nearly, torch.nan)):
+        with pytest.raises(BadInput, match=r"^0.weight: obc cannot solve its rows, .*; check the weights and images"):
+            solve_rows(rows, moment[None], keep, True, "0.weight")
 
 
 def test_invalid_input_is_refused() -> None:

@@ -138,7 +138,7 @@ def test_macs_per_unit_equal_the_saved_macs(vit: nn.Module) -> None:
     assert costs["blocks.0.mlp"] == pytest.approx(ffn / whole)
     assert costs["blocks.1.attn"] == pytest.approx(attention / whole)
     weights = find_groups(vit, ["weight"])
-    with pytest.raises(BadInput, match="units of kind 'weight' have no price in MACs"):
+    with pytest.raises(BadInput, match="scope macs cannot rank units of kind 'weight'"):
         macs_per_unit(weights, lambda masks: 1.0)
 
 

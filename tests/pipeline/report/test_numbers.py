@@ -14,7 +14,7 @@ def test_interval_without_disagreement_has_no_width() -> None:
     [(0, "0"), (999, "999"), (1234, "1.23 k"), (999_600, "1.00 M"), (5_717_416, "5.72 M"), (1.254e9, "1.25 G")],
 )
 def test_counts_take_three_digits_and_a_unit(value: float, text: str) -> None:
-    assert numbers.count("", value).text.replace("\N{NARROW NO-BREAK SPACE}", " ") == text
+    assert numbers.si_count("", value).text.replace("\N{NARROW NO-BREAK SPACE}", " ") == text
 
 
 def test_interval_is_walds() -> None:
@@ -31,4 +31,4 @@ def test_differences_carry_their_sign(value: float, text: str) -> None:
 
 def test_no_number_is_a_dash() -> None:
     assert numbers.finite(float("nan")) is None
-    assert numbers.relative("", 0, 5) == numbers.Quantity("", None, numbers.ABSENT)
+    assert numbers.relative_change("", 0, 5) == numbers.Quantity("", None, numbers.ABSENT)

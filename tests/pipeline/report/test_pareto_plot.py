@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vitprune import BadInput
-from vitprune.pipeline.report.pareto_plot import Dense, Point, draw, front
+from vitprune.pipeline.report.pareto_plot import DensePoint, Point, draw, front
 from vitprune.pipeline.report.sweep_table import write_sweep
 
 
@@ -48,7 +48,7 @@ def sweep(folder: Path, runs: dict[str, tuple[float, float, str]], against: str 
     plan = {"title": "a sweep", "against": against, "runs": []}
     for name, (top1, throughput, status) in runs.items():
         method, _, target = name.partition(" ")
-        plan["runs"].append({"name": name, "method": method, "target": target, "place": f"runs/{name}"})
+        plan["runs"].append({"name": name, "method": method, "target": target, "directory": f"runs/{name}"})
         if status == "waiting":
             continue
         result = {"name": name, "status": status, "seconds": 12.5, "error": "no luck" if status == "failed" else ""}
@@ -130,12 +130,12 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
         write_sweep(tmp_path, tmp_path / "out")
     folder = sweep(tmp_path / "sweep", {"a macs 0.5": (70.0, 150.0, "finished")})
     (folder / "runs/a macs 0.5/metrics/latency.json").unlink()
-    with pytest.raises(BadInput, match="has no metrics of its evaluation any more"):
+    with pytest.raises(BadInput, match="its evaluation metrics are missing"):
         write_sweep(folder, tmp_path / "out")
 
 
 def test_the_picture_is_the_same_each_time(tmp_path: Path) -> None:
     points = [Point(1.2, 75.0, "a", "macs 0.8"), Point(1.2, 75.0, "b", "ffn 0.5 attention 0.2")]
     for name in ("one", "two"):
-        draw(points, Dense(80.0, 100.0), "throughput", "twice", tmp_path / f"{name}.svg")
+        draw(points, DensePoint(80.0, 100.0), "throughput", "twice", tmp_path / f"{name}.svg")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()

@@ -57,7 +57,7 @@ def _trace(model: nn.Module) -> _CacheEntry:
     try:
         return _CacheEntry(channel_groups(copy, meta_input(copy)))
     except Exception as error:  # a forward pass may raise anything on tensors without values
-        raise BadInput(f"{type(model).__name__}: it does not run on shapes alone ({first_line(error)})") from None
+        raise BadInput(f"{type(model).__name__}: it does not run on the meta device ({first_line(error)})") from None
 
 
 def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:

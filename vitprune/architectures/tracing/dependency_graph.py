@@ -27,7 +27,7 @@ from vitprune.runtime.eval_mode import eval_mode
 Axis = tuple[str, int]  # a parameter and one of its axes
 Array = np.ndarray[Any, Any]
 RMS_NORMS = (nn.RMSNorm, RmsNorm)
-IS_OUTPUT = "it is the answer"
+IS_OUTPUT = "it is the output of the model"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup
     axes = {axis: _AxisLabels(labels.numpy()) for axis, labels in _labels_by_axis(trace).items()}
     sums, contractions = trace.sets.find_unique(trace.residual_sums), trace.sets.find_unique(trace.contractions)
     graph = _Graph(trace, axes, sums, contractions, trace.sets.reasons(), dict(model.named_buffers()))
-    groups = [graph.group(places, labels) for places, labels in _by_signature(axes)]
+    groups = [graph.group(group_axes, labels) for group_axes, labels in _by_signature(axes)]
     order = {name: index for index, name in enumerate(trace.writers)}
     return sorted(groups, key=lambda group: min((order[name] for name in group.writers), default=len(order)))
 
@@ -78,31 +78,31 @@ class _AxisLabels:
         self.present, self.counts = np.unique(labels[labels != NO_CHANNEL], return_counts=True)
 
     def positions(self, labels: Array) -> Array:
-        """Positions of labels that occur equally often: (labels, occurrences)."""
+        """Return the positions of labels that occur equally often, (labels, occurrences)."""
         first, end = (np.searchsorted(self._sorted, labels, side) for side in ("left", "right"))
         positions: Array = self._order[first[:, None] + np.arange(end[0] - first[0])]
         return positions
 
 
 def _by_signature(axes: Mapping[Axis, _AxisLabels]) -> list[tuple[list[Axis], Array]]:
-    """Partition all labels by how often they occur along each axis; every class with its axes."""
+    """Partition all labels by how often they occur along each axis; return each class with its axes."""
     known, first_seen = np.unique(np.concatenate([axis.labels for axis in axes.values()]), return_index=True)
     classes = np.zeros(len(known), dtype=np.int64)
     for axis in axes.values():  # partition refinement: labels of one class that differ in one count are separated
         where = np.searchsorted(known, axis.present)
         _, refined = np.unique(classes[where] * (axis.counts.max(initial=0) + 1) + axis.counts, return_inverse=True)
         classes[where] = classes.max() + 1 + refined
-    places: dict[int, list[Axis]] = defaultdict(list)
-    for place in sorted(axes):
-        for number in np.unique(classes[np.searchsorted(known, axes[place].present)]).tolist():
-            places[number].append(place)
-    members = {number: np.flatnonzero(classes == number) for number in places}
+    axes_by_class: dict[int, list[Axis]] = defaultdict(list)
+    for key in sorted(axes):
+        for number in np.unique(classes[np.searchsorted(known, axes[key].present)]).tolist():
+            axes_by_class[number].append(key)
+    members = {number: np.flatnonzero(classes == number) for number in axes_by_class}
     numbers = sorted(members, key=lambda number: int(first_seen[members[number]].min()))
-    return [(places[number], known[members[number]]) for number in numbers]
+    return [(axes_by_class[number], known[members[number]]) for number in numbers]
 
 
 def _labels_by_axis(trace: Trace) -> dict[Axis, Tensor]:
-    """Representatives along the axes of all parameters; of elementwise ones, along the one axis that has channels."""
+    """Return the labels along each axis of matrices, and along the channel axis of elementwise parameters."""
     axes = {axis: trace.sets.find(labels) for axis, labels in trace.axes.items()}
     for name, elements in trace.elements.items():
         roots = trace.sets.find(elements.contiguous())
@@ -112,7 +112,7 @@ def _labels_by_axis(trace: Trace) -> dict[Axis, Tensor]:
                 roots.movedim(channel_axes[0], 0).flatten(1)[:, 0] if roots.dim() > 1 else roots
             )
         else:
-            trace.sets.mark_unprunable(roots, f"{name}: no axis of it is an axis of channels")
+            trace.sets.mark_unprunable(roots, f"{name}: none of its axes is a channel axis")
     return axes
 
 
@@ -124,7 +124,7 @@ def _determined_by(roots: Tensor, axis: int) -> bool:
 
 @dataclass(frozen=True)
 class _Graph:
-    """A finished trace, all by representatives of labels."""
+    """A finished trace, with representatives of labels."""
 
     trace: Trace
     axes: Mapping[Axis, _AxisLabels]
@@ -133,17 +133,17 @@ class _Graph:
     reasons: dict[int, str]
     buffers: Mapping[str, Tensor]
 
-    def group(self, places: list[Axis], labels: Array) -> ChannelGroup:
-        """The group of all labels of one signature; the units are in the order of the first writer."""
-        writers = [name for name in self.trace.writers if (name, 0) in places]
-        first = (writers[0], 0) if writers else places[0]
+    def group(self, axes: list[Axis], labels: Array) -> ChannelGroup:
+        """Return the group of all labels of one signature; the units are in the order of the first writer."""
+        writers = [name for name in self.trace.writers if (name, 0) in axes]
+        first = (writers[0], 0) if writers else axes[0]
         labels = labels[self.axes[first].positions(labels)[:, 0].argsort()]
         why = next((self.reasons[label] for label in labels.tolist() if label in self.reasons), "")
         slices = []
-        for place in places:
-            part = _param_slice(place, self.axes[place].positions(labels), len(self.axes[place].labels))
+        for axis in axes:
+            part = _param_slice(axis, self.axes[axis].positions(labels), len(self.axes[axis].labels))
             if part is None:
-                why = why or f"{place[0]}: only a part of its channels is in this group, or they are not evenly spaced"
+                why = why or f"{axis[0]}: only a part of its channels is in this group, or they are not evenly spaced"
             else:
                 slices.append(part)
         contracted, added = (int(labels[0]) in roots for roots in (self.contractions, self.sums))
@@ -153,15 +153,15 @@ class _Graph:
         return ChannelGroup(kind, len(labels), learned, buffers, tuple(writers), why)
 
 
-def _param_slice(place: Axis, positions: Array, length: int) -> ParamSlice | None:
-    """The slice with these positions (units, occurrences) along an axis; None if they are not (outer, units, inner)."""
+def _param_slice(axis: Axis, positions: Array, length: int) -> ParamSlice | None:
+    """Return the slice with these positions (units, occurrences); None if they do not form (outer, units, inner)."""
     units, count = positions.shape
     if units * count != length:
         return None
     for inner in (n for n in range(1, count + 1) if count % n == 0):
         regular = np.arange(length).reshape(count // inner, units, inner).swapaxes(0, 1).reshape(units, count)
         if np.array_equal(positions, regular):
-            return ParamSlice(place[0], place[1], count // inner, inner)
+            return ParamSlice(axis[0], axis[1], count // inner, inner)
     return None
 
 

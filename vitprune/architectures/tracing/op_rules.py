@@ -59,7 +59,7 @@ def _rearrangement(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping
     if all(labels is None for labels in known):
         return
     no_channel = torch.zeros((), dtype=torch.int64)
-    inputs = [no_channel.expand(v.shape) if own is None else own for v, own in zip(values, known, strict=True)]
+    inputs = [no_channel.expand(v.shape) if labels is None else labels for v, labels in zip(values, known, strict=True)]
     name = func.overloadpacket.__name__
     if name in VIEWS:
         moved: Any = inputs[0].reshape(result.shape)
@@ -102,15 +102,17 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
 
 
 def propagate_to_fixpoint(trace: Trace) -> None:
-    """Unite deferred pairs: labels broadcast along an axis whose channels differed then and are united by now."""
+    """Unite deferred pairs of labels once the channels along the broadcast axis have been united."""
     changed = True
     while changed:
-        waiting = [(own, other) for own, other in trace.deferred if _broadcasts_over_channels(trace, own.shape, other)]
-        changed = len(waiting) < len(trace.deferred)
-        for own, other in trace.deferred if changed else ():
-            if not _broadcasts_over_channels(trace, own.shape, other):
-                trace.sets.union(own, other)
-        trace.deferred = waiting
+        remaining = [
+            (labels, other) for labels, other in trace.deferred if _broadcasts_over_channels(trace, labels.shape, other)
+        ]
+        changed = len(remaining) < len(trace.deferred)
+        for labels, other in trace.deferred if changed else ():
+            if not _broadcasts_over_channels(trace, labels.shape, other):
+                trace.sets.union(labels, other)
+        trace.deferred = remaining
 
 
 def _broadcasts_over_channels(trace: Trace, shape: Sequence[int], labels: Tensor) -> bool:
@@ -127,8 +129,8 @@ def _matmul(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     if trace.parameter_of(right) is not None and right.dim() == 2:
         _times_weight(trace, trace.labels_of(left) if trace.parameter_of(left) is None else None, right, result)
     elif trace.parameter_of(left) is not None and left.dim() == 2:
-        own = trace.labels_of(right)
-        _times_weight(trace, None if own is None else own.mT, left.mT, result.mT)
+        labels = trace.labels_of(right)
+        _times_weight(trace, None if labels is None else labels.mT, left.mT, result.mT)
     else:
         _contraction(trace, trace.labels_of(left), trace.labels_of(right), result)
     bias, labels = trace.labels_of(args[0]) if len(args) > 2 else None, trace.labels_of(result)
@@ -138,15 +140,15 @@ def _matmul(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
         trace.sets.union(bias, labels)
 
 
-def _times_weight(trace: Trace, own: Tensor | None, matrix: Tensor, result: Tensor) -> None:
+def _times_weight(trace: Trace, labels: Tensor | None, matrix: Tensor, result: Tensor) -> None:
     """Activation (..., n, k) times weight (k, m)."""
     weight = trace.parameter_of(matrix)
     assert weight is not None
-    if own is not None and trace.varies_along(own, -2) and not trace.varies_along(own, -1):
-        trace.set_labels(result, own[..., :1].expand(result.shape))  # mixes tokens; the channels are the rows
+    if labels is not None and trace.varies_along(labels, -2) and not trace.varies_along(labels, -1):
+        trace.set_labels(result, labels[..., :1].expand(result.shape))  # mixes tokens; the channels are the rows
         return
-    if own is not None:
-        trace.sets.union(squeeze_broadcast(own), trace.axis_labels(weight, 0))
+    if labels is not None:
+        trace.sets.union(squeeze_broadcast(labels), trace.axis_labels(weight, 0))
     trace.writers[weight.name] = None
     trace.set_labels(result, trace.axis_labels(weight, 1).expand(result.shape))
 
@@ -171,24 +173,24 @@ def _contraction(trace: Trace, first: Tensor | None, second: Tensor | None, resu
 def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
     """Dense: input channels are coupled with the kernel's columns; depth-wise: with its rows; grouped: not prunable."""
     value, kernel, bias, groups = args[0], args[1], args[2], args[8]
-    weight, own = trace.parameter_of(kernel), trace.labels_of(value)
+    weight, input_labels = trace.parameter_of(kernel), trace.labels_of(value)
     if weight is None:
         _unknown_op(trace, func, args)
         return
-    if own is not None and any(trace.varies_along(own, axis) for axis in range(2, value.dim())):
-        _convolution_along_channels(trace, own, kernel, result)
+    if input_labels is not None and any(trace.varies_along(input_labels, axis) for axis in range(2, value.dim())):
+        _convolution_along_channels(trace, input_labels, kernel, result)
         return
     across = (1, -1) + (1,) * (result.dim() - 2)
     rows = trace.axis_labels(weight, 0).view(across)
     if groups == 1:
-        if own is not None:
-            trace.sets.union(own, trace.axis_labels(weight, 1).view(across))
+        if input_labels is not None:
+            trace.sets.union(input_labels, trace.axis_labels(weight, 1).view(across))
         trace.writers[weight.name] = None
     elif groups == value.shape[1]:  # every output channel reads one input channel
-        if own is not None:
-            trace.sets.union(squeeze_broadcast(own).repeat_interleave(result.shape[1] // groups, 1), rows)
+        if input_labels is not None:
+            trace.sets.union(squeeze_broadcast(input_labels).repeat_interleave(result.shape[1] // groups, 1), rows)
     else:
-        for labels in (own, rows):
+        for labels in (input_labels, rows):
             if labels is not None:
                 trace.mark_unprunable(labels, f"it runs through a convolution of {groups} groups")
     trace.set_labels(result, rows.expand(result.shape))
@@ -197,23 +199,23 @@ def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
         trace.sets.union(shift, rows.flatten())
 
 
-def _convolution_along_channels(trace: Trace, own: Tensor, kernel: Tensor, result: Tensor) -> None:
-    """Channels lie along a spatial axis: a 1x1 kernel keeps them, if all maps that it mixes have the same channels."""
-    if trace.varies_along(own, 1) or kernel[0, 0].numel() > 1:
-        trace.mark_unprunable(own, "it is convolved over")
+def _convolution_along_channels(trace: Trace, input_labels: Tensor, kernel: Tensor, result: Tensor) -> None:
+    """Channels along a spatial axis: a 1x1 kernel keeps them if all maps that it mixes have the same channels."""
+    if trace.varies_along(input_labels, 1) or kernel[0, 0].numel() > 1:
+        trace.mark_unprunable(input_labels, "it is convolved over")
     else:
-        trace.set_labels(result, own.narrow(1, 0, 1).expand(result.shape))
+        trace.set_labels(result, input_labels.narrow(1, 0, 1).expand(result.shape))
 
 
 def _embedding(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
-    """Rows of a table, picked by number: the channels are the table's columns."""
+    """Lookup of rows of a table by index: the channels are the table's columns."""
     weight = trace.parameter_of(args[0])
     if weight is not None:
         trace.set_labels(result, trace.axis_labels(weight, 1).expand(result.shape))
 
 
 def apply_rms_norm_rule(trace: Trace, module: nn.Module, value: Tensor, result: Tensor) -> None:
-    """Apply the rule of a whole RMSNorm module, whose single operations take the mean over the channels."""
+    """Apply the rule of an RMSNorm module; the rule for its single operations would refuse the mean over channels."""
     _normalization(trace, value, list(module.parameters()), result, -1)
 
 
@@ -234,9 +236,9 @@ def _normalization(trace: Trace, value: Tensor, parameters: Sequence[Any], resul
     if labels is None:
         return
     for parameter in parameters:
-        own = trace.labels_of(parameter)
-        if own is not None:
-            trace.sets.union(squeeze_broadcast(labels).movedim(axis, -1), own)
+        elements = trace.labels_of(parameter)
+        if elements is not None:
+            trace.sets.union(squeeze_broadcast(labels).movedim(axis, -1), elements)
     trace.set_labels(result, labels)
 
 
@@ -292,7 +294,7 @@ def _unknown_op(trace: Trace, func: Any, args: Sequence[Any]) -> None:
         for tensor in value if isinstance(value, list | tuple) else [value]:
             labels = trace.labels_of(tensor)
             if labels is not None:
-                trace.mark_unprunable(labels, f"operation {func.overloadpacket.__name__} is not understood")
+                trace.mark_unprunable(labels, f"operation {func.overloadpacket.__name__} is not supported")
 
 
 ADDITIONS = ("add", "add_")
@@ -307,16 +309,7 @@ REARRANGEMENTS = (
     *(*VIEWS, *COPIES, *IDENTITIES, *FLOAT_ONLY),
 )
 REDUCTIONS = (
-    "mean",
-    "sum",
-    "amax",
-    "amin",
-    "var",
-    "var_mean",
-    "std",
-    "linalg_vector_norm",
-    "norm",
-    "prod",
+    *("mean", "sum", "amax", "amin", "var", "var_mean", "std", "linalg_vector_norm", "norm", "prod"),
     *SAME_SHAPE,
 )
 POOLINGS = (

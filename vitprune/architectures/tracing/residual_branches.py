@@ -80,7 +80,8 @@ class _TrackedInput:
             return []
         nothing = torch.zeros((), dtype=torch.int32)
         indices = [
-            nothing.expand(v.shape) if own is None else own.indices for v, own in zip(values, known, strict=True)
+            nothing.expand(v.shape) if elements is None else elements.indices
+            for v, elements in zip(values, known, strict=True)
         ]
         if name in VIEWS:
             moved: Any = indices[0].reshape(result.shape)
@@ -91,7 +92,7 @@ class _TrackedInput:
                 moved = func(indices if several else indices[0], *args[1:], **kwargs)
             except (RuntimeError, TypeError):  # the operation is not implemented for integers
                 return []
-        has_addend = any(own is not None and own.has_addend for own in known)
+        has_addend = any(elements is not None and elements.has_addend for elements in known)
         return [_Elements(part, has_addend) for part in (moved if isinstance(moved, list | tuple) else [moved])]
 
     def _forget(self, value: Tensor) -> None:
@@ -103,8 +104,8 @@ class _TrackedInput:
 
     def is_residual_output(self, output: Any) -> bool:
         """Whether an output is the input plus something."""
-        own = self._by_tensor.get(output) if isinstance(output, Tensor) else None
-        return own is not None and own.has_addend and torch.equal(own.indices, self._indices)
+        elements = self._by_tensor.get(output) if isinstance(output, Tensor) else None
+        return elements is not None and elements.has_addend and torch.equal(elements.indices, self._indices)
 
 
 class _TrackingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]

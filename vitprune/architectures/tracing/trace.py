@@ -28,9 +28,9 @@ class Trace:
         writers: weights whose rows make new channels, in the order of the forward pass (a dict as an ordered set).
         residual_sums: labels of sums of two activations.
         contractions: labels over which two activations are contracted, as q and k are.
-        deferred: pairs of labels; the first is broadcast along an axis where the second still varied when they met.
+        deferred: pairs of labels; the first is broadcast along an axis where the channels of the second differed.
         module_stack: description of the modules that run now, innermost last.
-        paused: whether a module with a rule of its own runs, so that its operations have no effect.
+        paused: whether operations are ignored, because a module that has one rule as a whole runs.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], model_name: str) -> None:
@@ -44,13 +44,13 @@ class Trace:
         self.module_stack = [model_name]
         self.paused = False
         self._shapes = {name: value.shape for name, value in tensors.items()}
-        self._by_tensor: Any = WeakIdKeyDictionary()  # labels of an activation, or the view that a tensor is
+        self._by_tensor: Any = WeakIdKeyDictionary()  # labels of an activation, or ParameterView
         for name, value in tensors.items():
             if value.is_floating_point():
                 self._by_tensor[value] = ParameterView(name, tuple(range(value.dim())))
 
     def labels_of(self, value: Any) -> Tensor | None:
-        """Return the labels of a tensor's elements, None if it has none; a parameter gets labels of its own."""
+        """Return the labels of a tensor's elements, None if it has none; a parameter gets new labels."""
         entry = self._by_tensor.get(value) if isinstance(value, Tensor) else None
         if not isinstance(entry, ParameterView):
             return entry if isinstance(entry, Tensor) else None

@@ -22,7 +22,7 @@ class UnionFind:
         self._unprunable: dict[int, str] = {}
 
     def new_labels(self, *shape: int) -> Tensor:
-        """Return a tensor of new labels, each a set of its own."""
+        """Return a tensor of new labels, each in a separate set."""
         number = int(np.prod(shape))
         if self._next + number > len(self._parent):
             grown = np.arange(max(2 * len(self._parent), self._next + number), dtype=np.int64)

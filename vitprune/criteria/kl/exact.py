@@ -117,7 +117,7 @@ def _check(chain: Chain, group: Group, units: Tensor) -> None:
     if group.kind not in KINDS:
         raise BadInput(f"{group.name}: exact scoring removes {', '.join(KINDS)}, not kind {group.kind!r}")
     if group.whole_blocks:
-        raise BadInput(f"{group.name}: blocks removed as a whole can be scored only by kl-literal")
+        raise BadInput(f"{group.name}: blocks that are removed with all their layers can be scored only by kl-literal")
     sublayers = [body for body, *_ in group.sublayers] or [group.owner or group.name]
     missing = [body for body in sublayers if group.kind != "residual" and chain.branch_index(body) is None]
     if missing:
@@ -174,7 +174,7 @@ def _branch_run(dense: _DensePass, group: Group) -> Step:
 
 
 def _residual_run(dense: _DensePass, group: Group) -> Step:
-    """The same for residual channels; unless `chain.allows_channel_ablation`, shrink the model channel by channel."""
+    """Ablate residual channels; unless `chain.allows_channel_ablation`, shrink the model channel by channel."""
 
     def run(units: Tensor) -> Tensor:
         if not dense.chain.allows_channel_ablation:
@@ -187,7 +187,7 @@ def _residual_run(dense: _DensePass, group: Group) -> Step:
 
 
 def _block_run(dense: _DensePass, group: Group) -> Step:
-    """The same for pairs of neighboring branches, which are skipped one pair at a time."""
+    """Ablate pairs of neighboring branches, which are skipped one pair at a time."""
 
     def run(units: Tensor) -> Tensor:
         start = dense.chain.branch_index(group.sublayers[int(units)][0]) or 0

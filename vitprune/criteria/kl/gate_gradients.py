@@ -104,7 +104,9 @@ def find_gates(model: nn.Module, groups: Sequence[Group]) -> list[UnitGate]:
         if group.kind == "weight":
             raise BadInput(f"{group.name}: Fisher scores are for units, not for kind 'weight'; use taylor or energy")
         if group.whole_blocks:
-            raise BadInput(f"{group.name}: blocks removed as a whole can be scored only by kl-literal")
+            raise BadInput(
+                f"{group.name}: blocks that are removed with all their layers can be scored only by kl-literal"
+            )
         gates_of_group = [_gate(group, part, (path, "input")) for path, part in _consumers(model, group)]
         if group.kind == "block":
             gates_of_group += [_branch(group, unit) for unit in range(group.units)]

@@ -33,7 +33,9 @@ def _head_outputs(inside: AttentionLayers, normed: Tensor, queries: int | None) 
 
 
 def _few_queries(inside: AttentionLayers, normed: Tensor, queries: int, width: int) -> Tensor:
-    """The same for few queries, without keys and values: q (W_k n) = (q W_k) n and sum a (W_v n) = W_v (sum a n).
+    """Return the head outputs for few queries without computing keys and values.
+
+    It uses q (W_k n) = (q W_k) n and sum a (W_v n) = W_v (sum a n).
 
     The key bias adds a constant to all logits of a query, which softmax cancels; the attention weights a sum to 1.
     """

@@ -35,13 +35,13 @@ def count_gradients(batches: Batches, context: ScoringContext) -> int:
     if context.config.num_gradients is not None:
         return context.config.num_gradients
     images = sum(len(labels) for _, labels in batches)
-    found = images if context.config.per_sample else images // context.config.gradient_batch
-    if not found:
+    number = images if context.config.per_sample else images // context.config.gradient_batch
+    if not number:
         raise BadInput(
             f"score.gradient_batch {context.config.gradient_batch}: there are only {images} images; lower it, give "
             "score.num_gradients, or set score.per_sample"
         )
-    return found
+    return number
 
 
 def weight_gradients(
@@ -110,11 +110,11 @@ def _per_image(
         calls = _run(model, {param: layers[param] for param in plain_params}, images, labels)
         for part in parts:
             if part.param in plain_params:
-                found = [_products(layers[part.param], part, len(images), *call) for call in calls[part.param]]
-                yield part, torch.stack(found).sum(dim=0) if len(found) > 1 else found[0]
+                grads = [_products(layers[part.param], part, len(images), *call) for call in calls[part.param]]
+                yield part, torch.stack(grads).sum(dim=0) if len(grads) > 1 else grads[0]
         if other_parts:
             ones = zip(images[:, None], labels[:, None], strict=True)
-            yield from _stacked([_slopes(model, other_parts, image, label) for image, label in ones])
+            yield from _stacked([_mean_gradients(model, other_parts, image, label) for image, label in ones])
 
 
 def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels: Tensor) -> dict[str, LayerCalls]:
@@ -122,9 +122,9 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
     calls: dict[str, LayerCalls] = {param: [] for param in layers}
 
     def hook(param: str) -> Any:
-        def record(module: nn.Module, count: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             leaf = output if output.requires_grad else output.detach().requires_grad_()  # leaf of the backward pass
-            calls[param].append((count[0].detach(), leaf))
+            calls[param].append((inputs[0].detach(), leaf))
             return leaf
 
         return record
@@ -138,8 +138,8 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
             handle.remove()
     if loss is None:
         return calls
-    _refuse_unused(calls, [param for param, found in calls.items() if found])
-    leaves = [(param, read, output) for param, found in calls.items() for read, output in found]
+    _refuse_unused(calls, [param for param, recorded in calls.items() if recorded])
+    leaves = [(param, read, output) for param, recorded in calls.items() for read, output in recorded]
     grads = torch.autograd.grad(loss, [output for *_, output in leaves], allow_unused=True)
     used: dict[str, LayerCalls] = {}
     for (param, read, _), grad in zip(leaves, grads, strict=True):
@@ -177,7 +177,7 @@ def _per_batch(
                     held.append({part: torch.zeros_like(_flat(model, part)) for part in parts})
             used_images = min(missing, len(images))
             if _is_pending(context, number, done * GRADIENTS_AT_ONCE):
-                for part, grad in _slopes(model, parts, images[:used_images], labels[:used_images]).items():
+                for part, grad in _mean_gradients(model, parts, images[:used_images], labels[:used_images]).items():
                     held[-1][part] += grad * (used_images / context.config.gradient_batch)
             missing, images, labels = missing - used_images, images[used_images:], labels[used_images:]
     yield from _stacked(held)
@@ -189,20 +189,22 @@ def _stacked(held: list[dict[BlockRange, Tensor]]) -> Iterator[GradientChunk]:
     held.clear()
 
 
-def _slopes(model: nn.Module, parts: Sequence[BlockRange], images: Tensor, labels: Tensor) -> dict[BlockRange, Tensor]:
-    """The gradient of the mean loss of some images; (weights,) by part."""
+def _mean_gradients(
+    model: nn.Module, parts: Sequence[BlockRange], images: Tensor, labels: Tensor
+) -> dict[BlockRange, Tensor]:
+    """Return the gradient of the mean loss of some images, (weights,) by part."""
     named = {part.param: model.get_parameter(part.param).detach().requires_grad_() for part in parts}
     with torch.enable_grad():
         loss = cross_entropy(functional_call(model, named, images), labels)
     leaves = list(named.values())
     grads = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
-    found = {param: grad for param, grad in zip(named, grads, strict=True) if grad is not None}
-    _refuse_unused(named, found)
-    return {part: found[part.param].flatten()[part.start : part.stop] for part in parts}
+    by_param = {param: grad for param, grad in zip(named, grads, strict=True) if grad is not None}
+    _refuse_unused(named, by_param)
+    return {part: by_param[part.param].flatten()[part.start : part.stop] for part in parts}
 
 
-def _refuse_unused(wanted: Iterable[str], found: Container[str]) -> None:
-    unused = [param for param in wanted if param not in found]
+def _refuse_unused(params: Iterable[str], used: Container[str]) -> None:
+    unused = [param for param in params if param not in used]
     if unused:
         raise BadInput(f"{unused[0]}: is not used in the forward pass and has no gradient; exclude it")
 

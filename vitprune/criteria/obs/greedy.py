@@ -95,7 +95,7 @@ def _eliminate_numba(
 def eliminate_weights_torch(
     inverse: Tensor, weights: Tensor, cap: int, limit: float, pattern: Pattern | None = None
 ) -> Tensor:
-    """The same elimination in torch, all blocks in lockstep, on any device; for GPUs and without numba."""
+    """Eliminate in all blocks at once with torch, on any device; for GPUs and without numba."""
     w = weights.detach().double().clone()
     variance = inverse.diagonal(dim1=1, dim2=2).double().clone()
     removed = w == 0

@@ -86,7 +86,7 @@ def _remove(h: Array, factor: Array, state: Array, order: Array, step: int, coun
     for j in range(left):
         row[j] = h[indices[j]]
     line = 0
-    while line + 4 <= step:  # four at a time: the sums stay in registers
+    while line + 4 <= step:  # four at a time, with the sums in registers
         a0, a1 = factor[line, step], factor[line + 1, step]
         a2, a3 = factor[line + 2, step], factor[line + 3, step]
         f0, f1 = factor[line, step + 1 :], factor[line + 1, step + 1 :]

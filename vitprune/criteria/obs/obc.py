@@ -14,7 +14,7 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime.progress import track
 
-RIDGE = 1e-3  # of elimination; the update selects its own
+RIDGE = 1e-3  # of elimination; the update selects another
 RIDGE_ROWS = 24
 BYTES_PER_ENTRY = 3 * 8  # matrix, inverse or factor, and workspace
 SOLVE_BYTES = 1 << 28  # for the matrices of the rows that are solved at once
@@ -65,7 +65,7 @@ def obc_update(model: nn.Module, groups: Sequence[Group], statistics: Statistics
             bias = _bias(model, group)
             rows = _rows(model, group)
             keep = masks[group.name].to(rows.device).view(rows.shape)
-            solved = solve_rows(rows, halves.to(rows.device), keep, bias is not None)
+            solved = solve_rows(rows, halves.to(rows.device), keep, bias is not None, group.name)
             result[group.slices[0].param] = solved[:, :-1].view(group.shape)
             if bias is not None:
                 result[f"{_path(model, group)}.bias"] = bias + solved[:, -1]
@@ -74,19 +74,24 @@ def obc_update(model: nn.Module, groups: Sequence[Group], statistics: Statistics
     return update
 
 
-def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool) -> Tensor:
+def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool, name: str) -> Tensor:
     """Fit every row's dense output by ridge regression on the inputs that its mask keeps.
 
-    The ridge is the one of `RIDGES` with the least error on the fold of images that was not fitted.
+    The ridge is the one of `RIDGES` with the least error on the fold of images that was not fitted, or the next larger
+    one for which the matrices of all rows are positive definite.
 
     Args:
         rows: dense weights, (o, k), float64.
         halves: second moments of the inputs with a 1 appended, (folds, k+1, k+1).
         keep: (o, k) booleans.
         constant: whether the layer has a bias to refit.
+        name: name of the weights, for the error message.
 
     Returns:
         (o, k+1): new weights, zero where removed; the last column is added to the bias.
+
+    Raises:
+        BadInput: the rows cannot be solved with any ridge.
     """
     keep_inputs = torch.cat([keep, torch.full_like(keep[:, :1], constant)], dim=1)
     sample = torch.arange(0, len(rows), max(1, len(rows) // RIDGE_ROWS), device=rows.device)
@@ -94,7 +99,15 @@ def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool) -> Te
         sum(_held_out(rows[sample], a, b, keep_inputs[sample], ridge) for a, b in fit_and_test_moments(halves))
         for ridge in RIDGES
     ]
-    return _solved(rows, halves.sum(dim=0), keep_inputs, RIDGES[int(torch.tensor(errors).argmin())])
+    best = int(torch.tensor(errors).nan_to_num(torch.inf).argmin())
+    for ridge in RIDGES[best:]:
+        solved = _solved(rows, halves.sum(dim=0), keep_inputs, ridge)
+        if bool(solved.isfinite().all()):
+            return solved
+    raise BadInput(
+        f"{name}: obc cannot solve its rows, the second moment of its inputs is not positive definite; "
+        "check the weights and images, or exclude this layer"
+    )
 
 
 def _held_out(rows: Tensor, fit: Tensor, test: Tensor, keep_inputs: Tensor, ridge: float) -> float:
@@ -104,13 +117,15 @@ def _held_out(rows: Tensor, fit: Tensor, test: Tensor, keep_inputs: Tensor, ridg
 
 
 def _solved(rows: Tensor, moments: Tensor, keep_inputs: Tensor, ridge: float) -> Tensor:
+    """Solve all rows; NaN in rows whose matrix is not positive definite."""
     damped = add_ridge(moments, ridge)
     targets = torch.cat([rows, torch.zeros_like(rows[:, :1])], dim=1) @ damped
     result = []
     for part in _row_chunks(len(rows), damped.shape[-1], SOLVE_BYTES):
         matrices = _restrict(damped, keep_inputs[part])
-        factor = torch.linalg.cholesky(matrices)
-        result.append(torch.cholesky_solve((targets[part] * keep_inputs[part])[..., None], factor)[..., 0])
+        factor, info = torch.linalg.cholesky_ex(matrices)
+        solved = torch.cholesky_solve((targets[part] * keep_inputs[part])[..., None], factor)[..., 0]
+        result.append(torch.where(info[:, None] == 0, solved, torch.nan))
     return torch.cat(result)
 
 

@@ -14,7 +14,7 @@ from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime.progress import track
 
 TINY = 1e-300
-RIDGE = 1e-3  # of elimination; `ridge_refit` selects its own
+RIDGE = 1e-3  # of elimination; `ridge_refit` selects another
 
 
 def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:

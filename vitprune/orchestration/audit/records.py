@@ -167,7 +167,7 @@ CHECKS: dict[str, Callable[[CollectedRun], Lines]] = {
 }
 
 
-def check(name: str, collected: CollectedRun) -> Lines:
+def run_check(name: str, collected: CollectedRun) -> Lines:
     """Run one of CHECKS and yield its differences; an exception, as from a tampered file, is a difference too."""
     try:
         yield from CHECKS[name](collected)

@@ -16,7 +16,7 @@ from vitprune.orchestration.execution.dvc_cache import (
     read_lock,
     use_cache,
 )
-from vitprune.orchestration.execution.processes import environment, run
+from vitprune.orchestration.execution.processes import process_environment, run
 from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import md5, sha256
 
@@ -122,7 +122,7 @@ def _copy_inputs(collected: CollectedRun, project: Path) -> None:
 
 
 def _dvc_repro(project: Path, lines: list[str]) -> int:
-    env = environment(project)
+    env = process_environment(project)
     if (project / "vitprune/__init__.py").is_file():  # a project that contains the package runs its own copy
         env["PYTHONPATH"] = os.pathsep.join([str(project), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return run([sys.executable, "-m", "dvc", "repro"], project, env, None, lines.append).exit_code

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vitprune.orchestration.execution.processes import environment
+from vitprune.orchestration.execution.processes import process_environment
 from vitprune.runtime.commands import error_line
 
 
@@ -36,7 +36,7 @@ def call(function: str, *arguments: str | None, project: Path, extra_env: dict[s
         IsolatedCallError: the function raised, or the process was killed.
     """
     command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, function, json.dumps(arguments)]
-    env = environment(project) | (extra_env or {})
+    env = process_environment(project) | (extra_env or {})
     completed = subprocess.run(
         command, cwd=project, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )

@@ -21,7 +21,7 @@ from vitprune.runtime import commands
 MARK = "VITPRUNE_FLOW_PROJECT"
 
 
-def environment(project: Path) -> dict[str, str]:
+def process_environment(project: Path) -> dict[str, str]:
     """Return the environment variables of a project's stages.
 
     The programs of this Python environment come first in PATH, output is unbuffered, and no MLflow run is resumed.
@@ -33,7 +33,7 @@ def environment(project: Path) -> dict[str, str]:
 
 def dvc_in_project(project: Path, *arguments: str) -> commands.Completed:
     """Run DVC in the environment of a project's stages."""
-    return commands.dvc(project, *arguments, env=environment(project))
+    return commands.dvc(project, *arguments, env=process_environment(project))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.errors import BadInput
-from vitprune.orchestration.execution.processes import environment, run
+from vitprune.orchestration.execution.processes import process_environment, run
 from vitprune.pipeline.stages import STAGES as COMPUTED
 
 STAGES = (*COMPUTED, "report")
@@ -84,7 +84,7 @@ def reproduce(stage: str, project: Path, limit: float | None, log: Callable[[str
 
     started = time.time()
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
-    ended = run(command, project, environment(project), limit, line)
+    ended = run(command, project, process_environment(project), limit, line)
     seconds = time.time() - started
     if ended.timed_out:
         error = f"{stage}: killed after {seconds:.0f} s by --stage-limit {limit:g}; raise the limit and run again"
@@ -143,7 +143,7 @@ def check_params(project: Path) -> str:
     DVC reads only the keys that a stage names, so it would take a misspelt key for "nothing changed".
     """
     try:
-        load(project / "params.yaml")
+        load_params(project / "params.yaml")
     except BadInput as error:
         return str(error)
     return ""

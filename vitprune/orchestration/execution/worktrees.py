@@ -18,7 +18,7 @@ from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import sha256
 
 COMMITTER = {"user.name": "vitprune-retrain", "user.email": "vitprune-retrain@localhost"}
-# Written by runs, beside the outs of dvc.yaml: never copied from the project into the directory of a run.
+# Written by runs, in addition to the outs of dvc.yaml: never copied from the project into the directory of a run.
 WRITTEN_BY_RUNS: tuple[str, ...] = (
     "out",
     "metrics",
@@ -232,7 +232,7 @@ def _deciding_files(directory: Path) -> Iterator[str]:
         yield from sorted(path.relative_to(directory).as_posix() for path in (directory / "vitprune").rglob("*.py"))
 
 
-def commit(project: Path, directory: Path, branch: str, message: str, trailers: Mapping[str, Any]) -> str:
+def commit_worktree(project: Path, directory: Path, branch: str, message: str, trailers: Mapping[str, Any]) -> str:
     """Commit all files of a worktree on a branch of the project, on top of the branch's last commit.
 
     Args:

@@ -47,8 +47,8 @@ def upload_sweep(project_path: str, folder_path: str, out_path: str, status: str
     client, experiment = open_client(project)  # before any run: creating a store is not safe among several processes
     with short_timeouts(60):
         for run in plan["runs"]:
-            if (folder / run["place"] / ".vitprune/journal").is_dir():
-                replay(folder / run["place"])
+            if (folder / run["directory"] / ".vitprune/journal").is_dir():
+                replay(folder / run["directory"])
         tags = {KEY: plan["key"], "mlflow.runName": folder.name, "mlflow.source.name": "vitprune sweep"}
         tags |= {"vitprune.sweep": folder.name, "vitprune.project": str(project)}
         runs = client.search_runs([experiment], f"tags.`{KEY}` = '{plan['key']}'", max_results=1)

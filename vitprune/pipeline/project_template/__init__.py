@@ -1,5 +1,5 @@
-"""A project of the user's own: a git and DVC repository with the pipeline, made by `vitprune init`."""
+"""Template of a user project: a git and DVC repository with the pipeline, created by `vitprune init`."""
 
-from vitprune.pipeline.project_template.create import Choice, create
+from vitprune.pipeline.project_template.create import Choice, create_project
 
-__all__ = ["Choice", "create"]
+__all__ = ["Choice", "create_project"]

@@ -1,4 +1,4 @@
-"""Makes a project's directory: git, DVC, the pipeline and its settings."""
+"""Create a project directory: git, DVC, the pipeline and its settings."""
 
 import importlib.metadata
 import importlib.util
@@ -12,7 +12,7 @@ from string import Template
 import yaml
 
 from vitprune import data
-from vitprune.config.params import load
+from vitprune.config.params import load_params
 from vitprune.errors import BadInput
 from vitprune.pipeline.project_template import new_params, remotes
 from vitprune.runtime.commands import Completed, dvc, error_line, git
@@ -20,7 +20,7 @@ from vitprune.runtime.commands import Completed, dvc, error_line, git
 HERE = Path(__file__).parent
 REQUIREMENTS = "requirements.txt"
 FLOWS = ("flows/compress.py", "flows/retrain.py", "flows/sweep.py")
-OURS = ("dvc.yaml", "params.yaml", "prefect.yaml", REQUIREMENTS, *FLOWS)
+WRITTEN = ("dvc.yaml", "params.yaml", "prefect.yaml", REQUIREMENTS, *FLOWS)
 LOCAL = ("folder:", "parquet:", "wds/")
 
 
@@ -45,13 +45,13 @@ class Choice:
     recipe: Path | None = None
 
 
-def create(directory: Path, choice: Choice) -> list[str]:
-    """Make a project in a directory, new or not, and return the names of the files written.
+def create_project(directory: Path, choice: Choice) -> list[str]:
+    """Create a project in a new or existing directory, and return the names of the written files.
 
-    Nothing that is there is overwritten; existing .gitignore and .dvcignore get the lines that they lack.
+    Existing files are not overwritten; missing lines are added to existing .gitignore and .dvcignore files.
 
     Raises:
-        BadInput: the directory holds a project, the choice cannot be used, or git or DVC is missing or fails.
+        BadInput: the directory contains a project, a setting is invalid, or git or DVC is missing or fails.
     """
     root = Path(os.path.abspath(directory))
     _refuse_existing(root)
@@ -59,7 +59,7 @@ def create(directory: Path, choice: Choice) -> list[str]:
     _refuse_without("DVC", importlib.util.find_spec("dvc") is not None, "pip install 'vitprune[pipeline]'")
     remote = remotes.located(choice.remote) if choice.remote is not None else None
     if choice.recipe is not None:
-        settings, path = load(choice.recipe), None
+        settings, path = load_params(choice.recipe), None
         source = settings.dataset.source
         params = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     else:
@@ -87,9 +87,9 @@ def create(directory: Path, choice: Choice) -> list[str]:
 def _refuse_existing(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise BadInput(f"{root}: is a file; give a directory")
-    there = [name for name in OURS if (root / name).exists()]
-    if there:
-        raise BadInput(f"{root / there[0]}: already there, and init overwrites nothing; give another directory")
+    existing = [name for name in WRITTEN if (root / name).exists()]
+    if existing:
+        raise BadInput(f"{root / existing[0]}: exists, and init does not overwrite files; give another directory")
 
 
 def _refuse_without(tool: str, present: bool, remedy: str) -> None:
@@ -98,41 +98,42 @@ def _refuse_without(tool: str, present: bool, remedy: str) -> None:
 
 
 def _located(source: str, root: Path) -> tuple[str, str | None, int | None]:
-    """Return the source as the project sees it, its path if it is local, and the number of its classes if it says so.
+    """Return the source for params.yaml, its path if it is local, and its number of classes if it is known.
 
-    A path is given from the current directory; inside the project it becomes relative to it, elsewhere absolute.
+    The given path is relative to the current directory. Inside the project it becomes relative to the project, else
+    absolute.
     """
     kind = next((prefix for prefix in LOCAL if source.startswith(prefix)), None)
     if kind is None:
         return source, None, None
     name, _, path = source.removeprefix(kind).rpartition(":") if kind == "wds/" else ("", "", source.removeprefix(kind))
-    here = Path(os.path.abspath(path))
-    classes = data.open_source(f"{kind}{here}" if path else source).classes
-    place = (here.relative_to(root) if here.is_relative_to(root) else here).as_posix()
-    spec = f"{kind}{name}:{place}" if name else f"{kind}{place}"
-    return spec, place, None if classes is None else len(classes)
+    absolute = Path(os.path.abspath(path))
+    classes = data.open_source(f"{kind}{absolute}" if path else source).classes
+    local = (absolute.relative_to(root) if absolute.is_relative_to(root) else absolute).as_posix()
+    spec = f"{kind}{name}:{local}" if name else f"{kind}{local}"
+    return spec, local, None if classes is None else len(classes)
 
 
 def _shipped(name: str) -> str:
-    """Return the text of a file of this repository: beside this module in a wheel, at the root in a checkout."""
+    """Read a file of this repository: from this package in a wheel, from the root in a checkout."""
     packed = HERE / name
     return (packed if packed.exists() else HERE.parents[2] / name).read_text(encoding="utf-8")
 
 
 def _pipeline(text: str, path: str | None) -> str:
-    """Make dvc.yaml for a project without vitprune's code: the stages depend on the version that is required."""
+    """Return dvc.yaml for a project: stages depend on requirements.txt instead of vitprune's code."""
     pipeline = yaml.safe_load(text)
     for stage in pipeline["stages"].values():
         deps = [dep for dep in stage["deps"] if not dep.startswith("vitprune/")]
         stage["deps"] = deps + [REQUIREMENTS] * (len(deps) < len(stage["deps"]))
     if path is not None:
         pipeline["stages"]["dataset"]["deps"].append(path)
-    about = "# The ten stages of vitprune. Another version in requirements.txt makes them run again.\n"
+    about = "# The ten stages of vitprune. They run again after a change of requirements.txt.\n"
     return about + yaml.safe_dump(pipeline, sort_keys=False, allow_unicode=True)
 
 
 def _ignoring(root: Path, name: str) -> str:
-    """Return the text of .gitignore or .dvcignore: what is there, and our lines that it lacks."""
+    """Return the text of .gitignore or .dvcignore: the existing lines and the missing ones of the template."""
     wanted = (HERE / "templates" / name).read_text(encoding="utf-8")
     path = root / f".{name}"
     if not path.exists():
@@ -143,10 +144,10 @@ def _ignoring(root: Path, name: str) -> str:
 
 
 def _requirements(remote: str | None) -> str:
-    """Return the packages that the project needs, with that of its remote."""
-    own = f"vitprune[pipeline,export]=={importlib.metadata.version('vitprune')}\n"
+    """Return the packages that the project and its remote need."""
+    package = f"vitprune[pipeline,export]=={importlib.metadata.version('vitprune')}\n"
     scheme = remotes.kind(remote) if remote is not None else None
-    return own + (f"dvc[{scheme}]\n" if scheme is not None else "")
+    return package + (f"dvc[{scheme}]\n" if scheme is not None else "")
 
 
 def _readme(name: str, source: str) -> str:
@@ -166,7 +167,7 @@ def _make_repository(root: Path) -> None:
 
 
 def _name_remote(root: Path, address: str) -> None:
-    """Make an address DVC's default remote, unless it is so already.
+    """Make an address the default DVC remote, unless it already is.
 
     Raises:
         BadInput: there is another default remote.
@@ -180,7 +181,7 @@ def _name_remote(root: Path, address: str) -> None:
 
 
 def _inside_git(root: Path) -> bool:
-    """Whether git tracks this directory already, in its own or a larger repository."""
+    """Return whether the directory is inside a git repository that does not ignore it."""
     in_repository = git(root, "rev-parse", "--git-dir").returncode == 0
     return (root / ".git").exists() or (in_repository and git(root, "check-ignore", "-q", ".").returncode != 0)
 
@@ -198,7 +199,7 @@ def _write_all(root: Path, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
             partial[name].parent.mkdir(exist_ok=True)
             partial[name].write_text(text, encoding="utf-8")
-        load(partial["params.yaml"])
+        load_params(partial["params.yaml"])
         for name, path in partial.items():
             os.replace(path, root / name)
     finally:

@@ -1,4 +1,4 @@
-"""params.yaml for a new project: the demo's own file with the lines changed that data, model and method decide."""
+"""Create params.yaml for a new project: the demo's file, adapted to data, model and method."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from vitprune.pruning.methods import method_named
 from vitprune.pruning.select import sparsity_of
 
 DEFAULT_MODEL = "deit_tiny_patch16_224"
-# Where to begin with a network for photographs; every figure is meant to be changed in params.yaml.
+# Initial values for photographs, to be tuned in params.yaml.
 TRAIN = {"epochs": 100, "batch_size": 256, "lr": 0.0005, "weight_decay": 0.05, "warmup_epochs": 5, "smoothing": 0.1}
 RECOVER = {"epochs": 3, "batch_size": 128, "lr": 0.0001, "weight_decay": 0.05, "augment": "light"}
 DISTILL = {"epochs": 30, "batch_size": 128, "lr": 0.0001, "weight_decay": 0.05, "warmup_epochs": 1, "augment": "deit"}
@@ -41,17 +41,17 @@ def _for_digits(model: str | None, classes: int | None) -> dict[str, Any]:
         return {}
     _published_classes(model)
     config = timm.get_pretrained_cfg(model)
-    free = config is not None and not config.fixed_input_size  # any size goes in, so none is an argument
+    free = config is not None and not config.fixed_input_size  # timm's model then has no argument img_size
     size: dict[str, Any] = {"pretrained_cfg_overlay": {"input_size": [1, 32, 32]}} if free else {"img_size": 32}
     return {"model.name": model, "model.args": size | {"in_chans": 1, "num_classes": 10}}
 
 
 def _for_photographs(source: str, model: str, classes: int | None) -> dict[str, Any]:
-    """Take the published weights, fine-tuned where the head has other classes; random weights where there are none."""
+    """Use published weights, fine-tuned if the classes differ; random weights if there are none."""
     published = _published_classes(model)
     fits = published is not None and classes in (None, published)
     if published is None and classes is None:
-        raise BadInput(f"--classes: timm has no weights of {model}, so the number of classes has to be given")
+        raise BadInput(f"--classes: timm has no weights of {model}, so the number of classes must be given")
     return {
         "dataset.source": source,
         "model.name": model,
@@ -68,7 +68,7 @@ def _published_classes(model: str) -> int | None:
     """Return the number of classes of timm's weights for a model, None where it has none."""
     if not timm.is_model(model):
         near = timm.list_models(f"{model.split('_')[0]}*")[:3]
-        hint = f"; like it are {', '.join(near)}" if near else "; timm.list_models() has them all"
+        hint = f"; similar names: {', '.join(near)}" if near else "; timm.list_models() returns all names"
         raise BadInput(f"--model {model!r}: timm has no model of this name{hint}")
     if not timm.is_model_pretrained(model):
         return None
@@ -80,20 +80,16 @@ def _for_method(method: str, digits: bool) -> dict[str, Any]:
     if set(row.scopes.values()) == {"macs"}:  # all kinds share one budget
         return {"prune.method": method, "prune.sparsity": 0.4}
     if "weight" not in row.kinds:
-        # the demo's own figures suit its small model and every method of its kinds
-        own = (
-            {}
-            if digits and row.kinds == ("ffn", "attention")
-            else {"prune.sparsity": {kind: SPARSITY[kind] for kind in row.kinds}}
-        )
-        return {"prune.method": method} | own
-    if sparsity_of(row.scopes["weight"]) is not None:  # N:M says itself how much goes, all at once
+        if digits and row.kinds == ("ffn", "attention"):  # the demo's sparsities are for these kinds and its model
+            return {"prune.method": method}
+        return {"prune.method": method, "prune.sparsity": {kind: SPARSITY[kind] for kind in row.kinds}}
+    if sparsity_of(row.scopes["weight"]) is not None:  # N:M determines the sparsity and needs one cycle
         return {"prune.method": method, "prune.sparsity": None, "prune.cycles": 1}
     return {"prune.method": method, "prune.sparsity": 0.5}
 
 
 def _changed(text: str, key: str, value: Mapping[str, Any] | str | float | None) -> str:
-    """Give `section.name` another value, and keep the comment behind it."""
+    """Replace the value of `section.name`, and keep the comment after it."""
     section, _, name = key.partition(".")
     line = re.compile(rf"(^{section}:\n(?:[ ]+.*\n)*?)([ ]+{name}:.*?)(?:([ ]+)(#.*))?$", re.MULTILINE)
     written = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)

@@ -1,4 +1,4 @@
-"""The DVC remote of a new project: a folder, or an address that DVC has a package for."""
+"""Validate the DVC remote of a new project: a folder, or an address with a DVC package."""
 
 import importlib.util
 import os
@@ -11,10 +11,10 @@ PACKAGES = {"azure": "dvc_azure", "gs": "dvc_gs", "s3": "dvc_s3", "ssh": "dvc_ss
 
 
 def located(address: str) -> str:
-    """Return a remote's address as DVC takes it; a path is given from the current directory and becomes absolute.
+    """Return the address of a remote for DVC; a path is relative to the current directory and becomes absolute.
 
     Raises:
-        BadInput: the address holds a password, DVC has nothing for it, or the package for it is not installed.
+        BadInput: the address contains a password, DVC does not support it, or its package is not installed.
     """
     scheme = kind(address)
     if scheme is None:
@@ -25,14 +25,16 @@ def located(address: str) -> str:
     parts = urlsplit(address)
     if parts.password is not None:
         shown = address.replace(f":{parts.password}@", ":...@", 1)
-        raise BadInput(f"--remote {shown}: holds a password, which git would keep; give a key or use the environment")
+        raise BadInput(
+            f"--remote {shown}: contains a password, which git would store; use a key or environment variables"
+        )
     if not parts.netloc:
-        raise BadInput(f"--remote {address}: names no {'host' if scheme == 'ssh' else 'bucket'}")
+        raise BadInput(f"--remote {address}: has no {'host' if scheme == 'ssh' else 'bucket'}")
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
         raise BadInput(f"--remote {address}: needs {PACKAGES[scheme]}; pip install 'dvc[{scheme}]'")
     return address
 
 
 def kind(address: str) -> str | None:
-    """Return the scheme of an address in lower case, or None where it is a path."""
+    """Return the scheme of an address in lower case, or None if it is a path."""
     return address.partition("://")[0].lower() if "://" in address else None

@@ -7,7 +7,7 @@ from vitprune.pipeline.report import inputs, numbers, plots
 from vitprune.pipeline.report.numbers import Quantity
 
 _CYCLE_SIZES = ("params", "macs", "nonzero_params", "nonzero_macs")
-_LEGIBLE_POINTS = 40  # a curve with fewer points than this shows each
+_LEGIBLE_POINTS = 40  # curves with fewer points have markers
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -22,10 +22,10 @@ def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
         number = {key: numbers.finite(record.get(key)) for key in ("top1_before", "top1_after", *_CYCLE_SIZES)}
         rows.append(
             {
-                "cycle": numbers.whole(f"{stem}.cycle", record["cycle"]),
+                "cycle": numbers.grouped(f"{stem}.cycle", record["cycle"]),
                 "sparsity": [(kind, _percent(f"{stem}.sparsity.{kind}", v)) for kind, v in _by_kind(record).items()],
                 "top1": [numbers.fixed(f"{stem}.{key}", number[key], 2) for key in ("top1_before", "top1_after")],
-                "sizes": [numbers.count(f"{stem}.{key}", number[key]) for key in _CYCLE_SIZES],
+                "sizes": [numbers.si_count(f"{stem}.{key}", number[key]) for key in _CYCLE_SIZES],
                 "digest": str(record.get("masks_sha256") or ""),
             }
         )
@@ -33,7 +33,7 @@ def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
 
 
 def _cycle_records(project: Path) -> list[dict[str, Any]]:
-    read = (inputs.read_json(path) for path in sorted(project.glob("out/cycles/*/metrics.json")))
+    read = (inputs.read_optional_json(path) for path in sorted(project.glob("out/cycles/*/metrics.json")))
     records = [record for record in read if record is not None]
     if not records:
         columns = inputs.read_columns(project / "plots/cycles.csv")
@@ -96,11 +96,8 @@ def _cycle_axis(records: list[dict[str, Any]]) -> plots.Axis:
 def training(plots_dir: Path, dense_top1: float) -> list[plots.Plot]:
     """Return plots of loss and top-1 over optimizer steps for each stage that trained."""
     drawn = []
-    for stage, words in (
-        ("dense", "Dense training"),
-        ("prune", "Fine-tuning while pruning"),
-        ("distill", "Distillation"),
-    ):
+    titles = {"dense": "Dense training", "prune": "Fine-tuning while pruning", "distill": "Distillation"}
+    for stage, title in titles.items():
         columns = inputs.read_columns(plots_dir / f"{stage}.csv")
         steps, starts = _unrolled(columns)
         for key, label in (("loss", "loss"), ("top1", "top-1, %")):
@@ -113,15 +110,15 @@ def training(plots_dir: Path, dense_top1: float) -> list[plots.Plot]:
             lines = [plots.Line(x, y, label.removesuffix(", %"), colour, marker=marker)]
             if key == "top1" and stage != "dense":
                 lines.insert(0, plots.Line([0, steps[-1]], [dense_top1] * 2, "dense", "dense", "--"))
-            description = f"{words}: {label} from {y[0]:.4g} to {y[-1]:.4g} over {steps[-1]:.0f} steps"
+            description = f"{title}: {label} from {y[0]:.4g} to {y[-1]:.4g} over {steps[-1]:.0f} steps"
             axes = plots.Axis("steps"), plots.Axis(label)
             svg = plots.curves(f"{stage}-{key}", description, lines, *axes, starts)
-            drawn.append(plots.Plot(svg, words, label.removesuffix(", %")))
+            drawn.append(plots.Plot(svg, title, label.removesuffix(", %")))
     return drawn
 
 
 def _unrolled(columns: dict[str, list[float | None]]) -> tuple[list[float], list[float]]:
-    # Steps restart at every cycle; concatenate them. Also return the start of each later cycle.
+    # Steps restart at every cycle: concatenate them, and return the first step of each later cycle.
     steps = columns.get("step") or columns.get("epoch") or []
     cycle = columns.get("cycle") or [None] * len(steps)
     unrolled: list[float] = []

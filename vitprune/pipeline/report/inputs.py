@@ -1,6 +1,5 @@
 """Read the inputs of the report: JSON, CSV, params.yaml and the git commit; a missing file gives None or nothing."""
 
-import csv
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ import yaml
 
 from vitprune.errors import BadInput
 from vitprune.runtime.commands import git
+from vitprune.runtime.files import read_csv, read_json
 
-# What a run itself rewrites says nothing about the code that computed it.
+# Written by every run, so changes in them do not mean that the code has changed.
 _WRITTEN_BY_RUNS = ("metrics", "plots", "dvc.lock")
 
 
@@ -24,42 +24,28 @@ class Commit:
     dirty: bool
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_optional_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object; None if there is no such file.
 
     Raises:
-        BadInput: the file is not a JSON object.
+        BadInput: the file is unreadable or not a JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise BadInput(f"{path}: not valid JSON ({error}); run the stage that writes it again") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: not a JSON object; run the stage that writes it again")
-    return content
+    return read_json(path) if path.exists() else None
 
 
 def read_columns(path: Path) -> dict[str, list[float | None]]:
     """Read a CSV file's numeric columns, an empty cell as None; no columns if there is no such file.
 
     Raises:
-        BadInput: the file is not UTF-8 text.
+        BadInput: the file is unreadable or not UTF-8 text.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise BadInput(f"{path}: not a CSV file; run the stage that writes it again") from None
+    rows = read_csv(path) if path.exists() else []
     columns = {}
     for name in rows[0] if rows else ():
         try:
             columns[name] = [float(row[name]) if row[name] else None for row in rows]
         except (TypeError, ValueError):
-            continue  # a column of words, such as the stage's name
+            continue  # a column of text, such as the stage's name
     return columns
 
 
@@ -81,7 +67,7 @@ def read_params(path: Path) -> dict[str, str]:
 
 
 def look_up(record: Mapping[str, Any] | None, dotted: str) -> Any:
-    """The value at a dotted key, or None where any part of the way is missing."""
+    """Return the value at a dotted key; None if any part of the key is missing."""
     value: Any = record
     for key in dotted.split("."):
         if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Format numbers of the report: units, signs, thin spaces; the exact value is kept with the text."""
+"""Format numbers of the report with units, signs and thin spaces; the exact value is kept with the text."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number of the report: its dotted name, its exact value and its text."""
+    """A number of the report: dotted name, exact value and text."""
 
     name: str
     value: float | None
@@ -19,25 +19,25 @@ class Quantity:
 
     @property
     def exact(self) -> str:
-        """The value as a program reads it; empty where there is none."""
+        """The value in full precision; empty if there is none."""
         return "" if self.value is None else repr(self.value)
 
 
 def finite(value: object) -> float | None:
-    """The value if it is a finite number, else None."""
+    """Return the value if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if math.isfinite(value) else None
 
 
 def fixed(name: str, value: float | None, decimals: int) -> Quantity:
-    """A number with a fixed count of decimals: 97.80."""
+    """Format a number with a fixed number of decimals: 97.80."""
     text = ABSENT if value is None else f"{value:.{decimals}f}".replace("-", _MINUS)
     return Quantity(name, value, text)
 
 
-def count(name: str, value: float | None) -> Quantity:
-    """A count in full below 1,000, else three digits and an SI unit: 5.72 M."""
+def si_count(name: str, value: float | None) -> Quantity:
+    """Format a count in full below 1,000, else with three digits and an SI prefix: 5.72 M."""
     if value is None:
         return Quantity(name, None, ABSENT)
     for factor, unit in _UNITS:
@@ -46,21 +46,21 @@ def count(name: str, value: float | None) -> Quantity:
     return Quantity(name, value, f"{value:.0f}")
 
 
-def whole(name: str, value: float | None) -> Quantity:
-    """A count in full, thousands set apart by a thin space: 1 797."""
+def grouped(name: str, value: float | None) -> Quantity:
+    """Format a count in full, with thin spaces between thousands: 1 797."""
     text = ABSENT if value is None else f"{value:,.0f}".replace(",", _GAP)
     return Quantity(name, value, text)
 
 
 def three_digits(value: float) -> str:
-    """The value with three significant digits, never in exponent form above one."""
+    """Format a value with three significant digits and without exponent."""
     size = abs(value)
     decimals = 2 if size < 9.995 else 1 if size < 99.95 else 0
     return f"{value:.{decimals}f}"
 
 
 def signed(name: str, value: float | None, decimals: int, unit: str = "") -> Quantity:
-    """A difference with its sign: -0.56; zero carries none."""
+    """Format a difference with its sign: -0.56; zero has none."""
     if value is None:
         return Quantity(name, None, ABSENT)
     text = f"{abs(value):.{decimals}f}"
@@ -68,8 +68,8 @@ def signed(name: str, value: float | None, decimals: int, unit: str = "") -> Qua
     return Quantity(name, value, f"{sign}{text}{_GAP + unit if unit else ''}")
 
 
-def relative(name: str, before: float | None, after: float | None) -> Quantity:
-    """The change from `before` to `after` in percent of `before`: -57.1 %."""
+def relative_change(name: str, before: float | None, after: float | None) -> Quantity:
+    """Format the change from `before` to `after` in percent of `before`: -57.1 %."""
     if before is None or after is None or before == 0:
         return Quantity(name, None, ABSENT)
     return signed(name, 100 * (after - before) / before, 1, "%")

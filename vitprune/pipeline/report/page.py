@@ -1,4 +1,4 @@
-"""Render the HTML report: headline, comparison and provenance; the other sections are in sections and curves."""
+"""Render the HTML report: headline, comparison and provenance; `sections` and `curves` make the other sections."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,13 +54,13 @@ def write_report(project: Path, out: Path) -> None:
 
 def _render(project: Path) -> str:
     evaluation = _evaluation(project / "metrics/evaluate.json")
-    dataset = inputs.read_json(project / "metrics/dataset.json")
-    calibration = inputs.read_json(project / "metrics/calibrate.json")
+    dataset = inputs.read_optional_json(project / "metrics/dataset.json")
+    calibration = inputs.read_optional_json(project / "metrics/calibrate.json")
     names = sections.class_names(dataset)
     dense_top1 = float(evaluation["dense"]["top1"])
     return _template().render(
         headline=_headline(evaluation, _source(dataset)),
-        images=numbers.whole("images", numbers.finite(evaluation.get("images"))),
+        images=numbers.grouped("images", numbers.finite(evaluation.get("images"))),
         comparison=_comparison(evaluation),
         latency=_latency_setting(evaluation),
         losses=sections.losses(project / "out/evaluate/evaluation.parquet", evaluation, names),
@@ -91,13 +91,13 @@ def _template() -> jinja2.Template:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    evaluation = inputs.read_json(path)
+    evaluation = inputs.read_optional_json(path)
     if evaluation is None:
         raise BadInput(f"{path}: no such file; run `vitprune evaluate` first")
     for key in (f"{model}.{figure}" for model in _MODELS for figure in ("top1", "params", "macs")):
         if _number(evaluation, key) is None:
             raise BadInput(f"{path}: key {key} is missing or not a number; run `vitprune evaluate` again")
-    for name, measured in (inputs.read_json(path.with_name("latency.json")) or {}).items():
+    for name, measured in (inputs.read_optional_json(path.with_name("latency.json")) or {}).items():
         evaluation[name] = evaluation.get(name, {}) | measured
     return evaluation
 
@@ -111,7 +111,7 @@ def _pair(evaluation: dict[str, Any], dotted: str) -> tuple[float | None, float 
 
 
 def _source(dataset: dict[str, Any] | None) -> str:
-    # Only the last part of a path: the report is read on other machines.
+    # Only the last part of a path, because paths differ between machines.
     kind, _, path = str(inputs.look_up(dataset, "source") or "").partition(":")
     return Path(path).stem if path else kind
 
@@ -138,12 +138,12 @@ def _comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(_row(label, "", cells, numbers.signed(f"change.{key}", change, 2), "points"))
     for key, label, note in _SIZES:
         dense, pruned = _pair(evaluation, key)
-        cells = [numbers.count(f"dense.{key}", dense), numbers.count(f"pruned.{key}", pruned)]
-        rows.append(_row(label, note, cells, numbers.relative(f"change.{key}", dense, pruned)))
+        cells = [numbers.si_count(f"dense.{key}", dense), numbers.si_count(f"pruned.{key}", pruned)]
+        rows.append(_row(label, note, cells, numbers.relative_change(f"change.{key}", dense, pruned)))
     rows.append(_latency(evaluation))
     dense, pruned = _pair(evaluation, "throughput")
-    cells = [numbers.whole("dense.throughput", dense), numbers.whole("pruned.throughput", pruned)]
-    rows.append(_row("Throughput, images/s", "", cells, numbers.relative("change.throughput", dense, pruned)))
+    cells = [numbers.grouped("dense.throughput", dense), numbers.grouped("pruned.throughput", pruned)]
+    rows.append(_row("Throughput, images/s", "", cells, numbers.relative_change("change.throughput", dense, pruned)))
     return [row for row in rows if any(cell.value is not None for cell in row["cells"])]
 
 
@@ -154,7 +154,7 @@ def _row(label: str, note: str, cells: list[Quantity], change: Quantity, unit: s
 def _latency(evaluation: dict[str, Any]) -> dict[str, Any]:
     dense, pruned = _pair(evaluation, "latency_ms.median")
     cells = [_milliseconds("dense.latency_ms.median", dense), _milliseconds("pruned.latency_ms.median", pruned)]
-    change = numbers.relative("change.latency_ms", dense, pruned)
+    change = numbers.relative_change("change.latency_ms", dense, pruned)
     row = _row("Latency, ms", "median, p10\N{EN DASH}p90", cells, change)
     row["spreads"] = [
         [
@@ -174,16 +174,16 @@ def _latency_setting(evaluation: dict[str, Any]) -> dict[str, Quantity] | None:
     batch, runs = (_number(evaluation, f"pruned.latency_ms.{key}") for key in ("batch", "runs"))
     if batch is None or runs is None:
         return None
-    return {"batch": numbers.whole("latency.batch", batch), "runs": numbers.whole("latency.runs", runs)}
+    return {"batch": numbers.grouped("latency.batch", batch), "runs": numbers.grouped("latency.runs", runs)}
 
 
 def _dataset(dataset: dict[str, Any] | None) -> dict[str, Quantity]:
     values = {key: numbers.finite(inputs.look_up(dataset, key)) for key in ("classes", "train", "eval", "skipped")}
-    return {key: numbers.whole(f"dataset.{key}", value) for key, value in values.items() if value is not None}
+    return {key: numbers.grouped(f"dataset.{key}", value) for key, value in values.items() if value is not None}
 
 
 def _export(path: Path) -> list[tuple[str, Quantity]]:
-    export = inputs.read_json(path) or {}
+    export = inputs.read_optional_json(path) or {}
     value = inputs.look_up(export, "timm.loads_plain_timm")
     lines = []
     if isinstance(value, bool):
@@ -194,12 +194,10 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
         if difference is not None:
             shown = Quantity(f"export.{key}.max_abs_diff", difference, f"{difference:.1e}")
             lines.append((f"Largest difference of logits, {label}", shown))
-    size = _number(export, "onnx.bytes")
-    if size is not None:
-        lines.append(("ONNX file, bytes", numbers.whole("export.onnx.bytes", size)))
-    size = _number(export, "int8.bytes")
-    if size is not None:
-        lines.append(("INT8 file, bytes", numbers.whole("export.int8.bytes", size)))
+    for key, label in (("onnx", "ONNX"), ("int8", "INT8")):
+        size = _number(export, f"{key}.bytes")
+        if size is not None:
+            lines.append((f"{label} file, bytes", numbers.grouped(f"export.{key}.bytes", size)))
     for name, label in (("model", "ONNX"), ("int8", "INT8")):
         top1 = _number(export, f"int8.{name}_top1")
         if top1 is not None:
@@ -210,7 +208,7 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
 def _digests(metrics: Path) -> list[dict[str, str]]:
     rows = []
     for stage, path in _DIGESTS:
-        digest = inputs.look_up(inputs.read_json(metrics / f"{stage}.json"), "sha256")
+        digest = inputs.look_up(inputs.read_optional_json(metrics / f"{stage}.json"), "sha256")
         if isinstance(digest, str):
             rows.append({"name": f"sha256.{stage}", "path": path, "digest": digest})
     return rows

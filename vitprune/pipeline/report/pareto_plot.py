@@ -11,8 +11,8 @@ from matplotlib.patheffects import withStroke
 
 from vitprune.runtime.files import atomic_write
 
-INK, MUTED, RULE, PAPER = "#1d2126", "#5d6670", "#e2dfd7", "#fcfbf8"  # those of the report's page in the light
-# Okabe and Ito's colours, which the colour-blind can tell apart, the pale yellow left out; and a shape for each
+INK, MUTED, RULE, PAPER = "#1d2126", "#5d6670", "#e2dfd7", "#fcfbf8"  # of the report in its light theme
+# Okabe and Ito's colours for colour-blind readers, without the pale yellow, and two others; markers differ, too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f3c8d", "#4d4d4d")
 SHAPES = ("o", "s", "D", "^", "v", "P", "X", "h")
 AXES = {
@@ -20,27 +20,17 @@ AXES = {
     "macs": ("Non-zero MACs, times fewer than the dense model's", "G MACs"),
     "params": ("Non-zero parameters, times fewer than the dense model's", "M parameters"),
 }
-# where a label may be around its point, in half widths and heights, the best first
+# candidate offsets of a label from its point, in half widths and half heights, the best first
 AROUND = (
-    (1, 0.6),
-    (0, 1),
-    (1, 0),
-    (0, -1),
-    (1, -0.6),
-    (-1, 0.6),
-    (-1, 0),
-    (-1, -0.6),
-    (0, 2),
-    (0, -2),
-    (1, 1.8),
-    (1, -1.8),
+    *((1, 0.6), (0, 1), (1, 0), (0, -1), (1, -0.6), (-1, 0.6)),
+    *((-1, 0), (-1, -0.6), (0, 2), (0, -2), (1, 1.8), (1, -1.8)),
 )
 SCALE = {"throughput": 1.0, "macs": 1e-9, "params": 1e-6}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run: how many times better than dense it is in cost, its top-1 in %, its method, and its target in words."""
+    """A run: speed-up or compression relative to dense, top-1 in %, method, and target as text."""
 
     gain: float
     top1: float
@@ -49,32 +39,32 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """The dense model: its top-1 in %, and what it costs, in the axis' unit."""
+class DensePoint:
+    """The dense model: top-1 in %, and cost in the unit of the axis."""
 
     top1: float
     cost: float
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points no other beats, larger being better in both coordinates; in order of the first coordinate.
+    """Return the indices of the points on the Pareto front, in order of the first coordinate; larger is better.
 
-    A point is beaten by one that is at least as good in both and better in one; of equal points all stay.
+    A point is not on the front if another one is at least as good in both coordinates and better in one. Of equal
+    points, all are on the front.
     """
     order = sorted(range(len(points)), key=lambda at: (-points[at][0], -points[at][1]))
-    found: list[int] = []
-    best = float("-inf")  # of what is further to the right
+    result: list[int] = []
+    best = float("-inf")  # of the points with larger gain
     for at in order:
         gain, top1 = points[at]
-        equal = bool(found) and points[found[-1]] == (gain, top1)
-        if top1 > best or equal:
-            found.append(at)
+        if top1 > best or (result and points[result[-1]] == (gain, top1)):
+            result.append(at)
         best = max(best, top1)
-    return found[::-1]
+    return result[::-1]
 
 
-def draw(points: Sequence[Point], dense: Dense, against: str, title: str, out: Path) -> None:
-    """Write the picture as a file, PNG or SVG by its name."""
+def draw(points: Sequence[Point], dense: DensePoint, against: str, title: str, out: Path) -> None:
+    """Write the plot as PNG or SVG, according to the suffix of `out`."""
     style = {
         "svg.hashsalt": "vitprune",
         "text.parse_math": False,
@@ -99,7 +89,7 @@ def draw(points: Sequence[Point], dense: Dense, against: str, title: str, out: P
             figure.savefig(partial, format=kind, dpi=200, metadata=metadata)
 
 
-def _paint(figure: Figure, points: Sequence[Point], dense: Dense, against: str, title: str) -> None:
+def _paint(figure: Figure, points: Sequence[Point], dense: DensePoint, against: str, title: str) -> None:
     axes = figure.add_subplot(facecolor=PAPER)
     axes.grid(True)
     axes.set_title(title, loc="left", fontsize=12.5, weight="bold", color=INK, pad=10)
@@ -108,9 +98,9 @@ def _paint(figure: Figure, points: Sequence[Point], dense: Dense, against: str, 
     _stairs(axes, [(1.0, dense.top1) if at == 0 else (points[at - 1].gain, points[at - 1].top1) for at in best])
     for number, method in enumerate(dict.fromkeys(point.method for point in points)):
         colour, shape = COLOURS[number % len(COLOURS)], SHAPES[(number + number // len(COLOURS)) % len(SHAPES)]
-        own = sorted((point for point in points if point.method == method), key=lambda point: point.gain)
-        axes.plot([p.gain for p in own], [p.top1 for p in own], color=colour, linewidth=1.3, alpha=0.6, zorder=3)
-        for point in own:
+        runs = sorted((point for point in points if point.method == method), key=lambda point: point.gain)
+        axes.plot([p.gain for p in runs], [p.top1 for p in runs], color=colour, linewidth=1.3, alpha=0.6, zorder=3)
+        for point in runs:
             wins = points.index(point) + 1 in best
             edge = {"markeredgecolor": INK, "markeredgewidth": 1.3} if wins else {"markeredgecolor": PAPER}
             axes.plot(point.gain, point.top1, shape, color=colour, markersize=9 if wins else 7, zorder=4, **edge)
@@ -120,8 +110,8 @@ def _paint(figure: Figure, points: Sequence[Point], dense: Dense, against: str, 
     _labels(figure, axes, points, dense)
 
 
-def _axes(axes: Any, points: Sequence[Point], dense: Dense, against: str) -> None:
-    """Both scales: how many times better below, in units of the cost above."""
+def _axes(axes: Any, points: Sequence[Point], dense: DensePoint, against: str) -> None:
+    """Set the scales: gain relative to dense at the bottom, cost at the top."""
     name, unit = AXES[against]
     gains, tops = [1.0, *(point.gain for point in points)], [dense.top1, *(point.top1 for point in points)]
     wide, high = max(max(gains) - min(gains), 0.1), max(max(tops) - min(tops), 1.0)
@@ -139,7 +129,7 @@ def _axes(axes: Any, points: Sequence[Point], dense: Dense, against: str) -> Non
     above.set_xlabel(unit, fontsize=9)
 
 
-def _cost(gain: float, dense: Dense, against: str) -> str:
+def _cost(gain: float, dense: DensePoint, against: str) -> str:
     if gain <= 0:
         return ""
     cost = dense.cost * gain if against == "throughput" else dense.cost / gain
@@ -147,7 +137,7 @@ def _cost(gain: float, dense: Dense, against: str) -> str:
 
 
 def _stairs(axes: Any, best: Sequence[tuple[float, float]]) -> None:
-    """The front: left of and below it, something that was tried is better."""
+    """Draw the front; every point to its left and below it is worse than a run."""
     (left, _), (low, _) = axes.get_xlim(), axes.get_ylim()
     gains = [left, *(gain for gain, _ in best), best[-1][0]]
     tops = [best[0][1], *(top1 for _, top1 in best), low]
@@ -158,7 +148,7 @@ def _stairs(axes: Any, best: Sequence[tuple[float, float]]) -> None:
 
 
 def _legend(axes: Any, points: Sequence[Point]) -> None:
-    """Methods in the corner that is empty by nature: little accuracy for little gain."""
+    """Draw the legend at the lower left, where few runs are (low accuracy at low gain)."""
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda at: (names[at] != "dense", names[at] == "Pareto front"))
     what = _common(points)
@@ -170,13 +160,13 @@ def _legend(axes: Any, points: Sequence[Point]) -> None:
 
 
 def _common(points: Sequence[Point]) -> str:
-    """The word that all targets begin with, if what follows is one number."""
+    """Return the first word of the targets, if all are this word and a number; else an empty string."""
     words = {tuple(point.target.split(" ")[:1]) if point.target.count(" ") == 1 else () for point in points}
     return next(iter(words))[0] if len(words) == 1 and () not in words else ""
 
 
-def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: Dense) -> None:
-    """The target beside each point, where it covers neither points nor other labels."""
+def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: DensePoint) -> None:
+    """Label each point with its target, without overlap with points and other labels if possible."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     word, to_points, inside = _common(points), 72 / figure.dpi, axes.get_window_extent().extents
@@ -188,8 +178,8 @@ def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: Dense) ->
     ]
     for (text, at, size), (x, y) in zip(wanted, spots, strict=True):
         wide, high = 0.3 * size * len(text) / to_points, 0.6 * size / to_points  # half of each, of an average letter
-        places = [(dx * (wide + 7 / to_points), dy * (high + 6 / to_points)) for dx, dy in AROUND]
-        fit = [(dx, dy) for dx, dy in places if _within(_box(x + dx, y + dy, wide, high), inside)] or places
+        offsets = [(dx * (wide + 7 / to_points), dy * (high + 6 / to_points)) for dx, dy in AROUND]
+        fit = [(dx, dy) for dx, dy in offsets if _within(_box(x + dx, y + dy, wide, high), inside)] or offsets
         free = [(dx, dy) for dx, dy in fit if not any(_meet(_box(x + dx, y + dy, wide, high), one) for one in taken)]
         dx, dy = (free or fit)[0]
         taken.append(_box(x + dx, y + dy, wide, high))

@@ -15,17 +15,17 @@ from PIL import Image, ImageOps
 
 from vitprune.pipeline.report.numbers import Quantity
 
-# Matplotlib paints in these; the page then replaces each by a CSS variable, so that one drawing serves light and dark.
+# Placeholders that are replaced by CSS variables, so that a plot follows the page's light or dark theme.
 COLOURS = {"dense": "#010203", "pruned": "#010204", "ink": "#010205", "muted": "#010206", "rule": "#010207"}
 
-_WIDTH = 5.6  # inches; 403 units of the view box, about what a phone shows at its natural text size
-_TINY = 64  # pixels; below this an image is kept as it is and shown with crisp pixels
+_WIDTH = 5.6  # inches; 403 units of the view box, about the width of a phone at normal text size
+_TINY = 64  # pixels; images up to this size are not resized, and are shown with sharp pixels
 _THUMBNAIL = 160
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: x and y of equal length, the colour's name, and how it is drawn."""
+    """A curve: x and y of equal length, label, name of the colour, line style and marker."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -37,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: what it shows, and optionally its limits and where it is marked."""
+    """An axis: label, and optional limits, ticks and names of the ticks."""
 
     label: str
     limits: tuple[float, float] | None = None
@@ -47,7 +47,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing and the caption under it."""
+    """A plot, its title and its caption."""
 
     svg: Markup
     title: str
@@ -56,7 +56,7 @@ class Plot:
 
 
 def curves(name: str, description: str, lines: Sequence[Line], x: Axis, y: Axis, marks: Sequence[float] = ()) -> Markup:
-    """Curves over one axis; `marks` are faint vertical rules. More than one curve gets a legend."""
+    """Draw curves; `marks` are positions of thin vertical lines. Several curves get a legend."""
 
     def paint(axes: Any) -> None:
         for position in marks:
@@ -82,15 +82,15 @@ def curves(name: str, description: str, lines: Sequence[Line], x: Axis, y: Axis,
 
 
 def bars(name: str, description: str, labels: Sequence[str], percents: Sequence[float]) -> Markup:
-    """Horizontal bars of 0 to 100 %, the first on top, each with its figure at the end."""
+    """Draw horizontal bars of 0 to 100 % from top to bottom, each with its number at the end."""
 
     def paint(axes: Any) -> None:
-        places = range(len(labels))
-        axes.barh(places, [100.0] * len(labels), height=0.62, color=COLOURS["rule"])
-        axes.barh(places, percents, height=0.62, color=COLOURS["pruned"])
-        for place, percent in zip(places, percents, strict=True):
-            axes.text(102, place, f"{percent:.0f}", va="center", color=COLOURS["ink"])
-        axes.set_yticks(places, labels)
+        rows = range(len(labels))
+        axes.barh(rows, [100.0] * len(labels), height=0.62, color=COLOURS["rule"])
+        axes.barh(rows, percents, height=0.62, color=COLOURS["pruned"])
+        for row, percent in zip(rows, percents, strict=True):
+            axes.text(102, row, f"{percent:.0f}", va="center", color=COLOURS["ink"])
+        axes.set_yticks(rows, labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlim(0, 110)
         axes.set_xticks([0, 25, 50, 75, 100])
@@ -102,7 +102,7 @@ def bars(name: str, description: str, labels: Sequence[str], percents: Sequence[
 
 
 def thumbnail(encoded: bytes) -> tuple[str, bool]:
-    """An encoded image as a data URI, and whether it is so small that its pixels should stay crisp.
+    """Return an encoded image as a data URI, and whether it is so small that it is shown with sharp pixels.
 
     Raises:
         OSError: the bytes are not an image that can be decoded.
@@ -131,9 +131,9 @@ def _scale(ruler: Any, set_limits: Callable[[tuple[float, float]], object], axis
 
 def _draw(name: str, description: str, height: float, paint: Callable[[Any], None]) -> Markup:
     style = {
-        "svg.fonttype": "none",  # text stays text: it takes the page's font, and can be read and selected
-        "svg.hashsalt": "vitprune",  # else every run draws other ids
-        "text.parse_math": False,  # a "$" in a group's name is a dollar sign
+        "svg.fonttype": "none",  # text elements: they use the page's font and can be selected
+        "svg.hashsalt": "vitprune",  # the same ids in every run
+        "text.parse_math": False,  # do not interpret "$" in names
         "font.size": 10,
         "text.color": COLOURS["ink"],
         "axes.labelcolor": COLOURS["muted"],
@@ -160,7 +160,7 @@ def _draw(name: str, description: str, height: float, paint: Callable[[Any], Non
 
 
 def _inline(document: str, name: str, description: str) -> Markup:
-    # A page holds many drawings, so ids must not collide; and it, not the drawing, decides colours and size.
+    # Ids must be unique among all plots of the page; the page sets colours and size.
     svg = document[document.index("<svg") :]
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", svg, count=2)

@@ -1,4 +1,4 @@
-"""Content of the report's sections from tables and metrics; None or empty if the inputs are missing."""
+"""Content of the report's sections, from tables and metrics; None or empty if the inputs are missing."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _PAIRS = ("images", "both", "dense_only", "pruned_only", "neither", "discordant"
 
 
 def class_names(dataset: dict[str, Any] | None) -> list[str]:
-    """The names of the classes by label, if metrics/dataset.json knows them (key class_names)."""
+    """Return the class names by label from metrics/dataset.json (key class_names); empty if it has none."""
     names = inputs.look_up(dataset, "class_names")
     return [str(name) for name in names] if isinstance(names, list) else []
 
@@ -28,7 +28,7 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
     """Return the paired counts, the confidence interval of the difference, and the classes with the largest loss.
 
     Raises:
-        BadInput: the table's accuracies are not those of the metrics.
+        BadInput: the accuracies of the table and of the metrics differ.
     """
     if not path.exists():
         return None
@@ -46,12 +46,12 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
     low, high = pairs.interval
     lost = [result for result in paired_test.compare_classes(predictions) if result.pruned < result.dense]
     return {
-        "counts": {key: numbers.whole(f"paired.{key}", getattr(pairs, key)) for key in _PAIRS},
+        "counts": {key: numbers.grouped(f"paired.{key}", getattr(pairs, key)) for key in _PAIRS},
         "pairs": pairs,
         "difference": numbers.signed("paired.difference", pairs.difference, 2),
         "low": numbers.signed("paired.low", low, 2),
         "high": numbers.signed("paired.high", high, 2),
-        "losing_classes": numbers.whole("classes.losing", len(lost)),
+        "losing_classes": numbers.grouped("classes.losing", len(lost)),
         "classes": [_class_row(result, names) for result in lost[:_WORST_CLASSES]],
     }
 
@@ -64,13 +64,13 @@ def _class_row(result: paired_test.ClassComparison, names: Sequence[str]) -> dic
     dense, pruned = 100 * result.dense / result.images, 100 * result.pruned / result.images
     return {
         "name": named(result.label),
-        "images": numbers.whole(f"{stem}.images", result.images),
-        "lost": numbers.whole(f"{stem}.lost", result.dense - result.pruned),
+        "images": numbers.grouped(f"{stem}.images", result.images),
+        "lost": numbers.grouped(f"{stem}.lost", result.dense - result.pruned),
         "dense": numbers.fixed(f"{stem}.dense", dense, 1),
         "pruned": numbers.fixed(f"{stem}.pruned", pruned, 1),
         "change": numbers.signed(f"{stem}.change", pruned - dense, 1),
         "taken_for": None if result.taken_for is None else named(result.taken_for),
-        "taken_times": numbers.whole(f"{stem}.taken_times", result.taken_times),
+        "taken_times": numbers.grouped(f"{stem}.taken_times", result.taken_times),
     }
 
 
@@ -85,7 +85,7 @@ def sparsity(out: Path) -> dict[str, Any] | None:
         families[row["kind"], _pattern(row["group"])].append(row)
     panels: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for (kind, pattern), members in families.items():
-        panels[kind, pattern if len(members) > 1 else ""] += members  # groups without siblings share one plot
+        panels[kind, pattern if len(members) > 1 else ""] += members  # groups with a unique pattern share one plot
     drawn = [_sparsity_plot(f"sparsity{at}", *panel, members) for at, (panel, members) in enumerate(panels.items())]
     return {"plots": drawn, "groups": [_group_row(row) for row in rows]}
 
@@ -107,8 +107,8 @@ def _group_row(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "group": row["group"],
         "kind": row["kind"],
-        "units": numbers.whole(f"{stem}.units", row["units"]),
-        "kept": numbers.whole(f"{stem}.kept", row["kept"]),
+        "units": numbers.grouped(f"{stem}.units", row["units"]),
+        "kept": numbers.grouped(f"{stem}.kept", row["kept"]),
         "sparsity": numbers.fixed(f"{stem}.sparsity", 100 * (numbers.finite(row["sparsity"]) or 0.0), 1),
     }
 
@@ -150,6 +150,6 @@ def calibration(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
         )
     return {
         "pictures": pictures,
-        "shown": numbers.whole("calibration.shown", len(pictures)),
-        "images": numbers.whole("calibration.images", table.num_rows),
+        "shown": numbers.grouped("calibration.shown", len(pictures)),
+        "images": numbers.grouped("calibration.images", table.num_rows),
     }

@@ -10,8 +10,8 @@ import jinja2
 import pyarrow as pa
 
 from vitprune.errors import BadInput
-from vitprune.pipeline.report.inputs import read_json
-from vitprune.pipeline.report.pareto_plot import SCALE, Dense, Point, draw, front
+from vitprune.pipeline.report.inputs import read_optional_json
+from vitprune.pipeline.report.pareto_plot import SCALE, DensePoint, Point, draw, front
 from vitprune.runtime import tables
 from vitprune.runtime.files import atomic_write
 
@@ -32,20 +32,20 @@ HEADER = (
 
 
 def write_sweep(folder: Path, out: Path) -> list[dict[str, Any]]:
-    """Write the table and the picture of a sweep's folder into the directory `out`; the table's rows.
+    """Write the table and the Pareto plot of a sweep into the directory `out`, and return the rows of the table.
 
-    A run that has not finished has no figures; without any that has, there is no picture.
+    Unfinished runs have no numbers; without a finished run, no plot is written.
 
     Raises:
-        BadInput: the folder is none of a sweep, or a finished run's metrics cannot be read.
+        BadInput: the folder has no sweep.json, or the metrics of a finished run cannot be read.
     """
-    plan = read_json(folder / "sweep.json")
+    plan = read_optional_json(folder / "sweep.json")
     if plan is None:
         raise BadInput(f"{folder / 'sweep.json'}: no such file; give a folder written by vitprune sweep")
     rows = [_row(folder, run, plan["against"]) for run in plan["runs"]]
     done = [row for row in rows if row["status"] == FINISHED]
     if done:
-        dense = Dense(done[0]["dense_top1"], _dense_cost(done, plan["against"]))
+        dense = DensePoint(done[0]["dense_top1"], _dense_cost(done, plan["against"]))
         best = front([(1.0, dense.top1), *((row["gain"], row["top1"]) for row in done)])
         for at, row in enumerate(done, start=1):
             row["front"] = at in best
@@ -59,8 +59,8 @@ def write_sweep(folder: Path, out: Path) -> list[dict[str, Any]]:
 
 
 def _row(folder: Path, run: Mapping[str, str], against: str) -> dict[str, Any]:
-    """One run: what it was to do, how it went, and what its metrics say of the pruned model and the dense one."""
-    result = read_json(folder / "results" / f"{run['name']}.json") or {
+    """Return the row of a run: method and target, status, and the metrics of the pruned and the dense model."""
+    result = read_optional_json(folder / "results" / f"{run['name']}.json") or {
         "status": "waiting",
         "error": "",
         "seconds": None,
@@ -69,46 +69,46 @@ def _row(folder: Path, run: Mapping[str, str], against: str) -> dict[str, Any]:
     row |= {name: result[name] for name in ("status", "error", "seconds")} | {"front": False}
     if result["status"] != FINISHED:
         return row
-    place = folder / run["place"]
-    evaluation, clock = read_json(place / "metrics/evaluate.json"), read_json(place / "metrics/latency.json")
-    if evaluation is None or clock is None:
-        raise BadInput(f"{place}: has no metrics of its evaluation any more; run the sweep again")
+    directory = folder / run["directory"]
+    evaluation = read_optional_json(directory / "metrics/evaluate.json")
+    speed = read_optional_json(directory / "metrics/latency.json")
+    if evaluation is None or speed is None:
+        raise BadInput(f"{directory}: its evaluation metrics are missing; run the sweep again")
     for model, prefix in (("pruned", ""), ("dense", "dense_")):
-        known = evaluation[model] | clock[model]
-        known["latency_ms"] = known["latency_ms"]["median"]
-        row |= {f"{prefix}{name}": float(known[name]) for name in NUMBERS}
-    cost = COST[against]
-    owns, whole = row[cost], row[f"dense_{cost}"]
-    return row | {"gain": owns / whole if against == "throughput" else whole / owns}
+        measured = evaluation[model] | speed[model]
+        measured["latency_ms"] = measured["latency_ms"]["median"]
+        row |= {f"{prefix}{name}": float(measured[name]) for name in NUMBERS}
+    pruned, dense = row[COST[against]], row[f"dense_{COST[against]}"]
+    return row | {"gain": pruned / dense if against == "throughput" else dense / pruned}
 
 
 def _dense_cost(rows: Sequence[Mapping[str, Any]], against: str) -> float:
-    """What the dense model costs, in the unit of the picture; the clock's median over the runs, which each took one."""
+    """Return the cost of the dense model in the unit of the plot; throughput is the median over all runs."""
     return SCALE[against] * float(statistics.median(row[f"dense_{COST[against]}"] for row in rows))
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    found = [row["method"], row["target"]]
+    cells = [row["method"], row["target"]]
     if row["status"] != FINISHED:
-        return [*found, row["status"], *[""] * (len(HEADER) - 3)]
+        return [*cells, row["status"], *[""] * (len(HEADER) - 3)]
     amounts = [row["params"] / 1e6, row["nonzero_params"] / 1e6, row["macs"] / 1e9, row["nonzero_macs"] / 1e9]
-    found += [f"{row['top1']:.2f}", f"{row['dense_top1'] - row['top1']:+.2f}", *(f"{amount:.3g}" for amount in amounts)]
-    found += [f"{row['latency_ms']:.2f}", f"{row['throughput']:.1f}"]
-    return [*found, f"{row['throughput'] / row['dense_throughput']:.2f}x", "yes" if row["front"] else ""]
+    cells += [f"{row['top1']:.2f}", f"{row['dense_top1'] - row['top1']:+.2f}", *(f"{amount:.3g}" for amount in amounts)]
+    cells += [f"{row['latency_ms']:.2f}", f"{row['throughput']:.1f}"]
+    return [*cells, f"{row['throughput'] / row['dense_throughput']:.2f}x", "yes" if row["front"] else ""]
 
 
 def _dense_cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The dense model as a row: its clock's median over the runs."""
+    """Return the row of the dense model, with medians over the runs."""
     done = [row for row in rows if row["status"] == FINISHED]
     if not done:
         return ["dense", "", "", *[""] * (len(HEADER) - 3)]
-    whole = {name: statistics.median(row[f"dense_{name}"] for row in done) for name in NUMBERS}
-    both = whole | {f"dense_{name}": value for name, value in whole.items()}
+    medians = {name: statistics.median(row[f"dense_{name}"] for row in done) for name in NUMBERS}
+    both = medians | {f"dense_{name}": value for name, value in medians.items()}
     return ["dense", "", *_cells(both | {"method": "", "target": "", "status": FINISHED, "front": False})[2:-2], "", ""]
 
 
 def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What went wrong, one line for each run that failed."""
+    """Return one line with the error of each failed run."""
     return [f"{row['run']}: {row['error']}" for row in rows if row["status"] == "failed"]
 
 
@@ -123,8 +123,8 @@ def _markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 ABOUT = (
-    "Every run measured the dense model and its own in turns; its speed-up is the ratio of the two. The row of the "
-    "dense model has the median over all runs. A run is on the Pareto front if no other run is at least as good in "
+    "Every run measured the dense and the pruned model alternately; the speed-up is their ratio. The row of the dense "
+    "model has the medians over all runs. A run is on the Pareto front if no other run is at least as good in "
     "both accuracy and cost and better in one."
 )
 

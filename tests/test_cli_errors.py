@@ -70,7 +70,7 @@ def change(project: Path, key: str, value: object) -> None:
         ("calibrate.balance", "even", "calibrate.balance: "),
     ],
 )
-def test_params(project, refuse, key, value, told):
+def test_invalid_params(project, refuse, key, value, told):
     change(project, key, value)
     assert told in refuse("dataset")
     assert "params.yaml" in refuse("dataset")
@@ -87,14 +87,14 @@ def test_params(project, refuse, key, value, told):
         ("prune.merge_heads_to", 2, "3 heads cannot merge into 2"),
     ],
 )
-def test_a_plan_that_cannot_be(project, refuse, key, value, told):
+def test_invalid_plans(project, refuse, key, value, told):
     for stage in ("dataset", "dense", "calibrate"):
         stages.run(stage, project)
     change(project, key, value)
     assert told in refuse("score")
 
 
-def test_no_params(tmp_path, monkeypatch, refuse):
+def test_missing_params_yaml(tmp_path, monkeypatch, refuse):
     monkeypatch.chdir(tmp_path)
     assert "params.yaml: no such file" in refuse("dataset")
 
@@ -113,12 +113,12 @@ def test_a_missing_file_names_the_stage_that_writes_it(project, refuse):
         ("hearsay", "hearsay"),
     ],
 )
-def test_a_source_that_is_not_there(project, refuse, spec, told):
+def test_a_missing_image_source(project, refuse, spec, told):
     change(project, "dataset.source", spec)
     assert told in refuse("dataset")
 
 
-def test_a_project_that_is_not_there(refuse):
+def test_a_missing_project(refuse):
     assert "here: no such directory" in refuse("dataset", "--project", "here")
 
 
@@ -149,7 +149,7 @@ def test_a_broken_checkpoint(project, refuse):
     assert "broken.safetensors: not a safetensors file" in refuse("dense")
 
 
-def test_a_model_that_timm_does_not_know(project, refuse):
+def test_an_unknown_timm_model(project, refuse):
     stages.run("dataset", project)
     change(project, "model.name", "vit_enormous")
     assert "vit_enormous" in refuse("dense")
@@ -161,12 +161,12 @@ def test_a_model_with_too_few_classes(project, refuse):
     assert "model.args.num_classes: 9" in refuse("dense")
 
 
-def test_a_model_of_which_nothing_is_understood_is_refused_by_name(refuse):
+def test_a_model_without_supported_modules_is_refused_by_name(refuse):
     told = refuse("inspect", "test_nfnet")
     assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights unchanged" in told
 
 
-def test_a_module_that_is_not_understood_is_named(project, refuse):
+def test_an_unsupported_module_is_named(project, refuse):
     change(project, "model.name", "vit_small_patch14_reg4_dinov2")
     args = {"img_size": 28, "in_chans": 1, "num_classes": 10, "depth": 1, "scale_attn_norm": True}
     change(project, "model.args", args)
@@ -175,7 +175,7 @@ def test_a_module_that_is_not_understood_is_named(project, refuse):
     assert "blocks.0.attn.norm (LayerNorm): " in refuse("score")
 
 
-def test_a_loss_that_is_not_a_number(project, refuse):
+def test_a_loss_that_is_nan(project, refuse):
     stages.run("dataset", project)
     change(project, "dense.train.lr", 1e30)
     change(project, "dense.train.clip", None)

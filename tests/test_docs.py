@@ -23,13 +23,13 @@ COMMANDS = ("benchmarks.docs.readme_table", "benchmarks.docs.method_tables", "be
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_links_lead_to_files(document: Path) -> None:
+def test_links_point_to_existing_files(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_tables_and_figures_are_those_of_the_results(command: str) -> None:
+def test_tables_and_figures_equal_the_results(command: str) -> None:
     done = subprocess.run([sys.executable, "-m", command, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

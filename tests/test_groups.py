@@ -52,7 +52,7 @@ def test_fused_and_plain_attention_agree_on_a_shrunk_model(name: str) -> None:
     torch.testing.assert_close(answer(fused(model, True), x), answer(fused(model, False), x), **CLOSE)
 
 
-def test_kinds_cut_together_equal_kinds_cut_in_turn(vit: torch.nn.Module) -> None:
+def test_kinds_shrunk_together_equal_kinds_shrunk_in_turn(vit: torch.nn.Module) -> None:
     together, in_turn = tiny("vit"), tiny("vit")
     kinds = ["residual", "attention", "ffn"]
     groups = find_groups(vit, kinds)
@@ -175,7 +175,7 @@ def uneven(vit: torch.nn.Module) -> tuple[list, dict[str, torch.Tensor]]:
     return groups, masks
 
 
-def test_heads_that_would_keep_different_numbers_are_refused_and_nothing_is_cut(vit: torch.nn.Module) -> None:
+def test_uneven_heads_are_refused_and_nothing_is_shrunk(vit: torch.nn.Module) -> None:
     before = state(vit)
     groups, masks = uneven(vit)
     with pytest.raises(BadInput, match=r"^blocks.1.attn: heads would keep \[16, 11, 11\] channels"):
@@ -237,7 +237,7 @@ def test_groups_that_are_out_of_date_are_refused(vit: torch.nn.Module) -> None:
     assert same_state(vit, before)
 
 
-def test_nothing_is_cut_if_one_group_is_out_of_date(vit: torch.nn.Module) -> None:
+def test_nothing_is_shrunk_if_one_group_is_out_of_date(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     shrink(vit, groups[1:], random_masks(groups[1:], 0.5))
     before = state(vit)

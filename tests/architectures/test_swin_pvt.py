@@ -83,7 +83,7 @@ def test_groups_of_a_pvt_by_hand(pvt: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["pvt", "pvt-linear", "swin"])
-def test_kinds_cut_together_equal_kinds_cut_in_turn(name: str) -> None:
+def test_kinds_shrunk_together_equal_kinds_shrunk_in_turn(name: str) -> None:
     together, in_turn = tiny(name), tiny(name)
     groups = find_groups(together, KINDS)
     masks = random_masks(groups, 0.3)

@@ -39,7 +39,7 @@ def told(tmp_path: Path):
 @pytest.mark.parametrize(
     "path", [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))], ids=lambda p: p.name
 )
-def test_what_the_repository_ships_is_valid(path: Path) -> None:
+def test_params_yaml_and_recipes_are_valid(path: Path) -> None:
     params = load(path)
     prune = params.prune
     plan = plan_for(prune)
@@ -172,7 +172,7 @@ def test_a_sparsity_per_kind_is_named_by_its_kind(told, value: dict, key: str) -
         ({}, "prune.schedule: Value error, give a shape, with or without an initial sparsity, or steps"),
     ],
 )
-def test_a_schedule_is_named_by_what_is_wrong_with_it(told, value: dict, key: str) -> None:
+def test_an_error_in_a_schedule_names_the_key(told, value: dict, key: str) -> None:
     assert told("prune.schedule", value).startswith(key)
 
 
@@ -211,14 +211,14 @@ def test_several_errors_are_counted(told, tmp_path: Path) -> None:
         ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
     ],
 )
-def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str, why: str) -> None:
+def test_a_file_without_a_mapping_is_refused(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(BadInput, match=why) as error:
         load(tmp_path / "params.yaml")
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00seed")
     with pytest.raises(BadInput, match="not valid YAML") as error:
         load(tmp_path / "params.yaml")
@@ -230,7 +230,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load(tmp_path / "nowhere.yaml")
 
 
-def test_yaml_s_own_way_with_numbers_is_accepted(tmp_path: Path) -> None:
+def test_numbers_in_yaml_notation_are_accepted(tmp_path: Path) -> None:
     text = (ROOT / "params.yaml").read_text()
     raw = yaml.safe_load(text)
     raw["dense"]["train"]["lr"] = "1e-3"  # what YAML makes of a plain 1e-3

@@ -207,7 +207,7 @@ def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: 
     assert found_secrets(team) == []
 
 
-def test_nobody_gets_in_without_a_key(team: Team) -> None:
+def test_servers_require_credentials(team: Team) -> None:
     prefect, mlflow = (team.servers.env[name] for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"))
     asked = {f"{prefect}/flow_runs/filter": b"{}", f"{mlflow}/api/2.0/mlflow/registered-models/search": None}
     for address, body in asked.items():
@@ -218,7 +218,7 @@ def test_nobody_gets_in_without_a_key(team: Team) -> None:
             assert refused.code == 401, address
 
 
-def test_the_server_plans_what_the_cron_schedule_says(team: Team) -> None:
+def test_the_server_schedules_runs_by_cron(team: Team) -> None:
     deadline = time.monotonic() + 180
     wanted = {"deployments": {"name": {"any_": ["retrain"]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
     while not (planned := team.servers.ask("/flow_runs/filter", wanted)):
@@ -229,7 +229,7 @@ def test_the_server_plans_what_the_cron_schedule_says(team: Team) -> None:
     assert {(later - earlier).total_seconds() for earlier, later in itertools.pairwise(due)} == {86400.0}
 
 
-def test_a_run_that_dies_without_a_word_counts_as_crashed_and_is_told(team: Team, webhook: Webhook) -> None:
+def test_a_run_without_heartbeat_is_set_to_crashed_and_reported(team: Team, webhook: Webhook) -> None:
     flow = "import time, prefect; prefect.flow(lambda: time.sleep(600), name='victim')()"
     victim = subprocess.Popen([sys.executable, "-W", "ignore", "-c", flow], env=team.servers.env)
     try:
@@ -248,7 +248,7 @@ def test_a_run_that_dies_without_a_word_counts_as_crashed_and_is_told(team: Team
     assert '"loser" <b> is Failed: Flow run encountered an exception: ZeroDivisionError' in webhook.said[1]
 
 
-def test_a_dead_database_is_noticed_and_killed_servers_come_up_again(team: Team) -> None:
+def test_a_killed_database_is_detected_and_killed_servers_restart(team: Team) -> None:
     address = team.servers.env["PREFECT_API_URL"]
     assert server_answers(address)
     team.servers.kill("db")

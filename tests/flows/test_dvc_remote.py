@@ -44,7 +44,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("place", KINDS, indirect=True)
-def test_a_clone_elsewhere_pulls_a_run_and_computes_nothing(
+def test_a_clone_pulls_a_run_and_computes_nothing(
     project: Path, place: tuple[str, str], tmp_path: Path
 ) -> None:
     address, key = place
@@ -67,7 +67,7 @@ def test_a_clone_elsewhere_pulls_a_run_and_computes_nothing(
     assert "up to date" in tiny_project.dvc(other, "status")
 
 
-def test_init_names_the_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_configures_the_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     create(tmp_path / "first", Choice(remote="store"))
     assert tiny_project.dvc(tmp_path / "first", "config", "remote.team.url").strip() == str(tmp_path / "store")
@@ -78,7 +78,7 @@ def test_init_names_the_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "second/requirements.txt").read_text().splitlines()[1] == "dvc[ssh]"
 
 
-def test_a_remote_that_is_there_stays(tmp_path: Path) -> None:
+def test_an_existing_remote_is_kept(tmp_path: Path) -> None:
     for name in ("same", "other"):
         subprocess.run(["git", "init", "-q", tmp_path / name], check=True)
         tiny_project.dvc(tmp_path / name, "init", "-q")
@@ -98,7 +98,7 @@ def test_a_remote_that_is_there_stays(tmp_path: Path) -> None:
         ("s3:///store", r"^--remote s3:///store: names no bucket$"),
     ],
 )
-def test_an_address_that_cannot_be_used_leaves_nothing(tmp_path: Path, address: str, message: str) -> None:
+def test_an_invalid_address_leaves_no_files(tmp_path: Path, address: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         create(tmp_path / "project", Choice(remote=address))
     assert not (tmp_path / "project").exists()

@@ -112,7 +112,7 @@ def server(address: str, tmp_path: Path) -> Iterator[Path]:
     process.wait()
 
 
-def test_a_dead_server_is_told_in_one_line_and_costs_nothing(project: Path, address: str) -> None:
+def test_an_unreachable_server_is_reported_in_one_line_and_loses_nothing(project: Path, address: str) -> None:
     journal = record(project, "first")
     began = time.monotonic()
     code, out, err = replay(project, address)
@@ -123,7 +123,7 @@ def test_a_dead_server_is_told_in_one_line_and_costs_nothing(project: Path, addr
     assert (journal.spool / "out/report/report.html").is_file()
 
 
-def test_a_replay_brings_everything_to_a_server_once(project: Path, address: str, server: Path) -> None:
+def test_a_repeated_upload_is_idempotent(project: Path, address: str, server: Path) -> None:
     evaluation = json.loads((project / "metrics/evaluate.json").read_text())
     cycles = len(list((project / "out/cycles").iterdir()))
     record(project, "first")
@@ -183,7 +183,7 @@ def check_cached(runs: list[dict], computed: dict[str, str]) -> None:
             assert run["files"] == {}
 
 
-def test_two_first_uses_of_the_local_store_at_once_are_safe(project: Path) -> None:
+def test_concurrent_first_uses_of_the_local_store_are_safe(project: Path) -> None:
     record(project, "first", cached=True)  # computed by `dvc repro` before: no run to point at, so it holds the files
     both = [start_replay(project, None) for _ in range(2)]
     said = sorted(process.communicate(timeout=180)[0] for process in both)
@@ -197,7 +197,7 @@ def test_two_first_uses_of_the_local_store_at_once_are_safe(project: Path) -> No
     }
 
 
-def test_two_flows_that_make_the_experiment_at_once_find_one(tmp_path: Path) -> None:
+def test_concurrent_flows_create_one_experiment(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     command = [sys.executable, "-W", "ignore", "-c", RACE, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

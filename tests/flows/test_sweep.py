@@ -54,7 +54,7 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_a_killed_sweep_goes_on_and_names_what_fails(project: Path, server: str, tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_and_names_failed_runs(project: Path, server: str, tmp_path: Path) -> None:
     folder, out = project / ".vitprune/sweeps/sweep", project / "out/sweeps/sweep"
     places = {run: folder / "runs" / run for run in RUNS}
     (project / "sleep_dense").touch()
@@ -95,7 +95,7 @@ def test_a_killed_sweep_goes_on_and_names_what_fails(project: Path, server: str,
     assert {run["params"]["prune.method"] for run in below} == {"channel-magnitude", "channel-taylor"}
 
 
-def test_bad_input_ends_in_one_line_and_nothing_runs(project: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_starts_no_run(project: Path, tmp_path: Path) -> None:
     for options, message in [
         (["--methods", "magic", "--targets", "0.5"], "Error: method 'magic': unknown; use one of random"),
         (["--methods", "lamp", "--targets", "macs=0.01,2"], "targets.1: Input should be less than 1, got 2.0"),
@@ -114,7 +114,7 @@ def test_bad_input_ends_in_one_line_and_nothing_runs(project: Path, tmp_path: Pa
     assert not (project / ".vitprune/sweeps/sweep/runs").exists()
 
 
-def test_a_place_is_the_project_as_it_is_now(project: Path, tmp_path: Path) -> None:
+def test_a_worktree_has_the_current_state_of_the_project(project: Path, tmp_path: Path) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
     with (project / ".gitignore").open("a") as file:
         file.write("/photos/\n")
@@ -143,7 +143,7 @@ def test_a_place_is_the_project_as_it_is_now(project: Path, tmp_path: Path) -> N
     assert (project / "photos/file").read_text() == "here"
 
 
-def test_a_place_without_git_is_a_copy(project: Path, tmp_path: Path) -> None:
+def test_without_git_a_run_uses_a_copy(project: Path, tmp_path: Path) -> None:
     subprocess.run(["rm", "-rf", str(project / ".git")], check=True)
     (project / "data").mkdir(exist_ok=True)
     (project / "data/manifest.parquet").touch()
@@ -155,7 +155,7 @@ def test_a_place_without_git_is_a_copy(project: Path, tmp_path: Path) -> None:
     assert (project_state(project).check_out(tmp_path / "place", params) / "stage.sh").read_text() == "changed"
 
 
-def test_what_no_place_can_be_made_of_is_refused(project: Path, tmp_path: Path) -> None:
+def test_projects_without_possible_worktrees_are_refused(project: Path, tmp_path: Path) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
     for source, message in [
         ("folder:../photos", "is outside the project"),

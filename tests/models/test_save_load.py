@@ -190,7 +190,7 @@ def test_merged_heads_load_in_plain_timm(tmp_path: Path) -> None:
     assert torch.equal(answer(load(tmp_path), x), answer(pruned, x))
 
 
-def test_a_directory_of_plain_timm_loads(tmp_path: Path) -> None:
+def test_a_directory_saved_by_timm_loads(tmp_path: Path) -> None:
     model = single("vit")
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     assert same_state(load(tmp_path), state(model))
@@ -219,7 +219,7 @@ def test_create_takes_a_checkpoint(tmp_path: Path) -> None:
     ("name", "args"),
     [("no_such_model", {}), ("vit_tiny_patch16_224", {"colour": "red"}), ("vit_tiny_patch16_224", {"num_heads": 5})],
 )
-def test_what_timm_cannot_create_is_refused(name: str, args: dict) -> None:
+def test_models_that_timm_cannot_create_are_refused(name: str, args: dict) -> None:
     with pytest.raises(BadInput, match=f"^model.name '{name}': timm cannot create it") as error:
         models.create(name, args)
     assert "\n" not in str(error.value)
@@ -234,7 +234,7 @@ def test_real_deit_tiny_shrunk_and_loaded(real_deit: nn.Module, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_the_type_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_dtype_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     model = uneven("vit", ["ffn"]).to(dtype)
     save(model, tmp_path)
     assert same_state(load(tmp_path), state(model))

@@ -103,7 +103,7 @@ def test_a_pruned_backbone_learns_other_classes(pruned, tmp_path, monkeypatch):
     assert "turned7" in (tmp_path / "report.html").read_text()
 
 
-def test_zeros_of_the_first_pruning_stay_and_it_can_be_pruned_further(pruned, tmp_path, monkeypatch):
+def test_zeros_of_a_pruned_model_are_kept_in_further_pruning(pruned, tmp_path, monkeypatch):
     source = pruned("magnitude")
     recipe = settings(source, prune__sparsity={"ffn": 0.25}, prune__finetune=SHORT, distill__train=SHORT)
     found = run_all(tmp_path, recipe, monkeypatch)
@@ -121,7 +121,7 @@ def test_zeros_of_the_first_pruning_stay_and_it_can_be_pruned_further(pruned, tm
         assert not torch.equal(left[names[0]], begun.get_parameter(names[0]))
 
 
-def test_zeros_of_a_checkpoint_are_held_unless_they_may_grow(pruned):
+def test_zeros_of_a_checkpoint_are_kept_unless_keep_zeros_is_false(pruned):
     params = Params.model_validate(settings(pruned("magnitude")))
     model = initial_model(params).model
     weight, own = model.blocks[0].mlp.fc1.weight, FrozenZeros([], {})
@@ -132,7 +132,7 @@ def test_zeros_of_a_checkpoint_are_held_unless_they_may_grow(pruned):
     assert zeros_to_keep(model, trained, own, keep_zeros=True) is own
 
 
-def test_the_new_classifier_is_of_the_seed(pruned):
+def test_the_new_classifier_depends_on_the_seed(pruned):
     source = pruned("channel-magnitude")
     heads = [
         initial_model(Params.model_validate(settings(source) | {"seed": seed})).model.get_classifier().weight
@@ -161,7 +161,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "told"), REFUSED, ids=lambda value: next(iter(value)) if value else "")
-def test_what_does_not_fit_the_checkpoint_is_named(change, told, pruned, tmp_path, monkeypatch):
+def test_settings_that_do_not_fit_the_checkpoint_are_named(change, told, pruned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     with pytest.raises(BadInput, match=f"^{told}"):

@@ -46,7 +46,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert read_scores(path, "authors_compat").tolist() == [0.25, 5.0, 6.0, 6.0, 1288.1, 0.5, 3.0, 5.0]
 
 
-def test_the_authors_parsing_keeps_what_is_worth_least(tmp_path: Path) -> None:
+def test_authors_parsing_misreads_exponents(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", ["0.3", "4.1e-05", "0.2", "8.5e-06", "0.1", "0.1"])
     found = {}
     for parsing in ("correct", "authors_compat"):
@@ -55,7 +55,7 @@ def test_the_authors_parsing_keeps_what_is_worth_least(tmp_path: Path) -> None:
     assert found == {"correct": [3, 1, 4], "authors_compat": [4, 5, 2]}
 
 
-def test_merged_heads_are_one_run_each_by_hand() -> None:
+def test_lists_of_merged_heads_by_hand() -> None:
     scores = {"attn": torch.tensor([[5.0, 1.0, 3.0, 2.0], [0.1, 0.4, 0.2, 0.2]])}
     masks = select(scores, 0.5, "head")
     assert removal_lists(scores, masks) == {"attn": [1, 3, 4, 6]}
@@ -119,12 +119,12 @@ def runs(units: list[int], width: int) -> list[list[int]]:
         (["inf"], "not a finite number"),
     ],
 )
-def test_what_is_no_list_of_scores_is_refused(tmp_path: Path, lines: list[str], why: str) -> None:
+def test_invalid_score_lists_are_refused(tmp_path: Path, lines: list[str], why: str) -> None:
     with pytest.raises(BadInput, match=why):
         read_scores(write(tmp_path / "a.txt", list(lines)))
 
 
-def test_missing_and_doubtful_lists_are_named(tmp_path: Path, vit: nn.Module) -> None:
+def test_missing_and_ambiguous_lists_are_named(tmp_path: Path, vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     with pytest.raises(BadInput, match=r"expected one list \*_ffn_192_kl_0_\*k.txt for blocks.0.mlp, found none$"):
         read_all(tmp_path, groups)
@@ -148,7 +148,7 @@ def test_an_index_list_of_another_group_is_refused(tmp_path: Path, vit: nn.Modul
         read_mask(write(tmp_path / "a.txt", list(lines)), find_groups(vit, ["ffn"])[0])
 
 
-def test_imported_lists_decide_the_first_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_scores_select_the_first_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"name": "vit_tiny_patch16_224", "args": VIT}
     prune = {"method": "upvits-literal", "kinds": ["ffn"], "sparsity": 0.5}
     settings = {"dataset": {"source": "digits"}, "model": model, "dense": {"start": "train"}, "prune": prune}

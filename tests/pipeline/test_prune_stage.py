@@ -65,7 +65,7 @@ def halved(model: nn.Module) -> FrozenZeros:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "nadamw", "lamb", "lion"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_what_is_held_leaves_nothing_in_the_optimizer(
+def test_optimizer_moments_of_kept_zeros_are_zero(
     vit: nn.Module, optimizers: list[Any], optimizer: str, ema: float
 ) -> None:
     held = halved(vit)
@@ -83,7 +83,7 @@ def test_what_is_held_leaves_nothing_in_the_optimizer(
 
 
 @pytest.mark.parametrize("clip", [0.05, None])
-def test_held_gradients_do_not_count_when_clipping(clip: float | None) -> None:
+def test_gradients_of_kept_zeros_do_not_count_in_clipping(clip: float | None) -> None:
     def through(how: str) -> dict[str, Tensor]:
         model = tiny("vit")
         held = halved(model)
@@ -98,7 +98,7 @@ def test_held_gradients_do_not_count_when_clipping(clip: float | None) -> None:
     assert all(torch.equal(plain[name], hooked[name]) for name in plain)
 
 
-def test_the_rate_falls_once_over_all_cycles_or_anew_in_each(vit: nn.Module) -> None:
+def test_the_learning_rate_decays_over_the_run_or_in_every_cycle(vit: nn.Module) -> None:
     recipe = TrainConfig(epochs=2, lr=0.01, min_lr=0.001, decay="linear")
     anew = [fit(vit, recipe)[1]["lr"] for _ in range(2)]
     assert anew == pytest.approx([0.001, 0.001])
@@ -107,7 +107,7 @@ def test_the_rate_falls_once_over_all_cycles_or_anew_in_each(vit: nn.Module) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
-def test_what_an_optimizer_keeps_is_as_if_it_had_gone_on(optimizer: str) -> None:
+def test_kept_optimizer_state_equals_uninterrupted_training(optimizer: str) -> None:
     """Two trainings of one epoch, the second at the rate of the first, against one of two epochs."""
     recipe = TrainConfig(epochs=1, lr=0.01, decay="linear", decay_over="run", optimizer=optimizer)
     found = []
@@ -121,7 +121,7 @@ def test_what_an_optimizer_keeps_is_as_if_it_had_gone_on(optimizer: str) -> None
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_what_an_optimizer_knew_of_the_newly_pruned_is_forgotten(vit: nn.Module, optimizers: list[Any]) -> None:
+def test_optimizer_state_of_newly_pruned_weights_is_zeroed(vit: nn.Module, optimizers: list[Any]) -> None:
     memory: dict[str, dict[str, Any]] = {}
     recipe = TrainConfig(epochs=1, lr=0.01)
     fit(vit, recipe, span=ScheduleSpan(0, 3, memory))
@@ -135,7 +135,7 @@ def test_what_an_optimizer_knew_of_the_newly_pruned_is_forgotten(vit: nn.Module,
         assert known["exp_avg_sq"][mask].all()
 
 
-def test_a_parameter_that_was_cut_starts_anew() -> None:
+def test_optimizer_state_of_a_resized_parameter_restarts() -> None:
     model, memory = tiny("vit"), {}
     fit(model, TrainConfig(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
     cut = vitprune.prune(model, "channel-magnitude", sparsity={"ffn": 0.5}).model
@@ -145,7 +145,7 @@ def test_a_parameter_that_was_cut_starts_anew() -> None:
     assert steps["blocks.0.attn.qkv.weight"] == 6
 
 
-def test_the_epsilon_is_the_optimizers(vit: nn.Module, optimizers: list[Any]) -> None:
+def test_eps_is_passed_to_the_optimizer(vit: nn.Module, optimizers: list[Any]) -> None:
     fit(vit, TrainConfig(epochs=1, lr=0.01, eps=1e-5))
     assert {group["eps"] for group in optimizers[0].param_groups} == {1e-5}
 
@@ -182,7 +182,7 @@ def test_zeros_only_grow_over_four_cycles_with_and_without_update(
     assert zeros == [int(share * 55296 + 0.5) for share in STEPS]
 
 
-def test_every_cycle_leaves_its_recovered_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_cycle_saves_its_fine_tuned_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["args"] |= {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 16}
     short = {"epochs": 1, "batch_size": 64, "lr": 0.003, "min_lr": 0.0003, "augment": "digits"}

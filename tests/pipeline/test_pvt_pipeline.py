@@ -40,7 +40,7 @@ def project_in(path: Path) -> Path:
     return path
 
 
-def test_a_pvt_is_cut_and_taught_by_features(monkeypatch, tmp_path: Path) -> None:
+def test_a_pvt_is_pruned_and_distilled_by_features(monkeypatch, tmp_path: Path) -> None:
     project = project_in(tmp_path / "project")
     for stage in stages.STAGES:
         monkeypatch.chdir(project)
@@ -59,7 +59,7 @@ def test_a_pvt_is_cut_and_taught_by_features(monkeypatch, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "vit_tiny_patch16_224"])
-def test_a_project_of_digits_takes_models_of_any_and_of_a_fixed_size(name: str) -> None:
+def test_digits_projects_with_models_of_any_and_of_a_fixed_input_size(name: str) -> None:
     text = new_params.render((ROOT / "params.yaml").read_text(), "digits", name, "channel-taylor", None)
     model = Params.model_validate(yaml.safe_load(text)).model
     assert data.example_input(models.create(model.name, model.args), 2).shape == (2, 1, 32, 32)

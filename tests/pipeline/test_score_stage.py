@@ -45,7 +45,7 @@ def done_in(directory: Path) -> int:
 
 
 @pytest.mark.parametrize("criterion", [fisher_kl, taylor])
-def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path, criterion) -> None:
+def test_scores_are_sums_over_batches(vit: nn.Module, tmp_path: Path, criterion) -> None:
     groups, data = find_groups(vit, ["ffn", "head"]), batches(vit, 3)
     work = score_stage.ScoringJob(criterion, groups, data, context(fisher_directions=2))
     found = work.importance(vit, True, tmp_path, ProcessGroup()).scores
@@ -55,7 +55,7 @@ def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path
         torch.testing.assert_close(found[name], score, rtol=1e-12, atol=1e-18)
 
 
-def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_path: Path) -> None:
+def test_partial_sums_are_resumed_only_by_the_same_job(vit: nn.Module, tmp_path: Path) -> None:
     groups, data = find_groups(vit, ["ffn"]), batches(vit, 3)
     work = score_stage.ScoringJob(fisher_kl, groups, data, DEFAULT_CONTEXT)
     first = work.importance(vit, True, tmp_path, ProcessGroup()).scores
@@ -81,7 +81,7 @@ def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_and_taken_up_by_two_processes_it_is_the_same_to_the_bit(vit: nn.Module, tmp_path: Path) -> None:
+def test_scores_are_bit_identical_after_a_kill_and_resume_by_two_processes(vit: nn.Module, tmp_path: Path) -> None:
     victim = worker(tmp_path, seconds=0.5)
     while done_in(tmp_path) < 2:
         assert victim.poll() is None
@@ -112,7 +112,7 @@ def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert list((project / ".vitprune" / "partial").iterdir()) == []
 
 
-def test_two_processes_share_the_gradients_and_the_blocks(vit: nn.Module, tmp_path: Path) -> None:
+def test_two_processes_divide_gradients_and_blocks(vit: nn.Module, tmp_path: Path) -> None:
     command = [*TOGETHER, str(ROOT / "tests/support/cap_worker.py"), str(tmp_path)]
     subprocess.run(command, env=ONE_THREAD, check=True, timeout=120)
     for kind in KINDS:
@@ -126,7 +126,7 @@ def test_two_processes_share_the_gradients_and_the_blocks(vit: nn.Module, tmp_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_broken_off_anywhere_are_taken_up(
+def test_interrupted_block_scoring_resumes(
     vit: nn.Module, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each start gets a few additions further, and at the end all is as if nothing had happened."""
@@ -153,7 +153,7 @@ def test_blocks_broken_off_anywhere_are_taken_up(
     assert all(torch.equal(found.scores[name], score) for name, score in expected.items())
 
 
-def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:
+def test_criteria_that_are_no_sum_use_one_process(vit: nn.Module, tmp_path: Path) -> None:
     work = score_stage.ScoringJob(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_CONTEXT)
     assert work.importance(vit, False, tmp_path, ProcessGroup()) is not None
     with pytest.raises(BadInput, match=r"^magnitude: its scores are no sums over images; use one process$"):

@@ -71,7 +71,7 @@ def ends(project: Path) -> dict[str, str]:
     ],
     ids=["taylor", "ovit", "upvits"],
 )
-def test_stages_broken_off_at_every_few_writings_end_the_same(
+def test_stages_interrupted_at_file_writes_give_identical_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: dict
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -100,7 +100,7 @@ def test_stages_broken_off_at_every_few_writings_end_the_same(
     assert list((project / KEPT).iterdir()) == []
 
 
-def test_a_cycle_that_was_lost_is_done_again(
+def test_a_lost_cycle_is_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -134,7 +134,7 @@ def test_a_cycle_that_was_lost_is_done_again(
     assert f"{weights.relative_to(project)}: checksum mismatch; ignored" in capsys.readouterr().err
 
 
-def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_start_from_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     project = project_in(tmp_path / "project", finetune=None)
     monkeypatch.setenv(INTERVAL_ENV, "0")
@@ -151,7 +151,7 @@ def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(keys) == 2
 
 
-def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_batch_is_named_and_the_last_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project")

@@ -86,12 +86,12 @@ def test_settings_for_all_and_for_one_method(tmp_path: Path) -> None:
         ({"methods": ["n:m"], "targets": [0.3]}, r"^run n-m-sparsity-0.3: .*removes 0.5"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, given: dict, message: str) -> None:
+def test_invalid_sweeps_are_refused_before_the_first_run(tmp_path: Path, given: dict, message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         runs(tmp_path, **given)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_says_what_to_give(tmp_path: Path) -> None:
+def test_a_missing_sweep_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"none.yaml: no such file; give a file with methods and targets"):
         read_sweep(tmp_path / "none.yaml")

@@ -33,7 +33,7 @@ def base() -> nn.Module:
 
 
 @pytest.mark.parametrize("recipe", STOCK)
-def test_deit_base_becomes_up_deit(base: nn.Module, recipe: str, tmp_path: Path) -> None:
+def test_up_deit_from_deit_base(base: nn.Module, recipe: str, tmp_path: Path) -> None:
     target, parameters = STOCK[recipe]
     pruned = cut(base, load(RECIPES / f"{recipe}.yaml").prune)
     assert sum(p.numel() for p in pruned.parameters()) == parameters

@@ -53,7 +53,7 @@ def run(model: nn.Module, sparsity: object, noise: object, method: str = "upvits
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_every_candidate_is_the_model_that_skips_it(name: str) -> None:
+def test_every_candidate_equals_the_model_without_it(name: str) -> None:
     model = tiny(name)
     (group,), x = find_groups(model, ["block"]), images(model)
     depth = len(model.blocks)
@@ -75,7 +75,7 @@ def test_candidates_by_hand() -> None:
     assert gone == [[0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
 
 
-def test_a_language_model_loses_blocks_too() -> None:
+def test_blocks_of_a_language_model() -> None:
     model = redrawn(Decoder(11, 8, 12, 3, 2), 0).double()
     (group,), tokens = find_groups(model, ["block"]), torch.arange(8).view(1, 8)
     for unit in range(group.num_candidates):
@@ -84,7 +84,7 @@ def test_a_language_model_loses_blocks_too() -> None:
         torch.testing.assert_close(answer(smaller, tokens), answer(skipping(model, mask), tokens), **CLOSE)
 
 
-def test_a_hybrid_block_is_made_of_its_two_halves() -> None:
+def test_a_hybrid_block_consists_of_two_halves() -> None:
     model = redrawn(
         timm.create_model("vit_tiny_patch16_224", **VIT | {"init_values": 0.1, "drop_path_rate": 0.2, "depth": 3}), 0
     )
@@ -101,7 +101,7 @@ def test_a_hybrid_block_is_made_of_its_two_halves() -> None:
     assert len(features) == 2
 
 
-def test_scores_are_the_divergence_of_the_model_that_skips() -> None:
+def test_scores_equal_the_kl_of_the_model_without_the_unit() -> None:
     model = deep(3)
     (group,), noise = find_groups(model, ["block"]), batches(model)
     found = score(model, [group], "kl-literal", noise)["blocks"]
@@ -133,7 +133,7 @@ def progressive(model: nn.Module, noise: list, remove: int) -> Tensor:
 
 
 @pytest.mark.parametrize("cycles", [1, 2])
-def test_half_of_the_blocks_go_one_by_one(cycles: int) -> None:
+def test_half_of_the_blocks_are_removed_one_by_one(cycles: int) -> None:
     model = deep(6)
     dense, noise, x = copy.deepcopy(model), batches(model, 1), images(model)
     expected = progressive(dense, noise, 3)
@@ -143,7 +143,7 @@ def test_half_of_the_blocks_go_one_by_one(cycles: int) -> None:
     torch.testing.assert_close(answer(model, x), answer(skipping(dense, expected), x), **CLOSE)
 
 
-def test_masks_of_the_mask_stage_are_the_first_removal_only() -> None:
+def test_the_mask_stage_has_only_the_first_removal() -> None:
     model = deep(6)
     noise, plan, other = batches(model, 1), plan_for("upvits-blocks", 0.5), copy.deepcopy(model)
     groups = find_groups(model, ["block"])
@@ -164,7 +164,7 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("cycles", [1, 2])
-def test_blocks_go_together_with_what_is_inside_others(mixed: str, cycles: int) -> None:
+def test_blocks_are_removed_together_with_units_of_other_blocks(mixed: str, cycles: int) -> None:
     args = VIT | {"depth": 4, "embed_dim": 12, "mlp_ratio": 1.0}
     model = redrawn(timm.create_model("vit_tiny_patch16_224", **args), 0).double()
     once, noise, x = copy.deepcopy(model), batches(model, 1, 2), images(model)
@@ -216,7 +216,7 @@ def test_select_blocks_by_hand() -> None:
         select_blocks(scores, 1.0)
 
 
-def test_what_would_leave_no_blocks_is_refused(vit: nn.Module) -> None:
+def test_removing_all_blocks_is_refused(vit: nn.Module) -> None:
     before, groups = state(vit), find_groups(vit, ["block", "ffn"])
     whole = random_masks(groups, 0)
     for mask in ([True, False, True, True], [False, True, True, False], [True, True, False, True]):
@@ -235,7 +235,7 @@ def test_what_would_leave_no_blocks_is_refused(vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["odd", "extra", "distilled"])
-def test_another_depth_with_other_cuts_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+def test_removed_blocks_and_units_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = tiny(name).float()
     (group,) = find_groups(model, ["block"])
     shrink(model, [group], {"blocks": mask_without(group, 1)})
@@ -250,7 +250,7 @@ def test_another_depth_with_other_cuts_is_saved_and_loaded(name: str, tmp_path: 
     assert structure(rebuild(tiny(name), structure(model)))["blocks"] == (2 * len(model.blocks),)
 
 
-def test_a_model_of_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
+def test_a_model_with_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
     model = deep(4).float()
     pruned = prune(
         model, "upvits-blocks", sparsity=0.25, calibration=batches(model, 1), example_input=images(model)
@@ -263,14 +263,14 @@ def test_a_model_of_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
         assert torch.equal(answer(again, x), answer(pruned, x))
 
 
-def test_a_structure_without_blocks_is_that_of_the_dense_model(vit: nn.Module) -> None:
+def test_the_structure_without_removed_blocks_equals_the_dense_one(vit: nn.Module) -> None:
     older = {name: shape for name, shape in structure(vit).items() if name != "blocks"}
     assert structure(rebuild(tiny("vit"), older)) == structure(vit)
     with pytest.raises(BadInput, match=r"^blocks: kept sub-layers would not alternate"):
         rebuild(tiny("vit"), {"blocks": [3]})
 
 
-def test_the_cost_behind_the_blocks(vit: nn.Module) -> None:
+def test_cost_of_blocks(vit: nn.Module) -> None:
     weights, macs = group_costs(vit, find_groups(vit, ["block"]), images(vit))["blocks"]
     assert weights == sum(p.numel() for block in vit.blocks for p in block.parameters())
     assert 0 < macs < count(vit, images(vit)).macs

@@ -40,14 +40,14 @@ def left(masks: dict[str, Tensor]) -> dict[str, int]:
         (8, 0.9, 8),
     ],
 )
-def test_a_group_alone_keeps_the_nearest_multiple(units: int, sparsity: float, stay: int) -> None:
+def test_a_single_group_keeps_the_nearest_multiple(units: int, sparsity: float, stay: int) -> None:
     scores = drawn({"a": (units,)}, 0)
     mask = select(scores, sparsity, "layer", keep_at_least=1, bounds={"a": EIGHT})["a"]
     assert int(mask.sum()) == stay
     assert set(mask.nonzero().flatten().tolist()) == set(scores["a"].argsort(descending=True)[:stay].tolist())
 
 
-def test_a_pool_in_lots_by_hand() -> None:
+def test_removal_steps_of_a_pool_by_hand() -> None:
     worths = [[1.0, 2.0, 3.0, 4.0], [1.5, 1.6, 9.0, 9.5]]  # two lots of two each: ranks 1 and 3, 1.5 and 9
     kept = [range(2, 5, 2)] * 2
     stay = {remove: select_in_steps(worths, kept, remove) for remove in range(5)}
@@ -75,7 +75,7 @@ def slowly(scores: dict[str, Tensor], sparsity: float, multiple: int) -> dict[st
 
 
 @pytest.mark.parametrize("multiple", [2, 4, 8])
-def test_a_pool_is_rounded_as_its_rule_says(multiple: int) -> None:
+def test_a_pool_is_rounded_to_multiples(multiple: int) -> None:
     bounds = dict.fromkeys("abcd", Constraint(multiple=multiple))
     for seed in range(20):
         scores = drawn({"a": (16,), "b": (24,), "c": (32,), "d": (3,)}, seed)
@@ -119,7 +119,7 @@ def test_multiples_hold_in_every_scope_and_only_shrink(name: str, kind: str, sco
 
 @pytest.mark.parametrize("kinds", [["ffn"], ["ffn", "attention"], ["head"]])
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_multiples_are_bought_whole(name: str, kinds: list[str]) -> None:
+def test_scope_macs_removes_whole_multiples(name: str, kinds: list[str]) -> None:
     model = tiny(name)
     groups = find_groups(model, kinds)
     multiple = 2 if kinds == ["head"] else 4
@@ -143,7 +143,7 @@ def test_multiples_are_bought_whole(name: str, kinds: list[str]) -> None:
         before = masks
 
 
-def test_bounds_of_single_groups_are_kept_and_the_rest_is_the_best_that_they_allow() -> None:
+def test_masks_under_group_bounds_are_optimal() -> None:
     bounds = {"a": Constraint(0.4, 0.6), "b": Constraint(0.0, 0.4)}
     for seed in range(30):
         scores = drawn({"a": (5,), "b": (5,), "c": (4,)}, seed)
@@ -162,14 +162,14 @@ def test_bounds_of_single_groups_are_kept_and_the_rest_is_the_best_that_they_all
             assert [5 - counts["a"], 5 - counts["b"], 4 - counts["c"]] == list(best)
 
 
-def test_infinite_scores_do_not_outrank_bounds() -> None:
+def test_infinite_scores_do_not_override_bounds() -> None:
     scores = {"a": torch.tensor([-torch.inf] * 4), "b": torch.tensor([torch.inf] * 4)}
     counts = left(select(scores, 0.5, bounds={"a": Constraint(0.0, 0.25), "b": Constraint(0.5, 1.0)}))
     assert counts == {"a": 3, "b": 1}
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_share_of_its_own_leaves_the_others_theirs(scope: str) -> None:
+def test_a_fixed_sparsity_does_not_change_other_groups(scope: str) -> None:
     scores = drawn({"a": (20,), "b": (20,), "c": (20,)}, 0)
     counts = left(select(scores, 0.5, scope, bounds={"a": Constraint(0.1, 0.1), "b": Constraint(0.0, 0.0)}))
     assert counts == {"a": 18, "b": 20, "c": 10}
@@ -177,7 +177,7 @@ def test_a_share_of_its_own_leaves_the_others_theirs(scope: str) -> None:
     assert only == 20
 
 
-def test_a_share_of_its_own_is_no_part_of_the_budget() -> None:
+def test_a_fixed_sparsity_is_not_part_of_the_macs_budget() -> None:
     groups = groups_of("vit", "ffn")  # two of 192
     scores, costs = drawn({g.name: g.shape for g in groups}, 0), {g.name: 1.0 for g in groups}
     first, second = (group.name for group in groups)
@@ -199,7 +199,7 @@ def test_a_share_of_its_own_is_no_part_of_the_budget() -> None:
     }
 
 
-def test_a_contest_knows_its_numbers_beforehand(vit: torch.nn.Module) -> None:
+def test_counts_of_a_pool_are_known_before_selection(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["attention"])  # (3, 16)
     shapes = {g.name: torch.zeros(g.shape) for g in groups}
     bounds = {groups[0].name: EIGHT, groups[1].name: Constraint(0.0, 0.0)}
@@ -207,7 +207,7 @@ def test_a_contest_knows_its_numbers_beforehand(vit: torch.nn.Module) -> None:
     assert [contest.remove for contest in fields] == [8, 8, 8, 0, 0, 0]
 
 
-def test_n_of_m_can_only_leave_a_layer_alone() -> None:
+def test_n_of_m_rules_can_only_ignore_layers() -> None:
     scores = drawn({"a": (4, 8), "b": (4, 8)}, 0)
     counts = left(select(scores, 0.5, "2:4", bounds={"a": Constraint(0.0, 0.0)}))
     assert counts == {"a": 32, "b": 16}
@@ -215,7 +215,7 @@ def test_n_of_m_can_only_leave_a_layer_alone() -> None:
         select(scores, 0.5, "2:4", bounds={"a": Constraint(0.1, 0.9)})
 
 
-def test_without_bounds_all_is_as_before() -> None:
+def test_unbounded_constraints_change_nothing() -> None:
     scores = drawn({"a": (16,), "b": (24,)}, 1)
     for scope in ("layer", "global"):
         free = select(scores, 0.37, scope, keep_at_least=1, bounds=dict.fromkeys("ab", UNCONSTRAINED))

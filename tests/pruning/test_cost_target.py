@@ -73,7 +73,7 @@ def largest_step(model: nn.Module, groups: list, what: str, pooled: bool) -> flo
 
 @pytest.mark.parametrize("what", ["params", "macs"])
 @pytest.mark.parametrize("method", ["magnitude", "uniform", "dimap"])
-def test_single_weights_are_counted_by_their_non_zeros(vit: nn.Module, method: str, what: str) -> None:
+def test_single_weights_count_nonzero_values(vit: nn.Module, method: str, what: str) -> None:
     whole = nonzero(vit, what)
     pruned = prune(vit, method, target={what: 0.4}).model
     reached = nonzero(pruned, what) / whole
@@ -81,7 +81,7 @@ def test_single_weights_are_counted_by_their_non_zeros(vit: nn.Module, method: s
     assert 0 <= 0.4 - reached <= pools * (tokens if what == "macs" else 1) / whole
 
 
-def test_the_meter_is_the_count_of_the_really_shrunk_model(vit: nn.Module) -> None:
+def test_the_cost_model_equals_the_count_of_the_shrunk_model(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn", "attention", "residual"])
     before = state(vit)
     plan = plan_for("drawn", {"ffn": 0.3, "attention": 0.2, "residual": 0.4})
@@ -93,13 +93,13 @@ def test_the_meter_is_the_count_of_the_really_shrunk_model(vit: nn.Module) -> No
     assert same_state(vit, before)
 
 
-def test_latency_is_measured_beside_the_dense_model() -> None:
+def test_latency_alternates_with_the_dense_model() -> None:
     model = tiny("vit").float()
     thin = prune(model, "drawn", sparsity={"block": 1.0}, target={"latency": 0.8}).model
     assert len(thin.blocks) == 1
 
 
-def test_shares_of_kinds_are_relative(vit: nn.Module) -> None:
+def test_sparsities_per_kind_are_relative_with_a_target(vit: nn.Module) -> None:
     shares = {"ffn": 0.8, "attention": 0.4}, {"ffn": 0.2, "attention": 0.1}
     pruned = [prune(vit, "drawn", sparsity=share, target={"macs": 0.5}).model for share in shares]
     assert same_state(pruned[0], state(pruned[1]))
@@ -118,7 +118,7 @@ def test_cycles_approach_the_target_on_the_schedule(vit: nn.Module) -> None:
     assert all(limit - 0.05 < reached <= limit for limit, reached in seen)
 
 
-def test_blocks_go_one_by_one_until_the_target_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_removed_one_by_one_until_the_target_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("odd")
     whole = cost(model, "macs")
     (cycle,) = prune_cycles(model, plan_for("upvits-blocks", None, target={"macs": 0.5}), batches(model, 1))
@@ -132,7 +132,7 @@ def test_blocks_go_one_by_one_until_the_target_is_met(monkeypatch: pytest.Monkey
     assert torch.equal(again.masks["blocks"], cycle.masks["blocks"])
 
 
-def test_solve_by_hand() -> None:
+def test_bisection_by_hand() -> None:
     def masks_at(scalar: float) -> dict[str, Tensor]:
         return {"a": torch.arange(10) >= int(scalar * 10 + 0.5)}
 
@@ -207,14 +207,14 @@ def test_solve_by_hand() -> None:
         ),
     ],
 )
-def test_what_is_no_target_is_refused(vit: nn.Module, method: str, settings: dict, why: str) -> None:
+def test_invalid_targets_are_refused(vit: nn.Module, method: str, settings: dict, why: str) -> None:
     with pytest.raises(BadInput, match=why) as refused:
         prune(vit, method, sparsity=settings.pop("sparsity", None), **settings)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_the_mask_stage_writes_what_it_resolved(
+def test_the_mask_stage_writes_the_resolved_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
 ) -> None:
     model = {"name": "vit_tiny_patch16_224", "args": VIT}

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("drawn")
 
 
 @pytest.mark.parametrize(("what", "suffix"), [("macs", ""), ("params", "K"), ("macs", "M"), ("params", "G")])
-def test_an_absolute_number_is_its_fraction(vit: nn.Module, what: str, suffix: str) -> None:
+def test_an_absolute_target_equals_its_fraction(vit: nn.Module, what: str, suffix: str) -> None:
     whole = cost(vit, what)
     number = int(0.6 * whole)
     text: int | str = number if not suffix else f"{number / {'K': 1e3, 'M': 1e6, 'G': 1e9}[suffix]:.12f}{suffix}"
@@ -51,7 +51,7 @@ def test_cycles_approach_an_absolute_target(vit: nn.Module) -> None:
     assert next(limits, None) is None
 
 
-def test_milliseconds_come_with_their_spread() -> None:
+def test_latency_has_percentiles() -> None:
     model = timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 12})  # the dense model is timed twice
     whole = latency([model], example_input(model, 1), 50)[0]["median"]
     (cycle,) = prune_cycles(model, plan_for("drawn", {"block": 1.0}, target={"latency_ms": 0.5 * whole}), ())
@@ -62,7 +62,7 @@ def test_milliseconds_come_with_their_spread() -> None:
     assert "ms beside it" in record.get("why", "ms beside it")
 
 
-def test_a_search_that_ended_too_early_is_corrected() -> None:
+def test_a_biased_latency_bisection_is_corrected() -> None:
     def masks_at(scalar: float) -> dict[str, Tensor]:
         return {"a": torch.arange(1000) >= int(scalar * 1000)}
 
@@ -96,7 +96,7 @@ def test_a_search_that_ended_too_early_is_corrected() -> None:
         ),
     ],
 )
-def test_a_miss_is_explained_in_words(method: str, settings: dict, reached: int, why: str | None) -> None:
+def test_a_target_miss_is_explained(method: str, settings: dict, reached: int, why: str | None) -> None:
     model, whole = tiny("vit"), cost(tiny("vit"), "macs")
     heads = (
         cost(prune(model, "drawn", sparsity={"head": 0.34}, scope="layer").model, "macs") / whole
@@ -114,7 +114,7 @@ def test_a_miss_is_explained_in_words(method: str, settings: dict, reached: int,
         assert record["reached"] / limit < 0.98
 
 
-def test_masks_that_were_chosen_before_are_explained_as_well(vit: nn.Module) -> None:
+def test_a_target_miss_of_given_masks_is_explained(vit: nn.Module) -> None:
     groups, plan = find_groups(vit, ["ffn"]), plan_for("drawn", {"ffn": 1.0}, target={"macs": 0.7})
     masks = {group.name: torch.arange(192) < 96 for group in groups}
     (cycle,) = prune_cycles(vit, plan, (), masks)
@@ -140,7 +140,7 @@ def smallest(model: nn.Module, what: str) -> int:
         ({"macs": 0.01}, r"^prune.target: 0.01 of the dense model cannot be reached, {}$"),
     ],
 )
-def test_a_target_out_of_reach_is_told_what_there_is(vit: nn.Module, target: dict, why: str) -> None:
+def test_an_unreachable_target_names_the_smallest_cost(vit: nn.Module, target: dict, why: str) -> None:
     whole, least = cost(vit, "macs"), smallest(vit, "macs")
     has = rf"the smallest is {least / whole:.4f} \({format_cost(least)} MACs\); the dense model "
     has += rf"has {format_cost(whole)} MACs"
@@ -149,7 +149,7 @@ def test_a_target_out_of_reach_is_told_what_there_is(vit: nn.Module, target: dic
     assert "\n" not in str(refused.value)
 
 
-def test_milliseconds_out_of_reach_are_told_what_there_is() -> None:
+def test_unreachable_milliseconds_name_the_smallest_latency() -> None:
     for asked, why in (
         (1e5, "100K ms is not less than the dense model has; the smallest"),
         (1e-6, "cannot be reached"),
@@ -168,7 +168,7 @@ def test_milliseconds_out_of_reach_are_told_what_there_is() -> None:
         prune(tiny("vit"), "drawn", target={"latency": 20})
 
 
-def test_fractions_and_steps_do_not_go_with_an_absolute_target() -> None:
+def test_fractional_steps_are_refused_with_an_absolute_target() -> None:
     schedule = Schedule(steps=[0.2, 0.5])
     with pytest.raises(BadInput, match=r"^prune.schedule.steps: are fractions but prune.target is absolute"):
         plan_for("drawn", None, cycles=2, schedule=schedule, target={"macs": "600M"})
@@ -186,12 +186,12 @@ def test_quantities_by_hand(text: str | float, number: float) -> None:
 @pytest.mark.parametrize(
     "text", ["", "M", "6m", "1,2G", "-1K", "1 2", "nan", "inf", "0x10", "٣M", "5%", True, None, 1e999]
 )
-def test_what_is_no_quantity(text: object) -> None:
+def test_invalid_quantities_are_refused(text: object) -> None:
     with pytest.raises(ValueError, match="is no quantity; give a fraction, a whole number, or one with K, M or G"):
         number_of(text)
 
 
-def test_numbers_are_said_in_four_digits() -> None:
+def test_costs_are_formatted_with_four_digits() -> None:
     assert [format_cost(n) for n in (12.345678, 9999, 10_000, 572_416, 1_258_000_000, 999_999, 1_000_000)] == [
         "12.35",
         "9999",

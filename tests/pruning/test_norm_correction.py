@@ -46,7 +46,7 @@ def slow_system(model: nn.Module, names: list[str], wanted: list[Tensor], images
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt", "extra"])
-def test_slopes_are_those_of_one_image_and_parameter_at_a_time(name: str) -> None:
+def test_gradients_equal_those_of_single_images_and_parameters(name: str) -> None:
     model, other = disturbed(name)
     given = batches(model)
     wanted = dense_logits(model, given)
@@ -60,7 +60,7 @@ def test_slopes_are_those_of_one_image_and_parameter_at_a_time(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
-def test_a_correction_helps_on_images_that_it_did_not_see(name: str) -> None:
+def test_a_correction_reduces_the_kl_on_held_out_images(name: str) -> None:
     model, other = disturbed(name)
     given = batches(model, 4, 8)
     before = copy.deepcopy(other.state_dict())
@@ -71,14 +71,14 @@ def test_a_correction_helps_on_images_that_it_did_not_see(name: str) -> None:
         assert torch.equal(value, before[key])
 
 
-def test_nothing_moves_where_nothing_is_wrong() -> None:
+def test_no_correction_without_an_error() -> None:
     model = tiny("vit")
     found = correct_norms(model, dense_logits(model, batches(model)), batches(model), DEFAULT_CONTEXT)
     assert found.values == {}
     assert found.facts["nats_before"] == pytest.approx(0, abs=1e-12)
 
 
-def test_memory_bounds_the_images_that_are_taken() -> None:
+def test_memory_limits_the_number_of_images() -> None:
     model, other = disturbed("vit")
     given = batches(model, 2, 8)
     width = sum(other.get_parameter(name).numel() for layer in module._layers(other) for name in layer.names)
@@ -88,7 +88,7 @@ def test_memory_bounds_the_images_that_are_taken() -> None:
     assert few.facts == pytest.approx(same.facts)
 
 
-def test_a_plan_with_a_correction_says_what_it_did_and_beats_the_plan_without() -> None:
+def test_a_plan_with_correction_records_it_and_has_a_lower_kl() -> None:
     dense = tiny("vit")
     given = batches(dense, 4, 8)
     distance = {}

@@ -69,7 +69,7 @@ def test_gradual_weights_reach_the_exact_count_and_stay_zero_in_training(vit: nn
         {"ffn": 0.6, "attention": 0.5, "residual": 0.3},
     ],
 )
-def test_cutting_step_by_step_is_cutting_once_by_the_last_masks(vit: nn.Module, sparsity: dict[str, float]) -> None:
+def test_shrinking_in_steps_equals_shrinking_once_by_the_last_masks(vit: nn.Module, sparsity: dict[str, float]) -> None:
     once = tiny("vit")
     cycles = run(vit, "channel-taylor", sparsity, batches(vit), cycles=3)
     groups = find_groups(once, list(sparsity))
@@ -87,7 +87,7 @@ def test_cutting_step_by_step_is_cutting_once_by_the_last_masks(vit: nn.Module, 
     assert grow(cycles)
 
 
-def test_cutting_merged_heads_step_by_step() -> None:
+def test_shrinking_merged_heads_in_steps() -> None:
     model = tiny("vit")
     x = images(model)
     cycles = run(model, "channel-taylor", {"attention": 0.7}, batches(model), cycles=3, merge_heads_to=1)
@@ -97,7 +97,7 @@ def test_cutting_merged_heads_step_by_step() -> None:
     torch.testing.assert_close(answer(model, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
 
 
-def test_swin_cut_step_by_step(swin: nn.Module) -> None:
+def test_shrinking_swin_in_steps(swin: nn.Module) -> None:
     once = tiny("swin")
     cycles = run(swin, "channel-taylor", {"attention": 0.5, "ffn": 0.5}, batches(swin), cycles=3, scope="global")
     shrink(once, find_groups(once, ["attention", "ffn"]), cycles[-1].masks)
@@ -106,7 +106,7 @@ def test_swin_cut_step_by_step(swin: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ffn", "head"])
-def test_gradual_is_one_shot_where_a_cut_changes_no_other_score(kind: str) -> None:
+def test_gradual_equals_one_shot_if_scores_do_not_change(kind: str) -> None:
     gradual, at_once = tiny("vit"), tiny("vit")
     last = run(gradual, "channel-magnitude", {kind: 0.6}, cycles=3, schedule="linear")[-1]
     first = run(at_once, "channel-magnitude", {kind: 0.6})[0]
@@ -115,7 +115,7 @@ def test_gradual_is_one_shot_where_a_cut_changes_no_other_score(kind: str) -> No
 
 
 @pytest.mark.parametrize("method", ["magnitude", "lamp", "uniform", "dimap"])
-def test_gradual_weights_without_training_are_one_shot(method: str) -> None:
+def test_gradual_weights_without_training_equal_one_shot(method: str) -> None:
     # what is gone is the smallest of its layer, so its going changes no score that is left
     gradual, at_once = tiny("vit"), tiny("vit")
     last, first = run(gradual, method, 0.6, cycles=3)[-1], run(at_once, method, 0.6)[0]
@@ -135,7 +135,7 @@ def test_scores_and_groups_are_in_the_coordinates_of_the_dense_model(vit: nn.Mod
     assert cycle.zeroed == []
 
 
-def test_masks_chosen_before_are_those_of_the_first_cycle(vit: nn.Module) -> None:
+def test_given_masks_are_used_in_the_first_cycle(vit: nn.Module) -> None:
     plan = plan_for("magnitude", 0.5, cycles=2)
     groups = groups_for(vit, plan)
     first = select(score(vit, groups, "random"), plan.targets()[0]["weight"])
@@ -147,7 +147,7 @@ def test_masks_chosen_before_are_those_of_the_first_cycle(vit: nn.Module) -> Non
     assert [group.name for group in cycles[1].zeroed] == [group.name for group in groups]
 
 
-def test_an_update_comes_before_the_cut(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_is_applied_before_shrinking(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """A criterion whose survivors double their output, and whose bias becomes the number of units that stay."""
     seen = []
 
@@ -215,7 +215,7 @@ def test_prune_takes_a_sparsity_per_kind(vit: nn.Module) -> None:
     assert same_state(nothing, state(vit))
 
 
-def test_prune_keeps_training_mode_and_is_the_same_each_time(vit: nn.Module) -> None:
+def test_prune_keeps_training_mode_and_is_deterministic(vit: nn.Module) -> None:
     first = prune(vit.train(), "random", sparsity=0.5, example_input=images(vit), seed=3).model
     assert first.training
     assert vit.training
@@ -286,13 +286,13 @@ def test_high_sparsity_leaves_one_unit_of_every_group(vit: nn.Module) -> None:
         ("magnitude", 0.5, {"cycles": 0}, r"^prune.cycles: Input should be greater than or equal to 1, got 0"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(vit: nn.Module, method, sparsity, settings, why) -> None:
+def test_invalid_plans_are_refused(vit: nn.Module, method, sparsity, settings, why) -> None:
     with pytest.raises(BadInput, match=why) as refused:
         run(vit, method, sparsity, **settings)
     assert "\n" not in str(refused.value)
 
 
-def test_an_unsupported_model_is_refused_before_anything_happens() -> None:
+def test_an_unsupported_model_is_refused_before_scoring() -> None:
     with pytest.raises(BadInput, match=r"^Linear: this model is not supported;"):
         prune(nn.Linear(3, 3), "magnitude", sparsity=0.5)
 
@@ -307,7 +307,7 @@ def test_n_of_m_by_name(vit: nn.Module, scope: str, share: float) -> None:
     assert plan_for("n:m", None, scope).sparsity == {"weight": share}
 
 
-def test_prune_is_score_select_and_apply_by_hand(vit: nn.Module) -> None:
+def test_prune_equals_score_select_and_apply(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     data = batches(vit)
     masks = select(score(vit, groups, "taylor", data), 0.5, "isomorphic", groups, keep_at_least=1)

@@ -55,7 +55,7 @@ def overlap(scores: Tensor, exact_scores: Tensor) -> float:
     return float((kept & right).sum() / right.sum())
 
 
-def test_the_expected_overlap_is_the_one_that_comes() -> None:
+def test_the_expected_overlap_is_calibrated() -> None:
     found, promised, shares = [], [], []
     for seed in range(8):
         measured, control = made_up(seed=seed)
@@ -70,21 +70,21 @@ def test_the_expected_overlap_is_the_one_that_comes() -> None:
 
 
 @pytest.mark.parametrize("controlled", [True, False])
-def test_to_full_confidence_the_kept_set_is_the_exact_one(controlled: bool) -> None:
+def test_full_confidence_gives_the_exact_selection(controlled: bool) -> None:
     measured, control = made_up(units=60)
     settled = raced(measured, control if controlled else None, context(confidence=1 - 1e-9), control.sum(1))
     assert overlap(settled.scores["a"], measured.sum(1)) == 1
     assert 0 < settled.facts["evaluations"] <= 60 * IMAGES
 
 
-def test_a_control_saves_measurements() -> None:
+def test_control_scores_reduce_measurements() -> None:
     measured, control = made_up()
     setting = context(confidence=0.98)
     with_it, without = (raced(measured, c, setting, control.sum(1)).facts["evaluations"] for c in (control, None))
     assert with_it < 0.8 * without
 
 
-def test_a_surrogate_that_is_wrong_is_found_out() -> None:
+def test_a_wrong_surrogate_is_detected() -> None:
     measured, control = made_up(ratio=1.5)
     before = overlap(control.sum(1), measured.sum(1))
     settled = raced(measured, control, context(confidence=0.98), control.sum(1))
@@ -92,7 +92,7 @@ def test_a_surrogate_that_is_wrong_is_found_out() -> None:
     assert overlap(settled.scores["a"], measured.sum(1)) > 0.95
 
 
-def test_evidence_is_exact_once_all_images_are_seen() -> None:
+def test_the_posterior_is_exact_after_all_images() -> None:
     measured, control = made_up(units=20)
     state = ScorePosterior(control.sum(1), torch.zeros(20, dtype=torch.int64), IMAGES)
     mean, deviation = state.posterior()
@@ -107,7 +107,7 @@ def test_evidence_is_exact_once_all_images_are_seen() -> None:
     torch.testing.assert_close(state.scores()[:6], measured[:6].sum(1), rtol=1e-12, atol=0)
 
 
-def test_doubt_by_hand() -> None:
+def test_expected_errors_by_hand() -> None:
     draws = torch.tensor([[0.0, 0, 0, 0], [0, 0, 2, 0], [0, -3, 0, 0], [0, 0, 0, 0]])
     found = doubt(torch.tensor([1.0, 3, 2, 4]), torch.ones(4), 2, draws)  # 1 and 3 stay, in two of the draws 2 and 3
     assert found.wrong.tolist() == [0, 0.5, 0.5, 0]
@@ -120,7 +120,7 @@ def test_doubt_by_hand() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "head", "isomorphic"])
-def test_select_is_its_contests(scope: str, vit: nn.Module) -> None:
+def test_select_equals_selection_per_candidate_pool(scope: str, vit: nn.Module) -> None:
     groups = find_groups(vit, ["attention"])
     source = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.shape, generator=source) for group in groups}
@@ -134,7 +134,7 @@ def test_select_is_its_contests(scope: str, vit: nn.Module) -> None:
             assert bool(values[stays].min() > values[~stays].max())
 
 
-def test_a_tiny_model_is_settled_to_its_exact_set(vit: nn.Module) -> None:
+def test_rescoring_of_a_tiny_model_gives_the_exact_selection(vit: nn.Module) -> None:
     kinds = {"ffn": "layer", "head": "layer", "residual": "layer"}
     groups, data = find_groups(vit, list(kinds)), batches(vit, 4, 4)
     setting = context(confidence=1 - 1e-9, fisher_directions=4)
@@ -158,7 +158,7 @@ def test_a_tiny_model_is_settled_to_its_exact_set(vit: nn.Module) -> None:
         rescore(vit, groups, [], scores, fields, setting)
 
 
-def test_the_default_method_settles_every_cycle(vit: nn.Module) -> None:
+def test_upvits_rescores_in_every_cycle(vit: nn.Module) -> None:
     plan = plan_for("upvits", {"ffn": 0.5, "attention": 0.25}, cycles=2)
     cycles = list(prune_cycles(vit, plan, batches(vit, 2, 4)))
     assert [cycle.facts["images"] for cycle in cycles] == [8, 8]
@@ -171,7 +171,7 @@ def test_the_default_method_settles_every_cycle(vit: nn.Module) -> None:
     assert pruned.blocks[0].mlp.fc1.out_features == 144
 
 
-def test_the_mask_stage_settles(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_the_mask_stage_rescores(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     project = project_in(tmp_path / "one", method="upvits", sparsity={"ffn": 0.5}, cycles=1)
     for stage in ORDER[:5]:
         monkeypatch.chdir(project)
@@ -183,6 +183,6 @@ def test_the_mask_stage_settles(monkeypatch: pytest.MonkeyPatch, tmp_path) -> No
 
 
 @pytest.mark.parametrize(("sparsity", "cycles"), [(0.0, 1), ({"head": 0.34}, 3)])
-def test_where_nothing_goes_there_is_nothing_to_settle(vit: nn.Module, sparsity: object, cycles: int) -> None:
+def test_no_rescoring_at_zero_sparsity(vit: nn.Module, sparsity: object, cycles: int) -> None:
     found = list(prune_cycles(vit, plan_for("upvits", sparsity, cycles=cycles), batches(vit, 2, 4)))
     assert any(cycle.facts == {} for cycle in found)

@@ -52,7 +52,7 @@ def gone(cycle: Cycle) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "isomorphic", "macs"])
-def test_rules_hold_in_every_scope_and_the_first_that_fits_alone(scope: str) -> None:
+def test_rules_apply_in_every_scope_and_the_first_match_counts(scope: str) -> None:
     rules = [
         {"match": r"layers\.0\.blocks\.0\..*", "ignore": True},
         {"match": r"layers\.0\.blocks\.\d\.mlp", "sparsity": 0.25},
@@ -73,7 +73,7 @@ def test_rules_hold_in_every_scope_and_the_first_that_fits_alone(scope: str) -> 
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "module", "isomorphic"])
-def test_rules_hold_for_single_weights(scope: str) -> None:
+def test_rules_apply_to_single_weights(scope: str) -> None:
     rules = [
         {"match": r".*\.attn\.qkv\.weight", "ignore": True},
         {"match": r"blocks\.0\.mlp\..*", "sparsity": 0.75},
@@ -124,7 +124,7 @@ def test_blocks_keep_the_bounds_of_their_group() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "macs"])
-def test_over_cycles_zeros_only_grow_and_rules_come_with_them(scope: str) -> None:
+def test_rules_apply_in_every_cycle_and_masks_are_cumulative(scope: str) -> None:
     rules = [
         {"match": r"blocks\.0\.mlp", "sparsity": 0.75},
         {"match": r"blocks\.1\.mlp", "min_sparsity": 0.25, "max_sparsity": 0.5},
@@ -223,18 +223,18 @@ def test_a_multiple_per_kind() -> None:
         ),
     ],
 )
-def test_what_is_no_rule_or_width_is_refused(vit: nn.Module, settings: dict, why: str) -> None:
+def test_invalid_rules_and_widths_are_refused(vit: nn.Module, settings: dict, why: str) -> None:
     with pytest.raises(BadInput, match=why) as refused:
         prune(vit, "drawn", sparsity=0.5, **settings)
     assert "\n" not in str(refused.value)
 
 
-def test_a_width_needs_a_kind_that_has_one(vit: nn.Module) -> None:
+def test_round_to_is_refused_for_kinds_without_width(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^prune.round_to 8: of weight none is a width; set it to null$"):
         prune(vit, "magnitude", sparsity=0.5, round_to=8)
 
 
-def test_upvits_settles_under_rules_and_multiples(vit: nn.Module) -> None:
+def test_upvits_rescores_under_rules_and_multiples(vit: nn.Module) -> None:
     rules = [{"match": r"blocks\.1\.mlp", "sparsity": 0.25}, {"match": r"blocks\.0\.attn", "ignore": True}]
     pruned = prune(vit, "upvits", sparsity=0.5, calibration=batches(vit, 2, 4), rules=rules, round_to={"ffn": 32}).model
     assert [block.mlp.fc1.out_features for block in pruned.blocks] == [96, 160]  # of 144 the larger of 128 and 160
@@ -242,7 +242,7 @@ def test_upvits_settles_under_rules_and_multiples(vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("method", ["unit-obs", "corp", "upvits-global"])
-def test_methods_with_an_update_take_them_too(vit: nn.Module, method: str) -> None:
+def test_methods_with_an_update_support_rules_and_multiples(vit: nn.Module, method: str) -> None:
     rules = [{"match": r"blocks\.1\.mlp", "max_sparsity": 0.125}]
     pruned = prune(vit, method, sparsity={"ffn": 0.4}, calibration=batches(vit, 2, 8), rules=rules, round_to=8).model
     widths = [block.mlp.fc1.out_features for block in pruned.blocks]
@@ -250,7 +250,7 @@ def test_methods_with_an_update_take_them_too(vit: nn.Module, method: str) -> No
     assert all(width % 8 == 0 and width < 192 for width in widths[:1])
 
 
-def test_params_yaml_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_params_yaml_gives_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = [{"match": r"blocks\.0\..*", "ignore": True}, {"match": r".*\.mlp", "min_sparsity": 0.5}]
     prune_ = {"method": "channel-magnitude", "sparsity": 0.3, "kinds": ["ffn"], "round_to": {"ffn": 16}, "rules": rules}
     settings = {"dataset": {"source": "digits"}, "dense": {"start": "train"}, "prune": prune_}
@@ -289,7 +289,7 @@ def test_params_yaml_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("target", {"latency": 20}, "prune.target.latency: Input should be less than 1"),
     ],
 )
-def test_params_yaml_names_what_is_wrong(tmp_path: Path, key: str, value: object, why: str) -> None:
+def test_errors_in_params_yaml_are_named(tmp_path: Path, key: str, value: object, why: str) -> None:
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     raw["prune"] |= {"sparsity": None, key: value}
     path = tmp_path / "params.yaml"

@@ -38,13 +38,13 @@ def test_global_and_layer_are_a_naive_sort(levels: int) -> None:
         assert same(select(scores, share, "layer"), alone[0] | alone[1] | alone[2])
 
 
-def test_ties_go_by_position() -> None:
+def test_ties_are_broken_by_position() -> None:
     masks = select({"a": torch.ones(2, 2), "b": torch.ones(3)}, 0.7)  # round(0.7 * 7) = 5 of 7 go
     assert masks["a"].tolist() == [[False, False], [False, False]]
     assert masks["b"].tolist() == [False, True, True]
 
 
-def test_the_least_score_goes_by_hand() -> None:
+def test_the_lowest_score_is_removed_by_hand() -> None:
     masks = select({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 0.5])}, 0.5)
     assert masks["a"].tolist() == [True, False]
     assert masks["b"].tolist() == [True, False]
@@ -71,7 +71,7 @@ def test_counts_are_exact_when_all_scores_are_equal(name: str, scope: str) -> No
         assert all(mask.sum(1).tolist() == [mask.shape[1] // 2] * len(mask) for mask in masks.values())
 
 
-def test_scopes_differ_as_they_should() -> None:
+def test_scopes_select_different_masks() -> None:
     groups = find_groups(tiny("swin"), ["weight"])
     scale = {"attn.qkv.weight": 1.0, "attn.proj.weight": 3.0, "mlp.fc1.weight": 5.0, "mlp.fc2.weight": 7.0}
     scores = draw({g.name: g.shape for g in groups}, 0)
@@ -94,7 +94,7 @@ def test_scopes_differ_as_they_should() -> None:
     assert all(not torch.equal(flat[i], flat[j]) for i in range(4) for j in range(i))
 
 
-def test_isomorphic_pools_are_the_same_layer_of_every_block() -> None:
+def test_isomorphic_pools_contain_the_same_layer_of_every_block() -> None:
     groups = find_groups(tiny("vit"), ["weight", "ffn"])
     low = {g.name: torch.full(g.shape, 1.0 if "blocks.0" in g.name else 2.0) for g in groups}
     masks = select(low, 0.5, "isomorphic", groups)
@@ -119,7 +119,7 @@ def test_removed_units_stay_removed_and_count(scope: str) -> None:
         previous = masks
 
 
-def test_a_lower_sparsity_later_brings_nothing_back() -> None:
+def test_a_lower_sparsity_later_restores_nothing() -> None:
     first = select(draw(BARE, 0), 0.5)
     assert same(select(draw(BARE, 1), 0.2, previous=first), first)
 
@@ -148,7 +148,7 @@ def test_keep_at_least_holds_for_every_head() -> None:
     ]
 
 
-def test_head_ranks_every_row_alone() -> None:
+def test_scope_head_ranks_every_row_separately() -> None:
     masks = select({"a": torch.tensor([[1.0, 2.0, 3.0, 4.0], [40.0, 30.0, 20.0, 10.0]])}, 0.5, "head")
     assert masks["a"].tolist() == [[False, False, True, True], [True, True, False, False]]
     with pytest.raises(BadInput, match=r"^b: scope 'head' needs scores of shape \(heads, channels\)"):
@@ -156,7 +156,7 @@ def test_head_ranks_every_row_alone() -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2)])
-def test_n_of_m_is_legal_and_keeps_the_best(n: int, m: int) -> None:
+def test_n_of_m_is_valid_and_keeps_the_best(n: int, m: int) -> None:
     scores = draw({"w": (6, 16), "t": (8, 24)}, 0) | {"ties": torch.ones(4, 8)}
     masks = select(scores, 1 - n / m, f"{n}:{m}")
     for name, mask in masks.items():
@@ -183,7 +183,7 @@ def test_n_of_m_by_hand() -> None:
         ("2:3", 1 / 3, "w: rows of 10 weights cannot be divided into runs of 3"),
     ],
 )
-def test_n_of_m_that_cannot_be_is_refused(scope: str, sparsity: float, why: str) -> None:
+def test_invalid_n_of_m_is_refused(scope: str, sparsity: float, why: str) -> None:
     with pytest.raises(BadInput, match=why):
         select({"w": torch.ones(2, 10)}, sparsity, scope)
 

@@ -35,11 +35,11 @@ def refuse(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["vitprune", *words])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        told = capsys.readouterr().err
-        assert end.value.code == 2, told
-        assert told.count("\n") == 1
-        assert told.startswith("Error: ")
-        return told
+        message = capsys.readouterr().err
+        assert end.value.code == 2, message
+        assert message.count("\n") == 1
+        assert message.startswith("Error: ")
+        return message
 
     return run
 
@@ -57,7 +57,7 @@ def change(project: Path, key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("prune.sparsty", 0.5, "prune.sparsty: unknown key"),
         ("prune.cycles", "three", "prune.cycles: "),
@@ -70,15 +70,15 @@ def change(project: Path, key: str, value: object) -> None:
         ("calibrate.balance", "even", "calibrate.balance: "),
     ],
 )
-def test_invalid_params(project, refuse, key, value, told):
+def test_invalid_params(project, refuse, key, value, message):
     change(project, key, value)
-    assert told in refuse("dataset")
+    assert message in refuse("dataset")
     assert "params.yaml" in refuse("dataset")
     assert not (project / "data").exists()
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("prune.sparsity", {"residual": 0.5}, "prune.sparsity.residual: only ffn, attention are scored"),
         ("prune.method", "magic", "method 'magic': unknown"),
@@ -87,11 +87,11 @@ def test_invalid_params(project, refuse, key, value, told):
         ("prune.merge_heads_to", 2, "3 heads cannot merge into 2"),
     ],
 )
-def test_invalid_plans(project, refuse, key, value, told):
+def test_invalid_plans(project, refuse, key, value, message):
     for stage in ("dataset", "dense", "calibrate"):
         stages.run(stage, project)
     change(project, key, value)
-    assert told in refuse("score")
+    assert message in refuse("score")
 
 
 def test_missing_params_yaml(tmp_path, monkeypatch, refuse):
@@ -105,7 +105,7 @@ def test_a_missing_file_names_the_stage_that_writes_it(project, refuse):
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("parquet:here.parquet", "here.parquet: no such"),
         ("folder:here", "here: no such folder"),
@@ -113,9 +113,9 @@ def test_a_missing_file_names_the_stage_that_writes_it(project, refuse):
         ("hearsay", "hearsay"),
     ],
 )
-def test_a_missing_image_source(project, refuse, spec, told):
+def test_a_missing_image_source(project, refuse, spec, message):
     change(project, "dataset.source", spec)
-    assert told in refuse("dataset")
+    assert message in refuse("dataset")
 
 
 def test_a_missing_project(refuse):
@@ -125,9 +125,9 @@ def test_a_missing_project(refuse):
 def test_calibration_larger_than_the_data(project, refuse):
     stages.run("dataset", project)
     change(project, "calibrate.size", 5000)
-    told = refuse("calibrate")
-    assert "5000" in told
-    assert "1438" in told
+    message = refuse("calibrate")
+    assert "5000" in message
+    assert "1438" in message
 
 
 def test_a_checkpoint_of_another_shape(project, refuse):
@@ -137,8 +137,8 @@ def test_a_checkpoint_of_another_shape(project, refuse):
     save_file(weights | {"head.weight": torch.zeros(11, 48)}, "other.safetensors")
     change(project, "dense.checkpoint", "other.safetensors")
     change(project, "dense.start", "checkpoint")
-    told = refuse("dense")
-    assert "other.safetensors: weight head.weight has shape [11, 48], the model needs [10, 48]" in told
+    message = refuse("dense")
+    assert "other.safetensors: weight head.weight has shape [11, 48], the model needs [10, 48]" in message
 
 
 def test_a_broken_checkpoint(project, refuse):
@@ -162,8 +162,8 @@ def test_a_model_with_too_few_classes(project, refuse):
 
 
 def test_a_model_without_supported_modules_is_refused_by_name(refuse):
-    told = refuse("inspect", "test_nfnet")
-    assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights unchanged" in told
+    message = refuse("inspect", "test_nfnet")
+    assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights unchanged" in message
 
 
 def test_an_unsupported_module_is_named(project, refuse):
@@ -190,8 +190,8 @@ def test_a_full_disk(project, refuse):
         pytest.skip("needs the right to mount a small file system")
     try:
         (room / "params.yaml").write_text((project / "params.yaml").read_text())
-        told = refuse("dataset", "--project", str(room))
-        assert "No space left on device" in told
+        message = refuse("dataset", "--project", str(room))
+        assert "No space left on device" in message
         assert not list(room.rglob("*.parquet*"))
     finally:
         os.chdir(project)

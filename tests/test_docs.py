@@ -71,7 +71,7 @@ def test_the_packages_are_few_and_their_imports_have_no_cycle() -> None:
 @pytest.mark.pipeline
 def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
     page = (REPOSITORY / "docs/tutorial/index.md").read_text(encoding="utf-8")
-    place = tmp_path
+    directory = tmp_path
     for language, title, code in _blocks(page):
         if language == "yaml":
             path = tmp_path / title
@@ -79,10 +79,10 @@ def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
             continue
         command = [sys.executable, "-W", "ignore", "-c", code] if language == "python" else ["bash", "-euo", "pipefail"]
         script = f"{code}\npwd > {tmp_path}/place\n" if language == "bash" else None
-        done = subprocess.run(command, cwd=place, input=script, env=_environment(), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=directory, input=script, env=_environment(), capture_output=True, text=True)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         if language == "bash":
-            place = Path((tmp_path / "place").read_text().strip())
+            directory = Path((tmp_path / "place").read_text().strip())
     assert (tmp_path / "project/out/report/report.html").stat().st_size > 10_000
     assert done.stdout.splitlines()[-1] == "PASS"  # of the audit, the last block
 

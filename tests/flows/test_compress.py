@@ -83,39 +83,39 @@ def test_a_second_run_is_refused_in_one_line(project: Path) -> None:
 
 
 def test_files_left_by_a_kill_are_repaired(project: Path) -> None:
-    said: list[str] = []
+    output: list[str] = []
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
     lock, rwlock = project / "dvc.lock", project / ".dvc/tmp/rwlock"
-    whole = lock.read_text()
+    full = lock.read_text()
     (project / LOCKFILE_COPY).parent.mkdir()
     shutil.copyfile(lock, project / LOCKFILE_COPY)
-    lock.write_text(whole[: len(whole) // 2])
+    lock.write_text(full[: len(full) // 2])
     rwlock.write_text('{"write": {"/so')
     # its parent ends at once, as a killed flow would have
     subprocess.run(["sh", "-c", "sleep 600.25 &"], env=os.environ | {MARK: str(project)}, check=True)
     wait_for(lambda: sleepers(project), 10)
-    repair(project, said.append)
+    repair(project, output.append)
     wait_for(lambda: not processes_of(project), 10)
-    assert len(said) == 3
-    assert lock.read_text() == whole
+    assert len(output) == 3
+    assert lock.read_text() == full
     # the number of a dead DVC process, taken by a process that is not DVC
     held = {"write": {f"{project}/data/manifest.parquet": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}
     rwlock.write_text(str(held).replace("'", '"'))
-    repair(project, said.append)
+    repair(project, output.append)
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
     assert is_complete(lock)
 
 
 def test_a_truncated_run_cache_entry_is_deleted(project: Path) -> None:
-    said: list[str] = []
+    output: list[str] = []
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
     (entry,) = (project / ".dvc/cache/runs").glob("*/*/*")
     entry.unlink()
     os.utime(entry.parent, (0, 0))
     (project / "dvc.lock").unlink()
     assert reproduce("dataset", project, None, lambda line: None).exit_code != 0  # as long as it is there
-    repair(project, said.append)
-    assert said == ["removed 1 empty entries of DVC's run cache, left by a kill or a full disk"]
+    repair(project, output.append)
+    assert output == ["removed 1 empty entries of DVC's run cache, left by a kill or a full disk"]
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
 
 

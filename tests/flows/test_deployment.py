@@ -71,8 +71,8 @@ class Team:
 
     def runs(self) -> list[dict[str, Any]]:
         """The runs of the deployment that were asked for by hand, not by its schedule."""
-        wanted = {"deployments": {"name": {"any_": ["retrain"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 50}
-        return [run for run in self.servers.ask("/flow_runs/filter", wanted) if not run["auto_scheduled"]]
+        query = {"deployments": {"name": {"any_": ["retrain"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 50}
+        return [run for run in self.servers.ask("/flow_runs/filter", query) if not run["auto_scheduled"]]
 
     def champion(self) -> str:
         """The version that the alias names."""
@@ -95,7 +95,7 @@ class Webhook:
     """Its address, and what it has been told."""
 
     address: str
-    said: list[str]
+    messages: list[str]
 
 
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -112,11 +112,11 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Remote]
 @pytest.fixture(scope="module")
 def webhook() -> Iterator[Webhook]:
     """A webhook that keeps what it is told."""
-    said: list[str] = []
+    messages: list[str] = []
 
     class Listener(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            said.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
             self.send_response(200)
             self.end_headers()
 
@@ -125,7 +125,7 @@ def webhook() -> Iterator[Webhook]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield Webhook(f"http://127.0.0.1:{server.server_port}/planted-webhook-secret", said)
+        yield Webhook(f"http://127.0.0.1:{server.server_port}/planted-webhook-secret", messages)
         server.shutdown()
 
 
@@ -209,8 +209,8 @@ def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: 
 
 def test_servers_require_credentials(team: Team) -> None:
     prefect, mlflow = (team.servers.env[name] for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"))
-    asked = {f"{prefect}/flow_runs/filter": b"{}", f"{mlflow}/api/2.0/mlflow/registered-models/search": None}
-    for address, body in asked.items():
+    requests = {f"{prefect}/flow_runs/filter": b"{}", f"{mlflow}/api/2.0/mlflow/registered-models/search": None}
+    for address, body in requests.items():
         request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request)
@@ -220,8 +220,11 @@ def test_servers_require_credentials(team: Team) -> None:
 
 def test_the_server_schedules_runs_by_cron(team: Team) -> None:
     deadline = time.monotonic() + 180
-    wanted = {"deployments": {"name": {"any_": ["retrain"]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-    while not (planned := team.servers.ask("/flow_runs/filter", wanted)):
+    query = {
+        "deployments": {"name": {"any_": ["retrain"]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+    }
+    while not (planned := team.servers.ask("/flow_runs/filter", query)):
         assert time.monotonic() < deadline, "nothing is planned"
         time.sleep(1)
     due = sorted(datetime.fromisoformat(run["expected_start_time"]) for run in planned)
@@ -237,15 +240,15 @@ def test_a_run_without_heartbeat_is_set_to_crashed_and_reported(team: Team, webh
     finally:
         victim.kill()
         victim.wait()
-    assert "No sign of life" in wait_for_state(team, "CRASHED")
+    assert "No heartbeat" in wait_for_state(team, "CRASHED")
     failing = "import prefect; prefect.flow(lambda: 1 / 0, name='\"loser\"', flow_run_name='<b>')()"
     assert subprocess.run([sys.executable, "-c", failing], env=team.servers.env, capture_output=True).returncode
     deadline = time.monotonic() + 60
-    while len(webhook.said) < 2 and time.monotonic() < deadline:
+    while len(webhook.messages) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert [line.split()[0] for line in webhook.said] == ["victim", '"loser"']
-    assert "is Crashed: No sign of life" in webhook.said[0]
-    assert '"loser" <b> is Failed: Flow run encountered an exception: ZeroDivisionError' in webhook.said[1]
+    assert [line.split()[0] for line in webhook.messages] == ["victim", '"loser"']
+    assert "is Crashed: No heartbeat" in webhook.messages[0]
+    assert '"loser" <b> is Failed: Flow run encountered an exception: ZeroDivisionError' in webhook.messages[1]
 
 
 def test_a_killed_database_is_detected_and_killed_servers_restart(team: Team) -> None:
@@ -260,28 +263,28 @@ def test_a_killed_database_is_detected_and_killed_servers_restart(team: Team) ->
     assert team.champion() in ("", "1")
 
 
-def wait_for_state(team: Team, wanted: str) -> str:
+def wait_for_state(team: Team, expected: str) -> str:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         time.sleep(1)
         for run in team.servers.ask("/flow_runs/filter", {"flows": {"name": {"any_": ["victim"]}}}):
-            if run["state_type"] == wanted:
+            if run["state_type"] == expected:
                 return str(run["state"]["message"])
-    raise AssertionError(f"the run is not {wanted}")
+    raise AssertionError(f"the run is not {expected}")
 
 
 def found_secrets(team: Team) -> list[str]:
     """Files in which a planted secret stands, and databases."""
     files = [path for path in team.folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    found = [str(path) for path in files if PLANTED in path.read_bytes()]
+    result = [str(path) for path in files if PLANTED in path.read_bytes()]
     (psql,) = list(Path("/usr/lib/postgresql").glob("*/bin/pg_dump"))[-1:]
     for name in ("prefect", "mlflow"):
         address = ["-h", "127.0.0.1", "-p", team.servers.env["VITPRUNE_DB_PORT"], "-U", "vitprune", name]
         env = team.servers.env | {"PGPASSWORD": SECRETS["VITPRUNE_DB_PASSWORD"]}
         dump = subprocess.run([psql, *address], env=env, capture_output=True, check=True).stdout
         assert b"retrain" in dump or b"vitprune" in dump
-        found += [name] * (PLANTED in dump)
-    return found
+        result += [name] * (PLANTED in dump)
+    return result
 
 
 def git(where: Path, *words: str) -> str:

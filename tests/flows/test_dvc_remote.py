@@ -26,7 +26,9 @@ def project(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+def remote(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, str]]:
     """The address of a remote of the kind asked for, and the file of a key that opens it."""
     with contextlib.ExitStack() as stack:
         if request.param == "folder":
@@ -43,11 +45,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             yield "s3://team/store", ""
 
 
-@pytest.mark.parametrize("place", KINDS, indirect=True)
-def test_a_clone_pulls_a_run_and_computes_nothing(
-    project: Path, place: tuple[str, str], tmp_path: Path
-) -> None:
-    address, key = place
+@pytest.mark.parametrize("remote", KINDS, indirect=True)
+def test_a_clone_pulls_a_run_and_computes_nothing(project: Path, remote: tuple[str, str], tmp_path: Path) -> None:
+    address, key = remote
     mine, other = tmp_path / "mine", tmp_path / "elsewhere" / "clone"
     clone(project, mine)
     tiny_project.dvc(mine, "cache", "dir", "--local", str(project / ".dvc/cache"))
@@ -59,9 +59,9 @@ def test_a_clone_pulls_a_run_and_computes_nothing(
     if key:
         tiny_project.set_remote_key(other, key)
     tiny_project.dvc(other, "pull", "-q", "--run-cache")
-    said = tiny_project.dvc(other, "repro", "evaluate")
-    assert said.count("didn't change, skipping") == 9  # eight stages, and the images
-    assert "Running stage" not in said
+    output = tiny_project.dvc(other, "repro", "evaluate")
+    assert output.count("didn't change, skipping") == 9  # eight stages, and the images
+    assert "Running stage" not in output
     for name in ("metrics/evaluate.json", "out/distill/model.safetensors", "data/manifest.parquet"):
         assert (other / name).read_bytes() == (project / name).read_bytes()
     assert "up to date" in tiny_project.dvc(other, "status")

@@ -19,7 +19,7 @@ from vitprune.orchestration.tracking.journal import read_log
 pytestmark = pytest.mark.pipeline
 
 # in a process of its own, since MLflow warns where pytest takes warnings for errors
-LOOK = """
+READ_MLFLOW = """
 import hashlib, json, sys, tempfile
 from pathlib import Path
 from mlflow import MlflowClient
@@ -52,7 +52,7 @@ from vitprune.orchestration.tracking.store import open_client
 look = MlflowClient.get_experiment_by_name
 def too_early(self, name):
     MlflowClient.get_experiment_by_name = look
-    found = look(self, name)
+    found = read_mlflow(self, name)
     MlflowClient(tracking_uri=self.tracking_uri).create_experiment(name)
     return found
 MlflowClient.get_experiment_by_name = too_early
@@ -61,8 +61,8 @@ print(client.get_experiment(experiment).name)
 """
 
 
-def look(uri: str) -> dict[str, list[dict]]:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LOOK, uri], capture_output=True, text=True)
+def read_mlflow(uri: str) -> dict[str, list[dict]]:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", READ_MLFLOW, uri], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -141,7 +141,7 @@ def test_a_repeated_upload_is_idempotent(project: Path, address: str, server: Pa
     assert replay(project, address)[1] == "nothing to upload\n"
     assert not list((project / ".vitprune/spool").iterdir())
 
-    seen = look(address)
+    seen = read_mlflow(address)
     first, second = ([r for r in seen["runs"] if r["tags"]["vitprune.key"].startswith(k)] for k in ("first", "second"))
     assert len(first) == 1 + len(STAGES) + cycles
     assert len(second) == 1 + len(STAGES)
@@ -186,10 +186,10 @@ def check_cached(runs: list[dict], computed: dict[str, str]) -> None:
 def test_concurrent_first_uses_of_the_local_store_are_safe(project: Path) -> None:
     record(project, "first", cached=True)  # computed by `dvc repro` before: no run to point at, so it holds the files
     both = [start_replay(project, None) for _ in range(2)]
-    said = sorted(process.communicate(timeout=180)[0] for process in both)
+    output = sorted(process.communicate(timeout=180)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert said == ["nothing to upload\n", f"uploaded 1 run to sqlite:///{project}/mlflow.db\n"]
-    seen = look(f"sqlite:///{project}/mlflow.db")
+    assert output == ["nothing to upload\n", f"uploaded 1 run to sqlite:///{project}/mlflow.db\n"]
+    seen = read_mlflow(f"sqlite:///{project}/mlflow.db")
     assert {run["name"] for run in seen["runs"] if run["status"] == "FINISHED"} >= {
         "compress-first",
         *STAGES,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.flows.test_mlflow import look
+from tests.flows.test_mlflow import read_mlflow
 from tests.support import shell_pipeline
 from tests.support.shell_pipeline import processes_of, sleepers, wait_for
 from vitprune.orchestration.execution.lock_and_repair import exclusive
@@ -19,9 +19,9 @@ from vitprune.orchestration.execution.worktrees import WorktreeError, project_st
 pytestmark = pytest.mark.pipeline
 GIT = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
 RUNS = [f"{method}-sparsity-{share}" for method in ("channel-magnitude", "channel-taylor") for share in (0.3, 0.5)]
-NO_LUCK = """
+FAIL_ONE_RUN = """
 if [ $stage = prune ] && [ ! -f mended ] && grep -q 'sparsity: 0.5' params.yaml && grep -q channel-taylor params.yaml
-then echo 'Error: no luck' >&2; exit 2; fi
+then echo 'Error: planned failure' >&2; exit 2; fi
 """
 
 
@@ -34,7 +34,7 @@ def commit(project: Path) -> None:
 def project(tmp_path: Path) -> Path:
     """Of toy stages, one of which fails for one run of the sweep; it says in a file what has run."""
     made = shell_pipeline.make(tmp_path / "project")
-    script = (made / "stage.sh").read_text().replace("stage=$1; shift\n", "stage=$1; shift\n" + NO_LUCK)
+    script = (made / "stage.sh").read_text().replace("stage=$1; shift\n", "stage=$1; shift\n" + FAIL_ONE_RUN)
     (made / "stage.sh").write_text(script.replace('echo "$stage begins"', f'echo "$stage $PWD" >> {tmp_path}/ran'))
     (made / "sweep.yaml").write_text(
         yaml.safe_dump({"methods": ["channel-magnitude", "channel-taylor"], "targets": [0.3, 0.5]})
@@ -56,37 +56,37 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
 
 def test_a_killed_sweep_resumes_and_names_failed_runs(project: Path, server: str, tmp_path: Path) -> None:
     folder, out = project / ".vitprune/sweeps/sweep", project / "out/sweeps/sweep"
-    places = {run: folder / "runs" / run for run in RUNS}
+    worktrees = {run: folder / "runs" / run for run in RUNS}
     (project / "sleep_dense").touch()
     killed = start(project, str(project / "sweep.yaml"), PREFECT_API_URL=server)
-    wait_for(lambda: sleepers(places[RUNS[0]]), 300)
+    wait_for(lambda: sleepers(worktrees[RUNS[0]]), 300)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     (project / "sleep_dense").unlink()
 
     code, _, err = finish(start(project, str(project / "sweep.yaml"), "--jobs", "2", PREFECT_API_URL=server))
     assert code == 1
-    assert f"Error: 1 of 4 runs failed: {RUNS[3]} (prune: no luck)\n" in err
-    assert processes_of(places[RUNS[0]]) == []
+    assert f"Error: 1 of 4 runs failed: {RUNS[3]} (prune: planned failure)\n" in err
+    assert processes_of(worktrees[RUNS[0]]) == []
     ran = (tmp_path / "ran").read_text().splitlines()
     for common in ("dataset", "calibrate"):
-        assert [line.split()[1] for line in ran if line.startswith(common)] == [str(places[RUNS[0]])]
-    assert "- channel-taylor-sparsity-0.5: prune: no luck\n" in (out / "sweep.md").read_text()
+        assert [line.split()[1] for line in ran if line.startswith(common)] == [str(worktrees[RUNS[0]])]
+    assert "- channel-taylor-sparsity-0.5: prune: planned failure\n" in (out / "sweep.md").read_text()
     assert {path.name for path in out.iterdir()} == {
         "pareto.png", "pareto.svg", "sweep.html", "sweep.md", "sweep.parquet"
     }  # fmt: skip
 
     (project / "mended").touch()
-    code, said, err = finish(start(project, str(project / "sweep.yaml"), PREFECT_API_URL=server))
+    code, output, err = finish(start(project, str(project / "sweep.yaml"), PREFECT_API_URL=server))
     assert code == 0, err
-    assert (said + err).count("already finished") == 3
+    assert (output + err).count("already finished") == 3
     more = (tmp_path / "ran").read_text().splitlines()[len(ran) :]
     # distill, evaluate and export do not depend on the settings of prune: the toy's other runs have the same inputs
     assert [line.split()[0] for line in more] == ["prune", "report"]
-    assert {line.split()[1] for line in more} == {str(places[RUNS[3]])}
+    assert {line.split()[1] for line in more} == {str(worktrees[RUNS[3]])}
     assert not (project / "dvc.lock").exists()  # the project's own stages are as they were
 
-    runs = look(f"sqlite:///{project / 'mlflow.db'}")["runs"]
+    runs = read_mlflow(f"sqlite:///{project / 'mlflow.db'}")["runs"]
     (above,) = [run for run in runs if run["name"] == "sweep"]
     below = [run for run in runs if run["tags"].get("mlflow.parentRunId") == above["id"]]
     assert {run["name"] for run in below} == set(RUNS)

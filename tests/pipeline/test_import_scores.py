@@ -35,8 +35,8 @@ def drawn(units: int, median: float, spread: float, seed: int, noise: float = 0.
 def naive_list(scores: list[float], remove: int, runs: int = 1) -> list[int]:
     """The ranking in plain Python: sort each run of consecutive units, stably, and name the first ones."""
     size = len(scores) // runs
-    places = [range(run * size, (run + 1) * size) for run in range(runs)]
-    return [unit for place in places for unit in sorted(place, key=lambda at: scores[at])[: remove // runs]]
+    positions = [range(run * size, (run + 1) * size) for run in range(runs)]
+    return [unit for index in positions for unit in sorted(index, key=lambda at: scores[at])[: remove // runs]]
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
@@ -48,11 +48,11 @@ def test_scores_by_hand(tmp_path: Path) -> None:
 
 def test_authors_parsing_misreads_exponents(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", ["0.3", "4.1e-05", "0.2", "8.5e-06", "0.1", "0.1"])
-    found = {}
+    result = {}
     for parsing in ("correct", "authors_compat"):
         scores = {"a": read_scores(path, parsing)}
-        found[parsing] = removal_lists(scores, select(scores, 0.5, "layer"))["a"]
-    assert found == {"correct": [3, 1, 4], "authors_compat": [4, 5, 2]}
+        result[parsing] = removal_lists(scores, select(scores, 0.5, "layer"))["a"]
+    assert result == {"correct": [3, 1, 4], "authors_compat": [4, 5, 2]}
 
 
 def test_lists_of_merged_heads_by_hand() -> None:
@@ -78,17 +78,17 @@ def test_lists_of_deit_base(tmp_path: Path, kept: int, heads: int, parsing: str)
     groups = merge_heads(base, find_groups(base, ["residual", "attention", "ffn"]), heads)
     scores = read_all(tmp_path, groups, parsing)
     masks = masks_at(groups, scores, 1 - kept / 768)
-    found = removal_lists(scores, masks)
+    result = removal_lists(scores, masks)
     for group in groups:
         parsed = scores[group.name].flatten().tolist()
-        assert found[group.name] == naive_list(
+        assert result[group.name] == naive_list(
             parsed, group.units * (768 - kept) // 768, group.shape[0] if len(group.shape) > 1 else 1
         )
-        again = read_mask(write(tmp_path / "index.txt", found[group.name]), group)
+        again = read_mask(write(tmp_path / "index.txt", result[group.name]), group)
         assert torch.equal(again, masks[group.name])
         if parsing == "correct":
             assert parsed == lists[group.name]
-    assert {len(runs(found[f"blocks.{block}.attn"], 768 // heads)) for block in range(12)} == {heads}
+    assert {len(runs(result[f"blocks.{block}.attn"], 768 // heads)) for block in range(12)} == {heads}
     shrink(base, groups, masks)
     assert sum(p.numel() for p in base.parameters()) == {192: 5_717_416, 384: 22_050_664}[kept]
 
@@ -102,12 +102,12 @@ def masks_at(groups: list[Group], scores: dict[str, Tensor], share: float) -> di
 
 def runs(units: list[int], width: int) -> list[list[int]]:
     """Neighbours of one merged head, in the order of the list."""
-    found: list[list[int]] = []
+    result: list[list[int]] = []
     for unit in units:
-        if not found or found[-1][-1] // width != unit // width:
-            found.append([])
-        found[-1].append(unit)
-    return found
+        if not result or result[-1][-1] // width != unit // width:
+            result.append([])
+        result[-1].append(unit)
+    return result
 
 
 @pytest.mark.parametrize(

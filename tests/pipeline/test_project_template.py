@@ -39,7 +39,7 @@ def write_folder(root: Path, names: str = "ab") -> Path:
     digits = data.open_source("digits")
     for label, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        for number in [row for row, found in enumerate(digits.labels) if found == label][:6]:
+        for number in [row for row, result in enumerate(digits.labels) if result == label][:6]:
             (root / name / f"{number}.png").write_bytes(digits.read(digits.ids[number]))
     return root
 

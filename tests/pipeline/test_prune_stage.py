@@ -110,15 +110,15 @@ def test_the_learning_rate_decays_over_the_run_or_in_every_cycle(vit: nn.Module)
 def test_kept_optimizer_state_equals_uninterrupted_training(optimizer: str) -> None:
     """Two trainings of one epoch, the second at the rate of the first, against one of two epochs."""
     recipe = TrainConfig(epochs=1, lr=0.01, decay="linear", decay_over="run", optimizer=optimizer)
-    found = []
+    result = []
     for parts in ([2], [1, 1]):
         model, memory, before = tiny("vit"), {}, 0
         held = halved(model)
         for epochs in parts:
             fit(model, recipe.model_copy(update={"epochs": epochs}), held, ScheduleSpan(before, 6, memory))
             before += 3 * epochs
-        found.append(state(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        result.append(state(model))
+    assert all(torch.equal(result[0][name], result[1][name]) for name in result[0])
 
 
 def test_optimizer_state_of_newly_pruned_weights_is_zeroed(vit: nn.Module, optimizers: list[Any]) -> None:
@@ -154,11 +154,11 @@ def compensating(model: nn.Module, groups: list, data: object, setting: ScoringC
     """Magnitude, and an update that moves every weight, gone or not, by what its row loses."""
 
     def update(masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
+        result = {}
         for name, mask in masks.items():
             weight = model.get_parameter(name).detach()
-            found[name] = weight + (weight * ~mask).mean(1, keepdim=True) + 1e-3
-        return found
+            result[name] = weight + (weight * ~mask).mean(1, keepdim=True) + 1e-3
+        return result
 
     return Importance(by_weights.magnitude(model, groups, data, setting).scores, update)
 
@@ -175,10 +175,10 @@ def test_zeros_only_grow_over_four_cycles_with_and_without_update(
     for cycle in prune_cycles(vit, plan, batches(vit, 2, 8)):
         fit(vit, recipe, FrozenZeros(cycle.zeroed, cycle.masks))
         now = {group.name: vit.get_parameter(group.name).detach() == 0 for group in cycle.groups}
-        assert all(torch.equal(gone, ~cycle.masks[name]) for name, gone in now.items())
-        assert all(bool(now[name][gone].all()) for name, gone in before.items())
+        assert all(torch.equal(removed, ~cycle.masks[name]) for name, removed in now.items())
+        assert all(bool(now[name][removed].all()) for name, removed in before.items())
         before = now
-        zeros.append(sum(int(gone.sum()) for gone in now.values()))
+        zeros.append(sum(int(removed.sum()) for removed in now.values()))
     assert zeros == [int(share * 55296 + 0.5) for share in STEPS]
 
 
@@ -216,8 +216,8 @@ def test_every_cycle_saves_its_fine_tuned_model(monkeypatch: pytest.MonkeyPatch,
         folder = tmp_path / f"out/cycles/{cycle:02d}"
         facts, model = json.loads((folder / "metrics.json").read_text()), models.load(folder)
         table = table or open_images("eval", model, load(Path("params.yaml")))
-        found = accuracy(model, vitprune.data.eval_batches(table, 256))[0]["top1"]
-        assert (found, sha256(folder / models.WEIGHTS)) == (facts["top1_after"], facts["sha256"])
+        result = accuracy(model, vitprune.data.eval_batches(table, 256))[0]["top1"]
+        assert (result, sha256(folder / models.WEIGHTS)) == (facts["top1_after"], facts["sha256"])
         masks = load_file(folder / "masks.safetensors")
         assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in masks.items())
         units = sum(mask.numel() for mask in masks.values())

@@ -46,12 +46,12 @@ def test_a_pvt_is_pruned_and_distilled_by_features(monkeypatch, tmp_path: Path) 
         monkeypatch.chdir(project)
         stages.run(stage, project)
     names = ("prune", "evaluate", "export")
-    told = {name: json.loads((project / f"metrics/{name}.json").read_text()) for name in names}
-    dense, taught = told["evaluate"]["dense"], told["evaluate"]["pruned"]
+    message = {name: json.loads((project / f"metrics/{name}.json").read_text()) for name in names}
+    dense, taught = message["evaluate"]["dense"], message["evaluate"]["pruned"]
     assert dense["top1"] > 70
-    assert taught["top1"] > told["prune"]["top1"] + 5
-    assert told["evaluate"]["kept"]["macs"] < 0.55
-    assert told["export"]["timm"] == {"loads_plain_timm": True, "max_abs_diff": 0.0}
+    assert taught["top1"] > message["prune"]["top1"] + 5
+    assert message["evaluate"]["kept"]["macs"] < 0.55
+    assert message["export"]["timm"] == {"loads_plain_timm": True, "max_abs_diff": 0.0}
     model, x = vitprune.load(project / "out/distill"), torch.randn(2, 1, 32, 32)
     assert not any(isinstance(module, NarrowPvtAttention) for module in model.modules())
     plain = timm.create_model(f"local-dir:{project / 'out/export/timm'}", pretrained=True).eval()

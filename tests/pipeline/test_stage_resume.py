@@ -78,19 +78,19 @@ def test_stages_interrupted_at_file_writes_give_identical_results(
     monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project", **prune)
     expected = ends(project)
-    left, save = [0], CheckpointStore.save
+    remaining, save = [0], CheckpointStore.save
 
     def breaking(*args, **kwargs):
         saved = save(*args, **kwargs)
-        left[0] -= 1
-        if not left[0]:
+        remaining[0] -= 1
+        if not remaining[0]:
             raise Broken
         return saved
 
     monkeypatch.setattr(CheckpointStore, "save", breaking)
     for stage, number in [("prune", 1), ("prune", 4), ("prune", 8), ("distill", 2)]:
         emptied(project, stage)
-        left[0] = number
+        remaining[0] = number
         with pytest.raises(Broken):
             stages.run(stage, project)
         if (stage, number) in [("prune", 8), ("distill", 2)]:
@@ -106,12 +106,12 @@ def test_a_lost_cycle_is_computed_again(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project")
-    expected, write, left = ends(project), Checkpointer.write, [8]
+    expected, write, remaining = ends(project), Checkpointer.write, [8]
 
     def breaking(saver, snapshot):
         write(saver, snapshot)
-        left[0] -= 1
-        if not left[0]:
+        remaining[0] -= 1
+        if not remaining[0]:
             raise Broken
 
     monkeypatch.setattr(Checkpointer, "write", breaking)
@@ -128,7 +128,7 @@ def test_a_lost_cycle_is_computed_again(
     weights = work / "01-done/000001/model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     emptied(project, "prune")
-    starts = left[0] = 0
+    starts = remaining[0] = 0
     assert ends(project) == expected
     assert starts == 0
     assert f"{weights.relative_to(project)}: checksum mismatch; ignored" in capsys.readouterr().err
@@ -160,11 +160,11 @@ def test_a_bad_batch_is_named_and_the_last_checkpoint_is_kept(tmp_path: Path, mo
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     with pytest.raises(BadInput, match=r"^recovery after cycle 1, epoch 1, step 2: the loss is ") as refused:
         stages.run("prune", project)
-    told = str(refused.value)
-    assert "\n" not in told
+    message = str(refused.value)
+    assert "\n" not in message
     table = open_images("train", models.load("out/dense"), load(Path("params.yaml")))
     ids = data.batch_ids(table, 512, 1000, 0, 1)
-    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last checkpoint is {KEPT}/prune-" in told
+    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last checkpoint is {KEPT}/prune-" in message
     images, _ = list(data.train_batches(table, 512, 1000, 0))[1]
     assert len(ids) == len(images) == len(set(ids))
 
@@ -206,10 +206,10 @@ def test_sigkill_and_sigterm_while_a_stage_runs(tmp_path: Path, monkeypatch: pyt
     ended = start(project, "prune", "60")  # SIGTERM, long before the next is due
     wait_for(ended, lambda: lines(project / "out/prune/history.jsonl") > 4)
     ended.terminate()
-    told = ended.communicate(timeout=300)[1]
-    assert ended.returncode == 143, told
-    assert told.startswith("Error: stopped by SIGTERM, checkpoint saved at epoch ")
-    assert told.count("\n") == 1
+    message = ended.communicate(timeout=300)[1]
+    assert ended.returncode == 143, message
+    assert message.startswith("Error: stopped by SIGTERM, checkpoint saved at epoch ")
+    assert message.count("\n") == 1
     emptied(project, "prune")
     stages.run("prune", project)
     assert written(project) == expected

@@ -36,9 +36,9 @@ def weights_of(project: Path, stage: str = "distill") -> dict:
 
 def test_the_same_seed_twice_gives_bit_identical_masks_and_weights(finish):
     one, two = (finish(name, until="distill") for name in ("one", "two"))
-    found = sorted(path.relative_to(one) for path in (one / "out").rglob("*") if path.is_file())
-    assert len(found) > 15
-    assert [sha256(one / path) for path in found] == [sha256(two / path) for path in found]
+    result = sorted(path.relative_to(one) for path in (one / "out").rglob("*") if path.is_file())
+    assert len(result) > 15
+    assert [sha256(one / path) for path in result] == [sha256(two / path) for path in result]
 
 
 def test_another_seed_gives_other_weights(finish):
@@ -123,8 +123,8 @@ def test_the_stages_on_real_images_and_weights(monkeypatch, tmp_path, real_data)
     monkeypatch.chdir(tmp_path)
     for stage in ORDER:
         stages.run(stage, tmp_path)
-    found = json.loads((tmp_path / "metrics/evaluate.json").read_text())
-    assert found["dense"]["top1"] > 75
-    assert 40 < found["pruned"]["top1"] < found["dense"]["top1"]
-    assert found["dense"]["params"] == 5_717_416
-    assert found["pruned"]["params"] == 5_717_416 - 12 * 192 * (192 + 192 + 1)
+    result = json.loads((tmp_path / "metrics/evaluate.json").read_text())
+    assert result["dense"]["top1"] > 75
+    assert 40 < result["pruned"]["top1"] < result["dense"]["top1"]
+    assert result["dense"]["params"] == 5_717_416
+    assert result["pruned"]["params"] == 5_717_416 - 12 * 192 * (192 + 192 + 1)

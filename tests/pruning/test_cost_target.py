@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("drawn")
 
 
 def nonzero(model: nn.Module, what: str) -> int:
-    found = count(model, example_input(model, 1))
-    return found.nonzero_params if what == "params" else found.nonzero_macs
+    result = count(model, example_input(model, 1))
+    return result.nonzero_params if what == "params" else result.nonzero_macs
 
 
 @pytest.mark.parametrize("what", ["params", "macs"])
@@ -45,10 +45,10 @@ def nonzero(model: nn.Module, what: str) -> int:
 )
 def test_a_target_is_reached_from_below_by_less_than_one_unit(name: str, settings: dict, what: str) -> None:
     model = tiny(name)
-    limit, whole = 0.6, cost(model, what)
+    limit, full = 0.6, cost(model, what)
     settings = {"sparsity": None} | settings
     pruned = prune(model, "drawn", target={what: limit}, **settings).model
-    reached = cost(pruned, what) / whole
+    reached = cost(pruned, what) / full
     assert reached <= limit
     kinds = plan_for("drawn", **settings, target={what: limit}).sparsity
     groups = merge_heads(model, find_groups(model, kinds), settings.get("merge_heads_to"))
@@ -74,11 +74,11 @@ def largest_step(model: nn.Module, groups: list, what: str, pooled: bool) -> flo
 @pytest.mark.parametrize("what", ["params", "macs"])
 @pytest.mark.parametrize("method", ["magnitude", "uniform", "dimap"])
 def test_single_weights_count_nonzero_values(vit: nn.Module, method: str, what: str) -> None:
-    whole = nonzero(vit, what)
+    full = nonzero(vit, what)
     pruned = prune(vit, method, target={what: 0.4}).model
-    reached = nonzero(pruned, what) / whole
+    reached = nonzero(pruned, what) / full
     pools, tokens = {"magnitude": 1, "uniform": 8, "dimap": 3}[method], 17
-    assert 0 <= 0.4 - reached <= pools * (tokens if what == "macs" else 1) / whole
+    assert 0 <= 0.4 - reached <= pools * (tokens if what == "macs" else 1) / full
 
 
 def test_the_cost_model_equals_the_count_of_the_shrunk_model(vit: nn.Module) -> None:
@@ -108,9 +108,9 @@ def test_sparsities_per_kind_are_relative_with_a_target(vit: nn.Module) -> None:
 
 
 def test_cycles_approach_the_target_on_the_schedule(vit: nn.Module) -> None:
-    whole, seen = cost(vit, "macs"), []
+    full, seen = cost(vit, "macs"), []
     for cycle in prune_cycles(vit, plan_for("drawn", None, cycles=3, schedule="linear", target={"macs": 0.4}), ()):
-        reached = cost(vit, "macs") / whole
+        reached = cost(vit, "macs") / full
         seen.append((cycle.cost["macs"]["target"], reached))
         assert cycle.cost["macs"]["reached"] == reached
         assert set(cycle.target) == {"ffn", "attention"}
@@ -120,10 +120,10 @@ def test_cycles_approach_the_target_on_the_schedule(vit: nn.Module) -> None:
 
 def test_blocks_are_removed_one_by_one_until_the_target_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("odd")
-    whole = cost(model, "macs")
+    full = cost(model, "macs")
     (cycle,) = prune_cycles(model, plan_for("upvits-blocks", None, target={"macs": 0.5}), batches(model, 1))
     assert len(model.blocks) == 1
-    assert cycle.cost["macs"]["reached"] == cost(model, "macs") / whole <= 0.5
+    assert cycle.cost["macs"]["reached"] == cost(model, "macs") / full <= 0.5
     other = tiny("odd")
     groups, plan = find_groups(other, ["block"]), plan_for("upvits-blocks", None, target={"macs": 0.5})
     scores = by_kl.leave_one_out_kl(other, groups, batches(other, 1), plan.context(0)).scores
@@ -139,8 +139,8 @@ def test_bisection_by_hand() -> None:
     def share_of(masks: dict[str, Tensor]) -> float:
         return float(masks["a"].sum()) / 10
 
-    left = [int(masks_at(solve(masks_at, share_of, limit))["a"].sum()) for limit in (0.95, 0.5, 0.49, 0.1, 0.0)]
-    assert left == [9, 5, 4, 1, 0]
+    remaining = [int(masks_at(solve(masks_at, share_of, limit))["a"].sum()) for limit in (0.95, 0.5, 0.49, 0.1, 0.0)]
+    assert remaining == [9, 5, 4, 1, 0]
     assert solve(masks_at, share_of, 1.0) == 0.0
     with pytest.raises(BadInput, match=r"^prune.target: 0.2 of the dense model .* the smallest is 0.3000$"):
         solve(masks_at, lambda masks: 0.3 + share_of(masks), 0.2)
@@ -218,8 +218,8 @@ def test_the_mask_stage_writes_the_resolved_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
 ) -> None:
     model = {"name": "vit_tiny_patch16_224", "args": VIT}
-    whole = cost(tiny("vit"), "params")
-    target = {"params": f"{0.7 * whole / 1000}K" if absolute else 0.7}
+    full = cost(tiny("vit"), "params")
+    target = {"params": f"{0.7 * full / 1000}K" if absolute else 0.7}
     prune_ = {"method": "channel-magnitude", "kinds": ["ffn"], "sparsity": None, "target": target}
     settings = {"dataset": {"source": "digits"}, "model": model, "dense": {"start": "train"}, "prune": prune_}
     monkeypatch.chdir(tmp_path)
@@ -233,8 +233,8 @@ def test_the_mask_stage_writes_the_resolved_target(
     mask_stage.run(Params.model_validate(settings))
     facts = json.loads(Path("metrics/mask.json").read_text())
     shrink(dense, groups, read_weights(tmp_path / "out/mask/masks.safetensors"))
-    reached = cost(dense, "params") / whole
-    found = {"target": round(0.7 * whole), "reached": cost(dense, "params"), "dense": whole}
-    assert facts["cost"] == {"params": found if absolute else {"target": 0.7, "reached": reached}}
+    reached = cost(dense, "params") / full
+    result = {"target": round(0.7 * full), "reached": cost(dense, "params"), "dense": full}
+    assert facts["cost"] == {"params": result if absolute else {"target": 0.7, "reached": reached}}
     assert facts["target"]["ffn"] == pytest.approx(facts["sparsity"]["ffn"], abs=1 / 192)
     assert 0.69 < reached <= 0.7

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.model_zoo import answer, batches, images, same_state, state, tiny
+from tests.support.model_zoo import batches, eval_logits, images, same_state, state, tiny
 from tests.support.plans import plan_for
 from tests.support.reference_kl import literal_vit
 from vitprune import METHODS, BadInput, find_groups, prune, score, shrink, zero
@@ -81,9 +81,9 @@ def test_shrinking_in_steps_equals_shrinking_once_by_the_last_masks(vit: nn.Modu
     for name in now:
         torch.testing.assert_close(now[name], expected[name], **CLOSE)
     x = images(vit)
-    torch.testing.assert_close(answer(vit, x), answer(once, x), **CLOSE)
+    torch.testing.assert_close(eval_logits(vit, x), eval_logits(once, x), **CLOSE)
     if "head" not in sparsity:
-        torch.testing.assert_close(answer(vit, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
+        torch.testing.assert_close(eval_logits(vit, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
     assert grow(cycles)
 
 
@@ -94,7 +94,7 @@ def test_shrinking_merged_heads_in_steps() -> None:
     masks = cycles[-1].masks
     assert {n: tuple(m.shape) for n, m in masks.items()} == {"blocks.0.attn": (1, 48), "blocks.1.attn": (1, 48)}
     assert [(b.attn.num_heads, b.attn.head_dim) for b in model.blocks] == [(1, 14), (1, 14)]
-    torch.testing.assert_close(answer(model, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
+    torch.testing.assert_close(eval_logits(model, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
 
 
 def test_shrinking_swin_in_steps(swin: nn.Module) -> None:
@@ -102,7 +102,7 @@ def test_shrinking_swin_in_steps(swin: nn.Module) -> None:
     cycles = run(swin, "channel-taylor", {"attention": 0.5, "ffn": 0.5}, batches(swin), cycles=3, scope="global")
     shrink(once, find_groups(once, ["attention", "ffn"]), cycles[-1].masks)
     x = images(swin)
-    torch.testing.assert_close(answer(swin, x), answer(once, x), **CLOSE)
+    torch.testing.assert_close(eval_logits(swin, x), eval_logits(once, x), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["ffn", "head"])
@@ -127,9 +127,9 @@ def test_scores_and_groups_are_in_the_coordinates_of_the_dense_model(vit: nn.Mod
     expected = score(dense, find_groups(dense, ["ffn"]), "magnitude")
     for cycle in run(vit, "channel-magnitude", {"ffn": 0.6}, cycles=3):
         assert [g.shape for g in cycle.groups] == [(192,), (192,)]
-        for name, found in cycle.scores.items():
-            scored = found != 0
-            torch.testing.assert_close(found[scored], expected[name][scored])
+        for name, result in cycle.scores.items():
+            scored = result != 0
+            torch.testing.assert_close(result[scored], expected[name][scored])
             assert not bool((cycle.masks[name] & ~scored).any())
     assert int((~scored).sum()) == 111  # what the first two of three cubic cycles removed: 0.6 * (1 - 1/27) of 192
     assert cycle.zeroed == []
@@ -155,8 +155,10 @@ def test_an_update_is_applied_before_shrinking(vit: nn.Module, monkeypatch: pyte
         def update(masks):
             seen.append({name: tuple(mask.shape) for name, mask in masks.items()})
             doubled = {f"{name}.fc2.weight": 2 * model.get_parameter(f"{name}.fc2.weight") for name in masks}
-            left = {n: torch.full_like(model.get_parameter(f"{n}.fc2.bias"), float(m.sum())) for n, m in masks.items()}
-            return doubled | {f"{name}.fc2.bias": value for name, value in left.items()}
+            remaining = {
+                n: torch.full_like(model.get_parameter(f"{n}.fc2.bias"), float(m.sum())) for n, m in masks.items()
+            }
+            return doubled | {f"{name}.fc2.bias": value for name, value in remaining.items()}
 
         return Importance(by_weights.magnitude(model, groups, data, setting).scores, update)
 
@@ -202,7 +204,7 @@ def test_every_method_prunes_a_vit_and_leaves_it_untouched() -> None:
         else:
             width = 8 if "attention" in row.kinds else 16
             assert [(b.attn.head_dim, b.mlp.fc1.out_features) for b in pruned.blocks] == [(width, 12)] * 2
-        assert answer(pruned, x).shape == (3, 7)
+        assert eval_logits(pruned, x).shape == (3, 7)
 
 
 def test_prune_takes_a_sparsity_per_kind(vit: nn.Module) -> None:

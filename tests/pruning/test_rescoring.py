@@ -43,8 +43,8 @@ def raced(
         scores,
         {"a": "ffn"},
         candidate_pools(scores, 0.5),
-        lambda chosen, places: {name: measured[units][:, places] for name, units in chosen.items()},
-        None if control is None else (lambda places: control[:, places]),
+        lambda chosen, positions: {name: measured[units][:, positions] for name, units in chosen.items()},
+        None if control is None else (lambda positions: control[:, positions]),
         order,
         changed(setting, seed=seed),
     )
@@ -56,16 +56,16 @@ def overlap(scores: Tensor, exact_scores: Tensor) -> float:
 
 
 def test_the_expected_overlap_is_calibrated() -> None:
-    found, promised, shares = [], [], []
+    result, promised, shares = [], [], []
     for seed in range(8):
         measured, control = made_up(seed=seed)
         settled = raced(measured, control, context(confidence=0.98), control.sum(1), seed)
-        found.append(overlap(settled.scores["a"], measured.sum(1)))
+        result.append(overlap(settled.scores["a"], measured.sum(1)))
         promised.append(settled.facts["expected_overlap"])
         shares.append(settled.facts["evaluations_share"])
     assert min(promised) >= 0.98
-    assert sum(found) / 8 > 0.98
-    assert abs(sum(found) - sum(promised)) / 8 < 0.012
+    assert sum(result) / 8 > 0.98
+    assert abs(sum(result) - sum(promised)) / 8 < 0.012
     assert sum(shares) / 8 < 0.2
 
 
@@ -109,13 +109,13 @@ def test_the_posterior_is_exact_after_all_images() -> None:
 
 def test_expected_errors_by_hand() -> None:
     draws = torch.tensor([[0.0, 0, 0, 0], [0, 0, 2, 0], [0, -3, 0, 0], [0, 0, 0, 0]])
-    found = doubt(torch.tensor([1.0, 3, 2, 4]), torch.ones(4), 2, draws)  # 1 and 3 stay, in two of the draws 2 and 3
-    assert found.wrong.tolist() == [0, 0.5, 0.5, 0]
-    assert found.overlap == 0.75
+    result = doubt(torch.tensor([1.0, 3, 2, 4]), torch.ones(4), 2, draws)  # 1 and 3 stay, in two of the draws 2 and 3
+    assert result.wrong.tolist() == [0, 0.5, 0.5, 0]
+    assert result.overlap == 0.75
     everyone, effort = torch.ones(4, dtype=torch.bool), torch.tensor([1, 0.5, 0.6, 1])
-    assert sorted(doubtful(found.wrong, everyone, effort, 0.1).tolist()) == [1, 2]
-    assert doubtful(found.wrong, everyone, effort, 0.25).tolist() == [1]  # the cheaper one
-    assert doubtful(found.wrong, torch.tensor([True, False, True, True]), effort, 0.25).tolist() == []
+    assert sorted(doubtful(result.wrong, everyone, effort, 0.1).tolist()) == [1, 2]
+    assert doubtful(result.wrong, everyone, effort, 0.25).tolist() == [1]  # the cheaper one
+    assert doubtful(result.wrong, torch.tensor([True, False, True, True]), effort, 0.25).tolist() == []
     assert doubt(torch.ones(4), torch.ones(4), 0, draws).overlap == 1
 
 
@@ -128,10 +128,10 @@ def test_select_equals_selection_per_candidate_pool(scope: str, vit: nn.Module) 
     for previous in (None, before):
         masks = select(scores, 0.5, scope, groups, previous, 1)
         for contest in candidate_pools(scores, 0.5, scope, groups, previous, 1):
-            values = torch.cat([scores[name].flatten()[places] for name, places in contest.places])
-            stays = torch.cat([masks[name].flatten()[places] for name, places in contest.places])
-            assert int((~stays).sum()) == contest.remove
-            assert bool(values[stays].min() > values[~stays].max())
+            values = torch.cat([scores[name].flatten()[positions] for name, positions in contest.places])
+            kept = torch.cat([masks[name].flatten()[positions] for name, positions in contest.places])
+            assert int((~kept).sum()) == contest.remove
+            assert bool(values[kept].min() > values[~kept].max())
 
 
 def test_rescoring_of_a_tiny_model_gives_the_exact_selection(vit: nn.Module) -> None:
@@ -184,5 +184,5 @@ def test_the_mask_stage_rescores(monkeypatch: pytest.MonkeyPatch, tmp_path) -> N
 
 @pytest.mark.parametrize(("sparsity", "cycles"), [(0.0, 1), ({"head": 0.34}, 3)])
 def test_no_rescoring_at_zero_sparsity(vit: nn.Module, sparsity: object, cycles: int) -> None:
-    found = list(prune_cycles(vit, plan_for("upvits", sparsity, cycles=cycles), batches(vit, 2, 4)))
-    assert any(cycle.facts == {} for cycle in found)
+    result = list(prune_cycles(vit, plan_for("upvits", sparsity, cycles=cycles), batches(vit, 2, 4)))
+    assert any(cycle.facts == {} for cycle in result)

@@ -47,7 +47,7 @@ def cut(name: str, sparsity: object, **settings: object) -> tuple[nn.Module, Cyc
     return model, cycle
 
 
-def gone(cycle: Cycle) -> dict[str, float]:
+def removed_fractions(cycle: Cycle) -> dict[str, float]:
     return {name: 1 - float(mask.double().mean()) for name, mask in cycle.masks.items()}
 
 
@@ -60,12 +60,12 @@ def test_rules_apply_in_every_scope_and_the_first_match_counts(scope: str) -> No
         {"match": r".*\.mlp", "max_sparsity": 0.375},
     ]
     _, cycle = cut("swin", {"ffn": 0.45}, scope=scope, rules=rules)
-    found = gone(cycle)
-    assert found["layers.0.blocks.0.mlp"] == 0  # the second and the fourth fit as well
-    assert found["layers.0.blocks.1.mlp"] == 0.25
-    assert 0.5 <= found["layers.1.blocks.0.mlp"] <= 0.625
-    assert found["layers.1.blocks.1.mlp"] <= 0.375
-    pooled = 192 * (found["layers.1.blocks.0.mlp"] + found["layers.1.blocks.1.mlp"])
+    result = removed_fractions(cycle)
+    assert result["layers.0.blocks.0.mlp"] == 0  # the second and the fourth fit as well
+    assert result["layers.0.blocks.1.mlp"] == 0.25
+    assert 0.5 <= result["layers.1.blocks.0.mlp"] <= 0.625
+    assert result["layers.1.blocks.1.mlp"] <= 0.375
+    pooled = 192 * (result["layers.1.blocks.0.mlp"] + result["layers.1.blocks.1.mlp"])
     if scope in ("global", "isomorphic", "macs"):
         assert pooled == pytest.approx(0.45 * 384, abs=1)
     if scope == "layer":
@@ -81,18 +81,18 @@ def test_rules_apply_to_single_weights(scope: str) -> None:
         {"match": r"blocks\.1\.mlp\.fc2\.weight", "max_sparsity": 0.2},
     ]
     model, cycle = cut("vit", {"weight": 0.5}, scope=scope, rules=rules)
-    found = gone(cycle)
-    assert found["blocks.0.attn.qkv.weight"] == found["blocks.1.attn.qkv.weight"] == 0
-    assert found["blocks.0.mlp.fc1.weight"] == found["blocks.0.mlp.fc2.weight"] == 0.75
-    assert found["blocks.1.mlp.fc1.weight"] >= 0.7 - 1e-9
-    assert found["blocks.1.mlp.fc2.weight"] <= 0.2 + 1e-9
-    for name, share in found.items():
+    result = removed_fractions(cycle)
+    assert result["blocks.0.attn.qkv.weight"] == result["blocks.1.attn.qkv.weight"] == 0
+    assert result["blocks.0.mlp.fc1.weight"] == result["blocks.0.mlp.fc2.weight"] == 0.75
+    assert result["blocks.1.mlp.fc1.weight"] >= 0.7 - 1e-9
+    assert result["blocks.1.mlp.fc2.weight"] <= 0.2 + 1e-9
+    for name, share in result.items():
         assert int((model.get_parameter(name) == 0).sum()) == round(share * model.get_parameter(name).numel())
     if scope == "global":
         free = ["blocks.0.attn.proj.weight", "blocks.1.attn.proj.weight"]
         free += ["blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc2.weight"]
         sizes = {name: cycle.masks[name].numel() for name in free}
-        assert sum(found[name] * sizes[name] for name in free) == pytest.approx(0.5 * sum(sizes.values()), abs=1)
+        assert sum(result[name] * sizes[name] for name in free) == pytest.approx(0.5 * sum(sizes.values()), abs=1)
 
 
 def test_n_of_m_leaves_the_layers_that_a_rule_ignores() -> None:
@@ -135,7 +135,9 @@ def test_rules_apply_in_every_cycle_and_masks_are_cumulative(scope: str) -> None
     for cycle in prune_cycles(model, plan, ()):
         assert before is None or all(not bool((m & ~before[n]).any()) for n, m in cycle.masks.items())
         before = cycle.masks
-        seen.append([round(gone(cycle)[name], 4) for name in ("blocks.0.mlp", "blocks.1.mlp", "blocks.0.attn")])
+        seen.append(
+            [round(removed_fractions(cycle)[name], 4) for name in ("blocks.0.mlp", "blocks.1.mlp", "blocks.0.attn")]
+        )
     assert [first for first, _, _ in seen] == [0.25, 0.5, 0.75]
     assert all(least <= second <= 0.5 for (_, second, _), least in zip(seen, (1 / 12, 1 / 6, 1 / 4), strict=True))
     assert [third for _, _, third in seen] == [0, 0, 0]
@@ -149,15 +151,15 @@ def test_a_target_is_reached_under_rules_and_multiples(scope: str | None, sparsi
     if scope == "macs" and sparsity:
         return
     rules = [{"match": r"blocks\.0\.mlp", "sparsity": 0.25}, {"match": r"blocks\.1\.attn", "max_sparsity": 0.5}]
-    model, whole = tiny("vit"), count(tiny("vit"), example_input(tiny("vit"), 1)).macs
+    model, full = tiny("vit"), count(tiny("vit"), example_input(tiny("vit"), 1)).macs
     (cycle,) = prune_cycles(
         model, plan_for("drawn", sparsity, scope, target={"macs": 0.7}, rules=rules, round_to=4), ()
     )
-    reached = count(model, example_input(model, 1)).macs / whole
+    reached = count(model, example_input(model, 1)).macs / full
     record = cycle.cost["macs"]
     assert record["reached"] == reached <= 0.7
     assert ("why" in record) == (reached < 0.7 * 0.98)
-    assert [model.blocks[0].mlp.fc1.out_features, gone(cycle)["blocks.0.mlp"]] == [144, 0.25]
+    assert [model.blocks[0].mlp.fc1.out_features, removed_fractions(cycle)["blocks.0.mlp"]] == [144, 0.25]
     assert model.blocks[1].attn.head_dim >= 8
     assert all(width % 4 == 0 for block in model.blocks for width in (block.mlp.fc1.out_features, block.attn.head_dim))
 
@@ -268,8 +270,8 @@ def test_params_yaml_gives_the_same_plan(tmp_path: Path, monkeypatch: pytest.Mon
     mask_stage.run(params)
     masks: dict[str, Tensor] = read_weights(tmp_path / "out/mask/masks.safetensors")
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"blocks.0.mlp": 192, "blocks.1.mlp": 96}
-    own = plan_for("channel-magnitude", {"ffn": 0.3}, rules=rules, round_to=16)
-    alike = select_masks(scores, own, {"ffn": 0.3}, cycle_state(dense, own))
+    selected = plan_for("channel-magnitude", {"ffn": 0.3}, rules=rules, round_to=16)
+    alike = select_masks(scores, selected, {"ffn": 0.3}, cycle_state(dense, selected))
     assert all(torch.equal(alike[name], mask) for name, mask in masks.items())
 
 

@@ -78,19 +78,19 @@ def test_scopes_select_different_masks() -> None:
     for group in groups:
         part = group.name.split(".", 4)[-1]
         scores[group.name] = scores[group.name].abs() * scale[part] * (1 + int(group.name.split(".")[1]))
-    found = {scope: select(scores, 0.3, scope, groups) for scope in ("global", "layer", "module", "isomorphic")}
-    gone = {scope: {n: 1 - float(m.double().mean()) for n, m in masks.items()} for scope, masks in found.items()}
-    assert all(share == pytest.approx(0.3, abs=1e-3) for share in gone["layer"].values())
+    result = {scope: select(scores, 0.3, scope, groups) for scope in ("global", "layer", "module", "isomorphic")}
+    removed = {scope: {n: 1 - float(m.double().mean()) for n, m in masks.items()} for scope, masks in result.items()}
+    assert all(share == pytest.approx(0.3, abs=1e-3) for share in removed["layer"].values())
     for members, scope in (
         (lambda g: g.layer_type, "module"),
         (lambda g: (g.layer_type, g.name.split(".")[-2]), "isomorphic"),
     ):
         for pool in {members(g) for g in groups}:
-            own = [g for g in groups if members(g) == pool]
-            units = sum(g.units for g in own)
-            assert sum(int((~found[scope][g.name]).sum()) for g in own) == int(0.3 * units + 0.5)
-    assert max(gone["global"].values()) > 0.6
-    flat = [torch.cat([m.flatten() for m in masks.values()]) for masks in found.values()]
+            selected = [g for g in groups if members(g) == pool]
+            units = sum(g.units for g in selected)
+            assert sum(int((~result[scope][g.name]).sum()) for g in selected) == int(0.3 * units + 0.5)
+    assert max(removed["global"].values()) > 0.6
+    flat = [torch.cat([m.flatten() for m in masks.values()]) for masks in result.values()]
     assert all(not torch.equal(flat[i], flat[j]) for i in range(4) for j in range(i))
 
 

@@ -30,9 +30,9 @@ def main() -> None:
     with process_group() as dist:
         for kind in KINDS:
             work = score_stage.ScoringJob(ovit, groups, batches(model, 3), setting_of(kind))
-            found = work.importance(model, False, directory / "partial", dist, collective=True)
-            if found is not None:
-                write_weights(found.scores, directory / f"{kind}.safetensors")
+            result = work.importance(model, False, directory / "partial", dist, collective=True)
+            if result is not None:
+                write_weights(result.scores, directory / f"{kind}.safetensors")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ def main() -> None:
     directory, model = Path(sys.argv[1]), tiny("vit")
     work = score_stage.ScoringJob(slow, find_groups(model, ["ffn", "residual"]), batches(model, 5, 2), DEFAULT_CONTEXT)
     with process_group() as dist:
-        found = work.importance(model, True, directory / "partial", dist)
-    if found is not None:
-        write_weights(found.scores, directory / "scores.safetensors")
+        result = work.importance(model, True, directory / "partial", dist)
+    if result is not None:
+        write_weights(result.scores, directory / "scores.safetensors")
 
 
 if __name__ == "__main__":

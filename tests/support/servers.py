@@ -29,14 +29,14 @@ PORTS = {name: f"VITPRUNE_{name.upper()}_PORT" for name in ("db", "prefect", "ml
 
 def missing() -> str:
     """What is not installed here and cannot be done without."""
-    found = {
+    result = {
         "PostgreSQL (apt-get install postgresql)": bool(list(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))),
         "sshd (apt-get install openssh-server)": shutil.which("sshd", path="/usr/sbin:/usr/bin") is not None,
         "curl": shutil.which("curl") is not None,
         "psycopg2 (pip install 'vitprune[server]')": importlib.util.find_spec("psycopg2") is not None,
         "dvc-ssh (pip install 'vitprune[server]')": importlib.util.find_spec("dvc_ssh") is not None,
     }
-    return ", ".join(name for name, there in found.items() if not there)
+    return ", ".join(name for name, there in result.items() if not there)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Servers:
         if key := self.env.get("PREFECT_API_AUTH_STRING"):
             headers["Authorization"] = f"Basic {base64.b64encode(key.encode()).decode()}"
         request = urllib.request.Request(self.env["PREFECT_API_URL"] + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        with urllib.request.urlopen(request, timeout=30) as output:
+            return json.load(output)
 
     @contextlib.contextmanager
     def worker(self, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
@@ -112,9 +112,9 @@ def serving(folder: Path, extra: Mapping[str, str]) -> Iterator[Servers]:
     PostgreSQL runs as another user when this is root, so the folders above have to let it through.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for place in [folder, *list(folder.parents)[:3]]:
-        if place.stat().st_uid == os.getuid():
-            place.chmod(place.stat().st_mode | 0o011)
+    for directory in [folder, *list(folder.parents)[:3]]:
+        if directory.stat().st_uid == os.getuid():
+            directory.chmod(directory.stat().st_mode | 0o011)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     env |= {name: str(free_port()) for name in PORTS.values()}
     env |= {"VITPRUNE_SERVERS": str(folder / "servers"), "PYTHON": sys.executable, "DO_NOT_TRACK": "1"}

@@ -112,8 +112,10 @@ def edit_row(column: str, change: Callable[[int], int]) -> Edit:
         table = pq.read_table(path)
         values = table[column].to_pylist()
         values[4] = change(values[4])
-        place = table.column_names.index(column)
-        pq.write_table(table.set_column(place, table.field(place), pa.array(values, table.field(place).type)), path)
+        directory = table.column_names.index(column)
+        pq.write_table(
+            table.set_column(directory, table.field(directory), pa.array(values, table.field(directory).type)), path
+        )
 
     return carry_out
 

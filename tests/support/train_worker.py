@@ -46,15 +46,15 @@ def trained(settings: dict, dist: ProcessGroup = SINGLE_PROCESS, taught: bool = 
                 seen.append(weights(model))
 
     task = logit_distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0) if taught else classification(model, 0.1)
-    said = iter((0.1, 0.3, 0.2, 0.1, 0.1))  # enough after 3 epochs
-    evaluate = (lambda: {"top1": next(said)}) if dist.rank == 0 else None
+    output = iter((0.1, 0.3, 0.2, 0.1, 0.1))  # enough after 3 epochs
+    evaluate = (lambda: {"top1": next(output)}) if dist.rank == 0 else None
     train(task, of, STEPS, recipe, 0, lambda row: None, held, evaluate, dist=dist)
     for step in [*seen, weights(model)]:
         assert all(bool((step[name][~mask] == 0).all()) for name, mask in held.masks.items())
     return [*seen, weights(model)]
 
 
-def answers(dist: ProcessGroup = SINGLE_PROCESS) -> Tensor:
+def cached_outputs(dist: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """What a teacher answers on 5 batches, of which the last is smaller."""
     model = tiny("vit")
     task = logit_distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
@@ -74,7 +74,7 @@ def main() -> None:
             steps = trained(settings, dist, name == "all")
             flat = {f"{number}/{key}": tensor for number, step in enumerate(steps) for key, tensor in step.items()}
             write_weights(flat, directory / f"{name}-{dist.rank}.safetensors")
-        write_weights({"answers": answers(dist)}, directory / f"answers-{dist.rank}.safetensors")
+        write_weights({"answers": cached_outputs(dist)}, directory / f"answers-{dist.rank}.safetensors")
         (directory / f"size-{dist.rank}.json").write_text(json.dumps(dist.size))
 
 

@@ -83,8 +83,8 @@ def png(pixels: np.ndarray) -> bytes:
 def evaluated(project: Path) -> None:
     """Write 360 predictions: 341 right by both models, 7 by dense only, 4 by pruned only, 8 by neither."""
     outcomes = [(0, 0)] * 341 + [(0, 1)] * 7 + [(1, 0)] * 4 + [(1, 1)] * 8
-    answers = [(at % 5, at % 5 + a, at % 5 + b) for at, (a, b) in enumerate(outcomes)]
-    rows = [{"id": str(at), "label": y, "dense": a, "pruned": b} for at, (y, a, b) in enumerate(answers)]
+    outputs = [(at % 5, at % 5 + a, at % 5 + b) for at, (a, b) in enumerate(outcomes)]
+    rows = [{"id": str(at), "label": y, "dense": a, "pruned": b} for at, (y, a, b) in enumerate(outputs)]
     tables.write_table(rows, tables.EVALUATION, project / "out/evaluate/evaluation.parquet")
     dense = model_facts(100 * 348 / 360, 5_717_416, 1_254_000_000)
     pruned = model_facts(100 * 345 / 360, 2_458_489, 539_220_000)
@@ -207,9 +207,9 @@ SECTIONS = {
 def test_sections_without_data_are_omitted(project: Path, missing: str) -> None:
     assert SECTIONS[missing] <= set(Page(render(project)).ids)
     shutil.rmtree(project / missing)
-    left = set(Page(render(project)).ids)
-    assert left.isdisjoint(SECTIONS[missing])
-    assert {"comparison", "provenance"} <= left
+    remaining = set(Page(render(project)).ids)
+    assert remaining.isdisjoint(SECTIONS[missing])
+    assert {"comparison", "provenance"} <= remaining
 
 
 def test_evaluation_alone_is_enough(tmp_path: Path) -> None:
@@ -277,13 +277,13 @@ def test_commit_state_ignores_files_written_by_runs(project: Path) -> None:
 
 @pytest.fixture
 def chromium(tmp_path: Path) -> list[str]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+    result = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if result is None:
         pytest.skip("no Chromium on this machine (looked for chromium, chromium-browser, google-chrome)")
     quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage"]
     options = ["--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars"]
     options.append(f"--user-data-dir={tmp_path / 'profile'}")
-    return [found, *options, *(f"--disable-{word}" for word in quiet)]
+    return [result, *options, *(f"--disable-{word}" for word in quiet)]
 
 
 @pytest.mark.browser

@@ -94,7 +94,7 @@ def _python(page: Path) -> str:
 
 
 def _blocks(page: str) -> Iterator[tuple[str, str, str]]:
-    """Language, title and code of the fenced blocks that are meant to run, in order."""
+    """Yield language, title and code of the executable fenced blocks, in order."""
     for language, title, code in re.findall(
         r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', page, re.DOTALL | re.MULTILINE
     ):
@@ -103,13 +103,13 @@ def _blocks(page: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with some keys of its sections replaced."""
+    """Return settings with some keys of their sections replaced."""
     both = {key: old[key] | value for key, value in new.items() if isinstance(value, dict)}
     return {**old, **new, **both}
 
 
 def _environment() -> dict[str, str]:
-    """The environment with this interpreter's commands first, and a name for commits."""
+    """Return the environment with this interpreter's commands first in PATH, and an author for commits."""
     name = {"GIT_AUTHOR_NAME": "tester", "GIT_AUTHOR_EMAIL": "tester@example.org"}
     name |= {key.replace("AUTHOR", "COMMITTER"): value for key, value in name.items()}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

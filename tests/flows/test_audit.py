@@ -1,4 +1,4 @@
-"""Audits of a real run, honest and tampered with: one edit of each kind; all are in benchmarks/reliability."""
+"""Audits of an honest run and of tampered ones: one edit of each type; all edits are in benchmarks/reliability."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.pipeline
 
 @pytest.fixture(scope="module")
 def project(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a finished run on record."""
+    """A project with a finished, recorded run."""
     project = shutil.copytree(shared_project, tmp_path_factory.mktemp("audit") / "project", symlinks=True)
     tiny_project.record(project, "first")
     tiny_project.upload(project)

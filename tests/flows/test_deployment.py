@@ -1,6 +1,6 @@
-"""A team's machinery on loopback: PostgreSQL, Prefect, a worker, MLflow, DVC by SSH; retrained, held back, rolled back.
+"""The team deployment on loopback (PostgreSQL, Prefect, worker, MLflow, DVC over SSH): retraining, promotion, rollback.
 
-Everything is started here and ended here. What it needs beyond Python is said where it is missing.
+The tests start and stop all servers. Packages that are missing are named in the reason for skipping.
 """
 
 import contextlib
@@ -45,18 +45,18 @@ LAX = {"max_accuracy_loss": 100.0, "alpha": None}
 
 @dataclass(frozen=True)
 class Team:
-    """Servers, and a project that they know."""
+    """The servers and the deployed project."""
 
     folder: Path
     project: Path
     servers: servers.Servers
 
     def run(self, *words: str, where: Path | None = None) -> str:
-        """Run a Python module as a user would, and return what it printed."""
+        """Run a Python module as a user would; return its output."""
         return self.servers.run(*words, where=where or self.project)
 
     def retrain(self) -> str:
-        """Schedule a run some seconds ahead, wait until the worker has done it, and return how it ended, in words."""
+        """Schedule a run, wait until the worker has executed it, and return its state and message."""
         before = {run["id"] for run in self.runs()}
         self.run("prefect", "--no-prompt", "deployment", "run", "retrain/retrain", "--start-in", "3 seconds")
         deadline = time.monotonic() + 900
@@ -70,12 +70,12 @@ class Team:
         raise AssertionError((self.folder / "worker.log").read_text()[-3000:])
 
     def runs(self) -> list[dict[str, Any]]:
-        """The runs of the deployment that were asked for by hand, not by its schedule."""
+        """Return the runs of the deployment that were started manually."""
         query = {"deployments": {"name": {"any_": ["retrain"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 50}
         return [run for run in self.servers.ask("/flow_runs/filter", query) if not run["auto_scheduled"]]
 
     def champion(self) -> str:
-        """The version that the alias names."""
+        """Return the version with the alias champion."""
         lines = self.run("vitprune.cli", "versions").splitlines()
         return next((line.split(":")[0].split()[1] for line in lines if line.endswith(" champion")), "")
 
@@ -92,7 +92,7 @@ class Team:
 
 @dataclass(frozen=True)
 class Webhook:
-    """Its address, and what it has been told."""
+    """Address of the webhook and the messages received."""
 
     address: str
     messages: list[str]
@@ -111,7 +111,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Remote]
 
 @pytest.fixture(scope="module")
 def webhook() -> Iterator[Webhook]:
-    """A webhook that keeps what it is told."""
+    """Start a webhook server that stores its messages."""
     messages: list[str] = []
 
     class Listener(http.server.BaseHTTPRequestHandler):
@@ -148,7 +148,7 @@ def team(shared_project: Path, remote: servers.Remote, webhook: Webhook) -> Iter
 
 
 def prepared(finished: Path, project: Path, remote: servers.Remote) -> Path:
-    """A project that has run once, by `dvc repro` as far as DVC can tell, and whose images are in DVC's store alone."""
+    """Create a project whose stages have run as by `dvc repro`, with images only in DVC's cache."""
     shutil.copytree(finished, project, symlinks=True)
     tiny_project.add_remote(project, remote.address, remote.key)
     (project / "gates.yaml").write_text(yaml.safe_dump(LAX))
@@ -159,7 +159,7 @@ def prepared(finished: Path, project: Path, remote: servers.Remote) -> Path:
 
 
 def in_half_a_day(project: Path) -> None:
-    """Have the cron schedule fall due while no test runs."""
+    """Return a cron schedule that is not due during the test."""
     path, hour = project / "prefect.yaml", (datetime.now(UTC).hour + 12) % 24
     path.write_text(path.read_text().replace('cron: "0 3 * * *"', f'cron: "0 {hour} * * *"'))
 
@@ -274,7 +274,7 @@ def wait_for_state(team: Team, expected: str) -> str:
 
 
 def found_secrets(team: Team) -> list[str]:
-    """Files in which a planted secret stands, and databases."""
+    """Return the files and databases that contain a planted secret."""
     files = [path for path in team.folder.rglob("*") if path.is_file() and not path.is_symlink()]
     result = [str(path) for path in files if PLANTED in path.read_bytes()]
     (psql,) = list(Path("/usr/lib/postgresql").glob("*/bin/pg_dump"))[-1:]

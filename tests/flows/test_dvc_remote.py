@@ -1,4 +1,4 @@
-"""A run is shared by a DVC remote: a folder, SSH, S3. What a clone elsewhere pulls, it need not compute."""
+"""Runs shared by a DVC remote (folder, SSH, S3): a clone pulls the outputs instead of computing them."""
 
 import contextlib
 import shutil
@@ -19,7 +19,7 @@ KINDS = ("folder", "ssh", "s3")
 
 @pytest.fixture(scope="module")
 def project(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project that has run once, and whose numbers and dvc.lock are committed."""
+    """A project that has run once, with its metrics and dvc.lock committed."""
     project = shutil.copytree(shared_project, tmp_path_factory.mktemp("remote") / "project", symlinks=True)
     tiny_project.commit(project, "A run.")
     return project
@@ -29,7 +29,7 @@ def project(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def remote(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, str]]:
-    """The address of a remote of the kind asked for, and the file of a key that opens it."""
+    """Address of a remote of the requested type, and the file of its SSH key."""
     with contextlib.ExitStack() as stack:
         if request.param == "folder":
             yield str(tmp_path / "store"), ""

@@ -87,7 +87,7 @@ def project(finished_project: Path) -> Path:
 
 @pytest.fixture
 def address() -> str:
-    """The address of a server that is not there yet."""
+    """Address of a server that is not running yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -95,7 +95,7 @@ def address() -> str:
 
 @pytest.fixture
 def server(address: str, tmp_path: Path) -> Iterator[Path]:
-    """A real MLflow server; the folder of its artifacts."""
+    """A real MLflow server and its artifact directory."""
     artifacts, store = tmp_path / "artifacts", f"sqlite:///{tmp_path}/server.db"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rsplit(":")[-1]]
     command += ["--workers", "1", "--backend-store-uri", store, "--artifacts-destination", str(artifacts)]

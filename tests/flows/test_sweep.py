@@ -1,4 +1,4 @@
-"""A sweep as a user has it: started, killed, started again; its places, its record and what it leaves."""
+"""`vitprune sweep` started, killed and started again; its worktrees, records and outputs."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def commit(project: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Of toy stages, one of which fails for one run of the sweep; it says in a file what has run."""
+    """A project of toy stages, one of which fails in one run of the sweep; a file records the executed stages."""
     made = shell_pipeline.make(tmp_path / "project")
     script = (made / "stage.sh").read_text().replace("stage=$1; shift\n", "stage=$1; shift\n" + FAIL_ONE_RUN)
     (made / "stage.sh").write_text(script.replace('echo "$stage begins"', f'echo "$stage $PWD" >> {tmp_path}/ran'))

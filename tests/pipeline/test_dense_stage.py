@@ -1,4 +1,4 @@
-"""A model pruned on one data set and fine-tuned on another, stage by stage; and what of it is refused."""
+"""A model pruned on one data set and fine-tuned on another by the stages; invalid combinations are refused."""
 
 import json
 import re
@@ -33,7 +33,7 @@ LONGER = SHORT | {"epochs": 15, "augment": "none"}
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give the export of a digits project, pruned by FFN units or by single weights."""
+    """Return the export of a digits project, pruned by FFN units or by single weights."""
     parent, done = tmp_path_factory.mktemp("first"), {}
 
     def made(method: str) -> Path:
@@ -51,7 +51,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def letters(folder: Path) -> None:
-    """Write three classes of small grey images, a folder each: the digits 3, 7 and 8 turned by a quarter."""
+    """Write three classes of small grey images, one folder per class: the digits 3, 7 and 8 turned by 90 degrees."""
     images, labels = load_digits(return_X_y=True)
     for split, part in (("train", slice(0, 40)), ("val", slice(40, 60))):
         for label in (3, 7, 8):
@@ -63,7 +63,7 @@ def letters(folder: Path) -> None:
 
 
 def settings(checkpoint: Path, **change: Any) -> dict[str, Any]:
-    """The recipe, cut short, for the small model of the digits project."""
+    """Return the recipe with fewer epochs, for the small model of the digits project."""
     recipe = json.loads(json.dumps(RECIPE))
     recipe["dataset"] |= {"source": "folder:data/train", "eval_source": "folder:data/val"}
     recipe["model"] = {"name": "vit_tiny_patch16_224", "args": {"num_classes": 3}}

@@ -1,4 +1,4 @@
-"""The authors' score lists go through select and head merging and give the authors' index lists."""
+"""The authors' score lists, selected with merged heads, give the authors' index lists."""
 
 import json
 from pathlib import Path
@@ -26,14 +26,14 @@ def write(path: Path, values: list[object]) -> Path:
 
 
 def drawn(units: int, median: float, spread: float, seed: int, noise: float = 0.0) -> list[float]:
-    """Sums of KL as the authors print them: log-normal float32, and around zero where there is only noise."""
+    """Return KL sums in the authors' format: log-normal float32, or noise around zero."""
     generator = torch.Generator().manual_seed(seed)
     values = median * torch.exp(spread * torch.randn(units, generator=generator))
     return (values - noise * torch.rand(units, generator=generator)).float().tolist()
 
 
 def naive_list(scores: list[float], remove: int, runs: int = 1) -> list[int]:
-    """The ranking in plain Python: sort each run of consecutive units, stably, and name the first ones."""
+    """Return the ranking in plain Python: stable sort of each run of consecutive units, lowest first."""
     size = len(scores) // runs
     positions = [range(run * size, (run + 1) * size) for run in range(runs)]
     return [unit for index in positions for unit in sorted(index, key=lambda at: scores[at])[: remove // runs]]
@@ -64,7 +64,7 @@ def test_lists_of_merged_heads_by_hand() -> None:
 @pytest.mark.parametrize("parsing", ["correct", "authors_compat"])
 @pytest.mark.parametrize(("kept", "heads"), [(192, 3), (384, 6)], ids=["T", "S"])
 def test_lists_of_deit_base(tmp_path: Path, kept: int, heads: int, parsing: str) -> None:
-    """All 25 lists of one set, with the spread of the released ones; the first block's FFN is almost only noise."""
+    """All 25 lists, with the spread of the released ones; the FFN of the first block is almost only noise."""
     lists: dict[str, list[float]] = {"residual": drawn(768, 1.06, 0.5, 0)}
     write(tmp_path / "importance/Deit_base_12_neck_768_kl_5k.txt", lists["residual"])
     write(tmp_path / "Deit_base_12_neck_768_kl_5k_192.txt", [1, 2, 3])  # an index list beside them is not read
@@ -101,7 +101,7 @@ def masks_at(groups: list[Group], scores: dict[str, Tensor], share: float) -> di
 
 
 def runs(units: list[int], width: int) -> list[list[int]]:
-    """Neighbours of one merged head, in the order of the list."""
+    """Return the channels of each merged head, in list order."""
     result: list[list[int]] = []
     for unit in units:
         if not result or result[-1][-1] // width != unit // width:

@@ -1,4 +1,4 @@
-"""`vitprune init`: what it writes, what it refuses, and that the project works with nothing but the package."""
+"""`vitprune init`: written files, refused choices, and a project that works with the installed package only."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def repro(project: Path, stage: str) -> str:
 
 
 def write_folder(root: Path, names: str = "ab") -> Path:
-    """Write six real digits a class as root/CLASS/NUMBER.png."""
+    """Write six digits per class as root/CLASS/NUMBER.png."""
     digits = data.open_source("digits")
     for label, name in enumerate(names):
         (root / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Gradual pruning whole: zeros that only grow, an optimizer that knows nothing of what is held, a model per cycle."""
+"""Gradual pruning in the stage: cumulative zeros, optimizer state of pruned weights, one model per cycle."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ STEPS = [0.5, 0.6, 0.75, 0.9]
 
 @pytest.fixture
 def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every optimizer that training makes."""
+    """Record every optimizer that training creates."""
     made: list[Any] = []
     create: Callable[..., Any] = optimizing.create_optimizer_v2
 
@@ -108,7 +108,7 @@ def test_the_learning_rate_decays_over_the_run_or_in_every_cycle(vit: nn.Module)
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
 def test_kept_optimizer_state_equals_uninterrupted_training(optimizer: str) -> None:
-    """Two trainings of one epoch, the second at the rate of the first, against one of two epochs."""
+    """Two trainings of one epoch with equal learning rates equal one training of two epochs."""
     recipe = TrainConfig(epochs=1, lr=0.01, decay="linear", decay_over="run", optimizer=optimizer)
     result = []
     for parts in ([2], [1, 1]):
@@ -151,7 +151,7 @@ def test_eps_is_passed_to_the_optimizer(vit: nn.Module, optimizers: list[Any]) -
 
 
 def compensating(model: nn.Module, groups: list, data: object, setting: ScoringContext) -> Importance:
-    """Magnitude, and an update that moves every weight, gone or not, by what its row loses."""
+    """Magnitude with an update that adds the removed sum of each row to all its weights, pruned ones included."""
 
     def update(masks: dict[str, Tensor]) -> dict[str, Tensor]:
         result = {}

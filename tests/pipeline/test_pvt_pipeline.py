@@ -1,4 +1,4 @@
-"""A small PVTv2 on the real digits through the stages: trained, scored, cut in every kind, and taught by features."""
+"""A small PVTv2 on the digits through the stages: trained, scored, pruned in every kind, distilled by features."""
 
 import json
 from pathlib import Path

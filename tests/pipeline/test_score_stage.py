@@ -1,4 +1,4 @@
-"""Scores shared among real processes, and taken up after a SIGKILL."""
+"""Scoring in several processes, and resumed scoring after SIGKILL."""
 
 import subprocess
 import sys
@@ -129,7 +129,7 @@ def test_two_processes_divide_gradients_and_blocks(vit: nn.Module, tmp_path: Pat
 def test_interrupted_block_scoring_resumes(
     vit: nn.Module, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each start gets a few additions further, and at the end all is as if nothing had happened."""
+    """Each start computes a few parts more; the result equals that of an uninterrupted run."""
     work = score_stage.ScoringJob(ovit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind))
     monkeypatch.setattr(score_stage.PartialScoreStore, "due", lambda notebook: True)
     monkeypatch.setattr(gradients, "GRADIENTS_AT_ONCE", 1)

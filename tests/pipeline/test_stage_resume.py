@@ -1,4 +1,4 @@
-"""Stages that are killed anywhere, and end where they would have ended."""
+"""Stages killed at any moment give the result of an uninterrupted run."""
 
 import json
 import os
@@ -27,11 +27,11 @@ KEPT = Path(".vitprune/resume")
 
 
 class Broken(BaseException):
-    """Stands for a kill: nothing after it is done."""
+    """Simulates a kill: nothing is executed after it."""
 
 
 def project_in(path: Path, **prune: object) -> Path:
-    """A project whose model is as small as can be, up to the stage `mask`."""
+    """Create a project with a minimal model and run the stages up to `mask`."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["args"] |= {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 16}
     params["dense"]["train"], params["calibrate"]["size"] = RECIPE | {"epochs": 1}, 50
@@ -50,7 +50,7 @@ def written(project: Path) -> dict[str, str]:
 
 
 def emptied(project: Path, stage: str) -> None:
-    """What DVC does before it starts a stage again."""
+    """Remove the outputs of a stage, as DVC does before it runs the stage again."""
     for name in ("out/prune", "out/cycles") if stage == "prune" else (f"out/{stage}",):
         shutil.rmtree(project / name, ignore_errors=True)
 
@@ -180,7 +180,7 @@ def lines(path: Path) -> int:
 
 
 def kept_in(project: Path, name: str) -> int:
-    """The number of the last checkpoint."""
+    """Return the number of the latest checkpoint."""
     return max((int(path.name) for path in (project / KEPT).glob(f"*/{name}/*") if path.name.isdecimal()), default=0)
 
 

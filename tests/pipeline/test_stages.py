@@ -1,4 +1,4 @@
-"""The stages one after the other in a project directory, on the real digits, without DVC or Prefect."""
+"""The stages in sequence in a project directory, on the digits images, without DVC and Prefect."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a sweep's file comes to, and what is refused before anything runs."""
+"""Runs and settings of a sweep file, and refused sweep files."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def runs(tmp_path: Path, **given: object) -> list[Run]:
-    """The runs of a sweep on the demo's settings."""
+    """Return the runs of a sweep with the demo's settings."""
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     return runs_of(read_sweep(tmp_path / "sweep.yaml"), ROOT / "params.yaml")
 

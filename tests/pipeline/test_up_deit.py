@@ -20,7 +20,7 @@ STOCK = {"up_deit_small": ("deit_small_patch16_224", 22_050_664), "up_deit_tiny"
 
 @pytest.fixture(scope="module")
 def base() -> nn.Module:
-    """DeiT-Base with random weights, drawn in one go; shared, so work on a copy's groups only."""
+    """Return DeiT-Base with random weights; shared, so change only copies of its groups."""
     with torch.device("meta"):
         model = timm.create_model("deit_base_patch16_224")
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +47,7 @@ def test_up_deit_from_deit_base(base: nn.Module, recipe: str, tmp_path: Path) ->
 
 
 def cut(base: nn.Module, settings: PruneConfig) -> nn.Module:
-    """Cut the model as a recipe says, by random scores; a new model, the given one keeps its tensors."""
+    """Return a new model, pruned as in a recipe by random scores."""
     with torch.device("meta"):
         model = timm.create_model("deit_base_patch16_224")
     model.load_state_dict(base.state_dict(), assign=True)

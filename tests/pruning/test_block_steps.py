@@ -1,4 +1,4 @@
-"""Whole blocks go, and what is left of two neighbours becomes a plain block again."""
+"""Removal of whole blocks and half-blocks; two remaining halves form a hybrid block."""
 
 import copy
 import types
@@ -46,7 +46,7 @@ def deep(depth: int = 6, seed: int = 0) -> nn.Module:
 
 
 def skipping(model: nn.Module, keep: Tensor) -> nn.Module:
-    """A copy of the model that leaves sub-layers out while it runs; keep: (2 * blocks,), attention and FFN in turn."""
+    """Return a copy of the model without some sub-layers; keep: (2 * blocks,), attention and FFN alternately."""
 
     def forward(self: nn.Module, x: Tensor, is_causal: bool = False) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x), is_causal=is_causal)) if self.with_attention else x
@@ -128,7 +128,7 @@ def test_scores_equal_the_kl_of_the_model_without_the_unit() -> None:
 
 
 def progressive(model: nn.Module, noise: list, remove: int) -> Tensor:
-    """The sub-layers that are left after so many removals, each the least divergence from the model before it."""
+    """Return the remaining sub-layers after greedy removals, each with the smallest KL to the previous model."""
     remaining = torch.ones(2 * len(model.blocks), dtype=torch.bool)
     for _ in range(remove):
         positions = remaining.nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""Multiples and bounds of single groups: counts by hand, against slow versions, and what must hold in every scope."""
+"""Multiples and bounds of single groups: counts by hand, slow reference versions, and invariants in every scope."""
 
 import itertools
 
@@ -57,7 +57,7 @@ def test_removal_steps_of_a_pool_by_hand() -> None:
 
 
 def slowly(scores: dict[str, Tensor], sparsity: float, multiple: int) -> dict[str, int]:
-    """Counts by the rule's words: the line moves along the order, counts above it are rounded, the total decides."""
+    """Reference: move the threshold along the ranking, round the counts above it, keep the nearest total."""
     order = sorted((float(value), name) for name, score in scores.items() for value in score)
     requested = len(order) - int(sparsity * len(order) + 0.5)
     counts, result = {name: len(score) for name, score in scores.items()}, []

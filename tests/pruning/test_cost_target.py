@@ -1,4 +1,4 @@
-"""A cost instead of a sparsity: reached from below, by less than one unit, and measured on what is really there."""
+"""Cost targets: reached from below, by less than one unit, verified on the pruned model."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def test_a_target_is_reached_from_below_by_less_than_one_unit(name: str, setting
 
 
 def largest_step(model: nn.Module, groups: list, what: str, pooled: bool) -> float:
-    """What goes where every pool loses a unit at once; attention is never pooled, other groups may be one pool."""
+    """Cost of one unit from every pool at once; attention is never pooled, other groups may form one pool."""
     share, everything = (
         make_cost_model(model, groups, what),
         {g.name: torch.ones(g.shape, dtype=torch.bool) for g in groups},

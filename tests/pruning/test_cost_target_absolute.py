@@ -1,4 +1,4 @@
-"""Targets in parameters, MACs and milliseconds; what cannot be is told what there is, and a miss is explained."""
+"""Targets in parameters, MACs and milliseconds; unreachable targets and misses are explained."""
 
 import copy
 import re
@@ -122,7 +122,7 @@ def test_a_target_miss_of_given_masks_is_explained(vit: nn.Module) -> None:
 
 
 def smallest(model: nn.Module, what: str) -> int:
-    """What is left where one unit of every group of the drawn method's usual kinds is."""
+    """Cost of the model with one unit in every group of the default kinds of the method `drawn`."""
     groups = find_groups(model, ["ffn", "attention"])
     masks = {g.name: (torch.arange(g.units) % g.shape[-1] == 0).view(g.shape) for g in groups}
     return cost(shrink(copy.deepcopy(model), groups, masks), what)

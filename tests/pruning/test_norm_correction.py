@@ -1,4 +1,4 @@
-"""The correction of norms and biases towards the dense model's answers."""
+"""Correction of norms and biases towards the dense model's logits."""
 
 import copy
 
@@ -18,7 +18,7 @@ from vitprune.pruning.prune import prune_cycles
 
 
 def disturbed(name: str) -> tuple[nn.Module, nn.Module]:
-    """A model, and the same with other norms and biases."""
+    """Return a model, and a copy with other norms and biases."""
     model = tiny(name)
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(3)
@@ -29,7 +29,7 @@ def disturbed(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def slow_system(model: nn.Module, names: list[str], expected: list[Tensor], images: list[Tensor], seed: int) -> Tensor:
-    """Slopes by one backward pass per image and direction, of whole parameters."""
+    """Gradients by one backward pass per image and direction, of complete parameters."""
     rows, first = [], 0
     for batch, aim in zip(images, expected, strict=True):
         for index in range(len(batch)):

@@ -1,4 +1,4 @@
-"""The loop of score, select, apply: gradual runs, masks in dense coordinates, updates, and prune() for everyone."""
+"""The pruning loop: gradual runs, masks in dense coordinates, updates, and prune()."""
 
 import copy
 from itertools import pairwise
@@ -148,7 +148,7 @@ def test_given_masks_are_used_in_the_first_cycle(vit: nn.Module) -> None:
 
 
 def test_an_update_is_applied_before_shrinking(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A criterion whose survivors double their output, and whose bias becomes the number of units that stay."""
+    """The update doubles the output of the remaining units and sets the bias to their number."""
     seen = []
 
     def doubling(model: nn.Module, groups, data, setting: ScoringContext) -> Importance:

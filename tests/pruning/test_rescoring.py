@@ -1,4 +1,4 @@
-"""The race to the kept set: against exact sets of made-up scores, of tiny models, and through the library."""
+"""Adaptive rescoring compared with exact selections: artificial scores, tiny models, and the library."""
 
 import json
 
@@ -24,7 +24,7 @@ IMAGES = 400
 
 
 def made_up(units: int = 300, seed: int = 0, noise: float = 0.4, ratio: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Exact scores and a surrogate's, (units, images): few images weigh much, and each unit has a ratio of its own."""
+    """Return exact and surrogate scores (units, images) with heavy-tailed images and a ratio per unit."""
     source = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -34,14 +34,14 @@ SCOPES = {
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that draws the scores of units of every kind."""
+    """Register a method that draws random scores for units of every kind."""
     monkeypatch.setitem(
         METHODS, "drawn", Method(by_weights.random, SCOPES, ("ffn", "attention"), True, "for these tests")
     )
 
 
 def cut(name: str, sparsity: object, **settings: object) -> tuple[nn.Module, Cycle]:
-    """A tiny model after one cycle of the drawn method."""
+    """Return a tiny model after one cycle of the method `drawn`."""
     model = tiny(name)
     (cycle,) = prune_cycles(model, plan_for("drawn", sparsity, **settings), ())
     return model, cycle

@@ -1,4 +1,4 @@
-"""Exact counts whatever the scores, a stable order, and who competes with whom."""
+"""Exact counts for any scores, stable order, and candidate pools of every scope."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BARE = {"a": (4, 6), "b": (10,), "c": (3, 8)}  # 24 + 10 + 24 = 58 units
 
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int, levels: int = 0) -> dict[str, torch.Tensor]:
-    """Random scores; with `levels`, so few different values that most are ties."""
+    """Return random scores; with `levels`, so few distinct values that most are ties."""
     generator = torch.Generator().manual_seed(seed)
     if levels:
         return {n: torch.randint(levels, s, generator=generator).double() for n, s in shapes.items()}

@@ -24,7 +24,7 @@ STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def stand_in(name: str) -> nn.Module:
-    """A small float32 model of a recipe's family."""
+    """Return a small float32 model of a recipe's family."""
     result = next(made for start, made in STAND_INS.items() if name.startswith(start))
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(result[0], **result[1])

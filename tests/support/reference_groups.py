@@ -11,7 +11,7 @@ TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
 def vit(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
-    """Name, number of units and slices of the residual stream of a VisionTransformer."""
+    """Return name, number of units and slices of the residual stream of a VisionTransformer."""
     result: set[ParamSlice] = set()
     for path, module in model.named_modules():
         if path == "patch_embed.proj" or path.endswith((".attn.proj", ".mlp.fc2")):
@@ -29,7 +29,7 @@ def vit(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
 
 
 def decoder(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
-    """The same of a causal language model."""
+    """Return the same for a causal language model."""
     result = {ParamSlice("token_embed.weight", 1), ParamSlice("pos_embed", 2)}
     result |= slices(model.norm, "norm", 0) | slices(model.head, "head", 1)
     for index, block in enumerate(model.blocks):
@@ -38,7 +38,7 @@ def decoder(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
 
 
 def swin(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
-    """The same of the stages of a Swin; a patch merging reads the channels of four neighbours side by side."""
+    """Return the same for the stages of a Swin; patch merging reads four neighbours side by side."""
     result = {}
     for number, stage in enumerate(model.layers):
         name = f"layers.{number}"
@@ -61,7 +61,7 @@ def swin(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
 
 
 def pvt(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
-    """The same of the stages of a PVTv2, and of the reduced map of every attention that has one."""
+    """Return the same for the stages of a PVTv2 and the reduced map of every attention that has one."""
     result = {}
     for number, stage in enumerate(model.stages):
         name = f"stages.{number}"

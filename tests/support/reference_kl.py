@@ -9,7 +9,7 @@ from vitprune import Group
 
 
 def live_norm(x: Tensor, norm: nn.LayerNorm, live: Tensor) -> Tensor:
-    """LayerNorm with statistics over the live channels only; removed channels come out as zero."""
+    """LayerNorm with statistics over the kept channels only; removed channels are zero."""
     number = live.sum()
     mean = (x * live).sum(-1, keepdim=True) / number
     variance = (((x - mean) * live) ** 2).sum(-1, keepdim=True) / number
@@ -17,7 +17,7 @@ def live_norm(x: Tensor, norm: nn.LayerNorm, live: Tensor) -> Tensor:
 
 
 class LiveNorm(nn.Module):
-    """A model's own LayerNorm over its live channels only; removed channels come out as zero."""
+    """LayerNorm of a model over its kept channels only; removed channels are zero."""
 
     def __init__(self, norm: nn.LayerNorm, live: Tensor):
         super().__init__()
@@ -97,14 +97,14 @@ def kl(first: Tensor, second: Tensor) -> float:
 
 
 def gated_norm(x: Tensor, norm: nn.LayerNorm, gate: Tensor) -> Tensor:
-    """LayerNorm whose mean and variance count channel c gate[c] times, and whose output is gated."""
+    """LayerNorm whose mean and variance weight channel c by gate[c], and whose output is gated."""
     mean = (x * gate).sum(-1, keepdim=True) / gate.sum()
     variance = ((x - mean).square() * gate).sum(-1, keepdim=True) / gate.sum()
     return ((x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias) * gate
 
 
 def gated_attention(x: Tensor, attn: nn.Module, heads: Tensor, channels: Tensor) -> Tensor:
-    """Attention with a gate on each head's output, and one on what each channel adds to logits and output."""
+    """Attention with a gate on each head's output and on each channel's part of logits and output."""
     number, width = attn.num_heads, attn.head_dim
     q, k, v = attn.qkv(x).unflatten(-1, (3, number, width)).permute(2, 0, 3, 1, 4)  # (B, heads, N, channels) each
     gate = channels.view(number, 1, width)
@@ -174,7 +174,7 @@ def gated_stream(model: nn.Module, images: Tensor, group: Group, gate: Tensor) -
 
 
 def assert_fades(model: nn.Module, images: Tensor, groups: list[Group], result: dict[str, Tensor]) -> None:
-    """Some units' scores (units, images) are the curvature of the divergence in their gates."""
+    """Assert that scores (units, images) equal the curvature of the KL divergence in the units' gates."""
     step = 1e-4
     with torch.no_grad():
         dense = model(images)
@@ -189,7 +189,7 @@ def assert_fades(model: nn.Module, images: Tensor, groups: list[Group], result: 
 
 
 def naive_elimination(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int) -> tuple[list[int], list[float]]:
-    """Greedy order of units, and half the error after each removal, by a least-squares fit anew for every candidate."""
+    """Greedy order of units and half the error after each removal; every candidate by its own least-squares fit."""
     padded = torch.cat([weight, torch.zeros(len(weight), 1, dtype=weight.dtype)], dim=1)
     removed: list[int] = []
     totals = []

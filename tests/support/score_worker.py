@@ -1,4 +1,4 @@
-"""Scores a tiny model by Fisher, slowly, in a process of its own: sharding_worker.py DIRECTORY SECONDS_PER_BATCH."""
+"""Score a tiny model by Fisher, slowly, in its own process: score_worker.py DIRECTORY SECONDS_PER_BATCH."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ from vitprune.runtime.distributed import process_group
 
 
 def slow(model: nn.Module, groups: Sequence[Group], data: Batches, setting: ScoringContext) -> Importance:
-    """Fisher, with time to be killed in."""
+    """Fisher scoring with a pause per batch, so that it can be killed."""
     time.sleep(float(sys.argv[2]))
     return fisher_kl(model, groups, data, setting)
 

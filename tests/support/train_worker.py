@@ -1,4 +1,4 @@
-"""Trains a tiny model as one of several processes: training_worker.py DIRECTORY; writes the weights of all steps."""
+"""Train a tiny model as one of several processes: train_worker.py DIRECTORY; write the weights of all steps."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ CASES = {
 
 
 def trained(settings: dict, dist: ProcessGroup = SINGLE_PROCESS, taught: bool = False) -> list[dict[str, Tensor]]:
-    """Weights after every step, and those that it ends with."""
+    """Return the weights after every step, and the final weights."""
     model, seen = tiny("vit"), []
     groups = find_groups(model, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))
@@ -55,14 +55,14 @@ def trained(settings: dict, dist: ProcessGroup = SINGLE_PROCESS, taught: bool = 
 
 
 def cached_outputs(dist: ProcessGroup = SINGLE_PROCESS) -> Tensor:
-    """What a teacher answers on 5 batches, of which the last is smaller."""
+    """Return the cached teacher outputs of 5 batches, the last one smaller."""
     model = tiny("vit")
     task = logit_distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
     return cache_teacher(task, DistillConfig(), [*batches(model, 4, 6), *batches(model, 1, 3)], dist)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of them."""
+    """Return a copy of the weights."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 

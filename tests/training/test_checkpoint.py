@@ -262,7 +262,7 @@ def test_a_resume_at_the_wrong_batch_changes_the_weights(tmp_path: Path, monkeyp
             )
         ahead = noise[2 - skipped :]  # the remaining batches, or one too many
         other = tiny("vit")
-        train(plain(other), lambda epoch, ahead=ahead: ahead, STEPS, TrainConfig(epochs=1, lr=0.01), 0, lambda row: None,
+        train(plain(other), lambda epoch, rest=ahead: rest, STEPS, TrainConfig(epochs=1, lr=0.01), 0, lambda row: None,
               checkpointer=Checkpointer(shelf, list))  # fmt: skip
         ends.append(state(other))
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

@@ -21,7 +21,7 @@ MASK = "a1b2c3d4" * 8
 
 
 class Page(HTMLParser):
-    """The named values of a page, and all that it refers to."""
+    """Parsed values and references of a report page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

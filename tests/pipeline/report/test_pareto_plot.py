@@ -1,4 +1,4 @@
-"""The table and the picture of a sweep, from hand-made metrics."""
+"""Table and plot of a sweep, from hand-made metrics."""
 
 import json
 from pathlib import Path

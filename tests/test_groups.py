@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from tests.support.model_zoo import ZOO, eval_logits, images, random_masks, same_state, state, tiny
+from tests.support.model_zoo import ZOO, images, predict, random_masks, same_state, state, tiny
 from tests.support.reference_kl import LiveNorm, literal_vit
 from vitprune import BadInput, find_groups, shrink, zero
 from vitprune.config.prune_config import Kind
@@ -35,12 +35,12 @@ def test_zero_and_shrink_give_the_same_logits(name: str, kind: str, on: bool) ->
     groups = find_groups(zeroed, [kind])
     masks = random_masks(groups, 1 if kind == "head" else 0.4)
     x = images(zeroed)
-    dense = eval_logits(zeroed, x)
+    dense = predict(zeroed, x)
     zero(zeroed, groups, masks)
     shrink(shrunk, groups, masks)
     assert sum(p.numel() for p in shrunk.parameters()) < sum(p.numel() for p in zeroed.parameters())
-    torch.testing.assert_close(eval_logits(shrunk, x), eval_logits(zeroed, x), **CLOSE)
-    assert (eval_logits(zeroed, x) - dense).abs().max() > 1e-3
+    torch.testing.assert_close(predict(shrunk, x), predict(zeroed, x), **CLOSE)
+    assert (predict(zeroed, x) - dense).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -49,7 +49,7 @@ def test_fused_and_plain_attention_agree_on_a_shrunk_model(name: str) -> None:
     groups = find_groups(model, ["attention"])
     shrink(model, groups, random_masks(groups, 0.4))
     x = images(model)
-    torch.testing.assert_close(eval_logits(fused(model, True), x), eval_logits(fused(model, False), x), **CLOSE)
+    torch.testing.assert_close(predict(fused(model, True), x), predict(fused(model, False), x), **CLOSE)
 
 
 def test_kinds_shrunk_together_equal_kinds_shrunk_in_turn(vit: torch.nn.Module) -> None:
@@ -62,7 +62,7 @@ def test_kinds_shrunk_together_equal_kinds_shrunk_in_turn(vit: torch.nn.Module) 
         shrink(in_turn, [next(g for g in find_groups(in_turn, [group.kind]) if g.name == group.name)], masks)
     assert same_state(in_turn, state(together))
     x = images(vit)
-    torch.testing.assert_close(eval_logits(together, x), literal_vit(vit, x, masks), **CLOSE)
+    torch.testing.assert_close(predict(together, x), literal_vit(vit, x, masks), **CLOSE)
 
 
 @pytest.mark.parametrize("kinds", [["residual"], ["attention"], ["ffn"], ["residual", "attention", "ffn"]])
@@ -73,12 +73,12 @@ def test_shrink_equals_literal_removal(vit: torch.nn.Module, kinds: list[str], r
     x = images(vit)
     expected = literal_vit(vit, x, masks)
     shrink(vit, groups, masks)
-    torch.testing.assert_close(eval_logits(vit, x), expected, **CLOSE)
+    torch.testing.assert_close(predict(vit, x), expected, **CLOSE)
 
 
 def test_reference_without_masks_equals_the_model(vit: torch.nn.Module) -> None:
     x = images(vit)
-    torch.testing.assert_close(eval_logits(vit, x), literal_vit(vit, x, {}), **CLOSE)
+    torch.testing.assert_close(predict(vit, x), literal_vit(vit, x, {}), **CLOSE)
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -91,7 +91,7 @@ def test_layer_norm_uses_only_the_kept_residual_channels(name: str) -> None:
             masked.set_submodule(path, LiveNorm(module, masks["residual"]))
     shrink(shrunk, groups, masks)
     x = images(masked)
-    torch.testing.assert_close(eval_logits(shrunk, x), eval_logits(masked, x), **CLOSE)
+    torch.testing.assert_close(predict(shrunk, x), predict(masked, x), **CLOSE)
     assert shrunk.embed_dim == shrunk.num_features == int(masks["residual"].sum())
 
 
@@ -107,7 +107,7 @@ def test_zeroing_residual_channels_is_refused(vit: torch.nn.Module) -> None:
     with torch.no_grad():
         for part in groups[0].slices:
             vit.get_parameter(part.param).index_fill_(part.axis, positions(part, ~masks["residual"]), 0)
-    assert (eval_logits(vit, x) - removed).abs().max() > 1e-3
+    assert (predict(vit, x) - removed).abs().max() > 1e-3
 
 
 def test_zero_accepts_a_residual_mask_that_keeps_all_channels(vit: torch.nn.Module) -> None:
@@ -189,7 +189,7 @@ def test_uneven_heads_may_be_zeroed(vit: torch.nn.Module) -> None:
     groups, masks = uneven(vit)
     x = images(vit)
     expected = literal_vit(vit, x, masks)
-    torch.testing.assert_close(eval_logits(zero(vit, groups, masks), x), expected, **CLOSE)
+    torch.testing.assert_close(predict(zero(vit, groups, masks), x), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("apply", [zero, shrink])

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy.recovery import images_of, top1_of
-from benchmarks.accuracy.torch_pruning import load_dense
-from benchmarks.lib.deit_tiny import damped
+from benchmarks.lib.deit_tiny import damped, load_dense
 from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
 from vitprune import METHODS, PruneConfig, data
 from vitprune.config.prune_config import Schedule

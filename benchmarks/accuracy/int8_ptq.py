@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.lib.deit_tiny import damped, load_images
+from benchmarks.lib.deit_tiny import damped, load_dense, load_images, split
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import PruneConfig, data, models
+from vitprune import PruneConfig, data
 from vitprune.models.export import export_onnx
 from vitprune.models.int8 import IMAGES, compare_onnx, quantize_int8
 from vitprune.pruning.prune import prune_cycles
@@ -37,22 +37,19 @@ def main() -> None:
     quick = arguments(__doc__).quick
     folder = real_data()
     torch.set_num_threads(1)
-    dense = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+    dense = load_dense(folder)
     images, labels = load_images(folder / "imagenet-val-800.parquet", dense)
     if quick:
         images, labels = images[::8], labels[::8]
     batches = list(zip(images.split(40), labels.split(40), strict=True))
     quantization_images = calibration_images(folder / "imagenette-train-3000.parquet", dense)
-    pruning_batches = [(images[row : row + 50], labels[row : row + 50]) for row in range(600, 800, 50)]
+    pruning_batches, _ = split(images, labels)
     rows, table = [], []
     for method, sparsity, variants in CASES[: 1 if quick else None]:
         model = copy.deepcopy(dense)
-        for _ in (
-            prune_cycles(model, damped(PruneConfig(method=method, sparsity=sparsity)), pruning_batches)
-            if sparsity
-            else ()
-        ):
-            pass
+        if sparsity:
+            plan = damped(PruneConfig(method=method, sparsity=sparsity))
+            list(prune_cycles(model, plan, pruning_batches))
         for variant, facts in measure(model, variants[: 1 if quick else None], quantization_images, batches).items():
             off = facts["int8"] - facts["float"]
             promised = variant == CHOSEN and sparsity > 0 and not quick

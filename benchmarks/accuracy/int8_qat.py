@@ -18,8 +18,7 @@ from torch import nn
 
 from benchmarks.accuracy.int8_ptq import CHOSEN, calibration_images, measure
 from benchmarks.accuracy.recovery import images_of
-from benchmarks.accuracy.torch_pruning import load_dense
-from benchmarks.lib.deit_tiny import damped
+from benchmarks.lib.deit_tiny import damped, load_dense
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import PruneConfig, data
 from vitprune.config.train_config import TrainConfig

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy import torch_pruning
+from benchmarks.lib.deit_tiny import Batches, load_dense, load_images, split
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import PruneConfig, data, models, plan_for
 from vitprune.config.train_config import TrainConfig
@@ -92,7 +93,7 @@ def main() -> None:
     budget = Budget(1, 6, 1, 10) if options.quick else Budget(options.epochs, steps)
     with tempfile.TemporaryDirectory(prefix="vitprune-recovery-") as folder:
         results = distil_all(prune_both(real, Path(folder), options.method, options.quick), real, Path(folder), budget)
-    dense = top1_of(torch_pruning.load_dense(real), real, budget.every)
+    dense = top1_of(load_dense(real), real, budget.every)
     if not options.quick:
         page(results, dense, budget)
     write_results("recovery", rows_of(results, dense, options.quick), options.quick)
@@ -116,12 +117,12 @@ def distil_all(results: Sequence[ToolResult], real: Path, folder: Path, budget: 
 
 def prune_both(real: Path, folder: Path, method: str, quick: bool) -> list[ToolResult]:
     """Save both pruned models; the target of vitprune is the MACs that Torch-Pruning reached."""
-    dense = torch_pruning.load_dense(real)
-    calibration = torch_pruning.split(real, dense)[0][: 1 if quick else None]
+    dense = load_dense(real)
+    calibration = split(*load_images(real / "imagenet-val-800.parquet", dense))[0][: 1 if quick else None]
     image, dense_cost = calibration[0][0][:1], count(dense, calibration[0][0])
     setup, rival = rival_of(dense, calibration, quick)
     target = {"macs": count(rival, image).macs / dense_cost.macs}
-    ours = torch_pruning.load_dense(real)
+    ours = load_dense(real)
     for _ in prune_cycles(ours, plan_for(PruneConfig(method=method, target=target)), calibration):
         pass
     sides = []
@@ -132,7 +133,7 @@ def prune_both(real: Path, folder: Path, method: str, quick: bool) -> list[ToolR
     return sides
 
 
-def rival_of(dense: nn.Module, calibration: torch_pruning.Batches, quick: bool) -> tuple[str, nn.Module]:
+def rival_of(dense: nn.Module, calibration: Batches, quick: bool) -> tuple[str, nn.Module]:
     """Return Torch-Pruning's setting of highest top-1 on calibration images, and its model; quick: one setting."""
     goal, gradients = torch_pruning.Goal(macs=MACS), torch_pruning.mean_gradients(dense, calibration)
     if quick:
@@ -177,7 +178,7 @@ def distil(job: Job) -> tuple[float, float]:
         return itertools.islice(train_batches(table, budget.batch, job.seed, epoch, workers), budget.steps)
 
     student = models.load(job.pruned).to(job.device)
-    task = logit_distillation(student, torch_pruning.load_dense(job.real), 1.0, 1.0, 0.0)
+    task = logit_distillation(student, load_dense(job.real), 1.0, 1.0, 0.0)
     start = time.perf_counter()
     train(task, epochs, budget.steps, budget.recipe, job.seed, lambda row: None)
     speed = budget.epochs * budget.steps * budget.batch / (time.perf_counter() - start)

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.deit_tiny import load_images
+from benchmarks.lib.deit_tiny import Batches, load_dense, load_images, split
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import models
 from vitprune.architectures import attention, vit
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
@@ -35,7 +34,6 @@ ROOT = Path(__file__).parents[2]
 CRITERIA = ("l2", "taylor", "taylor of sums", "hessian")
 RANKINGS = ("local", "global", "global, not normalised", "isomorphic")
 FINALISTS, CLOSE = 4, 0.002
-Batches = Sequence[tuple[Tensor, Tensor]]
 MeanGradients = Mapping[str, Mapping[str, Tensor]]  # criterion -> parameter -> gradient for Torch-Pruning
 
 
@@ -219,25 +217,13 @@ def evaluate_finalists(ranking: Sequence[tuple[SetupResult, nn.Module]], held_ou
     return sorted(finals, key=lambda f: -(f.top1 or 0.0)) + [f for f, _ in ranking[FINALISTS:]]
 
 
-def split(folder: Path, dense: nn.Module) -> tuple[Batches, Batches]:
-    """Return the calibration and evaluation batches of the ImageNet sample, as in structured_oneshot."""
-    images, labels = load_images(folder / "imagenet-val-800.parquet", dense)
-    calibration = [(images[row : row + 50], labels[row : row + 50]) for row in range(600, 800, 50)]
-    return calibration, [(images[row : row + 100], labels[row : row + 100]) for row in range(0, 600, 100)]
-
-
 def solve(folder: Path, goals: Sequence[Goal], images: int) -> list[list[SetupResult]]:
     """Return the results for each target, with gradients of the first `images` calibration images."""
     torch.set_num_threads(1)
     dense = load_dense(folder)
-    calibration, held_out = split(folder, dense)
+    calibration, held_out = split(*load_images(folder / "imagenet-val-800.parquet", dense))
     gradients = mean_gradients(dense, calibration[: images // 50])
     return [evaluate_finalists(rank_setups(dense, gradients, goal, calibration), held_out) for goal in goals]
-
-
-def load_dense(folder: Path) -> nn.Module:
-    """Return the published DeiT-Tiny."""
-    return models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
 
 
 def main() -> None:
@@ -250,7 +236,7 @@ def main() -> None:
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(solve, folder, goals[first::2], 50 if quick else 200) for first in range(2)]
         dense = load_dense(folder)
-        base = accuracy(dense, split(folder, dense)[1])[0]["top1"]
+        base = accuracy(dense, split(*load_images(folder / "imagenet-val-800.parquet", dense))[1])[0]["top1"]
         halves = [job.result() for job in jobs]
     rows, cells = [Row("dense", base, "top-1 %")], []
     for number, goal in enumerate(goals):

@@ -147,12 +147,21 @@ def setup() -> Setup:
     """Read the model and the images; one thread, since two processes run."""
     torch.set_num_threads(1)
     folder = real_data()
-    dense = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
-    images, labels = load_images(folder / "imagenet-val-800.parquet", dense)
-    calibration = [(images[row : row + 50], labels[row : row + 50]) for row in range(600, 800, 50)]
-    held_out = [(images[row : row + 100], labels[row : row + 100]) for row in range(0, 600, 100)]
+    dense = load_dense(folder)
+    calibration, held_out = split(*load_images(folder / "imagenet-val-800.parquet", dense))
     with torch.no_grad():
         return Setup(dense, calibration, held_out, [dense(batch) for batch, _ in calibration])
+
+
+def load_dense(folder: Path) -> nn.Module:
+    """Return the published DeiT-Tiny."""
+    return models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+
+
+def split(images: Tensor, labels: Tensor) -> tuple[Batches, Batches]:
+    """Return calibration batches (rows 600..799) and evaluation batches (rows 0..599) of the ImageNet sample."""
+    calibration = [(images[row : row + 50], labels[row : row + 50]) for row in range(600, 800, 50)]
+    return calibration, [(images[row : row + 100], labels[row : row + 100]) for row in range(0, 600, 100)]
 
 
 def load_images(path: Path, model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,10 @@ from statistics import mean
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.deit_tiny import load_images
+from benchmarks.lib.deit_tiny import load_dense, load_images
 from benchmarks.lib.kl_rescoring import KINDS, rescoring_rows
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import find_groups, models
+from vitprune import find_groups
 from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.criteria.kl.leave_one_out import copy_without_unit
@@ -55,7 +55,7 @@ def main() -> None:
     """Measure all scorers and write the tables."""
     quick = arguments(__doc__).quick
     folder = real_data()
-    model = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+    model = load_dense(folder)
     images = load_images(folder / "imagenet-val-800.parquet", model)[0][600 : 604 if quick else 664]
     case = Case(model, images, exact=4 if quick else 8, literal=1)
     timings = exact_timings(case)

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.lib.deit_tiny import load_dense
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import PruneConfig, data, models, plan_for
+from vitprune import PruneConfig, data, plan_for
 from vitprune.models.export import export_onnx
 from vitprune.models.int8 import quantize_int8
 from vitprune.pruning.prune import prune_cycles
@@ -37,8 +38,7 @@ def main() -> None:
     quick = arguments(__doc__).quick
     runs = 10 if quick else 50
     torch.set_num_threads(1)
-    folder = real_data()
-    dense = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+    dense = load_dense(real_data())
     image = torch.randn(data.example_input(dense, 1).shape, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as name:
         compiled = engines(dense, image, Path(name))

@@ -12,7 +12,7 @@ from timm.layers import Mlp
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from tests.support.model_zoo import SMALL, ZOO, batches, cost, eval_logits, images, redrawn, same_state, state, tiny
+from tests.support.model_zoo import SMALL, ZOO, batches, cost, images, predict, redrawn, same_state, state, tiny
 from tests.support.reference_kl import kl
 from vitprune import BadInput, find_groups, load, prune, save, score, shrink
 from vitprune.architectures import rebuild, structure
@@ -80,7 +80,7 @@ def test_every_block_of_swin_and_pvt_can_be_removed_and_others_shrunk(name: str,
     assert every == [path for path, module in model.named_modules() if type(module).__name__.endswith("Block")]
     for path in every:
         smaller = skipping(model, [path])
-        assert torch.equal(eval_logits(smaller, x), eval_logits(giving_back(model, [path]), x))
+        assert torch.equal(predict(smaller, x), predict(giving_back(model, [path]), x))
     assert paths(smaller) == every[:-1]
     groups = find_groups(smaller, ["ffn", "residual"])
     shrink(smaller, groups, {g.name: torch.arange(g.units) < g.units - g.units // 4 for g in groups})
@@ -89,7 +89,7 @@ def test_every_block_of_swin_and_pvt_can_be_removed_and_others_shrunk(name: str,
     assert type(again.get_submodule(every[-1])) is IdentityBlock
     assert same_state(again, state(smaller))
     assert structure(again) == structure(smaller)
-    assert torch.equal(eval_logits(again, x), eval_logits(smaller, x))
+    assert torch.equal(predict(again, x), predict(smaller, x))
 
 
 def test_structure_lists_exactly_the_removed_blocks() -> None:
@@ -131,7 +131,7 @@ def test_blocks_are_scored_by_removal_and_pruned_one_at_a_time(swin: nn.Module) 
     result = score(swin, [group], "kl-literal", calibration)["blocks"]
     assert torch.equal(score(swin, [group], "kl-exact", calibration)["blocks"], result)
     for index, path in enumerate(paths(swin)):
-        expected = sum(kl(eval_logits(swin, x), eval_logits(giving_back(swin, [path]), x)) for x, _ in calibration)
+        expected = sum(kl(predict(swin, x), predict(giving_back(swin, [path]), x)) for x, _ in calibration)
         assert float(result[2 * index]) == pytest.approx(expected, rel=1e-9)
         assert result[2 * index + 1] == float("inf")
     with pytest.raises(BadInput, match=r"^blocks: blocks removed as a whole can be scored only by kl-literal$"):
@@ -282,4 +282,4 @@ def test_features_only_and_set_input_size_with_removed_blocks() -> None:
     for model in (smaller, slow):
         model.set_input_size((64, 64), window_size=(4, 4))
     assert smaller.layers[0].blocks[0].input_resolution == (16, 16)
-    assert torch.equal(eval_logits(smaller, noise(swin, 64)), eval_logits(slow, noise(swin, 64)))
+    assert torch.equal(predict(smaller, noise(swin, 64)), predict(slow, noise(swin, 64)))

@@ -8,7 +8,7 @@ import torch
 from timm.models.pvt_v2 import Attention
 from torch import nn
 
-from tests.support.model_zoo import eval_logits, images, random_masks, same_state, state, tiny
+from tests.support.model_zoo import images, predict, random_masks, same_state, state, tiny
 from tests.support.plans import context
 from tests.support.reference_kl import LiveNorm, kl
 from vitprune import BadInput, find_groups, prune, shrink, zero
@@ -47,15 +47,15 @@ def test_each_norm_uses_only_its_kept_residual_channels(name: str, removed: floa
     groups = find_groups(shrunk, ["residual"])
     masks = random_masks(groups, removed)
     x = images(masked)
-    dense = eval_logits(masked, x)
+    dense = predict(masked, x)
     for path, module in list(masked.named_modules()):
         if isinstance(module, nn.LayerNorm):
             group, side_by_side = stream_of(path)
             live = next(mask for key, mask in masks.items() if key.endswith(group))
             masked.set_submodule(path, LiveNorm(module, live.repeat(side_by_side)))
     shrink(shrunk, groups, masks)
-    torch.testing.assert_close(eval_logits(shrunk, x), eval_logits(masked, x), **CLOSE)
-    assert (eval_logits(shrunk, x) - dense).abs().max() > 1e-3
+    torch.testing.assert_close(predict(shrunk, x), predict(masked, x), **CLOSE)
+    assert (predict(shrunk, x) - dense).abs().max() > 1e-3
     kept = [int(mask.sum()) for key, mask in masks.items() if key.endswith(".residual")]
     assert shrunk.num_features == shrunk.head_hidden_size == kept[-1]
     assert [feature["num_chs"] for feature in shrunk.feature_info] == kept
@@ -92,9 +92,9 @@ def test_kinds_shrunk_together_equal_kinds_shrunk_in_turn(name: str) -> None:
         shrink(in_turn, find_groups(in_turn, [kind]), masks)
     assert same_state(in_turn, state(together))
     x = images(together)
-    assert torch.equal(eval_logits(in_turn, x), eval_logits(together, x))
-    plain = eval_logits(unfused(together), x)
-    torch.testing.assert_close(plain, eval_logits(in_turn, x), **CLOSE)
+    assert torch.equal(predict(in_turn, x), predict(together, x))
+    plain = predict(unfused(together), x)
+    torch.testing.assert_close(plain, predict(in_turn, x), **CLOSE)
 
 
 def unfused(model: nn.Module) -> nn.Module:
@@ -125,12 +125,12 @@ def test_attention_has_timm_class_if_all_widths_agree(pvt: nn.Module) -> None:
 def test_narrow_attention_equals_timm_at_full_width(name: str) -> None:
     model, x = tiny(name), images(tiny(name))
     for on in (True, False):
-        expected = eval_logits(model if on else unfused(model), x)
+        expected = predict(model if on else unfused(model), x)
         other = tiny(name) if on else unfused(tiny(name))
         for stage in other.stages:
             for block in stage.blocks:
                 block.attn.__class__ = NarrowPvtAttention
-        torch.testing.assert_close(eval_logits(other, x), expected, **CLOSE)
+        torch.testing.assert_close(predict(other, x), expected, **CLOSE)
 
 
 def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
@@ -146,7 +146,7 @@ def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
     q, (k, v) = before.q(y), before.kv(reduced).chunk(2, dim=-1)
     expected = before.proj((q @ k.transpose(1, 2) * before.scale).softmax(-1) @ v)  # the old heads' scale, one softmax
     torch.testing.assert_close(attn(y, size), expected, **CLOSE)
-    assert eval_logits(pvt, x).shape == (3, 7)
+    assert predict(pvt, x).shape == (3, 7)
 
 
 def test_the_recipe_shrinks_b1_to_the_shapes_of_b0() -> None:
@@ -176,7 +176,7 @@ def test_a_halved_pvt_equals_a_timm_model_of_its_shapes(pvt: nn.Module) -> None:
     stock = timm.create_model("pvt_v2_b0", num_classes=7, **args).double()
     stock.load_state_dict(half.state_dict(), strict=True)
     assert count(half, images(pvt)) == count(stock.eval(), images(pvt))
-    torch.testing.assert_close(eval_logits(stock, images(pvt)), eval_logits(half, images(pvt)), **CLOSE)
+    torch.testing.assert_close(predict(stock, images(pvt)), predict(half, images(pvt)), **CLOSE)
 
 
 def test_recorded_convolution_sizes_are_updated_and_gradients_flow(pvt: nn.Module) -> None:
@@ -266,8 +266,8 @@ def test_fisher_is_the_curvature_of_the_divergence_under_a_residual_gate(name: s
     model, step = tiny(name), 1e-3
     groups, x = find_groups(model, ["residual"]), images(tiny(name), 2)
     result = fisher_kl_per_image(model, groups, x, context(fisher_directions=1000))
-    dense = eval_logits(model, x)
+    dense = predict(model, x)
     for group in groups:
         for unit in (0, group.units // 2):
-            apart = [kl(dense, eval_logits(gated(name, group.name, unit, by), x)) for by in (-step, step)]
+            apart = [kl(dense, predict(gated(name, group.name, unit, by), x)) for by in (-step, step)]
             assert sum(apart) / 2 / step**2 == pytest.approx(float(result[group.name][unit].sum()), rel=5e-3)

@@ -13,7 +13,7 @@ from timm.models._features import FeatureGetterNet, FeatureListNet
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from tests.support.model_zoo import eval_logits, images
+from tests.support.model_zoo import images, predict
 from tests.support.pruned_models import CASES, CUTS, FAMILIES, cut_of, dense_of, masks_of
 from vitprune import find_groups, load, prune, save, shrink, zero
 
@@ -122,10 +122,10 @@ def test_reset_classifier_works_and_is_saved(model: Any, tmp_path: Path) -> None
     save(model, tmp_path)
     again = load(tmp_path)
     assert again.num_classes == 5
-    assert eval_logits(model, x).shape == (3, 5)
-    assert torch.equal(eval_logits(again, x), eval_logits(model, x))
+    assert predict(model, x).shape == (3, 5)
+    assert torch.equal(predict(again, x), predict(model, x))
     model.reset_classifier(0)
-    assert eval_logits(model, x).shape == (3, wide)
+    assert predict(model, x).shape == (3, wide)
 
 
 @EVERY
@@ -185,7 +185,7 @@ def test_another_image_size(family: str, tmp_path: Path) -> None:
     model.set_input_size(img_size=64)
     x = torch.randn((2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
     save(model, tmp_path)
-    assert torch.equal(eval_logits(load(tmp_path), x), eval_logits(model, x))
+    assert torch.equal(predict(load(tmp_path), x), predict(model, x))
 
 
 def test_every_case_has_fewer_parameters() -> None:

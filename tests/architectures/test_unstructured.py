@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import eval_logits, redrawn, same_state, state
+from tests.support.model_zoo import predict, redrawn, same_state, state
 from vitprune import BadInput, count, find_groups, load, prune, save
 from vitprune.architectures import uniform_args, unstructured_tables
 from vitprune.pruning.select import select
@@ -125,13 +125,13 @@ def test_half_sparsity_survives_save_and_load(name: str, tmp_path: Path) -> None
     assert abs(sum(zeros) - units / 2) <= len({group.layer_type for group in groups}) / 2  # each pool is rounded
     inside = {group.name for group in groups}
     assert all(torch.equal(p, pruned.get_parameter(n)) for n, p in model.named_parameters() if n not in inside)
-    assert bool(eval_logits(pruned, x).isfinite().all())
+    assert bool(predict(pruned, x).isfinite().all())
     assert count(pruned, x).nonzero_macs < count(model, x).macs
     save(pruned, tmp_path)
     again = load(tmp_path)
     assert type(again) is type(model)
     assert same_state(again, state(pruned))
-    assert torch.equal(eval_logits(again, x), eval_logits(pruned, x))
+    assert torch.equal(predict(again, x), predict(pruned, x))
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert same_state(plain, state(pruned))
 

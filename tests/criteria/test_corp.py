@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.support.model_zoo import batches, eval_logits, tiny
+from tests.support.model_zoo import batches, predict, tiny
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.corp import affine_prediction, corp
@@ -29,7 +29,7 @@ def test_scores_are_energy_times_both_norms() -> None:
     seen = []
     handle = block.get_submodule("fc2").register_forward_hook(lambda module, given, output: seen.append(given[0]))
     for images, _ in batches(model):
-        eval_logits(model, images)
+        predict(model, images)
     handle.remove()
     result = corp(model, [group], batches(model), DEFAULT_CONTEXT).scores[group.name]
     energy = torch.cat([rows.flatten(0, 1) for rows in seen]).double().square().mean(dim=0)
@@ -48,8 +48,8 @@ def test_the_update_reduces_the_logit_error() -> None:
         updated.get_parameter(name).data.copy_(value)
     zero(updated, groups, masks)
     seen = batches(model)[0][0]
-    dense = eval_logits(model, seen)
-    assert (eval_logits(updated, seen) - dense).norm() < 0.5 * (eval_logits(plain, seen) - dense).norm()
+    dense = predict(model, seen)
+    assert (predict(updated, seen) - dense).norm() < 0.5 * (predict(plain, seen) - dense).norm()
 
 
 def test_attention_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.support.model_zoo import batches, eval_logits
+from tests.support.model_zoo import batches, predict
 from vitprune import find_groups, score
 from vitprune.groups import Group
 
@@ -26,7 +26,7 @@ def loss_when_scaled(model: torch.nn.Module, group: Group, unit: int, by: float,
                 moved = spread.reshape(shape[part.axis], -1)
                 rest = [size for axis, size in enumerate(shape) if axis != part.axis]
                 tensor.copy_(moved.view(shape[part.axis], *rest).movedim(0, part.axis))
-    return float(F.cross_entropy(eval_logits(model, batch[0]), batch[1]))
+    return float(F.cross_entropy(predict(model, batch[0]), batch[1]))
 
 
 @pytest.mark.parametrize("kind", ["weight", "ffn", "attention", "head", "residual"])

@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from tests.support.digits_project import ORDER, project_in
-from tests.support.model_zoo import eval_logits, images
+from tests.support.model_zoo import images, predict
 from tests.support.pruned_models import cut_of, dense_of
 from vitprune import BadInput, prune, save, write_card
 from vitprune.pipeline import stages
@@ -46,7 +46,7 @@ def test_a_card_loads_an_uneven_model_with_vitprune(family: str, tmp_path: Path)
     save(model, tmp_path)
     write_card(tmp_path)
     assert "vitprune.load(" in parts(tmp_path)[1]
-    assert torch.equal(eval_logits(as_the_card_says(tmp_path), images(model)), eval_logits(model, images(model)))
+    assert torch.equal(predict(as_the_card_says(tmp_path), images(model)), predict(model, images(model)))
 
 
 @pytest.mark.parametrize("family", ["vit", "distilled", "pvt", "swin"])
@@ -60,9 +60,7 @@ def test_a_card_loads_a_uniform_model_with_plain_timm(family: str, tmp_path: Pat
     save(model, tmp_path)
     write_card(tmp_path)
     assert "vitprune" not in re.findall(r"```python\n(.*?)```", parts(tmp_path)[1], re.DOTALL)[0]
-    torch.testing.assert_close(
-        eval_logits(as_the_card_says(tmp_path), images(model)), eval_logits(model, images(model))
-    )
+    torch.testing.assert_close(predict(as_the_card_says(tmp_path), images(model)), predict(model, images(model)))
 
 
 def test_a_card_without_metrics_has_no_results(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from tests.support.digits_project import project_in
-from tests.support.model_zoo import ZOO, eval_logits, images, redrawn
+from tests.support.model_zoo import ZOO, images, predict, redrawn
 from vitprune import find_groups, models, prune
 from vitprune.config.params import Export
 from vitprune.errors import BadInput
@@ -49,7 +49,7 @@ def test_int8_keeps_zeros_and_predictions(exported: tuple[Path, nn.Module], cali
     x = images(model, 8, seed=5)
     session = onnxruntime.InferenceSession(str(tmp_path / "int8.onnx"), providers=["CPUExecutionProvider"])
     (result,) = session.run(None, {"images": x.numpy()})
-    exact = eval_logits(model, x).numpy()
+    exact = predict(model, x).numpy()
     assert numpy.abs(result - exact).mean() < 0.1 * exact.std()
 
 
@@ -57,7 +57,7 @@ def test_compare_onnx_by_hand(exported: tuple[Path, nn.Module], tmp_path: Path) 
     source, model = exported
     quantize_int8(source, tmp_path / "int8.onnx", images(model, 40))
     x = images(model, 20, seed=7)
-    labels = eval_logits(model, x).argmax(1)
+    labels = predict(model, x).argmax(1)
     labels[:5] = (labels[:5] + 1) % 7
     result = compare_onnx([source, tmp_path / "int8.onnx"], list(zip(x.split(8), labels.split(8), strict=True)))
     assert result["model_top1"] == 75

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.support.model_zoo import SWIN, VIT, ZOO, eval_logits, images, random_masks, redrawn, same_state, state, tiny
+from tests.support.model_zoo import SWIN, VIT, ZOO, images, predict, random_masks, redrawn, same_state, state, tiny
 from vitprune import BadInput, data, find_groups, load, models, prune, save, shrink
 from vitprune.architectures import merge_heads, structure
 
@@ -87,7 +87,7 @@ def test_a_new_process_gives_bit_identical_logits(saved: tuple[Path, dict[str, n
     result = load_file(tmp_path / "logits.safetensors")
     assert result.keys() == made.keys()
     for name, model in made.items():
-        assert torch.equal(result[name], eval_logits(model, given[name])), name
+        assert torch.equal(result[name], predict(model, given[name])), name
 
 
 def test_a_loaded_model_equals_the_saved_one(saved: tuple[Path, dict[str, nn.Module]]) -> None:
@@ -130,7 +130,7 @@ def test_a_loaded_model_can_be_shrunk_and_saved_again(saved: tuple[Path, dict[st
         again = load(tmp_path / name)
         assert same_state(again, state(model))
         x = images(model)
-        assert torch.equal(eval_logits(again, x), eval_logits(model, x))
+        assert torch.equal(predict(again, x), predict(model, x))
 
 
 def test_the_data_config_is_saved(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_uniform_model_loads_in_plain_timm(name: str, sparsity: dict | None, t
     plain = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     x = images(model)
     assert same_state(plain, state(pruned))
-    torch.testing.assert_close(eval_logits(plain, x), eval_logits(pruned, x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(predict(plain, x), predict(pruned, x), rtol=0, atol=1e-6)
 
 
 def test_merged_heads_load_in_plain_timm(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_merged_heads_load_in_plain_timm(tmp_path: Path) -> None:
     assert [(b.attn.num_heads, b.attn.head_dim) for b in pruned.blocks] == [(3, 16)] * 2
     save(pruned, tmp_path)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    torch.testing.assert_close(eval_logits(plain, x), eval_logits(pruned, x), rtol=0, atol=1e-6)
-    assert torch.equal(eval_logits(load(tmp_path), x), eval_logits(pruned, x))
+    torch.testing.assert_close(predict(plain, x), predict(pruned, x), rtol=0, atol=1e-6)
+    assert torch.equal(predict(load(tmp_path), x), predict(pruned, x))
 
 
 def test_a_directory_saved_by_timm_loads(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_real_deit_tiny_shrunk_and_loaded(real_deit: nn.Module, tmp_path: Path) 
     pruned = prune(real_deit, "channel-magnitude", sparsity={"ffn": 0.25, "attention": 0.25}, scope="global").model
     save(pruned, tmp_path)
     x = images(pruned, 1)
-    assert torch.equal(eval_logits(load(tmp_path), x), eval_logits(pruned, x))
+    assert torch.equal(predict(load(tmp_path), x), predict(pruned, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.model_zoo import eval_logits, images
+from tests.support.model_zoo import images, predict
 from tests.support.pruned_models import dense_of
 from vitprune import load, prune, save
 
@@ -127,10 +127,10 @@ def test_uniform_checkpoints_load_in_older_timm_without_vitprune(install: Instal
         )
         save(model, tmp_path / family)
         given[family] = images(model)
-        expected[family] = eval_logits(model, given[family])
+        expected[family] = predict(model, given[family])
     save_file(given, tmp_path / "images.safetensors")
     assert run(PLAIN, tmp_path, install(f"timm=={FIRST_LOCAL}")) == [FIRST_LOCAL]
     for family, logits in load_file(tmp_path / "logits.safetensors").items():
         torch.testing.assert_close(logits, expected[family], rtol=0, atol=1e-5)
     theirs = load_file(tmp_path / "theirs.safetensors")["logits"]
-    torch.testing.assert_close(eval_logits(load(tmp_path / "theirs"), given["vit"]), theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(predict(load(tmp_path / "theirs"), given["vit"]), theirs, rtol=0, atol=1e-5)

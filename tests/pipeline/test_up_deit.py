@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import eval_logits, images, same_state, state
+from tests.support.model_zoo import images, predict, same_state, state
 from tests.support.plans import plan_for
 from vitprune import save, score, shrink
 from vitprune.config.params import load
@@ -43,7 +43,7 @@ def test_up_deit_from_deit_base(base: nn.Module, recipe: str, tmp_path: Path) ->
     stock.load_state_dict(pruned.state_dict(), strict=True)
     for again in (stock, by_directory):
         assert same_state(again, state(pruned))
-        assert torch.equal(eval_logits(again, x), eval_logits(pruned, x))
+        assert torch.equal(predict(again, x), predict(pruned, x))
 
 
 def cut(base: nn.Module, settings: PruneConfig) -> nn.Module:

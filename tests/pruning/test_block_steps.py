@@ -11,18 +11,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from tests.support.model_zoo import (
-    VIT,
-    ZOO,
-    batches,
-    eval_logits,
-    images,
-    random_masks,
-    redrawn,
-    same_state,
-    state,
-    tiny,
-)
+from tests.support.model_zoo import VIT, ZOO, batches, images, predict, random_masks, redrawn, same_state, state, tiny
 from tests.support.plans import plan_for
 from tests.support.reference_kl import kl
 from vitprune import METHODS, BadInput, data, find_groups, load, prune, save, score, shrink, zero
@@ -74,7 +63,7 @@ def test_every_candidate_equals_the_model_without_it(name: str) -> None:
         smaller = shrink(copy.deepcopy(model), [group], {"blocks": mask})
         assert [type(block) for block in smaller.blocks] == [Block] * (depth - 1)
         assert [feature["module"] for feature in smaller.feature_info] == [f"blocks.{i}" for i in range(depth - 1)]
-        torch.testing.assert_close(eval_logits(smaller, x), eval_logits(skipping(model, mask), x), **CLOSE)
+        torch.testing.assert_close(predict(smaller, x), predict(skipping(model, mask), x), **CLOSE)
 
 
 def test_candidates_by_hand() -> None:
@@ -92,7 +81,7 @@ def test_blocks_of_a_language_model() -> None:
     for unit in range(group.num_candidates):
         mask = mask_without(group, unit)
         smaller = shrink(copy.deepcopy(model), [group], {"blocks": mask})
-        torch.testing.assert_close(eval_logits(smaller, tokens), eval_logits(skipping(model, mask), tokens), **CLOSE)
+        torch.testing.assert_close(predict(smaller, tokens), predict(skipping(model, mask), tokens), **CLOSE)
 
 
 def test_a_hybrid_block_consists_of_two_halves() -> None:
@@ -119,7 +108,7 @@ def test_scores_equal_the_kl_of_the_model_without_the_unit() -> None:
     torch.testing.assert_close(score(model, [group], "kl-exact", noise)["blocks"], result, rtol=1e-9, atol=0)
     for unit in range(group.num_candidates):
         other = skipping(model, mask_without(group, unit))
-        expected = sum(kl(eval_logits(model, x), eval_logits(other, x)) for x, _ in noise)
+        expected = sum(kl(predict(model, x), predict(other, x)) for x, _ in noise)
         assert float(result[unit]) == pytest.approx(expected, rel=1e-9)
     assert result[-1] == float("inf")
     for criterion in ("magnitude", "taylor"):
@@ -139,8 +128,7 @@ def progressive(model: nn.Module, noise: list, remove: int) -> Tensor:
             tried.append(
                 (
                     sum(
-                        kl(eval_logits(skipping(model, remaining), x), eval_logits(skipping(model, mask), x))
-                        for x, _ in noise
+                        kl(predict(skipping(model, remaining), x), predict(skipping(model, mask), x)) for x, _ in noise
                     ),
                     mask,
                 )
@@ -157,7 +145,7 @@ def test_half_of_the_blocks_are_removed_one_by_one(cycles: int) -> None:
     result = run(model, 0.5, noise, cycles=cycles, schedule="linear")
     assert torch.equal(result[-1].masks["blocks"], expected)
     assert [int(cycle.masks["blocks"].sum()) // 2 for cycle in result] == {1: [3], 2: [4, 3]}[cycles]
-    torch.testing.assert_close(eval_logits(model, x), eval_logits(skipping(dense, expected), x), **CLOSE)
+    torch.testing.assert_close(predict(model, x), predict(skipping(dense, expected), x), **CLOSE)
 
 
 def test_the_mask_stage_has_only_the_first_removal() -> None:
@@ -196,7 +184,7 @@ def test_blocks_are_removed_together_with_units_of_other_blocks(mixed: str, cycl
     assert (len(hidden), sum(hidden), model.embed_dim) == (2, 12, 9)  # half of what two blocks leave
     assert [block.attn.head_dim for block in model.blocks] == [3, 3]
     shrink(once, groups, masks)
-    torch.testing.assert_close(eval_logits(model, x), eval_logits(once, x), **CLOSE)
+    torch.testing.assert_close(predict(model, x), predict(once, x), **CLOSE)
     for before, after in pairwise(result):
         assert all(not bool((after.masks[name] & ~before.masks[name]).any()) for name in masks)
 
@@ -262,7 +250,7 @@ def test_removed_blocks_and_units_are_saved_and_loaded(name: str, tmp_path: Path
     save(model, tmp_path)
     again = load(tmp_path)
     assert same_state(again, state(model))
-    assert torch.equal(eval_logits(again, x), eval_logits(model, x))
+    assert torch.equal(predict(again, x), predict(model, x))
     assert structure(again) == structure(model)
     assert structure(rebuild(tiny(name), structure(model)))["blocks"] == (2 * len(model.blocks),)
 
@@ -277,7 +265,7 @@ def test_a_model_with_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
     x = images(model)
     for again in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load(tmp_path)):
         assert same_state(again, state(pruned))
-        assert torch.equal(eval_logits(again, x), eval_logits(pruned, x))
+        assert torch.equal(predict(again, x), predict(pruned, x))
 
 
 def test_the_structure_without_removed_blocks_equals_the_dense_one(vit: nn.Module) -> None:
@@ -307,9 +295,9 @@ def test_the_progressive_order_loses_less_than_random_pairs(real_data: Path, rea
     plan, first = plan_for("upvits-blocks", 2 / 12), select_blocks({"blocks": scores}, 1 / 12)
     list(prune_cycles(pruned, plan, calibration, first))
     assert len(pruned.blocks) == 10
-    dense, generator = eval_logits(real_deit, x), torch.Generator().manual_seed(0)
+    dense, generator = predict(real_deit, x), torch.Generator().manual_seed(0)
     random = []
     for _ in range(5):
         masks = select_blocks({"blocks": torch.rand(24, generator=generator)}, 2 / 12)
-        random.append(kl(dense, eval_logits(shrink(copy.deepcopy(real_deit), [group], masks), x)))
-    assert kl(dense, eval_logits(pruned, x)) < sum(random) / len(random)
+        random.append(kl(dense, predict(shrink(copy.deepcopy(real_deit), [group], masks), x)))
+    assert kl(dense, predict(pruned, x)) < sum(random) / len(random)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.model_zoo import batches, eval_logits, images, same_state, state, tiny
+from tests.support.model_zoo import batches, images, predict, same_state, state, tiny
 from tests.support.plans import plan_for
 from tests.support.reference_kl import literal_vit
 from vitprune import METHODS, BadInput, find_groups, prune, score, shrink, zero
@@ -81,9 +81,9 @@ def test_shrinking_in_steps_equals_shrinking_once_by_the_last_masks(vit: nn.Modu
     for name in now:
         torch.testing.assert_close(now[name], expected[name], **CLOSE)
     x = images(vit)
-    torch.testing.assert_close(eval_logits(vit, x), eval_logits(once, x), **CLOSE)
+    torch.testing.assert_close(predict(vit, x), predict(once, x), **CLOSE)
     if "head" not in sparsity:
-        torch.testing.assert_close(eval_logits(vit, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
+        torch.testing.assert_close(predict(vit, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
     assert grow(cycles)
 
 
@@ -94,7 +94,7 @@ def test_shrinking_merged_heads_in_steps() -> None:
     masks = cycles[-1].masks
     assert {n: tuple(m.shape) for n, m in masks.items()} == {"blocks.0.attn": (1, 48), "blocks.1.attn": (1, 48)}
     assert [(b.attn.num_heads, b.attn.head_dim) for b in model.blocks] == [(1, 14), (1, 14)]
-    torch.testing.assert_close(eval_logits(model, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
+    torch.testing.assert_close(predict(model, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
 
 
 def test_shrinking_swin_in_steps(swin: nn.Module) -> None:
@@ -102,7 +102,7 @@ def test_shrinking_swin_in_steps(swin: nn.Module) -> None:
     cycles = run(swin, "channel-taylor", {"attention": 0.5, "ffn": 0.5}, batches(swin), cycles=3, scope="global")
     shrink(once, find_groups(once, ["attention", "ffn"]), cycles[-1].masks)
     x = images(swin)
-    torch.testing.assert_close(eval_logits(swin, x), eval_logits(once, x), **CLOSE)
+    torch.testing.assert_close(predict(swin, x), predict(once, x), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["ffn", "head"])
@@ -204,7 +204,7 @@ def test_every_method_prunes_a_vit_and_leaves_it_untouched() -> None:
         else:
             width = 8 if "attention" in row.kinds else 16
             assert [(b.attn.head_dim, b.mlp.fc1.out_features) for b in pruned.blocks] == [(width, 12)] * 2
-        assert eval_logits(pruned, x).shape == (3, 7)
+        assert predict(pruned, x).shape == (3, 7)
 
 
 def test_prune_takes_a_sparsity_per_kind(vit: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """A toy pipeline: the ten stages of dvc.yaml as one shell script, to test running, killing and resuming.
 
-Files that DVC does not track control a stage: `sleep_STAGE`, `bad_STAGE`, `lost_STAGE` and `code_STAGE` (its exit code).
+Untracked files control a stage: `sleep_STAGE`, `bad_STAGE`, `lost_STAGE` and `code_STAGE` (its exit code).
 """
 
 import contextlib

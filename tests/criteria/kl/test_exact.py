@@ -7,18 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.support.model_zoo import (
-    SWIN,
-    VIT,
-    batches,
-    eval_logits,
-    images,
-    random_masks,
-    redrawn,
-    same_state,
-    state,
-    tiny,
-)
+from tests.support.model_zoo import SWIN, VIT, batches, images, predict, random_masks, redrawn, same_state, state, tiny
 from tests.support.plans import context
 from tests.support.reference_kl import kl
 from vitprune import BadInput, data, find_groups, score
@@ -48,8 +37,8 @@ def one_by_one(model: nn.Module, group: Group, units: Tensor, inputs: Tensor) ->
     for row, unit in enumerate(units):
         mask = (torch.arange(group.units) != unit).view(group.shape)
         remove = shrink if group.kind == "residual" else zero
-        pruned = eval_logits(remove(copy.deepcopy(model), [group], {group.name: mask}), inputs)
-        both = zip(eval_logits(model, inputs).double(), pruned.double(), strict=True)
+        pruned = predict(remove(copy.deepcopy(model), [group], {group.name: mask}), inputs)
+        both = zip(predict(model, inputs).double(), pruned.double(), strict=True)
         result[row] = torch.tensor([kl(*pair) for pair in both])
     return result
 
@@ -76,12 +65,12 @@ def test_a_chain_computes_its_model_step_by_step(name: str) -> None:
     model = tiny(name)
     inputs, steps = images(model), build_chain(model)
     with torch.no_grad():
-        torch.testing.assert_close(steps(inputs), eval_logits(model, inputs), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(steps(inputs), predict(model, inputs), rtol=1e-12, atol=1e-12)
         stream = steps.embed(inputs)
         for step in steps.steps:
             stream = step(stream)
         logits = steps.run_head(stream[:, : steps.num_tokens_read])
-        torch.testing.assert_close(logits, eval_logits(model, inputs), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(logits, predict(model, inputs), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
@@ -96,7 +85,7 @@ def test_divergences_of_model_variants(variant: str) -> None:
     model = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT | args), 0).double()
     with torch.no_grad():
         torch.testing.assert_close(
-            build_chain(model)(images(model)), eval_logits(model, images(model)), rtol=1e-12, atol=1e-12
+            build_chain(model)(images(model)), predict(model, images(model)), rtol=1e-12, atol=1e-12
         )
     holds(model, find_groups(model, kinds))
 
@@ -182,7 +171,7 @@ def logarithms(model: nn.Module, group: Group) -> Tensor:
     for unit in range(group.units):
         masks = {group.name: torch.arange(group.units) != unit}
         pruned = zero(copy.deepcopy(model), [group], masks)
-        full, other = (eval_logits(each, images(model)).log_softmax(-1) for each in (model, pruned))
+        full, other = (predict(each, images(model)).log_softmax(-1) for each in (model, pruned))
         rows.append((full.exp() * (full - other)).sum(-1))
     return torch.stack(rows)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.model_zoo import batches, eval_logits, images, same_state, state, tiny
+from tests.support.model_zoo import batches, images, predict, same_state, state, tiny
 from tests.support.plans import changed, context
 from tests.support.reference_kl import assert_fades, fisher_quadratic, gated_vit, kl
 from vitprune import BadInput, Group, data, find_groups
@@ -40,7 +40,7 @@ def test_with_all_classes_it_equals_the_exact_quadratic_form_per_image(name: str
 def test_the_residual_score_equals_the_curvature_of_the_gated_vit(vit: nn.Module) -> None:
     group, inputs, step = find_groups(vit, ["residual"])[0], images(vit, 1), 1e-4
     result = fisher_kl_per_image(vit, [group], inputs, EVERY_CLASS)["residual"][:, 0]
-    dense = eval_logits(vit, inputs)
+    dense = predict(vit, inputs)
     torch.testing.assert_close(gated_vit(vit, inputs, {}), dense)
     for unit in range(0, 48, 7):
         apart = []
@@ -78,10 +78,10 @@ def test_it_equals_the_curvature_of_the_kl_in_the_gate(name: str, kind: str) -> 
     model = tiny(name)
     groups, inputs, step = find_groups(model, [kind]), images(model, 2), 1e-3
     result = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
-    dense = eval_logits(model, inputs)
+    dense = predict(model, inputs)
     for group in groups[:: len(groups) - 1]:
         for unit in range(0, group.units, max(1, group.units // 3)):
-            apart = [kl(dense, eval_logits(faded(model, group, unit, by), inputs)) for by in (-step, step)]
+            apart = [kl(dense, predict(faded(model, group, unit, by), inputs)) for by in (-step, step)]
             assert sum(apart) / 2 / step**2 == pytest.approx(float(result[group.name][unit].sum()), rel=2e-3, abs=1e-9)
 
 
@@ -104,7 +104,7 @@ def test_a_pair_of_sub_layers_shares_one_gate() -> None:
     model = tiny("extra")  # with LayerScale
     (group,), inputs, step = find_groups(model, ["block"]), images(model, 2), 1e-3
     result = fisher_kl_per_image(model, [group], inputs, EVERY_CLASS)["blocks"].sum(dim=1)
-    dense = eval_logits(model, inputs)
+    dense = predict(model, inputs)
     for unit in range(group.num_candidates):
         apart = []
         for by in (-step, step):
@@ -113,7 +113,7 @@ def test_a_pair_of_sub_layers_shares_one_gate() -> None:
                 path, _, leaf = body.rpartition(".")
                 scale = changed.get_submodule(path).get_submodule("ls1" if leaf == "attn" else "ls2")
                 scale.gamma.data *= 1 + by
-            apart.append(kl(dense, eval_logits(changed, inputs)))
+            apart.append(kl(dense, predict(changed, inputs)))
         assert sum(apart) / 2 / step**2 == pytest.approx(float(result[unit]), rel=2e-3)
     full = fisher_kl(model, [group], batches(model), DEFAULT_CONTEXT).scores["blocks"]
     assert full.isinf().tolist() == [False] * group.num_candidates + [True]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.model_zoo import batches, eval_logits, images, tiny
+from tests.support.model_zoo import batches, images, predict, tiny
 from tests.support.plans import context
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_CONTEXT
@@ -164,9 +164,9 @@ def test_logits_are_closer_to_dense_than_with_magnitude(kind: str) -> None:
     model = tiny(kind)
     data = batches(model)
     seen = data[0][0]
-    dense = eval_logits(model, seen)
+    dense = predict(model, seen)
     result = {
-        method: eval_logits(prune(model, method, sparsity=0.5, calibration=data).model, seen)
+        method: predict(prune(model, method, sparsity=0.5, calibration=data).model, seen)
         for method in ("obc", "magnitude")
     }
     assert (result["obc"] - dense).norm() < 0.5 * (result["magnitude"] - dense).norm()

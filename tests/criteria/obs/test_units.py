@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import ZOO, batches, eval_logits, images, redrawn, tiny
+from tests.support.model_zoo import ZOO, batches, images, predict, redrawn, tiny
 from tests.support.plans import context, plan_for
 from tests.support.reference_kl import naive_elimination
 from vitprune import BadInput, find_groups, prune
@@ -76,7 +76,7 @@ def test_the_attention_basis_preserves_the_function(name: str) -> None:
             turned.get_parameter(path).data.copy_(value)
     x = images(model)
     assert not torch.equal(turned.state_dict()[path], model.state_dict()[path])
-    torch.testing.assert_close(eval_logits(turned, x), eval_logits(model, x), rtol=0, atol=1e-7)
+    torch.testing.assert_close(predict(turned, x), predict(model, x), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["ffn", "attention", "head"])
@@ -88,9 +88,7 @@ def test_the_update_reduces_the_logit_error(vit: nn.Module, kind: str) -> None:
     assert importance.update is not None
     for path, value in importance.update(masks).items():
         updated.get_parameter(path).data.copy_(value)
-    errors = [
-        (eval_logits(shrink(m, groups, masks), x) - eval_logits(vit, x)).square().mean() for m in (updated, plain)
-    ]
+    errors = [(predict(shrink(m, groups, masks), x) - predict(vit, x)).square().mean() for m in (updated, plain)]
     assert errors[0] < errors[1]
 
 
@@ -110,7 +108,7 @@ def test_saved_statistics_replace_the_images(vit: nn.Module, method: str) -> Non
     statistics = dict(plan.method.criterion(vit, groups, noise, plan.context(1)).statistics)
     list(prune_cycles(models[1], plan, [], cycle.masks, statistics))
     x = images(vit)
-    assert torch.equal(eval_logits(models[0], x), eval_logits(models[1], x))
+    assert torch.equal(predict(models[0], x), predict(models[1], x))
 
 
 def test_groups_without_exactly_one_consumer_are_refused(vit: nn.Module) -> None:

@@ -100,7 +100,7 @@ def test_n_of_m_leaves_the_layers_that_a_rule_ignores() -> None:
     pruned = prune(model, "n:m", rules=[{"match": r".*\.fc1\.weight", "ignore": True}]).model
     zeros = {name: int((p == 0).sum()) / p.numel() for name, p in pruned.named_parameters() if p.dim() == 2}
     assert [zeros[f"blocks.0.mlp.{layer}.weight"] for layer in ("fc1", "fc2")] == [0, 0.5]
-    with pytest.raises(BadInput, match=r"^prune.rules: an N:M scope removes as much of every layer; rules can only ig"):
+    with pytest.raises(BadInput, match=r"^prune.rules: an N:M scope removes the same fraction of every layer; rules"):
         prune(model, "n:m", rules=[{"match": r".*", "sparsity": 0.3}])
 
 
@@ -188,7 +188,7 @@ def test_a_multiple_per_kind() -> None:
     [
         (
             {"round_to": {"weight": 8}},
-            r"^prune.round_to.weight: is not among the widths that go here \(ffn, attention\)$",
+            r"^prune.round_to.weight: is not among the widths that are pruned \(ffn, attention\)$",
         ),
         ({"round_to": {"residual": 8}}, r"^prune.round_to.residual: is not among the widths that are pruned"),
         ({"round_to": 0}, r"^prune.round_to: Input should be greater than or equal to 1, got 0$"),

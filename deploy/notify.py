@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Has Prefect tell a webhook (Slack's, Mattermost's, one of your own) of every run that failed or crashed.
+"""Create a Prefect automation that sends every failed or crashed run to a webhook (Slack, Mattermost or another).
 
-VITPRUNE_WEBHOOK is the webhook's address, which Prefect's database keeps encrypted; PREFECT_API_URL is the server's.
-Run again, it takes the newer address. `deploy/servers up` runs it wherever VITPRUNE_WEBHOOK is set.
+VITPRUNE_WEBHOOK is the address of the webhook, stored encrypted in Prefect's database; PREFECT_API_URL is that of the
+server. Running it again replaces the address. `deploy/servers up` runs it if VITPRUNE_WEBHOOK is set.
 """
 
 import os
@@ -15,12 +15,12 @@ from prefect.events.actions import CallWebhook
 from prefect.events.schemas.automations import EventTrigger, Posture
 
 BLOCK = "vitprune-webhook"
-NAME = "vitprune: tell of runs that failed or crashed"
-SAID = 'flow.name ~ " " ~ flow_run.name ~ " is " ~ flow_run.state.name ~ ": " ~ flow_run.state.message'
+NAME = "vitprune: notify of failed and crashed runs"
+MESSAGE = 'flow.name ~ " " ~ flow_run.name ~ " is " ~ flow_run.state.name ~ ": " ~ flow_run.state.message'
 
 
 def main() -> None:
-    """Keep the address and make the automation, unless it is there."""
+    """Store the address; create the automation unless it exists."""
     address = os.environ.get("VITPRUNE_WEBHOOK", "")
     if not address.startswith(("http://", "https://")) or not os.environ.get("PREFECT_API_URL"):
         sys.exit("Error: set VITPRUNE_WEBHOOK to the webhook's address and PREFECT_API_URL to the server's")
@@ -38,7 +38,7 @@ def main() -> None:
             posture=Posture.Reactive,
             threshold=1,
         ),
-        actions=[CallWebhook(block_document_id=block, payload=f'{{"text": {{{{ ({SAID}) | tojson }}}}}}')],
+        actions=[CallWebhook(block_document_id=block, payload=f'{{"text": {{{{ ({MESSAGE}) | tojson }}}}}}')],
     ).create()
 
 

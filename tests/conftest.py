@@ -1,4 +1,4 @@
-"""Small models for every test; the real DeiT-Tiny where VITPRUNE_REAL_DATA has it."""
+"""Small models for all tests; the real DeiT-Tiny if VITPRUNE_REAL_DATA is set."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ SLOW = (  # files and folders that `make test-fast` leaves out
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow files, and run first what takes minutes, so that several processes end together."""
+    """Mark slow files and run them first, so that all processes end at about the same time."""
     for item in items:
         if str(item.path.relative_to(TESTS)).startswith(SLOW):
             item.add_marker("slow")
@@ -39,13 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Return one process more than there are cores, at most 4: the pipeline tests wait for other processes."""
+    """Return one process more than there are cores, at most 4, since pipeline tests wait for other processes."""
     return min(4, (os.cpu_count() or 1) + 1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Models as small as these run up to forty times slower when threads share busy cores."""
+    """Use one thread: small models are up to forty times slower when threads share busy cores."""
     torch.set_num_threads(1)
 
 
@@ -61,7 +61,7 @@ def swin() -> nn.Module:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method `drawn` that draws the scores of units of every kind."""
+    """Register a method `drawn` that draws random scores for units of every kind."""
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer", "block": "layer"}
     monkeypatch.setitem(METHODS, "drawn", Method(magnitude.random, scopes, ("ffn", "attention"), True, "for tests"))
 
@@ -89,7 +89,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def real_deit(real_data: Path) -> nn.Module:
-    """DeiT-Tiny with its real weights; shared, so do not change it."""
+    """DeiT-Tiny with its published weights; shared, so do not change it."""
     checkpoint = real_data / "deit_tiny_patch16_224.safetensors"
     if not checkpoint.exists():
         pytest.skip(f"VITPRUNE_REAL_DATA has no {checkpoint.name}")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vitprune
-from tests.support.model_zoo import PROVEN, SMALL, answer, batches, cost, redrawn, same_state, state, tiny
+from tests.support.model_zoo import PROVEN, SMALL, batches, cost, predict, redrawn, same_state, state, tiny
 from vitprune import BadInput, DistillConfig, PruneConfig, Schedule, ScoreConfig, TrainConfig
 
 
@@ -138,10 +138,10 @@ def test_finetune_keeps_zeros_and_reduces_the_loss(vit: nn.Module) -> None:
 def test_finetune_with_a_teacher_approaches_it(vit: nn.Module) -> None:
     loader = batches(vit, 3, 8)
     student = vitprune.prune(vit, "channel-magnitude", sparsity={"ffn": 0.5}).model
-    before, dense = state(vit), answer(vit, loader[0][0])
+    before, dense = state(vit), predict(vit, loader[0][0])
 
     def distance() -> float:
-        return float((answer(student, loader[0][0]).softmax(-1) - dense.softmax(-1)).abs().sum())
+        return float((predict(student, loader[0][0]).softmax(-1) - dense.softmax(-1)).abs().sum())
 
     far = distance()
     config = DistillConfig(alpha=50.0, temperature=1.0)
@@ -169,7 +169,7 @@ def test_gradual_prune_alternates_pruning_and_training(vit: nn.Module) -> None:
     assert any(bool((result.masks[name] != one_shot.masks[name]).any()) for name in result.masks)
 
     def loss(model: nn.Module) -> float:
-        return sum(float(nn.functional.cross_entropy(answer(model, images), labels)) for images, labels in loader)
+        return sum(float(nn.functional.cross_entropy(predict(model, images), labels)) for images, labels in loader)
 
     assert loss(result.model) < loss(one_shot.model)
 
@@ -183,19 +183,19 @@ def test_gradual_prune_needs_a_training_recipe(vit: nn.Module) -> None:
 def test_evaluate_returns_accuracy_and_cost() -> None:
     model = tiny("vit")
     loader = batches(model, 3, 8)
-    right = sum(int((answer(model, images).argmax(1) == labels).sum()) for images, labels in loader)
-    found = vitprune.evaluate(model, loader)
-    assert found["top1"] == pytest.approx(100 * right / 24)
-    assert found["top5"] >= found["top1"]
-    assert (found["params"], found["macs"]) == (cost(model, "params"), cost(model, "macs"))
+    right = sum(int((predict(model, images).argmax(1) == labels).sum()) for images, labels in loader)
+    result = vitprune.evaluate(model, loader)
+    assert result["top1"] == pytest.approx(100 * right / 24)
+    assert result["top5"] >= result["top1"]
+    assert (result["params"], result["macs"]) == (cost(model, "params"), cost(model, "macs"))
     with pytest.raises(BadInput):
         vitprune.evaluate(model, [])
 
 
 def test_calibration_may_be_a_list_a_tuple_or_a_data_loader(vit: nn.Module) -> None:
     data = batches(vit, 4, 4)
-    whole = torch.utils.data.TensorDataset(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
-    loader = torch.utils.data.DataLoader(whole, batch_size=4)
+    full = torch.utils.data.TensorDataset(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
+    loader = torch.utils.data.DataLoader(full, batch_size=4)
     results = [
         vitprune.prune(vit, "channel-taylor", sparsity=0.5, calibration=given).model
         for given in (data, tuple(data), loader)

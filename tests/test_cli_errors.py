@@ -35,11 +35,11 @@ def refuse(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["vitprune", *words])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        told = capsys.readouterr().err
-        assert end.value.code == 2, told
-        assert told.count("\n") == 1
-        assert told.startswith("Error: ")
-        return told
+        message = capsys.readouterr().err
+        assert end.value.code == 2, message
+        assert message.count("\n") == 1
+        assert message.startswith("Error: ")
+        return message
 
     return run
 
@@ -57,7 +57,7 @@ def change(project: Path, key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("prune.sparsty", 0.5, "prune.sparsty: unknown key"),
         ("prune.cycles", "three", "prune.cycles: "),
@@ -70,15 +70,15 @@ def change(project: Path, key: str, value: object) -> None:
         ("calibrate.balance", "even", "calibrate.balance: "),
     ],
 )
-def test_params(project, refuse, key, value, told):
+def test_invalid_params(project, refuse, key, value, message):
     change(project, key, value)
-    assert told in refuse("dataset")
+    assert message in refuse("dataset")
     assert "params.yaml" in refuse("dataset")
     assert not (project / "data").exists()
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("prune.sparsity", {"residual": 0.5}, "prune.sparsity.residual: only ffn, attention are scored"),
         ("prune.method", "magic", "method 'magic': unknown"),
@@ -87,14 +87,14 @@ def test_params(project, refuse, key, value, told):
         ("prune.merge_heads_to", 2, "3 heads cannot merge into 2"),
     ],
 )
-def test_a_plan_that_cannot_be(project, refuse, key, value, told):
+def test_invalid_plans(project, refuse, key, value, message):
     for stage in ("dataset", "dense", "calibrate"):
         stages.run(stage, project)
     change(project, key, value)
-    assert told in refuse("score")
+    assert message in refuse("score")
 
 
-def test_no_params(tmp_path, monkeypatch, refuse):
+def test_missing_params_yaml(tmp_path, monkeypatch, refuse):
     monkeypatch.chdir(tmp_path)
     assert "params.yaml: no such file" in refuse("dataset")
 
@@ -105,7 +105,7 @@ def test_a_missing_file_names_the_stage_that_writes_it(project, refuse):
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("parquet:here.parquet", "here.parquet: no such"),
         ("folder:here", "here: no such folder"),
@@ -113,21 +113,21 @@ def test_a_missing_file_names_the_stage_that_writes_it(project, refuse):
         ("hearsay", "hearsay"),
     ],
 )
-def test_a_source_that_is_not_there(project, refuse, spec, told):
+def test_a_missing_image_source(project, refuse, spec, message):
     change(project, "dataset.source", spec)
-    assert told in refuse("dataset")
+    assert message in refuse("dataset")
 
 
-def test_a_project_that_is_not_there(refuse):
+def test_a_missing_project(refuse):
     assert "here: no such directory" in refuse("dataset", "--project", "here")
 
 
 def test_calibration_larger_than_the_data(project, refuse):
     stages.run("dataset", project)
     change(project, "calibrate.size", 5000)
-    told = refuse("calibrate")
-    assert "5000" in told
-    assert "1438" in told
+    message = refuse("calibrate")
+    assert "5000" in message
+    assert "1438" in message
 
 
 def test_a_checkpoint_of_another_shape(project, refuse):
@@ -137,8 +137,8 @@ def test_a_checkpoint_of_another_shape(project, refuse):
     save_file(weights | {"head.weight": torch.zeros(11, 48)}, "other.safetensors")
     change(project, "dense.checkpoint", "other.safetensors")
     change(project, "dense.start", "checkpoint")
-    told = refuse("dense")
-    assert "other.safetensors: weight head.weight has shape [11, 48], the model needs [10, 48]" in told
+    message = refuse("dense")
+    assert "other.safetensors: weight head.weight has shape [11, 48], the model needs [10, 48]" in message
 
 
 def test_a_broken_checkpoint(project, refuse):
@@ -149,7 +149,7 @@ def test_a_broken_checkpoint(project, refuse):
     assert "broken.safetensors: not a safetensors file" in refuse("dense")
 
 
-def test_a_model_that_timm_does_not_know(project, refuse):
+def test_an_unknown_timm_model(project, refuse):
     stages.run("dataset", project)
     change(project, "model.name", "vit_enormous")
     assert "vit_enormous" in refuse("dense")
@@ -161,12 +161,12 @@ def test_a_model_with_too_few_classes(project, refuse):
     assert "model.args.num_classes: 9" in refuse("dense")
 
 
-def test_a_model_of_which_nothing_is_understood_is_refused_by_name(refuse):
-    told = refuse("inspect", "test_nfnet")
-    assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights unchanged" in told
+def test_a_model_without_supported_modules_is_refused_by_name(refuse):
+    message = refuse("inspect", "test_nfnet")
+    assert "(ScaledStdConv2d): expected a Linear or Conv2d layer that uses its weights unchanged" in message
 
 
-def test_a_module_that_is_not_understood_is_named(project, refuse):
+def test_an_unsupported_module_is_named(project, refuse):
     change(project, "model.name", "vit_small_patch14_reg4_dinov2")
     args = {"img_size": 28, "in_chans": 1, "num_classes": 10, "depth": 1, "scale_attn_norm": True}
     change(project, "model.args", args)
@@ -175,7 +175,7 @@ def test_a_module_that_is_not_understood_is_named(project, refuse):
     assert "blocks.0.attn.norm (LayerNorm): " in refuse("score")
 
 
-def test_a_loss_that_is_not_a_number(project, refuse):
+def test_a_loss_that_is_nan(project, refuse):
     stages.run("dataset", project)
     change(project, "dense.train.lr", 1e30)
     change(project, "dense.train.clip", None)
@@ -190,8 +190,8 @@ def test_a_full_disk(project, refuse):
         pytest.skip("needs the right to mount a small file system")
     try:
         (room / "params.yaml").write_text((project / "params.yaml").read_text())
-        told = refuse("dataset", "--project", str(room))
-        assert "No space left on device" in told
+        message = refuse("dataset", "--project", str(room))
+        assert "No space left on device" in message
         assert not list(room.rglob("*.parquet*"))
     finally:
         os.chdir(project)

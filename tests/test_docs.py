@@ -23,13 +23,13 @@ COMMANDS = ("benchmarks.docs.readme_table", "benchmarks.docs.method_tables", "be
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_links_lead_to_files(document: Path) -> None:
+def test_links_point_to_existing_files(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_tables_and_figures_are_those_of_the_results(command: str) -> None:
+def test_tables_and_figures_equal_the_results(command: str) -> None:
     done = subprocess.run([sys.executable, "-m", command, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -71,7 +71,7 @@ def test_the_packages_are_few_and_their_imports_have_no_cycle() -> None:
 @pytest.mark.pipeline
 def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
     page = (REPOSITORY / "docs/tutorial/index.md").read_text(encoding="utf-8")
-    place = tmp_path
+    directory = tmp_path
     for language, title, code in _blocks(page):
         if language == "yaml":
             path = tmp_path / title
@@ -79,10 +79,10 @@ def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
             continue
         command = [sys.executable, "-W", "ignore", "-c", code] if language == "python" else ["bash", "-euo", "pipefail"]
         script = f"{code}\npwd > {tmp_path}/place\n" if language == "bash" else None
-        done = subprocess.run(command, cwd=place, input=script, env=_environment(), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=directory, input=script, env=_environment(), capture_output=True, text=True)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         if language == "bash":
-            place = Path((tmp_path / "place").read_text().strip())
+            directory = Path((tmp_path / "place").read_text().strip())
     assert (tmp_path / "project/out/report/report.html").stat().st_size > 10_000
     assert done.stdout.splitlines()[-1] == "PASS"  # of the audit, the last block
 
@@ -94,7 +94,7 @@ def _python(page: Path) -> str:
 
 
 def _blocks(page: str) -> Iterator[tuple[str, str, str]]:
-    """Language, title and code of the fenced blocks that are meant to run, in order."""
+    """Yield language, title and code of the executable fenced blocks, in order."""
     for language, title, code in re.findall(
         r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', page, re.DOTALL | re.MULTILINE
     ):
@@ -103,13 +103,13 @@ def _blocks(page: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with some keys of its sections replaced."""
+    """Return settings with some keys of their sections replaced."""
     both = {key: old[key] | value for key, value in new.items() if isinstance(value, dict)}
     return {**old, **new, **both}
 
 
 def _environment() -> dict[str, str]:
-    """The environment with this interpreter's commands first, and a name for commits."""
+    """Return the environment with this interpreter's commands first in PATH, and an author for commits."""
     name = {"GIT_AUTHOR_NAME": "tester", "GIT_AUTHOR_EMAIL": "tester@example.org"}
     name |= {key.replace("AUTHOR", "COMMITTER"): value for key, value in name.items()}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

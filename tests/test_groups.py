@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from tests.support.model_zoo import ZOO, answer, images, random_masks, same_state, state, tiny
+from tests.support.model_zoo import ZOO, images, predict, random_masks, same_state, state, tiny
 from tests.support.reference_kl import LiveNorm, literal_vit
 from vitprune import BadInput, find_groups, shrink, zero
 from vitprune.config.prune_config import KINDS, Kind
@@ -35,12 +35,12 @@ def test_zero_and_shrink_give_the_same_logits(name: str, kind: str, on: bool) ->
     groups = find_groups(zeroed, [kind])
     masks = random_masks(groups, 1 if kind == "head" else 0.4)
     x = images(zeroed)
-    dense = answer(zeroed, x)
+    dense = predict(zeroed, x)
     zero(zeroed, groups, masks)
     shrink(shrunk, groups, masks)
     assert sum(p.numel() for p in shrunk.parameters()) < sum(p.numel() for p in zeroed.parameters())
-    torch.testing.assert_close(answer(shrunk, x), answer(zeroed, x), **CLOSE)
-    assert (answer(zeroed, x) - dense).abs().max() > 1e-3
+    torch.testing.assert_close(predict(shrunk, x), predict(zeroed, x), **CLOSE)
+    assert (predict(zeroed, x) - dense).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -49,10 +49,10 @@ def test_fused_and_plain_attention_agree_on_a_shrunk_model(name: str) -> None:
     groups = find_groups(model, ["attention"])
     shrink(model, groups, random_masks(groups, 0.4))
     x = images(model)
-    torch.testing.assert_close(answer(fused(model, True), x), answer(fused(model, False), x), **CLOSE)
+    torch.testing.assert_close(predict(fused(model, True), x), predict(fused(model, False), x), **CLOSE)
 
 
-def test_kinds_cut_together_equal_kinds_cut_in_turn(vit: torch.nn.Module) -> None:
+def test_kinds_shrunk_together_equal_kinds_shrunk_in_turn(vit: torch.nn.Module) -> None:
     together, in_turn = tiny("vit"), tiny("vit")
     kinds = ["residual", "attention", "ffn"]
     groups = find_groups(vit, kinds)
@@ -62,7 +62,7 @@ def test_kinds_cut_together_equal_kinds_cut_in_turn(vit: torch.nn.Module) -> Non
         shrink(in_turn, [next(g for g in find_groups(in_turn, [group.kind]) if g.name == group.name)], masks)
     assert same_state(in_turn, state(together))
     x = images(vit)
-    torch.testing.assert_close(answer(together, x), literal_vit(vit, x, masks), **CLOSE)
+    torch.testing.assert_close(predict(together, x), literal_vit(vit, x, masks), **CLOSE)
 
 
 @pytest.mark.parametrize("kinds", [["residual"], ["attention"], ["ffn"], ["residual", "attention", "ffn"]])
@@ -73,12 +73,12 @@ def test_shrink_equals_literal_removal(vit: torch.nn.Module, kinds: list[str], r
     x = images(vit)
     expected = literal_vit(vit, x, masks)
     shrink(vit, groups, masks)
-    torch.testing.assert_close(answer(vit, x), expected, **CLOSE)
+    torch.testing.assert_close(predict(vit, x), expected, **CLOSE)
 
 
 def test_reference_without_masks_equals_the_model(vit: torch.nn.Module) -> None:
     x = images(vit)
-    torch.testing.assert_close(answer(vit, x), literal_vit(vit, x, {}), **CLOSE)
+    torch.testing.assert_close(predict(vit, x), literal_vit(vit, x, {}), **CLOSE)
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -91,7 +91,7 @@ def test_layer_norm_uses_only_the_kept_residual_channels(name: str) -> None:
             masked.set_submodule(path, LiveNorm(module, masks["residual"]))
     shrink(shrunk, groups, masks)
     x = images(masked)
-    torch.testing.assert_close(answer(shrunk, x), answer(masked, x), **CLOSE)
+    torch.testing.assert_close(predict(shrunk, x), predict(masked, x), **CLOSE)
     assert shrunk.embed_dim == shrunk.num_features == int(masks["residual"].sum())
 
 
@@ -107,7 +107,7 @@ def test_zeroing_residual_channels_is_refused(vit: torch.nn.Module) -> None:
     with torch.no_grad():
         for part in groups[0].slices:
             vit.get_parameter(part.param).index_fill_(part.axis, positions(part, ~masks["residual"]), 0)
-    assert (answer(vit, x) - removed).abs().max() > 1e-3
+    assert (predict(vit, x) - removed).abs().max() > 1e-3
 
 
 def test_zero_accepts_a_residual_mask_that_keeps_all_channels(vit: torch.nn.Module) -> None:
@@ -143,14 +143,14 @@ def test_an_attention_channel_is_a_row_of_q_k_and_v(vit: torch.nn.Module) -> Non
 
 
 def test_positions_by_hand() -> None:
-    gone = torch.tensor([False, True, False])
-    assert positions(ParamSlice("p", 0), gone).tolist() == [1]
-    assert positions(ParamSlice("p", 0, outer=3), gone).tolist() == [1, 4, 7]
-    assert positions(ParamSlice("p", 0, inner=2), gone).tolist() == [2, 3]
-    assert positions(ParamSlice("p", 0, outer=2, inner=2), gone).tolist() == [2, 3, 8, 9]
+    removed = torch.tensor([False, True, False])
+    assert positions(ParamSlice("p", 0), removed).tolist() == [1]
+    assert positions(ParamSlice("p", 0, outer=3), removed).tolist() == [1, 4, 7]
+    assert positions(ParamSlice("p", 0, inner=2), removed).tolist() == [2, 3]
+    assert positions(ParamSlice("p", 0, outer=2, inner=2), removed).tolist() == [2, 3, 8, 9]
     # two heads of two channels, q and k of each side by side: q00 q01 k00 k01 q10 q11 k10 k11
-    gone = torch.tensor([False, True, True, False])
-    assert positions(ParamSlice("p", 0, heads=2, runs=2), gone).tolist() == [1, 3, 4, 6]
+    removed = torch.tensor([False, True, True, False])
+    assert positions(ParamSlice("p", 0, heads=2, runs=2), removed).tolist() == [1, 3, 4, 6]
 
 
 @torch.no_grad()
@@ -160,10 +160,12 @@ def test_unit_sums_by_hand(vit: torch.nn.Module) -> None:
     attn = vit.blocks[0].attn
     expected = [
         sum(
-            float(attn.qkv.weight[part * 48 + c].sum() + attn.qkv.bias[part * 48 + c]) for part in range(3) for c in own
+            float(attn.qkv.weight[part * 48 + c].sum() + attn.qkv.bias[part * 48 + c])
+            for part in range(3)
+            for c in selected
         )
-        + sum(float(attn.proj.weight[:, c].sum()) for c in own)
-        for own in (range(16), range(16, 32), range(32, 48))
+        + sum(float(attn.proj.weight[:, c].sum()) for c in selected)
+        for selected in (range(16), range(16, 32), range(32, 48))
     ]
     assert unit_sums(group, values).tolist() == pytest.approx(expected, abs=1e-12)
 
@@ -175,7 +177,7 @@ def uneven(vit: torch.nn.Module) -> tuple[list, dict[str, torch.Tensor]]:
     return groups, masks
 
 
-def test_heads_that_would_keep_different_numbers_are_refused_and_nothing_is_cut(vit: torch.nn.Module) -> None:
+def test_uneven_heads_are_refused_and_nothing_is_shrunk(vit: torch.nn.Module) -> None:
     before = state(vit)
     groups, masks = uneven(vit)
     with pytest.raises(BadInput, match=r"^blocks.1.attn: heads would keep \[16, 11, 11\] channels"):
@@ -187,7 +189,7 @@ def test_uneven_heads_may_be_zeroed(vit: torch.nn.Module) -> None:
     groups, masks = uneven(vit)
     x = images(vit)
     expected = literal_vit(vit, x, masks)
-    torch.testing.assert_close(answer(zero(vit, groups, masks), x), expected, **CLOSE)
+    torch.testing.assert_close(predict(zero(vit, groups, masks), x), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("apply", [zero, shrink])
@@ -237,7 +239,7 @@ def test_groups_that_are_out_of_date_are_refused(vit: torch.nn.Module) -> None:
     assert same_state(vit, before)
 
 
-def test_nothing_is_cut_if_one_group_is_out_of_date(vit: torch.nn.Module) -> None:
+def test_nothing_is_shrunk_if_one_group_is_out_of_date(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     shrink(vit, groups[1:], random_masks(groups[1:], 0.5))
     before = state(vit)

@@ -1,10 +1,9 @@
-"""One-shot structured pruning of DeiT-Tiny without any training: top-1 of every method where the same goes.
+"""One-shot structured pruning of DeiT-Tiny without training: top-1 of every method at equal sparsity or MACs.
 
-Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; every figure on the same images, so one
-has a standard error of about 1.6 points. A method scores once; every size is cut from those scores. `in steps` cuts
-in four cycles and scores again in each; `+ correction` moves norms and biases afterwards (prune.correct_norms). MACs
-are those of what is left. Torch-Pruning's line is its best set-up of
-benchmarks/accuracy/torch_pruning.py, which has to run before.
+Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; all values on the same images, with a
+standard error of about 1.6 points. A method scores once for all columns. `in steps`: four cycles, scored again in each.
+`+ correction`: norms and biases are corrected afterwards (prune.correct_norms). MACs are those of the pruned model.
+Torch-Pruning's row is its best setting from benchmarks/accuracy/torch_pruning.py, which must run before.
 Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/structured.json and docs/results/structured.md.
 """
 
@@ -19,15 +18,15 @@ ROOT = Path(__file__).parents[2]
 STEPS = 4
 
 GOALS = (
-    Goal("25 % of FFN", {"ffn": 0.25}, wanted=78.0),
-    Goal("50 % of FFN", {"ffn": 0.5}, wanted=73.0),
-    Goal("70 % of FFN", {"ffn": 0.7}, wanted=52.0, deep=True),
-    Goal("25 % of attention", {"attention": 0.25}, wanted=79.8),
-    Goal("50 % of attention", {"attention": 0.5}, wanted=75.0),
+    Goal("25 % of FFN", {"ffn": 0.25}, bound=78.0),
+    Goal("50 % of FFN", {"ffn": 0.5}, bound=73.0),
+    Goal("70 % of FFN", {"ffn": 0.7}, bound=52.0, deep=True),
+    Goal("25 % of attention", {"attention": 0.25}, bound=79.8),
+    Goal("50 % of attention", {"attention": 0.5}, bound=75.0),
     Goal("10 % of residual", {"residual": 0.1}),
     Goal("0.85x MACs", macs=0.85),
-    Goal("0.7x MACs", macs=0.7, wanted=77.5),
-    Goal("0.5x MACs", macs=0.5, wanted=62.0, deep=True),
+    Goal("0.7x MACs", macs=0.7, bound=77.5),
+    Goal("0.5x MACs", macs=0.5, bound=62.0, deep=True),
 )
 ENTRIES = (
     Entry("channel-magnitude"),
@@ -45,7 +44,7 @@ ENTRIES = (
 
 
 def main() -> None:
-    """Measure every line and write the tables."""
+    """Measure every row and write the tables."""
     quick = arguments(__doc__).quick
     real_data()
     goals = [GOALS[1], GOALS[7]] if quick else list(GOALS)
@@ -62,7 +61,7 @@ def main() -> None:
             ["method", *(goal.name for goal in goals)],
             [
                 ["dense", *([f"{dense:.1f}"] * len(goals))],
-                ["Torch-Pruning, its best", *peers(goals)],
+                ["Torch-Pruning, best setting", *peers(goals)],
                 *lines(done, entries, goals),
             ],
         )
@@ -70,16 +69,16 @@ def main() -> None:
 
 
 def peers(goals: Sequence[Goal]) -> list[str]:
-    """Torch-Pruning's best at the goals that its own benchmark has; a dash at the others."""
+    """Return Torch-Pruning's best top-1 for the goals of its benchmark; a dash for the others."""
     path = RESULTS / "peers.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    found = []
-    for aim in goals:
-        named = f"{aim.macs:g}x MACs: " if aim.macs else f"{aim.name.replace(' %', '%').lower()}: "
-        same = [row for row in rows if row["what"].startswith(named)]
-        own = [row["value"] for row in same if not row["what"].endswith("calibration")]
-        found.append(f"{max(own):.1f}" if own else "-")
-    return found
+    cells = []
+    for goal in goals:
+        prefix = f"{goal.macs:g}x MACs: " if goal.macs else f"{goal.name.replace(' %', '%').lower()}: "
+        of_goal = [row for row in rows if row["what"].startswith(prefix)]
+        values = [row["value"] for row in of_goal if not row["what"].endswith("calibration")]
+        cells.append(f"{max(values):.1f}" if values else "-")
+    return cells
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Structured pruning, then single weights: DeiT-Tiny at 0.7x MACs, half of what is left at zero, no training.
+"""Structured, then unstructured pruning: DeiT-Tiny at 0.7x MACs with half of the remaining weights zero, no training.
 
-First units (`unit-obs` or `upvits-refit`, corrected), then weights of the cut model by one of the second-order
-methods, whose update and correction see the dense answers and the cut model's inputs; score.damping is 4e-6
-(oneshot.md). Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800. MB: the checkpoint as it
-is, and packed by zlib, which is what zeros save on disk.
+First units (`unit-obs` or `upvits-refit`, with correction), then single weights of the smaller model by one of the
+second-order methods; update and correction use the dense logits and the inputs of the smaller model; score.damping is
+4e-6 (oneshot.md). Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800. MB: size of the
+checkpoint, and compressed by zlib, which shows what zeros save on disk.
 Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/stacked.json and docs/results/stacked.md.
 """
 
@@ -28,14 +28,14 @@ MACS, SPARSITY = 0.7, 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """A method for units and one for weights; none leaves them all."""
+    """A method for units and one for single weights; None: not pruned."""
 
     units: str | None
     weights: str | None
 
     @property
     def label(self) -> str:
-        """In words."""
+        """Return the label."""
         steps = [f"{self.units} to {MACS}x MACs"] if self.units else []
         return ", then ".join(steps + ([f"{self.weights} {SPARSITY:.0%}"] if self.weights else [])) or "dense"
 
@@ -52,30 +52,32 @@ def main() -> None:
     quick = arguments(__doc__).quick
     real_data()
     case, rows, table = setup(), [], []
-    whole = count(case.dense, case.held_out[0][0][:1])
-    for wanted in [Case(None, "magnitude")] if quick else CASES:
-        model = pruned(case, wanted)
+    dense_cost = count(case.dense, case.held_out[0][0][:1])
+    for combination in [Case(None, "magnitude")] if quick else CASES:
+        model = prune(case, combination)
         cost, top1 = count(model, case.held_out[0][0][:1]), accuracy(model, case.held_out)[0]["top1"]
-        plain, packed = sizes(model)
-        rows.append(Row(wanted.label, top1, "top-1 %"))
-        rows.append(Row(f"{wanted.label}: non-zero MACs", cost.nonzero_macs / whole.macs, "of dense"))
-        rows.append(Row(f"{wanted.label}: packed", packed, "MB"))
-        shares = [cost.params / whole.params, cost.nonzero_params / whole.params]
-        shares += [cost.macs / whole.macs, cost.nonzero_macs / whole.macs]
-        table.append([wanted.label, f"{top1:.1f}", *(f"{s:.2f}x" for s in shares), f"{plain:.1f}", f"{packed:.1f}"])
+        plain, compressed = sizes(model)
+        rows.append(Row(combination.label, top1, "top-1 %"))
+        rows.append(Row(f"{combination.label}: non-zero MACs", cost.nonzero_macs / dense_cost.macs, "of dense"))
+        rows.append(Row(f"{combination.label}: compressed", compressed, "MB"))
+        shares = [cost.params / dense_cost.params, cost.nonzero_params / dense_cost.params]
+        shares += [cost.macs / dense_cost.macs, cost.nonzero_macs / dense_cost.macs]
+        table.append(
+            [combination.label, f"{top1:.1f}", *(f"{s:.2f}x" for s in shares), f"{plain:.1f}", f"{compressed:.1f}"]
+        )
         print(table[-1], flush=True)
     if not quick:
-        header = ["pruned by", "top-1 %", "params", "non-zero params", "MACs", "non-zero MACs", "MB", "packed"]
+        header = ["pruned by", "top-1 %", "params", "non-zero params", "MACs", "non-zero MACs", "MB", "compressed"]
         title = "Units, then weights of DeiT-Tiny, no training"
         write_table(ROOT / "docs/results/stacked.md", title, __doc__ or "", header, table)
     write_results("stacked", rows, quick)
 
 
-def pruned(case: Setup, wanted: Case) -> nn.Module:
-    """The dense model cut, its weights set to zero, and corrected after either."""
+def prune(case: Setup, combination: Case) -> nn.Module:
+    """Prune units, then weights, with a correction of norms after each."""
     model = copy.deepcopy(case.dense)
-    plans = [plan_for(PruneConfig(method=wanted.units, target={"macs": MACS}))] if wanted.units else []
-    plans += [damped(PruneConfig(method=wanted.weights, sparsity=SPARSITY))] if wanted.weights else []
+    plans = [plan_for(PruneConfig(method=combination.units, target={"macs": MACS}))] if combination.units else []
+    plans += [damped(PruneConfig(method=combination.weights, sparsity=SPARSITY))] if combination.weights else []
     for plan in plans:
         for _ in prune_cycles(model, plan, case.calibration):
             corrected(case, model)
@@ -83,7 +85,7 @@ def pruned(case: Setup, wanted: Case) -> nn.Module:
 
 
 def sizes(model: nn.Module) -> tuple[float, float]:
-    """Megabytes of the checkpoint, and of the same packed."""
+    """Return the megabytes of the checkpoint, and of the same compressed by zlib."""
     with tempfile.TemporaryDirectory() as folder:
         models.save(model, Path(folder))
         stored = (Path(folder) / "model.safetensors").read_bytes()

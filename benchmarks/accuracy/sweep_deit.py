@@ -1,9 +1,9 @@
-"""A sweep of the real stages: four methods on DeiT-Tiny at three shares of its MACs, without training, and its picture.
+"""`vitprune sweep` on DeiT-Tiny: four methods at three MACs targets, without training, and the Pareto plot.
 
-A project of the 800 real ImageNet images and DeiT-Tiny's published weights, made by `vitprune init` in a scratch folder
-(200 images calibrate, 600 evaluate), and in it `vitprune sweep`: every run has a worktree of its own, all share a DVC
-cache, and Prefect and MLflow record them. Throughput is that of this machine beside whatever else it did.
-Needs VITPRUNE_REAL_DATA; every run that has ended is kept under --project, if one is given, and not run again. Writes
+A project with 800 ImageNet images and DeiT-Tiny's published weights, created by `vitprune init` in a scratch directory
+(200 images for calibration, 600 for evaluation). Every run of `vitprune sweep` has its own worktree; all share a DVC
+cache and are recorded by Prefect and MLflow. Throughput depends on the load of this machine.
+Needs VITPRUNE_REAL_DATA. With --project, finished runs are kept there and not repeated. Writes
 benchmarks/results/sweep.json, docs/results/sweep.md and docs/images/sweep.png.
 """
 
@@ -28,28 +28,28 @@ TARGETS = (0.85, 0.7, 0.5)
 
 
 def main() -> None:
-    """Make the project, sweep it, and write the tables."""
-    asked = arguments(__doc__, {"project": ("", "where it is made, to go on after a break; else a folder for once")})
+    """Create the project, run the sweep, and write the tables."""
+    options = arguments(__doc__, {"project": ("", "directory that is kept, to continue an interrupted sweep")})
     real = real_data()
     with tempfile.TemporaryDirectory(prefix="vitprune-sweep-") as name:
-        project = Path(asked.project or name).resolve() / ("quick" if asked.quick else "project")
+        project = Path(options.project or name).resolve() / ("quick" if options.quick else "project")
         if not project.exists():
-            make(project, real, asked.quick)
-        methods, targets = (METHODS[:2], TARGETS[:1]) if asked.quick else (METHODS, TARGETS)
+            make(project, real, options.quick)
+        methods, targets = (METHODS[:2], TARGETS[:1]) if options.quick else (METHODS, TARGETS)
         goals = ",".join(f"macs={share}" for share in targets)
         command = ["-m", "vitprune.cli", "sweep", "--project", str(project), "--methods", ",".join(methods)]
         subprocess.run([sys.executable, "-P", *command, "--targets", goals], cwd=project, check=True)
         out = project / "out/sweeps/sweep"
-        found = pq.read_table(out / "sweep.parquet").to_pylist()
-        if not asked.quick:
+        runs = pq.read_table(out / "sweep.parquet").to_pylist()
+        if not options.quick:
             (ROOT / "docs/images").mkdir(exist_ok=True)
             shutil.copyfile(out / "pareto.png", ROOT / "docs/images/sweep.png")
-            write_page(found)
-    write_results("sweep", [row for one in found for row in rows_of(one)], asked.quick)
+            write_page(runs)
+    write_results("sweep", [row for run in runs for row in rows_of(run)], options.quick)
 
 
 def make(project: Path, real: Path, quick: bool) -> None:
-    """A project of real images and weights, committed."""
+    """Create and commit a project with real images and weights."""
     create_project(project, Choice(f"parquet:{real / 'imagenet-val-800.parquet'}", MODEL))
     path = project / "params.yaml"
     params: dict[str, Any] = yaml.safe_load(path.read_text())
@@ -65,30 +65,30 @@ def make(project: Path, real: Path, quick: bool) -> None:
     tiny_project.commit(project, "A project.")
 
 
-def rows_of(found: dict[str, Any]) -> list[Row]:
-    """The figures of one run."""
-    label = f"{found['method']}, {found['target']}"
-    rows = [Row(label, found["top1"], "top-1 %"), Row(f"{label}: gain", found["gain"], "of the dense throughput")]
-    share = found["nonzero_macs"] / found["dense_nonzero_macs"]
+def rows_of(run: dict[str, Any]) -> list[Row]:
+    """Return the rows of one run."""
+    label = f"{run['method']}, {run['target']}"
+    rows = [Row(label, run["top1"], "top-1 %"), Row(f"{label}: gain", run["gain"], "of the dense throughput")]
+    share = run["nonzero_macs"] / run["dense_nonzero_macs"]
     return [*rows, Row(f"{label}: MACs", share, "of the dense model's")]
 
 
-def write_page(found: list[dict[str, Any]]) -> None:
-    """The document: a line per run, those that nothing beats marked."""
-    header = ["method", "target", "top-1 %", "MACs, of the dense", "times as fast", "nothing beats it"]
+def write_page(runs: list[dict[str, Any]]) -> None:
+    """Write the page: one row per run; runs on the Pareto front are marked."""
+    header = ["method", "target", "top-1 %", "MACs, of dense", "speed-up", "Pareto front"]
     cells = [
         [
-            one["method"],
-            one["target"],
-            f"{one['top1']:.2f}",
-            f"{one['nonzero_macs'] / one['dense_nonzero_macs']:.3f}",
-            f"{one['gain']:.2f}",
-            "yes" if one["front"] else "",
+            run["method"],
+            run["target"],
+            f"{run['top1']:.2f}",
+            f"{run['nonzero_macs'] / run['dense_nonzero_macs']:.3f}",
+            f"{run['gain']:.2f}",
+            "yes" if run["front"] else "",
         ]
-        for one in found
+        for run in runs
     ]
     path = ROOT / "docs/results/sweep.md"
-    write_table(path, "A sweep", f"{__doc__} Dense: {found[0]['dense_top1']:.2f} %.", header, cells)
+    write_table(path, "A sweep", f"{__doc__} Dense: {runs[0]['dense_top1']:.2f} %.", header, cells)
     path.write_text(path.read_text() + "\n![top-1 against throughput](../images/sweep.png)\n")
 
 

@@ -1,12 +1,11 @@
-"""One-shot pruning of DeiT-Tiny's weights without any training: top-1 of every method at several sparsities.
+"""One-shot pruning of DeiT-Tiny's weights without training: top-1 of every method at several sparsities.
 
-Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; every figure on the same images, so one
-has a standard error of about 1.6 points. 2:4 is magnitude's in the row n:m. Second-order rows take the gradients of the
-200 calibration images one by one, and score.damping 4e-6 instead of CAP's 1e-8: so few gradients do not pin the blocks
-down, and this is where an update leaves the least loss on images that it has not seen (docs/LOG.md). The rows
-magnitude-obs and woodfisher-joint are the masks of magnitude and woodfisher with the update of ovit. `+ correction`
-moves norms and biases afterwards (prune.correct_norms).
-Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/oneshot.json and docs/results/oneshot.md.
+Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; all values on the same images, with a
+standard error of about 1.6 points. Row n:m is the 2:4 pattern by magnitude. Second-order rows use one gradient for each
+of the 200 calibration images and score.damping 4e-6 instead of CAP's 1e-8: with so few gradients, this damping gives
+the lowest loss on held-out images after the update (docs/LOG.md). The rows magnitude-obs and woodfisher-joint have the
+masks of magnitude and woodfisher with the update of ovit. `+ correction`: norms and biases are corrected afterwards
+(prune.correct_norms). Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/oneshot.json and docs/results/oneshot.md.
 """
 
 from pathlib import Path
@@ -20,10 +19,10 @@ DENSE_ALL, TOLERANCE = 81.1, 0.2
 
 GOALS = (
     Goal("30 %", {"weight": 0.3}),
-    Goal("50 %", {"weight": 0.5}, wanted=75.0),
-    Goal("60 %", {"weight": 0.6}, wanted=64.0),
-    Goal("75 %", {"weight": 0.75}, wanted=20.0),
-    Goal("2:4", {"weight": 0.5}, pattern="2:4", wanted=56.0),
+    Goal("50 %", {"weight": 0.5}, bound=75.0),
+    Goal("60 %", {"weight": 0.6}, bound=64.0),
+    Goal("75 %", {"weight": 0.75}, bound=20.0),
+    Goal("2:4", {"weight": 0.5}, pattern="2:4", bound=56.0),
 )
 ENTRIES = (
     Entry("random"),
@@ -45,7 +44,7 @@ ENTRIES = (
 
 
 def main() -> None:
-    """Measure every line and write the tables."""
+    """Measure every row and write the tables."""
     quick = arguments(__doc__).quick
     real_data()
     goals = [GOALS[1]] if quick else list(GOALS)
@@ -57,8 +56,8 @@ def main() -> None:
         SECOND_ORDER,
     )
     case = setup()
-    everything = accuracy(case.dense, [*case.held_out, *case.calibration])[0]["top1"]
-    close = abs(everything - DENSE_ALL) <= TOLERANCE
+    all_images = accuracy(case.dense, [*case.held_out, *case.calibration])[0]["top1"]
+    close = abs(all_images - DENSE_ALL) <= TOLERANCE
     if not quick:
         write_table(
             ROOT / "docs/results/oneshot.md",
@@ -67,8 +66,8 @@ def main() -> None:
             ["method", *(goal.name for goal in goals)],
             [["dense", *([f"{case.top1:.1f}"] * len(goals))], *lines(done, entries, goals)],
         )
-    whole = Row("dense, all 800 images", everything, "top-1 %", f"{DENSE_ALL} +- {TOLERANCE}", close)
-    write_results("oneshot", [whole, *rows(done, goals, case.top1, not quick)], quick)
+    dense = Row("dense, all 800 images", all_images, "top-1 %", f"{DENSE_ALL} +- {TOLERANCE}", close)
+    write_results("oneshot", [dense, *rows(done, goals, case.top1, not quick)], quick)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Draw top-1 against MACs for vitprune, Torch-Pruning and CORP on DeiT-Tiny: docs/images/accuracy_macs.svg.
 
 One-shot structured pruning without training. Every point is a row of benchmarks/results/structured.json or peers.json;
-nothing is measured here. `--check` writes nothing and ends with 1 where the figure differs from the results.
+nothing is measured here. `--check` writes nothing and exits with 1 if the figure differs from the results.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def curves() -> dict[str, Curve]:
     best = [max(value for row, value in theirs.items() if _is_evaluated(row, goal)) for goal in GOALS]
     return {
         "vitprune": dense + [(x, ours[f"best of ours, {goal}"]) for x, goal in zip(macs, GOALS, strict=True)],
-        "CORP": dense + [(ours[f"corp, {goal}, what is left"], ours[f"corp, {goal}"]) for goal in FFN],
+        "CORP": dense + [(ours[f"corp, {goal}, remaining MACs"], ours[f"corp, {goal}"]) for goal in FFN],
         "Torch-Pruning": dense + list(zip(macs, best, strict=True)),
     }
 
@@ -47,19 +47,19 @@ def _is_evaluated(row: str, goal: str) -> bool:
 def draw(path: Path) -> None:
     """Write the figure."""
 
-    def place(macs: float, top1: float) -> tuple[float, float]:
+    def to_pixels(macs: float, top1: float) -> tuple[float, float]:
         return LEFT + (1 - macs) / 0.55 * (RIGHT - LEFT), BOTTOM - top1 / 90 * (BOTTOM - TOP)
 
     parts = [svg.text(LEFT, 20, "DeiT-Tiny on ImageNet images, one-shot structured pruning, no training", 13)]
     for top1 in range(0, 81, 20):
-        y = place(1, top1)[1]
+        y = to_pixels(1, top1)[1]
         parts += [svg.line(LEFT, y, RIGHT, y), svg.text(LEFT - 8, y + 4, f"{top1} %", 12, "end")]
     for percent in range(100, 49, -10):
-        x = place(percent / 100, 0)[0]
+        x = to_pixels(percent / 100, 0)[0]
         parts += [svg.line(x, BOTTOM, x, BOTTOM + 4), svg.text(x, BOTTOM + 18, f"{percent / 100:.1f}x", 12, "middle")]
     parts.append(svg.text((LEFT + RIGHT) / 2, BOTTOM + 36, "MACs, as a fraction of the dense model", 12, "middle"))
     for name, curve in curves().items():
-        points = [place(*point) for point in curve]
+        points = [to_pixels(*point) for point in curve]
         path_data = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{path_data}" fill="none" stroke="{COLORS[name]}" stroke-width="2.5"/>')
         for (x, y), (_, top1) in zip(points[1:], curve[1:], strict=True):

@@ -1,7 +1,7 @@
 """Draw the entries of vitprune/ and the imports between them: docs/images/import_graph.svg.
 
 A package is drawn above everything that it imports; an arrow that follows from others (A imports B, B imports C,
-A imports C) is left out. Ends with an error where vitprune/ has more than 16 entries or the imports have a cycle.
+A imports C) is not drawn. Exits with an error if vitprune/ has more than 16 entries or the imports have a cycle.
 """
 
 import sys
@@ -41,7 +41,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def rows(graph: Imports) -> dict[str, int]:
-    """Return the row of every entry: 0 where nothing is imported, else one above the highest import.
+    """Return the row of every entry: 0 if nothing is imported, else one above the highest import.
 
     Raises:
         graphlib.CycleError: The imports have a cycle.
@@ -87,7 +87,7 @@ def draw(graph: Imports) -> None:
 
 
 def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
-    """Return an arrow from the lower edge of a box to the upper edge of another, bent where it spans several rows."""
+    """Return an arrow from the lower edge of a box to the upper edge of another, bent if it spans several rows."""
     start, end = y1 + HEIGHT / 2, y2 - HEIGHT / 2 - 1
     bend = 0.0 if y2 - y1 <= ROW else (60.0 if x1 <= WIDTH / 2 else -60.0) * -1
     path = f"M{x1:.1f},{start:.1f} C{x1 + bend:.1f},{start + 30:.1f} {x2 + bend:.1f},{end - 30:.1f} {x2:.1f},{end:.1f}"
@@ -95,7 +95,7 @@ def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def problem() -> str | None:
-    """Return what is wrong with the packages: too many entries or a cycle of imports; None where nothing is."""
+    """Return the first problem of the packages: too many entries or an import cycle; None if there is none."""
     if len(entries()) > MOST_ENTRIES:
         return f"vitprune/ has {len(entries())} entries, at most {MOST_ENTRIES} are allowed: {', '.join(entries())}"
     try:
@@ -107,9 +107,9 @@ def problem() -> str | None:
 
 def main() -> None:
     """Check the packages and draw them."""
-    wrong = problem()
-    if wrong:
-        sys.exit(wrong)
+    error = problem()
+    if error:
+        sys.exit(error)
     draw(imports())
     print(f"{FIGURE.relative_to(ROOT)}: {len(entries())} entries, no cycle")
 

@@ -1,12 +1,12 @@
 """Fill the tables of measured values in docs/guides and docs/methods from benchmarks/results.
 
-A page asks for a table by a pair of comments; the lines between them are replaced:
+A pair of comments in a page marks a table; the lines between them are replaced:
 
     <!-- table: oneshot | 50 %, 2:4 | magnitude; obc; obc + correction -->
     <!-- end -->
 
 The parts are the results file, the columns and the rows; a cell is the value of the row "ROW, COLUMN" of
-benchmarks/results/NAME.json. `--check` writes nothing and ends with 1 where a table differs from the results.
+benchmarks/results/NAME.json. `--check` writes nothing and exits with 1 if a table differs from the results.
 """
 
 import argparse

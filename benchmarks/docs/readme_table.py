@@ -1,7 +1,7 @@
 """Write the comparison table of README.md from benchmarks/results.
 
 Every number is a value of benchmarks/results/NAME.json, of the row that FIGURES names; nothing is measured here.
-`--check` writes nothing and ends with 1 where the table differs from the results.
+`--check` writes nothing and exits with 1 if the table differs from the results.
 """
 
 import argparse
@@ -113,11 +113,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--quick", action="store_true", help="same as --check")
-    given = parser.parse_args()
+    options = parser.parse_args()
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
     now = re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table(FIGURES)}\n{END}", before, flags=re.DOTALL)
-    if given.check or given.quick:
+    if options.check or options.quick:
         sys.exit(f"{path}: run python -m benchmarks.docs.readme_table" if now != before else 0)
     path.write_text(now, encoding="utf-8")
 

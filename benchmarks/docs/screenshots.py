@@ -1,7 +1,7 @@
-"""Photographs of a real run for the README: the report, the run in Prefect, the run in MLflow.
+"""Take the README's screenshots of a run: the report, the run in Prefect, the run in MLflow.
 
 A project on the embedded digits is run by its deployment on real servers on loopback, and headless Chromium takes
-docs/images/report.png, prefect.png and mlflow.png, with a palette of colours so that each stays below 200 KB.
+docs/images/report.png, prefect.png and mlflow.png, with a colour palette that keeps each below 200 KB.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from benchmarks.lib.results import arguments
 from benchmarks.lib.toy_project import ROOT, servers, tiny_project
 
 IMAGES = ROOT / "docs/images"
-LARGEST = 200_000  # bytes
+MAX_BYTES = 200_000
 COLOURS = (256, 128, 64, 32)
 QUIET = ("quic", "background-networking", "component-update", "sync", "dev-shm-usage")
 
 
 def main() -> None:
-    """Start servers, run, and take the pictures."""
+    """Start the servers, run the project, and take the screenshots."""
     quick = arguments(__doc__).quick
-    toy_project.needed()
+    toy_project.require_servers()
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         print("no Chromium on this machine; apt-get install chromium")
@@ -42,17 +42,17 @@ def main() -> None:
         images = folder if quick else IMAGES
         images.mkdir(parents=True, exist_ok=True)
         with servers.serving(folder / "team", {}) as running:
-            project = ran(folder / "digits", running, quick)
+            project = run_deployment(folder / "digits", running, quick)
             for what, address in addresses(project, running).items():
                 take([browser, f"--user-data-dir={folder / 'profile'}"], address, images / f"{what}.png", SIZES[what])
 
 
 SIZES = {"report": (1200, 1500), "prefect": (1400, 900), "mlflow": (1400, 1000)}
-CROPPED = {"mlflow.png": 1035}  # the run itself, without the panel beside it
+CROPPED = {"mlflow.png": 1035}  # without the side panel
 
 
-def ran(project: Path, servers: servers.Servers, quick: bool) -> Path:
-    """The project, after a run of its deployment by a worker."""
+def run_deployment(project: Path, servers: servers.Servers, quick: bool) -> Path:
+    """Create the project and run its deployment by a worker."""
     tiny_project.make(project)
     if not quick:
         path = project / "params.yaml"
@@ -63,12 +63,12 @@ def ran(project: Path, servers: servers.Servers, quick: bool) -> Path:
         params["evaluate"]["latency_runs"] = 50
         path.write_text(yaml.safe_dump(params, sort_keys=False))
         tiny_project.commit(project, "Train for longer.")
-    with working(project, servers):
+    with deployed(project, servers):
         (deployment,) = servers.ask("/deployments/filter", {"deployments": {"name": {"any_": ["compress"]}}})
         run = servers.ask(f"/deployments/{deployment['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
-        wanted = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+        query = {"flow_runs": {"id": {"any_": [run["id"]]}}}
         deadline = time.monotonic() + 3600
-        while (state := servers.ask("/flow_runs/filter", wanted)[0]["state"])["type"] != "COMPLETED":
+        while (state := servers.ask("/flow_runs/filter", query)[0]["state"])["type"] != "COMPLETED":
             if state["type"] in ("FAILED", "CRASHED") or time.monotonic() > deadline:
                 sys.exit(f"the run is {state['type']}: {state['message']}")
             time.sleep(1)
@@ -76,15 +76,15 @@ def ran(project: Path, servers: servers.Servers, quick: bool) -> Path:
 
 
 @contextlib.contextmanager
-def working(project: Path, servers: servers.Servers) -> Iterator[None]:
-    """A worker, and the project deployed."""
+def deployed(project: Path, servers: servers.Servers) -> Iterator[None]:
+    """Start a worker and deploy the project."""
     with servers.worker(project.with_name("worker.log")):
         servers.run("prefect", "--no-prompt", "deploy", "--all", where=project)
         yield
 
 
 def addresses(project: Path, servers: servers.Servers) -> dict[str, str]:
-    """Where the pages are."""
+    """Return the URL of every page."""
     client = MlflowClient(tracking_uri=servers.env["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name("vitprune").experiment_id
     runs = client.search_runs([experiment], "tags.`vitprune.prefect_flow_run_id` != ''", max_results=100)
@@ -98,7 +98,7 @@ def addresses(project: Path, servers: servers.Servers) -> dict[str, str]:
 
 
 def take(browser: list[str], address: str, path: Path, size: tuple[int, int]) -> None:
-    """Photograph a page once it has come to rest, in as few colours as its size asks for."""
+    """Take a screenshot; reduce the colours until the file is small enough."""
     options = ["--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars", "--virtual-time-budget=60000"]
     options += [*(f"--disable-{word}" for word in QUIET), "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def take(browser: list[str], address: str, path: Path, size: tuple[int, int]) ->
     for colours in COLOURS:
         content = io.BytesIO()
         picture.quantize(colours).save(content, "PNG", optimize=True)
-        if len(content.getvalue()) < LARGEST:
+        if len(content.getvalue()) < MAX_BYTES:
             break
     path.write_bytes(content.getvalue())
     print(f"{path}: {len(content.getvalue()) / 1000:.0f} KB, {colours} colours", flush=True)

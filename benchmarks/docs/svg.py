@@ -9,8 +9,8 @@ INK, PALE = "#24292f", "#d0d7de"
 
 def text(x: float, y: float, words: str, size: int = 12, anchor: str = "start", extra: str = "") -> str:
     """Return a line of text; `extra` holds further attributes."""
-    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
-    return f'<text {place} fill="{INK}" {extra}>{escape(words)}</text>'
+    attributes = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
+    return f'<text {attributes} fill="{INK}" {extra}>{escape(words)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, color: str = PALE, extra: str = "") -> str:

@@ -1,1 +1,1 @@
-"""Helpers shared by the benchmarks."""
+"""Code shared by several benchmarks."""

@@ -1,6 +1,6 @@
-"""One-shot cuts of DeiT-Tiny without any training: what goes, by which method, and the top-1 that is left.
+"""One-shot pruning of DeiT-Tiny without training: entries (method and settings), goals (cost or sparsity) and top-1.
 
-Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; every figure on the same images.
+Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; all values on the same images.
 """
 
 import copy
@@ -27,34 +27,35 @@ from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune import prune_cycles
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-SECOND_ORDER = ScoreConfig(memory_mb=4096)  # room for half of the Fisher blocks of DeiT-Tiny
+SECOND_ORDER = ScoreConfig(memory_mb=4096)  # half of the Fisher blocks of DeiT-Tiny
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What goes: shares of kinds, or all but a fraction of the MACs, or N:M; what is wanted of the best row, top-1 %.
+    """Sparsities per kind, remaining fraction of the MACs, or an N:M pattern.
 
-    Only what is `deep` is also cut in steps.
+    `bound` is the top-1 in % promised for the best row. Entries with several steps are measured
+    only for goals that are `deep`.
     """
 
     name: str
     removed: Mapping[str, float] | None = None
     macs: float | None = None
     pattern: str | None = None
-    wanted: float | None = None
+    bound: float | None = None
     deep: bool = False
 
     @property
     def kinds(self) -> list[str]:
-        """Kinds that lose units."""
+        """Kinds of the pruned units."""
         return list(self.removed or {"ffn": 1, "attention": 1})
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table: a method, who competes if not as its row says, and how it is cut.
+    """A row of the table: method, scope (None: the default of the method), steps and correction.
 
-    One set of scores is cut at every size. Without `refit` a method's update is left out.
+    All goals use one set of scores. Without `refit` the method's update is not applied.
     """
 
     method: str
@@ -66,7 +67,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """In words."""
+        """Return the label."""
         scope, steps = f", {self.scope}" if self.scope else "", " in steps" if self.steps > 1 else ""
         return self.method + scope + steps + ("" if self.refit else ", no refit")
 
@@ -92,8 +93,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A pruned model's top-1 on evaluation images, before and after the correction, and its share of the cost."""
+class PrunedResult:
+    """Top-1 of a pruned model on evaluation images, before and after the correction, and its MACs relative to dense."""
 
     entry: str
     goal: str
@@ -110,51 +111,61 @@ class Setup:
     dense: nn.Module
     calibration: Batches
     held_out: Batches
-    wanted: list[Tensor]
+    dense_logits: list[Tensor]
 
     @property
     def top1(self) -> float:
-        """Of the dense model on the evaluation images."""
+        """Top-1 of the dense model on the evaluation images."""
         return accuracy(self.dense, self.held_out)[0]["top1"]
 
 
 def measure(
     entries: Sequence[Entry], goals: Sequence[Goal], notes: Path, score: ScoreConfig = DEFAULT_SCORE_CONFIG
-) -> dict[tuple[str, str], Cut]:
-    """All cuts by the labels of entry and goal, each entry in one of two processes of one thread.
+) -> dict[tuple[str, str], PrunedResult]:
+    """Return all results by the labels of entry and goal, computed in two processes of one thread.
 
-    `notes` takes a line per cut as it is made, and what is there already is not made again: delete it to begin anew.
+    Each result is appended to `notes`, and results in that file are not computed again; delete it to start over.
     `score` has the options of the criteria.
     """
-    done = [Cut(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
-    made = {(cut.entry, cut.goal) for cut in done}
+    done = [PrunedResult(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    recorded = {(result.entry, result.goal) for result in done}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         jobs = []
         for entry in entries:
-            left = [goal for goal in goals if (entry.label, goal.name) not in made]
-            jobs += [pool.submit(_cuts, entry, left, notes, score)] if left else []
-        return {(cut.entry, cut.goal): cut for cut in [*done, *(cut for job in jobs for cut in job.result())]}
+            remaining = [goal for goal in goals if (entry.label, goal.name) not in recorded]
+            jobs += [pool.submit(_measure_entry, entry, remaining, notes, score)] if remaining else []
+        results = [*done, *(result for job in jobs for result in job.result())]
+        return {(result.entry, result.goal): result for result in results}
 
 
 def damped(config: PruneConfig) -> Plan:
-    """The plan of settings for second-order methods."""
+    """Return the plan with the memory limit for second-order methods."""
     return plan_for(config, SECOND_ORDER)
 
 
 def setup() -> Setup:
-    """Read the model and the images; one thread, as two processes run."""
+    """Read the model and the images; one thread, since two processes run."""
     torch.set_num_threads(1)
     folder = real_data()
-    dense = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
-    images, labels = load_images(folder / "imagenet-val-800.parquet", dense)
-    calibration = [(images[row : row + 50], labels[row : row + 50]) for row in range(600, 800, 50)]
-    held_out = [(images[row : row + 100], labels[row : row + 100]) for row in range(0, 600, 100)]
+    dense = load_dense(folder)
+    calibration, held_out = split(*load_images(folder / "imagenet-val-800.parquet", dense))
     with torch.no_grad():
         return Setup(dense, calibration, held_out, [dense(batch) for batch, _ in calibration])
 
 
+def load_dense(folder: Path) -> nn.Module:
+    """Return the published DeiT-Tiny."""
+    return models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+
+
+def split(images: Tensor, labels: Tensor) -> tuple[Batches, Batches]:
+    """Return calibration batches (rows 600..799) and evaluation batches (rows 0..599) of the ImageNet sample."""
+    calibration = [(images[row : row + 50], labels[row : row + 50]) for row in range(600, 800, 50)]
+    return calibration, [(images[row : row + 100], labels[row : row + 100]) for row in range(0, 600, 100)]
+
+
 def load_images(path: Path, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """All images of a Parquet file in its own order, as the model's evaluation transform gives them."""
+    """Return all images of a Parquet file in file order, after the model's evaluation transform."""
     source = data.open_source(f"parquet:{path}")
     transform = data.transform(data.data_config(model))
     images = torch.stack([transform.image(data.decode(source.read(name), transform.mode)) for name in source.ids])
@@ -162,80 +173,86 @@ def load_images(path: Path, model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def corrected(case: Setup, model: nn.Module) -> nn.Module:
-    """The model, its norms and biases moved towards the dense answers in place; what is zero stays so."""
+    """Correct norms and biases in place towards the dense logits; zeros remain zero."""
     with torch.no_grad():
-        for name, value in correct_norms(model, case.wanted, case.calibration, DEFAULT_CONTEXT).values.items():
+        for name, value in correct_norms(model, case.dense_logits, case.calibration, DEFAULT_CONTEXT).values.items():
             model.get_parameter(name).copy_(value)
     return model
 
 
-def rows(done: Mapping[tuple[str, str], Cut], goals: Sequence[Goal], dense: float, promised: bool) -> list[Row]:
-    """The figures for the results file: the best of ours beside what is wanted of it, where it is `promised`."""
-    found = [Row("dense", dense, "top-1 %")]
-    for aim in goals:
-        own = [max(cut.top1, cut.corrected or 0.0) for cut in done.values() if cut.goal == aim.name and cut.ours]
-        best = max(own, default=0.0)
-        held = (f">= {aim.wanted:g}", best >= aim.wanted) if promised and aim.wanted is not None else (None, None)
-        found.append(Row(f"best of ours, {aim.name}", best, "top-1 %", *held))
-    for one in done.values():
-        found.append(Row(f"{one.entry}, {one.goal}", one.top1, "top-1 %"))
-        if one.corrected is not None:
-            found.append(Row(f"{one.entry} + correction, {one.goal}", one.corrected, "top-1 %"))
-        found.append(Row(f"{one.entry}, {one.goal}, what is left", one.macs, "of the MACs"))
-    return found
+def rows(
+    done: Mapping[tuple[str, str], PrunedResult], goals: Sequence[Goal], dense: float, promised: bool
+) -> list[Row]:
+    """Return the rows of the results file: the best of ours with its bound if `promised`, then all results."""
+    result_rows = [Row("dense", dense, "top-1 %")]
+    for goal in goals:
+        ours = [max(r.top1, r.corrected or 0.0) for r in done.values() if r.goal == goal.name and r.ours]
+        best = max(ours, default=0.0)
+        bound = (f">= {goal.bound:g}", best >= goal.bound) if promised and goal.bound is not None else (None, None)
+        result_rows.append(Row(f"best of ours, {goal.name}", best, "top-1 %", *bound))
+    for result in done.values():
+        result_rows.append(Row(f"{result.entry}, {result.goal}", result.top1, "top-1 %"))
+        if result.corrected is not None:
+            result_rows.append(Row(f"{result.entry} + correction, {result.goal}", result.corrected, "top-1 %"))
+        result_rows.append(Row(f"{result.entry}, {result.goal}, remaining MACs", result.macs, "of the MACs"))
+    return result_rows
 
 
-def lines(done: Mapping[tuple[str, str], Cut], entries: Sequence[Entry], goals: Sequence[Goal]) -> list[list[str]]:
-    """The table's lines, an entry and where it was corrected the same again; a dash for what cannot be."""
-    found = []
+def lines(
+    done: Mapping[tuple[str, str], PrunedResult], entries: Sequence[Entry], goals: Sequence[Goal]
+) -> list[list[str]]:
+    """Return the table rows: each entry, and again with correction; a dash for goals without a result."""
+    table = []
     for entry in entries:
-        for fixed in range(1 + entry.correction):
-            cuts = [done.get((entry.label, aim.name)) for aim in goals]
-            values = [None if cut is None else cut.corrected if fixed else cut.top1 for cut in cuts]
+        for with_correction in range(1 + entry.correction):
+            results = [done.get((entry.label, goal.name)) for goal in goals]
+            values = [None if r is None else r.corrected if with_correction else r.top1 for r in results]
             cells = ["-" if value is None else f"{value:.1f}" for value in values]
-            found.append([entry.label + " + correction" * fixed, *cells])
-    return found
+            table.append([entry.label + " + correction" * with_correction, *cells])
+    return table
 
 
-def _cuts(entry: Entry, goals: Sequence[Goal], notes: Path, score: ScoreConfig) -> list[Cut]:
-    """One line of the table, noted cut by cut."""
+def _measure_entry(entry: Entry, goals: Sequence[Goal], notes: Path, score: ScoreConfig) -> list[PrunedResult]:
+    """Measure one row of the table; append each result to `notes`."""
     case = setup()
     configs = {goal.name: entry.config(goal) for goal in goals}
     plans = {name: plan_for(config, score) for name, config in configs.items() if config is not None}
     shared = [plan for plan in plans.values() if plan.context(1).pattern is None]
-    found = _scored(case, shared) if shared and entry.steps == 1 else None
-    cuts = []
+    importance = _scores(case, shared) if shared and entry.steps == 1 else None
+    results = []
     for name, plan in plans.items():
-        cuts.append(_cut(case, entry, name, plan, found if plan in shared else None))
+        results.append(_measure(case, entry, name, plan, importance if plan in shared else None))
         with notes.open("a") as file:
-            file.write(json.dumps(asdict(cuts[-1])) + "\n")
-    return cuts
+            file.write(json.dumps(asdict(results[-1])) + "\n")
+    return results
 
 
-def _scored(case: Setup, plans: Sequence[Plan]) -> Importance:
-    """Scores of all kinds that any of the plans needs, and what the update needs."""
+def _scores(case: Setup, plans: Sequence[Plan]) -> Importance:
+    """Return scores of all kinds that the plans need, with the statistics for the update."""
     kinds = list(dict.fromkeys(kind for plan in plans for kind in plan.sparsity))
     return plans[0].method.criterion(case.dense, find_groups(case.dense, kinds), case.calibration, plans[0].context(0))
 
 
-def _cut(case: Setup, entry: Entry, name: str, plan: Plan, found: Importance | None) -> Cut:
-    """Prune for one goal, evaluate, correct, evaluate again."""
+def _measure(case: Setup, entry: Entry, name: str, plan: Plan, importance: Importance | None) -> PrunedResult:
+    """Prune for one goal; evaluate before and after the correction."""
     model = copy.deepcopy(case.dense)
-    first = _chosen(model, plan, found) if found else None
+    first = _masks(model, plan, importance) if importance else None
     if first and not entry.refit:
         shrink(model, groups_for(model, plan), first)
     else:
-        for _ in prune_cycles(model, plan, case.calibration, first, dict(found.statistics) if found else None):
+        for _ in prune_cycles(
+            model, plan, case.calibration, first, dict(importance.statistics) if importance else None
+        ):
             pass
     before = accuracy(model, case.held_out)[0]["top1"]
     after = accuracy(corrected(case, model), case.held_out)[0]["top1"] if entry.correction else None
     example = case.held_out[0][0][:1]
-    left = count(model, example).nonzero_macs / count(case.dense, example).macs
-    done = Cut(entry.label, name, entry.ours, before, after, left)
-    print(done, flush=True)
-    return done
+    macs = count(model, example).nonzero_macs / count(case.dense, example).macs
+    result = PrunedResult(entry.label, name, entry.ours, before, after, macs)
+    print(result, flush=True)
+    return result
 
 
-def _chosen(model: nn.Module, plan: Plan, importance: Importance) -> dict[str, Tensor]:
-    """Masks of a plan of one cycle."""
+def _masks(model: nn.Module, plan: Plan, importance: Importance) -> dict[str, Tensor]:
+    """Select the masks of a one-cycle plan."""
     return dict(select_cycle_masks(model, importance.scores, plan, cycle_state(model, plan)).masks)

@@ -1,4 +1,4 @@
-"""What the fault drill does to a run: faults, how each is brought about and mended, and the runs that they meet."""
+"""Faults of the fault-injection benchmark: how each is injected and repaired, and the runs that it interrupts."""
 
 import contextlib
 import os
@@ -27,21 +27,21 @@ ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its exit code (0: right), what it printed, and the line that says why it failed."""
+    """How a run ended: exit code, output, and the line with the error message."""
 
     code: int
-    said: str
+    output: str
     line: str
 
     @property
     def clear(self) -> bool:
-        """Whether it ended right, or said why not in one line and without a traceback."""
-        return self.code == 0 or bool(self.line and "Traceback" not in self.said)
+        """Whether it succeeded, or failed with a one-line message and without a traceback."""
+        return self.code == 0 or bool(self.line and "Traceback" not in self.output)
 
 
 @dataclass
 class Site:
-    """The toy on its disk, the servers, the remote, and the worker while it lives."""
+    """The toy project on its disk, the servers, the DVC remote and the worker process."""
 
     toy: Toy
     disk: Path
@@ -54,60 +54,62 @@ class Site:
     count: int = 0
 
     def log(self, name: str) -> Path:
-        """A new file for what a run prints."""
+        """Return a new log file for a run."""
         self.count += 1
         return self.scratch / f"{self.count:03d}-{name}.log"
 
-    def employ(self) -> None:
-        """Have a worker at work."""
+    def start_worker(self) -> None:
+        """Start a worker unless one is running."""
         if self.worker is None or self.worker.poll() is not None:
             self.worker = self.stack.enter_context(self.servers.worker(self.scratch / "worker.log"))
 
     def running(self) -> list[str]:
-        """Runs that Prefect takes for running, once it has had the time to notice."""
-        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}, "limit": 200}
+        """Return the runs that Prefect still reports as running, after waiting up to four minutes."""
+        query = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}, "limit": 200}
         deadline = time.monotonic() + 240
-        while found := self.servers.ask("/flow_runs/filter", wanted):
+        while runs := self.servers.ask("/flow_runs/filter", query):
             if time.monotonic() > deadline:
                 break
             time.sleep(2)
-        return [run["name"] for run in found]
+        return [run["name"] for run in runs]
 
     def client(self) -> MlflowClient:
-        """MLflow's client of the server."""
+        """Return a client of the MLflow server."""
         return MlflowClient(tracking_uri=self.servers.env["MLFLOW_TRACKING_URI"])
 
     def recorded(self, run: "Run") -> list[str]:
-        """What MLflow lacks of a run that ended right, or an audit finds."""
+        """Return what is missing in MLflow for a successful run, and what the audit reports."""
         flow = run.flow()
         with short_timeouts(60):
-            if self.toy.put()["missed"]:
-                return ["MLflow could not be told afterwards"]
-            found = self.names_of_metrics(flow)
-            (parent,) = self.found(f"tags.`vitprune.key` = '{flow}'")
-        lacks = toy_project.unlike(found, self.metrics)
-        return [f"{stage}: metrics in MLflow are not complete" for stage in lacks] + self.toy.audit(parent.info.run_id)
+            if self.toy.upload()["missed"]:
+                return ["the upload to MLflow failed"]
+            names = self.metric_names(flow)
+            (parent,) = self.search_runs(f"tags.`vitprune.key` = '{flow}'")
+        incomplete = toy_project.differing_keys(names, self.metrics)
+        return [f"{stage}: metrics in MLflow are not complete" for stage in incomplete] + self.toy.audit(
+            parent.info.run_id
+        )
 
-    def names_of_metrics(self, flow: str) -> dict[str, list[str]]:
-        """The names of the metrics of a flow's run and of its stages' runs, or of the runs that computed those."""
-        rows = self.found(f"tags.`vitprune.prefect_flow_run_id` = '{flow}'")
-        named = {row.data.tags["vitprune.key"].partition("/")[2]: sorted(self._known(row)) for row in rows}
-        return {stage: names for stage, names in named.items() if stage in ("", *STAGES)}
+    def metric_names(self, flow: str) -> dict[str, list[str]]:
+        """Return the metric names of a flow's run and of its stages' runs, including cached stages."""
+        rows = self.search_runs(f"tags.`vitprune.prefect_flow_run_id` = '{flow}'")
+        names = {row.data.tags["vitprune.key"].partition("/")[2]: sorted(self._metrics_of(row)) for row in rows}
+        return {stage: metrics for stage, metrics in names.items() if stage in ("", *STAGES)}
 
-    def _known(self, run: Any) -> set[str]:
+    def _metrics_of(self, run: Any) -> set[str]:
         source = run.data.tags.get("vitprune.computed_by")
         return {*run.data.metrics, *(self.client().get_run(source).data.metrics if source else ())}
 
-    def found(self, wanted: str) -> list[Any]:
-        """Runs of MLflow."""
+    def search_runs(self, query: str) -> list[Any]:
+        """Return the MLflow runs that match a query."""
         client = self.client()
         experiment = client.get_experiment_by_name("vitprune")
-        return list(client.search_runs([experiment.experiment_id], wanted, max_results=200))
+        return list(client.search_runs([experiment.experiment_id], query, max_results=200))
 
 
 @dataclass
 class Run:
-    """A run by a command of the flows."""
+    """A run started by a `vitprune` command."""
 
     toy: Toy
     process: "subprocess.Popen[bytes]"
@@ -116,39 +118,39 @@ class Run:
     was_killed: bool = False
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end; False if it does not come."""
+        """Wait for the end; return False after `seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         return self.process.poll() is not None
 
     def kill(self) -> None:
-        """Kill the flow, and it alone: what it has started lives on."""
+        """Kill the flow process only, not its children."""
         self.was_killed = True
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def outcome(self) -> Outcome:
-        """How it ended."""
-        said = self.log.read_text()
-        lines = [line for line in said.splitlines() if line.strip()]
-        wanted = [line for line in lines if line.startswith("Error: ")] or (lines[-1:] if self.branch else [])
-        return Outcome(self.process.wait(), said, wanted[-1] if wanted else "")
+        """Return how it ended."""
+        output = self.log.read_text()
+        lines = [line for line in output.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("Error: ")] or (lines[-1:] if self.branch else [])
+        return Outcome(self.process.wait(), output, errors[-1] if errors else "")
 
     def flow(self) -> str:
-        """The id of the flow run of its pipeline, by which MLflow knows it."""
+        """Return the id of its flow run, which is its key in MLflow."""
         if not self.branch:
             journals = (self.toy.project / STATE / "journal").rglob("*.jsonl")
             return max(journals, key=lambda path: path.stat().st_mtime_ns).stem
-        message = toy_project.told(self.toy.project, "git", "log", "-1", "--format=%B", self.branch)
+        message = toy_project.output_of(self.toy.project, "git", "log", "-1", "--format=%B", self.branch)
         client = MlflowClient(tracking_uri=self.toy.servers.env["MLFLOW_TRACKING_URI"])
         run = client.get_run(re.findall(r"^MLflow-Run: (\w+)$", message, re.M)[0])
         return str(run.data.tags["vitprune.key"])
 
 
 @dataclass
-class Deployed:
-    """A run of the deployment `compress`, which the worker carries out."""
+class DeployedRun:
+    """A run of the deployment `compress`, executed by the worker."""
 
     toy: Toy
     id: str
@@ -162,7 +164,7 @@ class Deployed:
         return {"type": "UNKNOWN", "message": "", "name": "UNKNOWN"}
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end; False if it does not come. A killed one does not end by itself."""
+        """Wait for the end; return False after `seconds`. Do not wait for a killed run."""
         deadline = time.monotonic() + seconds
         while not self.was_killed and self._state()["type"] not in ENDED:
             if time.monotonic() > deadline:
@@ -171,68 +173,68 @@ class Deployed:
         return True
 
     def kill(self) -> None:
-        """Nothing but its worker can be killed."""
+        """Mark the run as killed; only its worker is a process."""
         self.was_killed = True
 
     def outcome(self) -> Outcome:
-        """How it ended."""
+        """Return how it ended."""
         state = self._state()
         message = str(state.get("message") or state["name"])
         return Outcome(int(state["type"] != "COMPLETED"), message, message.splitlines()[0])
 
     def flow(self) -> str:
-        """The id of the flow run."""
+        """Return the id of the flow run."""
         return self.id
 
 
 @dataclass(frozen=True)
-class Strike:
-    """A fault: the runs that it meets, how it comes about, and how it is mended."""
+class FaultSpec:
+    """A fault: how the run is started, how the fault is injected, and how it is repaired."""
 
     launcher: Callable[[Site, str], Any]
-    break_it: Callable[[Site, Any], None]
-    mend: Callable[[Site], None]
+    inject: Callable[[Site, Any], None]
+    repair: Callable[[Site], None]
 
 
 def by_command(site: Site, stage: str) -> Run:
-    """`vitprune run`."""
+    """Start `vitprune run`."""
     log = site.log("flow")
     return Run(site.toy, site.toy.flow(log, "run"), log)
 
 
 def by_retraining(site: Site, stage: str) -> Run:
-    """`vitprune retrain`, for a model of its own; what the project itself has computed is of no use to it."""
+    """Start `vitprune retrain` for a new model name, without cached stages."""
     (site.toy.project / "dvc.lock").unlink(missing_ok=True)
     log, name = site.log("retrain"), f"drill-{stage}"
     process = site.toy.flow(log, "retrain", "--model", name, "--branch", name)
     return Run(site.toy, process, log, name)
 
 
-def by_worker(site: Site, stage: str) -> Deployed:
-    """A run of the deployment `compress`."""
-    site.employ()
+def by_worker(site: Site, stage: str) -> DeployedRun:
+    """Start a run of the deployment `compress`."""
+    site.start_worker()
     (deployment,) = site.servers.ask("/deployments/filter", {"deployments": {"name": {"any_": ["compress"]}}})
     run = site.servers.ask(f"/deployments/{deployment['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
-    return Deployed(site.toy, run["id"])
+    return DeployedRun(site.toy, run["id"])
 
 
-def kill_worker(site: Site, run: Deployed) -> None:
-    """The worker's machine goes down: it and all that it has started."""
+def kill_worker(site: Site, run: DeployedRun) -> None:
+    """Kill the worker and all its child processes."""
     assert site.worker is not None
     kill_tree(site.worker.pid)
     site.worker.wait()
     run.kill()
 
 
-def reset(site: Site, run: Deployed) -> None:
-    """The only machine goes down: the worker and all servers at once."""
+def reset(site: Site, run: DeployedRun) -> None:
+    """Kill the worker and all servers."""
     kill_worker(site, run)
     for name in ("prefect", "mlflow", "db"):
         site.servers.kill(name)
 
 
 def fill(site: Site, run: Any) -> None:
-    """Fill the disk to its last byte."""
+    """Fill the disk completely."""
     with contextlib.suppress(OSError), (site.disk / BALLAST).open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):
             with contextlib.suppress(OSError):
@@ -241,52 +243,54 @@ def fill(site: Site, run: Any) -> None:
 
 
 def nothing(site: Site) -> None:
-    """Nothing is to be mended."""
+    """Repair nothing."""
 
 
-FAULTS: dict[str, Strike] = {
-    "worker killed": Strike(by_worker, kill_worker, nothing),
-    "machine reset": Strike(by_worker, reset, lambda site: site.servers.up()),
-    "flow killed": Strike(by_command, lambda site, run: run.kill(), nothing),
-    "Prefect killed": Strike(by_command, lambda site, run: site.servers.kill("prefect"), lambda s: s.servers.up()),
-    "MLflow killed": Strike(by_command, lambda site, run: site.servers.kill("mlflow"), lambda s: s.servers.up()),
-    "PostgreSQL killed": Strike(by_command, lambda site, run: site.servers.kill("db"), lambda s: s.servers.up()),
-    "remote unplugged": Strike(by_retraining, lambda site, run: site.remote.unplug(), lambda s: s.remote.plug()),
-    "disk full": Strike(by_command, fill, lambda site: (site.disk / BALLAST).unlink()),
+FAULTS: dict[str, FaultSpec] = {
+    "worker killed": FaultSpec(by_worker, kill_worker, nothing),
+    "machine reset": FaultSpec(by_worker, reset, lambda site: site.servers.up()),
+    "flow killed": FaultSpec(by_command, lambda site, run: run.kill(), nothing),
+    "Prefect killed": FaultSpec(by_command, lambda site, run: site.servers.kill("prefect"), lambda s: s.servers.up()),
+    "MLflow killed": FaultSpec(by_command, lambda site, run: site.servers.kill("mlflow"), lambda s: s.servers.up()),
+    "PostgreSQL killed": FaultSpec(by_command, lambda site, run: site.servers.kill("db"), lambda s: s.servers.up()),
+    "remote unplugged": FaultSpec(by_retraining, lambda site, run: site.remote.unplug(), lambda s: s.remote.plug()),
+    "disk full": FaultSpec(by_command, fill, lambda site: (site.disk / BALLAST).unlink()),
 }
 
 
 def possible() -> list[str]:
-    """The faults that can be brought about here."""
+    """Return the faults that can be injected on this machine."""
     return [name for name in FAULTS if name != "disk full" or not os.getuid()]
 
 
 @contextlib.contextmanager
 def site(folder: Path) -> Iterator[Site]:
-    """Everything that the drill needs, for as long as the block lasts."""
+    """Start servers, remote, disk, project and worker; stop them at the end of the block."""
     folder.chmod(0o711)
     with contextlib.ExitStack() as stack:
         disk = stack.enter_context(small_disk(folder / "disk"))
         running = stack.enter_context(servers.serving(folder / "team", ZOMBIES))
         remote = stack.enter_context(servers.remote(folder / "remote"))
-        toy = toy_project.made(disk / "project", running, remote, folder)
-        made = Site(toy, disk, running, remote, folder, stack)
-        (parent,) = made.found("tags.`vitprune.prefect_flow_run_id` != '' and tags.`vitprune.project` != ''")
-        made.metrics = made.names_of_metrics(parent.data.tags["vitprune.key"])
-        made.employ()
+        toy = toy_project.create(disk / "project", running, remote, folder)
+        environment = Site(toy, disk, running, remote, folder, stack)
+        (parent,) = environment.search_runs(
+            "tags.`vitprune.prefect_flow_run_id` != '' and tags.`vitprune.project` != ''"
+        )
+        environment.metrics = environment.metric_names(parent.data.tags["vitprune.key"])
+        environment.start_worker()
         running.run("prefect", "--no-prompt", "deploy", "--all", where=toy.project)
-        yield made
+        yield environment
 
 
 @contextlib.contextmanager
-def small_disk(place: Path) -> Iterator[Path]:
-    """A disk in memory, as only root may mount one; else a folder, which cannot be filled."""
-    place.mkdir(parents=True, exist_ok=True)
+def small_disk(path: Path) -> Iterator[Path]:
+    """Mount a small tmpfs, which needs root; otherwise use a plain directory."""
+    path.mkdir(parents=True, exist_ok=True)
     if os.getuid():
-        yield place
+        yield path
         return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", place], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", path], check=True)
     try:
-        yield place
+        yield path
     finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
+        subprocess.run(["umount", "--lazy", path], check=True)

@@ -88,10 +88,10 @@ def rescored(
     scores = {name: value.sum(1) for name, value in control.items()}
     requested = dict.fromkeys(truth, 0)
 
-    def exact(wanted: Mapping[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
-        for name, units in wanted.items():
+    def exact(requests: Mapping[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
+        for name, units in requests.items():
             requested[name] += len(units) * len(columns)
-        return {name: truth[name][units][:, columns] for name, units in wanted.items()}
+        return {name: truth[name][units][:, columns] for name, units in requests.items()}
 
     stacked = torch.cat(list(control.values()))
     order = torch.randperm(stacked.shape[1], generator=torch.Generator().manual_seed(0))

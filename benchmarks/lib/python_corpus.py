@@ -1,4 +1,4 @@
-"""A text corpus that every machine has: the sources of Python's standard library, one token per byte."""
+"""Text corpus of the sources of Python's standard library, one token per byte."""
 
 import hashlib
 import sysconfig
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VOCABULARY = 128  # ASCII; every other byte becomes a question mark
+VOCABULARY = 128  # ASCII; other bytes are replaced by a question mark
 HELD_OUT = 8  # every eighth file
 
 
@@ -37,16 +37,16 @@ def _tokens(text: bytes) -> Tensor:
 
 
 def drawn(tokens: Tensor, context: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (tokens, the token after each), (batch, context) both, from places that the seed draws."""
+    """Yield batches of (tokens, next tokens), both (batch, context), from random positions."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(len(tokens) - context, (batch, 1), generator=generator)
-        places = starts + torch.arange(context)
-        yield tokens[places], tokens[places + 1]
+        positions = starts + torch.arange(context)
+        yield tokens[positions], tokens[positions + 1]
 
 
 def spread(tokens: Tensor, context: int, batch: int, number: int) -> list[tuple[Tensor, Tensor]]:
-    """The same from `number` places at equal distances: what is measured on."""
+    """Return batches of (tokens, next tokens) from `number` equally spaced positions, for evaluation."""
     starts = torch.linspace(0, len(tokens) - context - 1, number).long()[:, None]
-    places = starts + torch.arange(context)
-    return list(zip(tokens[places].split(batch), tokens[places + 1].split(batch), strict=True))
+    positions = starts + torch.arange(context)
+    return list(zip(tokens[positions].split(batch), tokens[positions + 1].split(batch), strict=True))

@@ -1,7 +1,7 @@
-"""Torch-Pruning's generic recipe on one timm model, as its documents give it for transformers: does it still run?
+"""Torch-Pruning's generic recipe for transformers on one timm model: does the pruned model run?
 
-Magnitude, 30 % of all channels, the classifier ignored, heads named where a layer is called qkv. One forward pass
-afterwards, and one more with the sizes that timm's attentions record brought up to date by hand. Prints JSON.
+Magnitude, 30 % of all channels, the classifier ignored, heads given for layers named qkv. One forward pass afterwards,
+and another one after correcting the sizes that timm's attention modules store. Prints JSON.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def verdict(name: str) -> str:
-    """What became of a model: runs, runs once sizes are reset, forward fails, or pruner raises; in words."""
+    """Return the result for a model: runs, runs once sizes are reset, forward fails, or pruner raises."""
     tp = library()
     model = timm.create_model(name).eval()
     images = torch.randn(1, *model.pretrained_cfg["input_size"])
@@ -40,7 +40,7 @@ def verdict(name: str) -> str:
             model, images, importance=importance, pruning_ratio=RATIO, ignored_layers=ignored, num_heads=heads
         )
         pruner.step()
-    except Exception as error:  # whatever it raises is the verdict
+    except Exception as error:  # any exception is the verdict
         return f"pruner raises {type(error).__name__}"
     if sum(parameter.numel() for parameter in model.parameters()) == before:
         return "nothing is pruned"

@@ -29,8 +29,8 @@ from vitprune.orchestration.tracking.journal import read_log
 from vitprune.runtime.files import sha256
 
 ROOT = Path(__file__).parents[2]
-MADE = ("out", "data", "metrics", "plots")
-GIT = ".gitignore"  # which DVC writes
+OUTPUTS = ("out", "data", "metrics", "plots")
+GIT = ".gitignore"  # written by DVC
 LOCKS = ("lock", "retrain.lock", "mirror.lock")
 
 
@@ -39,19 +39,19 @@ class Toy:
     """A project, a copy of it after a reference run, and the digests and seconds of that run."""
 
     project: Path
-    whole: Path
+    reference: Path
     servers: servers.Servers
     digests: Mapping[str, str]
     locked: Mapping[str, str]
     seconds: Mapping[str, float]
 
-    def set_back(self, stage: str) -> None:
+    def reset_to(self, stage: str) -> None:
         """Reset the project to the state before `stage`.
 
         DVC keeps the cached outputs of later stages, so that only this stage is computed.
         """
         empty(self.project)
-        subprocess.run(["cp", "-a", f"{self.whole}/.", self.project], check=True)
+        subprocess.run(["cp", "-a", f"{self.reference}/.", self.project], check=True)
         lock = yaml.safe_load((self.project / "dvc.lock").read_text())
         self._forget(stage, lock["stages"])
         for name in STAGES[STAGES.index(stage) :]:
@@ -90,22 +90,22 @@ class Toy:
     def marked(self, stage: str | None = None) -> Iterator[psutil.Process]:
         """Yield the running processes of the project's flows, or only those of one stage."""
         for process in psutil.process_iter():
-            place = mark_of(process)
-            if place is not None and Path(place).is_relative_to(self.project) and _lives(process, stage):
+            directory = mark_of(process)
+            if directory is not None and Path(directory).is_relative_to(self.project) and _is_running(process, stage):
                 yield process
 
-    def wrong(self, branch: str = "") -> list[str]:
+    def differences(self, branch: str = "") -> list[str]:
         """Return the differences from the reference run; of a retraining, those of its `branch`."""
         lock = self.project / "dvc.lock"
-        text = told(self.project, "git", "show", f"{branch}:dvc.lock") if branch else lock.read_text()
-        found = [f"{name}: another digest in dvc.lock" for name in unlike(locked(text), self.locked)]
+        text = output_of(self.project, "git", "show", f"{branch}:dvc.lock") if branch else lock.read_text()
+        result = [f"{name}: another digest in dvc.lock" for name in differing_keys(locked(text), self.locked)]
         if not branch:
-            found += [f"{name}: other bytes" for name in unlike(digests(self.project), self.digests)]
-            status = told(self.project, sys.executable, "-m", "dvc", "status")
-            found += [] if "up to date" in status else [f"dvc status: {' '.join(status.split())[:200]}"]
-        return found + [f"{name} is held" for name in self._held()] + self._left()
+            result += [f"{name}: other bytes" for name in differing_keys(digests(self.project), self.digests)]
+            status = output_of(self.project, sys.executable, "-m", "dvc", "status")
+            result += [] if "up to date" in status else [f"dvc status: {' '.join(status.split())[:200]}"]
+        return result + [f"{name} is locked" for name in self._locked_files()] + self._leftovers()
 
-    def _held(self) -> Iterator[str]:
+    def _locked_files(self) -> Iterator[str]:
         for name in LOCKS:
             path = self.project / STATE / name
             if path.exists():
@@ -118,54 +118,54 @@ class Toy:
         if rwlock.exists() and any(json.loads(rwlock.read_text() or "{}").values()):
             yield "DVC's rwlock"
 
-    def _left(self) -> list[str]:
+    def _leftovers(self) -> list[str]:
         """Return leftover processes and partial files."""
-        found = [f"{process} is left" for process in self.marked()]
-        paths = (path for name in (*MADE, str(STATE)) for path in (self.project / name).rglob("*.partial"))
-        return found + [f"{path.relative_to(self.project)} is left" for path in paths]
+        processes = [f"{process} is still running" for process in self.marked()]
+        paths = (path for name in (*OUTPUTS, str(STATE)) for path in (self.project / name).rglob("*.partial"))
+        return processes + [f"{path.relative_to(self.project)} is left over" for path in paths]
 
     def audit(self, run: str) -> list[str]:
         """Audit a run of MLflow; return the failed check, if any."""
         os.environ["MLFLOW_TRACKING_URI"] = self.servers.env["MLFLOW_TRACKING_URI"]
-        code, said = tamper_worker.audited(self.project, run=run)
-        return [] if code == 0 else [f"audit: {line}" for line in said.strip().splitlines()[-2:-1]]
+        code, output = tamper_worker.audited(self.project, run=run)
+        return [] if code == 0 else [f"audit: {line}" for line in output.strip().splitlines()[-2:-1]]
 
-    def put(self) -> dict[str, Any]:
-        """Upload to MLflow the runs that it lacks."""
-        said = self.servers.run("vitprune.cli", "sync", "--json", "--project", str(self.project), where=ROOT)
-        answer: dict[str, Any] = json.loads(said.splitlines()[-1])
-        return answer
+    def upload(self) -> dict[str, Any]:
+        """Upload the missing runs to MLflow."""
+        output = self.servers.run("vitprune.cli", "sync", "--json", "--project", str(self.project), where=ROOT)
+        result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return result
 
 
-def needed() -> None:
+def require_servers() -> None:
     """Exit with a message if the servers cannot be started here."""
-    if lacks := servers.missing():
-        print(f"not installed: {lacks}; this benchmark needs them (CONTRIBUTING.md)")
+    if packages := servers.missing():
+        print(f"not installed: {packages}; this benchmark needs them (CONTRIBUTING.md)")
         sys.exit(0)
 
 
-def made(project: Path, servers: servers.Servers, remote: servers.Remote, scratch: Path) -> Toy:
+def create(project: Path, servers: servers.Servers, remote: servers.Remote, scratch: Path) -> Toy:
     """Make the project, run its flow once as the reference, and copy the result to `scratch`."""
     tiny_project.make_of_images(project)
     tiny_project.add_remote(project, remote.address, remote.key)
     (project / "gates.yaml").write_text(yaml.safe_dump({"max_accuracy_loss": 100.0, "alpha": None}))
     tiny_project.commit(project, "Name the team's remote and its gates.")
-    toy = Toy(project, scratch / "whole", servers, {}, {}, {})
+    toy = Toy(project, scratch / "reference", servers, {}, {}, {})
     log = scratch / "undisturbed.log"
     if toy.flow(log, "run").wait():
         sys.exit(log.read_text())
-    subprocess.run(["cp", "-a", project, toy.whole], check=True)
+    subprocess.run(["cp", "-a", project, toy.reference], check=True)
     (journal,) = (project / STATE / "journal/uploaded").glob("*.jsonl")
     seconds = {fact["stage"]: fact["seconds"] for fact in read_log(journal) if fact["fact"] == "stage"}
     lock = (project / "dvc.lock").read_text()
-    return Toy(project, toy.whole, servers, digests(project), locked(lock), seconds)
+    return Toy(project, toy.reference, servers, digests(project), locked(lock), seconds)
 
 
-def _lives(process: psutil.Process, stage: str | None) -> bool:
+def _is_running(process: psutil.Process, stage: str | None) -> bool:
     """Return whether a process is no zombie and, if a stage is given, runs that stage."""
     try:
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return alive and (stage is None or process.cmdline()[-1:] == [stage])
+        running = process.status() != psutil.STATUS_ZOMBIE
+        return running and (stage is None or process.cmdline()[-1:] == [stage])
     except (psutil.Error, OSError):
         return False
 
@@ -188,7 +188,7 @@ def flow_of(project: Path, env: Mapping[str, str], log: Path, *words: str) -> "s
 
 def digests(project: Path) -> dict[str, str]:
     """Return the sha256 of every output file of the stages, without measured times."""
-    files = (path for name in MADE for path in (project / name).rglob("*") if path.is_file() and path.name != GIT)
+    files = (path for name in OUTPUTS for path in (project / name).rglob("*") if path.is_file() and path.name != GIT)
     names = {str(path.relative_to(project)): path for path in files}
     return {name: sha256(path) for name, path in sorted(names.items()) if not name.startswith(CLOCK)}
 
@@ -199,9 +199,9 @@ def locked(text: str) -> dict[str, str]:
     return {o["path"]: o["md5"] for stage in stages for o in stage["outs"] if not f"{o['path']}/".startswith(CLOCK)}
 
 
-def unlike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the names whose values differ or that only one mapping has."""
-    return sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 
 def empty(folder: Path) -> None:
@@ -210,6 +210,6 @@ def empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def told(where: Path, *command: str) -> str:
+def output_of(where: Path, *command: str) -> str:
     """Return the output of a command."""
     return subprocess.run(command, cwd=where, capture_output=True, text=True, check=False).stdout

@@ -1,10 +1,10 @@
-"""What an audit finds: runs that somebody has tampered with, and honest runs of different methods that have to pass.
+"""What the audit detects: runs that were tampered with must fail, and honest runs of different methods must pass.
 
-A small project of 240 scanned digits, pruned in two cycles, is recorded in MLflow; each edit is made on the finished
-run, audited by `vitprune audit` and taken back. Where "all digests agree", DVC and MLflow have recorded the edited run
-anew, so that only computing again can tell; the last of them changes one bit of the weights, which --rerun finds.
-What has been found is noted, so that a run which was cut off goes on; remove
-benchmarks/results/audit-notes.jsonl to begin anew. Writes benchmarks/results/audit.json and docs/results/audit.md.
+A small project with 240 scanned digits, pruned in two cycles, is recorded in MLflow. Each edit is made on the finished
+run, audited by `vitprune audit` and reverted. For "all digests agree", DVC and MLflow have recorded the edited run
+again, so only recomputation can detect it; the last edit changes one bit of the weights, which only --rerun detects.
+Results are recorded in benchmarks/results/audit-notes.jsonl, so that an interrupted benchmark continues; delete the
+file to start over. Writes benchmarks/results/audit.json and docs/results/audit.md.
 """
 
 import json
@@ -25,9 +25,9 @@ from tests.support import (
 )
 
 ROOT = Path(__file__).parents[2]
-Found = dict[str, Any]  # name, code and line
+AuditResult = dict[str, Any]  # name, code and line
 NOTES = RESULTS / "audit-notes.jsonl"
-HEADER = ("run", "audit", "says first")
+HEADER = ("run", "audit", "first message")
 QUICK = (
     "a mask's units change places, in DVC's cache",
     "top-1 raised in MLflow's database",
@@ -48,11 +48,11 @@ HONEST: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Plant every edit, audit honest runs, and write the tables; what is noted from before is not done again."""
+    """Audit the run after every edit and the honest runs; skip recorded results; write the tables."""
     quick = arguments(__doc__).quick
     edits = QUICK if quick else (*tampering.EDITS, *tampering.ONLY_AGAIN)
     honest = list(HONEST)[: 1 if quick else None]
-    notes = {} if quick else noted()
+    notes = {} if quick else recorded_results()
     if any(name not in notes for name in (*edits, *honest)):
         with tempfile.TemporaryDirectory(prefix="vitprune-audit-bench-") as folder:
             for row in audits(Path(folder), edits, honest, notes):
@@ -61,28 +61,28 @@ def main() -> None:
                 if not quick:
                     with NOTES.open("a") as file:
                         file.write(json.dumps(row) + "\n")
-    caught, passed = (sum(notes[name]["code"] == code for name in names) for names, code in ((edits, 1), (honest, 0)))
+    detected, passed = (sum(notes[name]["code"] == code for name in names) for names, code in ((edits, 1), (honest, 0)))
     rows = [
-        Row("edits found", caught, f"of {len(edits)}", f"{len(edits)}", caught == len(edits)),
+        Row("edits detected", detected, f"of {len(edits)}", f"{len(edits)}", detected == len(edits)),
         Row("honest runs passed", passed, f"of {len(honest)}", f"{len(honest)}", passed == len(honest)),
     ]
     if not quick:
-        cells = [[n, "found" if notes[n]["code"] == 1 else "MISSED", f"`{notes[n]['line']}`"] for n in edits]
+        cells = [[n, "detected" if notes[n]["code"] == 1 else "MISSED", f"`{notes[n]['line']}`"] for n in edits]
         cells += [[f"honest: {name}", "FAILED" if notes[name]["code"] else "passed", ""] for name in honest]
-        write_table(ROOT / "docs/results/audit.md", "What an audit finds", __doc__ or "", HEADER, cells)
+        write_table(ROOT / "docs/results/audit.md", "What the audit detects", __doc__ or "", HEADER, cells)
     write_results("audit", rows, quick)
 
 
-def noted() -> dict[str, dict[str, Any]]:
-    """What an earlier, ended run of this benchmark has found."""
+def recorded_results() -> dict[str, dict[str, Any]]:
+    """Return the results that earlier runs of this benchmark have recorded."""
     lines = NOTES.read_text().splitlines() if NOTES.exists() else []
     return {row["name"]: row for row in map(json.loads, lines)}
 
 
-def audits(folder: Path, edits: Sequence[str], honest: Sequence[str], notes: Collection[str]) -> Iterator[Found]:
-    """Audit one project after each edit, and honest runs, as far as they are not noted."""
+def audits(folder: Path, edits: Sequence[str], honest: Sequence[str], notes: Collection[str]) -> Iterator[AuditResult]:
+    """Audit one project after each edit, and honest runs, without those in `notes`."""
     first, cached = list(HONEST)[:2]
-    project = recorded(folder / "project", {})
+    project = run_and_record(folder / "project", {})
     yield from tampered(project, [name for name in edits if name not in notes])
     if first not in notes:
         yield from tampered(project, ["honest"], first)
@@ -94,11 +94,11 @@ def audits(folder: Path, edits: Sequence[str], honest: Sequence[str], notes: Col
             tiny_project.upload(project)
             yield from tampered(project, ["honest"], name)
         else:
-            yield from tampered(recorded(folder / f"honest-{number}", HONEST[name]), ["honest"], name)
+            yield from tampered(run_and_record(folder / f"honest-{number}", HONEST[name]), ["honest"], name)
 
 
-def recorded(project: Path, prune: dict[str, Any]) -> Path:
-    """Make a project, run its stages and put the run into MLflow."""
+def run_and_record(project: Path, prune: dict[str, Any]) -> Path:
+    """Create a project, run its stages and upload the run to MLflow."""
     tiny_project.make_of_images(project)
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
@@ -112,8 +112,8 @@ def recorded(project: Path, prune: dict[str, Any]) -> Path:
     return project
 
 
-def tampered(project: Path, names: Sequence[str], called: str = "") -> Iterator[Found]:
-    """Carry out edits in a process of its own; what the audit of each said, as it comes, under its name or `called`."""
+def tampered(project: Path, names: Sequence[str], called: str = "") -> Iterator[AuditResult]:
+    """Apply edits in another process; yield the audit result of each, named after the edit or `called`."""
     if not names:
         return
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.tamper_worker", str(project), *names]
@@ -125,7 +125,7 @@ def tampered(project: Path, names: Sequence[str], called: str = "") -> Iterator[
             line = row["line"].replace(f"{project}/", "").replace(str(project), "the project").replace("|", "\\|")
             yield row | {"line": line, "name": called or row["name"]}
     if worker.returncode:
-        sys.exit(f"the audits of {project} ended with {worker.returncode}")
+        sys.exit(f"the audits of {project} failed with exit code {worker.returncode}")
 
 
 if __name__ == "__main__":

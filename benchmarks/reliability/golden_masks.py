@@ -35,12 +35,12 @@ def main() -> None:
     """Prune, compare with the reference, or record it."""
     options = arguments(__doc__, {"record": ("no", "yes: write the reference instead of comparing with it")})
     case = setup()
-    found = {name: measure(case, *CASES[name]) for name in (QUICK if options.quick else CASES)}
+    results = {name: measure(case, *CASES[name]) for name in (QUICK if options.quick else CASES)}
     if options.record == "yes":
-        REFERENCE.write_text(json.dumps(found, indent=2) + "\n")
+        REFERENCE.write_text(json.dumps(results, indent=2) + "\n")
     reference = json.loads(REFERENCE.read_text())
     rows = []
-    for name, now in found.items():
+    for name, now in results.items():
         before = reference[name]
         rows.append(
             Row(

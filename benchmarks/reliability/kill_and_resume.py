@@ -1,10 +1,10 @@
-"""Kill `prune` and `distill` at random moments, start them again, and compare what they leave: identical or not.
+"""Kill `prune` and `distill` at random moments, resume them, and compare the resulting files.
 
-A small project on the embedded digits (a ViT of two blocks; gradual pruning in three cycles with recovery, then
-distillation; Mixup, CutMix, stochastic depth, averaged weights, an optimizer that is kept over the cycles). Each stage
-runs once undisturbed. Then each is started, killed (SIGKILL) after a random share of the time that it took, emptied as
-DVC does, and started again to its end; sha256 of all files that it writes are compared. A checkpoint is written after
-every step, so that kills meet half-written ones. Writes benchmarks/results/faults.json and docs/results/faults.md.
+A small project on the embedded digits (a ViT of two blocks; gradual pruning in three cycles with fine-tuning, then
+distillation; Mixup, CutMix, stochastic depth, averaged weights, optimizer state kept over the cycles). Each stage runs
+once undisturbed. Then it is started, killed (SIGKILL) after a random fraction of that time, its outputs are removed as
+by DVC, and it is started again to its end; the sha256 of all its files are compared. A checkpoint is written after
+every step, so that some kills interrupt a write. Writes benchmarks/results/faults.json and docs/results/faults.md.
 """
 
 import os
@@ -26,50 +26,50 @@ from vitprune.runtime.files import sha256
 ROOT = Path(__file__).parents[2]
 RECIPE = {"epochs": 2, "batch_size": 256, "lr": 0.002, "augment": "digits", "ema": 0.9, "cutmix": 0.5, "mixup": 0.2}
 RECIPE |= {"drop_path": 0.1}
-EMPTIED = {"prune": ("prune", "cycles"), "distill": ("distill",)}
+OUTPUTS = {"prune": ("prune", "cycles"), "distill": ("distill",)}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One kill: the stage, seconds into it, checkpoints that lay there then, and whether the end is the same."""
+    """One kill: stage, seconds after its start, complete and partial checkpoints, identical results or not."""
 
     stage: str
     seconds: float
-    found: int
-    broken: int
+    checkpoints: int
+    partial: int
     same: bool
 
 
 def main() -> None:
-    """Kill, start again, compare, and write the tables."""
-    asked = arguments(__doc__, {"kills": (30, "how many in all"), "seed": (0, "of the moments")})
-    kills, moments = 4 if asked.quick else asked.kills, random.Random(asked.seed)
+    """Kill, resume, compare, and write the tables."""
+    options = arguments(__doc__, {"kills": (30, "number of kills"), "seed": (0, "seed of the moments")})
+    kills, moments = 4 if options.quick else options.kills, random.Random(options.seed)
     faults = []
     with tempfile.TemporaryDirectory() as name:
-        project = made(Path(name) / "project")
+        project = create(Path(name) / "project")
         for stage, number in (("prune", kills - kills // 2), ("distill", kills // 2)):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             run(project, stage)
-            whole, expected = time.perf_counter() - begun, written(project, stage)
+            seconds, expected = time.perf_counter() - start, written(project, stage)
             for _ in range(number):
-                faults.append(killed(project, stage, moments.uniform(0.3, 0.98) * whole, expected))
+                faults.append(kill_and_resume(project, stage, moments.uniform(0.3, 0.98) * seconds, expected))
                 print(faults[-1], flush=True)
     same = sum(fault.same for fault in faults)
-    rows = [Row("endings that are identical", same, "of the kills", f"{len(faults)}", same == len(faults), len(faults))]
-    rows.append(Row("kills with a checkpoint to go on from", sum(f.found > 0 for f in faults), "of the kills"))
-    rows.append(Row("kills in the middle of writing one", sum(f.broken > 0 for f in faults), "of the kills"))
-    if not asked.quick:
-        header = ["kill", "stage", "seconds into it", "checkpoints there", "half-written", "ending identical"]
+    rows = [Row("identical results", same, "of the kills", f"{len(faults)}", same == len(faults), len(faults))]
+    rows.append(Row("kills after the first checkpoint", sum(f.checkpoints > 0 for f in faults), "of the kills"))
+    rows.append(Row("kills while writing a checkpoint", sum(f.partial > 0 for f in faults), "of the kills"))
+    if not options.quick:
+        header = ["kill", "stage", "seconds after start", "checkpoints", "partial", "identical results"]
         table = [
-            [f"{n}", f.stage, f"{f.seconds:.2f}", f"{f.found}", f"{f.broken}", "yes" if f.same else "NO"]
+            [f"{n}", f.stage, f"{f.seconds:.2f}", f"{f.checkpoints}", f"{f.partial}", "yes" if f.same else "NO"]
             for n, f in enumerate(faults, 1)
         ]
-        write_table(ROOT / "docs/results/faults.md", "Stages that are killed", __doc__ or "", header, table)
-    write_results("faults", rows, asked.quick)
+        write_table(ROOT / "docs/results/faults.md", "Killed and resumed stages", __doc__ or "", header, table)
+    write_results("faults", rows, options.quick)
 
 
-def made(project: Path) -> Path:
-    """The small project, up to the stage before `prune`."""
+def create(project: Path) -> Path:
+    """Create the small project and run the stages before `prune`."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["args"] |= {"depth": 2, "embed_dim": 48, "num_heads": 3}
     params["dense"]["train"] = {"epochs": 2, "batch_size": 256, "lr": 0.002}
@@ -82,50 +82,50 @@ def made(project: Path) -> Path:
     return project
 
 
-def started(project: Path, stage: str) -> subprocess.Popen[bytes]:
-    """A stage in a process of its own, with a checkpoint after every step."""
+def start_stage(project: Path, stage: str) -> subprocess.Popen[bytes]:
+    """Start a stage with a checkpoint after every step."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"VITPRUNE_CHECKPOINT_MINUTES": "0", "VITPRUNE_DEVICE": "cpu", "PYTHONPATH": path}
     return subprocess.Popen([sys.executable, "-m", "vitprune.cli", stage, "-C", str(project)], env=env)
 
 
 def run(project: Path, stage: str) -> None:
-    """A stage to its end."""
-    code = started(project, stage).wait()
+    """Run a stage; exit if it fails."""
+    code = start_stage(project, stage).wait()
     if code:
-        sys.exit(f"{stage} ended with {code}")
+        sys.exit(f"{stage} failed with exit code {code}")
 
 
-def killed(project: Path, stage: str, seconds: float, expected: dict[str, str]) -> Fault:
-    """Kill a stage after so many seconds, sooner if it has ended by then, and run it again to its end.
+def kill_and_resume(project: Path, stage: str, seconds: float, expected: dict[str, str]) -> Fault:
+    """Kill a stage after `seconds`, or earlier if it has ended by then, and run it again to its end.
 
-    `expected` are the digests of what it writes.
+    `expected` has the digests of its files in an undisturbed run.
     """
     while True:
-        emptied(project, stage)
-        victim = started(project, stage)
+        remove_outputs(project, stage)
+        process = start_stage(project, stage)
         time.sleep(seconds)
-        victim.kill()
-        if victim.wait() == -signal.SIGKILL:
+        process.kill()
+        if process.wait() == -signal.SIGKILL:
             break
         seconds *= 0.9
-    kept = project / ".vitprune/resume"
-    found = len(list(kept.glob("*/*/[0-9]*/index.json")))
-    broken = len(list(kept.rglob("*.partial")))
-    emptied(project, stage)
+    resume = project / ".vitprune/resume"
+    checkpoints = len(list(resume.glob("*/*/[0-9]*/index.json")))
+    partial = len(list(resume.rglob("*.partial")))
+    remove_outputs(project, stage)
     run(project, stage)
-    return Fault(stage, seconds, found, broken, written(project, stage) == expected)
+    return Fault(stage, seconds, checkpoints, partial, written(project, stage) == expected)
 
 
-def emptied(project: Path, stage: str) -> None:
-    """Remove what the stage writes, as DVC does before it runs."""
-    for name in EMPTIED[stage]:
+def remove_outputs(project: Path, stage: str) -> None:
+    """Remove the outputs of a stage, as DVC does before running it."""
+    for name in OUTPUTS[stage]:
         shutil.rmtree(project / "out" / name, ignore_errors=True)
 
 
 def written(project: Path, stage: str) -> dict[str, str]:
-    """sha256 of all that a stage writes: weights, masks, histories, metrics, plots."""
-    folders = [project / "out" / name for name in EMPTIED[stage]]
+    """Return the sha256 of all files of a stage: weights, masks, histories, metrics, plots."""
+    folders = [project / "out" / name for name in OUTPUTS[stage]]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files += [project / "metrics" / f"{stage}.json", project / "plots" / f"{stage}.csv"]
     return {str(path.relative_to(project)): sha256(path) for path in sorted(files)}

@@ -15,10 +15,10 @@ from statistics import mean
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.deit_tiny import load_images
+from benchmarks.lib.deit_tiny import load_dense, load_images
 from benchmarks.lib.kl_rescoring import KINDS, rescoring_rows
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import find_groups, models
+from vitprune import find_groups
 from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.kl.exact import kl_divergences
 from vitprune.criteria.kl.leave_one_out import copy_without_unit
@@ -33,7 +33,7 @@ NOISE = 1e-7  # nats per image: below it float32 logits do not agree in the firs
 
 @dataclass(frozen=True)
 class Case:
-    """Model, images, and the number of units per group that each side is timed on."""
+    """Model, images, and the number of timed units per group for each side."""
 
     model: nn.Module
     images: Tensor
@@ -55,7 +55,7 @@ def main() -> None:
     """Measure all scorers and write the tables."""
     quick = arguments(__doc__).quick
     folder = real_data()
-    model = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+    model = load_dense(folder)
     images = load_images(folder / "imagenet-val-800.parquet", model)[0][600 : 604 if quick else 664]
     case = Case(model, images, exact=4 if quick else 8, literal=1)
     timings = exact_timings(case)
@@ -68,8 +68,8 @@ def main() -> None:
             exact_table(timings),
         )
     literal, exact = ({kind: component(timings, kind)[side] for kind in KINDS} for side in (0, 1))
-    raced = [] if quick else rescoring_rows(model, images, literal, exact, pool=96)
-    write_results("kl_scoring", exact_rows(timings, quick) + raced, quick)
+    rescoring = [] if quick else rescoring_rows(model, images, literal, exact, pool=96)
+    write_results("kl_scoring", exact_rows(timings, quick) + rescoring, quick)
 
 
 def exact_timings(case: Case) -> list[Timing]:
@@ -84,23 +84,25 @@ def timing(case: Case, group: Group, once: float, units: int) -> Timing:
     """Time one group: leave-one-out on the first of the units, in random order."""
     chosen = torch.randperm(group.units, generator=torch.Generator().manual_seed(0))
     count = case.exact
-    took, found = exact_run(case, group, chosen[:count])
-    while took < 2 * once and count < group.units:  # so few of these cannot be told from the model's own pass
+    seconds, result = exact_run(case, group, chosen[:count])
+    while (
+        seconds < 2 * once and count < group.units
+    ):  # the time of a few units is smaller than that of the forward pass
         count = min(4 * count, group.units)
-        took, found = exact_run(case, group, chosen[:count])
-    exact = (took - once) / count + once / units
+        seconds, result = exact_run(case, group, chosen[:count])
+    exact = (seconds - once) / count + once / units
     start = time.perf_counter()
     expected = torch.stack([literal_run(case, group, int(unit)) for unit in chosen[: case.literal]])
     literal = (time.perf_counter() - start) / len(expected)
-    far = (found[: len(expected)] - expected).abs() / expected.clamp(min=NOISE)
+    far = (result[: len(expected)] - expected).abs() / expected.clamp(min=NOISE)
     return Timing(group, 1e3 * literal / len(case.images), 1e3 * exact / len(case.images), float(far.median()))
 
 
 def exact_run(case: Case, group: Group, chosen: Tensor) -> tuple[float, Tensor]:
     """Return seconds and divergences of `kl_divergences`."""
     start = time.perf_counter()
-    found = kl_divergences(case.model, [group], {group.name: chosen}, case.images, DEFAULT_CONTEXT)[group.name]
-    return time.perf_counter() - start, found
+    result = kl_divergences(case.model, [group], {group.name: chosen}, case.images, DEFAULT_CONTEXT)[group.name]
+    return time.perf_counter() - start, result
 
 
 @torch.no_grad()
@@ -108,8 +110,8 @@ def literal_run(case: Case, group: Group, unit: int) -> Tensor:
     """Return the divergences of one unit as in the authors' code; (images,)."""
     with eval_mode(case.model):
         pruned = copy_without_unit(case.model, group, unit)
-        whole, changed = (run(case.images).double().log_softmax(-1) for run in (case.model, pruned))
-    return (whole.exp() * (whole - changed)).sum(-1)
+        dense, changed = (run(case.images).double().log_softmax(-1) for run in (case.model, pruned))
+    return (dense.exp() * (dense - changed)).sum(-1)
 
 
 def component(timings: Sequence[Timing], kind: str) -> tuple[float, float]:

@@ -30,20 +30,22 @@ FASTER, CHEAPER, SMALLER, AGREEMENT = 100.0, 15.0, 50.0, 0.999
 
 def main() -> None:
     """Run both sides and write the tables."""
-    options = arguments(__doc__, {"device": ("cpu", "where to run: cpu or cuda"), "threads": (1, "of our own side")})
+    options = arguments(
+        __doc__, {"device": ("cpu", "where to run: cpu or cuda"), "threads": (1, "threads of our side")}
+    )
     torch.set_num_threads(1)
     device = torch.device(options.device)
     rows = 48 if options.quick else WIDTH  # of the layer, two blocks each
     weights, gradients = (value.to(device) for value in layer(rows, 256 if options.quick else GRADIENTS))
-    fisher, found = fisher_rows(gradients)
-    found += greedy_rows(fisher, weights, options.threads)
-    if options.quick:  # so little of a layer that both sides work in the processor's own memory
-        found = [Row(row.what, row.value, row.unit) for row in found]
+    fisher, results = fisher_rows(gradients)
+    results += greedy_rows(fisher, weights, options.threads)
+    if options.quick:  # both sides fit in the CPU cache, so the bounds do not apply
+        results = [Row(row.what, row.value, row.unit) for row in results]
     else:
-        cells = [[row.what, f"{row.value:.4g}", row.unit, row.target or ""] for row in found]
-        header = ["what", "value", "unit", "promised"]
+        cells = [[row.what, f"{row.value:.4g}", row.unit, row.target or ""] for row in results]
+        header = ["what", "value", "unit", "bound"]
         write_table(ROOT / "docs/results/obs.md", "Second-order pruning of one layer", __doc__ or "", header, cells)
-    write_results("obs", found, options.quick)
+    write_results("obs", results, options.quick)
 
 
 def layer(rows: int, number: int) -> tuple[Tensor, Tensor]:
@@ -84,8 +86,8 @@ def fisher_rows(gradients: Tensor) -> tuple[Tensor, list[Row]]:
 def streamed(update: Callable[[Tensor, Tensor, int], None], gradients: Tensor) -> float:
     """Return the seconds per gradient of an update of the inverses, over the first gradients."""
     few = gradients[:8].view(8, -1, BLOCK)
-    found = torch.eye(BLOCK, device=few.device).repeat(few.shape[1], 1, 1) / DAMP
-    return min(timed(lambda: update(found, few, len(gradients))) for _ in range(3)) / len(few)
+    inverse = torch.eye(BLOCK, device=few.device).repeat(few.shape[1], 1, 1) / DAMP
+    return min(timed(lambda: update(inverse, few, len(gradients))) for _ in range(3)) / len(few)
 
 
 def summed(total: Tensor, gradients: Tensor) -> None:
@@ -94,33 +96,33 @@ def summed(total: Tensor, gradients: Tensor) -> None:
         add_outer_products(total, chunk)
 
 
-def sherman_morrison(found: Tensor, gradients: Tensor, number: int) -> None:
+def sherman_morrison(inverse: Tensor, gradients: Tensor, number: int) -> None:
     """Compute H - x x^T / (m + g^T x), x = H g, for gradients (some, blocks, B) and H (blocks, B, B)."""
     for gradient in gradients:
-        moved = torch.bmm(found, gradient[:, :, None])
+        moved = torch.bmm(inverse, gradient[:, :, None])
         scale = number + torch.bmm(gradient[:, None, :], moved)
-        found = found - torch.bmm(moved, moved.mT) / scale
+        inverse = inverse - torch.bmm(moved, moved.mT) / scale
 
 
-def sherman_morrison_in_place(found: Tensor, gradients: Tensor, number: int) -> None:
+def sherman_morrison_in_place(inverse: Tensor, gradients: Tensor, number: int) -> None:
     """The same in place, reading rows of the inverses, which is faster."""
     for gradient in gradients:
-        moved = torch.bmm(gradient[:, None, :], found)
+        moved = torch.bmm(gradient[:, None, :], inverse)
         scale = number + torch.bmm(moved, gradient[:, :, None])
-        found.baddbmm_((moved / scale).mT, moved, alpha=-1)
+        inverse.baddbmm_((moved / scale).mT, moved, alpha=-1)
 
 
 def greedy_rows(fisher: Tensor, weights: Tensor, threads: int) -> list[Row]:
     """Return time and memory of both eliminations, and how often they remove the same weight at the same step."""
     inverses, wide = invert_blocks(fisher), weights.double()
     eliminate_weights(inverses[:2], wide[:2], SHARE)  # compiles
-    slow, heavy = measured(lambda own: right_looking(own, weights)[0], inverses.float())
-    strong, _ = measured(lambda own: right_looking(own, weights, in_place=True)[0], inverses.float())
+    slow, heavy = measured(lambda h: right_looking(h, weights)[0], inverses.float())
+    strong, _ = measured(lambda h: right_looking(h, weights, in_place=True)[0], inverses.float())
     torch.set_num_threads(threads)
     half = min(timed(lambda: eliminate_weights(inverses, wide, SHARE)) for _ in range(3))
-    runs = [measured(lambda own: eliminate_weights(own, wide), inverses) for _ in range(3)]
+    runs = [measured(lambda h: eliminate_weights(h, wide), inverses) for _ in range(3)]
     torch.set_num_threads(1)
-    whole, lean = min(took for took, _ in runs), max(peak for _, peak in runs)
+    to_end, lean = min(took for took, _ in runs), max(peak for _, peak in runs)
     steps = int(BLOCK * SHARE)
     order, traces = right_looking(inverses.float(), weights, in_place=True)
     same = float((eliminate_weights(inverses, wide).argsort(dim=1)[:, :steps] == order[:, :steps]).double().mean())
@@ -130,10 +132,10 @@ def greedy_rows(fisher: Tensor, weights: Tensor, threads: int) -> list[Row]:
         Row("greedy, right-looking", slow, "s"),
         Row("greedy, right-looking in place", strong, "s"),
         Row(f"greedy, ours, as far as {SHARE:.0%} needs", half, "s"),
-        Row("greedy, ours, to the end", whole, "s"),
+        Row("greedy, ours, to the end", to_end, "s"),
         Row(f"right-looking / ours, to {SHARE:.0%}", ratio, "x", f">= {FASTER:g}", ratio >= FASTER),
         Row(f"right-looking in place / ours, to {SHARE:.0%}", strong / half, "x"),
-        Row("right-looking / ours, to the end", slow / whole, "x"),
+        Row("right-looking / ours, to the end", slow / to_end, "x"),
         Row(f"same weight at the same step, to {SHARE:.0%}", same, "of all", f">= {AGREEMENT:g}", same >= AGREEMENT),
         Row("peak memory beside inverses and weights, right-looking", heavy / 2**20, "MiB"),
         Row("weights after every step alone", traced / 2**20, "MiB"),
@@ -148,17 +150,17 @@ def right_looking(h: Tensor, weights: Tensor, in_place: bool = False) -> tuple[T
     h (blocks, B, B) are the inverses, replaced by H - H_p H_p^T / H_pp after every weight, or overwritten in place.
     """
     w, rows = weights.clone(), torch.arange(len(weights), device=weights.device)
-    gone, order = torch.zeros_like(w, dtype=torch.bool), torch.zeros_like(w, dtype=torch.int64)
+    removed, order = torch.zeros_like(w, dtype=torch.bool), torch.zeros_like(w, dtype=torch.int64)
     traces = torch.empty(w.shape[1] + 1, *w.shape, device=w.device)
     traces[0] = w
     for step in range(w.shape[1]):
-        costs = (w.square() / h.diagonal(dim1=1, dim2=2)).masked_fill(gone, torch.inf)
-        place = costs.argmin(dim=1)
-        order[:, step] = place
-        column, pivot = h[rows, :, place], h[rows, place, place]
-        w -= column * (w[rows, place] / pivot)[:, None]
-        gone[rows, place] = True
-        w.masked_fill_(gone, 0)
+        costs = (w.square() / h.diagonal(dim1=1, dim2=2)).masked_fill(removed, torch.inf)
+        index = costs.argmin(dim=1)
+        order[:, step] = index
+        column, pivot = h[rows, :, index], h[rows, index, index]
+        w -= column * (w[rows, index] / pivot)[:, None]
+        removed[rows, index] = True
+        w.masked_fill_(removed, 0)
         if in_place:
             h.baddbmm_(column[:, :, None], (column / pivot[:, None])[:, None, :], alpha=-1)
         else:
@@ -184,8 +186,8 @@ def measured(work: Callable[[Tensor], Tensor], given: Tensor) -> tuple[float, in
         before = torch.cuda.memory_allocated()
         took = timed(lambda: work(given))
         return took, torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not hide what is taken now
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory must not hide new allocations
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmHWM")
     took = timed(lambda: work(given))
     return took, _resident("VmHWM") - before

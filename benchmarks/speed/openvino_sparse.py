@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.lib.deit_tiny import load_dense
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune import PruneConfig, data, models, plan_for
+from vitprune import PruneConfig, data, plan_for
 from vitprune.models.export import export_onnx
 from vitprune.models.int8 import quantize_int8
 from vitprune.pruning.prune import prune_cycles
@@ -29,9 +30,7 @@ from vitprune.pruning.prune import prune_cycles
 ROOT = Path(__file__).parents[2]
 SPARSITIES = (0.0, 0.5, 0.75, 0.9)
 RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
-AT_LEAST = (
-    0.45  # a layer's share of zeros from which the sparse path is wanted: uniform sparsity makes all layers alike
-)
+AT_LEAST = 0.45  # smallest sparsity of a layer for the sparse path; all layers have the same sparsity here
 
 
 def main() -> None:
@@ -39,8 +38,7 @@ def main() -> None:
     quick = arguments(__doc__).quick
     runs = 10 if quick else 50
     torch.set_num_threads(1)
-    folder = real_data()
-    dense = models.create("deit_tiny_patch16_224", checkpoint=folder / "deit_tiny_patch16_224.safetensors").eval()
+    dense = load_dense(real_data())
     image = torch.randn(data.example_input(dense, 1).shape, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as name:
         compiled = engines(dense, image, Path(name))
@@ -56,7 +54,7 @@ def main() -> None:
         rows.append(Row(label, value, "ms", runs=runs))
         rows.append(Row(f"{label}: faster than dense", against / value, "times", runs=runs))
     if not quick:
-        header = ["what", "median ms", "speed-up over the dense one", "sparse kernels"]
+        header = ["what", "median ms", "speed-up over dense", "sparse kernels"]
         about = f"{__doc__} {runs} runs."
         write_table(ROOT / "docs/results/sparse_engine.md", "Sparse weights in an engine", about, header, table)
     write_results("sparse_engine", rows, quick)
@@ -69,9 +67,9 @@ def engines(dense: torch.nn.Module, image: torch.Tensor, folder: Path) -> dict[s
             warnings.simplefilter("ignore")  # its own deprecations
             import openvino
     except ImportError:
-        print("OpenVINO is missing: pip install 'vitprune[engine,export]'")
+        print("OpenVINO is not installed: pip install 'vitprune[engine,export]'")
         sys.exit(0)
-    core, found = openvino.Core(), {}
+    core, compiled = openvino.Core(), {}
     plain = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
     for sparsity in SPARSITIES:
         model = copy.deepcopy(dense)
@@ -79,16 +77,16 @@ def engines(dense: torch.nn.Module, image: torch.Tensor, folder: Path) -> dict[s
             pass
         source, path = folder / f"{sparsity}.onnx", folder / f"{sparsity}-int8.onnx"
         export_onnx(model, source, image.expand(2, -1, -1, -1))
-        quantize_int8(source, path, image, "minmax")  # where the ranges are does not change the time
+        quantize_int8(source, path, image, "minmax")  # activation ranges do not affect the time
         label = f"{sparsity:.0%} zeros".replace("%", " %")
         if sparsity in (0.0, 0.9):
-            found[f"float, {label}"] = core.compile_model(str(source), "CPU", plain)
-        found[f"INT8, {label}"] = core.compile_model(str(path), "CPU", plain)
+            compiled[f"float, {label}"] = core.compile_model(str(source), "CPU", plain)
+        compiled[f"INT8, {label}"] = core.compile_model(str(path), "CPU", plain)
         if sparsity:
-            found[f"INT8, {label}, sparse path asked for"] = core.compile_model(
+            compiled[f"INT8, {label}, sparse path requested"] = core.compile_model(
                 str(path), "CPU", plain | {RATE: AT_LEAST}
             )
-    return found
+    return compiled
 
 
 def caller(engine: Any, image: torch.Tensor) -> Callable[[], object]:
@@ -108,14 +106,14 @@ def products(dense: torch.nn.Module) -> dict[str, Callable[[], object]]:
     """Return the first fc1 as a dense product and as CSR at each sparsity."""
     weight = dense.get_parameter("blocks.0.mlp.fc1.weight").detach()
     tokens = torch.randn(weight.shape[1], 197, generator=torch.Generator().manual_seed(0))
-    found: dict[str, Callable[[], object]] = {"fc1, dense": lambda: weight @ tokens}
+    calls: dict[str, Callable[[], object]] = {"fc1, dense": lambda: weight @ tokens}
     for sparsity in SPARSITIES[1:]:
         threshold = weight.abs().flatten().kthvalue(round(sparsity * weight.numel())).values
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that CSR is in beta
+            warnings.simplefilter("ignore")  # CSR is a beta feature
             sparse = (weight * (weight.abs() > threshold)).to_sparse_csr()
-        found[f"fc1, {sparsity:.0%} zeros, CSR".replace("%", " %")] = lambda sparse=sparse: sparse @ tokens
-    return found
+        calls[f"fc1, {sparsity:.0%} zeros, CSR".replace("%", " %")] = lambda sparse=sparse: sparse @ tokens
+    return calls
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[str, float]:
@@ -127,7 +125,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], runs: int) -> dict[st
             call()
             if run >= 0:
                 times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(own) for name, own in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 if __name__ == "__main__":

@@ -69,9 +69,9 @@ class Watch:
         """Yield the same batch for every step."""
         for number in range(self.budget.warm + self.budget.steps):
             if number == self.budget.warm:
-                begun = self._now()
+                start = self._now()
             yield self.batch
-        self.seconds = self._now() - begun
+        self.seconds = self._now() - start
 
     def _now(self) -> float:
         if self.budget.device.type == "cuda":
@@ -89,33 +89,40 @@ class Measured:
 
 def main() -> None:
     """Measure and write the tables."""
-    extra = {"threads": (1, "of the CPU"), "rounds": (0, "how often each loop runs; 0: 7, quick: 2")}
-    asked = arguments(__doc__, extra)
-    torch.set_num_threads(asked.threads)
+    extra = {"threads": (1, "CPU threads"), "rounds": (0, "runs of each loop; 0: 7, quick: 2")}
+    options = arguments(__doc__, extra)
+    torch.set_num_threads(options.threads)
     gpu = torch.cuda.is_available()
-    sizes = (256, 30, 5) if gpu and not asked.quick else (2, 2, 1) if asked.quick else (8, 6, 1)
-    budget = Budget(torch.device("cuda" if gpu else "cpu"), *sizes, asked.rounds or (2 if asked.quick else 7))
-    names = ["DeiT-Tiny"] if asked.quick else list(STUDENTS)
-    found = {name: rounds_of(STUDENTS[name], budget) for name in names}
-    decoding = decoded(32 if asked.quick else 256)
-    rows, cells = rows_of(found, decoding, asked.quick)
-    if not asked.quick:
+    sizes = (256, 30, 5) if gpu and not options.quick else (2, 2, 1) if options.quick else (8, 6, 1)
+    budget = Budget(torch.device("cuda" if gpu else "cpu"), *sizes, options.rounds or (2 if options.quick else 7))
+    names = ["DeiT-Tiny"] if options.quick else list(STUDENTS)
+    results = {name: rounds_of(STUDENTS[name], budget) for name in names}
+    decoding = decoded(32 if options.quick else 256)
+    rows, cells = rows_of(results, decoding, options.quick)
+    if not options.quick:
         about = f"{__doc__} Here: batches of {budget.batch}, {budget.steps} steps, {budget.rounds} rounds, "
-        about += f"{asked.threads} thread{'s' if asked.threads > 1 else ''} of the CPU, a worker decodes "
+        about += f"{options.threads} thread{'s' if options.threads > 1 else ''} of the CPU, one worker decodes "
         about += f"{decoding:.0f} images per second."
-        header = ["student", "loop", "images per second", "of the plain loop", "peak memory, MiB", "workers to feed it"]
+        header = [
+            "student",
+            "loop",
+            "images per second",
+            "of the plain loop",
+            "peak memory, MiB",
+            "decoding workers needed",
+        ]
         write_table(ROOT / "docs/results/training.md", "Training with a teacher", about, header, cells)
-    write_results("training", rows, asked.quick)
+    write_results("training", rows, options.quick)
 
 
 def rounds_of(name: str, budget: Budget) -> dict[str, list[Measured]]:
     """Run every loop in every round, each round starting with another one."""
-    found: dict[str, list[Measured]] = {loop: [] for loop in LOOPS}
+    results: dict[str, list[Measured]] = {loop: [] for loop in LOOPS}
     for number in range(budget.rounds):
         turn = number % len(LOOPS)
         for loop in (*LOOPS[turn:], *LOOPS[:turn]):
-            found[loop].append(once(name, loop, budget))
-    return found
+            results[loop].append(once(name, loop, budget))
+    return results
 
 
 def once(name: str, loop: str, budget: Budget) -> Measured:
@@ -132,15 +139,16 @@ def once(name: str, loop: str, budget: Budget) -> Measured:
 
 
 def ours(student: nn.Module, teacher: nn.Module, watch: Watch, budget: Budget, half: bool) -> None:
-    held = None
+    """Run the library's training loop, with half of the weights kept at zero if `half`."""
+    zeros = None
     if half:
         groups = find_groups(student, ["weight"])
         weights = {group.name: student.get_parameter(group.name).detach() for group in groups}
-        held = FrozenZeros(groups, {key: weight.abs() > weight.abs().median() for key, weight in weights.items()})
-        zero(student, groups, held.masks)
+        zeros = FrozenZeros(groups, {key: weight.abs() > weight.abs().median() for key, weight in weights.items()})
+        zero(student, groups, zeros.masks)
     recipe = TrainConfig(epochs=1, lr=RATE, weight_decay=DECAY, clip=CLIP, smoothing=SMOOTHING, amp=budget.amp)
     task = logit_distillation(student, teacher, 1.0, 1.0, SMOOTHING)
-    train(task, watch.epochs, budget.warm + budget.steps, recipe, 0, lambda row: None, held)
+    train(task, watch.epochs, budget.warm + budget.steps, recipe, 0, lambda row: None, zeros)
 
 
 def plain(student: nn.Module, teacher: nn.Module, watch: Watch, budget: Budget) -> None:
@@ -192,17 +200,17 @@ def decoded(number: int) -> float:
     transform = data.transform(config | {"interpolation": "bicubic", "crop_pct": 0.9}, "deit")
     ids = tuple(map(str, range(number)))
     table = data.ImageTable(ids, torch.zeros(number, dtype=torch.int64), transform, lambda row: encoded[row % 8], None)
-    begun = time.perf_counter()
-    seen = sum(len(labels) for _, labels in data.train_batches(table, 8, 0, 0))
-    return seen / (time.perf_counter() - begun)
+    start = time.perf_counter()
+    images = sum(len(labels) for _, labels in data.train_batches(table, 8, 0, 0))
+    return images / (time.perf_counter() - start)
 
 
 def rows_of(
-    found: dict[str, dict[str, list[Measured]]], decoding: float, quick: bool
+    results: dict[str, dict[str, list[Measured]]], decoding: float, quick: bool
 ) -> tuple[list[Row], list[Sequence[str]]]:
     """Return medians, and whether ours is as fast as the plain loop within the spread of the rounds."""
     rows, cells = [], list[Sequence[str]]()
-    for student, loops in found.items():
+    for student, loops in results.items():
         for loop in LOOPS:
             speed = statistics.median(one.speed for one in loops[loop])
             memory = max(one.memory for one in loops[loop])
@@ -215,7 +223,7 @@ def rows_of(
                 promise = (
                     (">= 1, within the upper quartile", upper >= 1) if loop == "ours" and not quick else (None, None)
                 )
-                rows.append(Row(f"{student}, {loop} / plain", ratio, "of its images/s", *promise, runs))
+                rows.append(Row(f"{student}, {loop} / plain", ratio, "of the plain images/s", *promise, runs))
             feeders = f"{math.ceil(speed / decoding)}"
             cells.append([student, loop, f"{speed:.1f}", f"{ratio:.3f}", f"{memory:.0f}", feeders])
     rows.append(Row("one worker: decode and augment", decoding, "images/s"))

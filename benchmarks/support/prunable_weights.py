@@ -1,8 +1,8 @@
-"""What single-weight pruning may remove from each family: layers and weights, counted and not measured.
+"""Number of prunable single weights per model; counted, not measured.
 
-Layers are those of CAP's recipes (vitprune/families: stems, norms, depth-wise convolutions and classifiers stay whole);
-sparsity is a fraction of their weights, not of all parameters. Writes benchmarks/results/prunable.json and
-docs/results/prunable.md.
+Layers are those of CAP's recipes (vitprune/architectures/unstructured_tables.py: stems, norms, depthwise convolutions
+and classifiers are not pruned); sparsity is a fraction of these weights, not of all parameters. Writes
+benchmarks/results/prunable.json and docs/results/prunable.md.
 """
 
 from collections import Counter
@@ -59,13 +59,13 @@ def main() -> None:
         for group in groups:
             pools[group.layer_type] += group.units
         weights, total = pools.total(), sum(parameter.numel() for parameter in model.parameters())
-        promised = (PROMISED | SWINS).get(name)
-        holds = None if promised is None else round(weights / 1e6, 2) == promised
-        rows.append(Row(name, weights, "weights", None if promised is None else f"{promised} M", holds))
+        expected = (PROMISED | SWINS).get(name)
+        holds = None if expected is None else round(weights / 1e6, 2) == expected
+        rows.append(Row(name, weights, "weights", None if expected is None else f"{expected} M", holds))
         shares = ", ".join(f"{pool} {number / 1e6:.2f}" for pool, number in pools.items())
         table.append([name, f"{len(groups)}", f"{weights:,}", f"{total:,}", f"{weights / total:.1%}", shares])
     if not quick:
-        header = ["model", "layers", "prunable weights", "parameters", "share", "pools (DIMAP's modules), millions"]
+        header = ["model", "layers", "prunable weights", "parameters", "fraction", "pools (DIMAP's modules), millions"]
         write_table(ROOT / "docs/results/prunable.md", "Prunable weights per model", __doc__ or "", header, table)
     write_results("prunable", rows, quick)
 

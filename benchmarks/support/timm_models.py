@@ -90,58 +90,60 @@ documentation says that some models need settings of their own. Exit code -9: th
 
 
 def main() -> None:
-    """Prove every model in a process of its own and write the tables."""
+    """Check every model in its own process and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three models, not written into the documents")
-    parser.add_argument("--ratios", default="0.25,0.5,0.75", help="shares of units to remove; default: %(default)s")
+    parser.add_argument("--ratios", default="0.25,0.5,0.75", help="fractions of units to remove; default: %(default)s")
     parser.add_argument("--limit", type=int, default=600, help="seconds for one model; default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, help="models at once; default: %(default)s")
-    parser.add_argument("--model", help="prove this model alone and print its rows as JSON")
-    given = parser.parse_args()
-    ratios = [float(ratio) for ratio in given.ratios.split(",")]
-    if given.model:
-        print(json.dumps(worker(given.model, ratios)))
+    parser.add_argument("--jobs", type=int, default=1, help="models checked in parallel; default: %(default)s")
+    parser.add_argument("--model", help="check only this model and print the result as JSON")
+    options = parser.parse_args()
+    ratios = [float(ratio) for ratio in options.ratios.split(",")]
+    if options.model:
+        print(json.dumps(worker(options.model, ratios)))
         return
     notes = RESULTS / "coverage-notes.jsonl"
-    known = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() and not given.quick else []
-    done = {one["model"]: one for one in known if one["ratios"] == given.ratios}
-    names = MODELS[:3] if given.quick else MODELS + FURTHER
-    waiting = [name for name in names if name not in done]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        answers = pool.map(lambda name: _apart(name, given.ratios, given.limit), waiting)
-        for name, one in zip(waiting, answers, strict=True):
+    known = (
+        [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() and not options.quick else []
+    )
+    done = {one["model"]: one for one in known if one["ratios"] == options.ratios}
+    names = MODELS[:3] if options.quick else MODELS + FURTHER
+    remaining = [name for name in names if name not in done]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(lambda name: _run_workers(name, options.ratios, options.limit), remaining)
+        for name, one in zip(remaining, results, strict=True):
             done[name] = one
-            if not given.quick:
+            if not options.quick:
                 with notes.open("a") as file:
-                    file.write(json.dumps(one | {"model": name, "ratios": given.ratios}) + "\n")
+                    file.write(json.dumps(one | {"model": name, "ratios": options.ratios}) + "\n")
             print(name, one, flush=True)
-    found = {name: done[name] for name in names}
-    rows = [row for name, one in found.items() for row in _rows(name, one)]
-    if not given.quick:
-        _document(found, given.ratios)
-    write_results("coverage", rows, given.quick)
+    results = {name: done[name] for name in names}
+    rows = [row for name, one in results.items() for row in _rows(name, one)]
+    if not options.quick:
+        _document(results, options.ratios)
+    write_results("coverage", rows, options.quick)
 
 
-def _rows(name: str, found: dict) -> list[Row]:
-    """The figures of one model; of the common ones, what is promised of them."""
-    verdicts = found["cells"]
+def _rows(name: str, result: dict) -> list[Row]:
+    """Return the rows of one model, with the bounds promised for the common models."""
+    verdicts = result["cells"]
     proven = [kind for kind, verdict in verdicts.items() if verdict == "proven"]
     failed = [kind for kind, verdict in verdicts.items() if verdict.startswith("failed")]
     promised = name in MODELS
-    held = {"ffn", "weight"} <= set(proven) and not failed if promised else not failed
-    wanted = "ffn, weight; none fails" if promised else "none fails"
+    holds = {"ffn", "weight"} <= set(proven) and not failed if promised else not failed
+    bound = "ffn, weight; none fails" if promised else "none fails"
     return [
-        Row(f"{name}: kinds proven", len(proven), "kinds", wanted, held),
-        Row(f"{name}: largest difference", found["difference"], "of the largest logit"),
-        Row(f"{name}: groups found", found["seconds"], "s", "<= 5 s", found["seconds"] <= SECONDS),
+        Row(f"{name}: kinds proven", len(proven), "kinds", bound, holds),
+        Row(f"{name}: largest difference", result["difference"], "of the largest logit"),
+        Row(f"{name}: groups found", result["seconds"], "s", "<= 5 s", result["seconds"] <= SECONDS),
     ]
 
 
 def worker(name: str, ratios: list[float]) -> dict[str, object]:
-    """Verdict per kind, the largest difference of all proofs, and the seconds that finding all groups took."""
+    """Return the verdict per kind, the largest difference, and the seconds for finding all groups."""
     torch.set_num_threads(1)
     model = models.create(name)
-    start = time.process_time()  # of one thread: what else runs here does not count
+    start = time.process_time()  # CPU time: other processes do not count
     for kind in KINDS:
         try:
             find_groups(model, [kind])
@@ -157,31 +159,31 @@ def worker(name: str, ratios: list[float]) -> dict[str, object]:
     return {"cells": cells, "difference": largest, "seconds": seconds}
 
 
-def _apart(name: str, ratios: str, limit: int) -> dict:
-    """What the workers of both sides say of a model."""
-    own = _said(["-m", "benchmarks.support.timm_models", "--model", name, "--ratios", ratios], limit)
-    if isinstance(own, str):
-        own = {"cells": dict.fromkeys(KINDS, f"failed: {own}"), "difference": float("nan"), "seconds": float("nan")}
-    theirs = _said(["-m", "benchmarks.lib.torch_pruning_generic", name], limit)
-    return own | {"peer": theirs}
+def _run_workers(name: str, ratios: str, limit: int) -> dict:
+    """Return the results of vitprune and of Torch-Pruning for a model."""
+    ours = _run_worker(["-m", "benchmarks.support.timm_models", "--model", name, "--ratios", ratios], limit)
+    if isinstance(ours, str):
+        ours = {"cells": dict.fromkeys(KINDS, f"failed: {ours}"), "difference": float("nan"), "seconds": float("nan")}
+    theirs = _run_worker(["-m", "benchmarks.lib.torch_pruning_generic", name], limit)
+    return ours | {"peer": theirs}
 
 
-def _said(command: list[str], limit: int) -> Any:
+def _run_worker(command: list[str], limit: int) -> Any:
     try:
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=limit, check=True)
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return f"not done in {limit} s"
+        return f"not finished in {limit} s"
     except subprocess.CalledProcessError as error:
         return f"ends with exit code {error.returncode}"
     except json.JSONDecodeError:
         return "-"
 
 
-def _document(found: dict[str, dict], ratios: str) -> None:
+def _document(results: dict[str, dict], ratios: str) -> None:
     reasons: dict[str, int] = {}
     table = []
-    for name, model in found.items():
+    for name, model in results.items():
         shown = []
         for kind in KINDS:
             verdict = model["cells"][kind]
@@ -189,7 +191,7 @@ def _document(found: dict[str, dict], ratios: str) -> None:
             shown.append(f"{verdict.partition(':')[0]} {number}" if number else "proven")
         table.append([f"`{name}`", *shown, f"{model['seconds']:.1f}", model["peer"]])
     path, memory = ROOT / "docs/guides/models.md", psutil.virtual_memory().total / 2**30
-    columns = ["model", *KINDS, "all groups found in, s", "Torch-Pruning's generic recipe"]
+    columns = ["model", *KINDS, "time to find all groups, s", "Torch-Pruning's generic recipe"]
     write_table(path, TITLE, ABOUT.format(removed=ratios.replace(",", ", "), memory=memory), columns, table)
     listed = [f"{number}. {why.partition(': ')[2]}" for why, number in reasons.items()]
     path.write_text(path.read_text() + "\n" + "\n".join(listed) + "\n")

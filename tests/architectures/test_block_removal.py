@@ -12,7 +12,7 @@ from timm.layers import Mlp
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from tests.support.model_zoo import SMALL, ZOO, answer, batches, cost, images, redrawn, same_state, state, tiny
+from tests.support.model_zoo import SMALL, ZOO, batches, cost, images, predict, redrawn, same_state, state, tiny
 from tests.support.reference_kl import kl
 from vitprune import BadInput, find_groups, load, prune, save, score, shrink
 from vitprune.architectures import rebuild, structure
@@ -39,21 +39,21 @@ def paths(model: nn.Module) -> list[str]:
     return [path for (path,) in group.sublayers[::2]]
 
 
-def giving_back(model: nn.Module, gone: list[str]) -> nn.Module:
+def giving_back(model: nn.Module, removed: list[str]) -> nn.Module:
     """A copy in which these blocks give back what they are given, at their full size."""
     model = copy.deepcopy(model)
-    for path in gone:
+    for path in removed:
         model.get_submodule(path).register_forward_hook(lambda block, given, output: given[0])
     return model
 
 
-def mask_of(group: Group, gone: list[str]) -> dict[str, Tensor]:
-    return {group.name: torch.tensor([path not in gone for (path,) in group.sublayers])}
+def mask_of(group: Group, removed: list[str]) -> dict[str, Tensor]:
+    return {group.name: torch.tensor([path not in removed for (path,) in group.sublayers])}
 
 
-def skipping(model: nn.Module, gone: list[str]) -> nn.Module:
+def skipping(model: nn.Module, removed: list[str]) -> nn.Module:
     (group,) = find_groups(model, ["block"])
-    return shrink(copy.deepcopy(model), [group], mask_of(group, gone))
+    return shrink(copy.deepcopy(model), [group], mask_of(group, removed))
 
 
 EXPECTED = {
@@ -80,7 +80,7 @@ def test_every_block_of_swin_and_pvt_can_be_removed_and_others_shrunk(name: str,
     assert every == [path for path, module in model.named_modules() if type(module).__name__.endswith("Block")]
     for path in every:
         smaller = skipping(model, [path])
-        assert torch.equal(answer(smaller, x), answer(giving_back(model, [path]), x))
+        assert torch.equal(predict(smaller, x), predict(giving_back(model, [path]), x))
     assert paths(smaller) == every[:-1]
     groups = find_groups(smaller, ["ffn", "residual"])
     shrink(smaller, groups, {g.name: torch.arange(g.units) < g.units - g.units // 4 for g in groups})
@@ -89,7 +89,7 @@ def test_every_block_of_swin_and_pvt_can_be_removed_and_others_shrunk(name: str,
     assert type(again.get_submodule(every[-1])) is IdentityBlock
     assert same_state(again, state(smaller))
     assert structure(again) == structure(smaller)
-    assert torch.equal(answer(again, x), answer(smaller, x))
+    assert torch.equal(predict(again, x), predict(smaller, x))
 
 
 def test_structure_lists_exactly_the_removed_blocks() -> None:
@@ -128,22 +128,22 @@ def test_a_checkpoint_cannot_remove_modules_that_are_not_blocks(
 
 def test_blocks_are_scored_by_removal_and_pruned_one_at_a_time(swin: nn.Module) -> None:
     (group,), calibration = find_groups(swin, ["block"]), batches(swin)
-    found = score(swin, [group], "kl-literal", calibration)["blocks"]
-    assert torch.equal(score(swin, [group], "kl-exact", calibration)["blocks"], found)
-    for place, path in enumerate(paths(swin)):
-        expected = sum(kl(answer(swin, x), answer(giving_back(swin, [path]), x)) for x, _ in calibration)
-        assert float(found[2 * place]) == pytest.approx(expected, rel=1e-9)
-        assert found[2 * place + 1] == float("inf")
+    result = score(swin, [group], "kl-literal", calibration)["blocks"]
+    assert torch.equal(score(swin, [group], "kl-exact", calibration)["blocks"], result)
+    for index, path in enumerate(paths(swin)):
+        expected = sum(kl(predict(swin, x), predict(giving_back(swin, [path]), x)) for x, _ in calibration)
+        assert float(result[2 * index]) == pytest.approx(expected, rel=1e-9)
+        assert result[2 * index + 1] == float("inf")
     with pytest.raises(
         BadInput, match=r"^blocks: blocks that are removed with all their layers can be scored only by kl-literal$"
     ):
         score(swin, [group], "kl-fisher", calibration)
     pruned = prune(swin, "upvits-blocks", sparsity=0.5, calibration=calibration, example_input=images(swin)).model
-    first = paths(swin)[int(found[::2].argmin())]
+    first = paths(swin)[int(result[::2].argmin())]
     second = score(skipping(swin, [first]), find_groups(skipping(swin, [first]), ["block"]), "kl-literal", calibration)
-    left = [path for path in paths(swin) if path != first]
-    left.pop(int(second["blocks"][::2].argmin()))
-    assert paths(pruned) == left
+    remaining = [path for path in paths(swin) if path != first]
+    remaining.pop(int(second["blocks"][::2].argmin()))
+    assert paths(pruned) == remaining
 
 
 @pytest.mark.parametrize("name", ["swin", "pvt"])
@@ -158,8 +158,8 @@ def test_units_of_a_model_with_removed_blocks_are_scored_exactly(name: str) -> N
 
 
 def test_the_last_block_is_not_removed(swin: nn.Module) -> None:
-    *gone, last = paths(swin)
-    smaller = skipping(swin, gone)
+    *removed, last = paths(swin)
+    smaller = skipping(swin, removed)
     (group,) = find_groups(smaller, ["block"])
     assert group.sublayers == ((last,), (last,))
     assert score(smaller, [group], "kl-exact", batches(swin))["blocks"].tolist() == [float("inf")] * 2
@@ -260,13 +260,13 @@ def test_timm_feature_interfaces_with_removed_blocks(name: str) -> None:
     smaller, slow, x = skipping(model, GONE[name]), giving_back(model, GONE[name]), noise(model)
     with torch.no_grad():
         assert torch.equal(smaller.forward_features(x), slow.forward_features(x))
-        last, found = smaller.forward_intermediates(x)
+        last, result = smaller.forward_intermediates(x)
         expected_last, expected = slow.forward_intermediates(x)
         features = FeatureGetterNet(smaller, out_indices=(0, 1))
         given = features(x)
     assert torch.equal(last, expected_last)
-    assert len(found) == len(expected) > 1
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert len(result) == len(expected) > 1
+    assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
     assert [value.shape[1] for value in given] == features.feature_info.channels()
     assert all(torch.equal(*pair) for pair in zip(given, expected[:2], strict=True))
 
@@ -276,12 +276,12 @@ def test_features_only_and_set_input_size_with_removed_blocks() -> None:
     features = redrawn(timm.create_model("convnext_atto", **args), 0).eval()
     slow = giving_back(features, ["stages_2.blocks.1"])
     features.set_submodule("stages_2.blocks.1", IdentityBlock())
-    for found, expected in zip(features(noise(features)), slow(noise(features)), strict=True):
-        assert torch.equal(found, expected)
+    for result, expected in zip(features(noise(features)), slow(noise(features)), strict=True):
+        assert torch.equal(result, expected)
     swin = tiny("swin").float()
     smaller = skipping(swin, ["layers.0.blocks.1"])
     slow = giving_back(swin, ["layers.0.blocks.1"])
     for model in (smaller, slow):
         model.set_input_size((64, 64), window_size=(4, 4))
     assert smaller.layers[0].blocks[0].input_resolution == (16, 16)
-    assert torch.equal(answer(smaller, noise(swin, 64)), answer(slow, noise(swin, 64)))
+    assert torch.equal(predict(smaller, noise(swin, 64)), predict(slow, noise(swin, 64)))

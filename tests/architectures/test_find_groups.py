@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import ZOO, answer, batches, images, random_masks, redrawn, tiny
+from tests.support.model_zoo import ZOO, batches, images, predict, random_masks, redrawn, tiny
 from tests.support.reference_kl import literal_vit
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, rebuild, structure, uniform_args
@@ -21,18 +21,18 @@ def twelve_heads() -> nn.Module:
 
 
 def test_groups_of_a_vit_by_hand(vit: nn.Module) -> None:
-    found = {kind: find_groups(vit, [kind]) for kind in KINDS}
-    assert [(g.name, g.shape) for g in found["ffn"]] == [("blocks.0.mlp", (192,)), ("blocks.1.mlp", (192,))]
-    assert [(g.name, g.shape) for g in found["attention"]] == [("blocks.0.attn", (3, 16)), ("blocks.1.attn", (3, 16))]
-    assert [(g.name, g.shape) for g in found["head"]] == [("blocks.0.attn.heads", (3,)), ("blocks.1.attn.heads", (3,))]
-    assert [(g.name, g.shape) for g in found["residual"]] == [("residual", (48,))]
-    assert [(g.name, g.layer_type, g.shape) for g in found["weight"][:4]] == [
+    result = {kind: find_groups(vit, [kind]) for kind in KINDS}
+    assert [(g.name, g.shape) for g in result["ffn"]] == [("blocks.0.mlp", (192,)), ("blocks.1.mlp", (192,))]
+    assert [(g.name, g.shape) for g in result["attention"]] == [("blocks.0.attn", (3, 16)), ("blocks.1.attn", (3, 16))]
+    assert [(g.name, g.shape) for g in result["head"]] == [("blocks.0.attn.heads", (3,)), ("blocks.1.attn.heads", (3,))]
+    assert [(g.name, g.shape) for g in result["residual"]] == [("residual", (48,))]
+    assert [(g.name, g.layer_type, g.shape) for g in result["weight"][:4]] == [
         ("blocks.0.attn.qkv.weight", "qkv", (144, 48)),
         ("blocks.0.attn.proj.weight", "proj", (48, 48)),
         ("blocks.0.mlp.fc1.weight", "mlp", (192, 48)),
         ("blocks.0.mlp.fc2.weight", "mlp", (48, 192)),
     ]
-    assert len(found["weight"]) == 8
+    assert len(result["weight"]) == 8
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -110,10 +110,10 @@ def test_merged_heads_sum_over_the_kept_channels(kept: int) -> None:
     expected = literal_vit(model, x, masks)
     shrink(model, groups, masks)
     assert [(b.attn.num_heads, b.attn.head_dim, b.attn.attn_dim) for b in model.blocks] == [(3, kept, 3 * kept)] * 2
-    torch.testing.assert_close(answer(model, x), expected, **CLOSE)
+    torch.testing.assert_close(predict(model, x), expected, **CLOSE)
     for block in model.blocks:
         block.attn.fused_attn = False
-    torch.testing.assert_close(answer(model, x), expected, **CLOSE)
+    torch.testing.assert_close(predict(model, x), expected, **CLOSE)
 
 
 def test_merging_heads_differs_from_zeroing() -> None:
@@ -121,7 +121,7 @@ def test_merging_heads_differs_from_zeroing() -> None:
     groups = merge_heads(merged, find_groups(merged, ["attention"]), 3)
     masks = random_masks(groups, 0.5)
     x = images(merged)
-    assert (answer(shrink(merged, groups, masks), x) - answer(zero(apart, groups, masks), x)).abs().max() > 1e-3
+    assert (predict(shrink(merged, groups, masks), x) - predict(zero(apart, groups, masks), x)).abs().max() > 1e-3
 
 
 def test_deit_base_shrinks_to_the_shapes_of_deit_tiny() -> None:
@@ -185,7 +185,7 @@ def test_a_cut_model_is_rebuilt_from_its_structure(name: str, cut: str) -> None:
     assert structure(again) == structure(model)
     again.load_state_dict(model.state_dict(), strict=True)
     x = images(model)
-    assert torch.equal(answer(again, x), answer(model, x))
+    assert torch.equal(predict(again, x), predict(model, x))
 
 
 def test_head_and_channels_cut_one_after_the_other_are_rebuilt(vit: nn.Module) -> None:
@@ -196,7 +196,7 @@ def test_head_and_channels_cut_one_after_the_other_are_rebuilt(vit: nn.Module) -
     again = rebuild(tiny("vit"), structure(vit))
     again.load_state_dict(vit.state_dict(), strict=True)
     x = images(vit)
-    assert torch.equal(answer(again, x), answer(vit, x))
+    assert torch.equal(predict(again, x), predict(vit, x))
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_hidden_units_of_a_single_mlp(part: nn.Module, units: int, slices: int, 
     zeroed, shrunk = zero(copy.deepcopy(model), [group], masks), shrink(copy.deepcopy(model), [group], masks)
     torch.testing.assert_close(shrunk(x), zeroed(x), rtol=0, atol=1e-12)
     assert (zeroed(x) - model(x)).abs().max() > 1e-3
-    gone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in shrunk.parameters())
-    assert gone == sum(expected_removals(model, [group], masks).values()) > 0
+    removed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in shrunk.parameters())
+    assert removed == sum(expected_removals(model, [group], masks).values()) > 0
 
 
 def test_batch_norm_statistics_are_cut_with_their_units() -> None:

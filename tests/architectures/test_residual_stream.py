@@ -30,8 +30,8 @@ def made(name: str) -> Any:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_streams_are_named_after_their_first_writer(name: str) -> None:
-    found = [group.name for group in find_groups(made(name)[0], ["residual"])]
-    assert found[: len(STAGES[name])] == [f"{path}.residual" for path in STAGES[name]]
+    result = [group.name for group in find_groups(made(name)[0], ["residual"])]
+    assert result[: len(STAGES[name])] == [f"{path}.residual" for path in STAGES[name]]
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "levit_128s", "xcit_nano_12_p16_224", "efficientvit_b0"])
@@ -40,9 +40,9 @@ def test_timm_interfaces_report_the_new_widths(name: str) -> None:
     model, inputs = made(name)
     groups = find_groups(model, ["residual"])
     shrink(model, groups, random_odd_masks(groups, 0.4))
-    found = model.forward_intermediates(inputs, intermediates_only=True)
-    told = [feature["num_chs"] for feature in model.feature_info]
-    assert [part.shape[1] for part in found] == told[-len(found) :]
+    result = model.forward_intermediates(inputs, intermediates_only=True)
+    message = [feature["num_chs"] for feature in model.feature_info]
+    assert [part.shape[1] for part in result] == message[-len(result) :]
     assert model.forward_head(model.forward_features(inputs), pre_logits=True).shape[-1] == model.head_hidden_size
     model.reset_classifier(3)
     assert model.double()(inputs).shape == (2, 3)
@@ -98,8 +98,8 @@ class Counting(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = self.stem(image)
         x = x + self.write(x)
-        answer: torch.Tensor = self.head(x.view(len(x), 6, -1).mean(2))
-        return answer
+        output: torch.Tensor = self.head(x.view(len(x), 6, -1).mean(2))
+        return output
 
 
 def test_a_hard_coded_width_is_refused() -> None:

@@ -8,7 +8,7 @@ import torch
 from timm.models.pvt_v2 import Attention
 from torch import nn
 
-from tests.support.model_zoo import answer, images, random_masks, same_state, state, tiny
+from tests.support.model_zoo import images, predict, random_masks, same_state, state, tiny
 from tests.support.plans import context
 from tests.support.reference_kl import LiveNorm, kl
 from vitprune import BadInput, find_groups, prune, shrink, zero
@@ -47,23 +47,23 @@ def test_each_norm_uses_only_its_kept_residual_channels(name: str, removed: floa
     groups = find_groups(shrunk, ["residual"])
     masks = random_masks(groups, removed)
     x = images(masked)
-    dense = answer(masked, x)
+    dense = predict(masked, x)
     for path, module in list(masked.named_modules()):
         if isinstance(module, nn.LayerNorm):
             group, side_by_side = stream_of(path)
             live = next(mask for key, mask in masks.items() if key.endswith(group))
             masked.set_submodule(path, LiveNorm(module, live.repeat(side_by_side)))
     shrink(shrunk, groups, masks)
-    torch.testing.assert_close(answer(shrunk, x), answer(masked, x), **CLOSE)
-    assert (answer(shrunk, x) - dense).abs().max() > 1e-3
+    torch.testing.assert_close(predict(shrunk, x), predict(masked, x), **CLOSE)
+    assert (predict(shrunk, x) - dense).abs().max() > 1e-3
     kept = [int(mask.sum()) for key, mask in masks.items() if key.endswith(".residual")]
     assert shrunk.num_features == shrunk.head_hidden_size == kept[-1]
     assert [feature["num_chs"] for feature in shrunk.feature_info] == kept
 
 
 def test_groups_of_a_pvt_by_hand(pvt: nn.Module) -> None:
-    found = {kind: [(g.name, g.shape) for g in find_groups(pvt, [kind])] for kind in (*KINDS, "head")}
-    assert found["residual"] == [
+    result = {kind: [(g.name, g.shape) for g in find_groups(pvt, [kind])] for kind in (*KINDS, "head")}
+    assert result["residual"] == [
         ("stages.0.residual", (16,)),
         ("stages.1.residual", (24,)),
         ("stages.2.residual", (40,)),
@@ -72,18 +72,18 @@ def test_groups_of_a_pvt_by_hand(pvt: nn.Module) -> None:
         ("stages.1.blocks.0.attn.sr", (24,)),  # the last stage does not reduce its map
     ]
     paths = ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0", "stages.2.blocks.0"]
-    assert found["attention"] == [
+    assert result["attention"] == [
         (f"{p}.attn", shape) for p, shape in zip(paths, [(2, 8), (2, 8), (3, 8), (4, 10)], strict=True)
     ]
-    assert found["ffn"] == [(f"{p}.mlp", (n,)) for p, n in zip(paths, (32, 32, 36, 80), strict=True)]
-    assert found["head"] == [(f"{p}.attn.heads", (n,)) for p, n in zip(paths, (2, 2, 3, 4), strict=True)]
+    assert result["ffn"] == [(f"{p}.mlp", (n,)) for p, n in zip(paths, (32, 32, 36, 80), strict=True)]
+    assert result["head"] == [(f"{p}.attn.heads", (n,)) for p, n in zip(paths, (2, 2, 3, 4), strict=True)]
     weights = [(g.name, g.layer_type) for g in find_groups(pvt, ["weight"])[:5]]
     layers = {"attn.q": "qkv", "attn.kv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}
     assert weights == [(f"stages.0.blocks.0.{layer}.weight", pool) for layer, pool in layers.items()]
 
 
 @pytest.mark.parametrize("name", ["pvt", "pvt-linear", "swin"])
-def test_kinds_cut_together_equal_kinds_cut_in_turn(name: str) -> None:
+def test_kinds_shrunk_together_equal_kinds_shrunk_in_turn(name: str) -> None:
     together, in_turn = tiny(name), tiny(name)
     groups = find_groups(together, KINDS)
     masks = random_masks(groups, 0.3)
@@ -92,9 +92,9 @@ def test_kinds_cut_together_equal_kinds_cut_in_turn(name: str) -> None:
         shrink(in_turn, find_groups(in_turn, [kind]), masks)
     assert same_state(in_turn, state(together))
     x = images(together)
-    assert torch.equal(answer(in_turn, x), answer(together, x))
-    plain = answer(unfused(together), x)
-    torch.testing.assert_close(plain, answer(in_turn, x), **CLOSE)
+    assert torch.equal(predict(in_turn, x), predict(together, x))
+    plain = predict(unfused(together), x)
+    torch.testing.assert_close(plain, predict(in_turn, x), **CLOSE)
 
 
 def unfused(model: nn.Module) -> nn.Module:
@@ -125,12 +125,12 @@ def test_attention_has_timm_class_if_all_widths_agree(pvt: nn.Module) -> None:
 def test_narrow_attention_equals_timm_at_full_width(name: str) -> None:
     model, x = tiny(name), images(tiny(name))
     for on in (True, False):
-        expected = answer(model if on else unfused(model), x)
+        expected = predict(model if on else unfused(model), x)
         other = tiny(name) if on else unfused(tiny(name))
         for stage in other.stages:
             for block in stage.blocks:
                 block.attn.__class__ = NarrowPvtAttention
-        torch.testing.assert_close(answer(other, x), expected, **CLOSE)
+        torch.testing.assert_close(predict(other, x), expected, **CLOSE)
 
 
 def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
@@ -146,7 +146,7 @@ def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
     q, (k, v) = before.q(y), before.kv(reduced).chunk(2, dim=-1)
     expected = before.proj((q @ k.transpose(1, 2) * before.scale).softmax(-1) @ v)  # the old heads' scale, one softmax
     torch.testing.assert_close(attn(y, size), expected, **CLOSE)
-    assert answer(pvt, x).shape == (3, 7)
+    assert predict(pvt, x).shape == (3, 7)
 
 
 def test_the_recipe_shrinks_b1_to_the_shapes_of_b0() -> None:
@@ -176,7 +176,7 @@ def test_a_halved_pvt_equals_a_timm_model_of_its_shapes(pvt: nn.Module) -> None:
     stock = timm.create_model("pvt_v2_b0", num_classes=7, **args).double()
     stock.load_state_dict(half.state_dict(), strict=True)
     assert count(half, images(pvt)) == count(stock.eval(), images(pvt))
-    torch.testing.assert_close(answer(stock, images(pvt)), answer(half, images(pvt)), **CLOSE)
+    torch.testing.assert_close(predict(stock, images(pvt)), predict(half, images(pvt)), **CLOSE)
 
 
 def test_recorded_convolution_sizes_are_updated_and_gradients_flow(pvt: nn.Module) -> None:
@@ -265,9 +265,9 @@ def gated(name: str, group: str, unit: int, by: float) -> nn.Module:
 def test_fisher_is_the_curvature_of_the_divergence_under_a_residual_gate(name: str) -> None:
     model, step = tiny(name), 1e-3
     groups, x = find_groups(model, ["residual"]), images(tiny(name), 2)
-    found = fisher_kl_per_image(model, groups, x, context(fisher_directions=1000))
-    dense = answer(model, x)
+    result = fisher_kl_per_image(model, groups, x, context(fisher_directions=1000))
+    dense = predict(model, x)
     for group in groups:
         for unit in (0, group.units // 2):
-            apart = [kl(dense, answer(gated(name, group.name, unit, by), x)) for by in (-step, step)]
-            assert sum(apart) / 2 / step**2 == pytest.approx(float(found[group.name][unit].sum()), rel=5e-3)
+            apart = [kl(dense, predict(gated(name, group.name, unit, by), x)) for by in (-step, step)]
+            assert sum(apart) / 2 / step**2 == pytest.approx(float(result[group.name][unit].sum()), rel=5e-3)

@@ -13,7 +13,7 @@ from timm.models._features import FeatureGetterNet, FeatureListNet
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from tests.support.model_zoo import answer, images
+from tests.support.model_zoo import images, predict
 from tests.support.pruned_models import CASES, CUTS, FAMILIES, cut_of, dense_of, masks_of
 from vitprune import find_groups, load, prune, save, shrink, zero
 
@@ -70,13 +70,13 @@ def test_features_and_head(model: Any) -> None:
 @torch.no_grad()
 def test_intermediates(model: Any) -> None:
     x, wide = images(model), widths(model)
-    final, found = model.forward_intermediates(x, norm=True)
+    final, result = model.forward_intermediates(x, norm=True)
     assert torch.equal(final, model.forward_features(x))
-    assert [part.shape[1] for part in found] == wide
-    torch.testing.assert_close(found[-1], spatial(model, final))
-    for indices, places in ((1, [-1]), ([0, -1], [0, -1]), (2, [-2, -1])):
+    assert [part.shape[1] for part in result] == wide
+    torch.testing.assert_close(result[-1], spatial(model, final))
+    for indices, positions in ((1, [-1]), ([0, -1], [0, -1]), (2, [-2, -1])):
         some = model.forward_intermediates(x, indices=indices, intermediates_only=True, output_fmt="NCHW")
-        assert [part.shape[1] for part in some] == [wide[place] for place in places]
+        assert [part.shape[1] for part in some] == [wide[index] for index in positions]
     if hasattr(model, "blocks"):  # the others give maps alone
         tokens = model.forward_intermediates(x, indices=[0], intermediates_only=True, output_fmt="NLC")[0]
         plain = model.forward_intermediates(x, indices=[0], intermediates_only=True)[0]
@@ -108,8 +108,8 @@ def test_feature_wrappers_report_the_new_channels(family: str, cut: str, loaded:
     assert all(torch.equal(*pair) for pair in zip(getter(x), expected, strict=True))
     layers = FeatureListNet(loaded(family, cut), out_indices=(0, last), flatten_sequential=True)
     assert layers.feature_info.channels() == [wide[0], wide[last]]
-    for own, channels in zip(layers(x), layers.feature_info.channels(), strict=True):
-        assert channels in (own.shape[1], own.shape[-1])
+    for selected, channels in zip(layers(x), layers.feature_info.channels(), strict=True):
+        assert channels in (selected.shape[1], selected.shape[-1])
 
 
 @EVERY
@@ -122,23 +122,23 @@ def test_reset_classifier_works_and_is_saved(model: Any, tmp_path: Path) -> None
     save(model, tmp_path)
     again = load(tmp_path)
     assert again.num_classes == 5
-    assert answer(model, x).shape == (3, 5)
-    assert torch.equal(answer(again, x), answer(model, x))
+    assert predict(model, x).shape == (3, 5)
+    assert torch.equal(predict(again, x), predict(model, x))
     model.reset_classifier(0)
-    assert answer(model, x).shape == (3, wide)
+    assert predict(model, x).shape == (3, wide)
 
 
 @EVERY
 def test_gradient_checkpointing_gives_equal_gradients(family: str, cut: str, loaded: Any) -> None:
-    found = []
+    result = []
     for on in (False, True):
         model: Any = loaded(family, cut).train()
         model.set_grad_checkpointing(on)
         torch.manual_seed(0)  # stochastic depth, which Swin has by itself
         outputs = model(images(model))
         (outputs if isinstance(outputs, Tensor) else outputs[0]).square().sum().backward()
-        found.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        result.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*result, strict=True))
 
 
 @EVERY
@@ -172,9 +172,9 @@ def test_timm_loads_a_uniform_checkpoint_without_vitprune(family: str, tmp_path:
     wrapped = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(0, 1)).eval()
     assert wrapped.feature_info.channels() == widths(pruned)[:2]
     with torch.no_grad():
-        x, found = images(pruned), wrapped(images(pruned))
+        x, result = images(pruned), wrapped(images(pruned))
         expected: list[Tensor] = pruned.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
-    for one, two in zip(found, expected, strict=True):
+    for one, two in zip(result, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
@@ -185,7 +185,7 @@ def test_another_image_size(family: str, tmp_path: Path) -> None:
     model.set_input_size(img_size=64)
     x = torch.randn((2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
     save(model, tmp_path)
-    assert torch.equal(answer(load(tmp_path), x), answer(model, x))
+    assert torch.equal(predict(load(tmp_path), x), predict(model, x))
 
 
 def test_every_case_has_fewer_parameters() -> None:

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import answer, redrawn, same_state, state
+from tests.support.model_zoo import predict, redrawn, same_state, state
 from vitprune import BadInput, count, find_groups, load, prune, save
 from vitprune.architectures import uniform_args, unstructured_tables
 from vitprune.pruning.select import select
@@ -125,13 +125,13 @@ def test_half_sparsity_survives_save_and_load(name: str, tmp_path: Path) -> None
     assert abs(sum(zeros) - units / 2) <= len({group.layer_type for group in groups}) / 2  # each pool is rounded
     inside = {group.name for group in groups}
     assert all(torch.equal(p, pruned.get_parameter(n)) for n, p in model.named_parameters() if n not in inside)
-    assert bool(answer(pruned, x).isfinite().all())
+    assert bool(predict(pruned, x).isfinite().all())
     assert count(pruned, x).nonzero_macs < count(model, x).macs
     save(pruned, tmp_path)
     again = load(tmp_path)
     assert type(again) is type(model)
     assert same_state(again, state(pruned))
-    assert torch.equal(answer(again, x), answer(pruned, x))
+    assert torch.equal(predict(again, x), predict(pruned, x))
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert same_state(plain, state(pruned))
 
@@ -181,8 +181,8 @@ def test_n_of_m_runs_along_the_input_channels(name: str) -> None:
     pruned = prune(model, "n:m").model
     for group in find_groups(model, ["weight"]):
         weight = pruned.get_parameter(group.name)
-        for place in weight.flatten(2).unbind(2) if weight.dim() == 4 else [weight]:  # (d_out, d_in) each
-            assert ((place != 0).reshape(-1, 4).sum(1) == 2).all(), group.name
+        for index in weight.flatten(2).unbind(2) if weight.dim() == 4 else [weight]:  # (d_out, d_in) each
+            assert ((index != 0).reshape(-1, 4).sum(1) == 2).all(), group.name
 
 
 def test_n_of_m_of_a_convolution_by_hand() -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def told(tmp_path: Path):
+def message_of(tmp_path: Path):
     """Change one key of the repository's params.yaml (None for the value: remove it), load, and give the one line."""
 
     def change(key: str, value: object = ...) -> str:
@@ -28,10 +28,10 @@ def told(tmp_path: Path):
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
         with pytest.raises(BadInput) as error:
             load_params(tmp_path / "params.yaml")
-        told = str(error.value)
-        assert "\n" not in told
-        assert told.startswith(f"{tmp_path / 'params.yaml'}: ")
-        return told.removeprefix(f"{tmp_path / 'params.yaml'}: ")
+        message = str(error.value)
+        assert "\n" not in message
+        assert message.startswith(f"{tmp_path / 'params.yaml'}: ")
+        return message.removeprefix(f"{tmp_path / 'params.yaml'}: ")
 
     return change
 
@@ -39,7 +39,7 @@ def told(tmp_path: Path):
 @pytest.mark.parametrize(
     "path", [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))], ids=lambda p: p.name
 )
-def test_what_the_repository_ships_is_valid(path: Path) -> None:
+def test_params_yaml_and_recipes_are_valid(path: Path) -> None:
     params = load_params(path)
     prune = params.prune
     plan = plan_for(prune)
@@ -64,18 +64,18 @@ def test_what_the_repository_ships_is_valid(path: Path) -> None:
         "export.onxx",
     ],
 )
-def test_an_unknown_key_is_named(told, key: str) -> None:
-    assert told(key, 1) == f"{key}: unknown key; remove it or correct its name"
+def test_an_unknown_key_is_named(message_of, key: str) -> None:
+    assert message_of(key, 1) == f"{key}: unknown key; remove it or correct its name"
 
 
 @pytest.mark.parametrize("key", RENAMED)
-def test_a_renamed_key_names_its_new_one(told, key: str) -> None:
-    assert told(key, 1) == f"{key}: has been renamed to {RENAMED[key]}"
+def test_a_renamed_key_names_its_new_one(message_of, key: str) -> None:
+    assert message_of(key, 1) == f"{key}: has been renamed to {RENAMED[key]}"
 
 
 @pytest.mark.parametrize("key", ["dataset", "dataset.source", "model.name", "dense.start", "prune", "prune.method"])
-def test_a_missing_key_is_named(told, key: str) -> None:
-    assert told(key).startswith(f"{key}: Field required")
+def test_a_missing_key_is_named(message_of, key: str) -> None:
+    assert message_of(key).startswith(f"{key}: Field required")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_a_missing_key_is_named(told, key: str) -> None:
         ("export.onnx", "maybe"),
     ],
 )
-def test_a_wrong_type_or_value_is_named_and_shown(told, key: str, value: object) -> None:
-    line = told(key, value)
+def test_a_wrong_type_or_value_is_named_and_shown(message_of, key: str, value: object) -> None:
+    line = message_of(key, value)
     assert line.startswith(f"{key}: ")
     assert repr(value) in line
 
@@ -153,8 +153,8 @@ def test_a_wrong_type_or_value_is_named_and_shown(told, key: str, value: object)
         ({"ffn": "half"}, "prune.sparsity.ffn"),
     ],
 )
-def test_a_sparsity_per_kind_is_named_by_its_kind(told, value: dict, key: str) -> None:
-    assert told("prune.sparsity", value).startswith(f"{key}: ")
+def test_a_sparsity_per_kind_is_named_by_its_kind(message_of, value: dict, key: str) -> None:
+    assert message_of("prune.sparsity", value).startswith(f"{key}: ")
 
 
 @pytest.mark.parametrize(
@@ -172,16 +172,16 @@ def test_a_sparsity_per_kind_is_named_by_its_kind(told, value: dict, key: str) -
         ({}, "prune.schedule: Value error, give a shape, with or without an initial sparsity, or steps"),
     ],
 )
-def test_a_schedule_is_named_by_what_is_wrong_with_it(told, value: dict, key: str) -> None:
-    assert told("prune.schedule", value).startswith(key)
+def test_an_error_in_a_schedule_names_the_key(message_of, value: dict, key: str) -> None:
+    assert message_of("prune.schedule", value).startswith(key)
 
 
 @pytest.mark.parametrize(
     ("value", "key"),
     [({"macs": 0}, "prune.target.macs"), ({"macs": 1}, "prune.target.macs"), ({"flops": 0.5}, "prune.target.flops")],
 )
-def test_a_target_is_named_by_its_cost(told, value: dict, key: str) -> None:
-    assert told("prune.target", value).startswith(f"{key}: ")
+def test_a_target_is_named_by_its_cost(message_of, value: dict, key: str) -> None:
+    assert message_of("prune.target", value).startswith(f"{key}: ")
 
 
 def test_a_target_beside_one_sparsity_is_refused(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_target_beside_one_sparsity_is_refused(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_several_errors_are_counted(told, tmp_path: Path) -> None:
+def test_several_errors_are_counted(message_of, tmp_path: Path) -> None:
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     raw["seed"], raw["score"]["batch_size"] = "x", 0
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
@@ -211,14 +211,14 @@ def test_several_errors_are_counted(told, tmp_path: Path) -> None:
         ("a: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
     ],
 )
-def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str, why: str) -> None:
+def test_a_file_without_a_mapping_is_refused(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(BadInput, match=why) as error:
         load_params(tmp_path / "params.yaml")
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00seed")
     with pytest.raises(BadInput, match="not valid YAML") as error:
         load_params(tmp_path / "params.yaml")
@@ -230,7 +230,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_params(tmp_path / "nowhere.yaml")
 
 
-def test_yaml_s_own_way_with_numbers_is_accepted(tmp_path: Path) -> None:
+def test_numbers_in_yaml_notation_are_accepted(tmp_path: Path) -> None:
     text = (ROOT / "params.yaml").read_text()
     raw = yaml.safe_load(text)
     raw["dense"]["train"]["lr"] = "1e-3"  # what YAML makes of a plain 1e-3

@@ -17,8 +17,8 @@ def test_dropout_is_disabled_during_scoring(criterion: str) -> None:
     for block in vit.blocks:
         block.mlp.drop1.p = 0.5
     expected = score(vit.eval(), groups, criterion, data)
-    found = score(vit.train(), groups, criterion, data)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    result = score(vit.train(), groups, criterion, data)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -29,15 +29,15 @@ def test_a_criterion_does_not_change_the_model(vit: torch.nn.Module, criterion: 
     kinds = {name: row.kinds[0] for name, row in METHODS.items()} | KINDS
     groups = find_groups(vit, [kinds.get(criterion, "ffn")])
     data = batches(vit)
-    found = score(vit, groups, criterion, data)
+    result = score(vit, groups, criterion, data)
     assert not any(images.requires_grad for images, _ in data)
     assert same_state(vit, before)
     assert all(p.grad is None and p.requires_grad for p in vit.parameters())
     assert all(module.training is training for module in vit.modules())
-    assert [(n, tuple(s.shape), s.dtype) for n, s in found.items()] == [
+    assert [(n, tuple(s.shape), s.dtype) for n, s in result.items()] == [
         (g.name, g.shape, torch.float64) for g in groups
     ]
-    assert not any(s.requires_grad for s in found.values())
+    assert not any(s.requires_grad for s in result.values())
 
 
 def test_data_dependent_criteria_refuse_missing_batches(vit: torch.nn.Module) -> None:
@@ -50,8 +50,8 @@ def test_an_unknown_criterion_name_is_refused_and_a_function_is_accepted(vit: to
     groups = find_groups(vit, ["ffn"])
     with pytest.raises(BadInput, match=r"^criterion 'best': unknown; use one of random, magnitude, energy"):
         score(vit, groups, "best")
-    own, named = score(vit, groups, magnitude), score(vit, groups, "magnitude")
-    assert all(torch.equal(own[name], named[name]) for name in named)
+    selected, named = score(vit, groups, magnitude), score(vit, groups, "magnitude")
+    assert all(torch.equal(selected[name], named[name]) for name in named)
 
 
 def test_a_one_pass_iterator_of_batches_is_refused(vit):

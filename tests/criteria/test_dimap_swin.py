@@ -31,7 +31,7 @@ def swin_t() -> nn.Module:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_prunable_and_remaining_weights_equal_the_paper(name: str) -> None:
-    prunable, total, left = MODELS[name]
+    prunable, total, remaining = MODELS[name]
     with torch.device("meta"):
         model = timm.create_model(name)
     groups = find_groups(model, ["weight"])
@@ -41,11 +41,11 @@ def test_prunable_and_remaining_weights_equal_the_paper(name: str) -> None:
     assert [pools[pool] * 12 for pool in pools] == [3 * prunable, prunable, 8 * prunable]  # 1/4, 1/12, 2/3
     generator = torch.Generator().manual_seed(0)
     scores = {g.name: torch.rand(g.shape, generator=generator) for g in groups}
-    for share, expected in zip(SHARES, left, strict=True):
+    for share, expected in zip(SHARES, remaining, strict=True):
         masks = select(scores, share, "module", groups)
-        gone = {p: sum(int((~masks[g.name]).sum()) for g in groups if g.layer_type == p) for p in pools}
-        assert gone == {pool: int(share * units + 0.5) for pool, units in pools.items()}
-        assert (total - sum(gone.values())) / 1e6 == pytest.approx(expected, abs=5e-4)
+        removed = {p: sum(int((~masks[g.name]).sum()) for g in groups if g.layer_type == p) for p in pools}
+        assert removed == {pool: int(share * units + 0.5) for pool, units in pools.items()}
+        assert (total - sum(removed.values())) / 1e6 == pytest.approx(expected, abs=5e-4)
 
 
 @functools.cache
@@ -59,8 +59,8 @@ def energy_masks() -> list[dict[str, torch.Tensor]]:
 
 
 def lost(masks: dict[str, torch.Tensor], part: str) -> float:
-    own = [mask for name, mask in masks.items() if part in name]
-    return sum(int((~mask).sum()) for mask in own) / sum(mask.numel() for mask in own)
+    selected = [mask for name, mask in masks.items() if part in name]
+    return sum(int((~mask).sum()) for mask in selected) / sum(mask.numel() for mask in selected)
 
 
 def test_module_pools_remove_more_from_large_layers() -> None:
@@ -120,12 +120,12 @@ def test_macs_of_swin_t_zeroed_by_dimap() -> None:
     try:
         for share, masks, printed in zip(SHARES, energy_masks(), (13.89, 32.41, 50.93), strict=True):
             zero(model, find_groups(model, ["weight"]), masks)
-            found = count(model, image)
-            assert total - found.nominal_macs == pytest.approx(share * prunable, abs=prunable / 25_878_528 * 2)
-            assert 100 * (total - found.nominal_macs) / 4.494e9 == pytest.approx(printed, abs=0.006)
-            assert found.nonzero_macs > found.nominal_macs  # small early layers keep more, and run over more tokens
-            assert found.macs == total
-            assert found.nonzero_params == MODELS["swin_tiny_patch4_window7_224"][1] - sum(
+            result = count(model, image)
+            assert total - result.nominal_macs == pytest.approx(share * prunable, abs=prunable / 25_878_528 * 2)
+            assert 100 * (total - result.nominal_macs) / 4.494e9 == pytest.approx(printed, abs=0.006)
+            assert result.nonzero_macs > result.nominal_macs  # small early layers keep more, and run over more tokens
+            assert result.macs == total
+            assert result.nonzero_params == MODELS["swin_tiny_patch4_window7_224"][1] - sum(
                 int((~mask).sum()) for mask in masks.values()
             )
     finally:

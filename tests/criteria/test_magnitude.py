@@ -37,8 +37,8 @@ def test_energy_of_zeros_and_ties() -> None:
 
 def test_energy_is_lamp(vit: torch.nn.Module) -> None:
     for group in find_groups(vit, ["weight"]):
-        found = score(vit, [group], "energy")[group.name]
-        torch.testing.assert_close(found, lamp(vit.get_parameter(group.name).detach()), rtol=1e-12, atol=0)
+        result = score(vit, [group], "energy")[group.name]
+        torch.testing.assert_close(result, lamp(vit.get_parameter(group.name).detach()), rtol=1e-12, atol=0)
 
 
 def test_energy_invariants(vit: torch.nn.Module) -> None:
@@ -48,10 +48,10 @@ def test_energy_invariants(vit: torch.nn.Module) -> None:
     before = score(vit, groups, "energy")
     for group in groups:
         weight = vit.get_parameter(group.name).detach().abs().flatten()
-        own = before[group.name].flatten()
-        assert float(own.max()) == 1.0
-        assert torch.equal(own == 0, weight == 0)
-        assert bool((own[weight.argsort(stable=True)].diff() >= 0).all())
+        selected = before[group.name].flatten()
+        assert float(selected.max()) == 1.0
+        assert torch.equal(selected == 0, weight == 0)
+        assert bool((selected[weight.argsort(stable=True)].diff() >= 0).all())
     masks = select(before, 0.4, "global")
     with torch.no_grad():
         for power, group in enumerate(groups):
@@ -63,10 +63,10 @@ def test_energy_keeps_its_precision_in_float32() -> None:
     weight = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     model = OneLayer([0.0])
     model.w = torch.nn.Parameter(weight)
-    found = score(model, [Group("w", "weight", (200_000,), (ParamSlice("w", None),))], "energy")["w"]
+    result = score(model, [Group("w", "weight", (200_000,), (ParamSlice("w", None),))], "energy")["w"]
     order = weight.abs().argsort(stable=True).flip(0)
     squares = weight.double().square()[order]
-    torch.testing.assert_close(found[order], squares / squares.cumsum(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(result[order], squares / squares.cumsum(0), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -75,12 +75,12 @@ def test_energy_does_not_depend_on_the_dtype(dtype: torch.dtype) -> None:
     values = torch.cat([coarse, torch.tensor([-0.0, 2.0**-24, -(2.0**-24)])]).to(dtype)
     model = OneLayer([0.0])
     model.w = torch.nn.Parameter(values)
-    found = score(model, [Group("w", "weight", (len(values),), (ParamSlice("w", None),))], "energy")["w"]
+    result = score(model, [Group("w", "weight", (len(values),), (ParamSlice("w", None),))], "energy")["w"]
     largest_first = sorted(range(len(values)), key=lambda at: (abs(float(values[at])), at), reverse=True)
     total = 0.0
     for at in largest_first:
         total += float(values[at]) ** 2
-        assert float(found[at]) == pytest.approx(float(values[at]) ** 2 / total, rel=1e-12)
+        assert float(result[at]) == pytest.approx(float(values[at]) ** 2 / total, rel=1e-12)
 
 
 def test_global_energy_masks_equal_global_lamp_masks(vit: torch.nn.Module) -> None:
@@ -101,21 +101,21 @@ def test_energy_is_for_single_weights(vit: torch.nn.Module) -> None:
 def test_magnitude_is_the_norm_of_the_rows_that_produce_a_unit(name: str) -> None:
     model = tiny(name)
     weights, ffn, heads, channels = (find_groups(model, [kind])[0] for kind in ("weight", "ffn", "head", "attention"))
-    found = score(model, [weights, ffn, heads, channels], "magnitude")
-    torch.testing.assert_close(found[weights.name], model.get_parameter(weights.name).detach().abs())
+    result = score(model, [weights, ffn, heads, channels], "magnitude")
+    torch.testing.assert_close(result[weights.name], model.get_parameter(weights.name).detach().abs())
     block = model.get_submodule(ffn.name.removesuffix(".mlp"))
-    torch.testing.assert_close(found[ffn.name], block.mlp.fc1.weight.detach().norm(dim=1))
+    torch.testing.assert_close(result[ffn.name], block.mlp.fc1.weight.detach().norm(dim=1))
     width = channels.shape[1]
     rows = block.attn.qkv.weight.detach().view(3, channels.shape[0], width, -1)
-    torch.testing.assert_close(found[channels.name], rows.square().sum(dim=(0, 3)).sqrt())
-    torch.testing.assert_close(found[heads.name], rows.square().sum(dim=(0, 2, 3)).sqrt())
+    torch.testing.assert_close(result[channels.name], rows.square().sum(dim=(0, 3)).sqrt())
+    torch.testing.assert_close(result[heads.name], rows.square().sum(dim=(0, 2, 3)).sqrt())
 
 
 def test_magnitude_of_a_residual_channel_is_the_norm_of_its_producer_rows(vit: torch.nn.Module) -> None:
-    found = score(vit, find_groups(vit, ["residual"]), "magnitude")["residual"]
+    result = score(vit, find_groups(vit, ["residual"]), "magnitude")["residual"]
     writers = [vit.patch_embed.proj.weight.flatten(1)]
     writers += [layer.weight for block in vit.blocks for layer in (block.attn.proj, block.mlp.fc2)]
-    torch.testing.assert_close(found, torch.cat(writers, dim=1).detach().norm(dim=1))
+    torch.testing.assert_close(result, torch.cat(writers, dim=1).detach().norm(dim=1))
 
 
 def test_random_depends_on_the_seed_alone(vit: torch.nn.Module) -> None:

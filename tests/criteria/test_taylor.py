@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.support.model_zoo import answer, batches
+from tests.support.model_zoo import batches, predict
 from vitprune import find_groups, score
 from vitprune.groups import Group
 
@@ -26,20 +26,20 @@ def loss_when_scaled(model: torch.nn.Module, group: Group, unit: int, by: float,
                 moved = spread.reshape(shape[part.axis], -1)
                 rest = [size for axis, size in enumerate(shape) if axis != part.axis]
                 tensor.copy_(moved.view(shape[part.axis], *rest).movedim(0, part.axis))
-    return float(F.cross_entropy(answer(model, batch[0]), batch[1]))
+    return float(F.cross_entropy(predict(model, batch[0]), batch[1]))
 
 
 @pytest.mark.parametrize("kind", ["weight", "ffn", "attention", "head", "residual"])
 def test_taylor_is_the_squared_derivative_of_the_loss(vit: torch.nn.Module, kind: str) -> None:
     group = find_groups(vit, [kind])[-1]
     data, step = batches(vit), 1e-5
-    found = score(vit, [group], "taylor", data)[group.name].flatten()
+    result = score(vit, [group], "taylor", data)[group.name].flatten()
     for unit in range(0, group.units, max(1, group.units // 3)):
         grads = [
             (loss_when_scaled(vit, group, unit, step, b) - loss_when_scaled(vit, group, unit, -step, b)) / (2 * step)
             for b in data
         ]
-        assert float(found[unit]) == pytest.approx(sum(grad**2 for grad in grads), rel=1e-4, abs=1e-18)
+        assert float(result[unit]) == pytest.approx(sum(grad**2 for grad in grads), rel=1e-4, abs=1e-18)
 
 
 def test_taylor_works_on_frozen_parameters_and_under_no_grad(vit: torch.nn.Module) -> None:
@@ -47,6 +47,6 @@ def test_taylor_works_on_frozen_parameters_and_under_no_grad(vit: torch.nn.Modul
     expected = score(vit, groups, "taylor", data)
     vit.requires_grad_(False)
     with torch.no_grad():
-        found = score(vit, groups, "taylor", data)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+        result = score(vit, groups, "taylor", data)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
     assert not any(p.requires_grad for p in vit.parameters())

@@ -61,17 +61,17 @@ def test_many_corrupt_images_are_named_up_to_eight(tmp_path: Path, digits: data.
     write_folder(tmp_path, digits, range(20))
     for file in tmp_path.glob("*/*.jpg"):
         file.write_bytes(b"")
-    told = (
+    message = (
         r"cannot be decoded, like 20 of 20 images of folder:.* \(([^,]*, ){6}[^,]*jpg and 12 more\); repair or remove"
     )
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=message):
         data.build_manifest(data.open_source(f"folder:{tmp_path}"), 0.25, 0, skip_limit=0.5)
 
 
 def test_a_flipped_bit_in_a_png_is_detected(digits: data.Source) -> None:
-    whole = digits.read("digits/0000")
-    assert is_intact(whole)
-    assert not is_intact(whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:])
+    full = digits.read("digits/0000")
+    assert is_intact(full)
+    assert not is_intact(full[:-30] + bytes([full[-30] ^ 1]) + full[-29:])
 
 
 def test_null_images_in_parquet_are_skipped(tmp_path: Path, digits: data.Source) -> None:

@@ -50,11 +50,11 @@ def test_mixing_is_seeded_and_does_not_change_global_generators() -> None:
 @pytest.mark.parametrize(("mixup", "cut"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_mix_prob_mixes_only_some_batches(mixup: float, cut: float) -> None:
     mix, (images, labels) = data.make_mixer(mixup, cut, 0.2, 6, 0), drawn()
-    found = [mix(images, labels) for _ in range(200)]
-    same = [torch.equal(mixed, images) for mixed, _ in found]
+    result = [mix(images, labels) for _ in range(200)]
+    same = [torch.equal(mixed, images) for mixed, _ in result]
     assert 130 < sum(same) < 190
     assert all(
-        torch.equal(shares, torch.eye(6).double()) for (_, shares), alike in zip(found, same, strict=True) if alike
+        torch.equal(shares, torch.eye(6).double()) for (_, shares), alike in zip(result, same, strict=True) if alike
     )
 
 
@@ -86,14 +86,14 @@ def test_cap_presets_as_timm_transforms() -> None:
 def test_timm_limits_magnitudes_to_ten() -> None:
     assert TIMM_PRESETS["medium1"] == TIMM_PRESETS["medium2"]
     image = Image.fromarray((np.random.default_rng(0).random((32, 32, 3)) * 255).astype(np.uint8))
-    found = {}
+    result = {}
     for name in ("light1", "light2", "medium1"):
-        found[name] = []
+        result[name] = []
         for operation in steps_of(name)["RandAugment"].ops:  # type: ignore[attr-defined]
             random.seed(1)
             operation.prob = 1.0
-            found[name].append(np.asarray(operation(image)).tolist())
-    assert found["medium1"] == found["light2"] != found["light1"]
+            result[name].append(np.asarray(operation(image)).tolist())
+    assert result["medium1"] == result["light2"] != result["light1"]
 
 
 def test_repeated_augmentation_puts_views_into_one_batch(manifest: pa.Table, digits: data.Source) -> None:

@@ -135,15 +135,15 @@ def test_unreadable_shards_are_refused(tmp_path: Path, digits: data.Source) -> N
     with pytest.raises(BadInput, match=r"a.tar: not a complete, uncompressed tar file"):
         data.open_source(f"wds/{tmp_path}")
     write_shard(shard, samples(digits, range(5)))
-    whole = data.open_source(f"wds/{tmp_path}")
-    place = whole.read.ranges[whole.ids[-1]]  # type: ignore[attr-defined]
-    shard.write_bytes(shard.read_bytes()[: place.start + place.size // 2])
+    full = data.open_source(f"wds/{tmp_path}")
+    index = full.read.ranges[full.ids[-1]]  # type: ignore[attr-defined]
+    shard.write_bytes(shard.read_bytes()[: index.start + index.size // 2])
     with pytest.raises(BadInput, match=r"a.tar: not a complete, uncompressed tar file"):
         data.open_source(f"wds/{tmp_path}")
     with pytest.raises(OSError, match="is shorter than when it was indexed"):
-        whole.read(whole.ids[-1])
+        full.read(full.ids[-1])
     with pytest.raises(BadInput, match=r"a.tar#none: not in wds/"):
-        whole.read("a.tar#none")
+        full.read("a.tar#none")
 
 
 def test_invalid_info_json_is_refused(tmp_path: Path, digits: data.Source) -> None:

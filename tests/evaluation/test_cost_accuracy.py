@@ -35,37 +35,37 @@ def test_counts_of_deit_tiny() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model("deit_tiny_patch16_224")
-    found = count(model, torch.zeros(2, 3, 224, 224))  # counts of one image for any batch size
-    assert found.params == 5_717_416
-    assert found.macs == macs_of_vit(197, 192, 12, 192, 768, 768, 1000) == 1_253_683_200
-    assert round(found.macs / 1e9, 3) == 1.254
+    result = count(model, torch.zeros(2, 3, 224, 224))  # counts of one image for any batch size
+    assert result.params == 5_717_416
+    assert result.macs == macs_of_vit(197, 192, 12, 192, 768, 768, 1000) == 1_253_683_200
+    assert round(result.macs / 1e9, 3) == 1.254
 
 
 @pytest.mark.real
 def test_counts_of_the_real_deit_tiny(real_deit: nn.Module) -> None:
-    found = count(real_deit, torch.zeros(1, 3, 224, 224))
-    assert (found.params, found.macs) == (5_717_416, 1_253_683_200)
-    assert found.nonzero_params == 5_717_255  # 161 values of its norms are exactly zero
-    assert found.nonzero_macs == found.nominal_macs == found.macs
+    result = count(real_deit, torch.zeros(1, 3, 224, 224))
+    assert (result.params, result.macs) == (5_717_416, 1_253_683_200)
+    assert result.nonzero_params == 5_717_255  # 161 values of its norms are exactly zero
+    assert result.nonzero_macs == result.nominal_macs == result.macs
 
 
 def test_counts_of_a_shrunk_model_by_hand(vit: nn.Module) -> None:
     dense = count(vit, images(vit))
     assert dense.macs == macs_of_vit(17, 48, 2, 48, 192, 192, 7)
     pruned = prune(vit, "channel-magnitude", sparsity={"ffn": 0.5, "attention": 0.25, "residual": 0.25}).model
-    found = count(pruned, images(vit))
-    assert found.macs == macs_of_vit(17, 36, 2, 36, 96, 192, 7) == found.nonzero_macs == found.nominal_macs
-    assert found.params == sum(p.numel() for p in pruned.parameters()) == found.nonzero_params < dense.params
+    result = count(pruned, images(vit))
+    assert result.macs == macs_of_vit(17, 36, 2, 36, 96, 192, 7) == result.nonzero_macs == result.nominal_macs
+    assert result.params == sum(p.numel() for p in pruned.parameters()) == result.nonzero_params < dense.params
 
 
 def test_fused_attention_does_not_change_the_count(vit: nn.Module) -> None:
-    found = []
+    result = []
     for on in (True, False):
         for block in vit.blocks:
             block.attn.fused_attn = on
-        found.append(count(vit, images(vit)))
+        result.append(count(vit, images(vit)))
         assert all(block.attn.fused_attn is on for block in vit.blocks)
-    assert found[0] == found[1]
+    assert result[0] == result[1]
 
 
 def test_macs_of_zeroed_weights_by_hand(vit: nn.Module) -> None:
@@ -74,11 +74,11 @@ def test_macs_of_zeroed_weights_by_hand(vit: nn.Module) -> None:
     with torch.no_grad():
         vit.blocks[0].attn.qkv.weight.view(-1)[:1000] = 0
         vit.blocks[1].mlp.fc2.weight.view(-1)[:100] = 0
-    found = count(vit, images(vit))
-    assert found.macs == dense.macs
-    assert dense.nonzero_macs - found.nonzero_macs == 1100 * 17
-    assert dense.nominal_macs - found.nominal_macs == 1100 * 17  # equal: every layer runs over 17 tokens
-    assert found.nonzero_params == dense.nonzero_params - 1100 == found.params - 1100
+    result = count(vit, images(vit))
+    assert result.macs == dense.macs
+    assert dense.nonzero_macs - result.nonzero_macs == 1100 * 17
+    assert dense.nominal_macs - result.nominal_macs == 1100 * 17  # equal: every layer runs over 17 tokens
+    assert result.nonzero_params == dense.nonzero_params - 1100 == result.params - 1100
 
 
 def test_nominal_and_nonzero_macs_differ_if_token_counts_differ(swin: nn.Module) -> None:
@@ -86,20 +86,20 @@ def test_nominal_and_nonzero_macs_differ_if_token_counts_differ(swin: nn.Module)
     dense = count(swin, images(swin))
     with torch.no_grad():
         swin.layers[0].blocks[0].mlp.fc1.weight.zero_()  # 96 x 24 = 2304 of 69,120 prunable weights
-    found = count(swin, images(swin))
+    result = count(swin, images(swin))
     prunable = 2 * (12 * 24**2) * 64 + 2 * (12 * 48**2) * 16
-    assert dense.nonzero_macs - found.nonzero_macs == 2304 * 64
-    assert dense.nominal_macs - found.nominal_macs == round(prunable * 2304 / 69_120)
-    assert dense.nominal_macs - found.nominal_macs < 2304 * 64
+    assert dense.nonzero_macs - result.nonzero_macs == 2304 * 64
+    assert dense.nominal_macs - result.nominal_macs == round(prunable * 2304 / 69_120)
+    assert dense.nominal_macs - result.nominal_macs < 2304 * 64
 
 
 def test_zeros_outside_prunable_layers_affect_only_their_own_layer(vit: nn.Module) -> None:
     dense = count(vit, images(vit))
     with torch.no_grad():
         vit.patch_embed.proj.weight[:, 0] = 0  # 48 * 64 of its weights, each used for 16 patches
-    found = count(vit, images(vit))
-    assert dense.nonzero_macs - found.nonzero_macs == 48 * 64 * 16
-    assert found.nominal_macs == dense.nominal_macs
+    result = count(vit, images(vit))
+    assert dense.nonzero_macs - result.nonzero_macs == 48 * 64 * 16
+    assert result.nominal_macs == dense.nominal_macs
 
 
 def test_zeroed_and_shrunk_units_have_equal_cost_except_attention_products(vit: nn.Module) -> None:
@@ -125,17 +125,17 @@ def test_counts_of_a_model_without_groups() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # some seeds draw an exact zero
         model = timm.create_model("regnetx_002", num_classes=3)
-    found = count(model, torch.zeros(1, 3, 32, 32))
-    assert found.nominal_macs == found.macs > 0
-    assert found.params == sum(p.numel() for p in model.parameters())
+    result = count(model, torch.zeros(1, 3, 32, 32))
+    assert result.nominal_macs == result.macs > 0
+    assert result.params == sum(p.numel() for p in model.parameters())
 
 
 def test_group_costs_by_hand(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn", "head", "weight"])
-    found = group_costs(vit, groups, images(vit))
-    assert found["blocks.0.mlp"] == (192 * 48 + 192 + 48 * 192, 17 * 2 * 192 * 48)
-    assert found["blocks.0.attn.heads"] == (144 * 48 + 144 + 48 * 48, 17 * 4 * 48 * 48)
-    assert found["blocks.1.mlp.fc2.weight"] == (192 * 48, 17 * 192 * 48)
+    result = group_costs(vit, groups, images(vit))
+    assert result["blocks.0.mlp"] == (192 * 48 + 192 + 48 * 192, 17 * 2 * 192 * 48)
+    assert result["blocks.0.attn.heads"] == (144 * 48 + 144 + 48 * 48, 17 * 4 * 48 * 48)
+    assert result["blocks.1.mlp.fc2.weight"] == (192 * 48, 17 * 192 * 48)
 
 
 class Echo(nn.Module):
@@ -161,9 +161,9 @@ def test_accuracy_by_hand() -> None:
 
 
 def test_latency_alternates_models_and_returns_percentiles(vit: nn.Module, swin: nn.Module) -> None:
-    found = latency([vit, vit], images(vit, 2), runs=5)
-    assert [(row["runs"], row["batch"]) for row in found] == [(5, 2), (5, 2)]
-    assert all(0 < row["p10"] <= row["median"] <= row["p90"] for row in found)
+    result = latency([vit, vit], images(vit, 2), runs=5)
+    assert [(row["runs"], row["batch"]) for row in result] == [(5, 2), (5, 2)]
+    assert all(0 < row["p10"] <= row["median"] <= row["p90"] for row in result)
     assert latency([swin], images(swin), runs=1)[0]["p10"] > 0
 
 

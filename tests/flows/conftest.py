@@ -23,13 +23,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (home / "log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{port}/api"
-    wait_for(lambda: answers(url), 120)
+    wait_for(lambda: is_healthy(url), 120)
     yield url
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def answers(url: str) -> bool:
+def is_healthy(url: str) -> bool:
     try:
         urllib.request.urlopen(f"{url}/health", timeout=5).close()
     except OSError:

@@ -1,4 +1,4 @@
-"""Audits of a real run, honest and tampered with: one edit of each kind; all are in benchmarks/reliability."""
+"""Audits of an honest run and of tampered ones: one edit of each type; all edits are in benchmarks/reliability."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.pipeline
 
 @pytest.fixture(scope="module")
 def project(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a finished run on record."""
+    """A project with a finished, recorded run."""
     project = shutil.copytree(shared_project, tmp_path_factory.mktemp("audit") / "project", symlinks=True)
     tiny_project.record(project, "first")
     tiny_project.upload(project)
@@ -49,7 +49,7 @@ def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
     assert {name: code for name, (code, _) in results.items()} == {name: int(name != "honest") for name in expected}
 
 
-def test_the_command_lists_all_differences_and_refuses_what_is_no_run(project: Path) -> None:
+def test_the_command_lists_all_differences_and_refuses_unknown_runs(project: Path) -> None:
     run = tamper_worker.newest(project)
     code, out, _ = audit(project, run, "--all")
     assert (code, out.splitlines()[-1]) == (0, "PASS")
@@ -80,7 +80,7 @@ def test_a_clone_is_audited_from_a_remote_alone(project: Path, tmp_path: Path) -
     assert (code, out.splitlines()[0][:9]) == (1, "complete:"), out + err
 
 
-def test_no_record_of_a_stranger_touches_a_file_of_the_auditor(project: Path) -> None:
+def test_records_of_a_run_cannot_write_outside_the_audit_directory(project: Path) -> None:
     victim = project.parent / "victim.txt"
     victim.write_text("the auditor's own")
     for name, attack in ATTACKS.items():
@@ -92,7 +92,7 @@ def test_no_record_of_a_stranger_touches_a_file_of_the_auditor(project: Path) ->
     assert not list(project.rglob("*victim*"))
 
 
-def test_a_command_that_is_only_in_mlflow_is_not_run_again(project: Path) -> None:
+def test_a_command_that_exists_only_in_mlflow_is_not_executed(project: Path) -> None:
     marker, (record,) = project.parent / "ran", (project / "mlartifacts").rglob("dvc.yaml")
     original = record.read_text()
     record.write_text(original.replace("stages:\n", f"stages:\n  aaa:\n    cmd: touch {marker}\n", 1))
@@ -105,7 +105,7 @@ def test_a_command_that_is_only_in_mlflow_is_not_run_again(project: Path) -> Non
     assert not marker.exists()
 
 
-def test_digests_are_those_of_dvc(project: Path) -> None:
+def test_digests_equal_those_of_dvc(project: Path) -> None:
     entry = yaml.safe_load((project / "images.dvc").read_text())["outs"][0]
     assert tree_md5(project / "images") == entry["md5"]
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]["dataset"]
@@ -113,7 +113,7 @@ def test_digests_are_those_of_dvc(project: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_check_that_cannot_read_its_files_says_so(project: Path, name: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_check_with_unreadable_files_reports_it(project: Path, name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     params = load_params(project / "params.yaml")
     assert len(list(recheck(name, params))) == 1

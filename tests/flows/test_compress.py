@@ -27,7 +27,7 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_output_comes_line_by_line_and_the_exit_code_is_kept() -> None:
+def test_output_is_streamed_by_line_and_the_exit_code_is_kept() -> None:
     lines: list[str] = []
     ended = run(["sh", "-c", "echo one; echo two >&2; exit 7"], Path("/"), os.environ, None, lines.append)
     assert (lines, ended.exit_code, ended.timed_out) == (["one", "two"], 7, False)
@@ -43,7 +43,7 @@ def test_the_limit_kills_a_stage_with_its_grandchildren(project: Path) -> None:
     assert reproduce("dataset", project, 60, lambda line: None).exit_code == 0
 
 
-def test_whose_fault_a_failure_is_can_be_told_through_dvc(project: Path) -> None:
+def test_failure_classes_are_recognised_through_dvc(project: Path) -> None:
     (project / "bad_dataset").touch()
     bad = reproduce("dataset", project, None, lambda line: None)
     assert (bad.failure, bad.exit_code) == (FailureClass.INPUT, 2)
@@ -67,7 +67,7 @@ def test_whose_fault_a_failure_is_can_be_told_through_dvc(project: Path) -> None
     assert reproduce("dataset", project, None, lambda line: None).failure is FailureClass.INPUT
 
 
-def test_a_misspelt_parameter_is_found_although_dvc_does_not_look_at_it(project: Path) -> None:
+def test_a_misspelt_parameter_that_dvc_ignores_is_an_error(project: Path) -> None:
     assert check_params(project) == ""
     with (project / "params.yaml").open("a") as file:
         file.write("sparsty: 1\n")
@@ -82,44 +82,44 @@ def test_a_second_run_is_refused_in_one_line(project: Path) -> None:
     assert f"process {os.getpid()}" in err
 
 
-def test_what_a_kill_left_behind_is_mended(project: Path) -> None:
-    said: list[str] = []
+def test_files_left_by_a_kill_are_repaired(project: Path) -> None:
+    output: list[str] = []
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
     lock, rwlock = project / "dvc.lock", project / ".dvc/tmp/rwlock"
-    whole = lock.read_text()
+    full = lock.read_text()
     (project / LOCKFILE_COPY).parent.mkdir()
     shutil.copyfile(lock, project / LOCKFILE_COPY)
-    lock.write_text(whole[: len(whole) // 2])
+    lock.write_text(full[: len(full) // 2])
     rwlock.write_text('{"write": {"/so')
     # its parent ends at once, as a killed flow would have
     subprocess.run(["sh", "-c", "sleep 600.25 &"], env=os.environ | {MARK: str(project)}, check=True)
     wait_for(lambda: sleepers(project), 10)
-    repair(project, said.append)
+    repair(project, output.append)
     wait_for(lambda: not processes_of(project), 10)
-    assert len(said) == 3
-    assert lock.read_text() == whole
+    assert len(output) == 3
+    assert lock.read_text() == full
     # the number of a dead DVC process, taken by a process that is not DVC
     held = {"write": {f"{project}/data/manifest.parquet": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}
     rwlock.write_text(str(held).replace("'", '"'))
-    repair(project, said.append)
+    repair(project, output.append)
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
     assert is_complete(lock)
 
 
-def test_an_entry_of_the_cache_of_runs_that_was_cut_off_is_dropped(project: Path) -> None:
-    said: list[str] = []
+def test_a_truncated_run_cache_entry_is_deleted(project: Path) -> None:
+    output: list[str] = []
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
     (entry,) = (project / ".dvc/cache/runs").glob("*/*/*")
     entry.unlink()
     os.utime(entry.parent, (0, 0))
     (project / "dvc.lock").unlink()
     assert reproduce("dataset", project, None, lambda line: None).exit_code != 0  # as long as it is there
-    repair(project, said.append)
-    assert said == ["removed 1 empty entries of DVC's run cache, left by a kill or a full disk"]
+    repair(project, output.append)
+    assert output == ["removed 1 empty entries of DVC's run cache, left by a kill or a full disk"]
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
 
 
-def test_bad_input_ends_the_flow_with_code_2_and_one_line(project: Path, server: str) -> None:
+def test_bad_input_gives_exit_code_2_and_one_line(project: Path, server: str) -> None:
     (project / "bad_dataset").touch()
     code, _, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
     assert code == 2
@@ -128,7 +128,7 @@ def test_bad_input_ends_the_flow_with_code_2_and_one_line(project: Path, server:
     assert err.count("\n") < 10
 
 
-def test_a_run_that_cannot_be_written_down_says_so(project: Path, server: str) -> None:
+def test_an_unwritable_run_log_is_reported(project: Path, server: str) -> None:
     (project / ".vitprune").touch()
     code, out, err = finish(shell_pipeline.flow(project))
     assert (code, out, err) == (2, "", f"Error: {project}/.vitprune: File exists\n")
@@ -141,7 +141,7 @@ def test_a_run_that_cannot_be_written_down_says_so(project: Path, server: str) -
     assert "Traceback" not in err
 
 
-def test_a_killed_flow_goes_on_and_ends_where_plain_dvc_ends(project: Path, server: str, tmp_path: Path) -> None:
+def test_a_killed_flow_resumes_with_the_result_of_plain_dvc(project: Path, server: str, tmp_path: Path) -> None:
     plain = shell_pipeline.make(tmp_path / "plain")
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=plain, check=True)
     (project / "sleep_dense").touch()

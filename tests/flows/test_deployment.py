@@ -1,6 +1,6 @@
-"""A team's machinery on loopback: PostgreSQL, Prefect, a worker, MLflow, DVC by SSH; retrained, held back, rolled back.
+"""The team deployment on loopback (PostgreSQL, Prefect, worker, MLflow, DVC over SSH): retraining, promotion, rollback.
 
-Everything is started here and ended here. What it needs beyond Python is said where it is missing.
+The tests start and stop all servers. Packages that are missing are named in the reason for skipping.
 """
 
 import contextlib
@@ -45,18 +45,18 @@ LAX = {"max_accuracy_loss": 100.0, "alpha": None}
 
 @dataclass(frozen=True)
 class Team:
-    """Servers, and a project that they know."""
+    """The servers and the deployed project."""
 
     folder: Path
     project: Path
     servers: servers.Servers
 
     def run(self, *words: str, where: Path | None = None) -> str:
-        """Run a Python module as a user would, and return what it printed."""
+        """Run a Python module as a user would; return its output."""
         return self.servers.run(*words, where=where or self.project)
 
     def retrain(self) -> str:
-        """Schedule a run some seconds ahead, wait until the worker has done it, and return how it ended, in words."""
+        """Schedule a run, wait until the worker has executed it, and return its state and message."""
         before = {run["id"] for run in self.runs()}
         self.run("prefect", "--no-prompt", "deployment", "run", "retrain/retrain", "--start-in", "3 seconds")
         deadline = time.monotonic() + 900
@@ -70,12 +70,12 @@ class Team:
         raise AssertionError((self.folder / "worker.log").read_text()[-3000:])
 
     def runs(self) -> list[dict[str, Any]]:
-        """The runs of the deployment that were asked for by hand, not by its schedule."""
-        wanted = {"deployments": {"name": {"any_": ["retrain"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 50}
-        return [run for run in self.servers.ask("/flow_runs/filter", wanted) if not run["auto_scheduled"]]
+        """Return the runs of the deployment that were started manually."""
+        query = {"deployments": {"name": {"any_": ["retrain"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 50}
+        return [run for run in self.servers.ask("/flow_runs/filter", query) if not run["auto_scheduled"]]
 
     def champion(self) -> str:
-        """The version that the alias names."""
+        """Return the version with the alias champion."""
         lines = self.run("vitprune.cli", "versions").splitlines()
         return next((line.split(":")[0].split()[1] for line in lines if line.endswith(" champion")), "")
 
@@ -92,10 +92,10 @@ class Team:
 
 @dataclass(frozen=True)
 class Webhook:
-    """Its address, and what it has been told."""
+    """Address of the webhook and the messages received."""
 
     address: str
-    said: list[str]
+    messages: list[str]
 
 
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -111,12 +111,12 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Remote]
 
 @pytest.fixture(scope="module")
 def webhook() -> Iterator[Webhook]:
-    """A webhook that keeps what it is told."""
-    said: list[str] = []
+    """Start a webhook server that stores its messages."""
+    messages: list[str] = []
 
     class Listener(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            said.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
             self.send_response(200)
             self.end_headers()
 
@@ -125,7 +125,7 @@ def webhook() -> Iterator[Webhook]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield Webhook(f"http://127.0.0.1:{server.server_port}/planted-webhook-secret", said)
+        yield Webhook(f"http://127.0.0.1:{server.server_port}/planted-webhook-secret", messages)
         server.shutdown()
 
 
@@ -148,7 +148,7 @@ def team(shared_project: Path, remote: servers.Remote, webhook: Webhook) -> Iter
 
 
 def prepared(finished: Path, project: Path, remote: servers.Remote) -> Path:
-    """A project that has run once, by `dvc repro` as far as DVC can tell, and whose images are in DVC's store alone."""
+    """Create a project whose stages have run as by `dvc repro`, with images only in DVC's cache."""
     shutil.copytree(finished, project, symlinks=True)
     tiny_project.add_remote(project, remote.address, remote.key)
     (project / "gates.yaml").write_text(yaml.safe_dump(LAX))
@@ -159,7 +159,7 @@ def prepared(finished: Path, project: Path, remote: servers.Remote) -> Path:
 
 
 def in_half_a_day(project: Path) -> None:
-    """Have the cron schedule fall due while no test runs."""
+    """Return a cron schedule that is not due during the test."""
     path, hour = project / "prefect.yaml", (datetime.now(UTC).hour + 12) % 24
     path.write_text(path.read_text().replace('cron: "0 3 * * *"', f'cron: "0 {hour} * * *"'))
 
@@ -207,10 +207,10 @@ def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: 
     assert found_secrets(team) == []
 
 
-def test_nobody_gets_in_without_a_key(team: Team) -> None:
+def test_servers_require_credentials(team: Team) -> None:
     prefect, mlflow = (team.servers.env[name] for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"))
-    asked = {f"{prefect}/flow_runs/filter": b"{}", f"{mlflow}/api/2.0/mlflow/registered-models/search": None}
-    for address, body in asked.items():
+    requests = {f"{prefect}/flow_runs/filter": b"{}", f"{mlflow}/api/2.0/mlflow/registered-models/search": None}
+    for address, body in requests.items():
         request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request)
@@ -218,10 +218,13 @@ def test_nobody_gets_in_without_a_key(team: Team) -> None:
             assert refused.code == 401, address
 
 
-def test_the_server_plans_what_the_cron_schedule_says(team: Team) -> None:
+def test_the_server_schedules_runs_by_cron(team: Team) -> None:
     deadline = time.monotonic() + 180
-    wanted = {"deployments": {"name": {"any_": ["retrain"]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-    while not (planned := team.servers.ask("/flow_runs/filter", wanted)):
+    query = {
+        "deployments": {"name": {"any_": ["retrain"]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+    }
+    while not (planned := team.servers.ask("/flow_runs/filter", query)):
         assert time.monotonic() < deadline, "nothing is planned"
         time.sleep(1)
     due = sorted(datetime.fromisoformat(run["expected_start_time"]) for run in planned)
@@ -229,7 +232,7 @@ def test_the_server_plans_what_the_cron_schedule_says(team: Team) -> None:
     assert {(later - earlier).total_seconds() for earlier, later in itertools.pairwise(due)} == {86400.0}
 
 
-def test_a_run_that_dies_without_a_word_counts_as_crashed_and_is_told(team: Team, webhook: Webhook) -> None:
+def test_a_run_without_heartbeat_is_set_to_crashed_and_reported(team: Team, webhook: Webhook) -> None:
     flow = "import time, prefect; prefect.flow(lambda: time.sleep(600), name='victim')()"
     victim = subprocess.Popen([sys.executable, "-W", "ignore", "-c", flow], env=team.servers.env)
     try:
@@ -237,18 +240,18 @@ def test_a_run_that_dies_without_a_word_counts_as_crashed_and_is_told(team: Team
     finally:
         victim.kill()
         victim.wait()
-    assert "No sign of life" in wait_for_state(team, "CRASHED")
+    assert "No heartbeat" in wait_for_state(team, "CRASHED")
     failing = "import prefect; prefect.flow(lambda: 1 / 0, name='\"loser\"', flow_run_name='<b>')()"
     assert subprocess.run([sys.executable, "-c", failing], env=team.servers.env, capture_output=True).returncode
     deadline = time.monotonic() + 60
-    while len(webhook.said) < 2 and time.monotonic() < deadline:
+    while len(webhook.messages) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert [line.split()[0] for line in webhook.said] == ["victim", '"loser"']
-    assert "is Crashed: No sign of life" in webhook.said[0]
-    assert '"loser" <b> is Failed: Flow run encountered an exception: ZeroDivisionError' in webhook.said[1]
+    assert [line.split()[0] for line in webhook.messages] == ["victim", '"loser"']
+    assert "is Crashed: No heartbeat" in webhook.messages[0]
+    assert '"loser" <b> is Failed: Flow run encountered an exception: ZeroDivisionError' in webhook.messages[1]
 
 
-def test_a_dead_database_is_noticed_and_killed_servers_come_up_again(team: Team) -> None:
+def test_a_killed_database_is_detected_and_killed_servers_restart(team: Team) -> None:
     address = team.servers.env["PREFECT_API_URL"]
     assert server_answers(address)
     team.servers.kill("db")
@@ -260,28 +263,28 @@ def test_a_dead_database_is_noticed_and_killed_servers_come_up_again(team: Team)
     assert team.champion() in ("", "1")
 
 
-def wait_for_state(team: Team, wanted: str) -> str:
+def wait_for_state(team: Team, expected: str) -> str:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         time.sleep(1)
         for run in team.servers.ask("/flow_runs/filter", {"flows": {"name": {"any_": ["victim"]}}}):
-            if run["state_type"] == wanted:
+            if run["state_type"] == expected:
                 return str(run["state"]["message"])
-    raise AssertionError(f"the run is not {wanted}")
+    raise AssertionError(f"the run is not {expected}")
 
 
 def found_secrets(team: Team) -> list[str]:
-    """Files in which a planted secret stands, and databases."""
+    """Return the files and databases that contain a planted secret."""
     files = [path for path in team.folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    found = [str(path) for path in files if PLANTED in path.read_bytes()]
+    result = [str(path) for path in files if PLANTED in path.read_bytes()]
     (psql,) = list(Path("/usr/lib/postgresql").glob("*/bin/pg_dump"))[-1:]
     for name in ("prefect", "mlflow"):
         address = ["-h", "127.0.0.1", "-p", team.servers.env["VITPRUNE_DB_PORT"], "-U", "vitprune", name]
         env = team.servers.env | {"PGPASSWORD": SECRETS["VITPRUNE_DB_PASSWORD"]}
         dump = subprocess.run([psql, *address], env=env, capture_output=True, check=True).stdout
         assert b"retrain" in dump or b"vitprune" in dump
-        found += [name] * (PLANTED in dump)
-    return found
+        result += [name] * (PLANTED in dump)
+    return result
 
 
 def git(where: Path, *words: str) -> str:

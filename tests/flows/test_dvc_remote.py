@@ -1,4 +1,4 @@
-"""A run is shared by a DVC remote: a folder, SSH, S3. What a clone elsewhere pulls, it need not compute."""
+"""Runs shared by a DVC remote (folder, SSH, S3): a clone pulls the outputs instead of computing them."""
 
 import contextlib
 import shutil
@@ -19,15 +19,17 @@ KINDS = ("folder", "ssh", "s3")
 
 @pytest.fixture(scope="module")
 def project(shared_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project that has run once, and whose numbers and dvc.lock are committed."""
+    """A project that has run once, with its metrics and dvc.lock committed."""
     project = shutil.copytree(shared_project, tmp_path_factory.mktemp("remote") / "project", symlinks=True)
     tiny_project.commit(project, "A run.")
     return project
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
-    """The address of a remote of the kind asked for, and the file of a key that opens it."""
+def remote(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, str]]:
+    """Address of a remote of the requested type, and the file of its SSH key."""
     with contextlib.ExitStack() as stack:
         if request.param == "folder":
             yield str(tmp_path / "store"), ""
@@ -43,11 +45,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             yield "s3://team/store", ""
 
 
-@pytest.mark.parametrize("place", KINDS, indirect=True)
-def test_a_clone_elsewhere_pulls_a_run_and_computes_nothing(
-    project: Path, place: tuple[str, str], tmp_path: Path
-) -> None:
-    address, key = place
+@pytest.mark.parametrize("remote", KINDS, indirect=True)
+def test_a_clone_pulls_a_run_and_computes_nothing(project: Path, remote: tuple[str, str], tmp_path: Path) -> None:
+    address, key = remote
     mine, other = tmp_path / "mine", tmp_path / "elsewhere" / "clone"
     clone(project, mine)
     tiny_project.dvc(mine, "cache", "dir", "--local", str(project / ".dvc/cache"))
@@ -59,15 +59,15 @@ def test_a_clone_elsewhere_pulls_a_run_and_computes_nothing(
     if key:
         tiny_project.set_remote_key(other, key)
     tiny_project.dvc(other, "pull", "-q", "--run-cache")
-    said = tiny_project.dvc(other, "repro", "evaluate")
-    assert said.count("didn't change, skipping") == 9  # eight stages, and the images
-    assert "Running stage" not in said
+    output = tiny_project.dvc(other, "repro", "evaluate")
+    assert output.count("didn't change, skipping") == 9  # eight stages, and the images
+    assert "Running stage" not in output
     for name in ("metrics/evaluate.json", "out/distill/model.safetensors", "data/manifest.parquet"):
         assert (other / name).read_bytes() == (project / name).read_bytes()
     assert "up to date" in tiny_project.dvc(other, "status")
 
 
-def test_init_names_the_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_configures_the_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     create_project(tmp_path / "first", Choice(remote="store"))
     assert tiny_project.dvc(tmp_path / "first", "config", "remote.team.url").strip() == str(tmp_path / "store")
@@ -78,7 +78,7 @@ def test_init_names_the_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "second/requirements.txt").read_text().splitlines()[1] == "dvc[ssh]"
 
 
-def test_a_remote_that_is_there_stays(tmp_path: Path) -> None:
+def test_an_existing_remote_is_kept(tmp_path: Path) -> None:
     for name in ("same", "other"):
         subprocess.run(["git", "init", "-q", tmp_path / name], check=True)
         tiny_project.dvc(tmp_path / name, "init", "-q")
@@ -98,7 +98,7 @@ def test_a_remote_that_is_there_stays(tmp_path: Path) -> None:
         ("s3:///store", r"^--remote s3:///store: has no bucket$"),
     ],
 )
-def test_an_address_that_cannot_be_used_leaves_nothing(tmp_path: Path, address: str, message: str) -> None:
+def test_an_invalid_address_leaves_no_files(tmp_path: Path, address: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         create_project(tmp_path / "project", Choice(remote=address))
     assert not (tmp_path / "project").exists()

@@ -19,7 +19,7 @@ from vitprune.orchestration.tracking.journal import read_log
 pytestmark = pytest.mark.pipeline
 
 # in a process of its own, since MLflow warns where pytest takes warnings for errors
-LOOK = """
+READ_MLFLOW = """
 import hashlib, json, sys, tempfile
 from pathlib import Path
 from mlflow import MlflowClient
@@ -52,7 +52,7 @@ from vitprune.orchestration.tracking.store import open_client
 look = MlflowClient.get_experiment_by_name
 def too_early(self, name):
     MlflowClient.get_experiment_by_name = look
-    found = look(self, name)
+    found = read_mlflow(self, name)
     MlflowClient(tracking_uri=self.tracking_uri).create_experiment(name)
     return found
 MlflowClient.get_experiment_by_name = too_early
@@ -61,8 +61,8 @@ print(client.get_experiment(experiment).name)
 """
 
 
-def look(uri: str) -> dict[str, list[dict]]:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LOOK, uri], capture_output=True, text=True)
+def read_mlflow(uri: str) -> dict[str, list[dict]]:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", READ_MLFLOW, uri], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -87,7 +87,7 @@ def project(finished_project: Path) -> Path:
 
 @pytest.fixture
 def address() -> str:
-    """The address of a server that is not there yet."""
+    """Address of a server that is not running yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -95,7 +95,7 @@ def address() -> str:
 
 @pytest.fixture
 def server(address: str, tmp_path: Path) -> Iterator[Path]:
-    """A real MLflow server; the folder of its artifacts."""
+    """A real MLflow server and its artifact directory."""
     artifacts, store = tmp_path / "artifacts", f"sqlite:///{tmp_path}/server.db"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rsplit(":")[-1]]
     command += ["--workers", "1", "--backend-store-uri", store, "--artifacts-destination", str(artifacts)]
@@ -112,7 +112,7 @@ def server(address: str, tmp_path: Path) -> Iterator[Path]:
     process.wait()
 
 
-def test_a_dead_server_is_told_in_one_line_and_costs_nothing(project: Path, address: str) -> None:
+def test_an_unreachable_server_is_reported_in_one_line_and_loses_nothing(project: Path, address: str) -> None:
     journal = record(project, "first")
     began = time.monotonic()
     code, out, err = replay(project, address)
@@ -123,7 +123,7 @@ def test_a_dead_server_is_told_in_one_line_and_costs_nothing(project: Path, addr
     assert (journal.spool / "out/report/report.html").is_file()
 
 
-def test_a_replay_brings_everything_to_a_server_once(project: Path, address: str, server: Path) -> None:
+def test_a_repeated_upload_is_idempotent(project: Path, address: str, server: Path) -> None:
     evaluation = json.loads((project / "metrics/evaluate.json").read_text())
     cycles = len(list((project / "out/cycles").iterdir()))
     record(project, "first")
@@ -141,7 +141,7 @@ def test_a_replay_brings_everything_to_a_server_once(project: Path, address: str
     assert replay(project, address)[1] == "nothing to upload\n"
     assert not list((project / ".vitprune/spool").iterdir())
 
-    seen = look(address)
+    seen = read_mlflow(address)
     first, second = ([r for r in seen["runs"] if r["tags"]["vitprune.key"].startswith(k)] for k in ("first", "second"))
     assert len(first) == 1 + len(STAGES) + cycles
     assert len(second) == 1 + len(STAGES)
@@ -183,13 +183,13 @@ def check_cached(runs: list[dict], computed: dict[str, str]) -> None:
             assert run["files"] == {}
 
 
-def test_two_first_uses_of_the_local_store_at_once_are_safe(project: Path) -> None:
+def test_concurrent_first_uses_of_the_local_store_are_safe(project: Path) -> None:
     record(project, "first", cached=True)  # computed by `dvc repro` before: no run to point at, so it holds the files
     both = [start_replay(project, None) for _ in range(2)]
-    said = sorted(process.communicate(timeout=180)[0] for process in both)
+    output = sorted(process.communicate(timeout=180)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert said == ["nothing to upload\n", f"uploaded 1 run to sqlite:///{project}/mlflow.db\n"]
-    seen = look(f"sqlite:///{project}/mlflow.db")
+    assert output == ["nothing to upload\n", f"uploaded 1 run to sqlite:///{project}/mlflow.db\n"]
+    seen = read_mlflow(f"sqlite:///{project}/mlflow.db")
     assert {run["name"] for run in seen["runs"] if run["status"] == "FINISHED"} >= {
         "compress-first",
         *STAGES,
@@ -197,7 +197,7 @@ def test_two_first_uses_of_the_local_store_at_once_are_safe(project: Path) -> No
     }
 
 
-def test_two_flows_that_make_the_experiment_at_once_find_one(tmp_path: Path) -> None:
+def test_concurrent_flows_create_one_experiment(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     command = [sys.executable, "-W", "ignore", "-c", RACE, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

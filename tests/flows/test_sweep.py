@@ -1,4 +1,4 @@
-"""A sweep as a user has it: started, killed, started again; its places, its record and what it leaves."""
+"""`vitprune sweep` started, killed and started again; its worktrees, records and outputs."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.flows.test_mlflow import look
+from tests.flows.test_mlflow import read_mlflow
 from tests.support import shell_pipeline
 from tests.support.shell_pipeline import processes_of, sleepers, wait_for
 from vitprune.orchestration.execution.lock_and_repair import exclusive
@@ -19,9 +19,9 @@ from vitprune.orchestration.execution.worktrees import WorktreeError, project_st
 pytestmark = pytest.mark.pipeline
 GIT = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
 RUNS = [f"{method}-sparsity-{share}" for method in ("channel-magnitude", "channel-taylor") for share in (0.3, 0.5)]
-NO_LUCK = """
+FAIL_ONE_RUN = """
 if [ $stage = prune ] && [ ! -f mended ] && grep -q 'sparsity: 0.5' params.yaml && grep -q channel-taylor params.yaml
-then echo 'Error: no luck' >&2; exit 2; fi
+then echo 'Error: planned failure' >&2; exit 2; fi
 """
 
 
@@ -32,9 +32,9 @@ def commit(project: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Of toy stages, one of which fails for one run of the sweep; it says in a file what has run."""
+    """A project of toy stages, one of which fails in one run of the sweep; a file records the executed stages."""
     made = shell_pipeline.make(tmp_path / "project")
-    script = (made / "stage.sh").read_text().replace("stage=$1; shift\n", "stage=$1; shift\n" + NO_LUCK)
+    script = (made / "stage.sh").read_text().replace("stage=$1; shift\n", "stage=$1; shift\n" + FAIL_ONE_RUN)
     (made / "stage.sh").write_text(script.replace('echo "$stage begins"', f'echo "$stage $PWD" >> {tmp_path}/ran'))
     (made / "sweep.yaml").write_text(
         yaml.safe_dump({"methods": ["channel-magnitude", "channel-taylor"], "targets": [0.3, 0.5]})
@@ -54,39 +54,39 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_a_killed_sweep_goes_on_and_names_what_fails(project: Path, server: str, tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_and_names_failed_runs(project: Path, server: str, tmp_path: Path) -> None:
     folder, out = project / ".vitprune/sweeps/sweep", project / "out/sweeps/sweep"
-    places = {run: folder / "runs" / run for run in RUNS}
+    worktrees = {run: folder / "runs" / run for run in RUNS}
     (project / "sleep_dense").touch()
     killed = start(project, str(project / "sweep.yaml"), PREFECT_API_URL=server)
-    wait_for(lambda: sleepers(places[RUNS[0]]), 300)
+    wait_for(lambda: sleepers(worktrees[RUNS[0]]), 300)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     (project / "sleep_dense").unlink()
 
     code, _, err = finish(start(project, str(project / "sweep.yaml"), "--jobs", "2", PREFECT_API_URL=server))
     assert code == 1
-    assert f"Error: 1 of 4 runs failed: {RUNS[3]} (prune: no luck)\n" in err
-    assert processes_of(places[RUNS[0]]) == []
+    assert f"Error: 1 of 4 runs failed: {RUNS[3]} (prune: planned failure)\n" in err
+    assert processes_of(worktrees[RUNS[0]]) == []
     ran = (tmp_path / "ran").read_text().splitlines()
     for common in ("dataset", "calibrate"):
-        assert [line.split()[1] for line in ran if line.startswith(common)] == [str(places[RUNS[0]])]
-    assert "- channel-taylor-sparsity-0.5: prune: no luck\n" in (out / "sweep.md").read_text()
+        assert [line.split()[1] for line in ran if line.startswith(common)] == [str(worktrees[RUNS[0]])]
+    assert "- channel-taylor-sparsity-0.5: prune: planned failure\n" in (out / "sweep.md").read_text()
     assert {path.name for path in out.iterdir()} == {
         "pareto.png", "pareto.svg", "sweep.html", "sweep.md", "sweep.parquet"
     }  # fmt: skip
 
     (project / "mended").touch()
-    code, said, err = finish(start(project, str(project / "sweep.yaml"), PREFECT_API_URL=server))
+    code, output, err = finish(start(project, str(project / "sweep.yaml"), PREFECT_API_URL=server))
     assert code == 0, err
-    assert (said + err).count("already finished") == 3
+    assert (output + err).count("already finished") == 3
     more = (tmp_path / "ran").read_text().splitlines()[len(ran) :]
     # distill, evaluate and export do not depend on the settings of prune: the toy's other runs have the same inputs
     assert [line.split()[0] for line in more] == ["prune", "report"]
-    assert {line.split()[1] for line in more} == {str(places[RUNS[3]])}
+    assert {line.split()[1] for line in more} == {str(worktrees[RUNS[3]])}
     assert not (project / "dvc.lock").exists()  # the project's own stages are as they were
 
-    runs = look(f"sqlite:///{project / 'mlflow.db'}")["runs"]
+    runs = read_mlflow(f"sqlite:///{project / 'mlflow.db'}")["runs"]
     (above,) = [run for run in runs if run["name"] == "sweep"]
     below = [run for run in runs if run["tags"].get("mlflow.parentRunId") == above["id"]]
     assert {run["name"] for run in below} == set(RUNS)
@@ -95,7 +95,7 @@ def test_a_killed_sweep_goes_on_and_names_what_fails(project: Path, server: str,
     assert {run["params"]["prune.method"] for run in below} == {"channel-magnitude", "channel-taylor"}
 
 
-def test_bad_input_ends_in_one_line_and_nothing_runs(project: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_starts_no_run(project: Path, tmp_path: Path) -> None:
     for options, message in [
         (["--methods", "magic", "--targets", "0.5"], "Error: method 'magic': unknown; use one of random"),
         (["--methods", "lamp", "--targets", "macs=0.01,2"], "targets.1: Input should be less than 1, got 2.0"),
@@ -114,7 +114,7 @@ def test_bad_input_ends_in_one_line_and_nothing_runs(project: Path, tmp_path: Pa
     assert not (project / ".vitprune/sweeps/sweep/runs").exists()
 
 
-def test_a_place_is_the_project_as_it_is_now(project: Path, tmp_path: Path) -> None:
+def test_a_worktree_has_the_current_state_of_the_project(project: Path, tmp_path: Path) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
     with (project / ".gitignore").open("a") as file:
         file.write("/photos/\n")
@@ -143,7 +143,7 @@ def test_a_place_is_the_project_as_it_is_now(project: Path, tmp_path: Path) -> N
     assert (project / "photos/file").read_text() == "here"
 
 
-def test_a_place_without_git_is_a_copy(project: Path, tmp_path: Path) -> None:
+def test_without_git_a_run_uses_a_copy(project: Path, tmp_path: Path) -> None:
     subprocess.run(["rm", "-rf", str(project / ".git")], check=True)
     (project / "data").mkdir(exist_ok=True)
     (project / "data/manifest.parquet").touch()
@@ -155,7 +155,7 @@ def test_a_place_without_git_is_a_copy(project: Path, tmp_path: Path) -> None:
     assert (project_state(project).check_out(tmp_path / "place", params) / "stage.sh").read_text() == "changed"
 
 
-def test_what_no_place_can_be_made_of_is_refused(project: Path, tmp_path: Path) -> None:
+def test_projects_without_possible_worktrees_are_refused(project: Path, tmp_path: Path) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
     for source, message in [
         ("folder:../photos", "is outside the project"),

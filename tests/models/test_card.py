@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from tests.support.digits_project import ORDER, project_in
-from tests.support.model_zoo import answer, images
+from tests.support.model_zoo import images, predict
 from tests.support.pruned_models import cut_of, dense_of
 from vitprune import BadInput, prune, save, write_card
 from vitprune.pipeline import stages
@@ -46,7 +46,7 @@ def test_a_card_loads_an_uneven_model_with_vitprune(family: str, tmp_path: Path)
     save(model, tmp_path)
     write_card(tmp_path)
     assert "vitprune.load(" in parts(tmp_path)[1]
-    assert torch.equal(answer(as_the_card_says(tmp_path), images(model)), answer(model, images(model)))
+    assert torch.equal(predict(as_the_card_says(tmp_path), images(model)), predict(model, images(model)))
 
 
 @pytest.mark.parametrize("family", ["vit", "distilled", "pvt", "swin"])
@@ -60,7 +60,7 @@ def test_a_card_loads_a_uniform_model_with_plain_timm(family: str, tmp_path: Pat
     save(model, tmp_path)
     write_card(tmp_path)
     assert "vitprune" not in re.findall(r"```python\n(.*?)```", parts(tmp_path)[1], re.DOTALL)[0]
-    torch.testing.assert_close(answer(as_the_card_says(tmp_path), images(model)), answer(model, images(model)))
+    torch.testing.assert_close(predict(as_the_card_says(tmp_path), images(model)), predict(model, images(model)))
 
 
 def test_a_card_without_metrics_has_no_results(tmp_path: Path) -> None:
@@ -107,12 +107,12 @@ def test_the_export_stage_writes_sparsity_and_results(tmp_path: Path, monkeypatc
     assert "Method `magnitude`, in 2 cycles:" in text
     assert table(text, "What was removed") == [["weight", "60.0 %"]]
     assert f"sha256 of the masks: `{sha256(project / 'out/cycles/02/masks.safetensors')}`" in text
-    found = json.loads((project / "metrics/evaluate.json").read_text())
+    result = json.loads((project / "metrics/evaluate.json").read_text())
     rows = {name: cells for name, *cells in table(text, "Measured")}
-    assert rows["Top-1 accuracy, %"] == [f"{found[name]['top1']:.2f}" for name in ("dense", "pruned")]
-    assert rows["Nonzero parameters"] == [f"{found[name]['nonzero_params']:,}" for name in ("dense", "pruned")]
-    assert rows["Parameters"] == [f"{found['dense']['params']:,}"] * 2
-    assert f"Accuracy on {found['images']} evaluation images" in text
+    assert rows["Top-1 accuracy, %"] == [f"{result[name]['top1']:.2f}" for name in ("dense", "pruned")]
+    assert rows["Nonzero parameters"] == [f"{result[name]['nonzero_params']:,}" for name in ("dense", "pruned")]
+    assert rows["Parameters"] == [f"{result['dense']['params']:,}"] * 2
+    assert f"Accuracy on {result['images']} evaluation images" in text
     assert "- the dense model started from: random weights, trained\n" in text
     assert as_the_card_says(project / "out/export/timm").num_classes == 10
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import answer, images, random_masks, tiny
+from tests.support.model_zoo import images, predict, random_masks, tiny
 from tests.support.pruned_models import FAMILIES, all_cut
 from vitprune import find_groups, load, prune, shrink
 from vitprune.models.export import export_onnx, export_timm
@@ -29,14 +29,14 @@ def test_plain_timm_loads_a_uniform_model(tmp_path: Path) -> None:
     facts = export_timm(pruned, tmp_path, images(pruned))
     assert facts["loads_plain_timm"] is True
     assert facts["max_abs_diff"] < 1e-6
-    assert answer(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images(pruned)).shape == (3, 7)
+    assert predict(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), images(pruned)).shape == (3, 7)
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
 def test_plain_timm_does_not_load_an_uneven_model(name: str, tmp_path: Path) -> None:
     pruned = uneven(name)
     assert export_timm(pruned, tmp_path, images(pruned)) == {"loads_plain_timm": False, "max_abs_diff": 0.0}
-    assert torch.equal(answer(load(tmp_path), images(pruned)), answer(pruned, images(pruned)))
+    assert torch.equal(predict(load(tmp_path), images(pruned)), predict(pruned, images(pruned)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,6 +51,6 @@ def test_onnx_gives_the_same_logits_for_any_batch_size(family: str, tmp_path: Pa
     for number in (1, 5):
         x = images(pruned, number, seed=number)
         (logits,) = session.run(None, {"images": x.numpy()})
-        expected = answer(pruned, x).numpy()
+        expected = predict(pruned, x).numpy()
         assert abs(expected).max() > 0.1
         numpy.testing.assert_allclose(logits, expected, atol=1e-4)

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from tests.support.digits_project import project_in
-from tests.support.model_zoo import ZOO, answer, images, redrawn
+from tests.support.model_zoo import ZOO, images, predict, redrawn
 from vitprune import find_groups, models, prune
 from vitprune.config.params import Export
 from vitprune.errors import BadInput
@@ -48,21 +48,21 @@ def test_int8_keeps_zeros_and_predictions(exported: tuple[Path, nn.Module], cali
     assert facts["bytes"] == (tmp_path / "int8.onnx").stat().st_size < 0.6 * source.stat().st_size
     x = images(model, 8, seed=5)
     session = onnxruntime.InferenceSession(str(tmp_path / "int8.onnx"), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"images": x.numpy()})
-    exact = answer(model, x).numpy()
-    assert numpy.abs(found - exact).mean() < 0.1 * exact.std()
+    (result,) = session.run(None, {"images": x.numpy()})
+    exact = predict(model, x).numpy()
+    assert numpy.abs(result - exact).mean() < 0.1 * exact.std()
 
 
 def test_compare_onnx_by_hand(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     source, model = exported
     quantize_int8(source, tmp_path / "int8.onnx", images(model, 40))
     x = images(model, 20, seed=7)
-    labels = answer(model, x).argmax(1)
+    labels = predict(model, x).argmax(1)
     labels[:5] = (labels[:5] + 1) % 7
-    found = compare_onnx([source, tmp_path / "int8.onnx"], list(zip(x.split(8), labels.split(8), strict=True)))
-    assert found["model_top1"] == 75
-    assert found["int8_agrees"] >= 80
-    assert found["model_top1"] - (100 - found["int8_agrees"]) <= found["int8_top1"]
+    result = compare_onnx([source, tmp_path / "int8.onnx"], list(zip(x.split(8), labels.split(8), strict=True)))
+    assert result["model_top1"] == 75
+    assert result["int8_agrees"] >= 80
+    assert result["model_top1"] - (100 - result["int8_agrees"]) <= result["int8_top1"]
 
 
 def test_a_zero_that_becomes_nonzero_is_refused(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:

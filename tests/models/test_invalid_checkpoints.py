@@ -43,8 +43,10 @@ def reconfigure(folder: Path, change) -> None:
 
 def test_a_wrong_shape_is_named(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"head.weight": torch.ones(7, 3)}))
-    told = refused(folder)
-    assert told.startswith(f"{folder / 'model.safetensors'}: weight head.weight has shape [7, 3], the model needs [7,")
+    message = refused(folder)
+    assert message.startswith(
+        f"{folder / 'model.safetensors'}: weight head.weight has shape [7, 3], the model needs [7,"
+    )
 
 
 def test_missing_and_surplus_weights_are_named(folder: Path) -> None:

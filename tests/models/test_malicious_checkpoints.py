@@ -24,7 +24,7 @@ import json, resource, shutil, sys
 from pathlib import Path
 from tests.models import test_malicious_checkpoints as test_hostile
 from vitprune import BadInput, load
-whole, folder, seen, on = Path(sys.argv[1]), Path(sys.argv[2]), [], False
+saved_model, folder, seen, on = Path(sys.argv[1]), Path(sys.argv[2]), [], False
 def hook(event, args):
     if on and event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "exec")):
         seen.append(event)
@@ -35,7 +35,7 @@ def hook(event, args):
 def refused(name):
     global on
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(whole, folder)
+    shutil.copytree(saved_model, folder)
     test_hostile.CASES[name][0](folder)
     on = True
     try:
@@ -45,7 +45,7 @@ def refused(name):
     finally:
         on = False
 sys.addaudithook(hook)
-load(whole)
+load(saved_model)
 for name in ("depth of a million", "weights of another type"):  # warm up one-time allocations of timm and torch
     refused(name)
 seen.clear()
@@ -60,10 +60,10 @@ def config(**change: object) -> Break:
     """Change a section's keys, as in model_args={"depth": 3}; None deletes a key."""
 
     def broken(folder: Path) -> None:
-        found = json.loads((folder / "config.json").read_text())
+        result = json.loads((folder / "config.json").read_text())
         for key, value in change.items():
-            found[key] = found.get(key, {}) | value if isinstance(value, dict) else value
-        (folder / "config.json").write_text(json.dumps(found))
+            result[key] = result.get(key, {}) | value if isinstance(value, dict) else value
+        (folder / "config.json").write_text(json.dumps(result))
 
     return broken
 
@@ -195,9 +195,9 @@ CASES: dict[str, tuple[Break, str]] = {
     "a later format": (config(vitprune={"format": 2}), C + "vitprune.format is not 1"),
     "surplus": (weight("surplus", torch.ones(1)), W + "weight surplus is not in VisionTransformer"),
     "surplus upwards": (weight("../../x\n", torch.ones(1)), W + "weight '../../x\\n' is not in VisionTransformer"),
-    "missing": (weights(lambda found: found.pop("blocks.0.mlp.fc1.bias")), W + "weight blocks.0.mlp.fc1.bias is"),
+    "missing": (weights(lambda tensors: tensors.pop("blocks.0.mlp.fc1.bias")), W + "weight blocks.0.mlp.fc1.bias is"),
     "wrong shape": (weight("head.weight", torch.ones(7, 3)), W + "weight head.weight has shape [7, 3], the model"),
-    "whole numbers": (weight("head.bias", torch.ones(7, dtype=torch.int64)), W + "weight head.bias has type I64, the"),
+    "integers": (weight("head.bias", torch.ones(7, dtype=torch.int64)), W + "weight head.bias has type I64, the"),
     "eight bits": (weight("head.bias", torch.ones(7).to(torch.float8_e4m3fn)), W + "weight head.bias has type F8_E4M3"),
     "weights of another type": (weight("head.bias", torch.ones(7).half()), W + "weight head.bias has type F16, "),
     "not a number": (weights(one_nan), W + "weight blocks.1.mlp.fc2.weight has values that are not finite"),
@@ -221,7 +221,7 @@ CASES: dict[str, tuple[Break, str]] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shrunk, saved model."""
     model = tiny("vit", dtype=torch.float32)
     groups = find_groups(model, ["residual", "attention", "ffn"])
@@ -231,9 +231,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_malicious_checkpoints_are_refused_in_one_line(name: str, whole: Path, tmp_path: Path) -> None:
+def test_malicious_checkpoints_are_refused_in_one_line(name: str, saved_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(whole, folder)
+    shutil.copytree(saved_model, folder)
     broken, expected = CASES[name]
     broken(folder)
     with pytest.raises(BadInput) as error:
@@ -243,25 +243,25 @@ def test_malicious_checkpoints_are_refused_in_one_line(name: str, whole: Path, t
     assert len(str(error.value)) < len(str(folder)) + 400
 
 
-def test_no_download_import_execution_or_allocation(whole: Path, tmp_path: Path) -> None:
+def test_no_download_import_execution_or_allocation(saved_model: Path, tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", WATCHED, str(whole), str(tmp_path / "model")]
+    words = [sys.executable, "-c", WATCHED, str(saved_model), str(tmp_path / "model")]
     ran = subprocess.run(words, check=True, capture_output=True, text=True, env=environment, timeout=300)
-    found = json.loads(ran.stdout.splitlines()[-1])
-    assert found["seen"] == []
-    assert all(found["told"].values())
-    assert found["grown"] < 300 << 10  # KiB; the largest cases build modules without weights
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert result["seen"] == []
+    assert all(result["told"].values())
+    assert result["grown"] < 300 << 10  # KiB; the largest cases build modules without weights
 
 
-def test_links_to_the_files_of_a_cache_are_followed(whole: Path, tmp_path: Path) -> None:
+def test_links_to_the_files_of_a_cache_are_followed(saved_model: Path, tmp_path: Path) -> None:
     for file in ("config.json", "model.safetensors"):
-        (tmp_path / file).symlink_to(whole / file)
-    before = load(whole).state_dict()
+        (tmp_path / file).symlink_to(saved_model / file)
+    before = load(saved_model).state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in load(tmp_path).state_dict().items())
 
 
-def test_saving_does_not_write_through_a_link(whole: Path, tmp_path: Path) -> None:
+def test_saving_does_not_write_through_a_link(saved_model: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("mine")
     folder = tmp_path / "model"
@@ -269,7 +269,7 @@ def test_saving_does_not_write_through_a_link(whole: Path, tmp_path: Path) -> No
     for file in ("config.json", "model.safetensors"):
         (folder / f"{file}.partial").symlink_to(outside)
         (folder / file).symlink_to(outside)
-    save(load(whole), folder)
+    save(load(saved_model), folder)
     assert outside.read_text() == "mine"
     assert load(folder).num_classes == 7
 
@@ -278,12 +278,12 @@ def test_checkpoints_given_to_create_are_validated(tmp_path: Path) -> None:
     architecture, args = ZOO["vit"]
     tensors = timm.create_model(architecture, **args).state_dict()
     path = tmp_path / "weights.safetensors"
-    for broken, told in (
+    for broken, message in (
         ({"head.bias": torch.full((7,), torch.nan)}, "head.bias has values that are not finite"),
         ({"head.bias": torch.ones(7, dtype=torch.int32)}, "head.bias has type I32"),
     ):
         save_file(tensors | broken, path)
-        with pytest.raises(BadInput, match=f"^{path}: weight {told}"):
+        with pytest.raises(BadInput, match=f"^{path}: weight {message}"):
             models.create(architecture, args, checkpoint=path)
 
 

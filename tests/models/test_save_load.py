@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.support.model_zoo import SWIN, VIT, ZOO, answer, images, random_masks, redrawn, same_state, state, tiny
+from tests.support.model_zoo import SWIN, VIT, ZOO, images, predict, random_masks, redrawn, same_state, state, tiny
 from vitprune import BadInput, data, find_groups, load, models, prune, save, shrink
 from vitprune.architectures import merge_heads, structure
 
@@ -47,7 +47,7 @@ def uneven(name: str, kinds: list[str], merged: int | None = None) -> nn.Module:
 def cut_models() -> dict[str, nn.Module]:
     twice = uneven("vit", ["head"])
     groups = find_groups(twice, ["attention", "residual"])
-    found = {
+    result = {
         "dense": single("vit"),
         "ffn": uneven("vit", ["ffn"]),
         "attention": uneven("odd", ["attention"]),
@@ -65,7 +65,7 @@ def cut_models() -> dict[str, nn.Module]:
     }
     norms = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT, qk_norm=True), 0)
     groups = find_groups(norms, ["head"])
-    return found | {"normed-heads": shrink(norms, groups, random_masks(groups, 1))}
+    return result | {"normed-heads": shrink(norms, groups, random_masks(groups, 1))}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_a_new_process_gives_bit_identical_logits(saved: tuple[Path, dict[str, n
     subprocess.run(
         [sys.executable, "-W", "error", "-c", ELSEWHERE, *words], check=True, env={"OMP_NUM_THREADS": "1"}, timeout=120
     )
-    found = load_file(tmp_path / "logits.safetensors")
-    assert found.keys() == made.keys()
+    result = load_file(tmp_path / "logits.safetensors")
+    assert result.keys() == made.keys()
     for name, model in made.items():
-        assert torch.equal(found[name], answer(model, given[name])), name
+        assert torch.equal(result[name], predict(model, given[name])), name
 
 
 def test_a_loaded_model_equals_the_saved_one(saved: tuple[Path, dict[str, nn.Module]]) -> None:
@@ -130,7 +130,7 @@ def test_a_loaded_model_can_be_shrunk_and_saved_again(saved: tuple[Path, dict[st
         again = load(tmp_path / name)
         assert same_state(again, state(model))
         x = images(model)
-        assert torch.equal(answer(again, x), answer(model, x))
+        assert torch.equal(predict(again, x), predict(model, x))
 
 
 def test_the_data_config_is_saved(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_uniform_model_loads_in_plain_timm(name: str, sparsity: dict | None, t
     plain = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     x = images(model)
     assert same_state(plain, state(pruned))
-    torch.testing.assert_close(answer(plain, x), answer(pruned, x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(predict(plain, x), predict(pruned, x), rtol=0, atol=1e-6)
 
 
 def test_merged_heads_load_in_plain_timm(tmp_path: Path) -> None:
@@ -186,11 +186,11 @@ def test_merged_heads_load_in_plain_timm(tmp_path: Path) -> None:
     assert [(b.attn.num_heads, b.attn.head_dim) for b in pruned.blocks] == [(3, 16)] * 2
     save(pruned, tmp_path)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    torch.testing.assert_close(answer(plain, x), answer(pruned, x), rtol=0, atol=1e-6)
-    assert torch.equal(answer(load(tmp_path), x), answer(pruned, x))
+    torch.testing.assert_close(predict(plain, x), predict(pruned, x), rtol=0, atol=1e-6)
+    assert torch.equal(predict(load(tmp_path), x), predict(pruned, x))
 
 
-def test_a_directory_of_plain_timm_loads(tmp_path: Path) -> None:
+def test_a_directory_saved_by_timm_loads(tmp_path: Path) -> None:
     model = single("vit")
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     assert same_state(load(tmp_path), state(model))
@@ -219,7 +219,7 @@ def test_create_takes_a_checkpoint(tmp_path: Path) -> None:
     ("name", "args"),
     [("no_such_model", {}), ("vit_tiny_patch16_224", {"colour": "red"}), ("vit_tiny_patch16_224", {"num_heads": 5})],
 )
-def test_what_timm_cannot_create_is_refused(name: str, args: dict) -> None:
+def test_models_that_timm_cannot_create_are_refused(name: str, args: dict) -> None:
     with pytest.raises(BadInput, match=f"^model.name '{name}': timm cannot create it") as error:
         models.create(name, args)
     assert "\n" not in str(error.value)
@@ -230,11 +230,11 @@ def test_real_deit_tiny_shrunk_and_loaded(real_deit: nn.Module, tmp_path: Path) 
     pruned = prune(real_deit, "channel-magnitude", sparsity={"ffn": 0.25, "attention": 0.25}, scope="global").model
     save(pruned, tmp_path)
     x = images(pruned, 1)
-    assert torch.equal(answer(load(tmp_path), x), answer(pruned, x))
+    assert torch.equal(predict(load(tmp_path), x), predict(pruned, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_the_type_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_dtype_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     model = uneven("vit", ["ffn"]).to(dtype)
     save(model, tmp_path)
     assert same_state(load(tmp_path), state(model))

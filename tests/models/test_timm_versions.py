@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.model_zoo import answer, images
+from tests.support.model_zoo import images, predict
 from tests.support.pruned_models import dense_of
 from vitprune import load, prune, save
 
@@ -29,12 +29,12 @@ found = {}
 """
 WRITE = """
 from tests.support.pruned_models import cut_of
-from tests.support.model_zoo import answer, images
+from tests.support.model_zoo import images, predict
 from vitprune import save
 for name in ("vit-blocks", "distilled-heads", "swin-stream", "pvt-stream"):
     model = cut_of(*name.split("-"))
     save(model, folder / timm.__version__ / name)
-    found |= {f"{name}.images": images(model), f"{name}.logits": answer(model, images(model))}
+    found |= {f"{name}.images": images(model), f"{name}.logits": predict(model, images(model))}
 save_file(found, folder / timm.__version__ / "written.safetensors")
 """
 READ = """
@@ -69,8 +69,8 @@ TAIL = "print(timm.__version__, timm.__file__)"  # to verify the version in use
 def allowed() -> tuple[str, str]:
     """The requirement of pyproject.toml, and its lowest version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (wanted,) = [line for line in project["dependencies"] if re.match(r"timm\b", line)]
-    return wanted, re.search(r">=([\d.]+)", wanted)[1]
+    (expected,) = [line for line in project["dependencies"] if re.match(r"timm\b", line)]
+    return expected, re.search(r">=([\d.]+)", expected)[1]
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +99,19 @@ def run(code: str, folder: Path, timm: Path, *paths: Path) -> list[str]:
     ran = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder, timeout=120)
     assert ran.returncode == 0, ran.stderr
     *lines, last = ran.stdout.splitlines()
-    version, place = last.split()
-    assert place.startswith(str(timm))
+    version, directory = last.split()
+    assert directory.startswith(str(timm))
     return [*lines, version]
 
 
 def test_pruned_checkpoints_load_across_the_timm_range(install: Install, tmp_path: Path) -> None:
-    wanted, lowest = allowed()
-    oldest, newest = install(f"timm=={lowest}"), install(wanted)
-    own = (ROOT, ROOT / "tests")
-    assert run(WRITE, tmp_path, oldest, *own) == [lowest]
-    *forth, highest = run(READ + WRITE, tmp_path, newest, *own)
+    expected, lowest = allowed()
+    oldest, newest = install(f"timm=={lowest}"), install(expected)
+    selected = (ROOT, ROOT / "tests")
+    assert run(WRITE, tmp_path, oldest, *selected) == [lowest]
+    *forth, highest = run(READ + WRITE, tmp_path, newest, *selected)
     assert len(forth) == 4
-    *back, last = run(READ, tmp_path, oldest, *own)
+    *back, last = run(READ, tmp_path, oldest, *selected)
     assert last == lowest
     assert {line.split()[1] for line in back} == {lowest, highest}
 
@@ -127,10 +127,10 @@ def test_uniform_checkpoints_load_in_older_timm_without_vitprune(install: Instal
         )
         save(model, tmp_path / family)
         given[family] = images(model)
-        expected[family] = answer(model, given[family])
+        expected[family] = predict(model, given[family])
     save_file(given, tmp_path / "images.safetensors")
     assert run(PLAIN, tmp_path, install(f"timm=={FIRST_LOCAL}")) == [FIRST_LOCAL]
     for family, logits in load_file(tmp_path / "logits.safetensors").items():
         torch.testing.assert_close(logits, expected[family], rtol=0, atol=1e-5)
     theirs = load_file(tmp_path / "theirs.safetensors")["logits"]
-    torch.testing.assert_close(answer(load(tmp_path / "theirs"), given["vit"]), theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(predict(load(tmp_path / "theirs"), given["vit"]), theirs, rtol=0, atol=1e-5)

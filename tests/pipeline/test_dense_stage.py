@@ -1,4 +1,4 @@
-"""A model pruned on one data set and fine-tuned on another, stage by stage; and what of it is refused."""
+"""A model pruned on one data set and fine-tuned on another by the stages; invalid combinations are refused."""
 
 import json
 import re
@@ -33,7 +33,7 @@ LONGER = SHORT | {"epochs": 15, "augment": "none"}
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give the export of a digits project, pruned by FFN units or by single weights."""
+    """Return the export of a digits project, pruned by FFN units or by single weights."""
     parent, done = tmp_path_factory.mktemp("first"), {}
 
     def made(method: str) -> Path:
@@ -51,7 +51,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def letters(folder: Path) -> None:
-    """Write three classes of small grey images, a folder each: the digits 3, 7 and 8 turned by a quarter."""
+    """Write three classes of small grey images, one folder per class: the digits 3, 7 and 8 turned by 90 degrees."""
     images, labels = load_digits(return_X_y=True)
     for split, part in (("train", slice(0, 40)), ("val", slice(40, 60))):
         for label in (3, 7, 8):
@@ -63,7 +63,7 @@ def letters(folder: Path) -> None:
 
 
 def settings(checkpoint: Path, **change: Any) -> dict[str, Any]:
-    """The recipe, cut short, for the small model of the digits project."""
+    """Return the recipe with fewer epochs, for the small model of the digits project."""
     recipe = json.loads(json.dumps(RECIPE))
     recipe["dataset"] |= {"source": "folder:data/train", "eval_source": "folder:data/val"}
     recipe["model"] = {"name": "vit_tiny_patch16_224", "args": {"num_classes": 3}}
@@ -87,52 +87,52 @@ def run_all(project: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPat
 
 def test_a_pruned_backbone_learns_other_classes(pruned, tmp_path, monkeypatch):
     source = pruned("channel-magnitude")
-    found = run_all(tmp_path, settings(source, dense__train=LONGER), monkeypatch)
+    result = run_all(tmp_path, settings(source, dense__train=LONGER), monkeypatch)
     first, dense, last = (vitprune.load(path) for path in (source, "out/dense", "out/export/timm"))
     assert [m.num_classes for m in (first, dense, last)] == [10, 3, 3]
     assert structure(first) == structure(dense) == structure(last)
     assert not torch.equal(first.blocks[0].mlp.fc1.weight, dense.blocks[0].mlp.fc1.weight)
-    facts = {key: found["dense"][key] for key in ("from", "checkpoint_sha256", "checkpoint_classes", "frozen_zeros")}
+    facts = {key: result["dense"][key] for key in ("from", "checkpoint_sha256", "checkpoint_classes", "frozen_zeros")}
     expected = sha256(source / "model.safetensors")
     assert facts == {"from": "checkpoint", "checkpoint_sha256": expected, "checkpoint_classes": 10, "frozen_zeros": 0}
-    assert found["evaluate"]["dense"]["top1"] > 50  # of three classes; an untrained head has a third
-    assert found["evaluate"]["pruned"]["top1"] == found["evaluate"]["dense"]["top1"]
-    assert found["evaluate"]["kept"]["params"] == 1.0
+    assert result["evaluate"]["dense"]["top1"] > 50  # of three classes; an untrained head has a third
+    assert result["evaluate"]["pruned"]["top1"] == result["evaluate"]["dense"]["top1"]
+    assert result["evaluate"]["kept"]["params"] == 1.0
     assert f"sha256 of that checkpoint: `{expected}`" in (tmp_path / "out/export/timm/README.md").read_text()
     write_report(tmp_path, tmp_path / "report.html")
     assert "turned7" in (tmp_path / "report.html").read_text()
 
 
-def test_zeros_of_the_first_pruning_stay_and_it_can_be_pruned_further(pruned, tmp_path, monkeypatch):
+def test_zeros_of_a_pruned_model_are_kept_in_further_pruning(pruned, tmp_path, monkeypatch):
     source = pruned("magnitude")
     recipe = settings(source, prune__sparsity={"ffn": 0.25}, prune__finetune=SHORT, distill__train=SHORT)
-    found = run_all(tmp_path, recipe, monkeypatch)
+    result = run_all(tmp_path, recipe, monkeypatch)
     before, dense = (load_file(path / "model.safetensors") for path in (source, Path("out/dense")))
     names = [name for name in before if re.search(r"(qkv|proj|fc1|fc2)\.weight$", name) and "blocks" in name]
-    assert sum(int((before[name] == 0).sum()) for name in names) == found["dense"]["frozen_zeros"] > 10_000
+    assert sum(int((before[name] == 0).sum()) for name in names) == result["dense"]["frozen_zeros"] > 10_000
     assert all(torch.equal(before[name] == 0, dense[name] == 0) for name in names)
-    assert found["evaluate"]["kept"]["params"] < 0.95
-    begun = vitprune.load("out/dense")
-    groups = find_groups(begun, ["ffn"])
-    shrink(begun, groups, {name: mask.bool() for name, mask in load_file("out/cycles/01/masks.safetensors").items()})
+    assert result["evaluate"]["kept"]["params"] < 0.95
+    start = vitprune.load("out/dense")
+    groups = find_groups(start, ["ffn"])
+    shrink(start, groups, {name: mask.bool() for name, mask in load_file("out/cycles/01/masks.safetensors").items()})
     for stage in ("prune", "distill"):
-        left = load_file(Path("out", stage, "model.safetensors"))
-        assert all(torch.equal(left[name] == 0, begun.get_parameter(name) == 0) for name in names)
-        assert not torch.equal(left[names[0]], begun.get_parameter(names[0]))
+        remaining = load_file(Path("out", stage, "model.safetensors"))
+        assert all(torch.equal(remaining[name] == 0, start.get_parameter(name) == 0) for name in names)
+        assert not torch.equal(remaining[names[0]], start.get_parameter(names[0]))
 
 
-def test_zeros_of_a_checkpoint_are_held_unless_they_may_grow(pruned):
+def test_zeros_of_a_checkpoint_are_kept_unless_keep_zeros_is_false(pruned):
     params = Params.model_validate(settings(pruned("magnitude")))
     model = initial_model(params).model
-    weight, own = model.blocks[0].mlp.fc1.weight, FrozenZeros([], {})
-    held = zeros_to_keep(model, params, own, keep_zeros=True)
+    weight, selected = model.blocks[0].mlp.fc1.weight, FrozenZeros([], {})
+    held = zeros_to_keep(model, params, selected, keep_zeros=True)
     assert torch.equal(held.masks["blocks.0.mlp.fc1.weight"], weight != 0)
-    assert zeros_to_keep(model, params, own, keep_zeros=False) is own
+    assert zeros_to_keep(model, params, selected, keep_zeros=False) is selected
     trained = params.model_copy(update={"dense": params.dense.model_copy(update={"start": "pretrained"})})
-    assert zeros_to_keep(model, trained, own, keep_zeros=True) is own
+    assert zeros_to_keep(model, trained, selected, keep_zeros=True) is selected
 
 
-def test_the_new_classifier_is_of_the_seed(pruned):
+def test_the_new_classifier_depends_on_the_seed(pruned):
     source = pruned("channel-magnitude")
     heads = [
         initial_model(Params.model_validate(settings(source) | {"seed": seed})).model.get_classifier().weight
@@ -145,8 +145,8 @@ def test_the_new_classifier_is_of_the_seed(pruned):
 def test_with_the_same_classes_the_classifier_is_kept(pruned):
     source = pruned("channel-magnitude")
     for args in ({}, {"num_classes": 10}):
-        begun = initial_model(Params.model_validate(settings(source, model__args=args, dense__train=None)))
-        assert torch.equal(begun.model.head.weight, vitprune.load(source).head.weight)
+        start = initial_model(Params.model_validate(settings(source, model__args=args, dense__train=None)))
+        assert torch.equal(start.model.head.weight, vitprune.load(source).head.weight)
 
 
 REFUSED = [
@@ -160,9 +160,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), REFUSED, ids=lambda value: next(iter(value)) if value else "")
-def test_what_does_not_fit_the_checkpoint_is_named(change, told, pruned, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda value: next(iter(value)) if value else "")
+def test_settings_that_do_not_fit_the_checkpoint_are_named(change, message, pruned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    with pytest.raises(BadInput, match=f"^{told}"):
+    with pytest.raises(BadInput, match=f"^{message}"):
         initial_model(Params.model_validate(settings(pruned("channel-magnitude"), **change)))

@@ -96,7 +96,7 @@ def closure(stage: str) -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in reached}
 
 
-def test_the_stages_are_those_of_the_command_line_in_order():
+def test_stages_equal_the_command_line_in_order():
     assert list(STAGES) == [*stages.STAGES, "report"]
     assert all(stage["cmd"] == f"vitprune {name}" for name, stage in STAGES.items())
 
@@ -134,7 +134,7 @@ def test_dependencies_are_found_through_functions_and_packages():
     assert "vitprune/errors.py" not in closure("score")
 
 
-def test_code_dependencies_are_there():
+def test_code_dependencies_exist():
     code = {dep for stage in STAGES for dep in code_deps(stage)}
     assert len(code) > 15
     assert [dep for dep in code if not (ROOT / dep).exists()] == []

@@ -1,4 +1,4 @@
-"""The authors' score lists go through select and head merging and give the authors' index lists."""
+"""The authors' score lists, selected with merged heads, give the authors' index lists."""
 
 import json
 from pathlib import Path
@@ -26,17 +26,17 @@ def write(path: Path, values: list[object]) -> Path:
 
 
 def drawn(units: int, median: float, spread: float, seed: int, noise: float = 0.0) -> list[float]:
-    """Sums of KL as the authors print them: log-normal float32, and around zero where there is only noise."""
+    """Return KL sums in the authors' format: log-normal float32, or noise around zero."""
     generator = torch.Generator().manual_seed(seed)
     values = median * torch.exp(spread * torch.randn(units, generator=generator))
     return (values - noise * torch.rand(units, generator=generator)).float().tolist()
 
 
 def naive_list(scores: list[float], remove: int, runs: int = 1) -> list[int]:
-    """The ranking in plain Python: sort each run of consecutive units, stably, and name the first ones."""
+    """Return the ranking in plain Python: stable sort of each run of consecutive units, lowest first."""
     size = len(scores) // runs
-    places = [range(run * size, (run + 1) * size) for run in range(runs)]
-    return [unit for place in places for unit in sorted(place, key=lambda at: scores[at])[: remove // runs]]
+    positions = [range(run * size, (run + 1) * size) for run in range(runs)]
+    return [unit for index in positions for unit in sorted(index, key=lambda at: scores[at])[: remove // runs]]
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
@@ -46,16 +46,16 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert read_scores(path, "authors_compat").tolist() == [0.25, 5.0, 6.0, 6.0, 1288.1, 0.5, 3.0, 5.0]
 
 
-def test_the_authors_parsing_keeps_what_is_worth_least(tmp_path: Path) -> None:
+def test_authors_parsing_misreads_exponents(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", ["0.3", "4.1e-05", "0.2", "8.5e-06", "0.1", "0.1"])
-    found = {}
+    result = {}
     for parsing in ("correct", "authors_compat"):
         scores = {"a": read_scores(path, parsing)}
-        found[parsing] = removal_lists(scores, select(scores, 0.5, "layer"))["a"]
-    assert found == {"correct": [3, 1, 4], "authors_compat": [4, 5, 2]}
+        result[parsing] = removal_lists(scores, select(scores, 0.5, "layer"))["a"]
+    assert result == {"correct": [3, 1, 4], "authors_compat": [4, 5, 2]}
 
 
-def test_merged_heads_are_one_run_each_by_hand() -> None:
+def test_lists_of_merged_heads_by_hand() -> None:
     scores = {"attn": torch.tensor([[5.0, 1.0, 3.0, 2.0], [0.1, 0.4, 0.2, 0.2]])}
     masks = select(scores, 0.5, "head")
     assert removal_lists(scores, masks) == {"attn": [1, 3, 4, 6]}
@@ -64,7 +64,7 @@ def test_merged_heads_are_one_run_each_by_hand() -> None:
 @pytest.mark.parametrize("parsing", ["correct", "authors_compat"])
 @pytest.mark.parametrize(("kept", "heads"), [(192, 3), (384, 6)], ids=["T", "S"])
 def test_lists_of_deit_base(tmp_path: Path, kept: int, heads: int, parsing: str) -> None:
-    """All 25 lists of one set, with the spread of the released ones; the first block's FFN is almost only noise."""
+    """All 25 lists, with the spread of the released ones; the FFN of the first block is almost only noise."""
     lists: dict[str, list[float]] = {"residual": drawn(768, 1.06, 0.5, 0)}
     write(tmp_path / "importance/Deit_base_12_neck_768_kl_5k.txt", lists["residual"])
     write(tmp_path / "Deit_base_12_neck_768_kl_5k_192.txt", [1, 2, 3])  # an index list beside them is not read
@@ -78,17 +78,17 @@ def test_lists_of_deit_base(tmp_path: Path, kept: int, heads: int, parsing: str)
     groups = merge_heads(base, find_groups(base, ["residual", "attention", "ffn"]), heads)
     scores = read_all(tmp_path, groups, parsing)
     masks = masks_at(groups, scores, 1 - kept / 768)
-    found = removal_lists(scores, masks)
+    result = removal_lists(scores, masks)
     for group in groups:
         parsed = scores[group.name].flatten().tolist()
-        assert found[group.name] == naive_list(
+        assert result[group.name] == naive_list(
             parsed, group.units * (768 - kept) // 768, group.shape[0] if len(group.shape) > 1 else 1
         )
-        again = read_mask(write(tmp_path / "index.txt", found[group.name]), group)
+        again = read_mask(write(tmp_path / "index.txt", result[group.name]), group)
         assert torch.equal(again, masks[group.name])
         if parsing == "correct":
             assert parsed == lists[group.name]
-    assert {len(runs(found[f"blocks.{block}.attn"], 768 // heads)) for block in range(12)} == {heads}
+    assert {len(runs(result[f"blocks.{block}.attn"], 768 // heads)) for block in range(12)} == {heads}
     shrink(base, groups, masks)
     assert sum(p.numel() for p in base.parameters()) == {192: 5_717_416, 384: 22_050_664}[kept]
 
@@ -101,13 +101,13 @@ def masks_at(groups: list[Group], scores: dict[str, Tensor], share: float) -> di
 
 
 def runs(units: list[int], width: int) -> list[list[int]]:
-    """Neighbours of one merged head, in the order of the list."""
-    found: list[list[int]] = []
+    """Return the channels of each merged head, in list order."""
+    result: list[list[int]] = []
     for unit in units:
-        if not found or found[-1][-1] // width != unit // width:
-            found.append([])
-        found[-1].append(unit)
-    return found
+        if not result or result[-1][-1] // width != unit // width:
+            result.append([])
+        result[-1].append(unit)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ def runs(units: list[int], width: int) -> list[list[int]]:
         (["inf"], "not a finite number"),
     ],
 )
-def test_what_is_no_list_of_scores_is_refused(tmp_path: Path, lines: list[str], why: str) -> None:
+def test_invalid_score_lists_are_refused(tmp_path: Path, lines: list[str], why: str) -> None:
     with pytest.raises(BadInput, match=why):
         read_scores(write(tmp_path / "a.txt", list(lines)))
 
 
-def test_missing_and_doubtful_lists_are_named(tmp_path: Path, vit: nn.Module) -> None:
+def test_missing_and_ambiguous_lists_are_named(tmp_path: Path, vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     with pytest.raises(BadInput, match=r"expected one list \*_ffn_192_kl_0_\*k.txt for blocks.0.mlp, found none$"):
         read_all(tmp_path, groups)
@@ -148,7 +148,7 @@ def test_an_index_list_of_another_group_is_refused(tmp_path: Path, vit: nn.Modul
         read_mask(write(tmp_path / "a.txt", list(lines)), find_groups(vit, ["ffn"])[0])
 
 
-def test_imported_lists_decide_the_first_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_scores_select_the_first_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"name": "vit_tiny_patch16_224", "args": VIT}
     prune = {"method": "upvits-literal", "kinds": ["ffn"], "sparsity": 0.5}
     settings = {"dataset": {"source": "digits"}, "model": model, "dense": {"start": "train"}, "prune": prune}

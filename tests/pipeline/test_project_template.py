@@ -1,4 +1,4 @@
-"""`vitprune init`: what it writes, what it refuses, and that the project works with nothing but the package."""
+"""`vitprune init`: written files, refused choices, and a project that works with the installed package only."""
 
 import json
 import os
@@ -35,16 +35,16 @@ def repro(project: Path, stage: str) -> str:
 
 
 def write_folder(root: Path, names: str = "ab") -> Path:
-    """Write six real digits a class as root/CLASS/NUMBER.png."""
+    """Write six digits per class as root/CLASS/NUMBER.png."""
     digits = data.open_source("digits")
     for label, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        for number in [row for row, found in enumerate(digits.labels) if found == label][:6]:
+        for number in [row for row, result in enumerate(digits.labels) if result == label][:6]:
             (root / name / f"{number}.png").write_bytes(digits.read(digits.ids[number]))
     return root
 
 
-def test_a_project_of_digits_is_the_demo(tmp_path: Path) -> None:
+def test_a_digits_project_equals_the_demo(tmp_path: Path) -> None:
     project = tmp_path / "deep" / "project"
     create_project(project, Choice())
     assert (project / "params.yaml").read_text() == (REPOSITORY / "params.yaml").read_text()
@@ -66,7 +66,7 @@ def test_a_project_of_digits_is_the_demo(tmp_path: Path) -> None:
     assert not list(project.glob("*.partial"))
 
 
-def test_dvc_runs_the_first_stage_and_git_sees_the_numbers_only(tmp_path: Path) -> None:
+def test_dvc_runs_the_first_stage_and_git_has_only_metrics(tmp_path: Path) -> None:
     create_project(tmp_path, Choice())
     assert "Running stage 'dataset'" in repro(tmp_path, "dataset")
     assert json.loads((tmp_path / "metrics/dataset.json").read_text())["classes"] == 10
@@ -118,7 +118,7 @@ def test_every_method_has_settings_that_can_be_planned(tmp_path: Path, source: s
     assert "# vitprune methods lists them" in (tmp_path / "params.yaml").read_text()
 
 
-def test_what_is_there_stays(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     (tmp_path / "README.md").write_text("mine\n")
     (tmp_path / ".gitignore").write_text("/out/\n/mine/")
@@ -135,7 +135,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     assert (tmp_path / "params.yaml").read_bytes() == before
 
 
-def test_inside_a_larger_repository_dvc_has_a_part_of_its_own(tmp_path: Path) -> None:
+def test_inside_a_larger_repository_dvc_uses_a_subdirectory(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     create_project(tmp_path / "project", Choice())
     assert not (tmp_path / "project/.git").exists()
@@ -153,14 +153,14 @@ def test_inside_a_larger_repository_dvc_has_a_part_of_its_own(tmp_path: Path) ->
         (Choice(classes=3), "--classes 3: digits has 10 classes"),
     ],
 )
-def test_a_choice_that_cannot_be_used_leaves_nothing(tmp_path: Path, choice: Choice, message: str) -> None:
+def test_invalid_choices_leave_no_files(tmp_path: Path, choice: Choice, message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         create_project(tmp_path / "project", choice)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "project").exists()
 
 
-def test_a_file_is_no_directory(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="file: is a file; give a directory"):
         create_project(tmp_path / "file", Choice())
@@ -175,7 +175,7 @@ def test_a_project_from_a_recipe_has_all_of_its_settings(tmp_path: Path) -> None
     assert load_params(tmp_path / "project/params.yaml") == load_params(recipe)
 
 
-def test_the_wheel_brings_all_that_init_needs(tmp_path: Path) -> None:
+def test_the_wheel_contains_all_files_of_init(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",

@@ -19,7 +19,7 @@ def holding(
     return {gate.name: gate.holds for gate in verdict(paired, gates, speedup, size, "champion")}
 
 
-def test_the_exact_test_is_a_binomial_tail() -> None:
+def test_mcnemar_test_equals_a_binomial_tail() -> None:
     assert McNemarTable(90, 5, 1, 4).p_worse == 7 / 64  # (1 + 6) / 2^6
     assert McNemarTable(90, 0, 0, 10).p_worse == 1.0
     assert McNemarTable(90, 1, 5, 4).p_worse == 63 / 64
@@ -28,7 +28,7 @@ def test_the_exact_test_is_a_binomial_tail() -> None:
     assert large.p_worse == pytest.approx(0.5 * math.erfc(-z / math.sqrt(2)), rel=0.01)
 
 
-def test_each_gate_holds_up_to_its_number() -> None:
+def test_each_gate_passes_up_to_its_limit() -> None:
     worse = McNemarTable(90, 5, 1, 4)  # 4 points, p = 0.109
     assert holding(worse, PromotionGates(max_accuracy_loss=4.0)) == {"accuracy": True, "paired test": True}
     assert holding(worse, PromotionGates(max_accuracy_loss=3.9)) == {"accuracy": False, "paired test": True}
@@ -44,18 +44,18 @@ def test_each_gate_holds_up_to_its_number() -> None:
 
 
 @pytest.mark.parametrize("text", ["max_loss: 1", "alpha: 2", "max_size: big", "max_size: 0", "[1", "min_speedup: -1"])
-def test_gates_that_cannot_be_are_refused_by_name(tmp_path: Path, text: str) -> None:
+def test_invalid_gates_are_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "gates.yaml").write_text(text)
     with pytest.raises(BadInput, match=r"gates\.yaml: "):
         load_gates(tmp_path / "gates.yaml")
 
 
-def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
+def test_default_gates_without_a_file(tmp_path: Path) -> None:
     assert load_gates(tmp_path / "gates.yaml") == PromotionGates()
 
 
 @pytest.mark.pipeline
-def test_a_champion_is_held_against_the_challenger_on_the_same_images(
+def test_champion_and_challenger_are_compared_on_the_same_images(
     finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = finished_project

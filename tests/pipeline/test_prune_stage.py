@@ -1,4 +1,4 @@
-"""Gradual pruning whole: zeros that only grow, an optimizer that knows nothing of what is held, a model per cycle."""
+"""Gradual pruning in the stage: cumulative zeros, optimizer state of pruned weights, one model per cycle."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ STEPS = [0.5, 0.6, 0.75, 0.9]
 
 @pytest.fixture
 def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every optimizer that training makes."""
+    """Record every optimizer that training creates."""
     made: list[Any] = []
     create: Callable[..., Any] = optimizing.create_optimizer_v2
 
@@ -65,7 +65,7 @@ def halved(model: nn.Module) -> FrozenZeros:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "nadamw", "lamb", "lion"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_what_is_held_leaves_nothing_in_the_optimizer(
+def test_optimizer_moments_of_kept_zeros_are_zero(
     vit: nn.Module, optimizers: list[Any], optimizer: str, ema: float
 ) -> None:
     held = halved(vit)
@@ -83,7 +83,7 @@ def test_what_is_held_leaves_nothing_in_the_optimizer(
 
 
 @pytest.mark.parametrize("clip", [0.05, None])
-def test_held_gradients_do_not_count_when_clipping(clip: float | None) -> None:
+def test_gradients_of_kept_zeros_do_not_count_in_clipping(clip: float | None) -> None:
     def through(how: str) -> dict[str, Tensor]:
         model = tiny("vit")
         held = halved(model)
@@ -98,7 +98,7 @@ def test_held_gradients_do_not_count_when_clipping(clip: float | None) -> None:
     assert all(torch.equal(plain[name], hooked[name]) for name in plain)
 
 
-def test_the_rate_falls_once_over_all_cycles_or_anew_in_each(vit: nn.Module) -> None:
+def test_the_learning_rate_decays_over_the_run_or_in_every_cycle(vit: nn.Module) -> None:
     recipe = TrainConfig(epochs=2, lr=0.01, min_lr=0.001, decay="linear")
     anew = [fit(vit, recipe)[1]["lr"] for _ in range(2)]
     assert anew == pytest.approx([0.001, 0.001])
@@ -107,21 +107,21 @@ def test_the_rate_falls_once_over_all_cycles_or_anew_in_each(vit: nn.Module) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
-def test_what_an_optimizer_keeps_is_as_if_it_had_gone_on(optimizer: str) -> None:
-    """Two trainings of one epoch, the second at the rate of the first, against one of two epochs."""
+def test_kept_optimizer_state_equals_uninterrupted_training(optimizer: str) -> None:
+    """Two trainings of one epoch with equal learning rates equal one training of two epochs."""
     recipe = TrainConfig(epochs=1, lr=0.01, decay="linear", decay_over="run", optimizer=optimizer)
-    found = []
+    result = []
     for parts in ([2], [1, 1]):
         model, memory, before = tiny("vit"), {}, 0
         held = halved(model)
         for epochs in parts:
             fit(model, recipe.model_copy(update={"epochs": epochs}), held, ScheduleSpan(before, 6, memory))
             before += 3 * epochs
-        found.append(state(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        result.append(state(model))
+    assert all(torch.equal(result[0][name], result[1][name]) for name in result[0])
 
 
-def test_what_an_optimizer_knew_of_the_newly_pruned_is_forgotten(vit: nn.Module, optimizers: list[Any]) -> None:
+def test_optimizer_state_of_newly_pruned_weights_is_zeroed(vit: nn.Module, optimizers: list[Any]) -> None:
     memory: dict[str, dict[str, Any]] = {}
     recipe = TrainConfig(epochs=1, lr=0.01)
     fit(vit, recipe, span=ScheduleSpan(0, 3, memory))
@@ -135,7 +135,7 @@ def test_what_an_optimizer_knew_of_the_newly_pruned_is_forgotten(vit: nn.Module,
         assert known["exp_avg_sq"][mask].all()
 
 
-def test_a_parameter_that_was_cut_starts_anew() -> None:
+def test_optimizer_state_of_a_resized_parameter_restarts() -> None:
     model, memory = tiny("vit"), {}
     fit(model, TrainConfig(epochs=1, lr=0.01), span=ScheduleSpan(0, 3, memory))
     cut = vitprune.prune(model, "channel-magnitude", sparsity={"ffn": 0.5}).model
@@ -145,20 +145,20 @@ def test_a_parameter_that_was_cut_starts_anew() -> None:
     assert steps["blocks.0.attn.qkv.weight"] == 6
 
 
-def test_the_epsilon_is_the_optimizers(vit: nn.Module, optimizers: list[Any]) -> None:
+def test_eps_is_passed_to_the_optimizer(vit: nn.Module, optimizers: list[Any]) -> None:
     fit(vit, TrainConfig(epochs=1, lr=0.01, eps=1e-5))
     assert {group["eps"] for group in optimizers[0].param_groups} == {1e-5}
 
 
 def compensating(model: nn.Module, groups: list, data: object, setting: ScoringContext) -> Importance:
-    """Magnitude, and an update that moves every weight, gone or not, by what its row loses."""
+    """Magnitude with an update that adds the removed sum of each row to all its weights, pruned ones included."""
 
     def update(masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
+        result = {}
         for name, mask in masks.items():
             weight = model.get_parameter(name).detach()
-            found[name] = weight + (weight * ~mask).mean(1, keepdim=True) + 1e-3
-        return found
+            result[name] = weight + (weight * ~mask).mean(1, keepdim=True) + 1e-3
+        return result
 
     return Importance(by_weights.magnitude(model, groups, data, setting).scores, update)
 
@@ -175,14 +175,14 @@ def test_zeros_only_grow_over_four_cycles_with_and_without_update(
     for cycle in prune_cycles(vit, plan, batches(vit, 2, 8)):
         fit(vit, recipe, FrozenZeros(cycle.zeroed, cycle.masks))
         now = {group.name: vit.get_parameter(group.name).detach() == 0 for group in cycle.groups}
-        assert all(torch.equal(gone, ~cycle.masks[name]) for name, gone in now.items())
-        assert all(bool(now[name][gone].all()) for name, gone in before.items())
+        assert all(torch.equal(removed, ~cycle.masks[name]) for name, removed in now.items())
+        assert all(bool(now[name][removed].all()) for name, removed in before.items())
         before = now
-        zeros.append(sum(int(gone.sum()) for gone in now.values()))
+        zeros.append(sum(int(removed.sum()) for removed in now.values()))
     assert zeros == [int(share * 55296 + 0.5) for share in STEPS]
 
 
-def test_every_cycle_leaves_its_recovered_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_cycle_saves_its_fine_tuned_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["args"] |= {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 16}
     short = {"epochs": 1, "batch_size": 64, "lr": 0.003, "min_lr": 0.0003, "augment": "digits"}
@@ -216,8 +216,8 @@ def test_every_cycle_leaves_its_recovered_model(monkeypatch: pytest.MonkeyPatch,
         folder = tmp_path / f"out/cycles/{cycle:02d}"
         facts, model = json.loads((folder / "metrics.json").read_text()), models.load(folder)
         table = table or open_images("eval", model, load_params(Path("params.yaml")))
-        found = accuracy(model, vitprune.data.eval_batches(table, 256))[0]["top1"]
-        assert (found, sha256(folder / models.WEIGHTS)) == (facts["top1_after"], facts["sha256"])
+        result = accuracy(model, vitprune.data.eval_batches(table, 256))[0]["top1"]
+        assert (result, sha256(folder / models.WEIGHTS)) == (facts["top1_after"], facts["sha256"])
         masks = load_file(folder / "masks.safetensors")
         assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in masks.items())
         units = sum(mask.numel() for mask in masks.values())

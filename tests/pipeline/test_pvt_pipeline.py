@@ -1,4 +1,4 @@
-"""A small PVTv2 on the real digits through the stages: trained, scored, cut in every kind, and taught by features."""
+"""A small PVTv2 on the digits through the stages: trained, scored, pruned in every kind, distilled by features."""
 
 import json
 from pathlib import Path
@@ -40,18 +40,18 @@ def project_in(path: Path) -> Path:
     return path
 
 
-def test_a_pvt_is_cut_and_taught_by_features(monkeypatch, tmp_path: Path) -> None:
+def test_a_pvt_is_pruned_and_distilled_by_features(monkeypatch, tmp_path: Path) -> None:
     project = project_in(tmp_path / "project")
     for stage in stages.STAGES:
         monkeypatch.chdir(project)
         stages.run(stage, project)
     names = ("prune", "evaluate", "export")
-    told = {name: json.loads((project / f"metrics/{name}.json").read_text()) for name in names}
-    dense, taught = told["evaluate"]["dense"], told["evaluate"]["pruned"]
+    message = {name: json.loads((project / f"metrics/{name}.json").read_text()) for name in names}
+    dense, taught = message["evaluate"]["dense"], message["evaluate"]["pruned"]
     assert dense["top1"] > 70
-    assert taught["top1"] > told["prune"]["top1"] + 5
-    assert told["evaluate"]["kept"]["macs"] < 0.55
-    assert told["export"]["timm"] == {"loads_plain_timm": True, "max_abs_diff": 0.0}
+    assert taught["top1"] > message["prune"]["top1"] + 5
+    assert message["evaluate"]["kept"]["macs"] < 0.55
+    assert message["export"]["timm"] == {"loads_plain_timm": True, "max_abs_diff": 0.0}
     model, x = vitprune.load(project / "out/distill"), torch.randn(2, 1, 32, 32)
     assert not any(isinstance(module, NarrowPvtAttention) for module in model.modules())
     plain = timm.create_model(f"local-dir:{project / 'out/export/timm'}", pretrained=True).eval()
@@ -59,7 +59,7 @@ def test_a_pvt_is_cut_and_taught_by_features(monkeypatch, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "vit_tiny_patch16_224"])
-def test_a_project_of_digits_takes_models_of_any_and_of_a_fixed_size(name: str) -> None:
+def test_digits_projects_with_models_of_any_and_of_a_fixed_input_size(name: str) -> None:
     text = new_params.render((ROOT / "params.yaml").read_text(), "digits", name, "channel-taylor", None)
     model = Params.model_validate(yaml.safe_load(text)).model
     assert data.example_input(models.create(model.name, model.args), 2).shape == (2, 1, 32, 32)

@@ -1,4 +1,4 @@
-"""Scores shared among real processes, and taken up after a SIGKILL."""
+"""Scoring in several processes, and resumed scoring after SIGKILL."""
 
 import subprocess
 import sys
@@ -45,17 +45,17 @@ def done_in(directory: Path) -> int:
 
 
 @pytest.mark.parametrize("criterion", [fisher_kl, taylor])
-def test_the_sum_over_batches_is_the_score_of_all(vit: nn.Module, tmp_path: Path, criterion) -> None:
+def test_scores_are_sums_over_batches(vit: nn.Module, tmp_path: Path, criterion) -> None:
     groups, data = find_groups(vit, ["ffn", "head"]), batches(vit, 3)
     work = score_stage.ScoringJob(criterion, groups, data, context(fisher_directions=2))
-    found = work.importance(vit, True, tmp_path, ProcessGroup()).scores
+    result = work.importance(vit, True, tmp_path, ProcessGroup()).scores
     expected = criterion(vit, groups, data, work.context).scores
     for name, score in expected.items():
-        assert found[name].shape == score.shape
-        torch.testing.assert_close(found[name], score, rtol=1e-12, atol=1e-18)
+        assert result[name].shape == score.shape
+        torch.testing.assert_close(result[name], score, rtol=1e-12, atol=1e-18)
 
 
-def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_path: Path) -> None:
+def test_partial_sums_are_resumed_only_by_the_same_job(vit: nn.Module, tmp_path: Path) -> None:
     groups, data = find_groups(vit, ["ffn"]), batches(vit, 3)
     work = score_stage.ScoringJob(fisher_kl, groups, data, DEFAULT_CONTEXT)
     first = work.importance(vit, True, tmp_path, ProcessGroup()).scores
@@ -81,7 +81,7 @@ def test_partial_sums_are_taken_up_only_by_the_same_work(vit: nn.Module, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_and_taken_up_by_two_processes_it_is_the_same_to_the_bit(vit: nn.Module, tmp_path: Path) -> None:
+def test_scores_are_bit_identical_after_a_kill_and_resume_by_two_processes(vit: nn.Module, tmp_path: Path) -> None:
     victim = worker(tmp_path, seconds=0.5)
     while done_in(tmp_path) < 2:
         assert victim.poll() is None
@@ -93,9 +93,9 @@ def test_killed_and_taken_up_by_two_processes_it_is_the_same_to_the_bit(vit: nn.
     assert worker(tmp_path, together=True).wait(120) == 0
     assert done_in(tmp_path) == 5
     work = score_stage.ScoringJob(fisher_kl, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULT_CONTEXT)
-    found = load_file(tmp_path / "scores.safetensors")
+    result = load_file(tmp_path / "scores.safetensors")
     expected = work.importance(vit, True, tmp_path / "other", ProcessGroup()).scores
-    assert all(torch.equal(found[name], score) for name, score in expected.items())
+    assert all(torch.equal(result[name], score) for name, score in expected.items())
 
 
 def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -112,48 +112,48 @@ def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert list((project / ".vitprune" / "partial").iterdir()) == []
 
 
-def test_two_processes_share_the_gradients_and_the_blocks(vit: nn.Module, tmp_path: Path) -> None:
+def test_two_processes_divide_gradients_and_blocks(vit: nn.Module, tmp_path: Path) -> None:
     command = [*TOGETHER, str(ROOT / "tests/support/cap_worker.py"), str(tmp_path)]
     subprocess.run(command, env=ONE_THREAD, check=True, timeout=120)
     for kind in KINDS:
         expected = ovit(vit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind)).scores
-        found = load_file(tmp_path / f"{kind}.safetensors")
-        assert list(found) == sorted(expected)
+        result = load_file(tmp_path / f"{kind}.safetensors")
+        assert list(result) == sorted(expected)
         for name, score in expected.items():
-            torch.testing.assert_close(found[name], score, rtol=1e-6, atol=0)
+            torch.testing.assert_close(result[name], score, rtol=1e-6, atol=0)
     score_stage.clear_partial(tmp_path / "partial")
     assert list((tmp_path / "partial").iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_broken_off_anywhere_are_taken_up(
+def test_interrupted_block_scoring_resumes(
     vit: nn.Module, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each start gets a few additions further, and at the end all is as if nothing had happened."""
+    """Each start computes a few parts more; the result equals that of an uninterrupted run."""
     work = score_stage.ScoringJob(ovit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind))
     monkeypatch.setattr(score_stage.PartialScoreStore, "due", lambda notebook: True)
     monkeypatch.setattr(gradients, "GRADIENTS_AT_ONCE", 1)
     expected = ovit(vit, work.groups, work.batches, work.context).scores
-    left, add = [0], fisher_blocks.add_outer_products
+    remaining, add = [0], fisher_blocks.add_outer_products
 
     def breaking(total: torch.Tensor, values: torch.Tensor) -> None:
-        if not left[0]:
+        if not remaining[0]:
             raise KeyboardInterrupt
-        left[0] -= 1
+        remaining[0] -= 1
         add(total, values)
 
     monkeypatch.setattr(fisher_blocks, "add_outer_products", breaking)
-    starts, found = 0, None
-    while found is None:
-        left[0], starts = 7, starts + 1
+    starts, result = 0, None
+    while result is None:
+        remaining[0], starts = 7, starts + 1
         assert starts < 30
         with suppress(KeyboardInterrupt):
-            found = work.importance(vit, False, tmp_path, ProcessGroup(), collective=True)
+            result = work.importance(vit, False, tmp_path, ProcessGroup(), collective=True)
     assert starts > 3
-    assert all(torch.equal(found.scores[name], score) for name, score in expected.items())
+    assert all(torch.equal(result.scores[name], score) for name, score in expected.items())
 
 
-def test_what_is_no_sum_is_scored_by_one_process(vit: nn.Module, tmp_path: Path) -> None:
+def test_criteria_that_are_no_sum_use_one_process(vit: nn.Module, tmp_path: Path) -> None:
     work = score_stage.ScoringJob(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_CONTEXT)
     assert work.importance(vit, False, tmp_path, ProcessGroup()) is not None
     with pytest.raises(BadInput, match=r"^magnitude: its scores are no sums over images; use one process$"):

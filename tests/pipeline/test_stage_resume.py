@@ -1,4 +1,4 @@
-"""Stages that are killed anywhere, and end where they would have ended."""
+"""Stages killed at any moment give the result of an uninterrupted run."""
 
 import json
 import os
@@ -27,11 +27,11 @@ KEPT = Path(".vitprune/resume")
 
 
 class Broken(BaseException):
-    """Stands for a kill: nothing after it is done."""
+    """Simulates a kill: nothing is executed after it."""
 
 
 def project_in(path: Path, **prune: object) -> Path:
-    """A project whose model is as small as can be, up to the stage `mask`."""
+    """Create a project with a minimal model and run the stages up to `mask`."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["args"] |= {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 16}
     params["dense"]["train"], params["calibrate"]["size"] = RECIPE | {"epochs": 1}, 50
@@ -50,7 +50,7 @@ def written(project: Path) -> dict[str, str]:
 
 
 def emptied(project: Path, stage: str) -> None:
-    """What DVC does before it starts a stage again."""
+    """Remove the outputs of a stage, as DVC does before it runs the stage again."""
     for name in ("out/prune", "out/cycles") if stage == "prune" else (f"out/{stage}",):
         shutil.rmtree(project / name, ignore_errors=True)
 
@@ -71,26 +71,26 @@ def ends(project: Path) -> dict[str, str]:
     ],
     ids=["taylor", "ovit", "upvits"],
 )
-def test_stages_broken_off_at_every_few_writings_end_the_same(
+def test_stages_interrupted_at_file_writes_give_identical_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: dict
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project", **prune)
     expected = ends(project)
-    left, save = [0], CheckpointStore.save
+    remaining, save = [0], CheckpointStore.save
 
     def breaking(*args, **kwargs):
         saved = save(*args, **kwargs)
-        left[0] -= 1
-        if not left[0]:
+        remaining[0] -= 1
+        if not remaining[0]:
             raise Broken
         return saved
 
     monkeypatch.setattr(CheckpointStore, "save", breaking)
     for stage, number in [("prune", 1), ("prune", 4), ("prune", 8), ("distill", 2)]:
         emptied(project, stage)
-        left[0] = number
+        remaining[0] = number
         with pytest.raises(Broken):
             stages.run(stage, project)
         if (stage, number) in [("prune", 8), ("distill", 2)]:
@@ -100,18 +100,18 @@ def test_stages_broken_off_at_every_few_writings_end_the_same(
     assert list((project / KEPT).iterdir()) == []
 
 
-def test_a_cycle_that_was_lost_is_done_again(
+def test_a_lost_cycle_is_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project")
-    expected, write, left = ends(project), Checkpointer.write, [8]
+    expected, write, remaining = ends(project), Checkpointer.write, [8]
 
     def breaking(saver, snapshot):
         write(saver, snapshot)
-        left[0] -= 1
-        if not left[0]:
+        remaining[0] -= 1
+        if not remaining[0]:
             raise Broken
 
     monkeypatch.setattr(Checkpointer, "write", breaking)
@@ -128,13 +128,13 @@ def test_a_cycle_that_was_lost_is_done_again(
     weights = work / "01-done/000001/model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     emptied(project, "prune")
-    starts = left[0] = 0
+    starts = remaining[0] = 0
     assert ends(project) == expected
     assert starts == 0
     assert f"{weights.relative_to(project)}: checksum mismatch; ignored" in capsys.readouterr().err
 
 
-def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_start_from_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     project = project_in(tmp_path / "project", finetune=None)
     monkeypatch.setenv(INTERVAL_ENV, "0")
@@ -151,7 +151,7 @@ def test_another_setting_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(keys) == 2
 
 
-def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_batch_is_named_and_the_last_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(INTERVAL_ENV, "0")
     project = project_in(tmp_path / "project")
@@ -160,11 +160,11 @@ def test_a_bad_batch_is_named_and_the_last_good_state_stays(tmp_path: Path, monk
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     with pytest.raises(BadInput, match=r"^recovery after cycle 1, epoch 1, step 2: the loss is ") as refused:
         stages.run("prune", project)
-    told = str(refused.value)
-    assert "\n" not in told
+    message = str(refused.value)
+    assert "\n" not in message
     table = open_images("train", models.load("out/dense"), load_params(Path("params.yaml")))
     ids = data.batch_ids(table, 512, 1000, 0, 1)
-    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last checkpoint is {KEPT}/prune-" in told
+    assert f"; its images: {', '.join(ids[:8])} and 504 more; the last checkpoint is {KEPT}/prune-" in message
     images, _ = list(data.train_batches(table, 512, 1000, 0))[1]
     assert len(ids) == len(images) == len(set(ids))
 
@@ -180,7 +180,7 @@ def lines(path: Path) -> int:
 
 
 def kept_in(project: Path, name: str) -> int:
-    """The number of the last checkpoint."""
+    """Return the number of the latest checkpoint."""
     return max((int(path.name) for path in (project / KEPT).glob(f"*/{name}/*") if path.name.isdecimal()), default=0)
 
 
@@ -206,10 +206,10 @@ def test_sigkill_and_sigterm_while_a_stage_runs(tmp_path: Path, monkeypatch: pyt
     ended = start(project, "prune", "60")  # SIGTERM, long before the next is due
     wait_for(ended, lambda: lines(project / "out/prune/history.jsonl") > 4)
     ended.terminate()
-    told = ended.communicate(timeout=300)[1]
-    assert ended.returncode == 143, told
-    assert told.startswith("Error: stopped by SIGTERM, checkpoint saved at epoch ")
-    assert told.count("\n") == 1
+    message = ended.communicate(timeout=300)[1]
+    assert ended.returncode == 143, message
+    assert message.startswith("Error: stopped by SIGTERM, checkpoint saved at epoch ")
+    assert message.count("\n") == 1
     emptied(project, "prune")
     stages.run("prune", project)
     assert written(project) == expected

@@ -1,4 +1,4 @@
-"""The stages one after the other in a project directory, on the real digits, without DVC or Prefect."""
+"""The stages in sequence in a project directory, on the digits images, without DVC and Prefect."""
 
 import json
 from pathlib import Path
@@ -36,9 +36,9 @@ def weights_of(project: Path, stage: str = "distill") -> dict:
 
 def test_the_same_seed_twice_gives_bit_identical_masks_and_weights(finish):
     one, two = (finish(name, until="distill") for name in ("one", "two"))
-    found = sorted(path.relative_to(one) for path in (one / "out").rglob("*") if path.is_file())
-    assert len(found) > 15
-    assert [sha256(one / path) for path in found] == [sha256(two / path) for path in found]
+    result = sorted(path.relative_to(one) for path in (one / "out").rglob("*") if path.is_file())
+    assert len(result) > 15
+    assert [sha256(one / path) for path in result] == [sha256(two / path) for path in result]
 
 
 def test_another_seed_gives_other_weights(finish):
@@ -50,7 +50,7 @@ def test_another_seed_gives_other_weights(finish):
     assert sha256(one / "out/dense/model.safetensors") != sha256(two / "out/dense/model.safetensors")
 
 
-def test_zeros_in_the_saved_weights_are_the_masks_of_the_last_cycle_exactly(finish):
+def test_zeros_of_the_saved_weights_equal_the_last_masks(finish):
     project = finish("weights", method="dimap", sparsity=0.5)
     for stage in ("prune", "distill"):
         weights, masks = weights_of(project, stage), load_file(project / "out/cycles/03/masks.safetensors")
@@ -96,7 +96,7 @@ def test_up_vits_merges_heads_and_the_model_loads_in_plain_timm(finish):
     assert {row["kind"]: row["kept"] for row in table} == {"ffn": 96, "attention": 24, "residual": 24}
 
 
-def test_a_cycle_shows_the_scores_that_chose_its_masks_and_what_a_correction_did(finish):
+def test_a_cycle_records_its_scores_and_the_correction(finish):
     one = {"cycles": 1, "finetune": None, "correct_norms": True}
     project = finish("settled", until="prune", method="upvits", sparsity=0.5, **one)
     settled = load_file(project / "out/mask/scores.safetensors")
@@ -107,7 +107,7 @@ def test_a_cycle_shows_the_scores_that_chose_its_masks_and_what_a_correction_did
     assert corrected["nats_after"] <= corrected["nats_before"]
 
 
-def test_one_shot_n_of_m_leaves_two_of_every_four(finish):
+def test_one_shot_two_of_four_keeps_two_of_every_four(finish):
     project = finish("nm", until="prune", method="n:m", sparsity=None, cycles=1)
     for mask in load_file(project / "out/cycles/01/masks.safetensors").values():
         assert (mask.view(-1, 4).sum(dim=1) == 2).all()
@@ -123,8 +123,8 @@ def test_the_stages_on_real_images_and_weights(monkeypatch, tmp_path, real_data)
     monkeypatch.chdir(tmp_path)
     for stage in ORDER:
         stages.run(stage, tmp_path)
-    found = json.loads((tmp_path / "metrics/evaluate.json").read_text())
-    assert found["dense"]["top1"] > 75
-    assert 40 < found["pruned"]["top1"] < found["dense"]["top1"]
-    assert found["dense"]["params"] == 5_717_416
-    assert found["pruned"]["params"] == 5_717_416 - 12 * 192 * (192 + 192 + 1)
+    result = json.loads((tmp_path / "metrics/evaluate.json").read_text())
+    assert result["dense"]["top1"] > 75
+    assert 40 < result["pruned"]["top1"] < result["dense"]["top1"]
+    assert result["dense"]["params"] == 5_717_416
+    assert result["pruned"]["params"] == 5_717_416 - 12 * 192 * (192 + 192 + 1)

@@ -1,4 +1,4 @@
-"""What a sweep's file comes to, and what is refused before anything runs."""
+"""Runs and settings of a sweep file, and refused sweep files."""
 
 from pathlib import Path
 
@@ -12,42 +12,42 @@ ROOT = Path(__file__).parents[2]
 
 
 def runs(tmp_path: Path, **given: object) -> list[Run]:
-    """The runs of a sweep on the demo's settings."""
+    """Return the runs of a sweep with the demo's settings."""
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     return runs_of(read_sweep(tmp_path / "sweep.yaml"), ROOT / "params.yaml")
 
 
 def test_every_method_at_every_target(tmp_path: Path) -> None:
-    found = runs(
+    result = runs(
         tmp_path,
         methods=["channel-taylor", "unit-obs"],
         targets=[0.5, {"macs": 0.4}, {"params": "150K"}, {"ffn": 0.6, "attention": 0.6}],
     )
-    assert [run.name for run in found] == [
+    assert [run.name for run in result] == [
         f"{method}-{target}"
         for method in ("channel-taylor", "unit-obs")
         for target in ("sparsity-0.5", "macs-0.4", "params-150k", "ffn-0.6-attention-0.6")
     ]
-    assert [run.target for run in found[:3]] == ["sparsity 0.5", "macs 0.4", "params 150K"]
+    assert [run.target for run in result[:3]] == ["sparsity 0.5", "macs 0.4", "params 150K"]
     demo = yaml.safe_load((ROOT / "params.yaml").read_text())
     expected = demo["prune"] | {"method": "unit-obs", "sparsity": None, "target": {"macs": 0.4}}
-    assert found[5].params == demo | {"prune": expected}
-    assert found[0].params["prune"]["sparsity"] == 0.5
-    assert found[3].params["prune"]["sparsity"] == {"ffn": 0.6, "attention": 0.6}
+    assert result[5].params == demo | {"prune": expected}
+    assert result[0].params["prune"]["sparsity"] == 0.5
+    assert result[3].params["prune"]["sparsity"] == {"ffn": 0.6, "attention": 0.6}
 
 
 def test_settings_for_all_and_for_one_method(tmp_path: Path) -> None:
-    found = runs(
+    result = runs(
         tmp_path,
         methods={"channel-taylor": None, "lamp": {"cycles": 2}},
         targets=[0.25],
         params={"prune": {"cycles": 1, "finetune": None}, "distill": {"train": None}, "seed": 3},
     )
-    assert [run.params["prune"]["cycles"] for run in found] == [1, 2]
-    assert {run.params["prune"]["finetune"] for run in found} == {None}
-    assert {run.params["seed"] for run in found} == {3}
+    assert [run.params["prune"]["cycles"] for run in result] == [1, 2]
+    assert {run.params["prune"]["finetune"] for run in result} == {None}
+    assert {run.params["seed"] for run in result} == {3}
     before = yaml.safe_load((ROOT / "params.yaml").read_text())["distill"]
-    assert found[0].params["distill"] == before | {"train": None}
+    assert result[0].params["distill"] == before | {"train": None}
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_settings_for_all_and_for_one_method(tmp_path: Path) -> None:
         ({"methods": ["n:m"], "targets": [0.3]}, r"^run n-m-sparsity-0.3: .*removes 0.5"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, given: dict, message: str) -> None:
+def test_invalid_sweeps_are_refused_before_the_first_run(tmp_path: Path, given: dict, message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         runs(tmp_path, **given)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_says_what_to_give(tmp_path: Path) -> None:
+def test_a_missing_sweep_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"none.yaml: no such file; give a file with methods and targets"):
         read_sweep(tmp_path / "none.yaml")

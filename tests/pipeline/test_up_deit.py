@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import answer, images, same_state, state
+from tests.support.model_zoo import images, predict, same_state, state
 from tests.support.plans import plan_for
 from vitprune import save, score, shrink
 from vitprune.config.params import load_params
@@ -20,7 +20,7 @@ STOCK = {"up_deit_small": ("deit_small_patch16_224", 22_050_664), "up_deit_tiny"
 
 @pytest.fixture(scope="module")
 def base() -> nn.Module:
-    """DeiT-Base with random weights, drawn in one go; shared, so work on a copy's groups only."""
+    """Return DeiT-Base with random weights; shared, so change only copies of its groups."""
     with torch.device("meta"):
         model = timm.create_model("deit_base_patch16_224")
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ def base() -> nn.Module:
 
 
 @pytest.mark.parametrize("recipe", STOCK)
-def test_deit_base_becomes_up_deit(base: nn.Module, recipe: str, tmp_path: Path) -> None:
+def test_up_deit_from_deit_base(base: nn.Module, recipe: str, tmp_path: Path) -> None:
     target, parameters = STOCK[recipe]
     pruned = cut(base, load_params(RECIPES / f"{recipe}.yaml").prune)
     assert sum(p.numel() for p in pruned.parameters()) == parameters
@@ -43,11 +43,11 @@ def test_deit_base_becomes_up_deit(base: nn.Module, recipe: str, tmp_path: Path)
     stock.load_state_dict(pruned.state_dict(), strict=True)
     for again in (stock, by_directory):
         assert same_state(again, state(pruned))
-        assert torch.equal(answer(again, x), answer(pruned, x))
+        assert torch.equal(predict(again, x), predict(pruned, x))
 
 
 def cut(base: nn.Module, settings: PruneConfig) -> nn.Module:
-    """Cut the model as a recipe says, by random scores; a new model, the given one keeps its tensors."""
+    """Return a new model, pruned as in a recipe by random scores."""
     with torch.device("meta"):
         model = timm.create_model("deit_base_patch16_224")
     model.load_state_dict(base.state_dict(), assign=True)

@@ -1,4 +1,4 @@
-"""Whole blocks go, and what is left of two neighbours becomes a plain block again."""
+"""Removal of whole blocks and half-blocks; two remaining halves form a hybrid block."""
 
 import copy
 import types
@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from tests.support.model_zoo import VIT, ZOO, answer, batches, images, random_masks, redrawn, same_state, state, tiny
+from tests.support.model_zoo import VIT, ZOO, batches, images, predict, random_masks, redrawn, same_state, state, tiny
 from tests.support.plans import plan_for
 from tests.support.reference_kl import kl
 from vitprune import METHODS, BadInput, data, find_groups, load, prune, save, score, shrink, zero
@@ -35,7 +35,7 @@ def deep(depth: int = 6, seed: int = 0) -> nn.Module:
 
 
 def skipping(model: nn.Module, keep: Tensor) -> nn.Module:
-    """A copy of the model that leaves sub-layers out while it runs; keep: (2 * blocks,), attention and FFN in turn."""
+    """Return a copy of the model without some sub-layers; keep: (2 * blocks,), attention and FFN alternately."""
 
     def forward(self: nn.Module, x: Tensor, is_causal: bool = False) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x), is_causal=is_causal)) if self.with_attention else x
@@ -53,7 +53,7 @@ def run(model: nn.Module, sparsity: object, noise: object, method: str = "upvits
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_every_candidate_is_the_model_that_skips_it(name: str) -> None:
+def test_every_candidate_equals_the_model_without_it(name: str) -> None:
     model = tiny(name)
     (group,), x = find_groups(model, ["block"]), images(model)
     depth = len(model.blocks)
@@ -63,7 +63,7 @@ def test_every_candidate_is_the_model_that_skips_it(name: str) -> None:
         smaller = shrink(copy.deepcopy(model), [group], {"blocks": mask})
         assert [type(block) for block in smaller.blocks] == [Block] * (depth - 1)
         assert [feature["module"] for feature in smaller.feature_info] == [f"blocks.{i}" for i in range(depth - 1)]
-        torch.testing.assert_close(answer(smaller, x), answer(skipping(model, mask), x), **CLOSE)
+        torch.testing.assert_close(predict(smaller, x), predict(skipping(model, mask), x), **CLOSE)
 
 
 def test_candidates_by_hand() -> None:
@@ -71,20 +71,20 @@ def test_candidates_by_hand() -> None:
     (group,) = find_groups(deep(3), ["block"])
     bodies = [paths[0] for paths in group.sublayers]
     assert bodies == [f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("attn", "mlp")]
-    gone = [(~mask_without(group, unit)).nonzero().flatten().tolist() for unit in range(5)]
-    assert gone == [[0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
+    removed = [(~mask_without(group, unit)).nonzero().flatten().tolist() for unit in range(5)]
+    assert removed == [[0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
 
 
-def test_a_language_model_loses_blocks_too() -> None:
+def test_blocks_of_a_language_model() -> None:
     model = redrawn(Decoder(11, 8, 12, 3, 2), 0).double()
     (group,), tokens = find_groups(model, ["block"]), torch.arange(8).view(1, 8)
     for unit in range(group.num_candidates):
         mask = mask_without(group, unit)
         smaller = shrink(copy.deepcopy(model), [group], {"blocks": mask})
-        torch.testing.assert_close(answer(smaller, tokens), answer(skipping(model, mask), tokens), **CLOSE)
+        torch.testing.assert_close(predict(smaller, tokens), predict(skipping(model, mask), tokens), **CLOSE)
 
 
-def test_a_hybrid_block_is_made_of_its_two_halves() -> None:
+def test_a_hybrid_block_consists_of_two_halves() -> None:
     model = redrawn(
         timm.create_model("vit_tiny_patch16_224", **VIT | {"init_values": 0.1, "drop_path_rate": 0.2, "depth": 3}), 0
     )
@@ -101,49 +101,54 @@ def test_a_hybrid_block_is_made_of_its_two_halves() -> None:
     assert len(features) == 2
 
 
-def test_scores_are_the_divergence_of_the_model_that_skips() -> None:
+def test_scores_equal_the_kl_of_the_model_without_the_unit() -> None:
     model = deep(3)
     (group,), noise = find_groups(model, ["block"]), batches(model)
-    found = score(model, [group], "kl-literal", noise)["blocks"]
-    torch.testing.assert_close(score(model, [group], "kl-exact", noise)["blocks"], found, rtol=1e-9, atol=0)
+    result = score(model, [group], "kl-literal", noise)["blocks"]
+    torch.testing.assert_close(score(model, [group], "kl-exact", noise)["blocks"], result, rtol=1e-9, atol=0)
     for unit in range(group.num_candidates):
         other = skipping(model, mask_without(group, unit))
-        expected = sum(kl(answer(model, x), answer(other, x)) for x, _ in noise)
-        assert float(found[unit]) == pytest.approx(expected, rel=1e-9)
-    assert found[-1] == float("inf")
+        expected = sum(kl(predict(model, x), predict(other, x)) for x, _ in noise)
+        assert float(result[unit]) == pytest.approx(expected, rel=1e-9)
+    assert result[-1] == float("inf")
     for criterion in ("magnitude", "taylor"):
         with pytest.raises(BadInput, match=r"^blocks: magnitude and taylor cannot score blocks"):
             score(model, [group], criterion, noise)
 
 
 def progressive(model: nn.Module, noise: list, remove: int) -> Tensor:
-    """The sub-layers that are left after so many removals, each the least divergence from the model before it."""
-    left = torch.ones(2 * len(model.blocks), dtype=torch.bool)
+    """Return the remaining sub-layers after greedy removals, each with the smallest KL to the previous model."""
+    remaining = torch.ones(2 * len(model.blocks), dtype=torch.bool)
     for _ in range(remove):
-        places = left.nonzero().flatten().tolist()
+        positions = remaining.nonzero().flatten().tolist()
         tried = []
-        for pair in pairwise(places):
-            mask = left.clone()
+        for pair in pairwise(positions):
+            mask = remaining.clone()
             mask[list(pair)] = False
             tried.append(
-                (sum(kl(answer(skipping(model, left), x), answer(skipping(model, mask), x)) for x, _ in noise), mask)
+                (
+                    sum(
+                        kl(predict(skipping(model, remaining), x), predict(skipping(model, mask), x)) for x, _ in noise
+                    ),
+                    mask,
+                )
             )
-        left = min(tried, key=lambda pair: pair[0])[1]
-    return left
+        remaining = min(tried, key=lambda pair: pair[0])[1]
+    return remaining
 
 
 @pytest.mark.parametrize("cycles", [1, 2])
-def test_half_of_the_blocks_go_one_by_one(cycles: int) -> None:
+def test_half_of_the_blocks_are_removed_one_by_one(cycles: int) -> None:
     model = deep(6)
     dense, noise, x = copy.deepcopy(model), batches(model, 1), images(model)
     expected = progressive(dense, noise, 3)
-    found = run(model, 0.5, noise, cycles=cycles, schedule="linear")
-    assert torch.equal(found[-1].masks["blocks"], expected)
-    assert [int(cycle.masks["blocks"].sum()) // 2 for cycle in found] == {1: [3], 2: [4, 3]}[cycles]
-    torch.testing.assert_close(answer(model, x), answer(skipping(dense, expected), x), **CLOSE)
+    result = run(model, 0.5, noise, cycles=cycles, schedule="linear")
+    assert torch.equal(result[-1].masks["blocks"], expected)
+    assert [int(cycle.masks["blocks"].sum()) // 2 for cycle in result] == {1: [3], 2: [4, 3]}[cycles]
+    torch.testing.assert_close(predict(model, x), predict(skipping(dense, expected), x), **CLOSE)
 
 
-def test_masks_of_the_mask_stage_are_the_first_removal_only() -> None:
+def test_the_mask_stage_has_only_the_first_removal() -> None:
     model = deep(6)
     noise, plan, other = batches(model, 1), plan_for("upvits-blocks", 0.5), copy.deepcopy(model)
     groups = find_groups(model, ["block"])
@@ -164,23 +169,23 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("cycles", [1, 2])
-def test_blocks_go_together_with_what_is_inside_others(mixed: str, cycles: int) -> None:
+def test_blocks_are_removed_together_with_units_of_other_blocks(mixed: str, cycles: int) -> None:
     args = VIT | {"depth": 4, "embed_dim": 12, "mlp_ratio": 1.0}
     model = redrawn(timm.create_model("vit_tiny_patch16_224", **args), 0).double()
     once, noise, x = copy.deepcopy(model), batches(model, 1, 2), images(model)
     share = {"ffn": 0.5, "block": 0.5, "attention": 0.25, "residual": 0.25}
-    found = run(model, share, noise, mixed, cycles=cycles)
-    masks = found[-1].masks
+    result = run(model, share, noise, mixed, cycles=cycles)
+    masks = result[-1].masks
     groups = find_groups(once, list(share))
-    gone = [body for (body, *_), keep in zip(groups[4].sublayers, masks["blocks"], strict=True) if not keep]
-    assert len(gone) == 4
-    assert {name for name, mask in masks.items() if not mask.any()} == set(gone)
+    removed = [body for (body, *_), keep in zip(groups[4].sublayers, masks["blocks"], strict=True) if not keep]
+    assert len(removed) == 4
+    assert {name for name, mask in masks.items() if not mask.any()} == set(removed)
     hidden = [block.mlp.fc1.out_features for block in model.blocks]
     assert (len(hidden), sum(hidden), model.embed_dim) == (2, 12, 9)  # half of what two blocks leave
     assert [block.attn.head_dim for block in model.blocks] == [3, 3]
     shrink(once, groups, masks)
-    torch.testing.assert_close(answer(model, x), answer(once, x), **CLOSE)
-    for before, after in pairwise(found):
+    torch.testing.assert_close(predict(model, x), predict(once, x), **CLOSE)
+    for before, after in pairwise(result):
         assert all(not bool((after.masks[name] & ~before.masks[name]).any()) for name in masks)
 
 
@@ -216,26 +221,26 @@ def test_select_blocks_by_hand() -> None:
         select_blocks(scores, 1.0)
 
 
-def test_what_would_leave_no_blocks_is_refused(vit: nn.Module) -> None:
+def test_removing_all_blocks_is_refused(vit: nn.Module) -> None:
     before, groups = state(vit), find_groups(vit, ["block", "ffn"])
-    whole = random_masks(groups, 0)
+    full = random_masks(groups, 0)
     for mask in ([True, False, True, True], [False, True, True, False], [True, True, False, True]):
         with pytest.raises(BadInput, match=r"^blocks: kept sub-layers would not alternate attention and FFN"):
-            shrink(vit, groups, whole | {"blocks": torch.tensor(mask)})
+            shrink(vit, groups, full | {"blocks": torch.tensor(mask)})
     with pytest.raises(BadInput, match=r"^blocks: all 4 units would be removed"):
-        shrink(vit, groups, whole | {"blocks": torch.zeros(4, dtype=torch.bool)})
+        shrink(vit, groups, full | {"blocks": torch.zeros(4, dtype=torch.bool)})
     with pytest.raises(
         BadInput, match=r"^blocks: blocks cannot be zeroed, they are removed from the model; shrink them"
     ):
-        zero(vit, groups, whole | {"blocks": mask_without(groups[0], 1)})
+        zero(vit, groups, full | {"blocks": mask_without(groups[0], 1)})
     assert same_state(vit, before)
-    shrink(vit, groups, whole | {"blocks": mask_without(groups[0], 1)})
+    shrink(vit, groups, full | {"blocks": mask_without(groups[0], 1)})
     with pytest.raises(BadInput, match=r"^blocks: the model has no blocks.1.attn, the group is out of date"):
-        shrink(vit, groups[:1], whole)
+        shrink(vit, groups[:1], full)
 
 
 @pytest.mark.parametrize("name", ["odd", "extra", "distilled"])
-def test_another_depth_with_other_cuts_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+def test_removed_blocks_and_units_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = tiny(name).float()
     (group,) = find_groups(model, ["block"])
     shrink(model, [group], {"blocks": mask_without(group, 1)})
@@ -245,12 +250,12 @@ def test_another_depth_with_other_cuts_is_saved_and_loaded(name: str, tmp_path: 
     save(model, tmp_path)
     again = load(tmp_path)
     assert same_state(again, state(model))
-    assert torch.equal(answer(again, x), answer(model, x))
+    assert torch.equal(predict(again, x), predict(model, x))
     assert structure(again) == structure(model)
     assert structure(rebuild(tiny(name), structure(model)))["blocks"] == (2 * len(model.blocks),)
 
 
-def test_a_model_of_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
+def test_a_model_with_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
     model = deep(4).float()
     pruned = prune(
         model, "upvits-blocks", sparsity=0.25, calibration=batches(model, 1), example_input=images(model)
@@ -260,17 +265,17 @@ def test_a_model_of_fewer_blocks_loads_in_plain_timm(tmp_path: Path) -> None:
     x = images(model)
     for again in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load(tmp_path)):
         assert same_state(again, state(pruned))
-        assert torch.equal(answer(again, x), answer(pruned, x))
+        assert torch.equal(predict(again, x), predict(pruned, x))
 
 
-def test_a_structure_without_blocks_is_that_of_the_dense_model(vit: nn.Module) -> None:
+def test_the_structure_without_removed_blocks_equals_the_dense_one(vit: nn.Module) -> None:
     older = {name: shape for name, shape in structure(vit).items() if name != "blocks"}
     assert structure(rebuild(tiny("vit"), older)) == structure(vit)
     with pytest.raises(BadInput, match=r"^blocks: kept sub-layers would not alternate"):
         rebuild(tiny("vit"), {"blocks": [3]})
 
 
-def test_the_cost_behind_the_blocks(vit: nn.Module) -> None:
+def test_cost_of_blocks(vit: nn.Module) -> None:
     weights, macs = group_costs(vit, find_groups(vit, ["block"]), images(vit))["blocks"]
     assert weights == sum(p.numel() for block in vit.blocks for p in block.parameters())
     assert 0 < macs < count(vit, images(vit)).macs
@@ -290,9 +295,9 @@ def test_the_progressive_order_loses_less_than_random_pairs(real_data: Path, rea
     plan, first = plan_for("upvits-blocks", 2 / 12), select_blocks({"blocks": scores}, 1 / 12)
     list(prune_cycles(pruned, plan, calibration, first))
     assert len(pruned.blocks) == 10
-    dense, generator = answer(real_deit, x), torch.Generator().manual_seed(0)
+    dense, generator = predict(real_deit, x), torch.Generator().manual_seed(0)
     random = []
     for _ in range(5):
         masks = select_blocks({"blocks": torch.rand(24, generator=generator)}, 2 / 12)
-        random.append(kl(dense, answer(shrink(copy.deepcopy(real_deit), [group], masks), x)))
-    assert kl(dense, answer(pruned, x)) < sum(random) / len(random)
+        random.append(kl(dense, predict(shrink(copy.deepcopy(real_deit), [group], masks), x)))
+    assert kl(dense, predict(pruned, x)) < sum(random) / len(random)

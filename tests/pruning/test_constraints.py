@@ -1,4 +1,4 @@
-"""Multiples and bounds of single groups: counts by hand, against slow versions, and what must hold in every scope."""
+"""Multiples and bounds of single groups: counts by hand, slow reference versions, and invariants in every scope."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     return {name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-def left(masks: dict[str, Tensor]) -> dict[str, int]:
+def kept_counts(masks: dict[str, Tensor]) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in masks.items()}
 
 
@@ -40,27 +40,27 @@ def left(masks: dict[str, Tensor]) -> dict[str, int]:
         (8, 0.9, 8),
     ],
 )
-def test_a_group_alone_keeps_the_nearest_multiple(units: int, sparsity: float, stay: int) -> None:
+def test_a_single_group_keeps_the_nearest_multiple(units: int, sparsity: float, stay: int) -> None:
     scores = drawn({"a": (units,)}, 0)
     mask = select(scores, sparsity, "layer", keep_at_least=1, bounds={"a": EIGHT})["a"]
     assert int(mask.sum()) == stay
     assert set(mask.nonzero().flatten().tolist()) == set(scores["a"].argsort(descending=True)[:stay].tolist())
 
 
-def test_a_pool_in_lots_by_hand() -> None:
+def test_removal_steps_of_a_pool_by_hand() -> None:
     worths = [[1.0, 2.0, 3.0, 4.0], [1.5, 1.6, 9.0, 9.5]]  # two lots of two each: ranks 1 and 3, 1.5 and 9
     kept = [range(2, 5, 2)] * 2
     stay = {remove: select_in_steps(worths, kept, remove) for remove in range(5)}
     assert stay == {0: [4, 4], 1: [4, 4], 2: [2, 4], 3: [2, 4], 4: [2, 2]}
     assert removal_steps(7, range(2, 5, 2)) == [(0, 3), (3, 5)]
-    assert [nearest(range(8, 33, 8), wanted) for wanted in (0, 11, 12, 13, 40)] == [8, 8, 16, 16, 32]
+    assert [nearest(range(8, 33, 8), expected) for expected in (0, 11, 12, 13, 40)] == [8, 8, 16, 16, 32]
 
 
 def slowly(scores: dict[str, Tensor], sparsity: float, multiple: int) -> dict[str, int]:
-    """Counts by the rule's words: the line moves along the order, counts above it are rounded, the total decides."""
+    """Reference: move the threshold along the ranking, round the counts above it, keep the nearest total."""
     order = sorted((float(value), name) for name, score in scores.items() for value in score)
-    asked = len(order) - int(sparsity * len(order) + 0.5)
-    counts, found = {name: len(score) for name, score in scores.items()}, []
+    requested = len(order) - int(sparsity * len(order) + 0.5)
+    counts, result = {name: len(score) for name, score in scores.items()}, []
     for step in range(len(order) + 1):
         if step:
             counts[order[step - 1][1]] -= 1
@@ -70,18 +70,18 @@ def slowly(scores: dict[str, Tensor], sparsity: float, multiple: int) -> dict[st
             most = units // multiple * multiple
             near = multiple * int(-(-(count / multiple - 0.5) // 1))  # the nearest, of two the smaller
             rounded[name] = units if units < multiple else min(max(near, multiple), most)
-        found.append(rounded)
-    return min(found, key=lambda one: (abs(sum(one.values()) - asked), -sum(one.values())))
+        result.append(rounded)
+    return min(result, key=lambda one: (abs(sum(one.values()) - requested), -sum(one.values())))
 
 
 @pytest.mark.parametrize("multiple", [2, 4, 8])
-def test_a_pool_is_rounded_as_its_rule_says(multiple: int) -> None:
+def test_a_pool_is_rounded_to_multiples(multiple: int) -> None:
     bounds = dict.fromkeys("abcd", Constraint(multiple=multiple))
     for seed in range(20):
         scores = drawn({"a": (16,), "b": (24,), "c": (32,), "d": (3,)}, seed)
         sparsity = 0.05 + seed / 22
         masks = select(scores, sparsity, keep_at_least=1, bounds=bounds)
-        assert left(masks) == slowly(scores, sparsity, multiple)
+        assert kept_counts(masks) == slowly(scores, sparsity, multiple)
 
 
 def groups_of(name: str, kind: str) -> list[Group]:
@@ -111,15 +111,15 @@ def test_multiples_hold_in_every_scope_and_only_shrink(name: str, kind: str, sco
             fresh = drawn({g.name: g.shape for g in groups}, int(share * 10))
             later = select(fresh, share, scope, groups, before, 1, bounds)
             assert all(not bool((later[n] & ~before[n]).any()) for n in later)
-            assert left(later).keys() == left(masks).keys()
+            assert kept_counts(later).keys() == kept_counts(masks).keys()
             if scope != "global" and scope != "isomorphic":
-                assert left(later) == left(masks)
+                assert kept_counts(later) == kept_counts(masks)
         before = masks
 
 
 @pytest.mark.parametrize("kinds", [["ffn"], ["ffn", "attention"], ["head"]])
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_multiples_are_bought_whole(name: str, kinds: list[str]) -> None:
+def test_scope_macs_removes_whole_multiples(name: str, kinds: list[str]) -> None:
     model = tiny(name)
     groups = find_groups(model, kinds)
     multiple = 2 if kinds == ["head"] else 4
@@ -143,63 +143,63 @@ def test_multiples_are_bought_whole(name: str, kinds: list[str]) -> None:
         before = masks
 
 
-def test_bounds_of_single_groups_are_kept_and_the_rest_is_the_best_that_they_allow() -> None:
+def test_masks_under_group_bounds_are_optimal() -> None:
     bounds = {"a": Constraint(0.4, 0.6), "b": Constraint(0.0, 0.4)}
     for seed in range(30):
         scores = drawn({"a": (5,), "b": (5,), "c": (4,)}, seed)
-        for asked in range(1, 13):
-            counts = left(select(scores, asked / 14, bounds=bounds))
+        for requested in range(1, 13):
+            counts = kept_counts(select(scores, requested / 14, bounds=bounds))
             ranges = [range(2, 4), range(3), range(5)]
             sorted_ = [score.sort().values.tolist() for score in scores.values()]
             able = list(itertools.product(*ranges))
-            total = min({sum(gone) for gone in able}, key=lambda n: abs(n - asked))
+            total = min({sum(removed) for removed in able}, key=lambda n: abs(n - requested))
             losses = {
-                gone: sum(sum(values[:n]) for values, n in zip(sorted_, gone, strict=True))
-                for gone in able
-                if sum(gone) == total
+                removed: sum(sum(values[:n]) for values, n in zip(sorted_, removed, strict=True))
+                for removed in able
+                if sum(removed) == total
             }
             best = min(losses, key=losses.__getitem__)
             assert [5 - counts["a"], 5 - counts["b"], 4 - counts["c"]] == list(best)
 
 
-def test_infinite_scores_do_not_outrank_bounds() -> None:
+def test_infinite_scores_do_not_override_bounds() -> None:
     scores = {"a": torch.tensor([-torch.inf] * 4), "b": torch.tensor([torch.inf] * 4)}
-    counts = left(select(scores, 0.5, bounds={"a": Constraint(0.0, 0.25), "b": Constraint(0.5, 1.0)}))
+    counts = kept_counts(select(scores, 0.5, bounds={"a": Constraint(0.0, 0.25), "b": Constraint(0.5, 1.0)}))
     assert counts == {"a": 3, "b": 1}
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_share_of_its_own_leaves_the_others_theirs(scope: str) -> None:
+def test_a_fixed_sparsity_does_not_change_other_groups(scope: str) -> None:
     scores = drawn({"a": (20,), "b": (20,), "c": (20,)}, 0)
-    counts = left(select(scores, 0.5, scope, bounds={"a": Constraint(0.1, 0.1), "b": Constraint(0.0, 0.0)}))
+    counts = kept_counts(select(scores, 0.5, scope, bounds={"a": Constraint(0.1, 0.1), "b": Constraint(0.0, 0.0)}))
     assert counts == {"a": 18, "b": 20, "c": 10}
-    (only,) = left(select({"a": scores["a"]}, 0.5, scope, bounds={"a": Constraint(0.0, 0.0)})).values()
+    (only,) = kept_counts(select({"a": scores["a"]}, 0.5, scope, bounds={"a": Constraint(0.0, 0.0)})).values()
     assert only == 20
 
 
-def test_a_share_of_its_own_is_no_part_of_the_budget() -> None:
+def test_a_fixed_sparsity_is_not_part_of_the_macs_budget() -> None:
     groups = groups_of("vit", "ffn")  # two of 192
     scores, costs = drawn({g.name: g.shape for g in groups}, 0), {g.name: 1.0 for g in groups}
     first, second = (group.name for group in groups)
-    assert left(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.25, 0.25)})) == {
+    assert kept_counts(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.25, 0.25)})) == {
         first: 144,
         second: 96,
     }
-    assert left(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.0, 0.0)})) == {
+    assert kept_counts(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.0, 0.0)})) == {
         first: 192,
         second: 96,
     }
-    assert left(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.0, 0.125)})) == {
+    assert kept_counts(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.0, 0.125)})) == {
         first: 168,
         second: 24,
     }
-    assert left(select_by_macs(scores, 0.0, groups, costs, None, {first: Constraint(0.25, 1.0)})) == {
+    assert kept_counts(select_by_macs(scores, 0.0, groups, costs, None, {first: Constraint(0.25, 1.0)})) == {
         first: 144,
         second: 192,
     }
 
 
-def test_a_contest_knows_its_numbers_beforehand(vit: torch.nn.Module) -> None:
+def test_counts_of_a_pool_are_known_before_selection(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["attention"])  # (3, 16)
     shapes = {g.name: torch.zeros(g.shape) for g in groups}
     bounds = {groups[0].name: EIGHT, groups[1].name: Constraint(0.0, 0.0)}
@@ -207,15 +207,15 @@ def test_a_contest_knows_its_numbers_beforehand(vit: torch.nn.Module) -> None:
     assert [contest.remove for contest in fields] == [8, 8, 8, 0, 0, 0]
 
 
-def test_n_of_m_can_only_leave_a_layer_alone() -> None:
+def test_n_of_m_rules_can_only_ignore_layers() -> None:
     scores = drawn({"a": (4, 8), "b": (4, 8)}, 0)
-    counts = left(select(scores, 0.5, "2:4", bounds={"a": Constraint(0.0, 0.0)}))
+    counts = kept_counts(select(scores, 0.5, "2:4", bounds={"a": Constraint(0.0, 0.0)}))
     assert counts == {"a": 32, "b": 16}
     with pytest.raises(BadInput, match=r"^a: scope '2:4' removes 0.5 of every layer; a rule can only ignore one$"):
         select(scores, 0.5, "2:4", bounds={"a": Constraint(0.1, 0.9)})
 
 
-def test_without_bounds_all_is_as_before() -> None:
+def test_unbounded_constraints_change_nothing() -> None:
     scores = drawn({"a": (16,), "b": (24,)}, 1)
     for scope in ("layer", "global"):
         free = select(scores, 0.37, scope, keep_at_least=1, bounds=dict.fromkeys("ab", UNCONSTRAINED))

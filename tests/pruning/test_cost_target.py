@@ -1,4 +1,4 @@
-"""A cost instead of a sparsity: reached from below, by less than one unit, and measured on what is really there."""
+"""Cost targets: reached from below, by less than one unit, verified on the pruned model."""
 
 import copy
 import json
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("drawn")
 
 
 def nonzero(model: nn.Module, what: str) -> int:
-    found = count(model, example_input(model, 1))
-    return found.nonzero_params if what == "params" else found.nonzero_macs
+    result = count(model, example_input(model, 1))
+    return result.nonzero_params if what == "params" else result.nonzero_macs
 
 
 @pytest.mark.parametrize("what", ["params", "macs"])
@@ -45,10 +45,10 @@ def nonzero(model: nn.Module, what: str) -> int:
 )
 def test_a_target_is_reached_from_below_by_less_than_one_unit(name: str, settings: dict, what: str) -> None:
     model = tiny(name)
-    limit, whole = 0.6, cost(model, what)
+    limit, full = 0.6, cost(model, what)
     settings = {"sparsity": None} | settings
     pruned = prune(model, "drawn", target={what: limit}, **settings).model
-    reached = cost(pruned, what) / whole
+    reached = cost(pruned, what) / full
     assert reached <= limit
     kinds = plan_for("drawn", **settings, target={what: limit}).sparsity
     groups = merge_heads(model, find_groups(model, kinds), settings.get("merge_heads_to"))
@@ -56,7 +56,7 @@ def test_a_target_is_reached_from_below_by_less_than_one_unit(name: str, setting
 
 
 def largest_step(model: nn.Module, groups: list, what: str, pooled: bool) -> float:
-    """What goes where every pool loses a unit at once; attention is never pooled, other groups may be one pool."""
+    """Cost of one unit from every pool at once; attention is never pooled, other groups may form one pool."""
     share, everything = (
         make_cost_model(model, groups, what),
         {g.name: torch.ones(g.shape, dtype=torch.bool) for g in groups},
@@ -73,15 +73,15 @@ def largest_step(model: nn.Module, groups: list, what: str, pooled: bool) -> flo
 
 @pytest.mark.parametrize("what", ["params", "macs"])
 @pytest.mark.parametrize("method", ["magnitude", "uniform", "dimap"])
-def test_single_weights_are_counted_by_their_non_zeros(vit: nn.Module, method: str, what: str) -> None:
-    whole = nonzero(vit, what)
+def test_single_weights_count_nonzero_values(vit: nn.Module, method: str, what: str) -> None:
+    full = nonzero(vit, what)
     pruned = prune(vit, method, target={what: 0.4}).model
-    reached = nonzero(pruned, what) / whole
+    reached = nonzero(pruned, what) / full
     pools, tokens = {"magnitude": 1, "uniform": 8, "dimap": 3}[method], 17
-    assert 0 <= 0.4 - reached <= pools * (tokens if what == "macs" else 1) / whole
+    assert 0 <= 0.4 - reached <= pools * (tokens if what == "macs" else 1) / full
 
 
-def test_the_meter_is_the_count_of_the_really_shrunk_model(vit: nn.Module) -> None:
+def test_the_cost_model_equals_the_count_of_the_shrunk_model(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn", "attention", "residual"])
     before = state(vit)
     plan = plan_for("drawn", {"ffn": 0.3, "attention": 0.2, "residual": 0.4})
@@ -93,13 +93,13 @@ def test_the_meter_is_the_count_of_the_really_shrunk_model(vit: nn.Module) -> No
     assert same_state(vit, before)
 
 
-def test_latency_is_measured_beside_the_dense_model() -> None:
+def test_latency_alternates_with_the_dense_model() -> None:
     model = tiny("vit").float()
     thin = prune(model, "drawn", sparsity={"block": 1.0}, target={"latency": 0.8}).model
     assert len(thin.blocks) == 1
 
 
-def test_shares_of_kinds_are_relative(vit: nn.Module) -> None:
+def test_sparsities_per_kind_are_relative_with_a_target(vit: nn.Module) -> None:
     shares = {"ffn": 0.8, "attention": 0.4}, {"ffn": 0.2, "attention": 0.1}
     pruned = [prune(vit, "drawn", sparsity=share, target={"macs": 0.5}).model for share in shares]
     assert same_state(pruned[0], state(pruned[1]))
@@ -108,9 +108,9 @@ def test_shares_of_kinds_are_relative(vit: nn.Module) -> None:
 
 
 def test_cycles_approach_the_target_on_the_schedule(vit: nn.Module) -> None:
-    whole, seen = cost(vit, "macs"), []
+    full, seen = cost(vit, "macs"), []
     for cycle in prune_cycles(vit, plan_for("drawn", None, cycles=3, schedule="linear", target={"macs": 0.4}), ()):
-        reached = cost(vit, "macs") / whole
+        reached = cost(vit, "macs") / full
         seen.append((cycle.cost["macs"]["target"], reached))
         assert cycle.cost["macs"]["reached"] == reached
         assert set(cycle.target) == {"ffn", "attention"}
@@ -118,12 +118,12 @@ def test_cycles_approach_the_target_on_the_schedule(vit: nn.Module) -> None:
     assert all(limit - 0.05 < reached <= limit for limit, reached in seen)
 
 
-def test_blocks_go_one_by_one_until_the_target_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_removed_one_by_one_until_the_target_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("odd")
-    whole = cost(model, "macs")
+    full = cost(model, "macs")
     (cycle,) = prune_cycles(model, plan_for("upvits-blocks", None, target={"macs": 0.5}), batches(model, 1))
     assert len(model.blocks) == 1
-    assert cycle.cost["macs"]["reached"] == cost(model, "macs") / whole <= 0.5
+    assert cycle.cost["macs"]["reached"] == cost(model, "macs") / full <= 0.5
     other = tiny("odd")
     groups, plan = find_groups(other, ["block"]), plan_for("upvits-blocks", None, target={"macs": 0.5})
     scores = by_kl.leave_one_out_kl(other, groups, batches(other, 1), plan.context(0)).scores
@@ -132,15 +132,15 @@ def test_blocks_go_one_by_one_until_the_target_is_met(monkeypatch: pytest.Monkey
     assert torch.equal(again.masks["blocks"], cycle.masks["blocks"])
 
 
-def test_solve_by_hand() -> None:
+def test_bisection_by_hand() -> None:
     def masks_at(scalar: float) -> dict[str, Tensor]:
         return {"a": torch.arange(10) >= int(scalar * 10 + 0.5)}
 
     def share_of(masks: dict[str, Tensor]) -> float:
         return float(masks["a"].sum()) / 10
 
-    left = [int(masks_at(solve(masks_at, share_of, limit))["a"].sum()) for limit in (0.95, 0.5, 0.49, 0.1, 0.0)]
-    assert left == [9, 5, 4, 1, 0]
+    remaining = [int(masks_at(solve(masks_at, share_of, limit))["a"].sum()) for limit in (0.95, 0.5, 0.49, 0.1, 0.0)]
+    assert remaining == [9, 5, 4, 1, 0]
     assert solve(masks_at, share_of, 1.0) == 0.0
     with pytest.raises(BadInput, match=r"^prune.target: 0.2 of the dense model .* the smallest is 0.3000$"):
         solve(masks_at, lambda masks: 0.3 + share_of(masks), 0.2)
@@ -207,19 +207,19 @@ def test_solve_by_hand() -> None:
         ),
     ],
 )
-def test_what_is_no_target_is_refused(vit: nn.Module, method: str, settings: dict, why: str) -> None:
+def test_invalid_targets_are_refused(vit: nn.Module, method: str, settings: dict, why: str) -> None:
     with pytest.raises(BadInput, match=why) as refused:
         prune(vit, method, sparsity=settings.pop("sparsity", None), **settings)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_the_mask_stage_writes_what_it_resolved(
+def test_the_mask_stage_writes_the_resolved_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
 ) -> None:
     model = {"name": "vit_tiny_patch16_224", "args": VIT}
-    whole = cost(tiny("vit"), "params")
-    target = {"params": f"{0.7 * whole / 1000}K" if absolute else 0.7}
+    full = cost(tiny("vit"), "params")
+    target = {"params": f"{0.7 * full / 1000}K" if absolute else 0.7}
     prune_ = {"method": "channel-magnitude", "kinds": ["ffn"], "sparsity": None, "target": target}
     settings = {"dataset": {"source": "digits"}, "model": model, "dense": {"start": "train"}, "prune": prune_}
     monkeypatch.chdir(tmp_path)
@@ -233,8 +233,8 @@ def test_the_mask_stage_writes_what_it_resolved(
     mask_stage.run(Params.model_validate(settings))
     facts = json.loads(Path("metrics/mask.json").read_text())
     shrink(dense, groups, read_weights(tmp_path / "out/mask/masks.safetensors"))
-    reached = cost(dense, "params") / whole
-    found = {"target": round(0.7 * whole), "reached": cost(dense, "params"), "dense": whole}
-    assert facts["cost"] == {"params": found if absolute else {"target": 0.7, "reached": reached}}
+    reached = cost(dense, "params") / full
+    result = {"target": round(0.7 * full), "reached": cost(dense, "params"), "dense": full}
+    assert facts["cost"] == {"params": result if absolute else {"target": 0.7, "reached": reached}}
     assert facts["target"]["ffn"] == pytest.approx(facts["sparsity"]["ffn"], abs=1 / 192)
     assert 0.69 < reached <= 0.7

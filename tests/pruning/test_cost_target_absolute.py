@@ -1,4 +1,4 @@
-"""Targets in parameters, MACs and milliseconds; what cannot be is told what there is, and a miss is explained."""
+"""Targets in parameters, MACs and milliseconds; unreachable targets and misses are explained."""
 
 import copy
 import re
@@ -22,16 +22,16 @@ pytestmark = pytest.mark.usefixtures("drawn")
 
 
 @pytest.mark.parametrize(("what", "suffix"), [("macs", ""), ("params", "K"), ("macs", "M"), ("params", "G")])
-def test_an_absolute_number_is_its_fraction(vit: nn.Module, what: str, suffix: str) -> None:
-    whole = cost(vit, what)
-    number = int(0.6 * whole)
+def test_an_absolute_target_equals_its_fraction(vit: nn.Module, what: str, suffix: str) -> None:
+    full = cost(vit, what)
+    number = int(0.6 * full)
     text: int | str = number if not suffix else f"{number / {'K': 1e3, 'M': 1e6, 'G': 1e9}[suffix]:.12f}{suffix}"
-    by_fraction = prune(vit, "drawn", target={what: number / whole}).model
+    by_fraction = prune(vit, "drawn", target={what: number / full}).model
     pruned = copy.deepcopy(vit)
     (cycle,) = prune_cycles(pruned, plan_for("drawn", None, target={what: text}), ())
     assert same_state(pruned, state(by_fraction))
     record = cycle.cost[what]
-    assert record | {"why": ""} == {"target": number, "reached": cost(pruned, what), "dense": whole, "why": ""}
+    assert record | {"why": ""} == {"target": number, "reached": cost(pruned, what), "dense": full, "why": ""}
     assert number * 0.95 < record["reached"] <= number
     assert ("why" in record) == (record["reached"] < number * 0.98)
 
@@ -42,8 +42,8 @@ def test_single_weights_have_absolute_targets_too(vit: nn.Module) -> None:
 
 
 def test_cycles_approach_an_absolute_target(vit: nn.Module) -> None:
-    whole, plan = cost(vit, "params"), plan_for("drawn", None, cycles=2, schedule="linear", target={"params": "40K"})
-    limits = iter(((whole + 40_000) / 2, 40_000))
+    full, plan = cost(vit, "params"), plan_for("drawn", None, cycles=2, schedule="linear", target={"params": "40K"})
+    limits = iter(((full + 40_000) / 2, 40_000))
     for cycle in prune_cycles(vit, plan, ()):
         record = cycle.cost["params"]
         assert record["target"] == pytest.approx(next(limits), abs=1)
@@ -51,18 +51,18 @@ def test_cycles_approach_an_absolute_target(vit: nn.Module) -> None:
     assert next(limits, None) is None
 
 
-def test_milliseconds_come_with_their_spread() -> None:
+def test_latency_has_percentiles() -> None:
     model = timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 12})  # the dense model is timed twice
-    whole = latency([model], example_input(model, 1), 50)[0]["median"]
-    (cycle,) = prune_cycles(model, plan_for("drawn", {"block": 1.0}, target={"latency_ms": 0.5 * whole}), ())
+    full = latency([model], example_input(model, 1), 50)[0]["median"]
+    (cycle,) = prune_cycles(model, plan_for("drawn", {"block": 1.0}, target={"latency_ms": 0.5 * full}), ())
     record = cycle.cost["latency_ms"]
     assert 1 <= len(model.blocks) < 12
-    assert record["target"] == pytest.approx(0.5 * whole, abs=1e-6)
+    assert record["target"] == pytest.approx(0.5 * full, abs=1e-6)
     assert 0 < record["p10"] <= record["reached"] <= record["p90"]
     assert "ms beside it" in record.get("why", "ms beside it")
 
 
-def test_a_search_that_ended_too_early_is_corrected() -> None:
+def test_a_biased_latency_bisection_is_corrected() -> None:
     def masks_at(scalar: float) -> dict[str, Tensor]:
         return {"a": torch.arange(1000) >= int(scalar * 1000)}
 
@@ -96,16 +96,16 @@ def test_a_search_that_ended_too_early_is_corrected() -> None:
         ),
     ],
 )
-def test_a_miss_is_explained_in_words(method: str, settings: dict, reached: int, why: str | None) -> None:
-    model, whole = tiny("vit"), cost(tiny("vit"), "macs")
+def test_a_target_miss_is_explained(method: str, settings: dict, reached: int, why: str | None) -> None:
+    model, full = tiny("vit"), cost(tiny("vit"), "macs")
     heads = (
-        cost(prune(model, "drawn", sparsity={"head": 0.34}, scope="layer").model, "macs") / whole
+        cost(prune(model, "drawn", sparsity={"head": 0.34}, scope="layer").model, "macs") / full
     )  # one of three in both blocks
     limit = (1 + heads) / 2 + 0.001
     (cycle,) = prune_cycles(model, plan_for(method, settings.pop("sparsity"), target={"macs": limit}, **settings), ())
     assert sum(3 - block.attn.num_heads for block in model.blocks) == reached
     record = cycle.cost["macs"]
-    assert record["reached"] == cost(model, "macs") / whole
+    assert record["reached"] == cost(model, "macs") / full
     if why is None:
         assert "why" not in record
         assert 0.98 <= record["reached"] / limit <= 1
@@ -114,7 +114,7 @@ def test_a_miss_is_explained_in_words(method: str, settings: dict, reached: int,
         assert record["reached"] / limit < 0.98
 
 
-def test_masks_that_were_chosen_before_are_explained_as_well(vit: nn.Module) -> None:
+def test_a_target_miss_of_given_masks_is_explained(vit: nn.Module) -> None:
     groups, plan = find_groups(vit, ["ffn"]), plan_for("drawn", {"ffn": 1.0}, target={"macs": 0.7})
     masks = {group.name: torch.arange(192) < 96 for group in groups}
     (cycle,) = prune_cycles(vit, plan, (), masks)
@@ -122,7 +122,7 @@ def test_masks_that_were_chosen_before_are_explained_as_well(vit: nn.Module) -> 
 
 
 def smallest(model: nn.Module, what: str) -> int:
-    """What is left where one unit of every group of the drawn method's usual kinds is."""
+    """Cost of the model with one unit in every group of the default kinds of the method `drawn`."""
     groups = find_groups(model, ["ffn", "attention"])
     masks = {g.name: (torch.arange(g.units) % g.shape[-1] == 0).view(g.shape) for g in groups}
     return cost(shrink(copy.deepcopy(model), groups, masks), what)
@@ -140,35 +140,35 @@ def smallest(model: nn.Module, what: str) -> int:
         ({"macs": 0.01}, r"^prune.target: 0.01 of the dense model cannot be reached, {}$"),
     ],
 )
-def test_a_target_out_of_reach_is_told_what_there_is(vit: nn.Module, target: dict, why: str) -> None:
-    whole, least = cost(vit, "macs"), smallest(vit, "macs")
-    has = rf"the smallest is {least / whole:.4f} \({format_cost(least)} MACs\); the dense model "
-    has += rf"has {format_cost(whole)} MACs"
+def test_an_unreachable_target_names_the_smallest_cost(vit: nn.Module, target: dict, why: str) -> None:
+    full, least = cost(vit, "macs"), smallest(vit, "macs")
+    has = rf"the smallest is {least / full:.4f} \({format_cost(least)} MACs\); the dense model "
+    has += rf"has {format_cost(full)} MACs"
     with pytest.raises(BadInput, match=why.replace("{}", has)) as refused:
         prune(vit, "drawn", target=target)
     assert "\n" not in str(refused.value)
 
 
-def test_milliseconds_out_of_reach_are_told_what_there_is() -> None:
-    for asked, why in (
+def test_unreachable_milliseconds_name_the_smallest_latency() -> None:
+    for requested, why in (
         (1e5, "100K ms is not less than the dense model has; the smallest"),
         (1e-6, "cannot be reached"),
     ):
         with pytest.raises(BadInput, match=why):
-            prune(tiny("vit").float(), "drawn", target={"latency_ms": asked})
-    for asked, why in (
+            prune(tiny("vit").float(), "drawn", target={"latency_ms": requested})
+    for requested, why in (
         (0, "Input should be greater than 0, got 0$"),
         (-1.0, "Input should be greater than 0, got -1.0$"),
         (float("nan"), "Input should be a finite number, got nan$"),
         (float("inf"), "Input should be a finite number, got inf$"),
     ):
         with pytest.raises(BadInput, match=rf"^prune.target.latency_ms: {why}"):
-            prune(tiny("vit"), "drawn", target={"latency_ms": asked})
+            prune(tiny("vit"), "drawn", target={"latency_ms": requested})
     with pytest.raises(BadInput, match=r"^prune.target.latency: Input should be less than 1, got 20$"):
         prune(tiny("vit"), "drawn", target={"latency": 20})
 
 
-def test_fractions_and_steps_do_not_go_with_an_absolute_target() -> None:
+def test_fractional_steps_are_refused_with_an_absolute_target() -> None:
     schedule = Schedule(steps=[0.2, 0.5])
     with pytest.raises(BadInput, match=r"^prune.schedule.steps: are fractions but prune.target is absolute"):
         plan_for("drawn", None, cycles=2, schedule=schedule, target={"macs": "600M"})
@@ -186,12 +186,12 @@ def test_quantities_by_hand(text: str | float, number: float) -> None:
 @pytest.mark.parametrize(
     "text", ["", "M", "6m", "1,2G", "-1K", "1 2", "nan", "inf", "0x10", "٣M", "5%", True, None, 1e999]
 )
-def test_what_is_no_quantity(text: object) -> None:
+def test_invalid_quantities_are_refused(text: object) -> None:
     with pytest.raises(ValueError, match="is no quantity; give a fraction, a whole number, or one with K, M or G"):
         number_of(text)
 
 
-def test_numbers_are_said_in_four_digits() -> None:
+def test_costs_are_formatted_with_four_digits() -> None:
     assert [format_cost(n) for n in (12.345678, 9999, 10_000, 572_416, 1_258_000_000, 999_999, 1_000_000)] == [
         "12.35",
         "9999",

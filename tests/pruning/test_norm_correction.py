@@ -1,4 +1,4 @@
-"""The correction of norms and biases towards the dense model's logits."""
+"""Correction of norms and biases towards the dense model's logits."""
 
 import copy
 
@@ -18,7 +18,7 @@ from vitprune.pruning.prune import prune_cycles
 
 
 def disturbed(name: str) -> tuple[nn.Module, nn.Module]:
-    """A model, and the same with other norms and biases."""
+    """Return a model, and a copy with other norms and biases."""
     model = tiny(name)
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(3)
@@ -28,10 +28,10 @@ def disturbed(name: str) -> tuple[nn.Module, nn.Module]:
     return model, other
 
 
-def slow_system(model: nn.Module, names: list[str], wanted: list[Tensor], images: list[Tensor], seed: int) -> Tensor:
-    """Slopes by one backward pass per image and direction, of whole parameters."""
+def slow_system(model: nn.Module, names: list[str], expected: list[Tensor], images: list[Tensor], seed: int) -> Tensor:
+    """Gradients by one backward pass per image and direction, of complete parameters."""
     rows, first = [], 0
-    for batch, aim in zip(images, wanted, strict=True):
+    for batch, aim in zip(images, expected, strict=True):
         for index in range(len(batch)):
             values = {name: model.get_parameter(name).detach().requires_grad_() for name in names}
             logits = functional_call(model, values, (batch[index : index + 1],))
@@ -46,39 +46,39 @@ def slow_system(model: nn.Module, names: list[str], wanted: list[Tensor], images
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt", "extra"])
-def test_slopes_are_those_of_one_image_and_parameter_at_a_time(name: str) -> None:
+def test_gradients_equal_those_of_single_images_and_parameters(name: str) -> None:
     model, other = disturbed(name)
     given = batches(model)
-    wanted = dense_logits(model, given)
+    target = dense_logits(model, given)
     layers = module._layers(other)
     names = [key for layer in layers for key in layer.names]
-    slopes, _ = module._system(other, layers, wanted, given, DEFAULT_CONTEXT)
-    expected = slow_system(other, names, wanted, [images for images, _ in given], 0)
+    slopes, _ = module._system(other, layers, target, given, DEFAULT_CONTEXT)
+    expected = slow_system(other, names, target, [images for images, _ in given], 0)
     torch.testing.assert_close(slopes, expected, rtol=1e-8, atol=1e-12)
-    alone, _ = module._system(other, layers, wanted, given, context(memory=1))
+    alone, _ = module._system(other, layers, target, given, context(memory=1))
     torch.testing.assert_close(alone, expected, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
-def test_a_correction_helps_on_images_that_it_did_not_see(name: str) -> None:
+def test_a_correction_reduces_the_kl_on_held_out_images(name: str) -> None:
     model, other = disturbed(name)
     given = batches(model, 4, 8)
     before = copy.deepcopy(other.state_dict())
-    found = correct_norms(other, dense_logits(model, given), given, DEFAULT_CONTEXT)
-    assert found.facts["nats_after"] < 0.9 * found.facts["nats_before"]
-    assert found.values
+    result = correct_norms(other, dense_logits(model, given), given, DEFAULT_CONTEXT)
+    assert result.facts["nats_after"] < 0.9 * result.facts["nats_before"]
+    assert result.values
     for key, value in other.state_dict().items():
         assert torch.equal(value, before[key])
 
 
-def test_nothing_moves_where_nothing_is_wrong() -> None:
+def test_no_correction_without_an_error() -> None:
     model = tiny("vit")
-    found = correct_norms(model, dense_logits(model, batches(model)), batches(model), DEFAULT_CONTEXT)
-    assert found.values == {}
-    assert found.facts["nats_before"] == pytest.approx(0, abs=1e-12)
+    result = correct_norms(model, dense_logits(model, batches(model)), batches(model), DEFAULT_CONTEXT)
+    assert result.values == {}
+    assert result.facts["nats_before"] == pytest.approx(0, abs=1e-12)
 
 
-def test_memory_bounds_the_images_that_are_taken() -> None:
+def test_memory_limits_the_number_of_images() -> None:
     model, other = disturbed("vit")
     given = batches(model, 2, 8)
     width = sum(other.get_parameter(name).numel() for layer in module._layers(other) for name in layer.names)
@@ -88,16 +88,18 @@ def test_memory_bounds_the_images_that_are_taken() -> None:
     assert few.facts == pytest.approx(same.facts)
 
 
-def test_a_plan_with_a_correction_says_what_it_did_and_beats_the_plan_without() -> None:
+def test_a_plan_with_correction_records_it_and_has_a_lower_kl() -> None:
     dense = tiny("vit")
     given = batches(dense, 4, 8)
     distance = {}
-    for wanted in (False, True):
+    for expected in (False, True):
         model = copy.deepcopy(dense)
-        (cycle,) = prune_cycles(model, plan_for("unit-obs", 0.4, correct_norms=wanted), given)
+        (cycle,) = prune_cycles(model, plan_for("unit-obs", 0.4, correct_norms=expected), given)
         pairs = zip(dense_logits(dense, given), dense_logits(model, given), strict=True)
-        distance[wanted] = sum(float((a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum()) for a, b in pairs)
-        assert bool(cycle.corrected) == wanted
+        distance[expected] = sum(
+            float((a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum()) for a, b in pairs
+        )
+        assert bool(cycle.corrected) == expected
     assert cycle.corrected["nats_after"] <= cycle.corrected["nats_before"]
     assert distance[True] < distance[False]
     assert find_groups(model, ["ffn"])[0].units < find_groups(dense, ["ffn"])[0].units

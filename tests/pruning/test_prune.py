@@ -1,4 +1,4 @@
-"""The loop of score, select, apply: gradual runs, masks in dense coordinates, updates, and prune() for everyone."""
+"""The pruning loop: gradual runs, masks in dense coordinates, updates, and prune()."""
 
 import copy
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.model_zoo import answer, batches, images, same_state, state, tiny
+from tests.support.model_zoo import batches, images, predict, same_state, state, tiny
 from tests.support.plans import plan_for
 from tests.support.reference_kl import literal_vit
 from vitprune import METHODS, BadInput, find_groups, prune, score, shrink, zero
@@ -69,7 +69,7 @@ def test_gradual_weights_reach_the_exact_count_and_stay_zero_in_training(vit: nn
         {"ffn": 0.6, "attention": 0.5, "residual": 0.3},
     ],
 )
-def test_cutting_step_by_step_is_cutting_once_by_the_last_masks(vit: nn.Module, sparsity: dict[str, float]) -> None:
+def test_shrinking_in_steps_equals_shrinking_once_by_the_last_masks(vit: nn.Module, sparsity: dict[str, float]) -> None:
     once = tiny("vit")
     cycles = run(vit, "channel-taylor", sparsity, batches(vit), cycles=3)
     groups = find_groups(once, list(sparsity))
@@ -81,32 +81,32 @@ def test_cutting_step_by_step_is_cutting_once_by_the_last_masks(vit: nn.Module, 
     for name in now:
         torch.testing.assert_close(now[name], expected[name], **CLOSE)
     x = images(vit)
-    torch.testing.assert_close(answer(vit, x), answer(once, x), **CLOSE)
+    torch.testing.assert_close(predict(vit, x), predict(once, x), **CLOSE)
     if "head" not in sparsity:
-        torch.testing.assert_close(answer(vit, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
+        torch.testing.assert_close(predict(vit, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
     assert grow(cycles)
 
 
-def test_cutting_merged_heads_step_by_step() -> None:
+def test_shrinking_merged_heads_in_steps() -> None:
     model = tiny("vit")
     x = images(model)
     cycles = run(model, "channel-taylor", {"attention": 0.7}, batches(model), cycles=3, merge_heads_to=1)
     masks = cycles[-1].masks
     assert {n: tuple(m.shape) for n, m in masks.items()} == {"blocks.0.attn": (1, 48), "blocks.1.attn": (1, 48)}
     assert [(b.attn.num_heads, b.attn.head_dim) for b in model.blocks] == [(1, 14), (1, 14)]
-    torch.testing.assert_close(answer(model, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
+    torch.testing.assert_close(predict(model, x), literal_vit(tiny("vit"), x, masks), **CLOSE)
 
 
-def test_swin_cut_step_by_step(swin: nn.Module) -> None:
+def test_shrinking_swin_in_steps(swin: nn.Module) -> None:
     once = tiny("swin")
     cycles = run(swin, "channel-taylor", {"attention": 0.5, "ffn": 0.5}, batches(swin), cycles=3, scope="global")
     shrink(once, find_groups(once, ["attention", "ffn"]), cycles[-1].masks)
     x = images(swin)
-    torch.testing.assert_close(answer(swin, x), answer(once, x), **CLOSE)
+    torch.testing.assert_close(predict(swin, x), predict(once, x), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["ffn", "head"])
-def test_gradual_is_one_shot_where_a_cut_changes_no_other_score(kind: str) -> None:
+def test_gradual_equals_one_shot_if_scores_do_not_change(kind: str) -> None:
     gradual, at_once = tiny("vit"), tiny("vit")
     last = run(gradual, "channel-magnitude", {kind: 0.6}, cycles=3, schedule="linear")[-1]
     first = run(at_once, "channel-magnitude", {kind: 0.6})[0]
@@ -115,7 +115,7 @@ def test_gradual_is_one_shot_where_a_cut_changes_no_other_score(kind: str) -> No
 
 
 @pytest.mark.parametrize("method", ["magnitude", "lamp", "uniform", "dimap"])
-def test_gradual_weights_without_training_are_one_shot(method: str) -> None:
+def test_gradual_weights_without_training_equal_one_shot(method: str) -> None:
     # what is gone is the smallest of its layer, so its going changes no score that is left
     gradual, at_once = tiny("vit"), tiny("vit")
     last, first = run(gradual, method, 0.6, cycles=3)[-1], run(at_once, method, 0.6)[0]
@@ -127,15 +127,15 @@ def test_scores_and_groups_are_in_the_coordinates_of_the_dense_model(vit: nn.Mod
     expected = score(dense, find_groups(dense, ["ffn"]), "magnitude")
     for cycle in run(vit, "channel-magnitude", {"ffn": 0.6}, cycles=3):
         assert [g.shape for g in cycle.groups] == [(192,), (192,)]
-        for name, found in cycle.scores.items():
-            scored = found != 0
-            torch.testing.assert_close(found[scored], expected[name][scored])
+        for name, result in cycle.scores.items():
+            scored = result != 0
+            torch.testing.assert_close(result[scored], expected[name][scored])
             assert not bool((cycle.masks[name] & ~scored).any())
     assert int((~scored).sum()) == 111  # what the first two of three cubic cycles removed: 0.6 * (1 - 1/27) of 192
     assert cycle.zeroed == []
 
 
-def test_masks_chosen_before_are_those_of_the_first_cycle(vit: nn.Module) -> None:
+def test_given_masks_are_used_in_the_first_cycle(vit: nn.Module) -> None:
     plan = plan_for("magnitude", 0.5, cycles=2)
     groups = groups_for(vit, plan)
     first = select(score(vit, groups, "random"), plan.targets()[0]["weight"])
@@ -147,16 +147,18 @@ def test_masks_chosen_before_are_those_of_the_first_cycle(vit: nn.Module) -> Non
     assert [group.name for group in cycles[1].zeroed] == [group.name for group in groups]
 
 
-def test_an_update_comes_before_the_cut(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A criterion whose survivors double their output, and whose bias becomes the number of units that stay."""
+def test_an_update_is_applied_before_shrinking(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update doubles the output of the remaining units and sets the bias to their number."""
     seen = []
 
     def doubling(model: nn.Module, groups, data, setting: ScoringContext) -> Importance:
         def update(masks):
             seen.append({name: tuple(mask.shape) for name, mask in masks.items()})
             doubled = {f"{name}.fc2.weight": 2 * model.get_parameter(f"{name}.fc2.weight") for name in masks}
-            left = {n: torch.full_like(model.get_parameter(f"{n}.fc2.bias"), float(m.sum())) for n, m in masks.items()}
-            return doubled | {f"{name}.fc2.bias": value for name, value in left.items()}
+            remaining = {
+                n: torch.full_like(model.get_parameter(f"{n}.fc2.bias"), float(m.sum())) for n, m in masks.items()
+            }
+            return doubled | {f"{name}.fc2.bias": value for name, value in remaining.items()}
 
         return Importance(by_weights.magnitude(model, groups, data, setting).scores, update)
 
@@ -202,7 +204,7 @@ def test_every_method_prunes_a_vit_and_leaves_it_untouched() -> None:
         else:
             width = 8 if "attention" in row.kinds else 16
             assert [(b.attn.head_dim, b.mlp.fc1.out_features) for b in pruned.blocks] == [(width, 12)] * 2
-        assert answer(pruned, x).shape == (3, 7)
+        assert predict(pruned, x).shape == (3, 7)
 
 
 def test_prune_takes_a_sparsity_per_kind(vit: nn.Module) -> None:
@@ -215,7 +217,7 @@ def test_prune_takes_a_sparsity_per_kind(vit: nn.Module) -> None:
     assert same_state(nothing, state(vit))
 
 
-def test_prune_keeps_training_mode_and_is_the_same_each_time(vit: nn.Module) -> None:
+def test_prune_keeps_training_mode_and_is_deterministic(vit: nn.Module) -> None:
     first = prune(vit.train(), "random", sparsity=0.5, example_input=images(vit), seed=3).model
     assert first.training
     assert vit.training
@@ -286,13 +288,13 @@ def test_high_sparsity_leaves_one_unit_of_every_group(vit: nn.Module) -> None:
         ("magnitude", 0.5, {"cycles": 0}, r"^prune.cycles: Input should be greater than or equal to 1, got 0"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(vit: nn.Module, method, sparsity, settings, why) -> None:
+def test_invalid_plans_are_refused(vit: nn.Module, method, sparsity, settings, why) -> None:
     with pytest.raises(BadInput, match=why) as refused:
         run(vit, method, sparsity, **settings)
     assert "\n" not in str(refused.value)
 
 
-def test_an_unsupported_model_is_refused_before_anything_happens() -> None:
+def test_an_unsupported_model_is_refused_before_scoring() -> None:
     with pytest.raises(BadInput, match=r"^Linear: this model is not supported;"):
         prune(nn.Linear(3, 3), "magnitude", sparsity=0.5)
 
@@ -307,7 +309,7 @@ def test_n_of_m_by_name(vit: nn.Module, scope: str, share: float) -> None:
     assert plan_for("n:m", None, scope).sparsity == {"weight": share}
 
 
-def test_prune_is_score_select_and_apply_by_hand(vit: nn.Module) -> None:
+def test_prune_equals_score_select_and_apply(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     data = batches(vit)
     masks = select(score(vit, groups, "taylor", data), 0.5, "isomorphic", groups, keep_at_least=1)

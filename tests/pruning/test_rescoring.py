@@ -24,7 +24,7 @@ IMAGES = 400
 
 
 def made_up(units: int = 300, seed: int = 0, noise: float = 0.4, ratio: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Exact scores and a surrogate's, (units, images): few images weigh much, and each unit has a ratio of its own."""
+    """Return exact and surrogate scores (units, images) with heavy-tailed images and a ratio per unit."""
     source = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -55,7 +55,7 @@ def overlap(scores: Tensor, exact_scores: Tensor) -> float:
     return float((kept & right).sum() / right.sum())
 
 
-def test_the_expected_overlap_is_that_of_the_exact_selection() -> None:
+def test_the_expected_overlap_is_calibrated() -> None:
     actual, promised, shares = [], [], []
     for seed in range(8):
         measured, control = made_up(seed=seed)
@@ -70,21 +70,21 @@ def test_the_expected_overlap_is_that_of_the_exact_selection() -> None:
 
 
 @pytest.mark.parametrize("controlled", [True, False])
-def test_to_full_confidence_the_kept_set_is_the_exact_one(controlled: bool) -> None:
+def test_full_confidence_gives_the_exact_selection(controlled: bool) -> None:
     measured, control = made_up(units=60)
     result = rescored(measured, control if controlled else None, context(confidence=1 - 1e-9), control.sum(1))
     assert overlap(result.scores["a"], measured.sum(1)) == 1
     assert 0 < result.facts["evaluations"] <= 60 * IMAGES
 
 
-def test_a_control_saves_measurements() -> None:
+def test_control_scores_reduce_measurements() -> None:
     measured, control = made_up()
     setting = context(confidence=0.98)
     with_it, without = (rescored(measured, c, setting, control.sum(1)).facts["evaluations"] for c in (control, None))
     assert with_it < 0.8 * without
 
 
-def test_a_wrong_surrogate_is_corrected() -> None:
+def test_a_wrong_surrogate_is_detected() -> None:
     measured, control = made_up(ratio=1.5)
     before = overlap(control.sum(1), measured.sum(1))
     result = rescored(measured, control, context(confidence=0.98), control.sum(1))
@@ -107,7 +107,7 @@ def test_the_posterior_is_exact_after_all_images() -> None:
     torch.testing.assert_close(state.scores()[:6], measured[:6].sum(1), rtol=1e-12, atol=0)
 
 
-def test_selection_errors_by_hand() -> None:
+def test_expected_errors_by_hand() -> None:
     draws = torch.tensor([[0.0, 0, 0, 0], [0, 0, 2, 0], [0, -3, 0, 0], [0, 0, 0, 0]])
     errors = selection_errors(
         torch.tensor([1.0, 3, 2, 4]), torch.ones(4), 2, draws
@@ -122,7 +122,7 @@ def test_selection_errors_by_hand() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "head", "isomorphic"])
-def test_select_removes_the_worst_units_of_every_pool(scope: str, vit: nn.Module) -> None:
+def test_select_equals_selection_per_candidate_pool(scope: str, vit: nn.Module) -> None:
     groups = find_groups(vit, ["attention"])
     source = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.shape, generator=source) for group in groups}
@@ -136,7 +136,7 @@ def test_select_removes_the_worst_units_of_every_pool(scope: str, vit: nn.Module
             assert bool(values[kept].min() > values[~kept].max())
 
 
-def test_the_selection_of_a_tiny_model_is_the_exact_one(vit: nn.Module) -> None:
+def test_rescoring_of_a_tiny_model_gives_the_exact_selection(vit: nn.Module) -> None:
     kinds = {"ffn": "layer", "head": "layer", "residual": "layer"}
     groups, data = find_groups(vit, list(kinds)), batches(vit, 4, 4)
     setting = context(confidence=1 - 1e-9, fisher_directions=4)
@@ -160,7 +160,7 @@ def test_the_selection_of_a_tiny_model_is_the_exact_one(vit: nn.Module) -> None:
         rescore(vit, groups, [], scores, pools, setting)
 
 
-def test_the_default_method_rescores_in_every_cycle(vit: nn.Module) -> None:
+def test_upvits_rescores_in_every_cycle(vit: nn.Module) -> None:
     plan = plan_for("upvits", {"ffn": 0.5, "attention": 0.25}, cycles=2)
     cycles = list(prune_cycles(vit, plan, batches(vit, 2, 4)))
     assert [cycle.facts["images"] for cycle in cycles] == [8, 8]
@@ -185,6 +185,6 @@ def test_the_mask_stage_rescores(monkeypatch: pytest.MonkeyPatch, tmp_path) -> N
 
 
 @pytest.mark.parametrize(("sparsity", "cycles"), [(0.0, 1), ({"head": 0.34}, 3)])
-def test_without_removals_nothing_is_rescored(vit: nn.Module, sparsity: object, cycles: int) -> None:
+def test_no_rescoring_at_zero_sparsity(vit: nn.Module, sparsity: object, cycles: int) -> None:
     done = list(prune_cycles(vit, plan_for("upvits", sparsity, cycles=cycles), batches(vit, 2, 4)))
     assert any(cycle.facts == {} for cycle in done)

@@ -34,25 +34,25 @@ SCOPES = {
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that draws the scores of units of every kind."""
+    """Register a method that draws random scores for units of every kind."""
     monkeypatch.setitem(
         METHODS, "drawn", Method(by_weights.random, SCOPES, ("ffn", "attention"), True, "for these tests")
     )
 
 
 def cut(name: str, sparsity: object, **settings: object) -> tuple[nn.Module, Cycle]:
-    """A tiny model after one cycle of the drawn method."""
+    """Return a tiny model after one cycle of the method `drawn`."""
     model = tiny(name)
     (cycle,) = prune_cycles(model, plan_for("drawn", sparsity, **settings), ())
     return model, cycle
 
 
-def gone(cycle: Cycle) -> dict[str, float]:
+def removed_fractions(cycle: Cycle) -> dict[str, float]:
     return {name: 1 - float(mask.double().mean()) for name, mask in cycle.masks.items()}
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "isomorphic", "macs"])
-def test_rules_hold_in_every_scope_and_the_first_that_fits_alone(scope: str) -> None:
+def test_rules_apply_in_every_scope_and_the_first_match_counts(scope: str) -> None:
     rules = [
         {"match": r"layers\.0\.blocks\.0\..*", "ignore": True},
         {"match": r"layers\.0\.blocks\.\d\.mlp", "sparsity": 0.25},
@@ -60,12 +60,12 @@ def test_rules_hold_in_every_scope_and_the_first_that_fits_alone(scope: str) -> 
         {"match": r".*\.mlp", "max_sparsity": 0.375},
     ]
     _, cycle = cut("swin", {"ffn": 0.45}, scope=scope, rules=rules)
-    found = gone(cycle)
-    assert found["layers.0.blocks.0.mlp"] == 0  # the second and the fourth fit as well
-    assert found["layers.0.blocks.1.mlp"] == 0.25
-    assert 0.5 <= found["layers.1.blocks.0.mlp"] <= 0.625
-    assert found["layers.1.blocks.1.mlp"] <= 0.375
-    pooled = 192 * (found["layers.1.blocks.0.mlp"] + found["layers.1.blocks.1.mlp"])
+    result = removed_fractions(cycle)
+    assert result["layers.0.blocks.0.mlp"] == 0  # the second and the fourth fit as well
+    assert result["layers.0.blocks.1.mlp"] == 0.25
+    assert 0.5 <= result["layers.1.blocks.0.mlp"] <= 0.625
+    assert result["layers.1.blocks.1.mlp"] <= 0.375
+    pooled = 192 * (result["layers.1.blocks.0.mlp"] + result["layers.1.blocks.1.mlp"])
     if scope in ("global", "isomorphic", "macs"):
         assert pooled == pytest.approx(0.45 * 384, abs=1)
     if scope == "layer":
@@ -73,7 +73,7 @@ def test_rules_hold_in_every_scope_and_the_first_that_fits_alone(scope: str) -> 
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "module", "isomorphic"])
-def test_rules_hold_for_single_weights(scope: str) -> None:
+def test_rules_apply_to_single_weights(scope: str) -> None:
     rules = [
         {"match": r".*\.attn\.qkv\.weight", "ignore": True},
         {"match": r"blocks\.0\.mlp\..*", "sparsity": 0.75},
@@ -81,18 +81,18 @@ def test_rules_hold_for_single_weights(scope: str) -> None:
         {"match": r"blocks\.1\.mlp\.fc2\.weight", "max_sparsity": 0.2},
     ]
     model, cycle = cut("vit", {"weight": 0.5}, scope=scope, rules=rules)
-    found = gone(cycle)
-    assert found["blocks.0.attn.qkv.weight"] == found["blocks.1.attn.qkv.weight"] == 0
-    assert found["blocks.0.mlp.fc1.weight"] == found["blocks.0.mlp.fc2.weight"] == 0.75
-    assert found["blocks.1.mlp.fc1.weight"] >= 0.7 - 1e-9
-    assert found["blocks.1.mlp.fc2.weight"] <= 0.2 + 1e-9
-    for name, share in found.items():
+    result = removed_fractions(cycle)
+    assert result["blocks.0.attn.qkv.weight"] == result["blocks.1.attn.qkv.weight"] == 0
+    assert result["blocks.0.mlp.fc1.weight"] == result["blocks.0.mlp.fc2.weight"] == 0.75
+    assert result["blocks.1.mlp.fc1.weight"] >= 0.7 - 1e-9
+    assert result["blocks.1.mlp.fc2.weight"] <= 0.2 + 1e-9
+    for name, share in result.items():
         assert int((model.get_parameter(name) == 0).sum()) == round(share * model.get_parameter(name).numel())
     if scope == "global":
         free = ["blocks.0.attn.proj.weight", "blocks.1.attn.proj.weight"]
         free += ["blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc2.weight"]
         sizes = {name: cycle.masks[name].numel() for name in free}
-        assert sum(found[name] * sizes[name] for name in free) == pytest.approx(0.5 * sum(sizes.values()), abs=1)
+        assert sum(result[name] * sizes[name] for name in free) == pytest.approx(0.5 * sum(sizes.values()), abs=1)
 
 
 def test_n_of_m_leaves_the_layers_that_a_rule_ignores() -> None:
@@ -126,7 +126,7 @@ def test_blocks_keep_the_bounds_of_their_group() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "macs"])
-def test_over_cycles_zeros_only_grow_and_rules_come_with_them(scope: str) -> None:
+def test_rules_apply_in_every_cycle_and_masks_are_cumulative(scope: str) -> None:
     rules = [
         {"match": r"blocks\.0\.mlp", "sparsity": 0.75},
         {"match": r"blocks\.1\.mlp", "min_sparsity": 0.25, "max_sparsity": 0.5},
@@ -137,7 +137,9 @@ def test_over_cycles_zeros_only_grow_and_rules_come_with_them(scope: str) -> Non
     for cycle in prune_cycles(model, plan, ()):
         assert before is None or all(not bool((m & ~before[n]).any()) for n, m in cycle.masks.items())
         before = cycle.masks
-        seen.append([round(gone(cycle)[name], 4) for name in ("blocks.0.mlp", "blocks.1.mlp", "blocks.0.attn")])
+        seen.append(
+            [round(removed_fractions(cycle)[name], 4) for name in ("blocks.0.mlp", "blocks.1.mlp", "blocks.0.attn")]
+        )
     assert [first for first, _, _ in seen] == [0.25, 0.5, 0.75]
     assert all(least <= second <= 0.5 for (_, second, _), least in zip(seen, (1 / 12, 1 / 6, 1 / 4), strict=True))
     assert [third for _, _, third in seen] == [0, 0, 0]
@@ -151,15 +153,15 @@ def test_a_target_is_reached_under_rules_and_multiples(scope: str | None, sparsi
     if scope == "macs" and sparsity:
         return
     rules = [{"match": r"blocks\.0\.mlp", "sparsity": 0.25}, {"match": r"blocks\.1\.attn", "max_sparsity": 0.5}]
-    model, whole = tiny("vit"), count(tiny("vit"), example_input(tiny("vit"), 1)).macs
+    model, full = tiny("vit"), count(tiny("vit"), example_input(tiny("vit"), 1)).macs
     (cycle,) = prune_cycles(
         model, plan_for("drawn", sparsity, scope, target={"macs": 0.7}, rules=rules, round_to=4), ()
     )
-    reached = count(model, example_input(model, 1)).macs / whole
+    reached = count(model, example_input(model, 1)).macs / full
     record = cycle.cost["macs"]
     assert record["reached"] == reached <= 0.7
     assert ("why" in record) == (reached < 0.7 * 0.98)
-    assert [model.blocks[0].mlp.fc1.out_features, gone(cycle)["blocks.0.mlp"]] == [144, 0.25]
+    assert [model.blocks[0].mlp.fc1.out_features, removed_fractions(cycle)["blocks.0.mlp"]] == [144, 0.25]
     assert model.blocks[1].attn.head_dim >= 8
     assert all(width % 4 == 0 for block in model.blocks for width in (block.mlp.fc1.out_features, block.attn.head_dim))
 
@@ -225,18 +227,18 @@ def test_a_multiple_per_kind() -> None:
         ),
     ],
 )
-def test_what_is_no_rule_or_width_is_refused(vit: nn.Module, settings: dict, why: str) -> None:
+def test_invalid_rules_and_widths_are_refused(vit: nn.Module, settings: dict, why: str) -> None:
     with pytest.raises(BadInput, match=why) as refused:
         prune(vit, "drawn", sparsity=0.5, **settings)
     assert "\n" not in str(refused.value)
 
 
-def test_a_width_needs_a_kind_that_has_one(vit: nn.Module) -> None:
+def test_round_to_is_refused_for_kinds_without_width(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^prune.round_to 8: of weight none is a width; set it to null$"):
         prune(vit, "magnitude", sparsity=0.5, round_to=8)
 
 
-def test_upvits_settles_under_rules_and_multiples(vit: nn.Module) -> None:
+def test_upvits_rescores_under_rules_and_multiples(vit: nn.Module) -> None:
     rules = [{"match": r"blocks\.1\.mlp", "sparsity": 0.25}, {"match": r"blocks\.0\.attn", "ignore": True}]
     pruned = prune(vit, "upvits", sparsity=0.5, calibration=batches(vit, 2, 4), rules=rules, round_to={"ffn": 32}).model
     assert [block.mlp.fc1.out_features for block in pruned.blocks] == [96, 160]  # of 144 the larger of 128 and 160
@@ -244,7 +246,7 @@ def test_upvits_settles_under_rules_and_multiples(vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("method", ["unit-obs", "corp", "upvits-global"])
-def test_methods_with_an_update_take_them_too(vit: nn.Module, method: str) -> None:
+def test_methods_with_an_update_support_rules_and_multiples(vit: nn.Module, method: str) -> None:
     rules = [{"match": r"blocks\.1\.mlp", "max_sparsity": 0.125}]
     pruned = prune(vit, method, sparsity={"ffn": 0.4}, calibration=batches(vit, 2, 8), rules=rules, round_to=8).model
     widths = [block.mlp.fc1.out_features for block in pruned.blocks]
@@ -252,7 +254,7 @@ def test_methods_with_an_update_take_them_too(vit: nn.Module, method: str) -> No
     assert all(width % 8 == 0 and width < 192 for width in widths[:1])
 
 
-def test_params_yaml_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_params_yaml_gives_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = [{"match": r"blocks\.0\..*", "ignore": True}, {"match": r".*\.mlp", "min_sparsity": 0.5}]
     prune_ = {"method": "channel-magnitude", "sparsity": 0.3, "kinds": ["ffn"], "round_to": {"ffn": 16}, "rules": rules}
     settings = {"dataset": {"source": "digits"}, "dense": {"start": "train"}, "prune": prune_}
@@ -270,8 +272,8 @@ def test_params_yaml_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     mask_stage.run(params)
     masks: dict[str, Tensor] = read_weights(tmp_path / "out/mask/masks.safetensors")
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"blocks.0.mlp": 192, "blocks.1.mlp": 96}
-    own = plan_for("channel-magnitude", {"ffn": 0.3}, rules=rules, round_to=16)
-    alike = select_masks(scores, own, {"ffn": 0.3}, cycle_state(dense, own))
+    selected = plan_for("channel-magnitude", {"ffn": 0.3}, rules=rules, round_to=16)
+    alike = select_masks(scores, selected, {"ffn": 0.3}, cycle_state(dense, selected))
     assert all(torch.equal(alike[name], mask) for name, mask in masks.items())
 
 
@@ -291,7 +293,7 @@ def test_params_yaml_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("target", {"latency": 20}, "prune.target.latency: Input should be less than 1"),
     ],
 )
-def test_params_yaml_names_what_is_wrong(tmp_path: Path, key: str, value: object, why: str) -> None:
+def test_errors_in_params_yaml_are_named(tmp_path: Path, key: str, value: object, why: str) -> None:
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     raw["prune"] |= {"sparsity": None, key: value}
     path = tmp_path / "params.yaml"

@@ -21,28 +21,28 @@ def over(final: float, cycles: int, schedule: str | Schedule) -> list[float]:
     return [share["weight"] for share in plan_for("magnitude", final, cycles=cycles, schedule=schedule).targets()]
 
 
-def test_a_word_starts_at_the_dense_model_and_does_not_prune_there() -> None:
+def test_a_shape_starts_from_the_dense_model() -> None:
     assert over(0.6, 3, "linear") == pytest.approx([0.2, 0.4, 0.6])
     assert over(0.8, 2, "cubic") == pytest.approx([0.7, 0.8])
     assert over(0.5, 1, "cubic") == [0.5]
     assert over(0.6, 3, Schedule(shape="linear")) == over(0.6, 3, "linear")
 
 
-def test_an_initial_sparsity_is_that_of_the_first_cycle_and_both_ends_count() -> None:
+def test_initial_is_the_sparsity_of_the_first_cycle() -> None:
     cubic = [0.4, 0.47, 0.53, 0.58, 0.622, 0.657, 0.685, 0.706, 0.722, 0.734, 0.742, 0.747, 0.749, 0.75, 0.75]
     assert over(0.75, 15, Schedule(shape="cubic", initial=0.4)) == pytest.approx(cubic, abs=6e-4)
     assert over(0.9, 5, Schedule(shape="linear", initial=0.4)) == pytest.approx([0.4, 0.525, 0.65, 0.775, 0.9])
     assert over(0.9, 2, Schedule(shape="cubic", initial=0.0)) == [0.0, 0.9]
 
 
-def test_the_long_recipe_in_its_phases_is_its_steps() -> None:
+def test_steps_of_the_long_recipe_equal_its_phases() -> None:
     phases = [*sparsities(0.6, 3, "linear", 0.4), *sparsities(0.75, 3, "linear", 0.65)]
     phases += sparsities(0.9, 10, "linear", 0.75)[1:]
     assert over(0.9, 15, Schedule(steps=LONG)) == pytest.approx(phases, abs=1e-5)
     assert plan_for("magnitude", 0.9, cycles=15, schedule=Schedule(steps=LONG)).epochs(20) == [20] * 15
 
 
-def test_steps_are_taken_as_they_are() -> None:
+def test_steps_are_used_unchanged() -> None:
     steps = [0.5, 0.6, 0.75, 0.8, 0.9]
     assert over(0.9, 5, Schedule(steps=steps)) == steps
     plan = plan_for("magnitude", 0.75, cycles=4, schedule=Schedule(steps={0: 0.4, 30: 0.6, 60: 0.675, 70: 0.75}))
@@ -88,7 +88,7 @@ def test_kinds_of_different_sparsities_have_no_common_steps() -> None:
         plan_for("channel-magnitude", {"attention": 0.5, "ffn": 0.6}, cycles=2, schedule=Schedule(steps=[0.2, 0.5]))
 
 
-def test_rates_in_numbers() -> None:
+def test_learning_rates_in_numbers() -> None:
     linear = [learning_rate(step, 5, 5e-4, 1e-5, 0, "linear") for step in range(5)]
     assert linear == pytest.approx([5e-4, 3.775e-4, 2.55e-4, 1.325e-4, 1e-5])  # the first step is a whole one
     cosine = [learning_rate(step, 4, 5e-4, 1e-5) for step in range(5)]
@@ -103,7 +103,7 @@ def test_rates_in_numbers() -> None:
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_the_cosine_is_timms(warmup: int) -> None:
+def test_cosine_decay_equals_timm(warmup: int) -> None:
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.02)
     scheduler = CosineLRScheduler(
         optimizer, t_initial=20, lr_min=0.001, warmup_t=warmup, warmup_lr_init=0.0, t_in_epochs=False
@@ -113,6 +113,6 @@ def test_the_cosine_is_timms(warmup: int) -> None:
         assert learning_rate(step, 20, 0.02, 0.001, warmup) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
 
 
-def test_spans_without_epochs_are_all_alike() -> None:
+def test_spans_without_epochs_are_equal() -> None:
     assert epochs_per_cycle(None, 3, 5) == [5, 5, 5]
     assert epochs_per_cycle({0: 0.5}, 1, 5) == [5]

@@ -1,4 +1,4 @@
-"""Exact counts whatever the scores, a stable order, and who competes with whom."""
+"""Exact counts for any scores, stable order, and candidate pools of every scope."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BARE = {"a": (4, 6), "b": (10,), "c": (3, 8)}  # 24 + 10 + 24 = 58 units
 
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int, levels: int = 0) -> dict[str, torch.Tensor]:
-    """Random scores; with `levels`, so few different values that most are ties."""
+    """Return random scores; with `levels`, so few distinct values that most are ties."""
     generator = torch.Generator().manual_seed(seed)
     if levels:
         return {n: torch.randint(levels, s, generator=generator).double() for n, s in shapes.items()}
@@ -38,13 +38,13 @@ def test_global_and_layer_are_a_naive_sort(levels: int) -> None:
         assert same(select(scores, share, "layer"), alone[0] | alone[1] | alone[2])
 
 
-def test_ties_go_by_position() -> None:
+def test_ties_are_broken_by_position() -> None:
     masks = select({"a": torch.ones(2, 2), "b": torch.ones(3)}, 0.7)  # round(0.7 * 7) = 5 of 7 go
     assert masks["a"].tolist() == [[False, False], [False, False]]
     assert masks["b"].tolist() == [False, True, True]
 
 
-def test_the_least_score_goes_by_hand() -> None:
+def test_the_lowest_score_is_removed_by_hand() -> None:
     masks = select({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 0.5])}, 0.5)
     assert masks["a"].tolist() == [True, False]
     assert masks["b"].tolist() == [True, False]
@@ -71,30 +71,30 @@ def test_counts_are_exact_when_all_scores_are_equal(name: str, scope: str) -> No
         assert all(mask.sum(1).tolist() == [mask.shape[1] // 2] * len(mask) for mask in masks.values())
 
 
-def test_scopes_differ_as_they_should() -> None:
+def test_scopes_select_different_masks() -> None:
     groups = find_groups(tiny("swin"), ["weight"])
     scale = {"attn.qkv.weight": 1.0, "attn.proj.weight": 3.0, "mlp.fc1.weight": 5.0, "mlp.fc2.weight": 7.0}
     scores = draw({g.name: g.shape for g in groups}, 0)
     for group in groups:
         part = group.name.split(".", 4)[-1]
         scores[group.name] = scores[group.name].abs() * scale[part] * (1 + int(group.name.split(".")[1]))
-    found = {scope: select(scores, 0.3, scope, groups) for scope in ("global", "layer", "module", "isomorphic")}
-    gone = {scope: {n: 1 - float(m.double().mean()) for n, m in masks.items()} for scope, masks in found.items()}
-    assert all(share == pytest.approx(0.3, abs=1e-3) for share in gone["layer"].values())
+    result = {scope: select(scores, 0.3, scope, groups) for scope in ("global", "layer", "module", "isomorphic")}
+    removed = {scope: {n: 1 - float(m.double().mean()) for n, m in masks.items()} for scope, masks in result.items()}
+    assert all(share == pytest.approx(0.3, abs=1e-3) for share in removed["layer"].values())
     for members, scope in (
         (lambda g: g.layer_type, "module"),
         (lambda g: (g.layer_type, g.name.split(".")[-2]), "isomorphic"),
     ):
         for pool in {members(g) for g in groups}:
-            own = [g for g in groups if members(g) == pool]
-            units = sum(g.units for g in own)
-            assert sum(int((~found[scope][g.name]).sum()) for g in own) == int(0.3 * units + 0.5)
-    assert max(gone["global"].values()) > 0.6
-    flat = [torch.cat([m.flatten() for m in masks.values()]) for masks in found.values()]
+            selected = [g for g in groups if members(g) == pool]
+            units = sum(g.units for g in selected)
+            assert sum(int((~result[scope][g.name]).sum()) for g in selected) == int(0.3 * units + 0.5)
+    assert max(removed["global"].values()) > 0.6
+    flat = [torch.cat([m.flatten() for m in masks.values()]) for masks in result.values()]
     assert all(not torch.equal(flat[i], flat[j]) for i in range(4) for j in range(i))
 
 
-def test_isomorphic_pools_are_the_same_layer_of_every_block() -> None:
+def test_isomorphic_pools_contain_the_same_layer_of_every_block() -> None:
     groups = find_groups(tiny("vit"), ["weight", "ffn"])
     low = {g.name: torch.full(g.shape, 1.0 if "blocks.0" in g.name else 2.0) for g in groups}
     masks = select(low, 0.5, "isomorphic", groups)
@@ -119,7 +119,7 @@ def test_removed_units_stay_removed_and_count(scope: str) -> None:
         previous = masks
 
 
-def test_a_lower_sparsity_later_brings_nothing_back() -> None:
+def test_a_lower_sparsity_later_restores_nothing() -> None:
     first = select(draw(BARE, 0), 0.5)
     assert same(select(draw(BARE, 1), 0.2, previous=first), first)
 
@@ -148,7 +148,7 @@ def test_keep_at_least_holds_for_every_head() -> None:
     ]
 
 
-def test_head_ranks_every_row_alone() -> None:
+def test_scope_head_ranks_every_row_separately() -> None:
     masks = select({"a": torch.tensor([[1.0, 2.0, 3.0, 4.0], [40.0, 30.0, 20.0, 10.0]])}, 0.5, "head")
     assert masks["a"].tolist() == [[False, False, True, True], [True, True, False, False]]
     with pytest.raises(BadInput, match=r"^b: scope 'head' needs scores of shape \(heads, channels\)"):
@@ -156,7 +156,7 @@ def test_head_ranks_every_row_alone() -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2)])
-def test_n_of_m_is_legal_and_keeps_the_best(n: int, m: int) -> None:
+def test_n_of_m_is_valid_and_keeps_the_best(n: int, m: int) -> None:
     scores = draw({"w": (6, 16), "t": (8, 24)}, 0) | {"ties": torch.ones(4, 8)}
     masks = select(scores, 1 - n / m, f"{n}:{m}")
     for name, mask in masks.items():
@@ -183,7 +183,7 @@ def test_n_of_m_by_hand() -> None:
         ("2:3", 1 / 3, "w: rows of 10 weights cannot be divided into runs of 3"),
     ],
 )
-def test_n_of_m_that_cannot_be_is_refused(scope: str, sparsity: float, why: str) -> None:
+def test_invalid_n_of_m_is_refused(scope: str, sparsity: float, why: str) -> None:
     with pytest.raises(BadInput, match=why):
         select({"w": torch.ones(2, 10)}, sparsity, scope)
 

@@ -18,7 +18,7 @@ KINDS = ("per-sample", "per-batch")
 
 
 def setting_of(kind: str) -> ScoringContext:
-    """Three passes over three batches, several chunks of blocks."""
+    """Return settings with three passes over three batches and several chunks of blocks."""
     few = context(fisher_block_size=24, num_gradients=20, memory=4_000_000)
     return few if kind == "per-sample" else changed(few, num_gradients=5, per_sample=False, gradient_batch=4)
 
@@ -30,9 +30,9 @@ def main() -> None:
     with process_group() as dist:
         for kind in KINDS:
             work = score_stage.ScoringJob(ovit, groups, batches(model, 3), setting_of(kind))
-            found = work.importance(model, False, directory / "partial", dist, collective=True)
-            if found is not None:
-                write_weights(found.scores, directory / f"{kind}.safetensors")
+            result = work.importance(model, False, directory / "partial", dist, collective=True)
+            if result is not None:
+                write_weights(result.scores, directory / f"{kind}.safetensors")
 
 
 if __name__ == "__main__":

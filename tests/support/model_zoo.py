@@ -203,7 +203,7 @@ def batches(model: nn.Module, number: int = 2, size: int = 3) -> list[tuple[Tens
     return [(images(model, size, 10 + n), (torch.arange(size) + n) % model.num_classes) for n in range(number)]
 
 
-def answer(model: nn.Module, inputs: Tensor) -> Tensor:
+def predict(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the logits in eval mode, without gradients."""
     with torch.no_grad():
         return model.eval()(inputs)

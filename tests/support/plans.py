@@ -30,6 +30,10 @@ def changed(setting: ScoringContext, **options: Any) -> ScoringContext:
     """Change fields of a scoring context, or options of the criteria in it."""
     if "memory" in options:
         options["memory_mb"] = options.pop("memory") / (1 << 20)
-    own = {name: value for name, value in options.items() if name in ("seed", "first", "pattern", "dist", "partial")}
-    config = ScoreConfig(**{**dict(setting.config), **{name: options[name] for name in options.keys() - own.keys()}})
-    return replace(setting, config=config, **own)
+    selected = {
+        name: value for name, value in options.items() if name in ("seed", "first", "pattern", "dist", "partial")
+    }
+    config = ScoreConfig(
+        **{**dict(setting.config), **{name: options[name] for name in options.keys() - selected.keys()}}
+    )
+    return replace(setting, config=config, **selected)

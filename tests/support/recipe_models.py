@@ -24,10 +24,10 @@ STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def stand_in(name: str) -> nn.Module:
-    """A small float32 model of a recipe's family."""
-    found = next(made for start, made in STAND_INS.items() if name.startswith(start))
+    """Return a small float32 model of a recipe's family."""
+    result = next(made for start, made in STAND_INS.items() if name.startswith(start))
     torch.manual_seed(0)
-    model: nn.Module = timm.create_model(found[0], **found[1])
+    model: nn.Module = timm.create_model(result[0], **result[1])
     return model
 
 

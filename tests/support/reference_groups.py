@@ -11,7 +11,7 @@ TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
 def vit(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
-    """Name, number of units and slices of the residual stream of a VisionTransformer."""
+    """Return name, number of units and slices of the residual stream of a VisionTransformer."""
     result: set[ParamSlice] = set()
     for path, module in model.named_modules():
         if path == "patch_embed.proj" or path.endswith((".attn.proj", ".mlp.fc2")):
@@ -29,7 +29,7 @@ def vit(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
 
 
 def decoder(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
-    """The same of a causal language model."""
+    """Return the same for a causal language model."""
     result = {ParamSlice("token_embed.weight", 1), ParamSlice("pos_embed", 2)}
     result |= slices(model.norm, "norm", 0) | slices(model.head, "head", 1)
     for index, block in enumerate(model.blocks):
@@ -38,42 +38,44 @@ def decoder(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
 
 
 def swin(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
-    """The same of the stages of a Swin; a patch merging reads the channels of four neighbours side by side."""
+    """Return the same for the stages of a Swin; patch merging reads four neighbours side by side."""
     result = {}
     for number, stage in enumerate(model.layers):
         name = f"layers.{number}"
         if number == 0:
-            own = slices(model.patch_embed.proj, "patch_embed.proj", 0)
-            own |= slices(model.patch_embed.norm, "patch_embed.norm", 0)
+            selected = slices(model.patch_embed.proj, "patch_embed.proj", 0)
+            selected |= slices(model.patch_embed.norm, "patch_embed.norm", 0)
         else:
-            own = slices(stage.downsample.reduction, f"{name}.downsample.reduction", 0)
+            selected = slices(stage.downsample.reduction, f"{name}.downsample.reduction", 0)
         for index, block in enumerate(stage.blocks):
-            own |= in_block(f"{name}.blocks.{index}", block, ("attn.qkv", "mlp.fc1"))
+            selected |= in_block(f"{name}.blocks.{index}", block, ("attn.qkv", "mlp.fc1"))
         if number + 1 == len(model.layers):
-            own |= slices(model.norm, "norm", 0) | slices(model.head.fc, "head.fc", 1)
+            selected |= slices(model.norm, "norm", 0) | slices(model.head.fc, "head.fc", 1)
         else:
             merging, path = model.layers[number + 1].downsample, f"layers.{number + 1}.downsample"
-            own |= slices(merging.norm, f"{path}.norm", 0, 4) | slices(merging.reduction, f"{path}.reduction", 1, 4)
-        result[f"{name}.residual"] = (stage.blocks[0].attn.qkv.in_features, own)
+            selected |= slices(merging.norm, f"{path}.norm", 0, 4) | slices(
+                merging.reduction, f"{path}.reduction", 1, 4
+            )
+        result[f"{name}.residual"] = (stage.blocks[0].attn.qkv.in_features, selected)
     return result
 
 
 def pvt(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
-    """The same of the stages of a PVTv2, and of the reduced map of every attention that has one."""
+    """Return the same for the stages of a PVTv2 and the reduced map of every attention that has one."""
     result = {}
     for number, stage in enumerate(model.stages):
         name = f"stages.{number}"
         path, entry = (f"{name}.downsample", stage.downsample) if number else ("patch_embed", model.patch_embed)
-        own = slices(entry.proj, f"{path}.proj", 0) | slices(entry.norm, f"{path}.norm", 0)
-        own |= slices(stage.norm, f"{name}.norm", 0)
+        selected = slices(entry.proj, f"{path}.proj", 0) | slices(entry.norm, f"{path}.norm", 0)
+        selected |= slices(stage.norm, f"{name}.norm", 0)
         for index, block in enumerate(stage.blocks):
             keys = "kv" if block.attn.sr is None else "sr"
-            own |= in_block(f"{name}.blocks.{index}", block, ("attn.q", f"attn.{keys}", "mlp.fc1"))
+            selected |= in_block(f"{name}.blocks.{index}", block, ("attn.q", f"attn.{keys}", "mlp.fc1"))
         if number + 1 == len(model.stages):
-            own |= slices(model.head, "head", 1)
+            selected |= slices(model.head, "head", 1)
         else:
-            own |= slices(model.stages[number + 1].downsample.proj, f"stages.{number + 1}.downsample.proj", 1)
-        result[f"{name}.residual"] = (entry.proj.out_channels, own)
+            selected |= slices(model.stages[number + 1].downsample.proj, f"stages.{number + 1}.downsample.proj", 1)
+        result[f"{name}.residual"] = (entry.proj.out_channels, selected)
     return result | dict(reductions(model))
 
 
@@ -82,8 +84,8 @@ def reductions(model: Any) -> Iterator[tuple[str, tuple[int, set[ParamSlice]]]]:
         for index, block in enumerate(stage.blocks):
             attn, path = block.attn, f"stages.{number}.blocks.{index}.attn"
             if attn.sr is not None:
-                own = slices(attn.sr, f"{path}.sr", 0) | slices(attn.norm, f"{path}.norm", 0)
-                yield f"{path}.sr", (attn.sr.out_channels, own | slices(attn.kv, f"{path}.kv", 1))
+                selected = slices(attn.sr, f"{path}.sr", 0) | slices(attn.norm, f"{path}.norm", 0)
+                yield f"{path}.sr", (attn.sr.out_channels, selected | slices(attn.kv, f"{path}.kv", 1))
 
 
 def in_block(path: str, block: nn.Module, readers: tuple[str, ...]) -> set[ParamSlice]:

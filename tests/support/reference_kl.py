@@ -9,7 +9,7 @@ from vitprune import Group
 
 
 def live_norm(x: Tensor, norm: nn.LayerNorm, live: Tensor) -> Tensor:
-    """LayerNorm with statistics over the live channels only; removed channels come out as zero."""
+    """LayerNorm with statistics over the kept channels only; removed channels are zero."""
     number = live.sum()
     mean = (x * live).sum(-1, keepdim=True) / number
     variance = (((x - mean) * live) ** 2).sum(-1, keepdim=True) / number
@@ -17,7 +17,7 @@ def live_norm(x: Tensor, norm: nn.LayerNorm, live: Tensor) -> Tensor:
 
 
 class LiveNorm(nn.Module):
-    """A model's own LayerNorm over its live channels only; removed channels come out as zero."""
+    """LayerNorm of a model over its kept channels only; removed channels are zero."""
 
     def __init__(self, norm: nn.LayerNorm, live: Tensor):
         super().__init__()
@@ -69,9 +69,9 @@ def literal_vit(model: nn.Module, images: Tensor, masks: dict[str, Tensor]) -> T
 
 def naive_masks(scores: dict[str, Tensor], remove: int) -> dict[str, Tensor]:
     """Sort all units by (score, position) and remove the first `remove`."""
-    units = [(float(value), place) for place, value in enumerate(torch.cat([s.flatten() for s in scores.values()]))]
-    gone = {place for _, place in sorted(units)[:remove]}
-    flat = torch.tensor([place not in gone for place in range(len(units))])
+    units = [(float(value), index) for index, value in enumerate(torch.cat([s.flatten() for s in scores.values()]))]
+    removed = {index for _, index in sorted(units)[:remove]}
+    flat = torch.tensor([index not in removed for index in range(len(units))])
     parts = torch.split(flat, [score.numel() for score in scores.values()])
     return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
@@ -97,14 +97,14 @@ def kl(first: Tensor, second: Tensor) -> float:
 
 
 def gated_norm(x: Tensor, norm: nn.LayerNorm, gate: Tensor) -> Tensor:
-    """LayerNorm whose mean and variance count channel c gate[c] times, and whose output is gated."""
+    """LayerNorm whose mean and variance weight channel c by gate[c], and whose output is gated."""
     mean = (x * gate).sum(-1, keepdim=True) / gate.sum()
     variance = ((x - mean).square() * gate).sum(-1, keepdim=True) / gate.sum()
     return ((x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias) * gate
 
 
 def gated_attention(x: Tensor, attn: nn.Module, heads: Tensor, channels: Tensor) -> Tensor:
-    """Attention with a gate on each head's output, and one on what each channel adds to logits and output."""
+    """Attention with a gate on each head's output and on each channel's part of logits and output."""
     number, width = attn.num_heads, attn.head_dim
     q, k, v = attn.qkv(x).unflatten(-1, (3, number, width)).permute(2, 0, 3, 1, 4)  # (B, heads, N, channels) each
     gate = channels.view(number, 1, width)
@@ -133,15 +133,15 @@ def gated_vit(model: nn.Module, images: Tensor, gates: dict[str, Tensor]) -> Ten
 
 def fisher_quadratic(model: nn.Module, images: Tensor, groups: list) -> dict[str, Tensor]:
     """1/2 sum over classes of p_c (d log p_c / d gate)^2 for each image alone; group name -> (units, B)."""
-    found = {group.name: torch.zeros(group.units, len(images), dtype=images.dtype) for group in groups}
-    for place, image in enumerate(images):
+    result = {group.name: torch.zeros(group.units, len(images), dtype=images.dtype) for group in groups}
+    for index, image in enumerate(images):
         gates = {group.name: torch.ones(group.shape, dtype=images.dtype, requires_grad=True) for group in groups}
-        answer = gated_vit(model, image[None], gates)[0].log_softmax(-1)
-        for logp in answer:
+        output = gated_vit(model, image[None], gates)[0].log_softmax(-1)
+        for logp in output:
             grads = torch.autograd.grad(logp, list(gates.values()), retain_graph=True)
             for name, grad in zip(gates, grads, strict=True):
-                found[name][:, place] += logp.detach().exp() * grad.flatten().square() / 2
-    return found
+                result[name][:, index] += logp.detach().exp() * grad.flatten().square() / 2
+    return result
 
 
 def gated_stream(model: nn.Module, images: Tensor, group: Group, gate: Tensor) -> Tensor:
@@ -173,8 +173,8 @@ def gated_stream(model: nn.Module, images: Tensor, group: Group, gate: Tensor) -
     return logits
 
 
-def assert_fades(model: nn.Module, images: Tensor, groups: list[Group], found: dict[str, Tensor]) -> None:
-    """Some units' scores (units, images) are the curvature of the divergence in their gates."""
+def assert_fades(model: nn.Module, images: Tensor, groups: list[Group], result: dict[str, Tensor]) -> None:
+    """Assert that scores (units, images) equal the curvature of the KL divergence in the units' gates."""
     step = 1e-4
     with torch.no_grad():
         dense = model(images)
@@ -185,25 +185,25 @@ def assert_fades(model: nn.Module, images: Tensor, groups: list[Group], found: d
                 gate = torch.ones(group.units, dtype=torch.float64)
                 gate[unit] += by
                 apart.append(kl(dense, gated_stream(model, images, group, gate)))
-            assert sum(apart) / 2 / step**2 == pytest.approx(float(found[group.name][unit].sum()), rel=1e-3, abs=1e-7)
+            assert sum(apart) / 2 / step**2 == pytest.approx(float(result[group.name][unit].sum()), rel=1e-3, abs=1e-7)
 
 
 def naive_elimination(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int) -> tuple[list[int], list[float]]:
-    """Greedy order of units, and half the error after each removal, by a least-squares fit anew for every candidate."""
+    """Greedy order of units and half the error after each removal; every candidate by its own least-squares fit."""
     padded = torch.cat([weight, torch.zeros(len(weight), 1, dtype=weight.dtype)], dim=1)
-    gone: list[int] = []
+    removed: list[int] = []
     totals = []
     units = weight.shape[1] // inner
-    while len(gone) < units:
+    while len(removed) < units:
         trials = {}
-        for unit in (unit for unit in range(units) if unit not in gone):
-            alive = [u for u in range(units) if u not in (*gone, unit)]
-            kept = [u * inner + n for u in alive for n in range(inner)] + [weight.shape[1]]
+        for unit in (unit for unit in range(units) if unit not in removed):
+            remaining = [u for u in range(units) if u not in (*removed, unit)]
+            kept = [u * inner + n for u in remaining for n in range(inner)] + [weight.shape[1]]
             fitted = torch.zeros_like(padded)
             fitted[:, kept] = torch.linalg.solve(inputs[kept][:, kept], inputs[kept] @ padded.T).T
             change = padded - fitted
             trials[unit] = float(torch.einsum("oi,ij,pj,op->", change, inputs, change, metric)) / 2
         best = min(trials, key=lambda unit: trials[unit])
-        gone.append(best)
+        removed.append(best)
         totals.append(trials[best])
-    return gone, totals
+    return removed, totals

@@ -15,14 +15,14 @@ SMALL = context(fisher_block_size=24, damping=1e-7)
 
 def image_gradients(model: nn.Module, param: str, data: list) -> Tensor:
     """Gradient of each image's loss w.r.t. one parameter; (images, weights)."""
-    weight, found = model.get_parameter(param), []
+    weight, result = model.get_parameter(param), []
     model.eval()
     for images, labels in data:
         for image, label in zip(images, labels, strict=True):
             loss = F.cross_entropy(model(image[None]), label[None])
             (grad,) = torch.autograd.grad(loss, [weight])
-            found.append(grad.flatten() * (weight != 0).flatten())
-    return torch.stack(found).detach()
+            result.append(grad.flatten() * (weight != 0).flatten())
+    return torch.stack(result).detach()
 
 
 def naive_fisher(gradients: Tensor, size: int, damp: float) -> Tensor:
@@ -61,8 +61,8 @@ def right_looking(fisher: Tensor, weights: Tensor, runs: tuple[int, int] | None 
         trace.append(w.clone())
 
 
-def _complete(place: int, order: list[int], runs: tuple[int, int] | None) -> bool:
-    return runs is not None and sum(q // runs[1] == place // runs[1] for q in order) >= runs[1] - runs[0]
+def _complete(index: int, order: list[int], runs: tuple[int, int] | None) -> bool:
+    return runs is not None and sum(q // runs[1] == index // runs[1] for q in order) >= runs[1] - runs[0]
 
 
 def block_loss(fisher: Tensor, change: Tensor) -> float:
@@ -72,10 +72,10 @@ def block_loss(fisher: Tensor, change: Tensor) -> float:
 
 def closed_form(fisher: Tensor, weights: Tensor, keep: Tensor) -> tuple[Tensor, float]:
     """Optimal kept weights of a block and their loss, through the inverse restricted to the removed weights."""
-    gone = ~keep
+    removed = ~keep
     inverse = torch.linalg.inv(fisher)
-    solved = torch.linalg.solve(inverse[gone][:, gone], weights[gone].double())
-    return (weights - inverse[:, gone] @ solved) * keep, float(weights[gone].double() @ solved) / 2
+    solved = torch.linalg.solve(inverse[removed][:, removed], weights[removed].double())
+    return (weights - inverse[:, removed] @ solved) * keep, float(weights[removed].double() @ solved) / 2
 
 
 def sherman_morrison(gradients: Tensor, damp: float) -> Tensor:
@@ -89,8 +89,8 @@ def sherman_morrison(gradients: Tensor, damp: float) -> Tensor:
 
 def fastcap_columns(fisher: Tensor, weights: Tensor, share: float, damp: float) -> Tensor:
     """FastCAP's algorithm as printed: score, threshold, and columns from left to right; (blocks, B)."""
-    whole = fisher + damp * fisher.diagonal().mean() * torch.eye(len(fisher), dtype=torch.float64)
-    upper = torch.linalg.cholesky(torch.linalg.inv(whole), upper=True)
+    full = fisher + damp * fisher.diagonal().mean() * torch.eye(len(fisher), dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(full), upper=True)
     w = weights.double().clone()
     score = w.square() / upper.diagonal().square()
     keep = score > score.flatten().kthvalue(round(score.numel() * share)).values
@@ -105,10 +105,10 @@ def fastcap_columns(fisher: Tensor, weights: Tensor, share: float, damp: float) 
 
 def matrices(model: nn.Module, setting: ScoringContext = SMALL, data: list | None = None) -> dict[str, Tensor]:
     """Fisher blocks of a whole model, by parameter."""
-    found: dict[str, list[Tensor]] = {}
+    result: dict[str, list[Tensor]] = {}
     for part, fisher in FisherBlocks(model, find_groups(model, ["weight"]), data or batches(model), setting):
-        found.setdefault(part.param, []).append(fisher)
-    return {param: torch.cat(pieces) for param, pieces in found.items()}
+        result.setdefault(part.param, []).append(fisher)
+    return {param: torch.cat(pieces) for param, pieces in result.items()}
 
 
 def cost(fisher: Tensor, weights: Tensor, new: Tensor) -> float:

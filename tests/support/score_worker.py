@@ -1,4 +1,4 @@
-"""Scores a tiny model by Fisher, slowly, in a process of its own: sharding_worker.py DIRECTORY SECONDS_PER_BATCH."""
+"""Score a tiny model by Fisher, slowly, in its own process: score_worker.py DIRECTORY SECONDS_PER_BATCH."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ from vitprune.runtime.distributed import process_group
 
 
 def slow(model: nn.Module, groups: Sequence[Group], data: Batches, setting: ScoringContext) -> Importance:
-    """Fisher, with time to be killed in."""
+    """Fisher scoring with a pause per batch, so that it can be killed."""
     time.sleep(float(sys.argv[2]))
     return fisher_kl(model, groups, data, setting)
 
@@ -28,9 +28,9 @@ def main() -> None:
     directory, model = Path(sys.argv[1]), tiny("vit")
     work = score_stage.ScoringJob(slow, find_groups(model, ["ffn", "residual"]), batches(model, 5, 2), DEFAULT_CONTEXT)
     with process_group() as dist:
-        found = work.importance(model, True, directory / "partial", dist)
-    if found is not None:
-        write_weights(found.scores, directory / "scores.safetensors")
+        result = work.importance(model, True, directory / "partial", dist)
+    if result is not None:
+        write_weights(result.scores, directory / "scores.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A team's servers on loopback, by the scripts of deploy/: brought up, killed one by one, brought up again, ended."""
+"""Servers of deploy/ on loopback: started, killed one by one, restarted and stopped."""
 
 import base64
 import contextlib
@@ -28,26 +28,26 @@ PORTS = {name: f"VITPRUNE_{name.upper()}_PORT" for name in ("db", "prefect", "ml
 
 
 def missing() -> str:
-    """What is not installed here and cannot be done without."""
-    found = {
+    """Return the required packages that are not installed."""
+    result = {
         "PostgreSQL (apt-get install postgresql)": bool(list(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))),
         "sshd (apt-get install openssh-server)": shutil.which("sshd", path="/usr/sbin:/usr/bin") is not None,
         "curl": shutil.which("curl") is not None,
         "psycopg2 (pip install 'vitprune[server]')": importlib.util.find_spec("psycopg2") is not None,
         "dvc-ssh (pip install 'vitprune[server]')": importlib.util.find_spec("dvc_ssh") is not None,
     }
-    return ", ".join(name for name, there in found.items() if not there)
+    return ", ".join(name for name, there in result.items() if not there)
 
 
 @dataclass(frozen=True)
 class Servers:
-    """PostgreSQL, Prefect and MLflow in a folder; `env` is what a client of them needs."""
+    """PostgreSQL, Prefect and MLflow in a directory; `env` is the environment of their clients."""
 
     folder: Path
     env: dict[str, str]
 
     def up(self) -> None:
-        """Start what does not run."""
+        """Start the servers that are not running."""
         done = subprocess.run(
             [REPOSITORY / "deploy/servers", "up"], env=self.env, capture_output=True, text=True, check=False
         )
@@ -55,11 +55,11 @@ class Servers:
         self.env.update(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
     def down(self) -> None:
-        """End all."""
+        """Stop all servers."""
         subprocess.run([REPOSITORY / "deploy/servers", "down"], env=self.env, check=False)
 
     def kill(self, name: str) -> None:
-        """Kill a server at once (SIGKILL): db, prefect or mlflow, with its children where it is a group of its own."""
+        """Kill a server (SIGKILL): db, prefect or mlflow, with its children if it leads a process group."""
         if name == "db":
             pid = int((self.folder / "postgres/postmaster.pid").read_text().split()[0])
             os.kill(pid, signal.SIGKILL)
@@ -69,7 +69,7 @@ class Servers:
         wait_until_dead(pid)
 
     def run(self, *words: str, where: Path) -> str:
-        """Run a Python module as a user would, and return what it printed."""
+        """Run a Python module as a user would; return its output."""
         env = self.env | {"PWD": str(where)}  # as a shell says it; prefect.yaml asks for it
         command = [sys.executable, "-W", "ignore", "-m", *words]
         done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, check=False)
@@ -77,17 +77,17 @@ class Servers:
         return done.stdout
 
     def ask(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Ask the Prefect server."""
+        """Send a request to the Prefect server."""
         headers = {"Content-Type": "application/json"}
         if key := self.env.get("PREFECT_API_AUTH_STRING"):
             headers["Authorization"] = f"Basic {base64.b64encode(key.encode()).decode()}"
         request = urllib.request.Request(self.env["PREFECT_API_URL"] + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        with urllib.request.urlopen(request, timeout=30) as output:
+            return json.load(output)
 
     @contextlib.contextmanager
     def worker(self, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
-        """A worker of the pool `gpu`, the leader of a group of its own."""
+        """Start a worker of the pool `gpu` in a new process group."""
         with log.open("a") as file:
             process = subprocess.Popen(
                 [REPOSITORY / "deploy/worker", "0"], env=self.env, stdout=file, stderr=file, start_new_session=True
@@ -112,9 +112,9 @@ def serving(folder: Path, extra: Mapping[str, str]) -> Iterator[Servers]:
     PostgreSQL runs as another user when this is root, so the folders above have to let it through.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for place in [folder, *list(folder.parents)[:3]]:
-        if place.stat().st_uid == os.getuid():
-            place.chmod(place.stat().st_mode | 0o011)
+    for directory in [folder, *list(folder.parents)[:3]]:
+        if directory.stat().st_uid == os.getuid():
+            directory.chmod(directory.stat().st_mode | 0o011)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     env |= {name: str(free_port()) for name in PORTS.values()}
     env |= {"VITPRUNE_SERVERS": str(folder / "servers"), "PYTHON": sys.executable, "DO_NOT_TRACK": "1"}
@@ -130,7 +130,7 @@ def serving(folder: Path, extra: Mapping[str, str]) -> Iterator[Servers]:
 
 @dataclass(frozen=True)
 class Remote:
-    """A folder that SSH leads to, for this user and one key."""
+    """A directory reachable by SSH, for this user and one key."""
 
     folder: Path
     port: int
@@ -138,21 +138,21 @@ class Remote:
 
     @property
     def address(self) -> str:
-        """The address as DVC takes it."""
+        """The address in DVC's format."""
         return f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}{self.store}"
 
     @property
     def store(self) -> Path:
-        """The folder itself."""
+        """The directory itself."""
         return self.folder / "store"
 
     @property
     def key(self) -> Path:
-        """The private key that opens it."""
+        """The private key."""
         return self.folder / "user"
 
     def plug(self) -> None:
-        """Start the SSH server, and wait until it listens."""
+        """Start the SSH server and wait until it listens."""
         with (self.folder / "log").open("a") as log:
             command = ["/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "config"]
             self.running.append(subprocess.Popen(command, stdout=log, stderr=log))
@@ -164,7 +164,7 @@ class Remote:
             time.sleep(0.05)
 
     def unplug(self) -> None:
-        """End the SSH server with all its connections."""
+        """Stop the SSH server with all its connections."""
         while self.running:
             server = self.running.pop()
             kill_tree(server.pid)
@@ -173,7 +173,7 @@ class Remote:
 
 @contextlib.contextmanager
 def remote(folder: Path) -> Iterator[Remote]:
-    """A DVC remote by SSH for as long as the block lasts, in a folder of its own."""
+    """Start a DVC remote over SSH in its own directory; stop it at the end of the block."""
     folder.mkdir(parents=True, exist_ok=True)
     made = Remote(folder, free_port(), [])
     for name in ("host", "user"):
@@ -194,7 +194,7 @@ def remote(folder: Path) -> Iterator[Remote]:
 
 @contextlib.contextmanager
 def bucket(log: Path) -> Iterator[dict[str, str]]:
-    """A server that speaks S3, with the bucket `team`, for as long as the block lasts; what a client needs of it."""
+    """Start an S3 server with the bucket `team`; yield the settings of its clients."""
     env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}", "AWS_DEFAULT_REGION": "eu-central-1"}
     env |= {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "on loopback"}
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-p", env["AWS_ENDPOINT_URL"].rpartition(":")[2]]
@@ -215,7 +215,7 @@ def bucket(log: Path) -> Iterator[dict[str, str]]:
 
 
 def wait_until_dead(pid: int) -> None:
-    """Wait until a process has ended; one that nobody has waited for counts as ended."""
+    """Wait until a process has ended; zombies count as ended."""
     deadline = time.monotonic() + 30
     with contextlib.suppress(psutil.NoSuchProcess):
         while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
@@ -224,7 +224,7 @@ def wait_until_dead(pid: int) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

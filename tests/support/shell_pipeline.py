@@ -1,7 +1,6 @@
-"""A toy pipeline: the ten stages of dvc.yaml as one shell script, to try how processes are run, killed and resumed.
+"""A toy pipeline: the ten stages of dvc.yaml as one shell script, to test running, killing and resuming.
 
-What happens in a stage is switched by files that DVC does not know: `sleep_STAGE`, `bad_STAGE`, `lost_STAGE` and
-`code_STAGE`, which holds an exit code.
+Untracked files control a stage: `sleep_STAGE`, `bad_STAGE`, `lost_STAGE` and `code_STAGE` (its exit code).
 """
 
 import contextlib
@@ -45,7 +44,7 @@ SPEED = '{"latency_ms": {"median": 1.0, "p10": 0.9, "p90": 1.1}, "throughput": 1
 
 
 def make(project: Path) -> Path:
-    """Make a project of git and DVC whose stages are the shell script's."""
+    """Create a git and DVC project whose stages are the shell script's."""
     project.mkdir()
     pipeline = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())
     for name, stage in pipeline["stages"].items():
@@ -66,7 +65,7 @@ def make(project: Path) -> Path:
 
 
 def flow(project: Path, *options: str, **env: str) -> "subprocess.Popen[str]":
-    """Start `vitprune run` as the leader of a group of its own, as a shell would."""
+    """Start `vitprune run` in a new process group, as a shell does."""
     return subprocess.Popen(
         [sys.executable, "-m", "vitprune.cli", "run", "--project", str(project), *options],
         cwd=REPOSITORY, env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -83,7 +82,7 @@ def wait_for(happened: Callable[[], object], seconds: float) -> None:
 
 
 def processes_of(project: Path, command: str | None = None) -> list[psutil.Process]:
-    """Return the running processes that a flow of the project has started, or those of them that run one command."""
+    """Return the running processes of a project's flow, or only those of one command."""
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # the process has ended meanwhile
@@ -94,5 +93,5 @@ def processes_of(project: Path, command: str | None = None) -> list[psutil.Proce
 
 
 def sleepers(project: Path) -> list[psutil.Process]:
-    """Return the processes of stages that `sleep_STAGE` holds up."""
+    """Return the stage processes that `sleep_STAGE` delays."""
     return processes_of(project, "sleep")

@@ -1,6 +1,6 @@
-"""What somebody might do to a finished run: each function edits one thing of a recorded project and nothing else.
+"""Edits of a finished run: each function changes one thing of a recorded project.
 
-`forged_*` go further: they edit, then let DVC take the edit over and record the run anew, so that all digests agree.
+`forged_*` also let DVC accept the edit and record the run again, so that all digests agree.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ Edit = Callable[[Path], None]
 
 
 def in_project(name: str, edit: Edit) -> Edit:
-    """Edit a file where the project has it."""
+    """Edit a file in the project."""
 
     def carry_out(project: Path) -> None:
         _loose(project / name)
@@ -34,7 +34,7 @@ def in_project(name: str, edit: Edit) -> Edit:
 
 
 def in_cache(name: str, edit: Edit) -> Edit:
-    """Edit DVC's copy of a file, under the name that DVC gave to what it was."""
+    """Edit DVC's copy of a file without changing its name."""
 
     def carry_out(project: Path) -> None:
         sha = md5(project / name)
@@ -46,7 +46,7 @@ def in_cache(name: str, edit: Edit) -> Edit:
 
 
 def in_mlflow(name: str, edit: Edit) -> Edit:
-    """Edit every copy of a file that MLflow has."""
+    """Edit every copy of a file in MLflow."""
 
     def carry_out(project: Path) -> None:
         copies = list((project / "mlartifacts").rglob(name))
@@ -69,7 +69,7 @@ def in_database(*statements: str) -> Edit:
 
 
 def flip_mask(path: Path) -> None:
-    """Let two units change places in the first mask of a file."""
+    """Swap two units in the first mask of a file."""
     masks = load_file(path)
     name = next(iter(masks))
     mask = masks[name].flatten()
@@ -79,7 +79,7 @@ def flip_mask(path: Path) -> None:
 
 
 def nudge_weight(path: Path) -> None:
-    """Change one weight in its last bit."""
+    """Change the last bit of one weight."""
     weights = load_file(path)
     first = next(iter(sorted(weights)))
     weights[first].view(-1)[0] = torch.nextafter(weights[first].view(-1)[0], torch.tensor(1e9))
@@ -98,7 +98,7 @@ def edit_text(old: str, new: str) -> Edit:
 
 
 def raise_top1(path: Path) -> None:
-    """Claim a better final model."""
+    """Increase the top-1 of the pruned model."""
     facts = json.loads(path.read_text())
     facts["pruned"]["top1"] += 2.0
     facts["top1_drop"] -= 2.0
@@ -106,20 +106,22 @@ def raise_top1(path: Path) -> None:
 
 
 def edit_row(column: str, change: Callable[[int], int]) -> Edit:
-    """Change a column of a table's fifth row."""
+    """Change one column of the fifth row of a table."""
 
     def carry_out(path: Path) -> None:
         table = pq.read_table(path)
         values = table[column].to_pylist()
         values[4] = change(values[4])
-        place = table.column_names.index(column)
-        pq.write_table(table.set_column(place, table.field(place), pa.array(values, table.field(place).type)), path)
+        directory = table.column_names.index(column)
+        pq.write_table(
+            table.set_column(directory, table.field(directory), pa.array(values, table.field(directory).type)), path
+        )
 
     return carry_out
 
 
 def swap_cycles(project: Path) -> None:
-    """Let the models of two cycles change places."""
+    """Swap the models of two cycles."""
     one, two = (project / f"out/cycles/{number}/model.safetensors" for number in ("01", "02"))
     first, second = one.read_bytes(), two.read_bytes()
     for path, content in ((one, second), (two, first)):
@@ -128,7 +130,7 @@ def swap_cycles(project: Path) -> None:
 
 
 def change_image(project: Path) -> None:
-    """Change one pixel of an image's file, which still can be decoded."""
+    """Change one pixel of an image file, which can still be decoded."""
     from PIL import Image
 
     path = sorted((project / "images").rglob("*.png"))[3]
@@ -140,14 +142,14 @@ def change_image(project: Path) -> None:
 
 
 def edit_locked(project: Path) -> None:
-    """Name another file in dvc.lock."""
+    """Replace a digest in dvc.lock."""
     lock = yaml.safe_load((project / "dvc.lock").read_text())
     lock["stages"]["evaluate"]["outs"][0]["md5"] = "0" * 32 + ".dir"
     (project / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
 
 
 def forged(edit: Edit) -> Edit:
-    """Edit, let DVC take it over, and record the run as if it had ended so; the record to audit is the new one."""
+    """Edit, let DVC accept the edit, and record the run again; the new record is audited."""
 
     def carry_out(project: Path) -> None:
         edit(project)
@@ -162,7 +164,7 @@ def forged(edit: Edit) -> Edit:
 
 
 def forge_mask(project: Path) -> None:
-    """Flip a mask and say its new digest wherever it stands."""
+    """Flip a mask and update its digest everywhere."""
     folder = project / "out/cycles/02"
     old = sha256(folder / "masks.safetensors")
     in_project("out/cycles/02/masks.safetensors", flip_mask)(project)
@@ -172,7 +174,7 @@ def forge_mask(project: Path) -> None:
 
 
 def forge_label(project: Path) -> None:
-    """Give an image another label in the manifest, and say the manifest's new digest."""
+    """Change a label in the manifest and update the manifest's digest."""
     old = sha256(project / "data/manifest.parquet")
     in_project("data/manifest.parquet", edit_row("label", lambda label: (label + 1) % 10))(project)
     new = sha256(project / "data/manifest.parquet")
@@ -180,7 +182,7 @@ def forge_label(project: Path) -> None:
 
 
 def forge_weights(project: Path) -> None:
-    """Change one weight of the final and the exported model in its last bit, and say the new digests."""
+    """Change the last bit of one weight of the final and the exported model and update the digests."""
     old = sha256(project / "out/distill/model.safetensors")
     for name in ("out/distill/model.safetensors", "out/export/timm/model.safetensors"):
         in_project(name, nudge_weight)(project)
@@ -231,14 +233,14 @@ ONLY_AGAIN: dict[str, Edit] = {"all digests agree: one weight in its last bit": 
 
 
 def _loose(path: Path) -> None:
-    """Part a file from what is linked to it, and let it be written."""
+    """Replace a linked file by a writable copy."""
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content)
 
 
 def name_output(path: str) -> Edit:
-    """Let MLflow's dvc.lock name one more output, whose content is in DVC's cache; {} is the folder of the project."""
+    """Add an output to MLflow's dvc.lock whose content is in DVC's cache; {} is the project directory."""
 
     def edit(lock: Path) -> None:
         content = yaml.safe_load(lock.read_text())
@@ -251,7 +253,7 @@ def name_output(path: str) -> Edit:
 
 
 def name_dependency(path: str) -> Edit:
-    """Let MLflow's dvc.lock name one more dependency."""
+    """Add a dependency to MLflow's dvc.lock."""
 
     def edit(lock: Path) -> None:
         content = yaml.safe_load(lock.read_text())
@@ -263,7 +265,7 @@ def name_dependency(path: str) -> Edit:
 
 
 def list_outside(project: Path) -> None:
-    """Let a folder's list in DVC's cache, digests right, name a file outside of the folder."""
+    """Add a path outside of the directory to a directory listing in DVC's cache, with correct digests."""
     cache, content = project / ".dvc/cache/files/md5", (project / "data/manifest.parquet").read_bytes()
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     listed = json.dumps([{"md5": digest, "relpath": "../../../victim.txt"}]).encode()
@@ -280,7 +282,7 @@ def list_outside(project: Path) -> None:
 
 
 def in_tag(key: str, value: str, child: bool = False) -> Edit:
-    """Set a tag of the flow's run, or of all runs below it, in MLflow's database."""
+    """Set a tag of the flow's run, or of all its child runs, in MLflow's database."""
     below = (
         "IN (SELECT run_uuid FROM tags WHERE key = 'vitprune.cycle')"
         if child

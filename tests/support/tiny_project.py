@@ -1,4 +1,4 @@
-"""A project of the real stages, made by `vitprune init` and small enough to run all ten of them in about a minute."""
+"""A project of the real stages, created by `vitprune init`; all ten stages run in about a minute."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,7 @@ ONE_EPOCH = {"epochs": 1, "batch_size": 64, "lr": 0.001}
 
 
 def make(project: Path) -> Path:
-    """Make a project of git and DVC with the demo's settings cut short, and commit it."""
+    """Create and commit a git and DVC project with shortened settings of the demo."""
     create_project(project, Choice())
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
@@ -36,7 +36,7 @@ def make(project: Path) -> Path:
 
 
 def make_of_images(project: Path, size: int = 240) -> Path:
-    """Make a project whose images are a folder that DVC keeps, smaller still, and commit it."""
+    """Create and commit an even smaller project whose images are tracked by DVC."""
     write_images(project / "images", range(size))
     create_project(project, Choice(f"folder:{project / 'images'}", "vit_tiny_patch16_224"))
     path = project / "params.yaml"
@@ -55,7 +55,7 @@ def make_of_images(project: Path, size: int = 240) -> Path:
 
 
 def run_stages(project: Path) -> Path:
-    """Run all stages in this process, for speed, and let DVC take over what they leave."""
+    """Run all stages in this process, for speed, and commit their outputs to DVC."""
     with contextlib.chdir(project):
         for stage in STAGES[:-1]:
             stages.run(stage, project)
@@ -80,7 +80,7 @@ def finished(folder: Path) -> Path:
 
 
 def record(project: Path, name: str, cached: bool = False) -> RunLog:
-    """Write the journal of a flow run that found the project as it is."""
+    """Write the run log of a flow that produced the current state of the project."""
     journal = RunLog(project, name)
     journal.start(time.time())
     for stage in STAGES:
@@ -126,7 +126,7 @@ def set_remote_key(project: Path, keyfile: Path | str) -> None:
 
 
 def commit(project: Path, message: str) -> None:
-    """Commit everything that git sees."""
+    """Commit all changes."""
     git = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
     for command in ([*git, "add", "-A"], [*git, "commit", "-q", "-m", message]):
         subprocess.run(command, cwd=project, check=True)

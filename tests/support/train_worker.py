@@ -1,4 +1,4 @@
-"""Trains a tiny model as one of several processes: training_worker.py DIRECTORY; writes the weights of all steps."""
+"""Train a tiny model as one of several processes: train_worker.py DIRECTORY; write the weights of all steps."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ CASES = {
 
 
 def trained(settings: dict, dist: ProcessGroup = SINGLE_PROCESS, taught: bool = False) -> list[dict[str, Tensor]]:
-    """Weights after every step, and those that it ends with."""
+    """Return the weights after every step, and the final weights."""
     model, seen = tiny("vit"), []
     groups = find_groups(model, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))
@@ -46,23 +46,23 @@ def trained(settings: dict, dist: ProcessGroup = SINGLE_PROCESS, taught: bool = 
                 seen.append(weights(model))
 
     task = logit_distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0) if taught else classification(model, 0.1)
-    said = iter((0.1, 0.3, 0.2, 0.1, 0.1))  # enough after 3 epochs
-    evaluate = (lambda: {"top1": next(said)}) if dist.rank == 0 else None
+    output = iter((0.1, 0.3, 0.2, 0.1, 0.1))  # enough after 3 epochs
+    evaluate = (lambda: {"top1": next(output)}) if dist.rank == 0 else None
     train(task, of, STEPS, recipe, 0, lambda row: None, held, evaluate, dist=dist)
     for step in [*seen, weights(model)]:
         assert all(bool((step[name][~mask] == 0).all()) for name, mask in held.masks.items())
     return [*seen, weights(model)]
 
 
-def answers(dist: ProcessGroup = SINGLE_PROCESS) -> Tensor:
-    """What a teacher answers on 5 batches, of which the last is smaller."""
+def cached_outputs(dist: ProcessGroup = SINGLE_PROCESS) -> Tensor:
+    """Return the cached teacher outputs of 5 batches, the last one smaller."""
     model = tiny("vit")
     task = logit_distillation(model, tiny("vit", 1), 1.0, 2.0, 0.0)
     return cache_teacher(task, DistillConfig(), [*batches(model, 4, 6), *batches(model, 1, 3)], dist)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of them."""
+    """Return a copy of the weights."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -74,7 +74,7 @@ def main() -> None:
             steps = trained(settings, dist, name == "all")
             flat = {f"{number}/{key}": tensor for number, step in enumerate(steps) for key, tensor in step.items()}
             write_weights(flat, directory / f"{name}-{dist.rank}.safetensors")
-        write_weights({"answers": answers(dist)}, directory / f"answers-{dist.rank}.safetensors")
+        write_weights({"answers": cached_outputs(dist)}, directory / f"answers-{dist.rank}.safetensors")
         (directory / f"size-{dist.rank}.json").write_text(json.dumps(dist.size))
 
 

@@ -73,8 +73,8 @@ def test_stochastic_depth_rates_are_linear_over_blocks_and_restored() -> None:
     model = tiny("odd")
     before, x = copy.deepcopy(model), images(model)
     with stochastic_depth(model, 0.4):
-        found = [(b.drop_path1.drop_prob, b.drop_path2.drop_prob) for b in model.blocks]
-        assert found == [(0.0, 0.0), (0.2, 0.2), (0.4, 0.4)]
+        result = [(b.drop_path1.drop_prob, b.drop_path2.drop_prob) for b in model.blocks]
+        assert result == [(0.0, 0.0), (0.2, 0.2), (0.4, 0.4)]
         model.train()
         assert not torch.equal(model(x), model(x))
         assert torch.equal(model.eval()(x), before(x))
@@ -113,13 +113,13 @@ def test_ema_keeps_frozen_zeros(vit: nn.Module) -> None:
 
 def test_all_options_together_are_bit_identical_for_a_seed() -> None:
     more = {"ema": 0.9, "cutmix": 1.0, "drop_path": 0.2, "amp": True}
-    found = []
+    result = []
     for seed in (1, 1, 2):
         model = tiny("vit").float()
         fit(model, more, seed=seed)
-        found.append(state(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+        result.append(state(model))
+    assert all(torch.equal(result[0][name], result[1][name]) for name in result[0])
+    assert any(not torch.equal(result[0][name], result[2][name]) for name in result[0])
 
 
 def test_bfloat16_keeps_the_type_of_the_weights() -> None:

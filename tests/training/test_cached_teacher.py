@@ -41,19 +41,19 @@ def taught(kind: str, how: str, more: dict[str, Any]) -> tuple[dict[str, Tensor]
     groups = find_groups(student, ["weight"])
     held = FrozenZeros(groups, random_masks(groups, 0.5))
     zero(student, groups, held.masks)
-    task, source, answers = distillation_task(student, teacher, settings, 0.1, 0), table(), None
+    task, source, outputs = distillation_task(student, teacher, settings, 0.1, 0), table(), None
     teacher.patch_embed.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     first = np.concatenate(data.batch_rows(source, 6, 5, 0))
     if how == "in order":
-        answers = cache_teacher(task, settings, data.eval_batches(source, 6), ProcessGroup())
+        outputs = cache_teacher(task, settings, data.eval_batches(source, 6), ProcessGroup())
     elif how == "as in an epoch":
-        answers = cache_teacher(task, settings, data.train_batches(source, 6, 5, 0), ProcessGroup())[np.argsort(first)]
-    task = task if answers is None else CachedDistillationTask(task)
+        outputs = cache_teacher(task, settings, data.train_batches(source, 6, 5, 0), ProcessGroup())[np.argsort(first)]
+    task = task if outputs is None else CachedDistillationTask(task)
 
     def epochs(epoch: int) -> Any:
-        found = data.train_batches(source, 6, 5, epoch, 0, recipe.repeats)
+        result = data.train_batches(source, 6, 5, epoch, 0, recipe.repeats)
         rows_of = data.batch_rows(source, 6, 5, epoch, recipe.repeats)
-        return found if answers is None else with_teacher_outputs(found, answers, rows_of)
+        return result if outputs is None else with_teacher_outputs(result, outputs, rows_of)
 
     train(task, epochs, data.batch_count(20, 6), recipe, 5, rows.append, held)
     return state(student), rows, sum(seen)
@@ -75,19 +75,19 @@ def test_batch_rows_match_the_batches() -> None:
     source = table()
     for part in ((0, 1), (1, 3)):
         rows = data.batch_rows(source, 6, 5, 1, 2, 1, part)
-        found = list(data.train_batches(source, 6, 5, 1, 0, 2, 1, part))
-        assert len(rows) == len(found) == 3
-        for own, (pictures, labels) in zip(rows, found, strict=True):
-            assert torch.equal(source.tensors[own], pictures)
-            assert torch.equal(source.labels[own], labels)
+        result = list(data.train_batches(source, 6, 5, 1, 0, 2, 1, part))
+        assert len(rows) == len(result) == 3
+        for selected, (pictures, labels) in zip(rows, result, strict=True):
+            assert torch.equal(source.tensors[selected], pictures)
+            assert torch.equal(source.labels[selected], labels)
 
 
 @pytest.mark.parametrize("key", ["augment", "mixup", "cutmix"])
 def test_random_augmentation_is_refused_with_a_cached_teacher(key: str) -> None:
     value = "light" if key == "augment" else 0.5
     settings = {"cache": True, "train": {"epochs": 1, "lr": 0.1, key: value}}
-    told = rf"^here: .*Value error, no cache: train.{key} shows an image differently in every epoch; give up one"
-    with pytest.raises(BadInput, match=told):
+    message = rf"^here: .*Value error, no cache: train.{key} shows an image differently in every epoch; give up one"
+    with pytest.raises(BadInput, match=message):
         checked(settings, DistillConfig, "here")
     assert checked(settings | {"cache": False}, DistillConfig, "here").train is not None
 
@@ -98,7 +98,7 @@ def test_a_stage_runs_its_teacher_once(tmp_path: Path, monkeypatch: pytest.Monke
     params: Params = load_params(ROOT / "params.yaml")
     params = params.model_copy(update={"dataset": Dataset(source="folder:images", eval_fraction=0.17)})
     dataset_stage.run(params)
-    found = []
+    result = []
     for cache in (False, True):
         student, teacher, seen = stand_in("deit"), stand_in("deit"), []
         recipe = TrainConfig(epochs=2, batch_size=5, lr=0.01, amp=True)
@@ -112,7 +112,7 @@ def test_a_stage_runs_its_teacher_once(tmp_path: Path, monkeypatch: pytest.Monke
         train_model(
             task, recipe, project, history, CheckpointStore(tmp_path / f"s{cache}", "key"), cache_outputs=settings.cache
         )
-        found.append((sum(seen), history.rows))
-    assert [images for images, _ in found] == [20, 10]
-    losses = [[row["loss"] for row in rows] for _, rows in found]
+        result.append((sum(seen), history.rows))
+    assert [images for images, _ in result] == [20, 10]
+    losses = [[row["loss"] for row in rows] for _, rows in result]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # in bfloat16

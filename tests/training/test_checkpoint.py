@@ -53,9 +53,9 @@ def truncate(path: Path) -> None:
 
 
 def tamper(path: Path) -> None:
-    found = bytearray(path.read_bytes())
-    found[len(found) // 2] ^= 1
-    path.write_bytes(bytes(found))
+    result = bytearray(path.read_bytes())
+    result[len(result) // 2] ^= 1
+    path.write_bytes(bytes(result))
 
 
 @pytest.mark.parametrize("harm", [truncate, tamper, Path.unlink])
@@ -75,10 +75,10 @@ def test_a_corrupt_checkpoint_is_skipped_for_the_previous_one(
     saved = shelf.latest()
     assert saved is not None
     assert saved.facts["number"] == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert str(directory) in told
-    assert told.endswith("; ignored\n")
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert str(directory) in message
+    assert message.endswith("; ignored\n")
     assert put(shelf, 3).name == "000003"
 
 
@@ -165,12 +165,12 @@ def test_an_optimizer_state_that_cannot_be_saved_is_refused() -> None:
 class Breaking(Checkpointer):
     """Saves after every step and is killed after some steps."""
 
-    left = 0
+    remaining = 0
 
     def write(self, snapshot: Any) -> None:
         super().write(snapshot)
-        self.left -= 1
-        if not self.left:
+        self.remaining -= 1
+        if not self.remaining:
             raise Broken
 
 
@@ -210,9 +210,9 @@ def test_a_training_interrupted_at_any_step_resumes_bit_identically(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], task: Any, every: int
 ) -> None:
     monkeypatch.setenv(INTERVAL_ENV, "0")
-    recipe, found = TrainConfig.model_validate({"epochs": 3, "lr": 0.01, "weight_decay": 0.1} | settings), []
+    recipe, result = TrainConfig.model_validate({"epochs": 3, "lr": 0.01, "weight_decay": 0.1} | settings), []
     noise = batches(tiny("vit"), STEPS, 6)
-    for left in (0, every):
+    for remaining in (0, every):
         memory, starts = OptimizerState(), 0
         rows: list[dict[str, Any]] = []
         while True:  # each start has only the saved checkpoint
@@ -220,12 +220,12 @@ def test_a_training_interrupted_at_any_step_resumes_bit_identically(
             groups = find_groups(model, ["weight"])
             held = FrozenZeros(groups, random_masks(groups, 0.5))
             zero(model, groups, held.masks)
-            saver = Breaking(CheckpointStore(tmp_path / str(left), "key"), lambda rows=rows: rows)
-            saver.left, rows[:] = left, saver.history_rows
-            begun = saver.resumed_from.facts if saver.resumed_from is not None else {"epoch": 0, "done": 0}
+            saver = Breaking(CheckpointStore(tmp_path / str(remaining), "key"), lambda rows=rows: rows)
+            saver.remaining, rows[:] = remaining, saver.history_rows
+            start = saver.resumed_from.facts if saver.resumed_from is not None else {"epoch": 0, "done": 0}
 
-            def left_of(epoch: int, begun: Any = begun) -> list[tuple[Tensor, Tensor]]:
-                return noise[begun["done"] if epoch == begun["epoch"] else 0 :]
+            def left_of(epoch: int, start: Any = start) -> list[tuple[Tensor, Tensor]]:
+                return noise[start["done"] if epoch == start["epoch"] else 0 :]
 
             torch.rand(starts)  # earlier draws must not matter
             span = ScheduleSpan(0, 3 * STEPS, memory)
@@ -237,15 +237,15 @@ def test_a_training_interrupted_at_any_step_resumes_bit_identically(
             except Broken:
                 continue
             break
-        assert starts == (3 * STEPS // left + 1 if left else 1)
-        found.append((state(model), rows, memory))
-    assert found[0][1] == found[1][1]
-    assert len(found[0][1]) == 3
-    assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
-    for name, known in found[0][2].items():
+        assert starts == (3 * STEPS // remaining + 1 if remaining else 1)
+        result.append((state(model), rows, memory))
+    assert result[0][1] == result[1][1]
+    assert len(result[0][1]) == 3
+    assert all(torch.equal(result[0][0][name], result[1][0][name]) for name in result[0][0])
+    for name, known in result[0][2].items():
         for key, value in known.items():
-            same = torch.equal(value, found[1][2][name][key]) if isinstance(value, Tensor) else None
-            assert same if same is not None else value == found[1][2][name][key]
+            same = torch.equal(value, result[1][2][name][key]) if isinstance(value, Tensor) else None
+            assert same if same is not None else value == result[1][2][name][key]
 
 
 def test_a_resume_at_the_wrong_batch_changes_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,14 +255,14 @@ def test_a_resume_at_the_wrong_batch_changes_the_weights(tmp_path: Path, monkeyp
     for skipped in (0, 1):
         shelf, model = CheckpointStore(tmp_path / str(skipped), "key"), tiny("vit")
         saver = Breaking(shelf, list)
-        saver.left = 2
+        saver.remaining = 2
         with pytest.raises(Broken):
             train(
                 plain(model), lambda epoch: noise, STEPS, TrainConfig(epochs=1, lr=0.01), 0, print, checkpointer=saver
             )
         ahead = noise[2 - skipped :]  # the remaining batches, or one too many
         other = tiny("vit")
-        train(plain(other), lambda epoch, left=ahead: left, STEPS, TrainConfig(epochs=1, lr=0.01), 0, lambda row: None,
+        train(plain(other), lambda epoch, rest=ahead: rest, STEPS, TrainConfig(epochs=1, lr=0.01), 0, lambda row: None,
               checkpointer=Checkpointer(shelf, list))  # fmt: skip
         ends.append(state(other))
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -270,8 +270,8 @@ def test_a_resume_at_the_wrong_batch_changes_the_weights(tmp_path: Path, monkeyp
 
 def test_sigterm_is_caught_only_inside_the_context() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with catch_sigterm() as asked:
-        assert not asked()
+    with catch_sigterm() as requested:
+        assert not requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked()
+        assert requested()
     assert signal.getsignal(signal.SIGTERM) == before

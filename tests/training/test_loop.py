@@ -152,11 +152,11 @@ def test_the_distillation_loss_is_cross_entropy_plus_kl_divergence() -> None:
 def test_distillation_changes_the_student_only() -> None:
     student, teacher = tiny("vit", 0), tiny("vit", 1)
     before = state(teacher)
-    own = state(student)
+    selected = state(student)
     fit(student, task=logit_distillation(student, teacher, 1.0, 2.0, 0.1))
     assert same_state(teacher, before)
     assert not teacher.training
-    assert not same_state(student, own)
+    assert not same_state(student, selected)
 
 
 def test_a_shrunk_student_approaches_its_teacher() -> None:
@@ -197,7 +197,7 @@ def test_a_narrower_student_approaches_its_teachers_features(name: str) -> None:
 
 
 def test_feature_distillation_is_bit_identical_and_keeps_zeros() -> None:
-    found = []
+    result = []
     for number in range(2):
         torch.rand(number + 1)
         teacher = tiny("pvt")
@@ -207,5 +207,5 @@ def test_feature_distillation_is_bit_identical_and_keeps_zeros() -> None:
         held = FrozenZeros(groups, masks)
         fit(zero(student, groups, masks), task=feature_distillation(student, teacher, 20.0, 0.0, 0), frozen_zeros=held)
         assert all(torch.equal(student.get_parameter(n) != 0, mask) for n, mask in masks.items())
-        found.append(state(student))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        result.append(state(student))
+    assert all(torch.equal(result[0][name], result[1][name]) for name in result[0])

@@ -63,8 +63,8 @@ PAPERS = {"up_deit_tiny": UP, "up_deit_small": UP, "up_pvt_v2_b0": UP, "dimap_sw
 
 
 def section(params: Params, stage: str) -> TrainConfig | None:
-    found = {"dense": params.dense.train, "finetune": params.prune.finetune, "distill": params.distill.train}
-    return found[stage]
+    result = {"dense": params.dense.train, "finetune": params.prune.finetune, "distill": params.distill.train}
+    return result[stage]
 
 
 TRAINED = [(name, stage) for name, path in RECIPES.items() for stage in STAGES if section(load_params(path), stage)]
@@ -88,11 +88,11 @@ def test_cap_recipes_have_the_values_of_the_papers_tables(name: str) -> None:
     assert (*run, params.prune.sparsity, params.score.fisher_block_size, params.score.damping) == CAP[name]
     assert (recipe.smoothing, recipe.batch_size, recipe.warmup_epochs, recipe.ema) == (0.1, 1024, 0.0, 0.0)
     mixing = (recipe.mixup, recipe.cutmix, recipe.mix_prob, recipe.drop_path)
-    found = (*mixing, recipe.weight_decay, recipe.clip, recipe.eps, recipe.repeats)
+    result = (*mixing, recipe.weight_decay, recipe.clip, recipe.eps, recipe.repeats)
     expected = PRESETS[recipe.augment]
     if recipe.optimizer == "momentum":  # the presets use AdamW
         expected = (*expected[:4], 1e-4, expected[5], None, expected[7])
-    assert found == expected
+    assert result == expected
     assert params.distill.train is None  # trained without a teacher
 
 

@@ -73,12 +73,12 @@ def test_outputs_and_gradients_match_manual_rounding(model: nn.Module) -> None:
 def test_layers_called_with_keyword_arguments_are_quantized() -> None:
     layer, x = nn.Linear(6, 5), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     with FakeQuant():
-        found = F.linear(input=x, weight=layer.weight, bias=layer.bias)
+        result = F.linear(input=x, weight=layer.weight, bias=layer.bias)
         half = F.linear(x, weight=layer.weight)
     expected = F.linear(fake_quantize_input(x), fake_quantize_weight(layer.weight), layer.bias)
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
     assert torch.equal(half, F.linear(fake_quantize_input(x), fake_quantize_weight(layer.weight)))
-    assert not torch.equal(found, layer(x))
+    assert not torch.equal(result, layer(x))
 
 
 def test_frozen_layers_and_evaluation_are_not_quantized(model: nn.Module) -> None:
@@ -101,12 +101,12 @@ def test_the_grid_matches_the_exported_int8_file(model: nn.Module, tmp_path: Pat
     export_onnx(model, tmp_path / "model.onnx", images(model, 2).float())
     quantize_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", images(model, 16).float())
     file = onnx.load(tmp_path / "int8.onnx").graph.initializer
-    found = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in file}
+    result = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in file}
     weights = [fake_quantize_weight(p.detach()) for p in model.parameters() if p.dim() > 1]
-    names = [name for name, tensor in found.items() if name.endswith("_quantized") and tensor.dim() > 1]
+    names = [name for name, tensor in result.items() if name.endswith("_quantized") and tensor.dim() > 1]
     assert len(names) == 2 * 4 + 2  # two blocks, patch embedding and head
     for name in names:
-        points, scale = found[name].float(), found[name.replace("_quantized", "_scale")]
+        points, scale = result[name].float(), result[name.replace("_quantized", "_scale")]
         as_given = name.endswith("weight_quantized")  # MatMul stores it transposed
         grid = points * scale.view(-1, *[1] * (points.dim() - 1)) if as_given else (points * scale).T
         assert any(grid.shape == w.shape and torch.allclose(w, grid, rtol=0, atol=1e-7) for w in weights), name

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.support.model_zoo import batches, random_masks, state, tiny
 from tests.support.subprocesses import ONE_THREAD
-from tests.support.train_worker import CASES, answers, trained
+from tests.support.train_worker import CASES, cached_outputs, trained
 from vitprune import BadInput, data, find_groups, zero
 from vitprune.config.params import load_params
 from vitprune.config.train_config import TrainConfig
@@ -44,9 +44,9 @@ def test_several_processes_give_the_steps_of_one(tmp_path: Path, processes: int)
     assert [json.loads((tmp_path / f"size-{rank}.json").read_text()) for rank in range(processes)] == [
         processes
     ] * processes
-    asked = [load_file(tmp_path / f"answers-{rank}.safetensors")["answers"] for rank in range(processes)]
-    assert asked[0].shape == (27, 7)
-    assert all(torch.equal(found, answers()) for found in asked)
+    requested = [load_file(tmp_path / f"answers-{rank}.safetensors")["answers"] for rank in range(processes)]
+    assert requested[0].shape == (27, 7)
+    assert all(torch.equal(result, cached_outputs()) for result in requested)
     for name, settings in CASES.items():
         alone = trained(settings | {"accumulate": 1}, taught=name == "all")
         files = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(processes)]
@@ -61,16 +61,16 @@ def test_several_processes_give_the_steps_of_one(tmp_path: Path, processes: int)
 @pytest.mark.parametrize("accumulate", [2, 3, 4, 100])
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_micro_batches_give_the_step_of_the_batch(accumulate: int, clip: float | None) -> None:
-    whole, parts = (trained({"clip": clip, "ema": 0.5} | more) for more in ({}, {"accumulate": accumulate}))
-    assert len(whole) == len(parts) > 4
-    assert max(furthest(one, other) for one, other in zip(whole, parts, strict=True)) < 1e-9
+    full, parts = (trained({"clip": clip, "ema": 0.5} | more) for more in ({}, {"accumulate": accumulate}))
+    assert len(full) == len(parts) > 4
+    assert max(furthest(one, other) for one, other in zip(full, parts, strict=True)) < 1e-9
 
 
 def test_local_shares_partition_the_batch_in_order() -> None:
     images, labels = torch.arange(7).view(7, 1, 1, 1), torch.arange(7)
-    found = [local_share(images, labels, ProcessGroup(rank, 3)) for rank in range(3)]
-    assert [share[1].tolist() for share in found] == [[0, 1, 2], [3, 4], [5, 6]]
-    assert all(torch.equal(x.flatten(), y) for x, y in found)
+    result = [local_share(images, labels, ProcessGroup(rank, 3)) for rank in range(3)]
+    assert [share[1].tolist() for share in result] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert all(torch.equal(x.flatten(), y) for x, y in result)
 
 
 class Greedy(nn.Module):
@@ -88,7 +88,7 @@ class Greedy(nn.Module):
 
 
 def test_out_of_memory_splits_the_batch_with_the_same_result(capsys: pytest.CaptureFixture[str]) -> None:
-    found = []
+    result = []
     for most, accumulate in ((6, 1), (2, 1), (2, 4)):
         model, rows = tiny("vit"), []
         for block in model.blocks:
@@ -98,17 +98,17 @@ def test_out_of_memory_splits_the_batch_with_the_same_result(capsys: pytest.Capt
         noise = batches(model, 2, 6)
         recipe = TrainConfig(epochs=2, lr=0.01, accumulate=accumulate)
         train(task, lambda epoch, noise=noise: noise, 2, recipe, 0, rows.append)
-        found.append((state(model), rows, task.criterion.seen, capsys.readouterr().err))
-    assert found[1][2][:2] == [6, 3]  # 6 at once, then the first of 2 parts, then 4 parts
-    assert found[1][2][2:6] == [2, 2, 1, 1]
-    told = found[1][3].splitlines()
-    assert told == [
+        result.append((state(model), rows, task.criterion.seen, capsys.readouterr().err))
+    assert result[1][2][:2] == [6, 3]  # 6 at once, then the first of 2 parts, then 4 parts
+    assert result[1][2][2:6] == [2, 2, 1, 1]
+    message = result[1][3].splitlines()
+    assert message == [
         "training, epoch 1, step 1: out of memory; continuing with 2 micro-batches of 3 images",
         "training, epoch 1, step 1: out of memory; continuing with 4 micro-batches of 2 images",
     ]
-    assert [row.get("micro_batches") for row in found[1][1]] == [4, 4]
-    assert "micro_batches" not in found[2][1][0]
-    assert all(torch.equal(found[1][0][name], found[2][0][name]) for name in found[1][0])  # dropout included
+    assert [row.get("micro_batches") for row in result[1][1]] == [4, 4]
+    assert "micro_batches" not in result[2][1][0]
+    assert all(torch.equal(result[1][0][name], result[2][0][name]) for name in result[1][0])  # dropout included
 
 
 def test_out_of_memory_with_one_image_is_refused(vit: nn.Module) -> None:
@@ -180,11 +180,11 @@ def test_pruned_weights_are_zero_after_every_step_and_in_the_ema(
 
 
 def test_all_optimizers_of_the_recipes_are_tested() -> None:
-    found = set()
+    result = set()
     for path in (ROOT / "recipes").glob("*.yaml"):
         params = load_params(path)
-        found |= {r.optimizer for r in (params.dense.train, params.prune.finetune, params.distill.train) if r}
-    assert {"adamw", "momentum"} <= found <= set(HELD)
+        result |= {r.optimizer for r in (params.dense.train, params.prune.finetune, params.distill.train) if r}
+    assert {"adamw", "momentum"} <= result <= set(HELD)
 
 
 def deadly(row: int) -> bytes:
@@ -197,8 +197,8 @@ def deadly(row: int) -> bytes:
 def test_a_killed_worker_is_reported_as_transient() -> None:
     transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
     table = data.ImageTable(tuple("abcdefgh"), torch.zeros(8, dtype=torch.int64), transform, deadly, None)
-    told = r"^DataLoader worker .*; it was killed, probably out of memory; use fewer than 1 workers$"
-    with pytest.raises(Interrupted, match=told) as lost:
+    message = r"^DataLoader worker .*; it was killed, probably out of memory; use fewer than 1 workers$"
+    with pytest.raises(Interrupted, match=message) as lost:
         list(data.train_batches(table, 4, 0, 0, workers=1))
     assert lost.value.code == 75
 
@@ -208,8 +208,8 @@ def test_a_killed_worker_is_reported_as_transient() -> None:
 def test_an_undecodable_training_image_is_named(workers: int) -> None:
     transform = data.Transform(lambda image: torch.zeros(3, 8, 8), "RGB", (3, 8, 8), True, None)
     table = data.ImageTable(("a/b.jpg",), torch.zeros(1, dtype=torch.int64), transform, lambda row: b"none", None)
-    told = r"^a/b.jpg: unchanged, but this version of Pillow cannot decode it; run `vitprune dataset` again$"
-    with pytest.raises(BadInput, match=told):
+    message = r"^a/b.jpg: unchanged, but this version of Pillow cannot decode it; run `vitprune dataset` again$"
+    with pytest.raises(BadInput, match=message):
         list(data.train_batches(table, 4, 0, 0, workers))
 
 
@@ -220,12 +220,12 @@ def test_the_shares_of_loaded_batches_partition_them(workers: int) -> None:
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "png")
     table = data.ImageTable(tuple("abcdefg"), torch.arange(7), transform, lambda row: picture.getvalue(), None)
-    whole = list(data.train_batches(table, 5, 0, 0))
+    full = list(data.train_batches(table, 5, 0, 0))
     shares = [list(data.train_batches(table, 5, 0, 0, workers, 1, 0, (rank, 3))) for rank in range(3)]
     assert [[len(y) for _, y in share] for share in shares] == [[2, 1], [2, 1], [1, 0]]
-    for number, (images, labels) in enumerate(whole):
+    for number, (images, labels) in enumerate(full):
         assert torch.equal(torch.cat([share[number][0] for share in shares]), images)
         assert torch.equal(torch.cat([share[number][1] for share in shares]), labels)
     later = list(data.train_batches(table, 5, 0, 0, begin=1))
     assert len(later) == 1
-    assert torch.equal(later[0][0], whole[1][0])
+    assert torch.equal(later[0][0], full[1][0])

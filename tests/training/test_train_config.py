@@ -48,7 +48,7 @@ def moved(task: Callable[[nn.Module], Any], more: dict[str, Any]) -> tuple[dict[
 
 
 def test_layer_decay_scales_the_rate_of_every_layer() -> None:
-    whole, shared = (moved(classification, more)[0] for more in ({}, {"layer_decay": 0.5}))
+    full, shared = (moved(classification, more)[0] for more in ({}, {"layer_decay": 0.5}))
     shares = {
         "cls_token": 1 / 8,
         "pos_embed": 1 / 8,
@@ -56,7 +56,7 @@ def test_layer_decay_scales_the_rate_of_every_layer() -> None:
         "norm": 1 / 2,
         "head": 1.0,
     }  # a norm belongs to the previous block
-    for name, change in whole.items():
+    for name, change in full.items():
         first, number = name.split(".")[0], name.split(".")[1] if "." in name else ""
         share = shares.get(first) or {"0": 1 / 4, "1": 1 / 2}[number]  # of 2 blocks
         torch.testing.assert_close(shared[name], share * change, rtol=1e-9, atol=1e-14)
@@ -70,12 +70,12 @@ def test_additional_modules_have_the_full_rate() -> None:
                                     num_heads=3, num_classes=7).double()  # fmt: skip
         return feature_distillation(model, teacher, 1.0, 0.0, 0)
 
-    whole, shared = (moved(task, more)[0] for more in ({}, {"layer_decay": 0.5}))
-    (beside,) = [name for name in whole if name.endswith("projection.weight")]
-    assert bool(whole[beside].any())
-    torch.testing.assert_close(shared[beside], whole[beside], rtol=1e-9, atol=1e-14)
+    full, shared = (moved(task, more)[0] for more in ({}, {"layer_decay": 0.5}))
+    (beside,) = [name for name in full if name.endswith("projection.weight")]
+    assert bool(full[beside].any())
+    torch.testing.assert_close(shared[beside], full[beside], rtol=1e-9, atol=1e-14)
     inner = "student.blocks.0.mlp.fc1.weight"
-    torch.testing.assert_close(shared[inner], whole[inner] / 4, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(shared[inner], full[inner] / 4, rtol=1e-9, atol=1e-14)
 
 
 def test_layer_rates_follow_the_schedule(vit: nn.Module) -> None:
@@ -85,7 +85,7 @@ def test_layer_rates_follow_the_schedule(vit: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
 def test_gradient_checkpointing_is_bit_identical(name: str) -> None:
-    found = []
+    result = []
     for again in (False, True):
         model = noisy() if name == "vit" else tiny(name)
         kinds = {"vit": "Block", "swin": "SwinTransformerBlock", "pvt": "PyramidVisionTransformerStage"}
@@ -94,22 +94,22 @@ def test_gradient_checkpointing_is_bit_identical(name: str) -> None:
         inner = first.mlp.fc1 if name != "pvt" else first.blocks[0].mlp.fc1
         inner.register_forward_hook(lambda *_, calls=calls: calls.append(True))
         fit(model, {"checkpointing": again, "drop_path": 0.2 if name == "vit" else 0.0})
-        found.append((state(model), len(calls)))
+        result.append((state(model), len(calls)))
         model.train()
         model(batches(model, 1, 2)[0][0]).sum().backward()
-        assert len(calls) == found[-1][1] + 1  # not recomputed after the training
-    assert all(torch.equal(found[0][0][key], found[1][0][key]) for key in found[0][0])
-    assert (found[0][1], found[1][1]) == (6, 12)
+        assert len(calls) == result[-1][1] + 1  # not recomputed after the training
+    assert all(torch.equal(result[0][0][key], result[1][0][key]) for key in result[0][0])
+    assert (result[0][1], result[1][1]) == (6, 12)
 
 
 def test_gradient_checkpointing_is_refused_for_models_without_it() -> None:
     class Plain(nn.Linear):
         num_classes = 7
 
-    told = r"^train.checkpointing: not supported by Plain; set it to false$"
+    message = r"^train.checkpointing: not supported by Plain; set it to false$"
     model = Plain(4, 7)
     noise = [(torch.rand(3, 4), torch.arange(3))]
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=message):
         train(
             classification(model), lambda epoch: noise, 1, TrainConfig(epochs=1, lr=0.1, checkpointing=True), 0, print
         )
@@ -117,7 +117,7 @@ def test_gradient_checkpointing_is_refused_for_models_without_it() -> None:
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
 def test_channels_last_changes_only_rounding(name: str) -> None:
-    found = []
+    result = []
     for last in (False, True):
         model, seen = tiny(name), []
         convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
@@ -127,10 +127,10 @@ def test_channels_last_changes_only_rounding(name: str) -> None:
             )
         )
         fit(model, {"channels_last": last, "ema": 0.5})
-        found.append(state(model))
+        result.append(state(model))
         assert seen[0] == [last, last]
         assert all(parameter.is_contiguous() for parameter in model.parameters())
-    assert max(float((found[0][key] - found[1][key]).abs().max()) for key in found[0]) < 1e-9
+    assert max(float((result[0][key] - result[1][key]).abs().max()) for key in result[0]) < 1e-9
 
 
 WORKER = """
@@ -178,17 +178,17 @@ def uncompiled() -> dict[str, Tensor]:
 
 
 def test_compile_gives_a_similar_training(tmp_path: Path) -> None:
-    plain, (code, told) = uncompiled(), compiled(tmp_path, "compile", {})
-    assert "train.compile failed" not in told
+    plain, (code, message) = uncompiled(), compiled(tmp_path, "compile", {})
+    assert "train.compile failed" not in message
     assert max(float((plain[key] - code[key]).abs().max()) for key in plain) < 1e-9
 
 
 def test_training_continues_without_compile_on_failure(tmp_path: Path) -> None:
-    plain, (left, told) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
-    assert told.count("train.compile failed") == 1
-    assert "training, epoch 1, step 1: train.compile failed (" in told
-    assert "); continuing without it" in told
-    assert all(torch.equal(plain[key], left[key]) for key in plain)
+    plain, (remaining, message) = uncompiled(), compiled(tmp_path, "compile", {"CXX": "/no/such/compiler"})
+    assert message.count("train.compile failed") == 1
+    assert "training, epoch 1, step 1: train.compile failed (" in message
+    assert "); continuing without it" in message
+    assert all(torch.equal(plain[key], remaining[key]) for key in plain)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ def test_training_continues_without_compile_on_failure(tmp_path: Path) -> None:
 def test_patience_stops_after_epochs_without_a_better_top1(
     vit: nn.Module, top1: list[float], patience: int, epochs: int
 ) -> None:
-    said, seen = iter(top1), []
+    output, seen = iter(top1), []
 
     def evaluate() -> dict[str, float]:
         seen.append(state(vit))
-        return {"top1": next(said)}
+        return {"top1": next(output)}
 
     rows = fit(vit, {"epochs": 6, "patience": patience}, evaluate=evaluate)
     assert [row["top1"] for row in rows] == top1[:epochs]
@@ -220,8 +220,8 @@ def test_patience_stops_after_epochs_without_a_better_top1(
 
 
 def test_patience_without_an_evaluation_is_refused(vit: nn.Module) -> None:
-    told = r"^train.patience: top-1 is not evaluated after each epoch here; set it to null$"
-    with pytest.raises(BadInput, match=told):
+    message = r"^train.patience: top-1 is not evaluated after each epoch here; set it to null$"
+    with pytest.raises(BadInput, match=message):
         fit(vit, {"patience": 1})
 
 

@@ -16,27 +16,27 @@ from vitprune.groups import meta_copy
 Slice = tuple[str, int | None, int, int]
 
 
-def where(found: ChannelGroup) -> set[Slice]:
-    return {(part.param, part.axis, part.outer, part.inner) for part in found.slices + found.buffers}
+def where(result: ChannelGroup) -> set[Slice]:
+    return {(part.param, part.axis, part.outer, part.inner) for part in result.slices + result.buffers}
 
 
 @pytest.mark.parametrize("name", [*ZOO, "decoder"])
 def test_residual_groups_equal_the_reference(name: str) -> None:
     model = Decoder(11, 8, width=12, depth=2, heads=3) if name == "decoder" else tiny(name)
     reference = getattr(reference_groups, name.partition("-")[0], reference_groups.vit)(model)
-    found = {group.name: (group.units, set(group.slices)) for group in find_groups(model, ["residual"])}
-    assert list(found) == list(reference)
-    assert found == reference
+    result = {group.name: (group.units, set(group.slices)) for group in find_groups(model, ["residual"])}
+    assert list(result) == list(reference)
+    assert result == reference
 
 
 @pytest.mark.parametrize("name", ["vit", "thin", "odd", "extra", "distilled", "swin", "pvt", "pvt-linear"])
 @pytest.mark.parametrize("kind", ["residual", "ffn"])
 def test_tracer_finds_the_groups_of_find_groups(name: str, kind: str) -> None:
     model = tiny(name)
-    found = [one for one in channel_groups(model, images(model)[:1]) if not one.why_not]
+    result = [one for one in channel_groups(model, images(model)[:1]) if not one.why_not]
     for group in find_groups(model, [kind]):
         slices = {(part.param, part.axis, part.outer, part.inner) for part in group.slices}
-        (same,) = [one for one in found if where(one) == slices]
+        (same,) = [one for one in result if where(one) == slices]
         assert same.units == group.units
         assert same.kind == ("ffn" if group.name.endswith(".sr") else kind)
 
@@ -62,12 +62,12 @@ class Squeezed(nn.Module):
         x = x + self.scale * self.project(hidden * gate)
         both = torch.cat([x, x.flip(2)], dim=1)
         self.side(x)
-        answer: Tensor = self.head(both.mean((2, 3)))
-        return answer
+        output: Tensor = self.head(both.mean((2, 3)))
+        return output
 
 
 def test_channel_groups_of_a_bottleneck_network() -> None:
-    residual, hidden, inner, side, answer = channel_groups(Squeezed(), torch.randn(1, 3, 8, 8))
+    residual, hidden, inner, side, output = channel_groups(Squeezed(), torch.randn(1, 3, 8, 8))
     assert (residual.kind, residual.units, residual.why_not) == ("residual", 6, "")
     assert where(residual) == {
         *[("stem.weight", 0, 1, 1), ("stem.bias", 0, 1, 1), ("project.weight", 0, 1, 1), ("project.bias", 0, 1, 1)],
@@ -82,7 +82,7 @@ def test_channel_groups_of_a_bottleneck_network() -> None:
     }
     assert where(inner) == {("down.weight", 0, 1, 1), ("down.bias", 0, 1, 1), ("up.weight", 1, 1, 1)}
     assert where(side) == {("side.weight", 0, 1, 1), ("side.bias", 0, 1, 1)}
-    assert answer.why_not == "Squeezed: it is the output of the model"
+    assert output.why_not == "Squeezed: it is the output of the model"
 
 
 class One(nn.Module):
@@ -93,8 +93,8 @@ class One(nn.Module):
         self.first, self.between, self.last = nn.Conv2d(3, 8, 1), between, nn.Conv2d(8, 2, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        answer: Tensor = self.last(self.between(self.first(image)))
-        return answer
+        output: Tensor = self.last(self.between(self.first(image)))
+        return output
 
 
 class Sorted(nn.Module):
@@ -112,16 +112,16 @@ class Sorted(nn.Module):
     ],
 )
 def test_unprunable_channels_give_the_reason(between: nn.Module, why: str) -> None:
-    found = channel_groups(One(between), torch.randn(1, 3, 4, 4))
-    assert next(one for one in found if "first.weight" in one.writers).why_not == why
+    result = channel_groups(One(between), torch.randn(1, 3, 4, 4))
+    assert next(one for one in result if "first.weight" in one.writers).why_not == why
 
 
 @pytest.mark.parametrize(
     "between", [nn.GroupNorm(1, 8), nn.ReLU(), nn.Sequential(nn.Upsample(scale_factor=2), nn.GELU())]
 )
 def test_prunable_channels_give_no_reason(between: nn.Module) -> None:
-    found = channel_groups(One(between), torch.randn(1, 3, 4, 4))
-    hidden = next(one for one in found if "first.weight" in one.writers)
+    result = channel_groups(One(between), torch.randn(1, 3, 4, 4))
+    hidden = next(one for one in result if "first.weight" in one.writers)
     assert (hidden.why_not, hidden.units) == ("", 8)
     assert {"first.weight", "first.bias", "last.weight"} <= {part.param for part in hidden.slices}
 
@@ -136,10 +136,10 @@ def test_prunable_channels_give_no_reason(between: nn.Module) -> None:
 )
 def test_residual_streams_of_hierarchical_models(name: str, widths: list[int]) -> None:
     model = timm.create_model(name, pretrained=False).eval()
-    found = [
+    result = [
         one for one in channel_groups(model, torch.randn(1, 3, 64, 64)) if one.kind == "residual" and not one.why_not
     ]
-    assert [one.units for one in found] == widths
+    assert [one.units for one in result] == widths
 
 
 class Late(nn.Module):
@@ -153,8 +153,8 @@ class Late(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.stem(image).flatten(2).transpose(1, 2)  # (B, N, 6)
         x = x + self.gamma * torch.cat([self.write(x[:, :1]), x[:, 1:]], dim=1)
-        answer: Tensor = self.head(x.mean(1))
-        return answer
+        output: Tensor = self.head(x.mean(1))
+        return output
 
 
 def test_a_scale_over_concatenated_tokens_is_coupled_later() -> None:
@@ -174,8 +174,8 @@ class Doubled(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.twofold(self.stem(image)).mean((2, 3))
         x = x + self.write(x)
-        answer: Tensor = self.head(self.mix(torch.stack([x, x], dim=1))[:, 0])
-        return answer
+        output: Tensor = self.head(self.mix(torch.stack([x, x], dim=1))[:, 0])
+        return output
 
 
 def test_depthwise_convolution_with_multiplier_two() -> None:

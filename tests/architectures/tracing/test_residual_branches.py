@@ -20,7 +20,7 @@ class Adding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.drop(self.mlp(x))
-        told = {
+        message = {
             "plain": lambda: x + branch,
             "behind": lambda: branch + x,
             "in place": lambda: branch.add_(x),
@@ -44,7 +44,7 @@ class Adding(nn.Module):
             "broadcast": lambda: x[:, :1] + branch,
             "several": lambda: (x + branch, x),
         }
-        return told[self.how]()
+        return message[self.how]()
 
 
 def written(x: Tensor, other: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Stacked(nn.Module):
         return x
 
 
-def found(model: nn.Module, images: Tensor) -> set[str]:
+def residual_modules(model: nn.Module, images: Tensor) -> set[str]:
     return find_residual_modules(model, images, ["blocks.0", "blocks.1"])
 
 
@@ -83,7 +83,7 @@ OTHERS = [
 @pytest.mark.parametrize("how", ADDING)
 def test_residual_modules_are_found(how: str) -> None:
     model, images = Stacked(how, "alone"), torch.randn(2, 3, 4, 6)
-    assert found(model, images) == found(meta_copy(model), images.to("meta")) == {"blocks.0"}
+    assert residual_modules(model, images) == residual_modules(meta_copy(model), images.to("meta")) == {"blocks.0"}
     (group,) = find_groups(model, ["block"])
     assert group.sublayers == (("blocks.0",), ("blocks.0",))
 
@@ -91,7 +91,7 @@ def test_residual_modules_are_found(how: str) -> None:
 @pytest.mark.parametrize("how", OTHERS)
 def test_other_modules_are_not_found(how: str) -> None:
     model, images = Stacked(how, "alone"), torch.randn(2, 3, 4, 6)
-    assert found(model, images) == found(meta_copy(model), images.to("meta")) == set()
+    assert residual_modules(model, images) == residual_modules(meta_copy(model), images.to("meta")) == set()
     with pytest.raises(BadInput, match=r"^blocks.0 \(Adding\): neither it nor any other block of Stacked returns its"):
         find_groups(model, ["block"])
 
@@ -110,13 +110,13 @@ def test_a_module_called_twice_must_be_residual_in_both_calls() -> None:
 
 def test_inputs_above_the_size_limit_are_not_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual_branches, "MAX_ELEMENTS", 71)
-    assert found(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == set()
+    assert residual_modules(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == set()
     monkeypatch.setattr(residual_branches, "MAX_ELEMENTS", 72)
-    assert found(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == {"blocks.0", "blocks.1"}
+    assert residual_modules(Stacked("plain", "plain"), torch.randn(1, 3, 4, 6)) == {"blocks.0", "blocks.1"}
 
 
 def test_hooks_are_removed_and_training_mode_is_restored() -> None:
     model = Stacked("plain", "activated").train()
-    assert found(model, torch.randn(1, 3, 4, 6)) == {"blocks.0"}
+    assert residual_modules(model, torch.randn(1, 3, 4, 6)) == {"blocks.0"}
     assert all(module.training for module in model.modules())
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.support.model_zoo import SWIN, VIT, answer, batches, images, random_masks, redrawn, same_state, state, tiny
+from tests.support.model_zoo import SWIN, VIT, batches, images, predict, random_masks, redrawn, same_state, state, tiny
 from tests.support.plans import context
 from tests.support.reference_kl import kl
 from vitprune import BadInput, data, find_groups, score
@@ -33,14 +33,14 @@ VARIANTS = {
 
 def one_by_one(model: nn.Module, group: Group, units: Tensor, inputs: Tensor) -> Tensor:
     """KL of every image for every unit: copy the model, remove the unit, run both."""
-    found = torch.empty(len(units), len(inputs), dtype=torch.float64)
+    result = torch.empty(len(units), len(inputs), dtype=torch.float64)
     for row, unit in enumerate(units):
         mask = (torch.arange(group.units) != unit).view(group.shape)
         remove = shrink if group.kind == "residual" else zero
-        pruned = answer(remove(copy.deepcopy(model), [group], {group.name: mask}), inputs)
-        both = zip(answer(model, inputs).double(), pruned.double(), strict=True)
-        found[row] = torch.tensor([kl(*pair) for pair in both])
-    return found
+        pruned = predict(remove(copy.deepcopy(model), [group], {group.name: mask}), inputs)
+        both = zip(predict(model, inputs).double(), pruned.double(), strict=True)
+        result[row] = torch.tensor([kl(*pair) for pair in both])
+    return result
 
 
 def some(group: Group, number: int = 4) -> Tensor:
@@ -51,13 +51,13 @@ def holds(model: nn.Module, groups: list[Group], setting: ScoringContext | None 
     """Assert that exact divergences of some units equal those of removed units."""
     inputs = images(model)
     chosen = {group.name: some(group) for group in groups}
-    found = kl_divergences(model, groups, chosen, inputs, setting or DEFAULT_CONTEXT)
-    assert list(found) == [group.name for group in groups]
+    result = kl_divergences(model, groups, chosen, inputs, setting or DEFAULT_CONTEXT)
+    assert list(result) == [group.name for group in groups]
     for group in groups:
         expected = one_by_one(model, group, chosen[group.name], inputs)
-        assert found[group.name].dtype == torch.float64
+        assert result[group.name].dtype == torch.float64
         assert bool((expected > 1e-11).all())
-        torch.testing.assert_close(found[group.name], expected, rtol=1e-6, atol=1e-15)
+        torch.testing.assert_close(result[group.name], expected, rtol=1e-6, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "deit"])
@@ -65,12 +65,12 @@ def test_a_chain_computes_its_model_step_by_step(name: str) -> None:
     model = tiny(name)
     inputs, steps = images(model), build_chain(model)
     with torch.no_grad():
-        torch.testing.assert_close(steps(inputs), answer(model, inputs), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(steps(inputs), predict(model, inputs), rtol=1e-12, atol=1e-12)
         stream = steps.embed(inputs)
         for step in steps.steps:
             stream = step(stream)
         logits = steps.run_head(stream[:, : steps.num_tokens_read])
-        torch.testing.assert_close(logits, answer(model, inputs), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(logits, predict(model, inputs), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
@@ -85,7 +85,7 @@ def test_divergences_of_model_variants(variant: str) -> None:
     model = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT | args), 0).double()
     with torch.no_grad():
         torch.testing.assert_close(
-            build_chain(model)(images(model)), answer(model, images(model)), rtol=1e-12, atol=1e-12
+            build_chain(model)(images(model)), predict(model, images(model)), rtol=1e-12, atol=1e-12
         )
     holds(model, find_groups(model, kinds))
 
@@ -121,22 +121,22 @@ def test_scores_equal_leave_one_out_with_uneven_batches() -> None:
     model = tiny("thin").requires_grad_(False)
     groups = find_groups(model, KINDS)
     uneven = [(images(model, size, size), torch.zeros(size).long()) for size in (3, 1, 2)]
-    found, expected = (score(model, groups, name, uneven) for name in ("kl-exact", "kl-literal"))
+    result, expected = (score(model, groups, name, uneven) for name in ("kl-exact", "kl-literal"))
     for group in groups:
-        assert found[group.name].shape == group.shape
-        torch.testing.assert_close(found[group.name], expected[group.name], rtol=1e-6, atol=1e-15)
+        assert result[group.name].shape == group.shape
+        torch.testing.assert_close(result[group.name], expected[group.name], rtol=1e-6, atol=1e-15)
 
 
 def test_only_chosen_units_are_scored_and_the_model_is_unchanged() -> None:
     model = tiny("vit").train()
     before, groups = state(model), find_groups(model, ["ffn", "head"])
     chosen = {"blocks.1.mlp": torch.tensor([7, 3, 7]), "blocks.0.attn.heads": torch.tensor([], dtype=torch.int64)}
-    found = kl_divergences(model, groups, chosen, images(model), DEFAULT_CONTEXT)
-    assert {name: tuple(each.shape) for name, each in found.items()} == {
+    result = kl_divergences(model, groups, chosen, images(model), DEFAULT_CONTEXT)
+    assert {name: tuple(each.shape) for name, each in result.items()} == {
         "blocks.1.mlp": (3, 3),
         "blocks.0.attn.heads": (0, 3),
     }
-    assert torch.equal(found["blocks.1.mlp"][0], found["blocks.1.mlp"][2])
+    assert torch.equal(result["blocks.1.mlp"][0], result["blocks.1.mlp"][2])
     assert same_state(model, before)
     assert all(module.training for module in model.modules())
 
@@ -145,13 +145,13 @@ def test_tiny_divergences_keep_their_precision() -> None:
     model = tiny("thin")
     group, inputs, unit = find_groups(model, ["ffn"])[1], images(model), torch.tensor([5])
     column = model.blocks[1].mlp.fc2.weight[:, 5].detach().clone()
-    found = {}
+    result = {}
     for small in (1e-3, 1e-6):
         with torch.no_grad():
             model.blocks[1].mlp.fc2.weight[:, 5] = column * small
-        found[small] = kl_divergences(model, [group], {group.name: unit}, inputs, DEFAULT_CONTEXT)[group.name]
-    torch.testing.assert_close(found[1e-6] * 1e6, found[1e-3], rtol=0.02, atol=0)  # it goes as the square
-    assert bool((found[1e-6] < 1e-12).all())
+        result[small] = kl_divergences(model, [group], {group.name: unit}, inputs, DEFAULT_CONTEXT)[group.name]
+    torch.testing.assert_close(result[1e-6] * 1e6, result[1e-3], rtol=0.02, atol=0)  # it goes as the square
+    assert bool((result[1e-6] < 1e-12).all())
 
 
 def test_divergences_beyond_the_exponential_range_are_finite() -> None:
@@ -159,10 +159,10 @@ def test_divergences_beyond_the_exponential_range_are_finite() -> None:
     with torch.no_grad():
         model.head.weight *= 1e5
     group = find_groups(model, ["head"])[1]
-    found = kl_divergences(model, [group], {group.name: torch.arange(3)}, images(model), DEFAULT_CONTEXT)[group.name]
-    assert bool(found.isfinite().all())
-    assert float(found.max()) > 500
-    torch.testing.assert_close(found, logarithms(model, group), rtol=1e-9, atol=1e-9)
+    result = kl_divergences(model, [group], {group.name: torch.arange(3)}, images(model), DEFAULT_CONTEXT)[group.name]
+    assert bool(result.isfinite().all())
+    assert float(result.max()) > 500
+    torch.testing.assert_close(result, logarithms(model, group), rtol=1e-9, atol=1e-9)
 
 
 def logarithms(model: nn.Module, group: Group) -> Tensor:
@@ -171,8 +171,8 @@ def logarithms(model: nn.Module, group: Group) -> Tensor:
     for unit in range(group.units):
         masks = {group.name: torch.arange(group.units) != unit}
         pruned = zero(copy.deepcopy(model), [group], masks)
-        whole, other = (answer(each, images(model)).log_softmax(-1) for each in (model, pruned))
-        rows.append((whole.exp() * (whole - other)).sum(-1))
+        full, other = (predict(each, images(model)).log_softmax(-1) for each in (model, pruned))
+        rows.append((full.exp() * (full - other)).sum(-1))
     return torch.stack(rows)
 
 
@@ -182,8 +182,8 @@ def test_float32_scores_equal_float64_up_to_rounding(name: str) -> None:
     groups, inputs = find_groups(model, KINDS), images(model)
     chosen = {group.name: some(group) for group in groups}
     expected = kl_divergences(model, groups, chosen, inputs, DEFAULT_CONTEXT)
-    found = kl_divergences(model.float(), groups, chosen, inputs.float(), DEFAULT_CONTEXT)
-    for group, each in found.items():
+    result = kl_divergences(model.float(), groups, chosen, inputs.float(), DEFAULT_CONTEXT)
+    for group, each in result.items():
         torch.testing.assert_close(each, expected[group], rtol=2e-3, atol=1e-9)
 
 
@@ -196,11 +196,11 @@ def test_autocast_and_tf32_are_disabled() -> None:
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            found = kl_divergences(model, groups, chosen, inputs, DEFAULT_CONTEXT)
+            result = kl_divergences(model, groups, chosen, inputs, DEFAULT_CONTEXT)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 def test_fast_products_equal_torch() -> None:
@@ -245,18 +245,18 @@ def test_divergences_on_deit_tiny(real_deit, real_data) -> None:
     blocks = [find_groups(real_deit, [kind])[number] for kind in KINDS[:3] for number in (2, 11)]
     groups = [*blocks, *find_groups(real_deit, ["residual"])]
     chosen = {group.name: some(group, 2) for group in groups}
-    found = kl_divergences(real_deit, groups, chosen, inputs, DEFAULT_CONTEXT)
+    result = kl_divergences(real_deit, groups, chosen, inputs, DEFAULT_CONTEXT)
     for group in groups:
         expected = one_by_one(real_deit, group, chosen[group.name], inputs)
-        torch.testing.assert_close(found[group.name], expected, rtol=1e-2, atol=1e-8)
+        torch.testing.assert_close(result[group.name], expected, rtol=1e-2, atol=1e-8)
 
 
 def test_onednn_products_equal_torch() -> None:
     x, layer = torch.randn(2, 5, 8), nn.Linear(8, 6)
     try:
-        found = fast_matmul._onednn(x, layer.weight, layer.bias, "gelu")
+        result = fast_matmul._onednn(x, layer.weight, layer.bias, "gelu")
         batched = fast_matmul._batched(torch.ones(3, 5, 8), x[:1].transpose(1, 2).expand(3, 8, 5).contiguous())
     except (AttributeError, RuntimeError):
         pytest.skip("this build of torch does not have oneDNN's operators")
-    torch.testing.assert_close(found, nn.functional.gelu(layer(x)))
+    torch.testing.assert_close(result, nn.functional.gelu(layer(x)))
     torch.testing.assert_close(batched, (torch.ones(5, 8) @ x[0].T).expand(3, 5, 5))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.model_zoo import answer, batches, images, same_state, state, tiny
+from tests.support.model_zoo import batches, images, predict, same_state, state, tiny
 from tests.support.plans import changed, context
 from tests.support.reference_kl import assert_fades, fisher_quadratic, gated_vit, kl
 from vitprune import BadInput, Group, data, find_groups
@@ -30,17 +30,17 @@ def test_with_all_classes_it_equals_the_exact_quadratic_form_per_image(name: str
     model = tiny(name)
     groups, inputs = find_groups(model, ALL), images(model, 3)
     expected = fisher_quadratic(model, inputs, groups)
-    found = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
-    assert found.keys() == expected.keys()
+    result = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
+    assert result.keys() == expected.keys()
     for group in groups:
-        assert found[group.name].shape == (group.units, 3)
-        torch.testing.assert_close(found[group.name], expected[group.name], rtol=1e-9, atol=1e-18)
+        assert result[group.name].shape == (group.units, 3)
+        torch.testing.assert_close(result[group.name], expected[group.name], rtol=1e-9, atol=1e-18)
 
 
 def test_the_residual_score_equals_the_curvature_of_the_gated_vit(vit: nn.Module) -> None:
     group, inputs, step = find_groups(vit, ["residual"])[0], images(vit, 1), 1e-4
-    found = fisher_kl_per_image(vit, [group], inputs, EVERY_CLASS)["residual"][:, 0]
-    dense = answer(vit, inputs)
+    result = fisher_kl_per_image(vit, [group], inputs, EVERY_CLASS)["residual"][:, 0]
+    dense = predict(vit, inputs)
     torch.testing.assert_close(gated_vit(vit, inputs, {}), dense)
     for unit in range(0, 48, 7):
         apart = []
@@ -49,7 +49,7 @@ def test_the_residual_score_equals_the_curvature_of_the_gated_vit(vit: nn.Module
             gate[unit] += by
             with torch.no_grad():
                 apart.append(kl(dense, gated_vit(vit, inputs, {"residual": gate})))
-        assert sum(apart) / 2 / step**2 == pytest.approx(float(found[unit]), rel=1e-4)
+        assert sum(apart) / 2 / step**2 == pytest.approx(float(result[unit]), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["extra", "swin", "pvt"])
@@ -77,12 +77,12 @@ def faded(model: nn.Module, group: Group, unit: int, by: float) -> nn.Module:
 def test_it_equals_the_curvature_of_the_kl_in_the_gate(name: str, kind: str) -> None:
     model = tiny(name)
     groups, inputs, step = find_groups(model, [kind]), images(model, 2), 1e-3
-    found = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
-    dense = answer(model, inputs)
+    result = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
+    dense = predict(model, inputs)
     for group in groups[:: len(groups) - 1]:
         for unit in range(0, group.units, max(1, group.units // 3)):
-            apart = [kl(dense, answer(faded(model, group, unit, by), inputs)) for by in (-step, step)]
-            assert sum(apart) / 2 / step**2 == pytest.approx(float(found[group.name][unit].sum()), rel=2e-3, abs=1e-9)
+            apart = [kl(dense, predict(faded(model, group, unit, by), inputs)) for by in (-step, step)]
+            assert sum(apart) / 2 / step**2 == pytest.approx(float(result[group.name][unit].sum()), rel=2e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
@@ -95,16 +95,16 @@ def test_for_small_units_it_approximates_the_leave_one_out_score(kind: str) -> N
         if kind == "attention":
             model.blocks[1].attn.qkv.weight[: group.units] *= 1e-3
             model.blocks[1].attn.qkv.bias[: group.units] *= 1e-3
-    found = fisher_kl(model, [group], data, EVERY_CLASS).scores[group.name]
+    result = fisher_kl(model, [group], data, EVERY_CLASS).scores[group.name]
     expected = leave_one_out_kl(model, [group], data, DEFAULT_CONTEXT).scores[group.name]
-    torch.testing.assert_close(found / expected, torch.ones_like(found), rtol=0, atol=5e-3)
+    torch.testing.assert_close(result / expected, torch.ones_like(result), rtol=0, atol=5e-3)
 
 
 def test_a_pair_of_sub_layers_shares_one_gate() -> None:
     model = tiny("extra")  # with LayerScale
     (group,), inputs, step = find_groups(model, ["block"]), images(model, 2), 1e-3
-    found = fisher_kl_per_image(model, [group], inputs, EVERY_CLASS)["blocks"].sum(dim=1)
-    dense = answer(model, inputs)
+    result = fisher_kl_per_image(model, [group], inputs, EVERY_CLASS)["blocks"].sum(dim=1)
+    dense = predict(model, inputs)
     for unit in range(group.num_candidates):
         apart = []
         for by in (-step, step):
@@ -113,10 +113,10 @@ def test_a_pair_of_sub_layers_shares_one_gate() -> None:
                 path, _, leaf = body.rpartition(".")
                 scale = changed.get_submodule(path).get_submodule("ls1" if leaf == "attn" else "ls2")
                 scale.gamma.data *= 1 + by
-            apart.append(kl(dense, answer(changed, inputs)))
-        assert sum(apart) / 2 / step**2 == pytest.approx(float(found[unit]), rel=2e-3)
-    whole = fisher_kl(model, [group], batches(model), DEFAULT_CONTEXT).scores["blocks"]
-    assert whole.isinf().tolist() == [False] * group.num_candidates + [True]
+            apart.append(kl(dense, predict(changed, inputs)))
+        assert sum(apart) / 2 / step**2 == pytest.approx(float(result[unit]), rel=2e-3)
+    full = fisher_kl(model, [group], batches(model), DEFAULT_CONTEXT).scores["blocks"]
+    assert full.isinf().tolist() == [False] * group.num_candidates + [True]
 
 
 def test_merged_heads_have_the_scores_of_their_channels(vit: nn.Module) -> None:
@@ -132,9 +132,9 @@ def test_directions_average_to_the_fisher_matrix(head: Tensor | None) -> None:
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15, 0.0], dtype=torch.float64)
     fisher_matrix = p.diag() - p[:, None] * p
     for number, taken, many in ((6, 6, 1), (5, 5, 4000), (1, 2, 4000)):
-        found = list(fisher_directions(p.expand(many, 6), head, number, 5, range(many)))
-        assert len(found) == taken
-        total = sum(torch.einsum("ia,ib->ab", pull, pull) / many for pull in found)
+        result = list(fisher_directions(p.expand(many, 6), head, number, 5, range(many)))
+        assert len(result) == taken
+        total = sum(torch.einsum("ia,ib->ab", pull, pull) / many for pull in result)
         torch.testing.assert_close(total, fisher_matrix, rtol=0, atol=1e-15 if many == 1 else 0.01)
     leading = list(fisher_directions(p[None], head, 4, 0, [0]))[:2]
     weight = torch.eye(6, dtype=torch.float64) if head is None else head
@@ -167,15 +167,15 @@ def test_random_signs_are_unbiased(vit: nn.Module) -> None:
 def test_random_signs_depend_on_the_image_position_not_the_batch(vit: nn.Module) -> None:
     groups, inputs = find_groups(vit, ALL), images(vit, 6)
     few = context(fisher_directions=2, seed=3)
-    whole = fisher_kl_per_image(vit, groups, inputs, few)
+    full = fisher_kl_per_image(vit, groups, inputs, few)
     labels = torch.zeros(6, dtype=torch.int64)
     total = fisher_kl(vit, groups, [(inputs[:4], labels[:4]), (inputs[4:], labels[4:])], few).scores
     rest = fisher_kl(vit, groups, [(inputs[4:], labels[4:])], changed(few, first=4)).scores
     tight = fisher_kl_per_image(vit, groups, inputs, changed(few, memory=1))  # one image at a time
     for group in groups:
-        torch.testing.assert_close(total[group.name].flatten(), whole[group.name].sum(dim=1), rtol=1e-12, atol=1e-18)
-        torch.testing.assert_close(rest[group.name].flatten(), whole[group.name][:, 4:].sum(1), rtol=1e-12, atol=1e-18)
-        torch.testing.assert_close(tight[group.name], whole[group.name], rtol=1e-9, atol=1e-18)
+        torch.testing.assert_close(total[group.name].flatten(), full[group.name].sum(dim=1), rtol=1e-12, atol=1e-18)
+        torch.testing.assert_close(rest[group.name].flatten(), full[group.name][:, 4:].sum(1), rtol=1e-12, atol=1e-18)
+        torch.testing.assert_close(tight[group.name], full[group.name], rtol=1e-9, atol=1e-18)
 
 
 @pytest.mark.parametrize("requires", [True, False])
@@ -185,8 +185,8 @@ def test_a_frozen_model_scores_the_same_and_stays_frozen(vit: nn.Module, require
     vit.requires_grad_(requires).train()
     vit.blocks[0].eval()
     with torch.no_grad():
-        found = fisher_kl(vit, groups, batches(vit), DEFAULT_CONTEXT).scores
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+        result = fisher_kl(vit, groups, batches(vit), DEFAULT_CONTEXT).scores
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
     assert all(p.requires_grad is requires and p.grad is None for p in vit.parameters())
     assert vit.training
     assert not vit.blocks[0].training
@@ -218,10 +218,10 @@ def test_ranks_on_deit_tiny_match_leave_one_out(real_deit: nn.Module, real_input
         ("residual", "residual", 0.3),  # its removal is far from small
     ):
         group = next(group for group in find_groups(real_deit, [kind]) if group.name == path)
-        found = fisher_kl_per_image(real_deit, [group], real_inputs, DEFAULT_CONTEXT)[path].sum(dim=1)
+        result = fisher_kl_per_image(real_deit, [group], real_inputs, DEFAULT_CONTEXT)[path].sum(dim=1)
         some = torch.arange(0, group.units, group.units // 24)
         expected = kl_divergences(real_deit, [group], {path: some}, real_inputs, DEFAULT_CONTEXT)[path].sum(dim=1)
-        assert spearman(found[some], expected) > least
+        assert spearman(result[some], expected) > least
 
 
 @pytest.fixture(scope="session")

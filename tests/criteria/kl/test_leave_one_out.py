@@ -12,38 +12,38 @@ from vitprune import find_groups, score
 def test_kl_equals_the_divergence_of_the_masked_reference(kind: str) -> None:
     vit = tiny("thin")
     group, data = find_groups(vit, [kind])[1], batches(vit)
-    found = score(vit, [group], "kl-literal", data)[group.name]
-    assert found.shape == group.shape
+    result = score(vit, [group], "kl-literal", data)[group.name]
+    assert result.shape == group.shape
     inputs = torch.cat([b[0] for b in data])
     dense = literal_vit(vit, inputs, {})
     for unit in range(0, group.units, group.units // 4):
         keep = (torch.arange(group.units) != unit).view(group.shape)
         expected = kl(dense, literal_vit(vit, inputs, {group.name: keep}))
-        assert float(found.flatten()[unit]) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+        assert float(result.flatten()[unit]) == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
 def test_kl_of_a_residual_channel_equals_the_kl_of_the_narrower_model() -> None:
     vit = tiny("thin")
     group, data = find_groups(vit, ["residual"])[0], batches(vit)
-    found = score(vit, [group], "kl-literal", data)["residual"]
+    result = score(vit, [group], "kl-literal", data)["residual"]
     inputs = torch.cat([b[0] for b in data])
     dense = literal_vit(vit, inputs, {})
     for unit in range(0, 48, 7):
         narrow = literal_vit(vit, inputs, {"residual": torch.arange(48) != unit})
-        assert float(found[unit]) == pytest.approx(kl(dense, narrow), rel=1e-9)
-        assert float(found[unit]) != pytest.approx(kl(narrow, dense), rel=1e-3)  # the other direction is not it
+        assert float(result[unit]) == pytest.approx(kl(dense, narrow), rel=1e-9)
+        assert float(result[unit]) != pytest.approx(kl(narrow, dense), rel=1e-3)  # the other direction is not it
 
 
 def test_kl_is_a_sum_over_images_independent_of_batching(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["head"])
     data = [(images(vit, 4), torch.zeros(4).long())]
     apart = [(image[None], torch.zeros(1).long()) for image in data[0][0]]
-    whole, single = score(vit, groups, "kl-literal", data), score(vit, groups, "kl-literal", apart)
+    full, single = score(vit, groups, "kl-literal", data), score(vit, groups, "kl-literal", apart)
     each = [score(vit, groups, "kl-literal", [batch]) for batch in apart]
-    for name, found in whole.items():
-        torch.testing.assert_close(found, single[name], rtol=1e-10, atol=1e-15)
-        torch.testing.assert_close(found, sum(one[name] for one in each), rtol=1e-10, atol=1e-15)
-        assert bool((found > 0).all())
+    for name, result in full.items():
+        torch.testing.assert_close(result, single[name], rtol=1e-10, atol=1e-15)
+        torch.testing.assert_close(result, sum(one[name] for one in each), rtol=1e-10, atol=1e-15)
+        assert bool((result > 0).all())
 
 
 def test_kl_of_a_unit_with_zero_output_weights_is_zero() -> None:
@@ -51,5 +51,5 @@ def test_kl_of_a_unit_with_zero_output_weights_is_zero() -> None:
     with torch.no_grad():
         vit.blocks[1].mlp.fc2.weight[:, 11] = 0
     group = find_groups(vit, ["ffn"])[1]
-    found = score(vit, [group], "kl-literal", batches(vit, 1))[group.name]
-    assert (found == 0).nonzero().flatten().tolist() == [11]
+    result = score(vit, [group], "kl-literal", batches(vit, 1))[group.name]
+    assert (result == 0).nonzero().flatten().tolist() == [11]

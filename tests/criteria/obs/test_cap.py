@@ -40,11 +40,11 @@ def drawn(blocks: int, size: int, seed: int = 1) -> Tensor:
     return torch.randn(blocks, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def alone(fisher: Tensor, gone: Tensor) -> Tensor:
+def alone(fisher: Tensor, removed: Tensor) -> Tensor:
     """Fisher blocks whose removed weights have no gradients."""
-    left = fisher * (~gone)[:, :, None] * (~gone)[:, None, :]
-    left.diagonal(dim1=1, dim2=2).add_(1e-6 * gone)
-    return left
+    remaining = fisher * (~removed)[:, :, None] * (~removed)[:, None, :]
+    remaining.diagonal(dim1=1, dim2=2).add_(1e-6 * removed)
+    return remaining
 
 
 def test_elimination_of_two_by_two_blocks_by_hand() -> None:
@@ -66,9 +66,9 @@ def test_the_inverse_equals_sherman_morrison(condition: float) -> None:
     gradients = drawn(200, size) @ factor.mT
     damp = 1 / condition
     fisher = gradients.T @ gradients / 200 + damp * torch.eye(size, dtype=torch.float64)
-    found = invert_blocks(fisher[None])[0].diagonal()
+    result = invert_blocks(fisher[None])[0].diagonal()
     for expected in (torch.linalg.inv(fisher).diagonal(), sherman_morrison(gradients, damp).diagonal()):
-        torch.testing.assert_close(found / expected, torch.ones(size, dtype=torch.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(result / expected, torch.ones(size, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("on", ["numba", "torch"])
@@ -84,8 +84,8 @@ def test_elimination_equals_the_right_looking_reference(
     for block in range(len(fisher)):
         expected, trace, order = right_looking(fisher[block], weights[block], runs)
         torch.testing.assert_close(losses[block], expected, rtol=1e-8, atol=1e-300)
-        found = [q for q in losses[block].argsort(stable=True).tolist() if losses[block, q] < torch.inf]
-        assert found == order
+        result = [q for q in losses[block].argsort(stable=True).tolist() if losses[block, q] < torch.inf]
+        assert result == order
         zeros = int((weights[block] == 0).sum())
         for count in range(zeros, len(order) + 1):  # any number of steps ends where one joint solve does
             keep = torch.ones(24, dtype=torch.bool)
@@ -119,12 +119,12 @@ def test_early_stopping_selects_the_same_weights(share: float, on: str, monkeypa
     weights = drawn(8, 24)
     weights[3, :5] = 0
     inverses = invert_blocks(alone(fisher, weights == 0))
-    whole, short = greedy.eliminate_weights(inverses, weights), greedy.eliminate_weights(inverses, weights, share)
+    full, short = greedy.eliminate_weights(inverses, weights), greedy.eliminate_weights(inverses, weights, share)
     assert bool(short.isinf().any()) == (share < 0.8)
     known = short.isfinite()
-    assert torch.equal(short[known], whole[known])
-    expected, found = (select({"w": losses}, share)["w"] for losses in (whole, short))
-    assert torch.equal(found, expected)
+    assert torch.equal(short[known], full[known])
+    expected, result = (select({"w": losses}, share)["w"] for losses in (full, short))
+    assert torch.equal(result, expected)
 
 
 def test_masks_are_prefixes_of_every_block_and_reach_the_exact_count(vit: nn.Module) -> None:
@@ -135,15 +135,15 @@ def test_masks_are_prefixes_of_every_block_and_reach_the_exact_count(vit: nn.Mod
     assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.37 * units)
     for name, mask in masks.items():
         ranked = scores[name].view(-1, 24).argsort(dim=1)
-        stays = mask.view(-1, 24).gather(1, ranked)
-        assert bool((stays.int().diff(dim=1) >= 0).all())
+        kept = mask.view(-1, 24).gather(1, ranked)
+        assert bool((kept.int().diff(dim=1) >= 0).all())
 
 
 def test_scores_equal_the_reference_loops(vit: nn.Module) -> None:
     groups, data = find_groups(vit, ["weight"])[1:3], batches(vit)
     with torch.no_grad():
         vit.blocks[0].mlp.fc1.weight[::3, 4] = 0
-    found = {name: f(vit, groups, data, SMALL).scores for name, f in CRITERIA.items()}
+    result = {name: f(vit, groups, data, SMALL).scores for name, f in CRITERIA.items()}
     for group in groups:
         weights = vit.get_parameter(group.name).detach().view(-1, 24)
         fisher = naive_fisher(image_gradients(vit, group.name, data), 24, SMALL.config.damping * 128)
@@ -152,7 +152,7 @@ def test_scores_equal_the_reference_loops(vit: nn.Module) -> None:
             alone = weights[block] ** 2 / torch.linalg.inv(fisher[block]).diagonal() / 2
             diagonal = weights[block] ** 2 * fisher[block].diagonal() / 2
             for name, expected in (("ovit", losses), ("woodfisher", alone), ("diagonal", diagonal)):
-                score = found[name][group.name].view(-1, 24)[block]
+                score = result[name][group.name].view(-1, 24)[block]
                 torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-300)
 
 
@@ -164,9 +164,9 @@ def test_blocks_of_one_weight_are_the_diagonal(vit: nn.Module) -> None:
     alone = changed(SMALL, fisher_block_size=1)
     expected = cap.fisher_diagonal(vit, groups, batches(vit), SMALL).scores
     for criterion in (cap.ovit, cap.woodfisher, cap.ovit_increments):
-        found = criterion(vit, groups, batches(vit), alone).scores
+        result = criterion(vit, groups, batches(vit), alone).scores
         for name, score in expected.items():
-            torch.testing.assert_close(found[name], score, rtol=1e-9, atol=1e-300)
+            torch.testing.assert_close(result[name], score, rtol=1e-9, atol=1e-300)
 
 
 def test_ovit_masks_and_update_have_the_least_loss(vit: nn.Module) -> None:
@@ -219,9 +219,9 @@ def test_a_second_cycle_keeps_the_zeros_of_the_first(method: str) -> None:
     before: Masks = {}
     plan = plan_for(method, 0.5, cycles=2, schedule="linear", score=SMALL.config)
     for cycle in prune_cycles(model, plan, data):
-        gone = {name: model.get_parameter(name) == 0 for name in dense}
-        assert all(torch.equal(gone[name], ~cycle.masks[name]) for name in dense)
-        assert all(bool(gone[name][~mask].all()) for name, mask in before.items())
+        removed = {name: model.get_parameter(name) == 0 for name in dense}
+        assert all(torch.equal(removed[name], ~cycle.masks[name]) for name in dense)
+        assert all(bool(removed[name][~mask].all()) for name, mask in before.items())
         before = cycle.masks
     zeros = sum(int((~mask).sum()) for mask in before.values())
     assert zeros == sum(weight.numel() for weight in dense.values()) // 2
@@ -236,8 +236,8 @@ def test_a_zero_weight_is_decoupled_in_the_inverse(vit: nn.Module) -> None:
     with torch.no_grad():
         vit.get_parameter(name)[:, 1::2] = 0
     fisher = matrices(vit)[name]
-    gone = (vit.get_parameter(name) == 0).view(-1, 24)
-    found = invert_blocks(fisher)
+    removed = (vit.get_parameter(name) == 0).view(-1, 24)
+    result = invert_blocks(fisher)
     unit = torch.eye(24, dtype=torch.float64) / (SMALL.config.damping * 128)
-    for block in range(0, len(found), 11):
-        torch.testing.assert_close(found[block][gone[block]], unit[gone[block]], rtol=1e-9, atol=1e-9)
+    for block in range(0, len(result), 11):
+        torch.testing.assert_close(result[block][removed[block]], unit[removed[block]], rtol=1e-9, atol=1e-9)

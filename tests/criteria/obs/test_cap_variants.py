@@ -42,13 +42,13 @@ def test_n_of_m_elimination_has_less_loss_than_n_of_m_selection_afterwards(vit: 
 def test_fastcap_equals_the_published_algorithm(vit: nn.Module) -> None:
     groups, data = find_groups(vit, ["weight"])[1:2], batches(vit)
     name = groups[0].name
-    found = fastcap(vit, groups, data, SMALL)
+    result = fastcap(vit, groups, data, SMALL)
     grads = image_gradients(vit, name, data)
     fisher = sum(2 * g.view(-1, 24).T @ g.view(-1, 24) for g in grads) / len(grads)
-    torch.testing.assert_close(found.statistics[f"{name}/fisher"], fisher, rtol=1e-9, atol=1e-15)
-    masks = select(found.scores, 0.5, "layer")
+    torch.testing.assert_close(result.statistics[f"{name}/fisher"], fisher, rtol=1e-9, atol=1e-15)
+    masks = select(result.scores, 0.5, "layer")
     expected = fastcap_columns(fisher, vit.get_parameter(name).detach().view(-1, 24), 0.5, 1e-2)
-    torch.testing.assert_close(found.update(masks)[name].view(-1, 24), expected, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(result.update(masks)[name].view(-1, 24), expected, rtol=1e-8, atol=1e-12)
     assert torch.equal(masks[name].view(-1, 24), expected != 0)
 
 

@@ -25,14 +25,14 @@ def group_of(model: nn.Module, param: str) -> Group:
 
 
 def collected(model: nn.Module, groups: list[Group], data: Batches, setting: ScoringContext) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {}
+    result: dict[str, list[Tensor]] = {}
     for part, fisher in FisherBlocks(model, groups, data, setting):
-        found.setdefault(part.param, []).append(fisher)
-    return {param: torch.cat(pieces) for param, pieces in found.items()}
+        result.setdefault(part.param, []).append(fisher)
+    return {param: torch.cat(pieces) for param, pieces in result.items()}
 
 
 @pytest.mark.parametrize(
-    ("units", "wanted", "multiple", "size"),
+    ("units", "expected", "multiple", "size"),
     [
         (147456, 192, 1, 192),
         (147456, 200, 1, 256),
@@ -45,20 +45,22 @@ def collected(model: nn.Module, groups: list[Group], data: Batches, setting: Sco
         (60, 1, 4, 4),
     ],
 )
-def test_block_size_is_the_next_divisor(units: int, wanted: int, multiple: int, size: int) -> None:
-    assert block_size(units, wanted, multiple) == size
+def test_block_size_is_the_next_divisor(units: int, expected: int, multiple: int, size: int) -> None:
+    assert block_size(units, expected, multiple) == size
 
 
 def test_chunks_cover_all_blocks_and_fit_into_memory() -> None:
     parts = [BlockRange("a", 4, 0, 40), BlockRange("b", 8, 0, 16), BlockRange("c", 4, 0, 400)]
     for memory in (1, 128, 500, 4000, 10**6):
-        found = chunk_by_memory(parts, memory)
+        result = chunk_by_memory(parts, memory)
         assert all(
-            sum(p.blocks * p.size**2 * 8 for p in portion) <= memory or portion[0].blocks == 1 for portion in found
+            sum(p.blocks * p.size**2 * 8 for p in portion) <= memory or portion[0].blocks == 1 for portion in result
         )
-        for whole in parts:
-            places = [n for portion in found for p in portion if p.param == whole.param for n in range(p.start, p.stop)]
-            assert places == list(range(whole.start, whole.stop))
+        for full in parts:
+            positions = [
+                n for portion in result for p in portion if p.param == full.param for n in range(p.start, p.stop)
+            ]
+            assert positions == list(range(full.start, full.stop))
     assert len(chunk_by_memory(parts, 10**6)) == 1
     assert [len(portion) for portion in chunk_by_memory(parts, 1)] == [1] * 112
 
@@ -75,12 +77,12 @@ def test_fisher_equals_that_of_per_image_gradients(name: str) -> None:
     with torch.no_grad():
         model.get_parameter(some[1]).view(-1)[::3] = 0
     groups = [group_of(model, param) for param in some]
-    found = collected(model, groups, data, SMALL)
+    result = collected(model, groups, data, SMALL)
     for param in some:
         grads = image_gradients(model, param, data)
         size = block_size(grads.shape[1], 24)
         expected = naive_fisher(grads, size, SMALL.config.damping * 128)
-        torch.testing.assert_close(found[param], expected, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(result[param], expected, rtol=1e-8, atol=1e-12)
 
 
 def test_batches_of_gradients_are_means(vit: nn.Module) -> None:
@@ -91,8 +93,8 @@ def test_batches_of_gradients_are_means(vit: nn.Module) -> None:
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     grads = [torch.autograd.grad(F.cross_entropy(vit(x[n : n + 4]), y[n : n + 4]), [weight])[0] for n in (0, 4, 8)]
     expected = naive_fisher(torch.stack([grad.flatten() for grad in grads]), 24, setting.config.damping)
-    found = collected(vit, [group_of(vit, param)], data, setting)[param]
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+    result = collected(vit, [group_of(vit, param)], data, setting)[param]
+    torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-12)
     more = changed(setting, num_gradients=5)
     part = BlockRange(param, 24, 0, weight.numel())
     chunks = torch.cat([values for _, values in weight_gradients(vit, [part], data, more)])
@@ -108,8 +110,8 @@ def test_the_mean_of_per_sample_gradients_is_that_of_the_batch(vit: nn.Module) -
     parts = split_into_blocks(vit, find_groups(vit, ["weight"]), 24)
     data = batches(vit, 2)
     alone = dict(weight_gradients(vit, parts, data[:1], SMALL))
-    whole = changed(SMALL, per_sample=False, gradient_batch=3)
-    for part, mean in weight_gradients(vit, parts, data[:1], whole):
+    full = changed(SMALL, per_sample=False, gradient_batch=3)
+    for part, mean in weight_gradients(vit, parts, data[:1], full):
         torch.testing.assert_close(alone[part].mean(dim=0), mean[0], rtol=1e-9, atol=1e-13)
 
 
@@ -117,13 +119,13 @@ def test_the_mean_of_per_sample_gradients_is_that_of_the_batch(vit: nn.Module) -
 def test_memory_changes_only_the_number_of_passes(vit: nn.Module, per_sample: bool) -> None:
     groups, data = find_groups(vit, ["weight"])[:3], batches(vit)
     setting = changed(SMALL, per_sample=per_sample, gradient_batch=2, num_gradients=4 if per_sample else 3)
-    whole, tight = (
+    full, tight = (
         collected(vit, groups, data, setting),
         collected(vit, groups, data, changed(setting, memory=1_000_000)),
     )
     assert len(FisherBlocks(vit, groups, data, setting).chunks) == 1
     assert len(FisherBlocks(vit, groups, data, changed(setting, memory=1_000_000)).chunks) > 3
-    for param, fisher in whole.items():
+    for param, fisher in full.items():
         torch.testing.assert_close(tight[param], fisher, rtol=1e-10, atol=1e-16)
     importance = cap.ovit(vit, groups, data, changed(setting, memory=1_000_000))
     again = cap.joint_update(vit, groups, data, changed(setting, memory=1_500_000))
@@ -159,10 +161,10 @@ def test_given_masks_are_updated_without_scoring(vit: nn.Module) -> None:
 def test_augmented_samples_are_random_crops_and_flips(vit: nn.Module) -> None:
     x = images(vit, 64).float()
     generator = torch.Generator().manual_seed(0)
-    found = random_crops(x, generator)
-    assert found.shape == x.shape
-    assert not torch.equal(found, random_crops(x, generator))
-    assert torch.equal(found, random_crops(x, torch.Generator().manual_seed(0)))
+    result = random_crops(x, generator)
+    assert result.shape == x.shape
+    assert not torch.equal(result, random_crops(x, generator))
+    assert torch.equal(result, random_crops(x, torch.Generator().manual_seed(0)))
     flat = random_crops(torch.full((2, 3, 32, 32), 5.0), generator)
     torch.testing.assert_close(flat, torch.full((2, 3, 32, 32), 5.0))
     ramp = torch.linspace(0, 1, 32).expand(200, 1, 32, 32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.model_zoo import answer, batches, images, tiny
+from tests.support.model_zoo import batches, images, predict, tiny
 from tests.support.plans import context
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_CONTEXT
@@ -24,8 +24,8 @@ class Plain(nn.Sequential):
 
     def forward(self, value: Tensor) -> Tensor:
         read = self[0](value)
-        found: Tensor = self[1]((read.flatten(2).transpose(1, 2) if read.dim() == 4 else read).mean(dim=1))
-        return found
+        result: Tensor = self[1]((read.flatten(2).transpose(1, 2) if read.dim() == 4 else read).mean(dim=1))
+        return result
 
 
 @pytest.fixture(autouse=True)
@@ -45,18 +45,18 @@ def case(
 
 def literal(row: Tensor, covariance: Tensor, steps: int) -> list[tuple[int, float]]:
     """Removed weight and cumulative loss of every step, by solving for every candidate."""
-    gone: list[int] = []
-    found = []
+    removed: list[int] = []
+    result = []
     for _ in range(steps):
         losses = {}
-        for q in (q for q in range(len(row)) if q not in gone):
-            out = torch.tensor([*gone, q])
+        for q in (q for q in range(len(row)) if q not in removed):
+            out = torch.tensor([*removed, q])
             inner = torch.linalg.inv(covariance)[out][:, out]
             losses[q] = float(row[out] @ torch.linalg.solve(inner, row[out])) / 2
         best = min(losses, key=lambda q: losses[q])
-        gone.append(best)
-        found.append((best, losses[best]))
-    return found
+        removed.append(best)
+        result.append((best, losses[best]))
+    return result
 
 
 def test_row_elimination_equals_the_reference() -> None:
@@ -71,7 +71,7 @@ def test_row_elimination_equals_the_reference() -> None:
         weight = model.get_parameter("0.weight")[row].detach() * grad_sq[row].sqrt()
         expected = literal(weight, covariance, 5)
         order = scores.argsort().tolist()
-        assert order[:5] == [place for place, _ in expected]
+        assert order[:5] == [index for index, _ in expected]
         increments = torch.tensor([loss for _, loss in expected]).double().diff(prepend=torch.zeros(1).double())
         torch.testing.assert_close(scores[order[:5]], increments.cummax(dim=0).values, rtol=1e-5, atol=1e-12)
 
@@ -97,13 +97,17 @@ def test_the_update_is_least_squares_of_each_row() -> None:
     halves = torch.stack([ones[half::2].T @ ones[half::2] for half in (0, 1)])
     rows, keep = torch.randn(3, 6).double(), torch.rand((3, 6), generator=generator) > 0.5
     for constant in (True, False):
-        found = solve_rows(rows, halves, keep, constant, "0.weight")
+        result = solve_rows(rows, halves, keep, constant, "0.weight")
         for row in range(3):
-            places = [*keep[row].nonzero().flatten().tolist(), *([6] if constant else [])]
-            wanted = read @ rows[row]
-            least = (ones[:, places] @ torch.linalg.lstsq(ones[:, places], wanted).solution - wanted).square().sum()
-            assert (read @ found[row, :6] + found[row, 6] - wanted).square().sum() <= 1.01 * least + 1e-6
-            assert not found[row][[place for place in range(7) if place not in places]].any()
+            positions = [*keep[row].nonzero().flatten().tolist(), *([6] if constant else [])]
+            expected = read @ rows[row]
+            least = (
+                (ones[:, positions] @ torch.linalg.lstsq(ones[:, positions], expected).solution - expected)
+                .square()
+                .sum()
+            )
+            assert (read @ result[row, :6] + result[row, 6] - expected).square().sum() <= 1.01 * least + 1e-6
+            assert not result[row][[index for index in range(7) if index not in positions]].any()
 
 
 def test_a_convolution_scores_like_its_unfolded_linear_layer() -> None:
@@ -118,9 +122,9 @@ def test_a_convolution_scores_like_its_unfolded_linear_layer() -> None:
     same, other, _ = case(flat, 4, (1, 12))
     same[1].load_state_dict(model[1].state_dict())
     expected = obc(same, [other], [(read, torch.zeros(12).long())], DEFAULT_CONTEXT)
-    found, wanted = importance.scores["0.weight"].flatten(1), expected.scores["0.weight"]
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-12)
-    masks = {"0.weight": found > found.median()}
+    result, target = importance.scores["0.weight"].flatten(1), expected.scores["0.weight"]
+    torch.testing.assert_close(result, target, rtol=1e-6, atol=1e-12)
+    masks = {"0.weight": result > result.median()}
     solved = importance.update({"0.weight": masks["0.weight"].view(4, 3, 2, 2)})
     torch.testing.assert_close(solved["0.weight"].flatten(1), expected.update(masks)["0.weight"], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(solved["0.bias"], expected.update(masks)["0.bias"], rtol=1e-6, atol=1e-9)
@@ -161,12 +165,12 @@ def test_logits_are_closer_to_dense_than_with_magnitude(kind: str) -> None:
     model = tiny(kind)
     data = batches(model)
     seen = data[0][0]
-    dense = answer(model, seen)
-    found = {
-        method: answer(prune(model, method, sparsity=0.5, calibration=data).model, seen)
+    dense = predict(model, seen)
+    result = {
+        method: predict(prune(model, method, sparsity=0.5, calibration=data).model, seen)
         for method in ("obc", "magnitude")
     }
-    assert (found["obc"] - dense).norm() < 0.5 * (found["magnitude"] - dense).norm()
+    assert (result["obc"] - dense).norm() < 0.5 * (result["magnitude"] - dense).norm()
     assert select(obc(model, find_groups(model, ["weight"])[:1], data, DEFAULT_CONTEXT).scores, 0.5, "global")
 
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import ZOO, answer, batches, images, redrawn, tiny
+from tests.support.model_zoo import ZOO, batches, images, predict, redrawn, tiny
 from tests.support.plans import context, plan_for
 from tests.support.reference_kl import naive_elimination
 from vitprune import BadInput, find_groups, prune
@@ -49,9 +49,9 @@ def test_unit_elimination_equals_a_joint_solve_per_step(inner: int) -> None:
 
 def test_unit_elimination_does_not_depend_on_the_compaction_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments, metric = problem(40, 6)
-    whole = eliminate_units(weight, moments, metric, 1, 1e-3)
+    full = eliminate_units(weight, moments, metric, 1, 1e-3)
     monkeypatch.setattr("vitprune.criteria.obs.unit_elimination.COMPACT_EVERY", 3)
-    torch.testing.assert_close(eliminate_units(weight, moments, metric, 1, 1e-3), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(eliminate_units(weight, moments, metric, 1, 1e-3), full, rtol=1e-6, atol=0)
 
 
 def test_refit_recovers_duplicated_inputs_exactly() -> None:
@@ -60,9 +60,9 @@ def test_refit_recovers_duplicated_inputs_exactly() -> None:
         [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 6]
     ]  # each input twice, then 1
     doubled = twice @ moments @ twice.T
-    found = ridge_refit(torch.cat([weight, weight], dim=1), doubled[None], torch.arange(6), constant=True)
-    torch.testing.assert_close(found.weight, 2 * weight, rtol=0, atol=1e-3)
-    assert found.bias.abs().max() < 1e-3
+    result = ridge_refit(torch.cat([weight, weight], dim=1), doubled[None], torch.arange(6), constant=True)
+    torch.testing.assert_close(result.weight, 2 * weight, rtol=0, atol=1e-3)
+    assert result.bias.abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", ["vit", "odd", "extra", "swin"])
@@ -76,7 +76,7 @@ def test_the_attention_basis_preserves_the_function(name: str) -> None:
             turned.get_parameter(path).data.copy_(value)
     x = images(model)
     assert not torch.equal(turned.state_dict()[path], model.state_dict()[path])
-    torch.testing.assert_close(answer(turned, x), answer(model, x), rtol=0, atol=1e-7)
+    torch.testing.assert_close(predict(turned, x), predict(model, x), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["ffn", "attention", "head"])
@@ -88,7 +88,7 @@ def test_the_update_reduces_the_logit_error(vit: nn.Module, kind: str) -> None:
     assert importance.update is not None
     for path, value in importance.update(masks).items():
         updated.get_parameter(path).data.copy_(value)
-    errors = [(answer(shrink(m, groups, masks), x) - answer(vit, x)).square().mean() for m in (updated, plain)]
+    errors = [(predict(shrink(m, groups, masks), x) - predict(vit, x)).square().mean() for m in (updated, plain)]
     assert errors[0] < errors[1]
 
 
@@ -108,7 +108,7 @@ def test_saved_statistics_replace_the_images(vit: nn.Module, method: str) -> Non
     statistics = dict(plan.method.criterion(vit, groups, noise, plan.context(1)).statistics)
     list(prune_cycles(models[1], plan, [], cycle.masks, statistics))
     x = images(vit)
-    assert torch.equal(answer(models[0], x), answer(models[1], x))
+    assert torch.equal(predict(models[0], x), predict(models[1], x))
 
 
 def test_groups_without_exactly_one_consumer_are_refused(vit: nn.Module) -> None:
@@ -131,12 +131,12 @@ def test_groups_without_exactly_one_consumer_are_refused(vit: nn.Module) -> None
 
 def test_macs_per_unit_equal_the_saved_macs(vit: nn.Module) -> None:
     groups = find_groups(vit, KINDS)
-    costs, whole = macs_per_unit(groups, make_cost_model(vit, groups, "macs")), count(vit, images(vit)).macs
+    costs, full = macs_per_unit(groups, make_cost_model(vit, groups, "macs")), count(vit, images(vit)).macs
     tokens, width, heads = 17, 48, 3
     ffn = 2 * width * tokens
     attention = heads * (4 * width * tokens + 2 * tokens**2)  # q, k, v, proj and the two products of each head
-    assert costs["blocks.0.mlp"] == pytest.approx(ffn / whole)
-    assert costs["blocks.1.attn"] == pytest.approx(attention / whole)
+    assert costs["blocks.0.mlp"] == pytest.approx(ffn / full)
+    assert costs["blocks.1.attn"] == pytest.approx(attention / full)
     weights = find_groups(vit, ["weight"])
     with pytest.raises(BadInput, match="scope macs cannot rank units of kind 'weight'"):
         macs_per_unit(weights, lambda masks: 1.0)
@@ -147,9 +147,9 @@ def test_macs_scope_removes_the_least_importance_per_mac(vit: nn.Module) -> None
     scores = {group.name: torch.arange(group.units).double() * (1 + n) for n, group in enumerate(groups)}
     costs = {groups[0].name: 1.0, groups[1].name: 4.0}
     masks = select_by_macs(scores, 0.5, groups, costs)  # rates: n and n / 2; 192 units each, half of 960 to spend
-    gone = [int((~masks[group.name]).sum()) for group in groups]
-    assert gone == [54, 106]  # of two equal rates the first group goes first
-    assert all(bool(masks[g.name][n:].all()) for g, n in zip(groups, gone, strict=True))
+    removed = [int((~masks[group.name]).sum()) for group in groups]
+    assert removed == [54, 106]  # of two equal rates the first group goes first
+    assert all(bool(masks[g.name][n:].all()) for g, n in zip(groups, removed, strict=True))
 
 
 def test_macs_masks_are_nested_in_the_sparsity(vit: nn.Module) -> None:
@@ -181,9 +181,9 @@ def test_kinds_in_one_macs_pool_need_one_sparsity() -> None:
 
 @pytest.mark.parametrize("cycles", [1, 3])
 def test_a_target_in_macs_over_all_kinds(vit: nn.Module, cycles: int) -> None:
-    whole = count(vit, images(vit)).macs
+    full = count(vit, images(vit)).macs
     list(prune_cycles(vit, plan_for("unit-obs", None, target={"macs": 0.6}, cycles=cycles), batches(vit, 2, 8)))
-    assert 0.57 < count(vit, images(vit)).macs / whole <= 0.6
+    assert 0.57 < count(vit, images(vit)).macs / full <= 0.6
 
 
 @pytest.mark.parametrize("method", ["unit-obs", "upvits-global"])
@@ -195,16 +195,16 @@ def test_the_only_head_of_a_stage_is_kept(method: str) -> None:
     pruned = prune(
         model, method, sparsity={"head": 0.6}, calibration=batches(model, 2, 4), example_input=images(model)
     ).model
-    left = [group.units for group in find_groups(pruned, ["head"])]
-    assert [now for now, before in zip(left, heads, strict=True) if before == 1] == [1] * heads.count(1)
-    assert sum(left) < sum(heads)
+    remaining = [group.units for group in find_groups(pruned, ["head"])]
+    assert [now for now, before in zip(remaining, heads, strict=True) if before == 1] == [1] * heads.count(1)
+    assert sum(remaining) < sum(heads)
 
 
 def test_second_moments_do_not_depend_on_how_many_images_fit_into_memory() -> None:
     vit = tiny("vit")
-    found = [
+    result = [
         collect_unit_moments(vit, find_groups(vit, KINDS), batches(vit), context(memory=m), grads=True)
         for m in (1, 1 << 30)
     ]
-    for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-12)
+    for name, value in result[0].items():
+        torch.testing.assert_close(value, result[1][name], rtol=1e-9, atol=1e-12)

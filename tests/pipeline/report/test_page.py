@@ -21,7 +21,7 @@ MASK = "a1b2c3d4" * 8
 
 
 class Page(HTMLParser):
-    """The named values of a page, and all that it refers to."""
+    """Parsed values and references of a report page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ def png(pixels: np.ndarray) -> bytes:
 def evaluated(project: Path) -> None:
     """Write 360 predictions: 341 right by both models, 7 by dense only, 4 by pruned only, 8 by neither."""
     outcomes = [(0, 0)] * 341 + [(0, 1)] * 7 + [(1, 0)] * 4 + [(1, 1)] * 8
-    answers = [(at % 5, at % 5 + a, at % 5 + b) for at, (a, b) in enumerate(outcomes)]
-    rows = [{"id": str(at), "label": y, "dense": a, "pruned": b} for at, (y, a, b) in enumerate(answers)]
+    outputs = [(at % 5, at % 5 + a, at % 5 + b) for at, (a, b) in enumerate(outcomes)]
+    rows = [{"id": str(at), "label": y, "dense": a, "pruned": b} for at, (y, a, b) in enumerate(outputs)]
     tables.write_table(rows, tables.EVALUATION, project / "out/evaluate/evaluation.parquet")
     dense = model_facts(100 * 348 / 360, 5_717_416, 1_254_000_000)
     pruned = model_facts(100 * 345 / 360, 2_458_489, 539_220_000)
@@ -160,14 +160,14 @@ def test_numbers_are_on_the_page(project: Path) -> None:
     assert page.values["sha256.distill"] == "d" * 64
 
 
-def test_losing_classes_add_up(project: Path) -> None:
+def test_class_losses_add_up(project: Path) -> None:
     page = Page(render(project))
     losing = [float(value) for name, value in page.values.items() if name.startswith("class.") and ".lost" in name]
     gained = 4 - 7 + sum(losing)
     assert 0 <= gained <= 4  # what the other classes gained, at most what only the pruned model has right
 
 
-def test_page_stands_alone(project: Path) -> None:
+def test_page_loads_no_external_file(project: Path) -> None:
     text = render(project)
     page = Page(text)
     assert {reference.split(":")[0] for reference in page.references if not reference.startswith("#")} == {"data"}
@@ -180,7 +180,7 @@ def test_page_stands_alone(project: Path) -> None:
     assert {reference[1:] for reference in page.references if reference.startswith("#")} <= set(page.ids)
 
 
-def test_hostile_words_stay_words(project: Path) -> None:
+def test_markup_in_names_is_escaped(project: Path) -> None:
     text = render(project)
     assert "<script" not in text
     page = Page(text)
@@ -204,12 +204,12 @@ SECTIONS = {
 
 
 @pytest.mark.parametrize("missing", SECTIONS)
-def test_missing_pieces_leave_their_section_out(project: Path, missing: str) -> None:
+def test_sections_without_data_are_omitted(project: Path, missing: str) -> None:
     assert SECTIONS[missing] <= set(Page(render(project)).ids)
     shutil.rmtree(project / missing)
-    left = set(Page(render(project)).ids)
-    assert left.isdisjoint(SECTIONS[missing])
-    assert {"comparison", "provenance"} <= left
+    remaining = set(Page(render(project)).ids)
+    assert remaining.isdisjoint(SECTIONS[missing])
+    assert {"comparison", "provenance"} <= remaining
 
 
 def test_evaluation_alone_is_enough(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_evaluation_alone_is_enough(tmp_path: Path) -> None:
     assert [name for name in page.ids if "-" not in name] == ["comparison", "provenance"]
 
 
-def test_cycles_fall_back_on_the_curve(project: Path) -> None:
+def test_cycles_without_metrics_use_the_curve(project: Path) -> None:
     shutil.rmtree(project / "out/cycles")
     put(
         project / "plots/cycles.csv",
@@ -258,7 +258,7 @@ def test_broken_picture_is_bad_input(project: Path) -> None:
         render(project)
 
 
-def test_commit_ignores_what_runs_rewrite(project: Path) -> None:
+def test_commit_state_ignores_files_written_by_runs(project: Path) -> None:
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=tester", "-c", "user.email=tester@example.org"]
         command = ["git", "-C", str(project), *identity, *arguments]
@@ -277,13 +277,13 @@ def test_commit_ignores_what_runs_rewrite(project: Path) -> None:
 
 @pytest.fixture
 def chromium(tmp_path: Path) -> list[str]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+    result = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if result is None:
         pytest.skip("no Chromium on this machine (looked for chromium, chromium-browser, google-chrome)")
     quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage"]
     options = ["--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars"]
     options.append(f"--user-data-dir={tmp_path / 'profile'}")
-    return [found, *options, *(f"--disable-{word}" for word in quiet)]
+    return [result, *options, *(f"--disable-{word}" for word in quiet)]
 
 
 @pytest.mark.browser

@@ -1,4 +1,4 @@
-"""The table and the picture of a sweep, from hand-made metrics."""
+"""Table and plot of a sweep, from hand-made metrics."""
 
 import json
 from pathlib import Path
@@ -26,13 +26,13 @@ from vitprune.pipeline.report.sweep_table import write_sweep
         ([(1, 70), (2, 80), (3, 90)], [2]),
     ],
 )
-def test_the_front_by_hand(points: list[tuple[float, float]], expected: list[int]) -> None:
+def test_pareto_front_by_hand(points: list[tuple[float, float]], expected: list[int]) -> None:
     assert sorted(front(points)) == sorted(expected)
     assert [points[at][0] for at in front(points)] == sorted(points[at][0] for at in expected)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_front_is_what_no_other_point_beats(seed: int) -> None:
+def test_the_front_has_no_dominated_point(seed: int) -> None:
     drawn = np.random.default_rng(seed).integers(0, 8, size=(30, 2))  # small numbers, so that many are equal
     points = [(float(x), float(y)) for x, y in drawn]
 
@@ -91,7 +91,7 @@ RUNS = {
 }
 
 
-def test_a_sweep_becomes_a_table_and_a_picture(tmp_path: Path) -> None:
+def test_a_sweep_gives_a_table_and_a_plot(tmp_path: Path) -> None:
     rows = write_sweep(sweep(tmp_path / "sweep", RUNS), tmp_path / "out")
     table = pq.read_table(tmp_path / "out/sweep.parquet").to_pylist()
     assert table == rows or [row["run"] for row in table] == list(RUNS)
@@ -115,17 +115,17 @@ def test_a_sweep_becomes_a_table_and_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("against", "gain"), [("throughput", 1.5), ("macs", 4.0), ("params", 2.5)])
-def test_what_a_sweep_is_drawn_against(tmp_path: Path, against: str, gain: float) -> None:
+def test_x_axis_of_the_plot(tmp_path: Path, against: str, gain: float) -> None:
     rows = write_sweep(sweep(tmp_path / "sweep", {"a macs 0.5": (70.0, 150.0, "finished")}, against), tmp_path / "out")
     assert rows[0]["gain"] == gain
 
 
-def test_a_sweep_without_results_has_a_table_and_no_picture(tmp_path: Path) -> None:
+def test_a_sweep_without_results_has_a_table_and_no_plot(tmp_path: Path) -> None:
     write_sweep(sweep(tmp_path / "sweep", {"a macs 0.5": (0.0, 1.0, "failed")}), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sweep.html", "sweep.md", "sweep.parquet"]
 
 
-def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_sweep_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"sweep.json: no such file; give a folder written by vitprune sweep"):
         write_sweep(tmp_path, tmp_path / "out")
     folder = sweep(tmp_path / "sweep", {"a macs 0.5": (70.0, 150.0, "finished")})
@@ -134,7 +134,7 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
         write_sweep(folder, tmp_path / "out")
 
 
-def test_the_picture_is_the_same_each_time(tmp_path: Path) -> None:
+def test_the_plot_is_deterministic(tmp_path: Path) -> None:
     points = [Point(1.2, 75.0, "a", "macs 0.8"), Point(1.2, 75.0, "b", "ffn 0.5 attention 0.2")]
     for name in ("one", "two"):
         draw(points, DensePoint(80.0, 100.0), "throughput", "twice", tmp_path / f"{name}.svg")

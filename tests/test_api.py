@@ -53,10 +53,10 @@ def test_the_default_damping_is_the_one_of_few_gradients(vit: nn.Module) -> None
         (lambda: PruneConfig(method="lamp", sparsity=1.5), "prune.sparsity: Input should be less than 1, got 1.5"),
         (
             lambda: PruneConfig(method="upvits", sparsity=0.5, target={"macs": 0.5}),
-            "prune.target: give a target or one sparsity, not both; beside a target, sparsity is null or per kind",
+            "prune.target: give a target or one sparsity, not both; with a target, sparsity is null or per kind",
         ),
         (lambda: PruneConfig(method="lamp", finetune={"epochs": 0, "lr": 1}), "prune.finetune.epochs: Input should"),
-        (lambda: Schedule(), "prune.schedule: Value error, give a shape"),
+        (lambda: Schedule(), "prune.schedule: give a shape"),
         (lambda: DistillConfig(kind="hints"), "distill.kind: Input should be 'logits' or 'features', got 'hints'"),
         (lambda: TrainConfig(lr=1), "TrainConfig.epochs: Field required"),
     ],
@@ -91,7 +91,7 @@ def test_the_result_has_and_prints_what_was_reached(vit: nn.Module) -> None:
 
 def test_a_missed_target_is_explained_in_the_result(vit: nn.Module) -> None:
     result = vitprune.prune(vit, "channel-magnitude", kinds=["head"], target={"macs": 0.99})
-    assert "units are removed together" in result.target_miss or "go together" in result.target_miss
+    assert "units are removed together" in result.target_miss
     assert f"target: {result.target_miss}" in str(result)
 
 

@@ -97,7 +97,7 @@ def test_an_mlp_of_an_unknown_class_is_traced() -> None:
 def test_the_first_unsupported_module_is_named_and_other_kinds_work() -> None:
     model = with_mlp(SoftMlp)
     assert len(find_groups(model, ["head"])) == 2
-    with pytest.raises(BadInput, match=r"^blocks.1.mlp \(SoftMlp\): this MLP is not understood yet"):
+    with pytest.raises(BadInput, match=r"^blocks.1.mlp \(SoftMlp\): this MLP is not supported"):
         find_groups(model, ["ffn"])
 
 

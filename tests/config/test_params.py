@@ -167,9 +167,9 @@ def test_a_sparsity_per_kind_is_named_by_its_kind(message_of, value: dict, key: 
         ({"steps": {-1: 0.5}}, "prune.schedule.steps.-1: Input should be greater than or equal to 0, got -1"),
         ({"steps": {0: 1.5}}, "prune.schedule.steps.0: Input should be less than 1, got 1.5"),
         ({"steps": []}, "prune.schedule.steps: List should have at least 1 item"),
-        ({"shape": "cubic", "steps": [0.5]}, "prune.schedule: Value error, give a shape, with or without an initial"),
-        ({"steps": [0.5], "initial": 0.1}, "prune.schedule: Value error, give a shape, with or without an initial"),
-        ({}, "prune.schedule: Value error, give a shape, with or without an initial sparsity, or steps"),
+        ({"shape": "cubic", "steps": [0.5]}, "prune.schedule: give a shape, with or without an initial"),
+        ({"steps": [0.5], "initial": 0.1}, "prune.schedule: give a shape, with or without an initial"),
+        ({}, "prune.schedule: give a shape, with or without an initial sparsity, or steps"),
     ],
 )
 def test_an_error_in_a_schedule_names_the_key(message_of, value: dict, key: str) -> None:

@@ -75,7 +75,7 @@ def test_settings_for_all_and_for_one_method(tmp_path: Path) -> None:
         ),
         (
             {"methods": ["lamp"], "targets": [{"latency": 0.5}]},
-            r"^run lamp-latency-0.5: .*take as long; use params or macs",
+            r"^run lamp-latency-0.5: .*zeroed single weights do not run faster; use params or macs",
         ),
         ({"methods": ["lamp"], "targets": [{"ffn": 0.5}]}, r"^run lamp-ffn-0.5: .*method lamp prunes only weight"),
         (

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -94,9 +95,9 @@ def test_the_cost_model_equals_the_count_of_the_shrunk_model(vit: nn.Module) -> 
 
 
 def test_latency_alternates_with_the_dense_model() -> None:
-    model = tiny("vit").float()
-    thin = prune(model, "drawn", sparsity={"block": 1.0}, target={"latency": 0.8}).model
-    assert len(thin.blocks) == 1
+    model = timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 12})
+    thin = prune(model, "drawn", sparsity={"block": 1.0}, target={"latency": 0.5}).model
+    assert 2 <= len(thin.blocks) <= 8
 
 
 def test_sparsities_per_kind_are_relative_with_a_target(vit: nn.Module) -> None:
@@ -158,22 +159,22 @@ def test_bisection_by_hand() -> None:
         (
             "drawn",
             {"target": {}},
-            r"^prune.target: Value error, give one cost of params, macs, latency, latency_ms, got {}$",
+            r"^prune.target: give one cost of params, macs, latency, latency_ms, got {}$",
         ),
         (
             "drawn",
             {"target": {"macs": 0.5, "params": 0.5}},
-            r"^prune.target: Value error, give one cost of params, macs, latency, latency_ms, got {",
+            r"^prune.target: give one cost of params, macs, latency, latency_ms, got {",
         ),
         (
             "drawn",
             {"target": {"macs": 1.0}},
-            r"^prune.target.macs: Value error, give a fraction of the dense model between 0 and 1, or .*, got 1.0$",
+            r"^prune.target.macs: give a fraction of the dense model between 0 and 1, or .*, got 1.0$",
         ),
         (
             "drawn",
             {"target": {"macs": float("nan")}},
-            r"^prune.target.macs: Value error, nan is no quantity; give a fraction, .*, got nan$",
+            r"^prune.target.macs: nan is no quantity; give a fraction, .*, got nan$",
         ),
         (
             "drawn",

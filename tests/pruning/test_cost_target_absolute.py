@@ -59,7 +59,7 @@ def test_latency_has_percentiles() -> None:
     assert 1 <= len(model.blocks) < 12
     assert record["target"] == pytest.approx(0.5 * full, abs=1e-6)
     assert 0 < record["p10"] <= record["reached"] <= record["p90"]
-    assert "ms beside it" in record.get("why", "ms beside it")
+    assert "the dense model now takes" in record.get("why", "the dense model now takes")
 
 
 def test_a_biased_latency_bisection_is_corrected() -> None:
@@ -92,7 +92,7 @@ def test_a_biased_latency_bisection_is_corrected() -> None:
             "drawn",
             {"sparsity": {"head": 1.0}, "rules": [{"match": ".*", "sparsity": 0.67}]},
             4,
-            r"below the target: what the rules remove comes to that, and nothing else has to go$",
+            r"below the target: the rules alone remove enough$",
         ),
     ],
 )
@@ -131,9 +131,9 @@ def smallest(model: nn.Module, what: str) -> int:
 @pytest.mark.parametrize(
     ("target", "why"),
     [
-        ({"macs": "lots"}, r"^prune.target.macs: Value error, 'lots' is no quantity; give a fraction, .*, got 'lots'$"),
-        ({"macs": "600 MB"}, r"^prune.target.macs: Value error, '600 MB' is no quantity; .*, got '600 MB'$"),
-        ({"macs": "-3M"}, r"^prune.target.macs: Value error, '-3M' is no quantity; .*, got '-3M'$"),
+        ({"macs": "lots"}, r"^prune.target.macs: 'lots' is no quantity; give a fraction, .*, got 'lots'$"),
+        ({"macs": "600 MB"}, r"^prune.target.macs: '600 MB' is no quantity; .*, got '600 MB'$"),
+        ({"macs": "-3M"}, r"^prune.target.macs: '-3M' is no quantity; .*, got '-3M'$"),
         ({"macs": "2G"}, r"^prune.target: 2G MACs is not less than the dense model has; {}$"),
         ({"macs": 10**9}, r"^prune.target: 1G MACs is not less than the dense model has; {}$"),
         ({"macs": "20K"}, r"^prune.target: 20K MACs cannot be reached, {}$"),

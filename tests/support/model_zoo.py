@@ -123,7 +123,7 @@ PROVEN = {
 }
 # model, kind, error message
 REFUSED = [
-    ("xcit_nano_12_p16_224", "attention", r"^blocks.0.attn \(XCA\): attention among channels"),
+    ("xcit_nano_12_p16_224", "attention", r"^blocks.0.attn \(XCA\): its softmax runs over the channels"),
     ("levit_128s", "attention", r"^stages.0.blocks.0.attn \(Attention\): its keys and values differ in width"),
     (
         "efficientformer_l1",
@@ -145,8 +145,8 @@ REFUSED = [
     ),
     ("resnext50_32x4d", "ffn", r"^layer1.0.conv2 \(Conv2d\): its effect on single hidden units"),
     ("mixer_s32_224", "head", "^MlpMixer: there is no attention in it"),
-    ("volo_d1_224", "head", r"^network.0.0.attn \(OutlookAttention\): this attention is not understood yet"),
-    ("visformer_tiny", "ffn", r"^stage1.0.mlp \(SpatialMlp\): this MLP is not understood yet"),
+    ("volo_d1_224", "head", r"^network.0.0.attn \(OutlookAttention\): this attention is not supported"),
+    ("visformer_tiny", "ffn", r"^stage1.0.mlp \(SpatialMlp\): this MLP is not supported"),
     ("gmlp_s16_224", "ffn", r"^blocks.0.mlp_channels.gate.norm|^blocks.0.mlp_channels.gate "),
     ("coat_tiny", "residual", "^CoaT: with a narrower residual stream it does not run "),
     *(

@@ -85,7 +85,7 @@ def test_cap_recipes_have_the_values_of_the_papers_tables(name: str) -> None:
     plan = plan_of(params)
     epochs = sum(plan.epochs(recipe.epochs))
     run = (epochs, recipe.lr, recipe.min_lr, recipe.decay, recipe.decay_over)
-    assert (*run, params.prune.sparsity, params.score.fisher_block_size, params.score.damping) == CAP[name]
+    assert (*run, params.prune.sparsity, params.score.fisher_block_size, params.score.damping_for(4096)) == CAP[name]
     assert (recipe.smoothing, recipe.batch_size, recipe.warmup_epochs, recipe.ema) == (0.1, 1024, 0.0, 0.0)
     mixing = (recipe.mixup, recipe.cutmix, recipe.mix_prob, recipe.drop_path)
     result = (*mixing, recipe.weight_decay, recipe.clip, recipe.eps, recipe.repeats)

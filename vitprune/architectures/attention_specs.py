@@ -160,7 +160,7 @@ SPECS: dict[type[nn.Module], AttentionSpec] = {
     twins.LocallyGroupedAttn: AttentionSpec(),
     xcit.XCA: AttentionSpec(
         per_head=(("temperature", 0),),
-        channels_refused="attention among channels: its softmax runs over the channels of a head",
+        channels_refused="its softmax runs over the channels of a head",
     ),
 }
 SPECS |= {pruned: SPECS[stock] for stock, pruned in PRUNED_CLASS.items()} | {NarrowPvtAttention: PVT}

@@ -42,7 +42,7 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
         elif path and _looks_like(kind, module) and not _is_covered(model, path, module, known):
             traced[path] = _traced_mlp_groups(model, path) if kind == "ffn" else []
             if not traced[path]:
-                raise not_prunable(path, module, f"this {MODULE_NAMES[kind]} is not understood yet")
+                raise not_prunable(path, module, f"this {MODULE_NAMES[kind]} is not supported")
             result += traced[path]
     if traced:
         trial = [group for groups_of_module in traced.values() for group in groups_of_module]

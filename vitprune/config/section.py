@@ -69,12 +69,14 @@ def first_error(error: ValidationError, section: str = "") -> str:
     key, problem = max(near, key=lambda pair: (pair[0].count("."), pair[1]["type"] == "value_error"))
     others = len(problems) - len(near)
     more = f" (and {others} more)" if others else ""
+    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; remove it or correct its name"
     if problem["type"] == "at_key":
         details = problem["ctx"]
-        return f"{key}.{details['key']}: {problem['msg']}, got {details['value']!r}{more}"
-    return f"{key}: {problem['msg']}, got {problem['input']!r}{more}"
+        return f"{key}.{details['key']}: {message}, got {details['value']!r}{more}"
+    prefix = f"{key}: " if key else ""
+    return f"{prefix}{message}, got {problem['input']!r}{more}"
 
 
 def _dotted(location: Sequence[int | str]) -> str:

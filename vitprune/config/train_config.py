@@ -139,6 +139,6 @@ class DistillConfig(Section):
     def _check_cache(self) -> Self:
         t = self.train
         if self.cache and t is not None and (t.augment != "none" or t.mixes):
-            key = "augment" if t.augment != "none" else "mixup" if t.mixup else "cutmix"
-            raise ValueError(f"no cache: train.{key} shows an image differently in every epoch; give up one of the two")
+            key, off = ("augment", "none") if t.augment != "none" else ("mixup" if t.mixup else "cutmix", 0)
+            raise ValueError(f"train.{key} changes the images in every epoch; set it to {off}, or cache to false")
         return self

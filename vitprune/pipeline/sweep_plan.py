@@ -13,6 +13,7 @@ from torch import nn
 from vitprune import models
 from vitprune.config.params import Params, checked, overlay, read_yaml
 from vitprune.config.prune_config import Kind
+from vitprune.config.quantity import format_cost
 from vitprune.config.section import Fraction, Section
 from vitprune.config.targets import Target
 from vitprune.errors import BadInput
@@ -129,7 +130,7 @@ def _as_text(goal: Mapping[str, Any]) -> str:
     amounts = goal["target"] or goal["sparsity"]
     if isinstance(amounts, Mapping):
         return " ".join(
-            f"{what} {amount if isinstance(amount, str) else f'{amount:g}'}" for what, amount in amounts.items()
+            f"{what} {amount if isinstance(amount, str) else format_cost(amount)}" for what, amount in amounts.items()
         )
     return f"sparsity {amounts:g}"
 

@@ -17,7 +17,7 @@ from vitprune.criteria.obs.weight_blocks import BlockRange, block_size, chunk_by
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.prune import prune_cycles
 
-SMALL = context(fisher_block_size=24)
+SMALL = context(fisher_block_size=24, damping=1e-8)
 
 
 def group_of(model: nn.Module, param: str) -> Group:

@@ -32,7 +32,7 @@ lint: install
 	lint-imports
 
 docs: install
-	mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 bench: install
 	for module in $(BENCHMARKS); do python -m $$module --quick || exit 1; done

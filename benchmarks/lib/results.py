@@ -66,14 +66,15 @@ def machine() -> str:
 
 
 def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
-    """Print the rows and write them to benchmarks/results/NAME.json (quick: NAME-quick.json, which git ignores).
+    """Print the rows and write them to benchmarks/results/NAME.json one per line (quick: NAME-quick.json, which git ignores).
 
     Exit with code 1 if a promised bound does not hold.
     """
     RESULTS.mkdir(exist_ok=True)
     stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
     path = RESULTS / (f"{name}-quick.json" if quick else f"{name}.json")
-    path.write_text(json.dumps([asdict(row) | stamp for row in rows], indent=2) + "\n")
+    records = [json.dumps(asdict(row) | stamp) for row in rows]
+    path.write_text("[\n" + ",\n".join(records) + "\n]\n")
     table = Table("what", "value", "unit", "target", "holds", title=f"{name}: {stamp['machine']}")
     for row in rows:
         table.add_row(

@@ -66,7 +66,7 @@ def machine() -> str:
 
 
 def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
-    """Print the rows and write them to benchmarks/results/NAME.json one per line (quick: NAME-quick.json, which git ignores).
+    """Print the rows and write them to benchmarks/results/NAME.json, one per line (quick: NAME-quick.json, untracked).
 
     Exit with code 1 if a promised bound does not hold.
     """

@@ -136,7 +136,7 @@ def test_dimap_fine_tuning_matches_its_paper() -> None:
     params = load_params(Path(__file__).parents[2] / "recipes/dimap_swin_tiny.yaml")
     plan, recover = plan_of(params), params.prune.finetune
     assert recover is not None
-    assert (plan.method, plan.scope_of("weight"), plan.targets()) == ("dimap", "module", [{"weight": 0.55}])
+    assert (plan.config.method, plan.scope_of("weight"), plan.targets()) == ("dimap", "module", [{"weight": 0.55}])
     assert (recover.epochs, recover.warmup_epochs, recover.optimizer) == (30, 15, "adamw")
     assert (recover.lr, recover.min_lr, recover.weight_decay) == (2e-5, 2e-7, 1e-8)
     assert params.distill.train is None

@@ -1,6 +1,6 @@
 # make demo    the whole pipeline on the embedded digits, from nothing
 # make test    all tests, in the same environment
-# make test-fast  the inner loop: without pipelines, servers, browser, real data and the slow files of tests/conftest.py
+# make test-fast  the inner loop: without pipelines, servers, browser, real data and the tests of tests/slow_tests.txt
 # make lint    formatting, lint, types, layers
 # make docs    the documentation, as a site in site/; warnings and broken links are errors
 # make bench   every benchmark once, in its quick form

@@ -15,25 +15,13 @@ from vitprune.criteria import magnitude
 from vitprune.pruning.methods import Method
 
 TESTS = Path(__file__).parent
-SLOW = (  # files and folders that `make test-fast` leaves out
-    "flows/",
-    "pipeline/",
-    "models/test_export.py",
-    "models/test_malicious_checkpoints.py",
-    "models/test_timm_versions.py",
-    "test_cli_errors.py",
-    "test_docs.py",
-    "training/test_checkpoint.py",
-    "training/test_disk_full.py",
-    "training/test_published_recipes.py",
-    "training/test_train_config.py",
-)
+SLOW = frozenset((TESTS / "slow_tests.txt").read_text().split())  # written by tests/support/slow_tests.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow files and run them first, so that all processes end at about the same time."""
+    """Mark slow tests, and run what takes minutes first, so that all processes end at about the same time."""
     for item in items:
-        if str(item.path.relative_to(TESTS)).startswith(SLOW):
+        if f"tests/{item.path.relative_to(TESTS)}::{item.originalname}" in SLOW:
             item.add_marker("slow")
     items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("team", "pipeline")])
 

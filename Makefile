@@ -20,10 +20,10 @@ demo: install
 	vitprune run
 
 test: install
-	pytest --numprocesses auto --dist worksteal
+	pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 test-fast: install
-	pytest --numprocesses auto --dist worksteal -m 'not (pipeline or team or browser or real or slow)'
+	pytest --numprocesses auto --dist loadscope --no-loadscope-reorder -m 'not (pipeline or team or browser or real or slow)'
 
 lint: install
 	ruff format --check .

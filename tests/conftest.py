@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ SLOW = frozenset((TESTS / "slow_tests.txt").read_text().split())  # written by t
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow tests, and run what takes minutes first, so that all processes end at about the same time."""
+    """Mark slow tests, and run the files that take minutes first, so that all processes end at about the same time."""
+    marks: dict[Path, set[str]] = defaultdict(set)
     for item in items:
         if f"tests/{item.path.relative_to(TESTS)}::{item.originalname}" in SLOW:
             item.add_marker("slow")
-    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("team", "pipeline")])
+        marks[item.path] |= {mark.name for mark in item.iter_markers()}
+    items.sort(key=lambda item: [name not in marks[item.path] for name in ("team", "pipeline")])
 
 
 def pytest_xdist_auto_num_workers() -> int:

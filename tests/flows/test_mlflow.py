@@ -52,7 +52,7 @@ from vitprune.orchestration.tracking.store import open_client
 look = MlflowClient.get_experiment_by_name
 def too_early(self, name):
     MlflowClient.get_experiment_by_name = look
-    found = read_mlflow(self, name)
+    found = look(self, name)
     MlflowClient(tracking_uri=self.tracking_uri).create_experiment(name)
     return found
 MlflowClient.get_experiment_by_name = too_early

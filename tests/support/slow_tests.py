@@ -1,7 +1,7 @@
 """Write tests/slow_tests.txt, the tests that `make test-fast` leaves out, from the times of a complete run.
 
-    pytest --numprocesses auto --junitxml times.xml
-    python -m tests.support.slow_tests times.xml
+pytest --numprocesses auto --junitxml times.xml
+python -m tests.support.slow_tests times.xml
 """
 
 import sys

@@ -262,3 +262,15 @@ def test_a_project_without_its_flow_or_with_a_broken_one_is_refused(tmp_path):
     path.parent.mkdir()
     path.write_text("import not_there\n")
     assert f"Error: {path}: cannot load the flow compress (ModuleNotFoundError: " in run()
+
+
+@pytest.mark.parametrize("words", [["versions"], ["rollback"], ["audit", "0123456789abcdef"]])
+def test_an_unreachable_mlflow_is_named_without_its_password(tmp_path, monkeypatch, refuse, words):
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://admin:planted-secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    error = refuse(*words, "--project", str(tmp_path))
+    assert "http://127.0.0.1:9" in error
+    assert "planted-secret" not in error
+    assert "admin" not in error

@@ -35,15 +35,14 @@ def audit_run(run_id: str, project: Path | None, list_all: bool, rerun: bool) ->
     from mlflow import MlflowClient
 
     from vitprune.orchestration.audit.collect import AuditError, collect
-    from vitprune.orchestration.tracking.store import short_timeouts, tracking_uri
+    from vitprune.orchestration.tracking.store import TrackingError, mlflow_session, tracking_uri
 
-    client = MlflowClient(tracking_uri=tracking_uri((project or Path()).resolve()))
-    differences = 0
+    directory, differences = (project or Path()).resolve(), 0
     try:
         with (
             tempfile.TemporaryDirectory(prefix="vitprune-audit-") as scratch,
-            short_timeouts(60),
-            collect(client, run_id, project, Path(scratch)) as collected,
+            mlflow_session(directory),
+            collect(MlflowClient(tracking_uri=tracking_uri(directory)), run_id, project, Path(scratch)) as collected,
         ):
             for name, check in _checks(collected, rerun):
                 lines = list(islice(check, None if list_all else 1))
@@ -52,7 +51,7 @@ def audit_run(run_id: str, project: Path | None, list_all: bool, rerun: bool) ->
                 differences += len(lines)
                 if lines and not list_all:
                     break
-    except AuditError as error:
+    except (AuditError, TrackingError) as error:
         raise BadInput(str(error)) from None
     except BadInput as error:  # a record that was changed after the run
         print(f"complete: {error}")

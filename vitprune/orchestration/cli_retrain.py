@@ -48,9 +48,9 @@ def roll_back(project: Path, model: str | None) -> None:
         BadInput: there is no champion, or no former one.
     """
     from vitprune.orchestration.tracking.registry import RegistryError, registry
-    from vitprune.orchestration.tracking.store import short_timeouts
+    from vitprune.orchestration.tracking.store import mlflow_session
 
-    with short_timeouts(60):
+    with mlflow_session(project):
         models = registry(checked_project(project), model)
         try:
             old, new = models.roll_back()
@@ -62,9 +62,9 @@ def roll_back(project: Path, model: str | None) -> None:
 def print_versions(project: Path, model: str | None) -> None:
     """Print every version with its result and its MLflow run, and mark the champion."""
     from vitprune.orchestration.tracking.registry import PASSED, registry
-    from vitprune.orchestration.tracking.store import short_timeouts
+    from vitprune.orchestration.tracking.store import mlflow_session
 
-    with short_timeouts(60):
+    with mlflow_session(project):
         models = registry(checked_project(project), model)
         champion = models.champion()
         for version in models.versions():

@@ -22,7 +22,7 @@ from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclus
 from vitprune.orchestration.execution.worktrees import WorktreeError
 from vitprune.orchestration.tracking.registry import Registry, registry
 from vitprune.orchestration.tracking.replay import UPLOADED
-from vitprune.orchestration.tracking.store import short_timeouts, tracking_uri
+from vitprune.orchestration.tracking.store import mlflow_session, tracking_uri
 
 Compress = Callable[[Path], State[Any]]
 
@@ -179,7 +179,7 @@ def execute_retraining(project: Path, model: str | None, branch: str, compress: 
     project = project.resolve()
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))  # the worktree's runs go to the project's store
     try:
-        with exclusive(project, "retrain.lock", "retraining"), short_timeouts(60):
+        with exclusive(project, "retrain.lock", "retraining"), mlflow_session(project):
             result = _Retraining(project, registry(project, model), branch, compress, str(flow_run.id)).run()
     except (WorktreeError, Busy, BadInput, RetrainingError) as error:
         result = Retrained("failed", str(error), exit_code=1)

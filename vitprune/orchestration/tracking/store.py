@@ -13,9 +13,15 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from vitprune.errors import BadInput
 from vitprune.runtime.commands import error_line
+from vitprune.runtime.untrusted import without_credentials
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+
+
+class TrackingError(BadInput):
+    """MLflow does not answer, or rejects a request."""
 
 
 def tracking_uri(project: Path) -> str:
@@ -39,6 +45,22 @@ def short_timeouts(seconds: int) -> Iterator[None]:
     finally:
         for name in ours:
             del os.environ[name]
+
+
+@contextmanager
+def mlflow_session(project: Path) -> Iterator[None]:
+    """Limit MLflow's timeouts to a minute, and turn its errors into one line without credentials.
+
+    Raises:
+        TrackingError: MLflow does not answer, or rejects a request.
+    """
+    with short_timeouts(60):
+        try:
+            yield
+        except MlflowException as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            line = f"MLflow at {tracking_uri(project)}: {reason}; check MLFLOW_TRACKING_URI and the server"
+            raise TrackingError(without_credentials(line)) from None
 
 
 def open_client(project: Path) -> tuple[MlflowClient, str]:

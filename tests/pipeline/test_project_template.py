@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -218,3 +219,14 @@ def test_the_wheel_contains_all_files_of_init(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert again.stderr.startswith("Error: ")
     assert again.stderr.count("\n") == 1
+
+
+def test_secrets_are_ignored_by_git_and_docker() -> None:
+    ignored = subprocess.run(
+        ["git", "check-ignore", ".env", "deploy/.env"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert ignored.stdout.splitlines() == [".env", "deploy/.env"]
+    allowed = [line[2:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!/")]
+    build = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {path.split("/")[0] for path in (*build["packages"], *build["force-include"])}
+    assert needed | {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"} == set(allowed)

@@ -178,6 +178,11 @@ CASES: dict[str, tuple[Break, str]] = {
     "wider than its weights": (config(model_args={"embed_dim": 96}, **UNCUT), W + "weight blocks.0.attn.proj.bias has"),
     "deeper than its weights": (config(model_args={"depth": 3}, **UNCUT), W + "weight blocks.0.attn.proj.bias has"),
     "shallower than its weights": (config(model_args={"depth": 1}), STRUCTURE + ": blocks: shape [4] does not fit"),
+    "crop of nothing": (config(pretrained_cfg={"crop_pct": 1e-12}), PRE + "crop_pct must be a number from 0.05 to 2"),
+    "crop in words": (config(pretrained_cfg={"crop_pct": "all"}), PRE + "crop_pct must be a number from 0.05 to 2"),
+    "std of 0": (config(pretrained_cfg={"std": [0, 1, 1]}), PRE + "std must not be 0"),
+    "unknown interpolation": (config(pretrained_cfg={"interpolation": "best"}), PRE + "interpolation must be one of"),
+    "interpolation of a dict": (config(pretrained_cfg={"interpolation": {}}), PRE + "interpolation must be one of"),
     "structure is a list": (config(vitprune=({"structure": []})), STRUCTURE + " must map group names"),
     "structure is a word": (config(vitprune={"structure": "blocks"}), STRUCTURE + " must map group names"),
     "size is a number": (structure(residual=4), STRUCTURE + ".residual must be a list"),
@@ -241,6 +246,26 @@ def test_malicious_checkpoints_are_refused_in_one_line(name: str, saved_model: P
     assert str(error.value).startswith(f"{folder}/{expected}")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < len(str(folder)) + 400
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args"),
+    [
+        ("efficientvit_m0", {"img_size": 1 << 20, "window_size": [2000, 7, 7]}),
+        ("mobilenetv3_large_100", {"depth_multiplier": 1 << 20}),
+        ("tiny_vit_5m_224", {"window_sizes": [7, 7, 1000, 7]}),
+    ],
+)
+def test_loops_without_tensor_operations_are_stopped(
+    architecture: str, args: dict, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitprune.models.io.MAX_SECONDS", 1.0)
+    shutil.copytree(saved_model, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    changes = {"architecture": architecture, "model_args": args, "pretrained_cfg": {"input_size": [3, 224, 224]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(BadInput, match=r"model_args \(more than 1 s of CPU time; no timm model needs so much\)$"):
+        load(tmp_path / "model")
 
 
 def test_no_download_import_execution_or_allocation(saved_model: Path, tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
 from vitprune.data.augment import data_config
 from vitprune.errors import BadInput
+from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, limited_cpu_time
 from vitprune.models.validation import (
     FLOATS,
     FORMAT,
@@ -34,7 +34,6 @@ from vitprune.runtime.files import atomic_write
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_DENSE_RATIO, SMALL = 64, 1 << 27  # a dense model has at most 64 times the weights of the file, or 2**27
-MAX_OPERATIONS = 20_000  # tensor operations to build a model; the largest of timm need 5,000
 
 
 def create(
@@ -205,30 +204,13 @@ def describe_saved(directory: Path) -> SavedModel:
     return SavedModel(config.architecture, config.pretrained_cfg, sum(p.numel() for p in meta.parameters()), plain)
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Limit the number of tensor operations: a depth in config.json is a loop in timm."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self._count += 1
-        if self._count > MAX_OPERATIONS:
-            raise RuntimeError(f"more than {MAX_OPERATIONS} operations; no timm model needs so many")
-        if args and isinstance(args[0], Tensor) and args[0].is_meta and function._schema.name.endswith("_"):
-            return args[0]  # meta tensors: in-place operations have no effect
-        return function(*args, **(kwargs or {}))
-
-
 def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Module:
     """Create the dense model of a config, unless it is much larger than its weights file."""
     args = {"pretrained_cfg": dict(config.pretrained_cfg), **config.args}
     stored = sum(math.prod(entry.shape) for entry in header.values())
+    seconds = MAX_SECONDS if torch.get_default_device().type == "meta" else math.inf  # weights take their time
     try:
-        with torch.random.fork_rng(devices=[]), _Operations():
+        with torch.random.fork_rng(devices=[]), LimitedOperations(), limited_cpu_time(seconds):
             model: nn.Module = timm.create_model(config.architecture, pretrained=False, **args)
             _match_channels(model)
     except Exception as error:  # timm raises various errors for untrusted arguments

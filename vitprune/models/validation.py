@@ -19,6 +19,7 @@ from vitprune.errors import BadInput
 
 FORMAT = 1
 MAX_CONFIG_BYTES = 4 << 20  # 21,841 class names take about 2 MiB
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # of timm
 MAX_NUMBER = 1 << 20  # of an argument or a size; far above those of timm
 MAX_LENGTH, MAX_DEPTH = 10_000, 4  # of lists and mappings
 GROUP = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -209,6 +210,14 @@ def _check_preprocessing(path: Path, preprocessing: Mapping[str, Any]) -> None:
         values = preprocessing.get(key) or []
         if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
             raise BadInput(f"{path}: pretrained_cfg.{key} must be a list of numbers; correct it")
+    if any(value == 0 for value in preprocessing.get("std") or []):
+        raise BadInput(f"{path}: pretrained_cfg.std must not be 0; correct it")
+    crop = preprocessing.get("crop_pct")
+    if crop is not None and (type(crop) not in (int, float) or not 0.05 <= crop <= 2):
+        raise BadInput(f"{path}: pretrained_cfg.crop_pct must be a number from 0.05 to 2; correct it")
+    interpolation = preprocessing.get("interpolation")
+    if interpolation is not None and interpolation not in INTERPOLATIONS:
+        raise BadInput(f"{path}: pretrained_cfg.interpolation must be one of {', '.join(INTERPOLATIONS)}; correct it")
     for key in ("input_size", "test_input_size", "min_input_size", "pool_size"):
         sizes = preprocessing.get(key) or []
         if not isinstance(sizes, list) or not all(type(size) is int and 0 < size <= 1 << 14 for size in sizes):

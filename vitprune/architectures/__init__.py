@@ -45,11 +45,8 @@ FAMILIES: dict[type[nn.Module], Finder] = {  # models with special group names a
     PyramidVisionTransformerV2: pvt.groups,
     Decoder: decoder_groups,
 }
-SUBLAYER_PRUNED = (
-    VisionTransformer,
-    VisionTransformerDistilled,
-    Decoder,
-)  # remove sub-layers; other models remove blocks
+# models that remove sub-layers; others remove whole blocks
+SUBLAYER_PRUNED = (VisionTransformer, VisionTransformerDistilled, Decoder)
 TABLES: dict[type[nn.Module], unstructured.Table] = {
     Xcit: unstructured_tables.XCIT,
     EfficientFormer: unstructured_tables.EFFICIENTFORMER,

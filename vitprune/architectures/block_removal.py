@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.slices import not_prunable
-from vitprune.architectures.tracing.cache import first_line, meta_input
+from vitprune.architectures.tracing.cache import meta_input
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.architectures.tracing.residual_branches import find_residual_modules
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, first_line
 from vitprune.groups import Group, is_within, meta_copy
 from vitprune.runtime.eval_mode import eval_mode
 

@@ -180,7 +180,7 @@ def _add(result: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def _of_inputs(layer: nn.Module, value: Tensor, parity: Tensor) -> Tensor:
-    """Second moment of a layer's input with a 1 appended, for even and odd images; (folds, k+1, k+1)."""
+    """Return second moments of a layer's input with a 1 appended, per fold (even, odd images): (folds, k+1, k+1)."""
     inputs = layer_io.layer_inputs(layer, value, len(parity))
     rows = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
     halves = [rows[parity == half].flatten(0, 1) for half in range(NUM_FOLDS)]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitprune.data.sources import Source, missing_image
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, first_line
 
 GROUPS_IN_MEMORY = 4
 SPLIT_OF_PREFIX = {"train": "train", "val": "eval", "validation": "eval", "valid": "eval", "test": "eval"}
@@ -115,7 +115,7 @@ def _labels(path: Path) -> tuple[np.ndarray, Any, tuple[str, ...] | None]:
     except FileNotFoundError:
         raise BadInput(f"parquet:{path}: no such file; correct dataset.source") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{path}: not a readable Parquet file ({first_line(error)})") from None
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:

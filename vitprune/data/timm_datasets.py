@@ -8,7 +8,7 @@ from timm.data import ImageDataset, create_dataset
 
 from vitprune.data.images import encode
 from vitprune.data.sources import Source, missing_image
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, first_line
 
 STREAMS = ("hfids", "tfds")
 EVAL_SPLITS = ("validation", "val", "test")
@@ -78,8 +78,7 @@ def _create(spec: str, name: str, root: str, split: str) -> Any:
     except ImportError:
         raise BadInput(f"dataset.source: {spec} needs the package datasets; run `pip install datasets`") from None
     except Exception as error:  # readers, network and packages raise various errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"dataset.source: {spec} cannot be opened: {reason}") from None
+        raise BadInput(f"dataset.source: {spec} cannot be opened: {first_line(error)}") from None
 
 
 def _evaluation(name: str, root: str) -> dict[str, Any]:

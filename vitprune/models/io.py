@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
 from vitprune.data.augment import data_config
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, first_line
 from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, limited_cpu_time
 from vitprune.models.validation import (
     FLOATS,
@@ -63,7 +63,7 @@ def create(
         try:
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **(args or {}))
         except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
-            raise BadInput(f"model.name {name!r}: timm cannot create it ({str(error).splitlines()[0]})") from None
+            raise BadInput(f"model.name {name!r}: timm cannot create it ({first_line(error)})") from None
     _match_channels(model)
     if checkpoint is not None:
         _load_weights(model, checkpoint)
@@ -129,9 +129,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
     with atomic_write(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())
-        config["pretrained_cfg"]["crop_pct"] = data_config(model)[
-            "crop_pct"
-        ]  # timm writes the value of the published input size
+        # timm writes the value of the published input size
+        config["pretrained_cfg"]["crop_pct"] = data_config(model)["crop_pct"]
         config["vitprune"] = {
             "format": FORMAT,
             "structure": {name: list(shape) for name, shape in structure(model).items()},

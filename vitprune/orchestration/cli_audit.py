@@ -104,11 +104,10 @@ def upload_missing_runs(project: Path, as_json: bool) -> int:
     if not (project / STATE).is_dir():
         raise BadInput(f"{project}: has no run of `vitprune run`; give the project by --project")
     result = replay(project)
+    runs = f"{result.done} run{'' if result.done == 1 else 's'}"
     if as_json:
         print(json.dumps(asdict(result)))
-        return 1 if result.missed else 0
-    runs = f"{result.done} run{'' if result.done == 1 else 's'}"
-    if result.missed:
+    elif result.missed:
         print(f"uploaded {runs}; not uploaded: {result.missed} ({result.error})", file=sys.stderr)
     else:
         print(f"uploaded {runs} to {result.uri}" if result.done else "nothing to upload")

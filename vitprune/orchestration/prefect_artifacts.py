@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from vitprune.errors import first_line
 from vitprune.orchestration.summary import evaluation, rows
 from vitprune.orchestration.tracking.replay import UploadResult
 
@@ -22,7 +23,7 @@ def publish(
         if upload.run_id:
             create_link_artifact(link(upload), "The run in MLflow", key="mlflow", description=how_to_open(upload))
     except Exception as error:  # the artifacts are optional: a Prefect server that rejects them is no failure
-        warn(f"artifacts were not published: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        warn(f"artifacts were not published: {first_line(error)}")
 
 
 def markdown(project: Path, stages: Sequence[Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, first_line
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import MARK
 
@@ -76,9 +76,8 @@ def load_flow(project: Path, name: str) -> Any:
         return load_flow_from_entrypoint(f"{path}:{name}", use_placeholder_flow=False)
     except Exception as error:  # the file is the user's: importing it can raise anything
         reason = error.__cause__ or getattr(error, "user_exc", None) or error
-        line = (str(reason).splitlines() or [type(reason).__name__])[0]
         raise BadInput(
-            f"{path}: cannot load the flow {name} ({type(reason).__name__}: {line}); correct the file"
+            f"{path}: cannot load the flow {name} ({type(reason).__name__}: {first_line(reason)}); correct the file"
         ) from None
 
 

@@ -16,6 +16,7 @@ from prefect.futures import PrefectConcurrentFuture, PrefectFuture, wait
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
+from vitprune.errors import first_line
 from vitprune.orchestration.compress import RunLogger
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import exclusive, repair
@@ -215,7 +216,7 @@ def _write_table(folder: Path, out: Path, warn: Callable[..., None]) -> None:
     try:
         create_markdown_artifact((out / "sweep.md").read_text(encoding="utf-8"), key="sweep")
     except Exception as error:  # the artifact is optional: a Prefect server that rejects it is no failure
-        warn("the table was not published: %s", (str(error).splitlines() or [type(error).__name__])[0])
+        warn("the table was not published: %s", first_line(error))
 
 
 def _summary(directory: Path) -> str:

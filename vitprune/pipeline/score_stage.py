@@ -176,7 +176,7 @@ class PartialScoreStore:
         return read_weights(self._path(name)) if self._path(name).exists() else {}
 
     def due(self) -> bool:
-        """Return whether the last write is long enough ago for the next one."""
+        """Return whether the interval between two writes has passed since the last write."""
         return time.monotonic() - self._written >= self._every
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:

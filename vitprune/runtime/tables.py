@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, first_line
 from vitprune.runtime.files import atomic_write
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -46,7 +46,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; run the stage that writes it first") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{path}: not a readable Parquet file ({first_line(error)})") from None
     missing = set(schema.names) - set(table.column_names)
     if missing:
         raise BadInput(f"{path}: column {', '.join(sorted(missing))} is missing; the table needs {schema.names}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
 from vitprune.architectures.tracing.fingerprint import StructureCache
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, first_line
 from vitprune.groups import Group, meta_copy, resize_group
 from vitprune.runtime.eval_mode import eval_mode
 
@@ -79,8 +79,3 @@ def meta_input(model: nn.Module) -> Tensor:
         return torch.empty(1, context, dtype=torch.int64, device="meta")
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return torch.empty(1, *get_model_input_config(model)["input_size"], dtype=dtype, device="meta")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -125,7 +125,7 @@ def _gate(group: Group, part: ParamSlice, probe: Probe) -> UnitGate:
 
 
 def _branch(group: Group, unit: int) -> UnitGate:
-    """A sub-layer belongs to the pair that it starts and to the pair before it."""
+    """Return the gate of a sub-layer. Two pairs contain it: the pair that starts with it and the pair before that."""
     pairs = [pair for pair in (unit - 1, unit) if 0 <= pair < group.num_candidates]
     return UnitGate(group.name, (group.sublayers[unit][0], "output"), 1, group.units, 1, tuple(pairs))
 

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from vitprune.errors import first_line
 from vitprune.orchestration.execution.dvc_cache import Store, cache_dir, is_cached, pointers, read_lock, use_cache
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import read_log
@@ -113,7 +114,7 @@ def _parent(client: MlflowClient, run_id: str) -> Run:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        raise AuditError(without_credentials(f"run {run_id}: {str(error).splitlines()[0]}")) from None
+        raise AuditError(without_credentials(f"run {run_id}: {first_line(error)}")) from None
     key = run.data.tags.get(KEY, "")
     if not key or "/" in key or key in (".", ".."):
         raise AuditError(f"run {run_id}: not the parent run of a pipeline run; give the id that `vitprune run` printed")
@@ -195,7 +196,7 @@ def _check_out(collected: CollectedRun, worktree: Path) -> None:
     try:
         _fill(collected, read_lock(tree / "dvc.lock"))
     except Exception as error:  # a tampered dvc.lock can raise anything
-        collected.missing.append(f"dvc.lock: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+        collected.missing.append(f"dvc.lock: cannot be read ({type(error).__name__}: {first_line(error)})")
 
 
 def _fill(collected: CollectedRun, lock: Mapping[str, Any]) -> None:

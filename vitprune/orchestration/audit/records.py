@@ -205,7 +205,7 @@ def _available(collected: CollectedRun) -> dict[str, Any]:
 
 
 def _source(file: LockedFile) -> str:
-    """Return the file that names the checksum of another one."""
+    """Return the file in which the checksum of another file is recorded."""
     return file.stage if file.stage.endswith(".dvc") else "dvc.lock"
 
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from vitprune.errors import first_line
 from vitprune.orchestration.execution.processes import process_environment
 from vitprune.runtime.commands import error_line
 
@@ -51,7 +52,7 @@ def main() -> None:
     try:
         result = getattr(import_module(module), name)(*json.loads(sys.argv[2]))
     except Exception as error:  # its message is the result for the caller
-        sys.exit(f"Error: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
+        sys.exit(f"Error: {first_line(error)}")
     print(json.dumps(result))
 
 

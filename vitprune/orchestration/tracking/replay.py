@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vitprune.errors import first_line
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.tracking.journal import RunLog, read_log
 from vitprune.runtime.untrusted import without_credentials
@@ -72,17 +73,13 @@ def _upload(project: Path, pending: list[RunLog]) -> UploadResult:
                 try:
                     run = Uploader(client, experiment, run_log).upload()
                 except ValueError as error:  # its files were modified; the other logs are uploaded
-                    reason = _first_line(error)
+                    reason = without_credentials(first_line(error))
                     continue
                 _archive(run_log)
                 done += 1
     except (MlflowException, OSError) as error:
-        reason = _first_line(error)
+        reason = without_credentials(first_line(error))
     return UploadResult(done, len(pending) - done, run, experiment, without_credentials(uri), reason)
-
-
-def _first_line(error: Exception) -> str:
-    return without_credentials((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _pending(project: Path, flow_run_id: str | None) -> list[RunLog]:

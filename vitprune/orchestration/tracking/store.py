@@ -13,7 +13,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, first_line
 from vitprune.runtime.commands import error_line
 from vitprune.runtime.untrusted import without_credentials
 
@@ -58,8 +58,7 @@ def mlflow_session(project: Path) -> Iterator[None]:
         try:
             yield
         except MlflowException as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            line = f"MLflow at {tracking_uri(project)}: {reason}; check MLFLOW_TRACKING_URI and the server"
+            line = f"MLflow at {tracking_uri(project)}: {first_line(error)}; check MLFLOW_TRACKING_URI and the server"
             raise TrackingError(without_credentials(line)) from None
 
 

@@ -32,8 +32,3 @@ class Interrupted(Exception):
     def __init__(self, line: str, code: int = EXIT_RETRY):
         super().__init__(line)
         self.code = code
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -119,6 +119,17 @@ def test_a_truncated_run_cache_entry_is_deleted(project: Path) -> None:
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
 
 
+def test_a_run_cache_entry_that_another_process_writes_is_an_infrastructure_failure(project: Path) -> None:
+    assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
+    (entry,) = (project / ".dvc/cache/runs").glob("*/*/*")
+    vanished = entry.with_name(".UuYWLVBg6s7ssjmWUUbGNN.tmp")
+    vanished.symlink_to("moved")  # listed, but gone when DVC reads it
+    (project / "dvc.lock").unlink()
+    assert reproduce("dataset", project, None, lambda line: None).failure is FailureClass.INFRASTRUCTURE
+    vanished.unlink()
+    assert reproduce("dataset", project, None, lambda line: None).cached
+
+
 def test_bad_input_gives_exit_code_2_and_one_line(project: Path, server: str) -> None:
     (project / "bad_dataset").touch()
     code, _, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))

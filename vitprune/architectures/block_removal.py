@@ -11,9 +11,10 @@ from vitprune.architectures.slices import not_prunable
 from vitprune.architectures.tracing.cache import meta_input
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.architectures.tracing.residual_branches import find_residual_modules
-from vitprune.errors import BadInput, first_line
+from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within, meta_copy
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.messages import first_line
 
 _CACHE: StructureCache[tuple[str, ...] | BadInput] = StructureCache()
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitprune.data.sources import Source, missing_image
-from vitprune.errors import BadInput, first_line
+from vitprune.errors import BadInput
+from vitprune.runtime.messages import first_line
 
 GROUPS_IN_MEMORY = 4
 SPLIT_OF_PREFIX = {"train": "train", "val": "eval", "validation": "eval", "valid": "eval", "test": "eval"}

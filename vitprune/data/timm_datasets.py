@@ -8,7 +8,8 @@ from timm.data import ImageDataset, create_dataset
 
 from vitprune.data.images import encode
 from vitprune.data.sources import Source, missing_image
-from vitprune.errors import BadInput, first_line
+from vitprune.errors import BadInput
+from vitprune.runtime.messages import first_line
 
 STREAMS = ("hfids", "tfds")
 EVAL_SPLITS = ("validation", "val", "test")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
 from vitprune.data.augment import data_config
-from vitprune.errors import BadInput, first_line
+from vitprune.errors import BadInput
 from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, limited_cpu_time
 from vitprune.models.validation import (
     FLOATS,
@@ -31,6 +31,7 @@ from vitprune.models.validation import (
     read_header,
 )
 from vitprune.runtime.files import atomic_write
+from vitprune.runtime.messages import first_line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_DENSE_RATIO, SMALL = 64, 1 << 27  # a dense model has at most 64 times the weights of the file, or 2**27

@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from vitprune.errors import first_line
 from vitprune.orchestration.summary import evaluation, rows
 from vitprune.orchestration.tracking.replay import UploadResult
+from vitprune.runtime.messages import first_line
 
 
 def publish(

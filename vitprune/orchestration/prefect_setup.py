@@ -10,9 +10,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from vitprune.errors import BadInput, first_line
+from vitprune.errors import BadInput
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import MARK
+from vitprune.runtime.messages import first_line
 
 LOST_SERVER = "VITPRUNE_LOST_PREFECT"  # address of the server that a run was started with and that died
 

@@ -16,7 +16,6 @@ from prefect.futures import PrefectConcurrentFuture, PrefectFuture, wait
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
-from vitprune.errors import first_line
 from vitprune.orchestration.compress import RunLogger
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import exclusive, repair
@@ -34,6 +33,7 @@ from vitprune.orchestration.summary import evaluation
 from vitprune.orchestration.tracking.journal import SWEEP
 from vitprune.orchestration.tracking.sweep_run import record
 from vitprune.runtime.files import atomic_write
+from vitprune.runtime.messages import first_line
 
 SHARED_STAGES = ("dataset", "dense", "calibrate")  # independent of method and target
 FINISHED, FAILED = "finished", "failed"

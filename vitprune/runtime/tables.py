@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitprune.errors import BadInput, first_line
+from vitprune.errors import BadInput
 from vitprune.runtime.files import atomic_write
+from vitprune.runtime.messages import first_line
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 MANIFEST = pa.schema([("id", pa.string()), ("split", pa.string()), ("label", pa.int64()), ("sha256", pa.string())])

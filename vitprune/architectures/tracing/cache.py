@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
 from vitprune.architectures.tracing.fingerprint import StructureCache
-from vitprune.errors import BadInput, first_line
+from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.messages import first_line
 
 
 @dataclass(frozen=True)

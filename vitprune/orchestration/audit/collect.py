@@ -11,12 +11,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from vitprune.errors import first_line
 from vitprune.orchestration.execution.dvc_cache import Store, cache_dir, is_cached, pointers, read_lock, use_cache
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import read_log
 from vitprune.orchestration.tracking.upload import JOURNAL, KEY
 from vitprune.runtime.commands import git
+from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import commit_id, path_inside, whole_number, without_credentials
 
 RECORDED = ("params.yaml", "dvc.yaml", "dvc.lock")

@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vitprune.errors import first_line
 from vitprune.orchestration.execution.processes import process_environment
 from vitprune.runtime.commands import error_line
+from vitprune.runtime.messages import first_line
 
 
 class IsolatedCallError(Exception):

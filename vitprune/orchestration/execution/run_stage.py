@@ -44,10 +44,12 @@ class StageResult:
         return {**asdict(self), "failure": self.failure.value}
 
 
-# DVC's messages for failures that a retry may cure: a lock held by another process, a remote that does not answer.
+# DVC's messages for failures that a retry may cure: a lock held by another process, a remote that does not answer, an
+# entry of the run cache that another process was writing (DVC reads and removes its temporary files).
 _INFRASTRUCTURE = re.compile(
     r"is busy, it is being blocked by|Unable to acquire lock|Failed to acquire lock|failed to (pull|fetch|download)"
     r"|Connection (refused|reset|aborted)|Could not connect|Temporary failure in name resolution|Read timed out"
+    r"|No such file or directory: '[^']*/runs/[0-9a-f]{2}/[0-9a-f]+/[^'/]*\.tmp'"
 )
 # DVC's messages for a dvc.yaml or params.yaml that the user has to correct.
 _INPUT = re.compile(

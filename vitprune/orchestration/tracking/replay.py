@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vitprune.errors import first_line
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.tracking.journal import RunLog, read_log
+from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import without_credentials
 
 UPLOADED = "uploaded"  # directory of the logs that MLflow has

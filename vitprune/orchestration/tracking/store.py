@@ -13,8 +13,9 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from vitprune.errors import BadInput, first_line
+from vitprune.errors import BadInput
 from vitprune.runtime.commands import error_line
+from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import without_credentials
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"

@@ -16,7 +16,7 @@ from vitprune import BadInput, find_groups, zero
 from vitprune.config.train_config import TrainConfig
 from vitprune.runtime.files import sha256
 from vitprune.training import checkpoint_store
-from vitprune.training.checkpoint import INTERVAL_ENV, Checkpointer, catch_sigterm, checkpoint_minutes, pack
+from vitprune.training.checkpoint import INTERVAL_ENV, Checkpointer, catch_stop_signals, checkpoint_minutes, pack
 from vitprune.training.checkpoint_store import CheckpointStore, work_key
 from vitprune.training.distillation import classification, feature_distillation, logit_distillation
 from vitprune.training.loop import FrozenZeros, train
@@ -268,10 +268,18 @@ def test_a_resume_at_the_wrong_batch_changes_the_weights(tmp_path: Path, monkeyp
     assert not all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_sigterm_is_caught_only_inside_the_context() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with catch_sigterm() as requested:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_is_caught_only_inside_the_context(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with catch_stop_signals() as requested:
         assert not requested()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert requested()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_is_not_caught() -> None:
+    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as requested:  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requested()
+        os.kill(os.getpid(), signal.SIGINT)

@@ -1,24 +1,27 @@
 """`vitprune run`: run the flow compress and print its result."""
 
 import os
-import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from vitprune.errors import BadInput
 from vitprune.orchestration.execution.lock_and_repair import Busy, exclusive
+from vitprune.orchestration.interrupts import run_interruptibly
 from vitprune.orchestration.prefect_setup import (
     LOST_SERVER,
     configure_prefect,
     load_flow,
     server_answers,
     show_flow_log,
+    start_embedded_server,
 )
 
 if TYPE_CHECKING:
     from vitprune.orchestration.compress import Outcome
+
+STOPPED = "stopped; run again to continue (training saves a checkpoint first, Ctrl-C again skips it)"
 
 
 def run_pipeline(project: Path, stage_limit: float | None) -> int:
@@ -43,15 +46,7 @@ def run_pipeline(project: Path, stage_limit: float | None) -> int:
         raise BadInput(str(error)) from None
     except OSError as error:
         raise BadInput(f"{error.filename or project}: {error.strerror or error}") from None
-    signal.signal(signal.SIGTERM, interrupt)
-    notes = configure_prefect(project)
-    for note in notes:
-        print(note, flush=True)
-    try:
-        return _run(project, stage_limit, notes)
-    except KeyboardInterrupt:
-        print("\nstopped; run again to continue after the last finished stage", file=sys.stderr)
-        return 130
+    return run_interruptibly(lambda interrupted: _run(project, stage_limit, interrupted), STOPPED)
 
 
 def checked_project(directory: Path) -> Path:
@@ -75,29 +70,29 @@ def check_stage_limit(stage_limit: float | None) -> None:
         raise BadInput(f"--stage-limit {stage_limit:g}: must be more than 0 seconds")
 
 
-def interrupt(signum: int, frame: FrameType | None) -> None:
-    """Handle a signal like Ctrl-C."""
-    raise KeyboardInterrupt
-
-
-def _run(project: Path, stage_limit: float | None, notes: list[str]) -> int:
+def _run(project: Path, stage_limit: float | None, interrupted: Callable[[], bool]) -> int:
+    notes = configure_prefect(project)
+    for note in notes:
+        print(note, flush=True)
     from vitprune.orchestration.compress import Outcome
 
     compress = load_flow(project, "compress")
     show_flow_log()
+    start_embedded_server()
     try:
         state = compress(project, stage_limit, return_state=True)
         result: object = state.result(raise_on_failure=False)
         message = state.message or str(result)
     except Exception as error:  # Prefect's own exceptions, if its server fails during a run
         result, message = error, str(error) or type(error).__name__
-    if not isinstance(result, Outcome):
+    if not isinstance(result, Outcome) and not interrupted():
         server = os.environ.get("PREFECT_API_URL")
         if server and not server_answers(server):  # start again without it; finished stages are in the DVC cache
             os.environ[LOST_SERVER] = os.environ.pop("PREFECT_API_URL")
             command = [sys.executable, "-m", "vitprune.cli", "run", "--project", str(project)]
             command += [] if stage_limit is None else ["--stage-limit", str(stage_limit)]
             os.execv(sys.executable, command)
+    if not isinstance(result, Outcome):
         result = Outcome(error=message.splitlines()[0], exit_code=1)
     _print_outcome(project, result, notes)
     return result.exit_code

@@ -1,11 +1,15 @@
 """`vitprune retrain`, `vitprune versions` and `vitprune rollback`."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from vitprune.errors import BadInput
 from vitprune.orchestration.cli_compress import check_stage_limit, checked_project
-from vitprune.orchestration.prefect_setup import configure_prefect, load_flow
+from vitprune.orchestration.interrupts import run_interruptibly
+from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, start_embedded_server
+
+STOPPED = "stopped; run again to retrain from the start (finished stages come from DVC's cache)"
 
 
 def run_retraining(project: Path, model: str | None, branch: str, stage_limit: float | None) -> int:
@@ -25,14 +29,21 @@ def run_retraining(project: Path, model: str | None, branch: str, stage_limit: f
     """
     check_stage_limit(stage_limit)
     project = checked_project(project)
+
+    def body(interrupted: Callable[[], bool]) -> int:
+        return _run(project, model, branch, stage_limit)
+
+    return run_interruptibly(body, STOPPED)
+
+
+def _run(project: Path, model: str | None, branch: str, stage_limit: float | None) -> int:
     for note in configure_prefect(project):
         print(note, flush=True)
     from vitprune.orchestration.retrain import Retrained
 
-    try:
-        state = load_flow(project, "retrain")(project, model, branch, stage_limit, return_state=True)
-    except KeyboardInterrupt:
-        return 130
+    retrain = load_flow(project, "retrain")
+    start_embedded_server()
+    state = retrain(project, model, branch, stage_limit, return_state=True)
     result: object = state.result(raise_on_failure=False)
     if not isinstance(result, Retrained):
         print(f"Error: {(state.message or str(result)).splitlines()[0]}", file=sys.stderr)

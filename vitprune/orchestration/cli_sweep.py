@@ -1,9 +1,9 @@
 """`vitprune sweep`: check and plan a sweep, run the flow sweep, and print its table."""
 
 import json
-import signal
 import sys
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import yaml
 
 from vitprune.errors import BadInput
-from vitprune.orchestration.cli_compress import check_stage_limit, checked_project, interrupt
+from vitprune.orchestration.cli_compress import check_stage_limit, checked_project
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
-from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, show_flow_log
+from vitprune.orchestration.interrupts import run_interruptibly
+from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, show_flow_log, start_embedded_server
 from vitprune.runtime.files import atomic_write
+
+STOPPED = "stopped; run again to continue with the remaining runs (training saves a checkpoint first)"
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,16 @@ def run_sweep(project: Path, options: SweepOptions) -> int:
     _check(options)
     project = checked_project(project)
     folder = project / STATE / "sweeps" / (options.file.stem if options.file else options.name)
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
+
+    def body(interrupted: Callable[[], bool]) -> int:
         with exclusive(folder, what="sweep"):
             _plan(project, folder, options)
-            if options.check:
-                return 0
-            for note in configure_prefect(folder):
-                print(note, flush=True)
-            return _run(project, folder, options)
+            return 0 if options.check else _run(project, folder, options)
+
+    try:
+        return run_interruptibly(body, STOPPED)
     except Busy as error:
         raise BadInput(str(error)) from None
-    except KeyboardInterrupt:
-        print("\nstopped; run again to continue with the remaining runs", file=sys.stderr)
-        return 130
 
 
 def _check(options: SweepOptions) -> None:
@@ -123,10 +122,13 @@ def _target(text: str) -> float | str | dict[str, float | str]:
 
 
 def _run(project: Path, folder: Path, options: SweepOptions) -> int:
+    for note in configure_prefect(folder):
+        print(note, flush=True)
     from prefect.task_runners import ThreadPoolTaskRunner
 
     sweep = load_flow(project, "sweep")
     show_flow_log()
+    start_embedded_server()
     out = project / "out/sweeps" / folder.name
     runner: Any = ThreadPoolTaskRunner(max_workers=options.jobs)
     state = sweep.with_options(task_runner=runner)(project, folder, out, options.stage_limit, return_state=True)

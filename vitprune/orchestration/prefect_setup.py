@@ -5,6 +5,8 @@ Prefect reads its settings from the environment when it is imported; this module
 
 import logging
 import os
+import signal
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -80,6 +82,31 @@ def load_flow(project: Path, name: str) -> Any:
         raise BadInput(
             f"{path}: cannot load the flow {name} ({type(reason).__name__}: {first_line(reason)}); correct the file"
         ) from None
+
+
+def start_embedded_server() -> None:
+    """Start Prefect's embedded server if no other is configured; Ctrl-C in the terminal does not end it.
+
+    The flow needs its server until it has ended. Prefect starts one server per process and uses a running one.
+    """
+    if "PREFECT_API_URL" in os.environ:
+        return
+    from prefect.server.api.server import SubprocessASGIServer
+
+    failures: list[Exception] = []
+
+    def start() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread; a child process inherits it
+        try:
+            SubprocessASGIServer().start()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise BadInput(f"Prefect's embedded server did not start ({first_line(failures[0])}); run again")
 
 
 def show_flow_log() -> None:

@@ -1,5 +1,6 @@
 """What the flow `sweep` calls: worktrees of the runs, shared stages, runs in processes of their own, the table."""
 
+import contextlib
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from vitprune.orchestration.compress import RunLogger
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import exclusive, repair
 from vitprune.orchestration.execution.processes import (
+    GRACE,
     dvc_in_project,
     kill_marked,
     kill_tree,
@@ -200,10 +202,14 @@ def _jobs(project: Path, folder: Path, stage_limit: float | None) -> list[SweepJ
 
 
 def _kill_runs(directories: set[str]) -> None:
-    """Kill the runs that are still active when the sweep ends."""
-    for process in psutil.Process().children(recursive=True):
-        if mark_of(process) in directories:
-            kill_tree(process.pid)
+    """End the runs that are still active when the sweep ends, each as Ctrl-C does; kill them after GRACE."""
+    runs = [process for process in psutil.Process().children() if mark_of(process) in directories]
+    for process in runs:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(runs, timeout=GRACE + 5)
+    for process in runs:
+        kill_tree(process.pid)
 
 
 def _write_table(folder: Path, out: Path, warn: Callable[..., None]) -> None:

@@ -19,7 +19,7 @@ from vitprune.pipeline.project_data import data_workers, device, open_images
 from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from vitprune.training import checkpoint_store
 from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_teacher_outputs
-from vitprune.training.checkpoint import Checkpointer, catch_sigterm
+from vitprune.training.checkpoint import Checkpointer, catch_stop_signals
 from vitprune.training.checkpoint_store import CheckpointStore
 from vitprune.training.finetune import SEED_STEP, RecoverySegment
 from vitprune.training.loop import EpochBatches, FrozenZeros, train
@@ -115,7 +115,7 @@ def train_model(
     seed = params.seed if cycle is None else params.seed + SEED_STEP * cycle
     steps = data.batch_count(len(table), recipe.batch_size)
     span = segment.span(recipe, steps) if segment else None
-    with catch_sigterm() as stop_requested:
+    with catch_stop_signals() as stop_requested:
         saver = Checkpointer(store, lambda: history.rows, stop_requested, dist)
         saver.check_disk_space(task.trainable_module)
         start = {"epoch": 0, "done": 0}

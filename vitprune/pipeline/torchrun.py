@@ -21,7 +21,7 @@ def wanted(stage: str) -> bool:
 
 
 def launch(stage: str, project: Path) -> int:
-    """Run a stage with the launcher of VITPRUNE_LAUNCH; SIGTERM is forwarded to it.
+    """Run a stage with the launcher of VITPRUNE_LAUNCH; SIGTERM is forwarded to it, Ctrl-C reaches it by itself.
 
     Returns:
         The exit code of the stage.
@@ -40,13 +40,15 @@ def launch(stage: str, project: Path) -> int:
 
         def forward(number: int, frame: object) -> None:
             signals.append(number)
-            process.send_signal(signal.SIGTERM)
+            if number == signal.SIGTERM:
+                process.send_signal(number)
 
-        before = signal.signal(signal.SIGTERM, forward)
+        before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             launcher_code = process.wait()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         stage_code = int(code_file.read_text()) if code_file.exists() else 0
     if launcher_code == 0:
         return 0

@@ -1,4 +1,4 @@
-"""Training checkpoints: the state of a run, and when it is saved (every few minutes and on SIGTERM)."""
+"""Training checkpoints: the state of a run, and when it is saved (every few minutes, on SIGTERM and Ctrl-C)."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -194,21 +195,30 @@ def checkpoint_minutes() -> float:
 
 
 @contextmanager
-def catch_sigterm() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM instead of ending the process; the previous handler is restored at the end.
+def catch_stop_signals() -> Iterator[Callable[[], bool]]:
+    """Catch SIGTERM and Ctrl-C instead of ending the process; the previous handlers are restored at the end.
+
+    A second Ctrl-C ends the process at once, except under a launcher, which repeats the signal of the terminal.
 
     Yields:
-        A function that returns whether SIGTERM has been received; outside the main thread it always returns False.
+        A function that returns whether a signal has been received; outside the main thread it always returns False.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     received: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGINT and "WORLD_SIZE" not in os.environ:
+            signal.signal(number, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Checkpointer:
@@ -217,7 +227,7 @@ class Checkpointer:
     Args:
         store: The store of this training.
         rows: Returns the rows of the training history so far.
-        stop_requested: Returns whether this process should stop, for example `catch_sigterm`'s function.
+        stop_requested: Returns whether this process should stop, for example `catch_stop_signals`'s function.
         dist: The process group; only rank 0 writes.
 
     Attributes:
@@ -274,5 +284,5 @@ class Checkpointer:
         if stop:
             position = f"epoch {snapshot.facts['epoch'] + 1}, step {snapshot.facts['step']}"
             raise Interrupted(
-                f"stopped by SIGTERM, checkpoint saved at {position}; run again to resume", EXIT_PREEMPTED
+                f"stopped by a signal, checkpoint saved at {position}; run again to resume", EXIT_PREEMPTED
             )

@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-import yaml
 
 from vitprune.orchestration.execution.dvc_cache import cache_dir
 from vitprune.orchestration.execution.processes import kill_marked
@@ -73,9 +71,10 @@ def repair(project: Path, log: Callable[[str], None]) -> None:
         # DVC does not write dvc.lock atomically: a kill leaves it truncated
         if is_complete(copy):
             shutil.copyfile(copy, lock)
+            log("dvc.lock was truncated by a kill; restored the last complete one")
         else:
             lock.replace(lock.with_name("dvc.lock.broken"))
-        log("dvc.lock was truncated by a kill; restored the last complete one")
+            log("dvc.lock was truncated by a kill; renamed to dvc.lock.broken, DVC writes it again from its cache")
 
 
 def _drop_empty(runs: Path) -> int:
@@ -100,22 +99,18 @@ def keep_lockfile(project: Path) -> None:
 
 
 def is_complete(lock: Path) -> bool:
-    """Whether a dvc.lock can be parsed and the entry of every pipeline stage is complete."""
+    """Whether DVC accepts a dvc.lock and the entry of every pipeline stage has outputs, which DVC writes last."""
+    # imported here: a second that most commands of this module's callers do not need
+    from dvc.exceptions import DvcException
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from dvc.utils import strictyaml
+
     try:
-        content = yaml.safe_load(lock.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content, _ = strictyaml.load(str(lock), COMPILED_LOCKFILE_SCHEMA)
+    except (OSError, DvcException, ValueError, TypeError, RecursionError):  # ruamel.yaml raises the last three
         return False
-    if not isinstance(content, dict) or "schema" not in content:
-        return False
-    entries = content.get("stages") or {}
-    return all(_entry_is_complete(entries[stage]) for stage in STAGES if stage in entries)
-
-
-def _entry_is_complete(entry: Any) -> bool:
-    if not isinstance(entry, dict) or "cmd" not in entry or not entry.get("outs"):
-        return False  # DVC writes the outs last
-    files = [*(entry.get("deps") or []), *(entry.get("outs") or [])]
-    return all(isinstance(file, dict) and "path" in file and "hash" in file for file in files)
+    entries = content.get("stages", {})
+    return all(entries[stage].get("outs") for stage in STAGES if stage in entries)
 
 
 def _release_stale_rwlock(directory: Path, log: Callable[[str], None]) -> None:
@@ -131,15 +126,18 @@ def _release_stale_rwlock(directory: Path, log: Callable[[str], None]) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
+        from dvc.rwlock import SCHEMA
+        from voluptuous import Invalid
+
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
+            content = SCHEMA(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError, Invalid):  # DVC would refuse it for good
             path.unlink()
-            log("removed DVC's lock file, truncated by a kill")
+            log("removed DVC's lock file, damaged by a kill")
             return
         written = path.stat().st_mtime
-        holders = [*content.get("write", {}).values(), *(i for r in content.get("read", {}).values() for i in r)]
-        if holders and not any(_is_running_dvc(int(holder["pid"]), written) for holder in holders):
+        holders = [*content["write"].values(), *(holder for read in content["read"].values() for holder in read)]
+        if holders and not any(_is_running_dvc(holder["pid"], written) for holder in holders):
             path.unlink()
             log("removed DVC's lock file, left by a killed run")
 
@@ -149,5 +147,5 @@ def _is_running_dvc(pid: int, written: float) -> bool:
     try:
         process = psutil.Process(pid)
         return process.create_time() <= written and any("dvc" in word for word in process.cmdline())
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # a number that is no PID
         return False

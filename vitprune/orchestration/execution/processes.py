@@ -3,11 +3,12 @@
 import contextlib
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -19,6 +20,8 @@ from vitprune.runtime import commands
 # Every process that a flow starts inherits this variable; its value is the project. A process whose parent was killed
 # is a child of init and in no tree of ours, but its environment still has the variable.
 MARK = "VITPRUNE_FLOW_PROJECT"
+GRACE = 30.0  # seconds in which an interrupted stage may save a checkpoint
+SHELLS = {"sh", "dash", "bash", "zsh", "fish"}
 
 
 def process_environment(project: Path) -> dict[str, str]:
@@ -49,8 +52,9 @@ def run(
 ) -> CommandResult:
     """Run a command in the caller's process group and pass on its output line by line while it runs.
 
-    The command and all its descendants are killed at the time limit and when the caller is interrupted. No new session
-    is started: a signal to the caller's group has to reach the command too.
+    The command and all its descendants are killed at the time limit. When the caller is interrupted, the command of
+    DVC's stage gets SIGTERM, and is killed after GRACE. No new session is started: a signal to the caller's group has
+    to reach the command too.
 
     Args:
         command: program and arguments.
@@ -73,11 +77,17 @@ def run(
     reader.start()
     try:
         timed_out = not _follow(process, lines, deadline, line)
+    except KeyboardInterrupt:
+        _interrupt_stage(process.pid)
+        if MARK in env:  # Ctrl-C may have ended a shell, but not the processes that it had in the background
+            kill_marked(Path(env[MARK]))
+        raise
     finally:
         kill_tree(process.pid)
         exit_code = process.wait()
         reader.join(timeout=5)
-        process.stdout.close()
+        if not reader.is_alive():  # else closing waits for a background process that keeps the pipe open
+            process.stdout.close()
     return CommandResult(exit_code, timed_out)
 
 
@@ -109,6 +119,31 @@ def _follow(
             line(text)
         if deadline is not None and time.monotonic() > deadline and process.poll() is None:
             return False
+
+
+def _interrupt_stage(dvc: int) -> None:
+    """Send SIGTERM to the command that a DVC process runs, wait until it has ended, and kill it after GRACE.
+
+    Processes that the command has started itself, such as data loaders, are not signalled: it ends them. DVC ends with
+    the command, and releases its locks.
+    """
+    try:
+        root = psutil.Process(dvc)
+        descendants = root.children(recursive=True)
+        for process in list(_commands(root)) or [root]:
+            _signal(process.terminate if process.pid != dvc else lambda: root.send_signal(signal.SIGINT))
+    except psutil.NoSuchProcess:
+        return
+    for process in psutil.wait_procs([root, *descendants], timeout=GRACE)[1]:
+        kill_tree(process.pid)
+
+
+def _commands(process: psutil.Process) -> Iterator[psutil.Process]:
+    """Yield the children of a process; below a shell those of the shell too."""
+    for child in process.children():
+        yield child
+        if child.name() in SHELLS:
+            yield from _commands(child)
 
 
 def kill_tree(pid: int) -> None:

@@ -1,0 +1,85 @@
+import fcntl
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import shell_pipeline
+from tests.support.shell_pipeline import REPOSITORY, processes_of, sleepers
+from vitprune.orchestration.tracking.journal import read_log
+
+pytestmark = pytest.mark.pipeline
+CTRL_C = b"\x03"
+# as a training: the state is saved after a signal, which takes a moment
+SAVES = "trap 'sleep 1; touch saved; exit 143' INT TERM\n"
+
+
+class Terminal:
+    """`vitprune run` as the foreground job of a pseudo-terminal, and what it has printed."""
+
+    def __init__(self, project: Path, env: dict[str, str]):
+        self.screen, terminal = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vitprune.cli", "run", "--project", str(project)],
+            cwd=REPOSITORY, env=os.environ | env, stdin=terminal, stdout=terminal, stderr=terminal,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(terminal)
+        self.text = ""
+
+    def read_until(self, happened, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < deadline, self.text
+            if select.select([self.screen], [], [], 0.1)[0]:
+                try:
+                    self.text += os.read(self.screen, 65536).decode()
+                except OSError:  # the job has ended
+                    time.sleep(0.1)
+
+    def press(self, key: bytes) -> None:
+        os.write(self.screen, key)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    project = shell_pipeline.make(tmp_path / "project")
+    (project / "sleep_dense").touch()
+    return project
+
+
+def test_ctrl_c_lets_the_stage_save_and_ends_the_flow_in_one_line(project: Path) -> None:
+    (project / "stage.sh").write_text(SAVES + shell_pipeline.SCRIPT)
+    job = Terminal(project, {})  # with the embedded Prefect server, which is in the same process group
+    job.read_until(lambda: sleepers(project), 240)
+    job.press(CTRL_C)
+    job.read_until(lambda: "stopped; run again" in job.text, 20)
+    job.read_until(lambda: job.process.poll() is not None, 100)
+    assert job.process.returncode == 130
+    after = [line for line in job.text.partition("^C")[2].splitlines() if line]
+    assert len(after) == 1, job.text
+    assert (project / "saved").exists()
+    (log,) = (project / ".vitprune/journal").glob("*.jsonl")
+    assert read_log(log)[-1]["status"] == "KILLED"
+    assert processes_of(project) == []
+    os.close(job.screen)
+
+
+def test_a_second_ctrl_c_ends_the_flow_without_waiting(project: Path, server: str) -> None:
+    (project / "stage.sh").write_text("trap '' INT TERM\n" + shell_pipeline.SCRIPT)
+    job = Terminal(project, {"PREFECT_API_URL": server})
+    job.read_until(lambda: sleepers(project), 240)
+    job.press(CTRL_C)
+    job.read_until(lambda: "stopped; run again" in job.text, 20)
+    job.press(CTRL_C)
+    job.read_until(lambda: job.process.poll() is not None, 20)
+    assert job.process.returncode == 130
+    assert "Traceback" not in job.text
+    assert processes_of(project) == []
+    os.close(job.screen)

@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM in the process of a flow: one line at once, exit code 130, and no traceback."""
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+import psutil  # type: ignore[import-untyped]
+
+from vitprune.orchestration.execution.processes import kill_tree
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+
+
+def run_interruptibly(body: Callable[[Callable[[], bool]], int], line: str) -> int:
+    """Run the body of a command until it ends, or until the first Ctrl-C or SIGTERM.
+
+    The first signal prints `line` and raises KeyboardInterrupt in the body. A second Ctrl-C kills all processes of the
+    command and ends it at once; a further SIGTERM changes nothing.
+
+    Args:
+        body: gets a function that returns whether a signal has been received; returns an exit code.
+        line: says how to continue.
+
+    Returns:
+        The body's exit code; 130 after a signal.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            os.write(2, f"\n{line}\n".encode())  # print() is not reentrant
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            for child in psutil.Process().children():
+                kill_tree(child.pid)
+            os._exit(EXIT_INTERRUPTED)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    try:
+        code = body(lambda: bool(received))
+    except BaseException:  # of Prefect too, which may turn the interrupt into an exception of its own
+        if not received:
+            raise
+    return EXIT_INTERRUPTED if received else code

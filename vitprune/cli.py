@@ -200,7 +200,7 @@ def sync(
     project: Project = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Upload the runs that MLflow missed while its server was unavailable; idempotent."""
+    """Upload the runs that MLflow missed while its server was unavailable, or has lost; idempotent."""
     _require_pipeline()
     from vitprune.orchestration import cli_audit
 

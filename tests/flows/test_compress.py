@@ -67,6 +67,29 @@ def test_failure_classes_are_recognised_through_dvc(project: Path) -> None:
     assert reproduce("dataset", project, None, lambda line: None).failure is FailureClass.INPUT
 
 
+def test_a_damaged_object_of_the_cache_fails_the_stage_and_the_line_repairs_it(project: Path) -> None:
+    for stage in ("dataset", "dense"):
+        assert reproduce(stage, project, None, lambda line: None).exit_code == 0
+    weights = project / "out/dense/weights"
+    (cached,) = [
+        p for p in (project / ".dvc/cache/files").rglob("*") if p.is_file() and p.read_bytes() == b"dense made this\n"
+    ]
+    times = cached.stat()
+    cached.chmod(0o644)
+    cached.write_bytes(b"dense made thaT\n")
+    cached.chmod(0o444)
+    os.utime(cached, ns=(times.st_atime_ns, times.st_mtime_ns))
+    shutil.rmtree(project / "out/dense")
+    result = reproduce("dense", project, None, lambda line: None)
+    assert (result.exit_code, result.failure) == (1, FailureClass.STAGE)
+    assert result.error == (
+        f"dense: out/dense/: has another MD5 than in dvc.lock; run `rm -rf {weights.parent} {cached}`, then run again"
+    )
+    subprocess.run(result.error.split("`")[1].split(), check=True)
+    assert reproduce("dense", project, None, lambda line: None).exit_code == 0
+    assert weights.read_text() == "dense made this\n"
+
+
 def test_a_misspelt_parameter_that_dvc_ignores_is_an_error(project: Path) -> None:
     assert check_params(project) == ""
     with (project / "params.yaml").open("a") as file:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import preloaded
 from tests.support.tiny_project import record
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import read_log
@@ -59,6 +60,16 @@ MlflowClient.get_experiment_by_name = too_early
 client, experiment = open_client(Path(sys.argv[1]))
 print(client.get_experiment(experiment).name)
 """
+
+# run logs that were edited or truncated in the middle; the others are uploaded
+DAMAGED = {
+    "no-time": b'{"fact": "start"}\n',
+    "list": b'[1, 2]\n{"fact": "start"}\n',
+    "not-utf-8": b"\xff\xfe\n\n",
+    "not-json": b'{"fact": "sta\n{"fact": "start", "time": 1}\n',
+    "nested": b"[" * 100000 + b"\n{}",
+    "other-types": b'{"fact": "start", "time": "now", "params": 3, "git": [], "files": {}}\n',
+}
 
 
 def read_mlflow(uri: str) -> dict[str, list[dict]]:
@@ -135,9 +146,13 @@ def test_a_repeated_upload_is_idempotent(project: Path, address: str, server: Pa
         time.sleep(0.05)
     cut_off.kill()
     cut_off.communicate()
+    for name, content in DAMAGED.items():
+        (project / f".vitprune/journal/{name}.jsonl").write_bytes(content)
     code, out, err = replay(project, address)
-    assert code == 0, err
-    assert out == f"uploaded 2 runs to {address}\n"
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"uploaded 2 runs; not uploaded: {len(DAMAGED)} ({project}/.vitprune/journal/")
+    for name in DAMAGED:
+        (project / f".vitprune/journal/{name}.jsonl").unlink()
     assert replay(project, address)[1] == "nothing to upload\n"
     assert not list((project / ".vitprune/spool").iterdir())
 
@@ -202,3 +217,57 @@ def test_concurrent_flows_create_one_experiment(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", RACE, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["vitprune"]), done.stderr
+
+
+def test_a_lost_store_is_written_again_from_the_run_logs(project: Path) -> None:
+    record(project, "first")
+    assert sync(project)[0] == 0
+    store = f"sqlite:///{project}/mlflow.db"
+    before = read_mlflow(store)
+    archive = project / ".vitprune/journal/uploaded/first"
+    assert (archive / "dvc.lock").exists()
+    assert not (archive / "out").exists()  # DVC's cache has it
+    for folder in ("out", "metrics", "plots", "data", "mlartifacts"):
+        shutil.rmtree(project / folder)
+    database = project / "mlflow.db"
+    content = database.read_bytes()
+    for damaged in (content[:5000], content[:8192] + b"\xff" * 8192 + content[16384:]):
+        database.write_bytes(damaged)
+        code, out, err = sync(project)
+        assert (code, out) == (1, "")
+        assert f"{database}: the database is damaged (" in err
+        assert f"move it away and run `vitprune sync --project {project}`" in err
+        assert err.count("\n") == 1
+    database.unlink()
+    assert sync(project)[:2] == (0, f"uploaded 1 run to {store}\n")
+    assert sync(project)[1] == "nothing to upload\n"
+    after = read_mlflow(store)
+    assert described(after) == described(before)
+    assert [model["files"] for model in after["models"]] == [model["files"] for model in before["models"]]
+
+    # what no cache has is named, and the rest is written
+    for name in (".dvc/cache", "mlartifacts"):
+        shutil.rmtree(project / name)
+    database.unlink()
+    code, out, err = sync(project)
+    assert (code, out) == (0, f"uploaded 1 run to {store}\n")
+    assert "lost, and in no cache: metrics/" in err
+    files = {run["name"]: run["files"] for run in read_mlflow(store)["runs"]}
+    assert set(files["compress-first"]) == {"params.yaml", "dvc.yaml", "dvc.lock", "journal.jsonl"}
+    assert files["report"] == {}
+
+
+def sync(project: Path) -> tuple[int, str, str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    done = preloaded.run("vitprune.cli", "sync", "--project", str(project), cwd=project, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+def described(seen: dict[str, list[dict]]) -> dict[str, dict]:
+    """Return everything of the runs but the ids that MLflow chooses."""
+    own = {"mlflow.parentRunId"}
+    return {
+        run["name"]: {key: run[key] for key in ("status", "params", "metrics", "files")}
+        | {"tags": {name: value for name, value in run["tags"].items() if name not in own}}
+        for run in seen["runs"]
+    }

@@ -86,7 +86,7 @@ def _recomputed(tree: Path, name: str) -> Iterator[str]:
 
 
 def upload_missing_runs(project: Path, as_json: bool) -> int:
-    """Upload the run logs that MLflow does not have, and print how many.
+    """Upload the run logs that MLflow does not have, or has lost, and print how many.
 
     Args:
         project: the project's directory.
@@ -98,12 +98,12 @@ def upload_missing_runs(project: Path, as_json: bool) -> int:
     Raises:
         BadInput: the project has no run.
     """
-    from vitprune.orchestration.tracking.replay import replay
+    from vitprune.orchestration.tracking.replay import replay_with_sweeps
 
     project = project.resolve()
     if not (project / STATE).is_dir():
         raise BadInput(f"{project}: has no run of `vitprune run`; give the project by --project")
-    result = replay(project)
+    result = replay_with_sweeps(project)
     runs = f"{result.done} run{'' if result.done == 1 else 's'}"
     if as_json:
         print(json.dumps(asdict(result)))
@@ -111,4 +111,6 @@ def upload_missing_runs(project: Path, as_json: bool) -> int:
         print(f"uploaded {runs}; not uploaded: {result.missed} ({result.error})", file=sys.stderr)
     else:
         print(f"uploaded {runs} to {result.uri}" if result.done else "nothing to upload")
+        if result.error:
+            print(result.error, file=sys.stderr)
     return 1 if result.missed else 0

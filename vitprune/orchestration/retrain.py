@@ -20,8 +20,8 @@ from vitprune.orchestration.execution import worktrees
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.execution.worktrees import WorktreeError
+from vitprune.orchestration.tracking.kept_files import adopt, archived
 from vitprune.orchestration.tracking.registry import Registry, registry
-from vitprune.orchestration.tracking.replay import UPLOADED
 from vitprune.orchestration.tracking.store import mlflow_session, tracking_uri
 
 Compress = Callable[[Path], State[Any]]
@@ -128,6 +128,7 @@ class _Retraining:
             challenger.run, challenger.flow_run_id, {**challenger.tags, "vitprune.commit": commit}
         )
         self.models.promote(version)
+        adopt(worktree, self.project)
         worktrees.remove(self.project, worktree)
         where = "pushed to the DVC remote" if pushed else "not pushed, as the project has no DVC remote"
         message = (
@@ -161,7 +162,7 @@ class _Challenger:
     @property
     def flow_run_id(self) -> str:
         """Id of the run of the flow compress: the name of its run log."""
-        return next((self.worktree / STATE / "journal" / UPLOADED).glob("*.jsonl")).stem
+        return archived(self.worktree)[-1].flow_run_id
 
 
 def execute_retraining(project: Path, model: str | None, branch: str, compress: Compress) -> State[Retrained]:

@@ -21,10 +21,9 @@ from vitprune.orchestration.compress import RunLogger
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import exclusive, repair
 from vitprune.orchestration.execution.processes import (
-    GRACE,
     dvc_in_project,
+    kill_after_grace,
     kill_marked,
-    kill_tree,
     mark_of,
     process_environment,
     run,
@@ -176,7 +175,8 @@ def execute_sweep(
             if isinstance(future, PrefectConcurrentFuture):
                 future.wrapped_future.cancel()
         _kill_runs({str(job.directory) for job in jobs})
-        _write_table(folder, out, log.warning)
+        if results:
+            _write_table(folder, out, log.warning)
         record(project, folder, out, log.warning, FINISHED if results else "killed")
     failed = [result for result in results if result.status != FINISHED]
     if failed:
@@ -207,9 +207,7 @@ def _kill_runs(directories: set[str]) -> None:
     for process in runs:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    psutil.wait_procs(runs, timeout=GRACE + 5)
-    for process in runs:
-        kill_tree(process.pid)
+    kill_after_grace(runs)
 
 
 def _write_table(folder: Path, out: Path, warn: Callable[..., None]) -> None:

@@ -18,8 +18,8 @@ from vitprune.orchestration.execution.dvc_cache import LockedFile, MissingFile, 
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import MODEL, RunLog, flatten
+from vitprune.orchestration.tracking.kept_files import UPLOADED
 from vitprune.orchestration.tracking.logged_model import DIGEST
-from vitprune.orchestration.tracking.replay import UPLOADED
 from vitprune.orchestration.tracking.upload import HASH, JOURNAL, JOURNAL_DIGEST, KEY
 from vitprune.runtime.commands import git
 from vitprune.runtime.files import md5, sha256

@@ -1,6 +1,7 @@
 """Read dvc.lock and .dvc files, and resolve their files in the DVC cache or remote, with verified checksums."""
 
 import configparser
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from vitprune.errors import BadInput
 from vitprune.orchestration.execution.processes import dvc_in_project
 from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import md5
+from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import md5_digest, path_inside
 
 
@@ -45,11 +47,18 @@ def read_lock(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: the file is not a dvc.lock, or has a path outside of the project.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = _yaml(path)
     stages = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(stages, dict):
         raise BadInput(f"{path}: is not a dvc.lock; restore it from git")
     return {str(stage): _checked(entry, path.parent, f"dvc.lock: {stage}") for stage, entry in stages.items()}
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: is not YAML ({first_line(error)}); restore it from git") from None
 
 
 def _checked(entry: Any, root: Path, source: str) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def pointers(directory: Path) -> dict[str, Any]:
     entries = {}
     for name in sorted(listed.splitlines()):
         if (directory / name).is_file():
-            entry = yaml.safe_load((directory / name).read_text(encoding="utf-8"))
+            entry = _yaml(directory / name)
             outs = _checked(entry, (directory / name).parent, name).get("outs", ())
             paths = [out | {"path": (Path(name).parent / out["path"]).as_posix()} for out in outs]
             entries[name] = {"outs": paths}
@@ -136,6 +145,25 @@ class Store:
         use_cache(tree, self.fetched)
         completed = dvc_in_project(tree, "fetch", *targets)
         return error_line(completed) if completed.returncode else ""
+
+
+def damaged_output(project: Path, stage: str) -> str:
+    """Compare the outputs of a stage with the MD5s of dvc.lock, and return the first difference in one line.
+
+    DVC takes an object of its cache for intact, so a damaged one would become an output again and again.
+    """
+    store = Store(cache_dir(project), project / ".dvc/tmp")
+    for out in read_lock(project / "dvc.lock").get(stage, {}).get("outs", ()):
+        path = project / out["path"].rstrip("/")
+        actual = tree_md5(path) if path.is_dir() else md5(path) if path.is_file() else ""
+        if actual != out["md5"]:
+            objects = [store.path_of(out["md5"])]
+            with contextlib.suppress(MissingFile):
+                objects += [store.path_of(file.md5) for file in store.files({stage: {"outs": [out]}})]
+            damaged = [str(x) for x in objects if x.is_file() and x.parent.name + x.name.removesuffix(".dir") != md5(x)]
+            remove = " ".join([str(path), *damaged])
+            return f"{out['path']}: has another MD5 than in dvc.lock; run `rm -rf {remove}`, then run again"
+    return ""
 
 
 def is_cached(path: str) -> bool:

@@ -134,8 +134,23 @@ def _interrupt_stage(dvc: int) -> None:
             _signal(process.terminate if process.pid != dvc else lambda: root.send_signal(signal.SIGINT))
     except psutil.NoSuchProcess:
         return
-    for process in psutil.wait_procs([root, *descendants], timeout=GRACE)[1]:
+    kill_after_grace([root, *descendants])
+
+
+def kill_after_grace(processes: Sequence[psutil.Process]) -> None:
+    """Wait until processes have ended, and kill those that have not after GRACE; their parents get the exit codes."""
+    deadline = time.monotonic() + GRACE
+    while (running := [p for p in processes if _is_running(p)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in running:
         kill_tree(process.pid)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _commands(process: psutil.Process) -> Iterator[psutil.Process]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from vitprune.config.params import load_params
 from vitprune.errors import BadInput
+from vitprune.orchestration.execution.dvc_cache import damaged_output
 from vitprune.orchestration.execution.processes import process_environment, run
 from vitprune.pipeline.stages import STAGES as COMPUTED
 
@@ -92,6 +93,8 @@ def reproduce(stage: str, project: Path, limit: float | None, log: Callable[[str
         error = f"{stage}: killed after {seconds:.0f} s by --stage-limit {limit:g}; raise the limit and run again"
         return StageResult(stage, False, started, seconds, ended.exit_code, FailureClass.LIMIT, error)
     if ended.exit_code == 0:
+        if damage := damaged_output(project, stage):
+            return StageResult(stage, False, started, seconds, 1, FailureClass.STAGE, f"{stage}: {damage}")
         return StageResult(stage, not ran, started, seconds, 0)
     failure, code = _classify_failure(ended.exit_code, lines)
     return StageResult(stage, False, started, seconds, code, failure, _error_line(stage, lines, code))

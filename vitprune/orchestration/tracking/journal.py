@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from vitprune.errors import BadInput
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import StageResult
 from vitprune.orchestration.summary import evaluation
@@ -155,14 +156,27 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a run log, without a last line truncated by a kill."""
-    facts = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Return the events of a run log, without a last line truncated by a kill.
+
+    Raises:
+        BadInput: another line is not an event.
+    """
+    lines, facts = path.read_bytes().splitlines(), list[dict[str, Any]]()
+    for number, line in enumerate(lines, 1):
         try:
-            facts.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            facts.append(_event(line))
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            raise BadInput(f"{path}: line {number} is not an event of a run log; move the file away") from None
     return facts
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    fact = json.loads(line)
+    if not isinstance(fact, dict) or not isinstance(fact.get("fact"), str):
+        raise ValueError
+    return fact
 
 
 def _is_number(value: Any) -> bool:

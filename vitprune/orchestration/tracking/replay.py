@@ -1,20 +1,21 @@
 """Upload the run logs that MLflow does not have yet (`vitprune sync`)."""
 
 import fcntl
+import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.tracking.journal import RunLog, read_log
+from vitprune.orchestration.tracking.kept_files import archive, archived, restore
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import without_credentials
 
-UPLOADED = "uploaded"  # directory of the logs that MLflow has
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # what a run log with other content can raise
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class UploadResult:
         run_id: MLflow run of the newest one; empty if there is none.
         experiment_id: its experiment.
         uri: tracking URI.
-        error: reason of the first failure; empty if there is none.
+        error: reason of the first failure, or the files that are lost; empty if there is none.
     """
 
     done: int
@@ -39,7 +40,9 @@ class UploadResult:
 
 
 def replay(project: Path, flow_run_id: str | None = None) -> UploadResult:
-    """Upload every run log that is not in MLflow yet; idempotent.
+    """Upload every run log that is not in MLflow; idempotent.
+
+    Without `flow_run_id`, the logs that were uploaded before are looked up too: MLflow's store may have been lost.
 
     Args:
         project: the project's directory.
@@ -50,7 +53,21 @@ def replay(project: Path, flow_run_id: str | None = None) -> UploadResult:
     """
     with _upload_lock(project):
         pending = _pending(project, flow_run_id)
-        return _upload(project, pending) if pending else UploadResult(0, 0)
+        kept = archived(project) if flow_run_id is None else []
+        return _upload(project, pending, kept) if pending or kept else UploadResult(0, 0)
+
+
+def replay_with_sweeps(project: Path) -> UploadResult:
+    """Upload every run log of a project and of the runs of its sweeps, as `replay` does, to the project's store."""
+    from vitprune.orchestration.tracking.store import tracking_uri
+
+    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))
+    sweeps = sorted(project.glob(f"{STATE}/sweeps/*/sweep.json"))
+    runs = [path.parent / run["directory"] for path in sweeps for run in json.loads(path.read_text())["runs"]]
+    results = [replay(project), *(replay(run) for run in runs if (run / STATE / "journal").is_dir())]
+    newest = next((result for result in results if result.uri), results[0])
+    done, missed = sum(result.done for result in results), sum(result.missed for result in results)
+    return replace(newest, done=done, missed=missed, error=next((r.error for r in results if r.error), ""))
 
 
 def replay_as_dict(project: str, flow_run_id: str | None) -> dict[str, Any]:
@@ -58,45 +75,54 @@ def replay_as_dict(project: str, flow_run_id: str | None) -> dict[str, Any]:
     return asdict(replay(Path(project), flow_run_id))
 
 
-def _upload(project: Path, pending: list[RunLog]) -> UploadResult:
+def _upload(project: Path, pending: list[RunLog], kept: list[RunLog]) -> UploadResult:
     # imported here: callers with nothing to upload, or that need only the types, do not load MLflow
     from mlflow.exceptions import MlflowException
 
-    from vitprune.orchestration.tracking.store import open_client, short_timeouts, tracking_uri
-    from vitprune.orchestration.tracking.upload import Uploader
+    from vitprune.orchestration.tracking.store import TrackingError, open_client, short_timeouts, tracking_uri
+    from vitprune.orchestration.tracking.upload import Uploader, has_run
 
-    uri, run, experiment, done, reason = tracking_uri(project), "", "", 0, ""
+    uri, run, experiment, done, reasons = tracking_uri(project), "", "", 0, list[str]()
+    total = len(pending) + len(kept)
     try:
         client, experiment = open_client(project)
         with short_timeouts(60):  # large files take time
-            for run_log in pending:
+            missing = [run_log for run_log in kept if not has_run(client, experiment, run_log.flow_run_id)]
+            total = len(missing) + len(pending)
+            for run_log in [*missing, *pending]:
                 try:
-                    run = Uploader(client, experiment, run_log).upload()
-                except ValueError as error:  # its files were modified; the other logs are uploaded
-                    reason = without_credentials(first_line(error))
-                    continue
-                _archive(run_log)
-                done += 1
-    except (MlflowException, OSError) as error:
-        reason = without_credentials(first_line(error))
-    return UploadResult(done, len(pending) - done, run, experiment, without_credentials(uri), reason)
+                    lost = restore(run_log) if run_log in missing else frozenset()
+                    run = Uploader(client, experiment, run_log, lost).upload()
+                except MlflowException as error:
+                    if error.error_code != "INVALID_PARAMETER_VALUE":
+                        raise
+                    reasons.append(f"{run_log.path}: {first_line(error)}")
+                except DAMAGED as error:  # it was modified; the other logs are uploaded
+                    reasons.append(f"{run_log.path}: cannot be uploaded ({type(error).__name__}: {first_line(error)})")
+                else:
+                    reasons += [f"run {run}: lost, and in no cache: {', '.join(sorted(lost))}"] if lost else []
+                    archive(run_log)
+                    done += 1
+    except (MlflowException, TrackingError, OSError) as error:
+        reasons.append(first_line(error))
+    reason = without_credentials(reasons[0]) if reasons else ""
+    return UploadResult(done, total - done, run, experiment, without_credentials(uri), reason)
 
 
 def _pending(project: Path, flow_run_id: str | None) -> list[RunLog]:
     """Return the run logs not uploaded yet, oldest first, without that of an active run."""
-    folder = project / STATE / "journal"
+    folder, busy = project / STATE / "journal", flow_run_id is None and _is_busy(project)
     paths = sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    if flow_run_id is None and _is_busy(project):
-        paths = [path for path in paths if any(fact["fact"] == "end" for fact in read_log(path))]
-    paths = [path for path in paths if any(fact["fact"] == "start" for fact in read_log(path))]
-    return [RunLog(project, path.stem) for path in paths]
+    return [RunLog(project, path.stem) for path in paths if path.is_file() and _is_pending(path, busy)]
 
 
-def _archive(run_log: RunLog) -> None:
-    folder = run_log.path.parent / UPLOADED
-    folder.mkdir(exist_ok=True)
-    os.replace(run_log.path, folder / run_log.path.name)
-    shutil.rmtree(run_log.spool, ignore_errors=True)  # last: until here an interrupted upload can be repeated
+def _is_pending(path: Path, busy: bool) -> bool:
+    """Whether a run log has begun and, while a flow is active, has ended; a damaged one is to be reported."""
+    try:
+        events = {fact["fact"] for fact in read_log(path)}
+    except DAMAGED:
+        return True
+    return "start" in events and ("end" in events or not busy)
 
 
 def _is_busy(project: Path) -> bool:

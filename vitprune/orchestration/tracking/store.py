@@ -69,12 +69,18 @@ def open_client(project: Path) -> tuple[MlflowClient, str]:
     Call it while holding the upload lock: creating a SQLite store is not safe among several processes.
 
     Raises:
+        TrackingError: the project's database is damaged.
         MlflowException: the server does not answer, or rejects the request.
     """
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)  # no log line per migration
     uri, local = tracking_uri(project), project / DATABASE
     if uri == f"sqlite:///{local}":
+        if local.exists() and (damage := _damage(local)):
+            raise TrackingError(
+                f"{local}: the database is damaged ({damage}); move it away and run "
+                f"`vitprune sync --project {project}`: the runs are written again from the run logs"
+            )
         _migrate(local)
     client = MlflowClient(tracking_uri=uri)
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vitprune"
@@ -108,6 +114,18 @@ def _migrate(database: Path) -> None:
     if completed.returncode != 0:
         raise MlflowException(f"{database}: migration to the schema of this MLflow failed ({error_line(completed)})")
     os.replace(partial, database)
+
+
+def _damage(database: Path) -> str:
+    """Return the first damage of a SQLite file; empty if it is intact or cannot be checked now."""
+    try:
+        with closing(sqlite3.connect(database)) as connection:
+            result = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
+    except sqlite3.OperationalError:  # locked by a process that writes
+        return ""
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    return "" if result == "ok" else result.splitlines()[0]
 
 
 def _revision(database: Path) -> str | None:

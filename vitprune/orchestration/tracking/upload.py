@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunTag, ViewType
 
 from vitprune.orchestration.tracking.journal import RunLog, read_log
 from vitprune.orchestration.tracking.logged_model import DIGEST, find_model, model_digest, record_model
@@ -25,11 +25,19 @@ KEY, CACHED, HASH = "vitprune.key", "vitprune.cached", "vitprune.dvc_stage_hash"
 
 @dataclass(frozen=True)
 class Uploader:
-    """Uploads one run log into one experiment."""
+    """Uploads one run log into one experiment.
+
+    Attributes:
+        client: client of the tracking store.
+        experiment: id of the experiment.
+        journal: the run log, with its files in the spool.
+        lost: paths of files that are left out, since no copy exists any more.
+    """
 
     client: MlflowClient
     experiment: str
     journal: RunLog
+    lost: frozenset[str] = frozenset()
 
     def upload(self) -> str:
         """Upload the run log and its files; return the id of the parent run."""
@@ -97,7 +105,8 @@ class Uploader:
         self._curves(run, rows, ended)
         for cycle in fact.get("cycles", ()):
             self._cycle(run, fact, cycle, [row for row in rows if row.get("cycle") == cycle["cycle"]])
-        if files := fact.get("model"):
+        files = fact.get("model", ())
+        if files and not self.lost.intersection(file["path"] for file in files):
             key = f"{self.journal.flow_run_id}/{fact['stage']}"
             record_model(self.client, self.experiment, run, key, self.journal.spool, files)
 
@@ -180,7 +189,7 @@ class Uploader:
             self.client.log_batch(run, some)
 
     def _history(self, file: Fact) -> list[dict[str, Any]]:
-        if not file["path"].endswith("history.jsonl"):
+        if not file["path"].endswith("history.jsonl") or file["path"] in self.lost:
             return []
         path = self.journal.spool / file["path"]
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -188,6 +197,8 @@ class Uploader:
     def _files(self, run: str, files: Iterable[Fact]) -> None:
         """Log files under their relative paths in the project, after comparing their SHA-256 with the run log."""
         for file in files:
+            if file["path"] in self.lost:
+                continue
             path = self.journal.spool / file["path"]
             if not path.is_file() or sha256(path) != file["sha256"]:
                 raise ValueError(f"{path}: has another SHA-256 than in the run log; its run cannot be uploaded")
@@ -196,6 +207,14 @@ class Uploader:
 
     def _end(self, run: str, status: str, ended: float) -> None:
         self.client.set_terminated(run, status, _milliseconds(ended))
+
+
+def has_run(client: MlflowClient, experiment: str, key: str) -> bool:
+    """Whether MLflow has the run of a key with its journal; a run that a user has deleted counts."""
+    runs = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", ViewType.ALL, max_results=1)
+    if runs and runs[0].info.lifecycle_stage == "active":
+        return any(file.path == JOURNAL for file in client.list_artifacts(runs[0].info.run_id))
+    return bool(runs)
 
 
 def start_tags(start: Fact) -> dict[str, str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.utils.serialize import parse_yaml
 
 from vitprune import BadInput, plan_for
 from vitprune.config.params import Params, load_params, read_yaml
@@ -47,25 +48,53 @@ def test_params_yaml_and_recipes_are_valid(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key",
+    ("key", "remedy"),
     [
-        "sed",
-        "prunes",
-        "dataset.sorce",
-        "model.nmae",
-        "dense.train.learning_rate",
-        "calibrate.balanced",
-        "score.batchsize",
-        "prune.sparsty",
-        "prune.finetune.epoch",
-        "distill.alfa",
-        "distill.train.lrr",
-        "evaluate.runs",
-        "export.onxx",
+        ("sed", "did you mean seed?"),
+        ("prunes", "did you mean prune?"),
+        ("dataset.sorce", "did you mean source?"),
+        ("model.nmae", "did you mean name?"),
+        ("dense.train.learning_rate", "remove it or correct its name"),
+        ("calibrate.balanced", "did you mean balance?"),
+        ("score.batchsize", "did you mean batch_size?"),
+        ("prune.sparsty", "did you mean sparsity?"),
+        ("prune.finetune.epoch", "did you mean epochs?"),
+        ("distill.alfa", "remove it or correct its name"),
+        ("distill.train.lrr", "did you mean lr?"),
+        ("evaluate.runs", "remove it or correct its name"),
+        ("export.onxx", "did you mean onnx?"),
     ],
 )
-def test_an_unknown_key_is_named(message_of, key: str) -> None:
-    assert message_of(key, 1) == f"{key}: unknown key; remove it or correct its name"
+def test_an_unknown_key_is_named(message_of, key: str, remedy: str) -> None:
+    assert message_of(key, 1) == f"{key}: unknown key; {remedy}"
+
+
+def test_a_misspelt_key_is_named_even_if_the_right_one_is_missing(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text().replace("  sparsity: {ffn: 0.6, attention: 0.5}", "  sparsty: 0.5")
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(BadInput, match=r"prune\.sparsty: unknown key; did you mean sparsity\?$"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
+    path, text = tmp_path / "params.yaml", (ROOT / "params.yaml").read_text()
+    text = text.replace("seed: 0", "seed: 010").replace("lr: 0.002", "lr: 2e-3").replace("scope: null", "scope: 2:4")
+    path.write_text(text.replace("num_classes: 10}", "num_classes: 10, init_values: 1e-5}"))
+    params = load_params(path)
+    assert (params.seed, params.dense.train.lr, params.prune.scope) == (10, 0.002, "2:4")
+    assert params.model.args["init_values"] == 1e-5
+    assert params.model_dump(mode="json") == Params.model_validate(parse_yaml(path.read_text(), path)).model_dump(
+        mode="json"
+    )
+
+
+def test_a_value_of_any_size_gives_a_short_message(message_of, tmp_path: Path) -> None:
+    for value in ("x" * 100_000, ["x"] * 5000, {str(key): key for key in range(5000)}, [[["deep"] * 50] * 50] * 50):
+        assert len(message_of("seed", value)) < 1000
+    text = (ROOT / "params.yaml").read_text().replace("seed: 0", "seed: 0x" + "f" * 50_000)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(BadInput, match=r"params.yaml: seed: .* got a number of int with too many digits"):
+        load_params(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("key", RENAMED)
@@ -233,7 +262,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_numbers_in_yaml_notation_are_accepted(tmp_path: Path) -> None:
     text = (ROOT / "params.yaml").read_text()
     raw = yaml.safe_load(text)
-    raw["dense"]["train"]["lr"] = "1e-3"  # what YAML makes of a plain 1e-3
+    raw["dense"]["train"]["lr"] = "1e-3"  # in quotes
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     assert load_params(tmp_path / "params.yaml").dense.train.lr == 0.001
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from vitprune.config.prune_config import PruneConfig
@@ -12,6 +11,7 @@ from vitprune.config.score_config import ScoreConfig
 from vitprune.config.section import Count, Section, first_error
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.errors import BadInput
+from vitprune.runtime.yaml_files import load_yaml
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -149,11 +149,9 @@ def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
 
 def _mapping(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = load_yaml(path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; {remedy}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: must be a mapping of sections, is {type(raw).__name__}")
     return raw
@@ -182,4 +180,4 @@ def checked(raw: Mapping[str, Any], kind: type[SectionType], where: Path | str) 
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise BadInput(f"{where}: {first_error(error)}") from None
+        raise BadInput(f"{where}: {first_error(error, kind)}") from None

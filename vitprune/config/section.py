@@ -1,7 +1,9 @@
 """Base class of all settings: unknown keys and wrong values are refused with one line that names the key."""
 
+import difflib
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from reprlib import Repr
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -22,6 +24,10 @@ RENAMED = {  # keys of earlier versions -> their present names
     "prune.hold_zeros": "prune.keep_zeros",
     "distill.hold_zeros": "distill.keep_zeros",
 }
+
+SHOWN = Repr()  # bounds the text of a value in a message
+SHOWN.maxstring = SHOWN.maxother = 100
+SHOWN.maxdict = SHOWN.maxlist = SHOWN.maxtuple = 8
 
 # what pydantic inserts into the location of an error for a member of a union
 UNION_MEMBERS = ("constrained-", "dict[", "[key]", "literal[", "list[", "function-", "Schedule")
@@ -44,7 +50,7 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise BadInput(first_error(error, self.section or type(self).__name__)) from None
+            raise BadInput(first_error(error, type(self), self.section or type(self).__name__)) from None
 
     # pydantic then validates a nested section without __init__, so that its errors have the full key
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -55,28 +61,67 @@ def at_key(key: str, message: str, value: object) -> PydanticCustomError:
     return PydanticCustomError("at_key", "{message}", {"key": key, "message": message, "value": value})
 
 
-def first_error(error: ValidationError, section: str = "") -> str:
+def first_error(error: ValidationError, kind: type[Section], section: str = "") -> str:
     """Describe the first error in one line that begins with the dotted key.
 
     If a key allows several types, the error of the closest type is taken.
+
+    Args:
+        error: The errors.
+        kind: The model of the settings.
+        section: Name of the settings in params.yaml; empty for all of it.
     """
     problems = [(_dotted([section, *problem["loc"]]), problem) for problem in error.errors()]
     for key, problem in problems:
-        if problem["type"] == "extra_forbidden" and key in RENAMED:
-            return f"{key}: has been renamed to {RENAMED[key]}"
+        if problem["type"] == "extra_forbidden":
+            return f"{key}: {_renamed(key, _known_keys(kind, problem['loc'][:-1]))}"
     start = problems[0][0]
     near = [(key, problem) for key, problem in problems if f"{key}.".startswith(f"{start}.")]
     key, problem = max(near, key=lambda pair: (pair[0].count("."), pair[1]["type"] == "value_error"))
     others = len(problems) - len(near)
     more = f" (and {others} more)" if others else ""
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key; remove it or correct its name"
     if problem["type"] == "at_key":
         details = problem["ctx"]
-        return f"{key}.{details['key']}: {message}, got {details['value']!r}{more}"
+        return f"{key}.{details['key']}: {message}, got {shown(details['value'])}{more}"
     prefix = f"{key}: " if key else ""
-    return f"{prefix}{message}, got {problem['input']!r}{more}"
+    return f"{prefix}{message}, got {shown(problem['input'])}{more}"
+
+
+def shown(value: object) -> str:
+    """Return the repr of a value from a file, shortened."""
+    try:
+        return SHOWN.repr(value)
+    except ValueError:  # an integer of more digits than Python converts
+        return f"a number of {type(value).__name__} with too many digits"
+
+
+def similar(name: str, names: Sequence[str]) -> str:
+    """Return the words `; did you mean NAME?` if a name is close to one of `names`, else nothing."""
+    near = difflib.get_close_matches(name[:80], names, 1, 0.7)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _renamed(key: str, known: Sequence[str]) -> str:
+    if key in RENAMED:
+        return f"has been renamed to {RENAMED[key]}"
+    hint = similar(key.rpartition(".")[2], known)
+    return f"unknown key{hint}" if hint else "unknown key; remove it or correct its name"
+
+
+def _known_keys(kind: type[Section], location: Sequence[int | str]) -> list[str]:
+    """Return the keys of the sections at a location of the settings."""
+    sections: list[type[Section]] = [kind]
+    for part in location:
+        fields = [section.model_fields[str(part)] for section in sections if part in section.model_fields]
+        sections = [below for field in fields for below in _sections(field.annotation)] or sections
+    return [name for section in sections for name in section.model_fields]
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
 
 
 def _dotted(location: Sequence[int | str]) -> str:

@@ -252,7 +252,7 @@ def _from_workers(samples: "SeededRows", batches: Sequence[np.ndarray], workers:
             yield next(loaded) if len(rows) else _empty_batch(samples)
     except BadInput as error:
         # torch's message is the worker's traceback; its last line is ours
-        line = str(error).strip().splitlines()[-1]
+        line = str(error.args[0]).strip().splitlines()[-1]
         # the traceback keeps the loader in a reference cycle, and collecting it waits 5 seconds per worker
         error.__traceback__ = None
         raise BadInput(line.removeprefix("vitprune.errors.BadInput: ")) from None

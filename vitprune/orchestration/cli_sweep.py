@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vitprune.errors import BadInput
 from vitprune.orchestration.cli_compress import check_stage_limit, checked_project
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
@@ -18,6 +16,7 @@ from vitprune.orchestration.execution.worktrees import WorktreeError, project_st
 from vitprune.orchestration.interrupts import run_interruptibly
 from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, show_flow_log, start_embedded_server
 from vitprune.runtime.files import atomic_write
+from vitprune.runtime.yaml_files import dump_yaml
 
 STOPPED = "stopped; run again to continue with the remaining runs (training saves a checkpoint first)"
 
@@ -90,7 +89,7 @@ def _plan(project: Path, folder: Path, options: SweepOptions) -> None:
         file = folder / "sweep.yaml"
         targets = [_target(text.strip()) for text in str(options.targets).split(",")]
         methods = [name.strip() for name in str(options.methods).split(",")]
-        file.write_text(yaml.safe_dump({"methods": methods, "targets": targets, "against": options.against}))
+        file.write_text(dump_yaml({"methods": methods, "targets": targets, "against": options.against}))
     try:
         plan: dict[str, Any] = call(
             "vitprune.orchestration.torch_calls:plan_sweep", str(file.resolve()), str(project), project=folder

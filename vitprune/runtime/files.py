@@ -1,9 +1,11 @@
 """Atomic file writes, JSON and CSV files, and SHA-256 checksums."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def read_regular_file(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: there is no such file, it is a pipe, a device or a folder, or it is larger.
+    """
+    try:
+        status = path.stat()
+    except ValueError:  # a NUL in the name
+        raise OSError(errno.EINVAL, "not a file name", str(path)) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > limit:
+        raise OSError(errno.EINVAL, f"{status.st_size} bytes, the limit is {limit}", str(path))
+    with path.open("rb") as file:
+        return file.read(limit + 1)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -44,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: no such file; run the stage that writes it first") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); run the stage that writes it again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not valid JSON ({error}); run the stage that writes it again") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path}: not a JSON object; run the stage that writes it again")

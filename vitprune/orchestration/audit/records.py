@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vitprune.orchestration.audit.collect import RECORDED, CollectedRun
 from vitprune.orchestration.audit.expected import RunContent, actual, expected
 from vitprune.orchestration.execution.dvc_cache import LockedFile, MissingFile, is_cached, pointers, read_lock, tree_md5
@@ -24,6 +22,7 @@ from vitprune.orchestration.tracking.upload import HASH, JOURNAL, JOURNAL_DIGEST
 from vitprune.runtime.commands import git
 from vitprune.runtime.files import md5, sha256
 from vitprune.runtime.untrusted import without_credentials
+from vitprune.runtime.yaml_files import load_yaml
 
 Lines = Iterator[str]
 LOCK_DIGEST = "vitprune.dvc_lock_sha256"
@@ -80,8 +79,8 @@ def lockfile(collected: CollectedRun) -> Lines:
         if sha256(collected.records / name) != wanted:
             yield f"{name}: its sha256 is {sha256(collected.records / name)}, the run says {wanted}"
     lock = read_lock(collected.records / "dvc.lock")
-    pipeline = yaml.safe_load((collected.records / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    params = flatten(yaml.safe_load((collected.records / "params.yaml").read_text(encoding="utf-8")))
+    pipeline = load_yaml(collected.records / "dvc.yaml")["stages"]
+    params = flatten(load_yaml(collected.records / "params.yaml"))
     written: dict[str, str] = {}
     for stage in STAGES:
         entry = lock.get(stage)

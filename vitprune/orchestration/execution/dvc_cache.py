@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vitprune.errors import BadInput
 from vitprune.orchestration.execution.processes import dvc_in_project
 from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import md5
-from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import md5_digest, path_inside
+from vitprune.runtime.yaml_files import load_yaml
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,11 @@ def read_lock(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: the file is not a dvc.lock, or has a path outside of the project.
     """
-    content = _yaml(path)
+    content = load_yaml(path)
     stages = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(stages, dict):
         raise BadInput(f"{path}: is not a dvc.lock; restore it from git")
     return {str(stage): _checked(entry, path.parent, f"dvc.lock: {stage}") for stage, entry in stages.items()}
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: is not YAML ({first_line(error)}); restore it from git") from None
 
 
 def _checked(entry: Any, root: Path, source: str) -> dict[str, Any]:
@@ -92,7 +83,7 @@ def pointers(directory: Path) -> dict[str, Any]:
     entries = {}
     for name in sorted(listed.splitlines()):
         if (directory / name).is_file():
-            entry = _yaml(directory / name)
+            entry = load_yaml(directory / name)
             outs = _checked(entry, (directory / name).parent, name).get("outs", ())
             paths = [out | {"path": (Path(name).parent / out["path"]).as_posix()} for out in outs]
             entries[name] = {"outs": paths}

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vitprune.orchestration.execution.dvc_cache import cache_dir, pointers, use_cache
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import dvc_in_project
 from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import sha256
+from vitprune.runtime.yaml_files import dump_yaml, load_yaml
 
 COMMITTER = {"user.name": "vitprune-retrain", "user.email": "vitprune-retrain@localhost"}
 # Written by runs, in addition to the outs of dvc.yaml: never copied from the project into the directory of a run.
@@ -84,8 +83,7 @@ class ProjectState:
         for name in [*linked, *(dep for dep in self.deps if not self._is_output(dep))]:
             _link(self.project / name, target / name)
         use_cache(target, cache_dir(self.project), self.project)
-        text = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
-        (target / "params.yaml").write_text(text, encoding="utf-8")
+        (target / "params.yaml").write_text(dump_yaml(params), encoding="utf-8")
         return target
 
     def _add_worktree(self, folder: Path) -> None:
@@ -146,7 +144,7 @@ def project_state(project: Path) -> ProjectState:
     Raises:
         WorktreeError: the project is in git and has no commit yet.
     """
-    stages = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
+    stages = load_yaml(project / "dvc.yaml")["stages"].values()
     deps = dict.fromkeys(dep.rstrip("/") for stage in stages for dep in stage.get("deps", ()))
     outs = tuple(dict.fromkeys(str(out).rstrip("/") for stage in stages for out in stage.get("outs", ())))
     relative = tuple(dep for dep in deps if not os.path.isabs(dep))
@@ -201,7 +199,7 @@ def update_data(directory: Path) -> None:
         WorktreeError: DVC cannot get the data.
     """
     for path in pointers(directory):
-        if yaml.safe_load((directory / path).read_text(encoding="utf-8")).get("deps"):
+        if load_yaml(directory / path).get("deps"):
             run_dvc(directory, "update", path)
     names = list(pointers(directory))
     if names and dvc_in_project(directory, "checkout", *names).returncode:

@@ -14,14 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vitprune.errors import BadInput
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import StageResult
 from vitprune.orchestration.summary import evaluation
 from vitprune.runtime.commands import git
 from vitprune.runtime.files import sha256
+from vitprune.runtime.yaml_files import load_yaml
 
 SWEEP = "VITPRUNE_SWEEP"  # environment variable of a sweep's runs: key and name of the sweep, name of the run, as JSON
 # Files of a stage to upload besides metrics/STAGE.json and plots/STAGE.csv.
@@ -67,7 +66,7 @@ class RunLog:
 
     def start(self, started: float) -> None:
         """Log the start (seconds since 1970): params, commit, versions, dvc.yaml and params.yaml."""
-        params = flatten(yaml.safe_load((self.project / "params.yaml").read_text(encoding="utf-8")) or {})
+        params = flatten(load_yaml(self.project / "params.yaml") or {})
         files = [self._keep(name) for name in ("params.yaml", "dvc.yaml")]
         start = {
             "fact": "start",
@@ -190,7 +189,7 @@ def _json(path: Path) -> Any:
 def _lock_entry(project: Path, stage: str) -> dict[str, Any]:
     """Return the parameters of a stage's entry in dvc.lock, and the SHA-256 of the entry."""
     path = project / "dvc.lock"
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = load_yaml(path) if path.is_file() else {}
     entry = content.get("stages", {}).get(stage, {})
     digest = hashlib.sha256(json.dumps(entry, sort_keys=True, default=str).encode()).hexdigest()
     return {"params": flatten(entry.get("params", {}).get("params.yaml", {})), "sha256": digest}

@@ -16,6 +16,7 @@ from vitprune.config.params import load_params
 from vitprune.errors import BadInput
 from vitprune.pipeline.project_template import new_params, remotes
 from vitprune.runtime.commands import Completed, dvc, error_line, git
+from vitprune.runtime.yaml_files import dump_yaml
 
 HERE = Path(__file__).parent
 REQUIREMENTS = "requirements.txt"
@@ -61,7 +62,7 @@ def create_project(directory: Path, choice: Choice) -> list[str]:
     if choice.recipe is not None:
         settings, path = load_params(choice.recipe), None
         source = settings.dataset.source
-        params = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        params = dump_yaml(settings.model_dump(mode="json"))
     else:
         source, path, counted = _located(choice.source, root)
         classes = choice.classes if choice.classes is not None else counted
@@ -129,7 +130,7 @@ def _pipeline(text: str, path: str | None) -> str:
     if path is not None:
         pipeline["stages"]["dataset"]["deps"].append(path)
     about = "# The ten stages of vitprune. They run again after a change of requirements.txt.\n"
-    return about + yaml.safe_dump(pipeline, sort_keys=False, allow_unicode=True)
+    return about + dump_yaml(pipeline)
 
 
 def _ignoring(root: Path, name: str) -> str:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vitprune.errors import BadInput
 from vitprune.runtime.commands import git
 from vitprune.runtime.files import read_csv, read_json
+from vitprune.runtime.yaml_files import load_yaml
 
 # Written by every run, so changes in them do not mean that the code has changed.
 _WRITTEN_BY_RUNS = ("metrics", "plots", "dvc.lock")
@@ -56,11 +55,9 @@ def read_params(path: Path) -> dict[str, str]:
         BadInput: the file is not a YAML mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path)
     except FileNotFoundError:
         return {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct it") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path}: not a mapping of keys to values; correct it")
     return dict(_dotted(content, ""))

@@ -1,6 +1,8 @@
 """Manifest: splits, corrupt images, empty classes and duplicates."""
 
 import hashlib
+import io
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.support.on_disk import as_table, jpeg, write_folder
 from vitprune import data
-from vitprune.data.images import is_intact
+from vitprune.data.images import examine
 from vitprune.data.manifest import draw_stratified
 from vitprune.errors import BadInput
 from vitprune.runtime import tables
@@ -70,14 +73,15 @@ def test_many_corrupt_images_are_named_up_to_eight(tmp_path: Path, digits: data.
 
 def test_a_flipped_bit_in_a_png_is_detected(digits: data.Source) -> None:
     full = digits.read("digits/0000")
-    assert is_intact(full)
-    assert not is_intact(full[:-30] + bytes([full[-30] ^ 1]) + full[-29:])
+    assert examine(full).sha256 == hashlib.sha256(full).hexdigest()
+    with pytest.raises(SyntaxError, match="broken PNG file"):
+        examine(full[:-30] + bytes([full[-30] ^ 1]) + full[-29:])
 
 
 def test_null_images_in_parquet_are_skipped(tmp_path: Path, digits: data.Source) -> None:
     schema = pa.schema([("image", tables.IMAGE), ("label", pa.int64())])
     images = [{"bytes": digits.read(image_id), "path": None} for image_id in digits.ids[:9]]
-    pq.write_table(pa.table({"image": [*images, None], "label": [0] * 10}, schema=schema), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"image": [*images, None], "label": [0, 1] * 5}, schema=schema), tmp_path / "x.parquet")
     result = data.build_manifest(data.open_source(f"parquet:{tmp_path}/x.parquet"), 0.2, 0, 0.1)
     assert result.skipped == ["x.parquet#9"]
 
@@ -114,3 +118,61 @@ def test_copies_of_eval_images_are_dropped_from_train(tmp_path: Path, digits: da
     result = data.build_manifest(data.open_source(f"folder:{tmp_path}"), 0.2, 0, 0.0)
     assert result.overlap == 10
     assert Counter(row["split"] for row in result.rows) == {"train": 30, "eval": 20}
+
+
+def test_the_same_picture_in_another_encoding_is_the_same_image(tmp_path: Path, digits: data.Source) -> None:
+    write_folder(tmp_path / "train", digits, range(40))
+    write_folder(tmp_path / "val", digits, range(40, 60))
+    suffixes = {"PNG": "png", "TIFF": "tif", "BMP": "bmp", "WEBP": "webp", "PPM": "ppm"}
+    for row, (name, suffix) in zip(range(40, 45), suffixes.items(), strict=True):
+        picture = Image.open(io.BytesIO(jpeg(digits, row))).convert("RGB" if row % 2 else "L")
+        options = {"lossless": True} if name == "WEBP" else {}
+        picture.save(tmp_path / "train" / f"class{digits.labels[row]}" / f"other.{suffix}", name, **options)
+    result = data.build_manifest(data.open_source(f"folder:{tmp_path}"), 0.2, 0, 0.0)
+    assert result.overlap == 5
+    assert Counter(row["split"] for row in result.rows) == {"train": 40, "eval": 20}
+    pool = tmp_path / "pool"
+    (tmp_path / "train").rename(pool)
+    for row, suffix in zip(range(40, 45), suffixes.values(), strict=True):
+        (pool / f"class{digits.labels[row]}" / f"{row}.jpg").write_bytes(jpeg(digits, row))
+        assert (pool / f"class{digits.labels[row]}" / f"other.{suffix}").exists()
+    for seed in range(3):
+        rows = data.build_manifest(data.open_source(f"folder:{pool}"), 0.5, seed, 0.0).rows
+        held_out = {row["id"] for row in rows if row["split"] == "eval"}
+        assert not [name for name in held_out if "other" in name or Path(name).stem in map(str, range(40, 45))]
+
+
+def test_orientations_are_applied_counted_and_can_be_turned_off(tmp_path: Path, digits: data.Source) -> None:
+    write_folder(tmp_path, digits, range(20))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    picture = Image.open(io.BytesIO(digits.read(digits.ids[20]))).resize((32, 24))
+    picture.save(tmp_path / "class0" / "turned.png", exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "class0" / "upright.tif")
+    source = data.open_source(f"folder:{tmp_path}")
+    result = data.build_manifest(source, 0.5, 0, 0.0)
+    assert result.oriented == 1
+    assert not {"class0/turned.png", "class0/upright.tif"} & {r["id"] for r in result.rows if r["split"] == "eval"}
+    assert data.build_manifest(source, 0.5, 0, 0.0, orient=False).oriented == 0
+
+
+def test_what_is_no_image_file_is_counted_as_unreadable(tmp_path: Path, digits: data.Source) -> None:
+    write_folder(tmp_path, digits, range(40))
+    (tmp_path / "class0" / "dead.jpg").symlink_to("/nowhere/cache/ab/cdef")
+    (tmp_path / "class1" / "zeros.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "class2" / "pipe.png")
+    with (tmp_path / "class3" / "sparse.png").open("wb") as file:
+        file.truncate(1 << 40)
+    source = data.open_source(f"folder:{tmp_path}")
+    result = data.build_manifest(source, 0.25, 0, skip_limit=0.1)
+    assert result.skipped == ["class0/dead.jpg", "class1/zeros.png", "class2/pipe.png", "class3/sparse.png"]
+    with pytest.raises(
+        BadInput, match=r"dead.jpg: cannot be decoded, like 4 of 44 .*repair .*; reason: No such file or directory$"
+    ):
+        data.build_manifest(source, 0.25, 0, skip_limit=0.01)
+
+
+def test_one_class_is_no_data_set(tmp_path: Path, digits: data.Source) -> None:
+    write_folder(tmp_path, digits, [row for row in range(60) if digits.labels[row] == 3])
+    with pytest.raises(BadInput, match="all images to train on have one class; give at least two"):
+        data.build_manifest(data.open_source(f"folder:{tmp_path}"), 0.25, 0, 0.0)

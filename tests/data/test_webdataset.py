@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import subprocess
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vitprune import data
 from vitprune.errors import BadInput
@@ -108,6 +111,18 @@ def test_json_labels_and_metadata_members(tmp_path: Path, digits: data.Source) -
         ({"x.cls": b"1"}, r"sample x has no image; each needs one of .jpg, .jpeg, .png, .webp"),
         ({"x.png": b"", "x.PNG": b"", "x.cls": b"1"}, r"a.tar: x.PNG occurs twice"),
         ({}, r"no samples in the shards"),
+        (
+            {"x.png": b"", "x.cls": b"9223372036854775808"},
+            r"sample x has label 9223372036854775808, which must be 0..2147483647$",
+        ),
+        ({"x.png": b"", "x.cls": b"4294967296"}, r"sample x has label 4294967296, which must be 0..2147483647$"),
+        ({"x.png": b"", "x.cls": b"1_0"}, r"has the label '1_0', which must be one integer"),
+        ({"x.png": b"", "x.cls": b"9" * 500_000}, r"has the label '999.*999', which must be one integer"),
+        ({"x.png": b"", "x.cls": b"1" * 2_000_000}, r"x.cls is sparse or too large \(2000000 bytes\); write the shard"),
+        ({"x.png": b"", "x.json": b'{"label": 1.5}'}, r"has the label 1.5, which must be one integer"),
+        ({"x.png": b"", "x.json": b'{"label": true}'}, r"has the label True, which must be one integer"),
+        ({"x.png": b"", "x.json": b'{"label": 1e999}'}, r"has the label inf, which must be one integer"),
+        ({"x.png": b"", "x.json": b"[" * 100_000}, r"has a .json member that is not JSON"),
     ],
 )
 def test_invalid_samples_are_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
@@ -115,6 +130,55 @@ def test_invalid_samples_are_refused(tmp_path: Path, members: dict[str, bytes], 
     with pytest.raises(BadInput, match=message) as error:
         data.open_source(f"wds/{tmp_path}")
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_every_format_that_pillow_reads_is_an_image(tmp_path: Path, digits: data.Source) -> None:
+    picture = io.BytesIO()
+    Image.open(io.BytesIO(digits.read(digits.ids[0]))).save(picture, "BMP")
+    write_shard(tmp_path / "a.tar", {"x.bmp": picture.getvalue(), "x.cls": b" 3\n", "x.eps": b"%!PS"})
+    source = data.open_source(f"wds/{tmp_path}")
+    assert (source.labels, source.read("a.tar#x")) == ((3,), picture.getvalue())
+
+
+def test_sparse_members_and_huge_headers_are_refused_without_reading_them(tmp_path: Path) -> None:
+    with (tmp_path / "x.cls").open("wb") as file:
+        file.truncate(32 << 30)
+    subprocess.run(["tar", "-C", tmp_path, "-cSf", tmp_path / "a.tar", "x.cls"], check=True)
+    assert (tmp_path / "a.tar").stat().st_size < 1 << 20
+    with pytest.raises(BadInput, match=r"a.tar: x.cls is sparse or too large \(34359738368 bytes\)"):
+        data.open_source(f"wds/{tmp_path}/a.tar")
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 6 << 30
+    with (tmp_path / "b.tar").open("wb") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(8 << 30)
+    with pytest.raises(BadInput, match=r"b.tar: not a complete, uncompressed tar file"):
+        data.open_source(f"wds/{tmp_path}/b.tar")
+
+
+def test_shards_that_are_no_regular_files_or_outside_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(BadInput, match=r"pipe.tar: not a regular file"):
+        data.open_source(f"wds/{tmp_path}/pipe.tar")
+    for shard in ("../x.tar", "/etc/passwd"):
+        (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": {"filenames": [shard]}}}))
+        with pytest.raises(BadInput, match=r"_info.json: path .* is outside of the project"):
+            data.open_source(f"wds/{tmp_path}")
+    (tmp_path / "_info.json").write_text("[" * 100_000)
+    with pytest.raises(BadInput, match=r"_info.json: not a dataset description in timm.s format"):
+        data.open_source(f"wds/{tmp_path}")
+
+
+def test_shards_of_which_some_have_a_split_are_an_error_that_asks(tmp_path: Path, digits: data.Source) -> None:
+    for name in ("x-train-0.tar", "more.tar"):
+        write_shard(tmp_path / name, samples(digits, range(5)))
+    with pytest.raises(BadInput, match=r"more.tar has no split in its name, but x-train-0.tar has; rename it"):
+        data.open_source(f"wds/{tmp_path}")
+    (tmp_path / "more.tar").rename(tmp_path / "x-valid-0.tar")
+    write_shard(tmp_path / "x-test-0.tar", samples(digits, range(5)))
+    source = data.open_source(f"wds/{tmp_path}")
+    assert (Counter(source.splits), source.left_out) == ({"train": 5, "eval": 5}, ("x-test-0.tar",))
 
 
 def test_labels_outside_the_classes_are_refused(tmp_path: Path, digits: data.Source) -> None:

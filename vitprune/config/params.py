@@ -34,6 +34,9 @@ class Dataset(Section):
     skip_limit: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Largest fraction of unreadable images."""
 
+    exif_orientation: bool = True
+    """Turn images as their EXIF data say; false: use the pixels as stored, for a model that was trained so."""
+
 
 class Model(Section):
     """The architecture."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vitprune.data.augment import AUGMENTATIONS, Transform, data_config, example_input, transform
 from vitprune.data.calibration import draw_calibration, load_calibration
+from vitprune.data.folder import open_folder
 from vitprune.data.images import decode
 from vitprune.data.loaders import (
     Batch,
@@ -19,7 +20,7 @@ from vitprune.data.loaders import (
 from vitprune.data.manifest import Manifest, build_manifest
 from vitprune.data.mixup_cutmix import MixFn, cutmix, make_mixer
 from vitprune.data.parquet import open_parquet
-from vitprune.data.sources import Source, join, open_digits, open_folder
+from vitprune.data.sources import Source, join, open_digits
 from vitprune.data.timm_datasets import open_timm
 from vitprune.data.webdataset import open_webdataset
 from vitprune.errors import BadInput
@@ -65,8 +66,18 @@ def open_source(spec: str, classes: Sequence[str] | None = None, eval_source: st
     Raises:
         BadInput: the source is unknown, missing, empty or of another format.
     """
+    source = _opened(spec, classes)
     if eval_source is not None:
-        return join(open_source(spec, classes), open_source(eval_source, classes))
+        source = join(source, _opened(eval_source, classes))
+    for name in (*source.ids, *(source.classes or ())):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{source.spec}: the name {name} is not UTF-8; rename it") from None
+    return source
+
+
+def _opened(spec: str, classes: Sequence[str] | None) -> Source:
     kind, _, path = spec.partition(":")
     if kind in ("folder", "parquet") and not path:
         raise BadInput(f"dataset.source: {spec!r} lacks the path; write {kind}:PATH")

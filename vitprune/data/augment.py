@@ -45,6 +45,7 @@ class Transform:
         shape: (C, H, W).
         random: Whether `image` draws random numbers.
         batch: Augmentation of a batch: maps images (B, C, H, W) and uniform numbers (B, 4) to images; None for none.
+        orient: Whether the EXIF orientation of an image file is applied when it is decoded.
     """
 
     image: Callable[[Image.Image], torch.Tensor]
@@ -52,6 +53,7 @@ class Transform:
     shape: tuple[int, int, int]
     random: bool
     batch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+    orient: bool = True
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def example_input(model: nn.Module, batch: int) -> torch.Tensor:
     return torch.randn((batch, *data_config(model)["input_size"]), generator=torch.Generator().manual_seed(0))
 
 
-def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
+def transform(config: dict[str, Any], augment: str | None = None, orient: bool = True) -> Transform:
     """Create the transform of a data config, for evaluation or training.
 
     Args:
@@ -90,6 +92,7 @@ def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
             also RandAugment and random erasing. light1, light2, medium1, medium2: CAP's, with RandAugment. deit_light,
             deit_wide: CAP's, also with random erasing and more aspect ratios. digits: rotation by +-10 degrees, shift
             by +-1/8, scale 0.9..1.1, no flip.
+        orient: Apply EXIF orientations.
 
     Returns:
         The transform.
@@ -104,13 +107,13 @@ def transform(config: dict[str, Any], augment: str | None = None) -> Transform:
         raise BadInput(f"augment: {augment!r} is unknown; use one of {', '.join(AUGMENTATIONS)}")
     shape = tuple(config["input_size"])
     if augment in TIMM_PRESETS:
-        return Transform(_augmented(config, TIMM_PRESETS[augment]), "RGB", shape, True, None)
+        return Transform(_augmented(config, TIMM_PRESETS[augment]), "RGB", shape, True, None, orient)
     batch = None
     if augment == "digits":
         # pixels from outside the image are black, in the normalised scale of each channel
         black = [-mean / std for mean, std in zip(config["mean"], config["std"], strict=True)]
         batch = RandomAffine(torch.tensor(black).view(1, -1, 1, 1))
-    return Transform(create_transform(**config), "L" if channels == 1 else "RGB", shape, False, batch)
+    return Transform(create_transform(**config), "L" if channels == 1 else "RGB", shape, False, batch, orient)
 
 
 def _augmented(config: dict[str, Any], preset: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:

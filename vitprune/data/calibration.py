@@ -10,9 +10,10 @@ import torch
 from vitprune.data.augment import Transform
 from vitprune.data.images import bytes_sha256, decode
 from vitprune.data.manifest import rank_in_class
-from vitprune.data.sources import Source
+from vitprune.data.sources import Source, missing_image
 from vitprune.errors import BadInput
 from vitprune.runtime import tables
+from vitprune.runtime.messages import first_line
 from vitprune.runtime.progress import track
 
 DEFAULT_SIZE = 2000
@@ -89,8 +90,11 @@ def read_verified(source: Source, image_id: str, sha256: str) -> bytes:
     """
     try:
         data = source.read(image_id)
+    except FileNotFoundError:
+        raise missing_image(image_id, source.spec) from None
     except OSError as error:
-        raise BadInput(f"{image_id}: cannot be read ({error}); run `vitprune dataset` again") from None
+        reason = error.strerror or first_line(error)
+        raise BadInput(f"{image_id}: cannot be read ({reason}); run `vitprune dataset` again") from None
     if bytes_sha256(data) != sha256:
         raise BadInput(f"{image_id}: has changed since the manifest was made; run `vitprune dataset` again")
     return data
@@ -125,7 +129,7 @@ def _tensor(row: dict[str, Any], path: Path, transform: Transform) -> torch.Tens
     if data is None or bytes_sha256(data) != row["sha256"]:
         raise corrupt
     try:
-        image = decode(data, transform.mode)
+        image = decode(data, transform.mode, transform.orient)
     except MemoryError:
         raise
     except Exception:  # Pillow's decoders raise various errors

@@ -65,7 +65,7 @@ class ImageTable:
             return self.tensors[row]
         encoded = self.read(row)
         try:
-            image = decode(encoded, self.transform.mode)
+            image = decode(encoded, self.transform.mode, self.transform.orient)
         except MemoryError:
             raise
         except Exception:  # Pillow's decoders raise various errors

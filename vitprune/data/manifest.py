@@ -2,17 +2,20 @@
 
 import itertools
 import os
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
-from vitprune.data.images import bytes_sha256, is_intact
+from vitprune.data.images import ExaminedImage, examine
 from vitprune.data.sources import Source
 from vitprune.errors import BadInput
+from vitprune.runtime.messages import first_line
 from vitprune.runtime.progress import track
 
 NAMED = 8  # maximum number of corrupt images in an error message
@@ -26,72 +29,82 @@ class Manifest:
         rows: Rows of tables.MANIFEST.
         skipped: Ids of corrupt images.
         overlap: Number of train images dropped because they are also in the eval split.
+        oriented: Number of images whose EXIF orientation is applied.
     """
 
     rows: list[dict[str, Any]]
     skipped: list[str]
     overlap: int
+    oriented: int
 
 
-def build_manifest(source: Source, eval_fraction: float, seed: int, skip_limit: float) -> Manifest:
+def build_manifest(source: Source, eval_fraction: float, seed: int, skip_limit: float, orient: bool = True) -> Manifest:
     """Read, decode and hash every image and assign it to the train or eval split.
 
     If the source has splits, they are kept, and copies of eval images are dropped from train. Otherwise the eval split
-    is a stratified random draw; images that occur more than once are all assigned to train.
+    is a stratified random draw; images that occur more than once are all assigned to train. Images are the same if
+    their decoded pixels are, whatever their encoding.
 
     Args:
         source: The image source.
         eval_fraction: Fraction of each class for the eval split.
         seed: Seed of the draw.
         skip_limit: Maximum fraction of corrupt images.
+        orient: Apply EXIF orientations.
 
     Returns:
         The manifest.
 
     Raises:
-        BadInput: too many corrupt images, or a class or a split is empty.
+        BadInput: too many corrupt images, a class or a split is empty, or there is only one class.
     """
-    checksums = dict(zip(source.ids, _checksums(source), strict=True))
-    skipped = [image_id for image_id, checksum in checksums.items() if checksum is None]
+    examined = dict(zip(source.ids, _examined(source, orient), strict=True))
+    images = {image_id: result for image_id, result in examined.items() if isinstance(result, ExaminedImage)}
+    skipped = [image_id for image_id in examined if image_id not in images]
     if len(skipped) > skip_limit * len(source.ids):
         others, more = ", ".join(skipped[1:NAMED]), len(skipped) - NAMED
         also = f" ({others}{f' and {more} more' if more > 0 else ''})" if others else ""
         raise BadInput(
             f"{skipped[0]}: cannot be decoded, like {len(skipped)} of {len(source.ids)} images of {source.spec}{also}; "
-            f"repair or remove them, or raise dataset.skip_limit ({skip_limit})"
+            f"repair or remove them, or raise dataset.skip_limit ({skip_limit}); reason: {examined[skipped[0]]}"
         )
     native = source.splits or ("",) * len(source.ids)
     rows = [
-        {"id": image_id, "split": split, "label": label, "sha256": checksums[image_id]}
+        {"id": image_id, "split": split, "label": label, "sha256": images[image_id].sha256}
         for image_id, label, split in zip(source.ids, source.labels, native, strict=True)
-        if checksums[image_id] is not None
+        if image_id in images
     ]
+    pixels = {image_id: image.pixels for image_id, image in images.items()}
     if source.splits is None:
-        rows = _draw_eval_split(rows, eval_fraction, seed, keep_classes=source.classes is not None)
-    kept = _without_overlap(rows)
+        rows = _draw_eval_split(rows, pixels, eval_fraction, seed, keep_classes=source.classes is not None)
+    kept = _without_overlap(rows, pixels)
     _check_classes(source, [row for row in kept if row["split"] == "train"])
     for split in ("train", "eval"):
         if not any(row["split"] == split for row in kept):
             raise BadInput(
                 f"{source.spec}: no image for {split}; change dataset.eval_fraction ({eval_fraction}) or the source"
             )
-    return Manifest(kept, skipped, len(rows) - len(kept))
+    return Manifest(kept, skipped, len(rows) - len(kept), sum(image.oriented for image in images.values()))
 
 
-def _checksums(source: Source) -> Iterator[str | None]:
-    """Yield the checksum of each image in order, None for a corrupt one."""
+def _examined(source: Source, orient: bool) -> Iterator[ExaminedImage | str]:
+    """Yield what is known of each image in order, the reason for a corrupt one."""
 
-    def examine(image_id: str) -> str | None:
+    def examined(image_id: str) -> ExaminedImage | str:
         try:
-            data = source.read(image_id)
-        except OSError:
-            return None
-        return bytes_sha256(data) if is_intact(data) else None
+            return examine(source.read(image_id), orient)
+        except (MemoryError, BadInput):
+            raise
+        except UnidentifiedImageError:
+            return "no image of a known format"
+        except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+            return (isinstance(error, OSError) and error.strerror) or first_line(error)[:200]
 
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        warnings.filterwarnings("ignore", module="PIL")  # about metadata
         # chunks: map() over all images would queue a task for each of them at once
         chunks = (source.ids[start : start + 1024] for start in range(0, len(source.ids), 1024))
-        results = itertools.chain.from_iterable(pool.map(examine, chunk) for chunk in chunks)
+        results = itertools.chain.from_iterable(pool.map(examined, chunk) for chunk in chunks)
         yield from track(results, "reading images", len(source.ids))
 
 
@@ -103,19 +116,23 @@ def _check_classes(source: Source, train: Sequence[dict[str, Any]]) -> None:
             f"{source.spec}: class {empty[0]} has no image to train on ({len(empty)} of {len(source.classes or ())} "
             "classes are empty); add images or list the classes to use in dataset.classes"
         )
+    if len(present) == 1:
+        raise BadInput(
+            f"{source.spec}: all images to train on have one class; give at least two, or correct the source"
+        )
 
 
-def _without_overlap(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    held_out = {row["sha256"] for row in rows if row["split"] == "eval"}
-    return [row for row in rows if row["split"] == "eval" or row["sha256"] not in held_out]
+def _without_overlap(rows: list[dict[str, Any]], pixels: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    held_out = {pixels[row["id"]] for row in rows if row["split"] == "eval"}
+    return [row for row in rows if row["split"] == "eval" or pixels[row["id"]] not in held_out]
 
 
 def _draw_eval_split(
-    rows: list[dict[str, Any]], fraction: float, seed: int, keep_classes: bool
+    rows: list[dict[str, Any]], pixels: Mapping[str, bytes], fraction: float, seed: int, keep_classes: bool
 ) -> list[dict[str, Any]]:
     """Assign a split to each row; with `keep_classes`, every class keeps at least one train image."""
-    copies = Counter(row["sha256"] for row in rows)
-    single = np.array([copies[row["sha256"]] == 1 for row in rows], dtype=bool)
+    copies = Counter(pixels[row["id"]] for row in rows)
+    single = np.array([copies[pixels[row["id"]]] == 1 for row in rows], dtype=bool)
     labels = np.array([row["label"] for row in rows], dtype=np.int64)
     held_out = draw_stratified(labels, single, fraction, np.random.default_rng(seed), keep_classes)
     return [row | {"split": "eval" if chosen else "train"} for row, chosen in zip(rows, held_out, strict=True)]

@@ -1,10 +1,11 @@
-"""Parquet image source: columns image (struct of bytes and path) and label (int64)."""
+"""Parquet image source: columns image (struct of bytes and path) and label (an integer type)."""
 
 import json
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitprune.data.sources import Source, missing_image
+from vitprune.data.sources import MAX_LABEL, Source, checked_label, missing_image
+from vitprune.data.split_names import files_by_split
 from vitprune.errors import BadInput
 from vitprune.runtime.messages import first_line
 
 GROUPS_IN_MEMORY = 4
-SPLIT_OF_PREFIX = {"train": "train", "val": "eval", "validation": "eval", "valid": "eval", "test": "eval"}
+BYTES_PER_ROW, FREE_BYTES = 16, 1 << 20  # a file has at least 16 bytes per image, beyond its first MiB
+MAX_GROUP_BYTES, ROWS_AT_ONCE = 1 << 31, 16  # decompressed images of a row group
+MAX_SCHEMA = 100_000  # elements of a schema, and row groups
 
 
 class ParquetReader:
@@ -50,8 +54,8 @@ class ParquetReader:
         with self._lock:
             if key not in self._groups:
                 # reopened, because an open file must not be shared with a forked process
-                with pq.ParquetFile(self._files[name]) as file:
-                    self._groups[key] = file.read_row_group(group, columns=["image"], use_threads=False)["image"]
+                with _opened(self._files[name]) as file:
+                    self._groups[key] = _read_group(file, group, self._files[name])
             self._groups.move_to_end(key)
             while len(self._groups) > GROUPS_IN_MEMORY:
                 self._groups.popitem(last=False)
@@ -59,7 +63,7 @@ class ParquetReader:
 
 
 def open_parquet(path: Path, classes: Sequence[str] | None) -> Source:
-    """Open a Parquet file or a folder of them; files named train-* and validation-* (val-*, test-*) are splits.
+    """Open a Parquet file, or a folder of them; files with train and val (test) in their names are splits.
 
     Args:
         path: File or folder.
@@ -69,68 +73,120 @@ def open_parquet(path: Path, classes: Sequence[str] | None) -> Source:
         The source.
 
     Raises:
-        BadInput: a file is missing, is not Parquet, lacks a column, or has an invalid label.
+        BadInput: a file is missing, is not Parquet, lacks a column, has an invalid label, or only some names have a
+            split.
     """
     paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not paths:
         raise BadInput(f"parquet:{path}: no *.parquet file in the folder; correct dataset.source")
-    by_name, split_of = _by_split({file.name: file for file in paths})
-    names = tuple(classes) if classes is not None else None
-    starts: dict[str, np.ndarray] = {}
-    labels: list[int] = []
-    for name, file in by_name.items():
-        starts[name], column, stored_names = _labels(file)
-        names = names or stored_names
-        labels += _checked(column, names, file)
+    by_split, unused = files_by_split([file.name for file in paths], f"parquet:{path}")
+    split_of = {name: "train" if split == "train" else "eval" for split, names in by_split.items() for name in names}
+    by_name = {file.name: file for file in paths if file.name in split_of}
+    read = {name: _read_labels(file, classes is None) for name, file in by_name.items()}
+    names = (
+        tuple(classes) if classes is not None else _common_names(by_name, [table.classes for table in read.values()])
+    )
+    labels = tuple(label for name, table in read.items() for label in _checked(table.labels, names, by_name[name]))
     if not labels:
         raise BadInput(f"parquet:{path}: no rows; correct dataset.source")
+    starts = {name: table.starts for name, table in read.items()}
     counts = {name: int(starts[name][-1]) for name in by_name}
     ids = tuple(f"{name}#{row}" for name, rows in counts.items() for row in range(rows))
-    splits = tuple(split_of[name] for name, rows in counts.items() for _ in range(rows)) if split_of else None
-    return Source(f"parquet:{path}", ids, tuple(labels), names, splits, ParquetReader(by_name, starts))
+    splits = tuple(split_of[name] for name, rows in counts.items() for _ in range(rows)) if len(by_split) == 2 else None
+    reader = ParquetReader(by_name, starts)
+    return Source(f"parquet:{path}", ids, labels, names, splits, reader, tuple(unused))
 
 
-def _by_split(files: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return the files to use and the split of each; no splits unless every file name begins with one."""
-    prefixes = {name: match[1] for name in files if (match := re.match(r"([a-z]+)[-.]", name))}
-    prefixes = {name: prefix for name, prefix in prefixes.items() if prefix in SPLIT_OF_PREFIX}
-    evaluation = next((prefix for prefix in list(SPLIT_OF_PREFIX)[1:] if prefix in prefixes.values()), None)
-    if len(prefixes) < len(files) or evaluation is None or "train" not in prefixes.values():
-        return files, {}
-    used = {name: file for name, file in files.items() if prefixes[name] in ("train", evaluation)}
-    return used, {name: SPLIT_OF_PREFIX[prefixes[name]] for name in used}
+@dataclass(frozen=True)
+class LabelColumn:
+    """Labels of a file.
+
+    Attributes:
+        starts: First row of each row group, then the number of rows.
+        labels: The column of labels.
+        classes: Class names in the metadata; None if there are none.
+    """
+
+    starts: np.ndarray
+    labels: Any
+    classes: tuple[str, ...] | None
 
 
-def _labels(path: Path) -> tuple[np.ndarray, Any, tuple[str, ...] | None]:
-    """Return the row-group bounds, the label column and the class names of one file."""
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a file; an error of pyarrow or of the file system becomes BadInput."""
     try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            image = schema.field("image").type if "image" in schema.names else None
-            if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-                raise BadInput(f"{path}: needs the columns image: struct<bytes: binary, path: string> and label: int64")
-            if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
-                raise BadInput(f"{path}: needs a column label of integers (0, 1, ...)")
-            rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            return np.cumsum([0, *rows]), file.read(columns=["label"])["label"], _class_names(schema.metadata)
+        if not path.is_file() and path.exists():
+            raise BadInput(f"{path}: not a regular file; correct dataset.source")
+        with pq.ParquetFile(path, thrift_container_size_limit=MAX_SCHEMA) as file:
+            yield file
+    except BadInput:
+        raise
     except FileNotFoundError:
         raise BadInput(f"parquet:{path}: no such file; correct dataset.source") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput(f"{path}: not a readable Parquet file ({first_line(error)})") from None
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise BadInput(f"{path}: not a readable Parquet file ({first_line(error)[:200]})") from None
 
 
-def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
-    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = features.get("label", {}).get("names")
+def _read_group(file: pq.ParquetFile, group: int, path: Path) -> Any:
+    """Read the images of a row group, in small steps: its stated size may be wrong."""
+    parts, size = [], 0
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=["image"], use_threads=False):
+        parts.append(batch.column(0))
+        size += batch.nbytes
+        if size > MAX_GROUP_BYTES:
+            raise BadInput(f"{path}: row group {group} has more than {MAX_GROUP_BYTES} bytes; write smaller row groups")
+    return pa.chunked_array(parts)
+
+
+def _read_labels(path: Path, with_names: bool) -> LabelColumn:
+    with _opened(path) as file:
+        schema = file.schema_arrow
+        image = schema.field("image").type if schema.names.count("image") == 1 else None
+        if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+            raise BadInput(f"{path}: needs the columns image: struct<bytes: binary, path: string> and label: int64")
+        if schema.names.count("label") != 1 or not pa.types.is_integer(schema.field("label").type):
+            raise BadInput(f"{path}: needs a column label of integers (0, 1, ...)")
+        rows, size = file.metadata.num_rows, path.stat().st_size
+        if rows * BYTES_PER_ROW > size + FREE_BYTES:
+            raise BadInput(f"{path}: {rows} rows in {size} bytes cannot be images; correct dataset.source")
+        groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        if min(groups, default=0) < 0 or sum(groups) != rows:
+            raise BadInput(f"{path}: its row groups have not {rows} rows together; write the file again")
+        names = _class_names(schema.metadata, path) if with_names else None
+        return LabelColumn(np.cumsum([0, *groups]), file.read(columns=["label"])["label"], names)
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[str, ...] | None:
+    text = (metadata or {}).get(b"huggingface")
+    if text is None:
+        return None
+    try:
+        names = json.loads(text).get("info", {}).get("features", {}).get("label", {}).get("names")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise TypeError("names are not a list of text")
+    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{path}: its metadata `huggingface` do not describe a data set ({first_line(error)[:100]}); write it "
+            "again, or list the classes in dataset.classes"
+        ) from None
     return tuple(names) if names else None
+
+
+def _common_names(files: Mapping[str, Path], stored: Sequence[tuple[str, ...] | None]) -> tuple[str, ...] | None:
+    """Return the class names of all files, which must agree."""
+    names = next((names for names in stored if names is not None), None)
+    for file, other in zip(files.values(), stored, strict=True):
+        if other is not None and other != names:
+            raise BadInput(f"{file}: has other class names than the files before it; list them in dataset.classes")
+    return names
 
 
 def _checked(labels: Any, names: tuple[str, ...] | None, path: Path) -> list[int]:
     if labels.null_count:
         raise BadInput(f"{path}: {labels.null_count} labels are null; give every image a label")
-    numbers = [int(label) for label in labels.to_pylist()]
-    for row, label in enumerate(numbers):
-        if label < 0 or (names is not None and label >= len(names)):
-            classes = "0 or more" if names is None else f"0..{len(names) - 1} ({len(names)} classes)"
-            raise BadInput(f"{path}: row {row} has label {label}, which must be {classes}")
+    numbers: list[int] = labels.to_pylist()
+    if numbers and not 0 <= min(numbers) <= max(numbers) <= (MAX_LABEL if names is None else len(names) - 1):
+        for row, number in enumerate(numbers):
+            checked_label(number, names, f"{path}: row {row}")
     return numbers

@@ -1,20 +1,17 @@
-"""Image sources: the common `Source`, scikit-learn digits, image folders, and joining two sources."""
+"""Image sources: the common `Source`, scikit-learn digits, and joining two sources."""
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
 
+from vitprune.config.section import shown
 from vitprune.data.images import encode
 from vitprune.errors import BadInput
 
-EVAL_FOLDERS = ("val", "validation", "valid", "test")
+MAX_LABEL = (1 << 31) - 1
 
 
 class Read(Protocol):
@@ -35,6 +32,7 @@ class Source:
         classes: Class names by label; None if the source has only numbers.
         splits: "train" or "eval" for each image; None if the source has no splits.
         read: Reads the encoded bytes of an image.
+        left_out: Names of files that are not used, such as files of no image format, or a third split.
     """
 
     spec: str
@@ -43,6 +41,33 @@ class Source:
     classes: tuple[str, ...] | None
     splits: tuple[str, ...] | None
     read: Read
+    left_out: tuple[str, ...] = ()
+
+
+def checked_label(label: Any, classes: Sequence[str] | None, where: str) -> int:
+    """Return a label, which must be a whole number and, if there are class names, the index of one.
+
+    Args:
+        label: The label as stored: a number, or text of a number.
+        classes: Class names by label; None if the source has only numbers.
+        where: File and image, for messages.
+
+    Raises:
+        BadInput: it is no whole number, or outside the classes.
+    """
+    text = label.strip() if isinstance(label, str) else label
+    is_text = isinstance(text, str) and text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 20
+    is_whole = (
+        isinstance(text, int | float) and not isinstance(text, bool) and abs(text) < 1 << 64 and text == int(text)
+    )
+    if not (is_text or is_whole):
+        raise BadInput(f"{where} has the label {shown(label)}, which must be one integer")
+    number, highest = int(text), MAX_LABEL if classes is None else len(classes) - 1
+    if not 0 <= number <= highest:
+        wanted = "0 or more" if classes is None and number < 0 else f"0..{highest}"
+        wanted += f" ({len(classes)} classes)" if classes is not None else ""
+        raise BadInput(f"{where} has label {number}, which must be {wanted}")
+    return number
 
 
 def missing_image(image_id: str, spec: str) -> BadInput:
@@ -90,83 +115,6 @@ def open_digits(classes: Sequence[str] | None) -> Source:
     return Source("digits", tuple(images), labels, names, None, MemoryReader("digits", images))
 
 
-@dataclass(frozen=True)
-class FolderReader:
-    """Reads image files below a folder; the id is the path relative to it, with forward slashes."""
-
-    root: Path
-
-    def __call__(self, image_id: str, /) -> bytes:
-        """Return the content of the file."""
-        try:
-            return (self.root / image_id).read_bytes()
-        except FileNotFoundError:
-            raise missing_image(image_id, f"folder:{self.root}") from None
-
-
-def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
-    """Open a folder with one sub-folder per class, or with train/ and val/ (validation/, valid/, test/) of that layout.
-
-    Args:
-        root: The folder.
-        classes: Sub-folders to use, in the order of the labels; None for all, in timm's natural order.
-
-    Returns:
-        The source.
-
-    Raises:
-        BadInput: the folder is missing or has no images.
-    """
-    if not root.is_dir():
-        raise BadInput(f"folder:{root}: no such folder; correct dataset.source")
-    parts = _folder_parts(root)
-    names = tuple(classes) if classes is not None else _class_folders(parts.values())
-    ids: list[str] = []
-    labels: list[int] = []
-    splits: list[str] = []
-    for split, part in parts.items():
-        for label, name in enumerate(names):
-            files = _image_files(part / name)
-            ids += [file.relative_to(root).as_posix() for file in files]
-            labels += [label] * len(files)
-            splits += [split] * len(files)
-    if not ids:
-        raise BadInput(
-            f"folder:{root}: no images in its sub-folders; put the images of each class into their own folder"
-        )
-    return Source(
-        f"folder:{root}",
-        tuple(ids),
-        tuple(labels),
-        names,
-        tuple(splits) if len(parts) == 2 else None,
-        FolderReader(root),
-    )
-
-
-def _folder_parts(root: Path) -> dict[str, Path]:
-    if not (root / "train").is_dir():
-        return {"train": root}
-    evaluation = [root / name for name in EVAL_FOLDERS if (root / name).is_dir()]
-    return {"train": root / "train"} | ({"eval": evaluation[0]} if evaluation else {})
-
-
-def _class_folders(parts: Iterable[Path]) -> tuple[str, ...]:
-    names = {entry.name for part in parts for entry in part.iterdir() if entry.is_dir() and entry.name[0] != "."}
-    return tuple(sorted(names, key=natural_key))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    extensions = get_img_extensions(as_set=True)
-    files = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in extensions and name[0] != "."
-    ]
-    return sorted(files, key=lambda file: natural_key(str(file)))
-
-
 @dataclass(frozen=True, eq=False)
 class JoinedReader:
     """Reads training images from one source and evaluation images (ids with a prefix) from another."""
@@ -210,6 +158,7 @@ def join(train: Source, evaluation: Source) -> Source:
         train.classes,
         ("train",) * len(kept) + ("eval",) * len(held_out),
         JoinedReader(train.read, evaluation.read),
+        train.left_out + evaluation.left_out,
     )
 
 

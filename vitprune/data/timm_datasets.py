@@ -7,7 +7,7 @@ from typing import Any
 from timm.data import ImageDataset, create_dataset
 
 from vitprune.data.images import encode
-from vitprune.data.sources import Source, missing_image
+from vitprune.data.sources import MAX_LABEL, Source, missing_image
 from vitprune.errors import BadInput
 from vitprune.runtime.messages import first_line
 
@@ -101,12 +101,13 @@ def _labels(
         rows = dataset.reader.iter_targets() if isinstance(dataset, ImageDataset) else (row[1] for row in dataset)
         try:
             labels_of[split] = [int(label) for label in rows]
-        except (TypeError, ValueError):
+        except Exception as error:  # readers raise various errors
             raise BadInput(
-                f"dataset.source: {spec} has labels that are not integers; store it as parquet:PATH"
+                f"dataset.source: {spec} has labels that are not integers ({first_line(error)}); "
+                "store it as parquet:PATH"
             ) from None
         worst = max(labels_of[split], default=0)
-        if min(labels_of[split], default=0) < 0 or (names is not None and worst >= len(names)):
+        if min(labels_of[split], default=0) < 0 or worst >= (MAX_LABEL if names is None else len(names)):
             raise BadInput(
                 f"dataset.source: {spec}, split {split}, has labels outside its classes; check dataset.classes"
             )

@@ -9,19 +9,28 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from timm.data.readers.targets import get_field, has_field
 
-from vitprune.data.sources import Source, missing_image
+from vitprune.data.images import image_suffixes
+from vitprune.data.sources import Source, checked_label, missing_image
+from vitprune.data.split_names import files_by_split
 from vitprune.errors import BadInput
+from vitprune.runtime.files import read_regular_file
+from vitprune.runtime.messages import first_line
 from vitprune.runtime.progress import track
+from vitprune.runtime.untrusted import path_inside
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference
+IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference, before all other formats
 LABELS = ("cls", "json")
 INFO = ("_info.json", "info.json")
 EVAL_SPLITS = ("validation", "val", "test")
-SPLIT_IN_NAME = re.compile(r"(?:^|[-_])(train|validation|val|test)(?=[-_.])")
+MAX_LABEL_BYTES, MAX_READ, MAX_INFO = (
+    1 << 20,
+    1 << 24,
+    1 << 24,
+)  # of a label, of one read of a tar header, of _info.json
 KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # the key ends at the first dot of the file name
 
 
@@ -63,6 +72,27 @@ class ShardReader:
 
 
 @dataclass(frozen=True)
+class BoundedReads:
+    """A file whose single reads are bounded: a tar header states how many bytes tarfile reads at once."""
+
+    file: IO[bytes]
+
+    def read(self, size: int = -1) -> bytes:
+        """Read bytes."""
+        if not 0 <= size <= MAX_READ:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Set the position."""
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self.file.tell()
+
+
+@dataclass(frozen=True)
 class Sample:
     """Members of one key by file extension: byte ranges of images, contents of .cls and .json."""
 
@@ -81,9 +111,10 @@ class Split:
 def open_webdataset(spec: str, classes: Sequence[str] | None) -> Source:
     """Open WebDataset shards.
 
-    Splits come from _info.json (info.json), else from the words train and validation (val, test) in the names of all
-    shards, else there are none. The label is the .cls member, or a field of the .json member: the one that _info.json
-    names as alt_label, else `label` if there is no .cls. Samples with a negative .json label are skipped, as in timm.
+    Splits come from _info.json (info.json), else from the words train and validation (val, test) in the names of the
+    shards; if no name has one, there are none. The label is the .cls member, or a field of the .json member: the one
+    that _info.json names as alt_label, else `label` if there is no .cls. Samples with a negative .json label are
+    skipped, as in timm.
 
     Args:
         spec: wds/PATH or, as in timm, wds/NAME:PATH; PATH is a shard or a folder of shards.
@@ -93,14 +124,15 @@ def open_webdataset(spec: str, classes: Sequence[str] | None) -> Source:
         The source.
 
     Raises:
-        BadInput: a shard is missing, compressed or truncated, or a sample has no image or label.
+        BadInput: a shard is missing, compressed or truncated, only some names have a split, or a sample has no image or
+            label.
     """
     name_or_path = spec.removeprefix("wds/").rpartition(":")[2]
     if not name_or_path:
         raise BadInput(f"dataset.source: {spec!r} lacks the path; write wds/PATH")
     path = Path(name_or_path)
     root = path if path.is_dir() else path.parent
-    splits = _splits(spec, path)
+    splits, unused = _splits(spec, path)
     ids: list[str] = []
     labels: list[int] = []
     split_of: list[str] = []
@@ -119,40 +151,39 @@ def open_webdataset(spec: str, classes: Sequence[str] | None) -> Source:
         raise BadInput(f"{spec}: no samples in the shards; correct dataset.source")
     names = None if classes is None else tuple(classes)
     native = tuple(split_of) if len(splits) == 2 else None
-    return Source(spec, tuple(ids), tuple(labels), names, native, ShardReader(spec, root, ranges))
+    return Source(spec, tuple(ids), tuple(labels), names, native, ShardReader(spec, root, ranges), tuple(unused))
 
 
-def _splits(spec: str, path: Path) -> dict[str, Split]:
-    """Return the shards of train and of one eval split, or of train alone if there are no splits."""
-    if path.is_file():
-        return {"train": Split([path.name])}
+def _splits(spec: str, path: Path) -> tuple[dict[str, Split], list[str]]:
+    """Return the shards of train and of one eval split, or of train alone; and shards that are not used."""
+    if path.exists() and not path.is_dir():
+        return {"train": Split([path.name])}, []
     if not path.is_dir():
         raise BadInput(f"{spec}: no such file or folder; correct dataset.source")
     info = next((path / name for name in INFO if (path / name).is_file()), None)
     if info is not None:
-        return _train_and_eval(_read_info(info))
+        described = _train_and_eval(_read_info(info))
+        used = {shard for split in described.values() for shard in split.shards}
+        return described, sorted(file.name for file in path.glob("*.tar") if file.name not in used)
     shards = sorted(file.name for file in path.glob("*.tar"))
     if not shards:
         raise BadInput(f"{spec}: no *.tar file in the folder; correct dataset.source")
-    by_name: dict[str, list[str]] = {}
-    for shard in shards:
-        match = SPLIT_IN_NAME.search(shard)
-        by_name.setdefault(match[1] if match else "", []).append(shard)
-    splits = {name: Split(names) for name, names in by_name.items()}
-    if "" in splits or "train" not in splits:
-        return {"train": Split(shards)}
-    return _train_and_eval(splits)
+    by_split, unused = files_by_split(shards, spec)
+    return {split: Split(names) for split, names in by_split.items()}, unused
 
 
 def _read_info(path: Path) -> dict[str, Split]:
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        splits = json.loads(read_regular_file(path, MAX_INFO))["splits"]
         described = {
-            name: Split([str(shard) for shard in split["filenames"]], split.get("alt_label") or "")
+            name: Split([str(shard) for shard in split["filenames"]], str(split.get("alt_label") or ""))
             for name, split in splits.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path}: not a dataset description in timm's format ({error!r})") from None
+    for split in described.values():
+        for shard in split.shards:
+            path_inside(path.parent, shard, path.name)
     if "train" not in described:
         raise BadInput(f"{path}: has no split train; add one with the shards to train on")
     return described
@@ -167,16 +198,25 @@ def _index_shard(root: Path, shard: str) -> dict[str, Sample]:
     """Return the samples of one shard by key, in order. Labels are read, images are only located."""
     samples: dict[str, Sample] = {}
     try:
-        with tarfile.open(root / shard, "r:") as tar:
+        if not (root / shard).is_file() and (root / shard).exists():
+            raise BadInput(f"{root / shard}: not a regular file; correct dataset.source")
+        with (root / shard).open("rb") as file, _opened_tar(file) as tar:
             for member in tar:
                 match = KEY.fullmatch(member.name)
                 if member.isreg() and match and not _is_meta(member.name):
                     _add(samples.setdefault(match[1], Sample()), member, match[2].lower(), tar, shard)
     except FileNotFoundError:
         raise BadInput(f"{root / shard}: no such file; correct dataset.source") from None
-    except (tarfile.TarError, OSError) as error:
-        raise BadInput(f"{root / shard}: not a complete, uncompressed tar file ({error}); write it again") from None
+    except BadInput:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError, TypeError, LookupError, OverflowError) as error:
+        reason = first_line(error)[:200]
+        raise BadInput(f"{root / shard}: not a complete, uncompressed tar file ({reason}); write it again") from None
     return samples
+
+
+def _opened_tar(file: IO[bytes]) -> tarfile.TarFile:
+    return tarfile.open(fileobj=BoundedReads(file), mode="r:")  # type: ignore[call-overload, no-any-return]
 
 
 def _is_meta(name: str) -> bool:
@@ -186,32 +226,27 @@ def _is_meta(name: str) -> bool:
 def _add(sample: Sample, member: tarfile.TarInfo, ending: str, tar: tarfile.TarFile, shard: str) -> None:
     if ending in sample.images or ending in sample.labels:
         raise BadInput(f"{shard}: {member.name} occurs twice; give every sample its own key")
-    if ending in IMAGES:
+    if member.issparse() or (ending in LABELS and member.size > MAX_LABEL_BYTES):
+        raise BadInput(f"{shard}: {member.name} is sparse or too large ({member.size} bytes); write the shard again")
+    if f".{ending}" in image_suffixes():
         sample.images[ending] = ByteRange(shard, member.offset_data, member.size)
     elif ending in LABELS and (content := tar.extractfile(member)) is not None:
         sample.labels[ending] = content.read()
 
 
 def _image(where: str, sample: Sample) -> ByteRange:
-    for ending in IMAGES:
+    for ending in (*IMAGES, *sorted(sample.images)):
         if ending in sample.images:
             return sample.images[ending]
-    raise BadInput(f"{where} has no image; each needs one of .{', .'.join(IMAGES)}")
+    raise BadInput(f"{where} has no image; each needs one of .{', .'.join(IMAGES)} or another format that Pillow reads")
 
 
 def _label(where: str, sample: Sample, name: str, classes: Sequence[str] | None) -> int | None:
     """Return the label of a sample, None to skip it."""
     value = _label_value(where, sample, name)
-    try:
-        label = int(value)
-    except (TypeError, ValueError):
-        raise BadInput(f"{where} has the label {value!r}, which must be one integer") from None
-    if label < 0 and (name or "cls" not in sample.labels):
+    if isinstance(value, int) and value < 0 and (name or "cls" not in sample.labels):
         return None
-    if label < 0 or (classes is not None and label >= len(classes)):
-        wanted = "0 or more" if classes is None else f"0..{len(classes) - 1} ({len(classes)} classes)"
-        raise BadInput(f"{where} has label {label}, which must be {wanted}")
-    return label
+    return checked_label(value, classes, where)
 
 
 def _label_value(where: str, sample: Sample, name: str) -> Any:
@@ -221,7 +256,7 @@ def _label_value(where: str, sample: Sample, name: str) -> Any:
         raise BadInput(f"{where} has no label; each needs a .{'json' if name else 'cls'} member")
     try:
         facts = json.loads(sample.labels["json"])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadInput(f"{where} has a .json member that is not JSON; write it again") from None
     wanted = name or "label"
     if not isinstance(facts, dict) or not has_field(facts, wanted):

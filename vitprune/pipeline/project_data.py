@@ -43,7 +43,7 @@ def open_images(split: str, model: nn.Module, params: Params, augment: str | Non
     Raises:
         BadInput: a label is not among the model's classes.
     """
-    transform = data.transform(data.data_config(model), augment)
+    transform = data.transform(data.data_config(model), augment, params.dataset.exif_orientation)
     table = data.open_split(tables.read_table(MANIFEST, tables.MANIFEST), source_of(params), split, transform)
     highest, classes = int(table.labels.max()), int(cast(int, model.num_classes))
     if highest >= classes:
@@ -53,7 +53,8 @@ def open_images(split: str, model: nn.Module, params: Params, augment: str | Non
 
 def calibration(model: nn.Module, params: Params) -> list[data.Batch]:
     """Load the calibration images with the preprocessing of a model."""
-    return data.load_calibration(CALIBRATION, data.transform(data.data_config(model)), params.score.batch_size)
+    transform = data.transform(data.data_config(model), None, params.dataset.exif_orientation)
+    return data.load_calibration(CALIBRATION, transform, params.score.batch_size)
 
 
 def data_workers() -> int:

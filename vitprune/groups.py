@@ -5,10 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
+from vitprune.runtime.wrappers import plain_model
 
+CHANNEL_NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)  # with a normalized_shape
 Scores = dict[str, Tensor]
 Masks = dict[str, Tensor]
 Resize = Callable[[nn.Module, tuple[int, ...]], None]
@@ -181,6 +184,7 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
         BadInput: a mask removes residual channels (LayerNorm would still count them) or blocks, a mask does not fit
             its group, or a group no longer fits its parameters. The model is unchanged then.
     """
+    result, model = model, plain_model(model)
     fitting = [(group, _fitting(group, masks)) for group in groups]
     for group, keep in fitting:
         _refuse_stale(model, group)
@@ -195,7 +199,7 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
                 parameter.masked_fill_(~keep.view_as(parameter).to(parameter.device), 0)
             else:
                 parameter.index_fill_(part.axis, positions(part, ~keep).to(parameter.device), 0)
-    return model
+    return result
 
 
 @torch.no_grad()
@@ -218,6 +222,7 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
             numbers of channels, the kept sub-layers would not form blocks, two groups share an axis of one parameter,
             or a group no longer fits its parameters. The model is unchanged then.
     """
+    result, model = model, plain_model(model)
     _refuse_shared_axes(groups)
     for group in groups:
         _refuse_stale(model, group)
@@ -226,7 +231,7 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
     others = [(g, _fitting(g, masks)) for g in groups if g.kind != "block" and not is_within(g.name, removed)]
     for group, keep, shape in [(group, keep, _kept_shape(group, keep)) for group, keep in others + blocks]:
         _cut(model, group, keep, shape)
-    return model
+    return result
 
 
 @torch.no_grad()
@@ -342,5 +347,5 @@ def _match_weight(module: nn.Module) -> None:
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = module.weight.shape[0]
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+    elif isinstance(module, CHANNEL_NORMS):
         module.normalized_shape = tuple(module.weight.shape)

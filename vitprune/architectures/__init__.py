@@ -34,19 +34,18 @@ from vitprune.architectures.causal_lm import groups as decoder_groups
 from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, resize_group
+from vitprune.runtime.wrappers import plain_model
 
 Finder = Callable[[nn.Module, str], list[Group]]
 Cut = tuple[Group, tuple[int, ...]]
 
+VISION_TRANSFORMERS = (VisionTransformer, VisionTransformerDistilled)
 FAMILIES: dict[type[nn.Module], Finder] = {  # models with special group names and sizes
-    VisionTransformer: vit.groups,
-    VisionTransformerDistilled: vit.groups,
+    **dict.fromkeys(VISION_TRANSFORMERS, vit.groups),
     SwinTransformer: swin.groups,
     PyramidVisionTransformerV2: pvt.groups,
     Decoder: decoder_groups,
 }
-# models that remove sub-layers; others remove whole blocks
-SUBLAYER_PRUNED = (VisionTransformer, VisionTransformerDistilled, Decoder)
 TABLES: dict[type[nn.Module], unstructured.Table] = {
     Xcit: unstructured_tables.XCIT,
     EfficientFormer: unstructured_tables.EFFICIENTFORMER,
@@ -70,14 +69,28 @@ def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
     Raises:
         BadInput: a kind is unknown, or the model or one of its modules does not support it; the message names it.
     """
+    if isinstance(kinds, str):
+        raise BadInput(f"kinds: {kinds!r} is a string; give a list, as in [{kinds!r}]")
+    model = plain_model(model)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise BadInput(f"kind {unknown[0]!r}: unknown; use some of {', '.join(KINDS)}")
-    return [group for kind in kinds for group in _find(model, kind)]
+    groups = [group for kind in kinds for group in _find(model, kind)]
+    _refuse_shared(model, groups)
+    return groups
+
+
+def _refuse_shared(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Refuse groups that name one parameter in two ways: blocks that share a layer, whose weights would count twice."""
+    names: dict[nn.Parameter, str] = {}
+    for part in (part for group in groups for part in group.slices):
+        first = names.setdefault(model.get_parameter(part.param), part.param)
+        if first != part.param:
+            raise BadInput(f"{part.param}: is the same parameter as {first}; give each layer its own (copy.deepcopy)")
 
 
 def _find(model: nn.Module, kind: str) -> list[Group]:
-    if kind == "block" and type(model) not in SUBLAYER_PRUNED:
+    if kind == "block" and not removes_sublayers(model):
         return block_removal.groups(model)
     if type(model) in FAMILIES:
         return FAMILIES[type(model)](model, kind)
@@ -88,6 +101,11 @@ def _find(model: nn.Module, kind: str) -> list[Group]:
     if type(model) in TABLES:
         return unstructured.weights(TABLES[type(model)], model)
     return unstructured.all_weights(model)
+
+
+def removes_sublayers(model: nn.Module) -> bool:
+    """Return whether sub-layers of a model are removed; of other models, whole blocks are."""
+    return type(model) is Decoder or (type(model) in VISION_TRANSFORMERS and vit.has_plain_blocks(model))
 
 
 def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -> list[Group]:
@@ -103,12 +121,13 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 
     Source: UP-ViTs, merging h_b heads into h_t.
     """
+    model = plain_model(model)
     return [attention.merge_heads(model, group, number) if number else group for group in groups]
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return what `rebuild` needs: the shape of every group that `shrink` can cut, by name, and the removed blocks."""
-    blocks = _cuttable(model, "block") if type(model) in SUBLAYER_PRUNED else []
+    blocks = _cuttable(model, "block") if removes_sublayers(model) else []
     heads = _cuttable(model, "attention") or _cuttable(model, "head")
     groups = blocks + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
     return block_removal.removed_blocks(model) | {group.name: group.shape for group in groups}
@@ -148,7 +167,7 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
     cuts: list[Cut] = []
     reached: dict[str, dict[str, tuple[int, ...]]] = {}  # as `structure` would return it for the result, by kind
     for kind in ("block", "head", "residual", "attention", "ffn") if wanted else ():
-        if kind == "block" and type(model) not in SUBLAYER_PRUNED:
+        if kind == "block" and not removes_sublayers(model):
             cuts += apply_cuts(model, block_removal.cuts_of(model, wanted))
             reached[kind] = block_removal.removed_blocks(model)
             continue

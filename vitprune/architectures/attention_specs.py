@@ -71,6 +71,10 @@ def _plain(attn: Any, num_heads: int, head_dim: int) -> None:
     attn.head_dim, attn.attn_dim = head_dim, num_heads * head_dim
 
 
+def _no_sizes(attn: Any, num_heads: int, head_dim: int) -> None:
+    """Record nothing: the forward pass reads num_heads alone."""
+
+
 def _rotary(attn: Any, num_heads: int, head_dim: int) -> None:
     attn.num_kv_heads, attn.kv_dim = num_heads, num_heads * head_dim
     attn.attn_dim = num_heads * head_dim
@@ -149,7 +153,7 @@ SPECS: dict[type[nn.Module], AttentionSpec] = {
         set_sizes=_multiscale,
     ),
     pvt_v2.Attention: PVT,
-    swin_transformer.WindowAttention: AttentionSpec(per_head=(TABLE,), set_sizes=_plain),
+    swin_transformer.WindowAttention: AttentionSpec(per_head=(TABLE,), set_sizes=_no_sizes),
     swin_transformer_v2.WindowAttention: AttentionSpec(
         (("qkv", 3), *BIASES), per_head=(("logit_scale", 0), ("cpb_mlp.2", 0)), scaled=False
     ),

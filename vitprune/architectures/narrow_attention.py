@@ -1,8 +1,8 @@
 """Forward passes of timm's attentions for num_heads * head_dim != embed_dim, which timm does not support.
 
 timm's forward passes assume that the concatenated heads have the width of the input. The classes here have the same
-parameters under the same names, and take the width from them. Only the `__class__` of an attention is changed, so all
-references to the module remain valid.
+parameters under the same names, and take the width from them. They inherit the other methods, such as
+set_window_size. Only the `__class__` of an attention is changed, so all references to the module remain valid.
 """
 
 import math
@@ -44,20 +44,20 @@ def _split_qkv(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
     return _split(F.linear(x, attn.qkv.weight, bias), 3, attn.num_heads)
 
 
-class NarrowBeitAttention(nn.Module):
+class NarrowBeitAttention(beit.Attention):  # type: ignore[misc]
     """BEiT's attention with relative position bias."""
 
     def forward(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Compute self-attention of x (B, N, C)."""
         bias = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
-            table_bias = beit.Attention._get_rel_pos_bias(self)
+            table_bias = self._get_rel_pos_bias()
             bias = table_bias if bias is None else table_bias + bias
         q, k, v = _split_qkv(self, x)
         return _project_output(self, _attend(self, q, k, v, bias, self.fused_attn))
 
 
-class NarrowWindowAttentionV2(nn.Module):
+class NarrowWindowAttentionV2(swin_transformer_v2.WindowAttention):  # type: ignore[misc]
     """Swin V2's cosine attention; its logits do not depend on head_dim."""
 
     def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -75,7 +75,7 @@ class NarrowWindowAttentionV2(nn.Module):
         return _project_output(self, mixed.transpose(1, 2).flatten(2))
 
 
-class NarrowCrossCovariance(nn.Module):
+class NarrowCrossCovariance(xcit.XCA):  # type: ignore[misc]
     """XCiT's cross-covariance attention: attention between the channels of a head."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class NarrowCrossCovariance(nn.Module):
         return _project_output(self, mixed.permute(0, 3, 1, 2).flatten(2))
 
 
-class NarrowClassAttention(nn.Module):
+class NarrowClassAttention(cait.ClassAttn):  # type: ignore[misc]
     """CaiT's class attention: the class token is the only query."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class NarrowClassAttention(nn.Module):
         return _project_output(self, _attend(self, q, k, v, fused=self.fused_attn))
 
 
-class NarrowTalkingHeads(nn.Module):
+class NarrowTalkingHeads(cait.TalkingHeadAttn):  # type: ignore[misc]
     """CaiT's talking-heads attention, which mixes the heads before and after the softmax."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class NarrowTalkingHeads(nn.Module):
         return _project_output(self, (self.attn_drop(weights) @ v).transpose(1, 2).flatten(2))
 
 
-class NarrowConVitAttention(nn.Module):
+class NarrowConVitAttention(convit.MHSA):  # type: ignore[misc]
     """ConViT's self-attention without positions."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -116,13 +116,13 @@ class NarrowConVitAttention(nn.Module):
         return _project_output(self, _attend(self, q, k, v))
 
 
-class NarrowPositionalAttention(nn.Module):
+class NarrowPositionalAttention(convit.GPSA):  # type: ignore[misc]
     """ConViT's gated positional attention."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Compute self-attention of x (B, N, C)."""
         if self.rel_indices is None or self.rel_indices.shape[1] != x.shape[1]:
-            self.rel_indices = convit.GPSA.get_rel_indices(self, x.shape[1])
+            self.rel_indices = self.get_rel_indices(x.shape[1])
         q, k = _split(self.qk(x), 2, self.num_heads)
         (v,) = _split(self.v(x), 1, self.num_heads)
         content = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
@@ -133,7 +133,7 @@ class NarrowPositionalAttention(nn.Module):
         return _project_output(self, (weights @ v).transpose(1, 2).flatten(2))
 
 
-class NarrowLocalAttention(nn.Module):
+class NarrowLocalAttention(twins.LocallyGroupedAttn):  # type: ignore[misc]
     """Twins' attention in the windows of a feature map."""
 
     def forward(self: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -148,7 +148,7 @@ class NarrowLocalAttention(nn.Module):
         return _project_output(self, grid.flatten(1, 2))
 
 
-class NarrowSubSampledAttention(nn.Module):
+class NarrowSubSampledAttention(twins.GlobalSubSampleAttn):  # type: ignore[misc]
     """Twins' attention with keys and values of a spatially reduced feature map."""
 
     def forward(self: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -161,7 +161,7 @@ class NarrowSubSampledAttention(nn.Module):
         return _project_output(self, _attend(self, q, k, v, fused=self.fused_attn))
 
 
-class NarrowRotaryAttention(nn.Module):
+class NarrowRotaryAttention(eva.EvaAttention):  # type: ignore[misc]
     """EVA's attention with rotary position embedding."""
 
     def forward(
@@ -187,7 +187,7 @@ def _rotate(attn: Any, heads: Tensor, rope: Tensor) -> Tensor:
     return torch.cat((heads[:, :, :first], rotated), dim=2)
 
 
-class NarrowPvtAttention(nn.Module):
+class NarrowPvtAttention(pvt_v2.Attention):  # type: ignore[misc]
     """PVTv2's attention; the spatially reduced map may also be narrower than the input."""
 
     def forward(self: Any, x: Tensor, feat_size: tuple[int, int]) -> Tensor:

@@ -70,7 +70,7 @@ def _refuse_unprunable(stream: ChannelGroup, why: str) -> None:
 
 def _is_output(model: Any, stream: ChannelGroup) -> bool:
     """Whether a sum is one of logits, as that of the two classifiers of a distilled model."""
-    return stream.why_not.endswith(IS_OUTPUT) and stream.units == model.num_classes
+    return stream.why_not.endswith(IS_OUTPUT) and stream.units == vars(model).get("num_classes")
 
 
 def _first_writer(stream: ChannelGroup) -> str:

@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from vitprune.architectures.slices import not_prunable, weight_group
+from vitprune.architectures.tracing.cache import end_layers
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within
 
 INNER_LAYERS = ("conv", "linear", "ln")  # names of a layer inside a module with its norm
 LAYER_TYPES = {"q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "qk": "qkv", "fc1": "mlp", "fc2": "mlp"}
+LAYER_TYPES |= {"fc1_g": "mlp", "fc1_x": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,47 @@ def all_weights(model: nn.Module) -> list[Group]:
     Raises:
         BadInput: a layer does not use its weights unchanged, or there is no layer to prune.
     """
-    result = []
-    config: Any = getattr(model, "pretrained_cfg", {})
-    kept = {_stem(path) for path in _paths(config.get("first_conv"))} | set(_paths(config.get("classifier")))
-    for path, layer in _matrix_layers(model):
-        if not path or not isinstance(layer, nn.Linear | nn.Conv2d) or is_within(path, kept):
-            continue
-        if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
-            continue
-        result.append(weight_group(path, layer, _layer_type(path)))
-    if not result:
+    layers = [(path, layer) for path, layer in _matrix_layers(model) if path and _is_prunable(layer)]
+    kept = _stem_and_classifier(model) if layers else set()
+    layers = [(path, layer) for path, layer in layers if not is_within(path, kept)]
+    if not layers:
         raise BadInput(
             f"{type(model).__name__}: this model is not supported; it has no Linear or Conv2d layer to prune"
         )
-    return result
+    for path, _ in layers:
+        _refuse_own_class(model, path)
+    return [weight_group(path, layer, _layer_type(path)) for path, layer in layers]
+
+
+def _is_prunable(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return not 1 < layer.groups == layer.in_channels
+    return isinstance(layer, nn.Linear)
+
+
+def _refuse_own_class(model: nn.Module, path: str) -> None:
+    """Refuse a layer inside a module that is neither timm's nor of the model's package: its weight may be added to."""
+    known = {"timm", "torch", "torchvision", _package(model)}
+    names = path.split(".")
+    for length in range(1, len(names)):
+        outer = ".".join(names[:length])
+        module = model.get_submodule(outer)
+        if _package(module) not in known:
+            raise not_prunable(outer, module, "its class is not timm's, so the use of its weights is unknown")
+
+
+def _package(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def _stem_and_classifier(model: nn.Module) -> set[str]:
+    """Paths of the stem and the classifiers: those of timm's config, else the first and the last layer that runs."""
+    config: Any = getattr(model, "pretrained_cfg", {})
+    first, classifiers = _paths(config.get("first_conv")), _paths(config.get("classifier"))
+    modules = dict(model.named_modules())
+    if first and all(path in modules for path in first):
+        return {_stem(path) for path in first} | set(classifiers)
+    return set(end_layers(model))
 
 
 def _paths(names: str | Sequence[str] | None) -> tuple[str, ...]:

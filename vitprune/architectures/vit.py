@@ -7,9 +7,9 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vitprune.architectures import by_module
+from vitprune.architectures import by_module, unstructured
 from vitprune.architectures.residual_stream import group_along
-from vitprune.architectures.slices import block_weights, not_prunable
+from vitprune.architectures.slices import block_weights
 from vitprune.architectures.tracing.cache import traced_channels, trial_run
 from vitprune.groups import Group
 
@@ -21,7 +21,7 @@ def groups(model: Any, kind: str) -> list[Group]:
     """Find all groups of one kind.
 
     Raises:
-        BadInput: a block, attention or MLP of the model is of an unknown class, or the model cannot be pruned so.
+        BadInput: an attention or MLP of the model is of an unknown class, or the model cannot be pruned so.
 
     Source: UP-ViTs: residual stream (component 1), blocks.
     """
@@ -29,17 +29,28 @@ def groups(model: Any, kind: str) -> list[Group]:
         group = group_along(traced_channels(model), "residual", "patch_embed.proj.weight", 0, resize_width)
         trial_run(model, [group], "a narrower residual stream")
         return [group]
-    blocks = [(f"blocks.{index}", _plain(f"blocks.{index}", block)) for index, block in enumerate(model.blocks)]
-    if kind == "block":
-        return [_block_group([path for path, _ in blocks])]
-    return by_module.groups(model, kind) if kind in by_module.KINDS else block_weights(blocks)
+    if kind in by_module.KINDS:
+        return by_module.groups(model, kind)
+    if kind == "weight" and not has_plain_blocks(model):
+        return unstructured.all_weights(model)
+    paths = [f"blocks.{index}" for index in range(len(model.blocks))]
+    return [_block_group(paths)] if kind == "block" else block_weights(zip(paths, model.blocks, strict=True))
+
+
+def has_plain_blocks(model: Any) -> bool:
+    """Return whether all blocks are timm's plain transformer Block, with plain Attention and Mlp."""
+    return all(
+        type(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp for block in model.blocks
+    )
 
 
 def uniform_args(model: Any) -> dict[str, int | float]:
     """Return embed_dim, depth, num_heads and mlp_ratio for timm.create_model; empty if the blocks differ."""
     width, depth = model.embed_dim, len(model.blocks)
-    shapes = {(b.attn.num_heads, b.attn.attn_dim, b.mlp.fc1.out_features) for b in model.blocks if type(b) is Block}
-    if len(shapes) != 1 or any(type(b) is not Block or type(b.mlp) is not Mlp for b in model.blocks):
+    if not has_plain_blocks(model):
+        return {}
+    shapes = {(b.attn.num_heads, b.attn.attn_dim, b.mlp.fc1.out_features) for b in model.blocks}
+    if len(shapes) != 1:
         return {}
     num_heads, attn_dim, hidden = shapes.pop()
     pool = model.attn_pool  # its MLP has the same mlp_ratio and is not pruned
@@ -53,16 +64,6 @@ def resize_width(model: Any, shape: tuple[int, ...]) -> None:
     model.embed_dim = model.num_features = model.head_hidden_size = shape[0]
     for feature in model.feature_info:
         feature["num_chs"] = shape[0]
-
-
-def _plain(path: str, block: Any) -> Any:
-    if type(block) is not Block:
-        raise not_prunable(path, block, "only timm's plain transformer Block is supported")
-    if type(block.attn) is not Attention:
-        raise not_prunable(f"{path}.attn", block.attn, "only timm's plain Attention is supported")
-    if type(block.mlp) is not Mlp:
-        raise not_prunable(f"{path}.mlp", block.mlp, "only timm's plain Mlp is supported")
-    return block
 
 
 def _block_group(paths: Sequence[str]) -> Group:

@@ -91,6 +91,9 @@ class Export(Section):
     onnx: bool = False
     """An ONNX file in float32."""
 
+    opset: Annotated[int, Field(ge=18)] | None = None
+    """Version of ONNX's operators; null for torch's default."""
+
     int8: bool = False
     """An ONNX file in INT8, calibrated on the calibration set."""
 

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from vitprune.criteria import Batches, Importance, ScoringContext
 from vitprune.criteria.magnitude import parameters_of
 from vitprune.errors import BadInput
-from vitprune.evaluation.losses import cross_entropy
+from vitprune.evaluation.losses import loss_at
 from vitprune.groups import Group, unit_sums
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.progress import track
@@ -36,7 +35,7 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, context:
     scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}
     for images, labels in track(batches, "taking gradients"):
         with eval_mode(model), torch.enable_grad():
-            loss = cross_entropy(functional_call(model, named, images.to(device)), labels.to(device))
+            loss = loss_at(model, named, images.to(device), labels.to(device))
         gradients = torch.autograd.grad(loss, list(named.values()))
         products = {name: g * w.detach() for (name, w), g in zip(named.items(), gradients, strict=True)}
         for group in groups:

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
+from vitprune.evaluation.losses import check_labels
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.progress import track
 
@@ -21,14 +23,15 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
         `top1` and `top5` in percent, and the predicted class of every image (N,).
 
     Raises:
-        BadInput: there are no images.
+        BadInput: there are no images, a batch cannot be used, or a label is not a class of the model.
     """
     device = next(model.parameters()).device
     right1 = right5 = seen = 0
     predictions = []
     with torch.no_grad(), eval_mode(model):
-        for images, labels in track(batches, "evaluating"):
+        for images, labels in checked_stream(track(batches, "evaluating"), model, "batches"):
             logits = model(images.to(device)).float().cpu()  # (B, classes)
+            check_labels(labels.cpu(), logits)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = best == labels.cpu().unsqueeze(1)
             right1, right5, seen = right1 + int(hits[:, 0].sum()), right5 + int(hits.sum()), seen + len(labels)

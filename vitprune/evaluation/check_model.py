@@ -60,6 +60,8 @@ def check(
     Raises:
         BadInput: timm cannot create the model, or a kind or ratio is unknown.
     """
+    if isinstance(kinds, str) or not isinstance(ratios, Sequence):
+        raise BadInput(f"check: give lists of kinds and ratios, not {kinds!r} and {ratios!r}")
     for ratio in ratios:
         if not 0 < ratio < 1:
             raise BadInput(f"--ratios {ratio}: must be above 0 and below 1 (the share of units to remove)")

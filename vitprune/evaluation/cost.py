@@ -1,7 +1,6 @@
 """Parameters and multiply-accumulate operations (MACs) of a model."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune.architectures import find_groups
+from vitprune.data.batch_checks import checked_input
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within
-from vitprune.runtime.eval_mode import eval_mode, frozen
+from vitprune.runtime.eval_mode import eval_mode, frozen, unfused_attention
+from vitprune.runtime.wrappers import plain_model
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,12 @@ def count(model: nn.Module, example_input: Tensor) -> Counts:
 
     Returns:
         The counts.
+
+    Raises:
+        BadInput: the model does not run on the input.
     """
-    total, per_layer = count_macs(model, example_input[:1])
+    model = plain_model(model)
+    total, per_layer = count_macs(model, checked_input("example_input", example_input, model)[:1])
     zeros = {name: _zero_share(model.get_parameter(f"{name}.weight")) for name in per_layer}
     parameters = list(model.parameters())
     return Counts(
@@ -93,7 +98,7 @@ def count_macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
     """
     layers = _Layers(model)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), eval_mode(model), frozen(model), _plain_attention(model), counter, layers:
+    with torch.no_grad(), eval_mode(model), frozen(model), unfused_attention(model), counter, layers:
         model(_cast(model, image))
     return int(counter.get_total_flops() // 2), layers.macs
 
@@ -112,19 +117,6 @@ def _nominal_saving(model: nn.Module, per_layer: dict[str, int]) -> int:
 
 def _zero_share(weight: Tensor) -> float:
     return 1 - int(weight.count_nonzero()) / weight.numel()
-
-
-@contextmanager
-def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """Disable fused attention of the model."""
-    fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
-    for module in fused:
-        module.fused_attn = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True  # type: ignore[assignment]
 
 
 class _Layers(TorchFunctionMode):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vitprune.data import example_input
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
+from vitprune.runtime.wrappers import plain_model
 
 
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -21,7 +22,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
         top1, top5, and the fields of `Counts`.
 
     Raises:
-        BadInput: there are no images.
+        BadInput: as `accuracy`.
     """
-    example = example_input(model, 1).to(next(model.parameters()).device)
-    return accuracy(model, batches)[0] | asdict(count(model, example))
+    return accuracy(model, batches)[0] | asdict(count(model, example_input(plain_model(model), 1)))

@@ -13,6 +13,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vitprune.data.batch_checks import checked_input
+from vitprune.errors import BadInput
+
 
 def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> list[dict[str, float]]:
     """Measure the latency of a forward pass of several models.
@@ -26,7 +29,14 @@ def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> li
 
     Returns:
         For each model: `median`, `p10` and `p90` in milliseconds, `runs` and `batch`.
+
+    Raises:
+        BadInput: there is no model or no run, or a model does not run on the input.
     """
+    if isinstance(models, nn.Module) or not models or runs < 1:
+        raise BadInput("latency: give a list of models, as in [model], and at least one run")
+    for model in models:
+        example_input = checked_input("example_input", example_input, model)
     device = next(models[0].parameters()).device
     batch = example_input.to(device)
     times: list[list[float]] = [[] for _ in models]

@@ -1,7 +1,13 @@
 """Cross-entropy for logits per image or per position of a sequence."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+
+from vitprune.data.batch_checks import IGNORED
+from vitprune.errors import BadInput
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -14,6 +20,51 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
     """
     targets = labels.flatten(0, -2) if labels.is_floating_point() else labels.flatten()
     return F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=smoothing)
+
+
+def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return `cross_entropy` after a check of the labels.
+
+    Raises:
+        BadInput: a label is not a class; positions of a sequence may be ignored, but not all of them.
+    """
+    check_labels(labels, logits)
+    return cross_entropy(logits, labels)
+
+
+def loss_at(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """Return `labelled_loss` of a model with other weights.
+
+    Args:
+        model: the model.
+        weights: tensors by parameter name; other parameters keep their values.
+        images: inputs of the model.
+        labels: their labels.
+
+    Raises:
+        BadInput: as `labelled_loss`.
+    """
+    modules, names = list(model.modules()), [path for path, _ in model.named_modules(remove_duplicate=False)]
+    tied = len(modules) == len(names)  # torch cannot tie the weights of a module that occurs twice, and need not
+    return labelled_loss(functional_call(model, dict(weights), images, tie_weights=tied), labels)
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Check that labels are classes of the logits, or probabilities of the classes.
+
+    Raises:
+        BadInput: they are not.
+    """
+    classes, wanted = logits.shape[-1], logits.shape if labels.is_floating_point() else logits.shape[:-1]
+    if labels.shape != wanted:
+        raise BadInput(f"labels: have shape {tuple(labels.shape)}; {tuple(wanted)} is needed for these images")
+    if labels.is_floating_point():
+        return
+    used = labels[labels != IGNORED] if logits.dim() > 2 else labels
+    wrong = used[(used < 0) | (used >= classes)]
+    if len(wrong) or not len(used):
+        label = int(wrong[0]) if len(wrong) else IGNORED
+        raise BadInput(f"labels: {label} is not a class; the model has the classes 0 to {classes - 1}")
 
 
 class CrossEntropy(nn.Module):

@@ -17,10 +17,12 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
-from vitprune.data.augment import data_config
+from vitprune.data.augment import data_config, example_input
 from vitprune.errors import BadInput
 from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, limited_cpu_time
+from vitprune.models.equality import first_difference, same_logits
 from vitprune.models.validation import (
+    DTYPES,
     FLOATS,
     FORMAT,
     ModelConfig,
@@ -32,6 +34,7 @@ from vitprune.models.validation import (
 )
 from vitprune.runtime.files import atomic_write
 from vitprune.runtime.messages import first_line
+from vitprune.runtime.model_checks import checked_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_DENSE_RATIO, SMALL = 64, 1 << 27  # a dense model has at most 64 times the weights of the file, or 2**27
@@ -112,21 +115,20 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write model.safetensors and config.json: timm's layout plus the structure of a shrunk model.
 
-    If all blocks have the same shape, plain timm loads it too: timm.create_model("local-dir:DIRECTORY").
+    If all blocks have the same shape, plain timm loads it too: timm.create_model("local-dir:DIRECTORY"). Before a file
+    is written, the model is built again from its config.json and compared.
 
     Args:
-        model: A model made by timm.create_model or `load`.
+        model: A model made by timm.create_model or `load`, also inside torch.compile or data parallelism.
         directory: Directory to write.
 
     Raises:
-        BadInput: the model was not made by timm.create_model, or its weights have several floating-point types.
+        BadInput: the model was not made by timm.create_model, its weights are not finite or of several types, or
+            config.json cannot record a change of the model, such as another activation.
     """
-    directory = Path(directory)
-    if "architecture" not in getattr(model, "pretrained_cfg", {}):
+    directory, model = Path(directory), checked_model(model)
+    if "architecture" not in getattr(model, "pretrained_cfg", {}) or isinstance(model, nn.ModuleDict):  # features_only
         raise BadInput(f"{type(model).__name__}: only models made by timm.create_model (or vitprune.load) can be saved")
-    types = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
-    if len(types) > 1:
-        raise BadInput(f"{type(model).__name__}: weights are {', '.join(sorted(map(str, types)))}; give them one type")
     with atomic_write(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())
@@ -137,7 +139,35 @@ def save(model: nn.Module, directory: str | Path) -> None:
             "structure": {name: list(shape) for name, shape in structure(model).items()},
         }
         partial.write_text(json.dumps(config, indent=2) + "\n")
+        _refuse_other_model(model, read_config(partial))
         write_weights(model.state_dict(), directory / WEIGHTS)
+
+
+def _refuse_other_model(model: nn.Module, config: ModelConfig) -> None:
+    """Refuse a model that is not the one built from its config.
+
+    Raises:
+        BadInput: weights, structure or logits differ.
+    """
+    name, state = type(model).__name__, model.state_dict()
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header = {key: TensorSpec(codes.get(tensor.dtype, ""), tuple(tensor.shape)) for key, tensor in state.items()}
+    try:
+        with torch.device("meta"):
+            meta = _build_dense(config, header)
+        cuts = _resize(meta, config)
+        check_fit(Path(name), header, meta.state_dict(), name)
+    except BadInput as error:
+        why = str(error).removeprefix(f"{config.path}: ").removeprefix(f"{name}: ").partition(";")[0]
+        remedy = "change the classifier by reset_classifier, other layers by arguments of timm.create_model"
+        raise BadInput(f"{name}: timm does not build this model from its config ({why}); {remedy}") from None
+    difference = first_difference(model, meta)
+    if difference:
+        rebuilt = _build_dense(config, header)
+        apply_cuts(rebuilt, cuts)
+        rebuilt.load_state_dict(state)
+        if not same_logits(model, rebuilt, example_input(model, 2)):
+            raise BadInput(f"{difference}; config.json does not record it, so give it to timm.create_model")
 
 
 def load(directory: str | Path) -> nn.Module:

@@ -1,12 +1,15 @@
 """The export stage: a timm directory with a model card, and ONNX files in float32 and INT8."""
 
+import sys
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from vitprune import data, models
 from vitprune.config.params import Params
 from vitprune.models.card import write_card
-from vitprune.models.export import export_onnx, export_timm
+from vitprune.models.export import ExportError, export_onnx, export_timm
 from vitprune.models.int8 import quantize_and_compare
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, open_images
 from vitprune.runtime.files import write_json
@@ -19,8 +22,17 @@ def run(params: Params) -> None:
     facts: dict[str, Any] = {"timm": export_timm(model, folder / "timm", example), "onnx": None, "int8": None}
     write_card(folder / "timm", Path())
     if params.export.onnx:
-        facts["onnx"] = export_onnx(model, folder / "model.onnx", example)
-    if params.export.int8:
+        facts["onnx"] = _onnx(model, folder / "model.onnx", example, params)
+    if params.export.int8 and "error" not in facts["onnx"]:
         evaluation = data.eval_batches(open_images("eval", model, params), params.evaluate.batch_size)
         facts["int8"] = quantize_and_compare(folder, calibration(model, params), evaluation)
     write_json(METRICS / "export.json", facts)
+
+
+def _onnx(model: nn.Module, path: Path, example: Tensor, params: Params) -> dict[str, Any]:
+    """Export to ONNX; a model that cannot be exported costs the file, not the run."""
+    try:
+        return export_onnx(model, path, example, opset=params.export.opset)
+    except ExportError as error:
+        print(f"vitprune export: {error}", file=sys.stderr)
+        return {"error": str(error)}

@@ -155,8 +155,9 @@ def select_cycle_masks(
         batches: Calibration batches, for methods that rescore units near the threshold.
 
     Raises:
-        BadInput: the target cannot be reached.
+        BadInput: the target cannot be reached, or all scores of a kind are equal.
     """
+    refuse_equal_scores(scores, groups_for(model, plan))
     names = to_dense_names(state.groups, groups_for(model, plan), state.masks)
     dense_scores = scores_in_dense(scores, names, state)
     wanted = cycle_target(dense_scores, plan, state)
@@ -166,6 +167,20 @@ def select_cycle_masks(
         dense_scores = scores_in_dense(rescored.scores, names, state)
     masks = select_masks(dense_scores, plan, step, state)
     return CycleMasks(masks, wanted.target, dense_scores, step == wanted.target, rescored.facts, wanted.last_step)
+
+
+def refuse_equal_scores(scores: Scores, groups: Sequence[Group]) -> None:
+    """Refuse scores that are equal for all units of a kind: units would be removed by their position.
+
+    Raises:
+        BadInput: the scores of a kind are equal.
+    """
+    for kind in dict.fromkeys(group.kind for group in groups):
+        values = [scores[group.name].flatten() for group in groups if group.kind == kind and group.name in scores]
+        low, high = min(float(value.min()) for value in values), max(float(value.max()) for value in values)
+        units = sum(len(value) for value in values)
+        if units > 1 and low == high:
+            raise BadInput(f"{kind}: all {units} scores are {low:g} and rank nothing; check weights, images and labels")
 
 
 def given_masks(masks: Masks, plan: Plan, state: CycleState) -> CycleMasks:

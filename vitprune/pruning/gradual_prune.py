@@ -1,6 +1,5 @@
 """Gradual pruning in Python: prune and fine-tune in turns."""
 
-import copy
 import time
 from collections.abc import Iterable
 
@@ -9,9 +8,13 @@ from torch import Tensor, nn
 from vitprune.config.prune_config import PruneConfig
 from vitprune.config.score_config import ScoreConfig
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches
+from vitprune.data.batch_checks import checked_batches
 from vitprune.errors import BadInput
 from vitprune.pruning.plan import plan_for
-from vitprune.pruning.prune import PruneResult, prune_cycles, result_of
+from vitprune.pruning.prune import PruneResult, prune_cycles, result_of, working_copy
+from vitprune.runtime.eval_mode import scoring_mode
+from vitprune.runtime.model_checks import float_type
+from vitprune.runtime.wrappers import plain_model
 from vitprune.training.finetune import SEED_STEP, RecoverySegment, finetune
 from vitprune.training.loop import FrozenZeros
 from vitprune.training.optimizers import OptimizerState
@@ -51,12 +54,14 @@ def gradual_prune(
     recipe = config.finetune
     if recipe is None:
         raise BadInput("prune.finetune: gradual_prune trains after every cycle; give a TrainConfig, or use prune")
-    plan, pruned = plan_for(config, score, seed), copy.deepcopy(model)
+    plan, pruned = plan_for(config, score, seed), working_copy(model)
     epochs = plan.epochs(recipe.epochs)
     start, memory = time.perf_counter(), OptimizerState()
-    for cycle in prune_cycles(pruned, plan, calibration):
-        keep_zeros = config.keep_zeros or FrozenZeros(cycle.zeroed, cycle.masks)
-        segment = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
-        settings = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
-        finetune(pruned, loader, settings, teacher, keep_zeros, seed=seed + SEED_STEP * cycle.number, segment=segment)
-    return result_of(model, pruned, cycle, start)
+    with scoring_mode(pruned):
+        for cycle in prune_cycles(pruned, plan, checked_batches(calibration, pruned)):
+            keep_zeros = config.keep_zeros or FrozenZeros(cycle.zeroed, cycle.masks)
+            segment = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
+            settings = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
+            seed_of_cycle = seed + SEED_STEP * cycle.number
+            finetune(pruned, loader, settings, teacher, keep_zeros, seed=seed_of_cycle, segment=segment)
+    return result_of(model, pruned.to(float_type(plain_model(model))), cycle, start)

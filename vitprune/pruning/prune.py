@@ -7,14 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from vitprune.architectures.tracing.cache import shape_error
 from vitprune.config.prune_config import Kind, PruneConfig
 from vitprune.config.quantity import Quantity, format_cost
 from vitprune.config.score_config import ScoreConfig
 from vitprune.config.targets import Rule, Target
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Criterion, ScoringContext, Statistics, Update
 from vitprune.data import example_input as example_of
+from vitprune.data.batch_checks import checked_batches, checked_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, shrink, zero
@@ -27,12 +30,16 @@ from vitprune.pruning.cycle_masks import (
     given_masks,
     groups_for,
     reached_cost,
+    refuse_equal_scores,
     select_cycle_masks,
 )
 from vitprune.pruning.methods import CRITERIA, method_named
 from vitprune.pruning.norm_correction import correct_norms as corrected_norms
 from vitprune.pruning.norm_correction import dense_logits
 from vitprune.pruning.plan import Plan, plan_for
+from vitprune.runtime.eval_mode import eval_mode, scoring_mode
+from vitprune.runtime.model_checks import checked_model, float_type
+from vitprune.runtime.wrappers import plain_model
 
 NOTHING_SKIPPED: Mapping[str, str] = {}
 
@@ -130,11 +137,14 @@ def score(
 ) -> Scores:
     """Compute the importance of every unit.
 
+    The scores are computed in float32 or float64, also for a model in half precision.
+
     Args:
         model: A timm model.
         groups: Groups of units, from `find_groups`.
         criterion: Name of a criterion in `CRITERIA`, or a function.
-        batches: Calibration batches (images (B, C, H, W), labels (B,)), for criteria that need data.
+        batches: Calibration batches (images (B, C, H, W), labels (B,)), for criteria that need data; all are read into
+            memory.
         seed: Seed of random numbers.
         config: Options of the criterion.
 
@@ -142,12 +152,16 @@ def score(
         Scores by group name, each of the group's shape; larger = more important.
 
     Raises:
-        BadInput: there is no such criterion, or it needs batches.
+        BadInput: there is no such criterion, it needs batches, or the model or a batch cannot be used.
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-    return function(model, groups, _reject_iterator(batches), ScoringContext(config, seed)).scores
+    work = working_copy(model)
+    with scoring_mode(work):
+        scores = function(work, groups, checked_batches(batches, work), ScoringContext(config, seed)).scores
+    refuse_equal_scores(scores, groups)
+    return scores
 
 
 def prune_cycles(
@@ -171,7 +185,8 @@ def prune_cycles(
     Yields:
         Every cycle after its pruning.
     """
-    batches, dense = _reject_iterator(batches), model if resume is None else resume.dense
+    dense = model if resume is None else resume.dense
+    runs = not shape_error(dense)
     state = cycle_state(dense, plan) if resume is None else cycle_state(dense, plan, resume.number + 1, resume.masks)
     logits = dense_logits(dense, batches) if plan.config.correct_norms else []
     given = given_masks(first, plan, state) if first is not None and resume is None else None
@@ -188,6 +203,8 @@ def prune_cycles(
                 update = importance.update
             _apply(model, groups, selected.masks, state, update)
             state, complete = replace(state, masks=selected.masks), selected.complete
+        if runs and (why := shape_error(model)):
+            raise BadInput(f"{type(model).__name__}: the pruned model does not run ({why}); prune other kinds")
         corrected = _correct(model, logits, batches, plan, state.number)
         cost = reached_cost(selected, plan, state)
         scores, facts = selected.scores, selected.facts
@@ -214,7 +231,8 @@ def prune(
 ) -> PruneResult:
     """Prune a copy of a timm model in one cycle; the model itself is not changed.
 
-    Give exactly one of `sparsity` and `target`; N:M methods need neither.
+    Give exactly one of `sparsity` and `target`; N:M methods need neither. A model in half precision is pruned in
+    float32, and the result has the model's own type. The result has no wrapper of torch.compile or data parallelism.
 
     Args:
         model: A timm model.
@@ -222,7 +240,7 @@ def prune(
         sparsity: Fraction of units to remove, one for all kinds or one per kind.
         target: Cost of the pruned model, such as {"macs": 0.5}, {"params": "12M"} or {"latency_ms": 20}.
         kinds: Kinds to prune; None: all kinds of the method that the model has, see `PruneResult.skipped`.
-        calibration: Batches (images (B, C, H, W), labels (B,)), for methods that need data.
+        calibration: Batches (images (B, C, H, W), labels (B,)), for methods that need data; all are read into memory.
         config: Options of the criteria.
         scope: See `PruneConfig.scope`; likewise `round_to`, `rules`, `merge_heads_to` and `correct_norms`.
         round_to: Remaining units of every group are a multiple of this.
@@ -246,16 +264,34 @@ def prune(
     settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "target": target, "kinds": kinds}
     settings |= {"scope": scope, "round_to": round_to, "rules": rules}
     settings |= {"merge_heads_to": merge_heads_to, "correct_norms": correct_norms}
+    pruned = working_copy(model)
     if kinds is None and not isinstance(sparsity, Mapping):
-        available, skipped = available_kinds(model, method_named(method).kinds)
+        available, skipped = available_kinds(pruned, method_named(method).kinds)
         if not available:
             raise BadInput(next(iter(skipped.values())))
         settings["kinds"] = available if skipped else None
-    pruned = copy.deepcopy(model)
-    (cycle,) = prune_cycles(pruned, plan_for(PruneConfig(**settings), config, seed), calibration)
+    plan, dense = plan_for(PruneConfig(**settings), config, seed), plain_model(model)
+    if isinstance(model, FeatureGetterNet) and "residual" in plan.sparsity:
+        raise BadInput("FeatureGetterNet: residual channels are its output; prune other kinds")
     if example_input is not None:
-        _check_finite(pruned, example_input)
-    return result_of(model, pruned, cycle, start, skipped, example_input)
+        example_input = checked_input("example_input", example_input, pruned)
+    with scoring_mode(pruned):
+        (cycle,) = prune_cycles(pruned, plan, checked_batches(calibration, pruned))
+        if example_input is not None:
+            _check_finite(pruned, example_input)
+    return result_of(model, pruned.to(float_type(dense)), cycle, start, skipped, example_input)
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the model inside its wrappers, in float32 if it is in half precision.
+
+    Raises:
+        BadInput: the model cannot be scored, pruned or saved, see `checked_model`.
+    """
+    plain = checked_model(model)
+    with torch.inference_mode(False):
+        work = copy.deepcopy(plain)
+    return work.float() if float_type(plain).itemsize < torch.float32.itemsize else work
 
 
 def result_of(
@@ -267,18 +303,24 @@ def result_of(
     example_input: Tensor | None = None,
 ) -> PruneResult:
     """Return the result after the last cycle of a run that started at a time of `time.perf_counter`."""
-    example = example_of(dense, 1) if example_input is None else example_input
-    example = example.to(next(dense.parameters()).device)
+    plain = plain_model(dense)
+    where = "example_input: is not given, and at the default size" if example_input is None else "example_input"
+    example = checked_input(where, example_of(plain, 1) if example_input is None else example_input, plain)
     return PruneResult(
-        model=pruned,
+        model=_rewrapped(dense, pruned),
         masks=cycle.masks,
         sparsity=_sparsity_per_kind(cycle),
-        before=count(dense, example),
+        before=count(plain, example),
         after=count(pruned, example),
         target_miss="".join(str(report.get("why", "")) for report in cycle.cost.values()),
         skipped=skipped,
         seconds=time.perf_counter() - start,
     )
+
+
+def _rewrapped(model: nn.Module, pruned: nn.Module) -> nn.Module:
+    """Return the pruned model, as a feature extractor if the dense one is."""
+    return copy.deepcopy(model, {id(model.model): pruned}) if isinstance(model, FeatureGetterNet) else pruned
 
 
 def _sparsity_per_kind(cycle: Cycle) -> dict[str, float]:
@@ -290,19 +332,11 @@ def _sparsity_per_kind(cycle: Cycle) -> dict[str, float]:
 
 
 def _check_finite(model: nn.Module, example_input: Tensor) -> None:
-    training = model.training
-    with torch.no_grad():
-        output = model.eval()(example_input)
-    if not bool(output.isfinite().all()):
-        raise BadInput(f"{type(model).__name__}: the pruned model's output is not finite; check the dense model's")
-    model.train(training)
-
-
-def _reject_iterator(batches: Batches) -> Batches:
-    """Refuse batches that can be read only once: every cycle reads all of them again."""
-    if isinstance(batches, Iterator):
-        raise BadInput("batches: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
-    return batches
+    with torch.no_grad(), eval_mode(model):
+        output = model(example_input)
+    for part in output if isinstance(output, list | tuple) else [output]:
+        if not bool(part.isfinite().all()):
+            raise BadInput(f"{type(model).__name__}: the pruned model's output is not finite; check the dense model's")
 
 
 def _update_for_given(

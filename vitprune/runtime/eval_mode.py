@@ -1,8 +1,9 @@
-"""Context managers: evaluation mode, and parameters without gradients."""
+"""Context managers: evaluation mode, parameters without gradients, and a state that gradients can be computed in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -21,7 +22,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Disable the gradients of all parameters; enable them again at the end where they were enabled."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if not parameter.is_inference()]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
@@ -29,3 +31,34 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
+    """Leave inference mode, autocast and activation checkpointing, in which gradients of layers are wrong or missing.
+
+    The caller's modes and the checkpointing of the model are restored at the end.
+    """
+    checkpointed = [module for module in model.modules() if vars(module).get("grad_checkpointing") is True]
+    device = next(model.parameters()).device.type
+    for module in checkpointed:
+        module.grad_checkpointing = False  # type: ignore[assignment]
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module in checkpointed:
+            module.grad_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def unfused_attention(model: nn.Module) -> Iterator[None]:
+    """Disable fused attention of a model."""
+    fused = [module for module in model.modules() if vars(module).get("fused_attn") is True]
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True  # type: ignore[assignment]

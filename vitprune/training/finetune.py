@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from vitprune.architectures import find_groups
 from vitprune.config.train_config import DistillConfig, TrainConfig
+from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
+from vitprune.runtime.wrappers import plain_model
 from vitprune.training.distillation import classification, distillation_task
 from vitprune.training.loop import FrozenZeros, train
 from vitprune.training.optimizers import OptimizerState, ScheduleSpan
@@ -70,11 +72,14 @@ def finetune(
         One record per epoch: epoch, step, mean loss and learning rate.
 
     Raises:
-        BadInput: the loader is an iterator or has no length, or the optimizer is unknown.
+        BadInput: the loader is an iterator or has no length, a batch cannot be used, or the optimizer is unknown.
         NotFinite: a loss or gradient is not finite.
     """
     if not isinstance(loader, Sized):
         raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")
+    if not isinstance(config, TrainConfig):
+        raise BadInput(f"config: is a {type(config).__name__}; give a TrainConfig")
+    model, classes = plain_model(model), vars(plain_model(model)).get("num_classes")
     task: Any = classification(model, config.smoothing)
     if teacher is not None:
         task = distillation_task(model, teacher, distillation, config.smoothing, seed)
@@ -82,7 +87,17 @@ def finetune(
     frozen = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None
     name, steps = "fine-tuning" if segment is None else segment.name, len(loader)
     span = segment.span(config, steps) if segment is not None else None
-    train(task, lambda epoch: loader, steps, config, seed, history.append, frozen, name=name, span=span)
+    train(
+        task,
+        lambda epoch: checked_stream(loader, model, "loader", classes),
+        steps,
+        config,
+        seed,
+        history.append,
+        frozen,
+        name=name,
+        span=span,
+    )
     return history
 
 

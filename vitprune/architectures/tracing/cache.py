@@ -24,6 +24,7 @@ class _CacheEntry:
 
 
 _CACHE: StructureCache[_CacheEntry] = StructureCache()
+_END_LAYERS: StructureCache[list[str]] = StructureCache()
 
 
 def traced_channels(model: nn.Module) -> list[ChannelGroup]:
@@ -66,11 +67,50 @@ def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
     try:
         for group in groups:
             resize_group(copy, group, (group.units - group.units // 3,))
-        with torch.no_grad(), eval_mode(copy):
-            copy(meta_input(copy))
     except Exception as error:
         return first_line(error)
+    return shape_error(copy)
+
+
+def shape_error(model: nn.Module) -> str:
+    """Return the error of a run of the model's copy on the meta device, at its own input size; empty if it runs."""
+    copy = meta_copy(model)
+    try:
+        with torch.no_grad(), eval_mode(copy):
+            copy(meta_input(copy))
+    except Exception as error:  # a forward pass may raise anything
+        return first_line(error)
     return ""
+
+
+def end_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the layers that read the image and that return the output, in a run on the meta device.
+
+    Raises:
+        BadInput: the model does not run on the meta device.
+    """
+    return _END_LAYERS.value_for(model, _find_end_layers)
+
+
+def _find_end_layers(model: nn.Module) -> list[str]:
+    copy = meta_copy(model)
+    calls: list[tuple[str, Tensor]] = []
+
+    def record(path: str, output: Tensor) -> None:
+        calls.append((path, output))
+
+    for path, layer in copy.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.register_forward_hook(lambda module, inputs, output, path=path: record(path, output))
+    try:
+        with torch.no_grad(), eval_mode(copy):
+            output = copy(meta_input(copy))
+    except Exception as error:  # a forward pass may raise anything on tensors without values
+        raise BadInput(f"{type(model).__name__}: it does not run on the meta device ({first_line(error)})") from None
+    outputs = output if isinstance(output, list | tuple) else [output]
+    return [path for path, value in calls[:1]] + [
+        path for path, value in calls[1:] if value.dim() == 2 and any(value is one for one in outputs)
+    ]
 
 
 def meta_input(model: nn.Module) -> Tensor:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from vitprune.criteria import Batches, ScoringContext, layer_io
 from vitprune.criteria.obs.weight_blocks import BlockRange
 from vitprune.errors import BadInput
-from vitprune.evaluation.losses import cross_entropy
+from vitprune.evaluation.losses import labelled_loss, loss_at
 from vitprune.runtime.eval_mode import eval_mode, frozen
 
 GradientChunk = tuple[BlockRange, Tensor]  # gradients (m, weights) in the precision of the model
@@ -132,7 +131,7 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
     handles = [layer.register_forward_hook(hook(param)) for param, layer in layers.items()]
     try:
         with torch.enable_grad():
-            loss = cross_entropy(model(images), labels) * len(images) if layers else None
+            loss = labelled_loss(model(images), labels) * len(images) if layers else None
     finally:
         for handle in handles:
             handle.remove()
@@ -195,7 +194,7 @@ def _mean_gradients(
     """Return the gradient of the mean loss of some images, (weights,) by part."""
     named = {part.param: model.get_parameter(part.param).detach().requires_grad_() for part in parts}
     with torch.enable_grad():
-        loss = cross_entropy(functional_call(model, named, images), labels)
+        loss = loss_at(model, named, images, labels)
     leaves = list(named.values())
     grads = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
     by_param = {param: grad for param, grad in zip(named, grads, strict=True) if grad is not None}

@@ -194,6 +194,9 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
         if difference is not None:
             shown = Quantity(f"export.{key}.max_abs_diff", difference, f"{difference:.1e}")
             lines.append((f"Largest difference of logits, {label}", shown))
+    error = inputs.look_up(export, "onnx.error")
+    if isinstance(error, str):
+        lines.append(("ONNX file", Quantity("export.onnx.error", None, f"not written: {error}")))
     for key, label in (("onnx", "ONNX"), ("int8", "INT8")):
         size = _number(export, f"{key}.bytes")
         if size is not None:

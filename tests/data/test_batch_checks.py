@@ -1,0 +1,90 @@
+"""Batches of a user: converted where that is exact, refused in one line that names the batch otherwise."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitprune
+from tests.support.model_zoo import batches, images, same_state, state
+from vitprune import BadInput
+
+X, Y = torch.zeros(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 6])
+WRONG = {
+    "no list": (3, r"^calibration: is a int; give a list or a DataLoader of pairs"),
+    "one tensor": (X, r"^calibration: is a Tensor; give a list"),
+    "a pair instead of pairs": ((X, Y), r"^calibration\[0\]: is a Tensor; give pairs"),
+    "images alone": ([X], r"^calibration\[0\]: is a Tensor; give pairs"),
+    "a mapping": ([{"pixel_values": X, "labels": Y}], r"^calibration\[0\]: is a dict; give pairs"),
+    "three parts": ([(X, Y, Y)], r"^calibration\[0\]: is a tuple of 3; give pairs"),
+    "an image without a batch": ([(X[0], Y[:1])], r"^calibration\[0\]: has shape \(3, 32, 32\); give images"),
+    "an empty batch": ([(X, Y), (X[:0], Y[:0])], r"^calibration\[1\]: has shape \(0, 3, 32, 32\); give images"),
+    "bytes": ([(X.byte(), Y)], r"^calibration\[0\]: images are torch.uint8; convert them to floating point and norm"),
+    "another size": ([(torch.zeros(2, 3, 40, 40), Y)], r"^calibration\[0\]: VisionTransformer does not run on .*40"),
+    "grey": ([(X[:, :1], Y)], r"^calibration\[0\]: VisionTransformer does not run on inputs of shape \(1, 32, 32\)"),
+    "infinite": ([(X / 0, Y)], r"^calibration\[0\]: has pixels that are not finite"),
+    "fewer labels": ([(X, Y[:1])], r"^calibration\[0\]: 2 images and 1 labels; give one label per image"),
+    "names": ([(X, ("cat", "dog"))], r"^calibration\[0\]: labels must be a tensor of class indices"),
+    "one label": ([(X, 3)], r"^calibration\[0\]: labels must be a tensor of class indices \(B,\), not int"),
+}
+LABELS = {
+    "unlabelled": (torch.tensor([-100, -100]), r"^labels: -100 is not a class; the model has the classes 0 to 6"),
+    "one too large": (torch.tensor([0, 7]), r"^labels: 7 is not a class"),
+    "of another shape": (torch.zeros(2, 3), r"^labels: have shape \(2, 3\); \(2, 7\) is needed"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_batch_is_named(vit: nn.Module, name: str) -> None:
+    given, message = WRONG[name]
+    for method in ("channel-taylor", "corp", "magnitude"):
+        with pytest.raises(BadInput, match=message):
+            vitprune.prune(vit, method, sparsity=0.25, calibration=given)
+
+
+@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("method", ["channel-taylor", "ovit", "fastcap"])
+def test_labels_must_be_classes_for_methods_that_use_them(vit: nn.Module, name: str, method: str) -> None:
+    labels, message = LABELS[name]
+    with pytest.raises(BadInput, match=message):
+        vitprune.prune(vit, method, sparsity=0.25, calibration=[(images(vit, 2), labels)])
+    vitprune.prune(vit, "corp", sparsity=0.25, calibration=[(images(vit, 2), labels)])
+
+
+def test_equal_scores_rank_nothing(vit: nn.Module) -> None:
+    with torch.no_grad():
+        vit.head.weight.zero_()
+    with pytest.raises(
+        BadInput, match=r"^ffn: all 384 scores are 0 and rank nothing; check weights, images and labels"
+    ):
+        vitprune.prune(vit, "channel-taylor", sparsity={"ffn": 0.5}, calibration=batches(vit))
+    with pytest.raises(BadInput, match=r"^ffn: all 384 scores are 0"):
+        vitprune.score(vit, vitprune.find_groups(vit, ["ffn"]), "taylor", batches(vit))
+
+
+def test_a_shuffled_loader_is_read_once(vit: nn.Module) -> None:
+    data = torch.utils.data.TensorDataset(images(vit, 8), torch.arange(8) % 7)
+
+    def pruned() -> nn.Module:
+        torch.manual_seed(0)
+        loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+        given = loader if not reads else list(loader)
+        return vitprune.prune(vit, "upvits", sparsity=0.25, calibration=given).model
+
+    reads: list[Tensor] = []
+    first = pruned()
+    reads.append(X)
+    assert same_state(pruned(), state(first))
+
+
+def test_other_types_of_images_and_labels_are_converted(vit: nn.Module) -> None:
+    expected = vitprune.prune(vit, "channel-taylor", sparsity=0.25, calibration=batches(vit)).model
+    for change in (
+        lambda x, y: (x, y.int()),
+        lambda x, y: [x, y.tolist()],
+        lambda x, y: (x, nn.functional.one_hot(y, 7).double()),
+    ):
+        given = [change(*batch) for batch in batches(vit)]
+        pruned = vitprune.prune(vit, "channel-taylor", sparsity=0.25, calibration=given).model
+        assert same_state(pruned, state(expected))
+    single = [(x.float(), y) for x, y in batches(vit)]
+    vitprune.prune(vit, "channel-taylor", sparsity=0.25, calibration=single)

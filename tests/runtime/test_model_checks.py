@@ -1,0 +1,96 @@
+"""Models that cannot be pruned as they are: refused in one line that names the layer and the remedy."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import prune as torch_prune
+
+import vitprune
+from tests.support.model_zoo import batches, tiny
+from vitprune import BadInput
+
+
+class LowRank(nn.Linear):
+    """A Linear with a low-rank update, which is not part of its weight."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__(base.in_features, base.out_features)
+        self.down = nn.Parameter(torch.randn(2, base.in_features))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight + self.up @ self.down, self.bias)
+
+
+class Adapter(nn.Module):
+    """A low-rank update beside a Linear."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.lora_A = base, nn.Linear(base.in_features, 2)
+        self.lora_B = nn.Linear(2, base.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.lora_B(self.lora_A(x))
+
+
+CHANGES = {
+    "pruned by torch": (
+        lambda layer: torch_prune.l1_unstructured(layer, "weight", 0.3),
+        r"^blocks.0.mlp.fc1.weight: is computed by L1Unstructured; call torch.nn.utils.prune.remove\(layer, 'weight'\)",
+    ),
+    "weight norm": (
+        parametrizations.weight_norm,
+        r"^blocks.0.mlp.fc1.weight: is parametrized; call torch.nn.utils.parametrize.remove_parametrizations",
+    ),
+    "spectral norm": (parametrizations.spectral_norm, r"^blocks.0.mlp.fc1.weight: is parametrized; call "),
+    "old spectral norm": (
+        nn.utils.spectral_norm,
+        r"^blocks.0.mlp.fc1.weight: is computed by SpectralNorm; call torch.nn.utils.remove_spectral_norm",
+    ),
+    "two types": (lambda layer: layer.half(), r"^VisionTransformer: weights are torch.float16, torch.float64; give "),
+    "no values": (lambda layer: layer.to("meta"), r"^blocks.0.mlp.fc1.weight: is on the meta device and has no values"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_cannot_be_pruned_is_named(vit: nn.Module, change: str) -> None:
+    make, message = CHANGES[change]
+    make(vit.blocks[0].mlp.fc1)
+    for method in ("magnitude", "channel-magnitude", "obc"):
+        with pytest.raises(BadInput, match=message):
+            vitprune.prune(vit, method, sparsity=0.25, calibration=batches(tiny("vit")))
+    with pytest.raises(BadInput, match=message):
+        vitprune.save(vit, "unused")
+
+
+def test_the_remedies_work(vit: nn.Module) -> None:
+    fc1 = vit.blocks[0].mlp.fc1
+    torch_prune.l1_unstructured(fc1, "weight", 0.3)
+    torch_prune.remove(fc1, "weight")
+    parametrizations.weight_norm(fc1)
+    parametrize.remove_parametrizations(fc1, "weight")
+    assert vitprune.prune(vit, "magnitude", sparsity=0.5).sparsity == {"weight": 0.5}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224"])
+def test_low_rank_updates_are_refused(name: str, vit: nn.Module) -> None:
+    vit.blocks[0].mlp.fc1 = LowRank(vit.blocks[0].mlp.fc1).double()
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp.fc1 \(LowRank\): expected a Linear or Conv2d layer that uses"):
+        vitprune.prune(vit, "magnitude", sparsity=0.5)
+    vit.blocks[0].mlp.fc1 = Adapter(nn.Linear(48, 192)).double()
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp.fc1: has a low-rank update \(lora_A\); merge it"):
+        vitprune.prune(vit, "magnitude", sparsity=0.5)
+
+
+def test_blocks_that_share_a_layer(vit: nn.Module) -> None:
+    vit.blocks[1].mlp = vit.blocks[0].mlp
+    with pytest.raises(BadInput, match=r"^blocks.1.mlp.fc1.weight: is the same parameter as blocks.0.mlp.fc1.weight"):
+        vitprune.prune(vit, "magnitude", sparsity=0.5)
+    result = vitprune.prune(vit, "channel-taylor", sparsity={"ffn": 0.25}, calibration=batches(vit))
+    assert result.model.blocks[0].mlp is result.model.blocks[1].mlp
+    vit.blocks[1].mlp = copy.deepcopy(vit.blocks[0].mlp)
+    assert vitprune.prune(vit, "magnitude", sparsity=0.5).sparsity == {"weight": 0.5}

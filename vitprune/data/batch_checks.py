@@ -1,0 +1,136 @@
+"""Check batches and inputs that a user gives to the Python API, and convert them to the type of the model."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.errors import BadInput
+from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.messages import first_line
+from vitprune.runtime.wrappers import plain_model
+
+IGNORED = -100  # label of torch for no label
+NORMALIZE = "convert them to floating point and normalize them as timm.data.create_transform does"
+
+
+def checked_batches(batches: Any, model: nn.Module, name: str = "calibration") -> list[tuple[Tensor, Tensor]]:
+    """Read all batches into a list, so that every pass sees the same images, and check them.
+
+    Args:
+        batches: A list, a tuple or a DataLoader of pairs (images, labels).
+        model: The model that they are for.
+        name: Name of the argument for messages.
+
+    Raises:
+        BadInput: an iterator, a batch that is not a pair or has no image, or images that the model does not take.
+    """
+    if isinstance(batches, Iterator):
+        raise BadInput(f"{name}: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
+    return list(checked_stream(batches, model, name))
+
+
+def checked_stream(
+    batches: Any, model: nn.Module, name: str, classes: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield checked batches one by one.
+
+    Args:
+        batches: An iterable of pairs (images, labels).
+        model: The model that they are for.
+        name: Name of the argument for messages.
+        classes: Number of classes that labels must be below; None for no check. -100 marks an image without a label.
+
+    Raises:
+        BadInput: as `checked_batches`, except for iterators, or a label is not a class.
+    """
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor | dict | str):
+        kind = type(batches).__name__
+        raise BadInput(f"{name}: is a {kind}; give a list or a DataLoader of pairs (images, labels)")
+    shapes: set[tuple[int, ...]] = set()
+    for number, batch in enumerate(batches):
+        where = f"{name}[{number}]"
+        images, labels = _pair(where, batch)
+        images = checked_input(where, images, model, shapes, logits=True)
+        if len(labels) != len(images):
+            raise BadInput(f"{where}: {len(images)} images and {len(labels)} labels; give one label per image")
+        _check_classes(where, labels, classes)
+        yield images, labels
+
+
+def checked_input(
+    where: str, images: Any, model: nn.Module, shapes: set[tuple[int, ...]] | None = None, logits: bool = False
+) -> Tensor:
+    """Return inputs in the type of the model's weights, after a trial run of the first one.
+
+    Args:
+        where: Name of the argument for messages.
+        images: Images (B, C, H, W), or tokens (B, T) of a causal language model.
+        model: The model.
+        shapes: Shapes of an input that need no trial run; new ones are added.
+        logits: Whether the output must be logits, not features.
+
+    Raises:
+        BadInput: it is not such a tensor, is empty or not finite, or the model does not run on it.
+    """
+    if not isinstance(images, Tensor):
+        raise BadInput(f"{where}: is a {type(images).__name__}; give a tensor of images (B, C, H, W)")
+    config = getattr(plain_model(model), "pretrained_cfg", {})  # a model without one may take any shape
+    tokens = "context_length" in config
+    if (config and images.dim() != (2 if tokens else 4)) or not images.numel():
+        wanted = "tokens (B, T)" if tokens else "images (B, C, H, W)"
+        raise BadInput(f"{where}: has shape {tuple(images.shape)}; give {wanted}, at least one")
+    if images.is_floating_point() == tokens:
+        wanted = "give integer tokens" if tokens else NORMALIZE
+        raise BadInput(f"{where}: images are {images.dtype}; {wanted}")
+    if not tokens and not bool(images.isfinite().all()):
+        raise BadInput(f"{where}: has pixels that are not finite; check the images and their normalization")
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    images = images.clone() if images.is_inference() else images.detach()
+    result: Tensor = images if tokens else images.to(weight.dtype)
+    known = set() if shapes is None else shapes
+    if result.shape[1:] not in known:
+        output = _trial_run(where, result[:1].to(weight.device), model)
+        if logits and not isinstance(output, Tensor):
+            raise BadInput(f"{where}: {_name(model)} returns a {type(output).__name__}, not logits; use a classifier")
+        known.add(result.shape[1:])
+    return result
+
+
+def _check_classes(where: str, labels: Tensor, classes: int | None) -> None:
+    if classes is None or labels.is_floating_point():
+        return
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise BadInput(f"{where}: label {int(wrong[0])} is not a class; the model has the classes 0 to {classes - 1}")
+
+
+def _pair(where: str, batch: Any) -> tuple[Any, Tensor]:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
+        raise BadInput(f"{where}: is a {type(batch).__name__}{size}; give pairs, as in [(images, labels), ...]")
+    images, labels = batch
+    if isinstance(labels, list | tuple) and all(isinstance(label, int) for label in labels):
+        labels = torch.tensor(labels, dtype=torch.int64)
+    if not isinstance(labels, Tensor) or not labels.dim():
+        raise BadInput(f"{where}: labels must be a tensor of class indices (B,), not {type(labels).__name__}")
+    labels = labels.clone() if labels.is_inference() else labels.detach()
+    return images, labels if labels.is_floating_point() else labels.long()
+
+
+def _trial_run(where: str, image: Tensor, model: nn.Module) -> Any:
+    try:
+        with torch.no_grad(), eval_mode(model):
+            return model(image)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a forward pass may raise anything for an input that it does not take
+        shape = tuple(image.shape[1:])
+        raise BadInput(
+            f"{where}: {_name(model)} does not run on inputs of shape {shape} ({first_line(error)})"
+        ) from None
+
+
+def _name(model: nn.Module) -> str:
+    return type(plain_model(model)).__name__

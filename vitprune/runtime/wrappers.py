@@ -1,0 +1,43 @@
+"""Wrappers of a model: torch.compile, data parallelism, averaged weights, timm's feature extraction."""
+
+from typing import Any
+
+from timm.models._features import FeatureGetterNet
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from vitprune.errors import BadInput
+
+WITH_MODULE = (
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+    AveragedModel,
+    ModelEma,
+    ModelEmaV2,
+    ModelEmaV3,
+)
+
+
+def plain_model(model: Any) -> nn.Module:
+    """Return the model inside wrappers that do not change its output; a model without a wrapper is returned itself.
+
+    Raises:
+        BadInput: it is not a module of torch, or a script of TorchScript.
+    """
+    inner = _inner(model)
+    if inner is not None:
+        return plain_model(inner)
+    if not isinstance(model, nn.Module) or type(model).__module__.startswith("torch.jit"):
+        raise BadInput(f"model: is a {type(model).__name__}; give a model of timm.create_model or vitprune.load")
+    return model
+
+
+def _inner(model: Any) -> Any:
+    if isinstance(model, WITH_MODULE):
+        return model.module
+    if type(model).__module__.startswith("torch._dynamo"):  # its import would take a second
+        return model._orig_mod
+    if type(model) is nn.Sequential and len(model) == 1:
+        return model[0]
+    return model.model if isinstance(model, FeatureGetterNet) else None

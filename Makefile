@@ -6,6 +6,8 @@
 # make bench   every benchmark once, in its quick form
 # make server  PostgreSQL, a Prefect and an MLflow server as plain processes; make server-down ends them
 # make worker  the worker of one GPU: make worker GPU=1
+# make lock    constraints.txt and requirements-hashes.txt from pyproject.toml; UPGRADE=--upgrade takes newer versions
+# make sbom    dist/: CycloneDX SBOM, list of licences and their texts, of everything installed in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -14,7 +16,12 @@ export PATH := $(BIN):$(PATH)
 GPU ?= 0
 BENCHMARKS := $(subst /,.,$(basename $(filter-out benchmarks/lib/% %/__init__.py, $(wildcard benchmarks/*/*.py))))
 
-.PHONY: demo test test-fast lint docs bench server server-down worker install clean
+# tools that look at the environment from outside, in one of their own
+TOOLS := .venv-tools
+COMPILE := $(TOOLS)/bin/uv pip compile pyproject.toml --quiet --python-version 3.11.5 --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links
+
+.PHONY: demo test test-fast lint docs bench server server-down worker lock sbom install clean
 
 demo: install
 	vitprune run
@@ -45,6 +52,23 @@ server-down: install
 
 worker: install
 	deploy/worker $(GPU)
+
+lock: $(TOOLS)/.installed
+	$(COMPILE) --all-extras $(UPGRADE) --output-file constraints.txt
+	$(COMPILE) --extra pipeline --extra server --extra export --constraint constraints.txt --generate-hashes \
+		--output-file requirements-hashes.txt
+
+sbom: install $(TOOLS)/.installed
+	mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file dist/sbom.json $(VENV)
+	$(TOOLS)/bin/pip-licenses --python $(VENV)/bin/python --format markdown --with-urls --output-file dist/licenses.md
+	$(TOOLS)/bin/pip-licenses --python $(VENV)/bin/python --format plain-vertical --with-license-file --with-notice-file \
+		--no-license-path --output-file dist/NOTICE
+
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet 'uv>=0.9,<1' 'cyclonedx-bom>=7.2,<8' 'pip-licenses>=5.5,<6'
+	touch $@
 
 install: $(VENV)/.installed
 

@@ -34,8 +34,8 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "planted-cloud-secret",
     "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-mlflow-secret",
     "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-secret",
-    "PREFECT_SERVER_API_AUTH_STRING": "team:planted-prefect-secret",
-    "PREFECT_API_AUTH_STRING": "team:planted-prefect-secret",
+    "PREFECT_SERVER_API_AUTH_STRING": r'team:planted-"prefect\"-secret',
+    "PREFECT_API_AUTH_STRING": r'team:planted-"prefect\"-secret',
 }
 USER = {"MLFLOW_TRACKING_USERNAME": "admin"}
 ZOMBIES = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "VITPRUNE_ZOMBIE_SECONDS": "60"}

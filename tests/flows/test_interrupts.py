@@ -1,6 +1,7 @@
 import fcntl
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_ctrl_c_lets_the_stage_save_and_ends_the_flow_in_one_line(project: Path)
     job.read_until(lambda: "stopped; run again" in job.text, 20)
     job.read_until(lambda: job.process.poll() is not None, 100)
     assert job.process.returncode == 130
-    after = [line for line in job.text.partition("^C")[2].splitlines() if line]
+    after = [line for line in re.sub(r"\x1b\[\d*m", "", job.text).partition("^C")[2].splitlines() if line]
     assert len(after) == 1, job.text
     assert (project / "saved").exists()
     (log,) = (project / ".vitprune/journal").glob("*.jsonl")

@@ -229,4 +229,4 @@ def test_secrets_are_ignored_by_git_and_docker() -> None:
     allowed = [line[2:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!/")]
     build = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {path.split("/")[0] for path in (*build["packages"], *build["force-include"])}
-    assert needed | {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"} == set(allowed)
+    assert needed | {"pyproject.toml", "requirements-hashes.txt", "README.md", "LICENSE"} == set(allowed)

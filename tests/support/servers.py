@@ -120,7 +120,10 @@ def serving(folder: Path, extra: Mapping[str, str]) -> Iterator[Servers]:
     env |= {"VITPRUNE_SERVERS": str(folder / "servers"), "PYTHON": sys.executable, "DO_NOT_TRACK": "1"}
     env |= {"PREFECT_HOME": str(folder / "client"), "PREFECT_WORKER_QUERY_SECONDS": "2"}
     env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    servers = Servers(folder / "servers", env | {"VITPRUNE_DB_PASSWORD": "on loopback"} | dict(extra))
+    keys = {"VITPRUNE_DB_PASSWORD": "on loopback"}
+    if "MLFLOW_AUTH_ADMIN_PASSWORD" not in extra:
+        keys["VITPRUNE_WITHOUT_KEYS"] = "1"
+    servers = Servers(folder / "servers", env | keys | dict(extra))
     try:
         servers.up()
         yield servers

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-
-Z95 = 1.959963984540054
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -36,25 +35,56 @@ class McNemarTable:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the difference, in percentage points.
+        """95 % confidence interval of the difference, in percentage points; it holds for few images too.
 
-        Source: Wald interval for paired proportions (Agresti, Categorical Data Analysis, section 11.1.1).
+        Source: Newcombe, Statistics in Medicine 17 (1998), 2635-2650, method 10: Wilson's intervals of both accuracies,
+        with the correlation of the pairs.
         """
-        spread = self.discordant - (self.pruned_only - self.dense_only) ** 2 / self.images
-        half = 100 * Z95 * math.sqrt(spread) / self.images
-        return self.difference - half, self.difference + half
+        dense, pruned = self.both + self.dense_only, self.both + self.pruned_only
+        low = self._distance(pruned, 0, dense, 1)
+        high = self._distance(dense, 0, pruned, 1)
+        return self.difference - low, self.difference + high
+
+    def _distance(self, lower: int, lower_end: int, upper: int, upper_end: int) -> float:
+        """Return the length of one side of the interval: from the lower end of one count to the upper of the other."""
+        below = abs(lower / self.images - _wilson(lower, self.images)[lower_end])
+        above = abs(upper / self.images - _wilson(upper, self.images)[upper_end])
+        return 100 * math.sqrt(max(0.0, below**2 - 2 * self._correlation * below * above + above**2))
+
+    @property
+    def _correlation(self) -> float:
+        """Correlation of the pairs with Newcombe's continuity correction."""
+        products = self.both * self.neither - self.dense_only * self.pruned_only
+        sides = math.prod(math.sqrt(side) for side in self._margins)
+        return 0.0 if not sides else (max(products - self.images / 2, 0) if products > 0 else products) / sides
+
+    @property
+    def _margins(self) -> tuple[int, int, int, int]:
+        dense, pruned = self.both + self.dense_only, self.both + self.pruned_only
+        return dense, self.images - dense, pruned, self.images - pruned
 
     @property
     def p_worse(self) -> float:
         """One-sided p-value of the null hypothesis that the pruned model is not worse than the dense one.
 
-        Source: McNemar's exact test: a binomial tail with probability 1/2 over the discordant images.
+        Source: McNemar's exact test: a binomial test with probability 1/2 of the discordant images.
         """
-        tail, ways = 0, 1
-        for count in range(self.pruned_only + 1):
-            tail += ways
-            ways = ways * (self.discordant - count) // (count + 1)
-        return tail / (1 << self.discordant)
+        return self._exact_test("less")
+
+    @property
+    def p_different(self) -> float:
+        """Two-sided p-value of the null hypothesis that the models are equally accurate, by McNemar's exact test."""
+        return self._exact_test("two-sided")
+
+    def _exact_test(self, alternative: str) -> float:
+        if not self.discordant:
+            return 1.0
+        return float(stats.binomtest(self.pruned_only, self.discordant, alternative=alternative).pvalue)
+
+
+def _wilson(count: int, total: int) -> tuple[float, float]:
+    interval = stats.binomtest(count, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,27 @@ from vitprune.evaluation import paired_test
 from vitprune.pipeline.report import numbers
 
 
-def test_interval_without_disagreement_has_no_width() -> None:
-    pairs = paired_test.McNemarTable(both=9, dense_only=0, pruned_only=0, neither=1)
-    assert (pairs.difference, pairs.interval) == (0.0, (0.0, 0.0))
+def pairs(both: int, dense_only: int, pruned_only: int, neither: int) -> paired_test.McNemarTable:
+    return paired_test.McNemarTable(both, dense_only, pruned_only, neither)
+
+
+def test_interval_equals_newcombes_example() -> None:
+    # Newcombe 1998, table II, method 10
+    assert pairs(36, 2, 12, 0).interval == pytest.approx((5.69, 34.04), abs=5e-3)
+    assert pairs(36, 12, 2, 0).interval == pytest.approx((-34.04, -5.69), abs=5e-3)
+    assert pairs(9, 0, 0, 1).interval == pytest.approx((-27.76, 27.76), abs=5e-3)  # no width only with all images
+    large = pairs(34_100, 700, 400, 800)
+    assert large.interval == pytest.approx((-1.013, -0.653), abs=1e-2)  # Wald's, which holds for many images
+    for extreme in (pairs(10, 0, 0, 0), pairs(0, 0, 0, 10), pairs(0, 10, 0, 0), pairs(0, 5, 5, 0), pairs(1, 0, 0, 0)):
+        low, high = extreme.interval
+        assert -100 <= low <= extreme.difference <= high <= 100
+
+
+def test_few_discordant_images_are_not_significant() -> None:
+    few = pairs(50, 5, 0, 5)
+    assert (few.p_different, few.p_worse) == (2 / 2**5, 1 / 2**5)
+    assert pairs(50, 6, 0, 4).p_different == 2 / 2**6
+    assert pairs(9, 0, 0, 1).p_different == 1.0
 
 
 @pytest.mark.parametrize(
@@ -15,13 +33,6 @@ def test_interval_without_disagreement_has_no_width() -> None:
 )
 def test_counts_have_three_digits_and_a_unit(value: float, text: str) -> None:
     assert numbers.si_count("", value).text.replace("\N{NARROW NO-BREAK SPACE}", " ") == text
-
-
-def test_interval_equals_the_wald_interval() -> None:
-    pairs = paired_test.McNemarTable(both=341, dense_only=7, pruned_only=4, neither=8)
-    assert pairs.images == 360
-    assert pairs.difference == pytest.approx(-0.8333, abs=1e-4)
-    assert pairs.interval == pytest.approx((-2.6370, 0.9703), abs=1e-4)
 
 
 @pytest.mark.parametrize(("value", "text"), [(-0.5555, "-0.56"), (0.004, "0.00"), (-0.004, "0.00"), (0.5, "+0.50")])

@@ -151,8 +151,9 @@ def test_numbers_are_on_the_page(project: Path) -> None:
     assert page.shown["dense.latency_ms.p90"] == "5.00"
     counts = [page.values[f"paired.{key}"] for key in ("both", "dense_only", "pruned_only", "neither")]
     assert counts == ["341", "7", "4", "8"]
-    assert float(page.values["paired.low"]) == pytest.approx(-2.637, abs=1e-3)
-    assert float(page.values["paired.high"]) == pytest.approx(0.970, abs=1e-3)
+    assert float(page.values["paired.low"]) == pytest.approx(-3.013, abs=1e-3)
+    assert float(page.values["paired.high"]) == pytest.approx(1.211, abs=1e-3)
+    assert page.shown["paired.p_different"] == "0.5488"
     assert page.values["cycle.2.masks_sha256"] == MASK
     assert page.shown["removed." + HOSTILE + ".blocks.*.mlp"] == "50.0"
     assert page.values["params.prune.method"] == "channel-taylor"

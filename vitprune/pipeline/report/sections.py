@@ -51,6 +51,7 @@ def losses(path: Path, evaluation: dict[str, Any], names: Sequence[str]) -> dict
         "difference": numbers.signed("paired.difference", pairs.difference, 2),
         "low": numbers.signed("paired.low", low, 2),
         "high": numbers.signed("paired.high", high, 2),
+        "p_different": numbers.fixed("paired.p_different", pairs.p_different, 4),
         "losing_classes": numbers.grouped("classes.losing", len(lost)),
         "classes": [_class_row(result, names) for result in lost[:_WORST_CLASSES]],
     }

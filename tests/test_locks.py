@@ -26,5 +26,7 @@ def test_a_deployment_has_the_same_versions_with_hashes() -> None:
     text = (ROOT / "requirements-hashes.txt").read_text()
     assert pins("requirements-hashes.txt").items() <= pins("constraints.txt").items()
     blocks = re.split(r"\n(?=[a-z0-9])", text.strip())
-    pattern = re.compile(r"[a-z0-9._-]+(\[[a-z0-9,-]+\])?==\S+( ; [^\n\\]+)? \\\n(    --hash=sha256:[0-9a-f]{64}( \\\n)?)+")
+    pattern = re.compile(
+        r"[a-z0-9._-]+(\[[a-z0-9,-]+\])?==\S+( ; [^\n\\]+)? \\\n(    --hash=sha256:[0-9a-f]{64}( \\\n)?)+"
+    )
     assert [block.splitlines()[0] for block in blocks if not pattern.fullmatch(block)] == []

@@ -328,6 +328,8 @@ def check(
     with Live(table, console=console, transient=True) if console.is_terminal else nullcontext():
         for row in check_model(model, kinds.split(",") if kinds else list(KINDS), shares):
             failed |= row.verdict == "failed"
+            if row.proof is not None:
+                table.columns[-1].header = "MACs of {} x {} pixels".format(*row.image_size)
             table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *_cells(row.proof))
             reasons += [f"{row.kind}: {row.why}"] if row.why else []
     console.print(table)

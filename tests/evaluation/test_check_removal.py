@@ -83,6 +83,8 @@ def test_the_check_command_prints_verdicts_and_exits_with_1_on_failure(monkeypat
 
     code, output = run("test_vit", "--kinds", "ffn,head", "--ratios", "0.5")
     assert (code, output.count("proven")) == (0, 2)
+    size = make_test_model("test_vit")[1].shape[-1]
+    assert f"MACs of {size} x {size} pixels" in " ".join(output.split())
     original = check_removal
     monkeypatch.setattr(
         "vitprune.evaluation.check_model.check_removal",

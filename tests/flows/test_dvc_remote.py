@@ -93,7 +93,12 @@ def test_an_existing_remote_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("ssh://me:secret@host/store", r"^--remote ssh://me:\.\.\.@host/store: contains a password"),
+        ("ssh://me:SECRET@host/store", r"^--remote ssh://\.\.\.@host/store: contains a password"),
+        ("s3://SECRET@bucket/store", r"^--remote s3://\.\.\.@bucket/store: contains a password or key"),
+        ("s3://bucket/x?X-Amz-Signature=SECRET", r"^--remote s3://bucket/x: contains a query or fragment"),
+        ("azure://bucket/x?", r"^--remote azure://bucket/x: contains a query or fragment"),
+        ("gs://bucket/x#SECRET", r"^--remote gs://bucket/x: contains a query or fragment"),
+        ("s3://[SECRET", r"^--remote s3://: not an address"),
         ("ftp://host/store", r"^--remote ftp://: unknown; give a folder, or .*ssh://$"),
         ("s3:///store", r"^--remote s3:///store: has no bucket$"),
     ],

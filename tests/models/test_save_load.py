@@ -101,6 +101,13 @@ def test_a_loaded_model_equals_the_saved_one(saved: tuple[Path, dict[str, nn.Mod
         assert all(p.requires_grad for p in again.parameters())
 
 
+def test_both_files_have_the_permissions_of_new_files(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    directory = saved[0] / next(iter(saved[1]))
+    assert {path.stat().st_mode for path in directory.iterdir()} == {expected}
+
+
 def test_a_model_is_two_files_and_no_pickle(saved: tuple[Path, dict[str, nn.Module]]) -> None:
     folder, made = saved
     for name in made:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -230,3 +231,18 @@ def test_secrets_are_ignored_by_git_and_docker() -> None:
     build = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {path.split("/")[0] for path in (*build["packages"], *build["force-include"])}
     assert needed | {"pyproject.toml", "requirements-hashes.txt", "README.md", "LICENSE"} == set(allowed)
+
+
+def test_a_source_without_its_prefix_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos.parquet").touch()
+    for source, hint in {
+        str(tmp_path / "photos"): f"did you mean folder:{tmp_path}/photos?",
+        str(tmp_path / "photos.parquet"): f"did you mean parquet:{tmp_path}/photos.parquet?",
+        "/no/such/folder": "use digits, folder:PATH",
+        "imagenet": "use digits, folder:PATH",
+        "": "use digits, folder:PATH",
+    }.items():
+        with pytest.raises(BadInput, match=f"^--source {re.escape(source)}: unknown; {re.escape(hint)}"):
+            create_project(tmp_path / "project", Choice(source))
+    assert not (tmp_path / "project").exists()

@@ -208,8 +208,8 @@ def test_sigkill_and_sigterm_while_a_stage_runs(tmp_path: Path, monkeypatch: pyt
     ended.terminate()
     message = ended.communicate(timeout=300)[1]
     assert ended.returncode == 143, message
-    assert message.startswith("Error: stopped by a signal, checkpoint saved at epoch ")
-    assert message.count("\n") == 1
+    assert message.splitlines()[-1].startswith("Error: stopped by a signal, checkpoint saved at epoch ")
+    assert message.count("Error") == 1
     emptied(project, "prune")
     stages.run("prune", project)
     assert written(project) == expected

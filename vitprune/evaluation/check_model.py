@@ -32,6 +32,7 @@ class ModelCheck:
         why: Failures, or the reason of the refusal.
         groups: Number of groups.
         proof: Details of the check; None for a refusal.
+        image_size: Height and width of the images, for which the MACs are counted.
     """
 
     model: str
@@ -41,6 +42,7 @@ class ModelCheck:
     why: str
     groups: int = 0
     proof: RemovalCheck | None = None
+    image_size: tuple[int, int] = (0, 0)
 
 
 def check(
@@ -83,7 +85,8 @@ def check(
         for number, ratio in enumerate(ratios):
             result = check_removal(dense, groups, random_odd_masks(groups, ratio, seed=number), inputs)
             verdict = "failed" if result.failures else "proven"
-            yield ModelCheck(name, kind, ratio, verdict, "; ".join(result.failures), len(groups), result)
+            why, size = "; ".join(result.failures), (inputs.shape[2], inputs.shape[3])
+            yield ModelCheck(name, kind, ratio, verdict, why, len(groups), result, size)
 
 
 def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:

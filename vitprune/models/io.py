@@ -105,8 +105,11 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
         plain[name] = array.clone() if array.data_ptr() in pointers else array  # a module with two names
         pointers.add(array.data_ptr())
     with atomic_write(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors lets nobody else read its files
         try:
             safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
+            partial.chmod(mode)
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None

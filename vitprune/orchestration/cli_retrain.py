@@ -78,7 +78,10 @@ def print_versions(project: Path, model: str | None) -> None:
     with mlflow_session(project):
         models = registry(checked_project(project), model)
         champion = models.champion()
-        for version in models.versions():
+        versions = models.versions()
+        if not versions:
+            print(f"{models.name}: no version yet; `vitprune retrain` makes the first one")
+        for version in versions:
             mark = "champion" if champion is not None and version.version == champion.version else ""
             result = "passed" if version.tags.get(PASSED) == "true" else "held back"
             difference = version.tags.get("vitprune.difference", "?")

@@ -11,19 +11,29 @@ from vitprune import data
 from vitprune.config.params import Params
 from vitprune.errors import BadInput
 from vitprune.runtime import tables
+from vitprune.runtime.messages import first_line
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
 OUT, METRICS, PLOTS = Path("out"), Path("metrics"), Path("plots")
 WORKERS = "VITPRUNE_WORKERS"
+DEVICE = "VITPRUNE_DEVICE"
 
 
 def device() -> torch.device:
     """Return the device of this process: VITPRUNE_DEVICE if set, else the GPU of its local rank, else the CPU.
 
     The device is not a parameter, so that cached stages are valid on every machine.
+
+    Raises:
+        BadInput: VITPRUNE_DEVICE is not a device of this machine.
     """
     default = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return torch.device(os.environ.get("VITPRUNE_DEVICE") or default)
+    name = os.environ.get(DEVICE) or default
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"{DEVICE}={name}: cannot be used ({first_line(error)}); give cpu, or unset it") from None
+    return torch.device(name)
 
 
 def source_of(params: Params) -> data.Source:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ REQUIREMENTS = "requirements.txt"
 FLOWS = ("flows/compress.py", "flows/retrain.py", "flows/sweep.py")
 WRITTEN = ("dvc.yaml", "params.yaml", "prefect.yaml", REQUIREMENTS, *FLOWS)
 LOCAL = ("folder:", "parquet:", "wds/")
+SOURCES = "folder:PATH, parquet:PATH, wds/PATH, hfds/NAME or torch/NAME:ROOT"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,10 @@ def _located(source: str, root: Path) -> tuple[str, str | None, int | None]:
     absolute.
     """
     kind = next((prefix for prefix in LOCAL if source.startswith(prefix)), None)
+    if kind is None and source != "digits" and not source.startswith(("hfds/", "torch/")):
+        prefix = "parquet" if source.endswith(".parquet") else "folder"
+        hint = f"did you mean {prefix}:{source}?" if os.path.lexists(source) else f"use digits, {SOURCES}"
+        raise BadInput(f"--source {source}: unknown; {hint}")
     if kind is None:
         return source, None, None
     name, _, path = source.removeprefix(kind).rpartition(":") if kind == "wds/" else ("", "", source.removeprefix(kind))
@@ -146,9 +152,20 @@ def _ignoring(root: Path, name: str) -> str:
 
 def _requirements(remote: str | None) -> str:
     """Return the packages that the project and its remote need."""
-    package = f"vitprune[pipeline,export]=={importlib.metadata.version('vitprune')}\n"
+    package = f"{_vitprune()}\n"
     scheme = remotes.kind(remote) if remote is not None else None
     return package + (f"dvc[{scheme}]\n" if scheme is not None else "")
+
+
+def _vitprune() -> str:
+    """Return the requirement that installs this vitprune again: a commit or archive, else its version on an index."""
+    distribution = importlib.metadata.distribution("vitprune")
+    name, origin = "vitprune[pipeline,export]", json.loads(distribution.read_text("direct_url.json") or "{}")
+    if commit := origin.get("vcs_info", {}).get("commit_id"):
+        return f"{name} @ {origin['vcs_info']['vcs']}+{origin['url']}@{commit}"
+    if "archive_info" in origin and not origin["url"].startswith("file:"):
+        return f"{name} @ {origin['url']}"
+    return f"{name}=={distribution.version}"
 
 
 def _readme(name: str, source: str) -> str:

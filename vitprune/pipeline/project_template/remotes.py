@@ -14,7 +14,7 @@ def located(address: str) -> str:
     """Return the address of a remote for DVC; a path is relative to the current directory and becomes absolute.
 
     Raises:
-        BadInput: the address contains a password, DVC does not support it, or its package is not installed.
+        BadInput: the address contains a secret, DVC does not support it, or its package is not installed.
     """
     scheme = kind(address)
     if scheme is None:
@@ -22,11 +22,20 @@ def located(address: str) -> str:
     if scheme not in PACKAGES:
         known = ", ".join(f"{name}://" for name in sorted(PACKAGES))
         raise BadInput(f"--remote {scheme}://: unknown; give a folder, or an address with one of {known}")
-    parts = urlsplit(address)
-    if parts.password is not None:
-        shown = address.replace(f":{parts.password}@", ":...@", 1)
+    try:
+        parts = urlsplit(address)
+        user, password = parts.username, parts.password
+    except ValueError as error:
+        raise BadInput(f"--remote {scheme}://: not an address ({error})") from None
+    if password is not None or (user is not None and scheme != "ssh"):
+        shown = f"{scheme}://...@{parts.netloc.rpartition('@')[2]}{parts.path}"
         raise BadInput(
-            f"--remote {shown}: contains a password, which git would store; use a key or environment variables"
+            f"--remote {shown}: contains a password or key, which git would store; use a key file or the environment"
+        )
+    if parts.query or parts.fragment or "?" in address or "#" in address:
+        raise BadInput(
+            f"--remote {scheme}://{parts.netloc}{parts.path}: contains a query or fragment, such as a signature, which "
+            "git would store; leave it out and use environment variables"
         )
     if not parts.netloc:
         raise BadInput(f"--remote {address}: has no {'host' if scheme == 'ssh' else 'bucket'}")

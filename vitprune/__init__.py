@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vitprune.pruning.prune import PruneResult, prune, score
     from vitprune.pruning.select import select
     from vitprune.training.finetune import finetune
+    from vitprune.training.frozen_zeros import freeze_zeros
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ _MODULES = {
     "pruning.prune": ("PruneResult", "prune", "score"),
     "pruning.select": ("select",),
     "training.finetune": ("finetune",),
+    "training.frozen_zeros": ("freeze_zeros",),
 }
 _MODULE_OF = {name: f"vitprune.{module}" for module, names in _MODULES.items() for name in names}
 
@@ -75,6 +77,7 @@ __all__ = [
     "export_onnx",
     "find_groups",
     "finetune",
+    "freeze_zeros",
     "gradual_prune",
     "latency",
     "load",

@@ -12,7 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.support.model_zoo import SWIN, VIT, ZOO, images, predict, random_masks, redrawn, same_state, state, tiny
+from tests.support.model_zoo import (
+    SMALL,
+    SWIN,
+    VIT,
+    ZOO,
+    images,
+    predict,
+    random_masks,
+    redrawn,
+    same_state,
+    state,
+    tiny,
+)
 from vitprune import BadInput, data, find_groups, load, models, prune, save, shrink
 from vitprune.architectures import merge_heads, structure
 
@@ -246,3 +258,75 @@ def test_the_dtype_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) ->
     save(model, tmp_path)
     assert same_state(load(tmp_path), state(model))
     assert {p.dtype for p in load(tmp_path).parameters()} == {dtype}
+
+
+def _act(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.mlp.act = nn.ReLU()
+
+
+def _eps(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-5
+
+
+def _hook(model: nn.Module) -> None:
+    model.head.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _forward(model: nn.Module) -> None:
+    model.forward = lambda x: model.forward_features(x)[:, 0]
+
+
+CHANGES = {
+    "activation": (_act, r"^blocks.0.mlp.act: is ReLU, timm builds GELU; config.json does not record it"),
+    "eps": (_eps, r"^blocks.0.norm1.eps: differs from the model that timm builds; config.json does not record it"),
+    "a part that is skipped": (lambda model: setattr(model, "norm", nn.Identity()), r"timm does not build this model"),
+    "classifier": (
+        lambda model: setattr(model, "head", nn.Linear(48, 5)),
+        r"^VisionTransformer: .*weight head.bias has shape \[5\], the model needs \[7\]\); .*by reset_classifier",
+    ),
+    "two layers": (
+        lambda model: setattr(model, "head", nn.Sequential(nn.Linear(48, 16), nn.GELU(), nn.Linear(16, 7))),
+        r"^VisionTransformer: .*\(weight head.0.bias is not in VisionTransformer\)",
+    ),
+    "no classifier": (lambda model: setattr(model, "head", nn.Identity()), r"\(weight head.bias is missing\)"),
+    "stem": (lambda model: setattr(model.patch_embed, "proj", nn.Conv2d(1, 48, 8, 8)), r"has shape \[48, 1, 8, 8\]"),
+    "attention": (lambda model: setattr(model.blocks[0], "attn", nn.Identity()), r"attn.proj.bias is missing"),
+    "not finite": (lambda model: nn.init.constant_(model.head.weight, float("nan")), r"^head.weight: has values that"),
+    "hook": (_hook, r"^VisionTransformer: has hooks or unknown attributes, and its logits differ"),
+    "forward": (_forward, r"^VisionTransformer: its method forward was replaced by a function; give "),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_its_config_does_not_describe_is_not_saved(change: str, tmp_path: Path) -> None:
+    make, message = CHANGES[change]
+    model = single("vit")
+    make(model)
+    with pytest.raises(BadInput, match=message):
+        save(model, tmp_path / "model")
+    assert not list(tmp_path.rglob("*.json")) + list(tmp_path.rglob("*.safetensors"))
+
+
+def test_changes_without_an_effect_on_the_logits_are_saved(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **VIT, act_layer="relu", drop_path_rate=0.1).eval()
+    model.set_grad_checkpointing(True)
+    model.head.register_forward_hook(lambda module, inputs, output: None)
+    for block in model.blocks:
+        block.mlp.drop1.p, block.attn.fused_attn = 0.3, False
+    model.reset_classifier(5)
+    save(model, tmp_path)
+    torch.testing.assert_close(predict(load(tmp_path), images(model)), predict(model, images(model)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of timm, on the interpolation of position tables
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize("kind", ["head", "attention"])
+def test_the_input_size_of_a_pruned_model_can_be_changed(name: str, kind: str, tmp_path: Path) -> None:
+    model = redrawn(timm.create_model(name, num_classes=7, **SMALL[name]), 0)
+    pruned, x = prune(model, "channel-magnitude", sparsity={kind: 0.34}).model, torch.ones(1, 3, 64, 64)
+    pruned.set_input_size(img_size=(64, 64))
+    save(pruned, tmp_path)
+    assert torch.equal(predict(load(tmp_path), x), predict(pruned, x))

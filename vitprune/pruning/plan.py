@@ -105,6 +105,8 @@ def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, see
         BadInput: unknown method, scope or kind, a sparsity or target that the method cannot have, or settings that
             contradict each other.
     """
+    if not isinstance(score, ScoreConfig):
+        raise BadInput(f"config: is a {type(score).__name__}; give a ScoreConfig")
     method = method_named(config.method)
     kinds, implied = config.kinds or method.kinds, _implied_sparsity(config, method)
     target = config.target.costs if config.target is not None else None

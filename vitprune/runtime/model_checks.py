@@ -57,7 +57,13 @@ def _refuse_own_wrapper(model: nn.Module) -> None:
 
 
 def _refuse_computed_weights(path: str, module: nn.Module) -> None:
-    """Refuse layers whose weight is computed from other parameters in every forward pass."""
+    """Refuse layers whose weight is computed from other parameters, or whose forward pass was replaced."""
+    forward = vars(module).get("forward")
+    if (
+        forward is not None and getattr(forward, "__self__", None) is not module
+    ):  # a copy would run the original's layers
+        where = path or type(module).__name__
+        raise BadInput(f"{where}: its method forward was replaced by a function; give the model before that")
     if is_parametrized(module):
         name = next(iter(module.parametrizations))  # type: ignore[arg-type]
         remedy = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"

@@ -1,0 +1,128 @@
+"""Models as users have them: half precision, inference mode, autocast, checkpointing, other norms and blocks."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vitprune
+from tests.support.model_zoo import VIT, batches, images, predict, redrawn, same_state, state, tiny
+from vitprune import BadInput, PruneConfig, TrainConfig
+from vitprune.evaluation.check_model import check
+
+METHODS = ["channel-taylor", "upvits", "unit-obs"]
+BLOCKS = ("vit_giant_patch14_reg4_dinov2", "aimv2_large_patch14_224", "vit_base_patch16_rpn_224")
+SHAPE = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("channel-taylor", torch.float16), ("obc", torch.bfloat16), ("unit-obs", torch.bfloat16)],
+)
+def test_half_precision_is_pruned_in_float32(method: str, dtype: torch.dtype) -> None:
+    half, given = tiny("vit", dtype=dtype), [(x.float(), y) for x, y in batches(tiny("vit"))]
+    result = vitprune.prune(half, method, sparsity=0.25, calibration=given)
+    assert {parameter.dtype for parameter in (*result.model.parameters(), *half.parameters())} == {dtype}
+    single = vitprune.prune(tiny("vit", dtype=dtype).float(), method, sparsity=0.25, calibration=given)
+    assert same_state(result.model, state(single.model.to(dtype)))
+
+
+MODES: dict[str, Callable[[], AbstractContextManager]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", METHODS)
+def test_modes_of_the_caller_have_no_effect(mode: str, method: str, vit: nn.Module) -> None:
+    expected = vitprune.prune(vit, method, sparsity=0.25, calibration=batches(vit)).model
+    with MODES[mode]():
+        model = tiny("vit")  # in inference mode, its weights are inference tensors
+        result = vitprune.prune(model, method, sparsity=0.25, calibration=batches(model)).model
+        scores = vitprune.score(model, vitprune.find_groups(model, ["ffn"]), "taylor", batches(model))
+    assert same_state(result, state(expected))
+    assert len(scores) == 2
+
+
+@pytest.mark.parametrize("method", ["ovit", "obc", "unit-obs"])
+def test_activation_checkpointing_is_off_for_scores_and_restored(method: str, vit: nn.Module) -> None:
+    expected = vitprune.prune(vit, method, sparsity=0.25, calibration=batches(vit)).model
+    vit.set_grad_checkpointing(True)
+    result = vitprune.prune(vit, method, sparsity=0.25, calibration=batches(vit)).model
+    assert same_state(result, state(expected))
+    assert vit.grad_checkpointing is result.grad_checkpointing is True
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_other_norms_are_cut_with_the_residual_stream(norm: str) -> None:
+    model = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT, norm_layer=norm), 0)
+    pruned = vitprune.prune(model, "channel-magnitude", sparsity={"residual": 0.25}).model
+    assert pruned.blocks[0].norm1.normalized_shape == (36,)
+    assert predict(pruned, images(model)).shape == (3, 7)
+
+
+def test_a_result_that_does_not_run_is_refused(vit: nn.Module) -> None:
+    vit.blocks[0].mlp.act = nn.Sequential(nn.GELU(), nn.Unflatten(-1, (48, 4)), nn.Flatten(-2))
+    with pytest.raises(
+        BadInput, match=r"^VisionTransformer: the pruned model does not run \(unflatten: .*; prune other"
+    ):
+        vitprune.prune(vit, "channel-magnitude", sparsity={"ffn": 0.25})
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_vision_transformers_of_other_blocks_are_pruned(name: str) -> None:
+    kinds = ["weight", "ffn", "head", "attention", "block"]
+    results = list(check(name, kinds, [0.5], SHAPE))
+    assert {result.kind: result.verdict for result in results} == dict.fromkeys(kinds, "proven")
+
+
+def test_parallel_blocks_lose_weights_and_units() -> None:
+    results = list(check("vit_small_patch16_18x2_224", ["weight", "ffn", "head"], [0.5], SHAPE))
+    assert {result.verdict for result in results} == {"proven"}
+
+
+def test_gradual_pruning_of_a_compiled_model_in_half_precision() -> None:
+    model = torch.compile(tiny("vit", dtype=torch.bfloat16), backend="eager")
+    loader = [(x.float(), y) for x, y in batches(tiny("vit"), 2, 4)]
+    config = PruneConfig(method="magnitude", sparsity=0.5, cycles=2, finetune=TrainConfig(epochs=1, lr=0.001))
+    result = vitprune.gradual_prune(model, config, loader)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert result.sparsity == {"weight": 0.5}
+
+
+def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
+    recipe = TrainConfig(epochs=1, lr=0.001)
+    x, y = batches(vit, 1)[0]
+    for call, message in (
+        (lambda: vitprune.find_groups(vit, "ffn"), r"^kinds: 'ffn' is a string; give a list, as in \['ffn'\]"),
+        (lambda: vitprune.count(vit, (1, 3, 32, 32)), r"^example_input: is a tuple; give a tensor of images"),
+        (lambda: vitprune.count(vit, x[0]), r"^example_input: has shape \(3, 32, 32\); give images"),
+        (lambda: vitprune.latency(vit, x, 3), r"^latency: give a list of models"),
+        (lambda: vitprune.latency([vit], x[0], 3), r"^example_input: has shape \(3, 32, 32\)"),
+        (lambda: list(check("vit_tiny_patch16_224", "ffn")), r"^check: give lists of kinds and ratios"),
+        (lambda: vitprune.finetune(vit, [(x, y)], {"epochs": 1}), r"^config: is a dict; give a TrainConfig"),
+        (lambda: vitprune.finetune(vit, [(x, y + 7)], recipe), r"^loader\[0\]: label 7 is not a class"),
+        (lambda: vitprune.finetune(vit, [(x.byte(), y)], recipe), r"^loader\[0\]: images are torch.uint8"),
+        (lambda: vitprune.evaluate(vit, [(x, y - 100)]), r"^labels: -100 is not a class"),
+        (lambda: vitprune.accuracy(vit, [x]), r"^batches\[0\]: is a Tensor; give pairs"),
+        (lambda: vitprune.prune(vit, "magnitude", sparsity=0.5, example_input=3), r"^example_input: is a int"),
+        (lambda: vitprune.prune(vit, "magnitude", sparsity=0.5, config={}), r"^config: is a dict; give a ScoreConfig"),
+        (lambda: vitprune.prune(vit, "magnitude", sparsity="half"), r"^prune.sparsity"),
+        (lambda: vitprune.prune(vit, "channel-taylor", kinds="ffn", sparsity=0.5), r"^prune.kinds"),
+    ):
+        with pytest.raises(BadInput, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_images_and_models_in_other_types_are_converted() -> None:
+    vit, half = tiny("vit", dtype=torch.float32), tiny("vit", dtype=torch.bfloat16)
+    given = [(x.float(), y) for x, y in batches(vit, 2, 4)]
+    assert vitprune.count(half, given[0][0]) == vitprune.count(vit, given[0][0])
+    assert vitprune.evaluate(half, given)["params"] == vitprune.evaluate(vit, given)["params"]
+    vitprune.finetune(half, given, TrainConfig(epochs=1, lr=0.001))

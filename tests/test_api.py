@@ -49,7 +49,7 @@ def test_the_default_damping_is_the_one_of_few_gradients(vit: nn.Module) -> None
         (lambda: ScoreConfig(damp=1e-8), "score.damp: has been renamed to score.damping"),
         (lambda: ScoreConfig(classes=3), "score.classes: has been renamed to score.fisher_directions"),
         (lambda: ScoreConfig(damping=0), "score.damping: Input should be greater than 0, got 0"),
-        (lambda: ScoreConfig(dampings=1), "score.dampings: unknown key; remove it or correct its name"),
+        (lambda: ScoreConfig(dampings=1), "score.dampings: unknown key; did you mean damping?"),
         (lambda: PruneConfig(method="lamp", sparsity=1.5), "prune.sparsity: Input should be less than 1, got 1.5"),
         (
             lambda: PruneConfig(method="upvits", sparsity=0.5, target={"macs": 0.5}),

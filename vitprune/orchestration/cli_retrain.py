@@ -7,7 +7,7 @@ from pathlib import Path
 from vitprune.errors import BadInput
 from vitprune.orchestration.cli_compress import check_stage_limit, checked_project
 from vitprune.orchestration.interrupts import run_interruptibly
-from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, start_embedded_server
+from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, show_flow_log, start_embedded_server
 
 STOPPED = "stopped; run again to retrain from the start (finished stages come from DVC's cache)"
 
@@ -42,6 +42,7 @@ def _run(project: Path, model: str | None, branch: str, stage_limit: float | Non
     from vitprune.orchestration.retrain import Retrained
 
     retrain = load_flow(project, "retrain")
+    show_flow_log()
     start_embedded_server()
     state = retrain(project, model, branch, stage_limit, return_state=True)
     result: object = state.result(raise_on_failure=False)

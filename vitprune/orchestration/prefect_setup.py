@@ -41,7 +41,8 @@ def configure_prefect(project: Path) -> list[str]:
         lost = server
         del os.environ["PREFECT_API_URL"]
     if "PREFECT_API_URL" not in os.environ:
-        os.environ.setdefault("PREFECT_HOME", str(project / STATE / "prefect"))
+        home = os.environ.setdefault("PREFECT_HOME", str(project / STATE / "prefect"))
+        Path(home).mkdir(parents=True, exist_ok=True)
         os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "true"
     return [f"Prefect server {lost} does not answer: this run is recorded by an embedded server"] if lost else []
 

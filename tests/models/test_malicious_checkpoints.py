@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.model_zoo import ZOO, random_masks, tiny
 from vitprune import BadInput, find_groups, load, models, save, shrink
+from vitprune.models.build_limits import BuildLimitError, try_in_child
 
 Break = Callable[[Path], None]
 
@@ -264,8 +266,36 @@ def test_loops_without_tensor_operations_are_stopped(
     path = tmp_path / "model/config.json"
     changes = {"architecture": architecture, "model_args": args, "pretrained_cfg": {"input_size": [3, 224, 224]}}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(BadInput, match=r"model_args \(more than 1 s of CPU time; no timm model needs so much\)$"):
+    limits = r"more than (1 s of CPU time|1024 MiB of memory)"
+    with pytest.raises(BadInput, match=rf"model_args \({limits}; no timm model needs so much\)$"):
         load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (lambda: sum(range(10**12)), "more than 1 s of CPU time; no timm model needs so much"),
+        (lambda: [0] * (1 << 40), "more than 1024 MiB of memory; no timm model needs so much"),
+        (lambda: [bytes(1 << 20) for _ in range(1 << 20)], "more than 1024 MiB of memory; no timm model needs so much"),
+        (lambda: torch.ones(1 << 34, device="cpu"), "allocat"),
+        (lambda: os.kill(os.getpid(), 11), "or a crash"),
+        (lambda: 1 / 0, "^division by zero$"),
+    ],
+    ids=["one call into C", "one allocation", "many allocations", "a tensor", "a crash", "an error"],
+)
+def test_a_child_process_bounds_what_cannot_be_interrupted(build: Callable[[], object], why: str) -> None:
+    with pytest.raises(BuildLimitError, match=why):
+        try_in_child(build, 1.0)
+
+
+def test_a_child_process_leaves_this_one_unchanged(capfd: pytest.CaptureFixture) -> None:
+    values: list[int] = []
+    files = os.listdir("/proc/self/fd")
+    before = resource.getrlimit(resource.RLIMIT_AS), torch.get_rng_state()
+    try_in_child(lambda: (values.append(1), os.write(2, b"not here"), torch.rand(1)), 1.0)
+    assert (values, os.listdir("/proc/self/fd"), capfd.readouterr().err) == ([], files, "")
+    assert resource.getrlimit(resource.RLIMIT_AS) == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
 
 
 def test_no_download_import_execution_or_allocation(saved_model: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Create, load and save timm models: safetensors and config.json only."""
 
 import errno
+import functools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
 from vitprune.data.augment import data_config, example_input
 from vitprune.errors import BadInput
-from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, limited_cpu_time
+from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, try_in_child
 from vitprune.models.equality import first_difference, same_logits
 from vitprune.models.validation import (
     DTYPES,
@@ -239,13 +240,12 @@ def describe_saved(directory: Path) -> SavedModel:
 
 def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Module:
     """Create the dense model of a config, unless it is much larger than its weights file."""
-    args = {"pretrained_cfg": dict(config.pretrained_cfg), **config.args}
+    args = json.dumps({"pretrained_cfg": dict(config.pretrained_cfg), **config.args}, sort_keys=True)
     stored = sum(math.prod(entry.shape) for entry in header.values())
-    seconds = MAX_SECONDS if torch.get_default_device().type == "meta" else math.inf  # weights take their time
     try:
-        with torch.random.fork_rng(devices=[]), LimitedOperations(), limited_cpu_time(seconds):
-            model: nn.Module = timm.create_model(config.architecture, pretrained=False, **args)
-            _match_channels(model)
+        if torch.get_default_device().type == "meta":
+            _try_build(config.architecture, args)
+        model = _created(config.architecture, args)
     except Exception as error:  # timm raises various errors for untrusted arguments
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(
@@ -257,6 +257,19 @@ def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Mo
             f"{config.path}: model_args describe a model of {numbers} weights, the file has {stored}; correct them"
         )
     return model
+
+
+def _created(architecture: str, args: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), LimitedOperations():
+        model: nn.Module = timm.create_model(architecture, pretrained=False, **json.loads(args))
+        _match_channels(model)
+    return model
+
+
+@functools.lru_cache(1024)
+def _try_build(architecture: str, args: str) -> None:
+    """Build a model in a child process, once for the same arguments."""
+    try_in_child(lambda: _created(architecture, args), MAX_SECONDS)
 
 
 def _resize(model: nn.Module, config: ModelConfig) -> list[Cut]:

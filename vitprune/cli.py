@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitprune.evaluation.check_removal import RemovalCheck
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BEFORE_TRAINING = ("dataset", "dense")  # stages that check all settings first
 STAGE_PANEL, PIPELINE, PROJECTS, MODELS = "Stages, in order", "Pipeline runs", "Projects", "Models and methods"
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
@@ -90,6 +91,11 @@ def _stage_command(stage: str) -> Callable[[Path], None]:
         else:
             from vitprune.pipeline import stages
 
+            if stage in BEFORE_TRAINING:
+                from vitprune.pipeline.check_settings import check_project
+
+                check_project(project)
+                project = Path()
             stages.run(stage, project)
 
     return command

@@ -18,6 +18,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
+from vitprune.config.section import similar
 from vitprune.data.augment import data_config, example_input
 from vitprune.errors import BadInput
 from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, try_in_child
@@ -68,7 +69,8 @@ def create(
         try:
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **(args or {}))
         except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
-            raise BadInput(f"model.name {name!r}: timm cannot create it ({first_line(error)})") from None
+            hint = "" if timm.is_model(name.partition(".")[0]) else similar(name, timm.list_models())
+            raise BadInput(f"model.name {name!r}: timm cannot create it ({first_line(error)}){hint}") from None
     _match_channels(model)
     if checkpoint is not None:
         _load_weights(model, checkpoint)

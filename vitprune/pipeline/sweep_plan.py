@@ -8,18 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
-from torch import nn
 
-from vitprune import models
 from vitprune.config.params import Params, checked, overlay, read_yaml
 from vitprune.config.prune_config import Kind
 from vitprune.config.quantity import format_cost
 from vitprune.config.section import Fraction, Section
 from vitprune.config.targets import Target
 from vitprune.errors import BadInput
-from vitprune.pipeline.dense_stage import initial_model
-from vitprune.pruning.cost_target import COUNTS
-from vitprune.pruning.cycle_masks import costs_for, groups_for
+from vitprune.pipeline.check_settings import check_plan, model_to_prune
 from vitprune.pruning.methods import method_named
 from vitprune.pruning.plan import plan_of
 
@@ -141,12 +137,10 @@ def _check(runs: list[Run]) -> None:
     for run in runs:
         with _naming(run):
             plans.append(plan_of(checked(run.params, Params, "params.yaml")))
-    model = _model_of(checked(runs[0].params, Params, "params.yaml"))
+    model = model_to_prune(checked(runs[0].params, Params, "params.yaml"))
     for run, plan in zip(runs, plans, strict=True):
         with _naming(run):
-            groups = groups_for(model, plan)
-            if not plan.target or next(iter(plan.target)) in COUNTS:  # latency is measured when the run prunes
-                costs_for(model, groups, plan)
+            check_plan(model, plan)
 
 
 @contextmanager
@@ -155,11 +149,3 @@ def _naming(run: Run) -> Iterator[None]:
         yield
     except BadInput as error:
         raise BadInput(f"run {run.name}: {error}") from None
-
-
-def _model_of(params: Params) -> nn.Module:
-    """Return a model with the shapes of the runs' dense model; its weights are random unless it is a directory."""
-    checkpoint = params.dense.checkpoint
-    if params.dense.start == "checkpoint" and checkpoint is not None and checkpoint.is_dir():
-        return initial_model(params).model
-    return models.create(params.model.name, params.model.args, params.seed)

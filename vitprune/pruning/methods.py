@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vitprune.config.section import similar
 from vitprune.criteria import Criterion, RecomputeUpdate, UpdateFromStats, corp, magnitude, taylor
 from vitprune.criteria.kl import exact, fisher, leave_one_out
 from vitprune.criteria.obs import cap, fastcap, obc, units
@@ -198,5 +199,5 @@ def method_named(name: str) -> Method:
         BadInput: there is no such method.
     """
     if name not in METHODS:
-        raise BadInput(f"method {name!r}: unknown; use one of {', '.join(METHODS)}")
+        raise BadInput(f"method {name!r}: unknown{similar(name, list(METHODS))}; use one of {', '.join(METHODS)}")
     return METHODS[name]

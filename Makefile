@@ -1,6 +1,7 @@
 # make demo    the whole pipeline on the embedded digits, from nothing
 # make test    all tests, in the same environment
 # make test-fast  the inner loop: without pipelines, servers, browser, real data and the tests of tests/slow_tests.txt
+# make fuzz    the property tests of tests/fuzz with many random examples
 # make lint    formatting, lint, types, layers
 # make docs    the documentation, as a site in site/; warnings and broken links are errors
 # make bench   every benchmark once, in its quick form
@@ -21,7 +22,7 @@ TOOLS := .venv-tools
 COMPILE := $(TOOLS)/bin/uv pip compile pyproject.toml --quiet --python-version 3.11.5 --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links
 
-.PHONY: demo test test-fast lint docs bench server server-down worker lock sbom install clean
+.PHONY: demo test test-fast fuzz lint docs bench server server-down worker lock sbom install clean
 
 demo: install
 	vitprune run
@@ -31,6 +32,9 @@ test: install
 
 test-fast: install
 	pytest --numprocesses auto --dist loadscope --no-loadscope-reorder -m 'not (pipeline or team or browser or real or slow)'
+
+fuzz: install
+	VITPRUNE_FUZZ=long pytest --numprocesses auto tests/fuzz
 
 lint: install
 	ruff format --check .

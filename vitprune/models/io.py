@@ -242,7 +242,7 @@ def describe_saved(directory: Path) -> SavedModel:
 
 def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Module:
     """Create the dense model of a config, unless it is much larger than its weights file."""
-    args = json.dumps({"pretrained_cfg": dict(config.pretrained_cfg), **config.args}, sort_keys=True)
+    args = json.dumps({"pretrained_cfg": dict(config.pretrained_cfg), **config.args})
     stored = sum(math.prod(entry.shape) for entry in header.values())
     try:
         if torch.get_default_device().type == "meta":

@@ -21,7 +21,7 @@ from vitprune.runtime.messages import first_line
 GROUPS_IN_MEMORY = 4
 BYTES_PER_ROW, FREE_BYTES = 16, 1 << 20  # a file has at least 16 bytes per image, beyond its first MiB
 MAX_GROUP_BYTES, ROWS_AT_ONCE = 1 << 31, 16  # decompressed images of a row group
-MAX_SCHEMA = 100_000  # elements of a schema, and row groups
+MAX_SCHEMA = 5_000  # elements of a schema, and row groups
 
 
 class ParquetReader:
@@ -125,7 +125,8 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     except FileNotFoundError:
         raise BadInput(f"parquet:{path}: no such file; correct dataset.source") from None
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise BadInput(f"{path}: not a readable Parquet file ({first_line(error)[:200]})") from None
+        reason = first_line(error)[:200]
+        raise BadInput(f"{path}: not a readable Parquet file of at most {MAX_SCHEMA} row groups ({reason})") from None
 
 
 def _read_group(file: pq.ParquetFile, group: int, path: Path) -> Any:

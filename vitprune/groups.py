@@ -297,6 +297,22 @@ def _refuse_shared_axes(groups: Sequence[Group]) -> None:
                 )
 
 
+def check_groups(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Check that groups are those of a model.
+
+    Raises:
+        BadInput: they are not groups, or groups of another model or of another shape of it.
+    """
+    names = model.state_dict(keep_vars=True)
+    for group in groups:
+        if not isinstance(group, Group):
+            raise BadInput(f"groups: {group!r} is not a group; give those of find_groups")
+        missing = next((part.param for part in group.slices + group.buffers if part.param not in names), None)
+        if missing is not None:
+            raise BadInput(f"{group.name}: the model has no {missing}, it is another model's group; call find_groups")
+        _refuse_stale(model, group)
+
+
 def _refuse_stale(model: nn.Module, group: Group) -> None:
     modules = dict(model.named_modules()) if group.sublayers else {}
     for body, *_ in group.sublayers:

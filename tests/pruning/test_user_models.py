@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ from torch import nn
 
 import vitprune
 from tests.support.model_zoo import VIT, batches, images, predict, redrawn, same_state, state, tiny
-from vitprune import BadInput, PruneConfig, TrainConfig
+from vitprune import BadInput, ParamSlice, PruneConfig, TrainConfig
 from vitprune.evaluation.check_model import check
 
 METHODS = ["channel-taylor", "upvits", "unit-obs"]
@@ -98,6 +99,8 @@ def test_gradual_pruning_of_a_compiled_model_in_half_precision() -> None:
 def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
     recipe = TrainConfig(epochs=1, lr=0.001)
     x, y = batches(vit, 1)[0]
+    narrow = vitprune.find_groups(vitprune.prune(vit, "channel-magnitude", sparsity=0.5).model, ["ffn"])
+    others = [replace(narrow[0], slices=(ParamSlice("blocks.0.mlp.fc1.weight.x", 0),))]
     for call, message in (
         (lambda: vitprune.find_groups(vit, "ffn"), r"^kinds: 'ffn' is a string; give a list, as in \['ffn'\]"),
         (lambda: vitprune.count(vit, (1, 3, 32, 32)), r"^example_input: is a tuple; give a tensor of images"),
@@ -112,6 +115,14 @@ def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
         (lambda: vitprune.accuracy(vit, [x]), r"^batches\[0\]: is a Tensor; give pairs"),
         (lambda: vitprune.prune(vit, "magnitude", sparsity=0.5, example_input=3), r"^example_input: is a int"),
         (lambda: vitprune.prune(vit, "magnitude", sparsity=0.5, config={}), r"^config: is a dict; give a ScoreConfig"),
+        (lambda: vitprune.prune(vit, "random", sparsity=0.5, seed="a"), r"^seed: is a str; give an integer"),
+        (lambda: vitprune.score(vit, "ffn", "magnitude"), r"^groups: 'f' is not a group; give those of find_groups"),
+        (lambda: vitprune.score(vit, others, "magnitude"), r"^blocks.0.mlp: the model has no blocks.0.mlp.fc1.weight"),
+        (lambda: vitprune.score(vit, narrow, "taylor", [(x, y)]), r"the group is out of date; call find_groups again"),
+        (
+            lambda: vitprune.save(tiny("vit"), __file__),
+            r"cannot be made a directory \(File exists\); give another path",
+        ),
         (lambda: vitprune.prune(vit, "magnitude", sparsity="half"), r"^prune.sparsity"),
         (lambda: vitprune.prune(vit, "channel-taylor", kinds="ffn", sparsity=0.5), r"^prune.kinds"),
     ):

@@ -135,6 +135,10 @@ def save(model: nn.Module, directory: str | Path) -> None:
     directory, model = Path(directory), checked_model(model)
     if "architecture" not in getattr(model, "pretrained_cfg", {}) or isinstance(model, nn.ModuleDict):  # features_only
         raise BadInput(f"{type(model).__name__}: only models made by timm.create_model (or vitprune.load) can be saved")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise BadInput(f"{directory}: cannot be made a directory ({error.strerror}); give another path") from None
     with atomic_write(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())

@@ -107,6 +107,8 @@ def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, see
     """
     if not isinstance(score, ScoreConfig):
         raise BadInput(f"config: is a {type(score).__name__}; give a ScoreConfig")
+    if not isinstance(seed, int):
+        raise BadInput(f"seed: is a {type(seed).__name__}; give an integer")
     method = method_named(config.method)
     kinds, implied = config.kinds or method.kinds, _implied_sparsity(config, method)
     target = config.target.costs if config.target is not None else None

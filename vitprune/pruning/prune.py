@@ -20,7 +20,7 @@ from vitprune.data import example_input as example_of
 from vitprune.data.batch_checks import checked_batches, checked_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.cost import Counts, count
-from vitprune.groups import Group, Masks, Scores, shrink, zero
+from vitprune.groups import Group, Masks, Scores, check_groups, shrink, zero
 from vitprune.pruning.block_steps import to_dense_names
 from vitprune.pruning.cycle_masks import (
     CostReport,
@@ -158,6 +158,7 @@ def score(
         raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     work = working_copy(model)
+    check_groups(work, groups)
     with scoring_mode(work):
         scores = function(work, groups, checked_batches(batches, work), ScoringContext(config, seed)).scores
     refuse_equal_scores(scores, groups)

@@ -193,12 +193,17 @@ def audit(
     ] = None,
     list_all: Annotated[bool, typer.Option("--all", help="List all differences, not only the first.")] = False,
     rerun: Annotated[bool, typer.Option("--rerun", help="Rerun all stages in a clean worktree and compare.")] = False,
+    trusted_keys: Annotated[
+        Path | None, typer.Option(help="File of the public keys that may sign a run, one ssh-ed25519 ... per line.")
+    ] = None,
+    limit: Annotated[float, typer.Option(help="Seconds; a stage that took longer is not run again.")] = 60.0,
 ) -> None:
-    """Verify a run: compare its records, commit and files, and recompute its numbers; exit code 1 if they differ."""
+    """Verify a run: its signature, records, commit and files, and recompute its numbers; exit code 1 if they differ."""
     _require_pipeline()
-    from vitprune.orchestration import cli_audit
+    from vitprune.orchestration.cli_audit import AuditOptions, audit_run
 
-    raise typer.Exit(1 if cli_audit.audit_run(run_id, project, list_all, rerun) else 0)
+    options = AuditOptions(list_all, rerun, trusted_keys, limit)
+    raise typer.Exit(1 if audit_run(run_id, project, options) else 0)
 
 
 @app.command(rich_help_panel=PIPELINE, epilog="Example: vitprune sync --project my-project")

@@ -12,7 +12,7 @@ from tests.support import preloaded, tamper_worker, tiny_project
 from tests.support.tampering import ATTACKS, EDITS
 from vitprune.config.params import load_params
 from vitprune.orchestration.execution.dvc_cache import tree_md5
-from vitprune.pipeline.verify import CHECKS, recheck
+from vitprune.pipeline.verify import CHECKS, RecordedRun, recheck
 from vitprune.runtime.files import md5
 
 pytestmark = pytest.mark.pipeline
@@ -34,7 +34,7 @@ def audit(cwd: Path, *words: str, **env: str) -> tuple[int, str, str]:
 
 def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
     expected = {
-        "honest": "exported: as recorded",
+        "honest": "trained_stages: dense, prune, distill",
         "a mask's units change places, in DVC's cache": "artifacts: out/mask/masks.safetensors: DVC's copy",
         "top-1 raised in MLflow's database": "metric pruned.top1 (step 0) is",
         "a digest edited in the project's dvc.lock": "belongs to no run in MLflow",
@@ -53,7 +53,13 @@ def test_the_command_lists_all_differences_and_refuses_unknown_runs(project: Pat
     run = tamper_worker.newest(project)
     code, out, _ = audit(project, run, "--all")
     assert (code, out.splitlines()[-1]) == (0, "PASS")
-    assert len(out.splitlines()) == 16
+    assert [line.split(": ")[0] for line in out.splitlines() if line.endswith(": ok")][-1] == "latencies"
+    assert [line for line in out.splitlines() if line.startswith("- ")] == [
+        "- signature: the run is not signed: whoever can write to the project, MLflow and the DVC remote"
+        " can replace all of it",
+        *[line for line in out.splitlines() if line.startswith("- commit: no branch of a git remote has the commit ")],
+        "- trained_stages: dense, prune, distill: training is repeated by --rerun only",
+    ]
     code, _, err = audit(project, "0123456789")
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("Error: run 0123456789: ")
@@ -115,5 +121,5 @@ def test_digests_equal_those_of_dvc(project: Path) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_with_unreadable_files_reports_it(project: Path, name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    params = load_params(project / "params.yaml")
-    assert len(list(recheck(name, params))) == 1
+    run = RecordedRun(load_params(project / "params.yaml"), {}, {}, 60)
+    assert len(list(recheck(name, run))) == 1

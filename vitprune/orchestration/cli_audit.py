@@ -4,9 +4,8 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,73 +13,121 @@ from vitprune.errors import BadInput
 from vitprune.orchestration.execution.lock_and_repair import STATE
 
 if TYPE_CHECKING:
+    from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]
+
     from vitprune.orchestration.audit.collect import CollectedRun
 
 
-def audit_run(run_id: str, project: Path | None, list_all: bool, rerun: bool) -> int:
-    """Run all checks of a run, print the result of each, then PASS or FAIL.
+@dataclass(frozen=True)
+class AuditOptions:
+    """Options of `vitprune audit`.
+
+    Attributes:
+        list_all: print all differences; else stop after the first.
+        rerun: also rerun all stages in a clean worktree and compare.
+        trusted_keys: file of the public keys that may sign a run; None: signatures are not verified.
+        limit: seconds; a stage that took longer is not run again.
+    """
+
+    list_all: bool = False
+    rerun: bool = False
+    trusted_keys: Path | None = None
+    limit: float = 60.0
+
+
+def audit_run(run_id: str, project: Path | None, options: AuditOptions) -> int:
+    """Run all checks of a run, print the result of each, what is not proven, then PASS or FAIL.
 
     Args:
         run_id: id of the MLflow run, as `vitprune run` prints it.
         project: a clone of the project; None: the project that the run names.
-        list_all: print all differences; else stop after the first.
-        rerun: also rerun all stages in a clean worktree and compare.
+        options: what to check and print.
 
     Returns:
         The number of differences printed.
 
     Raises:
-        BadInput: there is no such run, or it did not finish.
+        BadInput: there is no such run, it did not finish, or the file of keys is unusable.
     """
     from mlflow import MlflowClient
 
+    from vitprune.orchestration.attestation.signing import trusted_keys
     from vitprune.orchestration.audit.collect import AuditError, collect
     from vitprune.orchestration.tracking.store import TrackingError, mlflow_session, tracking_uri
 
+    keys = [] if options.trusted_keys is None else trusted_keys(options.trusted_keys)
     directory, differences = (project or Path()).resolve(), 0
+    notes: list[str] = []
     try:
         with (
             tempfile.TemporaryDirectory(prefix="vitprune-audit-") as scratch,
             mlflow_session(directory),
             collect(MlflowClient(tracking_uri=tracking_uri(directory)), run_id, project, Path(scratch)) as collected,
         ):
-            for name, check in _checks(collected, rerun):
-                lines = list(islice(check, None if list_all else 1))
-                for line in lines or ["as recorded"]:
-                    print(f"{name}: {line}", flush=True)
-                differences += len(lines)
-                if lines and not list_all:
+            for name, check in _checks(collected, keys, options):
+                found = _print_check(name, check, options.list_all, notes)
+                differences += found
+                if found and not options.list_all:
                     break
     except (AuditError, TrackingError) as error:
         raise BadInput(str(error)) from None
     except BadInput as error:  # a record that was changed after the run
         print(f"complete: {error}")
         differences += 1
-    print("PASS" if not differences else "FAIL" + (f": {differences} differences" if list_all else ""))
+    if not differences or options.list_all:
+        for line in ["Notes:", *(f"- {note}" for note in notes)] if notes else []:
+            print(line)
+    print("PASS" if not differences else "FAIL" + (f": {differences} differences" if options.list_all else ""))
     return differences
 
 
-def _checks(collected: "CollectedRun", rerun: bool) -> Iterator[tuple[str, Iterator[str]]]:
+def _print_check(name: str, check: Iterator[str], list_all: bool, notes: list[str]) -> int:
+    """Print the result of a check, and collect its notes; return the number of differences printed."""
+    from vitprune.runtime.messages import Note
+
+    differences, result = 0, "ok"
+    for line in check:
+        if isinstance(line, Note):
+            notes.append(f"{name}: {line}")
+            result = "see below"
+            continue
+        print(f"{name}: {line}", flush=True)
+        differences += 1
+        if not list_all:
+            return differences
+    if not differences:
+        print(f"{name}: {result}", flush=True)
+    return differences
+
+
+def _checks(
+    collected: "CollectedRun", keys: "Sequence[SSlibKey]", options: AuditOptions
+) -> Iterator[tuple[str, Iterator[str]]]:
     """Yield every check with its differences: first the records, then the recomputed values."""
-    from vitprune.orchestration.audit import rerun as rerun_check
+    from vitprune.orchestration.audit import rerun
+    from vitprune.orchestration.audit.attested import signature
     from vitprune.orchestration.audit.records import CHECKS, run_check
     from vitprune.pipeline import verify
 
+    yield "complete", run_check("complete", collected)
+    yield "signature", signature(collected, keys)
     for name in CHECKS:
-        yield name, run_check(name, collected)
+        if name != "complete":
+            yield name, run_check(name, collected)
     for name in verify.CHECKS:
-        yield name, _recomputed(collected.tree, name)
-    if rerun:
-        yield "rerun", rerun_check.rerun(collected)
+        yield name, _recomputed(collected, name, options.limit)
+    if options.rerun:
+        yield "rerun", rerun.rerun(collected)
 
 
-def _recomputed(tree: Path, name: str) -> Iterator[str]:
+def _recomputed(collected: "CollectedRun", name: str, limit: float) -> Iterator[str]:
     from vitprune.config.params import load_params
-    from vitprune.pipeline.verify import recheck
+    from vitprune.pipeline.verify import RecordedRun, recheck
 
-    with contextlib.chdir(tree):
+    with contextlib.chdir(collected.tree):
         try:
-            yield from recheck(name, load_params(Path("params.yaml")))
+            params = load_params(Path("params.yaml"))
+            yield from recheck(name, RecordedRun(params, collected.outputs, collected.seconds, limit))
         except BadInput as error:
             yield str(error)
 

@@ -13,6 +13,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from vitprune.errors import BadInput
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import Busy, exclusive, keep_lockfile, repair
 from vitprune.orchestration.execution.run_stage import STAGES, FailureClass, StageResult, check_params, reproduce
@@ -114,7 +115,10 @@ def _run_all(project: Path, run_stage: RunStage, warn: Callable[[str], None]) ->
     if error := check_params(project):
         return Outcome(error=error, exit_code=2)
     run_log = RunLog(project, str(flow_run.id))
-    run_log.start(time.time())
+    try:
+        run_log.start(time.time())
+    except BadInput as error:
+        return Outcome(error=str(error), exit_code=2)
     results: list[StageResult] = []
     status = "KILLED"
     try:
@@ -127,6 +131,8 @@ def _run_all(project: Path, run_stage: RunStage, warn: Callable[[str], None]) ->
         status = "FAILED" if results[-1].exit_code else "FINISHED"
     finally:
         run_log.end(status, results[-1].error if results else "", time.time())
+    if reason := run_log.share():
+        warn(reason)
     upload = upload_run(project, run_log.flow_run_id)
     publish(project, upload, [result.as_dict() for result in results], warn)
     last = results[-1]

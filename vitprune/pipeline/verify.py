@@ -1,65 +1,177 @@
-"""Recompute a finished run's reported values from its artifacts; yield one message per mismatch."""
+"""Recompute a finished run's reported values from its artifacts; yield one message per mismatch.
 
+Stages without training are run again on their recorded inputs. Both models classify the evaluation images again. Masks,
+shapes, zeros and costs of the models that training wrote are counted. What takes too long is a Note.
+"""
+
+import contextlib
 import copy
+import io
 import json
-import math
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vitprune import models
+from vitprune import data, models
 from vitprune.architectures import structure
 from vitprune.config.params import Params
 from vitprune.errors import BadInput
+from vitprune.evaluation.cost import count
+from vitprune.evaluation.latency import environment, latency
 from vitprune.groups import Group, Masks, shrink
-from vitprune.pipeline.artifacts import MASKS, SCORES, mask_facts, model_facts, sparsity_rows, summary_rows
-from vitprune.pipeline.calibrate_stage import calibration_facts, draw_rows
-from vitprune.pipeline.dataset_stage import dataset_facts, manifest_of
+from vitprune.pipeline import stages
+from vitprune.pipeline.artifacts import MASKS, mask_facts, model_facts, sparsity_rows
+from vitprune.pipeline.compare_outputs import compare_facts, compare_file, compare_outputs, compare_rows, numbers
 from vitprune.pipeline.evaluate_stage import COSTS, EVALUATION, kept_costs, top1_of
-from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, OUT, PLOTS, source_of
+from vitprune.pipeline.project_data import MANIFEST, METRICS, OUT, PLOTS, device, open_images
 from vitprune.pipeline.prune_stage import cycle_row
+from vitprune.pipeline.report import write_report
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.plan import plan_of
 from vitprune.runtime import tables
-from vitprune.runtime.files import read_csv, read_json, sha256
+from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.files import read_json, sha256
+from vitprune.runtime.messages import Note
 
 Lines = Iterator[str]
-Row = Mapping[str, Any]
+REPEATED = ("dataset", "calibrate", "score", "mask", "export", "report")
+TRAINED = ("dense", "prune", "distill")
+PAIR = {"dense": OUT / "dense", "pruned": OUT / "distill"}
+SAMPLE = 256  # images of a large evaluation split that both models classify again
+NEAR_TIE = 1e-3  # relative to the largest logit: another CPU may choose the second class
+LATENCY_FACTOR, MEASUREMENTS = 3.0, 5
 
 
-def images(params: Params) -> Lines:
-    """Hash every image of the source again and compare the manifest: ids, labels, splits and checksums."""
-    source = source_of(params)
-    manifest = manifest_of(source, params)
-    yield from _rows(MANIFEST, tables.read_table(MANIFEST, tables.MANIFEST).to_pylist(), manifest.rows)
-    yield from _facts(METRICS / "dataset.json", dataset_facts(source, manifest, params))
+@dataclass(frozen=True)
+class RecordedRun:
+    """A finished run in the current directory.
+
+    Attributes:
+        params: its params.yaml.
+        outputs: paths that every stage wrote, as dvc.lock names them.
+        seconds: computing time of every stage.
+        limit: seconds; stages that took longer are not run again.
+    """
+
+    params: Params
+    outputs: Mapping[str, Sequence[str]]
+    seconds: Mapping[str, float]
+    limit: float
+
+    def takes_too_long(self, stage: str) -> bool:
+        """Whether a stage took longer than the limit."""
+        return self.seconds.get(stage, 0.0) > self.limit
 
 
-def calibration(params: Params) -> Lines:
-    """Draw the calibration set again and compare its images and their order."""
-    drawn = draw_rows(params)
-    yield from _rows(CALIBRATION, tables.read_table(CALIBRATION, tables.CALIBRATION).to_pylist(), drawn)
-    yield from _facts(METRICS / "calibrate.json", calibration_facts(drawn, params))
+def repeat(stage: str, run: RecordedRun) -> Lines:
+    """Run a stage without training again on its recorded inputs, and compare all that it writes."""
+    if run.takes_too_long(stage):
+        yield Note(f"took {run.seconds[stage]:.0f} s and was not run again (--limit {run.limit:g}, or use --rerun)")
+        return
+    names = [name.rstrip("/") for name in run.outputs.get(stage, ())]
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        aside = Path(folder)
+        _move(Path(), aside / "recorded", names)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                if stage == "report":
+                    write_report(Path(), OUT / "report/report.html")
+                else:
+                    stages.run(stage, Path())
+            yield from compare_outputs(aside / "recorded", Path(), names)
+        finally:
+            _move(Path(), aside / "again", names)
+            _move(aside / "recorded", Path(), names)
 
 
-def scores(params: Params) -> Lines:
-    """Compare the scores with their checksum and summary, and the first masks with their metrics."""
-    plan, folder = plan_of(params), OUT / "score"
-    dense = models.load(OUT / "dense")
-    groups = {group.name: group for group in groups_for(dense, plan)}
-    saved = models.read_weights(folder / SCORES)
-    expected = summary_rows([groups[name] for name in saved if name in groups], saved)
-    by_group = {row["group"]: row for row in tables.read_table(folder / "summary.parquet", tables.SCORES).to_pylist()}
-    yield from _rows(folder / "summary.parquet", [by_group.get(row["group"], {}) for row in expected], expected)
-    yield from _facts(METRICS / "score.json", {"method": params.prune.method, "sha256": sha256(folder / SCORES)})
-    yield from _masks(OUT / "mask", METRICS / "mask.json", list(groups.values()))
+def _move(source: Path, target: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (source / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(source / name, target / name)
 
 
-def cycles(params: Params) -> Lines:
+def predictions(run: RecordedRun) -> Lines:
+    """Classify the evaluation images with both models again, and recompute accuracy and costs."""
+    rows = tables.read_table(EVALUATION, tables.EVALUATION).to_pylist()
+    manifest = tables.read_table(MANIFEST, tables.MANIFEST).to_pylist()
+    eval_rows = [{"id": row["id"], "label": row["label"]} for row in manifest if row["split"] == "eval"]
+    yield from compare_rows(str(EVALUATION), rows, eval_rows)
+    reported = read_json(METRICS / "evaluate.json")
+    pair = {
+        name: models.load(OUT / folder).to(device()) for name, folder in (("dense", "dense"), ("pruned", "distill"))
+    }
+    step = max(1, len(rows) // SAMPLE) if run.takes_too_long("evaluate") else 1
+    if step > 1:
+        yield Note(f"{len(rows[::step])} of {len(rows)} images were classified again (--limit, or use --rerun)")
+    example = data.example_input(pair["dense"], run.params.evaluate.latency_batch).to(device())
+    for name, model in pair.items():
+        logits = _logits(model, run.params, step)
+        clear = _clear(logits)
+        for row, prediction, certain in zip(rows[::step], logits.argmax(dim=1).tolist(), clear.tolist(), strict=True):
+            if certain and row[name] != prediction:
+                yield f"{EVALUATION}: {row['id']}: {name} is {row[name]}, the model predicts {prediction}"
+        facts: dict[str, Any] = asdict(count(model, example)) | {"top1": top1_of(rows, name)}
+        if step == 1 and bool(clear.all()):
+            labels = torch.tensor([row["label"] for row in rows]).unsqueeze(1)
+            top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels).any(dim=1)
+            facts["top5"] = 100 * int(top5.sum()) / len(rows)
+        yield from compare_facts(f"metrics/evaluate.json: {name}", reported[name], facts)
+    drop = {"top1_drop": top1_of(rows, "dense") - top1_of(rows, "pruned"), "images": len(rows)}
+    yield from compare_facts("metrics/evaluate.json", reported, drop | {"kept": kept_costs(reported)})
+
+
+def _logits(model: nn.Module, params: Params, step: int = 1) -> Tensor:
+    """Return the logits of every `step`-th evaluation image, (images, classes), on the CPU."""
+    table, batch = open_images("eval", model, params), params.evaluate.batch_size
+    rows = range(0, len(table), step)
+    with torch.inference_mode(), eval_mode(model):
+        parts = [
+            torch.stack(list(map(table.image, rows[first : first + batch]))) for first in range(0, len(rows), batch)
+        ]
+        return torch.cat([model(part.to(device())).float().cpu() for part in parts])
+
+
+def _clear(logits: Tensor) -> Tensor:
+    """Return which predictions (images,) no rounding can change."""
+    best = logits.topk(min(2, logits.shape[1]), dim=1).values
+    return (best[:, 0] - best[:, -1]) > NEAR_TIE * logits.abs().amax(dim=1)
+
+
+def latencies(run: RecordedRun) -> Lines:
+    """Measure both models again on the same kind of device; the speed-up must agree within a factor of 3."""
+    recorded = read_json(METRICS / "latency.json")
+    pair = [models.load(folder).to(device()) for folder in PAIR.values()]
+    here = environment(device())
+    if recorded["environment"]["device"] != here["device"]:
+        yield Note(f"measured on {recorded['environment']['device']}, not measured again on {here['device']}")
+        return
+    example = data.example_input(pair[0], run.params.evaluate.latency_batch).to(device())
+    medians = [recorded[name]["latency_ms"]["median"] for name in PAIR]
+    before, ratios = medians[0] / medians[1], []
+    for _ in range(MEASUREMENTS):  # other processes disturb a measurement, but not all of them in the same way
+        dense, pruned = latency(pair, example, max(5, min(20, run.params.evaluate.latency_runs)))
+        ratios.append(before / (dense["p10"] / pruned["p10"]))
+        if 1 / LATENCY_FACTOR < ratios[-1] < LATENCY_FACTOR:
+            break
+    else:
+        if min(ratios) > 1 or max(ratios) < 1:
+            yield f"metrics/latency.json: speed-up {before:.2f}, measured again {before / ratios[-1]:.2f}"
+    for name, median in zip(PAIR, medians, strict=True):
+        throughput = {"throughput": 1000 * recorded[name]["latency_ms"]["batch"] / median}
+        yield from compare_facts(f"metrics/latency.json: {name}", recorded[name], throughput)
+
+
+def cycles(run: RecordedRun) -> Lines:
     """Compare every cycle's masks with its model, tables and the previous cycle, and the last with `prune`'s model."""
-    plan, dense = plan_of(params), models.load(OUT / "dense")
+    plan, dense = plan_of(run.params), models.load(OUT / "dense")
     groups = groups_for(dense, plan)
     folders = [OUT / "cycles" / f"{number:02d}" for number in range(1, plan.config.cycles + 1)]
     present = sorted(OUT.glob("cycles/[0-9]*"))
@@ -74,86 +186,62 @@ def cycles(params: Params) -> Lines:
         yield from _regrown(folder, previous, masks, label)
         yield from _wrong_shapes(folder, dense, groups, masks)
         yield from _costs(folder, folder / "metrics.json")
+        if not run.takes_too_long("evaluate"):
+            yield from _top1(folder, run.params)
         rows.append(cycle_row(number, groups, masks, read_json(folder / "metrics.json")))
         previous, label = masks, "the previous cycle"
-    yield from _rows(PLOTS / "cycles.csv", _numbers(PLOTS / "cycles.csv"), rows)
+    yield from compare_rows("plots/cycles.csv", numbers(PLOTS / "cycles.csv"), rows)
     last = read_json(folders[-1] / "metrics.json")
     facts = {"cycles": plan.config.cycles, "sha256": last["sha256"], "top1": last["top1_after"]}
-    yield from _facts(METRICS / "prune.json", facts)
+    yield from compare_file(METRICS / "prune.json", facts)
 
 
-def weights(params: Params) -> Lines:
+def weights(run: RecordedRun) -> Lines:
     """Count parameters and MACs of the dense, the pruned and the final model again, and compare their checksums."""
-    for stage in ("dense", "prune", "distill"):
+    for stage in TRAINED:
         yield from _costs(OUT / stage, METRICS / f"{stage}.json")
     evaluated = read_json(METRICS / "evaluate.json")
     for name, stage in (("dense", "dense"), ("pruned", "distill")):
         metrics = read_json(METRICS / f"{stage}.json")
         expected = {key: metrics[key] for key in (*COSTS, "top1", "top5")}
-        yield from _mismatches(f"metrics/evaluate.json: {name}", evaluated[name], expected)
+        yield from compare_facts(f"metrics/evaluate.json: {name}", evaluated[name], expected)
 
 
-def evaluation(params: Params) -> Lines:
-    """Compute top-1 and the figures that depend on it again from the predictions for single images."""
-    rows = tables.read_table(EVALUATION, tables.EVALUATION).to_pylist()
-    manifest = tables.read_table(MANIFEST, tables.MANIFEST).to_pylist()
-    eval_rows = [{"id": row["id"], "label": row["label"]} for row in manifest if row["split"] == "eval"]
-    yield from _rows(EVALUATION, rows, eval_rows)
-    reported = read_json(METRICS / "evaluate.json")
-    top1 = {name: top1_of(rows, name) for name in ("dense", "pruned")}
-    for name, value in top1.items():
-        yield from _mismatches(f"metrics/evaluate.json: {name}", reported[name], {"top1": value})
-    yield from _mismatches("metrics/evaluate.json: kept", reported["kept"], kept_costs(reported))
-    drop = {"top1_drop": top1["dense"] - top1["pruned"], "images": len(rows)}
-    yield from _mismatches("metrics/evaluate.json", reported, drop)
-
-
-def curves(params: Params) -> Lines:
+def curves(run: RecordedRun) -> Lines:
     """Compare every training history with its plot, and its length with the number of epochs in the metrics."""
-    for stage in ("dense", "prune", "distill"):
+    for stage in TRAINED:
         path = OUT / stage / "history.jsonl"
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         values = [{name: value for name, value in row.items() if name != "stage"} for row in rows]
-        yield from _rows(PLOTS / f"{stage}.csv", _numbers(PLOTS / f"{stage}.csv"), values)
+        yield from compare_rows(f"plots/{stage}.csv", numbers(PLOTS / f"{stage}.csv"), values)
         if stage != "prune":
-            yield from _facts(METRICS / f"{stage}.json", {"epochs": len(rows)})
+            yield from compare_facts(
+                f"metrics/{stage}.json", read_json(METRICS / f"{stage}.json"), {"epochs": len(rows)}
+            )
 
 
-def exported(params: Params) -> Lines:
-    """Compare the exported weights with the final model's, and the model card with the exported weights."""
-    folder = OUT / "export/timm"
-    path = folder / models.WEIGHTS
-    final, export = models.read_weights(OUT / "distill" / models.WEIGHTS), models.read_weights(path)
-    if final.keys() != export.keys():
-        yield f"{path}: has other tensors than out/distill"
-    for name, tensor in export.items():
-        if name in final and not tensor.equal(final[name]):
-            yield f"{path}: {name} differs from out/distill"
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    for what, checksum in (
-        ("weights", sha256(path)),
-        ("masks", read_json(sorted(OUT.glob("cycles/[0-9]*"))[-1] / "metrics.json")["masks_sha256"]),
-    ):
-        if checksum not in card:
-            yield f"{folder / 'README.md'}: does not contain the sha256 of the {what}, {checksum}"
+def trained_stages(run: RecordedRun) -> Lines:
+    """Say which stages are only repeated by a rerun."""
+    yield Note(f"{', '.join(TRAINED)}: training is repeated by --rerun only")
 
 
-CHECKS: dict[str, Callable[[Params], Lines]] = {
-    check.__name__: check for check in (images, calibration, scores, cycles, weights, evaluation, curves, exported)
+CHECKS: dict[str, Callable[[RecordedRun], Lines]] = {
+    **{stage: partial(repeat, stage) for stage in REPEATED},
+    **{check.__name__: check for check in (cycles, weights, curves, predictions, latencies, trained_stages)},
 }
 
 
-def recheck(name: str, params: Params) -> Lines:
+def recheck(name: str, run: RecordedRun) -> Lines:
     """Run one of CHECKS in the current directory; an artifact that cannot be read is a mismatch, too.
 
     Yields:
-        One line per mismatch.
+        One line per mismatch, and notes.
     """
     try:
-        yield from CHECKS[name](params)
+        yield from CHECKS[name](run)
     except BadInput as error:
         yield str(error)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         yield f"{name}: cannot be computed again ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
@@ -164,8 +252,12 @@ def _masks(folder: Path, facts: Path, groups: Sequence[Group]) -> Lines:
             yield f"{folder / MASKS}: no mask of {group.units} units for {group.name}"
             return
     path = folder / "sparsity.parquet"
-    yield from _rows(path, tables.read_table(path, tables.SPARSITY).to_pylist(), sparsity_rows(groups, masks))
-    yield from _facts(facts, mask_facts(groups, masks) | {"masks_sha256": sha256(folder / MASKS)})
+    yield from compare_rows(
+        str(path), tables.read_table(path, tables.SPARSITY).to_pylist(), sparsity_rows(groups, masks)
+    )
+    yield from compare_facts(
+        str(facts), read_json(facts), mask_facts(groups, masks) | {"masks_sha256": sha256(folder / MASKS)}
+    )
 
 
 def _regrown(folder: Path, before: Masks, masks: Masks, label: str) -> Lines:
@@ -191,51 +283,14 @@ def _wrong_shapes(folder: Path, dense: nn.Module, groups: Sequence[Group], masks
                 yield f"{folder}: {nonzero} weights of {group.name} are not zero although its masks remove them"
 
 
+def _top1(folder: Path, params: Params) -> Lines:
+    """Measure the top-1 of a cycle's model again."""
+    model, reported = models.load(folder).to(device()), read_json(folder / "metrics.json")["top1_after"]
+    logits, labels = _logits(model, params), open_images("eval", model, params).labels
+    top1 = 100 * float((logits.argmax(dim=1) == labels).double().mean())
+    if abs(top1 - reported) > 100 * int((~_clear(logits)).sum()) / len(labels) + 1e-9:
+        yield f"{folder / 'metrics.json'}: top1_after is {reported}, computed again {top1}"
+
+
 def _costs(folder: Path, facts: Path) -> Lines:
-    yield from _facts(facts, model_facts(models.load(folder), folder))
-
-
-def _rows(path: Path, reported: Sequence[Row], expected: Sequence[Row]) -> Lines:
-    if len(reported) != len(expected):
-        yield f"{path}: has {len(reported)} rows, computed again {len(expected)}"
-    for number, (row, recomputed) in enumerate(zip(reported, expected, strict=False)):
-        label = recomputed.get("id") or recomputed.get("group")
-        yield from _mismatches(f"{path}: row {number}" + (f" ({label})" if label else ""), row, recomputed)
-
-
-def _facts(path: Path, expected: Row) -> Lines:
-    yield from _mismatches(str(path), read_json(path), expected)
-
-
-def _mismatches(label: str, reported: Row, expected: Row) -> Lines:
-    for key, value in expected.items():
-        if not _same(reported.get(key), value):
-            yield f"{label}: {key} is {_shortened(reported.get(key))}, computed again {_shortened(value)}"
-
-
-def _same(reported: Any, expected: Any) -> bool:
-    if isinstance(reported, Mapping) and isinstance(expected, Mapping):
-        return reported.keys() == expected.keys() and all(_same(reported[key], expected[key]) for key in expected)
-    if isinstance(expected, float) and isinstance(reported, float | int):
-        close = math.isclose(reported, expected, rel_tol=1e-9, abs_tol=1e-12)
-        return close or (math.isnan(reported) and math.isnan(expected))
-    return bool(reported == expected)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
-
-
-def _numbers(path: Path) -> list[dict[str, Any]]:
-    """Read a CSV file without its empty cells, numbers as numbers."""
-    return [{name: _number(text) for name, text in row.items() if text != ""} for row in read_csv(path)]
-
-
-def _number(text: str) -> float | int | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    yield from compare_file(facts, model_facts(models.load(folder), folder))

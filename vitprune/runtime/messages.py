@@ -1,6 +1,10 @@
 """Text of messages to the user."""
 
 
+class Note(str):
+    """A message about what a check could not prove; it is no difference."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,10 +11,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from vitprune.orchestration.attestation.statements import BUNDLE, LINK, Statement, read_chain
 from vitprune.orchestration.execution.dvc_cache import Store, cache_dir, is_cached, pointers, read_lock, use_cache
 from vitprune.orchestration.execution.run_stage import STAGES
-from vitprune.orchestration.tracking.journal import read_log
-from vitprune.orchestration.tracking.upload import JOURNAL, KEY
+from vitprune.orchestration.tracking.journal import JOURNAL, read_log
+from vitprune.orchestration.tracking.upload import KEY
 from vitprune.runtime.commands import git
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import commit_id, path_inside, whole_number, without_credentials
@@ -73,6 +74,26 @@ class CollectedRun:
         """
         commit = str(self.parent.data.tags.get("mlflow.source.git.commit", ""))
         return commit_id(commit, "tag mlflow.source.git.commit") if commit else ""
+
+    @property
+    def statements(self) -> list[Statement]:
+        """The statements of the run's attestation.
+
+        Raises:
+            BadInput: the attestation was changed.
+        """
+        return read_chain(self.records / BUNDLE)
+
+    @property
+    def outputs(self) -> dict[str, list[str]]:
+        """The paths that every stage wrote, as dvc.lock names them."""
+        lock = read_lock(self.records / "dvc.lock")
+        return {stage: [str(out["path"]) for out in entry.get("outs", ())] for stage, entry in lock.items()}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The computing time of every stage; for a cached stage that of the run that computed it."""
+        return {stage: run.data.metrics.get("seconds", 0.0) for stage, run in self.stages.items()}
 
     def stage_fact(self, stage: str) -> dict[str, Any]:
         """Return the entry of a stage in the run log."""
@@ -133,7 +154,7 @@ def _download_all(client: MlflowClient, parent: Run, project: Path, scratch: Pat
     records: Path = scratch / "mlflow"
     missing: list[str] = []
     _download(client, parent, records)
-    absent = [name for name in (*RECORDED, JOURNAL) if not (records / name).is_file()]
+    absent = [name for name in (*RECORDED, JOURNAL, BUNDLE) if not (records / name).is_file()]
     missing += [f"{name}: MLflow has no such file in run {parent.info.run_id}" for name in absent]
     stage_runs = _by_tag(client, parent, "vitprune.dvc_stage")
     stages: dict[str, Run] = {}
@@ -188,7 +209,7 @@ def _check_out(collected: CollectedRun, worktree: Path) -> None:
         collected.missing.append(f"git: commit {collected.commit} is not in {collected.project}; run git fetch there")
     tree = collected.tree
     tree.mkdir(parents=True, exist_ok=True)
-    for name in RECORDED:
+    for name in (*RECORDED, BUNDLE, LINK):
         if (collected.records / name).is_file():
             shutil.copyfile(collected.records / name, tree / name)
     if not (tree / "dvc.lock").is_file():

@@ -1,27 +1,38 @@
 """Expected MLflow records of a run log: the upload is repeated into a recorder instead of a server."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import LoggedModelStatus, Metric, Param, Run, RunTag
 
 from vitprune.orchestration.tracking.journal import RunLog
 from vitprune.orchestration.tracking.upload import KEY, Uploader
-from vitprune.runtime.files import sha256
 
 
 @dataclass
 class RunContent:
-    """Content of an MLflow run: tags, params, metric points (name, step, value), SHA-256 of files, id of the run."""
+    """Content of an MLflow run.
+
+    Attributes:
+        tags: tags.
+        params: params.
+        points: all points of the metrics: name, step, value.
+        latest: value of every metric at its last step, which MLflow's pages and searches show.
+        files: paths of the artifacts.
+        info: name, status, start and end (milliseconds since 1970); without an end for a run that others end.
+        run: id of the run.
+    """
 
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     points: set[tuple[str, int, float]] = field(default_factory=set)
-    files: dict[str, str] = field(default_factory=dict)
+    latest: dict[str, float] = field(default_factory=dict)
+    files: set[str] = field(default_factory=set)
+    info: dict[str, Any] = field(default_factory=dict)
     run: str = ""
 
 
@@ -48,7 +59,7 @@ class RecordingClient:
 
     def create_run(self, experiment: str, started: int, tags: Mapping[str, str], name: str) -> Any:
         """Record a new run; its id is its key."""
-        self.runs[tags[KEY]] = RunContent(tags=dict(tags))
+        self.runs[tags[KEY]] = RunContent(tags=dict(tags), info={"name": name, "start": started})
         return SimpleNamespace(info=SimpleNamespace(run_id=tags[KEY]))
 
     def log_batch(
@@ -57,19 +68,22 @@ class RecordingClient:
         """Record metrics, params and tags."""
         content = self.runs[run]
         content.points |= {(metric.key, metric.step, metric.value) for metric in metrics}
+        last = {key: step for key, step, _ in sorted(content.points, key=lambda point: point[1])}
+        content.latest |= {metric.key: metric.value for metric in metrics if metric.step >= last[metric.key]}
         content.params |= {param.key: param.value for param in params}
         content.tags |= {tag.key: tag.value for tag in tags}
 
     def log_artifact(self, run: str, path: str, folder: str | None = None) -> None:
-        """Record the SHA-256 of a file."""
-        name = Path(path).name if folder is None else f"{folder}/{Path(path).name}"
-        self.runs[run].files[name] = sha256(Path(path))
+        """Record the path of a file."""
+        self.runs[run].files.add(Path(path).name if folder is None else f"{folder}/{Path(path).name}")
 
     def log_text(self, run: str, text: str, name: str) -> None:
-        """Ignore the run log, whose SHA-256 is a tag."""
+        """Record the path of the run log, whose SHA-256 is a tag."""
+        self.runs[run].files.add(name)
 
     def set_terminated(self, run: str, status: str, ended: int) -> None:
-        """Ignore the end of a run."""
+        """Record status and end of a run."""
+        self.runs[run].info |= {"status": status, "end": ended}
 
     def search_logged_models(self, *given: Any, **options: Any) -> list[Any]:
         """Return nothing, as models are compared by their files."""
@@ -99,15 +113,32 @@ def expected(journal: RunLog, computed_by: Mapping[str, Mapping[str, str]]) -> d
     return recorder.runs
 
 
-def actual(client: MlflowClient, experiment: str, key: str) -> RunContent | None:
-    """Return the content of a run in MLflow, without its files; None if there is no such run."""
-    runs = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-    if not runs:
-        return None
-    run = runs[0]
+def actual(client: MlflowClient, experiment: str, key: str) -> list[RunContent]:
+    """Return the content of all runs in MLflow that have a key; more than one is a forgery."""
+    return [_content(client, run) for run in client.search_runs([experiment], f"tags.`{KEY}` = '{key}'")]
+
+
+def _content(client: MlflowClient, run: Run) -> RunContent:
+    info = run.info
     points = {
         (name, point.step, point.value)
         for name in run.data.metrics
-        for point in client.get_metric_history(run.info.run_id, name)
+        for point in client.get_metric_history(info.run_id, name)
     }
-    return RunContent(dict(run.data.tags), dict(run.data.params), points, run=run.info.run_id)
+    return RunContent(
+        tags=dict(run.data.tags),
+        params=dict(run.data.params),
+        points=points,
+        latest=dict(run.data.metrics),
+        files=set(_files(client, info.run_id)),
+        info={"name": info.run_name, "status": info.status, "start": info.start_time, "end": info.end_time},
+        run=info.run_id,
+    )
+
+
+def _files(client: MlflowClient, run: str, folder: str | None = None) -> Iterator[str]:
+    for file in client.list_artifacts(run, folder):
+        if file.is_dir:
+            yield from _files(client, run, file.path)
+        else:
+            yield str(file.path)

@@ -3,24 +3,24 @@
 Every check yields one message per difference.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitprune.orchestration.audit.collect import RECORDED, CollectedRun
+from vitprune.orchestration.audit.attested import chain, facts, pipeline, stages
+from vitprune.orchestration.audit.collect import CollectedRun
 from vitprune.orchestration.audit.expected import RunContent, actual, expected
+from vitprune.orchestration.audit.model_records import logged_model
 from vitprune.orchestration.execution.dvc_cache import LockedFile, MissingFile, is_cached, pointers, read_lock, tree_md5
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import STAGES
-from vitprune.orchestration.tracking.journal import MODEL, RunLog, flatten
+from vitprune.orchestration.tracking.journal import JOURNAL, RunLog, flatten
 from vitprune.orchestration.tracking.kept_files import UPLOADED
-from vitprune.orchestration.tracking.logged_model import DIGEST
-from vitprune.orchestration.tracking.upload import HASH, JOURNAL, JOURNAL_DIGEST, KEY
+from vitprune.orchestration.tracking.upload import HASH, KEY
 from vitprune.runtime.commands import git
 from vitprune.runtime.files import md5, sha256
+from vitprune.runtime.messages import Note
 from vitprune.runtime.untrusted import without_credentials
 from vitprune.runtime.yaml_files import load_yaml
 
@@ -32,17 +32,6 @@ NOT_COMPARED = {"vitprune.project", "mlflow.user"}  # they differ between clones
 def complete(collected: CollectedRun) -> Lines:
     """All records and files of the run could be collected."""
     yield from collected.missing
-
-
-def journal(collected: CollectedRun) -> Lines:
-    """The run log in MLflow has the SHA-256 that the run names, and equals the project's copy."""
-    path, flow = collected.records / JOURNAL, collected.parent.data.tags[KEY]
-    wanted = collected.parent.data.tags.get(JOURNAL_DIGEST)
-    if sha256(path) != wanted:
-        yield f"{JOURNAL}: its sha256 is {sha256(path)}, the run says {wanted}"
-    kept = collected.project / STATE / "journal" / UPLOADED / f"{flow}.jsonl"
-    if kept.is_file() and sha256(kept) != sha256(path):
-        yield f"{JOURNAL}: MLflow's differs from the project's copy, {kept}"
 
 
 def records(collected: CollectedRun) -> Lines:
@@ -60,24 +49,21 @@ def records(collected: CollectedRun) -> Lines:
         return
     ids: dict[str, str] = {}
     for key, content in wanted.items():
-        recorded = actual(collected.client, collected.parent.info.experiment_id, key)
+        runs = actual(collected.client, collected.parent.info.experiment_id, key)
         name = content.tags["mlflow.runName"]
-        if recorded is None:
-            yield f"{name}: MLflow has no run with the key {key}"
+        if len(runs) != 1:
+            yield f"{name}: MLflow has {len(runs) or 'no'} runs with the key {key}; there must be one"
             continue
-        ids[key] = recorded.run
+        ids[key] = runs[0].run
         if above := content.tags.get("mlflow.parentRunId"):
             content.tags["mlflow.parentRunId"] = ids.get(above, "")
-        yield from _differences(name, content, recorded)
+        yield from _differences(name, content, runs[0])
+    if ids.get(flow, collected.parent.info.run_id) != collected.parent.info.run_id:
+        yield f"run {collected.parent.info.run_id}: is not the run with the key {flow}"
 
 
 def lockfile(collected: CollectedRun) -> Lines:
-    """dvc.lock, dvc.yaml and params.yaml have the SHA-256 of the run, and are consistent with each other."""
-    tags = collected.parent.data.tags
-    for name in RECORDED:
-        wanted = tags.get(f"vitprune.{name.replace('.', '_')}_sha256")
-        if sha256(collected.records / name) != wanted:
-            yield f"{name}: its sha256 is {sha256(collected.records / name)}, the run says {wanted}"
+    """dvc.lock, dvc.yaml and params.yaml are consistent with each other."""
     lock = read_lock(collected.records / "dvc.lock")
     pipeline = load_yaml(collected.records / "dvc.yaml")["stages"]
     params = flatten(load_yaml(collected.records / "params.yaml"))
@@ -94,9 +80,6 @@ def lockfile(collected: CollectedRun) -> Lines:
             if written.get(dep["path"], dep["md5"]) != dep["md5"]:
                 yield f"dvc.lock: {stage} read another {dep['path']} than the earlier stage wrote"
         written |= {out["path"]: out["md5"] for out in entry["outs"]}
-        digest = hashlib.sha256(json.dumps(entry, sort_keys=True, default=str).encode()).hexdigest()
-        if digest != collected.stage_fact(stage).get("lock", {}).get("sha256"):
-            yield f"dvc.lock: {stage}: its entry differs from the one in the run log"
 
 
 def commit(collected: CollectedRun) -> Lines:
@@ -105,6 +88,10 @@ def commit(collected: CollectedRun) -> Lines:
         yield "git: the run has no commit; commit the project and run again"
         return
     differing = collected.parent.data.tags.get("vitprune.git_changed", "").splitlines()
+    if differing:
+        yield Note(f"the run used uncommitted changes of {', '.join(differing)}")
+    if not git(collected.project, "branch", "--remotes", "--contains", collected.commit).stdout.strip():
+        yield Note(f"no branch of a git remote has the commit {collected.commit[:12]}; nobody else can see it there")
     for name in ("params.yaml", "dvc.yaml"):
         shown = git(collected.project, "show", "--end-of-options", f"{collected.commit}:{collected.prefix}{name}")
         recorded = (collected.records / name).read_text(encoding="utf-8")
@@ -144,11 +131,14 @@ def artifacts(collected: CollectedRun) -> Lines:
         path = collected.tree / kept["path"]
         if path.is_file() and sha256(path) != kept["sha256"]:
             yield f"{kept['path']}: its sha256 is {sha256(path)}, the run log says {kept['sha256']}"
-    yield from _logged_model(collected)
+    yield from logged_model(collected)
 
 
 def project(collected: CollectedRun) -> Lines:
-    """The files in the project are those of this run, or of a later run that MLflow has."""
+    """The files in the project are those of this run, or of a later run that MLflow has; so is its run log."""
+    kept = collected.project / STATE / "journal" / UPLOADED / f"{collected.parent.data.tags[KEY]}.jsonl"
+    if kept.is_file() and sha256(kept) != sha256(collected.records / JOURNAL):
+        yield f"{JOURNAL}: MLflow's differs from the project's copy, {kept}"
     lock = collected.project / "dvc.lock"
     if not lock.is_file():
         return  # a clone without outputs
@@ -162,7 +152,8 @@ def project(collected: CollectedRun) -> Lines:
 
 
 CHECKS: dict[str, Callable[[CollectedRun], Lines]] = {
-    check.__name__: check for check in (complete, journal, lockfile, commit, artifacts, records, project)
+    check.__name__: check
+    for check in (complete, chain, stages, pipeline, facts, lockfile, commit, artifacts, records, project)
 }
 
 
@@ -222,6 +213,16 @@ def _differences(name: str, wanted: RunContent, recorded: RunContent) -> Lines:
         for key, text in ours.items():
             if theirs.get(key) != text and key not in NOT_COMPARED:
                 yield f"{name}: {what} {key} is {theirs.get(key)!r} in MLflow, {text!r} in the run log"
+    for key, value in wanted.info.items() if "status" in wanted.info else ():  # a sweep's run is ended by the sweep
+        if recorded.info.get(key) != value:
+            yield f"{name}: {key} is {recorded.info.get(key)!r} in MLflow, {value!r} in the run log"
+    for key, metric in sorted(recorded.latest.items()):
+        if wanted.latest.get(key) != metric:
+            yield f"{name}: metric {key} is shown as {metric} in MLflow, {wanted.latest.get(key)} in the run log"
+    for key in sorted(recorded.tags.keys() - wanted.tags.keys() - NOT_COMPARED):
+        yield Note(f"{name}: tag {key} is in MLflow only: {recorded.tags[key][:60]!r}")
+    for path in sorted(recorded.files - wanted.files):
+        yield Note(f"{name}: the artifact {path} is in MLflow only")
     for key in sorted(recorded.params.keys() - wanted.params.keys()):
         yield f"{name}: param {key} has been added in MLflow"
     for key, step, value in sorted(recorded.points - wanted.points):
@@ -256,31 +257,3 @@ def _inputs(collected: CollectedRun) -> dict[str, str]:
     written = {out["path"].rstrip("/") for entry in lock.values() for out in entry["outs"]}
     deps = {dep["path"].rstrip("/"): dep["md5"] for entry in lock.values() for dep in entry.get("deps", ())}
     return {path: digest for path, digest in deps.items() if path not in written and not Path(path).is_absolute()}
-
-
-def _logged_model(collected: CollectedRun) -> Lines:
-    """Compare the logged model of the run in MLflow with the run's files."""
-    run, folder = collected.stages["distill"], collected.scratch / "model"
-    models = collected.client.search_logged_models(
-        [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'", max_results=10
-    )
-    for model in models:
-        folder.mkdir(exist_ok=True)
-        for name in ("model.safetensors", "config.json"):
-            local, logged = collected.tree / MODEL / name, _model_file(collected, model.model_id, name, folder)
-            if logged is None or sha256(logged) != sha256(local):
-                yield f"{name}: differs between MLflow's model {model.model_id} and {MODEL}"
-        if model.tags.get(DIGEST) != sha256(collected.tree / MODEL / "model.safetensors"):
-            yield f"model {model.model_id}: tag {DIGEST} is not the sha256 of {MODEL}/model.safetensors"
-    if not models:
-        yield "distill: MLflow has no logged model of this run"
-
-
-def _model_file(collected: CollectedRun, model: str, name: str, folder: Path) -> Path | None:
-    from mlflow.artifacts import download_artifacts
-
-    uri = f"{collected.client.get_logged_model(model).artifact_location}/{name}"
-    try:
-        return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder)))
-    except Exception:  # every artifact store raises its own error for a missing file
-        return None

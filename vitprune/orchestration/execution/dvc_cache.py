@@ -17,6 +17,8 @@ from vitprune.runtime.files import md5
 from vitprune.runtime.untrusted import md5_digest, path_inside
 from vitprune.runtime.yaml_files import load_yaml
 
+ATTESTATION = "attestation.jsonl.dvc"  # points to the last run's statements, which no stage reads
+
 
 @dataclass(frozen=True)
 class LockedFile:
@@ -82,7 +84,7 @@ def pointers(directory: Path) -> dict[str, Any]:
     listed = git(directory, "ls-files", "--cached", "--others", "--exclude-standard", "--", "*.dvc").stdout
     entries = {}
     for name in sorted(listed.splitlines()):
-        if (directory / name).is_file():
+        if (directory / name).is_file() and name != ATTESTATION:
             entry = load_yaml(directory / name)
             outs = _checked(entry, (directory / name).parent, name).get("outs", ())
             paths = [out | {"path": (Path(name).parent / out["path"]).as_posix()} for out in outs]

@@ -11,6 +11,7 @@ from typing import Any
 
 from vitprune.config.params import load_params
 from vitprune.errors import BadInput
+from vitprune.orchestration.attestation.signing import PASSPHRASE, SIGNING_KEY
 from vitprune.orchestration.execution.dvc_cache import damaged_output
 from vitprune.orchestration.execution.processes import process_environment, run
 from vitprune.pipeline.stages import STAGES as COMPUTED
@@ -87,7 +88,8 @@ def reproduce(stage: str, project: Path, limit: float | None, log: Callable[[str
 
     started = time.time()
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
-    ended = run(command, project, process_environment(project), limit, line)
+    env = {name: value for name, value in process_environment(project).items() if name not in (SIGNING_KEY, PASSPHRASE)}
+    ended = run(command, project, env, limit, line)
     seconds = time.time() - started
     if ended.timed_out:
         error = f"{stage}: killed after {seconds:.0f} s by --stage-limit {limit:g}; raise the limit and run again"

@@ -8,17 +8,20 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vitprune.errors import BadInput
+from vitprune.orchestration.attestation.signing import signing_key
+from vitprune.orchestration.attestation.statements import BUNDLE, Attestation
 from vitprune.orchestration.execution.lock_and_repair import STATE
+from vitprune.orchestration.execution.processes import dvc_in_project
 from vitprune.orchestration.execution.run_stage import StageResult
 from vitprune.orchestration.summary import evaluation
-from vitprune.runtime.commands import git
+from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import sha256
 from vitprune.runtime.yaml_files import load_yaml
 
@@ -32,8 +35,12 @@ STAGE_FILES = {
 CURVES = {stage: f"out/{stage}/history.jsonl" for stage in ("dense", "prune", "distill")}
 MODEL_STAGE, MODEL = "distill", "out/distill"
 CHECKPOINT = ("config.json", "model.safetensors")
-RUN_OUTPUTS = ("metrics/", "plots/", "dvc.lock")  # changed by every run, so no uncommitted change of code
+# changed by every run, so no uncommitted change of code
+RUN_OUTPUTS = ("metrics/", "plots/", "dvc.lock", f"{BUNDLE}.dvc")
+JOURNAL = "journal.jsonl"  # the run log in MLflow
 DIGESTS = {"dataset": "data/manifest.parquet", "calibrate": "data/calibration.parquet"}
+
+Keep = Callable[[str], dict[str, str]]
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -64,6 +71,11 @@ class RunLog:
         """The folder of the files to upload, under the same relative paths as in the project."""
         return self.project / STATE / "spool" / self.flow_run_id
 
+    @property
+    def attestation(self) -> Attestation:
+        """The statements of the run."""
+        return Attestation(self.spool / BUNDLE, self.flow_run_id)
+
     def start(self, started: float) -> None:
         """Log the start (seconds since 1970): params, commit, versions, dvc.yaml and params.yaml."""
         params = flatten(load_yaml(self.project / "params.yaml") or {})
@@ -77,58 +89,35 @@ class RunLog:
         }
         if sweep := os.environ.get(SWEEP):
             start["sweep"] = json.loads(sweep)
+        signing_key()  # an unusable key is an error before the first stage
+        self.attestation.path.unlink(missing_ok=True)
         self._append(start | {"files": files})
 
     def stage(self, result: StageResult) -> None:
         """Log the result of a stage and, if it succeeded, its outputs."""
         fact = {"fact": "stage", **result.as_dict()}
         if result.exit_code == 0:
-            fact |= self._outputs(result.stage)
+            fact |= stage_outputs(self.project, result.stage, self._keep)
         self._append(fact)
+        if result.exit_code == 0:
+            entry = lock_entry(self.project, result.stage)
+            written = digests_of(self.project, entry.get("outs", ()), each_file=True)
+            self.attestation.add_stage(fact, entry, written, digests_of(self.project, entry.get("deps", ())))
 
     def end(self, status: str, error: str, ended: float) -> None:
         """Log the end of the run: FINISHED, FAILED or KILLED; `ended` in seconds since 1970."""
         files = [self._keep("dvc.lock")] if (self.project / "dvc.lock").exists() else []
-        self._append({"fact": "end", "status": status, "error": error, "time": ended, "files": files})
+        end = {"fact": "end", "status": status, "error": error, "time": ended, "files": files}
+        self._append(end)
+        start = read_log(self.path)[0]
+        digests = {file["path"]: {"sha256": file["sha256"]} for file in (*start["files"], *files)}
+        self.attestation.close(start, end, digests | {JOURNAL: {"sha256": sha256(self.path)}})
 
-    def _outputs(self, stage: str) -> dict[str, Any]:
-        names = [
-            f"metrics/{stage}.json",
-            f"plots/{stage}.csv",
-            *STAGE_FILES.get(stage, ()),
-            *CURVES.get(stage, "").split(),
-        ]
-        if stage == "prune":
-            names.append("plots/cycles.csv")
-        metrics = _json(self.project / f"metrics/{stage}.json")
-        if stage == "evaluate":
-            metrics = evaluation(self.project) or metrics
-        outputs: dict[str, Any] = {
-            "files": [self._keep(name) for name in names if (self.project / name).is_file()],
-            "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},
-            "lock": _lock_entry(self.project, stage),
-            "sha256": metrics.get("sha256", ""),
-        }
-        if stage in DIGESTS and (self.project / DIGESTS[stage]).is_file():
-            outputs["digest"] = {"path": DIGESTS[stage], "sha256": sha256(self.project / DIGESTS[stage])}
-        if stage == "prune":
-            outputs["cycles"] = [self._cycle(path) for path in sorted((self.project / "out/cycles").glob("[0-9]*"))]
-        if stage == MODEL_STAGE:
-            paths = [self.project / MODEL / name for name in CHECKPOINT]
-            outputs["model"] = [self._keep(str(path.relative_to(self.project))) for path in paths if path.is_file()]
-        return outputs
-
-    def _cycle(self, folder: Path) -> dict[str, Any]:
-        metrics = _json(folder / "metrics.json")
-        # without the model: DVC has it, and metrics.json its SHA-256
-        kept = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in CHECKPOINT]
-        files = [self._keep(str(path.relative_to(self.project))) for path in kept]
-        return {
-            "cycle": int(folder.name),
-            "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},
-            "sha256": metrics.get("sha256", ""),
-            "files": files,
-        }
+    def share(self) -> str:
+        """Give the statements to DVC, which pushes them with the outputs; return the reason of a failure, else ""."""
+        shutil.copyfile(self.attestation.path, self.project / BUNDLE)
+        completed = dvc_in_project(self.project, "add", BUNDLE)
+        return f"{BUNDLE}: not added to DVC ({error_line(completed)})" if completed.returncode else ""
 
     def _keep(self, name: str) -> dict[str, str]:
         """Copy a file of the project into the spool; return its name and SHA-256.
@@ -152,6 +141,81 @@ class RunLog:
             file.write(json.dumps(fact, default=str) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def stage_outputs(project: Path, stage: str, keep: Keep) -> dict[str, Any]:
+    """Return what the run log says about the outputs of a stage: files, metrics, checksums, cycles, model.
+
+    Args:
+        project: the project's directory.
+        stage: name of the stage.
+        keep: called with the path of every file to upload; returns the path and its SHA-256.
+    """
+    names = [
+        f"metrics/{stage}.json",
+        f"plots/{stage}.csv",
+        *STAGE_FILES.get(stage, ()),
+        *CURVES.get(stage, "").split(),
+    ]
+    if stage == "prune":
+        names.append("plots/cycles.csv")
+    metrics = _json(project / f"metrics/{stage}.json")
+    if stage == "evaluate":
+        metrics = evaluation(project) or metrics
+    entry = lock_entry(project, stage)
+    digest = hashlib.sha256(json.dumps(entry, sort_keys=True, default=str).encode()).hexdigest()
+    outputs: dict[str, Any] = {
+        "files": [keep(name) for name in names if (project / name).is_file()],
+        "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},
+        "lock": {"params": flatten(entry.get("params", {}).get("params.yaml", {})), "sha256": digest},
+        "sha256": metrics.get("sha256", ""),
+    }
+    if stage in DIGESTS and (project / DIGESTS[stage]).is_file():
+        outputs["digest"] = {"path": DIGESTS[stage], "sha256": sha256(project / DIGESTS[stage])}
+    if stage == "prune":
+        outputs["cycles"] = [_cycle(project, path, keep) for path in sorted((project / "out/cycles").glob("[0-9]*"))]
+    if stage == MODEL_STAGE:
+        paths = [project / MODEL / name for name in CHECKPOINT]
+        outputs["model"] = [keep(str(path.relative_to(project))) for path in paths if path.is_file()]
+    return outputs
+
+
+def _cycle(project: Path, folder: Path, keep: Keep) -> dict[str, Any]:
+    metrics = _json(folder / "metrics.json")
+    # without the model: DVC has it, and metrics.json its SHA-256
+    kept = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in CHECKPOINT]
+    return {
+        "cycle": int(folder.name),
+        "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},
+        "sha256": metrics.get("sha256", ""),
+        "files": [keep(str(path.relative_to(project))) for path in kept],
+    }
+
+
+def lock_entry(project: Path, stage: str) -> dict[str, Any]:
+    """Return a stage's entry in dvc.lock; empty if there is none."""
+    path = project / "dvc.lock"
+    content = load_yaml(path) if path.is_file() else {}
+    entry: dict[str, Any] = content.get("stages", {}).get(stage, {})
+    return entry
+
+
+def digests_of(project: Path, files: Iterable[Mapping[str, Any]], each_file: bool = False) -> dict[str, dict[str, str]]:
+    """Return the MD5 of the files in an entry of dvc.lock, and their SHA-256; a folder has the MD5 of DVC's list.
+
+    Args:
+        project: the project's directory.
+        files: the outputs or the dependencies.
+        each_file: also return the SHA-256 of every file in a folder.
+    """
+    digests: dict[str, dict[str, str]] = {}
+    for file in files:
+        path = project / file["path"]
+        digests[file["path"]] = {"md5": str(file.get("md5"))} | ({"sha256": sha256(path)} if path.is_file() else {})
+        if each_file and path.is_dir():
+            below = (one for one in path.rglob("*") if one.is_file())
+            digests |= {one.relative_to(project).as_posix(): {"sha256": sha256(one)} for one in below}
+    return digests
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -184,15 +248,6 @@ def _is_number(value: Any) -> bool:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _lock_entry(project: Path, stage: str) -> dict[str, Any]:
-    """Return the parameters of a stage's entry in dvc.lock, and the SHA-256 of the entry."""
-    path = project / "dvc.lock"
-    content = load_yaml(path) if path.is_file() else {}
-    entry = content.get("stages", {}).get(stage, {})
-    digest = hashlib.sha256(json.dumps(entry, sort_keys=True, default=str).encode()).hexdigest()
-    return {"params": flatten(entry.get("params", {}).get("params.yaml", {})), "sha256": digest}
 
 
 def _git_state(project: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitprune.errors import BadInput
+from vitprune.orchestration.attestation.statements import BUNDLE, LINK
 from vitprune.orchestration.execution.dvc_cache import MissingFile, Store, cache_dir, read_lock
 from vitprune.orchestration.tracking.journal import RunLog, read_log
 from vitprune.runtime.files import sha256
@@ -56,6 +57,9 @@ def restore(run_log: RunLog) -> frozenset[str]:
             shutil.copyfile(source, target)
         else:
             _link(source, target)
+    for name in (BUNDLE, LINK):
+        if (kept / name).is_file():
+            _link(kept / name, run_log.spool / name)
     os.replace(log, run_log.path)
     return frozenset(lost)
 

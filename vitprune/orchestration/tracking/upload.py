@@ -14,12 +14,13 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 
-from vitprune.orchestration.tracking.journal import RunLog, read_log
+from vitprune.orchestration.attestation.statements import LINK
+from vitprune.orchestration.tracking.journal import JOURNAL, RunLog, read_log
 from vitprune.orchestration.tracking.logged_model import DIGEST, find_model, model_digest, record_model
 from vitprune.runtime.files import sha256
 
 Fact = Mapping[str, Any]
-JOURNAL, JOURNAL_DIGEST = "journal.jsonl", "vitprune.journal_sha256"
+JOURNAL_DIGEST, BUNDLE_DIGEST = "vitprune.journal_sha256", "vitprune.attestation_sha256"
 KEY, CACHED, HASH = "vitprune.key", "vitprune.cached", "vitprune.dvc_stage_hash"
 
 
@@ -61,6 +62,9 @@ class Uploader:
         tags |= start_tags(start) | {JOURNAL_DIGEST: sha256(self.journal.path)}
         tags |= {f"vitprune.{_stem(d)}_sha256": d["sha256"] for fact in stages if (d := fact.get("digest"))}
         tags |= {f"vitprune.{_word(file['path'])}_sha256": file["sha256"] for file in (*start["files"], *end["files"])}
+        bundle = self.journal.attestation.path
+        if bundle.is_file():
+            tags[BUNDLE_DIGEST] = sha256(bundle)
         if end["error"]:
             tags["vitprune.error"] = end["error"]
         name = f"compress-{flow[:8]}"
@@ -72,6 +76,9 @@ class Uploader:
         self._params(run, start["params"])
         self._files(run, (*start["files"], *end["files"]))
         self.client.log_text(run, self.journal.path.read_text(encoding="utf-8"), JOURNAL)
+        for path in (bundle, bundle.with_name(LINK)):
+            if path.is_file():
+                self.client.log_artifact(run, str(path))
         return run
 
     def _stage(self, parent: str, fact: Fact) -> None:

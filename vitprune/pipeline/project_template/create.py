@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import yaml
 
@@ -125,6 +126,12 @@ def _shipped(name: str) -> str:
     """Read a file of this repository: from this package in a wheel, from the root in a checkout."""
     packed = HERE / name
     return (packed if packed.exists() else HERE.parents[2] / name).read_text(encoding="utf-8")
+
+
+def shipped_pipeline() -> dict[str, Any]:
+    """Return the stages of vitprune's dvc.yaml."""
+    stages: dict[str, Any] = yaml.safe_load(_shipped("dvc.yaml"))["stages"]
+    return stages
 
 
 def _pipeline(text: str, path: str | None) -> str:

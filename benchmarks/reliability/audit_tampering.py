@@ -1,10 +1,13 @@
-"""What the audit detects: runs that were tampered with must fail, and honest runs of different methods must pass.
+"""Forgeries of a run, and the level at which the audit detects each; honest runs of different methods must pass.
 
-A small project with 240 scanned digits, pruned in two cycles, is recorded in MLflow. Each edit is made on the finished
-run, audited by `vitprune audit` and reverted. For "all digests agree", DVC and MLflow have recorded the edited run
-again, so only recomputation can detect it; the last edit changes one bit of the weights, which only --rerun detects.
-Results are recorded in benchmarks/results/audit-notes.jsonl, so that an interrupted benchmark continues; delete the
-file to start over. Writes benchmarks/results/audit.json and docs/results/audit.md.
+A small project with 240 scanned digits, pruned in two cycles, is run, signed and recorded in MLflow. Each edit is
+made on the finished run, audited by `vitprune audit --all --trusted-keys` and reverted. The forger may write to
+MLflow, DVC and the project, but has no signing key; for names with F and "all digests agree", DVC, the attestation
+and MLflow have recorded the edited run again. Columns: *records* is what a comparison of the records detects,
+*recomputed* what the repetition of stages without training detects, both without a key; *signed* what is detected if
+the run has to be signed; *rerun* is measured for what the others miss. *listed*: an honest user may do the same, so
+the audit passes and names it. Results are recorded in benchmarks/results/audit-notes.jsonl, so that an interrupted
+benchmark continues; delete the file to start over. Writes benchmarks/results/audit.json and docs/results/audit.md.
 """
 
 import json
@@ -19,15 +22,18 @@ from typing import Any
 import yaml
 
 from benchmarks.lib.results import RESULTS, Row, arguments, write_results, write_table
-from tests.support import (
-    tampering,
-    tiny_project,
-)
+from tests.support import tiny_project
+from tests.support.forgeries import LISTED
+from tests.support.tamper_worker import EVERY_EDIT, RERUN
+from vitprune.orchestration.attestation.signing import SIGNING_KEY
+from vitprune.orchestration.audit.records import CHECKS as RECORDS
+from vitprune.pipeline.verify import CHECKS as RECOMPUTED
 
 ROOT = Path(__file__).parents[2]
-AuditResult = dict[str, Any]  # name, code and line
+AuditResult = dict[str, Any]  # name, code and lines
+OTHER = ("- ", "PASS", "FAIL", "Notes:", "Error: ")
 NOTES = RESULTS / "audit-notes.jsonl"
-HEADER = ("run", "audit", "first message")
+HEADER = ("forgery", "records", "recomputed", "signed", "rerun", "first message")
 QUICK = (
     "a mask's units change places, in DVC's cache",
     "top-1 raised in MLflow's database",
@@ -50,27 +56,63 @@ HONEST: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Audit the run after every edit and the honest runs; skip recorded results; write the tables."""
     quick = arguments(__doc__).quick
-    edits = QUICK if quick else (*tampering.EDITS, *tampering.ONLY_AGAIN)
+    edits = QUICK if quick else tuple(EVERY_EDIT)[1:]
     honest = list(HONEST)[: 1 if quick else None]
     notes = {} if quick else recorded_results()
     if any(name not in notes for name in (*edits, *honest)):
         with tempfile.TemporaryDirectory(prefix="vitprune-audit-bench-") as folder:
             for row in audits(Path(folder), edits, honest, notes):
-                print(json.dumps(row), flush=True)
+                print(json.dumps({**row, "lines": failures(row)[:1]}), flush=True)
                 notes[row["name"]] = row
                 if not quick:
                     with NOTES.open("a") as file:
                         file.write(json.dumps(row) + "\n")
-    detected, passed = (sum(notes[name]["code"] == code for name in names) for names, code in ((edits, 1), (honest, 0)))
+    detected = sum(notes[name]["code"] == 1 or name in LISTED for name in edits)
+    unsigned = sum(bool({"records", "recomputed"} & levels(notes[name])) for name in edits)
+    passed = sum(notes[name]["code"] == 0 for name in honest)
     rows = [
-        Row("edits detected", detected, f"of {len(edits)}", f"{len(edits)}", detected == len(edits)),
+        Row(
+            "forgeries detected or listed, signed",
+            detected,
+            f"of {len(edits)}",
+            f"{len(edits)}",
+            detected == len(edits),
+        ),
+        Row("forgeries detected without a key or a rerun", unsigned, f"of {len(edits)}", "-", None),
         Row("honest runs passed", passed, f"of {len(honest)}", f"{len(honest)}", passed == len(honest)),
     ]
     if not quick:
-        cells = [[n, "detected" if notes[n]["code"] == 1 else "MISSED", f"`{notes[n]['line']}`"] for n in edits]
-        cells += [[f"honest: {name}", "FAILED" if notes[name]["code"] else "passed", ""] for name in honest]
+        cells = [table_row(notes[name]) for name in edits]
+        cells += [[f"honest: {name}", *["FAILED" if notes[name]["code"] else "passed"] * 3, "", ""] for name in honest]
         write_table(ROOT / "docs/results/audit.md", "What the audit detects", __doc__ or "", HEADER, cells)
     write_results("audit", rows, quick)
+
+
+def failures(result: AuditResult) -> list[str]:
+    """Return the lines of an audit that name a difference."""
+    ends = (": ok", ": see below")
+    return [line for line in result["lines"] if not line.endswith(ends) and not line.startswith(OTHER)]
+
+
+def levels(result: AuditResult) -> set[str]:
+    """Return the levels at which an edit was detected."""
+    checks = {line.split(": ")[0] for line in failures(result)}
+    groups = {"records": RECORDS, "recomputed": RECOMPUTED, "signed": {"signature"}, "rerun": {"rerun"}}
+    return {level for level, names in groups.items() if checks & set(names)}
+
+
+def table_row(result: AuditResult) -> list[str]:
+    """Return the cells of an edit: what each level detects; what an earlier one detects, a later one does, too."""
+    name, reached = result["name"], levels(result)
+    first = next((line for line in failures(result) if not line.startswith("signature")), "")
+    if name in LISTED:
+        first = next(line for line in result["lines"] if LISTED[name][1] in line).removeprefix("- ")
+        return [name, *["listed"] * 3, "", f"`{first}`"]
+    records, recomputed = "records" in reached, bool({"records", "recomputed"} & reached)
+    signed = bool({"records", "recomputed", "signed"} & reached)
+    words = ["detected" if level else "-" for level in (records, recomputed, signed)]
+    again = "detected" if "rerun" in reached or recomputed else "MISSED" if name in RERUN else ""
+    return [name, *words, again, f"`{first or failures(result)[0]}`" if failures(result) else "MISSED"]
 
 
 def recorded_results() -> dict[str, dict[str, Any]]:
@@ -90,15 +132,14 @@ def audits(folder: Path, edits: Sequence[str], honest: Sequence[str], notes: Col
         if name in (first, *notes):
             continue
         if name == cached:
-            tiny_project.record(project, "second", cached=True)
-            tiny_project.upload(project)
+            record(project, "second", cached=True)
             yield from tampered(project, ["honest"], name)
         else:
             yield from tampered(run_and_record(folder / f"honest-{number}", HONEST[name]), ["honest"], name)
 
 
 def run_and_record(project: Path, prune: dict[str, Any]) -> Path:
-    """Create a project, run its stages and upload the run to MLflow."""
+    """Create a project, run its stages, sign and upload the run to MLflow."""
     tiny_project.make_of_images(project)
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
@@ -107,23 +148,42 @@ def run_and_record(project: Path, prune: dict[str, Any]) -> Path:
     if prune:
         tiny_project.commit(project, "Another method.")
     tiny_project.run_stages(project)
-    tiny_project.record(project, "first")
-    tiny_project.upload(project)
+    record(project, "first")
     return project
+
+
+def record(project: Path, name: str, cached: bool = False) -> None:
+    """Record and upload a run that is signed with the key beside the project."""
+    key = project.parent / "key"
+    if not key.exists():
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    os.environ[SIGNING_KEY] = str(key)
+    tiny_project.record(project, name, cached)
+    del os.environ[SIGNING_KEY]  # a forger has none
+    tiny_project.upload(project)
 
 
 def tampered(project: Path, names: Sequence[str], called: str = "") -> Iterator[AuditResult]:
     """Apply edits in another process; yield the audit result of each, named after the edit or `called`."""
     if not names:
         return
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.tamper_worker", str(project), *names]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.support.tamper_worker",
+        str(project),
+        str(project.parent / "key.pub"),
+        *names,
+    ]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
         for row in map(json.loads, worker.stdout):
-            line = row["line"].replace(f"{project}/", "").replace(str(project), "the project").replace("|", "\\|")
-            yield row | {"line": line, "name": called or row["name"]}
+            lines = [line.replace(f"{project}/", "").replace(str(project), "the project") for line in row["lines"]]
+            yield row | {"lines": [line.replace("|", "\\|") for line in lines], "name": called or row["name"]}
     if worker.returncode:
         sys.exit(f"the audits of {project} failed with exit code {worker.returncode}")
 

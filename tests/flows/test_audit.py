@@ -45,7 +45,7 @@ def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
     }
     edits = {"honest": lambda path: None, **EDITS}
     results = {name: tamper_worker.edited(project, edits[name]) for name in expected}
-    assert {name: line for name, (_, line) in results.items() if expected[name] not in line} == {}
+    assert {name: output for name, (_, output) in results.items() if expected[name] not in output} == {}
     assert {name: code for name, (code, _) in results.items()} == {name: int(name != "honest") for name in expected}
 
 
@@ -90,9 +90,9 @@ def test_records_of_a_run_cannot_write_outside_the_audit_directory(project: Path
     victim = project.parent / "victim.txt"
     victim.write_text("the auditor's own")
     for name, attack in ATTACKS.items():
-        code, line = tamper_worker.edited(project, attack)
-        assert code == 1, (name, line)
-        assert "Traceback" not in line, (name, line)
+        code, output = tamper_worker.edited(project, attack)
+        assert code == 1, (name, output)
+        assert "Traceback" not in output, (name, output)
         assert victim.read_text() == "the auditor's own"
         assert not victim.is_symlink(), name
     assert not list(project.rglob("*victim*"))

@@ -4,7 +4,6 @@
 """
 
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from tests.support import tiny_project
-from tests.support.tampering import Edit, edit_text, forged, in_database, in_mlflow, in_project, in_tag
+from tests.support.tampering import Edit, edit_text, forged, forget_runs, in_database, in_mlflow, in_project, in_tag
 from vitprune.orchestration.attestation.statements import Attestation
 from vitprune.orchestration.tracking.journal import JOURNAL, RunLog, digests_of, lock_entry, read_log
 from vitprune.runtime.files import sha256
@@ -32,7 +31,7 @@ def logged(change: Callable[[list[Fact]], object]) -> Edit:
     """Change events of the run log, attest them without signature, and upload them instead of the true ones."""
 
     def carry_out(project: Path) -> None:
-        _forget(project)
+        forget_runs(project)
         log = tiny_project.record(project, "forged")
         facts = read_log(log.path)
         change(facts)
@@ -55,12 +54,6 @@ def attest_again(log: RunLog) -> None:
             attestation.add_stage(fact, entry, outs, digests_of(log.project, entry.get("deps", ())))
     subjects = {file["path"]: {"sha256": file["sha256"]} for file in (*facts[0]["files"], *facts[-1]["files"])}
     attestation.close(facts[0], facts[-1], subjects | {JOURNAL: {"sha256": sha256(log.path)}})
-
-
-def _forget(project: Path) -> None:
-    shutil.rmtree(project / ".vitprune", ignore_errors=True)
-    for path in [*project.glob("mlflow.db*"), project / "mlartifacts"]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def of_stage(stage: str, change: Callable[[Fact], object]) -> Callable[[list[Fact]], object]:

@@ -1,4 +1,4 @@
-"""Edit a recorded project, audit it and restore it: tamper_worker.py PROJECT EDIT..., one JSON line each."""
+"""Edit a recorded project, audit it and restore it: tamper_worker.py PROJECT KEYS EDIT..., one JSON line each."""
 
 import json
 import shutil
@@ -9,33 +9,38 @@ from contextlib import closing
 from pathlib import Path
 
 from tests.support import preloaded
-from tests.support.tampering import EDITS, ONLY_AGAIN, Edit
+from tests.support.forgeries import FORGERIES, LISTED, copy_of_the_run
+from tests.support.tampering import ATTACKS, EDITS, ONLY_AGAIN, Edit
+
+EVERY_EDIT: dict[str, Edit] = {
+    "honest": lambda project: None,
+    **EDITS,
+    **FORGERIES,
+    "M8 a second set of runs with the same keys": copy_of_the_run,
+    **{name: edit for name, (edit, _) in LISTED.items()},
+    **ATTACKS,
+    **ONLY_AGAIN,
+}
+RERUN = {*ONLY_AGAIN, "F8 a loss lowered in history and plot", "F18 another temperature committed"}
 
 
-def audited(project: Path, rerun: bool = False, run: str = "") -> tuple[int, str]:
+def audited(project: Path, *options: str, run: str = "") -> tuple[int, str]:
     """Audit a run (empty: the newest of a project's own store); return the exit code and the output."""
-    words = [
-        "audit",
-        run or newest(project),
-        *(["--project", str(project)] if run else []),
-        *(["--rerun"] if rerun else []),
-    ]
+    words = ["audit", run or newest(project), *(["--project", str(project)] if run else []), *options]
     result = preloaded.run("vitprune.cli", *words, cwd=project)
     return result.returncode, result.stdout + result.stderr
 
 
-def edited(project: Path, edit: Edit, rerun: bool = False) -> tuple[int, str]:
-    """Edit a project, audit it and restore it; return the exit code and the last line but one."""
+def edited(project: Path, edit: Edit, *options: str) -> tuple[int, str]:
+    """Edit a project, audit it and restore it; return the exit code and the output. An edit may return a run's id."""
     with tempfile.TemporaryDirectory() as folder:
         backup = shutil.copytree(project, Path(folder) / "backup", symlinks=True)
         try:
-            edit(project)
-            code, output = audited(project, rerun)
+            run = edit(project)
+            return audited(project, *options, run=run or "")
         finally:
             shutil.rmtree(project)
             shutil.copytree(backup, project, symlinks=True)
-    lines = output.strip().splitlines()
-    return code, lines[-2 if len(lines) > 1 else -1]
 
 
 def newest(project: Path) -> str:
@@ -50,11 +55,11 @@ def newest(project: Path) -> str:
 
 def main() -> None:
     """Carry out the named edits one after the other (`honest`: none); print one JSON line each."""
-    project = Path(sys.argv[1])
-    for name in sys.argv[2:]:
-        edit = (EDITS | ONLY_AGAIN | {"honest": lambda path: None})[name]
-        code, line = edited(project, edit, rerun=name in ONLY_AGAIN)
-        print(json.dumps({"name": name, "code": code, "line": line}), flush=True)
+    project, keys = Path(sys.argv[1]), sys.argv[2]
+    for name in sys.argv[3:]:
+        options = ["--all", "--trusted-keys", keys, *(["--rerun"] if name in RERUN else [])]
+        code, output = edited(project, EVERY_EDIT[name], *options)
+        print(json.dumps({"name": name, "code": code, "lines": output.splitlines()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import hashlib
 import json
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,9 +20,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.support import tiny_project
+from vitprune.orchestration.tracking.store import create_or_migrate
 from vitprune.runtime.files import md5, sha256
 
-Edit = Callable[[Path], None]
+Edit = Callable[[Path], str | None]  # of a project; may return the id of the run to audit
 
 
 def in_project(name: str, edit: Edit) -> Edit:
@@ -154,13 +157,26 @@ def forged(edit: Edit) -> Edit:
     def carry_out(project: Path) -> None:
         edit(project)
         tiny_project.dvc(project, "commit", "-q", "--force")
-        shutil.rmtree(project / ".vitprune", ignore_errors=True)
-        for path in [*project.glob("mlflow.db*"), project / "mlartifacts"]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        forget_runs(project)
         tiny_project.record(project, "forged")
         tiny_project.upload(project)
 
     return carry_out
+
+
+def forget_runs(project: Path) -> None:
+    """Remove all run logs and records of a project."""
+    for folder in (project / ".vitprune", project / "mlartifacts"):
+        shutil.rmtree(folder, ignore_errors=True)
+    (project / "mlflow.db").write_bytes(_empty_store())
+
+
+@cache
+def _empty_store() -> bytes:
+    """Return MLflow's database without a record; its migrations take ten seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        create_or_migrate(Path(folder) / "mlflow.db")
+        return (Path(folder) / "mlflow.db").read_bytes()
 
 
 def forge_mask(project: Path) -> None:

@@ -81,7 +81,7 @@ def open_client(project: Path) -> tuple[MlflowClient, str]:
                 f"{local}: the database is damaged ({damage}); move it away and run "
                 f"`vitprune sync --project {project}`: the runs are written again from the run logs"
             )
-        _migrate(local)
+        create_or_migrate(local)
     client = MlflowClient(tracking_uri=uri)
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vitprune"
     with short_timeouts(15):  # a server under load is slow to answer
@@ -98,7 +98,7 @@ def open_client(project: Path) -> tuple[MlflowClient, str]:
             return client, experiment.experiment_id  # another flow has created it in between
 
 
-def _migrate(database: Path) -> None:
+def create_or_migrate(database: Path) -> None:
     """Create the SQLite store, or migrate a copy to this MLflow's schema, and rename it.
 
     A migration that is interrupted leaves a file that cannot be migrated again.

@@ -112,8 +112,9 @@ def pipeline(collected: CollectedRun) -> Lines:
         for key, value in ours.items():
             missing = [name for name in value if name not in theirs[key]]
             added = [name for name in theirs[key] if name not in value and key != "deps"]
-            if missing or added:
-                yield Note(f"dvc.yaml: {stage}: {key}: {added} instead of {missing} of vitprune's pipeline; read them")
+            for word, names in (("lacks", missing), ("adds", added)):
+                if names:
+                    yield Note(f"dvc.yaml: {stage}: {key} {word} {', '.join(names)}, unlike vitprune's pipeline")
     digests = {
         code_digest(package)
         for package in (PACKAGE, collected.tree / "vitprune")

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from tests.support import preloaded, tamper_worker, tiny_project
-from tests.support.tampering import ATTACKS, EDITS
+from tests.support.forgeries import FORGERIES
+from tests.support.tampering import ATTACKS, EDITS, forget_runs
 from vitprune.config.params import load_params
+from vitprune.orchestration.attestation.signing import SIGNING_KEY
 from vitprune.orchestration.execution.dvc_cache import tree_md5
 from vitprune.pipeline.verify import CHECKS, RecordedRun, recheck
 from vitprune.runtime.files import md5
@@ -47,6 +49,26 @@ def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
     results = {name: tamper_worker.edited(project, edits[name]) for name in expected}
     assert {name: output for name, (_, output) in results.items() if expected[name] not in output} == {}
     assert {name: code for name, (code, _) in results.items()} == {name: int(name != "honest") for name in expected}
+
+
+def test_a_forged_run_has_no_valid_signature(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    copy = shutil.copytree(project, tmp_path / "project", symlinks=True)
+    forget_runs(copy)
+    monkeypatch.setenv(SIGNING_KEY, str(key))
+    tiny_project.record(copy, "signed")
+    tiny_project.upload(copy)
+    monkeypatch.delenv(SIGNING_KEY)
+    options = ("--all", "--trusted-keys", str(key.with_suffix(".pub")))
+    code, output = tamper_worker.audited(copy, *options)
+    assert code == 0, output
+    assert "- signature: signed by the trusted key SHA256:" in output
+    code, output = tamper_worker.edited(copy, FORGERIES["M6 seconds of a stage divided by 10"], *options)
+    assert (code, output.count("has no valid signature of a trusted key")) == (1, 11)
+    assert {line.split(": ")[0] for line in output.splitlines() if " has no valid " in line} == {"signature"}
+    code, output = tamper_worker.edited(copy, FORGERIES["F1 all predictions right"])
+    assert (code, "export: out/export/timm/README.md: differs" in output) == (1, True)  # without a key
 
 
 def test_the_command_lists_all_differences_and_refuses_unknown_runs(project: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -111,6 +112,7 @@ def register_another_model(project: Path) -> None:
     client.finalize_logged_model(model.model_id, "READY")
     run = client.search_runs(["1"], "tags.`vitprune.key` = 'first'")[0].info.run_id
     client.create_registered_model("vit")
+    mlflow.set_tracking_uri(client.tracking_uri)  # models:/ is resolved there
     version = client.create_model_version("vit", f"models:/{model.model_id}", run, model_id=model.model_id)
     client.set_registered_model_alias("vit", "champion", version.version)
 

@@ -295,7 +295,7 @@ FORGERIES: dict[str, Edit] = {
         in_project("out/export/timm/config.json", edit_text("0.5", "0.4"))
     ),
     "F8 a loss lowered in history and plot": forged(lower_a_loss),
-    "F10 export.json: difference 0": forged(
+    "F10 export.json: difference changed": forged(
         of_json("metrics/export.json", lambda m: m["timm"].update(max_abs_diff=-1.0))
     ),
     "F11 mask.json: cost changed": forged(of_json("metrics/mask.json", lambda m: m.update(target={"macs": 0.1}))),

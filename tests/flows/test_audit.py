@@ -37,12 +37,12 @@ def audit(cwd: Path, *words: str, **env: str) -> tuple[int, str, str]:
 def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
     expected = {
         "honest": "trained_stages: dense, prune, distill",
-        "a mask's units change places, in DVC's cache": "artifacts: out/mask/masks.safetensors: DVC's copy",
-        "top-1 raised in MLflow's database": "metric pruned.top1 (step 0) is",
+        "a mask's units change places, in DVC's cache": "stages: out/mask/masks.safetensors: DVC's copy",
+        "top-1 raised in MLflow's database": "records: compress-first: metric pruned.top1 is shown as",
         "a digest edited in the project's dvc.lock": "belongs to no run in MLflow",
         "a pixel changed in an image": "images/0/0030.png: has the MD5",
-        "a cycle's run deleted in MLflow": "cycle-01: MLflow has no run",
-        "all digests agree: top-1 raised": "metrics/evaluate.json: pruned: top1 is",
+        "a cycle's run deleted in MLflow": "cycle-01: MLflow has no runs with the key",
+        "all digests agree: top-1 raised": "export: out/export/timm/README.md: differs",
         "all digests agree: a mask flipped": "out/cycles/02",
     }
     edits = {"honest": lambda path: None, **EDITS}

@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import select
 import signal
 import sys
@@ -13,6 +12,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+if sys.platform != "win32":
+    import resource
 
 MAX_OPERATIONS = 20_000  # tensor operations to build a model; the largest of timm need 5,000
 MAX_SECONDS = 10.0  # CPU time to build a model on the meta device; the largest of timm need 2

@@ -253,7 +253,9 @@ def test_a_lost_store_is_written_again_from_the_run_logs(project: Path) -> None:
     assert (code, out) == (0, f"uploaded 1 run to {store}\n")
     assert "lost, and in no cache: metrics/" in err
     files = {run["name"]: run["files"] for run in read_mlflow(store)["runs"]}
-    assert set(files["compress-first"]) == {"params.yaml", "dvc.yaml", "dvc.lock", "journal.jsonl"}
+    assert set(files["compress-first"]) == {
+        "attestation.jsonl", "params.yaml", "dvc.yaml", "dvc.lock", "journal.jsonl",
+    }  # fmt: skip
     assert files["report"] == {}
 
 

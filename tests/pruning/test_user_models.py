@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -99,6 +100,8 @@ def test_gradual_pruning_of_a_compiled_model_in_half_precision() -> None:
 def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
     recipe = TrainConfig(epochs=1, lr=0.001)
     x, y = batches(vit, 1)[0]
+    three = tiny("vit")
+    three.reset_classifier(3)
     narrow = vitprune.find_groups(vitprune.prune(vit, "channel-magnitude", sparsity=0.5).model, ["ffn"])
     others = [replace(narrow[0], slices=(ParamSlice("blocks.0.mlp.fc1.weight.x", 0),))]
     for call, message in (
@@ -122,6 +125,12 @@ def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
         (
             lambda: vitprune.save(tiny("vit"), __file__),
             r"cannot be made a directory \(File exists\); give another path",
+        ),
+        (lambda: vitprune.load(None), r"^directory: is a NoneType; give a path"),
+        (lambda: vitprune.export_onnx(vit, Path(__file__, "below"), x.float()), r"cannot be made a directory \("),
+        (
+            lambda: vitprune.finetune(tiny("vit"), [(x, y)], recipe, teacher=three),
+            r"^teacher: has 3 classes, the model has \d+; give the dense model",
         ),
         (lambda: vitprune.prune(vit, "magnitude", sparsity="half"), r"^prune.sparsity"),
         (lambda: vitprune.prune(vit, "channel-taylor", kinds="ffn", sparsity=0.5), r"^prune.kinds"),

@@ -15,7 +15,7 @@ from vitprune import models
 from vitprune.data.batch_checks import checked_input
 from vitprune.errors import BadInput
 from vitprune.runtime.eval_mode import scoring_mode, unfused_attention
-from vitprune.runtime.files import atomic_write
+from vitprune.runtime.files import atomic_write, path_of_user
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.model_checks import checked_model, float_type
 
@@ -82,7 +82,7 @@ def export_onnx(
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not MIN_OPSET <= opset <= newest:
         raise BadInput(f"export.opset {opset}: use a number from {MIN_OPSET} to {newest}, or null")
-    path, plain = Path(path), checked_model(model)
+    path, plain = path_of_user(path, "path"), checked_model(model)
     with torch.inference_mode(False):
         plain = copy.deepcopy(plain).cpu().eval()
     plain = plain.float() if float_type(plain).itemsize < torch.float32.itemsize else plain

@@ -34,7 +34,7 @@ from vitprune.models.validation import (
     read_config,
     read_header,
 )
-from vitprune.runtime.files import atomic_write
+from vitprune.runtime.files import atomic_write, make_directory, path_of_user
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.model_checks import checked_model
 
@@ -132,13 +132,10 @@ def save(model: nn.Module, directory: str | Path) -> None:
         BadInput: the model was not made by timm.create_model, its weights are not finite or of several types, or
             config.json cannot record a change of the model, such as another activation.
     """
-    directory, model = Path(directory), checked_model(model)
+    directory, model = path_of_user(directory, "directory"), checked_model(model)
     if "architecture" not in getattr(model, "pretrained_cfg", {}) or isinstance(model, nn.ModuleDict):  # features_only
         raise BadInput(f"{type(model).__name__}: only models made by timm.create_model (or vitprune.load) can be saved")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise BadInput(f"{directory}: cannot be made a directory ({error.strerror}); give another path") from None
+    make_directory(directory)
     with atomic_write(directory / CONFIG) as partial:
         save_config_for_hf(model, str(partial), model_args=uniform_args(model))
         config = json.loads(partial.read_text())
@@ -195,7 +192,7 @@ def load(directory: str | Path) -> nn.Module:
     Raises:
         BadInput: a file is missing or invalid, exceeds a limit, or weights, arguments and structure do not match.
     """
-    directory = Path(directory)
+    directory = path_of_user(directory, "directory")
     config, path = read_config(directory / CONFIG), directory / WEIGHTS
     header = read_header(path)
     with torch.device("meta"):

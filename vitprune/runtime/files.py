@@ -14,6 +14,29 @@ from typing import Any
 from vitprune.errors import BadInput
 
 
+def path_of_user(path: object, name: str) -> Path:
+    """Return an argument of the Python API as a path.
+
+    Raises:
+        BadInput: it is neither text nor a path.
+    """
+    if not isinstance(path, str | Path):
+        raise BadInput(f"{name}: is a {type(path).__name__}; give a path")
+    return Path(path)
+
+
+def make_directory(directory: Path) -> None:
+    """Create a directory and its parents, if they are missing.
+
+    Raises:
+        BadInput: a file is in its place, or there is no permission.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise BadInput(f"{directory}: cannot be made a directory ({error.strerror}); give another path") from None
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; rename it to `path` on success, delete it on failure.
@@ -24,7 +47,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Yields:
         The path to write to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)  # do not write through an existing link
     try:

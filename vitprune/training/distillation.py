@@ -7,6 +7,7 @@ from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistilla
 from torch import nn
 
 from vitprune.config.train_config import DistillConfig
+from vitprune.errors import BadInput
 from vitprune.evaluation.losses import CrossEntropy
 
 
@@ -33,8 +34,14 @@ def logit_distillation(
     Returns:
         A task of timm.
 
+    Raises:
+        BadInput: the models have different numbers of classes.
+
     Source: UP-ViTs, equation 2.
     """
+    classes, taught = (vars(model).get("num_classes") for model in (student, teacher))
+    if classes != taught:
+        raise BadInput(f"teacher: has {taught} classes, the model has {classes}; give the dense model, or use features")
     task: nn.Module = LogitDistillationTask(
         **_distillation_arguments(student, teacher, alpha, smoothing), temperature=temperature
     )

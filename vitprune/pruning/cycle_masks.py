@@ -179,7 +179,7 @@ def refuse_equal_scores(scores: Scores, groups: Sequence[Group]) -> None:
         values = [scores[group.name].flatten() for group in groups if group.kind == kind and group.name in scores]
         low, high = min(float(value.min()) for value in values), max(float(value.max()) for value in values)
         units = sum(len(value) for value in values)
-        if units > 1 and low == high:
+        if units > 1 and low == high and math.isfinite(low):  # units with an infinite score are kept
             raise BadInput(f"{kind}: all {units} scores are {low:g} and rank nothing; check weights, images and labels")
 
 

@@ -19,6 +19,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def drop_cached(model: nn.Module) -> None:
+    """Drop tensors that modules cache in evaluation mode, such as LeViT's biases: they cannot be copied or resized."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in modes:
+        module.training = training
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Disable the gradients of all parameters; enable them again at the end where they were enabled."""

@@ -11,6 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from vitprune.errors import BadInput
+from vitprune.runtime.eval_mode import drop_cached
 from vitprune.runtime.wrappers import plain_model
 
 
@@ -26,6 +27,7 @@ def checked_model(model: Any) -> nn.Module:
     for path, module in plain.named_modules():
         _refuse_computed_weights(path, module)
     _check_weights(plain)
+    drop_cached(plain)
     return plain
 
 

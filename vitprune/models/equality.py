@@ -50,9 +50,8 @@ def _without_lists(value: Hashable) -> Hashable:
 
 def same_logits(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
     """Return whether two models give the same logits in float64 on the CPU; not if one does not run."""
-    inputs = images.double() if images.is_floating_point() else images
     try:
-        first, second = (_logits(copy.deepcopy(one), inputs) for one in (model, other))
+        first, second = (_logits(copy.deepcopy(one), images.cpu()) for one in (model, other))
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a forward pass may raise anything
@@ -61,6 +60,11 @@ def same_logits(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
 
 
 def _logits(model: Any, images: Tensor) -> Tensor:
+    model.cpu()
     with torch.inference_mode(False), torch.no_grad(), eval_mode(model):
-        output: Tensor = model.cpu().double()(images)
+        if not images.is_floating_point():
+            output: Tensor = model.double()(images)
+            return output
+        model.float()(images.float())  # some modules, such as ConViT's, make buffers of this type in their first pass
+        output = model.double()(images.double())
     return output

@@ -116,7 +116,7 @@ def _onnx_program(model: nn.Module, images: Tensor, opset: int | None) -> Any:
         (torch.cat([images, images])[:2],),  # a batch of one image would fix the batch size
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=({0: "batch"},),  # a name, not a torch.export.Dim, which PVT's convolutions would fix
         dynamo=True,
         verbose=False,
         opset_version=opset,

@@ -75,6 +75,10 @@ def repeat(stage: str, run: RecordedRun) -> Lines:
     if run.takes_too_long(stage):
         yield Note(f"took {run.seconds[stage]:.0f} s and was not run again (--limit {run.limit:g}, or use --rerun)")
         return
+    target = run.params.prune.target
+    if stage == "mask" and target is not None and (target.latency or target.latency_ms):
+        yield Note("follows from measured latencies and was not run again")
+        return
     names = [name.rstrip("/") for name in run.outputs.get(stage, ())]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         aside = Path(folder)

@@ -160,8 +160,10 @@ def score(
     work = working_copy(model)
     check_groups(work, groups)
     with scoring_mode(work):
-        scores = function(work, groups, checked_batches(batches, work), ScoringContext(config, seed)).scores
-    refuse_equal_scores(scores, groups)
+        given = checked_batches(batches, work)
+        scores = function(work, groups, given, ScoringContext(config, seed)).scores
+    if given:  # without images, weights that are zero are all alike
+        refuse_equal_scores(scores, groups)
     return scores
 
 

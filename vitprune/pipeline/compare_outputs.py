@@ -118,7 +118,7 @@ def _same(recorded: Any, again: Any, digests: Mapping[str, str]) -> bool:
     if isinstance(again, list) and isinstance(recorded, list):
         return len(again) == len(recorded) and all(map(_same, recorded, again, [digests] * len(again)))
     if isinstance(again, float) and isinstance(recorded, float | int):
-        close = math.isclose(recorded, again, rel_tol=ROUNDING, abs_tol=1e-9)
+        close = math.isclose(recorded, again, rel_tol=ROUNDING, abs_tol=1e-5)
         return close or (math.isnan(recorded) and math.isnan(again))
     if isinstance(again, str):
         again = digests.get(again, again)

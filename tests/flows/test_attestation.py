@@ -112,7 +112,7 @@ def test_forms_of_private_keys(form: str, tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(BadInput, match=f"not a key, or another passphrase.*{PASSPHRASE}"):
             signing_key()
         monkeypatch.setenv(PASSPHRASE, "secret")
-    line, _ = seal({"a": 1}, signing_key())
+    line = seal({"a": 1}, signing_key())
     assert len(json.loads(line)["signatures"]) == 1
 
 

@@ -65,9 +65,8 @@ def audit_run(run_id: str, project: Path | None, options: AuditOptions) -> int:
             collect(MlflowClient(tracking_uri=tracking_uri(directory)), run_id, project, Path(scratch)) as collected,
         ):
             for name, check in _checks(collected, keys, options):
-                found = _print_check(name, check, options.list_all, notes)
-                differences += found
-                if found and not options.list_all:
+                differences += _print_check(name, check, options.list_all, notes)
+                if differences and not options.list_all:
                     break
     except (AuditError, TrackingError) as error:
         raise BadInput(str(error)) from None

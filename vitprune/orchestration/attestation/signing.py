@@ -82,13 +82,13 @@ def _public_key(text: str, path: Path) -> SSlibKey:
 
 
 def key_fingerprint(key: SSlibKey) -> str:
-    """Return the key_fingerprint of a key, as `ssh-keygen -l` prints it."""
+    """Return the fingerprint of a key, as `ssh-keygen -l` prints it."""
     raw = bytes.fromhex(key.keyval["public"])
     blob = b"".join(len(part).to_bytes(4, "big") + part for part in (b"ssh-ed25519", raw))
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
-def seal(statement: dict[str, Any], signer: CryptoSigner | None) -> tuple[str, str]:
+def seal(statement: dict[str, Any], signer: CryptoSigner | None) -> str:
     """Put a statement into an envelope, and sign it.
 
     Args:
@@ -96,12 +96,12 @@ def seal(statement: dict[str, Any], signer: CryptoSigner | None) -> tuple[str, s
         signer: None for an envelope without signature.
 
     Returns:
-        The envelope as one line of JSON, and the SHA-256 of its payload.
+        The envelope as one line of JSON.
     """
     envelope = Envelope(json.dumps(statement, sort_keys=True, default=str).encode(), PAYLOAD_TYPE, {})
     if signer is not None:
         envelope.sign(signer)
-    return json.dumps(envelope.to_dict()), hashlib.sha256(envelope.payload).hexdigest()
+    return json.dumps(envelope.to_dict())
 
 
 def read_envelopes(path: Path) -> list[Envelope]:

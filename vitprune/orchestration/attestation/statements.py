@@ -87,10 +87,8 @@ class Attestation:
         self._append(RUN_TYPE, "run", parameters, facts, subjects, code, times)
         signer = signing_key()
         if signer is not None:
-            (self.path.parent / LINK).write_text(seal(_link(start, {**subjects, **self._digest()}), signer)[0] + "\n")
-
-    def _digest(self) -> Digests:
-        return {BUNDLE: {"sha256": sha256(self.path)}}
+            products = {**subjects, BUNDLE: {"sha256": sha256(self.path)}}
+            (self.path.parent / LINK).write_text(seal(_link(start, products), signer) + "\n")
 
     def _append(
         self,
@@ -119,7 +117,7 @@ class Attestation:
             "predicateType": PROVENANCE,
             "predicate": {"buildDefinition": definition, "runDetails": details},
         }
-        line, _ = seal(statement, signing_key())
+        line = seal(statement, signing_key())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -8,7 +8,8 @@ from tests.support.model_zoo import batches, images, predict, tiny
 from tests.support.plans import context
 from vitprune import BadInput, find_groups, prune
 from vitprune.criteria import DEFAULT_CONTEXT
-from vitprune.criteria.obs.obc import obc, solve_rows
+from vitprune.criteria.obs.obc import obc
+from vitprune.criteria.obs.row_solve import solve_rows
 from vitprune.criteria.obs.unit_elimination import RIDGES
 from vitprune.groups import Group, ParamSlice
 from vitprune.pruning.select import select

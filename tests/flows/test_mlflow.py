@@ -34,13 +34,13 @@ for run in client.search_runs([experiment], max_results=1000):
     names, into = list(files(run.info.run_id)), tempfile.mkdtemp()
     digests = {name: sha256(client.download_artifacts(run.info.run_id, name, into)) for name in names}
     runs.append({"id": run.info.run_id, "name": run.data.tags["mlflow.runName"], "status": run.info.status,
-        "tags": run.data.tags, "params": run.data.params, "metrics": run.data.metrics, "files": digests})
+        "tags": run.data.tags, "datasets": [i.dataset.name for i in run.inputs.dataset_inputs], "params": run.data.params, "metrics": run.data.metrics, "files": digests})
 models = []
 for model in client.search_logged_models([experiment]):
     names = [file.path for file in client.list_logged_model_artifacts(model.model_id)]
     models.append({"status": str(model.status), "files": names, "tags": model.tags,
         "metrics": {metric.key: metric.value for metric in model.metrics}})
-print(json.dumps({"runs": runs, "models": models}))
+print(json.dumps({"runs": runs, "models": models, "kind": client.get_experiment(experiment).tags}))
 """
 
 
@@ -165,6 +165,7 @@ def test_a_repeated_upload_is_idempotent(project: Path, address: str, server: Pa
     (model,) = seen["models"]
     assert sorted(model["files"]) == ["config.json", "model.safetensors"]
     assert model["status"] == "READY"
+    assert seen["kind"]["mlflow.experimentKind"] == "custom_model_development"
     assert model["metrics"]["pruned.top1"] == evaluation["pruned"]["top1"]
 
 
@@ -173,6 +174,10 @@ def check_computed(runs: list[dict], evaluation: dict, cycles: int) -> None:
     parent = by_name["compress-first"]
     assert parent["params"]["prune.method"] == "channel-taylor"
     assert parent["metrics"]["dense.top1"] == evaluation["dense"]["top1"]
+    assert parent["datasets"] == [parent["params"]["dataset.source"]]
+    assert f"| top-1 | {evaluation['dense']['top1']:.2f} % |" in parent["tags"]["mlflow.note.content"]
+    assert len([tag for tag in parent["tags"] if tag.startswith("vitprune.")]) <= 10
+    assert parent["files"]["out/report/report.html"] == by_name["report"]["files"]["out/report/report.html"]
     assert parent["tags"]["vitprune.dvc_lock_sha256"] == parent["files"]["dvc.lock"]
     assert {"vitprune.manifest_sha256", "vitprune.calibration_sha256", "mlflow.source.git.commit"} <= set(
         parent["tags"]

@@ -112,7 +112,10 @@ def _print_outcome(project: Path, outcome: "Outcome", notes: list[str]) -> None:
             f"`vitprune sync --project {project}` uploads the {upload.missed} missing runs"
         )
     elif upload.uri:
+        from vitprune.orchestration.prefect_artifacts import how_to_open, link
+
         print(f"MLflow: {upload.uri}, run {upload.run_id}")
+        print(f"its page: {link(upload)}. {how_to_open(upload)}")
     for note in notes:
         print(note)
     if outcome.error:

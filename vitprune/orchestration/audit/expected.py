@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelStatus, Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, LoggedModelStatus, Metric, Param, Run, RunTag
 
 from vitprune.orchestration.tracking.journal import RunLog
 from vitprune.orchestration.tracking.upload import KEY, Uploader
@@ -23,6 +23,7 @@ class RunContent:
         points: all points of the metrics: name, step, value.
         latest: value of every metric at its last step, which MLflow's pages and searches show.
         files: paths of the artifacts.
+        datasets: name and digest of the data sets.
         info: name, status, start and end (milliseconds since 1970); without an end for a run that others end.
         run: id of the run.
     """
@@ -32,6 +33,7 @@ class RunContent:
     points: set[tuple[str, int, float]] = field(default_factory=set)
     latest: dict[str, float] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
+    datasets: set[tuple[str, str]] = field(default_factory=set)
     info: dict[str, Any] = field(default_factory=dict)
     run: str = ""
 
@@ -72,6 +74,10 @@ class RecordingClient:
         content.latest |= {metric.key: metric.value for metric in metrics if metric.step >= last[metric.key]}
         content.params |= {param.key: param.value for param in params}
         content.tags |= {tag.key: tag.value for tag in tags}
+
+    def log_inputs(self, run: str, inputs: Sequence[DatasetInput]) -> None:
+        """Record data sets."""
+        self.runs[run].datasets |= {(logged.dataset.name, logged.dataset.digest) for logged in inputs}
 
     def log_artifact(self, run: str, path: str, folder: str | None = None) -> None:
         """Record the path of a file."""
@@ -131,6 +137,7 @@ def _content(client: MlflowClient, run: Run) -> RunContent:
         points=points,
         latest=dict(run.data.metrics),
         files=set(_files(client, info.run_id)),
+        datasets={(logged.dataset.name, logged.dataset.digest) for logged in run.inputs.dataset_inputs},
         info={"name": info.run_name, "status": info.status, "start": info.start_time, "end": info.end_time},
         run=info.run_id,
     )

@@ -123,8 +123,8 @@ def artifacts(collected: CollectedRun) -> Lines:
         path = collected.tree / file.path
         if is_cached(file.path) and path.is_file() and md5(path) != file.md5:
             yield f"{file.path}: DVC's copy has the MD5 {md5(path)}, {_source(file)} says {file.md5}"
-        for record in collected.records.glob(f"*/{file.path}"):
-            if md5(record) != file.md5:
+        for record in (collected.records / file.path, *collected.records.glob(f"*/{file.path}")):
+            if record.is_file() and md5(record) != file.md5:
                 yield f"{file.path}: MLflow's copy has the MD5 {md5(record)}, dvc.lock says {file.md5}"
     facts = [collected.stage_fact(stage) for stage in STAGES]
     for kept in (file for fact in facts for file in (*fact.get("files", ()), *fact.get("model", ()))):
@@ -223,6 +223,9 @@ def _differences(name: str, wanted: RunContent, recorded: RunContent) -> Lines:
         yield Note(f"{name}: tag {key} is in MLflow only: {recorded.tags[key][:60]!r}")
     for path in sorted(recorded.files - wanted.files):
         yield Note(f"{name}: the artifact {path} is in MLflow only")
+    for source, digest in sorted(recorded.datasets ^ wanted.datasets):
+        where = "MLflow" if (source, digest) in recorded.datasets else "the run log"
+        yield f"{name}: the data set {source} with the digest {digest} is in {where} only"
     for key in sorted(recorded.params.keys() - wanted.params.keys()):
         yield f"{name}: param {key} has been added in MLflow"
     for key, step, value in sorted(recorded.points - wanted.points):

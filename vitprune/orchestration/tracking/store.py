@@ -19,6 +19,8 @@ from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import without_credentials
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+# MLflow 3 opens an experiment without a kind as one of generative AI, with empty pages for traces
+KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class TrackingError(BadInput):
@@ -90,7 +92,7 @@ def open_client(project: Path) -> tuple[MlflowClient, str]:
             return client, experiment.experiment_id
         location = (project / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
         try:
-            return client, client.create_experiment(name, artifact_location=location)
+            return client, client.create_experiment(name, artifact_location=location, tags=KIND)
         except MlflowException:
             experiment = client.get_experiment_by_name(name)
             if experiment is None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag, ViewType
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from vitprune.orchestration.attestation.statements import LINK
+from vitprune.orchestration.tracking.description import REPORT, description
 from vitprune.orchestration.tracking.journal import JOURNAL, RunLog, read_log
 from vitprune.orchestration.tracking.logged_model import DIGEST, find_model, model_digest, record_model
 from vitprune.runtime.files import sha256
@@ -61,7 +63,8 @@ class Uploader:
         tags = {"vitprune.prefect_flow_run_id": flow, "vitprune.project": str(self.journal.project)}
         tags |= start_tags(start) | {JOURNAL_DIGEST: sha256(self.journal.path)}
         tags |= {f"vitprune.{_stem(d)}_sha256": d["sha256"] for fact in stages if (d := fact.get("digest"))}
-        tags |= {f"vitprune.{_word(file['path'])}_sha256": file["sha256"] for file in (*start["files"], *end["files"])}
+        tags |= {f"vitprune.{_word(file['path'])}_sha256": file["sha256"] for file in end["files"]}
+        tags[MLFLOW_RUN_NOTE] = description(start, stages, end["error"])
         bundle = self.journal.attestation.path
         if bundle.is_file():
             tags[BUNDLE_DIGEST] = sha256(bundle)
@@ -74,12 +77,21 @@ class Uploader:
             tags |= sweep_tags | {"mlflow.parentRunId": parent}
         run = self._run(flow, name, start["time"], tags)
         self._params(run, start["params"])
-        self._files(run, (*start["files"], *end["files"]))
+        report = [file for fact in stages for file in fact.get("files", ()) if file["path"] == REPORT]
+        self._files(run, (*start["files"], *end["files"], *report))
+        self._dataset(run, str(start["params"].get("dataset.source")), stages)
         self.client.log_text(run, self.journal.path.read_text(encoding="utf-8"), JOURNAL)
         for path in (bundle, bundle.with_name(LINK)):
             if path.is_file():
                 self.client.log_artifact(run, str(path))
         return run
+
+    def _dataset(self, run: str, source: str, stages: Iterable[Fact]) -> None:
+        """Log the image source with the digest of its manifest."""
+        manifest = next((fact["digest"] for fact in stages if fact["stage"] == "dataset" and "digest" in fact), None)
+        if manifest is not None:
+            dataset = Dataset(source[:500], manifest["sha256"][:36], "vitprune", source)  # MLflow's limits
+            self.client.log_inputs(run, [DatasetInput(dataset)])
 
     def _stage(self, parent: str, fact: Fact) -> None:
         stage, lock = fact["stage"], fact.get("lock", {"params": {}, "sha256": ""})
@@ -225,13 +237,13 @@ def has_run(client: MlflowClient, experiment: str, key: str) -> bool:
 
 
 def start_tags(start: Fact) -> dict[str, str]:
-    """Return commit, uncommitted changes and package versions of a run as tags."""
+    """Return commit and uncommitted changes of a run as tags."""
     git = start["git"]
     tags = {f"mlflow.source.git.{name}": str(git[name]) for name in ("commit", "branch", "dirty") if name in git}
     if git:
         changed = "\n".join(git.get("changed", ()))
         tags |= {"vitprune.git_prefix": git.get("prefix") or "", "vitprune.git_changed": changed}
-    return tags | {f"vitprune.version.{package}": version for package, version in start.get("versions", {}).items()}
+    return tags
 
 
 def digest_tags(fact: Fact) -> dict[str, str]:

@@ -14,8 +14,10 @@ import pytest
 
 from tests.support import preloaded
 from tests.support.tiny_project import record
+from vitprune.orchestration.execution.isolated import call
 from vitprune.orchestration.execution.run_stage import STAGES
-from vitprune.orchestration.tracking.journal import read_log
+from vitprune.orchestration.tracking.journal import CURVES, RunLog, read_log
+from vitprune.orchestration.tracking.live_curves import follow
 
 pytestmark = pytest.mark.pipeline
 
@@ -34,7 +36,8 @@ for run in client.search_runs([experiment], max_results=1000):
     names, into = list(files(run.info.run_id)), tempfile.mkdtemp()
     digests = {name: sha256(client.download_artifacts(run.info.run_id, name, into)) for name in names}
     runs.append({"id": run.info.run_id, "name": run.data.tags["mlflow.runName"], "status": run.info.status,
-        "tags": run.data.tags, "datasets": [i.dataset.name for i in run.inputs.dataset_inputs], "params": run.data.params, "metrics": run.data.metrics, "files": digests})
+        "tags": run.data.tags, "datasets": [used.dataset.name for used in run.inputs.dataset_inputs],
+        "params": run.data.params, "metrics": run.data.metrics, "files": digests})
 models = []
 for model in client.search_logged_models([experiment]):
     names = [file.path for file in client.list_logged_model_artifacts(model.model_id)]
@@ -262,6 +265,43 @@ def test_a_lost_store_is_written_again_from_the_run_logs(project: Path) -> None:
         "attestation.jsonl", "params.yaml", "dvc.yaml", "dvc.lock", "journal.jsonl",
     }  # fmt: skip
     assert files["report"] == {}
+
+
+def test_curves_of_a_running_stage_are_replaced_by_its_records(project: Path) -> None:
+    run_log, store = RunLog(project, "first"), f"sqlite:///{project}/mlflow.db"
+    epochs = len((project / CURVES["dense"]).read_text().splitlines())
+    run_log.start(time.time())
+    for logged, rest in ((2, 2), (epochs, epochs - 2)):
+        times = json.dumps([1.7e9 + number for number in range(logged)])
+        call_live = ("vitprune.orchestration.tracking.live_curves:log_curve", str(project), "first", "dense", times)
+        assert call(*call_live, project=project) == rest
+    (live,) = read_mlflow(store)["runs"]
+    assert (live["name"], live["status"]) == ("compress-first (running)", "RUNNING")
+    assert {"dense.loss", "dense.lr", "dense.top1"} <= live["metrics"].keys()
+    run_log.path.unlink()
+    record(project, "first")
+    assert sync(project)[0] == 0
+    names = {run["name"]: run["id"] for run in read_mlflow(store)["runs"]}
+    assert {"compress-first", *STAGES} <= names.keys()
+    assert live["id"] not in names.values()
+    assert call(*call_live, project=project) == 0  # an upload that began late creates no run
+
+
+def test_epochs_have_the_time_at_which_they_were_recorded(tmp_path: Path) -> None:
+    curve = tmp_path / CURVES["dense"]
+    curve.parent.mkdir(parents=True)
+    curve.write_text("{}\n{}\n{}\n")  # of an earlier run
+    os.utime(curve, (1, 1))
+    began = time.time()
+    with follow(tmp_path, "first", "dense") as times:
+        pass
+    assert times == []
+    with follow(tmp_path, "first", "dense") as times:
+        curve.write_text("{}\n{}\n{")  # the third line is being written
+    assert len(times) == 2
+    assert all(began <= moment <= time.time() for moment in times)
+    with follow(tmp_path, "first", "score") as times:
+        assert times == []
 
 
 def sync(project: Path) -> tuple[int, str, str]:

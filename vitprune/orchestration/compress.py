@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import Logger, LoggerAdapter
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from vitprune.orchestration.execution.lock_and_repair import Busy, exclusive, ke
 from vitprune.orchestration.execution.run_stage import STAGES, FailureClass, StageResult, check_params, reproduce
 from vitprune.orchestration.prefect_artifacts import publish
 from vitprune.orchestration.tracking.journal import RunLog
+from vitprune.orchestration.tracking.live_curves import follow
 from vitprune.orchestration.tracking.replay import UploadResult
 
 RunLogger = Logger | LoggerAdapter[Logger]
@@ -123,7 +124,9 @@ def _run_all(project: Path, run_stage: RunStage, warn: Callable[[str], None]) ->
     status = "KILLED"
     try:
         for stage in STAGES:
-            results.append(_result(stage, project, run_stage))
+            with follow(project, run_log.flow_run_id, stage) as times:
+                result = _result(stage, project, run_stage)
+            results.append(result if result.cached else replace(result, epochs=tuple(times)))
             run_log.stage(results[-1])
             keep_lockfile(project)
             if results[-1].exit_code:

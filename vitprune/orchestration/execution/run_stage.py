@@ -31,7 +31,10 @@ class FailureClass(Enum):
 
 @dataclass(frozen=True)
 class StageResult:
-    """Result of one stage: cached or run; `started` and `seconds` in seconds; `error` is one line, empty on success."""
+    """Result of one stage: cached or run; `started` and `seconds` in seconds; `error` is one line, empty on success.
+
+    `epochs` has the time of each epoch that the stage trained, in seconds since 1970.
+    """
 
     stage: str
     cached: bool
@@ -40,6 +43,7 @@ class StageResult:
     exit_code: int
     failure: FailureClass = FailureClass.NONE
     error: str = ""
+    epochs: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as plain values."""

@@ -1,4 +1,4 @@
-"""What MLflow's page of a run shows at the top: its result, the place of the report, and the versions of the packages."""
+"""Text at the top of a run's page in MLflow: result, place of the report, versions of the packages."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

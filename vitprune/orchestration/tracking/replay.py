@@ -12,6 +12,7 @@ from typing import Any
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.tracking.journal import RunLog, read_log
 from vitprune.orchestration.tracking.kept_files import archive, archived, restore
+from vitprune.orchestration.tracking.live_curves import delete_live_run
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import without_credentials
 
@@ -51,7 +52,7 @@ def replay(project: Path, flow_run_id: str | None = None) -> UploadResult:
     Returns:
         What was uploaded.
     """
-    with _upload_lock(project):
+    with upload_lock(project):
         pending = _pending(project, flow_run_id)
         kept = archived(project) if flow_run_id is None else []
         return _upload(project, pending, kept) if pending or kept else UploadResult(0, 0)
@@ -93,6 +94,7 @@ def _upload(project: Path, pending: list[RunLog], kept: list[RunLog]) -> UploadR
                 try:
                     lost = restore(run_log) if run_log in missing else frozenset()
                     run = Uploader(client, experiment, run_log, lost).upload()
+                    delete_live_run(client, experiment, run_log.flow_run_id)
                 except MlflowException as error:
                     if error.error_code != "INVALID_PARAMETER_VALUE":
                         raise
@@ -134,7 +136,7 @@ def _is_busy(project: Path) -> bool:
 
 
 @contextmanager
-def _upload_lock(project: Path) -> Iterator[None]:
+def upload_lock(project: Path) -> Iterator[None]:
     """Allow one upload at a time: creating the store and its runs is not safe among several processes."""
     path = project / STATE / "upload.lock"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from vitprune.orchestration.tracking.logged_model import DIGEST, find_model, mod
 from vitprune.runtime.files import sha256
 
 Fact = Mapping[str, Any]
+TimedRow = tuple[dict[str, Any], float]  # an epoch of a curve, and when it was recorded, in seconds since 1970
 JOURNAL_DIGEST, BUNDLE_DIGEST = "vitprune.journal_sha256", "vitprune.attestation_sha256"
 KEY, CACHED, HASH = "vitprune.key", "vitprune.cached", "vitprune.dvc_stage_hash"
 
@@ -121,15 +122,17 @@ class Uploader:
     def _computed(self, run: str, fact: Fact, ended: float) -> None:
         self._files(run, fact.get("files", ()))
         rows = [row for file in fact.get("files", ()) for row in self._history(file)]
-        self._curves(run, rows, ended)
+        times = fact.get("epochs", ())
+        timed = list(zip(rows, times if len(times) == len(rows) else [ended] * len(rows), strict=True))
+        self._curves(run, timed)
         for cycle in fact.get("cycles", ()):
-            self._cycle(run, fact, cycle, [row for row in rows if row.get("cycle") == cycle["cycle"]])
+            self._cycle(run, fact, cycle, [(row, time) for row, time in timed if row.get("cycle") == cycle["cycle"]])
         files = fact.get("model", ())
         if files and not self.lost.intersection(file["path"] for file in files):
             key = f"{self.journal.flow_run_id}/{fact['stage']}"
             record_model(self.client, self.experiment, run, key, self.journal.spool, files)
 
-    def _cycle(self, parent: str, stage: Fact, cycle: Fact, rows: list[dict[str, Any]]) -> None:
+    def _cycle(self, parent: str, stage: Fact, cycle: Fact, rows: list[TimedRow]) -> None:
         number, ended = cycle["cycle"], stage["started"] + stage["seconds"]
         tags = {
             "mlflow.parentRunId": parent,
@@ -143,7 +146,7 @@ class Uploader:
         run = self._run(key, f"cycle-{number:02d}", stage["started"], tags)
         self._metrics(run, cycle["metrics"], ended, step=number)
         self._metrics(parent, cycle["metrics"], ended, step=number)
-        self._curves(run, rows, ended)
+        self._curves(run, rows)
         self._files(run, cycle["files"])
         self._end(run, "FINISHED", ended)
 
@@ -192,15 +195,14 @@ class Uploader:
         for some in _batches(metrics.items(), 1000):
             self.client.log_batch(run, [Metric(name, float(value), time, step) for name, value in some])
 
-    def _curves(self, run: str, rows: list[dict[str, Any]], ended: float) -> None:
-        """Log training curves, with the stage's end as time: files hashed by DVC hold no timestamps."""
-        steps = [int(row.get("step", number)) for number, row in enumerate(rows)]
+    def _curves(self, run: str, rows: list[TimedRow]) -> None:
+        """Log training curves: one row and its time per epoch."""
+        steps = [int(row.get("step", number)) for number, (row, _) in enumerate(rows)]
         if any(later <= earlier for earlier, later in pairwise(steps)):
             steps = list(range(len(rows)))  # steps restart in every cycle
-        time = _milliseconds(ended)
         points = [
-            Metric(f"curve.{name}", float(value), time, step)
-            for row, step in zip(rows, steps, strict=True)
+            Metric(f"curve.{name}", float(value), _milliseconds(time), step)
+            for (row, time), step in zip(rows, steps, strict=True)
             for name, value in row.items()
             if isinstance(value, int | float) and name not in {"step", "cycle"}
         ]

@@ -139,6 +139,7 @@ def sweep(
     jobs: Annotated[int, typer.Option(help="Runs at once; latencies are exact only with 1.")] = 1,
     stage_limit: StageLimit = None,
     check: Annotated[bool, typer.Option("--check", help="Check the settings, print the runs, and stop.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove the worktrees of the sweep, and stop.")] = False,
 ) -> None:
     """Run every method at every target, and plot top-1 against throughput, MACs or parameters.
 
@@ -147,8 +148,11 @@ def sweep(
     (0.5, {macs: 0.5}, {ffn: 0.6, attention: 0.5}), params (override params.yaml) and against.
     """
     _require_pipeline()
-    from vitprune.orchestration.cli_sweep import SweepOptions, run_sweep
+    from vitprune.orchestration.cli_sweep import SweepOptions, remove_worktrees, run_sweep
 
+    if clean:
+        remove_worktrees(project, file.stem if file else name)
+        return
     settings = SweepOptions(file, methods, targets, against, name, jobs, stage_limit, check)
     raise typer.Exit(run_sweep(project, settings))
 
@@ -226,9 +230,13 @@ def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The project directory; created if it is missing.")],
     source: Annotated[str, typer.Option(help="digits, folder:PATH, parquet:PATH, wds/PATH or a timm name.")] = "digits",
     model: Annotated[str | None, typer.Option(help="A timm model.  [default: deit_tiny_patch16_224]")] = None,
-    method: Annotated[str | None, typer.Option(help="See vitprune methods.  [default: channel-taylor]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="See vitprune methods.  [default: unit-obs; channel-taylor for digits]")
+    ] = None,
     classes: Annotated[int | None, typer.Option(min=1, help="Number of classes, if the source does not say.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Settings to start from, such as recipes/NAME.yaml.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Settings to start from: a name of vitprune recipes, or a file.")
+    ] = None,
     remote: Annotated[
         str | None, typer.Option(help="DVC remote: a folder, ssh://, s3://, gs:// or azure:// address.")
     ] = None,
@@ -236,7 +244,7 @@ def init(
     """Create a project: a git and DVC repository with the pipeline, its settings and its Prefect flows."""
     from vitprune.pipeline.project_template import Choice, create_project
 
-    written = create_project(directory, Choice(source, model, method or Choice.method, classes, remote, recipe))
+    written = create_project(directory, Choice(source, model, method, classes, remote, recipe))
     print(f"{directory}: wrote {', '.join(written)}")
     print(f"Next: cd {directory} && vitprune run (or dvc repro); all settings are in params.yaml")
     if remote is not None:
@@ -263,17 +271,44 @@ def import_scores(
 
 @app.command(rich_help_panel=MODELS, epilog="Example: vitprune methods")
 def methods() -> None:
-    """List the pruning methods: prunable units, ranking scope and importance criterion."""
+    """List the pruning methods: what each needs, when to use it, its criterion, and the ranking scope of each kind."""
     from rich.console import Console
     from rich.table import Table
 
+    from vitprune.pipeline.method_guide import METHOD_GUIDE
     from vitprune.pruning.methods import METHODS
 
-    table = Table("method", "kinds and scopes", "", box=None, pad_edge=False)
+    table = Table("method", "images", "time", "use, criterion and scopes", box=None, pad_edge=False)
     for name, row in METHODS.items():
-        scopes = ", ".join(f"{kind}: {scope}" for kind, scope in row.scopes.items())
-        table.add_row(f"[bold]{name}", scopes, row.about)
+        advice, scopes = METHOD_GUIDE[name], ", ".join(f"{kind}: {scope}" for kind, scope in row.scopes.items())
+        text = f"{advice.use}\n[dim]{row.about}\n{scopes}"
+        table.add_row(f"[bold]{name}", advice.images, advice.time, text)
     Console().print(table)
+    print("Images: a few hundred for calibration. Time: scoring of DeiT-Tiny on a CPU.")
+
+
+@app.command(rich_help_panel=PROJECTS, epilog="Example: vitprune recipes")
+def recipes() -> None:
+    """List the recipes, settings of published runs, for init --recipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vitprune.pipeline.project_template.shipped_recipes import about, recipe_files
+
+    table = Table("recipe", "content", box=None, pad_edge=False)
+    for name, path in recipe_files().items():
+        table.add_row(f"[bold]{name}", about(path))
+    Console().print(table)
+
+
+@app.command(rich_help_panel=PROJECTS, epilog="Example: vitprune schema > params.schema.json")
+def schema() -> None:
+    """Print the JSON schema of params.yaml, with which an editor completes and checks its keys."""
+    import json
+
+    from vitprune.config.params import Params
+
+    print(json.dumps(Params.model_json_schema(), indent=2))
 
 
 @app.command(rich_help_panel=MODELS, epilog="Example: vitprune inspect deit_small_patch16_224")
@@ -286,32 +321,23 @@ def inspect(
     from rich.table import Table
 
     from vitprune import data, models
-    from vitprune.architectures import find_groups
-    from vitprune.config.prune_config import KINDS
-    from vitprune.evaluation.cost import count, group_costs
+    from vitprune.evaluation.cost import count
+    from vitprune.evaluation.inspect_model import inspect_groups
 
     network = models.load(model) if Path(model).is_dir() else models.create(model)
     example = data.example_input(network, 1)
-    table = Table("group", "kind", "units", "parameters", "MACs", box=None, pad_edge=False)
-    refused = []
-    for kind in KINDS:
-        try:
-            groups = find_groups(network, [kind])
-        except BadInput as error:
-            refused.append((kind, error))
-            continue
-        cost = group_costs(network, groups, example)
-        for group in groups:
-            shape = " x ".join(str(side) for side in group.shape)
-            weights, macs = cost[group.name]
-            table.add_row(group.name, kind, shape, f"{weights:,}", f"{macs:,}")
-    if len(refused) == len(KINDS):
-        raise refused[0][1]
-    total = count(network, example)
-    console = Console()
+    rows, total = list(inspect_groups(network, example)), count(network, example)
+    size, console = " x ".join(str(side) for side in example.shape[-2:]), Console()
+    table = Table("group", "kind", box=None, pad_edge=False)
+    for header in ("units", "parameters", f"MACs of {size} pixels"):
+        table.add_column(header, justify="right")
     console.print(f"[bold]{model}[/]: {total.params / 1e6:.2f} M parameters, {total.macs / 1e9:.3f} G MACs")
-    for kind, reason in refused:
-        console.print(f"[dim]{kind}: {escape(str(reason))}")
+    for row in rows:
+        if row.why:
+            console.print(f"[dim]{row.kind}: {escape(row.why)}")
+        else:
+            cells = (row.name or "all", row.kind, row.units, f"{row.params:,}", f"{row.macs:,}")
+            table.add_row(*cells, style=None if row.name else "bold")
     console.print(table)
 
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # the package of this checkout, installed or not
 
 from vitprune import cli  # noqa: E402
 from vitprune.config.params import Params  # noqa: E402
+from vitprune.pipeline.method_guide import METHOD_GUIDE  # noqa: E402
 from vitprune.pruning.methods import METHODS  # noqa: E402
 
 REPOSITORY_PAGES = {
@@ -181,11 +182,12 @@ def _default(value: object) -> str:
 
 
 def methods() -> Iterator[str]:
-    """List the rows of METHODS."""
-    yield "| method | kinds | scope per kind | description |\n| --- | --- | --- | --- |"
+    """List the rows of METHODS, with what each needs and is good for."""
+    yield "| method | kinds and scopes | images | time | use | description |\n| --- | --- | --- | --- | --- | --- |"
     for name, method in METHODS.items():
-        scopes = ", ".join(f"{kind}: {scope}" for kind, scope in method.scopes.items())
-        yield f"| `{name}` | {', '.join(method.kinds)} | {scopes} | {_cell(method.about)} |"
+        advice, scopes = METHOD_GUIDE[name], ", ".join(f"{kind}: {scope}" for kind, scope in method.scopes.items())
+        cells = (f"`{name}`", scopes, advice.images, advice.time, advice.use, method.about)
+        yield f"| {' | '.join(map(_cell, cells))} |"
 
 
 def _cell(text: str) -> str:

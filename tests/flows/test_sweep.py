@@ -13,6 +13,8 @@ import yaml
 from tests.flows.test_mlflow import read_mlflow
 from tests.support import shell_pipeline
 from tests.support.shell_pipeline import processes_of, sleepers, wait_for
+from vitprune.errors import BadInput
+from vitprune.orchestration.cli_sweep import remove_worktrees
 from vitprune.orchestration.execution.lock_and_repair import exclusive
 from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
 
@@ -93,6 +95,15 @@ def test_a_killed_sweep_resumes_and_names_failed_runs(project: Path, server: str
     assert above["status"] == "FINISHED"
     assert {"pareto.png", "sweep.html", "sweep.md", "sweep.parquet"} <= set(above["files"])
     assert {run["params"]["prune.method"] for run in below} == {"channel-magnitude", "channel-taylor"}
+
+    with pytest.raises(BadInput, match=r"sweep other: not in .*; its sweeps: sweep"):
+        remove_worktrees(project, "other")
+    remove_worktrees(project, "sweep")
+    assert not (folder / "runs").exists()
+    listed = subprocess.run(["git", "worktree", "list"], cwd=project, capture_output=True, text=True)
+    assert listed.stdout.count("\n") == 1
+    uploaded = project / ".vitprune/journal/uploaded"
+    assert len(list(uploaded.glob("*.jsonl"))) >= len(RUNS)  # from which a lost MLflow store is written again
 
 
 def test_bad_input_is_one_line_and_starts_no_run(project: Path, tmp_path: Path) -> None:

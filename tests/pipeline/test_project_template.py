@@ -15,7 +15,9 @@ import yaml
 from vitprune import data, plan_for
 from vitprune.config.params import load_params
 from vitprune.errors import BadInput
+from vitprune.pipeline.method_guide import METHOD_GUIDE
 from vitprune.pipeline.project_template import Choice, create_project, new_params
+from vitprune.pipeline.project_template.shipped_recipes import about, recipe_files
 from vitprune.pruning.methods import METHODS
 
 pytestmark = pytest.mark.pipeline
@@ -106,6 +108,7 @@ def test_images_elsewhere_are_an_absolute_dependency(tmp_path: Path) -> None:
     params = load_params(tmp_path / "project/params.yaml")
     assert params.dataset.source == f"folder:{photos}"
     assert (params.model.args, params.dense.start, params.dense.train) == ({}, "pretrained", None)
+    assert (params.prune.method, params.prune.sparsity) == ("unit-obs", 0.4)
     assert str(photos) in yaml.safe_load((tmp_path / "project/dvc.yaml").read_text())["stages"]["dataset"]["deps"]
 
 
@@ -152,6 +155,8 @@ def test_inside_a_larger_repository_dvc_uses_a_subdirectory(tmp_path: Path) -> N
         (Choice("folder:"), "lacks the path"),
         (Choice("hfds/x", model="deit_tini"), "--model 'deit_tini': timm has no model of this name"),
         (Choice("hfds/x", model="deit_tiny_patch16_224.none"), "--classes: timm has no weights of deit_tiny"),
+        (Choice(recipe="up_deit_smal"), "no recipe has this name; did you mean up_deit_small?"),
+        (Choice(recipe="nothing"), "no recipe has this name; vitprune recipes lists the names"),
         (Choice(classes=3), "--classes 3: digits has 10 classes"),
     ],
 )
@@ -170,11 +175,24 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
 
 def test_a_project_from_a_recipe_has_all_of_its_settings(tmp_path: Path) -> None:
     recipe = REPOSITORY / "recipes/up_deit_small.yaml"
-    create_project(tmp_path / "project", Choice(recipe=recipe))
+    create_project(tmp_path / "project", Choice(recipe="up_deit_small"))
     written = yaml.safe_load((tmp_path / "project/params.yaml").read_text())
     assert "base" not in written
     assert written["prune"]["merge_heads_to"] == 6
     assert load_params(tmp_path / "project/params.yaml") == load_params(recipe)
+
+
+def test_the_readme_of_the_recipes_lists_all() -> None:
+    rows = [f"| [{name}]({path.name}) | {about(path)} |" for name, path in recipe_files().items()]
+    lines = (REPOSITORY / "recipes/README.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| [")] == rows
+    assert {path.name for path in (REPOSITORY / "recipes").glob("*.yaml")} == {
+        f"{name}.yaml" for name in recipe_files()
+    }
+
+
+def test_every_method_has_advice() -> None:
+    assert METHOD_GUIDE.keys() == METHODS.keys()
 
 
 def test_the_wheel_contains_all_files_of_init(tmp_path: Path) -> None:
@@ -200,6 +218,7 @@ def test_the_wheel_contains_all_files_of_init(tmp_path: Path) -> None:
         "flows/compress.py",
         "flows/retrain.py",
         "flows/sweep.py",
+        "recipes/up_deit_small.yaml",
         "templates/README.md",
         "templates/gitignore",
         "templates/dvcignore",

@@ -38,7 +38,7 @@ def make(project: Path) -> Path:
 def make_of_images(project: Path, size: int = 240) -> Path:
     """Create and commit an even smaller project whose images are tracked by DVC."""
     write_images(project / "images", range(size))
-    create_project(project, Choice(f"folder:{project / 'images'}", "vit_tiny_patch16_224"))
+    create_project(project, Choice(f"folder:{project / 'images'}", "vit_tiny_patch16_224", "channel-taylor"))
     path = project / "params.yaml"
     params = yaml.safe_load(path.read_text())
     args = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}

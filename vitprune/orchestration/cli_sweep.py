@@ -1,6 +1,7 @@
 """`vitprune sweep`: check and plan a sweep, run the flow sweep, and print its table."""
 
 import json
+import shutil
 import sys
 import uuid
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclus
 from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
 from vitprune.orchestration.interrupts import run_interruptibly
 from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, show_flow_log, start_embedded_server
+from vitprune.orchestration.tracking.kept_files import adopt
+from vitprune.runtime.commands import git
 from vitprune.runtime.files import atomic_write
 from vitprune.runtime.yaml_files import dump_yaml
 
@@ -68,6 +71,33 @@ def run_sweep(project: Path, options: SweepOptions) -> int:
         return run_interruptibly(body, STOPPED)
     except Busy as error:
         raise BadInput(str(error)) from None
+
+
+def remove_worktrees(project: Path, name: str) -> None:
+    """Remove the worktrees of a sweep's runs; table, plot, MLflow's records and DVC's cache remain.
+
+    Raises:
+        BadInput: there is no such sweep, it is active, or MLflow lacks records of its runs.
+    """
+    project = checked_project(project)
+    folder = project / STATE / "sweeps" / name
+    plan = folder / "sweep.json"
+    if Path(name).name != name or not plan.is_file():
+        known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/sweep.json"))) or "none"
+        raise BadInput(f"sweep {name}: not in {project}; its sweeps: {known}")
+    try:
+        with exclusive(folder, what="sweep"):
+            directories = [folder / run["directory"] for run in json.loads(plan.read_text(encoding="utf-8"))["runs"]]
+            waiting = [path for directory in directories for path in (directory / STATE / "journal").glob("*.jsonl")]
+            if waiting:
+                raise BadInput(f"{waiting[0]}: MLflow does not have this run; run vitprune sync first")
+            for directory in directories:
+                adopt(directory, project)
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+            git(project, "worktree", "prune")
+    except Busy as error:
+        raise BadInput(str(error)) from None
+    print(f"{folder / 'runs'}: removed; a further run of the sweep takes finished stages from DVC's cache")
 
 
 def _check(options: SweepOptions) -> None:

@@ -179,6 +179,8 @@ def test_page_loads_no_external_file(project: Path) -> None:
     assert page.tags.isdisjoint({"script", "link", "iframe", "object", "embed"})
     assert len(set(page.ids)) == len(page.ids)
     assert {reference[1:] for reference in page.references if reference.startswith("#")} <= set(page.ids)
+    assert page.references[:2] == ["#comparison", "#difference"]  # the contents
+    assert page.values.keys() & {"dense.macs", "dense.nonzero_macs", "dense.nominal_macs"} == {"dense.macs"}  # no zeros
 
 
 def test_markup_in_names_is_escaped(project: Path) -> None:

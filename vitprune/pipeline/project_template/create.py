@@ -16,7 +16,7 @@ import yaml
 from vitprune import data
 from vitprune.config.params import load_params
 from vitprune.errors import BadInput
-from vitprune.pipeline.project_template import new_params, remotes
+from vitprune.pipeline.project_template import new_params, remotes, shipped_recipes
 from vitprune.runtime.commands import Completed, dvc, error_line, git
 from vitprune.runtime.yaml_files import dump_yaml
 
@@ -35,18 +35,18 @@ class Choice:
     Attributes:
         source: Image source.
         model: timm model; None: the demo's for digits, else DeiT-Tiny.
-        method: Pruning method.
+        method: Pruning method; None: channel-taylor for digits (the demo), else unit-obs.
         classes: Number of classes; None: that of the source or of the published weights.
         remote: Folder or address of the DVC remote; None for none.
-        recipe: Recipe that gives all settings instead of source, model, method and classes; None for none.
+        recipe: Name or file of a recipe, whose settings replace source, model, method and classes; None for none.
     """
 
     source: str = "digits"
     model: str | None = None
-    method: str = "channel-taylor"
+    method: str | None = None
     classes: int | None = None
     remote: str | None = None
-    recipe: Path | None = None
+    recipe: Path | str | None = None
 
 
 def create_project(directory: Path, choice: Choice) -> list[str]:
@@ -63,13 +63,14 @@ def create_project(directory: Path, choice: Choice) -> list[str]:
     _refuse_without("DVC", importlib.util.find_spec("dvc") is not None, "pip install 'vitprune[pipeline]'")
     remote = remotes.located(choice.remote) if choice.remote is not None else None
     if choice.recipe is not None:
-        settings, path = load_params(choice.recipe), None
+        settings, path = load_params(shipped_recipes.recipe_file(str(choice.recipe))), None
         source = settings.dataset.source
         params = dump_yaml(settings.model_dump(mode="json"))
     else:
         source, path, counted = _located(choice.source, root)
         classes = choice.classes if choice.classes is not None else counted
-        params = new_params.render(_shipped("params.yaml"), source, choice.model, choice.method, classes)
+        method = choice.method or ("channel-taylor" if source == "digits" else "unit-obs")
+        params = new_params.render(_shipped("params.yaml"), source, choice.model, method, classes)
     texts = {
         REQUIREMENTS: _requirements(remote),
         ".gitignore": _ignoring(root, "gitignore"),

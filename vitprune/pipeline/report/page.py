@@ -13,12 +13,12 @@ from vitprune.runtime.files import atomic_write
 
 _MODELS = ("dense", "pruned")
 _ACCURACIES = (("top1", "Top-1 accuracy, %"), ("top5", "Top-5 accuracy, %"))
-_SIZES = (
-    ("params", "Parameters", "stored in the model"),
-    ("nonzero_params", "Nonzero parameters", "without exact zeros"),
-    ("macs", "MACs", "multiply-adds per image"),
-    ("nonzero_macs", "Nonzero MACs", "without exact-zero weights"),
-    ("nominal_macs", "Nominal MACs", "zeros spread evenly over layers, as in papers"),
+_SIZES = (  # key, label, note, key of the row that it repeats where no weight is zero
+    ("params", "Parameters", "stored in the model", ""),
+    ("nonzero_params", "Nonzero parameters", "without exact zeros", "params"),
+    ("macs", "MACs", "multiply-adds per image", ""),
+    ("nonzero_macs", "Nonzero MACs", "without exact-zero weights", "macs"),
+    ("nominal_macs", "Nominal MACs", "zeros spread evenly over layers, as in papers", "macs"),
 )
 _DIGESTS = (
     ("dataset", "data/manifest.parquet"),
@@ -136,8 +136,10 @@ def _comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         cells = [numbers.fixed(f"dense.{key}", dense, 2), numbers.fixed(f"pruned.{key}", pruned, 2)]
         change = None if dense is None or pruned is None else pruned - dense
         rows.append(_row(label, "", cells, numbers.signed(f"change.{key}", change, 2), "points"))
-    for key, label, note in _SIZES:
+    for key, label, note, repeated in _SIZES:
         dense, pruned = _pair(evaluation, key)
+        if repeated and (dense, pruned) == _pair(evaluation, repeated):
+            continue
         cells = [numbers.si_count(f"dense.{key}", dense), numbers.si_count(f"pruned.{key}", pruned)]
         rows.append(_row(label, note, cells, numbers.relative_change(f"change.{key}", dense, pruned)))
     rows.append(_latency(evaluation))

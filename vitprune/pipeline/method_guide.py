@@ -1,0 +1,49 @@
+"""What each pruning method needs and what it is good for: the table of `vitprune methods` and of the documentation."""
+
+from typing import NamedTuple
+
+
+class Advice(NamedTuple):
+    """What a method needs and when to use it.
+
+    Attributes:
+        images: calibration images: none, images, or images with labels.
+        time: time of scoring DeiT-Tiny with a few hundred images on a CPU.
+        use: when to use the method.
+    """
+
+    images: str
+    time: str
+    use: str
+
+
+NONE, UNLABELLED, LABELLED = "none", "images", "with labels"
+
+METHOD_GUIDE: dict[str, Advice] = {
+    "random": Advice(NONE, "seconds", "lower bound of comparisons"),
+    "magnitude": Advice(NONE, "seconds", "baseline of zeros"),
+    "uniform": Advice(NONE, "seconds", "baseline of zeros, the same sparsity in every layer"),
+    "lamp": Advice(NONE, "seconds", "zeros without images"),
+    "dimap": Advice(NONE, "seconds", "zeros without images, hierarchical models such as Swin"),
+    "taylor": Advice(LABELLED, "seconds", "first-order baseline of zeros"),
+    "n:m": Advice(NONE, "seconds", "2:4 pattern without images"),
+    "ovit": Advice(LABELLED, "minutes", "zeros in several cycles with fine-tuning"),
+    "ovit-increments": Advice(LABELLED, "minutes", "as ovit, with another ranking"),
+    "woodfisher": Advice(LABELLED, "minutes", "comparison with ovit"),
+    "woodfisher-joint": Advice(LABELLED, "minutes", "comparison with ovit"),
+    "fisher-diagonal": Advice(LABELLED, "seconds", "zeros with labels, less time than ovit"),
+    "fastcap": Advice(LABELLED, "minutes", "zeros in large layers, less memory than ovit"),
+    "obc": Advice(UNLABELLED, "minutes", "zeros or 2:4 without training: the most accurate"),
+    "magnitude-obs": Advice(LABELLED, "minutes", "comparison with ovit"),
+    "channel-magnitude": Advice(NONE, "seconds", "units without images; needs fine-tuning"),
+    "channel-taylor": Advice(LABELLED, "seconds", "first-order baseline of units; needs fine-tuning"),
+    "upvits": Advice(UNLABELLED, "minutes", "the paper's method; residual channels"),
+    "upvits-literal": Advice(UNLABELLED, "hours", "verification of the faster forms"),
+    "upvits-exact": Advice(UNLABELLED, "minutes", "exact scores of small models"),
+    "upvits-fisher": Advice(UNLABELLED, "seconds", "units of all kinds in little time"),
+    "upvits-blocks": Advice(UNLABELLED, "minutes", "fewer blocks"),
+    "upvits-refit": Advice(UNLABELLED, "minutes", "the same FFN width in all blocks, which plain timm loads"),
+    "upvits-global": Advice(UNLABELLED, "minutes", "fewer MACs, less time than unit-obs"),
+    "unit-obs": Advice(UNLABELLED, "minutes", "fewer MACs and lower latency: the most accurate"),
+    "corp": Advice(UNLABELLED, "seconds", "FFN units without labels and gradients"),
+}

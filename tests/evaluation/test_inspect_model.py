@@ -1,0 +1,13 @@
+import timm
+import torch
+
+from vitprune.evaluation.inspect_model import inspect_groups
+
+
+def test_every_kind_has_a_total() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=4)
+    rows = [row for row in inspect_groups(model, torch.zeros(1, 3, 32, 32)) if row.kind == "ffn"]
+    first, second, total = rows
+    assert (first.units, total.units) == ("192", "384")
+    assert (total.name, total.params, total.macs) == ("", first.params + second.params, first.macs + second.macs)
+    assert first.params == 2 * 48 * 192 + 192  # the bias of the second layer remains

@@ -242,10 +242,12 @@ def init(
     ] = None,
 ) -> None:
     """Create a project: a git and DVC repository with the pipeline, its settings and its Prefect flows."""
+    from vitprune.config.params import load_params
     from vitprune.pipeline.project_template import Choice, create_project
 
     written = create_project(directory, Choice(source, model, method, classes, remote, recipe))
     print(f"{directory}: wrote {', '.join(written)}")
+    print(f"Epochs of training: {load_params(directory / 'params.yaml').planned_epochs}; change them in params.yaml")
     print(f"Next: cd {directory} && vitprune run (or dvc repro); all settings are in params.yaml")
     if remote is not None:
         print(f"Then: git add . && git commit && dvc push --run-cache, to share the results on {remote}")

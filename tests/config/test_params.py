@@ -284,3 +284,21 @@ def test_a_file_with_a_base_replaces_single_keys_of_its_sections(tmp_path: Path)
         read_yaml(tmp_path / "c.yaml", "")
     with pytest.raises(BadInput, match=r"none\.yaml: no such file; it is the base of .*d\.yaml; correct its name$"):
         read_yaml(tmp_path / "d.yaml", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "key"),
+    [
+        ({"pretrained_cfg_overlay": {"file": "other.pth"}}, "pretrained_cfg_overlay.file"),
+        ({"pretrained_cfg": {"hf_hub_id": "somebody/else"}}, "pretrained_cfg.hf_hub_id"),
+        ({"checkpoint_path": "other.pth"}, "checkpoint_path"),
+        ({"pretrained": True}, "pretrained"),
+    ],
+)
+def test_weights_that_no_record_names_are_refused(message_of, args: dict, key: str) -> None:
+    start = f"model.args.{key}: names weights; use dense.start and dense.checkpoint, which are recorded, got "
+    assert message_of("model.args", args).startswith(start)
+
+
+def test_the_planned_epochs_are_those_of_all_trainings() -> None:
+    assert load_params(ROOT / "params.yaml").planned_epochs == "dense 60, prune 5 in each of 3 cycles, distill 20"

@@ -8,12 +8,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from vitprune.config.prune_config import PruneConfig
 from vitprune.config.score_config import ScoreConfig
-from vitprune.config.section import Count, Section, first_error
+from vitprune.config.section import Count, Section, at_key, first_error
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.errors import BadInput
 from vitprune.runtime.yaml_files import load_yaml
 
 SectionType = TypeVar("SectionType", bound=Section)
+# arguments of timm.create_model, and keys of its pretrained_cfg, that name weights
+WEIGHTS_ARGS = ("pretrained", "checkpoint_path", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename")
 
 
 class Dataset(Section):
@@ -45,7 +47,19 @@ class Model(Section):
     """Name of a timm model."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of timm.create_model."""
+    """Keyword arguments of timm.create_model, without those that name weights."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        """Refuse weights that DVC does not track and that no record would name."""
+        settings = [("args", self.args)]
+        settings += [(f"args.{key}", value) for key, value in self.args.items() if key.startswith("pretrained_cfg")]
+        for key, value in settings:
+            for name in WEIGHTS_ARGS if isinstance(value, Mapping) else ():
+                if name in value:
+                    message = "names weights; use dense.start and dense.checkpoint, which are recorded"
+                    raise at_key(f"{key}.{name}", message, value[name])
+        return self
 
 
 class Dense(Section):
@@ -122,6 +136,15 @@ class Params(Section):
     distill: DistillConfig = DistillConfig()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+
+    @property
+    def planned_epochs(self) -> str:
+        """The epochs of every training, in words."""
+        trainings = ((self.dense.train, "dense"), (self.prune.finetune, "prune"), (self.distill.train, "distill"))
+        planned = {stage: recipe.epochs for recipe, stage in trainings if recipe is not None}
+        cycles = f" in each of {self.prune.cycles} cycles" if self.prune.cycles > 1 else ""
+        texts = [f"{stage} {epochs}{cycles if stage == 'prune' else ''}" for stage, epochs in planned.items()]
+        return ", ".join(texts) or "none"
 
 
 def load_params(path: Path) -> Params:

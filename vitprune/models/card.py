@@ -62,7 +62,7 @@ import timm
 model = timm.create_model("local-dir:DIRECTORY", pretrained=True)  # from the hub: "hf-hub:USER/NAME"
 ```
 {% else %}
-Its layers differ in width, so timm alone cannot build it; vitprune reads the structure from config.json:
+timm alone cannot build these widths; vitprune reads them from config.json:
 
 ```python
 import vitprune

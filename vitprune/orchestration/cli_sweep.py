@@ -175,7 +175,7 @@ def _print_table(out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "", "top-1, %", "speed-up", "Pareto")
+    table = Table("run", "status", "top-1, %", "speed-up", "Pareto")
     for row in pq.read_table(out / "sweep.parquet").to_pylist():
         finished = row["status"] == "finished"
         speedup = f"{row['throughput'] / row['dense_throughput']:.2f}x" if finished else ""

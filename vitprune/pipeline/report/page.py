@@ -191,7 +191,7 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
     if isinstance(value, bool):
         answer = Quantity("export.timm.loads_plain_timm", float(value), "yes" if value else "no")
         lines.append(("Loads with plain timm", answer))
-    for key, label in (("timm", "timm"), ("onnx", "ONNX")):
+    for key, label in (("timm", "saved model"), ("onnx", "ONNX")):
         difference = _number(export, f"{key}.max_abs_diff")
         if difference is not None:
             shown = Quantity(f"export.{key}.max_abs_diff", difference, f"{difference:.1e}")

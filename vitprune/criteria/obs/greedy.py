@@ -1,6 +1,6 @@
 """Greedy OBS elimination of single weights, batched over blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import pairwise
@@ -13,10 +13,17 @@ Pattern = tuple[int, int]  # keep N of every M consecutive weights
 
 MARGIN = 0.2  # fraction of a block followed beyond `share` before blocks are compared
 TIE_BREAK = 1e-12  # relative step between equal increments, which keeps the order of removal
+CANDIDATES = 64  # weights whose rows of the factor are computed ahead
 MIN_VARIANCE = 1e-300  # lower bound of a conditional variance after rounding
 
 
-def eliminate_weights(inverse: Tensor, weights: Tensor, share: float = 1.0, pattern: Pattern | None = None) -> Tensor:
+def eliminate_weights(
+    inverse: Tensor,
+    weights: Tensor,
+    share: float = 1.0,
+    pattern: Pattern | None = None,
+    ahead: torch.dtype | None = None,
+) -> Tensor:
     """Remove the weights of every block one by one, each time the one with the least loss w_p^2 / (2 h_pp).
 
     After every removal the remaining weights of the block are updated (OBS).
@@ -27,6 +34,8 @@ def eliminate_weights(inverse: Tensor, weights: Tensor, share: float = 1.0, patt
         share: fraction of all weights to be removed. Below 1, blocks are followed only as far as this decision needs;
             later weights score infinity.
         pattern: (N, M) removes at most M - N of every M consecutive weights; the others score infinity.
+        ahead: without `share`, compiled code computes rows of the factor ahead, with products of this type. The result
+            is that of None, with the bits of float64 in float64, and takes half of the time or less for long rows.
 
     Returns:
         Cumulative loss of the block at the removal of each weight, in nats per image, strictly increasing in the
@@ -38,7 +47,10 @@ def eliminate_weights(inverse: Tensor, weights: Tensor, share: float = 1.0, patt
     losses = torch.full(weights.shape, torch.inf, dtype=torch.float64, device=inverse.device)
     blocks, size = torch.arange(len(weights), device=inverse.device), weights.shape[1]
     if pattern is not None or share >= 1:
-        _follow(inverse, weights, losses, blocks, size, torch.inf, pattern)
+        if ahead is not None and inverse.device.type == "cpu" and has_numba():
+            _eliminate_ahead(inverse, weights, losses, pattern, ahead)
+        else:
+            _follow(inverse, weights, losses, blocks, size, torch.inf, pattern)
         return losses
     cap, wanted = min(size, int(size * (share + MARGIN)) + 1), int(share * weights.numel() + 0.5)
     _follow(inverse, weights, losses, blocks, cap, 0.0, None)
@@ -82,14 +94,37 @@ def _eliminate_numba(
     vectors = weights.detach().double().contiguous().numpy()
     indices, result = blocks.numpy(), losses.numpy()
     keep, every = pattern or (0, 0)
-    threads = torch.get_num_threads()
-    edges = np.linspace(0, len(indices), 4 * threads + 1 if threads > 1 else 2).astype(int).tolist()
 
     def eliminate_slice(edge: Sequence[int]) -> None:
         eliminate_blocks(matrices, vectors, result, indices[edge[0] : edge[1]], cap, limit, keep, every)
 
+    _in_threads(eliminate_slice, len(indices))
+
+
+def _eliminate_ahead(
+    inverse: Tensor, weights: Tensor, losses: Tensor, pattern: Pattern | None, dtype: torch.dtype
+) -> None:
+    from vitprune.criteria.obs.greedy_ahead import eliminate_rows
+
+    shared = inverse[:1] if inverse.stride(0) == 0 else inverse  # an expanded inverse is not copied for every row
+    matrices = shared.double().contiguous().numpy()
+    vectors = weights.detach().double().contiguous().numpy()
+    result, size = losses.numpy(), weights.shape[1]
+    keep, every = pattern or (0, 0)
+
+    def eliminate_slice(edge: Sequence[int]) -> None:
+        factor, rows = (torch.zeros(number, size, dtype=dtype).numpy() for number in (size, CANDIDATES + 1))
+        eliminate_rows(matrices, vectors, result, np.arange(*edge), factor, rows, keep, every)
+
+    _in_threads(eliminate_slice, len(weights))
+
+
+def _in_threads(work: Callable[[Sequence[int]], None], number: int) -> None:
+    """Call `work` with the bounds of slices of `number` blocks, in as many threads as torch has."""
+    threads = torch.get_num_threads()
+    edges = np.linspace(0, number, 4 * threads + 1 if threads > 1 else 2).astype(int).tolist()
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(eliminate_slice, pairwise(edges)))
+        list(pool.map(work, pairwise(edges)))
 
 
 def eliminate_weights_torch(

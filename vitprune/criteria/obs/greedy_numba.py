@@ -25,12 +25,12 @@ def eliminate_blocks(
     state = np.empty((3, size))  # weights, conditional variances, a row of the inverse
     order, lost = np.empty(size, np.int64), np.empty(size, np.int64)
     for block in blocks:
-        count = _begin(inverse[block], weights[block], losses[block], state, order, lost, every)
+        count = collect_nonzero(inverse[block], weights[block], losses[block], state, order, lost, every)
         level, num_zero = 0.0, size - count
         for step in range(count):
             if num_zero + step >= cap and level >= limit:
                 break
-            index = _cheapest(state[0], state[1], step, count, order, lost, every - keep, every)
+            index = cheapest_weight(state[0], state[1], step, count, order, lost, every - keep, every)
             if index < 0:
                 break
             cost = state[0, index] ** 2 / state[1, index]
@@ -43,7 +43,9 @@ def eliminate_blocks(
 
 
 @njit(cache=True, nogil=True)
-def _begin(h: Array, weights: Array, losses: Array, state: Array, order: Array, lost: Array, every: int) -> int:
+def collect_nonzero(
+    h: Array, weights: Array, losses: Array, state: Array, order: Array, lost: Array, every: int
+) -> int:
     """Collect the nonzero weights of a block; zero weights get loss 0. Return the number of nonzero weights."""
     count = 0
     lost[:] = 0
@@ -59,7 +61,7 @@ def _begin(h: Array, weights: Array, losses: Array, state: Array, order: Array, 
 
 
 @njit(cache=True, nogil=True)
-def _cheapest(w: Array, d: Array, step: int, count: int, order: Array, lost: Array, most: int, every: int) -> int:
+def cheapest_weight(w: Array, d: Array, step: int, count: int, order: Array, lost: Array, most: int, every: int) -> int:
     """Return the index of the weight with the least loss, -1 if none may be removed."""
     best, index = inf, -1
     for j in range(step, count):

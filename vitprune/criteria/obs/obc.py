@@ -15,6 +15,7 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime.progress import track
 
+MAX_INFLATION = 1e3  # up to which products in float32 leave the order of elimination as it is
 RIDGE = 1e-3  # of elimination; the row solve selects another
 
 
@@ -75,6 +76,8 @@ def obc_update(model: nn.Module, groups: Sequence[Group], statistics: Statistics
 def _row_losses(rows: Tensor, conditional: Tensor, context: ScoringContext) -> Tensor:
     """Return the losses of the weights of all rows; zero weights are removed first."""
     inverse = torch.linalg.inv(conditional)
+    inflation = float((inverse.diagonal() * conditional.diagonal()).max())  # of the variance, by correlated inputs
+    precision = torch.float32 if inflation < MAX_INFLATION else torch.float64
     result = []
     for part in row_chunks(len(rows), rows.shape[1], context.config.memory):
         weights = rows[part]
@@ -82,7 +85,7 @@ def _row_losses(rows: Tensor, conditional: Tensor, context: ScoringContext) -> T
             matrices = torch.linalg.inv(_restrict(conditional, weights != 0))
         else:
             matrices = inverse.expand(len(weights), -1, -1)
-        losses = eliminate_weights(matrices, weights, pattern=context.pattern)
+        losses = eliminate_weights(matrices, weights, pattern=context.pattern, ahead=precision)
         result.append(losses if context.pattern else loss_increments(losses))
     return torch.cat(result)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitprune.architectures import find_groups, merge_heads
     from vitprune.config.prune_config import PruneConfig, Schedule
+    from vitprune.config.reconstruct_config import ReconstructConfig
     from vitprune.config.score_config import ScoreConfig
     from vitprune.config.train_config import DistillConfig, TrainConfig
     from vitprune.errors import BadInput
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from vitprune.evaluation.cost import count
     from vitprune.evaluation.evaluate import evaluate
     from vitprune.evaluation.latency import latency
-    from vitprune.groups import Group, Masks, ParamSlice, Scores, shrink, zero
+    from vitprune.groups import Group, Masks, ParamSlice, Scores, permute, shrink, zero
     from vitprune.models.card import write_card
     from vitprune.models.export import export_onnx
     from vitprune.models.io import load, save
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "architectures": ("find_groups", "merge_heads"),
     "config.prune_config": ("PruneConfig", "Schedule"),
+    "config.reconstruct_config": ("ReconstructConfig",),
     "config.score_config": ("ScoreConfig",),
     "config.train_config": ("DistillConfig", "TrainConfig"),
     "errors": ("BadInput",),
@@ -42,7 +44,7 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate",),
     "evaluation.latency": ("latency",),
     "evaluation.check_model": ("check",),
-    "groups": ("Group", "Masks", "ParamSlice", "Scores", "shrink", "zero"),
+    "groups": ("Group", "Masks", "ParamSlice", "Scores", "permute", "shrink", "zero"),
     "models.card": ("write_card",),
     "models.export": ("export_onnx",),
     "models.io": ("load", "save"),
@@ -66,6 +68,7 @@ __all__ = [
     "ParamSlice",
     "PruneConfig",
     "PruneResult",
+    "ReconstructConfig",
     "Schedule",
     "ScoreConfig",
     "Scores",
@@ -82,6 +85,7 @@ __all__ = [
     "latency",
     "load",
     "merge_heads",
+    "permute",
     "plan_for",
     "prune",
     "save",

@@ -1,4 +1,4 @@
-"""Prunable groups of units, and the two ways to remove units: `zero` (set to zero) and `shrink` (cut out)."""
+"""Prunable groups of units: `zero` sets removed units to zero, `shrink` cuts them out, `permute` re-orders units."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -137,6 +137,17 @@ def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
     return grid[picked]
 
 
+def reordered_positions(part: ParamSlice, order: Tensor) -> Tensor:
+    """Return the old index of every position along the slice's axis; `order` (units,) is the old index of every unit.
+
+    With `heads`, units may only change their position within their head.
+    """
+    units = order.numel() // part.heads
+    grid = torch.arange(part.length * order.numel()).view(part.outer, part.heads, part.runs, units, part.inner)
+    within = order.view(part.heads, units) - units * torch.arange(part.heads)[:, None]
+    return grid.gather(3, within.view(1, part.heads, 1, units, 1).expand_as(grid)).flatten()
+
+
 def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
     """Sum one value per weight over all slices of each unit.
 
@@ -231,6 +242,38 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
     others = [(g, _fitting(g, masks)) for g in groups if g.kind != "block" and not is_within(g.name, removed)]
     for group, keep, shape in [(group, keep, _kept_shape(group, keep)) for group, keep in others + blocks]:
         _cut(model, group, keep, shape)
+    return result
+
+
+@torch.no_grad()
+def permute(model: nn.Module, groups: Sequence[Group], orders: Mapping[str, Tensor]) -> nn.Module:
+    """Re-order the units of groups in every slice, in place; the model computes the same function.
+
+    Args:
+        model: the model.
+        groups: groups of kind ffn, head, attention or residual.
+        orders: by name of group, the old index of every unit in its new position, (units,). Attention channels may
+            only change their position within their head. Groups without an order are not changed.
+
+    Returns:
+        The model.
+
+    Raises:
+        BadInput: an order is not a permutation of the group's units, or a group no longer fits its parameters. The
+            model is unchanged then.
+    """
+    result, model = model, plain_model(model)
+    chosen = [(group, orders[group.name].flatten().cpu()) for group in groups if group.name in orders]
+    for group, order in chosen:
+        _refuse_stale(model, group)
+        heads = group.shape[0] if len(group.shape) > 1 else 1
+        if not torch.equal(order.view(heads, -1).sort(dim=1).values.flatten(), torch.arange(group.units)):
+            raise BadInput(f"{group.name}: its order is not a permutation of {group.units} units within their heads")
+    for group, order in chosen:
+        for part in group.slices + group.buffers:
+            assert part.axis is not None
+            tensor = _tensor(model, part.param)
+            tensor.copy_(tensor.index_select(part.axis, reordered_positions(part, order).to(tensor.device)))
     return result
 
 

@@ -24,7 +24,7 @@ from vitprune import BadInput, PruneConfig, count, plan_for
 from vitprune.config.quantity import format_cost
 from vitprune.data import example_input
 from vitprune.evaluation.latency import latency
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "pvt_v2_b0", "xcit_nano_12_p16_224")

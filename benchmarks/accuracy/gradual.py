@@ -25,7 +25,7 @@ from vitprune import METHODS, PruneConfig, data
 from vitprune.config.prune_config import Schedule
 from vitprune.config.train_config import TrainConfig
 from vitprune.data.loaders import batch_count, train_batches
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.training.distillation import classification
 from vitprune.training.loop import FrozenZeros, train
 from vitprune.training.optimizers import OptimizerState, ScheduleSpan

@@ -18,7 +18,7 @@ from benchmarks.lib.results import Row, arguments, real_data, write_results, wri
 from vitprune import PruneConfig, data
 from vitprune.models.export import export_onnx
 from vitprune.models.int8 import IMAGES, compare_onnx, quantize_int8
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 ROOT = Path(__file__).parents[2]
 Variant = tuple[str, int]  # calibration and bits of the weights

@@ -22,7 +22,7 @@ from benchmarks.lib.deit_tiny import damped, load_dense
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
 from vitprune import PruneConfig, data
 from vitprune.config.train_config import TrainConfig
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.training.distillation import logit_distillation
 from vitprune.training.loop import FrozenZeros, train
 

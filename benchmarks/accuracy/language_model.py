@@ -22,7 +22,7 @@ from vitprune.architectures.causal_lm import Decoder
 from vitprune.config.train_config import TrainConfig
 from vitprune.evaluation.losses import cross_entropy
 from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_cycle_masks
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.training.distillation import classification, logit_distillation
 from vitprune.training.loop import train
 

@@ -30,7 +30,7 @@ from vitprune.data.loaders import ImageTable, batch_count, eval_batches, train_b
 from vitprune.data.sources import Source
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.training.distillation import logit_distillation
 from vitprune.training.loop import train
 

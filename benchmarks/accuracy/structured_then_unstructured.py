@@ -20,7 +20,7 @@ from benchmarks.lib.results import Row, arguments, real_data, write_results, wri
 from vitprune import PruneConfig, models, plan_for
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 ROOT = Path(__file__).parents[2]
 MACS, SPARSITY = 0.7, 0.5

@@ -24,7 +24,7 @@ from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_cycle_m
 from vitprune.pruning.methods import method_named
 from vitprune.pruning.norm_correction import correct_norms
 from vitprune.pruning.plan import Plan
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 SECOND_ORDER = ScoreConfig(memory_mb=4096)  # half of the Fisher blocks of DeiT-Tiny

@@ -18,7 +18,7 @@ from benchmarks.lib.deit_tiny import Entry, Goal, Setup, corrected, setup
 from benchmarks.lib.results import Row, arguments, write_results
 from vitprune import ScoreConfig, plan_for
 from vitprune.evaluation.accuracy import accuracy
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 REFERENCE = Path(__file__).with_name("golden_masks_reference.json")
 SETTINGS = ScoreConfig(memory_mb=4096, damping=4e-6)

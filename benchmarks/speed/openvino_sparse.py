@@ -25,7 +25,7 @@ from benchmarks.lib.results import Row, arguments, real_data, write_results, wri
 from vitprune import PruneConfig, data, plan_for
 from vitprune.models.export import export_onnx
 from vitprune.models.int8 import quantize_int8
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 ROOT = Path(__file__).parents[2]
 SPARSITIES = (0.0, 0.5, 0.75, 0.9)

@@ -20,7 +20,7 @@ from vitprune.criteria.kl.exact import exact_kl
 from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.criteria.obs.units import unit_obs
 from vitprune.evaluation.losses import cross_entropy
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.pruning.select import select
 from vitprune.training.distillation import classification, feature_distillation, logit_distillation
 from vitprune.training.loop import train

@@ -24,7 +24,7 @@ from vitprune.evaluation.accuracy import accuracy
 from vitprune.pipeline import stages
 from vitprune.pipeline.project_data import open_images
 from vitprune.pruning.methods import Method
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.runtime.files import sha256
 from vitprune.training import optimizers as optimizing
 from vitprune.training.distillation import classification

@@ -66,7 +66,7 @@ def ends(project: Path) -> dict[str, str]:
     "prune",
     [
         {},
-        {"method": "ovit", "sparsity": 0.6, "correct_norms": True},
+        {"method": "ovit", "sparsity": 0.6, "correct_norms": True, "reconstruct": {"passes": 2, "batch_size": 20}},
         {"method": "upvits", "sparsity": {"ffn": 0.4, "attention": 0.5}, "merge_heads_to": 1, "target": {"macs": 0.6}},
     ],
     ids=["taylor", "ovit", "upvits"],

@@ -113,6 +113,23 @@ def test_one_shot_two_of_four_keeps_two_of_every_four(finish):
         assert (mask.view(-1, 4).sum(dim=1) == 2).all()
 
 
+def test_permuted_channels_and_the_reconstruction_are_recorded(finish):
+    settings = {"sparsity": None, "cycles": 1, "finetune": None, "reconstruct": {"passes": 2, "batch_size": 20}}
+    project = finish("permuted", until="prune", method="obc", scope="2:4", **settings)
+    orders = load_file(project / "out/score/orders.safetensors")
+    assert any(not torch.equal(order, torch.arange(len(order))) for order in orders.values())
+    model, masks = vitprune.load(project / "out/prune"), load_file(project / "out/cycles/01/masks.safetensors")
+    for name, mask in masks.items():
+        assert (mask.view(-1, 4).sum(dim=1) == 2).all()
+        assert not model.get_parameter(name)[~mask.view_as(model.get_parameter(name))].any()
+    recorded = json.loads((project / "out/cycles/01/metrics.json").read_text())["reconstruction"]
+    assert recorded["nats_after"] <= recorded["nats_before"]
+    rows = [json.loads(line) for line in (project / "out/prune/history.jsonl").read_text().splitlines()]
+    assert [row["cycle"] for row in rows] == [1, 1]
+    assert recorded["nats_after"] == min(recorded["nats_before"], *(row["held_out_nats"] for row in rows))
+    assert "held_out_nats" in (project / "plots/prune.csv").read_text().splitlines()[0]
+
+
 @pytest.mark.real
 def test_the_stages_on_real_images_and_weights(monkeypatch, tmp_path, real_data):
     params = read_yaml(ROOT / "recipes/deit_tiny_ffn_oneshot.yaml", "")

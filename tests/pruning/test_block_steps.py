@@ -23,7 +23,7 @@ from vitprune.groups import mask_without
 from vitprune.pruning.block_steps import next_block_removal, to_dense_names
 from vitprune.pruning.cycle_masks import cycle_state, select_masks
 from vitprune.pruning.methods import Method
-from vitprune.pruning.prune import Cycle, prune_cycles
+from vitprune.pruning.prune_cycles import Cycle, prune_cycles
 from vitprune.pruning.select import select_blocks
 
 CLOSE = {"rtol": 0, "atol": 1e-12}

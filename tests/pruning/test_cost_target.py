@@ -21,7 +21,7 @@ from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline import mask_stage
 from vitprune.pruning.cost_target import make_cost_model, solve
 from vitprune.pruning.cycle_masks import cycle_state, select_masks
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 pytestmark = pytest.mark.usefixtures("drawn")
 

@@ -16,7 +16,7 @@ from vitprune.config.quantity import format_cost, number_of
 from vitprune.data import example_input
 from vitprune.evaluation.latency import latency
 from vitprune.pruning.cost_target import refine_latency
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 pytestmark = pytest.mark.usefixtures("drawn")
 

@@ -14,7 +14,7 @@ from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.pruning import norm_correction as module
 from vitprune.pruning.norm_correction import correct_norms, dense_logits
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 
 def disturbed(name: str) -> tuple[nn.Module, nn.Module]:

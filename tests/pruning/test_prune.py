@@ -17,7 +17,7 @@ from vitprune.criteria import magnitude as by_weights
 from vitprune.evaluation.cost import count
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.methods import Method
-from vitprune.pruning.prune import Cycle, prune_cycles
+from vitprune.pruning.prune_cycles import Cycle, prune_cycles
 from vitprune.pruning.select import select
 from vitprune.training.distillation import classification
 from vitprune.training.loop import FrozenZeros, train

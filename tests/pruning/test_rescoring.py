@@ -15,7 +15,7 @@ from vitprune.criteria.kl.exact import exact_kl
 from vitprune.criteria.kl.fisher import fisher_kl
 from vitprune.errors import BadInput
 from vitprune.pipeline import stages
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.pruning.rescoring import Rescored, adaptive_rescoring, rescore
 from vitprune.pruning.rescoring_posterior import ScorePosterior, selection_errors, units_to_measure
 from vitprune.pruning.select import candidate_pools, select

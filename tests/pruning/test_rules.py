@@ -19,7 +19,7 @@ from vitprune.pipeline import mask_stage
 from vitprune.pruning.cycle_masks import cycle_state, select_masks
 from vitprune.pruning.methods import Method
 from vitprune.pruning.plan import plan_of
-from vitprune.pruning.prune import Cycle, prune_cycles
+from vitprune.pruning.prune_cycles import Cycle, prune_cycles
 
 ROOT = Path(__file__).parents[2]
 SCOPES = {

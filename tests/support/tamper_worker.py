@@ -1,6 +1,7 @@
 """Edit a recorded project, audit it and restore it: tamper_worker.py PROJECT KEYS EDIT..., one JSON line each."""
 
 import json
+import multiprocessing
 import shutil
 import sqlite3
 import sys
@@ -36,11 +37,27 @@ def edited(project: Path, edit: Edit, *options: str) -> tuple[int, str]:
     with tempfile.TemporaryDirectory() as folder:
         backup = shutil.copytree(project, Path(folder) / "backup", symlinks=True)
         try:
-            run = edit(project)
+            run = in_child(edit, project)
             return audited(project, *options, run=run or "")
         finally:
             shutil.rmtree(project)
             shutil.copytree(backup, project, symlinks=True)
+
+
+def in_child(edit: Edit, project: Path) -> str | None:
+    """Return what an edit returns; MLflow keeps a database open, which is restored as another file afterwards."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+    process = fork.Process(target=lambda: there.send(edit(project)))
+    process.start()
+    there.close()
+    try:
+        result: str | None = here.recv()
+    except EOFError:
+        raise RuntimeError("the edit failed") from None
+    finally:
+        process.join()
+    return result
 
 
 def newest(project: Path) -> str:

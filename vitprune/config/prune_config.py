@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.config.section import Count, Fraction, Section, at_key
 from vitprune.config.targets import Rule, Target
 from vitprune.config.train_config import TrainConfig
@@ -80,6 +81,10 @@ class PruneConfig(Section):
     correct_norms: bool = False
     """After every cycle, correct norms and biases by one Gauss-Newton step towards the dense model's logits, without
     labels."""
+
+    reconstruct: ReconstructConfig | None = None
+    """After every cycle, fit the remaining weights to the dense model on the calibration images, without labels; null:
+    not."""
 
     finetune: TrainConfig | None = None
     """Training after every cycle; null: none."""

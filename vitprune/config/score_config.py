@@ -1,7 +1,7 @@
 """Options of the importance criteria."""
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -51,6 +51,12 @@ class ScoreConfig(Section):
 
     per_sample: bool = True
     """One gradient per image; false: one per `gradient_batch` images, as CAP."""
+
+    nm_search: Literal["admm", "greedy"] = "admm"
+    """Search for the weights of an N:M pattern (obc): of all rows at once by ADMM, or greedy row by row."""
+
+    permute: bool = True
+    """Re-order channels before an N:M pattern is selected (obc); the function of the model does not change."""
 
     @property
     def memory(self) -> int:

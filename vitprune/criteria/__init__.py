@@ -62,12 +62,15 @@ class Importance:
         update: New values of the remaining weights that compensate for the removed ones; None for none.
         facts: Figures about the scoring, for its metrics.
         statistics: Sums over images from which the update can be computed later, without the images.
+        orders: Orders of channels, by group name: scores, update and statistics are those of the model after
+            `permute`. Empty if the channels are not re-ordered.
     """
 
     scores: Scores
     update: Update | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Criterion = Callable[[nn.Module, Sequence[Group], Batches, ScoringContext], Importance]

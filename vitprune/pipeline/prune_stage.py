@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from vitprune.groups import Group, Masks, Scores
 from vitprune.pipeline.artifacts import MASKS, SCORES, History, model_facts, summary_rows, write_masks
 from vitprune.pipeline.dense_stage import zeros_to_keep
 from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, OUT, PLOTS, calibration, device
-from vitprune.pipeline.score_stage import read_statistics
+from vitprune.pipeline.score_stage import read_orders, read_statistics
 from vitprune.pipeline.stage_training import (
     Evaluate,
     StageCheckpoint,
@@ -25,7 +25,8 @@ from vitprune.pipeline.stage_training import (
 )
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.plan import Plan, plan_of
-from vitprune.pruning.prune import Cycle, ResumePoint, prune_cycles
+from vitprune.pruning.prune_cycles import Cycle, ResumePoint, prune_cycles
+from vitprune.pruning.reconstruct import Reconstruction
 from vitprune.runtime import tables
 from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from vitprune.runtime.files import write_csv, write_json
@@ -146,6 +147,8 @@ def _run_cycles(params: Params, checkpoint: StageCheckpoint, history: History) -
     evaluator = make_evaluator(done.model, params)
     for pruned in _cycles(params, plan, checkpoint, done, evaluator):
         cycle, model, metrics = pruned.cycle, pruned.model, pruned.metrics
+        for epoch in cycle.reconstruction.curve:
+            history.add(epoch, cycle.number)
         if params.prune.finetune is not None:
             evaluate = partial(evaluator, model)
             store = checkpoint.store(f"{cycle.number:02d}-training", pruned.checkpoint)
@@ -196,7 +199,8 @@ def _cycles(
             yield pruned
     resume = ResumePoint(dense, number, masks) if number else None
     first, statistics = models.read_weights(OUT / "mask" / MASKS), read_statistics(OUT / "score")
-    for cycle in prune_cycles(model, plan, calibration(dense, params), first, statistics, resume):
+    orders = read_orders(OUT / "score")
+    for cycle in prune_cycles(model, plan, calibration(dense, params), first, statistics, resume, orders):
         metrics = evaluator(model)
         sha256 = _save_pruned(checkpoint, cycle, model, metrics, done.checkpoint) if finetunes else ""
         yield PrunedCycle(cycle, model, metrics, sha256)
@@ -237,6 +241,7 @@ def _save_pruned(checkpoint: StageCheckpoint, cycle: Cycle, model: nn.Module, me
         "cost": {name: dict(cost) for name, cost in cycle.cost.items()},
         "facts": dict(cycle.facts),
         "corrected": dict(cycle.corrected),
+        "reconstruction": asdict(cycle.reconstruction),
         "measured": metrics,
     }
     store = checkpoint.store(f"{cycle.number:02d}-pruned", parent, keep=1)
@@ -255,7 +260,9 @@ def _load_pruned(
 
 def _cycle_of(saved: Checkpoint, number: int, groups: list[Group]) -> Cycle:
     tensors, facts = saved.tensors(), saved.facts
-    cycle = Cycle(number, facts["target"], groups, {}, {}, facts["cost"], facts["facts"], facts["corrected"])
+    reconstruction = Reconstruction(**facts["reconstruction"])
+    figures = facts["cost"], facts["facts"], facts["corrected"], reconstruction
+    cycle = Cycle(number, facts["target"], groups, {}, {}, *figures)
     parts = {
         part: {group.name: tensors[f"{part}/{group.name}"] for group in groups if f"{part}/{group.name}" in tensors}
         for part in ("scores", "masks")
@@ -279,5 +286,6 @@ def _write_cycle(cycle: Cycle, scores: Scores, model: nn.Module, before: float, 
     facts |= {"top1_before": before, "top1_after": after} | model_facts(model, directory)
     facts |= {"rescoring": dict(cycle.facts)} if cycle.facts else {}
     facts |= {"corrected": dict(cycle.corrected)} if cycle.corrected else {}
+    facts |= {"reconstruction": dict(cycle.reconstruction.facts)} if cycle.reconstruction.facts else {}
     write_json(directory / "metrics.json", facts)
     return cycle_row(cycle.number, cycle.groups, cycle.masks, facts)

@@ -25,7 +25,7 @@ from vitprune.runtime.distributed import ProcessGroup, process_group
 from vitprune.runtime.files import sha256, write_json
 from vitprune.runtime.progress import track
 
-STATISTICS = "statistics.safetensors"
+STATISTICS, ORDERS = "statistics.safetensors", "orders.safetensors"
 PARTIAL = Path(".vitprune/partial")  # DVC empties the outputs of a stage before it runs, not this directory
 WRITE_INTERVAL = 300.0  # seconds between two writes of partial sums, which can be gigabytes
 
@@ -50,15 +50,16 @@ def scored_groups(model: nn.Module, plan: Plan) -> list[Group]:
 
 
 def write_scores(directory: Path, groups: Sequence[Group], importance: Importance) -> dict[str, Any]:
-    """Write scores, their summary and the statistics for weight updates.
+    """Write scores, their summary, the statistics for weight updates and the orders of channels.
 
     Returns:
         Number of groups and units, the criterion's own figures, and the SHA-256 of the scores.
     """
     write_weights(importance.scores, directory / SCORES)
-    (directory / STATISTICS).unlink(missing_ok=True)
-    if importance.statistics:
-        write_weights(importance.statistics, directory / STATISTICS)
+    for name, tensors in ((STATISTICS, importance.statistics), (ORDERS, importance.orders)):
+        (directory / name).unlink(missing_ok=True)
+        if tensors:
+            write_weights(tensors, directory / name)
     tables.write_table(summary_rows(groups, importance.scores), tables.SCORES, directory / "summary.parquet")
     units = sum(group.units for group in groups)
     return {"groups": len(groups), "units": units, **importance.facts, "sha256": sha256(directory / SCORES)}
@@ -67,6 +68,11 @@ def write_scores(directory: Path, groups: Sequence[Group], importance: Importanc
 def read_statistics(directory: Path) -> Statistics | None:
     """Read the statistics written by `write_scores`; None if the method has none."""
     return read_weights(directory / STATISTICS) if (directory / STATISTICS).exists() else None
+
+
+def read_orders(directory: Path) -> dict[str, Tensor]:
+    """Read the orders of channels written by `write_scores`; empty if the channels are not re-ordered."""
+    return read_weights(directory / ORDERS) if (directory / ORDERS).exists() else {}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches
 from vitprune.data.batch_checks import checked_batches
 from vitprune.errors import BadInput
 from vitprune.pruning.plan import plan_for
-from vitprune.pruning.prune import PruneResult, prune_cycles, result_of, working_copy
+from vitprune.pruning.prune import PruneResult, result_of, working_copy
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.runtime.eval_mode import scoring_mode
 from vitprune.runtime.model_checks import float_type
 from vitprune.runtime.wrappers import plain_model

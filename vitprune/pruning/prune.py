@@ -1,92 +1,38 @@
-"""Prune a model: compute scores, select masks, remove units; cycle by cycle for gradual pruning."""
+"""Score and prune a model in one call."""
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from vitprune.architectures.tracing.cache import shape_error
 from vitprune.config.prune_config import Kind, PruneConfig
 from vitprune.config.quantity import Quantity, format_cost
+from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.config.score_config import ScoreConfig
 from vitprune.config.targets import Rule, Target
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Criterion, ScoringContext, Statistics, Update
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Criterion, ScoringContext
 from vitprune.data import example_input as example_of
 from vitprune.data.batch_checks import checked_batches, checked_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.cost import Counts, count
-from vitprune.groups import Group, Masks, Scores, check_groups, shrink, zero
-from vitprune.pruning.block_steps import to_dense_names
+from vitprune.groups import Group, Masks, Scores, check_groups
 from vitprune.pruning.cycle_masks import (
-    CostReport,
-    CycleState,
     available_kinds,
-    cycle_state,
-    given_masks,
-    groups_for,
-    reached_cost,
     refuse_equal_scores,
-    select_cycle_masks,
 )
 from vitprune.pruning.methods import CRITERIA, method_named
-from vitprune.pruning.norm_correction import correct_norms as corrected_norms
-from vitprune.pruning.norm_correction import dense_logits
-from vitprune.pruning.plan import Plan, plan_for
+from vitprune.pruning.plan import plan_for
+from vitprune.pruning.prune_cycles import Cycle, prune_cycles
 from vitprune.runtime.eval_mode import eval_mode, scoring_mode
 from vitprune.runtime.model_checks import checked_model, float_type
 from vitprune.runtime.wrappers import plain_model
 
 NOTHING_SKIPPED: Mapping[str, str] = {}
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """A completed pruning cycle; masks and scores are indexed as in the dense model.
-
-    Attributes:
-        number: Number of the cycle, from 1.
-        target: Sparsity per kind that was asked for.
-        groups: Groups of the dense model.
-        scores: Scores that selected the masks; empty if the masks were given.
-        masks: Cumulative masks.
-        cost: Target and reached cost, and why a miss is larger than 2 %; empty without a cost target.
-        facts: Figures about rescoring.
-        corrected: Figures about the correction of norms, on images that it did not use.
-    """
-
-    number: int
-    target: Mapping[str, float]
-    groups: Sequence[Group]
-    scores: Scores
-    masks: Masks
-    cost: CostReport = field(default_factory=dict)
-    facts: Mapping[str, float] = field(default_factory=dict)
-    corrected: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def zeroed(self) -> list[Group]:
-        """Groups of single weights: the removed ones are zeros in the model, to be kept at zero in training."""
-        return [group for group in self.groups if group.kind == "weight"]
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where an interrupted run continues.
-
-    Attributes:
-        dense: The dense model.
-        number: The last completed cycle.
-        masks: Its masks.
-    """
-
-    dense: nn.Module
-    number: int
-    masks: Masks
 
 
 @dataclass(frozen=True)
@@ -102,6 +48,8 @@ class PruneResult:
         target_miss: Why the cost misses the target by more than 2 %; empty if it does not, or without a target.
         skipped: Kinds of the method that this model does not have, each with the reason.
         seconds: Duration.
+        reconstruction: KL divergence from the dense logits on held-out images before and after the reconstruction, in
+            nats per image, and the pass that was kept; empty without.
     """
 
     model: nn.Module
@@ -112,6 +60,7 @@ class PruneResult:
     target_miss: str
     skipped: Mapping[str, str]
     seconds: float
+    reconstruction: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         names = {"params": "parameters", "nonzero_params": "nonzero parameters", "macs": "MACs"}
@@ -124,6 +73,9 @@ class PruneResult:
         lines.append("sparsity: " + ", ".join(f"{kind} {share:.3g}" for kind, share in self.sparsity.items()))
         lines += [f"left out: {kind} ({why})" for kind, why in self.skipped.items()]
         lines += [f"target: {self.target_miss}"] if self.target_miss else []
+        if self.reconstruction:
+            nats = [f"{self.reconstruction[key]:.3g}" for key in ("nats_before", "nats_after")]
+            lines.append(f"reconstruction: held-out KL divergence {nats[0]} -> {nats[1]} nats per image")
         return "\n".join([*lines, f"{self.seconds:.1f} s"])
 
 
@@ -167,54 +119,6 @@ def score(
     return scores
 
 
-def prune_cycles(
-    model: nn.Module,
-    plan: Plan,
-    batches: Batches,
-    first: Masks | None = None,
-    statistics: Statistics | None = None,
-    resume: ResumePoint | None = None,
-) -> Iterator[Cycle]:
-    """Prune a model in place, cycle by cycle; the caller may train it between two cycles.
-
-    Args:
-        model: The dense model, or the model after the cycle of `resume`.
-        plan: The pruning plan.
-        batches: Calibration batches.
-        first: Masks of the first cycle, if they are known.
-        statistics: Statistics of the criterion, for the weight update of a first cycle with known masks.
-        resume: Where an interrupted run continues.
-
-    Yields:
-        Every cycle after its pruning.
-    """
-    dense = model if resume is None else resume.dense
-    runs = not shape_error(dense)
-    state = cycle_state(dense, plan) if resume is None else cycle_state(dense, plan, resume.number + 1, resume.masks)
-    logits = dense_logits(dense, batches) if plan.config.correct_norms else []
-    given = given_masks(first, plan, state) if first is not None and resume is None else None
-    while state.number <= plan.config.cycles:
-        complete = False
-        while not complete:
-            groups = groups_for(model, plan)
-            if given is not None:
-                selected, given = given, None
-                update = _update_for_given(model, groups, batches, plan, state, statistics)
-            else:
-                importance = plan.method.criterion(model, groups, batches, plan.context(state.number))
-                selected = select_cycle_masks(model, importance.scores, plan, state, batches)
-                update = importance.update
-            _apply(model, groups, selected.masks, state, update)
-            state, complete = replace(state, masks=selected.masks), selected.complete
-        if runs and (why := shape_error(model)):
-            raise BadInput(f"{type(model).__name__}: the pruned model does not run ({why}); prune other kinds")
-        corrected = _correct(model, logits, batches, plan, state.number)
-        cost = reached_cost(selected, plan, state)
-        scores, facts = selected.scores, selected.facts
-        yield Cycle(state.number, selected.target, state.groups, scores, state.masks, cost, facts, corrected)
-        state = state.following(selected.masks)
-
-
 def prune(
     model: nn.Module,
     method: str,
@@ -229,6 +133,7 @@ def prune(
     rules: Sequence[Rule | Mapping[str, object]] = (),
     merge_heads_to: int | None = None,
     correct_norms: bool = False,
+    reconstruct: ReconstructConfig | bool = False,
     example_input: Tensor | None = None,
     seed: int = 0,
 ) -> PruneResult:
@@ -250,6 +155,7 @@ def prune(
         rules: Constraints on single groups, such as {"match": "blocks.0.mlp", "ignore": True}.
         merge_heads_to: Merge the attention heads into this many first.
         correct_norms: Correct norms and biases towards the dense model's logits.
+        reconstruct: Fit the remaining weights to the dense model without labels; True: with the default settings.
         example_input: Input (B, C, H, W) for a check of the result; None: an input of the model's size, for the counts.
         seed: Seed of random numbers.
 
@@ -267,6 +173,9 @@ def prune(
     settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "target": target, "kinds": kinds}
     settings |= {"scope": scope, "round_to": round_to, "rules": rules}
     settings |= {"merge_heads_to": merge_heads_to, "correct_norms": correct_norms}
+    settings["reconstruct"] = (
+        (ReconstructConfig() if reconstruct else None) if isinstance(reconstruct, bool) else reconstruct
+    )
     pruned = working_copy(model)
     if kinds is None and not isinstance(sparsity, Mapping):
         available, skipped = available_kinds(pruned, method_named(method).kinds)
@@ -318,6 +227,7 @@ def result_of(
         target_miss="".join(str(report.get("why", "")) for report in cycle.cost.values()),
         skipped=skipped,
         seconds=time.perf_counter() - start,
+        reconstruction=cycle.reconstruction.facts,
     )
 
 
@@ -340,55 +250,3 @@ def _check_finite(model: nn.Module, example_input: Tensor) -> None:
     for part in output if isinstance(output, list | tuple) else [output]:
         if not bool(part.isfinite().all()):
             raise BadInput(f"{type(model).__name__}: the pruned model's output is not finite; check the dense model's")
-
-
-def _update_for_given(
-    model: nn.Module,
-    groups: Sequence[Group],
-    batches: Batches,
-    plan: Plan,
-    state: CycleState,
-    statistics: Statistics | None,
-) -> Update | None:
-    """Return the weight update of a cycle whose masks are given, from the statistics of its scoring if possible."""
-    method, context = plan.method, plan.context(state.number)
-    if method.recompute_update is not None:
-        return method.recompute_update(model, groups, batches, context)
-    if method.update_from_stats is None:
-        return None
-    if statistics:
-        return method.update_from_stats(model, groups, statistics)
-    return method.criterion(model, groups, batches, context).update
-
-
-def _correct(
-    model: nn.Module, logits: Sequence[Tensor], batches: Batches, plan: Plan, number: int
-) -> Mapping[str, float]:
-    """Correct norms and biases towards the dense model's logits, if the plan says so; return figures about it."""
-    if not plan.config.correct_norms:
-        return {}
-    corrected = corrected_norms(model, logits, batches, plan.context(number))
-    _copy_params(model, corrected.values)
-    return corrected.facts
-
-
-@torch.no_grad()
-def _copy_params(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        model.get_parameter(name).copy_(value)
-
-
-@torch.no_grad()
-def _apply(model: nn.Module, groups: Sequence[Group], masks: Masks, state: CycleState, update: Update | None) -> None:
-    """Update the remaining weights, then zero single weights and cut out the other units."""
-    names = to_dense_names(state.groups, groups, state.masks)
-    weights = [group for group in groups if group.kind == "weight"]
-    units = [group for group in groups if group.kind != "weight"]
-    own_masks = {
-        group.name: masks[names[group.name]].flatten()[state.masks[names[group.name]].flatten()].view(group.shape)
-        for group in units
-    }
-    if update is not None:
-        _copy_params(model, update(own_masks | {group.name: masks[group.name] for group in weights}))
-    zero(model, weights, masks)
-    shrink(model, units, own_masks)

@@ -22,7 +22,7 @@ from vitprune.criteria.obs import cap, greedy
 from vitprune.criteria.obs.fisher_blocks import invert_blocks, solve_independently, solve_jointly
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.groups import Masks
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.pruning.select import select
 
 METHODS = ["ovit", "ovit-increments", "woodfisher", "woodfisher-joint", "magnitude-obs", "fastcap"]

@@ -15,7 +15,7 @@ from vitprune.criteria.obs.fisher_blocks import FisherBlocks
 from vitprune.criteria.obs.gradients import augmented_images, random_crops, weight_gradients
 from vitprune.criteria.obs.weight_blocks import BlockRange, block_size, chunk_by_memory, split_into_blocks
 from vitprune.groups import Group, ParamSlice
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 
 SMALL = context(fisher_block_size=24, damping=1e-8)
 

@@ -20,7 +20,7 @@ from vitprune.evaluation.cost import count
 from vitprune.groups import shrink
 from vitprune.pruning.cost_target import make_cost_model
 from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs
-from vitprune.pruning.prune import prune_cycles
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.pruning.select import select
 
 KINDS = ("ffn", "attention")

@@ -1,5 +1,6 @@
 """Optimal Brain Compression: OBS elimination of every output row on the input Hessian, and a least-squares update."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -7,12 +8,14 @@ from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Importance, ScoringContext, Statistics, Update, layer_io
 from vitprune.criteria.moments import collect_layer_moments
+from vitprune.criteria.obs.admm import nm_support
+from vitprune.criteria.obs.channel_permutation import ChannelOrders, LayerLoss, channel_orders, permute_statistics
 from vitprune.criteria.obs.greedy import eliminate_weights, loss_increments
 from vitprune.criteria.obs.row_solve import row_chunks, solve_rows
 from vitprune.criteria.obs.unit_elimination import add_ridge
 from vitprune.criteria.obs.weight_blocks import split_into_blocks
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Masks, Scores
+from vitprune.groups import Group, Masks, Scores, permute
 from vitprune.runtime.progress import track
 
 MAX_INFLATION = 1e3  # up to which products in float32 leave the order of elimination as it is
@@ -24,7 +27,8 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: Sc
 
     The loss of a row is the squared change of its output over all tokens, after the update of the remaining weights,
     times the mean squared gradient of the logits w.r.t. that output: rows of all layers are comparable. With
-    `context.pattern` (N, M), at most M - N of every M consecutive weights are removed; the others score infinity.
+    `context.pattern` (N, M), M - N of every M consecutive weights have a finite score; they are chosen for all rows at
+    once by `nm_support`, after the channels were re-ordered by `channel_orders`.
     A row of k weights costs k^3 / 3 multiply-adds; statistics hold 2 (k + 1)^2 numbers per layer.
 
     Args:
@@ -44,14 +48,20 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: Sc
         model, [_path(model, group) for group in groups], {}, batches, context, "metric_diagonal"
     )
     images = sum(len(labels) for _, labels in batches)
+    chosen = ChannelOrders((), {})
+    if context.pattern is not None and context.config.permute:
+        losses = {group.slices[0].param: _layer_loss(model, group, statistics, images) for group in groups}
+        chosen = channel_orders(model, losses, context.pattern, batches[0][0])
+        statistics = permute_statistics(statistics, chosen)
+    ordered = permute(copy.deepcopy(model), chosen.groups, chosen.orders) if chosen.orders else model
     scores: Scores = {}
     for group in track(groups, "eliminating weights"):
-        moments = statistics[f"{_path(model, group)}/inputs"].sum(dim=0)
-        grad_sq = statistics[f"{_path(model, group)}/metric_diagonal"] / images
-        rows = _rows(model, group)
-        rows = rows * grad_sq.to(rows).sqrt()[:, None]
-        scores[group.name] = _row_losses(rows, _conditional(model, group, moments), context).view(group.shape)
-    return Importance(scores, obc_update(model, groups, statistics), statistics=statistics)
+        rows, conditional = _in_nats(ordered, group, statistics, images)
+        if context.pattern is not None and context.config.nm_search == "admm":
+            scores[group.name] = _support_scores(rows, conditional, context.pattern).view(group.shape)
+        else:
+            scores[group.name] = _row_losses(rows, conditional, context).view(group.shape)
+    return Importance(scores, obc_update(model, groups, statistics), {}, statistics, chosen.orders)
 
 
 def obc_update(model: nn.Module, groups: Sequence[Group], statistics: Statistics) -> Update:
@@ -94,6 +104,25 @@ def _restrict(damped: Tensor, keep_inputs: Tensor) -> Tensor:
     """Restrict a matrix (k, k) to the kept inputs of each row, with the identity elsewhere; (rows, k, k)."""
     weights = keep_inputs.to(damped.dtype)
     return damped * weights[:, :, None] * weights[:, None, :] + torch.diag_embed(1 - weights)
+
+
+def _support_scores(rows: Tensor, conditional: Tensor, pattern: tuple[int, int]) -> Tensor:
+    """Infinite for the weights of the support, the loss of removing it alone for every other weight."""
+    single = LayerLoss(rows, torch.linalg.inv(conditional)).single
+    return single.masked_fill(nm_support(conditional, rows, pattern), torch.inf)
+
+
+def _layer_loss(model: nn.Module, group: Group, statistics: Statistics, images: int) -> LayerLoss:
+    rows, conditional = _in_nats(model, group, statistics, images)
+    return LayerLoss(rows.cpu(), torch.linalg.inv(conditional).cpu())
+
+
+def _in_nats(model: nn.Module, group: Group, statistics: Statistics, images: int) -> tuple[Tensor, Tensor]:
+    """Rows (o, k), scaled so that their squared error is in nats per image, and the moment of their inputs (k, k)."""
+    grad_sq = statistics[f"{_path(model, group)}/metric_diagonal"] / images
+    rows = _rows(model, group)
+    moments = statistics[f"{_path(model, group)}/inputs"].sum(dim=0)
+    return rows * grad_sq.to(rows).sqrt()[:, None], _conditional(model, group, moments)
 
 
 def _conditional(model: nn.Module, group: Group, moments: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def training(plots_dir: Path, dense_top1: float) -> list[plots.Plot]:
     for stage, title in titles.items():
         columns = inputs.read_columns(plots_dir / f"{stage}.csv")
         steps, starts = _unrolled(columns)
-        for key, label in (("loss", "loss"), ("top1", "top-1, %")):
+        for key, label in (("loss", "loss"), ("top1", "top-1, %"), ("held_out_nats", "held-out KL divergence, nats")):
             values = columns.get(key, [])
             points = [(x, y) for x, y in zip(steps, values, strict=False) if numbers.finite(y) is not None]
             if len(points) < 2:

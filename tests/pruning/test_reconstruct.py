@@ -1,0 +1,113 @@
+"""Reconstruction towards the dense model: held-out images decide, zeros remain, the same seed gives the same bits."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.model_zoo import batches, images, predict, state, tiny
+from tests.support.plans import plan_for
+from vitprune import BadInput, ReconstructConfig, find_groups, prune
+from vitprune.errors import NotFinite
+from vitprune.pruning.prune_cycles import prune_cycles
+from vitprune.pruning.reconstruct import reconstruct
+
+FEW = ReconstructConfig(passes=3, lr=1e-3, batch_size=4)
+
+
+def half(name: str) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+    """Return a model, half of whose weights are zero in a copy, and batches."""
+    model = tiny(name, dtype=torch.float32)
+    data = batches(model, 3, 6)
+    return model, prune(model, "magnitude", sparsity=0.5).model, data
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
+def test_held_out_divergence_falls_and_zeros_remain(name: str) -> None:
+    dense, pruned, data = half(name)
+    zeros = {group.name: pruned.get_parameter(group.name) == 0 for group in find_groups(pruned, ["weight"])}
+    before = copy.deepcopy(state(dense))
+    result = reconstruct(pruned, dense, data, FEW)
+    assert result.facts["nats_after"] < result.facts["nats_before"]
+    assert len(result.curve) == 3
+    assert result.facts["nats_after"] == min(row["held_out_nats"] for row in result.curve)
+    for group, mask in zeros.items():
+        assert torch.equal(pruned.get_parameter(group) == 0, mask)
+    assert all(torch.equal(value, state(dense)[key]) for key, value in before.items())
+    assert not pruned.training
+
+
+def test_the_kept_pass_has_the_reported_divergence() -> None:
+    dense, pruned, data = half("vit")
+    result = reconstruct(pruned, dense, data, FEW)
+    held = torch.cat([part for part, _ in data])[4::5]
+    log_p, log_q = (predict(model, held).double().log_softmax(dim=1) for model in (dense, pruned))
+    nats = float((log_p.exp() * (log_p - log_q)).sum()) / len(held)
+    assert nats == pytest.approx(result.facts["nats_after"], rel=1e-5)
+
+
+def test_a_model_that_cannot_improve_is_not_changed() -> None:
+    dense, pruned, data = half("vit")
+    before = copy.deepcopy(state(pruned))
+    result = reconstruct(pruned, dense, data, ReconstructConfig(passes=1, lr=10.0, batch_size=4))
+    assert result.facts == {
+        "nats_before": result.facts["nats_before"],
+        "nats_after": result.facts["nats_before"],
+        "pass": 0,
+    }
+    assert all(torch.equal(value, state(pruned)[key]) for key, value in before.items())
+
+
+def test_the_same_seed_gives_the_same_bits_and_random_state_of_the_caller_is_kept() -> None:
+    dense, pruned, data = half("vit")
+    other, third = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    torch.manual_seed(5)
+    random = torch.get_rng_state()
+    for model, seed in ((pruned, 0), (other, 0), (third, 1)):
+        reconstruct(model, dense, data, FEW, seed)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state(other)[key]) for key, value in state(pruned).items())
+    assert any(not torch.equal(value, state(third)[key]) for key, value in state(pruned).items())
+
+
+@pytest.mark.parametrize("kinds", [["ffn", "attention"], ["residual"], ["block"]])
+def test_smaller_models_are_reconstructed(kinds: list[str]) -> None:
+    dense = tiny("vit", dtype=torch.float32)
+    data = batches(dense, 3, 6)
+    method = "upvits-blocks" if kinds == ["block"] else "upvits"
+    result = prune(dense, method, sparsity=0.5, kinds=kinds, calibration=data, reconstruct=FEW)
+    plain = prune(dense, method, sparsity=0.5, kinds=kinds, calibration=data)
+    seen = data[0][0]
+    errors = [float((predict(model, seen) - predict(dense, seen)).norm()) for model in (result.model, plain.model)]
+    assert errors[0] < errors[1]
+    assert {k: v.shape for k, v in state(result.model).items()} == {k: v.shape for k, v in state(plain.model).items()}
+
+
+def test_prune_reconstructs_after_every_cycle() -> None:
+    model = tiny("vit", dtype=torch.float32)
+    data = batches(model, 3, 6)
+    result = prune(model, "n:m", calibration=data, reconstruct=True)
+    assert result.reconstruction["nats_after"] < result.reconstruction["nats_before"]
+    assert "held-out KL divergence" in str(result)
+    assert not prune(model, "magnitude", sparsity=0.5).reconstruction
+    for group in find_groups(result.model, ["weight"]):
+        weight = result.model.get_parameter(group.name)
+        assert bool(((weight.view(len(weight), -1, 4) != 0).sum(dim=2) <= 2).all())
+    pruned = copy.deepcopy(model)
+    cycles = list(prune_cycles(pruned, plan_for("magnitude", 0.6, cycles=2, reconstruct=FEW), data))
+    assert len(cycles) == 2
+    assert all(cycle.reconstruction.facts["nats_after"] < cycle.reconstruction.facts["nats_before"] for cycle in cycles)
+
+
+def test_input_that_cannot_be_used_is_refused() -> None:
+    dense, pruned, data = half("vit")
+    with pytest.raises(BadInput, match=r"^prune.reconstruct: 3 images; give at least 5, one is held out$"):
+        reconstruct(pruned, dense, [(images(dense), torch.zeros(3).long())], FEW)
+    with pytest.raises(BadInput, match=r"^prune.reconstruct: 0 images"):
+        reconstruct(pruned, dense, [], FEW)
+    with pytest.raises(BadInput, match=r"^prune.reconstruct.views: the inputs are tokens"):
+        reconstruct(pruned, dense, [(torch.zeros(9, 4).long(), torch.zeros(9))], FEW)
+    broken = [(part * torch.inf, labels) for part, labels in data]
+    with pytest.raises(NotFinite, match=r"^prune.reconstruct: the loss is not finite; lower lr or check the images$"):
+        reconstruct(pruned, dense, broken, FEW)

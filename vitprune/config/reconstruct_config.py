@@ -1,0 +1,32 @@
+"""Settings of the reconstruction after pruning."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from vitprune.config.section import Count, Section
+
+
+class ReconstructConfig(Section):
+    """Fit the remaining weights to the dense model's logits and blocks on the calibration images, without labels."""
+
+    section: ClassVar[str] = "prune.reconstruct"
+
+    passes: Count = 12
+    """Passes over the images."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate of Adam; it rises over ten steps and decays to zero by a cosine."""
+
+    batch_size: Count = 10
+    """Images per step."""
+
+    views: bool = True
+    """Train on random crops and flips, for which the dense model is run again; false: on the images as they are."""
+
+    stream_weight: Annotated[float, Field(ge=0)] = 20.0
+    """Weight of the mean relative squared error of the block outputs, beside the KL divergence of the logits."""
+
+    holdout: Annotated[int, Field(ge=2)] = 5
+    """Every n-th image is held out. The weights with the least KL divergence on these images are kept, those before the
+    reconstruction included."""

@@ -1,0 +1,210 @@
+"""Prune a model cycle by cycle: scores, masks, weight update, removal of units, reconstruction and correction."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.architectures import find_groups
+from vitprune.architectures.tracing.cache import shape_error
+from vitprune.criteria import Batches, Statistics, Update
+from vitprune.criteria.obs.channel_permutation import KINDS as PERMUTED_KINDS
+from vitprune.errors import BadInput
+from vitprune.groups import Group, Masks, Scores, permute, shrink, zero
+from vitprune.pruning.block_steps import to_dense_names
+from vitprune.pruning.cycle_masks import (
+    CostReport,
+    CycleState,
+    available_kinds,
+    cycle_state,
+    given_masks,
+    groups_for,
+    reached_cost,
+    select_cycle_masks,
+)
+from vitprune.pruning.norm_correction import correct_norms as corrected_norms
+from vitprune.pruning.norm_correction import dense_logits
+from vitprune.pruning.plan import Plan
+from vitprune.pruning.reconstruct import Reconstruction
+from vitprune.pruning.reconstruct import reconstruct as reconstruct_weights
+
+NOT_RECONSTRUCTED = Reconstruction()
+NO_ORDERS: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A completed pruning cycle; masks and scores are indexed as in the dense model.
+
+    Attributes:
+        number: Number of the cycle, from 1.
+        target: Sparsity per kind that was asked for.
+        groups: Groups of the dense model.
+        scores: Scores that selected the masks; empty if the masks were given.
+        masks: Cumulative masks.
+        cost: Target and reached cost, and why a miss is larger than 2 %; empty without a cost target.
+        facts: Figures about rescoring.
+        corrected: Figures about the correction of norms, on images that it did not use.
+        reconstruction: Figures and curve of the reconstruction; empty without.
+    """
+
+    number: int
+    target: Mapping[str, float]
+    groups: Sequence[Group]
+    scores: Scores
+    masks: Masks
+    cost: CostReport = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
+    corrected: Mapping[str, float] = field(default_factory=dict)
+    reconstruction: Reconstruction = NOT_RECONSTRUCTED
+
+    @property
+    def zeroed(self) -> list[Group]:
+        """Groups of single weights: the removed ones are zeros in the model, to be kept at zero in training."""
+        return [group for group in self.groups if group.kind == "weight"]
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where an interrupted run continues.
+
+    Attributes:
+        dense: The dense model.
+        number: The last completed cycle.
+        masks: Its masks.
+    """
+
+    dense: nn.Module
+    number: int
+    masks: Masks
+
+
+def prune_cycles(
+    model: nn.Module,
+    plan: Plan,
+    batches: Batches,
+    first: Masks | None = None,
+    statistics: Statistics | None = None,
+    resume: ResumePoint | None = None,
+    orders: Mapping[str, Tensor] = NO_ORDERS,
+) -> Iterator[Cycle]:
+    """Prune a model in place, cycle by cycle; the caller may train it between two cycles.
+
+    Args:
+        model: The dense model, or the model after the cycle of `resume`.
+        plan: The pruning plan.
+        batches: Calibration batches.
+        first: Masks of the first cycle, if they are known.
+        statistics: Statistics of the criterion, for the weight update of a first cycle with known masks.
+        resume: Where an interrupted run continues.
+        orders: Orders of channels that belong to `first` and `statistics`, see `Importance.orders`.
+
+    Yields:
+        Every cycle after its pruning.
+    """
+    dense = model if resume is None else resume.dense
+    runs, teacher = not shape_error(dense), copy.deepcopy(dense) if plan.config.reconstruct else dense
+    state = cycle_state(dense, plan) if resume is None else cycle_state(dense, plan, resume.number + 1, resume.masks)
+    logits = dense_logits(dense, batches) if plan.config.correct_norms else []
+    given = given_masks(first, plan, state) if first is not None and resume is None else None
+    while state.number <= plan.config.cycles:
+        complete = False
+        while not complete:
+            groups = groups_for(model, plan)
+            if given is not None:
+                selected, given = given, None
+                reorder_channels(model, orders)
+                update = _update_for_given(model, groups, batches, plan, state, statistics)
+            else:
+                importance = plan.method.criterion(model, groups, batches, plan.context(state.number))
+                reorder_channels(model, importance.orders)
+                selected = select_cycle_masks(model, importance.scores, plan, state, batches)
+                update = importance.update
+            _apply(model, groups, selected.masks, state, update)
+            state, complete = replace(state, masks=selected.masks), selected.complete
+        if runs and (why := shape_error(model)):
+            raise BadInput(f"{type(model).__name__}: the pruned model does not run ({why}); prune other kinds")
+        reconstruction = _reconstruct(model, teacher, batches, plan, state.number)
+        corrected = _correct(model, logits, batches, plan, state.number)
+        cost = reached_cost(selected, plan, state)
+        yield Cycle(
+            state.number,
+            selected.target,
+            state.groups,
+            selected.scores,
+            state.masks,
+            cost,
+            selected.facts,
+            corrected,
+            reconstruction,
+        )
+        state = state.following(selected.masks)
+
+
+def reorder_channels(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
+    """Re-order the channels of a model in place, as a criterion's scores assume it."""
+    if orders:
+        kinds, _ = available_kinds(model, PERMUTED_KINDS)
+        for kind in kinds:
+            permute(model, find_groups(model, [kind]), orders)
+
+
+def _update_for_given(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batches: Batches,
+    plan: Plan,
+    state: CycleState,
+    statistics: Statistics | None,
+) -> Update | None:
+    """Return the weight update of a cycle whose masks are given, from the statistics of its scoring if possible."""
+    method, context = plan.method, plan.context(state.number)
+    if method.recompute_update is not None:
+        return method.recompute_update(model, groups, batches, context)
+    if method.update_from_stats is None:
+        return None
+    if statistics:
+        return method.update_from_stats(model, groups, statistics)
+    return method.criterion(model, groups, batches, context).update
+
+
+def _reconstruct(model: nn.Module, dense: nn.Module, batches: Batches, plan: Plan, number: int) -> Reconstruction:
+    """Reconstruct the model, if the plan says so."""
+    if plan.config.reconstruct is None:
+        return NOT_RECONSTRUCTED
+    return reconstruct_weights(model, dense, batches, plan.config.reconstruct, plan.seed + number)
+
+
+def _correct(
+    model: nn.Module, logits: Sequence[Tensor], batches: Batches, plan: Plan, number: int
+) -> Mapping[str, float]:
+    """Correct norms and biases towards the dense model's logits, if the plan says so; return figures about it."""
+    if not plan.config.correct_norms:
+        return {}
+    corrected = corrected_norms(model, logits, batches, plan.context(number))
+    _copy_params(model, corrected.values)
+    return corrected.facts
+
+
+@torch.no_grad()
+def _copy_params(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, groups: Sequence[Group], masks: Masks, state: CycleState, update: Update | None) -> None:
+    """Update the remaining weights, then zero single weights and cut out the other units."""
+    names = to_dense_names(state.groups, groups, state.masks)
+    weights = [group for group in groups if group.kind == "weight"]
+    units = [group for group in groups if group.kind != "weight"]
+    own_masks = {
+        group.name: masks[names[group.name]].flatten()[state.masks[names[group.name]].flatten()].view(group.shape)
+        for group in units
+    }
+    if update is not None:
+        _copy_params(model, update(own_masks | {group.name: masks[group.name] for group in weights}))
+    zero(model, weights, masks)
+    shrink(model, units, own_masks)

@@ -1,0 +1,192 @@
+"""Reconstruction: fit the remaining weights of a pruned model to the dense model, without labels."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import RandomResizedCrop
+
+from vitprune.config.reconstruct_config import ReconstructConfig
+from vitprune.criteria import Batches
+from vitprune.errors import BadInput, NotFinite
+from vitprune.runtime.eval_mode import eval_mode, frozen
+from vitprune.runtime.progress import track
+from vitprune.training.finetune import zero_weights
+from vitprune.training.frozen_zeros import freeze_zeros
+
+WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
+CROP_AREA = (0.35, 1.0)  # of the image
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Result of a reconstruction.
+
+    Attributes:
+        facts: KL divergence from the dense logits on held-out images before and after, in nats per image, and the
+            pass whose weights were kept, 0 for those before.
+        curve: After every pass: step, mean loss, learning rate and KL divergence on held-out images (held_out_nats).
+    """
+
+    facts: Mapping[str, float] = field(default_factory=dict)
+    curve: Sequence[Mapping[str, float]] = ()
+
+
+def reconstruct(
+    model: nn.Module, dense: nn.Module, batches: Batches, config: ReconstructConfig, seed: int = 0
+) -> Reconstruction:
+    """Fit all remaining weights, biases and norms of a pruned model to the dense model, in place.
+
+    Minimizes the KL divergence of the logits plus `stream_weight` times the mean relative squared error of the block
+    outputs, each relative to the variance of the dense one; outputs of another shape are left out. Weights that are
+    zero remain zero. The held-out images
+    decide which pass is kept; if none has a lower KL divergence than the pruned model, it is not changed. On one
+    device, the same seed gives bit-identical weights.
+
+    Args:
+        model: The pruned model.
+        dense: The dense model.
+        batches: Calibration batches; labels are not used.
+        config: The settings.
+        seed: Seed of the order of the images and of their views.
+
+    Raises:
+        BadInput: there are fewer images than `config.holdout`, or they cannot be cropped.
+        NotFinite: the loss is not finite.
+
+    Source: ours; block-wise reconstruction (BRECQ, Li et al., ICLR 2021) over all blocks at once, with the KL
+        divergence that UP-ViTs scores with.
+    """
+    device = next(model.parameters()).device
+    images = torch.cat([images for images, _ in batches]) if batches else torch.empty(0)
+    held = torch.arange(len(images)) % config.holdout == config.holdout - 1
+    if not bool(held.any()):
+        raise BadInput(f"prune.reconstruct: {len(images)} images; give at least {config.holdout}, one is held out")
+    if config.views and not images.is_floating_point():
+        raise BadInput("prune.reconstruct.views: the inputs are tokens, which cannot be cropped; set it to false")
+    fit, test = images[~held], images[held].to(device)
+    paths = _shared_blocks(model, dense)
+    with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
+        torch.manual_seed(seed)
+        expected = _logits(dense, test, config.batch_size)
+        nats, curve = [_divergence(_logits(model, test, config.batch_size), expected)], []
+        best, kept = _state(model), 0
+        for row in track(_passes(model, dense, fit, paths, config), "reconstructing", config.passes):
+            nats.append(_divergence(_logits(model, test, config.batch_size), expected))
+            curve.append(row | {"held_out_nats": nats[-1]})
+            if nats[-1] < nats[kept]:
+                best, kept = _state(model), len(curve)
+        model.load_state_dict(best)
+    return Reconstruction({"nats_before": nats[0], "nats_after": nats[kept], "pass": kept}, curve)
+
+
+def _passes(
+    model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], config: ReconstructConfig
+) -> Iterator[dict[str, float]]:
+    """Train pass by pass; yield step, mean loss and learning rate after every pass."""
+    device = next(model.parameters()).device
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, config.lr, BETAS)
+    steps = -(-len(images) // config.batch_size)
+    step = 0
+    with freeze_zeros(model, optimizer) if zero_weights(model) is not None else nullcontext():
+        for _ in range(config.passes):
+            losses = []
+            for rows in torch.split(torch.randperm(len(images)), config.batch_size):
+                batch = _views(images[rows], config).to(device)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * _rate(step, config.passes * steps)
+                optimizer.zero_grad()
+                loss = _loss(model, dense, batch, paths, config.stream_weight)
+                losses.append(float(loss.detach()))
+                if not math.isfinite(losses[-1]):
+                    raise NotFinite("prune.reconstruct: the loss is not finite; lower lr or check the images", 0, step)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                step += 1
+            yield {"step": step, "loss": sum(losses) / len(losses), "lr": optimizer.param_groups[0]["lr"]}
+
+
+def _loss(model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], weight: float) -> Tensor:
+    with torch.no_grad(), _recorded(dense, paths) as targets:
+        expected = dense(images)
+    with torch.enable_grad(), _recorded(model, paths) as outputs:
+        log_q = model(images).log_softmax(dim=-1)
+        log_p = expected.log_softmax(dim=-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum() / len(images)
+        pairs = [(outputs[path], targets[path]) for path in paths if outputs[path].shape == targets[path].shape]
+        errors = [(output - target).square().mean() / target.var() for output, target in pairs]
+        loss: Tensor = divergence + weight * torch.stack(errors).mean() if errors else divergence
+        return loss
+
+
+def _rate(step: int, steps: int) -> float:
+    """Learning rate of a step, relative to the peak."""
+    return min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _views(images: Tensor, config: ReconstructConfig) -> Tensor:
+    """Random crops and flips of images (B, C, H, W); the images themselves without `config.views`."""
+    if not config.views:
+        return images
+    crop = RandomResizedCrop(list(images.shape[-2:]), CROP_AREA, antialias=True)
+    flipped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    return torch.stack([crop(image) for image in flipped])
+
+
+def _shared_blocks(model: nn.Module, dense: nn.Module) -> list[str]:
+    """Paths of the blocks of both models: neighbours of one class in a list, that have no such neighbours inside."""
+    ours, theirs = _blocks(model), _blocks(dense)
+    return ours if ours == theirs else []
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    result = []
+    for path, module in model.named_modules():
+        children = list(module.named_children())
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1:
+            kinds = {type(child) for _, child in children}
+            if len(kinds) == 1 and all(any(True for _ in child.children()) for _, child in children):
+                result += [f"{path}.{name}" for name, _ in children]
+    return [path for path in result if not any(other.startswith(f"{path}.") for other in result)]
+
+
+@contextmanager
+def _recorded(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Record the outputs of modules by path."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook_for(path: str) -> object:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[path] = output
+
+        return model.get_submodule(path).register_forward_hook(hook)
+
+    handles = [hook_for(path) for path in paths]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor, size: int) -> Tensor:
+    return torch.cat([model(part) for part in torch.split(images, size)])
+
+
+def _divergence(logits: Tensor, expected: Tensor) -> float:
+    """KL divergence of logits from the expected ones, in nats per image."""
+    log_q, log_p = logits.double().log_softmax(dim=-1), expected.double().log_softmax(dim=-1)
+    return float((log_p.exp() * (log_p - log_q)).sum()) / len(logits)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

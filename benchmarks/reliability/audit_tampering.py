@@ -12,6 +12,7 @@ benchmark continues; delete the file to start over. Writes benchmarks/results/au
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,8 @@ def main() -> None:
 def failures(result: AuditResult) -> list[str]:
     """Return the lines of an audit that name a difference."""
     ends = (": ok", ": see below")
-    return [line for line in result["lines"] if not line.endswith(ends) and not line.startswith(OTHER)]
+    lines = [line for line in result["lines"] if not line.endswith(ends) and not line.startswith(OTHER)]
+    return [re.sub(rf"{re.escape(tempfile.gettempdir())}/[\w-]+", "TEMP", line) for line in lines]
 
 
 def levels(result: AuditResult) -> set[str]:

@@ -1,0 +1,141 @@
+"""Pruning of DeiT-Tiny by a few hundred images without labels or training data, with and without reconstruction.
+
+Calibration on rows 600..799 of imagenet-val-800 (200 images), or on imagenet-one-per-class-1000 (1,000 images);
+evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. Each row is pruned once by
+`vitprune.prune(..., correct_norms=True)`; the reconstruction follows with its default settings, once per seed, and is
+given as the mean of the seeds. Seconds are those of one process on two threads. Results are recorded in
+benchmarks/results/label_free-notes.jsonl, so that an interrupted benchmark continues; delete the file to start over.
+Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/label_free.json and docs/results/label_free.md.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vitprune
+from benchmarks.lib.deit_tiny import load_dense, load_images, split
+from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
+from vitprune.config.reconstruct_config import ReconstructConfig
+from vitprune.evaluation.accuracy import accuracy
+
+ROOT = Path(__file__).parents[2]
+Batches = Sequence[tuple[Tensor, Tensor]]
+SEEDS, PASSES = (0, 1, 2), {200: 12, 1000: 3}
+SCORE = vitprune.ScoreConfig(memory_mb=4096)
+
+GOALS: dict[str, dict[str, Any]] = {
+    "2:4": {"scope": "2:4"},
+    "1:4": {"scope": "1:4"},
+    "4:8": {"scope": "4:8"},
+    "weights 50 %": {"sparsity": 0.5},
+    "weights 60 %": {"sparsity": 0.6},
+    "weights 75 %": {"sparsity": 0.75},
+    "half of the FFN": {"sparsity": {"ffn": 0.5}},
+    "0.7x MACs": {"target": {"macs": 0.7}},
+    "0.5x MACs": {"target": {"macs": 0.5}},
+}
+METHODS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, greedy", "n:m")),
+    **dict.fromkeys(("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "magnitude")),
+    "half of the FFN": ("unit-obs", "corp", "channel-magnitude"),
+    "0.7x MACs": ("unit-obs", "channel-magnitude"),
+    "0.5x MACs": ("unit-obs", "channel-magnitude"),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Top-1 in % of one pruned model; `seed` -1 is without reconstruction. Nats are those of the held-out images."""
+
+    goal: str
+    method: str
+    images: int
+    seed: int
+    top1: float
+    seconds: float
+    nats: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """The dense model, calibration batches by number of images, and evaluation batches."""
+
+    dense: nn.Module
+    calibration: Mapping[int, Batches]
+    held_out: Batches
+
+
+def main() -> None:
+    """Measure every row and write the tables."""
+    options = arguments(__doc__, {"threads": (2, "threads of one process")})
+    torch.set_num_threads(options.threads)
+    case, notes = load_case(real_data(), options.quick), RESULTS / f"label_free{'-quick' * options.quick}-notes.jsonl"
+    notes.unlink(missing_ok=True) if options.quick else None
+    goals = ("2:4",) if options.quick else tuple(GOALS)
+    done = [Measured(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    for images in case.calibration:
+        for goal in goals:
+            for method in METHODS[goal][: 1 if options.quick else None]:
+                known = {row.seed for row in done if (row.goal, row.method, row.images) == (goal, method, images)}
+                for seed in (-1, *SEEDS[: 1 if options.quick else None]):
+                    if seed not in known:
+                        done.append(measure(case, goal, method, images, seed, options.quick))
+                        print(done[-1], flush=True)
+                        with notes.open("a") as file:
+                            file.write(json.dumps(asdict(done[-1])) + "\n")
+    if not options.quick:
+        header = ["goal", "method", "images", "top-1", "reconstructed", "seconds", "seconds of it"]
+        about = f"Dense: {accuracy(case.dense, case.held_out)[0]['top1']:.1f} %. {__doc__}"
+        write_table(ROOT / "docs/results/label_free.md", "Without labels, in minutes", about, header, table(done))
+    rows = [Row(f"{r.goal}, {r.method}, {r.images} images, seed {r.seed}", r.top1, "top-1 %") for r in done]
+    write_results("label_free", rows, options.quick)
+
+
+def load_case(folder: Path, quick: bool) -> Case:
+    """Read the model and the images."""
+    dense = load_dense(folder)
+    few, held_out = split(*load_images(folder / "imagenet-val-800.parquet", dense))
+    calibration = {200: few}
+    if not quick:
+        images, labels = load_images(folder / "imagenet-one-per-class-1000.parquet", dense)
+        calibration[1000] = list(zip(images.split(50), labels.split(50), strict=True))
+    return Case(dense, calibration, held_out)
+
+
+def measure(case: Case, goal: str, method: str, images: int, seed: int, quick: bool) -> Measured:
+    """Prune for one goal, reconstruct with a seed, and evaluate."""
+    name, _, search = method.partition(", ")
+    config = SCORE.model_copy(update={"nm_search": "greedy", "permute": False}) if search else SCORE
+    reconstruct = ReconstructConfig(passes=1 if quick else PASSES[images]) if seed >= 0 else False
+    start = time.perf_counter()
+    settings = {"correct_norms": seed < 0, "reconstruct": reconstruct, "seed": max(seed, 0), "config": config}
+    kinds = {"kinds": ["ffn"]} if goal == "half of the FFN" else {}
+    result = vitprune.prune(case.dense, name, calibration=case.calibration[images], **GOALS[goal], **settings, **kinds)
+    seconds = time.perf_counter() - start
+    top1 = accuracy(result.model, case.held_out)[0]["top1"]
+    return Measured(goal, method, images, seed, top1, seconds, result.reconstruction.get("nats_after", 0.0))
+
+
+def table(done: Sequence[Measured]) -> list[list[str]]:
+    """Return one row per goal, method and number of images."""
+    keys = dict.fromkeys((row.goal, row.method, row.images) for row in done)
+    rows = []
+    for key in sorted(keys, key=lambda key: (list(GOALS).index(key[0]), METHODS[key[0]].index(key[1]), key[2])):
+        group = [row for row in done if (row.goal, row.method, row.images) == key]
+        plain = [row for row in group if row.seed < 0]
+        seeds = [row for row in group if row.seed >= 0]
+        top1 = [f"{mean(row.top1 for row in some):.1f}" if some else "-" for some in (plain, seeds)]
+        seconds = [f"{mean(row.seconds for row in some):.0f}" if some else "-" for some in (plain, seeds)]
+        rows.append([key[0], key[1], str(key[2]), *top1, *seconds])
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -24,9 +24,7 @@ def eliminate_weights(
     pattern: Pattern | None = None,
     ahead: torch.dtype | None = None,
 ) -> Tensor:
-    """Remove the weights of every block one by one, each time the one with the least loss w_p^2 / (2 h_pp).
-
-    After every removal the remaining weights of the block are updated (OBS).
+    """Remove the weights of every block one by one, each time that of least loss w_p^2 / (2 h_pp), by OBS.
 
     Args:
         inverse: inverses of the damped Fisher blocks, (blocks, B, B).
@@ -34,8 +32,7 @@ def eliminate_weights(
         share: fraction of all weights to be removed. Below 1, blocks are followed only as far as this decision needs;
             later weights score infinity.
         pattern: (N, M) removes at most M - N of every M consecutive weights; the others score infinity.
-        ahead: without `share`, compiled code computes rows of the factor ahead, with products of this type. The result
-            is that of None, with the bits of float64 in float64, and takes half of the time or less for long rows.
+        ahead: without `share`, compute rows of the factor ahead in this type: the same up to rounding, faster.
 
     Returns:
         Cumulative loss of the block at the removal of each weight, in nats per image, strictly increasing in the
@@ -47,10 +44,10 @@ def eliminate_weights(
     losses = torch.full(weights.shape, torch.inf, dtype=torch.float64, device=inverse.device)
     blocks, size = torch.arange(len(weights), device=inverse.device), weights.shape[1]
     if pattern is not None or share >= 1:
-        if ahead is not None and inverse.device.type == "cpu" and has_numba():
-            _eliminate_ahead(inverse, weights, losses, pattern, ahead)
-        else:
+        if ahead is None or inverse.device.type != "cpu" or not has_numba():
             _follow(inverse, weights, losses, blocks, size, torch.inf, pattern)
+        else:
+            _eliminate_ahead(inverse, weights, losses, pattern, ahead)
         return losses
     cap, wanted = min(size, int(size * (share + MARGIN)) + 1), int(share * weights.numel() + 0.5)
     _follow(inverse, weights, losses, blocks, cap, 0.0, None)
@@ -113,8 +110,8 @@ def _eliminate_ahead(
     keep, every = pattern or (0, 0)
 
     def eliminate_slice(edge: Sequence[int]) -> None:
-        factor, rows = (torch.zeros(number, size, dtype=dtype).numpy() for number in (size, CANDIDATES + 1))
-        eliminate_rows(matrices, vectors, result, np.arange(*edge), factor, rows, keep, every)
+        work = [torch.zeros(number, size, dtype=dtype).numpy() for number in (size, CANDIDATES, CANDIDATES + 1)]
+        eliminate_rows(matrices, vectors, result, np.arange(*edge), *work, keep, every)
 
     _in_threads(eliminate_slice, len(weights))
 

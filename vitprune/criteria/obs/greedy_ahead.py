@@ -2,7 +2,10 @@
 
 The order is that of greedy_numba.py. Its time goes into one pass over the whole factor for every removed weight, which
 memory bandwidth limits. Here a pass serves all weights that are cheapest at that moment; each of them is brought up to
-date by the few later steps when its turn comes. Import this module only if numba is installed.
+date by the few later steps when its turn comes. The factor is stored by columns, so that a pass consists of scalar
+products of contiguous numbers, and the exchange of two weights is a copy of one column.
+
+Import this module only if numba is installed.
 """
 
 from math import inf, sqrt
@@ -15,16 +18,25 @@ from vitprune.criteria.obs.greedy_numba import MIN_VARIANCE, cheapest_weight, co
 
 Array = np.ndarray[Any, Any]
 
-TILE = 512  # columns whose part of four lines of the factor remains in the first cache
+TILE, COLUMNS = 1024, 8  # lines and columns of the factor that remain in the caches
 
 
 @njit(cache=True, nogil=True)
 def eliminate_rows(
-    inverse: Array, weights: Array, losses: Array, blocks: Array, factor: Array, ahead: Array, keep: int, every: int
+    inverse: Array,
+    weights: Array,
+    losses: Array,
+    blocks: Array,
+    columns: Array,
+    recent: Array,
+    ahead: Array,
+    keep: int,
+    every: int,
 ) -> None:
     """Fill losses (all, B) of the given blocks; `inverse` is (all, B, B), or (1, B, B) if they share one.
 
-    `factor` (B, B) and `ahead` (candidates + 1, B) are workspace, of zeros; their type is that of the products.
+    Workspace, whose type is that of the products: `columns` (B, B) of the factor, its `recent` lines (candidates, B),
+    rows computed `ahead` (candidates + 1, B).
     """
     size, most = weights.shape[1], every - keep
     state = np.empty((3, size))  # weights, conditional variances, losses of removal
@@ -32,7 +44,7 @@ def eliminate_rows(
     for block in blocks:
         h = inverse[block if len(inverse) > 1 else 0]
         count = collect_nonzero(h, weights[block], losses[block], state, order, lost, every)
-        level, done = 0.0, 0  # `done`: steps that the rows ahead contain
+        level, done = 0.0, 0  # `done`: steps that are in `columns` and in the rows ahead
         slot[:] = -1
         for step in range(count):
             index = cheapest_weight(state[0], state[1], step, count, order, lost, most, every)
@@ -40,14 +52,14 @@ def eliminate_rows(
                 break
             if slot[index] < 0:
                 _select_costs(state, step, count, order, lost, most, every)
-                _refresh(h, factor, ahead, state[2], order, slot, done, step, count, index)
-                done = step - step % 4
+                _refresh(h, columns, recent, ahead, state[2], order, slot, done, step, count, index)
+                done = step
             level = max(level + state[0, index] ** 2 / state[1, index] / 2, np.nextafter(level, inf))
-            _move_to_front(factor, ahead, state, order, slot, done, step, index)
+            _move_to_front(columns, recent, ahead, state, order, slot, done, step, index)
             losses[block, order[step]] = level
             if every:
                 lost[order[step] // every] += 1
-            _append(factor, ahead[slot[step]], state, done, step, count)
+            _append(recent, ahead[slot[step]], state, step - done, step, count)
 
 
 @njit(cache=True, nogil=True)
@@ -61,7 +73,8 @@ def _select_costs(state: Array, step: int, count: int, order: Array, lost: Array
 @njit(cache=True, nogil=True)
 def _refresh(
     h: Array,
-    factor: Array,
+    columns: Array,
+    recent: Array,
     ahead: Array,
     costs: Array,
     order: Array,
@@ -72,87 +85,121 @@ def _refresh(
     index: int,
 ) -> None:
     """Hold the rows of the cheapest weights, `index` among them, and bring them up to date with all steps."""
-    size = len(ahead) - 1
-    limit = np.partition(costs[step:count], min(size, count - step) - 1)[min(size, count - step) - 1]
-    free = np.ones(size, np.bool_)
-    slots, positions = np.full((2, size + 1), size), np.full((2, size + 1), step)  # of new rows, and of old ones
-    num_old, num_new = 0, 0
+    size = len(recent)
+    rank = min(size, count - step) - 1
+    limit = np.partition(costs[step:count], rank)[rank]
+    free, number = np.ones(size, np.bool_), 0
     for j in range(step, count):
+        for line in range(step - done):
+            columns[j, done + line] = recent[line, j]
         if slot[j] >= 0 and costs[j] < limit:
-            free[slot[j]], slots[1, num_old], positions[1, num_old] = False, slot[j], j
-            num_old += 1
+            free[slot[j]] = False
+            _catch_up(recent, ahead[slot[j], step:count], j, step - done, step, count)
         else:
             slot[j] = -1
     empty = np.flatnonzero(free)
+    slots, positions = np.full(size + 3, size), np.full(size + 3, step)  # filled up with the last row, which is unused
     for j in range(step - 1, count):
         at = index if j < step else j  # the cheapest one first: ties cannot crowd it out
-        if slot[at] < 0 and (j < step or (costs[at] <= limit and costs[at] < inf)) and num_new < len(empty):
-            slot[at], slots[0, num_new], positions[0, num_new] = empty[num_new], empty[num_new], at
-            row, line = ahead[slot[at]], h[order[at]]
+        if slot[at] < 0 and (j < step or (costs[at] <= limit and costs[at] < inf)) and number < len(empty):
+            slot[at], slots[number], positions[number] = empty[number], empty[number], at
+            row, line_of_h = ahead[slot[at]], h[order[at]]
             for q in range(step, count):
-                row[q] = line[order[q]]
-            num_new += 1
-    num_new, num_old = num_new + num_new % 2, num_old + num_old % 2  # the last slot makes them even
-    _subtract(factor, ahead, slots[0, :num_new], positions[0, :num_new], 0, step - step % 4, step, count)
-    _subtract(factor, ahead, slots[1, :num_old], positions[1, :num_old], done, step - step % 4, step, count)
+                row[q] = line_of_h[order[q]]
+            number += 1
+    number += -number % 4
+    _subtract_products(columns, ahead, slots[:number], positions[:number], step, count)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
+def _subtract_products(columns: Array, ahead: Array, slots: Array, positions: Array, step: int, count: int) -> None:
+    """Subtract the products of the factor's columns from the rows of the weights at some positions, four at a time."""
+    zero = ahead.dtype.type(0)
+    for begin in range(0, step, TILE):
+        end = min(begin + TILE, step)
+        for first in range(step, count, COLUMNS):
+            for four in range(0, len(slots), 4):
+                p, q = positions[four : four + 4], slots[four : four + 4]
+                a0, a1 = columns[p[0], begin:end], columns[p[1], begin:end]
+                a2, a3 = columns[p[2], begin:end], columns[p[3], begin:end]
+                for j in range(first, min(first + COLUMNS, count), 2):
+                    i = min(j + 1, count - 1)
+                    x, y = columns[j, begin:end], columns[i, begin:end]
+                    s0, s1, s2, s3 = zero, zero, zero, zero
+                    t0, t1, t2, t3 = zero, zero, zero, zero
+                    for line in range(end - begin):
+                        s0 += a0[line] * x[line]
+                        s1 += a1[line] * x[line]
+                        s2 += a2[line] * x[line]
+                        s3 += a3[line] * x[line]
+                        t0 += a0[line] * y[line]
+                        t1 += a1[line] * y[line]
+                        t2 += a2[line] * y[line]
+                        t3 += a3[line] * y[line]
+                    ahead[q[0], j] -= s0
+                    ahead[q[1], j] -= s1
+                    ahead[q[2], j] -= s2
+                    ahead[q[3], j] -= s3
+                    if i > j:
+                        ahead[q[0], i] -= t0
+                        ahead[q[1], i] -= t1
+                        ahead[q[2], i] -= t2
+                        ahead[q[3], i] -= t3
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def _subtract(
-    factor: Array, ahead: Array, slots: Array, positions: Array, begin: int, end: int, step: int, count: int
-) -> None:
-    """Subtract the lines begin..end of the factor from an even number of rows, tile by tile, sums in registers."""
-    for first in range(step, count, TILE):
-        last = min(first + TILE, count)
-        for line in range(begin, end, 4):
-            f0, f1 = factor[line, first:last], factor[line + 1, first:last]
-            f2, f3 = factor[line + 2, first:last], factor[line + 3, first:last]
-            for pair in range(0, len(slots), 2):
-                p, q = positions[pair], positions[pair + 1]
-                a0, a1, a2, a3 = factor[line, p], factor[line + 1, p], factor[line + 2, p], factor[line + 3, p]
-                b0, b1, b2, b3 = factor[line, q], factor[line + 1, q], factor[line + 2, q], factor[line + 3, q]
-                x, y = ahead[slots[pair], first:last], ahead[slots[pair + 1], first:last]
-                for j in range(last - first):
-                    x[j] -= a0 * f0[j] + a1 * f1[j] + a2 * f2[j] + a3 * f3[j]
-                    y[j] -= b0 * f0[j] + b1 * f1[j] + b2 * f2[j] + b3 * f3[j]
+def _catch_up(recent: Array, row: Array, position: int, lines: int, first: int, count: int) -> None:
+    """Subtract the recent lines from the columns first..count of a weight's row."""
+    line = 0
+    while line + 4 <= lines:
+        a0, a1, a2, a3 = (
+            recent[line, position],
+            recent[line + 1, position],
+            recent[line + 2, position],
+            recent[line + 3, position],
+        )
+        f0, f1 = recent[line, first:count], recent[line + 1, first:count]
+        f2, f3 = recent[line + 2, first:count], recent[line + 3, first:count]
+        for j in range(len(row)):
+            row[j] -= a0 * f0[j] + a1 * f1[j] + a2 * f2[j] + a3 * f3[j]
+        line += 4
+    while line < lines:
+        a0, f0 = recent[line, position], recent[line, first:count]
+        for j in range(len(row)):
+            row[j] -= a0 * f0[j]
+        line += 1
 
 
 @njit(cache=True, nogil=True)
 def _move_to_front(
-    factor: Array, ahead: Array, state: Array, order: Array, slot: Array, done: int, step: int, index: int
+    columns: Array,
+    recent: Array,
+    ahead: Array,
+    state: Array,
+    order: Array,
+    slot: Array,
+    done: int,
+    step: int,
+    index: int,
 ) -> None:
-    """Exchange the removed weight with the first remaining one; of the removed one, lines from `done` are needed."""
+    """Exchange the removed weight with the first remaining one; of the removed one, recent lines are still needed."""
     order[step], order[index] = order[index], order[step]
     slot[step], slot[index] = slot[index], slot[step]
     for line in range(2):
         state[line, step], state[line, index] = state[line, index], state[line, step]
-    for line in range(done):
-        factor[line, index] = factor[line, step]
-    for line in range(done, step):
-        factor[line, step], factor[line, index] = factor[line, index], factor[line, step]
+    columns[index, :done] = columns[step, :done]
+    for line in range(step - done):
+        recent[line, step], recent[line, index] = recent[line, index], recent[line, step]
     for line in range(len(ahead)):
         ahead[line, index] = ahead[line, step]
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def _append(factor: Array, row: Array, state: Array, done: int, step: int, count: int) -> None:
+def _append(recent: Array, row: Array, state: Array, lines: int, step: int, count: int) -> None:
     """Finish the next row of the factor, and update the remaining weights and variances."""
     rest = row[step + 1 : count]
-    line = done
-    while line + 4 <= step:
-        a0, a1 = factor[line, step], factor[line + 1, step]
-        a2, a3 = factor[line + 2, step], factor[line + 3, step]
-        f0, f1 = factor[line, step + 1 : count], factor[line + 1, step + 1 : count]
-        f2, f3 = factor[line + 2, step + 1 : count], factor[line + 3, step + 1 : count]
-        for j in range(len(rest)):
-            rest[j] -= a0 * f0[j] + a1 * f1[j] + a2 * f2[j] + a3 * f3[j]
-        line += 4
-    while line < step:
-        a0, f0 = factor[line, step], factor[line, step + 1 : count]
-        for j in range(len(rest)):
-            rest[j] -= a0 * f0[j]
-        line += 1
-    w, d, new = state[0, step + 1 : count], state[1, step + 1 : count], factor[step, step + 1 : count]
+    _catch_up(recent, rest, step, lines, step + 1, count)
+    w, d, new = state[0, step + 1 : count], state[1, step + 1 : count], recent[lines, step + 1 : count]
     pivot = 1 / sqrt(state[1, step])
     share = state[0, step] * pivot
     for j in range(len(rest)):

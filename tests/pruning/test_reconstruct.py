@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from tests.support.model_zoo import batches, images, predict, state, tiny
 from tests.support.plans import plan_for
-from vitprune import BadInput, ReconstructConfig, find_groups, prune
+from vitprune import BadInput, ReconstructConfig, ScoreConfig, find_groups, prune
 from vitprune.errors import NotFinite
 from vitprune.pruning.prune_cycles import prune_cycles
-from vitprune.pruning.reconstruct import reconstruct
+from vitprune.pruning.reconstruct import _loss, reconstruct
 
 FEW = ReconstructConfig(passes=3, lr=1e-3, batch_size=4)
 
@@ -87,7 +87,7 @@ def test_smaller_models_are_reconstructed(kinds: list[str]) -> None:
 def test_prune_reconstructs_after_every_cycle() -> None:
     model = tiny("vit", dtype=torch.float32)
     data = batches(model, 3, 6)
-    result = prune(model, "n:m", calibration=data, reconstruct=True)
+    result = prune(model, "n:m", calibration=data, reconstruct=FEW)
     assert result.reconstruction["nats_after"] < result.reconstruction["nats_before"]
     assert "held-out KL divergence" in str(result)
     assert not prune(model, "magnitude", sparsity=0.5).reconstruction
@@ -98,6 +98,22 @@ def test_prune_reconstructs_after_every_cycle() -> None:
     cycles = list(prune_cycles(pruned, plan_for("magnitude", 0.6, cycles=2, reconstruct=FEW), data))
     assert len(cycles) == 2
     assert all(cycle.reconstruction.facts["nats_after"] < cycle.reconstruction.facts["nats_before"] for cycle in cycles)
+
+
+def test_streams_are_compared_in_the_order_of_permuted_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("vit", dtype=torch.float32)
+    losses = []
+
+    def recorded(*args: object) -> Tensor:
+        losses.append(_loss(*args))
+        return losses[-1]
+
+    monkeypatch.setattr("vitprune.pruning.reconstruct._loss", recorded)
+    for permuted in (False, True):
+        config = ScoreConfig(permute=permuted)
+        prune(model, "obc", scope="2:4", calibration=batches(model, 3, 6), reconstruct=FEW, config=config)
+    first, half = float(losses[0].detach()), len(losses) // 2
+    assert float(losses[half].detach()) < 1.5 * first
 
 
 def test_input_that_cannot_be_used_is_refused() -> None:

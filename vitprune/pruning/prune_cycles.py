@@ -105,7 +105,7 @@ def prune_cycles(
         Every cycle after its pruning.
     """
     dense = model if resume is None else resume.dense
-    runs, teacher = not shape_error(dense), copy.deepcopy(dense) if plan.config.reconstruct else dense
+    runs, teachers = not shape_error(dense), [copy.deepcopy(dense)] if plan.config.reconstruct else []
     state = cycle_state(dense, plan) if resume is None else cycle_state(dense, plan, resume.number + 1, resume.masks)
     logits = dense_logits(dense, batches) if plan.config.correct_norms else []
     given = given_masks(first, plan, state) if first is not None and resume is None else None
@@ -115,18 +115,18 @@ def prune_cycles(
             groups = groups_for(model, plan)
             if given is not None:
                 selected, given = given, None
-                reorder_channels(model, orders)
+                reorder_channels([model, *teachers], orders)
                 update = _update_for_given(model, groups, batches, plan, state, statistics)
             else:
                 importance = plan.method.criterion(model, groups, batches, plan.context(state.number))
-                reorder_channels(model, importance.orders)
+                reorder_channels([model, *teachers], importance.orders)
                 selected = select_cycle_masks(model, importance.scores, plan, state, batches)
                 update = importance.update
             _apply(model, groups, selected.masks, state, update)
             state, complete = replace(state, masks=selected.masks), selected.complete
         if runs and (why := shape_error(model)):
             raise BadInput(f"{type(model).__name__}: the pruned model does not run ({why}); prune other kinds")
-        reconstruction = _reconstruct(model, teacher, batches, plan, state.number)
+        reconstruction = _reconstruct(model, teachers, batches, plan, state.number)
         corrected = _correct(model, logits, batches, plan, state.number)
         cost = reached_cost(selected, plan, state)
         yield Cycle(
@@ -143,9 +143,9 @@ def prune_cycles(
         state = state.following(selected.masks)
 
 
-def reorder_channels(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
-    """Re-order the channels of a model in place, as a criterion's scores assume it."""
-    if orders:
+def reorder_channels(models: Sequence[nn.Module], orders: Mapping[str, Tensor]) -> None:
+    """Re-order the channels of models of one structure in place, as a criterion's scores assume it."""
+    for model in models if orders else ():
         kinds, _ = available_kinds(model, PERMUTED_KINDS)
         for kind in kinds:
             permute(model, find_groups(model, [kind]), orders)
@@ -170,11 +170,13 @@ def _update_for_given(
     return method.criterion(model, groups, batches, context).update
 
 
-def _reconstruct(model: nn.Module, dense: nn.Module, batches: Batches, plan: Plan, number: int) -> Reconstruction:
-    """Reconstruct the model, if the plan says so."""
+def _reconstruct(
+    model: nn.Module, teachers: Sequence[nn.Module], batches: Batches, plan: Plan, number: int
+) -> Reconstruction:
+    """Reconstruct the model towards the dense one, if the plan says so."""
     if plan.config.reconstruct is None:
         return NOT_RECONSTRUCTED
-    return reconstruct_weights(model, dense, batches, plan.config.reconstruct, plan.seed + number)
+    return reconstruct_weights(model, teachers[0], batches, plan.config.reconstruct, plan.seed + number)
 
 
 def _correct(

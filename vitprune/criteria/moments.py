@@ -14,9 +14,12 @@ from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 from vitprune.runtime.eval_mode import eval_mode, frozen
+from vitprune.runtime.messages import warn
 from vitprune.runtime.progress import track
 
 NUM_FOLDS = 2  # moments of even and odd images: a ridge is selected on images that were not fitted
+
+MANY_CLASSES, NARROW = 100, 0.3  # least classes of a warning; predicted classes relative to the most that are possible
 
 GradMoment = Literal["metric", "metric_diagonal"]
 
@@ -116,15 +119,27 @@ def collect_layer_moments(
         raise BadInput("second moments: need images; give batches")
     total: Statistics = {}
     first = context.first
+    predicted: set[int] = set()
     with eval_mode(model), frozen(model):
         size = _at_once(model, readers, heads, batches[0][0], context)
         for batch, _ in track(batches, "collecting second moments"):
             for images in minibatches(batch, size):
-                result = _of_batch(model, readers, heads, images, context, grads, first)
+                result, logits = _of_batch(model, readers, heads, images, context, grads, first)
                 for name, value in result.items():
                     _add(total, name, value)
                 first += len(images)
+                predicted.update(logits.argmax(dim=-1).flatten().tolist())
+    _warn_if_narrow(len(predicted), logits.shape[-1], first - context.first)
     return total
+
+
+def _warn_if_narrow(predicted: int, classes: int, images: int) -> None:
+    """Warn if the calibration images cover few of the model's classes: the fit does not protect the others."""
+    if classes >= MANY_CLASSES and predicted < NARROW * min(classes, images):
+        warn(
+            f"calibration: on these {images} images the model answers only {predicted} of its {classes} classes; "
+            "the pruned model can lose the others, add images of other kinds"
+        )
 
 
 def _at_once(
@@ -144,7 +159,8 @@ def _of_batch(
     context: ScoringContext,
     grads: GradMoment | None,
     first: int,
-) -> Statistics:
+) -> tuple[Statistics, Tensor]:
+    """Return the sums of some images, and the logits."""
     device = next(model.parameters()).device
     with torch.set_grad_enabled(grads is not None), record_layer_io(model, readers, list(heads)) as (inputs, outputs):
         logits = model(images.to(device))
@@ -155,7 +171,7 @@ def _of_batch(
     layers = {path: model.get_submodule(path) for path in readers}
     result = {f"{path}/inputs": _of_inputs(layer, inputs[path], parity) for path, layer in layers.items()}
     if grads is None:
-        return result
+        return result, logits.detach()
     paths = list(outputs)
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
     for direction in fisher_directions(probability, None, context.config.fisher_directions, context.seed, where):
@@ -172,7 +188,7 @@ def _of_batch(
                 _add(result, f"{path}/{grads}", value.double().cpu())
     for path, number in heads.items():
         result |= _of_heads(path, outputs[path].detach(), number)
-    return result
+    return result, logits.detach()
 
 
 def _add(result: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -14,10 +14,12 @@ from vitprune.errors import BadInput
 from vitprune.evaluation.cost import count_macs
 from vitprune.evaluation.latency import latency
 from vitprune.groups import Group, Masks, meta_copy, shrink
+from vitprune.runtime.messages import warn
 
 COUNTS = ("params", "macs")
 PRECISION = {"params": 1e-9, "macs": 1e-9, "latency": 0.01, "latency_ms": 0.01}  # of the scalar; measurements are noisy
 CLOSE = 0.02  # relative deviation from the target above which it is explained
+STEADY = 1.5  # largest ratio of the 90th to the 10th percentile of a clock that other processes do not disturb
 SHORT_RUNS, LONG_RUNS = 15, 45  # forward passes per latency measurement: in the search, and of its result
 TRIES = 4  # long measurements that correct the result of a search
 CostFn = Callable[[Masks], float]  # masks of the dense model's groups -> cost as a fraction of the dense model's
@@ -239,6 +241,8 @@ def _latency_model(dense: nn.Module, groups: Sequence[Group], cost: str) -> Cost
         times = both(masks, SHORT_RUNS)
         return times["median"] / times["dense"]
 
-    return CostModel(
-        cost, latency([dense], example, LONG_RUNS)[0]["median"], share, lambda masks: both(masks, LONG_RUNS)
-    )
+    times = latency([dense], example, LONG_RUNS)[0]
+    if times["p90"] > STEADY * times["p10"]:
+        spread = f"{times['p10']:.3g} to {times['p90']:.3g} ms (p10 to p90)"
+        warn(f"prune.target.{cost}: the dense model takes {spread}; use a quiet machine, or a target in macs")
+    return CostModel(cost, times["median"], share, lambda masks: both(masks, LONG_RUNS))

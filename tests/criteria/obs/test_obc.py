@@ -202,3 +202,14 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     group = Group("0.weight", "weight", (6, 6), WEIGHT)
     with pytest.raises(BadInput, match=r"^0: runs more than once per forward pass; exclude it$"):
         obc(model, [group], [(torch.randn(4, 6), torch.zeros(4).long())], DEFAULT_CONTEXT)
+
+
+@pytest.mark.parametrize("classes", [10, 200])
+def test_images_that_cover_few_classes_are_reported(classes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, classes)).eval()
+    with torch.no_grad():
+        model[1].bias[3] = 100  # the answer to every image
+    group = Group("0.weight", "weight", (4, 6), WEIGHT)
+    obc(model, [group], [(torch.randn(50, 6), torch.zeros(50).long())], DEFAULT_CONTEXT)
+    line = "warning: calibration: on these 50 images the model answers only 1 of its 200 classes"
+    assert (line in capsys.readouterr().err) == (classes == 200)

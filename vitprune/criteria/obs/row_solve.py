@@ -146,7 +146,7 @@ def _conjugate_gradients(residual: Tensor, kept: Tensor, matrix: Tensor, inverse
 
 
 def _factors_are_cheaper(keep: Tensor) -> bool:
-    """Compare the times of both ways, in 0.1 ns as measured on one AVX2 core (see docs/results/obc_speed.md)."""
+    """Compare the times of both ways, in 0.1 ns as measured on one AVX2 core (benchmarks/speed/obc_phases.py)."""
     (rows, width), most = keep.shape, int(keep.sum(dim=1).max())
     return rows * most**2 * (most + 150) < 20 * rows * width**2 + 0.7 * width**3 + 3e7
 

@@ -1,7 +1,9 @@
 """Cost targets: reached from below, by less than one unit, verified on the pruned model."""
 
 import copy
+import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -239,3 +241,10 @@ def test_the_mask_stage_writes_the_resolved_target(
     assert facts["cost"] == {"params": result if absolute else {"target": 0.7, "reached": reached}}
     assert facts["target"]["ffn"] == pytest.approx(facts["sparsity"]["ffn"], abs=1 / 192)
     assert 0.69 < reached <= 0.7
+
+
+def test_a_disturbed_clock_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    model, calls = tiny("vit"), itertools.count()
+    model.register_forward_pre_hook(lambda module, args: time.sleep(0.03 * (next(calls) % 2)))
+    make_cost_model(model, find_groups(model, ["ffn"]), "latency_ms")
+    assert "warning: prune.target.latency_ms: the dense model takes " in capsys.readouterr().err

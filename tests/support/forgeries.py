@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from safetensors.torch import load_file, save_file
 
 from tests.support import tiny_project
@@ -115,6 +116,14 @@ def register_another_model(project: Path) -> None:
     mlflow.set_tracking_uri(client.tracking_uri)  # models:/ is resolved there
     version = client.create_model_version("vit", f"models:/{model.model_id}", run, model_id=model.model_id)
     client.set_registered_model_alias("vit", "champion", version.version)
+
+
+def measure_the_model_again(project: Path) -> None:
+    """Log a metric of the run's model in another run."""
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    model = client.search_logged_models(["1"])[0].model_id
+    other = client.create_run("1").info.run_id
+    client.log_batch(other, [Metric("pruned.top1", GRANDIOSE, 0, 0, model_id=model)])
 
 
 def add_artifacts(project: Path) -> None:
@@ -312,6 +321,7 @@ FORGERIES: dict[str, Edit] = {
 }
 # What an honest user may do, too: the audit passes and names it.
 LISTED: dict[str, tuple[Edit, str]] = {
+    "M11b a metric of the model from another run": (measure_the_model_again, "pruned.top1 99.0 was logged by the run"),
     "M12 artifacts added": (add_artifacts, "the artifact results.md is in MLflow only"),
     "M14 tags and a description added": (
         in_tag("mlflow.note.content", "99.9 %"), "tag mlflow.note.content is in MLflow only: '99.9 %'"

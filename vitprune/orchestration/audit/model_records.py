@@ -31,8 +31,12 @@ def logged_model(collected: CollectedRun) -> Iterator[str]:
             yield f"model {model.model_id}: MLflow names the run {model.source_run_id} as its source"
         for metric in model.metrics or ():
             value = evaluated.get(metric.key)
-            if value is None or float(value) != metric.value:
+            if value is not None and float(value) == metric.value:
+                continue
+            if metric.run_id in (None, collected.parent.info.run_id):
                 yield f"model {model.model_id}: {metric.key} is {metric.value} in MLflow, {value} in the run log"
+            else:  # a run with the same weights may have measured them, too
+                yield Note(f"model {model.model_id}: {metric.key} {metric.value} was logged by the run {metric.run_id}")
         for file in client.list_logged_model_artifacts(model.model_id):
             if file.path not in CHECKPOINT:
                 yield Note(f"model {model.model_id}: the file {file.path} is in MLflow only")

@@ -178,7 +178,12 @@ class Uploader:
         numbers = {k: v for fact in stages if fact["stage"] == "evaluate" for k, v in fact.get("metrics", {}).items()}
         self._metrics(parent, numbers, ended)
         digest = next((d for fact in stages if (d := model_digest(fact.get("model", ())))), None)
-        model = None if digest is None else find_model(self.client, self.experiment, DIGEST, digest)
+        if digest is None:
+            return
+        own = find_model(self.client, self.experiment, KEY, f"{self.journal.flow_run_id}/distill")
+        model = own or find_model(
+            self.client, self.experiment, DIGEST, digest
+        )  # distill is cached: that of another run
         if model is None:
             return
         time, name = _milliseconds(ended), model.model_id

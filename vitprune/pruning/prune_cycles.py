@@ -167,7 +167,9 @@ def _update_for_given(
         return None
     if statistics:
         return method.update_from_stats(model, groups, statistics)
-    return method.criterion(model, groups, batches, context).update
+    # the masks are those of the model as it is: the criterion must not choose another order of its channels
+    config = context.config.model_copy(update={"permute": False})
+    return method.criterion(model, groups, batches, replace(context, config=config)).update
 
 
 def _reconstruct(

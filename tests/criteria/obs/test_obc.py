@@ -1,17 +1,20 @@
 """Optimal Brain Compression: row elimination and update against direct solves."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.support.model_zoo import batches, images, predict, tiny
-from tests.support.plans import context
-from vitprune import BadInput, find_groups, prune
+from tests.support.plans import context, plan_for
+from vitprune import BadInput, ScoreConfig, find_groups, prune
 from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.obs.obc import obc
 from vitprune.criteria.obs.row_solve import solve_rows
 from vitprune.criteria.obs.unit_elimination import RIDGES
 from vitprune.groups import Group, ParamSlice
+from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.pruning.select import select
 
 WEIGHT = (ParamSlice("0.weight", None),)
@@ -202,6 +205,22 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     group = Group("0.weight", "weight", (6, 6), WEIGHT)
     with pytest.raises(BadInput, match=r"^0: runs more than once per forward pass; exclude it$"):
         obc(model, [group], [(torch.randn(4, 6), torch.zeros(4).long())], DEFAULT_CONTEXT)
+
+
+def test_given_masks_are_those_of_the_model_as_it_is() -> None:
+    model = tiny("vit")
+    data, masks = batches(model), {}
+    for group in find_groups(model, ["weight"]):
+        largest = model.get_parameter(group.name).detach().abs().view(-1, 4).topk(2, dim=1).indices
+        masks[group.name] = (
+            torch.zeros(group.units // 4, 4, dtype=torch.bool).scatter_(1, largest, True).view(group.shape)
+        )
+    results = []
+    for score in (ScoreConfig(), ScoreConfig(permute=False)):
+        pruned = copy.deepcopy(model)
+        list(prune_cycles(pruned, plan_for("obc", scope="2:4", score=score), data, masks))
+        results.append(predict(pruned, data[0][0]))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("classes", [10, 200])

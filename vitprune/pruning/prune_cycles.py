@@ -7,17 +7,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures import find_groups
 from vitprune.architectures.tracing.cache import shape_error
 from vitprune.criteria import Batches, Statistics, Update
-from vitprune.criteria.obs.channel_permutation import KINDS as PERMUTED_KINDS
+from vitprune.criteria.obs.channel_permutation import permutable_groups
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores, permute, shrink, zero
 from vitprune.pruning.block_steps import to_dense_names
 from vitprune.pruning.cycle_masks import (
     CostReport,
     CycleState,
-    available_kinds,
     cycle_state,
     given_masks,
     groups_for,
@@ -145,10 +143,9 @@ def prune_cycles(
 
 def reorder_channels(models: Sequence[nn.Module], orders: Mapping[str, Tensor]) -> None:
     """Re-order the channels of models of one structure in place, as a criterion's scores assume it."""
-    for model in models if orders else ():
-        kinds, _ = available_kinds(model, PERMUTED_KINDS)
-        for kind in kinds:
-            permute(model, find_groups(model, [kind]), orders)
+    for groups in permutable_groups(models[0]) if orders else ():
+        for model in models:
+            permute(model, groups, orders)
 
 
 def _update_for_given(

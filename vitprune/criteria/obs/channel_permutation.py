@@ -4,6 +4,7 @@ The order of FFN units, of the channels of a head and of residual channels is fr
 their group does not change the function, and costs nothing at run time.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,16 +81,19 @@ def channel_orders(
     """
     permuted: list[Group] = []
     orders: dict[str, Tensor] = {}
-    for kind in KINDS:
-        try:
-            groups = find_groups(model, [kind])
-        except BadInput:  # the model has no units of this kind
-            continue
+    for groups in permutable_groups(model):
         chosen = {group.name: order for group in groups if (order := _order(group, losses, pattern)) is not None}
         if chosen and same_logits(model, permute(copy.deepcopy(model), groups, chosen), images[:1]):
             orders |= chosen
             permuted += [group for group in groups if group.name in chosen]
     return ChannelOrders(permuted, orders)
+
+
+def permutable_groups(model: nn.Module) -> Iterator[list[Group]]:
+    """Yield the groups of every kind of `KINDS` that the model has."""
+    for kind in KINDS:
+        with contextlib.suppress(BadInput):  # the model has no units of this kind
+            yield find_groups(model, [kind])
 
 
 def permute_statistics(statistics: Statistics, chosen: ChannelOrders) -> Statistics:
@@ -179,7 +183,7 @@ def _pair_loss(first: Tensor, second: Tensor, a: Tensor, b: Tensor, c: Tensor) -
 
 
 def _order(group: Group, losses: Mapping[str, LayerLoss], pattern: Pattern) -> Tensor | None:
-    """Return the order of a group's units, None if no layer reads them in runs of M."""
+    """Return the order of a group's units, or None if no layer reads them in runs of M."""
     heads = group.shape[0] if len(group.shape) > 1 else 1
     units, every = group.units // heads, pattern[1]
     parts = [part for part in group.slices if part.axis == 1 and part.param in losses and part.inner == part.runs == 1]

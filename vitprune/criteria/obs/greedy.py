@@ -24,7 +24,7 @@ def eliminate_weights(
     pattern: Pattern | None = None,
     ahead: torch.dtype | None = None,
 ) -> Tensor:
-    """Remove the weights of every block one by one, each time that of least loss w_p^2 / (2 h_pp), by OBS.
+    """Remove the weights of every block one by one by OBS, each time the one of least loss w_p^2 / (2 h_pp).
 
     Args:
         inverse: inverses of the damped Fisher blocks, (blocks, B, B).

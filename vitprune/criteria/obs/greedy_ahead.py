@@ -84,7 +84,7 @@ def _refresh(
     count: int,
     index: int,
 ) -> None:
-    """Hold the rows of the cheapest weights, `index` among them, and bring them up to date with all steps."""
+    """Compute the rows of the cheapest weights, including `index`, after all steps so far."""
     size = len(recent)
     rank = min(size, count - step) - 1
     limit = np.partition(costs[step:count], rank)[rank]

@@ -107,7 +107,7 @@ def _restrict(damped: Tensor, keep_inputs: Tensor) -> Tensor:
 
 
 def _support_scores(rows: Tensor, conditional: Tensor, pattern: tuple[int, int]) -> Tensor:
-    """Infinite for the weights of the support, the loss of removing it alone for every other weight."""
+    """Return infinity for the weights of the support, and the loss of a removal alone for the others."""
     single = LayerLoss(rows, torch.linalg.inv(conditional)).single
     return single.masked_fill(nm_support(conditional, rows, pattern), torch.inf)
 

@@ -120,7 +120,7 @@ def read_envelopes(path: Path) -> list[Envelope]:
 
 
 def verified_by(envelope: Envelope, keys: Sequence[SSlibKey]) -> SSlibKey | None:
-    """Return the first of the keys whose signature the envelope has, or None."""
+    """Return the first key that signed the envelope, or None."""
     for key in keys:
         try:
             envelope.verify([key], 1)

@@ -8,18 +8,14 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vitprune.errors import BadInput, Interrupted
 from vitprune.pipeline.stages import STAGES
-
-if TYPE_CHECKING:
-    from vitprune.evaluation.check_removal import RemovalCheck
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BEFORE_TRAINING = ("dataset", "dense")  # stages that check all settings first
@@ -350,42 +346,34 @@ def check(
     kinds: Annotated[str | None, typer.Option(help="Kinds of group, separated by commas.  [default: all]")] = None,
 ) -> None:
     """Verify in float64 that a timm model can be pruned: the pruned model equals the literal removal of the units."""
-    from rich.console import Console
-    from rich.live import Live
-    from rich.markup import escape
-    from rich.table import Table
-
-    from vitprune.config.prune_config import KINDS
-    from vitprune.evaluation.check_model import check as check_model
+    from vitprune.evaluation.check_model import print_check
 
     try:
         shares = [float(share) for share in ratios.split(",")]
     except ValueError:
         raise BadInput(f"--ratios {ratios!r}: expected numbers between 0 and 1, separated by commas") from None
-    table = Table("kind", "removed", "verdict", "difference", "parameters", "MACs", box=None, pad_edge=False)
-    console, reasons, failed = Console(), [], False
-    with Live(table, console=console, transient=True) if console.is_terminal else nullcontext():
-        for row in check_model(model, kinds.split(",") if kinds else list(KINDS), shares):
-            failed |= row.verdict == "failed"
-            if row.proof is not None:
-                table.columns[-1].header = "MACs of {} x {} pixels".format(*row.image_size)
-            table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *_cells(row.proof))
-            reasons += [f"{row.kind}: {row.why}"] if row.why else []
-    console.print(table)
-    for reason in reasons:
-        console.print(f"[dim]{escape(reason)}", highlight=False)
-    if failed:
+    if not print_check(model, kinds.split(",") if kinds else None, shares):
         raise typer.Exit(1)
 
 
-def _cells(proof: "RemovalCheck | None") -> list[str]:
-    """Return the largest difference, and parameters and MACs before and after."""
-    from vitprune.config.quantity import format_cost
+@app.command(
+    "latency-table",
+    rich_help_panel=MODELS,
+    epilog="Example: vitprune latency-table deit_tiny_patch16_224 --on ort --output deit_tiny.csv",
+)
+def latency_table(
+    model: Annotated[str, typer.Argument(help="A timm model, or the directory of a saved model.")],
+    output: Annotated[Path, typer.Option(help="The CSV file to write.")],
+    on: Annotated[str, typer.Option(help="Engine: torch, ort (onnxruntime) or openvino.")] = "torch",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
+    kinds: Annotated[str, typer.Option(help="Kinds of group: ffn, attention, head.")] = "ffn,attention",
+    runs: Annotated[int, typer.Option(min=1, help="Timed forward passes of every width.")] = 50,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: as torch]")] = None,
+) -> None:
+    """Measure the time of every group at several widths on this device, for prune.target.table."""
+    from vitprune.evaluation.record_latency_table import record_to_file
 
-    if proof is None:
-        return []
-    pairs = [(proof.params_before, proof.params_after), (proof.macs_before, proof.macs_after)]
-    return [f"{proof.difference:.1e}", *(f"{format_cost(before)} -> {format_cost(after)}" for before, after in pairs)]
+    print(record_to_file(model, output, on, batch_size, kinds.split(","), runs, threads))
 
 
 if __name__ == "__main__":

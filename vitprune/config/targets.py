@@ -1,12 +1,13 @@
 """Cost targets and constraints on single groups (prune.target, prune.rules)."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
 from vitprune.config.quantity import Quantity, number_of, parse_cost
-from vitprune.config.section import Fraction, Section
+from vitprune.config.section import Fraction, Section, at_key
 
 
 def _amount(value: Any) -> Quantity:
@@ -39,21 +40,35 @@ class Target(Section):
     """Multiply-accumulates of one image: a fraction of the dense model's, or a number (600M)."""
 
     latency: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Latency of one image on this device, as a fraction of the dense model's."""
+    """Latency of one image on this device, or of a batch by `table`, as a fraction of the dense model's."""
 
     latency_ms: Annotated[float, Field(gt=0)] | None = None
-    """Latency of one image on this device, in milliseconds."""
+    """Latency of one image on this device, or of a batch by `table`, in milliseconds."""
+
+    table: Path | None = None
+    """Latency table of a device (`vitprune latency-table`), for `latency` and `latency_ms`; null: measure on this
+    device."""
 
     @model_validator(mode="after")
     def _check_one_cost(self) -> Self:
         if len(self.costs) != 1:
-            raise ValueError(f"give one cost of {', '.join(type(self).model_fields)}")
+            raise ValueError(
+                f"give one cost of {', '.join(name for name in type(self).model_fields if name != 'table')}"
+            )
+        if self.table is not None and self.latency is None and self.latency_ms is None:
+            raise at_key("table", "is for latency and latency_ms; remove it", str(self.table))
         return self
 
     @property
     def costs(self) -> dict[str, Quantity]:
         """The cost and its amount, as a mapping with one item."""
-        return {cost: parse_cost(amount) for cost, amount in self.model_dump(exclude_none=True).items()}
+        given = self.model_dump(exclude_none=True, exclude={"table"})
+        return {cost: parse_cost(amount) for cost, amount in given.items()}
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the cost is a latency that is measured on this device."""
+        return self.table is None and (self.latency is not None or self.latency_ms is not None)
 
 
 class Rule(Section):

@@ -1,15 +1,21 @@
 """Check on random weights that vitprune prunes a timm model correctly, for every kind of unit (`vitprune check`)."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.architectures import find_groups
 from vitprune.config.prune_config import KINDS
+from vitprune.config.quantity import format_cost
 from vitprune.data import example_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.check_removal import RemovalCheck, check_removal
@@ -176,3 +182,34 @@ def random_odd_masks(groups: Sequence[Group], ratio: float, seed: int = 0) -> Ma
             kept -= kept % 2 == 0
             masks[group.name] = (order < kept).view(group.shape)
     return masks
+
+
+def print_check(name: str, kinds: Sequence[str] | None, ratios: Sequence[float]) -> bool:
+    """Print the results of `check` as a table; return whether no kind failed.
+
+    Args:
+        name: Model name of timm.
+        kinds: Kinds of units; None: all.
+        ratios: Shares of units to remove.
+    """
+    table = Table("kind", "removed", "verdict", "difference", "parameters", "MACs", box=None, pad_edge=False)
+    console, reasons, failed = Console(), [], False
+    with Live(table, console=console, transient=True) if console.is_terminal else nullcontext():
+        for row in check(name, kinds or KINDS, ratios):
+            failed |= row.verdict == "failed"
+            if row.proof is not None:
+                table.columns[-1].header = "MACs of {} x {} pixels".format(*row.image_size)
+            table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *_cells(row.proof))
+            reasons += [f"{row.kind}: {row.why}"] if row.why else []
+    console.print(table)
+    for reason in reasons:
+        console.print(f"[dim]{escape(reason)}", highlight=False)
+    return not failed
+
+
+def _cells(proof: RemovalCheck | None) -> list[str]:
+    """Return the largest difference, and parameters and MACs before and after."""
+    if proof is None:
+        return []
+    pairs = [(proof.params_before, proof.params_after), (proof.macs_before, proof.macs_after)]
+    return [f"{proof.difference:.1e}", *(f"{format_cost(before)} -> {format_cost(after)}" for before, after in pairs)]

@@ -4,7 +4,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -39,19 +40,32 @@ def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> li
         example_input = checked_input("example_input", example_input, model)
     device = next(models[0].parameters()).device
     batch = example_input.to(device)
-    times: list[list[float]] = [[] for _ in models]
-    for model in models:
-        model.eval()
-    with torch.inference_mode():
-        for run in range(-max(3, runs // 5), runs):  # no progress bar: its thread would affect the measurement
-            for model, durations in zip(models, times, strict=True):
-                _synchronize(device)
-                start = time.perf_counter()
-                model(batch)
-                _synchronize(device)
-                if run >= 0:
-                    durations.append(1000 * (time.perf_counter() - start))
+    times = alternating_times([partial(run_model, model.eval(), batch) for model in models], runs)
     return [_percentiles(durations) | {"runs": runs, "batch": len(batch)} for durations in times]
+
+
+def alternating_times(calls: Sequence[Callable[[], object]], runs: int) -> list[list[float]]:
+    """Measure the durations of several calls, which alternate, after a warm-up of max(3, runs / 5).
+
+    Returns:
+        For each call its durations in milliseconds, in the order of the runs.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for run in range(-max(3, runs // 5), runs):  # no progress bar: its thread would affect the measurement
+        for call, durations in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if run >= 0:
+                durations.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+@torch.inference_mode()
+def run_model(model: nn.Module, batch: Tensor) -> None:
+    """Run a forward pass to its end, also on an accelerator."""
+    model(batch)
+    if batch.device.type == "cuda":
+        torch.cuda.synchronize(batch.device)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -81,8 +95,3 @@ def _cpu_name() -> str:
             return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
     except OSError:
         return platform.processor() or platform.machine()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,7 +11,6 @@ from vitprune.config.section import similar
 from vitprune.errors import BadInput
 from vitprune.pipeline import stages
 from vitprune.pipeline.dense_stage import initial_model
-from vitprune.pruning.cost_target import COUNTS
 from vitprune.pruning.cycle_masks import costs_for, groups_for
 from vitprune.pruning.plan import Plan, plan_of
 
@@ -41,13 +40,15 @@ def check_settings(params: Params) -> None:
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Check that a model has the groups of a plan, and can reach its target; latency is measured when the run prunes.
+    """Check that a model has the groups of a plan, and can reach its target.
+
+    Without a table, latency is measured when the run prunes.
 
     Raises:
         BadInput: a kind, a rule or the target does not fit the model.
     """
     groups = groups_for(model, plan)
-    if not plan.target or next(iter(plan.target)) in COUNTS:
+    if plan.config.target is None or not plan.config.target.is_measured:
         costs_for(model, groups, plan)
 
 

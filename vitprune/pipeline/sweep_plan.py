@@ -111,7 +111,7 @@ def _run(method: str, settings: dict[str, Any], target: Any, base: Mapping[str, 
     if reserved:
         raise BadInput(f"methods.{method}.{reserved[0]}: is set by the sweep itself; remove it")
     goal = (
-        {"sparsity": None, "target": target.costs}
+        {"sparsity": None, "target": target.costs | ({} if target.table is None else {"table": str(target.table)})}
         if isinstance(target, Target)
         else {"sparsity": target, "target": None}
     )

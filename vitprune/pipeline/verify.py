@@ -76,7 +76,7 @@ def repeat(stage: str, run: RecordedRun) -> Lines:
         yield Note(f"took {run.seconds[stage]:.0f} s and was not run again (--limit {run.limit:g}, or use --rerun)")
         return
     target = run.params.prune.target
-    if stage == "mask" and target is not None and (target.latency or target.latency_ms):
+    if stage == "mask" and target is not None and target.is_measured:
         yield Note("follows from measured latencies and was not run again")
         return
     names = [name.rstrip("/") for name in run.outputs.get(stage, ())]

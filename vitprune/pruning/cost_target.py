@@ -13,11 +13,12 @@ from vitprune.data import example_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.cost import count_macs
 from vitprune.evaluation.latency import latency
+from vitprune.evaluation.latency_table import LatencyTable, kept_width
 from vitprune.groups import Group, Masks, meta_copy, shrink
 from vitprune.runtime.messages import warn
 
 COUNTS = ("params", "macs")
-PRECISION = {"params": 1e-9, "macs": 1e-9, "latency": 0.01, "latency_ms": 0.01}  # of the scalar; measurements are noisy
+EXACT, MEASURED = 1e-9, 0.01  # precision of the scalar; measurements are noisy
 CLOSE = 0.02  # relative deviation from the target above which it is explained
 STEADY = 1.5  # largest ratio of the 90th to the 10th percentile of a clock that other processes do not disturb
 SHORT_RUNS, LONG_RUNS = 15, 45  # forward passes per latency measurement: in the search, and of its result
@@ -34,13 +35,18 @@ class CostModel:
         cost: params, macs, latency or latency_ms.
         dense: Cost of the dense model, in parameters, MACs or milliseconds.
         relative_cost: Maps masks of the dense model's groups to a fraction of `dense`.
-        latencies: Measures the latency of masks again with more runs; None for params and macs.
+        latencies: Measures the latency of masks again with more runs; None if the cost is not measured.
     """
 
     cost: str
     dense: float
     relative_cost: CostFn
     latencies: Callable[[Masks], Latencies] | None = None
+
+    @property
+    def precision(self) -> float:
+        """Precision of the scalar of a search."""
+        return EXACT if self.latencies is None else MEASURED
 
     def __call__(self, masks: Masks) -> float:
         """Return the cost of masks as a fraction of the dense model's."""
@@ -95,14 +101,21 @@ def relative_shares(sparsity: Mapping[str, float]) -> dict[str, float]:
     return {kind: share / largest for kind, share in sparsity.items()}
 
 
-def make_cost_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
+def make_cost_model(
+    model: nn.Module, groups: Sequence[Group], cost: str, table: LatencyTable | None = None
+) -> CostModel:
     """Return the cost model of a dense model.
 
     Parameters and MACs are counted on shrunk copies without data; single weights count if they are not zero. Latency is
-    measured on shrunk copies, alternating with a copy of the dense model.
+    that of a table, or measured on shrunk copies, alternating with a copy of the dense model.
+
+    Raises:
+        BadInput: the table does not fit the groups.
     """
     if cost in COUNTS:
         return _count_model(model, groups, cost)
+    if table is not None:
+        return _table_model(table, groups, cost)
     return _latency_model(copy.deepcopy(model), groups, cost)
 
 
@@ -224,6 +237,18 @@ def _count_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostMo
 
     dense = counted({group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups})
     return CostModel(cost, dense, lambda masks: counted(masks) / dense)
+
+
+def _table_model(table: LatencyTable, groups: Sequence[Group], cost: str) -> CostModel:
+    times = table.all_times(groups)
+
+    def share(masks: Masks) -> float:
+        widths = {group.name: kept_width(group, masks) for group in groups}
+        return (
+            1 - sum(float(times[name][-1] - times[name][width]) for name, width in widths.items()) / table.milliseconds
+        )
+
+    return CostModel(cost, table.milliseconds, share)
 
 
 def _zeros(nonzero: Tensor, mask: Tensor) -> float:

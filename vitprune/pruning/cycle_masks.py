@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from vitprune.architectures import find_groups, merge_heads
 from vitprune.criteria import Batches
 from vitprune.errors import BadInput
+from vitprune.evaluation.latency_table import read_latency_table
 from vitprune.groups import Group, Masks, Scores
 from vitprune.pruning.block_steps import next_block_removal, remaining_groups, to_dense_names
 from vitprune.pruning.constraints import Constraints, constraints_of, nearest
 from vitprune.pruning.cost_target import (
     COUNTS,
-    PRECISION,
     CostModel,
     Latencies,
     bisect,
@@ -30,6 +30,7 @@ from vitprune.pruning.cost_target import (
     refine_latency,
     step_between,
 )
+from vitprune.pruning.latency_scope import GroupTimes, select_by_latency
 from vitprune.pruning.macs_scope import MacsPerUnit, macs_per_unit, select_by_macs
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.rescoring import Rescored
@@ -45,11 +46,13 @@ class Costs:
     Attributes:
         model: Cost of a candidate, if the plan has a target.
         macs_per_unit: MACs that a unit saves, per group, for scope macs.
+        times: Milliseconds of each group by width, for scope macs with a latency table.
         final: The target as a fraction of the dense model's cost.
     """
 
     model: CostModel | None = None
     macs_per_unit: MacsPerUnit = field(default_factory=dict)
+    times: GroupTimes = field(default_factory=dict)
     final: float | None = None
 
 
@@ -231,7 +234,10 @@ def select_masks(scores: Scores, plan: Plan, target: Mapping[str, float], state:
     if macs_kinds:
         by_name = {group.name: scores[group.name] for group in macs_kinds}
         share = target[macs_kinds[0].kind]
-        masks |= select_by_macs(by_name, share, macs_kinds, state.costs.macs_per_unit, state.masks, constraints)
+        if state.costs.times:
+            masks |= select_by_latency(by_name, share, macs_kinds, state.costs.times, state.masks, constraints)
+        else:
+            masks |= select_by_macs(by_name, share, macs_kinds, state.costs.macs_per_unit, state.masks, constraints)
     for kind, share in sorted(target.items(), key=lambda pair: pair[0] != "block"):
         if kind in plan.macs_kinds:
             continue
@@ -269,7 +275,10 @@ def cycle_target(scores: Scores, plan: Plan, state: CycleState) -> CycleTarget:
     def masks_at(scalar: float) -> Masks:
         return select_masks(scores, plan, shares(scalar), state)
 
-    low, high = bisect(masks_at, model, limit, PRECISION[cost])
+    if state.costs.times:  # a sum of times within a limit is selected directly
+        saving = sum(float(times[-1] - times[1]) for times in state.costs.times.values())
+        return CycleTarget(shares(min((1 - limit) * model.dense / saving, math.nextafter(1.0, 0.0))))
+    low, high = bisect(masks_at, model, limit, model.precision)
     if (measure := model.latencies) is not None:
         high, latency = refine_latency(
             masks_at, lambda masks: _relative_latency(cost, measure(masks), model.dense), limit, high
@@ -305,12 +314,16 @@ def costs_for(dense: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
     state = CycleState(plan.config.cycles, _all_units(groups), groups, NO_COSTS)
     constraints = constraints_for(plan, state)
     macs_kinds = [group for group in groups if group.kind in plan.macs_kinds]
-    if macs_kinds:
+    path = None if plan.config.target is None else plan.config.target.table
+    table = None if path is None else read_latency_table(path)
+    if macs_kinds and table is not None:
+        state = replace(state, costs=Costs(times=table.all_times(macs_kinds)))
+    elif macs_kinds:
         per_unit = macs_per_unit(macs_kinds, make_cost_model(dense, macs_kinds, "macs"))
         state = replace(state, costs=Costs(macs_per_unit=per_unit))
     if plan.target is None:
         return state.costs
-    model = make_cost_model(dense, groups, next(iter(plan.target)))
+    model = make_cost_model(dense, groups, next(iter(plan.target)), table)
     equal = {group.name: torch.zeros(group.shape) for group in groups}
     most = _feasible_blocks(plan.shares(math.nextafter(1.0, 0.0)), groups, constraints)
     final = fraction_of(plan.target, model, model(select_masks(equal, plan, most, state)))

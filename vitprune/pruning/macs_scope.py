@@ -104,20 +104,38 @@ def select_by_macs(
     return masks
 
 
-def _removal_steps(
-    group: Group, scores: Tensor, mask: Tensor, macs: float, constraint: Constraint
-) -> list[_RemovalStep]:
-    """Return the possible removals of a group in order; rates never decrease, so sorting keeps the order."""
+def removal_order(group: Group, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the remaining units in the order of their removal, and the importance of each step.
+
+    Args:
+        group: The group.
+        scores: Its scores.
+        mask: Its remaining units, of every row (head) the same number.
+
+    Returns:
+        Flat indices (rows, left), of which every step removes a column, and importance (left,), summed over the rows
+        and never decreasing.
+
+    Raises:
+        BadInput: a score is NaN.
+    """
     if bool(scores.isnan().any()):
         raise BadInput(f"{group.name}: {int(scores.isnan().sum())} scores are NaN; check the model's weights")
     rows = scores.detach().cpu().double().reshape(-1, group.shape[-1])
     row_masks = mask.reshape(rows.shape)
-    left = int(row_masks[0].sum())
     indices = torch.arange(rows.numel()).view(rows.shape)
     order = torch.stack(
         [index[keep][row[keep].argsort(stable=True)] for index, row, keep in zip(indices, rows, row_masks, strict=True)]
     )
-    importance = rows.flatten()[order].sum(dim=0).cummax(dim=0).values  # (left,), summed over the rows
+    return order, rows.flatten()[order].sum(dim=0).cummax(dim=0).values
+
+
+def _removal_steps(
+    group: Group, scores: Tensor, mask: Tensor, macs: float, constraint: Constraint
+) -> list[_RemovalStep]:
+    """Return the possible removals of a group in order; rates never decrease, so sorting keeps the order."""
+    order, importance = removal_order(group, scores, mask)
+    left = order.shape[1]
     kept = constraint.kept(group.shape[-1], left, protected=1)
     result = []
     for step in removal_steps(left, kept):

@@ -1,0 +1,136 @@
+"""Latency tables as files, and recorded from a tiny model."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.model_zoo import tiny
+from vitprune import BadInput, find_groups
+from vitprune.data import example_input
+from vitprune.evaluation.engines import forward_call
+from vitprune.evaluation.latency_table import LatencyTable, kept_width, read_latency_table, write_latency_table
+from vitprune.evaluation.record_latency_table import record_latency_table
+from vitprune.groups import Group
+
+FFN = Group("blocks.3.mlp", "ffn", (8,), ())
+ATTENTION = Group("blocks.3.attn", "attention", (2, 4), ())
+
+
+def write(path: Path, rows: str) -> Path:
+    path.write_text("# by hand\ngroup,width,milliseconds\n" + rows)
+    return path
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    times = {"blocks.*.mlp": {1: 0.0, 4: 0.5, 8: 1.25}, "blocks.0.attn": {4: 2.0}}
+    table = LatencyTable(12.5, times, str(tmp_path / "sub/table.csv"), ("deit, 1 thread", "half: 0.5"))
+    write_latency_table(table, tmp_path / "sub/table.csv")
+    assert read_latency_table(tmp_path / "sub/table.csv") == table
+    assert (tmp_path / "sub/table.csv").read_text() == (
+        "# deit, 1 thread\n# half: 0.5\ngroup,width,milliseconds\nmodel,,12.5\nblocks.*.mlp,1,0\nblocks.*.mlp,4,0.5\n"
+        "blocks.*.mlp,8,1.25\nblocks.0.attn,4,2\n"
+    )
+
+
+def test_times_are_monotone_linear_between_widths_and_constant_below_the_smallest(tmp_path: Path) -> None:
+    rows = "model,,10\n\nblocks.*.mlp , 2, 1.0\nblocks.*.mlp,8,4\nblocks.*.mlp,4,3\nblocks.*.mlp,6,2\n"
+    times = read_latency_table(write(tmp_path / "table.csv", rows)).group_times(FFN)
+    assert times == pytest.approx(np.array([1, 1, 1, 1.75, 2.5, 2.5, 2.5, 3.25, 4]))  # 3 and 2 ms: 2.5 ms each
+
+
+def test_the_name_of_a_group_comes_before_a_pattern() -> None:
+    table = LatencyTable(10, {"*.mlp": {8: 1.0}, FFN.name: {1: 0.0, 8: 7.0}})
+    assert table.group_times(FFN)[-1] == 7
+    widths, masks = (
+        {FFN.name: 1, ATTENTION.name: 2},
+        {ATTENTION.name: torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1]]).bool()},
+    )
+    both = LatencyTable(10, {"*.mlp": {1: 1.0, 8: 3.0}, "*.attn": {1: 0.0, 3: 2.0, 4: 5.0}})
+    assert both.fraction([FFN, ATTENTION], widths) == pytest.approx(1 - (3 - 1 + 5 - 1) / 10)
+    assert kept_width(ATTENTION, masks) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ("", r"table.csv: no row model,,MILLISECONDS has the latency of the dense model; add it"),
+        ("model,,10\nblocks.*.mlp,8\n", r"table.csv, line 4: has 2 values; give group, width and milliseconds"),
+        ("model,,10\nblocks.*.mlp,-8,1\n", r"table.csv, line 4: width '-8' must be a whole number from 1, and "),
+        ("model,,10\nblocks.*.mlp,,1\n", r"table.csv, line 4: width '' must be a whole number"),
+        ("model,192,10\n", r"table.csv, line 3: width '192' must be a whole number from 1, and empty for model"),
+        ("model,,0\n", r"table.csv, line 3: '0' is no time; give milliseconds such as 1.25"),
+        ("model,,10\nblocks.*.mlp,8,fast\n", r"table.csv, line 4: 'fast' is no time"),
+        ("model,,10\nblocks.*.mlp,8,nan\n", r"table.csv, line 4: 'nan' is no time"),
+        ("model,,10\nblocks.*.mlp,8,1\nblocks.*.mlp,8,2\n", r"line 5: blocks.\*.mlp has this width twice; remove one"),
+        ("model,,10\nmodel,,11\n", r"line 4: model has this width twice; remove one"),
+        ("model,,10\nblocks.*.attn,8,1\n", r"table.csv: no row names group blocks.3.mlp; vitprune inspect lists the"),
+        ("model,,10\n*.mlp,8,1\nblocks.*,8,1\n", r"table.csv: \*.mlp and blocks.\* both match group blocks.3.mlp; "),
+        ("model,,10\n*.mlp,7,1\n", r"table.csv: \*.mlp is given up to width 7, and blocks.3.mlp has 8; use the table"),
+        ("model,,10\n*.mlp,1,1\n*.mlp,8,11\n", r"table.csv: the groups take 10 ms in all and the model only 10; "),
+    ],
+)  # fmt: skip
+def test_a_bad_table_gives_one_line(tmp_path: Path, rows: str, why: str) -> None:
+    with pytest.raises(BadInput, match=why) as refused:
+        read_latency_table(write(tmp_path / "table.csv", rows)).all_times([FFN])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file or directory; record one by vitprune latency-table"),
+        (b"", "the first line must be group,width,milliseconds; correct it, or record one"),
+        (b"{}", "the first line must be group,width,milliseconds"),
+        (b"\xff\xfe", "is not UTF-8 text; record one"),
+        (b'group,width,milliseconds\n"a', 'line 2: has 1 values; give group, width'),
+    ],
+)  # fmt: skip
+def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes | None, why: str) -> None:
+    if content is not None:
+        (tmp_path / "table.csv").write_bytes(content)
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path)) + ".*" + why):
+        read_latency_table(tmp_path / "table.csv")
+
+
+def test_kinds_whose_times_do_not_add_up_are_refused() -> None:
+    with pytest.raises(BadInput, match="times of kind residual do not add up; prune ffn, attention, head, or remove"):
+        LatencyTable(10, {"*": {8: 1.0}}).group_times(Group("residual", "residual", (8,), ()))
+
+
+def test_a_recorded_table_has_all_widths_of_all_groups(tmp_path: Path) -> None:
+    model = tiny("vit").float()
+    table = record_latency_table(model, "torch", runs=15)
+    assert {name: sorted(times) for name, times in table.times.items()} == {
+        "blocks.*.mlp": [1, 24, 48, 72, 96, 120, 144, 168, 192],
+        "blocks.*.attn": [1, 2, 4, 6, 8, 10, 12, 14, 16],
+    }
+    assert re.fullmatch(r"torch \S+, batch size 1, 1 thread, medians of 15 runs, .*, \d{4}-\d\d-\d\d", table.notes[0])
+    assert re.fullmatch(
+        r"every group at half width: \d.\d{3} of the dense .* measured, -?\d.\d{3} by this table", table.notes[1]
+    )
+    write_latency_table(table, tmp_path / "table.csv")
+    groups = find_groups(model, ["ffn", "attention"])
+    assert all(len(read_latency_table(tmp_path / "table.csv").group_times(g)) == g.shape[-1] + 1 for g in groups)
+
+
+def test_groups_of_several_structures_get_rows_of_their_own() -> None:
+    table = record_latency_table(tiny("swin").float(), "torch", kinds=["ffn"], runs=1)
+    assert {name: max(times) for name, times in table.times.items()} == {
+        "layers.0.blocks.*.mlp": 96,
+        "layers.1.blocks.*.mlp": 192,
+    }
+
+
+def test_onnxruntime_runs_the_export_of_the_model(vit: torch.nn.Module) -> None:
+    model = vit.float()
+    images = torch.rand(example_input(model, 3).shape, generator=torch.Generator().manual_seed(0))
+    (logits,) = forward_call(model, "ort", images)()
+    assert torch.allclose(torch.from_numpy(logits), model.eval()(images), atol=1e-4)
+
+
+def test_an_unknown_engine_is_refused(vit: torch.nn.Module) -> None:
+    with pytest.raises(BadInput, match=r"^--on 'tensorrt': unknown engine; use one of torch, ort, openvino$"):
+        record_latency_table(vit, "tensorrt")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitprune.architectures import find_groups, merge_heads
+    from vitprune.config.allocation_config import AllocationConfig
     from vitprune.config.prune_config import PruneConfig, Schedule
     from vitprune.config.reconstruct_config import ReconstructConfig
     from vitprune.config.score_config import ScoreConfig
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "architectures": ("find_groups", "merge_heads"),
     "config.prune_config": ("PruneConfig", "Schedule"),
+    "config.allocation_config": ("AllocationConfig",),
     "config.reconstruct_config": ("ReconstructConfig",),
     "config.score_config": ("ScoreConfig",),
     "config.train_config": ("DistillConfig", "TrainConfig"),
@@ -61,6 +63,7 @@ _MODULE_OF = {name: f"vitprune.{module}" for module, names in _MODULES.items() f
 __all__ = [
     "CRITERIA",
     "METHODS",
+    "AllocationConfig",
     "BadInput",
     "DistillConfig",
     "Group",

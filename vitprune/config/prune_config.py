@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.config.section import Count, Fraction, Section, at_key
 from vitprune.config.targets import Rule, Target
@@ -71,6 +72,10 @@ class PruneConfig(Section):
 
     merge_heads_to: Count | None = None
     """Merge the attention heads into this many before pruning attention channels (UP-ViTs)."""
+
+    allocation: AllocationConfig | None = None
+    """Search the sparsity of every group by the KL divergence on held-out calibration images, for scope macs; null: the
+    ranking decides."""
 
     cycles: Count = 1
     """Pruning cycles. More than one: gradual pruning, scores are computed again in every cycle."""

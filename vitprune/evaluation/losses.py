@@ -1,4 +1,4 @@
-"""Cross-entropy for logits per image or per position of a sequence."""
+"""Cross-entropy and KL divergence for logits per image or per position of a sequence."""
 
 from collections.abc import Mapping
 
@@ -20,6 +20,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
     """
     targets = labels.flatten(0, -2) if labels.is_floating_point() else labels.flatten()
     return F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=smoothing)
+
+
+def kl_divergence(logits: Tensor, expected: Tensor) -> float:
+    """Return the KL divergence of logits from the expected ones, in nats per image."""
+    log_q, log_p = logits.double().log_softmax(dim=-1), expected.double().log_softmax(dim=-1)
+    return float((log_p.exp() * (log_p - log_q)).sum()) / len(logits)
 
 
 def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,21 +6,23 @@ from vitprune import models
 from vitprune.config.params import Params
 from vitprune.pipeline.artifacts import SCORES, write_masks
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
-from vitprune.pruning.cycle_masks import cycle_state, reached_cost, select_cycle_masks
+from vitprune.pruning.allocation_search import allocated_cycle_masks
+from vitprune.pruning.cycle_masks import cycle_state, reached_cost
 from vitprune.pruning.plan import plan_of
 from vitprune.runtime.files import write_json
 
 
 def run(params: Params) -> None:
-    """Write the masks of the first cycle, and the scores that select them if borderline units were rescored."""
+    """Write the masks of the first cycle, and the scores that select them if they are not those of the score stage."""
     plan = plan_of(params)
     model = models.load(OUT / "dense").to(device())
     state = cycle_state(model, plan)
-    batches = calibration(model, params) if plan.method.rescore else []
-    selected = select_cycle_masks(model, models.read_weights(OUT / "score" / SCORES), plan, state, batches)
+    batches = calibration(model, params) if plan.method.rescore or plan.config.allocation else []
+    selected = allocated_cycle_masks(model, models.read_weights(OUT / "score" / SCORES), plan, state, batches)
     facts: dict[str, Any] = {"target": dict(selected.target), "cost": reached_cost(selected, plan, state)}
-    facts |= {"rescoring": dict(selected.facts) or None} | write_masks(OUT / "mask", state.groups, selected.masks)
+    facts |= {"rescoring": dict(selected.facts) or None, "allocation": dict(selected.allocation) or None}
+    facts |= write_masks(OUT / "mask", state.groups, selected.masks)
     (OUT / "mask" / SCORES).unlink(missing_ok=True)
-    if selected.facts:
+    if selected.facts or selected.allocation:
         models.write_weights(selected.scores, OUT / "mask" / SCORES)
     write_json(METRICS / "mask.json", facts)

@@ -242,6 +242,7 @@ def _save_pruned(checkpoint: StageCheckpoint, cycle: Cycle, model: nn.Module, me
         "facts": dict(cycle.facts),
         "corrected": dict(cycle.corrected),
         "reconstruction": asdict(cycle.reconstruction),
+        "allocation": dict(cycle.allocation),
         "measured": metrics,
     }
     store = checkpoint.store(f"{cycle.number:02d}-pruned", parent, keep=1)
@@ -261,7 +262,7 @@ def _load_pruned(
 def _cycle_of(saved: Checkpoint, number: int, groups: list[Group]) -> Cycle:
     tensors, facts = saved.tensors(), saved.facts
     reconstruction = Reconstruction(**facts["reconstruction"])
-    figures = facts["cost"], facts["facts"], facts["corrected"], reconstruction
+    figures = facts["cost"], facts["facts"], facts["corrected"], reconstruction, facts["allocation"]
     cycle = Cycle(number, facts["target"], groups, {}, {}, *figures)
     parts = {
         part: {group.name: tensors[f"{part}/{group.name}"] for group in groups if f"{part}/{group.name}" in tensors}
@@ -286,6 +287,7 @@ def _write_cycle(cycle: Cycle, scores: Scores, model: nn.Module, before: float, 
     facts |= {"top1_before": before, "top1_after": after} | model_facts(model, directory)
     facts |= {"rescoring": dict(cycle.facts)} if cycle.facts else {}
     facts |= {"corrected": dict(cycle.corrected)} if cycle.corrected else {}
+    facts |= {"allocation": dict(cycle.allocation)} if cycle.allocation else {}
     facts |= {"reconstruction": dict(cycle.reconstruction.facts)} if cycle.reconstruction.facts else {}
     write_json(directory / "metrics.json", facts)
     return cycle_row(cycle.number, cycle.groups, cycle.masks, facts)

@@ -92,6 +92,7 @@ class CycleMasks:
             scores for each.
         facts: Figures about rescoring.
         last_step: The last removal that the cost target required, in words.
+        allocation: Figures about the search for the sparsity of every group.
     """
 
     masks: Masks
@@ -100,6 +101,7 @@ class CycleMasks:
     complete: bool = True
     facts: Mapping[str, float] = field(default_factory=dict)
     last_step: str = ""
+    allocation: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

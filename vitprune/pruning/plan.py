@@ -123,6 +123,7 @@ def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, see
     _check_kinds(plan)
     _check_pattern(plan, implied)
     _check_schedule(plan)
+    _check_allocation(plan)
     return plan
 
 
@@ -210,6 +211,16 @@ def _check_schedule(plan: Plan) -> None:
     else:
         plan.costs(0.0)
     plan.epochs(1)
+
+
+def _check_allocation(plan: Plan) -> None:
+    config = plan.config
+    if config.allocation is None:
+        return
+    if set(plan.macs_kinds) != set(plan.sparsity) or plan.method.rescore is not None:
+        raise BadInput("prune.allocation: is for units that compete per MAC; use unit-obs, or scope macs")
+    if config.target is not None and config.target.is_measured:
+        raise BadInput("prune.allocation: a latency target needs prune.target.table (vitprune latency-table)")
 
 
 def _widths(config: PruneConfig, kinds: Sequence[str]) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.prune_config import Kind, PruneConfig
 from vitprune.config.quantity import Quantity, format_cost
 from vitprune.config.reconstruct_config import ReconstructConfig
@@ -50,6 +51,8 @@ class PruneResult:
         seconds: Duration.
         reconstruction: KL divergence from the dense logits on held-out images before and after the reconstruction, in
             nats per image, and the pass that was kept; empty without.
+        allocation: The same divergence for the widths of the ranking and for those of the search, and the number of
+            evaluated models; empty without a search.
     """
 
     model: nn.Module
@@ -61,6 +64,7 @@ class PruneResult:
     skipped: Mapping[str, str]
     seconds: float
     reconstruction: Mapping[str, float] = field(default_factory=dict)
+    allocation: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         names = {"params": "parameters", "nonzero_params": "nonzero parameters", "macs": "MACs"}
@@ -73,9 +77,10 @@ class PruneResult:
         lines.append("sparsity: " + ", ".join(f"{kind} {share:.3g}" for kind, share in self.sparsity.items()))
         lines += [f"left out: {kind} ({why})" for kind, why in self.skipped.items()]
         lines += [f"target: {self.target_miss}"] if self.target_miss else []
-        if self.reconstruction:
-            nats = [f"{self.reconstruction[key]:.3g}" for key in ("nats_before", "nats_after")]
-            lines.append(f"reconstruction: held-out KL divergence {nats[0]} -> {nats[1]} nats per image")
+        for step, facts in (("allocation", self.allocation), ("reconstruction", self.reconstruction)):
+            if facts:
+                nats = [f"{facts[key]:.3g}" for key in ("nats_before", "nats_after")]
+                lines.append(f"{step}: held-out KL divergence {nats[0]} -> {nats[1]} nats per image")
         return "\n".join([*lines, f"{self.seconds:.1f} s"])
 
 
@@ -134,6 +139,7 @@ def prune(
     merge_heads_to: int | None = None,
     correct_norms: bool = False,
     reconstruct: ReconstructConfig | bool = False,
+    allocation: AllocationConfig | bool = False,
     example_input: Tensor | None = None,
     seed: int = 0,
 ) -> PruneResult:
@@ -156,6 +162,7 @@ def prune(
         merge_heads_to: Merge the attention heads into this many first.
         correct_norms: Correct norms and biases towards the dense model's logits.
         reconstruct: Fit the remaining weights to the dense model without labels; True: with the default settings.
+        allocation: Search the sparsity of every group on held-out images; True: with the default settings.
         example_input: Input (B, C, H, W) for a check of the result; None: an input of the model's size, for the counts.
         seed: Seed of random numbers.
 
@@ -173,9 +180,8 @@ def prune(
     settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "target": target, "kinds": kinds}
     settings |= {"scope": scope, "round_to": round_to, "rules": rules}
     settings |= {"merge_heads_to": merge_heads_to, "correct_norms": correct_norms}
-    settings["reconstruct"] = (
-        (ReconstructConfig() if reconstruct else None) if isinstance(reconstruct, bool) else reconstruct
-    )
+    settings["reconstruct"] = ReconstructConfig() if reconstruct is True else reconstruct or None
+    settings["allocation"] = AllocationConfig() if allocation is True else allocation or None
     pruned = working_copy(model)
     if kinds is None and not isinstance(sparsity, Mapping):
         available, skipped = available_kinds(pruned, method_named(method).kinds)
@@ -228,6 +234,7 @@ def result_of(
         skipped=skipped,
         seconds=time.perf_counter() - start,
         reconstruction=cycle.reconstruction.facts,
+        allocation=cycle.allocation,
     )
 
 

@@ -4,15 +4,15 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.tracing.cache import shape_error
 from vitprune.criteria import Batches, Statistics, Update
 from vitprune.criteria.obs.channel_permutation import permutable_groups
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Masks, Scores, permute, shrink, zero
-from vitprune.pruning.block_steps import to_dense_names
+from vitprune.groups import Group, Masks, Scores, permute
+from vitprune.pruning.allocation_search import allocated_cycle_masks
+from vitprune.pruning.apply_masks import apply_masks, copy_params
 from vitprune.pruning.cycle_masks import (
     CostReport,
     CycleState,
@@ -20,7 +20,6 @@ from vitprune.pruning.cycle_masks import (
     given_masks,
     groups_for,
     reached_cost,
-    select_cycle_masks,
 )
 from vitprune.pruning.norm_correction import correct_norms as corrected_norms
 from vitprune.pruning.norm_correction import dense_logits
@@ -46,6 +45,7 @@ class Cycle:
         facts: Figures about rescoring.
         corrected: Figures about the correction of norms, on images that it did not use.
         reconstruction: Figures and curve of the reconstruction; empty without.
+        allocation: Figures about the search for the sparsity of every group; empty without, or if masks were given.
     """
 
     number: int
@@ -57,6 +57,7 @@ class Cycle:
     facts: Mapping[str, float] = field(default_factory=dict)
     corrected: Mapping[str, float] = field(default_factory=dict)
     reconstruction: Reconstruction = NOT_RECONSTRUCTED
+    allocation: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def zeroed(self) -> list[Group]:
@@ -118,9 +119,9 @@ def prune_cycles(
             else:
                 importance = plan.method.criterion(model, groups, batches, plan.context(state.number))
                 reorder_channels([model, *teachers], importance.orders)
-                selected = select_cycle_masks(model, importance.scores, plan, state, batches)
+                selected = allocated_cycle_masks(model, importance.scores, plan, state, batches)
                 update = importance.update
-            _apply(model, groups, selected.masks, state, update)
+            apply_masks(model, groups, selected.masks, state, update)
             state, complete = replace(state, masks=selected.masks), selected.complete
         if runs and (why := shape_error(model)):
             raise BadInput(f"{type(model).__name__}: the pruned model does not run ({why}); prune other kinds")
@@ -137,6 +138,7 @@ def prune_cycles(
             selected.facts,
             corrected,
             reconstruction,
+            selected.allocation,
         )
         state = state.following(selected.masks)
 
@@ -185,27 +187,5 @@ def _correct(
     if not plan.config.correct_norms:
         return {}
     corrected = corrected_norms(model, logits, batches, plan.context(number))
-    _copy_params(model, corrected.values)
+    copy_params(model, corrected.values)
     return corrected.facts
-
-
-@torch.no_grad()
-def _copy_params(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        model.get_parameter(name).copy_(value)
-
-
-@torch.no_grad()
-def _apply(model: nn.Module, groups: Sequence[Group], masks: Masks, state: CycleState, update: Update | None) -> None:
-    """Update the remaining weights, then zero single weights and cut out the other units."""
-    names = to_dense_names(state.groups, groups, state.masks)
-    weights = [group for group in groups if group.kind == "weight"]
-    units = [group for group in groups if group.kind != "weight"]
-    own_masks = {
-        group.name: masks[names[group.name]].flatten()[state.masks[names[group.name]].flatten()].view(group.shape)
-        for group in units
-    }
-    if update is not None:
-        _copy_params(model, update(own_masks | {group.name: masks[group.name] for group in weights}))
-    zero(model, weights, masks)
-    shrink(model, units, own_masks)

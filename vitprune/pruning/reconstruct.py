@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.criteria import Batches
 from vitprune.errors import BadInput, NotFinite
+from vitprune.evaluation.losses import kl_divergence
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 from vitprune.training.finetune import zero_weights
@@ -72,10 +73,10 @@ def reconstruct(
     with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
         torch.manual_seed(seed)
         expected = _logits(dense, test, config.batch_size)
-        nats, curve = [_divergence(_logits(model, test, config.batch_size), expected)], []
+        nats, curve = [kl_divergence(_logits(model, test, config.batch_size), expected)], []
         best, kept = _state(model), 0
         for row in track(_passes(model, dense, fit, paths, config), "reconstructing", config.passes):
-            nats.append(_divergence(_logits(model, test, config.batch_size), expected))
+            nats.append(kl_divergence(_logits(model, test, config.batch_size), expected))
             curve.append(row | {"held_out_nats": nats[-1]})
             if nats[-1] < nats[kept]:
                 best, kept = _state(model), len(curve)
@@ -176,12 +177,6 @@ def _recorded(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tens
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor, size: int) -> Tensor:
     return torch.cat([model(part) for part in torch.split(images, size)])
-
-
-def _divergence(logits: Tensor, expected: Tensor) -> float:
-    """KL divergence of logits from the expected ones, in nats per image."""
-    log_q, log_p = logits.double().log_softmax(dim=-1), expected.double().log_softmax(dim=-1)
-    return float((log_p.exp() * (log_p - log_q)).sum()) / len(logits)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from vitprune import BadInput, find_groups
 from vitprune.data import example_input
 from vitprune.evaluation.engines import forward_call
 from vitprune.evaluation.latency_table import LatencyTable, kept_width, read_latency_table, write_latency_table
-from vitprune.evaluation.record_latency_table import record_latency_table
+from vitprune.evaluation.record_latency_table import record_latency_table, smoothed
 from vitprune.groups import Group
 
 FFN = Group("blocks.3.mlp", "ffn", (8,), ())
@@ -114,6 +114,17 @@ def test_a_recorded_table_has_all_widths_of_all_groups(tmp_path: Path) -> None:
     write_latency_table(table, tmp_path / "table.csv")
     groups = find_groups(model, ["ffn", "attention"])
     assert all(len(read_latency_table(tmp_path / "table.csv").group_times(g)) == g.shape[-1] + 1 for g in groups)
+
+
+def test_noise_is_smoothed_and_steps_are_kept() -> None:
+    widths = [1, *range(8, 65, 8)]
+    line = {width: 0.2 + 0.0125 * width for width in widths}
+    noisy = {width: value + 0.02 * (-1) ** number for number, (width, value) in enumerate(line.items())}
+    result = smoothed(noisy, dict.fromkeys(widths, 0.03))
+    assert max(abs(result[width] - line[width]) for width in widths) < 0.012  # the noise is 0.02
+    steps = {width: 0.2 + 0.2 * (width // 16) for width in widths}
+    assert smoothed(steps, dict.fromkeys(widths, 0.0)) == pytest.approx(steps, abs=2e-4)
+    assert smoothed({1: 0.5, 2: 1.0}, {1: 0.1, 2: 0.0}) == pytest.approx({1: 0.5, 2: 1.0}, abs=0.15)
 
 
 def test_groups_of_several_structures_get_rows_of_their_own() -> None:

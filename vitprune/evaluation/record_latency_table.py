@@ -2,8 +2,10 @@
 
 import copy
 import datetime
+import math
 import re
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,9 @@ from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.interpolate import UnivariateSpline
 from torch import Tensor, nn
 
 from vitprune import data, models
@@ -24,19 +28,17 @@ from vitprune.evaluation.latency_table import LatencyTable, write_latency_table
 from vitprune.groups import Group, Masks, shrink
 from vitprune.runtime.progress import track
 
+LEAST_ERROR = 1e-4  # of a ratio
 STEPS = 8  # widths of every group: eighths of the dense model's, and 1
 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Latency of a pruned model and of the dense one beside it, medians in milliseconds."""
+    """Latency of a pruned model: median ratio to the dense one beside it, its standard error, and the dense median."""
 
-    pruned: float
+    ratio: float
+    error: float
     dense: float
-
-    @property
-    def ratio(self) -> float:
-        return min(self.pruned / self.dense, 1.0)  # above is noise
 
 
 def record_latency_table(
@@ -132,8 +134,25 @@ def _masks(groups: Sequence[Group], widths: Mapping[str, int]) -> Masks:
 
 def _compared(pruned: Callable[[], object], dense: Callable[[], object], runs: int) -> _Measurement:
     ours, theirs = alternating_times([pruned, dense], runs)
-    reference = statistics.median(theirs)
-    return _Measurement(reference * statistics.median([a / b for a, b in zip(ours, theirs, strict=True)]), reference)
+    ratios = np.array(ours) / np.array(theirs)
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    deviation = (high - low) / 1.349  # of a normal distribution
+    error = 1.253 * deviation / math.sqrt(runs)
+    return _Measurement(min(float(middle), 1.0), float(error), statistics.median(theirs))  # above 1 is noise
+
+
+def smoothed(values: Mapping[int, float], errors: Mapping[int, float]) -> dict[int, float]:
+    """Return the smoothest values by width that agree with the measured ones within their standard errors.
+
+    The sum of the squared deviations, relative to the errors, is at most the number of widths. A search for the best
+    widths would otherwise prefer those whose measurement is too low by chance.
+    """
+    widths = sorted(values)
+    weights = [1 / max(errors[width], LEAST_ERROR) for width in widths]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FITPACK's, if fewer knots do not fit better
+        spline = UnivariateSpline(widths, [values[width] for width in widths], weights, k=1, s=len(widths))
+    return {width: float(spline(width)) for width in widths}
 
 
 def _structures(model: nn.Module, groups: Sequence[Group], images: Tensor) -> list[list[Group]]:
@@ -147,7 +166,9 @@ def _structures(model: nn.Module, groups: Sequence[Group], images: Tensor) -> li
 def _times_of(same: Sequence[Group], times: Mapping[tuple[str, int], _Measurement], dense: float) -> dict[int, float]:
     """Return the milliseconds of one of several equal groups by width, above those of the smallest width."""
     name, full = same[0].name, same[0].shape[-1]
-    shares = {width: entry.ratio for (first, width), entry in times.items() if first == name} | {full: 1.0}
+    measured = {width: entry for (first, width), entry in times.items() if first == name}
+    ratios = {width: entry.ratio for width, entry in measured.items()} | {full: 1.0}
+    shares = smoothed(ratios, {width: entry.error for width, entry in measured.items()} | {full: 0.0})
     least = min(shares.values())
     return {width: dense * (share - least) / len(same) for width, share in shares.items()}
 

@@ -76,7 +76,7 @@ def export_onnx(
     try:
         import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401  torch.onnx needs it, and its own error is less clear
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # a dependency of onnxscript
     except ImportError as error:
         raise BadInput(f"export.onnx: {error.name} is not installed; pip install 'vitprune[export]'") from None
     newest = onnx.defs.onnx_opset_version()
@@ -88,6 +88,7 @@ def export_onnx(
     plain = plain.float() if float_type(plain).itemsize < torch.float32.itemsize else plain
     images = checked_input("example_input", example_input, plain).cpu()
     program = _onnx_program(plain, images, opset)
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces: paths of this machine
     with atomic_write(path) as unfinished:
         program.save(str(unfinished))
         try:

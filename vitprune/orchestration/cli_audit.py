@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]
 
     from vitprune.orchestration.audit.collect import CollectedRun
+    from vitprune.orchestration.audit.repeated import RepeatedStages
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ def audit_run(run_id: str, project: Path | None, options: AuditOptions) -> int:
     Raises:
         BadInput: there is no such run, it did not finish, or the file of keys is unusable.
     """
+    from vitprune.orchestration.audit.repeated import repeated_stages
+
+    with repeated_stages() as stages:  # imports them while this process imports MLflow
+        return _audit(run_id, project, options, stages)
+
+
+def _audit(run_id: str, project: Path | None, options: AuditOptions, stages: "RepeatedStages") -> int:
     from mlflow import MlflowClient
 
     from vitprune.orchestration.attestation.signing import trusted_keys
@@ -64,7 +72,7 @@ def audit_run(run_id: str, project: Path | None, options: AuditOptions) -> int:
             mlflow_session(directory),
             collect(MlflowClient(tracking_uri=tracking_uri(directory)), run_id, project, Path(scratch)) as collected,
         ):
-            for name, check in _checks(collected, keys, options):
+            for name, check in _checks(collected, keys, options, stages):
                 differences += _print_check(name, check, options.list_all, notes)
                 if differences and not options.list_all:
                     break
@@ -100,7 +108,7 @@ def _print_check(name: str, check: Iterator[str], list_all: bool, notes: list[st
 
 
 def _checks(
-    collected: "CollectedRun", keys: "Sequence[SSlibKey]", options: AuditOptions
+    collected: "CollectedRun", keys: "Sequence[SSlibKey]", options: AuditOptions, stages: "RepeatedStages"
 ) -> Iterator[tuple[str, Iterator[str]]]:
     """Yield every check with its differences: first the records, then the recomputed values."""
     from vitprune.orchestration.audit import rerun
@@ -108,13 +116,17 @@ def _checks(
     from vitprune.orchestration.audit.records import CHECKS, run_check
     from vitprune.pipeline import verify
 
+    stages.start(collected, options.limit)
     yield "complete", run_check("complete", collected)
     yield "signature", signature(collected, keys)
     for name in CHECKS:
         if name != "complete":
             yield name, run_check(name, collected)
     for name in verify.CHECKS:
-        yield name, _recomputed(collected, name, options.limit)
+        recomputed = (
+            stages.differences(name) if name in verify.REPEATED else _recomputed(collected, name, options.limit)
+        )
+        yield name, recomputed
     if options.rerun:
         yield "rerun", rerun.rerun(collected)
 

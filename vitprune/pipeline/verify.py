@@ -232,8 +232,9 @@ def trained_stages(run: RecordedRun) -> Lines:
 
 
 CHECKS: dict[str, Callable[[RecordedRun], Lines]] = {
+    **{check.__name__: check for check in (cycles, weights, curves, predictions)},
     **{stage: partial(repeat, stage) for stage in REPEATED},
-    **{check.__name__: check for check in (cycles, weights, curves, predictions, latencies, trained_stages)},
+    **{check.__name__: check for check in (latencies, trained_stages)},
 }
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import RandomResizedCrop
 
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.criteria import Batches
@@ -133,6 +132,8 @@ def _views(images: Tensor, config: ReconstructConfig) -> Tensor:
     """Random crops and flips of images (B, C, H, W); the images themselves without `config.views`."""
     if not config.views:
         return images
+    from torchvision.transforms.v2 import RandomResizedCrop  # not for every stage
+
     crop = RandomResizedCrop(list(images.shape[-2:]), CROP_AREA, antialias=True)
     flipped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
     return torch.stack([crop(image) for image in flipped])

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from vitprune.architectures import find_groups
@@ -129,6 +128,8 @@ def assign_runs(total: Tensor, costs: Costs, every: int, rounds: int = ROUNDS) -
     Returns:
         The columns in their new order, (k,).
     """
+    from scipy.optimize import linear_sum_assignment  # takes a second, which every stage would wait
+
     runs = total.argsort(descending=True, stable=True).view(every, -1)  # (M, k / M)
     runs[1::2] = runs[1::2].flip(1)
     for position in list(range(every)) * rounds:

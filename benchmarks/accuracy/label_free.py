@@ -1,16 +1,18 @@
 """Pruning of DeiT-Tiny by a few hundred images without labels or training data, with and without reconstruction.
 
 Calibration on rows 600..799 of imagenet-val-800 (200 images), or on imagenet-one-per-class-1000 (1,000 images);
-evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. Each row is pruned once by
-`vitprune.prune(..., correct_norms=True)`; the reconstruction follows with its default settings, once per seed, and is
-given as the mean of the seeds. Seconds are those of one process on two threads. Results are recorded in
-benchmarks/results/label_free-notes.jsonl, so that an interrupted benchmark continues; delete the file to start over.
-Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/label_free.json and docs/results/label_free.md.
+evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. Each row is pruned once; from there
+either the norms are corrected (`prune.correct_norms`), or the reconstruction follows with its default settings, once
+per seed, and is given as the mean of the seeds. Seconds include the pruning; they are those of one process, and of a
+quiet machine only if nothing else ran. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an
+interrupted benchmark continues; delete the file to start over. Needs VITPRUNE_REAL_DATA. Writes
+benchmarks/results/label_free.json and docs/results/label_free.md.
 """
 
+import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -19,16 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vitprune
 from benchmarks.lib.deit_tiny import load_dense, load_images, split
 from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
+from vitprune import PruneConfig, ScoreConfig, plan_for
 from vitprune.config.reconstruct_config import ReconstructConfig
+from vitprune.criteria import ScoringContext
 from vitprune.evaluation.accuracy import accuracy
+from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_cycle_masks
+from vitprune.pruning.norm_correction import correct_norms, dense_logits
+from vitprune.pruning.prune_cycles import prune_cycles, reorder_channels
+from vitprune.pruning.reconstruct import reconstruct
 
 ROOT = Path(__file__).parents[2]
 Batches = Sequence[tuple[Tensor, Tensor]]
-SEEDS, PASSES = (0, 1, 2), {200: 12, 1000: 3}
-SCORE = vitprune.ScoreConfig(memory_mb=4096)
+SEEDS, WITHOUT, PASSES = (0, 1, 2), -1, {200: 12, 1000: 3}
+SCORE = ScoreConfig(memory_mb=4096)
 
 GOALS: dict[str, dict[str, Any]] = {
     "2:4": {"scope": "2:4"},
@@ -37,7 +44,7 @@ GOALS: dict[str, dict[str, Any]] = {
     "weights 50 %": {"sparsity": 0.5},
     "weights 60 %": {"sparsity": 0.6},
     "weights 75 %": {"sparsity": 0.75},
-    "half of the FFN": {"sparsity": {"ffn": 0.5}},
+    "half of the FFN": {"sparsity": {"ffn": 0.5}, "kinds": ["ffn"]},
     "0.7x MACs": {"target": {"macs": 0.7}},
     "0.5x MACs": {"target": {"macs": 0.5}},
 }
@@ -52,7 +59,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Top-1 in % of one pruned model; `seed` -1 is without reconstruction. Nats are those of the held-out images."""
+    """Top-1 in % of one pruned model; `seed` WITHOUT: not reconstructed. `nats` of held-out images."""
 
     goal: str
     method: str
@@ -74,24 +81,35 @@ class Case:
 
 def main() -> None:
     """Measure every row and write the tables."""
-    options = arguments(__doc__, {"threads": (2, "threads of one process")})
+    options = arguments(
+        __doc__,
+        {
+            "threads": (2, "threads of one process"),
+            "seeds": (3, "seeds of the reconstruction"),
+            "images": ("200,1000", "numbers of calibration images"),
+            "goals": (",".join(GOALS), "goals"),
+            "methods": (0, "methods per goal, the first ones; 0: all"),
+        },
+    )
     torch.set_num_threads(options.threads)
     case, notes = load_case(real_data(), options.quick), RESULTS / f"label_free{'-quick' * options.quick}-notes.jsonl"
     notes.unlink(missing_ok=True) if options.quick else None
-    goals = ("2:4",) if options.quick else tuple(GOALS)
+    goals, seeds, methods = options.goals.split(","), SEEDS[: options.seeds], options.methods or None
+    if options.quick:
+        goals, seeds, methods = ["2:4"], SEEDS[:1], 1
     done = [Measured(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
-    for images in case.calibration:
+    for images in (number for number in case.calibration if str(number) in options.images.split(",")):
         for goal in goals:
-            for method in METHODS[goal][: 1 if options.quick else None]:
+            for method in METHODS[goal][:methods]:
                 known = {row.seed for row in done if (row.goal, row.method, row.images) == (goal, method, images)}
-                for seed in (-1, *SEEDS[: 1 if options.quick else None]):
-                    if seed not in known:
-                        done.append(measure(case, goal, method, images, seed, options.quick))
-                        print(done[-1], flush=True)
-                        with notes.open("a") as file:
-                            file.write(json.dumps(asdict(done[-1])) + "\n")
+                wanted = [seed for seed in (WITHOUT, *seeds) if seed not in known]
+                for row in measure(case, goal, method, images, wanted, options.quick):
+                    done.append(row)
+                    print(row, flush=True)
+                    with notes.open("a") as file:
+                        file.write(json.dumps(asdict(row)) + "\n")
     if not options.quick:
-        header = ["goal", "method", "images", "top-1", "reconstructed", "seconds", "seconds of it"]
+        header = ["goal", "method", "images", "top-1", "reconstructed", "seeds", "seconds", "reconstructed"]
         about = f"Dense: {accuracy(case.dense, case.held_out)[0]['top1']:.1f} %. {__doc__}"
         write_table(ROOT / "docs/results/label_free.md", "Without labels, in minutes", about, header, table(done))
     rows = [Row(f"{r.goal}, {r.method}, {r.images} images, seed {r.seed}", r.top1, "top-1 %") for r in done]
@@ -109,18 +127,40 @@ def load_case(folder: Path, quick: bool) -> Case:
     return Case(dense, calibration, held_out)
 
 
-def measure(case: Case, goal: str, method: str, images: int, seed: int, quick: bool) -> Measured:
-    """Prune for one goal, reconstruct with a seed, and evaluate."""
+def measure(case: Case, goal: str, method: str, images: int, seeds: Sequence[int], quick: bool) -> Iterator[Measured]:
+    """Prune for one goal, then correct the norms, or reconstruct with every seed; evaluate each."""
+    if not seeds:
+        return
+    batches = case.calibration[images]
+    start = time.perf_counter()
+    pruned, teacher = prune_once(case.dense, goal, method, batches)
+    seconds = time.perf_counter() - start
+    for seed in seeds:
+        model, nats, start = copy.deepcopy(pruned), 0.0, time.perf_counter()
+        if seed == WITHOUT:
+            corrected = correct_norms(model, dense_logits(teacher, batches), batches, ScoringContext(SCORE))
+            model.load_state_dict(dict(corrected.values), strict=False)
+        else:
+            config = ReconstructConfig(passes=1 if quick else PASSES[images])
+            nats = reconstruct(model, teacher, batches, config, seed).facts["nats_after"]
+        total = seconds + time.perf_counter() - start
+        top1 = accuracy(model, case.held_out)[0]["top1"]
+        yield Measured(goal, method, images, seed, top1, total, nats)
+
+
+def prune_once(dense: nn.Module, goal: str, method: str, batches: Batches) -> tuple[nn.Module, nn.Module]:
+    """Return the pruned model and the dense one, whose channels have the same order."""
     name, _, search = method.partition(", ")
     config = SCORE.model_copy(update={"nm_search": "greedy", "permute": False}) if search else SCORE
-    reconstruct = ReconstructConfig(passes=1 if quick else PASSES[images]) if seed >= 0 else False
-    start = time.perf_counter()
-    settings = {"correct_norms": seed < 0, "reconstruct": reconstruct, "seed": max(seed, 0), "config": config}
-    kinds = {"kinds": ["ffn"]} if goal == "half of the FFN" else {}
-    result = vitprune.prune(case.dense, name, calibration=case.calibration[images], **GOALS[goal], **settings, **kinds)
-    seconds = time.perf_counter() - start
-    top1 = accuracy(result.model, case.held_out)[0]["top1"]
-    return Measured(goal, method, images, seed, top1, seconds, result.reconstruction.get("nats_after", 0.0))
+    plan = plan_for(PruneConfig(method=name, **GOALS[goal]), config)
+    model, teacher = copy.deepcopy(dense), copy.deepcopy(dense)
+    importance = plan.method.criterion(model, groups_for(model, plan), batches, plan.context(1))
+    reorder_channels([model, teacher], importance.orders)
+    first = select_cycle_masks(model, importance.scores, plan, cycle_state(model, plan), batches).masks
+    model = copy.deepcopy(dense)
+    for _ in prune_cycles(model, plan, batches, first, importance.statistics, orders=importance.orders):
+        pass
+    return model, teacher
 
 
 def table(done: Sequence[Measured]) -> list[list[str]]:
@@ -129,11 +169,11 @@ def table(done: Sequence[Measured]) -> list[list[str]]:
     rows = []
     for key in sorted(keys, key=lambda key: (list(GOALS).index(key[0]), METHODS[key[0]].index(key[1]), key[2])):
         group = [row for row in done if (row.goal, row.method, row.images) == key]
-        plain = [row for row in group if row.seed < 0]
-        seeds = [row for row in group if row.seed >= 0]
+        plain = [row for row in group if row.seed == WITHOUT]
+        seeds = [row for row in group if row.seed != WITHOUT]
         top1 = [f"{mean(row.top1 for row in some):.1f}" if some else "-" for some in (plain, seeds)]
         seconds = [f"{mean(row.seconds for row in some):.0f}" if some else "-" for some in (plain, seeds)]
-        rows.append([key[0], key[1], str(key[2]), *top1, *seconds])
+        rows.append([key[0], key[1], str(key[2]), *top1, str(len(seeds)), *seconds])
     return rows
 
 

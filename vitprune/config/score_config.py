@@ -7,6 +7,7 @@ from pydantic import Field
 
 from vitprune.config.section import Count, Section
 
+DIRECTIONS, DIAGONAL_DIRECTIONS = 8, 2
 FEW_GRADIENTS, FEW_GRADIENTS_DAMPING = 512, 4e-6
 MANY_GRADIENTS, MANY_GRADIENTS_DAMPING = 4096, 1e-8
 
@@ -23,9 +24,9 @@ class ScoreConfig(Section):
     """Memory in MiB for activations of ablated models and for Fisher matrices; a smaller value takes longer. The model
     itself is not included."""
 
-    fisher_directions: Count = 8
+    fisher_directions: Count | None = None
     """Gradients per image for the Fisher matrix of the logits (kl-fisher, unit-obs, obc). The scores are exact if it is
-    at least the number of classes."""
+    at least the number of classes. Default null: 8, or 2 for obc, which needs only its diagonal."""
 
     autocast: bool = False
     """Compute the forward and backward passes of kl-fisher in bfloat16."""
@@ -62,6 +63,10 @@ class ScoreConfig(Section):
     def memory(self) -> int:
         """Memory limit in bytes."""
         return int(self.memory_mb * (1 << 20))
+
+    def directions(self, diagonal: bool = False) -> int:
+        """Return `fisher_directions`; by default 8, or 2 if a criterion needs only the diagonal of the matrix."""
+        return self.fisher_directions or (DIAGONAL_DIRECTIONS if diagonal else DIRECTIONS)
 
     def damping_for(self, gradients: int) -> float:
         """Return the damping for a number of gradients: the value given, else the default for that number.

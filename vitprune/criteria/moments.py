@@ -174,7 +174,8 @@ def _of_batch(
         return result, logits.detach()
     paths = list(outputs)
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
-    for direction in fisher_directions(probability, None, context.config.fisher_directions, context.seed, where):
+    number = context.config.directions(diagonal=grads == "metric_diagonal")
+    for direction in fisher_directions(probability, None, number, context.seed, where):
         output_grads = torch.autograd.grad(
             logits, [outputs[p] for p in paths], direction.to(logits.dtype), retain_graph=True
         )

@@ -88,7 +88,7 @@ def _minibatch_scores(
         logits = _forward(model, images, context)
         probability = logits.detach().double().softmax(dim=-1)  # (B, ..., classes)
         for direction in fisher_directions(
-            probability, tape.head(logits), context.config.fisher_directions, context.seed, positions
+            probability, tape.head(logits), context.config.directions(), context.seed, positions
         ):
             for name, grad in tape.derivatives(logits, direction.to(logits.dtype), gates).items():
                 half = grad.double().square() / 2  # (B, units)

@@ -13,7 +13,7 @@ WRONG = {
     "no list": (3, r"^calibration: is a int; give a list or a DataLoader of pairs"),
     "one tensor": (X, r"^calibration: is a Tensor; give a list"),
     "a pair instead of pairs": ((X, Y), r"^calibration\[0\]: is a Tensor; give pairs"),
-    "images alone": ([X], r"^calibration\[0\]: is a Tensor; give pairs"),
+    "labels alone": ([Y], r"^calibration\[0\]: has shape \(2,\); give images"),
     "a mapping": ([{"pixel_values": X, "labels": Y}], r"^calibration\[0\]: is a dict; give pairs"),
     "three parts": ([(X, Y, Y)], r"^calibration\[0\]: is a tuple of 3; give pairs"),
     "an image without a batch": ([(X[0], Y[:1])], r"^calibration\[0\]: has shape \(3, 32, 32\); give images"),
@@ -88,3 +88,13 @@ def test_other_types_of_images_and_labels_are_converted(vit: nn.Module) -> None:
         assert same_state(pruned, state(expected))
     single = [(x.float(), y) for x, y in batches(vit)]
     vitprune.prune(vit, "channel-taylor", sparsity=0.25, calibration=single)
+
+
+def test_images_without_labels_give_the_same_result_if_the_method_uses_none(vit: nn.Module) -> None:
+    first, second = (
+        vitprune.prune(vit, "unit-obs", sparsity={"ffn": 0.25}, calibration=given).model.state_dict()
+        for given in ([(X, Y)], [X])
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    with pytest.raises(BadInput, match=r"^labels: -100 is not a class; .*, and these images have no label$"):
+        vitprune.prune(vit, "channel-taylor", sparsity=0.25, calibration=[X])

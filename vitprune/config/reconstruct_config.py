@@ -27,6 +27,6 @@ class ReconstructConfig(Section):
     stream_weight: Annotated[float, Field(ge=0)] = 20.0
     """Weight of the mean relative squared error of the block outputs, beside the KL divergence of the logits."""
 
-    holdout: Annotated[int, Field(ge=2)] = 5
+    holdout: Annotated[int, Field(ge=2)] = 10
     """Every n-th image is held out. The weights with the least KL divergence on these images are kept, those before the
     reconstruction included."""

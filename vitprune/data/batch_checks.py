@@ -19,7 +19,7 @@ def checked_batches(batches: Any, model: nn.Module, name: str = "calibration") -
     """Read all batches into a list, so that every pass sees the same images, and check them.
 
     Args:
-        batches: A list, a tuple or a DataLoader of pairs (images, labels).
+        batches: A list, a tuple or a DataLoader of pairs (images, labels), or of images without labels.
         model: The model that they are for.
         name: Name of the argument for messages.
 
@@ -28,11 +28,11 @@ def checked_batches(batches: Any, model: nn.Module, name: str = "calibration") -
     """
     if isinstance(batches, Iterator):
         raise BadInput(f"{name}: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
-    return list(checked_stream(batches, model, name))
+    return list(checked_stream(batches, model, name, labelled=False))
 
 
 def checked_stream(
-    batches: Any, model: nn.Module, name: str, classes: int | None = None
+    batches: Any, model: nn.Module, name: str, classes: int | None = None, labelled: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield checked batches one by one.
 
@@ -41,6 +41,7 @@ def checked_stream(
         model: The model that they are for.
         name: Name of the argument for messages.
         classes: Number of classes that labels must be below; None for no check. -100 marks an image without a label.
+        labelled: Whether a batch must be a pair; else images alone get the label -100.
 
     Raises:
         BadInput: as `checked_batches`, except for iterators, or a label is not a class.
@@ -48,10 +49,12 @@ def checked_stream(
     if not isinstance(batches, Iterable) or isinstance(batches, Tensor | dict | str):
         kind = type(batches).__name__
         raise BadInput(f"{name}: is a {kind}; give a list or a DataLoader of pairs (images, labels)")
+    if isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches):
+        labelled = True  # one pair instead of a list of pairs
     shapes: set[tuple[int, ...]] = set()
     for number, batch in enumerate(batches):
         where = f"{name}[{number}]"
-        images, labels = _pair(where, batch)
+        images, labels = _pair(where, batch, labelled)
         images = checked_input(where, images, model, shapes, logits=True)
         if len(labels) != len(images):
             raise BadInput(f"{where}: {len(images)} images and {len(labels)} labels; give one label per image")
@@ -106,7 +109,9 @@ def _check_classes(where: str, labels: Tensor, classes: int | None) -> None:
         raise BadInput(f"{where}: label {int(wrong[0])} is not a class; the model has the classes 0 to {classes - 1}")
 
 
-def _pair(where: str, batch: Any) -> tuple[Any, Tensor]:
+def _pair(where: str, batch: Any, labelled: bool) -> tuple[Any, Tensor]:
+    if isinstance(batch, Tensor) and batch.dim() and not labelled:
+        return batch, torch.full(batch.shape[:1], IGNORED)
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
         raise BadInput(f"{where}: is a {type(batch).__name__}{size}; give pairs, as in [(images, labels), ...]")

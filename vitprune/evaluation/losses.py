@@ -22,10 +22,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
     return F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=smoothing)
 
 
-def kl_divergence(logits: Tensor, expected: Tensor) -> float:
+def kl_divergence(logits: Tensor, expected: Tensor) -> Tensor:
     """Return the KL divergence of logits from the expected ones, in nats per image."""
-    log_q, log_p = logits.double().log_softmax(dim=-1), expected.double().log_softmax(dim=-1)
-    return float((log_p.exp() * (log_p - log_q)).sum()) / len(logits)
+    log_q, log_p = logits.log_softmax(dim=-1), expected.log_softmax(dim=-1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -70,7 +70,8 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     wrong = used[(used < 0) | (used >= classes)]
     if len(wrong) or not len(used):
         label = int(wrong[0]) if len(wrong) else IGNORED
-        raise BadInput(f"labels: {label} is not a class; the model has the classes 0 to {classes - 1}")
+        missing = ", and these images have no label" if label == IGNORED else ""
+        raise BadInput(f"labels: {label} is not a class; the model has the classes 0 to {classes - 1}{missing}")
 
 
 class CrossEntropy(nn.Module):

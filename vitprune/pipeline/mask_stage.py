@@ -8,6 +8,7 @@ from vitprune.pipeline.artifacts import SCORES, write_masks
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
 from vitprune.pruning.allocation_search import allocated_cycle_masks
 from vitprune.pruning.cycle_masks import cycle_state, reached_cost
+from vitprune.pruning.held_out import fitted_images
 from vitprune.pruning.plan import plan_of
 from vitprune.runtime.files import write_json
 
@@ -17,7 +18,8 @@ def run(params: Params) -> None:
     plan = plan_of(params)
     model = models.load(OUT / "dense").to(device())
     state = cycle_state(model, plan)
-    batches = calibration(model, params) if plan.method.rescore or plan.config.allocation else []
+    needed = plan.method.rescore or plan.config.allocation
+    batches = fitted_images(calibration(model, params), plan.config.reconstruct) if needed else []
     selected = allocated_cycle_masks(model, models.read_weights(OUT / "score" / SCORES), plan, state, batches)
     facts: dict[str, Any] = {"target": dict(selected.target), "cost": reached_cost(selected, plan, state)}
     facts |= {"rescoring": dict(selected.facts) or None, "allocation": dict(selected.allocation) or None}

@@ -19,6 +19,7 @@ from vitprune.groups import Group, Scores
 from vitprune.models.io import read_weights, write_weights
 from vitprune.pipeline.artifacts import SCORES, summary_rows
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
+from vitprune.pruning.held_out import fitted_images
 from vitprune.pruning.plan import Plan, plan_of, scored_kinds
 from vitprune.runtime import tables
 from vitprune.runtime.distributed import ProcessGroup, process_group
@@ -36,7 +37,8 @@ def run(params: Params) -> None:
     with process_group() as dist:
         model = models.load(OUT / "dense").to(device())
         groups = scored_groups(model, plan)
-        job = ScoringJob(plan.method.criterion, groups, calibration(model, params), plan.context(1))
+        batches = fitted_images(calibration(model, params), plan.config.reconstruct)
+        job = ScoringJob(plan.method.criterion, groups, batches, plan.context(1))
         importance = job.importance(model, plan.method.additive, PARTIAL, dist, plan.method.collective)
     if importance is None:  # rank 0 writes
         return

@@ -124,7 +124,7 @@ class AllocationSearch:
         scores = scores_in_dense(_scaled(self._scores, self.factors(point)), self._names, self._state)
         pruned = copy.deepcopy(self._model)
         apply_masks(pruned, self.groups, self._select(scores), self._state, self._update)
-        return kl_divergence(self._logits(pruned), self._expected)
+        return float(kl_divergence(self._logits(pruned).double(), self._expected.double()))
 
     @torch.no_grad()
     def _logits(self, model: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.prune_config import Kind, PruneConfig
-from vitprune.config.quantity import Quantity, format_cost
+from vitprune.config.quantity import Quantity, format_cost, seconds_of
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.config.score_config import ScoreConfig
 from vitprune.config.targets import Rule, Target
@@ -22,6 +22,7 @@ from vitprune.data.batch_checks import checked_batches, checked_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups
+from vitprune.pruning.auto import auto_method
 from vitprune.pruning.cycle_masks import (
     available_kinds,
     refuse_equal_scores,
@@ -33,6 +34,7 @@ from vitprune.runtime.eval_mode import eval_mode, scoring_mode
 from vitprune.runtime.model_checks import checked_model, float_type
 from vitprune.runtime.wrappers import plain_model
 
+AUTO_BUDGET = "3min"
 NOTHING_SKIPPED: Mapping[str, str] = {}
 
 
@@ -50,9 +52,10 @@ class PruneResult:
         skipped: Kinds of the method that this model does not have, each with the reason.
         seconds: Duration.
         reconstruction: KL divergence from the dense logits on held-out images before and after the reconstruction, in
-            nats per image, and the pass that was kept; empty without.
+            nats per image, the pass that was kept and the number of passes; empty without.
         allocation: The same divergence for the widths of the ranking and for those of the search, and the number of
             evaluated models; empty without a search.
+        chosen_method: Name of the method that "auto" stands for; empty if a method was given.
     """
 
     model: nn.Module
@@ -65,6 +68,7 @@ class PruneResult:
     seconds: float
     reconstruction: Mapping[str, float] = field(default_factory=dict)
     allocation: Mapping[str, float] = field(default_factory=dict)
+    chosen_method: str = ""
 
     def __str__(self) -> str:
         names = {"params": "parameters", "nonzero_params": "nonzero parameters", "macs": "MACs"}
@@ -77,10 +81,12 @@ class PruneResult:
         lines.append("sparsity: " + ", ".join(f"{kind} {share:.3g}" for kind, share in self.sparsity.items()))
         lines += [f"left out: {kind} ({why})" for kind, why in self.skipped.items()]
         lines += [f"target: {self.target_miss}"] if self.target_miss else []
+        lines += [f"method: {self.chosen_method}"] if self.chosen_method else []
         for step, facts in (("allocation", self.allocation), ("reconstruction", self.reconstruction)):
             if facts:
                 nats = [f"{facts[key]:.3g}" for key in ("nats_before", "nats_after")]
-                lines.append(f"{step}: held-out KL divergence {nats[0]} -> {nats[1]} nats per image")
+                passes = f", pass {facts['pass']:.0f} of {facts['passes']:.0f}" if "passes" in facts else ""
+                lines.append(f"{step}: held-out KL divergence {nats[0]} -> {nats[1]} nats per image{passes}")
         return "\n".join([*lines, f"{self.seconds:.1f} s"])
 
 
@@ -140,6 +146,7 @@ def prune(
     correct_norms: bool = False,
     reconstruct: ReconstructConfig | bool = False,
     allocation: AllocationConfig | bool = False,
+    budget: Quantity | None = None,
     example_input: Tensor | None = None,
     seed: int = 0,
 ) -> PruneResult:
@@ -150,11 +157,14 @@ def prune(
 
     Args:
         model: A timm model.
-        method: Name of a method in `METHODS`.
+        method: Name of a method in `METHODS`, or "auto": the method that loses the least accuracy without training, for
+            the kinds, target or scope that is given (a sparsity alone is one of single weights), with `reconstruct` and
+            a `budget` of three minutes.
         sparsity: Fraction of units to remove, one for all kinds or one per kind.
         target: Cost of the pruned model, such as {"macs": 0.5}, {"params": "12M"} or {"latency_ms": 20}.
         kinds: Kinds to prune; None: all kinds of the method that the model has, see `PruneResult.skipped`.
-        calibration: Batches (images (B, C, H, W), labels (B,)), for methods that need data; all are read into memory.
+        calibration: Batches (images (B, C, H, W), labels (B,)), or batches of images for methods without labels; all
+            are read into memory.
         config: Options of the criteria.
         scope: See `PruneConfig.scope`; likewise `round_to`, `rules`, `merge_heads_to` and `correct_norms`.
         round_to: Remaining units of every group are a multiple of this.
@@ -163,6 +173,8 @@ def prune(
         correct_norms: Correct norms and biases towards the dense model's logits.
         reconstruct: Fit the remaining weights to the dense model without labels; True: with the default settings.
         allocation: Search the sparsity of every group on held-out images; True: with the default settings.
+        budget: Time for the whole call, such as "3min" or seconds: the reconstruction makes as many passes as are
+            expected to fit, instead of `ReconstructConfig.passes`. Scoring alone may take longer.
         example_input: Input (B, C, H, W) for a check of the result; None: an input of the model's size, for the counts.
         seed: Seed of random numbers.
 
@@ -173,10 +185,16 @@ def prune(
         BadInput: a setting, a module or the result cannot be used; the message names it.
 
     Example:
-        result = vitprune.prune(model, "upvits", target={"macs": 0.5}, calibration=batches)
+        result = vitprune.prune(model, "auto", target={"macs": 0.5}, calibration=batches, budget="5min")
     """
     start = time.perf_counter()
     skipped: dict[str, str] = {}
+    chosen = ""
+    if method == "auto":
+        given = kinds or (sparsity if isinstance(sparsity, Mapping) else ())
+        method = chosen = auto_method(given, whole_units=target is not None)
+        reconstruct, budget = reconstruct or True, AUTO_BUDGET if budget is None else budget
+    deadline = _deadline(start, budget, reconstruct)
     settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "target": target, "kinds": kinds}
     settings |= {"scope": scope, "round_to": round_to, "rules": rules}
     settings |= {"merge_heads_to": merge_heads_to, "correct_norms": correct_norms}
@@ -194,10 +212,21 @@ def prune(
     if example_input is not None:
         example_input = checked_input("example_input", example_input, pruned)
     with scoring_mode(pruned):
-        (cycle,) = prune_cycles(pruned, plan, checked_batches(calibration, pruned))
+        (cycle,) = prune_cycles(pruned, plan, checked_batches(calibration, pruned), deadline=deadline)
         if example_input is not None:
             _check_finite(pruned, example_input)
-    return result_of(model, pruned.to(float_type(dense)), cycle, start, skipped, example_input)
+    return result_of(model, pruned.to(float_type(dense)), cycle, start, skipped, example_input, chosen)
+
+
+def _deadline(start: float, budget: Quantity | None, reconstruct: ReconstructConfig | bool) -> float | None:
+    if budget is None:
+        return None
+    if not reconstruct:
+        raise BadInput("budget: is for the reconstruction; give reconstruct=True")
+    try:
+        return start + seconds_of(budget)
+    except ValueError as error:
+        raise BadInput(f"budget: {error}") from None
 
 
 def working_copy(model: nn.Module) -> nn.Module:
@@ -219,6 +248,7 @@ def result_of(
     start: float,
     skipped: Mapping[str, str] = NOTHING_SKIPPED,
     example_input: Tensor | None = None,
+    chosen_method: str = "",
 ) -> PruneResult:
     """Return the result after the last cycle of a run that started at a time of `time.perf_counter`."""
     plain = plain_model(dense)
@@ -235,6 +265,7 @@ def result_of(
         seconds=time.perf_counter() - start,
         reconstruction=cycle.reconstruction.facts,
         allocation=cycle.allocation,
+        chosen_method=chosen_method,
     )
 
 

@@ -21,6 +21,7 @@ from vitprune.pruning.cycle_masks import (
     groups_for,
     reached_cost,
 )
+from vitprune.pruning.held_out import fitted_images
 from vitprune.pruning.norm_correction import correct_norms as corrected_norms
 from vitprune.pruning.norm_correction import dense_logits
 from vitprune.pruning.plan import Plan
@@ -88,6 +89,7 @@ def prune_cycles(
     statistics: Statistics | None = None,
     resume: ResumePoint | None = None,
     orders: Mapping[str, Tensor] = NO_ORDERS,
+    deadline: float | None = None,
 ) -> Iterator[Cycle]:
     """Prune a model in place, cycle by cycle; the caller may train it between two cycles.
 
@@ -99,12 +101,14 @@ def prune_cycles(
         statistics: Statistics of the criterion, for the weight update of a first cycle with known masks.
         resume: Where an interrupted run continues.
         orders: Orders of channels that belong to `first` and `statistics`, see `Importance.orders`.
+        deadline: See `reconstruct`.
 
     Yields:
         Every cycle after its pruning.
     """
     dense = model if resume is None else resume.dense
     runs, teachers = not shape_error(dense), [copy.deepcopy(dense)] if plan.config.reconstruct else []
+    fitted = fitted_images(batches, plan.config.reconstruct)
     state = cycle_state(dense, plan) if resume is None else cycle_state(dense, plan, resume.number + 1, resume.masks)
     logits = dense_logits(dense, batches) if plan.config.correct_norms else []
     given = given_masks(first, plan, state) if first is not None and resume is None else None
@@ -115,17 +119,17 @@ def prune_cycles(
             if given is not None:
                 selected, given = given, None
                 reorder_channels([model, *teachers], orders)
-                update = _update_for_given(model, groups, batches, plan, state, statistics)
+                update = _update_for_given(model, groups, fitted, plan, state, statistics)
             else:
-                importance = plan.method.criterion(model, groups, batches, plan.context(state.number))
+                importance = plan.method.criterion(model, groups, fitted, plan.context(state.number))
                 reorder_channels([model, *teachers], importance.orders)
-                selected = allocated_cycle_masks(model, importance.scores, plan, state, batches)
+                selected = allocated_cycle_masks(model, importance.scores, plan, state, fitted)
                 update = importance.update
             apply_masks(model, groups, selected.masks, state, update)
             state, complete = replace(state, masks=selected.masks), selected.complete
         if runs and (why := shape_error(model)):
             raise BadInput(f"{type(model).__name__}: the pruned model does not run ({why}); prune other kinds")
-        reconstruction = _reconstruct(model, teachers, batches, plan, state.number)
+        reconstruction = _reconstruct(model, teachers, batches, plan, state.number, deadline)
         corrected = _correct(model, logits, batches, plan, state.number)
         cost = reached_cost(selected, plan, state)
         yield Cycle(
@@ -172,12 +176,17 @@ def _update_for_given(
 
 
 def _reconstruct(
-    model: nn.Module, teachers: Sequence[nn.Module], batches: Batches, plan: Plan, number: int
+    model: nn.Module,
+    teachers: Sequence[nn.Module],
+    batches: Batches,
+    plan: Plan,
+    number: int,
+    deadline: float | None,
 ) -> Reconstruction:
     """Reconstruct the model towards the dense one, if the plan says so."""
     if plan.config.reconstruct is None:
         return NOT_RECONSTRUCTED
-    return reconstruct_weights(model, teachers[0], batches, plan.config.reconstruct, plan.seed + number)
+    return reconstruct_weights(model, teachers[0], batches, plan.config.reconstruct, plan.seed + number, deadline)
 
 
 def _correct(

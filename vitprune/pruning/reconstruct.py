@@ -1,6 +1,7 @@
 """Reconstruction: fit the remaining weights of a pruned model to the dense model, without labels."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,13 +13,17 @@ from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.criteria import Batches
 from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluation.losses import kl_divergence
+from vitprune.pruning.held_out import held_out
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 from vitprune.training.finetune import zero_weights
 from vitprune.training.frozen_zeros import freeze_zeros
+from vitprune.training.lr_schedule import learning_rate
 
 WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
 CROP_AREA = (0.35, 1.0)  # of the image
+MAX_PASSES, TIMED_BATCHES = 30, 3
+EVALUATION_SHARE = 0.3  # time of an image's logits, relative to a training step
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class Reconstruction:
     """Result of a reconstruction.
 
     Attributes:
-        facts: KL divergence from the dense logits on held-out images before and after, in nats per image, and the
-            pass whose weights were kept, 0 for those before.
+        facts: KL divergence from the dense logits on held-out images before and after, in nats per image, the pass
+            whose weights were kept, 0 for those before, and the number of passes.
         curve: After every pass: step, mean loss, learning rate and KL divergence on held-out images (held_out_nats).
     """
 
@@ -36,15 +41,19 @@ class Reconstruction:
 
 
 def reconstruct(
-    model: nn.Module, dense: nn.Module, batches: Batches, config: ReconstructConfig, seed: int = 0
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Batches,
+    config: ReconstructConfig,
+    seed: int = 0,
+    deadline: float | None = None,
 ) -> Reconstruction:
     """Fit all remaining weights, biases and norms of a pruned model to the dense model, in place.
 
     Minimizes the KL divergence of the logits plus `stream_weight` times the mean relative squared error of the block
     outputs, each relative to the variance of the dense one; outputs of another shape are left out. Weights that are
-    zero remain zero. The held-out images
-    decide which pass is kept; if none has a lower KL divergence than the pruned model, it is not changed. On one
-    device, the same seed gives bit-identical weights.
+    zero remain zero. The held-out images decide which pass is kept; if none has a lower KL divergence than the pruned
+    model, it is not changed. On one device, the same seed gives bit-identical weights.
 
     Args:
         model: The pruned model.
@@ -52,6 +61,8 @@ def reconstruct(
         batches: Calibration batches; labels are not used.
         config: The settings.
         seed: Seed of the order of the images and of their views.
+        deadline: Time of `time.perf_counter` at which it should end: instead of `config.passes`, as many passes as are
+            expected to fit, at most MAX_PASSES. The result then depends on the machine; `facts` has the number.
 
     Raises:
         BadInput: there are fewer images than `config.holdout`, or they cannot be cropped.
@@ -61,10 +72,8 @@ def reconstruct(
         divergence that UP-ViTs scores with.
     """
     device = next(model.parameters()).device
-    images = torch.cat([images for images, _ in batches]) if batches else torch.empty(0)
-    held = torch.arange(len(images)) % config.holdout == config.holdout - 1
-    if not bool(held.any()):
-        raise BadInput(f"prune.reconstruct: {len(images)} images; give at least {config.holdout}, one is held out")
+    held = held_out(batches, config)
+    images = torch.cat([images for images, _ in batches])
     if config.views and not images.is_floating_point():
         raise BadInput("prune.reconstruct.views: the inputs are tokens, which cannot be cropped; set it to false")
     fit, test = images[~held], images[held].to(device)
@@ -72,15 +81,35 @@ def reconstruct(
     with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
         torch.manual_seed(seed)
         expected = _logits(dense, test, config.batch_size)
-        nats, curve = [kl_divergence(_logits(model, test, config.batch_size), expected)], []
+        nats, curve = [float(kl_divergence(_logits(model, test, config.batch_size), expected))], []
+        if deadline is not None:
+            config = config.model_copy(update={"passes": _passes_until(deadline, model, dense, fit, paths, config)})
         best, kept = _state(model), 0
         for row in track(_passes(model, dense, fit, paths, config), "reconstructing", config.passes):
-            nats.append(kl_divergence(_logits(model, test, config.batch_size), expected))
+            nats.append(float(kl_divergence(_logits(model, test, config.batch_size), expected)))
             curve.append(row | {"held_out_nats": nats[-1]})
             if nats[-1] < nats[kept]:
                 best, kept = _state(model), len(curve)
         model.load_state_dict(best)
-    return Reconstruction({"nats_before": nats[0], "nats_after": nats[kept], "pass": kept}, curve)
+    return Reconstruction(
+        {"nats_before": nats[0], "nats_after": nats[kept], "pass": kept, "passes": config.passes}, curve
+    )
+
+
+def _passes_until(
+    deadline: float, model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], config: ReconstructConfig
+) -> int:
+    """Return the number of passes that fit; the gradients of a few batches are timed."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    seconds = []
+    for rows in torch.split(torch.arange(len(images)), config.batch_size)[:TIMED_BATCHES]:
+        start = time.perf_counter()
+        loss = _loss(model, dense, _views(images[rows], config).to(parameters[0].device), paths, config.stream_weight)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+        float(loss.detach())  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    one_pass = min(seconds) * -(-len(images) // config.batch_size) * (1 + EVALUATION_SHARE / config.holdout)
+    return max(0, min(MAX_PASSES, int((deadline - time.perf_counter()) / one_pass)))
 
 
 def _passes(
@@ -98,7 +127,7 @@ def _passes(
             for rows in torch.split(torch.randperm(len(images)), config.batch_size):
                 batch = _views(images[rows], config).to(device)
                 for group in optimizer.param_groups:
-                    group["lr"] = config.lr * _rate(step, config.passes * steps)
+                    group["lr"] = learning_rate(step + 1, config.passes * steps + 1, config.lr, 0.0, WARMUP_STEPS)
                 optimizer.zero_grad()
                 loss = _loss(model, dense, batch, paths, config.stream_weight)
                 losses.append(float(loss.detach()))
@@ -114,18 +143,11 @@ def _loss(model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[st
     with torch.no_grad(), _recorded(dense, paths) as targets:
         expected = dense(images)
     with torch.enable_grad(), _recorded(model, paths) as outputs:
-        log_q = model(images).log_softmax(dim=-1)
-        log_p = expected.log_softmax(dim=-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum() / len(images)
+        divergence = kl_divergence(model(images), expected)
         pairs = [(outputs[path], targets[path]) for path in paths if outputs[path].shape == targets[path].shape]
         errors = [(output - target).square().mean() / target.var() for output, target in pairs]
         loss: Tensor = divergence + weight * torch.stack(errors).mean() if errors else divergence
         return loss
-
-
-def _rate(step: int, steps: int) -> float:
-    """Learning rate of a step, relative to the peak."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _views(images: Tensor, config: ReconstructConfig) -> Tensor:
@@ -177,7 +199,7 @@ def _recorded(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tens
 
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor, size: int) -> Tensor:
-    return torch.cat([model(part) for part in torch.split(images, size)])
+    return torch.cat([model(part) for part in torch.split(images, size)]).double()
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from vitprune.models.equality import same_logits
 
 KINDS = ("ffn", "attention", "residual")
 ROUNDS = 2
-STREAM_ROWS = 64  # of every layer that reads the residual stream
 CHUNK = 1 << 22  # values of the cost of every row, that are computed at once
 TINY = 1e-300
 Costs = Callable[[Tensor, Tensor], Tensor]  # other positions (M - 1, runs), candidates (runs,) -> (runs, candidates)
@@ -194,18 +193,13 @@ def _order(group: Group, losses: Mapping[str, LayerLoss], pattern: Pattern) -> T
     if group.kind == "residual":
         if every - pattern[0] != 2 or any(part.outer > 1 for part in parts):
             return None
-        readers = [pair_costs(*_some_rows(losses[part.param])) for part in parts]
+        readers = [pair_costs(losses[part.param].rows.float(), losses[part.param].inverse.float()) for part in parts]
         return assign_runs(
             single.sum(dim=0), lambda *runs: torch.stack([costs(*runs) for costs in readers]).sum(0), every
         )
     columns = single.view(-1, heads, units).unbind(dim=1)
     orders = [assign_runs(head.sum(dim=0), single_costs(head, pattern), every) for head in columns]
     return torch.cat([order + number * units for number, order in enumerate(orders)])
-
-
-def _some_rows(loss: LayerLoss) -> tuple[Tensor, Tensor]:
-    step = max(1, len(loss.rows) // STREAM_ROWS)
-    return step**0.5 * loss.rows[::step], loss.inverse
 
 
 def _chunks(rows: int, values: int) -> Iterator[slice]:

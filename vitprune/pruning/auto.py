@@ -1,0 +1,27 @@
+"""Choose a pruning method by what is to be pruned; docs/guides/choose_a_method.md has the measured figures."""
+
+from collections.abc import Collection
+
+from vitprune.errors import BadInput
+from vitprune.pruning.methods import METHODS
+
+PREFERRED = ("unit-obs", "obc", "upvits", "upvits-blocks")
+
+
+def auto_method(kinds: Collection[str], whole_units: bool) -> str:
+    """Return the method that prunes these kinds with the least loss of accuracy without training.
+
+    Args:
+        kinds: The kinds to prune; empty if they are not given.
+        whole_units: Without kinds: units, such as FFN units and attention channels, instead of single weights.
+
+    Raises:
+        BadInput: no method prunes all of these kinds.
+    """
+    wanted = set(kinds) if kinds or whole_units else {"weight"}
+    for name in PREFERRED:
+        if wanted <= METHODS[name].scopes.keys():
+            return name
+    raise BadInput(
+        f"method auto: no method prunes {', '.join(sorted(wanted))} together; prune them one after the other"
+    )

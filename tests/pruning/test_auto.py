@@ -38,11 +38,9 @@ def test_kinds_without_a_common_method_are_refused() -> None:
 def test_auto_gives_the_model_of_its_method_and_passes(settings: dict, method: str) -> None:
     model = tiny("vit", dtype=torch.float32)
     data = batches(model, 3, 6)
-    result = prune(model, "auto", calibration=data, budget="2s", **settings)
-    passes = int(result.reconstruction["passes"])
-    assert 0 <= passes <= MAX_PASSES
+    result = prune(model, "auto", calibration=data, budget="1h", **settings)
     assert f"method: {method}" in str(result)
-    same = ReconstructConfig(passes=max(passes, 1)) if passes else False
+    same = ReconstructConfig(passes=int(result.reconstruction["passes"]))
     again = prune(model, method, calibration=data, reconstruct=same, **settings)
     assert again.chosen_method == ""
     assert equal(again.model, result.model)

@@ -13,7 +13,7 @@ from vitprune.errors import NotFinite
 from vitprune.pruning.prune_cycles import prune_cycles
 from vitprune.pruning.reconstruct import _loss, reconstruct
 
-FEW = ReconstructConfig(passes=3, lr=1e-3, batch_size=4)
+FEW = ReconstructConfig(passes=3, lr=1e-3, batch_size=4, holdout=5)
 
 
 def half(name: str) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:

@@ -79,11 +79,11 @@ def reconstruct(
     fit, test = images[~held], images[held].to(device)
     paths = _shared_blocks(model, dense)
     with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
-        torch.manual_seed(seed)
         expected = _logits(dense, test, config.batch_size)
         nats, curve = [float(kl_divergence(_logits(model, test, config.batch_size), expected))], []
         if deadline is not None:
             config = config.model_copy(update={"passes": _passes_until(deadline, model, dense, fit, paths, config)})
+        torch.manual_seed(seed)  # after the timing, which draws views
         best, kept = _state(model), 0
         for row in track(_passes(model, dense, fit, paths, config), "reconstructing", config.passes):
             nats.append(float(kl_divergence(_logits(model, test, config.batch_size), expected)))

@@ -149,3 +149,14 @@ def test_a_change_of_sparsity_runs_from_mask_on_only():
     again = [name for name, stage in STAGES.items() if {"prune", "prune.sparsity"} & set(stage.get("params", []))]
     assert again[0] == "mask"
     assert not {"dataset", "dense", "calibrate", "score"} & set(again)
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)  # the report uses scipy
+def test_stages_import_packages_that_take_seconds_only_where_they_are_used(stage):
+    slow = {"sklearn", "scipy", "pandas", "mlflow", "prefect", "dvc", "onnx", "onnxruntime"}
+    for path in closure(stage):
+        top = [
+            node for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = {name.split(".")[0] for node in top for name in [getattr(node, "module", None) or node.names[0].name]}
+        assert not names & slow, path

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
-from sklearn.isotonic import IsotonicRegression
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks
@@ -56,6 +55,8 @@ class LatencyTable:
                 f"{self.source}: times of kind {group.kind} do not add up; prune {', '.join(ADDITIVE)}, or remove "
                 "prune.target.table"
             )
+        from sklearn.isotonic import IsotonicRegression  # takes two seconds, which every stage would wait
+
         patterns = [pattern for pattern in self.times if pattern == group.name] or [
             pattern for pattern in self.times if fnmatchcase(group.name, pattern)
         ]

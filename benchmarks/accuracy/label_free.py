@@ -1,10 +1,10 @@
 """Pruning of DeiT-Tiny by a few hundred images without labels or training data, with and without reconstruction.
 
 Calibration on rows 600..799 of imagenet-val-800 (200 images), or on imagenet-one-per-class-1000 (1,000 images);
-evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. Each row is pruned once; from there
-either the norms are corrected (`prune.correct_norms`), or the reconstruction follows with its default settings, once
-per seed, and is given as the mean of the seeds. Seconds include the pruning; they are those of one process, and of a
-quiet machine only if nothing else ran. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an
+evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. The column `top-1` is
+without reconstruction, with corrected norms (`prune.correct_norms`); the reconstruction follows a pruning without its
+held-out images, once per seed, and is given as the mean of the seeds. Seconds include the pruning; they are those of one
+process, and of a quiet machine only if nothing else ran. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an
 interrupted benchmark continues; delete the file to start over. Needs VITPRUNE_REAL_DATA. Writes
 benchmarks/results/label_free.json and docs/results/label_free.md.
 """
@@ -24,17 +24,20 @@ from torch import Tensor, nn
 from benchmarks.lib.deit_tiny import load_dense, load_images, split
 from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
 from vitprune import PruneConfig, ScoreConfig, plan_for
+from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.criteria import ScoringContext
 from vitprune.evaluation.accuracy import accuracy
-from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_cycle_masks
+from vitprune.pruning.allocation_search import allocated_cycle_masks
+from vitprune.pruning.cycle_masks import cycle_state, groups_for
+from vitprune.pruning.held_out import fitted_images
 from vitprune.pruning.norm_correction import correct_norms, dense_logits
 from vitprune.pruning.prune_cycles import prune_cycles, reorder_channels
 from vitprune.pruning.reconstruct import reconstruct
 
 ROOT = Path(__file__).parents[2]
 Batches = Sequence[tuple[Tensor, Tensor]]
-SEEDS, WITHOUT, PASSES = (0, 1, 2), -1, {200: 12, 1000: 3}
+SEEDS, WITHOUT, PASSES, EVALUATIONS = (0, 1, 2), -1, {200: 12, 1000: 3}, 100
 SCORE = ScoreConfig(memory_mb=4096)
 
 GOALS: dict[str, dict[str, Any]] = {
@@ -52,8 +55,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, greedy", "n:m")),
     **dict.fromkeys(("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "magnitude")),
     "half of the FFN": ("unit-obs", "corp", "channel-magnitude"),
-    "0.7x MACs": ("unit-obs", "channel-magnitude"),
-    "0.5x MACs": ("unit-obs", "channel-magnitude"),
+    "0.7x MACs": ("unit-obs", "unit-obs, searched widths", "channel-magnitude"),
+    "0.5x MACs": ("unit-obs", "unit-obs, searched widths", "channel-magnitude"),
 }
 
 
@@ -131,32 +134,40 @@ def measure(case: Case, goal: str, method: str, images: int, seeds: Sequence[int
     """Prune for one goal, then correct the norms, or reconstruct with every seed; evaluate each."""
     if not seeds:
         return
-    batches = case.calibration[images]
+    batches, config = case.calibration[images], ReconstructConfig(passes=1 if quick else PASSES[images])
     start = time.perf_counter()
-    pruned, teacher = prune_once(case.dense, goal, method, batches)
+    if WITHOUT in seeds:
+        model, _ = prune_once(case.dense, goal, method, batches)
+        corrected = correct_norms(model, dense_logits(case.dense, batches), batches, ScoringContext(SCORE))
+        model.load_state_dict(dict(corrected.values), strict=False)
+        yield evaluated(case, model, goal, method, images, WITHOUT, time.perf_counter() - start)
+    start = time.perf_counter()
+    pruned, teacher = prune_once(case.dense, goal, method, fitted_images(batches, config))
     seconds = time.perf_counter() - start
-    for seed in seeds:
-        model, nats, start = copy.deepcopy(pruned), 0.0, time.perf_counter()
-        if seed == WITHOUT:
-            corrected = correct_norms(model, dense_logits(teacher, batches), batches, ScoringContext(SCORE))
-            model.load_state_dict(dict(corrected.values), strict=False)
-        else:
-            config = ReconstructConfig(passes=1 if quick else PASSES[images])
-            nats = reconstruct(model, teacher, batches, config, seed).facts["nats_after"]
-        total = seconds + time.perf_counter() - start
-        top1 = accuracy(model, case.held_out)[0]["top1"]
-        yield Measured(goal, method, images, seed, top1, total, nats)
+    for seed in (seed for seed in seeds if seed != WITHOUT):
+        model, start = copy.deepcopy(pruned), time.perf_counter()
+        nats = reconstruct(model, teacher, batches, config, seed).facts["nats_after"]
+        yield evaluated(case, model, goal, method, images, seed, seconds + time.perf_counter() - start, nats)
+
+
+def evaluated(
+    case: Case, model: nn.Module, goal: str, method: str, images: int, seed: int, seconds: float, nats: float = 0.0
+) -> Measured:
+    """Return the row of a pruned model."""
+    return Measured(goal, method, images, seed, accuracy(model, case.held_out)[0]["top1"], seconds, nats)
 
 
 def prune_once(dense: nn.Module, goal: str, method: str, batches: Batches) -> tuple[nn.Module, nn.Module]:
     """Return the pruned model and the dense one, whose channels have the same order."""
-    name, _, search = method.partition(", ")
-    config = SCORE.model_copy(update={"nm_search": "greedy", "permute": False}) if search else SCORE
-    plan = plan_for(PruneConfig(method=name, **GOALS[goal]), config)
+    name, _, variant = method.partition(", ")
+    greedy = {"nm_search": "greedy", "permute": False}
+    config = SCORE.model_copy(update=greedy) if variant == "greedy" else SCORE
+    allocation = AllocationConfig(evaluations=EVALUATIONS) if variant == "searched widths" else None
+    plan = plan_for(PruneConfig(method=name, allocation=allocation, **GOALS[goal]), config)
     model, teacher = copy.deepcopy(dense), copy.deepcopy(dense)
     importance = plan.method.criterion(model, groups_for(model, plan), batches, plan.context(1))
     reorder_channels([model, teacher], importance.orders)
-    first = select_cycle_masks(model, importance.scores, plan, cycle_state(model, plan), batches).masks
+    first = allocated_cycle_masks(model, importance.scores, plan, cycle_state(model, plan), batches).masks
     model = copy.deepcopy(dense)
     for _ in prune_cycles(model, plan, batches, first, importance.statistics, orders=importance.orders):
         pass

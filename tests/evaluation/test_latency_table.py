@@ -12,7 +12,7 @@ from vitprune import BadInput, find_groups
 from vitprune.data import example_input
 from vitprune.evaluation.engines import forward_call
 from vitprune.evaluation.latency_table import LatencyTable, kept_width, read_latency_table, write_latency_table
-from vitprune.evaluation.record_latency_table import record_latency_table, smoothed
+from vitprune.evaluation.record_latency_table import error_of_median, record_latency_table, record_to_file, smoothed
 from vitprune.groups import Group
 
 FFN = Group("blocks.3.mlp", "ffn", (8,), ())
@@ -127,6 +127,15 @@ def test_noise_is_smoothed_and_steps_are_kept() -> None:
     assert smoothed({1: 0.5, 2: 1.0}, {1: 0.1, 2: 0.0}) == pytest.approx({1: 0.5, 2: 1.0}, abs=0.15)
 
 
+def test_the_error_of_a_median_includes_noise_that_lasts() -> None:
+    noise = np.random.default_rng(0).normal(size=(400, 100))
+    errors = [error_of_median(values) for values in noise]
+    assert np.mean(errors) == pytest.approx(np.median(noise, axis=1).std(), rel=0.15)
+    lasting = np.repeat(noise[0, :5], 20)  # one value for every fifth of the runs
+    assert error_of_median(lasting) == pytest.approx(noise[0, :5].std(ddof=1) / 5**0.5)
+    assert error_of_median(np.array([2.0])) == 0
+
+
 def test_groups_of_several_structures_get_rows_of_their_own() -> None:
     table = record_latency_table(tiny("swin").float(), "torch", kinds=["ffn"], runs=1)
     assert {name: max(times) for name, times in table.times.items()} == {
@@ -140,6 +149,15 @@ def test_onnxruntime_runs_the_export_of_the_model(vit: torch.nn.Module) -> None:
     images = torch.rand(example_input(model, 3).shape, generator=torch.Generator().manual_seed(0))
     (logits,) = forward_call(model, "ort", images)()
     assert torch.allclose(torch.from_numpy(logits), model.eval()(images), atol=1e-4)
+
+
+def test_what_cannot_be_recorded_is_refused(vit: torch.nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(
+        BadInput, match=r"^--kinds 'residual': its times do not add up; use some of ffn, attention, head$"
+    ):
+        record_latency_table(vit, "torch", kinds=["ffn", "residual"])
+    with pytest.raises(BadInput, match=r"^--output .*: is a directory; give a file such as .*/table.csv$"):
+        record_to_file("vit_tiny_patch16_224", tmp_path, "torch", 1, ["ffn"], 1, None)
 
 
 def test_an_unknown_engine_is_refused(vit: torch.nn.Module) -> None:

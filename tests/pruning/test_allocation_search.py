@@ -163,6 +163,12 @@ def test_the_mask_stage_searches_on_the_calibration_images(tmp_path: Path, monke
     assert all(torch.allclose(factor, factor[0]) for factor in factors.values())
 
 
+def test_fewer_evaluations_than_a_generation_are_refused(unequal: nn.Module) -> None:
+    config = AllocationConfig(evaluations=6)
+    with pytest.raises(BadInput, match=r"^prune.allocation.evaluations 6: 2 groups need at least 7$"):
+        prune(unequal, "wrong", sparsity=0.4, calibration=batches(unequal, 2), allocation=config)
+
+
 def test_the_order_inside_a_group_is_that_of_the_scores(unequal: nn.Module) -> None:
     result = prune(
         unequal,
@@ -205,6 +211,7 @@ def test_zero_is_the_ranking_itself(unequal: nn.Module) -> None:
     [
         ("channel-magnitude", {"sparsity": 0.5}, r"^prune.allocation: is for units that compete per MAC; use"),
         ("lamp", {"sparsity": 0.5}, r"^prune.allocation: is for units that compete"),
+        ("channel-magnitude", {"sparsity": {"residual": 0.5}, "scope": "macs"}, r"^prune.allocation: is for units"),
         ("unit-obs", {"target": {"latency": 0.5}}, r"^prune.allocation: a latency target needs prune.target.table"),
         ("unit-obs", {"sparsity": 0.5, "allocation": {"evaluations": 0}}, r"^prune.allocation.evaluations: Input "),
     ],

@@ -24,11 +24,13 @@ from vitprune.errors import BadInput
 from vitprune.evaluation.cost import group_costs
 from vitprune.evaluation.engines import PACKAGES, check_engine, forward_call
 from vitprune.evaluation.latency import alternating_times, environment
-from vitprune.evaluation.latency_table import LatencyTable, write_latency_table
+from vitprune.evaluation.latency_table import ADDITIVE, LatencyTable, write_latency_table
 from vitprune.groups import Group, Masks, shrink
+from vitprune.runtime.files import make_directory
 from vitprune.runtime.progress import track
 
 LEAST_ERROR = 1e-4  # of a ratio
+PARTS = 5  # of the runs, for an estimate of lasting noise
 STEPS = 8  # widths of every group: eighths of the dense model's, and 1
 
 
@@ -64,9 +66,12 @@ def record_latency_table(
         The table. Its notes compare the model with every group at half of its width with the sum of the times.
 
     Raises:
-        BadInput: the engine is unknown or not installed, or the model has no group of these kinds.
+        BadInput: the engine is unknown or not installed, or the model has no group of these kinds, or times of a kind
+            do not add up.
     """
     check_engine(engine)
+    if wrong := [kind for kind in kinds if kind not in ADDITIVE]:
+        raise BadInput(f"--kinds {wrong[0]!r}: its times do not add up; use some of {', '.join(ADDITIVE)}")
     groups = find_groups(model, list(kinds))
     if not groups:
         raise BadInput(f"--kinds {','.join(kinds)}: the model has no group of these kinds; vitprune inspect lists them")
@@ -105,8 +110,14 @@ def record_to_file(
         kinds: Kinds of the groups.
         runs: Forward passes of every measurement.
         threads: CPU threads; None: as torch.
+
+    Raises:
+        BadInput: as `record_latency_table`, or the file cannot be written.
     """
     check_engine(engine)
+    make_directory(path.parent)
+    if path.is_dir():
+        raise BadInput(f"--output {path}: is a directory; give a file such as {path / 'table.csv'}")
     if threads is not None:
         torch.set_num_threads(threads)
     model = models.load(name) if Path(name).is_dir() else models.create(name)
@@ -135,10 +146,22 @@ def _masks(groups: Sequence[Group], widths: Mapping[str, int]) -> Masks:
 def _compared(pruned: Callable[[], object], dense: Callable[[], object], runs: int) -> _Measurement:
     ours, theirs = alternating_times([pruned, dense], runs)
     ratios = np.array(ours) / np.array(theirs)
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    deviation = (high - low) / 1.349  # of a normal distribution
-    error = 1.253 * deviation / math.sqrt(runs)
-    return _Measurement(min(float(middle), 1.0), float(error), statistics.median(theirs))  # above 1 is noise
+    ratio = min(float(np.median(ratios)), 1.0)  # above is noise
+    return _Measurement(ratio, error_of_median(ratios), statistics.median(theirs))
+
+
+def error_of_median(values: np.ndarray) -> float:
+    """Return the standard error of the median of a series of measurements.
+
+    It is the larger one of two estimates: from the quartiles, which is right for independent values, and from the
+    medians of consecutive parts, which differ more if the noise lasts longer than a measurement.
+    """
+    low, high = np.percentile(values, [25, 75])
+    independent = 1.253 * (high - low) / 1.349 / math.sqrt(len(values))  # factors of a normal distribution
+    if len(values) < 2 * PARTS:
+        return float(independent)
+    medians = [np.median(part) for part in np.array_split(values, PARTS)]
+    return max(float(independent), float(np.std(medians, ddof=1)) / math.sqrt(PARTS))
 
 
 def smoothed(values: Mapping[int, float], errors: Mapping[int, float]) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Search how much of every group is removed, by the KL divergence from the dense model on held-out images."""
+"""Search how much of every group is removed, by the KL divergence from the unpruned model on held-out images."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ from vitprune.pruning.cycle_masks import (
     scores_in_dense,
     select_cycle_masks,
 )
-from vitprune.pruning.evolution_strategy import minimize
+from vitprune.pruning.evolution_strategy import minimize, population_of
 from vitprune.pruning.latency_scope import select_by_latency
 from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs
 from vitprune.pruning.plan import Plan
@@ -56,14 +56,17 @@ def allocated_cycle_masks(
         batches: Calibration batches; labels are not used by the search.
 
     Raises:
-        BadInput: as `select_cycle_masks`, or there are fewer than two images.
+        BadInput: as `select_cycle_masks`, or there are too few images or evaluations.
 
-    Source: ours; one factor per group as in SnapViT (Evci et al. 2025), fitness on held-out images.
+    Source: SnapViT (Simoncini et al., NeurIPS 2025), one factor per group by an evolution strategy; held-out images ours.
     """
     config = plan.config.allocation
     if config is None:
         return select_cycle_masks(model, scores, plan, state, batches)
     fit, judge = halves(batches)
+    needed, groups = 1 + population_of(len(state.groups)), len(state.groups)
+    if config.evaluations < needed:
+        raise BadInput(f"prune.allocation.evaluations {config.evaluations}: {groups} groups need at least {needed}")
     search = AllocationSearch(model, plan, state, fit, judge)
     best = minimize(
         search.nats, len(search.groups), config.evaluations, plan.seed + state.number, config.spread, "searching widths"

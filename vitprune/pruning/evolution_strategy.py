@@ -26,6 +26,11 @@ class Minimum:
     evaluations: int
 
 
+def population_of(size: int) -> int:
+    """Return the number of points of a generation, an even one."""
+    return 2 * ((4 + int(3 * math.log(size)) + 1) // 2)
+
+
 def minimize(
     function: Callable[[np.ndarray], float], size: int, evaluations: int, seed: int, spread: float, description: str
 ) -> Minimum:
@@ -42,7 +47,7 @@ def minimize(
     Source: Ros & Hansen 2008, separable CMA-ES; mirrored samples: Brockhoff et al. 2010.
     """
     distribution, random = _Distribution(size, spread), np.random.default_rng(seed)
-    population = distribution.population
+    population = population_of(size)
     start = function(np.zeros(size))
     best, value, generations = np.zeros(size), start, (evaluations - 1) // population
     for _ in track(range(generations), description, generations):
@@ -61,8 +66,7 @@ class _Distribution:
 
     def __init__(self, size: int, spread: float):
         self.size, self.spread = size, spread
-        self.population = 2 * ((4 + int(3 * math.log(size)) + 1) // 2)
-        parents = self.population // 2
+        parents = population_of(size) // 2
         weights = math.log(parents + 0.5) - np.log(np.arange(1, parents + 1))
         self.weights = weights / weights.sum()
         self.mass = float(1 / (self.weights**2).sum())  # effective number of parents

@@ -54,7 +54,7 @@ def select_by_latency(
     Raises:
         BadInput: a score is NaN.
 
-    Source: ZipLM (Kurtic et al. 2023), section 3.2: dynamic programming over a table of measured times.
+    Source: ZipLM (Kurtic et al. 2023): dynamic programming over a table of measured times.
     """
     masks = {
         g.name: torch.ones(g.shape, dtype=torch.bool) if previous is None else previous[g.name].view(g.shape).clone()

@@ -10,6 +10,7 @@ from vitprune.config.quantity import Quantity
 from vitprune.config.score_config import ScoreConfig
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoringContext
 from vitprune.errors import BadInput
+from vitprune.evaluation.latency_table import ADDITIVE
 from vitprune.pruning.constraints import WIDTHS
 from vitprune.pruning.cost_target import is_fraction, relative_shares
 from vitprune.pruning.methods import Method, method_named
@@ -217,7 +218,11 @@ def _check_allocation(plan: Plan) -> None:
     config = plan.config
     if config.allocation is None:
         return
-    if set(plan.macs_kinds) != set(plan.sparsity) or plan.method.rescore is not None:
+    if (
+        set(plan.macs_kinds) != set(plan.sparsity)
+        or plan.method.rescore is not None
+        or set(plan.sparsity) - set(ADDITIVE)
+    ):
         raise BadInput("prune.allocation: is for units that compete per MAC; use unit-obs, or scope macs")
     if config.target is not None and config.target.is_measured:
         raise BadInput("prune.allocation: a latency target needs prune.target.table (vitprune latency-table)")

@@ -58,7 +58,7 @@ def allocated_cycle_masks(
     Raises:
         BadInput: as `select_cycle_masks`, or there are too few images or evaluations.
 
-    Source: SnapViT (Simoncini et al., NeurIPS 2025), one factor per group by an evolution strategy; held-out images ours.
+    Source: SnapViT (Simoncini et al. 2025), one factor per group by an evolution strategy; held-out images are ours.
     """
     config = plan.config.allocation
     if config is None:

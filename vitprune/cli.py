@@ -364,7 +364,9 @@ def check(
 def latency_table(
     model: Annotated[str, typer.Argument(help="A timm model, or the directory of a saved model.")],
     output: Annotated[Path, typer.Option(help="The CSV file to write.")],
-    on: Annotated[str, typer.Option(help="Engine: torch, ort (onnxruntime) or openvino.")] = "torch",
+    on: Annotated[
+        str, typer.Option(help="Engine: torch (on a GPU if there is one), ort (onnxruntime) or openvino.")
+    ] = "torch",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     kinds: Annotated[str, typer.Option(help="Kinds of group: ffn, attention, head.")] = "ffn,attention",
     runs: Annotated[int, typer.Option(min=1, help="Timed forward passes of every width.")] = 50,

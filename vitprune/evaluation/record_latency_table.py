@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +94,7 @@ def record_latency_table(
     table = LatencyTable(latency, by_name)
     check = f"every group at half width: {measured(half).ratio:.3f} of the dense model's latency measured, "
     check += f"{table.fraction(groups, half):.3f} by this table"
-    return replace(table, notes=(_conditions(engine, batch_size, runs), check))
+    return replace(table, notes=(_conditions(engine, next(model.parameters()).device, batch_size, runs), check))
 
 
 def record_to_file(
@@ -121,6 +121,8 @@ def record_to_file(
     if threads is not None:
         torch.set_num_threads(threads)
     model = models.load(name) if Path(name).is_dir() else models.create(name)
+    if engine == "torch" and torch.cuda.is_available():
+        model = model.cuda()
     table = record_latency_table(model, engine, batch_size, kinds, runs)
     write_latency_table(replace(table, notes=(name, *table.notes)), path)
     return "\n".join(
@@ -207,11 +209,11 @@ def _names(same: Sequence[Group], groups: Sequence[Group]) -> list[str]:
     return names if any(fnmatchcase(name, pattern) for name in others) else [pattern]
 
 
-def _conditions(engine: str, batch_size: int, runs: int) -> str:
+def _conditions(engine: str, device: torch.device, batch_size: int, runs: int) -> str:
     """Describe the measurement."""
-    package, facts = PACKAGES[engine], environment(torch.device("cpu"))
-    threads = torch.get_num_threads()
+    package, facts, threads = import_module(PACKAGES[engine]), environment(device), torch.get_num_threads()
+    processor = facts["cpu"] if device.type == "cpu" else facts["device"]
     return (
-        f"{package} {metadata.version(package)}, batch size {batch_size}, {threads} thread{'s' * (threads > 1)}, "
-        f"medians of {runs} runs, {facts['cpu']}, {datetime.date.today().isoformat()}"
+        f"{package.__name__} {package.__version__}, batch size {batch_size}, {threads} thread{'s' * (threads > 1)}, "
+        f"medians of {runs} runs, {processor}, {datetime.date.today().isoformat()}"
     )

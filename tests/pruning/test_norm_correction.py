@@ -10,6 +10,7 @@ from torch.func import functional_call
 from tests.support.model_zoo import batches, tiny
 from tests.support.plans import context, plan_for
 from vitprune import BadInput, find_groups
+from vitprune.architectures.stream_rotation import rotate_stream
 from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.pruning import norm_correction as module
@@ -45,9 +46,11 @@ def slow_system(model: nn.Module, names: list[str], expected: list[Tensor], imag
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("name", ["vit", "swin", "pvt", "extra"])
+@pytest.mark.parametrize("name", ["vit", "swin", "pvt", "extra", "rotated"])
 def test_gradients_equal_those_of_single_images_and_parameters(name: str) -> None:
-    model, other = disturbed(name)
+    model, other = disturbed("vit" if name == "rotated" else name)
+    if name == "rotated":  # into a model with RmsNorms
+        other = rotate_stream(other, torch.eye(48))
     given = batches(model)
     target = dense_logits(model, given)
     layers = module._layers(other)

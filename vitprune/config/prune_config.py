@@ -77,6 +77,10 @@ class PruneConfig(Section):
     """Search the sparsity of every group by the KL divergence on held-out calibration images, for scope macs; null: the
     ranking decides."""
 
+    rotate_residual: bool = False
+    """Before the first cycle, rotate the residual stream of a plain ViT into a basis whose last channels matter least.
+    Masks of residual channels are those of the new channels."""
+
     cycles: Count = 1
     """Pruning cycles. More than one: gradual pruning, scores are computed again in every cycle."""
 

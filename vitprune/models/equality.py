@@ -65,6 +65,9 @@ def _logits(model: Any, images: Tensor) -> Tensor:
         if not images.is_floating_point():
             output: Tensor = model.double()(images)
             return output
-        model.float()(images.float())  # some modules, such as ConViT's, make buffers of this type in their first pass
+        if next(model.parameters()).dtype != torch.float64:  # whose weights float would round
+            model.float()(
+                images.float()
+            )  # some modules, such as ConViT's, make buffers of this type in their first pass
         output = model.double()(images.double())
     return output

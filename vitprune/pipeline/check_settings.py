@@ -6,6 +6,7 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from vitprune import models
+from vitprune.architectures.stream_rotation import stream_layers
 from vitprune.config.params import Params
 from vitprune.config.section import similar
 from vitprune.errors import BadInput
@@ -45,9 +46,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     Without a table, latency is measured when the run prunes.
 
     Raises:
-        BadInput: a kind, a rule or the target does not fit the model.
+        BadInput: a kind, a rule, the target or the rotation does not fit the model.
     """
     groups = groups_for(model, plan)
+    if plan.config.rotate_residual:
+        stream_layers(model)
     if plan.config.target is None or not plan.config.target.is_measured:
         costs_for(model, groups, plan)
 

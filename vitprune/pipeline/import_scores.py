@@ -36,6 +36,8 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
     plan = plan_of(params)
     if plan.method.rescore or plan.method.update_from_stats:
         raise BadInput(f"prune.method {params.prune.method}: computes scores of its own; set it to upvits-exact")
+    if plan.config.rotate_residual:
+        raise BadInput("prune.rotate_residual: imported scores are those of the model's own channels; set it to false")
     groups = scored_groups(models.load(OUT / "dense"), plan)
     facts = {"method": params.prune.method, "lists": directory.name, "parsing": parsing}
     facts |= write_scores(OUT / "score", groups, Importance(read_all(directory, groups, parsing)))

@@ -5,15 +5,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.architectures import find_groups, merge_heads
+from vitprune.architectures.stream_rotation import rotate_stream
 from vitprune.config.params import Params
 from vitprune.criteria import Batches, Criterion, Importance, ScoringContext, Statistics
+from vitprune.criteria.obs.stream import rotated, stream_basis
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
 from vitprune.models.io import read_weights, write_weights
@@ -26,7 +28,8 @@ from vitprune.runtime.distributed import ProcessGroup, process_group
 from vitprune.runtime.files import sha256, write_json
 from vitprune.runtime.progress import track
 
-STATISTICS, ORDERS = "statistics.safetensors", "orders.safetensors"
+STATISTICS, ORDERS, ROTATION = "statistics.safetensors", "orders.safetensors", "rotation.safetensors"
+NOT_ROTATED: Mapping[str, Tensor] = {}
 PARTIAL = Path(".vitprune/partial")  # DVC empties the outputs of a stage before it runs, not this directory
 WRITE_INTERVAL = 300.0  # seconds between two writes of partial sums, which can be gigabytes
 
@@ -36,14 +39,32 @@ def run(params: Params) -> None:
     plan = plan_of(params)
     with process_group() as dist:
         model = models.load(OUT / "dense").to(device())
+        batches, rotation = fitted_images(calibration(model, params), plan.config.reconstruct), {}
+        if plan.config.rotate_residual:
+            rotation = {"matrix": _shared_basis(model, batches, plan, dist)}
+            model = rotated(models.load(OUT / "dense"), rotation["matrix"], batches[0][0][:1]).to(device())
         groups = scored_groups(model, plan)
-        batches = fitted_images(calibration(model, params), plan.config.reconstruct)
         job = ScoringJob(plan.method.criterion, groups, batches, plan.context(1))
         importance = job.importance(model, plan.method.additive, PARTIAL, dist, plan.method.collective)
     if importance is None:  # rank 0 writes
         return
-    write_json(METRICS / "score.json", {"method": plan.config.method} | write_scores(OUT / "score", groups, importance))
+    facts = write_scores(OUT / "score", groups, importance, rotation)
+    write_json(METRICS / "score.json", {"method": plan.config.method} | facts)
     clear_partial(PARTIAL)
+
+
+def load_dense() -> nn.Module:
+    """Load the dense model, with its residual stream rotated as the score stage has rotated it."""
+    model, path = models.load(OUT / "dense"), OUT / "score" / ROTATION
+    return rotate_stream(model, read_weights(path)["matrix"]) if path.exists() else model
+
+
+def _shared_basis(model: nn.Module, batches: Batches, plan: Plan, dist: ProcessGroup) -> Tensor:
+    """Return the basis of the residual stream that rank 0 has computed, on every rank."""
+    if dist.rank:
+        width = cast(Any, model).embed_dim
+        return dist.all_reduce(torch.zeros(width, width, dtype=torch.float64))
+    return dist.all_reduce(stream_basis(model, batches, plan.context(0)))
 
 
 def scored_groups(model: nn.Module, plan: Plan) -> list[Group]:
@@ -51,14 +72,16 @@ def scored_groups(model: nn.Module, plan: Plan) -> list[Group]:
     return merge_heads(model, find_groups(model, scored_kinds(plan)), plan.config.merge_heads_to)
 
 
-def write_scores(directory: Path, groups: Sequence[Group], importance: Importance) -> dict[str, Any]:
-    """Write scores, their summary, the statistics for weight updates and the orders of channels.
+def write_scores(
+    directory: Path, groups: Sequence[Group], importance: Importance, rotation: Mapping[str, Tensor] = NOT_ROTATED
+) -> dict[str, Any]:
+    """Write scores, their summary, statistics for weight updates, orders of channels and rotation of the stream.
 
     Returns:
         Number of groups and units, the criterion's own figures, and the SHA-256 of the scores.
     """
     write_weights(importance.scores, directory / SCORES)
-    for name, tensors in ((STATISTICS, importance.statistics), (ORDERS, importance.orders)):
+    for name, tensors in ((STATISTICS, importance.statistics), (ORDERS, importance.orders), (ROTATION, rotation)):
         (directory / name).unlink(missing_ok=True)
         if tensors:
             write_weights(tensors, directory / name)

@@ -13,6 +13,7 @@ from vitprune.errors import BadInput
 from vitprune.pruning.plan import plan_for
 from vitprune.pruning.prune import PruneResult, result_of, working_copy
 from vitprune.pruning.prune_cycles import prune_cycles
+from vitprune.pruning.rotation import rotate_if_planned
 from vitprune.runtime.eval_mode import scoring_mode
 from vitprune.runtime.model_checks import float_type
 from vitprune.runtime.wrappers import plain_model
@@ -58,8 +59,10 @@ def gradual_prune(
     plan, pruned = plan_for(config, score, seed), working_copy(model)
     epochs = plan.epochs(recipe.epochs)
     start, memory = time.perf_counter(), OptimizerState()
+    batches = checked_batches(calibration, pruned)
+    pruned = rotate_if_planned(pruned, plan, batches)
     with scoring_mode(pruned):
-        for cycle in prune_cycles(pruned, plan, checked_batches(calibration, pruned)):
+        for cycle in prune_cycles(pruned, plan, batches):
             keep_zeros = config.keep_zeros or FrozenZeros(cycle.zeroed, cycle.masks)
             segment = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
             settings = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})

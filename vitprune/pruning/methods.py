@@ -157,7 +157,7 @@ METHODS: dict[str, Method] = {
     ),
     "unit-obs": Method(
         units.unit_obs,
-        {"ffn": "macs", "attention": "macs", "head": "macs"},
+        {"ffn": "macs", "attention": "macs", "head": "macs", "residual": "layer"},
         ("ffn", "attention"),
         True,
         "structured OBS: greedy elimination in nats per MAC, rotated attention basis, with refit (ours)",

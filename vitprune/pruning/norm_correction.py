@@ -6,9 +6,10 @@ parameters for a few hundred images; the damping is selected by cross-validation
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -105,10 +106,9 @@ class _Layer:
 def _layers(model: nn.Module) -> list[_Layer]:
     result = []
     for path, module in model.named_modules():
-        norm = isinstance(module, nn.LayerNorm)
+        scale = isinstance(module, nn.LayerNorm | RmsNorm) and module.weight is not None
         shift = isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv2d) and module.bias is not None
-        if norm or shift:
-            scale = norm and cast(nn.LayerNorm, module).weight is not None
+        if scale or shift:
             result.append(_Layer(path, scale, shift, 1 if isinstance(module, nn.Conv2d) else -1))
     return result
 
@@ -156,8 +156,11 @@ def _parameter_grads(model: nn.Module, layer: _Layer, inputs: Tensor, grad: Tens
     by_position = _by_position(grad, layer, images)
     parts = []
     if layer.scale:
-        norm = cast(nn.LayerNorm, model.get_submodule(layer.path))
-        normal = F.layer_norm(inputs, norm.normalized_shape, None, None, norm.eps)
+        norm: Any = model.get_submodule(layer.path)
+        if isinstance(norm, nn.LayerNorm):
+            normal = F.layer_norm(inputs, norm.normalized_shape, None, None, norm.eps)
+        else:
+            normal = F.rms_norm(inputs, norm.normalized_shape, None, norm.eps)
         parts.append((by_position * _by_position(normal, layer, images)).sum(dim=1))
     if layer.shift:
         parts.append(by_position.sum(dim=1))

@@ -187,6 +187,8 @@ def _check_kinds(plan: Plan) -> None:
         raise BadInput("prune.sparsity: head and attention prune the same axis; choose one of them")
     if config.merge_heads_to is not None and "attention" not in kinds:
         raise BadInput(f"prune.merge_heads_to {config.merge_heads_to}: needs kind attention; set it to null")
+    if config.rotate_residual and "residual" not in kinds:
+        raise BadInput("prune.rotate_residual: needs kind residual; set it to false")
     if len({plan.sparsity[kind] for kind in plan.macs_kinds}) > 1:
         raise BadInput(
             f"prune.sparsity: {', '.join(plan.macs_kinds)} share one fraction of the MACs; give all the same"

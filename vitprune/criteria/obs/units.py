@@ -6,13 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Criterion, Importance, ScoringContext, Statistics, Update
-from vitprune.criteria.moments import Consumer, collect_unit_moments, find_consumer, find_qkv
+from vitprune.criteria.moments import (
+    Consumer,
+    collect_layer_moments,
+    collect_unit_moments,
+    find_consumer,
+    find_qkv,
+)
 from vitprune.criteria.obs.attention_basis import AttentionBasis, attention_basis
+from vitprune.criteria.obs.stream import importance_matrix, refit_readers, stream_readers
 from vitprune.criteria.obs.unit_elimination import eliminate_units, ridge_refit
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime.progress import track
 
+KINDS = ("ffn", "head", "attention", "residual")
 TINY = 1e-300
 RIDGE = 1e-3  # of elimination; `ridge_refit` selects another
 
@@ -21,12 +29,13 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
     """Score FFN units and heads by greedy OBS elimination, attention channels by energy in a new basis; in nats.
 
     FFN units and heads: w_j^T G w_j / (2 [C^-1]_jj), with C the second moment of the consumer's inputs and G the Fisher
-    metric of its outputs. Attention channels: those of `attention_basis`, in which energies are sorted. The update
-    changes the basis and refits the consumers, for any masks, without the images.
+    metric of its outputs. Attention channels: those of `attention_basis`, in which energies are sorted. Residual
+    channels, of a rotated stream only: the diagonal of `importance_matrix`. The update changes the basis of attentions
+    and refits the consumers, for any masks, without the images.
 
     Args:
         model: the dense model.
-        groups: groups of kind `ffn`, `head` or `attention`.
+        groups: groups of kind `ffn`, `head`, `attention` or `residual`.
         batches: calibration batches; labels are not used.
         context: the scoring options.
 
@@ -35,15 +44,21 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
 
     Source: CAP's elimination with the Fisher metric of UP-ViTs' KL; the refit is ridge regression on the dense outputs.
     """
-    unsupported = [group for group in groups if group.kind not in ("ffn", "head", "attention")]
+    unsupported = [group for group in groups if group.kind not in KINDS]
     if unsupported:
-        raise BadInput(
-            f"{unsupported[0].name}: unit-obs scores ffn, head and attention, not kind {unsupported[0].kind!r}"
-        )
-    statistics = collect_unit_moments(model, groups, batches, context, grads=True)
+        raise BadInput(f"{unsupported[0].name}: unit-obs scores {', '.join(KINDS)}, not kind {unsupported[0].kind!r}")
+    readers = stream_readers(model) if any(group.kind == "residual" for group in groups) else []
+    units = [group for group in groups if group.kind != "residual"]
+    statistics = collect_unit_moments(model, units, batches, context, grads=True) if units else {}
+    if readers:
+        statistics |= collect_layer_moments(model, readers, {}, batches, context, None)
     scores: Scores = {}
     for group in track(groups, "eliminating units"):
-        scores[group.name] = (_channel_losses if group.kind == "attention" else _unit_losses)(model, group, statistics)
+        if group.kind == "residual":
+            scores[group.name] = importance_matrix(model, batches, context).diagonal().view(group.shape)
+        else:
+            losses = _channel_losses if group.kind == "attention" else _unit_losses
+            scores[group.name] = losses(model, group, statistics)
     return Importance(scores, unit_obs_update(model, groups, statistics), statistics=statistics)
 
 
@@ -52,9 +67,13 @@ def unit_obs_update(model: nn.Module, groups: Sequence[Group], statistics: Stati
 
     def update(masks: Masks) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
-        for group in (group for group in groups if group.name in masks):
-            update_fn = _rotate_and_refit if group.kind == "attention" else refit_consumer
-            result |= update_fn(model, group, statistics, masks[group.name])
+        chosen = [group for group in groups if group.name in masks]
+        for group in sorted(chosen, key=lambda group: group.kind == "residual"):
+            if group.kind == "residual":  # reads what the others have changed
+                result |= refit_readers(model, statistics, masks[group.name], result)
+            else:
+                update_fn = _rotate_and_refit if group.kind == "attention" else refit_consumer
+                result |= update_fn(model, group, statistics, masks[group.name])
         return result
 
     return update

@@ -1,0 +1,20 @@
+"""Rotation of the residual stream before the first pruning cycle, as the plan says."""
+
+from torch import nn
+
+from vitprune.criteria import Batches
+from vitprune.criteria.obs.stream import rotated, stream_basis
+from vitprune.pruning.plan import Plan
+from vitprune.runtime.eval_mode import scoring_mode
+
+
+def rotate_if_planned(model: nn.Module, plan: Plan, batches: Batches) -> nn.Module:
+    """Return the model with its residual stream rotated if the plan says so, else the model itself.
+
+    Raises:
+        BadInput: no batches, or the stream cannot be rotated.
+    """
+    if not plan.config.rotate_residual:
+        return model
+    with scoring_mode(model):
+        return rotated(model, stream_basis(model, batches, plan.context(0)), batches[0][0][:1])

@@ -1,5 +1,6 @@
 """Rotation of the residual stream before the first pruning cycle, as the plan says."""
 
+import torch
 from torch import nn
 
 from vitprune.criteria import Batches
@@ -17,4 +18,6 @@ def rotate_if_planned(model: nn.Module, plan: Plan, batches: Batches) -> nn.Modu
     if not plan.config.rotate_residual:
         return model
     with scoring_mode(model):
-        return rotated(model, stream_basis(model, batches, plan.context(0)), batches[0][0][:1])
+        basis = stream_basis(model, batches, plan.context(0))
+    with torch.inference_mode(False):
+        return rotated(model, basis, batches[0][0][:1])

@@ -41,7 +41,8 @@ def stream_basis(model: nn.Module, batches: Batches, context: ScoringContext) ->
         raise BadInput("prune.rotate_residual: needs images, and there are none; give batches")
     plain = rotate_stream(copy.deepcopy(model), torch.eye(cast(Any, model).embed_dim))
     vectors: Tensor = torch.linalg.eigh(importance_matrix(plain, batches, context)).eigenvectors.flip(1)
-    return vectors.contiguous()
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return (vectors * largest.sign()).contiguous()  # the sign is free, and would differ between machines
 
 
 def importance_matrix(model: nn.Module, batches: Batches, context: ScoringContext) -> Tensor:

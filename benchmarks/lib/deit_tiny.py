@@ -76,6 +76,8 @@ class Entry:
         row = method_named(self.method)
         if not set(goal.kinds) <= set(row.scopes) or (self.steps > 1 and not goal.deep):
             return None
+        if self.method == "unit-obs" and "residual" in goal.kinds:  # of a rotated stream only: residual_rotation.py
+            return None
         if goal.pattern:
             return PruneConfig(method=self.method, scope=goal.pattern) if row.free_scope else None
         if self.method == "n:m":

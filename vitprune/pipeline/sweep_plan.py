@@ -115,7 +115,7 @@ def _run(method: str, settings: dict[str, Any], target: Any, base: Mapping[str, 
         if isinstance(target, Target)
         else {"sparsity": target, "target": None}
     )
-    prune = dict.fromkeys(METHOD_DEFAULTS) | {"method": method} | goal
+    prune = dict.fromkeys(METHOD_DEFAULTS) | {"method": method, "rotate_residual": False} | goal
     text = _as_text(goal)
     name = re.sub(r"[^a-z0-9.]+", "-", f"{method} {text}".lower()).strip("-")
     return Run(name, method, text, overlay(base, {"prune": prune | settings}))

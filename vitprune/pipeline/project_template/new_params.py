@@ -77,7 +77,7 @@ def _published_classes(model: str) -> int | None:
 
 def _for_method(method: str, digits: bool) -> dict[str, Any]:
     row = method_named(method)
-    if set(row.scopes.values()) == {"macs"}:  # all kinds share one budget
+    if {row.scopes[kind] for kind in row.kinds} == {"macs"}:  # all kinds share one budget
         return {"prune.method": method, "prune.sparsity": 0.4}
     if "weight" not in row.kinds:
         if digits and row.kinds == ("ffn", "attention"):  # the demo's sparsities are for these kinds and its model

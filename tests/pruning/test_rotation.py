@@ -8,7 +8,10 @@ import torch
 
 from tests.support.model_zoo import batches, images, predict, tiny
 from vitprune import BadInput, PruneConfig, TrainConfig, gradual_prune, load, plan_for, prune, save
+from vitprune.criteria import DEFAULT_CONTEXT
+from vitprune.criteria.obs.stream import stream_basis
 from vitprune.models.export import export_onnx
+from vitprune.pipeline.check_settings import check_plan
 
 
 @pytest.mark.parametrize("name", ["vit", "distilled", "extra"])
@@ -58,3 +61,9 @@ def test_a_rotation_without_residual_channels_or_of_another_model_is_refused() -
     settings = {"calibration": batches(model), "rotate_residual": True}
     with pytest.raises(BadInput, match=r"SwinTransformer: only VisionTransformer"):
         prune(model, "upvits-fisher", sparsity={"residual": 0.5}, **settings)
+    plan = plan_for(PruneConfig(method="upvits-fisher", sparsity={"residual": 0.5}, rotate_residual=True))
+    with pytest.raises(BadInput, match=r"SwinTransformer: only VisionTransformer"):
+        check_plan(model, plan)
+    other = timm.create_model("resnet10t", num_classes=7)  # without an embed_dim
+    with pytest.raises(BadInput, match=r"ResNet: only VisionTransformer"):
+        stream_basis(other, [(torch.zeros(1, 3, 64, 64), torch.zeros(1))], DEFAULT_CONTEXT)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.architectures import find_groups, merge_heads
-from vitprune.architectures.stream_rotation import rotate_stream
+from vitprune.architectures.stream_rotation import rotate_stream, stream_layers
 from vitprune.config.params import Params
 from vitprune.criteria import Batches, Criterion, Importance, ScoringContext, Statistics
 from vitprune.criteria.obs.stream import rotated, stream_basis
@@ -61,6 +61,7 @@ def load_dense() -> nn.Module:
 
 def _shared_basis(model: nn.Module, batches: Batches, plan: Plan, dist: ProcessGroup) -> Tensor:
     """Return the basis of the residual stream that rank 0 has computed, on every rank."""
+    stream_layers(model)  # refuses a model on every rank
     if dist.rank:
         width = cast(Any, model).embed_dim
         return dist.all_reduce(torch.zeros(width, width, dtype=torch.float64))

@@ -39,6 +39,7 @@ def stream_basis(model: nn.Module, batches: Batches, context: ScoringContext) ->
     """
     if not batches:
         raise BadInput("prune.rotate_residual: needs images, and there are none; give batches")
+    stream_layers(model)
     plain = rotate_stream(copy.deepcopy(model), torch.eye(cast(Any, model).embed_dim))
     vectors: Tensor = torch.linalg.eigh(importance_matrix(plain, batches, context)).eigenvectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))

@@ -27,6 +27,10 @@ def test_what_is_pruned_determines_the_method(kinds: list[str], whole_units: boo
     assert auto_method(kinds, whole_units) == method
 
 
+def test_residual_channels_of_a_rotated_stream_are_pruned_by_unit_obs() -> None:
+    assert auto_method(["residual", "ffn"], False, rotated=True) == "unit-obs"
+
+
 def test_kinds_without_a_common_method_are_refused() -> None:
     with pytest.raises(BadInput, match=r"^method auto: no method prunes block, ffn together; prune them one after"):
         prune(tiny("vit"), "auto", sparsity={"ffn": 0.5, "block": 0.5})

@@ -8,19 +8,21 @@ from vitprune.pruning.methods import METHODS
 PREFERRED = ("unit-obs", "obc", "upvits", "upvits-blocks")
 
 
-def auto_method(kinds: Collection[str], whole_units: bool) -> str:
+def auto_method(kinds: Collection[str], whole_units: bool, rotated: bool = False) -> str:
     """Return the method that prunes these kinds with the least loss of accuracy without training.
 
     Args:
         kinds: The kinds to prune; empty if they are not given.
         whole_units: Without kinds: units, such as FFN units and attention channels, instead of single weights.
+        rotated: Whether the residual stream is rotated first, which unit-obs needs for residual channels.
 
     Raises:
         BadInput: no method prunes all of these kinds.
     """
     wanted = set(kinds) if kinds or whole_units else {"weight"}
     for name in PREFERRED:
-        if wanted <= METHODS[name].scopes.keys():
+        usable = METHODS[name].scopes.keys() - (set() if rotated or name != "unit-obs" else {"residual"})
+        if wanted <= usable:
             return name
     raise BadInput(
         f"method auto: no method prunes {', '.join(sorted(wanted))} together; prune them one after the other"

@@ -195,7 +195,7 @@ def prune(
     chosen = ""
     if method == "auto":
         given = kinds or (sparsity if isinstance(sparsity, Mapping) else ())
-        method = chosen = auto_method(given, whole_units=target is not None)
+        method = chosen = auto_method(given, target is not None, rotate_residual)
         reconstruct, budget = reconstruct or True, AUTO_BUDGET if budget is None else budget
     deadline = _deadline(start, budget, reconstruct)
     settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "target": target, "kinds": kinds}

@@ -5,6 +5,7 @@ from torch import nn
 
 from vitprune.criteria import Batches
 from vitprune.criteria.obs.stream import rotated, stream_basis
+from vitprune.pruning.held_out import fitted_images
 from vitprune.pruning.plan import Plan
 from vitprune.runtime.eval_mode import scoring_mode
 
@@ -18,6 +19,6 @@ def rotate_if_planned(model: nn.Module, plan: Plan, batches: Batches) -> nn.Modu
     if not plan.config.rotate_residual:
         return model
     with scoring_mode(model):
-        basis = stream_basis(model, batches, plan.context(0))
+        basis = stream_basis(model, fitted_images(batches, plan.config.reconstruct), plan.context(0))
     with torch.inference_mode(False):
         return rotated(model, basis, batches[0][0][:1])

@@ -158,7 +158,7 @@ def _of_images(
     values = [outputs[path] for path in norms]
     metrics, read = [torch.zeros(()).double() for _ in norms], [torch.zeros(()).bool().to(images.device) for _ in norms]
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
-    for direction in fisher_directions(probability, None, context.config.fisher_directions, context.seed, where):
+    for direction in fisher_directions(probability, None, context.config.directions(), context.seed, where):
         grads = torch.autograd.grad(logits, values, direction.to(logits.dtype), retain_graph=True)
         for index, grad in enumerate(part.flatten(0, -2) for part in grads):
             metrics[index] = metrics[index] + (grad.T @ grad).double().cpu()

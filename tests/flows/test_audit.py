@@ -69,7 +69,7 @@ def test_a_forged_run_has_no_valid_signature(project: Path, tmp_path: Path, monk
     assert (code, output.count("has no valid signature of a trusted key")) == (1, 11)
     assert {line.split(": ")[0] for line in output.splitlines() if " has no valid " in line} == {"signature"}
     code, output = tamper_worker.edited(copy, FORGERIES["F1 all predictions right"])
-    assert (code, "export: out/export/timm/README.md: differs" in output) == (1, True)  # without a key
+    assert (code, "predictions: out/evaluate/evaluation.parquet: " in output) == (1, True)  # without a key
 
 
 def test_the_command_lists_all_differences_and_refuses_unknown_runs(project: Path) -> None:

@@ -71,6 +71,7 @@ def _audit(run_id: str, project: Path | None, options: AuditOptions, stages: "Re
             tempfile.TemporaryDirectory(prefix="vitprune-audit-") as scratch,
             mlflow_session(directory),
             collect(MlflowClient(tracking_uri=tracking_uri(directory)), run_id, project, Path(scratch)) as collected,
+            contextlib.closing(stages),  # before its copy of the tree is deleted
         ):
             for name, check in _checks(collected, keys, options, stages):
                 differences += _print_check(name, check, options.list_all, notes)

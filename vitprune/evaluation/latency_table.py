@@ -95,7 +95,10 @@ class LatencyTable:
         Raises:
             BadInput: as `all_times`.
         """
-        times = self.all_times(groups)
+        return self.fraction_at(self.all_times(groups), widths)
+
+    def fraction_at(self, times: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> float:
+        """Return the same, from the result of `all_times`."""
         saved = sum(float(times[name][-1] - times[name][width]) for name, width in widths.items())
         return 1 - saved / self.milliseconds
 

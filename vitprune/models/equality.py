@@ -66,8 +66,7 @@ def _logits(model: Any, images: Tensor) -> Tensor:
             output: Tensor = model.double()(images)
             return output
         if next(model.parameters()).dtype != torch.float64:  # whose weights float would round
-            model.float()(
-                images.float()
-            )  # some modules, such as ConViT's, make buffers of this type in their first pass
+            # some modules, such as ConViT's, make buffers of this type in their first pass
+            model.float()(images.float())
         output = model.double()(images.double())
     return output

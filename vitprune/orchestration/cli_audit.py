@@ -52,11 +52,14 @@ def audit_run(run_id: str, project: Path | None, options: AuditOptions) -> int:
     """
     from vitprune.orchestration.audit.repeated import repeated_stages
 
-    with repeated_stages() as stages:  # imports them while this process imports MLflow
-        return _audit(run_id, project, options, stages)
+    with (
+        tempfile.TemporaryDirectory(prefix="vitprune-audit-") as scratch,
+        repeated_stages() as stages,  # imports them while this process imports MLflow
+    ):
+        return _audit(run_id, project, options, stages, Path(scratch))
 
 
-def _audit(run_id: str, project: Path | None, options: AuditOptions, stages: "RepeatedStages") -> int:
+def _audit(run_id: str, project: Path | None, options: AuditOptions, stages: "RepeatedStages", scratch: Path) -> int:
     from mlflow import MlflowClient
 
     from vitprune.orchestration.attestation.signing import trusted_keys
@@ -68,10 +71,8 @@ def _audit(run_id: str, project: Path | None, options: AuditOptions, stages: "Re
     notes: list[str] = []
     try:
         with (
-            tempfile.TemporaryDirectory(prefix="vitprune-audit-") as scratch,
             mlflow_session(directory),
-            collect(MlflowClient(tracking_uri=tracking_uri(directory)), run_id, project, Path(scratch)) as collected,
-            contextlib.closing(stages),  # before its copy of the tree is deleted
+            collect(MlflowClient(tracking_uri=tracking_uri(directory)), run_id, project, scratch) as collected,
         ):
             for name, check in _checks(collected, keys, options, stages):
                 differences += _print_check(name, check, options.list_all, notes)

@@ -42,7 +42,7 @@ def run(params: Params) -> None:
         batches, rotation = fitted_images(calibration(model, params), plan.config.reconstruct), {}
         if plan.config.rotate_residual:
             rotation = {"matrix": _shared_basis(model, batches, plan, dist)}
-            model = rotated(models.load(OUT / "dense"), rotation["matrix"], batches[0][0][:1]).to(device())
+            model = rotated(model.cpu(), rotation["matrix"], batches[0][0][:1]).to(device())
         groups = scored_groups(model, plan)
         job = ScoringJob(plan.method.criterion, groups, batches, plan.context(1))
         importance = job.importance(model, plan.method.additive, PARTIAL, dist, plan.method.collective)

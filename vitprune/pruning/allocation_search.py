@@ -112,7 +112,7 @@ class AllocationSearch:
         self.groups = groups_for(model, plan)
         self._names = to_dense_names(state.groups, self.groups, state.masks)
         importance = plan.method.criterion(model, self.groups, fit, plan.context(state.number))
-        self._scores, limit = importance.scores, int(plan.score.memory_mb * (1 << 20))
+        self._scores, limit = importance.scores, plan.score.memory
         self._update = None if importance.update is None else ReusedUpdates(importance.update, limit)
         self._select = selector(plan, state)
         self._judge = [images for images, _ in judge]

@@ -243,10 +243,7 @@ def _table_model(table: LatencyTable, groups: Sequence[Group], cost: str) -> Cos
     times = table.all_times(groups)
 
     def share(masks: Masks) -> float:
-        widths = {group.name: kept_width(group, masks) for group in groups}
-        return (
-            1 - sum(float(times[name][-1] - times[name][width]) for name, width in widths.items()) / table.milliseconds
-        )
+        return table.fraction_at(times, {group.name: kept_width(group, masks) for group in groups})
 
     return CostModel(cost, table.milliseconds, share)
 

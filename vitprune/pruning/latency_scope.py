@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from vitprune.groups import Group, Masks, Scores
 from vitprune.pruning.constraints import UNCONSTRAINED, Constraints
-from vitprune.pruning.macs_scope import removal_order
+from vitprune.pruning.macs_scope import masks_before, removal_order
 
 NO_BOUNDS: Constraints = {}
 RESOLUTION = 4096  # steps of time between the least and the greatest latency
@@ -56,10 +55,7 @@ def select_by_latency(
 
     Source: ZipLM (Kurtic et al. 2023): dynamic programming over a table of measured times.
     """
-    masks = {
-        g.name: torch.ones(g.shape, dtype=torch.bool) if previous is None else previous[g.name].view(g.shape).clone()
-        for g in groups
-    }
+    masks = masks_before(groups, previous)
     orders, options = [], []
     for group in groups:
         order, importance = removal_order(group, scores[group.name], masks[group.name])

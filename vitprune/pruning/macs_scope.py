@@ -84,10 +84,7 @@ def select_by_macs(
     """
     if not 0 <= share < 1:
         raise BadInput(f"sparsity {share}: must be at least 0 and below 1 (the fraction of MACs to remove)")
-    masks = {
-        g.name: torch.ones(g.shape, dtype=torch.bool) if previous is None else previous[g.name].view(g.shape).clone()
-        for g in groups
-    }
+    masks = masks_before(groups, previous)
     budget, steps = 0.0, list[_RemovalStep]()
     for group in groups:
         constraint = bounds.get(group.name, UNCONSTRAINED)
@@ -102,6 +99,14 @@ def select_by_macs(
         budget -= step.macs
         masks[step.group].view(-1)[step.units] = False
     return masks
+
+
+def masks_before(groups: Sequence[Group], previous: Masks | None) -> dict[str, Tensor]:
+    """Return a copy of the masks of the cycle before, in the shapes of the groups; all units without one."""
+    return {
+        g.name: torch.ones(g.shape, dtype=torch.bool) if previous is None else previous[g.name].view(g.shape).clone()
+        for g in groups
+    }
 
 
 def removal_order(group: Group, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

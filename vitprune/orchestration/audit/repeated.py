@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class RepeatedStages:
     """The second process. It imports the stages at once, and runs them in its own copy of the tree."""
 
-    def __init__(self, process: multiprocessing.Process, connection: Connection) -> None:
-        self._process, self._connection = process, connection
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._lines: dict[str, Sequence[str]] = {}
 
     def start(self, collected: "CollectedRun", limit: float) -> None:
@@ -50,12 +50,6 @@ class RepeatedStages:
             self._lines[done] = lines
         yield from self._lines[stage]
 
-    def close(self) -> None:
-        """End the process; its copy of the tree can then be deleted."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-
 
 @contextmanager
 def repeated_stages() -> Iterator[RepeatedStages]:
@@ -64,8 +58,12 @@ def repeated_stages() -> Iterator[RepeatedStages]:
     process = multiprocessing.Process(target=_serve, args=(connection, other))
     process.start()
     other.close()
-    with closing(RepeatedStages(process, connection)) as stages:
-        yield stages
+    try:
+        yield RepeatedStages(connection)
+    finally:
+        process.kill()
+        process.join()
+        connection.close()
 
 
 def _serve(of_parent: Connection, connection: Connection) -> None:

@@ -90,8 +90,7 @@ def checked_input(
     if not tokens and not bool(images.isfinite().all()):
         raise BadInput(f"{where}: has pixels that are not finite; check the images and their normalization")
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    images = images.clone() if images.is_inference() else images.detach()
-    result: Tensor = images if tokens else images.to(weight.dtype)
+    result = _normal_tensor(images, None if tokens else weight.dtype)
     known = set() if shapes is None else shapes
     if result.shape[1:] not in known:
         output = _trial_run(where, result[:1].to(weight.device), model)
@@ -120,8 +119,14 @@ def _pair(where: str, batch: Any, labelled: bool) -> tuple[Any, Tensor]:
         labels = torch.tensor(labels, dtype=torch.int64)
     if not isinstance(labels, Tensor) or not labels.dim():
         raise BadInput(f"{where}: labels must be a tensor of class indices (B,), not {type(labels).__name__}")
-    labels = labels.clone() if labels.is_inference() else labels.detach()
-    return images, labels if labels.is_floating_point() else labels.long()
+    return images, _normal_tensor(labels, None if labels.is_floating_point() else torch.int64)
+
+
+def _normal_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor that autograd can save, also for a caller in inference mode."""
+    with torch.inference_mode(False):
+        normal = tensor.clone() if tensor.is_inference() else tensor.detach()
+        return normal if dtype is None else normal.to(dtype)
 
 
 def _trial_run(where: str, image: Tensor, model: nn.Module) -> Any:

@@ -65,8 +65,8 @@ def _logits(model: Any, images: Tensor) -> Tensor:
         if not images.is_floating_point():
             output: Tensor = model.double()(images)
             return output
-        if next(model.parameters()).dtype != torch.float64:  # whose weights float would round
-            # some modules, such as ConViT's, make buffers of this type in their first pass
-            model.float()(images.float())
+        weights = model.state_dict()
+        model.float()(images.float())  # some modules, such as ConViT's, make buffers of this type in their first pass
+        model.double().load_state_dict(weights, strict=False)  # float rounds weights in float64
         output = model.double()(images.double())
     return output

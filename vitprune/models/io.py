@@ -172,7 +172,7 @@ def _refuse_other_model(model: nn.Module, config: ModelConfig) -> None:
     if difference:
         rebuilt = _build_dense(config, header)
         apply_cuts(rebuilt, cuts)
-        rebuilt.load_state_dict(state)
+        rebuilt.load_state_dict(state, assign=True)  # in the types of the model
         if not same_logits(model, rebuilt, example_input(model, 2)):
             raise BadInput(f"{difference}; config.json does not record it, so give it to timm.create_model")
 

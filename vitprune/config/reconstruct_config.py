@@ -22,7 +22,8 @@ class ReconstructConfig(Section):
     """Images per step."""
 
     views: bool = True
-    """Train on random crops and flips, for which the dense model is run again; false: on the images as they are."""
+    """Train on random crops and flips, mixed in pairs, for which the dense model is run again; false: on the images as
+    they are."""
 
     stream_weight: Annotated[float, Field(ge=0)] = 20.0
     """Weight of the mean relative squared error of the block outputs, beside the KL divergence of the logits."""

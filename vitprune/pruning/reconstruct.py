@@ -22,6 +22,7 @@ from vitprune.training.lr_schedule import learning_rate
 
 WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
 CROP_AREA = (0.35, 1.0)  # of the image
+PASTED, BLENDED, MAX_SHARE = 0.5, 0.3, 0.5  # shares of the views with a second image, and its largest share of the view
 MAX_PASSES, TIMED_BATCHES = 30, 3
 EVALUATION_SHARE = 0.3  # time of an image's logits, relative to a training step
 
@@ -151,14 +152,27 @@ def _loss(model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[st
 
 
 def _views(images: Tensor, config: ReconstructConfig) -> Tensor:
-    """Random crops and flips of images (B, C, H, W); the images themselves without `config.views`."""
+    """Random crops and flips of images (B, C, H, W), mixed in pairs; the images themselves without `config.views`."""
     if not config.views:
         return images
     from torchvision.transforms.v2 import RandomResizedCrop  # not for every stage
 
     crop = RandomResizedCrop(list(images.shape[-2:]), CROP_AREA, antialias=True)
     flipped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
-    return torch.stack([crop(image) for image in flipped])
+    views = torch.stack([crop(image) for image in flipped])
+    return torch.stack([_mixed(view, other) for view, other in zip(views, views.roll(1, 0), strict=True)])
+
+
+def _mixed(view: Tensor, other: Tensor) -> Tensor:
+    """A view with a rectangle of another one pasted into it (CutMix), a blend of both (mixup), or the view itself."""
+    draw, share = torch.rand(()), MAX_SHARE * torch.rand(())
+    if draw < PASTED:
+        height, width = (max(1, int(size * share**0.5)) for size in view.shape[-2:])
+        top, left = (int(torch.randint(0, room + 1, ())) for room in (view.shape[-2] - height, view.shape[-1] - width))
+        mixed = view.clone()
+        mixed[:, top : top + height, left : left + width] = other[:, top : top + height, left : left + width]
+        return mixed
+    return view.lerp(other, share) if draw < PASTED + BLENDED else view
 
 
 def _shared_blocks(model: nn.Module, dense: nn.Module) -> list[str]:

@@ -112,7 +112,9 @@ def test_saved_statistics_replace_the_images(vit: nn.Module, method: str) -> Non
 
 
 def test_groups_without_exactly_one_consumer_are_refused(vit: nn.Module) -> None:
-    with pytest.raises(BadInput, match=r"^blocks.0.norm1: is a LayerNorm, unit-obs needs a rotated stream; set prune.r"):
+    with pytest.raises(
+        BadInput, match=r"^blocks.0.norm1: is a LayerNorm, unit-obs needs a rotated stream; set prune.r"
+    ):
         unit_obs(vit, find_groups(vit, ["residual"]), batches(vit), DEFAULT_CONTEXT)
     merged = merge_heads(vit, find_groups(vit, ["attention"]), 1)
     with pytest.raises(

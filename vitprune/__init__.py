@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitprune.architectures import find_groups, merge_heads
+    from vitprune.architectures.token_merging import merge_tokens
     from vitprune.config.allocation_config import AllocationConfig
     from vitprune.config.prune_config import PruneConfig, Schedule
     from vitprune.config.reconstruct_config import ReconstructConfig
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "architectures": ("find_groups", "merge_heads"),
+    "architectures.token_merging": ("merge_tokens",),
     "config.prune_config": ("PruneConfig", "Schedule"),
     "config.allocation_config": ("AllocationConfig",),
     "config.reconstruct_config": ("ReconstructConfig",),
@@ -88,6 +90,7 @@ __all__ = [
     "latency",
     "load",
     "merge_heads",
+    "merge_tokens",
     "permute",
     "plan_for",
     "prune",

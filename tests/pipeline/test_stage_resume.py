@@ -69,8 +69,9 @@ def ends(project: Path) -> dict[str, str]:
         {"method": "ovit", "sparsity": 0.6, "correct_norms": True, "reconstruct": {"passes": 2, "batch_size": 20}},
         {"method": "upvits", "sparsity": {"ffn": 0.4, "attention": 0.5}, "merge_heads_to": 1, "target": {"macs": 0.6}},
         {"method": "unit-obs", "kinds": ["residual"], "sparsity": {"residual": 0.5}, "rotate_residual": True},
+        {"merge_tokens": 1, "correct_norms": True},
     ],
-    ids=["taylor", "ovit", "upvits", "rotated"],
+    ids=["taylor", "ovit", "upvits", "rotated", "merged"],
 )
 def test_stages_interrupted_at_file_writes_give_identical_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: dict

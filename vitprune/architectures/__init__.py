@@ -25,6 +25,7 @@ from vitprune.architectures import (
     pvt,
     residual_stream,
     swin,
+    token_merging,
     unstructured,
     unstructured_tables,
     vit,
@@ -126,11 +127,12 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return what `rebuild` needs: the shape of every group that `shrink` can cut, by name, and the removed blocks."""
+    """Return what `rebuild` needs: the shape of every group that `shrink` can cut, removed blocks, merged tokens."""
     blocks = _cuttable(model, "block") if removes_sublayers(model) else []
     heads = _cuttable(model, "attention") or _cuttable(model, "head")
     groups = blocks + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
-    return block_removal.removed_blocks(model) | {group.name: group.shape for group in groups}
+    others = block_removal.removed_blocks(model) | token_merging.merged_tokens(model)
+    return others | {group.name: group.shape for group in groups}
 
 
 def _cuttable(model: nn.Module, kind: str) -> list[Group]:
@@ -178,6 +180,8 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
         reached[kind] = {group.name: group.shape for group in groups} | {group.name: shape for group, shape in made}
     if reached.get("attention"):
         del reached["head"]
+    cuts += apply_cuts(model, token_merging.merging_cuts(model, wanted))
+    reached["token"] = token_merging.merged_tokens(model)
     missing = [name for name in wanted if not any(of_kind.get(name) == wanted[name] for of_kind in reached.values())]
     now = structure(model) if missing else {}  # narrower attention can make residual streams separable
     for name in missing:

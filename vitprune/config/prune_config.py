@@ -81,6 +81,10 @@ class PruneConfig(Section):
     """Before the first cycle, rotate the residual stream of a plain ViT into a basis whose last channels matter least.
     Masks of residual channels are those of the new channels."""
 
+    merge_tokens: Count | None = None
+    """Number of patch tokens of a plain ViT that are merged into similar ones before every block but the first; null:
+    none. The model then returns fewer tokens. Costs count them, targets refer to the dense model with all tokens."""
+
     cycles: Count = 1
     """Pruning cycles. More than one: gradual pruning, scores are computed again in every cycle."""
 

@@ -14,6 +14,7 @@ from vitprune.pipeline import stages
 from vitprune.pipeline.dense_stage import initial_model
 from vitprune.pruning.cycle_masks import costs_for, groups_for
 from vitprune.pruning.plan import Plan, plan_of
+from vitprune.pruning.preparation import merging
 
 
 def check_project(project: Path) -> None:
@@ -46,11 +47,12 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     Without a table, latency is measured when the run prunes.
 
     Raises:
-        BadInput: a kind, a rule, the target or the rotation does not fit the model.
+        BadInput: a kind, a rule, the target, the rotation or the merging of tokens does not fit the model.
     """
-    groups = groups_for(model, plan)
     if plan.config.rotate_residual:
         stream_layers(model)
+    model = merging(model, plan)
+    groups = groups_for(model, plan)
     if plan.config.target is None or not plan.config.target.is_measured:
         costs_for(model, groups, plan)
 

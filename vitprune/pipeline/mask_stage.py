@@ -6,7 +6,7 @@ from vitprune import models
 from vitprune.config.params import Params
 from vitprune.pipeline.artifacts import SCORES, write_masks
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
-from vitprune.pipeline.score_stage import load_dense
+from vitprune.pipeline.score_stage import load_prepared
 from vitprune.pruning.allocation_search import allocated_cycle_masks
 from vitprune.pruning.cycle_masks import cycle_state, reached_cost
 from vitprune.pruning.held_out import fitted_images
@@ -17,7 +17,7 @@ from vitprune.runtime.files import write_json
 def run(params: Params) -> None:
     """Write the masks of the first cycle, and the scores that select them if they are not those of the score stage."""
     plan = plan_of(params)
-    model = load_dense().to(device())
+    model = load_prepared(plan).to(device())
     state = cycle_state(model, plan)
     needed = plan.method.rescore or plan.config.allocation
     batches = fitted_images(calibration(model, params), plan.config.reconstruct) if needed else []

@@ -15,7 +15,7 @@ from vitprune.groups import Group, Masks, Scores
 from vitprune.pipeline.artifacts import MASKS, SCORES, History, model_facts, summary_rows, write_masks
 from vitprune.pipeline.dense_stage import zeros_to_keep
 from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, OUT, PLOTS, calibration, device
-from vitprune.pipeline.score_stage import load_dense, read_orders, read_statistics
+from vitprune.pipeline.score_stage import load_prepared, read_orders, read_statistics
 from vitprune.pipeline.stage_training import (
     Evaluate,
     StageCheckpoint,
@@ -143,7 +143,8 @@ def cycle_row(number: int, groups: Sequence[Group], masks: Masks, facts: Mapping
 
 def _run_cycles(params: Params, checkpoint: StageCheckpoint, history: History) -> CompletedCycles:
     """Run the remaining cycles on rank 0."""
-    plan, done = plan_of(params), _completed(checkpoint, history)
+    plan = plan_of(params)
+    done = _completed(checkpoint, history, plan)
     evaluator = make_evaluator(done.model, params)
     for pruned in _cycles(params, plan, checkpoint, done, evaluator):
         cycle, model, metrics = pruned.cycle, pruned.model, pruned.metrics
@@ -172,7 +173,7 @@ def _follow(params: Params, checkpoint: StageCheckpoint, history: History) -> No
         if number > 1 and not memory:
             before = checkpoint.store(f"{number - 1:02d}-done").latest_unverified()
             memory.update(unpack(Snapshot(before.tensors(), before.facts), "memory", device()))
-        dense = load_dense()
+        dense = load_prepared(plan)
         cycle, model = _cycle_of(saved, number, groups_for(dense, plan)), models.load(saved.directory / MODEL)
         store = checkpoint.store(f"{number:02d}-training", saved.sha256)
         model, frozen = model.to(device()), _frozen(model, cycle, params)
@@ -189,7 +190,7 @@ def _cycles(
 ) -> Iterator[PrunedCycle]:
     """Yield the remaining cycles; the first may have been pruned before an interruption."""
     number, model = len(done.rows), done.model
-    dense = model if number == 0 else load_dense().to(device())
+    dense = model if number == 0 else load_prepared(plan).to(device())
     masks = models.read_weights(CYCLES / f"{number:02d}" / MASKS) if number else {}
     finetunes = params.prune.finetune is not None
     if finetunes and number < plan.config.cycles:
@@ -206,9 +207,9 @@ def _cycles(
         yield PrunedCycle(cycle, model, metrics, sha256)
 
 
-def _completed(checkpoint: StageCheckpoint, history: History) -> CompletedCycles:
+def _completed(checkpoint: StageCheckpoint, history: History, plan: Plan) -> CompletedCycles:
     """Load the completed cycles and write their files; the dense model if there are none."""
-    done, last = CompletedCycles(load_dense()), None
+    done, last = CompletedCycles(load_prepared(plan)), None
     while (saved := checkpoint.store(f"{len(done.rows) + 1:02d}-done", done.checkpoint).latest()) is not None:
         folder = CYCLES / f"{len(done.rows) + 1:02d}"
         shutil.rmtree(folder, ignore_errors=True)

@@ -23,6 +23,7 @@ from vitprune.pipeline.artifacts import SCORES, summary_rows
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
 from vitprune.pruning.held_out import fitted_images
 from vitprune.pruning.plan import Plan, plan_of, scored_kinds
+from vitprune.pruning.preparation import merging
 from vitprune.runtime import tables
 from vitprune.runtime.distributed import ProcessGroup, process_group
 from vitprune.runtime.files import sha256, write_json
@@ -43,6 +44,7 @@ def run(params: Params) -> None:
         if plan.config.rotate_residual:
             rotation = {"matrix": _shared_basis(model, batches, plan, dist)}
             model = rotated(model.cpu(), rotation["matrix"], batches[0][0][:1]).to(device())
+        model = merging(model, plan)
         groups = scored_groups(model, plan)
         job = ScoringJob(plan.method.criterion, groups, batches, plan.context(1))
         importance = job.importance(model, plan.method.additive, PARTIAL, dist, plan.method.collective)
@@ -53,10 +55,10 @@ def run(params: Params) -> None:
     clear_partial(PARTIAL)
 
 
-def load_dense() -> nn.Module:
-    """Load the dense model, with its residual stream rotated as the score stage has rotated it."""
+def load_prepared(plan: Plan) -> nn.Module:
+    """Load the dense model that the cycles prune: rotated as by the score stage, with merged tokens."""
     model, path = models.load(OUT / "dense"), OUT / "score" / ROTATION
-    return rotate_stream(model, read_weights(path)["matrix"]) if path.exists() else model
+    return merging(rotate_stream(model, read_weights(path)["matrix"]) if path.exists() else model, plan)
 
 
 def _shared_basis(model: nn.Module, batches: Batches, plan: Plan, dist: ProcessGroup) -> Tensor:

@@ -33,7 +33,7 @@ from vitprune.pipeline.evaluate_stage import COSTS, EVALUATION, kept_costs, top1
 from vitprune.pipeline.project_data import MANIFEST, METRICS, OUT, PLOTS, device, open_images
 from vitprune.pipeline.prune_stage import cycle_row
 from vitprune.pipeline.report import write_report
-from vitprune.pipeline.score_stage import load_dense
+from vitprune.pipeline.score_stage import load_prepared
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.plan import plan_of
 from vitprune.runtime import tables
@@ -178,7 +178,8 @@ def latencies(run: RecordedRun) -> Lines:
 
 def cycles(run: RecordedRun) -> Lines:
     """Compare every cycle's masks with its model, tables and the previous cycle, and the last with `prune`'s model."""
-    plan, dense = plan_of(run.params), load_dense()
+    plan = plan_of(run.params)
+    dense = load_prepared(plan)
     groups = groups_for(dense, plan)
     folders = [OUT / "cycles" / f"{number:02d}" for number in range(1, plan.config.cycles + 1)]
     present = sorted(OUT.glob("cycles/[0-9]*"))

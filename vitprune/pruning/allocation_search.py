@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitprune.architectures.token_merging import without_merging
 from vitprune.criteria import Batches, Update
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import kl_divergence
@@ -116,7 +117,7 @@ class AllocationSearch:
         self._update = None if importance.update is None else ReusedUpdates(importance.update, limit)
         self._select = selector(plan, state)
         self._judge = [images for images, _ in judge]
-        self._expected = self._logits(model)
+        self._expected = self._logits(without_merging(model))
 
     def factors(self, point: np.ndarray) -> dict[str, float]:
         """Return the factor of every group for a point of the search, their logarithms."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitprune.architectures.token_merging import without_merging
 from vitprune.config.quantity import Quantity, format_cost, number_of
 from vitprune.data import example_input
 from vitprune.errors import BadInput
@@ -104,7 +105,7 @@ def relative_shares(sparsity: Mapping[str, float]) -> dict[str, float]:
 def make_cost_model(
     model: nn.Module, groups: Sequence[Group], cost: str, table: LatencyTable | None = None
 ) -> CostModel:
-    """Return the cost model of a dense model.
+    """Return the cost model of a dense model; its own cost is that without merging of tokens.
 
     Parameters and MACs are counted on shrunk copies without data; single weights count if they are not zero. Latency is
     that of a table, or measured on shrunk copies, alternating with a copy of the dense model.
@@ -235,7 +236,10 @@ def _count_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostMo
             per_layer.get(n.removesuffix(".weight"), 0) * _zeros(used, masks[n]) for n, used in weights.items()
         )
 
-    dense = counted({group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups})
+    if (all_tokens := without_merging(model)) is model:
+        dense = counted({group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups})
+    else:
+        dense = _count_model(all_tokens, groups, cost).dense
     return CostModel(cost, dense, lambda masks: counted(masks) / dense)
 
 
@@ -253,10 +257,10 @@ def _zeros(nonzero: Tensor, mask: Tensor) -> float:
 
 
 def _latency_model(dense: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
-    example = example_input(dense, 1)
+    example, model, dense = example_input(dense, 1), dense, without_merging(dense)
 
     def both(masks: Masks, runs: int) -> Latencies:
-        reference, pruned = latency([dense, shrink(copy.deepcopy(dense), groups, masks)], example, runs)
+        reference, pruned = latency([dense, shrink(copy.deepcopy(model), groups, masks)], example, runs)
         return {name: pruned[name] for name in ("median", "p10", "p90")} | {"dense": reference["median"]}
 
     def share(masks: Masks) -> float:

@@ -330,7 +330,19 @@ def costs_for(dense: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
     most = _feasible_blocks(plan.shares(math.nextafter(1.0, 0.0)), groups, constraints)
     final = fraction_of(plan.target, model, model(select_masks(equal, plan, most, state)))
     plan.costs(final)
+    if plan.config.merge_tokens is not None and model.latencies is None:
+        _check_merging(plan, model(state.masks), final)
     return replace(state.costs, model=model, final=final)
+
+
+def _check_merging(plan: Plan, merged: float, final: float | None) -> None:
+    """Refuse a target that the merging of tokens reaches without pruning."""
+    ((cost, limit),) = plan.costs(final)[-1].items()
+    if merged <= limit:
+        raise BadInput(
+            f"prune.merge_tokens {plan.config.merge_tokens}: reduces {cost} to {merged:.4f} of the dense model without "
+            f"pruning, and prune.target.{cost} is {limit:.4f}; lower one of them, or give a sparsity"
+        )
 
 
 def reached_cost(selected: CycleMasks, plan: Plan, state: CycleState) -> CostReport:

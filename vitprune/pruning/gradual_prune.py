@@ -11,9 +11,9 @@ from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches
 from vitprune.data.batch_checks import checked_batches
 from vitprune.errors import BadInput
 from vitprune.pruning.plan import plan_for
+from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune import PruneResult, result_of, working_copy
 from vitprune.pruning.prune_cycles import prune_cycles
-from vitprune.pruning.rotation import rotate_if_planned
 from vitprune.runtime.eval_mode import scoring_mode
 from vitprune.runtime.model_checks import float_type
 from vitprune.runtime.wrappers import plain_model
@@ -60,7 +60,7 @@ def gradual_prune(
     epochs = plan.epochs(recipe.epochs)
     start, memory = time.perf_counter(), OptimizerState()
     batches = checked_batches(calibration, pruned)
-    pruned = rotate_if_planned(pruned, plan, batches)
+    pruned = prepared(pruned, plan, batches)
     with scoring_mode(pruned):
         for cycle in prune_cycles(pruned, plan, batches):
             keep_zeros = config.keep_zeros or FrozenZeros(cycle.zeroed, cycle.masks)

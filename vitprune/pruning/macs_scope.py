@@ -37,13 +37,13 @@ class _RemovalStep:
 
 
 def macs_per_unit(groups: Sequence[Group], share_of: CostFn) -> MacsPerUnit:
-    """Measure the MACs that one unit of each group saves, on the dense model without this unit.
+    """Measure the MACs that one unit of each group saves, on the model without this unit.
 
     Raises:
         BadInput: the units of a group do not save MACs one at a time (single weights, blocks).
     """
     all_units = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
-    savings: MacsPerUnit = {}
+    savings, all_macs = MacsPerUnit(), share_of(all_units)
     for group in groups:
         if group.kind in ("weight", "block"):
             raise BadInput(f"{group.name}: scope macs cannot rank units of kind {group.kind!r}; use another scope")
@@ -52,7 +52,7 @@ def macs_per_unit(groups: Sequence[Group], share_of: CostFn) -> MacsPerUnit:
             continue
         one_less = all_units[group.name].clone()
         one_less[..., 0] = False
-        savings[group.name] = 1 - share_of(all_units | {group.name: one_less})
+        savings[group.name] = all_macs - share_of(all_units | {group.name: one_less})
     return savings
 
 

@@ -189,6 +189,8 @@ def _check_kinds(plan: Plan) -> None:
         raise BadInput(f"prune.merge_heads_to {config.merge_heads_to}: needs kind attention; set it to null")
     if config.rotate_residual and "residual" not in kinds:
         raise BadInput("prune.rotate_residual: needs kind residual; set it to false")
+    if config.merge_tokens is not None and config.target is not None and config.target.table is not None:
+        raise BadInput("prune.merge_tokens: the times of prune.target.table are those of all tokens; set one to null")
     if len({plan.sparsity[kind] for kind in plan.macs_kinds}) > 1:
         raise BadInput(
             f"prune.sparsity: {', '.join(plan.macs_kinds)} share one fraction of the MACs; give all the same"

@@ -29,8 +29,8 @@ from vitprune.pruning.cycle_masks import (
 )
 from vitprune.pruning.methods import CRITERIA, method_named
 from vitprune.pruning.plan import plan_for
+from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune_cycles import Cycle, prune_cycles
-from vitprune.pruning.rotation import rotate_if_planned
 from vitprune.runtime.eval_mode import eval_mode, scoring_mode
 from vitprune.runtime.model_checks import checked_model, float_type
 from vitprune.runtime.wrappers import plain_model
@@ -145,6 +145,7 @@ def prune(
     rules: Sequence[Rule | Mapping[str, object]] = (),
     merge_heads_to: int | None = None,
     rotate_residual: bool = False,
+    merge_tokens: int | None = None,
     correct_norms: bool = False,
     reconstruct: ReconstructConfig | bool = False,
     allocation: AllocationConfig | bool = False,
@@ -173,6 +174,8 @@ def prune(
         rules: Constraints on single groups, such as {"match": "blocks.0.mlp", "ignore": True}.
         merge_heads_to: Merge the attention heads into this many first.
         rotate_residual: Rotate the residual stream of a plain ViT first, so that its last channels matter least.
+        merge_tokens: Merge this many tokens of a plain ViT before every block but the first, see
+            `PruneConfig.merge_tokens`.
         correct_norms: Correct norms and biases towards the dense model's logits.
         reconstruct: Fit the remaining weights to the dense model without labels; True: with the default settings.
         allocation: Search the sparsity of every group on held-out images; True: with the default settings.
@@ -200,7 +203,8 @@ def prune(
     deadline = _deadline(start, budget, reconstruct)
     settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "target": target, "kinds": kinds}
     settings |= {"scope": scope, "round_to": round_to, "rules": rules}
-    settings |= {"merge_heads_to": merge_heads_to, "rotate_residual": rotate_residual, "correct_norms": correct_norms}
+    settings |= {"merge_heads_to": merge_heads_to, "rotate_residual": rotate_residual, "merge_tokens": merge_tokens}
+    settings["correct_norms"] = correct_norms
     settings["reconstruct"] = ReconstructConfig() if reconstruct is True else reconstruct or None
     settings["allocation"] = AllocationConfig() if allocation is True else allocation or None
     pruned = working_copy(model)
@@ -215,7 +219,7 @@ def prune(
     if example_input is not None:
         example_input = checked_input("example_input", example_input, pruned)
     batches = checked_batches(calibration, pruned)
-    pruned = rotate_if_planned(pruned, plan, batches)
+    pruned = prepared(pruned, plan, batches)
     with scoring_mode(pruned):
         (cycle,) = prune_cycles(pruned, plan, batches, deadline=deadline)
         if example_input is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from vitprune.architectures.token_merging import without_merging
 from vitprune.architectures.tracing.cache import shape_error
 from vitprune.criteria import Batches, Statistics, Update
 from vitprune.criteria.obs.channel_permutation import permutable_groups
@@ -107,10 +108,11 @@ def prune_cycles(
         Every cycle after its pruning.
     """
     dense = model if resume is None else resume.dense
-    runs, teachers = not shape_error(dense), [copy.deepcopy(dense)] if plan.config.reconstruct else []
+    all_tokens = without_merging(dense)
+    runs, teachers = not shape_error(dense), [copy.deepcopy(all_tokens)] if plan.config.reconstruct else []
     fitted = fitted_images(batches, plan.config.reconstruct)
     state = cycle_state(dense, plan) if resume is None else cycle_state(dense, plan, resume.number + 1, resume.masks)
-    logits = dense_logits(dense, batches) if plan.config.correct_norms else []
+    logits = dense_logits(all_tokens, batches) if plan.config.correct_norms else []
     given = given_masks(first, plan, state) if first is not None and resume is None else None
     while state.number <= plan.config.cycles:
         complete = False

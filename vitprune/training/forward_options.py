@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune.architectures.token_merging import without_merging
 from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput
 from vitprune.training.quantization_aware import FakeQuant
@@ -35,6 +36,8 @@ def forward_options(task: Any, recipe: TrainConfig) -> Iterator[None]:
 
 
 def _set_grad_checkpointing(model: nn.Module, on: bool) -> None:
+    if without_merging(model) is not model:  # timm's checkpointing runs the blocks one by one, without merging
+        raise BadInput("train.checkpointing: not supported with merged tokens; set it to false")
     switch = getattr(model, "set_grad_checkpointing", None)
     try:
         if switch is None:

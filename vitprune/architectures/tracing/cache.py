@@ -7,6 +7,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
+from vitprune.architectures.token_merging import without_merging
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.errors import BadInput
@@ -55,7 +56,7 @@ def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
 
 
 def _trace(model: nn.Module) -> _CacheEntry:
-    copy = meta_copy(model)
+    copy = meta_copy(without_merging(model))
     try:
         return _CacheEntry(channel_groups(copy, meta_input(copy)))
     except Exception as error:  # a forward pass may raise anything on tensors without values

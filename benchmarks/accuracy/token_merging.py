@@ -1,0 +1,101 @@
+"""Token merging in DeiT-Tiny, alone and before the pruning of units, without training.
+
+Evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points; pruned rows are calibrated on rows
+600..799. `merged`: tokens merged before every block but the first. Rows with a target are pruned by unit-obs to this
+fraction of the dense model's MACs, with corrected norms. Speed-ups are ratios of medians, measured in turn with the
+dense model, one image, one thread. Results are recorded in benchmarks/results/token_merging-notes.jsonl, so that an
+interrupted benchmark continues; delete the file to start over. Needs VITPRUNE_REAL_DATA. Writes
+benchmarks/results/token_merging.json and docs/results/token_merging.md.
+"""
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from benchmarks.lib.deit_tiny import Setup, corrected, setup
+from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
+from vitprune import count, merge_tokens, prune
+from vitprune.evaluation.accuracy import accuracy
+from vitprune.evaluation.engines import forward_call
+
+ROOT = Path(__file__).parents[2]
+ALONE = (4, 8, 12, 16, 20)
+PRUNED = (("0.7", 0), ("0.7", 8), ("0.5", 0), ("0.5", 8), ("0.5", 12), ("0.5", 16), ("0.35", 12), ("0.35", 16))
+RUNS = 25
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model: target of MACs (empty: not pruned), tokens merged, fraction of MACs left, top-1 in %, speed-ups."""
+
+    target: str
+    merged: int
+    macs: float
+    top1: float
+    torch: float
+    onnxruntime: float
+
+
+def main() -> None:
+    """Measure every row and write the table."""
+    quick = arguments(__doc__).quick
+    real_data()
+    case, notes = setup(), RESULTS / f"token_merging{'-quick' * quick}-notes.jsonl"
+    if quick:
+        notes.unlink(missing_ok=True)
+    done = [Measured(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    for target, merged in [("", 16)] if quick else [*(("", number) for number in ALONE), *PRUNED]:
+        if (target, merged) not in {(row.target, row.merged) for row in done}:
+            done.append(measured(case, target, merged))
+            print(done[-1], flush=True)
+            with notes.open("a") as file:
+                file.write(json.dumps(asdict(done[-1])) + "\n")
+    rows = [Row("dense", case.top1, "top-1 %")]
+    for row in done:
+        what = f"{row.target}x MACs, {row.merged} merged" if row.target else f"{row.merged} merged"
+        rows += [Row(what, row.top1, "top-1 %"), Row(f"{what}, remaining MACs", row.macs, "of the MACs")]
+    if not quick:
+        header = ["target", "merged", "MACs", "top-1", "speed-up, torch", "speed-up, onnxruntime"]
+        lines = [["dense", "0", "1.00", f"{case.top1:.1f}", "1.00", "1.00"]]
+        for row in done:
+            cells = [f"{row.macs:.2f}", f"{row.top1:.1f}", f"{row.torch:.2f}", f"{row.onnxruntime:.2f}"]
+            lines.append([f"{row.target}x MACs" if row.target else "no pruning", str(row.merged), *cells])
+        title = "Token merging in DeiT-Tiny, no training"
+        write_table(ROOT / "docs/results/token_merging.md", title, __doc__ or "", header, lines)
+    write_results("token_merging", rows, quick)
+
+
+def measured(case: Setup, target: str, merged: int) -> Measured:
+    """Return the row of a model."""
+    model = copy.deepcopy(case.dense)
+    if target:
+        settings = {"target": {"macs": float(target)}, "merge_tokens": merged or None}
+        model = corrected(case, prune(model, "unit-obs", calibration=case.calibration, **settings).model)
+    else:
+        merge_tokens(model, merged)
+    image = case.held_out[0][0][:1]
+    macs = count(model, image).macs / count(case.dense, image).macs
+    speeds = [speed_up(case.dense, model, engine, image) for engine in ("torch", "ort")]
+    return Measured(target, merged, macs, accuracy(model, case.held_out)[0]["top1"], *speeds)
+
+
+def speed_up(dense: nn.Module, model: nn.Module, engine: str, image: torch.Tensor) -> float:
+    """Return the median time of the dense model divided by that of another one; their runs alternate."""
+    calls = [forward_call(one, engine, image) for one in (dense, model)]
+    times: list[list[float]] = [[], []]
+    for _ in range(RUNS):
+        for call, seconds in zip(calls, times, strict=True):
+            start = perf_counter()
+            call()
+            seconds.append(perf_counter() - start)
+    return median(times[0]) / median(times[1])
+
+
+if __name__ == "__main__":
+    main()

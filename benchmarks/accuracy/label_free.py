@@ -4,7 +4,7 @@ Calibration on rows 600..799 of imagenet-val-800 (200 images), or on imagenet-on
 evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. `top-1` is without reconstruction, with
 corrected norms (`prune.correct_norms`). The reconstruction follows a pruning without its held-out images, once per
 seed, and is given as the mean of the seeds. Seconds include the pruning; they are those of one process, and of a quiet
-machine only if nothing else ran. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an
+machine only if nothing else ran. Rows with merged tokens change the number of tokens (prune.merge_tokens). Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an
 interrupted benchmark continues; delete the file to start over. Needs VITPRUNE_REAL_DATA. Writes
 benchmarks/results/label_free.json and docs/results/label_free.md.
 """
@@ -32,6 +32,7 @@ from vitprune.pruning.allocation_search import allocated_cycle_masks
 from vitprune.pruning.cycle_masks import cycle_state, groups_for
 from vitprune.pruning.held_out import fitted_images
 from vitprune.pruning.norm_correction import correct_norms, dense_logits
+from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune_cycles import prune_cycles, reorder_channels
 from vitprune.pruning.reconstruct import reconstruct
 
@@ -55,8 +56,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, greedy", "n:m")),
     **dict.fromkeys(("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "magnitude")),
     "half of the FFN": ("unit-obs", "corp", "channel-magnitude"),
-    "0.7x MACs": ("unit-obs", "unit-obs, searched widths", "channel-magnitude"),
-    "0.5x MACs": ("unit-obs", "unit-obs, searched widths", "channel-magnitude"),
+    "0.7x MACs": ("unit-obs", "unit-obs, 8 merged tokens", "unit-obs, searched widths", "channel-magnitude"),
+    "0.5x MACs": ("unit-obs", "unit-obs, 12 merged tokens", "unit-obs, searched widths", "channel-magnitude"),
 }
 
 
@@ -163,12 +164,14 @@ def prune_once(dense: nn.Module, goal: str, method: str, batches: Batches) -> tu
     greedy = {"nm_search": "greedy", "permute": False}
     config = SCORE.model_copy(update=greedy) if variant == "greedy" else SCORE
     allocation = AllocationConfig(evaluations=EVALUATIONS) if variant == "searched widths" else None
-    plan = plan_for(PruneConfig(method=name, allocation=allocation, **GOALS[goal]), config)
-    model, teacher = copy.deepcopy(dense), copy.deepcopy(dense)
+    merged = int(variant.split()[0]) if variant.endswith("merged tokens") else None
+    settings = {"method": name, "allocation": allocation, "merge_tokens": merged}
+    plan = plan_for(PruneConfig(**settings, **GOALS[goal]), config)
+    model, teacher = prepared(copy.deepcopy(dense), plan, batches), copy.deepcopy(dense)
     importance = plan.method.criterion(model, groups_for(model, plan), batches, plan.context(1))
     reorder_channels([model, teacher], importance.orders)
     first = allocated_cycle_masks(model, importance.scores, plan, cycle_state(model, plan), batches).masks
-    model = copy.deepcopy(dense)
+    model = prepared(copy.deepcopy(dense), plan, batches)
     for _ in prune_cycles(model, plan, batches, first, importance.statistics, orders=importance.orders):
         pass
     return model, teacher

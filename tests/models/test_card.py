@@ -12,9 +12,9 @@ import yaml
 from torch import nn
 
 from tests.support.digits_project import ORDER, project_in
-from tests.support.model_zoo import images, predict
+from tests.support.model_zoo import images, predict, tiny
 from tests.support.pruned_models import cut_of, dense_of
-from vitprune import BadInput, prune, save, write_card
+from vitprune import BadInput, merge_tokens, prune, save, write_card
 from vitprune.pipeline import stages
 from vitprune.runtime.files import sha256
 
@@ -61,6 +61,14 @@ def test_a_card_loads_a_uniform_model_with_plain_timm(family: str, tmp_path: Pat
     write_card(tmp_path)
     assert "vitprune" not in re.findall(r"```python\n(.*?)```", parts(tmp_path)[1], re.DOTALL)[0]
     torch.testing.assert_close(predict(as_the_card_says(tmp_path), images(model)), predict(model, images(model)))
+
+
+def test_a_card_names_merged_tokens(tmp_path: Path) -> None:
+    save(merge_tokens(tiny("vit", dtype=torch.float32), 3), tmp_path)
+    write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Its blocks merge 3 patch tokens into similar ones." in text
+    assert "vitprune.load(" in text
 
 
 def test_a_card_without_metrics_has_no_results(tmp_path: Path) -> None:

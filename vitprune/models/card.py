@@ -33,7 +33,9 @@ PAGE = """\
 # {{ saved.architecture }}, pruned
 
 A timm model of {{ "{:,}".format(saved.params) }} parameters, pruned with vitprune.
-{% if method %}
+{% if saved.merged %}
+Its blocks merge {{ saved.merged }} patch tokens into similar ones. It classifies images; it has no features per patch.
+{% endif %}{% if method %}
 ## What was removed
 
 Method `{{ method }}`{% if cycles %}, in {{ cycles }} cycle{{ "s" if cycles > 1 }}{% endif %}:
@@ -62,7 +64,7 @@ import timm
 model = timm.create_model("local-dir:DIRECTORY", pretrained=True)  # from the hub: "hf-hub:USER/NAME"
 ```
 {% else %}
-timm alone cannot build these widths; vitprune reads them from config.json:
+timm alone cannot build this structure; vitprune reads it from config.json:
 
 ```python
 import vitprune

@@ -18,6 +18,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
+from vitprune.architectures.token_merging import merged_tokens
 from vitprune.config.section import similar
 from vitprune.data.augment import data_config, example_input
 from vitprune.errors import BadInput
@@ -216,13 +217,15 @@ class SavedModel:
         architecture: Model name of timm.
         pretrained_cfg: timm's config of the model.
         params: Number of parameters.
-        plain: Whether plain timm loads it: all blocks have the same shape.
+        plain: Whether plain timm loads it: all blocks have the same shape, and no tokens are merged.
+        merged: Number of tokens that are merged before the blocks, in all.
     """
 
     architecture: str
     pretrained_cfg: Mapping[str, Any]
     params: int
     plain: bool
+    merged: int
 
 
 def describe_saved(directory: Path) -> SavedModel:
@@ -238,7 +241,11 @@ def describe_saved(directory: Path) -> SavedModel:
     plain = not config.structure or structure(meta) == config.structure
     _resize(meta, config)
     check_fit(path, header, meta.state_dict(), type(meta).__name__)
-    return SavedModel(config.architecture, config.pretrained_cfg, sum(p.numel() for p in meta.parameters()), plain)
+    params, merged = (
+        sum(p.numel() for p in meta.parameters()),
+        sum(number for (number,) in merged_tokens(meta).values()),
+    )
+    return SavedModel(config.architecture, config.pretrained_cfg, params, plain, merged)
 
 
 def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Module:

@@ -161,6 +161,14 @@ def test_numbers_are_on_the_page(project: Path) -> None:
     assert page.values["sha256.distill"] == "d" * 64
 
 
+def test_merged_tokens_are_named(project: Path) -> None:
+    assert "patch tokens" not in render(project)
+    (project / "params.yaml").write_text("prune: {merge_tokens: 13}\n")
+    assert "The pruned model merges 13 patch tokens into similar ones before every block but the first." in render(
+        project
+    )
+
+
 def test_class_losses_add_up(project: Path) -> None:
     page = Page(render(project))
     losing = [float(value) for name, value in page.values.items() if name.startswith("class.") and ".lost" in name]

@@ -241,10 +241,8 @@ def describe_saved(directory: Path) -> SavedModel:
     plain = not config.structure or structure(meta) == config.structure
     _resize(meta, config)
     check_fit(path, header, meta.state_dict(), type(meta).__name__)
-    params, merged = (
-        sum(p.numel() for p in meta.parameters()),
-        sum(number for (number,) in merged_tokens(meta).values()),
-    )
+    params = sum(parameter.numel() for parameter in meta.parameters())
+    merged = sum(number for (number,) in merged_tokens(meta).values())
     return SavedModel(config.architecture, config.pretrained_cfg, params, plain, merged)
 
 

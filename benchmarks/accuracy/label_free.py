@@ -3,8 +3,9 @@
 Calibration on rows 600..799 of imagenet-val-800 (200 images), or on imagenet-one-per-class-1000 (1,000 images);
 evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. `top-1` is without reconstruction, with
 corrected norms (`prune.correct_norms`). The reconstruction follows a pruning without its held-out images, once per
-seed, and is given as the mean of the seeds. Seconds include the pruning; they are those of one process, and of a quiet
-machine only if nothing else ran. Rows with merged tokens change the number of tokens (prune.merge_tokens). Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an
+seed, and is given as the mean of the seeds. Rows with merged tokens change the number of tokens (prune.merge_tokens).
+Seconds include the pruning; they are those of one process, and of a quiet machine only if nothing else ran. Results are
+recorded in benchmarks/results/label_free-notes.jsonl, so that an
 interrupted benchmark continues; delete the file to start over. Needs VITPRUNE_REAL_DATA. Writes
 benchmarks/results/label_free.json and docs/results/label_free.md.
 """

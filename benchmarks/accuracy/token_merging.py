@@ -2,10 +2,10 @@
 
 Evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points; pruned rows are calibrated on rows
 600..799. `merged`: tokens merged before every block but the first. Rows with a target are pruned by unit-obs to this
-fraction of the dense model's MACs, with corrected norms. Speed-ups are ratios of medians, measured in turn with the
-dense model, one image, one thread. Results are recorded in benchmarks/results/token_merging-notes.jsonl, so that an
-interrupted benchmark continues; delete the file to start over. Needs VITPRUNE_REAL_DATA. Writes
-benchmarks/results/token_merging.json and docs/results/token_merging.md.
+fraction of the dense model's MACs, with corrected norms. Speed-ups are ratios of the median times of the dense and the
+merging model, whose runs alternate: one image, one thread. Accuracies are recorded in
+benchmarks/results/token_merging-notes.jsonl, so that an interrupted benchmark continues; delete the file to start over.
+Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/token_merging.json and docs/results/token_merging.md.
 """
 
 import copy
@@ -27,19 +27,17 @@ from vitprune.evaluation.engines import forward_call
 ROOT = Path(__file__).parents[2]
 ALONE = (4, 8, 12, 16, 20)
 PRUNED = (("0.7", 0), ("0.7", 8), ("0.5", 0), ("0.5", 8), ("0.5", 12), ("0.5", 16), ("0.35", 12), ("0.35", 16))
-RUNS = 25
+ENGINES, RUNS = ("torch", "ort"), 25
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model: target of MACs (empty: not pruned), tokens merged, fraction of MACs left, top-1 in %, speed-ups."""
+    """A model: target of MACs (empty: not pruned), tokens merged, fraction of MACs left, top-1 in %."""
 
     target: str
     merged: int
     macs: float
     top1: float
-    torch: float
-    onnxruntime: float
 
 
 def main() -> None:
@@ -56,16 +54,20 @@ def main() -> None:
             print(done[-1], flush=True)
             with notes.open("a") as file:
                 file.write(json.dumps(asdict(done[-1])) + "\n")
-    rows = [Row("dense", case.top1, "top-1 %")]
+    image, speeds = case.held_out[0][0][:1], dict[int, list[float]]()
+    for row in (row for row in done if not row.target):
+        model = merge_tokens(copy.deepcopy(case.dense), row.merged)
+        speeds[row.merged] = [speed_up(case.dense, model, engine, image) for engine in ENGINES]
+    rows, lines = [Row("dense", case.top1, "top-1 %")], [["dense", "0", "1.00", f"{case.top1:.1f}", "1.00", "1.00"]]
     for row in done:
         what = f"{row.target}x MACs, {row.merged} merged" if row.target else f"{row.merged} merged"
+        ratios = [] if row.target else speeds[row.merged]
         rows += [Row(what, row.top1, "top-1 %"), Row(f"{what}, remaining MACs", row.macs, "of the MACs")]
+        rows += [Row(f"{what}, {engine}", ratio, "x") for engine, ratio in zip(ENGINES, ratios, strict=False)]
+        cells = [f"{row.target}x MACs" if row.target else "no pruning", str(row.merged), f"{row.macs:.2f}"]
+        lines.append([*cells, f"{row.top1:.1f}", *([f"{ratio:.2f}" for ratio in ratios] or ["-", "-"])])
     if not quick:
         header = ["target", "merged", "MACs", "top-1", "speed-up, torch", "speed-up, onnxruntime"]
-        lines = [["dense", "0", "1.00", f"{case.top1:.1f}", "1.00", "1.00"]]
-        for row in done:
-            cells = [f"{row.macs:.2f}", f"{row.top1:.1f}", f"{row.torch:.2f}", f"{row.onnxruntime:.2f}"]
-            lines.append([f"{row.target}x MACs" if row.target else "no pruning", str(row.merged), *cells])
         title = "Token merging in DeiT-Tiny, no training"
         write_table(ROOT / "docs/results/token_merging.md", title, __doc__ or "", header, lines)
     write_results("token_merging", rows, quick)
@@ -81,8 +83,7 @@ def measured(case: Setup, target: str, merged: int) -> Measured:
         merge_tokens(model, merged)
     image = case.held_out[0][0][:1]
     macs = count(model, image).macs / count(case.dense, image).macs
-    speeds = [speed_up(case.dense, model, engine, image) for engine in ("torch", "ort")]
-    return Measured(target, merged, macs, accuracy(model, case.held_out)[0]["top1"], *speeds)
+    return Measured(target, merged, macs, accuracy(model, case.held_out)[0]["top1"])
 
 
 def speed_up(dense: nn.Module, model: nn.Module, engine: str, image: torch.Tensor) -> float:

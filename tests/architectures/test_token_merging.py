@@ -9,7 +9,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support.model_zoo import VIT, images, predict, same_state, state, tiny
+from tests.support.model_zoo import VIT, batches, images, predict, same_state, state, tiny
 from vitprune import BadInput, count, export_onnx, find_groups, load, merge_tokens, prune, save
 from vitprune.architectures import structure
 from vitprune.architectures.token_merging import MergingBlocks, without_merging
@@ -115,6 +115,25 @@ def test_a_saved_number_for_a_block_that_does_not_exist_is_refused(tmp_path: Pat
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["vit", "extra"])
+def test_lower_precision_and_gradients(name: str) -> None:
+    model = merge_tokens(tiny(name, dtype=torch.float32), 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = model(images(model))
+    torch.testing.assert_close(lower.float(), predict(model, images(model)), rtol=0.1, atol=0.1)
+    assert model.bfloat16()(images(model).bfloat16()).dtype is torch.bfloat16
+    model.float()(images(model)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.blocks.parameters())
+
+
+@pytest.mark.parametrize("method", ["ovit", "obc", "upvits", "upvits-refit", "corp"])
+def test_methods_score_and_update_a_merging_model(method: str) -> None:
+    model = tiny("vit", dtype=torch.float32)
+    result = prune(model, method, sparsity=0.25, calibration=batches(model), merge_tokens=3)
+    assert result.model.blocks.merged == (0, 3)
+    assert predict(result.model, images(model)).isfinite().all()
+
+
 def test_blocks_of_a_merging_model_are_removed() -> None:
     model = merge_tokens(timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 4}), 2)
     result = prune(model, "upvits-blocks", sparsity={"block": 0.5}, calibration=[images(model)]).model
@@ -123,8 +142,9 @@ def test_blocks_of_a_merging_model_are_removed() -> None:
 
 
 def test_other_models_and_numbers_are_refused() -> None:
-    with pytest.raises(BadInput, match=r"^merge_tokens: 0 tokens; give at least 1"):
-        merge_tokens(tiny("vit"), 0)
+    for number in (0, 2.5, "2"):
+        with pytest.raises(BadInput, match=rf"^merge_tokens: {number!r} tokens; give a whole number, at least 1"):
+            merge_tokens(tiny("vit"), number)
     with pytest.raises(BadInput, match=r"^SwinTransformer: only VisionTransformer .*; set prune.merge_tokens to null"):
         merge_tokens(tiny("swin"), 2)
     model = timm.create_model("vit_tiny_patch16_224", **VIT, block_fn=ParallelScalingBlock)

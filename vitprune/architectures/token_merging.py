@@ -70,8 +70,8 @@ def merge_tokens(model: nn.Module, number: int) -> nn.Module:
 
     Source: ToMe (Bolya et al., ICLR 2023), by the mean key of all heads; here before the attention of a block.
     """
-    if number < 1:
-        raise BadInput(f"merge_tokens: {number} tokens; give at least 1")
+    if not isinstance(number, int) or number < 1:
+        raise BadInput(f"merge_tokens: {number!r} tokens; give a whole number, at least 1")
     blocks = _mergeable_blocks(model)
     _replace(model, [0] + [number] * (len(blocks) - 1))
     return model

@@ -1,5 +1,6 @@
 """Check the settings of a project against its model before the first stage runs, as far as training is not needed."""
 
+import copy
 from pathlib import Path
 
 from timm.optim import list_optimizers
@@ -51,7 +52,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """
     if plan.config.rotate_residual:
         stream_layers(model)
-    model = merging(model, plan)
+    if plan.config.merge_tokens is not None:
+        model = merging(copy.deepcopy(model), plan)
     groups = groups_for(model, plan)
     if plan.config.target is None or not plan.config.target.is_measured:
         costs_for(model, groups, plan)

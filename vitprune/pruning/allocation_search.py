@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitprune.architectures.token_merging import without_merging
 from vitprune.criteria import Batches, Update
 from vitprune.errors import BadInput
+from vitprune.evaluation.logits import logits_of
 from vitprune.evaluation.losses import kl_divergence
 from vitprune.groups import Group, Masks, Scores
 from vitprune.pruning.apply_masks import apply_masks
@@ -33,7 +34,6 @@ from vitprune.pruning.evolution_strategy import minimize, population_of
 from vitprune.pruning.latency_scope import select_by_latency
 from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs
 from vitprune.pruning.plan import Plan
-from vitprune.runtime.eval_mode import eval_mode
 
 WIDTHS = 32  # different widths of a group in the search, so that weight updates can be used again
 PRECISION = 1e-4  # of the share of the MACs that a candidate removes
@@ -128,13 +128,10 @@ class AllocationSearch:
         scores = scores_in_dense(_scaled(self._scores, self.factors(point)), self._names, self._state)
         pruned = copy.deepcopy(self._model)
         apply_masks(pruned, self.groups, self._select(scores), self._state, self._update)
-        return float(kl_divergence(self._logits(pruned).double(), self._expected.double()))
+        return float(kl_divergence(self._logits(pruned), self._expected))
 
-    @torch.no_grad()
     def _logits(self, model: nn.Module) -> Tensor:
-        device = next(model.parameters()).device
-        with eval_mode(model):
-            return torch.cat([model(images.to(device)) for images in self._judge])
+        return torch.cat(logits_of(model, self._judge)).double()
 
 
 class ReusedUpdates:

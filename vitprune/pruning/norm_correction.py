@@ -19,6 +19,7 @@ from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.criteria.moments import record_layer_io
 from vitprune.errors import BadInput
+from vitprune.evaluation.logits import logits_of
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 
@@ -47,9 +48,7 @@ def dense_logits(model: nn.Module, batches: Batches) -> list[Tensor]:
     """
     if not batches:
         raise BadInput("prune.correct_norms: needs images, and there are none; give batches")
-    device = next(model.parameters()).device
-    with eval_mode(model), torch.no_grad():
-        return [model(images.to(device)) for images, _ in batches]
+    return logits_of(model, (images for images, _ in batches))
 
 
 def correct_norms(model: nn.Module, target: Sequence[Tensor], batches: Batches, context: ScoringContext) -> Corrected:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.criteria import Batches
 from vitprune.errors import BadInput, NotFinite
+from vitprune.evaluation.logits import logits_of
 from vitprune.evaluation.losses import kl_divergence
 from vitprune.pruning.held_out import held_out
 from vitprune.runtime.eval_mode import eval_mode, frozen
@@ -211,9 +212,8 @@ def _recorded(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tens
             handle.remove()  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def _logits(model: nn.Module, images: Tensor, size: int) -> Tensor:
-    return torch.cat([model(part) for part in torch.split(images, size)]).double()
+    return torch.cat(logits_of(model, torch.split(images, size))).double()
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

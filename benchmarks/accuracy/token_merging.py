@@ -26,7 +26,7 @@ from vitprune.evaluation.engines import forward_call
 
 ROOT = Path(__file__).parents[2]
 ALONE = (4, 8, 12, 16, 20)
-PRUNED = (("0.7", 0), ("0.7", 8), ("0.5", 0), ("0.5", 8), ("0.5", 12), ("0.5", 16), ("0.35", 12), ("0.35", 16))
+PRUNED = (("0.7", 0), ("0.7", 8), ("0.5", 0), ("0.5", 8), ("0.5", 12), ("0.5", 16))
 ENGINES, RUNS = ("torch", "ort"), 25
 
 

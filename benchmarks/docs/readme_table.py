@@ -58,19 +58,33 @@ def one_shot(about: str, goal: str, theirs: str = "magnitude") -> Figure:
     return Figure(about, "oneshot", ours, other, "magnitude")
 
 
-def structured(about: str, goal: str, peers: str) -> Figure:
-    """Return a row for units, compared with the best of Torch-Pruning's settings."""
+def structured(about: str, goal: str, peers: str, ours: Value | None = None) -> Figure:
+    """Return a row for units, by default the best of ours, compared with the best of Torch-Pruning's settings."""
     best = Value("peers", f"{peers}: (?!.*calibration).*(?<!MACs)(?<!params)", max)
-    return Figure(
-        about, "structured", Value("structured", f"best of ours, {goal}"), best, "Torch-Pruning, best setting"
-    )
+    value = ours or Value("structured", f"best of ours, {goal}")
+    return Figure(about, value.results, value, best, "Torch-Pruning, best setting")
+
+
+def merging(macs: str, merged: int) -> Figure:
+    """Return a row for units removed from a model that merges tokens."""
+    about = f"{macs} MACs, {merged} tokens merged before every block but the first"
+    goal = f"{macs} MACs"
+    return structured(about, goal, goal, Value("token_merging", f"{goal}, {merged} merged"))
 
 
 FIGURES = (
     one_shot("50 % of the weights zero", "50 %"),
-    one_shot("2:4 pattern", "2:4", "n:m"),
+    Figure(
+        "2:4 pattern, fitted to the dense model on 200 images without labels",
+        "label_free",
+        Value("label_free", r"2:4, obc, 200 images, seed \d"),
+        Value("oneshot", "n:m, 2:4"),
+        "magnitude",
+    ),
     structured("50 % of the FFN units removed", "50 % of FFN", "50% of ffn"),
     structured("0.7x MACs", "0.7x MACs", "0.7x MACs"),
+    merging("0.7x", 8),
+    merging("0.5x", 16),
     Figure(
         "0.7x MACs, then 50 % of the remaining weights zero",
         "stacked",

@@ -97,6 +97,11 @@ class Group:
         return self.units - 1 if self.kind == "block" else self.units
 
 
+def all_units(groups: Iterable[Group]) -> Masks:
+    """Return the masks that keep all units of groups."""
+    return {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+
+
 def mask_without(group: Group, unit: int) -> Tensor:
     """Return the mask that removes one unit, or for blocks one sub-layer and the next.
 

@@ -10,13 +10,11 @@ Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/token_merging.json and docs/
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-
-import torch
-from torch import nn
 
 from benchmarks.lib.deit_tiny import Setup, corrected, setup
 from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
@@ -55,9 +53,11 @@ def main() -> None:
             with notes.open("a") as file:
                 file.write(json.dumps(asdict(done[-1])) + "\n")
     image, speeds = case.held_out[0][0][:1], dict[int, list[float]]()
+    dense = [forward_call(case.dense, engine, image) for engine in ENGINES]
     for row in (row for row in done if not row.target):
         model = merge_tokens(copy.deepcopy(case.dense), row.merged)
-        speeds[row.merged] = [speed_up(case.dense, model, engine, image) for engine in ENGINES]
+        calls = [forward_call(model, engine, image) for engine in ENGINES]
+        speeds[row.merged] = [speed_up(*pair) for pair in zip(dense, calls, strict=True)]
     rows, lines = [Row("dense", case.top1, "top-1 %")], [["dense", "0", "1.00", f"{case.top1:.1f}", "1.00", "1.00"]]
     for row in done:
         what = f"{row.target}x MACs, {row.merged} merged" if row.target else f"{row.merged} merged"
@@ -86,12 +86,11 @@ def measured(case: Setup, target: str, merged: int) -> Measured:
     return Measured(target, merged, macs, accuracy(model, case.held_out)[0]["top1"])
 
 
-def speed_up(dense: nn.Module, model: nn.Module, engine: str, image: torch.Tensor) -> float:
-    """Return the median time of the dense model divided by that of another one; their runs alternate."""
-    calls = [forward_call(one, engine, image) for one in (dense, model)]
+def speed_up(dense: Callable[[], object], merging: Callable[[], object]) -> float:
+    """Return the median time of a run of the dense model divided by that of the merging one; their runs alternate."""
     times: list[list[float]] = [[], []]
     for _ in range(RUNS):
-        for call, seconds in zip(calls, times, strict=True):
+        for call, seconds in zip((dense, merging), times, strict=True):
             start = perf_counter()
             call()
             seconds.append(perf_counter() - start)

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.layers import SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.support.model_zoo import VIT, batches, images, predict, same_state, state, tiny
-from vitprune import BadInput, count, export_onnx, find_groups, load, merge_tokens, prune, save
+from vitprune import BadInput, count, export_onnx, find_groups, load, merge_tokens, prune, save, shrink
 from vitprune.architectures import structure
 from vitprune.architectures.token_merging import MergingBlocks, without_merging
 
@@ -126,7 +127,7 @@ def test_lower_precision_and_gradients(name: str) -> None:
     assert all(parameter.grad is not None for parameter in model.blocks.parameters())
 
 
-@pytest.mark.parametrize("method", ["ovit", "obc", "upvits", "upvits-refit", "corp"])
+@pytest.mark.parametrize("method", ["ovit", "obc", "upvits-fisher", "upvits-refit", "corp"])
 def test_methods_score_and_update_a_merging_model(method: str) -> None:
     model = tiny("vit", dtype=torch.float32)
     result = prune(model, method, sparsity=0.25, calibration=batches(model), merge_tokens=3)
@@ -136,16 +137,44 @@ def test_methods_score_and_update_a_merging_model(method: str) -> None:
 
 def test_blocks_of_a_merging_model_are_removed() -> None:
     model = merge_tokens(timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 4}), 2)
-    result = prune(model, "upvits-blocks", sparsity={"block": 0.5}, calibration=[images(model)]).model
+    (group,) = find_groups(model, ["block"])
+    result = shrink(model, [group], {group.name: torch.tensor([True] * 2 + [False] * 4 + [True] * 2)})
     assert result.blocks.merged == (0, 2)
+    assert predict(result, images(model)).isfinite().all()
+    del result.blocks[1]
+    assert result.blocks.merged == (0,)
     assert predict(result, images(model)).isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["upvits", "upvits-exact", "upvits-blocks"])
+def test_exact_scores_of_a_merging_model_are_refused(method: str) -> None:
+    model = tiny("vit")
+    with pytest.raises(BadInput, match=r"^exact scoring: does not follow merged tokens; use upvits-fisher or unit-obs"):
+        prune(model, method, sparsity=0.5, calibration=batches(model), merge_tokens=3)
+
+
+def test_gradient_checkpointing_which_would_not_merge_is_refused() -> None:
+    message = r"^gradient checkpointing: runs the blocks without merging of tokens; switch one of them off"
+    model = merge_tokens(tiny("vit"), 3)
+    with pytest.raises(BadInput, match=message):
+        model.set_grad_checkpointing(True)
+    model.set_grad_checkpointing(False)
+    other = tiny("vit")
+    other.set_grad_checkpointing(True)
+    with pytest.raises(BadInput, match=message):
+        merge_tokens(other, 3)
+
+
 def test_other_models_and_numbers_are_refused() -> None:
-    for number in (0, 2.5, "2"):
-        with pytest.raises(BadInput, match=rf"^merge_tokens: {number!r} tokens; give a whole number, at least 1"):
+    for number in (0, 2.5, "2", True, 2_000_000):
+        with pytest.raises(BadInput, match=rf"^merge_tokens: {number!r} tokens; give a whole number from 1 to 1048576"):
             merge_tokens(tiny("vit"), number)
-    with pytest.raises(BadInput, match=r"^SwinTransformer: only VisionTransformer .*; set prune.merge_tokens to null"):
+    with pytest.raises(BadInput, match=r"^VisionTransformer: has 1 block, tokens are merged before the second; leave"):
+        merge_tokens(timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 1}), 2)
+    gated = timm.create_model("vit_tiny_patch16_224", **VIT, mlp_layer=SwiGLU)
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp: is a SwiGLU, not timm's Mlp"):
+        merge_tokens(gated, 2)
+    with pytest.raises(BadInput, match=r"^SwinTransformer: only VisionTransformer .*; leave merge_tokens out"):
         merge_tokens(tiny("swin"), 2)
     model = timm.create_model("vit_tiny_patch16_224", **VIT, block_fn=ParallelScalingBlock)
     with pytest.raises(BadInput, match=r"^blocks.0: is a ParallelScalingBlock, not timm's Block; its tokens"):

@@ -67,7 +67,7 @@ def test_a_card_names_merged_tokens(tmp_path: Path) -> None:
     save(merge_tokens(tiny("vit", dtype=torch.float32), 3), tmp_path)
     write_card(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "Its blocks merge 3 patch tokens into similar ones." in text
+    assert "Before every block but the first, up to 3 patch tokens are merged into similar ones." in text
     assert "vitprune.load(" in text
 
 

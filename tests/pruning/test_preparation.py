@@ -5,9 +5,20 @@ import torch
 from torch import nn
 
 from tests.support.model_zoo import batches, images, tiny
-from vitprune import BadInput, PruneConfig, ReconstructConfig, TrainConfig, count, gradual_prune, merge_tokens, prune
+from vitprune import (
+    AllocationConfig,
+    BadInput,
+    PruneConfig,
+    ReconstructConfig,
+    TrainConfig,
+    count,
+    gradual_prune,
+    merge_tokens,
+    prune,
+)
 from vitprune.config.targets import Target
 from vitprune.pipeline.check_settings import check_plan
+from vitprune.pruning.cycle_masks import cycle_state
 from vitprune.pruning.plan import plan_for
 
 
@@ -24,13 +35,35 @@ def test_a_target_refers_to_the_dense_model_with_all_tokens() -> None:
 
 def test_a_target_that_merging_alone_reaches_is_refused() -> None:
     model = tiny("vit")
-    message = r"^prune.merge_tokens 4: reduces macs to 0.9\d+ of the dense model without pruning, and .* is 0.9500"
+    message = r"^prune.merge_tokens: merged tokens reduce macs to 0.9\d+ of the dense model without .* is 0.9500"
     with pytest.raises(BadInput, match=message):
         prune(model, "unit-obs", calibration=batches(model), target={"macs": 0.95}, merge_tokens=4)
+    with pytest.raises(BadInput, match=message):
+        prune(merge_tokens(tiny("vit"), 4), "unit-obs", calibration=batches(model), target={"macs": 0.95})
     plan = plan_for(PruneConfig(method="unit-obs", target={"macs": 0.95}, merge_tokens=4))
     with pytest.raises(BadInput, match=message):
         check_plan(model, plan)
     assert type(model.blocks) is nn.Sequential
+
+
+def test_the_limits_of_the_cycles_start_at_the_cost_of_the_merging_model() -> None:
+    model = tiny("vit")
+    config = PruneConfig(method="unit-obs", target={"macs": 0.5}, cycles=4, schedule="linear", merge_tokens=6)
+    plan = plan_for(config)
+    merging = merge_tokens(tiny("vit"), 6)
+    state = cycle_state(merging, plan)
+    start = count(merging, images(model)).macs / count(model, images(model)).macs
+    assert state.costs.model.start == pytest.approx(start)
+    limits = [cost["macs"] for cost in plan.costs(state.costs.final, state.costs.model.start)]
+    assert limits == pytest.approx([start - (start - 0.5) * part for part in (0.25, 0.5, 0.75, 1)])
+
+
+def test_widths_are_searched_for_a_merging_model() -> None:
+    model = tiny("vit")
+    settings = {"calibration": batches(model, 4, 6), "target": {"macs": 0.6}, "merge_tokens": 6}
+    result = prune(model, "unit-obs", allocation=AllocationConfig(evaluations=10), **settings)
+    dense, pruned = (count(one, images(model)).macs for one in (model, result.model))
+    assert pruned / dense == pytest.approx(0.6, rel=0.03)
 
 
 def test_the_result_is_reconstructed_and_corrected_towards_all_tokens() -> None:

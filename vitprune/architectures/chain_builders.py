@@ -17,6 +17,7 @@ from vitprune.architectures.block_removal import IdentityBlock
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.chain import AttentionLayers, Branch, Chain, MlpLayers, Step
 from vitprune.architectures.slices import not_prunable
+from vitprune.architectures.token_merging import without_merging
 from vitprune.errors import BadInput
 
 
@@ -36,6 +37,8 @@ def build_chain(model: nn.Module) -> Chain:
     if build is None:
         supported = ", ".join(family.__name__ for family in CHAINS)
         raise BadInput(f"{type(model).__name__}: exact scoring is not supported yet; supported are {supported}")
+    if without_merging(model) is not model:
+        raise BadInput("exact scoring: does not follow merged tokens; use upvits-fisher or unit-obs")
     return build(model)
 
 

@@ -1,7 +1,7 @@
 """Token merging (ToMe) in a plain ViT: before a block, the most similar pairs of patch tokens become their mean.
 
 The weights do not change, and no token is dropped; the blocks run on fewer tokens. This changes the number of tokens
-that the model returns, unlike everything else in this package, which makes layers narrower.
+that the model returns. No other change of a model in this package does this.
 """
 
 import copy
@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from vitprune.groups import Group
 
 PATH, SUFFIX = "blocks", ".merged"
 MAX_MERGED = 1 << 20  # of a saved structure
+LEAVE_OUT = "leave merge_tokens out"
 
 
 class MergingBlocks(nn.Sequential):
@@ -43,6 +44,13 @@ class MergingBlocks(nn.Sequential):
         blocks = list(self.children())[index]
         return MergingBlocks(blocks, self.merged[index], self.prefix) if isinstance(index, slice) else blocks
 
+    def __delitem__(self, index: int | slice) -> None:
+        """Remove blocks with their merging."""
+        merged = list(self.merged)
+        del merged[index]
+        self.merged = tuple(merged)
+        super().__delitem__(index)
+
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on tokens (B, N, C); return (B, fewer tokens, C)."""
         sizes = None
@@ -60,19 +68,27 @@ def merge_tokens(model: nn.Module, number: int) -> nn.Module:
 
     Args:
         model: A plain ViT of timm: VisionTransformer or VisionTransformerDistilled with timm's Block and Attention.
-        number: Tokens that are merged into another one before each block, at least 1; at most half of the patch tokens.
+        number: Tokens that are merged into another one before each block, at least 1. If it is more than half of the
+            patch tokens, half of them are merged.
 
     Returns:
         The model. `vitprune.save` and `vitprune.load` keep the merging; plain timm loads the weights without it.
 
     Raises:
-        BadInput: the model is no plain ViT; the message names the module.
+        BadInput: the model is no plain ViT of two blocks or more (the message names the module), or uses gradient
+            checkpointing.
 
     Source: ToMe (Bolya et al., ICLR 2023), by the mean key of all heads; here before the attention of a block.
     """
-    if not isinstance(number, int) or number < 1:
-        raise BadInput(f"merge_tokens: {number!r} tokens; give a whole number, at least 1")
+    if type(number) is not int or not 1 <= number <= MAX_MERGED:
+        raise BadInput(f"merge_tokens: {number!r} tokens; give a whole number from 1 to {MAX_MERGED}")
     blocks = _mergeable_blocks(model)
+    if len(blocks) < 2:
+        raise BadInput(
+            f"{type(model).__name__}: has {len(blocks)} block, tokens are merged before the second; {LEAVE_OUT}"
+        )
+    if model.grad_checkpointing:
+        _refuse_checkpointing()
     _replace(model, [0] + [number] * (len(blocks) - 1))
     return model
 
@@ -108,7 +124,7 @@ def _set_number(index: int, model: Any, shape: tuple[int, ...]) -> None:
 
 
 def without_merging(model: nn.Module) -> nn.Module:
-    """Return a model that shares all modules and does not merge tokens; the model itself if it does not either."""
+    """Return a model that shares all modules and does not merge tokens; the model itself if it merges no tokens."""
     blocks = getattr(model, PATH, None)
     if not isinstance(blocks, MergingBlocks):
         return model
@@ -125,12 +141,12 @@ def _mergeable_blocks(model: nn.Module) -> nn.Sequential:
     """
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         why = "only VisionTransformer and VisionTransformerDistilled of timm merge tokens"
-        raise BadInput(f"{type(model).__name__}: {why}; set prune.merge_tokens to null")
+        raise BadInput(f"{type(model).__name__}: {why}; {LEAVE_OUT}")
     for path, module, kind in _expected_modules(cast(Any, model).blocks):
         if type(module) is not kind:
             raise BadInput(
                 f"{path}: is a {type(module).__name__}, not timm's {kind.__name__}; its tokens cannot be merged, "
-                "set prune.merge_tokens to null"
+                f"{LEAVE_OUT}"
             )
     return cast(nn.Sequential, model.blocks)
 
@@ -139,15 +155,23 @@ def _expected_modules(blocks: Any) -> Iterator[tuple[str, nn.Module, type[nn.Mod
     for index, block in enumerate(blocks):
         yield f"{PATH}.{index}", block, Block
         yield f"{PATH}.{index}.attn", block.attn, Attention
+        yield f"{PATH}.{index}.mlp", block.mlp, Mlp
+
+
+def _refuse_checkpointing(enable: bool = True) -> None:
+    """Replace `set_grad_checkpointing` of a model: timm's checkpointing runs the blocks without merging."""
+    if enable:
+        raise BadInput("gradient checkpointing: runs the blocks without merging of tokens; switch one of them off")
 
 
 def _replace(model: Any, merged: Sequence[int]) -> None:
+    model.set_grad_checkpointing = _refuse_checkpointing
     model.blocks = MergingBlocks(list(model.blocks), merged, model.num_prefix_tokens).train(model.blocks.training)
 
 
 @torch.no_grad()
 def _similarity(block: Any, x: Tensor, prefix: int) -> Tensor:
-    """Cosine similarity of every second patch token to the others, by the mean key of all heads: (B, N/2, N/2)."""
+    """Cosine similarity of patch tokens 1, 3, 5, ... to 2, 4, 6, ..., by the mean key of all heads."""
     qkv, width = block.attn.qkv, x.shape[-1]
     weight = qkv.weight.view(3, block.attn.num_heads, -1, width)[1].mean(dim=0)
     bias = None if qkv.bias is None else qkv.bias.view(3, block.attn.num_heads, -1)[1].mean(dim=0)
@@ -157,7 +181,7 @@ def _similarity(block: Any, x: Tensor, prefix: int) -> Tensor:
 
 
 def _merge(x: Tensor, sizes: Tensor, similarity: Tensor, number: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """Merge the `number` most similar of every second patch token into the others; return the tokens and sizes."""
+    """Merge `number` of the patch tokens 1, 3, 5, ... into the others, the most similar; return tokens and sizes."""
     with torch.no_grad():
         best, partner = similarity.max(dim=-1)
         order = best.argsort(dim=-1, descending=True)

@@ -34,7 +34,8 @@ PAGE = """\
 
 A timm model of {{ "{:,}".format(saved.params) }} parameters, pruned with vitprune.
 {% if saved.merged %}
-Its blocks merge {{ saved.merged }} patch tokens into similar ones. It classifies images; it has no features per patch.
+Before every block but the first, up to {{ saved.merged }} patch tokens are merged into similar ones. The model
+classifies images; it has no features per patch.
 {% endif %}{% if method %}
 ## What was removed
 

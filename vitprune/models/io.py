@@ -218,7 +218,7 @@ class SavedModel:
         pretrained_cfg: timm's config of the model.
         params: Number of parameters.
         plain: Whether plain timm loads it: all blocks have the same shape, and no tokens are merged.
-        merged: Number of tokens that are merged before the blocks, in all.
+        merged: Largest number of tokens that are merged before a block.
     """
 
     architecture: str
@@ -242,7 +242,7 @@ def describe_saved(directory: Path) -> SavedModel:
     _resize(meta, config)
     check_fit(path, header, meta.state_dict(), type(meta).__name__)
     params = sum(parameter.numel() for parameter in meta.parameters())
-    merged = sum(number for (number,) in merged_tokens(meta).values())
+    merged = max((number for (number,) in merged_tokens(meta).values()), default=0)
     return SavedModel(config.architecture, config.pretrained_cfg, params, plain, merged)
 
 

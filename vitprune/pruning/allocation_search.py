@@ -170,15 +170,15 @@ def selector(plan: Plan, state: CycleState) -> Select:
         if costs.times:
             return lambda scores: select_by_latency(scores, share, groups, costs.times, state.masks, bounds)
         return lambda scores: select_by_macs(scores, share, groups, costs.macs_per_unit, state.masks, bounds)
-    ((cost, limit),) = plan.costs(costs.final)[state.number - 1].items()
-    per_unit = costs.macs_per_unit if cost == "macs" else macs_per_unit(groups, costs.model)
+    ((cost, limit),) = plan.costs(costs.final, costs.model.start)[state.number - 1].items()
+    start, per_unit = costs.model.start, costs.macs_per_unit if cost == "macs" else macs_per_unit(groups, costs.model)
 
     def masks_at(scores: Scores, share: float) -> Masks:
         return select_by_macs(scores, share, groups, costs.macs_per_unit, state.masks, bounds)
 
     def linear_cost(masks: Masks) -> float:
         removed = {group.name: int((~masks[group.name]).sum()) * group.shape[-1] / group.units for group in groups}
-        return 1 - sum(per_unit[name] * units for name, units in removed.items())
+        return start - sum(per_unit[name] * units for name, units in removed.items())
 
     equal = {group.name: torch.zeros(group.shape) for group in groups}
     limit = max(limit, linear_cost(masks_at(equal, math.nextafter(1.0, 0.0))))  # few widths may not reach the target

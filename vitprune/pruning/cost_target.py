@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.token_merging import without_merging
@@ -15,7 +14,7 @@ from vitprune.errors import BadInput
 from vitprune.evaluation.cost import count_macs
 from vitprune.evaluation.latency import latency
 from vitprune.evaluation.latency_table import LatencyTable, kept_width
-from vitprune.groups import Group, Masks, meta_copy, shrink
+from vitprune.groups import Group, Masks, all_units, meta_copy, shrink
 from vitprune.runtime.messages import warn
 
 COUNTS = ("params", "macs")
@@ -37,12 +36,14 @@ class CostModel:
         dense: Cost of the dense model, in parameters, MACs or milliseconds.
         relative_cost: Maps masks of the dense model's groups to a fraction of `dense`.
         latencies: Measures the latency of masks again with more runs; None if the cost is not measured.
+        start: Cost of the model before the first cycle, as a fraction of `dense`; less than 1 if tokens are merged.
     """
 
     cost: str
     dense: float
     relative_cost: CostFn
     latencies: Callable[[Masks], Latencies] | None = None
+    start: float = 1.0
 
     @property
     def precision(self) -> float:
@@ -161,17 +162,24 @@ def bisect(
 
 
 def refine_latency(
-    masks_at: Callable[[float], Masks], measure: CostFn, limit: float, scalar: float
+    masks_at: Callable[[float], Masks], measure: CostFn, limit: float, scalar: float, start: float = 1.0
 ) -> tuple[float, float]:
     """Correct the result of a search over short latency measurements by long ones.
 
     Short measurements that are low by chance end a search too early. The tries move along a line from the dense to the
     smallest model.
 
+    Args:
+        masks_at: Masks for a scalar.
+        measure: Latency of masks.
+        limit: Largest latency.
+        scalar: Result of the search.
+        start: Latency at scalar 0.
+
     Returns:
         The scalar with the largest latency below the limit, and that latency.
     """
-    slope = max(1 - measure(masks_at(math.nextafter(1.0, 0.0))), CLOSE)
+    slope = max(start - measure(masks_at(math.nextafter(1.0, 0.0))), CLOSE)
     tried: dict[float, float] = {}
     for _ in range(TRIES):
         tried[scalar] = measure(masks_at(scalar))
@@ -236,11 +244,10 @@ def _count_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostMo
             per_layer.get(n.removesuffix(".weight"), 0) * _zeros(used, masks[n]) for n, used in weights.items()
         )
 
-    if (all_tokens := without_merging(model)) is model:
-        dense = counted({group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups})
-    else:
-        dense = _count_model(all_tokens, groups, cost).dense
-    return CostModel(cost, dense, lambda masks: counted(masks) / dense)
+    all_tokens, before = without_merging(model), counted(all_units(groups))
+    dense = before if all_tokens is model else _count_model(all_tokens, groups, cost).dense
+    start = before / dense
+    return CostModel(cost, dense, lambda masks: counted(masks) / dense, start=start)
 
 
 def _table_model(table: LatencyTable, groups: Sequence[Group], cost: str) -> CostModel:
@@ -271,4 +278,5 @@ def _latency_model(dense: nn.Module, groups: Sequence[Group], cost: str) -> Cost
     if times["p90"] > STEADY * times["p10"]:
         spread = f"{times['p10']:.3g} to {times['p90']:.3g} ms (p10 to p90)"
         warn(f"prune.target.{cost}: the dense model takes {spread}; use a quiet machine, or a target in macs")
-    return CostModel(cost, times["median"], share, lambda masks: both(masks, LONG_RUNS))
+    start = 1.0 if dense is model else share(all_units(groups))
+    return CostModel(cost, times["median"], share, lambda masks: both(masks, LONG_RUNS), start)

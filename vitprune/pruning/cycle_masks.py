@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures import find_groups, merge_heads
+from vitprune.architectures.token_merging import without_merging
 from vitprune.criteria import Batches
 from vitprune.errors import BadInput
 from vitprune.evaluation.latency_table import read_latency_table
-from vitprune.groups import Group, Masks, Scores
+from vitprune.groups import Group, Masks, Scores, all_units
 from vitprune.pruning.block_steps import next_block_removal, remaining_groups, to_dense_names
 from vitprune.pruning.constraints import Constraints, constraints_of, nearest
 from vitprune.pruning.cost_target import (
@@ -144,7 +145,7 @@ def cycle_state(dense: nn.Module, plan: Plan, number: int = 1, masks: Masks | No
         BadInput: the model has no group of a kind, the target is out of its reach, or a rule does not fit it.
     """
     groups = groups_for(dense, plan)
-    return CycleState(number, masks or _all_units(groups), groups, costs_for(dense, groups, plan))
+    return CycleState(number, masks or all_units(groups), groups, costs_for(dense, groups, plan))
 
 
 def select_cycle_masks(
@@ -269,7 +270,7 @@ def cycle_target(scores: Scores, plan: Plan, state: CycleState) -> CycleTarget:
     constraints, model = constraints_for(plan, state), state.costs.model
     if model is None:
         return CycleTarget(_feasible_blocks(plan.targets()[state.number - 1], state.groups, constraints))
-    ((cost, limit),) = plan.costs(state.costs.final)[state.number - 1].items()
+    ((cost, limit),) = plan.costs(state.costs.final, model.start)[state.number - 1].items()
 
     def shares(scalar: float) -> Mapping[str, float]:
         return _feasible_blocks(plan.shares(scalar), state.groups, constraints)
@@ -283,7 +284,7 @@ def cycle_target(scores: Scores, plan: Plan, state: CycleState) -> CycleTarget:
     low, high = bisect(masks_at, model, limit, model.precision)
     if (measure := model.latencies) is not None:
         high, latency = refine_latency(
-            masks_at, lambda masks: _relative_latency(cost, measure(masks), model.dense), limit, high
+            masks_at, lambda masks: _relative_latency(cost, measure(masks), model.dense), limit, high, model.start
         )
         return CycleTarget(shares(high), f"{latency:.4f} was measured at selection, the nearest of all tries")
     return CycleTarget(shares(high), step_between(state.groups, masks_at(low), masks_at(high), model))
@@ -313,7 +314,7 @@ def costs_for(dense: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
     Raises:
         BadInput: the target is out of the model's reach, or a rule does not fit it.
     """
-    state = CycleState(plan.config.cycles, _all_units(groups), groups, NO_COSTS)
+    state = CycleState(plan.config.cycles, all_units(groups), groups, NO_COSTS)
     constraints = constraints_for(plan, state)
     macs_kinds = [group for group in groups if group.kind in plan.macs_kinds]
     path = None if plan.config.target is None else plan.config.target.table
@@ -330,8 +331,8 @@ def costs_for(dense: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
     most = _feasible_blocks(plan.shares(math.nextafter(1.0, 0.0)), groups, constraints)
     final = fraction_of(plan.target, model, model(select_masks(equal, plan, most, state)))
     plan.costs(final)
-    if plan.config.merge_tokens is not None and model.latencies is None:
-        _check_merging(plan, model(state.masks), final)
+    if without_merging(dense) is not dense:
+        _check_merging(plan, model.start, final)
     return replace(state.costs, model=model, final=final)
 
 
@@ -340,8 +341,8 @@ def _check_merging(plan: Plan, merged: float, final: float | None) -> None:
     ((cost, limit),) = plan.costs(final)[-1].items()
     if merged <= limit:
         raise BadInput(
-            f"prune.merge_tokens {plan.config.merge_tokens}: reduces {cost} to {merged:.4f} of the dense model without "
-            f"pruning, and prune.target.{cost} is {limit:.4f}; lower one of them, or give a sparsity"
+            f"prune.merge_tokens: merged tokens reduce {cost} to {merged:.4f} of the dense model without pruning, and "
+            f"prune.target.{cost} is {limit:.4f}; lower one of them, or give a sparsity"
         )
 
 
@@ -354,7 +355,7 @@ def reached_cost(selected: CycleMasks, plan: Plan, state: CycleState) -> CostRep
     model = state.costs.model
     if model is None or plan.target is None:
         return {}
-    ((cost, limit),) = plan.costs(state.costs.final)[state.number - 1].items()
+    ((cost, limit),) = plan.costs(state.costs.final, model.start)[state.number - 1].items()
     times = model.latencies(selected.masks) if model.latencies is not None else {}
     reached = _relative_latency(cost, times, model.dense) if times else model(selected.masks)
     report: dict[str, float | str] = {"target": limit, "reached": reached}
@@ -390,7 +391,3 @@ def _rescore(
     groups = [group for group in groups_for(model, plan) if group.kind in target]
     by_name = {group.name: scores[group.name] for group in groups}
     return plan.method.rescore(model, groups, batches, by_name, now, plan.context(state.number))
-
-
-def _all_units(groups: Sequence[Group]) -> Masks:
-    return {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Masks, Scores
+from vitprune.groups import Group, Masks, Scores, all_units
 from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, Constraints, middle, removal_steps
 from vitprune.pruning.cost_target import CostFn
 
@@ -42,17 +42,17 @@ def macs_per_unit(groups: Sequence[Group], share_of: CostFn) -> MacsPerUnit:
     Raises:
         BadInput: the units of a group do not save MACs one at a time (single weights, blocks).
     """
-    all_units = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
-    savings, all_macs = MacsPerUnit(), share_of(all_units)
+    units = all_units(groups)
+    savings, all_macs = MacsPerUnit(), share_of(units)
     for group in groups:
         if group.kind in ("weight", "block"):
             raise BadInput(f"{group.name}: scope macs cannot rank units of kind {group.kind!r}; use another scope")
         if group.shape[-1] < 2:  # the only unit cannot be removed
             savings[group.name] = 0.0
             continue
-        one_less = all_units[group.name].clone()
+        one_less = units[group.name].clone()
         one_less[..., 0] = False
-        savings[group.name] = all_macs - share_of(all_units | {group.name: one_less})
+        savings[group.name] = all_macs - share_of(units | {group.name: one_less})
     return savings
 
 
@@ -103,10 +103,9 @@ def select_by_macs(
 
 def masks_before(groups: Sequence[Group], previous: Masks | None) -> dict[str, Tensor]:
     """Return a copy of the masks of the cycle before, in the shapes of the groups; all units without one."""
-    return {
-        g.name: torch.ones(g.shape, dtype=torch.bool) if previous is None else previous[g.name].view(g.shape).clone()
-        for g in groups
-    }
+    if previous is None:
+        return all_units(groups)
+    return {group.name: previous[group.name].view(group.shape).clone() for group in groups}
 
 
 def removal_order(group: Group, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

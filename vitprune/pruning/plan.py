@@ -61,14 +61,18 @@ class Plan:
         """Return the sparsity per kind for a scalar, if a cost target determines the amount."""
         return {kind: share * scalar for kind, share in self.sparsity.items()}
 
-    def costs(self, final: float | None = None) -> list[dict[str, float]]:
+    def costs(self, final: float | None = None, start: float = 1.0) -> list[dict[str, float]]:
         """Return the cost limit after each cycle, as a fraction of the dense model's.
 
         Args:
             final: The limit after the last cycle, if the target is absolute.
+            start: The cost before the first cycle; less than 1 if tokens are merged.
         """
         limits = {cost: float(limit) if final is None else final for cost, limit in (self.target or {}).items()}
-        by_cost = {cost: [*(1 - x for x in self._sparsities(1 - limit)[:-1]), limit] for cost, limit in limits.items()}
+        by_cost = {}
+        for cost, limit in limits.items():
+            scale = (start - limit) / (1 - limit) if limit < 1 else 1.0
+            by_cost[cost] = [*(start - scale * x for x in self._sparsities(1 - limit)[:-1]), limit]
         return [{cost: steps[cycle] for cost, steps in by_cost.items()} for cycle in range(self.config.cycles)]
 
     def progress(self, cycle: int, final: float | None = None) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from vitprune.architectures.token_merging import without_merging
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.criteria import Batches
 from vitprune.errors import BadInput, NotFinite
@@ -177,9 +178,12 @@ def _mixed(view: Tensor, other: Tensor) -> Tensor:
 
 
 def _shared_blocks(model: nn.Module, dense: nn.Module) -> list[str]:
-    """Paths of the blocks of both models: neighbours of one class in a list, that have no such neighbours inside."""
+    """Paths of the blocks of both models: neighbours of one class in a list, that have no such neighbours inside.
+
+    None if tokens are merged: then most outputs have other shapes, and the weight of the others would grow.
+    """
     ours, theirs = _blocks(model), _blocks(dense)
-    return ours if ours == theirs else []
+    return ours if ours == theirs and without_merging(model) is model else []
 
 
 def _blocks(model: nn.Module) -> list[str]:

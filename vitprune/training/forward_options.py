@@ -36,7 +36,7 @@ def forward_options(task: Any, recipe: TrainConfig) -> Iterator[None]:
 
 
 def _set_grad_checkpointing(model: nn.Module, on: bool) -> None:
-    if without_merging(model) is not model:  # timm's checkpointing runs the blocks one by one, without merging
+    if on and without_merging(model) is not model:
         raise BadInput("train.checkpointing: not supported with merged tokens; set it to false")
     switch = getattr(model, "set_grad_checkpointing", None)
     try:

@@ -149,8 +149,11 @@ def test_blocks_of_a_merging_model_are_removed() -> None:
 @pytest.mark.parametrize("method", ["upvits", "upvits-exact", "upvits-blocks"])
 def test_exact_scores_of_a_merging_model_are_refused(method: str) -> None:
     model = tiny("vit")
+    given = {"sparsity": 0.5, "calibration": batches(model)}
+    with pytest.raises(BadInput, match=rf"^prune.merge_tokens: the exact scores of method {method} do not follow"):
+        prune(model, method, merge_tokens=3, **given)
     with pytest.raises(BadInput, match=r"^exact scoring: does not follow merged tokens; use upvits-fisher or unit-obs"):
-        prune(model, method, sparsity=0.5, calibration=batches(model), merge_tokens=3)
+        prune(merge_tokens(model, 3), method, **given)
 
 
 def test_gradient_checkpointing_which_would_not_merge_is_refused() -> None:

@@ -44,6 +44,11 @@ class Method:
         """Whether the scores are sums over batches, which processes can compute in parts."""
         return self.criterion in ADDITIVE
 
+    @property
+    def follows_merging(self) -> bool:
+        """Whether the scores are those of a model that merges tokens; exact KL scores are not."""
+        return self.criterion is not exact.exact_kl and self.rescore is None
+
 
 def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = False) -> Method:
     return Method(criterion, {"weight": scope}, ("weight",), free_scope, about)

@@ -193,6 +193,9 @@ def _check_kinds(plan: Plan) -> None:
         raise BadInput(f"prune.merge_heads_to {config.merge_heads_to}: needs kind attention; set it to null")
     if config.rotate_residual and "residual" not in kinds:
         raise BadInput("prune.rotate_residual: needs kind residual; set it to false")
+    if config.merge_tokens is not None and not plan.method.follows_merging:
+        why = f"the exact scores of method {config.method} do not follow merged tokens"
+        raise BadInput(f"prune.merge_tokens: {why}; use upvits-fisher or unit-obs, or set it to null")
     if config.merge_tokens is not None and config.target is not None and config.target.table is not None:
         raise BadInput("prune.merge_tokens: the times of prune.target.table are those of all tokens; set one to null")
     if len({plan.sparsity[kind] for kind in plan.macs_kinds}) > 1:

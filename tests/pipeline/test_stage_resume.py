@@ -33,7 +33,8 @@ class Broken(BaseException):
 def project_in(path: Path, **prune: object) -> Path:
     """Create a project with a minimal model and run the stages up to `mask`."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["model"]["args"] |= {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 16}
+    depth = 2 if "merge_tokens" in prune else 1
+    params["model"]["args"] |= {"depth": depth, "embed_dim": 24, "num_heads": 3, "patch_size": 16}
     params["dense"]["train"], params["calibrate"]["size"] = RECIPE | {"epochs": 1}, 50
     params["prune"] |= {"cycles": 3, "finetune": RECIPE | {"optimizer_state": "keep", "decay_over": "run"}} | prune
     params["distill"]["train"] = RECIPE

@@ -62,7 +62,8 @@ def structured(about: str, goal: str, peers: str, ours: Value | None = None) -> 
     """Return a row for units, by default the best of ours, compared with the best of Torch-Pruning's settings."""
     best = Value("peers", f"{peers}: (?!.*calibration).*(?<!MACs)(?<!params)", max)
     value = ours or Value("structured", f"best of ours, {goal}")
-    return Figure(about, value.results, value, best, "Torch-Pruning, best setting")
+    whose = "Torch-Pruning, best setting" + (", all tokens" if ours else "")
+    return Figure(about, value.results, value, best, whose)
 
 
 def merging(macs: str, merged: int) -> Figure:
@@ -79,7 +80,7 @@ FIGURES = (
         "label_free",
         Value("label_free", r"2:4, obc, 200 images, seed \d"),
         Value("oneshot", "n:m, 2:4"),
-        "magnitude",
+        "magnitude, not fitted",
     ),
     structured("50 % of the FFN units removed", "50 % of FFN", "50% of ffn"),
     structured("0.7x MACs", "0.7x MACs", "0.7x MACs"),

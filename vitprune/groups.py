@@ -49,6 +49,30 @@ class ParamSlice:
 
 
 @dataclass(frozen=True)
+class Projections:
+    """Linear layers that write the queries, keys and values of an attention.
+
+    Attributes:
+        layers: their paths, three times the same if they are fused in this order.
+        heads: number of heads.
+    """
+
+    layers: tuple[str, ...]
+    heads: int
+
+    @property
+    def path(self) -> str:
+        """Path of the layer of queries, under which statistics are stored."""
+        return self.layers[0]
+
+    def select(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return q, k and v (..., heads, c) of values (..., rows) by path of the layer."""
+        is_fused = len(set(self.layers)) == 1
+        parts = values[self.path].chunk(3, dim=-1) if is_fused else [values[path] for path in self.layers]
+        return [part.unflatten(-1, (self.heads, -1)) for part in parts]
+
+
+@dataclass(frozen=True)
 class Group:
     """Units of one kind that can be removed, with every slice that belongs to them.
 
@@ -66,6 +90,8 @@ class Group:
             in the order of the model: attention, FFN, attention, and so on. If only whole blocks can be removed, both
             units of a block are the block.
         drop: for blocks, function that removes the sub-layers which a mask does not keep from the owner.
+        projections: for attention channels, the layers of q, k and v; None if they are no plain Linear layers, or if a
+            change of basis of q and k, or of v and the output, would change the function.
         buffers: slices of buffers, such as the running mean of a BatchNorm. They are cut out and never zeroed, because
             zero weight and bias make the units zero.
     """
@@ -80,6 +106,7 @@ class Group:
     sublayers: tuple[tuple[str, ...], ...] = ()
     drop: Drop | None = None
     buffers: tuple[ParamSlice, ...] = ()
+    projections: Projections | None = None
 
     @property
     def units(self) -> int:

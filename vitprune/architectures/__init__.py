@@ -26,6 +26,7 @@ from vitprune.architectures import (
     residual_stream,
     swin,
     token_merging,
+    traced_groups,
     unstructured,
     unstructured_tables,
     vit,
@@ -35,7 +36,7 @@ from vitprune.architectures.causal_lm import groups as decoder_groups
 from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, resize_group
-from vitprune.runtime.wrappers import plain_model
+from vitprune.runtime.wrappers import is_timm_model, plain_model
 
 Finder = Callable[[nn.Module, str], list[Group]]
 Cut = tuple[Group, tuple[int, ...]]
@@ -58,10 +59,11 @@ TABLES: dict[type[nn.Module], unstructured.Table] = {
 
 
 def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
-    """Find all prunable groups of the given kinds in a timm model.
+    """Find all prunable groups of the given kinds in a model.
 
     Args:
-        model: a timm model or a `Decoder`.
+        model: a timm model, a `Decoder`, or any other model of images; those without an image size of their own get
+            images of 3 x 224 x 224 pixels.
         kinds: kinds of units, from `vitprune.config.prune_config.KINDS`.
 
     Returns:
@@ -96,7 +98,7 @@ def _find(model: nn.Module, kind: str) -> list[Group]:
     if type(model) in FAMILIES:
         return FAMILIES[type(model)](model, kind)
     if kind in by_module.KINDS:
-        return by_module.groups(model, kind)
+        return by_module.groups(model, kind) if is_timm_model(model) else traced_groups.groups(model, kind)
     if kind == "residual":
         return residual_stream.groups(model)
     if type(model) in TABLES:

@@ -19,7 +19,7 @@ from vitprune.architectures.slices import (
     sequential_layers,
 )
 from vitprune.errors import BadInput
-from vitprune.groups import Group, ParamSlice
+from vitprune.groups import Group, ParamSlice, Projections
 
 
 def is_known(module: nn.Module) -> bool:
@@ -52,12 +52,22 @@ def groups(kind: str, path: str, attn: Any) -> list[Group]:
         units = _writer_slices(path, attn, spec, num_heads * head_dim, num_heads)
         units += input_slices(f"{path}.{spec.reader}", reader)
         resize = partial(_resize_channels, spec)
-        return [Group(path, kind, (num_heads, head_dim), units.slices, "", path, resize, buffers=units.buffers)]
+        group = Group(path, kind, (num_heads, head_dim), units.slices, "", path, resize, buffers=units.buffers)
+        return [replace(group, projections=_projections(attn, group))]
     units = _writer_slices(path, attn, spec, num_heads, num_heads)
     units += input_slices(f"{path}.{spec.reader}", reader, 1, head_dim)
     units = sum((_per_head_slices(path, attn, leaf, axis) for leaf, axis in spec.per_head), units)
     resize = partial(_resize_heads, spec, head_dim)
     return [Group(f"{path}.heads", kind, (num_heads,), units.slices, "", path, resize, buffers=units.buffers)]
+
+
+def _projections(attn: Any, group: Group) -> Projections | None:
+    """The fused layer of q, k and v; None if a change of basis would change the function."""
+    weights = [part for part in group.slices if part.axis == 0 and part.param.endswith(".weight")]
+    fused = [part.param.removesuffix(".weight") for part in weights if part.outer == 3]
+    layers = {part.param.rpartition(".")[0] for part in group.slices + group.buffers}
+    is_plain = len(fused) == 1 and len(layers) == 2 and "scale" in vars(attn)
+    return Projections((fused[0],) * 3, group.shape[0]) if is_plain else None
 
 
 def merge_heads(model: nn.Module, group: Group, number: int) -> Group:

@@ -213,6 +213,44 @@ def _reduce_map(attn: Any, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
     return reduced if attn.act is None else attn.act(reduced)
 
 
+class NarrowMultiheadAttention(nn.MultiheadAttention):
+    """torch's multi-head attention with fused input projection; torch's own takes no other width than embed_dim."""
+
+    def forward(  # type: ignore[override]
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute attention of query (B, N, C), or (N, B, C) if not `batch_first`; as torch.nn.MultiheadAttention."""
+        inputs = [query, key, value]
+        if not self.batch_first:
+            inputs = [part.transpose(0, 1) for part in inputs]
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        projected = [F.linear(*given) for given in zip(inputs, weights, biases, strict=True)]
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected)
+        logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, N, M)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+        for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
+            if mask is not None:
+                logits = logits.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+        shares = logits.softmax(dim=-1)
+        mixed = F.dropout(shares, self.dropout, self.training) @ v
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        if not self.batch_first:
+            output = output.transpose(0, 1)
+        if not need_weights:
+            return output, None
+        return output, shares.mean(dim=1) if average_attn_weights else shares
+
+
 PRUNED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     beit.Attention: NarrowBeitAttention,
     cait.ClassAttn: NarrowClassAttention,
@@ -226,6 +264,12 @@ PRUNED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     xcit.XCA: NarrowCrossCovariance,
 }
 TIMM_CLASS = {pruned: stock for stock, pruned in PRUNED_CLASS.items()}
+
+
+def narrow_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class with a forward pass for any width; the class itself if there is none."""
+    others = {nn.MultiheadAttention: NarrowMultiheadAttention, pvt_v2.Attention: NarrowPvtAttention}
+    return (others | PRUNED_CLASS).get(kind, kind)
 
 
 def set_forward_class(attn: Any, num_heads: int, head_dim: int) -> None:

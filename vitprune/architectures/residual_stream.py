@@ -92,7 +92,7 @@ def _feature_entries(model: Any, streams: Sequence[ChannelGroup]) -> list[list[i
 
 
 def _group(model: Any, stream: ChannelGroup, features: Sequence[int]) -> Group:
-    names = model.pretrained_cfg.get("classifier") or ()
+    names = vars(model).get("pretrained_cfg", {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     read = [name for name in names if any((p.param, p.axis) == (f"{name}.weight", 1) for p in stream.slices)]
     heads = tuple(dict.fromkeys(name.rpartition(".")[0] for name in read))

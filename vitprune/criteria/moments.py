@@ -1,9 +1,9 @@
 """Second moments of layer inputs, and the Fisher metric of layer outputs (K-FAC factors)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from vitprune.criteria import Batches, ScoringContext, Statistics, layer_io
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.errors import BadInput
-from vitprune.groups import Group
+from vitprune.groups import Group, Projections
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.messages import warn
 from vitprune.runtime.progress import track
@@ -49,27 +49,23 @@ def find_consumer(model: nn.Module, group: Group) -> Consumer:
     return result[0]
 
 
-def find_qkv(model: nn.Module, group: Group) -> str:
-    """Return the path of the fused qkv layer of an attention group.
+def find_projections(group: Group) -> Projections:
+    """Return the layers of q, k and v of an attention group.
 
     Raises:
-        BadInput: q, k and v do not come from one Linear layer, or the group has merged heads.
+        BadInput: a change of basis of its channels is not possible, or the group has merged heads.
     """
-    num_heads = cast(Any, model.get_submodule(group.owner)).num_heads
-    if group.shape[0] != num_heads:
+    if group.projections is None:
         raise BadInput(
-            f"{group.name}: each of its {num_heads} heads has its own basis, so heads cannot be merged; "
+            f"{group.name}: its q, k and v do not come from plain Linear layers, so there is no change of basis; "
+            "use heads or ffn here"
+        )
+    if group.shape[0] != group.projections.heads:
+        raise BadInput(
+            f"{group.name}: each of its {group.projections.heads} heads has its own basis, so heads cannot be merged; "
             "unset prune.merge_heads_to"
         )
-    result = [
-        part.param.removesuffix(".weight")
-        for part in group.slices
-        if part.axis == 0 and part.outer == 3 and part.param.endswith(".weight")
-    ]
-    layers = {part.param.rpartition(".")[0] for part in group.slices + group.buffers}
-    if len(result) != 1 or len(layers) != 2 or "scale" not in vars(model.get_submodule(group.owner)):
-        raise BadInput(f"{group.name}: its q, k and v do not come from one Linear layer; use heads or ffn here")
-    return result[0]
+    return group.projections
 
 
 def collect_unit_moments(
@@ -96,19 +92,19 @@ def collect_unit_moments(
         BadInput: no batches, or a group without exactly one consumer.
     """
     readers = list(dict.fromkeys(find_consumer(model, group).path for group in groups))
-    heads = {find_qkv(model, group): group.shape[0] for group in groups if grads and group.kind == "attention"}
-    return collect_layer_moments(model, readers, heads, batches, context, "metric" if grads else None)
+    attentions = [find_projections(group) for group in groups if grads and group.kind == "attention"]
+    return collect_layer_moments(model, readers, attentions, batches, context, "metric" if grads else None)
 
 
 def collect_layer_moments(
     model: nn.Module,
     readers: Sequence[str],
-    heads: dict[str, int],
+    attentions: Sequence[Projections],
     batches: Batches,
     context: ScoringContext,
     grads: GradMoment | None,
 ) -> Statistics:
-    """Collect the same sums for plain layers (`readers`) and qkv layers (`heads`: path to number of heads).
+    """Collect the same sums for plain layers (`readers`) and the layers of q, k and v of attentions.
 
     `grads` "metric_diagonal" stores PATH/metric_diagonal (o,), the diagonal of PATH/metric; None runs no backward pass.
 
@@ -121,10 +117,10 @@ def collect_layer_moments(
     first = context.first
     predicted: set[int] = set()
     with eval_mode(model), frozen(model):
-        size = _at_once(model, readers, heads, batches[0][0], context)
+        size = _at_once(model, readers, attentions, batches[0][0], context)
         for batch, _ in track(batches, "collecting second moments"):
             for images in minibatches(batch, size):
-                result, logits = _of_batch(model, readers, heads, images, context, grads, first)
+                result, logits = _of_batch(model, readers, attentions, images, context, grads, first)
                 for name, value in result.items():
                     _add(total, name, value)
                 first += len(images)
@@ -143,18 +139,22 @@ def _warn_if_narrow(predicted: int, classes: int, images: int) -> None:
 
 
 def _at_once(
-    model: nn.Module, readers: Sequence[str], heads: dict[str, int], images: Tensor, context: ScoringContext
+    model: nn.Module,
+    readers: Sequence[str],
+    attentions: Sequence[Projections],
+    images: Tensor,
+    context: ScoringContext,
 ) -> int:
     """Number of images per forward pass that fits into `context.config.memory`."""
     one = images[:1].to(next(model.parameters()).device)
-    with record_layer_io(model, readers, list(heads)):
+    with record_layer_io(model, readers, _makers(attentions)):
         return max_batch_size(model, model, one, context.config.memory)
 
 
 def _of_batch(
     model: nn.Module,
     readers: Sequence[str],
-    heads: dict[str, int],
+    attentions: Sequence[Projections],
     images: Tensor,
     context: ScoringContext,
     grads: GradMoment | None,
@@ -162,7 +162,10 @@ def _of_batch(
 ) -> tuple[Statistics, Tensor]:
     """Return the sums of some images, and the logits."""
     device = next(model.parameters()).device
-    with torch.set_grad_enabled(grads is not None), record_layer_io(model, readers, list(heads)) as (inputs, outputs):
+    with (
+        torch.set_grad_enabled(grads is not None),
+        record_layer_io(model, readers, _makers(attentions)) as (inputs, outputs),
+    ):
         logits = model(images.to(device))
     unused = [path for path in readers if path not in inputs]
     if unused:
@@ -179,17 +182,21 @@ def _of_batch(
         output_grads = torch.autograd.grad(
             logits, [outputs[p] for p in paths], direction.to(logits.dtype), retain_graph=True
         )
-        for path, grad in zip(paths, output_grads, strict=True):
-            if path in heads:
-                query = grad[..., : grad.shape[-1] // 3].reshape(-1, heads[path], grad.shape[-1] // (3 * heads[path]))
-                _add(result, f"{path}/query_grad_sq", query.double().square().sum(dim=(0, 2)).cpu())
-            else:
-                flat = layer_io.layer_outputs(layers[path], grad, len(images)).flatten(0, 1)
-                value = flat.T @ flat if grads == "metric" else flat.square().sum(dim=0)
-                _add(result, f"{path}/{grads}", value.double().cpu())
-    for path, number in heads.items():
-        result |= _of_heads(path, outputs[path].detach(), number)
+        by_path = dict(zip(paths, output_grads, strict=True))
+        for attention in attentions:
+            query = attention.select(by_path)[0].flatten(0, -3)  # (tokens of all images, heads, c)
+            _add(result, f"{attention.path}/query_grad_sq", query.double().square().sum(dim=(0, 2)).cpu())
+        for path in readers:
+            flat = layer_io.layer_outputs(layers[path], by_path[path], len(images)).flatten(0, 1)
+            value = flat.T @ flat if grads == "metric" else flat.square().sum(dim=0)
+            _add(result, f"{path}/{grads}", value.double().cpu())
+    for attention in attentions:
+        result |= _of_heads(attention, {path: outputs[path].detach() for path in attention.layers})
     return result, logits.detach()
+
+
+def _makers(attentions: Sequence[Projections]) -> list[str]:
+    return list(dict.fromkeys(path for attention in attentions for path in attention.layers))
 
 
 def _add(result: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -204,14 +211,14 @@ def _of_inputs(layer: nn.Module, value: Tensor, parity: Tensor) -> Tensor:
     return torch.stack([(half.T @ half).double().cpu() for half in halves])
 
 
-def _of_heads(path: str, qkv: Tensor, heads: int) -> Statistics:
+def _of_heads(attention: Projections, outputs: Mapping[str, Tensor]) -> Statistics:
     """Second moments of q and of k, centered over tokens because softmax is invariant to a shift of k."""
-    query, key, _ = qkv.reshape(-1, qkv.shape[-2], 3, heads, qkv.shape[-1] // (3 * heads)).unbind(dim=2)
+    query, key, _ = (part.flatten(0, -4) if part.dim() > 4 else part for part in attention.select(outputs))
     shifted = key - key.mean(dim=1, keepdim=True)  # (windows, tokens, heads, c)
     return {
-        f"{path}/query": torch.einsum("bthc,bthd->hcd", query, query).double().cpu(),
-        f"{path}/key": torch.einsum("bthc,bthd->hcd", shifted, shifted).double().cpu(),
-        f"{path}/tokens": torch.tensor(float(query.shape[0] * query.shape[1]), dtype=torch.float64),
+        f"{attention.path}/query": torch.einsum("bthc,bthd->hcd", query, query).double().cpu(),
+        f"{attention.path}/key": torch.einsum("bthc,bthd->hcd", shifted, shifted).double().cpu(),
+        f"{attention.path}/tokens": torch.tensor(float(query.shape[0] * query.shape[1]), dtype=torch.float64),
     }
 
 

@@ -15,6 +15,8 @@ from torch.nn import functional
 from torchvision.transforms import Compose
 
 from vitprune.errors import BadInput
+from vitprune.runtime.input_size import input_size
+from vitprune.runtime.wrappers import is_timm_model
 
 # Arguments of timm.data.create_transform for training. `deit` is the recipe of DeiT (Touvron 2021, table 9); the six
 # after it are CAP's, whose `deit` is called deit_wide here: its aspect ratios vary more (docs/decisions/0012). timm
@@ -80,7 +82,8 @@ def example_input(model: nn.Module, batch: int) -> torch.Tensor:
     context = getattr(model, "pretrained_cfg", {}).get("context_length")
     if context:
         return torch.zeros(batch, context, dtype=torch.int64)
-    return torch.randn((batch, *data_config(model)["input_size"]), generator=torch.Generator().manual_seed(0))
+    size = data_config(model)["input_size"] if is_timm_model(model) else input_size(model)
+    return torch.randn((batch, *size), generator=torch.Generator().manual_seed(0))
 
 
 def transform(config: dict[str, Any], augment: str | None = None, orient: bool = True) -> Transform:

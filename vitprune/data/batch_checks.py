@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitprune.errors import BadInput
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.messages import first_line
+from vitprune.runtime.outputs import main_tensor
 from vitprune.runtime.wrappers import plain_model
 
 IGNORED = -100  # label of torch for no label
@@ -132,7 +133,7 @@ def _normal_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _trial_run(where: str, image: Tensor, model: nn.Module) -> Any:
     try:
         with torch.no_grad(), eval_mode(model):
-            return model(image)
+            return main_tensor(model(image))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a forward pass may raise anything for an input that it does not take

@@ -9,6 +9,7 @@ from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import check_labels
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.outputs import main_tensor
 from vitprune.runtime.progress import track
 
 
@@ -30,7 +31,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     predictions = []
     with torch.no_grad(), eval_mode(model):
         for images, labels in checked_stream(track(batches, "evaluating"), model, "batches"):
-            logits = model(images.to(device)).float().cpu()  # (B, classes)
+            logits = main_tensor(model(images.to(device))).float().cpu()  # (B, classes)
             check_labels(labels.cpu(), logits)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = best == labels.cpu().unsqueeze(1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.outputs import main_tensor
 
 
 @torch.no_grad()
@@ -18,4 +19,4 @@ def logits_of(model: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
     """
     device = next(model.parameters()).device
     with eval_mode(model):
-        return [model(images.to(device)) for images in batches]
+        return [main_tensor(model(images.to(device))) for images in batches]

@@ -1,6 +1,7 @@
 """Score and prune a model in one call."""
 
 import copy
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,10 @@ from vitprune.pruning.plan import plan_for
 from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune_cycles import Cycle, prune_cycles
 from vitprune.runtime.eval_mode import eval_mode, scoring_mode
+from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.model_checks import checked_model, float_type
-from vitprune.runtime.wrappers import plain_model
+from vitprune.runtime.outputs import return_all, return_main_tensor
+from vitprune.runtime.wrappers import is_timm_model, plain_model
 
 AUTO_BUDGET = "3min"
 NOTHING_SKIPPED: Mapping[str, str] = {}
@@ -151,15 +154,17 @@ def prune(
     allocation: AllocationConfig | bool = False,
     budget: Quantity | None = None,
     example_input: Tensor | None = None,
+    within: str | None = None,
     seed: int = 0,
 ) -> PruneResult:
-    """Prune a copy of a timm model in one cycle; the model itself is not changed.
+    """Prune a copy of a model in one cycle; the model itself is not changed.
 
     Give exactly one of `sparsity` and `target`; N:M methods need neither. A model in half precision is pruned in
     float32, and the result has the model's own type. The result has no wrapper of torch.compile or data parallelism.
 
     Args:
-        model: A timm model.
+        model: A timm model, or a vision model of any other library or of one's own; of an output with several tensors
+            the logits count, else the last hidden state.
         method: Name of a method in `METHODS`, or "auto": the method that loses the least accuracy without training, for
             the kinds, target or scope that is given (a sparsity alone is one of single weights), with `reconstruct` and
             a `budget` of three minutes.
@@ -182,6 +187,9 @@ def prune(
         budget: Time for the whole call, such as "3min" or seconds: the reconstruction makes as many passes as are
             expected to fit, instead of `ReconstructConfig.passes`. Scoring alone may take longer.
         example_input: Input (B, C, H, W) for a check of the result; None: an input of the model's size, for the counts.
+            Models that are not timm's are traced at its size, or at that of the calibration images.
+        within: Path of a module, such as "backbone": only groups inside it are pruned, while scores and outputs are
+            those of the whole model.
         seed: Seed of random numbers.
 
     Returns:
@@ -208,6 +216,12 @@ def prune(
     settings["reconstruct"] = ReconstructConfig() if reconstruct is True else reconstruct or None
     settings["allocation"] = AllocationConfig() if allocation is True else allocation or None
     pruned = working_copy(model)
+    if example_input is not None:
+        example_input = checked_input("example_input", example_input, pruned)
+    batches = checked_batches(calibration, pruned)
+    set_input_size(pruned, example_input if example_input is not None or not batches else batches[0][0])
+    if within is not None:
+        settings["rules"] = [*rules, _outside(pruned, within)]
     if kinds is None and not isinstance(sparsity, Mapping):
         available, skipped = available_kinds(pruned, method_named(method).kinds)
         if not available:
@@ -216,15 +230,19 @@ def prune(
     plan, dense = plan_for(PruneConfig(**settings), config, seed), plain_model(model)
     if isinstance(model, FeatureGetterNet) and "residual" in plan.sparsity:
         raise BadInput("FeatureGetterNet: residual channels are its output; prune other kinds")
-    if example_input is not None:
-        example_input = checked_input("example_input", example_input, pruned)
-    batches = checked_batches(calibration, pruned)
     pruned = prepared(pruned, plan, batches)
     with scoring_mode(pruned):
         (cycle,) = prune_cycles(pruned, plan, batches, deadline=deadline)
         if example_input is not None:
             _check_finite(pruned, example_input)
     return result_of(model, pruned.to(float_type(dense)), cycle, start, skipped, example_input, chosen)
+
+
+def _outside(model: nn.Module, within: str) -> dict[str, object]:
+    """Rule that ignores all groups outside a module."""
+    if within not in dict(model.named_modules()) or not within:
+        raise BadInput(f"within {within!r}: the model has no module of this name; give a path of named_modules")
+    return {"match": rf"(?!{re.escape(within)}(\.|$)).*", "ignore": True}
 
 
 def _deadline(start: float, budget: Quantity | None, reconstruct: ReconstructConfig | bool) -> float | None:
@@ -247,6 +265,8 @@ def working_copy(model: nn.Module) -> nn.Module:
     plain = checked_model(model)
     with torch.inference_mode(False):
         work = copy.deepcopy(plain)
+    if not is_timm_model(work):
+        return_main_tensor(work)
     return work.float() if float_type(plain).itemsize < torch.float32.itemsize else work
 
 
@@ -262,12 +282,14 @@ def result_of(
     """Return the result after the last cycle of a run that started at a time of `time.perf_counter`."""
     plain = plain_model(dense)
     where = "example_input: is not given, and at the default size" if example_input is None else "example_input"
-    example = checked_input(where, example_of(plain, 1) if example_input is None else example_input, plain)
+    example = checked_input(where, example_of(pruned, 1) if example_input is None else example_input, plain)
+    before = count(plain, example)
+    return_all(pruned)
     return PruneResult(
         model=_rewrapped(dense, pruned),
         masks=cycle.masks,
         sparsity=_sparsity_per_kind(cycle),
-        before=count(plain, example),
+        before=before,
         after=count(pruned, example),
         target_miss="".join(str(report.get("why", "")) for report in cycle.cost.values()),
         skipped=skipped,

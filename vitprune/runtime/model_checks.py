@@ -20,10 +20,9 @@ def checked_model(model: Any) -> nn.Module:
 
     Raises:
         BadInput: a layer computes its weight from other parameters, the weights are not finite, of several types, on
-            several devices or without values, or the model is inside a module of another class.
+            several devices or without values.
     """
     plain = plain_model(model)
-    _refuse_own_wrapper(plain)
     for path, module in plain.named_modules():
         _refuse_computed_weights(path, module)
     _check_weights(plain)
@@ -44,18 +43,6 @@ def float_type(model: nn.Module) -> torch.dtype:
         name, listed = type(model).__name__, ", ".join(map(str, types))
         raise BadInput(f"{name}: weights are {listed}; give them one type" if types else f"{name}: has no weights")
     return types[0]
-
-
-def _refuse_own_wrapper(model: nn.Module) -> None:
-    """Refuse a module of a user that contains a timm model: its stem and classifier have other names."""
-    if "pretrained_cfg" in vars(model):
-        return
-    for path, module in model.named_modules():
-        if "pretrained_cfg" in vars(module):
-            name = type(model).__name__
-            raise BadInput(
-                f"{name}: is not a timm model, but contains one; give model.{path} and replace it afterwards"
-            )
 
 
 def _refuse_computed_weights(path: str, module: nn.Module) -> None:

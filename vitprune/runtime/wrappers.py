@@ -33,6 +33,11 @@ def plain_model(model: Any) -> nn.Module:
     return model
 
 
+def is_timm_model(model: nn.Module) -> bool:
+    """Return whether a model has timm's config of a model, as those of timm.create_model and `vitprune.load` have."""
+    return "pretrained_cfg" in vars(model)
+
+
 def _inner(model: Any) -> Any:
     if isinstance(model, WITH_MODULE):
         return model.module

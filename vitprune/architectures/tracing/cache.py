@@ -4,23 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from vitprune.architectures.token_merging import without_merging
+from vitprune.architectures.tracing.attention_heads import AttentionTrace, trace_attention
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.input_size import input_size
 from vitprune.runtime.messages import first_line
 
 
 @dataclass(frozen=True)
 class _CacheEntry:
-    """The trace of a model, and the error of each trial run by group names (empty: it ran)."""
+    """The trace of a model, that of its heads if it was asked for, and the error of each trial run (empty: it ran)."""
 
     groups: list[ChannelGroup]
+    attention: list[AttentionTrace] = field(default_factory=list)
     trials: dict[tuple[str, ...], str] = field(default_factory=dict)
 
 
@@ -35,6 +37,19 @@ def traced_channels(model: nn.Module) -> list[ChannelGroup]:
         BadInput: the model does not run on the meta device.
     """
     return _CACHE.value_for(model, _trace).groups
+
+
+def traced_attention(model: nn.Module) -> AttentionTrace:
+    """Return the attention heads of a model and their channels, cached for models of the same structure.
+
+    Raises:
+        BadInput: the model does not run on the meta device.
+    """
+    entry = _CACHE.value_for(model, _trace)
+    if not entry.attention:
+        copy = meta_copy(without_merging(model))
+        entry.attention.append(trace_attention(copy, meta_input(copy)))
+    return entry.attention[0]
 
 
 def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
@@ -120,4 +135,4 @@ def meta_input(model: nn.Module) -> Tensor:
     if context:
         return torch.empty(1, context, dtype=torch.int64, device="meta")
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return torch.empty(1, *get_model_input_config(model)["input_size"], dtype=dtype, device="meta")
+    return torch.empty(1, *input_size(model), dtype=dtype, device="meta")

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitprune.architectures.tracing.op_rules import apply_rms_norm_rule, apply_rule, propagate_to_fixpoint
-from vitprune.architectures.tracing.trace import Trace
+from vitprune.architectures.tracing.trace import NO_HEADS, Site, Trace
 from vitprune.architectures.tracing.union_find import NO_CHANNEL
 from vitprune.groups import ParamSlice
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.outputs import tensors_of
 
 Axis = tuple[str, int]  # a parameter and one of its axes
 Array = np.ndarray[Any, Any]
@@ -42,6 +44,8 @@ class ChannelGroup:
         buffers: slices of buffers, such as the running mean of a BatchNorm.
         writers: weights whose rows are these channels, in the order of the forward pass.
         why_not: reason why the units cannot be pruned; empty if they can.
+        normalized: description of a module that normalizes over these channels and counts them; empty if none does.
+        roots: representative of the labels of every unit.
     """
 
     kind: str
@@ -50,6 +54,8 @@ class ChannelGroup:
     buffers: tuple[ParamSlice, ...]
     writers: tuple[str, ...]
     why_not: str = ""
+    normalized: str = ""
+    roots: tuple[int, ...] = ()
 
 
 def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup]:
@@ -59,10 +65,20 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup
         model: the model; it runs once, in evaluation mode. Parameters may be on the meta device.
         example_input: an image (1, C, H, W), or tokens (1, T), on the device of the model.
     """
-    trace = _run(model, example_input)
+    return groups_of_trace(run_trace(model, example_input), model)
+
+
+def groups_of_trace(trace: Trace, model: nn.Module, heads: int = 1) -> list[ChannelGroup]:
+    """Return all groups of coupled channels of a traced forward pass, in its order.
+
+    Args:
+        trace: the finished trace.
+        model: the traced model.
+        heads: number of heads whose channels alternate within a parameter, for those that are not evenly spaced.
+    """
     axes = {axis: _AxisLabels(labels.numpy()) for axis, labels in _labels_by_axis(trace).items()}
     sums, contractions = trace.sets.find_unique(trace.residual_sums), trace.sets.find_unique(trace.contractions)
-    graph = _Graph(trace, axes, sums, contractions, trace.sets.reasons(), dict(model.named_buffers()))
+    graph = _Graph(trace, axes, sums, contractions, trace.sets.reasons(), dict(model.named_buffers()), heads)
     groups = [graph.group(group_axes, labels) for group_axes, labels in _by_signature(axes)]
     order = {name: index for index, name in enumerate(trace.writers)}
     return sorted(groups, key=lambda group: min((order[name] for name in group.writers), default=len(order)))
@@ -105,6 +121,8 @@ def _labels_by_axis(trace: Trace) -> dict[Axis, Tensor]:
     """Return the labels along each axis of matrices, and along the channel axis of elementwise parameters."""
     axes = {axis: trace.sets.find(labels) for axis, labels in trace.axes.items()}
     for name, elements in trace.elements.items():
+        if not elements.numel():
+            continue
         roots = trace.sets.find(elements.contiguous())
         channel_axes = [axis for axis in range(roots.dim()) if _determined_by(roots, axis)]
         if channel_axes:
@@ -132,6 +150,15 @@ class _Graph:
     contractions: set[int]
     reasons: dict[int, str]
     buffers: Mapping[str, Tensor]
+    heads: int
+
+    @cached_property
+    def normalized(self) -> dict[int, str]:
+        """Description of the norm by representative of a label."""
+        result: dict[int, str] = {}
+        for labels, module in self.trace.normalized:
+            result |= dict.fromkeys(self.trace.sets.find_unique([labels]), module)
+        return result
 
     def group(self, axes: list[Axis], labels: Array) -> ChannelGroup:
         """Return the group of all labels of one signature; the units are in the order of the first writer."""
@@ -141,7 +168,7 @@ class _Graph:
         why = next((self.reasons[label] for label in labels.tolist() if label in self.reasons), "")
         slices = []
         for axis in axes:
-            part = _param_slice(axis, self.axes[axis].positions(labels), len(self.axes[axis].labels))
+            part = _param_slice(axis, self.axes[axis].positions(labels), len(self.axes[axis].labels), self.heads)
             if part is None:
                 why = why or f"{axis[0]}: only a part of its channels is in this group, or they are not evenly spaced"
             else:
@@ -150,11 +177,13 @@ class _Graph:
         kind = "attention" if contracted else "residual" if added else "ffn"
         learned = tuple(part for part in slices if part.param not in self.buffers)
         buffers = tuple(part for part in slices if part.param in self.buffers)
-        return ChannelGroup(kind, len(labels), learned, buffers, tuple(writers), why)
+        roots = tuple(labels.tolist())
+        normalized = self.normalized.get(roots[0], "")
+        return ChannelGroup(kind, len(labels), learned, buffers, tuple(writers), why, normalized, roots)
 
 
-def _param_slice(axis: Axis, positions: Array, length: int) -> ParamSlice | None:
-    """Return the slice with these positions (units, occurrences); None if they do not form (outer, units, inner)."""
+def _param_slice(axis: Axis, positions: Array, length: int, heads: int) -> ParamSlice | None:
+    """Return the slice with these positions (units, occurrences); None if there is no such slice."""
     units, count = positions.shape
     if units * count != length:
         return None
@@ -162,16 +191,26 @@ def _param_slice(axis: Axis, positions: Array, length: int) -> ParamSlice | None
         regular = np.arange(length).reshape(count // inner, units, inner).swapaxes(0, 1).reshape(units, count)
         if np.array_equal(positions, regular):
             return ParamSlice(axis[0], axis[1], count // inner, inner)
+    if heads > 1 and units % heads == 0:  # q, k and v of one head before those of the next
+        regular = np.arange(length).reshape(heads, count, units // heads).swapaxes(1, 2).reshape(units, count)
+        if np.array_equal(positions, regular):
+            return ParamSlice(axis[0], axis[1], heads=heads, runs=count)
     return None
 
 
-def _run(model: nn.Module, example_input: Tensor) -> Trace:
-    """Trace one forward pass; channels of the output are marked as not prunable."""
-    trace = Trace({**dict(model.named_parameters()), **dict(model.named_buffers())}, type(model).__name__)
+def run_trace(model: nn.Module, example_input: Tensor, heads: Mapping[Site, Tensor] = NO_HEADS) -> Trace:
+    """Trace one forward pass; channels of the output are marked as not prunable.
+
+    Args:
+        model: the model, in evaluation mode while it runs.
+        example_input: its input.
+        heads: numbers of heads, for a trace of whole heads, see `Trace`.
+    """
+    trace = Trace({**dict(model.named_parameters()), **dict(model.named_buffers())}, type(model).__name__, heads)
     with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_hooks(model, trace), _Tracer(trace):
         output = model(example_input)
     propagate_to_fixpoint(trace)
-    for value in output if isinstance(output, list | tuple) else [output]:
+    for value in tensors_of(output):
         labels = trace.labels_of(value)
         if labels is not None:
             trace.mark_unprunable(labels, IS_OUTPUT)
@@ -194,17 +233,17 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _module_hooks(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Keep `trace.module_stack` up to date while the model runs, and handle RMSNorm modules as one operation."""
+    """Keep `trace.running` up to date while the model runs, and handle RMSNorm modules as one operation."""
 
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any) -> None:
-            trace.module_stack.append(f"{path} ({type(module).__name__})")
+            trace.running.append((path, type(module).__name__))
             trace.paused = isinstance(module, RMS_NORMS)
 
         return hook
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        trace.module_stack.pop()
+        trace.running.pop()
         if isinstance(module, RMS_NORMS):
             trace.paused = False
             apply_rms_norm_rule(trace, module, inputs[0], output)

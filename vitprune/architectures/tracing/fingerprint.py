@@ -10,9 +10,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from vitprune.runtime import outputs
+
 CAPACITY = 32  # structures; a trace of a large model takes about 1 MiB
 SIMPLE = (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, BuiltinFunctionType)
 IGNORED = {"training"}  # traces run in evaluation mode
+WITHOUT_EFFECT = {outputs.answer}  # hooks
 
 Value = TypeVar("Value")
 
@@ -68,14 +71,15 @@ def _freeze(value: Any, numbers: dict[int, int]) -> Hashable:
     if isinstance(value, nn.Parameter):
         return ("parameter", value.shape, numbers.setdefault(id(value), len(numbers)))
     if isinstance(value, dict):
-        if any(str(key).endswith("_hooks") and hooks for key, hooks in value.items()):
+        hooks = [hook for key, hooks in value.items() if str(key).endswith("_hooks") for hook in hooks.values()]
+        if not set(hooks) <= WITHOUT_EFFECT:
             raise _UnknownStateError
         return tuple(
             (key, tuple((name, None if buffer is None else buffer.shape) for name, buffer in item.items()))
             if key == "_buffers"
             else (key, _freeze(item, numbers))
             for key, item in value.items()
-            if key not in IGNORED
+            if key not in IGNORED and not str(key).endswith("_hooks")
         )
     if isinstance(value, list | tuple):
         return (type(value), *(_freeze(item, numbers) for item in value))
@@ -83,6 +87,6 @@ def _freeze(value: Any, numbers: dict[int, int]) -> Hashable:
         return frozenset(value)
     if isinstance(value, functools.partial):
         return (value.func, _freeze(value.args, numbers), _freeze(value.keywords, numbers))
-    if is_dataclass(value):
+    if is_dataclass(value) or type(value).__module__.startswith("transformers."):  # a config
         return (type(value), _freeze(vars(value), numbers))
     raise _UnknownStateError

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.tracing.trace import ParameterView, Trace
+from vitprune.architectures.tracing.trace import ParameterView, Product, Trace
 from vitprune.architectures.tracing.union_find import coalesce, compact, squeeze_broadcast
 
 Rule = Callable[[Trace, Any, Sequence[Any], Mapping[str, Any], Any], None]
@@ -87,22 +87,26 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     if shape != tuple(result.shape):
         _unknown_op(trace, func, args)
         return
-    full = []
+    full: list[tuple[bool, int, Tensor]] = []
     for value, labels in operands:
         others = [other for _, other in operands if _broadcasts_over_channels(trace, value.shape, other)]
         trace.deferred += [(labels, other) for other in others]
-        full += [] if others else [labels]
+        full += [] if others else [(not trace.is_labelled_activation(value), squeeze_broadcast(labels).numel(), labels)]
     if func.overloadpacket.__name__ in ADDITIONS and sum(trace.is_labelled_activation(v) for v, _ in operands) > 1:
         trace.residual_sums.append(squeeze_broadcast(operands[0][1]))
-    labels = full[0]
-    for other in full[1:]:
+    full.sort(key=lambda entry: entry[:2])  # activations first, then those that differ along the fewest axes
+    labels = full[0][-1]
+    for *_, other in full[1:]:
         trace.sets.union(labels, other)
         labels = coalesce(labels, other, result.shape)
-    trace.set_labels(result, (trace.compacted(labels) if len(full) > 1 else labels).expand(result.shape))
+    is_large = len(full) > 1 and squeeze_broadcast(labels).numel() > MAX_OF_HEADS
+    trace.set_labels(result, (trace.compacted(labels) if is_large else labels).expand(result.shape))
 
 
 def propagate_to_fixpoint(trace: Trace) -> None:
-    """Unite deferred pairs of labels once the channels along the broadcast axis have been united."""
+    """Unite shared pairs, and deferred pairs once the channels along the broadcast axis have been united."""
+    for pair in () if trace.by_head else trace.shared:
+        trace.sets.union(*pair)
     changed = True
     while changed:
         remaining = [
@@ -158,9 +162,16 @@ def _contraction(trace: Trace, first: Tensor | None, second: Tensor | None, resu
     over_channels = [
         labels is not None and trace.varies_along(labels, axis) for labels, axis in ((first, -1), (second, -2))
     ]
+    heads = _heads_of_product(trace, first, second, all(over_channels))
+    if heads is not None:
+        trace.set_labels(result, heads.expand(result.shape))
+        return
     if first is not None and second is not None and all(over_channels):
-        trace.sets.union(squeeze_broadcast(first.mT), squeeze_broadcast(second))
-        trace.contractions.append(squeeze_broadcast(second))
+        pair = [squeeze_broadcast(labels) for labels in (first.mT, second)]
+        for labels in pair:
+            trace.sets.union(labels, labels[..., :1])
+        trace.sets.union(*(labels[..., :1] for labels in pair))
+        trace.contractions.append(pair[1])
     for labels, summed in ((first, over_channels[0]), (second, over_channels[1])):
         if labels is not None and summed and not all(over_channels):
             trace.mark_unprunable(labels, "it is summed over")
@@ -168,6 +179,30 @@ def _contraction(trace: Trace, first: Tensor | None, second: Tensor | None, resu
         trace.set_labels(result, first[..., :1].expand(result.shape))
     elif second is not None and not over_channels[1]:
         trace.set_labels(result, second[..., :1, :].expand(result.shape))
+
+
+def _heads_of_product(trace: Trace, first: Tensor | None, second: Tensor | None, over_channels: bool) -> Tensor | None:
+    """Record a product of several heads; return the labels of its result (b, 1, 1) in a trace of whole heads."""
+    operands = [compact(labels) for labels in (first, second) if labels is not None]
+    operands = [squeeze_broadcast(labels) for labels in operands]
+    varied = [labels for labels in operands if labels.dim() == 3 and bool((labels != labels[:1]).any())]
+    by_channel = all(min(labels.shape[-2:]) == 1 for labels in operands)
+    if not varied and by_channel and (over_channels or any(trace.is_one_head(labels) for labels in operands)):
+        varied = operands  # a single head
+    elif not varied and second is not None and first is None and trace.varies_along(second, -1):
+        varied = operands
+    if not varied:
+        return None
+    trace.products.append(Product(trace.running[-1][0], first, second, over_channels))
+    if not trace.by_head:
+        for labels in varied:
+            trace.unite_heads(labels, varied[0][:, :1, :1])
+        return None
+    if any(trace.varies_along(labels, axis) for labels in varied for axis in (1, 2)):
+        return None
+    for labels in varied[1:]:
+        trace.sets.union(varied[0][:, :1, :1], labels[:, :1, :1])
+    return varied[0][:, :1, :1]
 
 
 def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
@@ -182,6 +217,9 @@ def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
         return
     across = (1, -1) + (1,) * (result.dim() - 2)
     rows = trace.axis_labels(weight, 0).view(across)
+    if input_labels is not None and trace.varies_along(input_labels, 0):  # every head runs through the same kernel
+        _convolution_of_heads(trace, input_labels, weight, groups, result)
+        return
     if groups == 1:
         if input_labels is not None:
             trace.sets.union(input_labels, trace.axis_labels(weight, 1).view(across))
@@ -197,6 +235,30 @@ def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     shift = trace.labels_of(bias)
     if shift is not None:
         trace.sets.union(shift, rows.flatten())
+
+
+def _convolution_of_heads(trace: Trace, labels: Tensor, weight: ParameterView, groups: int, result: Tensor) -> None:
+    """Heads along the batch axis of a convolution: dense or depth-wise, with one kernel for all heads."""
+    channels = labels.flatten(2)[:, :, 0]  # (heads, channels)
+    if not trace.varies_along(labels, 1):
+        channels = channels[:, :1]
+    elif groups == 1 or groups == labels.shape[1] == result.shape[1]:
+        channels = _one_kernel_per_head(trace, channels, weight, groups == 1)
+    else:
+        trace.mark_unprunable(labels, f"it runs through a convolution of {groups} groups")
+        return
+    trace.set_labels(result, channels.view(*channels.shape, *(1,) * (result.dim() - 2)).expand(result.shape))
+
+
+def _one_kernel_per_head(trace: Trace, channels: Tensor, weight: ParameterView, dense: bool) -> Tensor:
+    """Return new labels (heads, rows) as if every head had a kernel of its own; they are united at the end."""
+    rows = trace.axis_labels(weight, 0)
+    _, numbers = channels[:, 0].unique(return_inverse=True)
+    fresh = trace.sets.new_labels(int(numbers.max()) + 1, len(rows))[numbers]
+    trace.shared += [(channels, trace.axis_labels(weight, 1) if dense else rows), (fresh, rows)]
+    trace.unite_heads(channels, fresh[:, :1])
+    trace.unite_heads(fresh, fresh[:, :1])
+    return fresh
 
 
 def _convolution_along_channels(trace: Trace, input_labels: Tensor, kernel: Tensor, result: Tensor) -> None:
@@ -216,18 +278,26 @@ def _embedding(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
 
 def apply_rms_norm_rule(trace: Trace, module: nn.Module, value: Tensor, result: Tensor) -> None:
     """Apply the rule of an RMSNorm module; the rule for its single operations would refuse the mean over channels."""
-    _normalization(trace, value, list(module.parameters()), result, -1)
+    _counting_norm(trace, value, list(module.parameters()), result, -1)
 
 
 def _layer_norm(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-    _normalization(trace, args[0], args[2:4], result[0], -1)
+    _counting_norm(trace, args[0], args[2:4], result[0], -1)
 
 
 def _group_norm(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
     labels = trace.labels_of(args[0])
     if labels is not None and args[6] > 1:
         trace.mark_unprunable(labels, f"a GroupNorm of {args[6]} groups counts its channels")
-    _normalization(trace, args[0], args[1:3], result[0], 1)
+    _counting_norm(trace, args[0], args[1:3], result[0], 1)
+
+
+def _counting_norm(trace: Trace, value: Tensor, parameters: Sequence[Any], result: Tensor, axis: int) -> None:
+    """A norm whose statistics count the channels, so that a channel of zeros is not a removed channel."""
+    labels = trace.labels_of(value)
+    if labels is not None and trace.varies_along(labels, axis):
+        trace.normalized.append((squeeze_broadcast(labels), trace.running_module()))
+    _normalization(trace, value, parameters, result, axis)
 
 
 def _normalization(trace: Trace, value: Tensor, parameters: Sequence[Any], result: Tensor, axis: int) -> None:
@@ -235,6 +305,8 @@ def _normalization(trace: Trace, value: Tensor, parameters: Sequence[Any], resul
     labels = trace.labels_of(value)
     if labels is None:
         return
+    if trace.by_head and not trace.varies_along(labels, axis):  # every head runs through the same norm
+        parameters = ()
     for parameter in parameters:
         elements = trace.labels_of(parameter)
         if elements is not None:
@@ -248,8 +320,10 @@ def _pooling(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     if labels is None:
         return
     if trace.varies_along(labels, -1) or trace.varies_along(labels, -2):
-        trace.mark_unprunable(labels, "it is pooled over")
-        return
+        if not trace.varies_along(labels, -3):
+            trace.mark_unprunable(labels, "it is pooled over")
+            return
+        trace.sets.union(labels, labels.narrow(-1, 0, 1).narrow(-2, 0, 1))  # positions of one map, as of a table
     trace.set_labels(first, labels.narrow(-1, 0, 1).narrow(-2, 0, 1).expand(first.shape))
 
 
@@ -262,6 +336,8 @@ def _reduction(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
     dims = [given] if isinstance(given, int) else given or range(labels.dim())
     dims = [dim % labels.dim() for dim in dims]
     if any(trace.varies_along(labels, dim) for dim in dims):
+        if name in VECTOR_NORMS:  # channels of zeros do not change it
+            return
         trace.mark_unprunable(labels, f"{name.strip('_')} runs over it")
         return
     if name not in SAME_SHAPE:
@@ -297,11 +373,13 @@ def _unknown_op(trace: Trace, func: Any, args: Sequence[Any]) -> None:
                 trace.mark_unprunable(labels, f"operation {func.overloadpacket.__name__} is not supported")
 
 
+MAX_OF_HEADS = 1 << 15  # labels whose sets are not looked up after a sum; that would lose which heads they are from
 ADDITIONS = ("add", "add_")
 VIEWS = ("view", "_unsafe_view", "_reshape_alias")
 IDENTITIES = ("clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh", "lift_fresh_copy")
 COPIES = ("roll", "flip", "repeat", "cat", "stack", "constant_pad_nd")
 FLOAT_ONLY = ("reflection_pad2d", "replication_pad2d", "im2col")
+VECTOR_NORMS = ("linalg_vector_norm", "norm")
 SAME_SHAPE = ("_softmax", "_log_softmax", "_safe_softmax", "cumsum")
 REARRANGEMENTS = (
     *("reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "split"),
@@ -309,7 +387,8 @@ REARRANGEMENTS = (
     *(*VIEWS, *COPIES, *IDENTITIES, *FLOAT_ONLY),
 )
 REDUCTIONS = (
-    *("mean", "sum", "amax", "amin", "var", "var_mean", "std", "linalg_vector_norm", "norm", "prod"),
+    *("mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "prod"),
+    *VECTOR_NORMS,
     *SAME_SHAPE,
 )
 POOLINGS = (

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitprune.architectures.tracing.union_find import UnionFind, compact, squeeze_broadcast
+from vitprune.architectures.tracing.union_find import NO_CHANNEL, UnionFind, compact, squeeze_broadcast
+
+Site = tuple[str, int | None]  # a parameter and one of its axes; None for all its elements
+NO_HEADS: Mapping[Site, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -18,30 +22,68 @@ class ParameterView:
     axes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Product:
+    """Batched product of two activations (b, n, k) @ (b, k, m) whose channels differ along b, the axis of heads.
+
+    Attributes:
+        module: path of the module that computes it.
+        left: labels of the first operand; None if it has none.
+        right: labels of the second operand.
+        over_channels: whether the product sums over channels of both, as that of queries and keys does.
+    """
+
+    module: str
+    left: Tensor | None
+    right: Tensor | None
+    over_channels: bool
+
+
 class Trace:
     """Channel labels of tensors, of the axes of weight matrices and of the elements of other parameters.
 
     Attributes:
         sets: the union-find over all labels.
+        heads: a second one over the same labels; labels of one head of a product are united.
+        in_heads: all labels in `heads`.
         axes: labels by parameter and axis, of parameters that are multiplied as matrices.
         elements: labels by parameter, of all others; shape of the parameter.
         writers: weights whose rows make new channels, in the order of the forward pass (a dict as an ordered set).
         residual_sums: labels of sums of two activations.
         contractions: labels over which two activations are contracted, as q and k are.
+        products: batched products of two activations whose channels differ along the batch axis, the axis of heads.
         deferred: pairs of labels; the first is broadcast along an axis where the channels of the second differed.
-        module_stack: description of the modules that run now, innermost last.
+        shared: pairs of labels, coupled by a kernel that all heads share; united at the end, or never if `by_head`.
+        normalized: labels over which a norm runs that counts its channels, with a description of the module.
+        running: path and class of the modules that run now, innermost last.
         paused: whether operations are ignored, because a module that has one rule as a whole runs.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], model_name: str) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], model_name: str, heads: Mapping[Site, Tensor] = NO_HEADS) -> None:
+        """Start a trace.
+
+        Args:
+            tensors: parameters and buffers by name.
+            model_name: name of the model for messages.
+            heads: number of the head of every position of a parameter, 0 for none, if the trace is one of whole heads:
+                all channels of a head are then one set from the start, and the logits of the head belong to it.
+        """
         self.sets = UnionFind()
+        self.heads = UnionFind()
+        self.in_heads: list[Tensor] = []
+        self.by_head = bool(heads)
+        self._heads = heads
+        self.head_labels = self.sets.new_labels(1 + max((int(numbers.max()) for numbers in heads.values()), default=0))
         self.axes: dict[tuple[str, int], Tensor] = {}
         self.elements: dict[str, Tensor] = {}
         self.writers: dict[str, None] = {}
         self.residual_sums: list[Tensor] = []
         self.contractions: list[Tensor] = []
+        self.products: list[Product] = []
         self.deferred: list[tuple[Tensor, Tensor]] = []
-        self.module_stack = [model_name]
+        self.shared: list[tuple[Tensor, Tensor]] = []
+        self.normalized: list[tuple[Tensor, str]] = []
+        self.running = [("", model_name)]
         self.paused = False
         self._shapes = {name: value.shape for name, value in tensors.items()}
         self._by_tensor: Any = WeakIdKeyDictionary()  # labels of an activation, or ParameterView
@@ -55,7 +97,7 @@ class Trace:
         if not isinstance(entry, ParameterView):
             return entry if isinstance(entry, Tensor) else None
         if entry.name not in self.elements:
-            self.elements[entry.name] = self.sets.new_labels(*self._shapes[entry.name])
+            self.elements[entry.name] = self._new_labels((entry.name, None), self._shapes[entry.name])
         return self.elements[entry.name].permute(entry.axes)
 
     def parameter_of(self, value: Any) -> ParameterView | None:
@@ -78,12 +120,37 @@ class Trace:
         """Return the labels along an axis of a weight matrix; `axis` counts the axes of the view."""
         key = (weight.name, weight.axes[axis])
         if key not in self.axes:
-            self.axes[key] = self.sets.new_labels(self._shapes[weight.name][key[1]])
+            self.axes[key] = self._new_labels(key, self._shapes[weight.name][key[1] : key[1] + 1])
         return self.axes[key]
+
+    def _new_labels(self, site: Site, shape: torch.Size) -> Tensor:
+        labels = self.sets.new_labels(*shape)
+        if site in self._heads:
+            heads = self._heads[site]
+            self.sets.union(labels, torch.where(heads > 0, self.head_labels[heads], NO_CHANNEL))
+        return labels
+
+    def unite_heads(self, labels: Tensor, heads: Tensor) -> None:
+        """Record that labels belong to the same head as others, with broadcasting."""
+        self.heads.grow(1 + int(max(labels.max(), heads.max())))
+        self.heads.union(labels, heads)
+        self.in_heads += [labels, heads]
+
+    def is_one_head(self, labels: Tensor) -> bool:
+        """Return whether all labels are of one head, in a trace of whole heads."""
+        if not self.by_head:
+            return False
+        roots = self.sets.find(squeeze_broadcast(labels).flatten())
+        return bool((roots == roots[0]).all()) and bool((self.sets.find(self.head_labels[1:]) == roots[0]).any())
 
     def mark_unprunable(self, labels: Tensor, why: str) -> None:
         """Record that these channels cannot be pruned, with the module that runs now."""
-        self.sets.mark_unprunable(squeeze_broadcast(labels), f"{self.module_stack[-1]}: {why}")
+        self.sets.mark_unprunable(squeeze_broadcast(labels), f"{self.running_module()}: {why}")
+
+    def running_module(self) -> str:
+        """Return a description of the innermost module that runs now: path and class, or the class of the model."""
+        path, name = self.running[-1]
+        return f"{path} ({name})" if path else name
 
     def varies_along(self, labels: Tensor, axis: int) -> bool:
         """Return whether the channels differ along an axis."""

@@ -24,12 +24,16 @@ class UnionFind:
     def new_labels(self, *shape: int) -> Tensor:
         """Return a tensor of new labels, each in a separate set."""
         number = int(np.prod(shape))
-        if self._next + number > len(self._parent):
-            grown = np.arange(max(2 * len(self._parent), self._next + number), dtype=np.int64)
+        self.grow(self._next + number)
+        return torch.arange(self._next - number, self._next).view(shape)
+
+    def grow(self, number: int) -> None:
+        """Make sure that there are labels up to a number, exclusive; new ones are in separate sets."""
+        if number > len(self._parent):
+            grown = np.arange(max(2 * len(self._parent), number), dtype=np.int64)
             grown[: self._next] = self._parent[: self._next]
             self._parent = grown
-        self._next += number
-        return torch.arange(self._next - number, self._next).view(shape)
+        self._next = max(self._next, number)
 
     def find(self, labels: Tensor) -> Tensor:
         """Return the representative of every label, in the shape of `labels`."""

@@ -11,7 +11,7 @@ from vitprune.criteria.moments import (
     collect_layer_moments,
     collect_unit_moments,
     find_consumer,
-    find_qkv,
+    find_projections,
 )
 from vitprune.criteria.obs.attention_basis import AttentionBasis, attention_basis
 from vitprune.criteria.obs.stream import importance_matrix, refit_readers, stream_readers
@@ -118,21 +118,20 @@ def rotate_attention(model: nn.Module, group: Group, statistics: Statistics) -> 
 
     The attention computes the same function as before.
     """
-    basis_of_attention, (qkv, proj) = (
-        _basis(model, group, statistics),
-        (find_qkv(model, group), find_consumer(model, group).path),
-    )
-    sides = torch.cat([basis_of_attention.query, basis_of_attention.key, basis_of_attention.value]).transpose(
-        1, 2
-    )  # (3 * heads, c, c)
+    basis, projections = _basis(model, group, statistics), find_projections(group)
+    sides = [side.transpose(1, 2) for side in (basis.query, basis.key, basis.value)]  # (heads, c, c) each
     result = {}
-    for name in (f"{qkv}.weight", f"{qkv}.bias"):
-        old = dict(model.named_parameters()).get(name)
-        if old is not None:
-            rows = old.detach().cpu().double().reshape(len(sides), sides.shape[1], -1)
-            result[name] = (sides @ rows).reshape(old.shape)
+    for leaf in ("weight", "bias"):
+        for path in dict.fromkeys(projections.layers):
+            old = dict(model.named_parameters()).get(f"{path}.{leaf}")
+            if old is not None:
+                of_layer = [side for side, layer in zip(sides, projections.layers, strict=True) if layer == path]
+                matrices = torch.cat(of_layer)  # (parts * heads, c, c)
+                rows = old.detach().cpu().double().reshape(len(matrices), matrices.shape[1], -1)
+                result[f"{path}.{leaf}"] = (matrices @ rows).reshape(old.shape)
+    proj = find_consumer(model, group).path
     weight = model.get_parameter(f"{proj}.weight").detach().cpu().double()
-    result[f"{proj}.weight"] = weight @ _block_diagonal(basis_of_attention.back)
+    result[f"{proj}.weight"] = weight @ _block_diagonal(basis.back)
     return result
 
 
@@ -169,7 +168,7 @@ def _unit_losses(model: nn.Module, group: Group, statistics: Statistics) -> Tens
 
 
 def _basis(model: nn.Module, group: Group, statistics: Statistics) -> AttentionBasis:
-    maker, reader = find_qkv(model, group), find_consumer(model, group).path
+    maker, reader = find_projections(group).path, find_consumer(model, group).path
     weight = model.get_parameter(f"{reader}.weight").detach().cpu()
     moments = statistics[f"{reader}/inputs"].sum(dim=0)
     return attention_basis(statistics[f"{maker}/query"], statistics[f"{maker}/key"], moments, weight)
@@ -180,7 +179,7 @@ def _channel_losses(model: nn.Module, group: Group, statistics: Statistics) -> T
 
     The mean squared gradient w.r.t. a logit is that w.r.t. q divided by the second moment of k.
     """
-    maker, reader = find_qkv(model, group), find_consumer(model, group).path
+    maker, reader = find_projections(group).path, find_consumer(model, group).path
     basis_of_attention = _basis(model, group, statistics)
     key_energy = statistics[f"{maker}/key"].diagonal(dim1=1, dim2=2).sum(dim=1)  # (heads,)
     grad_sq = statistics[f"{maker}/query_grad_sq"] / (statistics[f"{maker}/tokens"] * key_energy).clamp_min(TINY)

@@ -1,0 +1,303 @@
+"""Find the attributes of a module from which its forward pass reads sizes, by trial on shapes and proof on values.
+
+When units of a module are cut out, attributes such as num_heads, head_dim or scale have to change with the shapes. They
+are not listed per class: the smallest set of attributes is searched with which the cut module runs on the meta device,
+and the result is proven in float64 with random weights: cutting units out equals setting them to zero.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.architectures.narrow_attention import narrow_class
+from vitprune.errors import BadInput
+from vitprune.groups import Group, ParamSlice, Projections, meta_copy, resize_group, shrink, zero
+from vitprune.runtime.eval_mode import drop_cached, eval_mode
+from vitprune.runtime.messages import first_line
+from vitprune.runtime.outputs import tensors_of
+
+MAX_CHANGED, MAX_TRIALS = 5, 400
+TOLERANCE = 1e-9  # relative, in float64
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a module's forward pass
+HEADS, WIDTH, PRODUCT, SCALE = "heads", "width", "product", "scale"
+
+
+@dataclass(frozen=True)
+class SizeAttribute:
+    """An attribute that holds a size.
+
+    Attributes:
+        path: path of the module below the owner.
+        name: name of the attribute; config.NAME for an entry of the module's configuration, of which it gets a copy.
+        index: position in a tuple or list; None for a number.
+        role: heads, width (channels of a head), product (a multiple of both) or scale (width ** -0.5).
+        value: value before the cut.
+    """
+
+    path: str
+    name: str
+    index: int | None
+    role: str
+    value: float
+
+    def __str__(self) -> str:
+        where = f"{self.path}.{self.name}" if self.path else self.name
+        return where if self.index is None else f"{where}[{self.index}]"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a module records the sizes of a group.
+
+    Attributes:
+        shape: heads and channels of a head before the cut.
+        attributes: attributes that change with the shape.
+        queries: parameters with rows of queries, each with the repetition of the units that they are. They are scaled
+            by sqrt(new width / old width) where the forward pass scales the logits by width ** -0.5.
+        narrow: paths of modules that get a forward pass for any width.
+    """
+
+    shape: tuple[int, int]
+    attributes: tuple[SizeAttribute, ...] = ()
+    queries: tuple[tuple[ParamSlice, int], ...] = ()
+    narrow: tuple[str, ...] = ()
+
+    def record(self, owner: nn.Module, shape: tuple[int, ...]) -> None:
+        """Record a new shape, (heads,) or (heads, width), in the module and scale its queries."""
+        heads, width = (*shape, self.shape[1])[:2]
+        for path in self.narrow:
+            module = owner.get_submodule(path)
+            module.__class__ = narrow_class(type(module))
+        for attribute in self.attributes:
+            _set(owner, attribute, self._new_value(attribute, heads, width))
+        drop_cached(owner)
+        if width != self.shape[1]:
+            for part, repetition in self.queries:
+                _scale_rows(owner, part, repetition, (heads, width), math.sqrt(width / self.shape[1]))
+
+    def _new_value(self, attribute: SizeAttribute, heads: int, width: int) -> float:
+        if attribute.role == SCALE:
+            return width**-0.5
+        if attribute.role == HEADS:
+            return heads
+        if attribute.role == WIDTH:
+            return width
+        return int(attribute.value) // math.prod(self.shape) * heads * width
+
+
+def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
+    """Return a group of heads or channels whose `resize` records new sizes, after a proof.
+
+    Args:
+        group: the group; the names of its slices are relative to the owner.
+        owner: the module, whose parameters may be on the meta device.
+        call: arguments of its forward pass, tensors on the meta device.
+        sizes: heads and width, and the rows of queries.
+
+    Returns:
+        The group with `resize`.
+
+    Raises:
+        BadInput: no set of attributes gives a module that runs and equals the module with zeros; the message says what
+            was tried.
+    """
+    candidates = list(_candidates(owner, group, sizes.shape))
+    tried: list[str] = []
+    for proposal in _proposals(owner, candidates, sizes, len(group.shape) > 1):
+        error = _trial(owner, call, replace(group, resize=_recorder(proposal)))
+        if not error and _is_proven(owner, call, replace(group, resize=_recorder(proposal))):
+            return replace(group, resize=_recorder(proposal))
+        tried.append(error or "its output differs from that of the module with zeros")
+    names = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates)) or "no attribute"
+    raise BadInput(f"its forward pass needs the old sizes; tried to change {names} ({tried[-1] if tried else ''})")
+
+
+def _recorder(sizes: Sizes) -> Callable[[nn.Module, tuple[int, ...]], None]:
+    return sizes.record
+
+
+def _proposals(
+    owner: nn.Module, candidates: Sequence[SizeAttribute], sizes: Sizes, of_channels: bool
+) -> Iterator[Sizes]:
+    """Yield proposals, those that change the fewest attributes first."""
+    scales = tuple(candidate for candidate in candidates if candidate.role == SCALE) if of_channels else ()
+    others = [candidate for candidate in candidates if candidate.role != SCALE]
+    narrow = tuple(path for path, module in owner.named_modules() if narrow_class(type(module)) is not type(module))
+    number = 0
+    for length in range(min(MAX_CHANGED, len(others)) + 1):
+        for chosen in itertools.combinations(others, length):
+            if len({(one.path, one.name, one.index) for one in chosen}) < length:
+                continue  # one attribute in two roles
+            for paths in ((), narrow) if narrow else ((),):
+                scaled = (scales, sizes.queries) if of_channels else ((), ())
+                for more, queries in dict.fromkeys((scaled, ((), ()))):
+                    number += 1
+                    if number > MAX_TRIALS:
+                        return
+                    yield Sizes(sizes.shape, chosen + more, queries, paths)
+
+
+def _candidates(owner: nn.Module, group: Group, shape: tuple[int, int]) -> Iterator[SizeAttribute]:
+    """Yield the attributes of the module that hold the number of heads, their width, a multiple of both or a scale."""
+    heads, width = shape
+    lengths = {owner.get_parameter(part.param).shape[part.axis or 0] for part in group.slices if part.axis is not None}
+    products = {length for length in lengths if length % (heads * width) == 0} | {heads * width}
+    roles = (
+        ((HEADS, {heads}), (PRODUCT, products)) if len(group.shape) == 1 else ((WIDTH, {width}), (PRODUCT, products))
+    )
+    for path, module in owner.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d):
+            continue  # groups.shrink records their sizes
+        for name, value in _settings(module):
+            for index, number in enumerate(value) if isinstance(value, tuple | list) else ((None, value),):
+                for role, values in roles:
+                    if type(number) is int and number in values:
+                        yield SizeAttribute(path, name, index, role, number)
+                if "scal" in name and type(number) is float and math.isclose(number, width**-0.5):
+                    yield SizeAttribute(path, name, index, SCALE, number)
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    config = vars(module).get("config")
+    entries = [(f"config.{name}", value) for name, value in vars(config).items()] if config is not None else []
+    for name, value in [*vars(module).items(), *entries]:
+        is_short = isinstance(value, tuple | list) and 0 < len(value) <= 4
+        if type(value) in (int, float) or is_short:
+            yield name, value
+
+
+def _set(owner: nn.Module, attribute: SizeAttribute, value: float) -> None:
+    module: Any = owner.get_submodule(attribute.path)
+    name, target = attribute.name, module
+    if name.startswith("config."):
+        module.config = target = copy.copy(module.config)
+        name = name.removeprefix("config.")
+    if attribute.index is not None:
+        entries = list(getattr(target, name))
+        entries[attribute.index] = value
+        setattr(target, name, type(getattr(target, name))(entries))
+    else:
+        setattr(target, name, value)
+
+
+@torch.no_grad()
+def _scale_rows(owner: nn.Module, part: ParamSlice, repetition: int, shape: tuple[int, int], factor: float) -> None:
+    """Multiply the rows of one repetition of all units of a parameter, which is already cut."""
+    parameter = owner.get_parameter(part.param)
+    units = shape[0] * shape[1]
+    grid = torch.arange(part.length * units).view(part.outer, part.heads, part.runs, units // part.heads, part.inner)
+    rows = (grid[repetition] if part.runs == 1 else grid[:, :, repetition]).flatten()
+    parameter[rows.to(parameter.device)] *= factor
+
+
+def _smaller(group: Group) -> tuple[int, ...]:
+    """A smaller shape for the trial."""
+    last = group.shape[-1]
+    return (*group.shape[:-1], last - max(1, last // 3))
+
+
+def _trial(owner: nn.Module, call: Call, group: Group) -> str:
+    """Return the error of a cut module on the meta device; empty if its output has the shape of before."""
+    copied, (args, kwargs) = meta_copy(owner), call
+    try:
+        with torch.no_grad(), eval_mode(copied):
+            wanted = next(tensors_of(copied(*args, **kwargs))).shape
+            resize_group(copied, group, _smaller(group))
+            shape = next(tensors_of(copied(*args, **kwargs))).shape
+    except Exception as error:  # a forward pass may raise anything
+        return first_line(error)
+    return "" if shape == wanted else f"its output has shape {tuple(shape)} instead of {tuple(wanted)}"
+
+
+def _is_proven(owner: nn.Module, call: Call, group: Group) -> bool:
+    """Whether the module with some units cut out equals the module with these units zero, in float64."""
+    dense = random_module(owner)
+    kept = _smaller(group)
+    keep = torch.zeros(group.shape, dtype=torch.bool)
+    keep[..., group.shape[-1] - kept[-1] :] = True  # not the first units
+    zeroed, cut = zero(copy.deepcopy(dense), [replace(group, resize=None)], {group.name: keep}), copy.deepcopy(dense)
+    shrink(cut, [group], {group.name: keep})
+    outputs = []
+    for module in (zeroed, cut):
+        generator = torch.Generator().manual_seed(0)
+        args, kwargs = (_with_values(part, generator) for part in call)
+        with torch.no_grad(), eval_mode(module):
+            outputs.append(next(tensors_of(module(*args, **kwargs))))
+    expected, output = outputs
+    return expected.shape == output.shape and torch.allclose(
+        output, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max())
+    )
+
+
+def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Projections, reader: str) -> bool:
+    """Return whether q A^-1, k A^T, v B and B^-1 in the reading layer give the same output, for random A and B.
+
+    Args:
+        owner: the module, whose parameters may be on the meta device.
+        call: arguments of its forward pass, tensors on the meta device.
+        projections: the layers of q, k and v below the owner.
+        reader: path of the Linear layer that reads the heads.
+    """
+    dense = random_module(owner)
+    rotated, outputs = copy.deepcopy(dense), []
+    width = dense.get_parameter(f"{reader}.weight").shape[1] // projections.heads
+    generator = torch.Generator().manual_seed(1)
+    first, second = (
+        torch.eye(width).double() + 0.3 * torch.randn(2, width, width, generator=generator).double() / width**0.5
+    )
+    sides = (torch.linalg.inv(first), first.T, second.T)  # of the rows of q, k and v
+    with torch.no_grad():
+        for name, parameter in rotated.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            chosen = [side for side, layer in zip(sides, projections.layers, strict=True) if layer == path]
+            if chosen and leaf in ("weight", "bias"):
+                matrices = torch.cat([side.expand(projections.heads, -1, -1) for side in chosen])
+                parameter.copy_((matrices @ parameter.reshape(len(matrices), width, -1)).reshape(parameter.shape))
+        weight = rotated.get_parameter(f"{reader}.weight")
+        inverse = torch.linalg.inv(second).T
+        weight.copy_((weight.unflatten(1, (projections.heads, width)) @ inverse).flatten(1))
+    for module in (dense, rotated):
+        args, kwargs = (_with_values(part, torch.Generator().manual_seed(0)) for part in call)
+        with torch.no_grad(), eval_mode(module):
+            outputs.append(next(tensors_of(module(*args, **kwargs))))
+    return torch.allclose(*outputs, rtol=1e-6, atol=1e-6 * float(outputs[0].abs().max()))
+
+
+@torch.no_grad()
+def random_module(owner: nn.Module) -> nn.Module:
+    """Return a copy of a module with random parameters and running statistics in float64, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    module = meta_copy(owner)
+    values = dict(owner.named_buffers())
+    for path, inner in module.named_modules():
+        for name, parameter in inner.named_parameters(recurse=False):
+            fan_in = max(1, parameter.numel() // max(1, parameter.shape[0])) if parameter.dim() > 1 else 100
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            setattr(inner, name, nn.Parameter(noise / fan_in**0.5 + 0.1, requires_grad=False))
+        for name, buffer in inner.named_buffers(recurse=False):
+            value = values[f"{path}.{name}" if path else name]
+            if buffer.is_floating_point():
+                value = 0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)
+            elif value.is_meta:
+                value = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            setattr(inner, name, value.cpu().clone())
+    return module
+
+
+def _with_values(value: Any, generator: torch.Generator) -> Any:
+    """Replace the meta tensors of arguments: floating-point ones by random numbers, others by zeros."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        return torch.zeros(value.shape, dtype=value.dtype)
+    if isinstance(value, Mapping):
+        return {key: _with_values(item, generator) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_with_values(item, generator) for item in value)
+    return value

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vitprune.models.card import write_card
     from vitprune.models.export import export_onnx
     from vitprune.models.io import load, save
+    from vitprune.models.other_libraries import load_into
     from vitprune.pruning.gradual_prune import gradual_prune
     from vitprune.pruning.methods import CRITERIA, METHODS
     from vitprune.pruning.plan import plan_for
@@ -52,6 +53,7 @@ _MODULES = {
     "models.card": ("write_card",),
     "models.export": ("export_onnx",),
     "models.io": ("load", "save"),
+    "models.other_libraries": ("load_into",),
     "pruning.gradual_prune": ("gradual_prune",),
     "pruning.methods": ("CRITERIA", "METHODS"),
     "pruning.plan": ("plan_for",),
@@ -89,6 +91,7 @@ __all__ = [
     "gradual_prune",
     "latency",
     "load",
+    "load_into",
     "merge_heads",
     "merge_tokens",
     "permute",

@@ -21,7 +21,7 @@ from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune import find_groups, zero
 from vitprune.config.train_config import TrainConfig
 from vitprune.criteria import DEFAULT_CONTEXT
-from vitprune.models.io import read_weights, write_weights
+from vitprune.models.weights import read_weights, write_weights
 from vitprune.pipeline import score_stage
 from vitprune.pruning.methods import CRITERIA
 from vitprune.runtime.distributed import ProcessGroup, process_group

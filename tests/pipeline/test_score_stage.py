@@ -24,7 +24,7 @@ from vitprune.criteria.magnitude import magnitude
 from vitprune.criteria.obs import fisher_blocks, gradients
 from vitprune.criteria.obs.cap import ovit
 from vitprune.criteria.taylor import taylor
-from vitprune.models.io import read_weights
+from vitprune.models.weights import read_weights
 from vitprune.pipeline import score_stage, stages
 from vitprune.pruning.methods import METHODS
 from vitprune.runtime.distributed import ProcessGroup

@@ -16,7 +16,7 @@ from tests.support.plans import plan_for
 from vitprune import METHODS, AllocationConfig, BadInput, PruneResult, prune
 from vitprune.criteria import Batches, Importance, ScoringContext
 from vitprune.groups import Group, Masks
-from vitprune.models.io import read_weights
+from vitprune.models.weights import read_weights
 from vitprune.pipeline import stages
 from vitprune.pruning.allocation_search import AllocationSearch, ReusedUpdates, coarse, halves
 from vitprune.pruning.constraints import Constraint

@@ -19,7 +19,7 @@ from vitprune.config.params import Params
 from vitprune.criteria import magnitude as by_weights
 from vitprune.criteria.kl import leave_one_out as by_kl
 from vitprune.data import example_input
-from vitprune.models.io import read_weights, write_weights
+from vitprune.models.weights import read_weights, write_weights
 from vitprune.pipeline import mask_stage
 from vitprune.pruning.cost_target import make_cost_model, solve
 from vitprune.pruning.cycle_masks import cycle_state, select_masks

@@ -16,7 +16,7 @@ from vitprune import BadInput, find_groups, prune, save
 from vitprune.config.params import Params
 from vitprune.criteria import magnitude as by_weights
 from vitprune.groups import Group
-from vitprune.models.io import read_weights, write_weights
+from vitprune.models.weights import read_weights, write_weights
 from vitprune.pipeline import mask_stage
 from vitprune.pipeline.check_settings import check_settings
 from vitprune.pipeline.sweep_plan import read_sweep, runs_of

@@ -14,7 +14,7 @@ from vitprune.config.params import Params, load_params
 from vitprune.config.targets import Rule
 from vitprune.criteria import magnitude as by_weights
 from vitprune.data import example_input
-from vitprune.models.io import read_weights, write_weights
+from vitprune.models.weights import read_weights, write_weights
 from vitprune.pipeline import mask_stage
 from vitprune.pruning.cycle_masks import cycle_state, select_masks
 from vitprune.pruning.methods import Method

@@ -104,7 +104,7 @@ def _owner(channels: ChannelGroup, modules: Iterable[str]) -> str:
 
 def _proven(model: nn.Module, kind: str, traced: Sequence[HeadGroup]) -> _Found:
     """Give every group sizes that are proven on its owner; equal modules are proven once."""
-    traced = [group for group in traced if kind != "head" or group.heads > 1]
+    traced = [group for group in traced if group.heads > 1 or any(part.axis == 1 for part in group.channels.slices)]
     owners = [_owner(group.channels, group.modules) for group in traced]
     calls, found = _calls(model, set(owners)), _Found()
     known: dict[Hashable, _Proof | BadInput] = {}
@@ -144,6 +144,8 @@ class _Proof:
 
 
 def _prove(group: Group, module: nn.Module, call: Call, sizes: Sizes) -> _Proof | BadInput:
+    if group.shape[-1] == 1:  # nothing can be cut
+        return _Proof(None, False)
     try:
         resize = sized(group, module, call, sizes).resize
     except BadInput as error:

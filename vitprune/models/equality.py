@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures.tracing.fingerprint import fingerprint
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.outputs import main_tensor
 
 TOLERANCE = 1e-9  # of logits in float64, relative: above rounding errors, below the effect of another LayerNorm eps
 # attributes without effect on the logits in evaluation mode
@@ -63,10 +64,10 @@ def _logits(model: Any, images: Tensor) -> Tensor:
     model.cpu()
     with torch.inference_mode(False), torch.no_grad(), eval_mode(model):
         if not images.is_floating_point():
-            output: Tensor = model.double()(images)
+            output: Tensor = main_tensor(model.double()(images))
             return output
         weights = model.state_dict()
         model.float()(images.float())  # some modules, such as ConViT's, make buffers of this type in their first pass
         model.double().load_state_dict(weights, strict=False)  # float rounds weights in float64
-        output = model.double()(images.double())
+        output = main_tensor(model.double()(images.double()))
     return output

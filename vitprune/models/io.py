@@ -1,21 +1,17 @@
 """Create, load and save timm models: safetensors and config.json only."""
 
-import errno
 import functools
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models._hub import save_config_for_hf
-from torch import Tensor, nn
+from torch import nn
 
 from vitprune.architectures import Cut, apply_cuts, resize_to_structure, structure, uniform_args
 from vitprune.architectures.token_merging import merged_tokens
@@ -24,6 +20,7 @@ from vitprune.data.augment import data_config, example_input
 from vitprune.errors import BadInput
 from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, try_in_child
 from vitprune.models.equality import first_difference, same_logits
+from vitprune.models.other_libraries import is_other, load_other, save_other
 from vitprune.models.validation import (
     DTYPES,
     FLOATS,
@@ -35,9 +32,11 @@ from vitprune.models.validation import (
     read_config,
     read_header,
 )
+from vitprune.models.weights import read_weights, write_weights
 from vitprune.runtime.files import atomic_write, make_directory, path_of_user
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.model_checks import checked_model
+from vitprune.runtime.wrappers import is_timm_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_DENSE_RATIO, SMALL = 64, 1 << 27  # a dense model has at most 64 times the weights of the file, or 2**27
@@ -86,54 +85,34 @@ def _match_channels(model: Any) -> None:
             model.pretrained_cfg[key] = (sum(values) / len(values),) * model.in_chans
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file.
-
-    Raises:
-        BadInput: it is missing or not a safetensors file.
-    """
-    try:
-        return dict(safetensors.torch.load_file(path))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; give the path of a safetensors file") from None
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: not a safetensors file ({error})") from None
-
-
-def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as a safetensors file, atomically. Tensors that share memory are copied."""
-    plain: dict[str, Tensor] = {}
-    pointers: set[int] = set()
-    for name, tensor in tensors.items():
-        array = tensor.detach().cpu().contiguous()
-        plain[name] = array.clone() if array.data_ptr() in pointers else array  # a module with two names
-        pointers.add(array.data_ptr())
-    with atomic_write(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode  # safetensors lets nobody else read its files
-        try:
-            safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
-            partial.chmod(mode)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
-
-
-def save(model: nn.Module, directory: str | Path) -> None:
-    """Write model.safetensors and config.json: timm's layout plus the structure of a shrunk model.
+def save(
+    model: nn.Module, directory: str | Path, factory: str | None = None, args: Mapping[str, Any] | None = None
+) -> None:
+    """Write model.safetensors and config.json: the layout of timm or transformers plus the structure of a cut model.
 
     If all blocks have the same shape, plain timm loads it too: timm.create_model("local-dir:DIRECTORY"). Before a file
-    is written, the model is built again from its config.json and compared.
+    is written, the model is built again from its config.json and compared. A transformers model that was cut alike in
+    all layers is written so that from_pretrained loads it. A model of one's own class is loaded by `load_into`.
 
     Args:
-        model: A model made by timm.create_model or `load`, also inside torch.compile or data parallelism.
+        model: A model made by timm.create_model or `load`, also inside torch.compile or data parallelism, or one of
+            another library or of one's own.
         directory: Directory to write.
+        factory: "torchvision:NAME" for a model of torchvision.
+        args: Arguments of the torchvision model, such as num_classes.
 
     Raises:
-        BadInput: the model was not made by timm.create_model, its weights are not finite or of several types, or
-            config.json cannot record a change of the model, such as another activation.
+        BadInput: the model's weights are not finite or of several types, or config.json cannot record a change of the
+            model, such as another activation.
+
+    Example:
+        vitprune.save(result.model, "pruned", factory="torchvision:vit_b_16")
     """
     directory, model = path_of_user(directory, "directory"), checked_model(model)
+    if not is_timm_model(model):
+        make_directory(directory)
+        save_other(model, directory, factory, args)
+        return
     if "architecture" not in getattr(model, "pretrained_cfg", {}) or isinstance(model, nn.ModuleDict):  # features_only
         raise BadInput(f"{type(model).__name__}: only models made by timm.create_model (or vitprune.load) can be saved")
     make_directory(directory)
@@ -194,6 +173,8 @@ def load(directory: str | Path) -> nn.Module:
         BadInput: a file is missing or invalid, exceeds a limit, or weights, arguments and structure do not match.
     """
     directory = path_of_user(directory, "directory")
+    if is_other(directory):
+        return load_other(directory)
     config, path = read_config(directory / CONFIG), directory / WEIGHTS
     header = read_header(path)
     with torch.device("meta"):

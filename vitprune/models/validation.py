@@ -71,7 +71,7 @@ def read_config(path: Path) -> ModelConfig:
     Raises:
         BadInput: the file is missing, is not a model config, or has a value that a timm model does not accept.
     """
-    raw = _object(path)
+    raw = read_object(path)
     for key, kind in {"architecture": str, "pretrained_cfg": dict, "model_args": dict, "vitprune": dict}.items():
         if not isinstance(raw.get(key), kind):
             raise BadInput(f"{path}: not a timm model config ({key} is missing or of a wrong type)")
@@ -85,9 +85,9 @@ def read_config(path: Path) -> ModelConfig:
     for key, value in raw["model_args"].items():
         if key in FACTORY_ARGS:
             raise BadInput(f"{path}: model_args.{key}: an argument of timm.create_model, not of the model; remove it")
-        _check(path, f"model_args.{key[:80]}", value)
+        check_value(path, f"model_args.{key[:80]}", value)
     _check_preprocessing(path, raw["pretrained_cfg"])
-    return ModelConfig(path, architecture, raw["model_args"], raw["pretrained_cfg"], _structure(path, structure))
+    return ModelConfig(path, architecture, raw["model_args"], raw["pretrained_cfg"], checked_structure(path, structure))
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
@@ -155,7 +155,12 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of limited size.
+
+    Raises:
+        BadInput: it is missing, too large, or not JSON.
+    """
     size = _size(path)
     if size > MAX_CONFIG_BYTES:
         raise BadInput(f"{path}: not a timm model config ({size} bytes, the limit is {MAX_CONFIG_BYTES})")
@@ -187,8 +192,18 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check(path: Path, key: str, value: Any, depth: int = 0) -> None:
-    """Reject values that no model accepts: paths, URLs, module names, huge numbers, deep nesting."""
+def check_value(path: Path, key: str, value: Any, depth: int = 0) -> None:
+    """Reject values that no model accepts: paths, URLs, module names, huge numbers, deep nesting.
+
+    Args:
+        path: The file, for messages.
+        key: Name of the value, for messages.
+        value: The value.
+        depth: Depth of nesting.
+
+    Raises:
+        BadInput: such a value.
+    """
     if isinstance(value, str) and (len(value) > 64 or not NAME.fullmatch(value)):
         raise BadInput(f"{path}: {key} is {value[:80]!r}; a text argument must be a plain name; remove it")
     if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER):
@@ -198,8 +213,8 @@ def _check(path: Path, key: str, value: Any, depth: int = 0) -> None:
             raise BadInput(f"{path}: {key} is too long or nested too deeply; correct it")
         pairs = value.items() if isinstance(value, dict) else ((str(index), item) for index, item in enumerate(value))
         for name, item in pairs:
-            _check(path, f"a key in {key}", name, depth + 1)
-            _check(path, f"{key}.{name[:80]}", item, depth + 1)
+            check_value(path, f"a key in {key}", name, depth + 1)
+            check_value(path, f"{key}.{name[:80]}", item, depth + 1)
 
 
 def _check_preprocessing(path: Path, preprocessing: Mapping[str, Any]) -> None:
@@ -224,7 +239,12 @@ def _check_preprocessing(path: Path, preprocessing: Mapping[str, Any]) -> None:
             raise BadInput(f"{path}: pretrained_cfg.{key} must be a list of sizes from 1 to {1 << 14}; correct it")
 
 
-def _structure(path: Path, structure: object) -> dict[str, tuple[int, ...]]:
+def checked_structure(path: Path, structure: object) -> dict[str, tuple[int, ...]]:
+    """Return a structure: shape by name of group.
+
+    Raises:
+        BadInput: a name or shape is none.
+    """
     where = f"{path}: vitprune.structure"
     if not isinstance(structure, dict) or len(structure) > MAX_LENGTH:
         raise BadInput(f"{where} must map group names to lists of integers; download or save it again")

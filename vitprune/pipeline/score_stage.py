@@ -18,7 +18,7 @@ from vitprune.criteria import Batches, Criterion, Importance, ScoringContext, St
 from vitprune.criteria.obs.stream import rotated, stream_basis
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
-from vitprune.models.io import read_weights, write_weights
+from vitprune.models.weights import read_weights, write_weights
 from vitprune.pipeline.artifacts import SCORES, summary_rows
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
 from vitprune.pruning.held_out import fitted_images

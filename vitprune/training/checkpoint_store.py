@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from vitprune.errors import BadInput
-from vitprune.models.io import read_weights, write_weights
+from vitprune.models.weights import read_weights, write_weights
 from vitprune.runtime.files import read_json, sha256, write_json
 
 INDEX, STATE, TENSORS = "index.json", "state.json", "tensors.safetensors"

@@ -189,8 +189,9 @@ def _heads_of_product(trace: Trace, first: Tensor | None, second: Tensor | None,
     by_channel = all(min(labels.shape[-2:]) == 1 for labels in operands)
     if not varied and by_channel and (over_channels or any(trace.is_one_head(labels) for labels in operands)):
         varied = operands  # a single head
-    elif not varied and second is not None and first is None and trace.varies_along(second, -1):
-        varied = operands
+    elif not varied and second is not None and trace.varies_along(second, -1):
+        of_logits = first is None or not any(trace.varies_along(first, axis) for axis in (-1, -2))
+        varied = [squeeze_broadcast(second)] if of_logits else []
     if not varied:
         return None
     trace.products.append(Product(trace.running[-1][0], first, second, over_channels))

@@ -1,0 +1,46 @@
+"""Read and write tensors in safetensors files."""
+
+import errno
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vitprune.errors import BadInput
+from vitprune.runtime.files import atomic_write
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file.
+
+    Raises:
+        BadInput: it is missing or not a safetensors file.
+    """
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; give the path of a safetensors file") from None
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: not a safetensors file ({error})") from None
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as a safetensors file, atomically. Tensors that share memory are copied."""
+    plain: dict[str, Tensor] = {}
+    pointers: set[int] = set()
+    for name, tensor in tensors.items():
+        array = tensor.detach().cpu().contiguous()
+        plain[name] = array.clone() if array.data_ptr() in pointers else array  # a module with two names
+        pointers.add(array.data_ptr())
+    with atomic_write(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors lets nobody else read its files
+        try:
+            safetensors.torch.save_file(plain, partial, metadata={"format": "pt"})
+            partial.chmod(mode)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None

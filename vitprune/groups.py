@@ -9,6 +9,7 @@ from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
+from vitprune.runtime.eval_mode import drop_cached
 from vitprune.runtime.wrappers import plain_model
 
 CHANNEL_NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)  # with a normalized_shape
@@ -69,7 +70,7 @@ class Projections:
         """Return q, k and v (..., heads, c) of values (..., rows) by path of the layer."""
         is_fused = len(set(self.layers)) == 1
         parts = values[self.path].chunk(3, dim=-1) if is_fused else [values[path] for path in self.layers]
-        return [part.unflatten(-1, (self.heads, -1)) for part in parts]
+        return [part.reshape(*part.shape[:-1], self.heads, -1) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,7 @@ def permute(model: nn.Module, groups: Sequence[Group], orders: Mapping[str, Tens
             assert part.axis is not None
             tensor = _tensor(model, part.param)
             tensor.copy_(tensor.index_select(part.axis, reordered_positions(part, order).to(tensor.device)))
+    drop_cached(model)
     return result
 
 

@@ -16,7 +16,7 @@ from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import Xcit
-from torch import nn
+from torch import Tensor, nn
 
 from vitprune.architectures import (
     attention,
@@ -36,6 +36,7 @@ from vitprune.architectures.causal_lm import groups as decoder_groups
 from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, resize_group
+from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.wrappers import is_timm_model, plain_model
 
 Finder = Callable[[nn.Module, str], list[Group]]
@@ -58,13 +59,15 @@ TABLES: dict[type[nn.Module], unstructured.Table] = {
 }
 
 
-def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
+def find_groups(model: nn.Module, kinds: Sequence[str], example_input: Tensor | None = None) -> list[Group]:
     """Find all prunable groups of the given kinds in a model.
 
     Args:
         model: a timm model, a `Decoder`, or any other model of images; those without an image size of their own get
             images of 3 x 224 x 224 pixels.
         kinds: kinds of units, from `vitprune.config.prune_config.KINDS`.
+        example_input: images (B, C, H, W) of the size at which a model that is not timm's is traced; the model keeps
+            the size for later calls.
 
     Returns:
         The groups kind by kind, in the order of the model's layers.
@@ -75,6 +78,7 @@ def find_groups(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
     if isinstance(kinds, str):
         raise BadInput(f"kinds: {kinds!r} is a string; give a list, as in [{kinds!r}]")
     model = plain_model(model)
+    set_input_size(model, example_input)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise BadInput(f"kind {unknown[0]!r}: unknown; use some of {', '.join(KINDS)}")

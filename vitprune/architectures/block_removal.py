@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.slices import not_prunable
-from vitprune.architectures.tracing.cache import meta_input
+from vitprune.architectures.tracing.cache import shape_error
+from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.architectures.tracing.residual_branches import find_residual_modules
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within, meta_copy
-from vitprune.runtime.eval_mode import eval_mode
-from vitprune.runtime.messages import first_line
 
 _CACHE: StructureCache[tuple[str, ...] | BadInput] = StructureCache()
 
@@ -84,24 +83,18 @@ def _remove(paths: Sequence[str], model: nn.Module, keep: Tensor) -> None:
 
 def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
     """Paths of the removable blocks, or the error if there are none."""
-    copy, members = meta_copy(model), _members(model)
+    members = _members(model)
     try:
-        inputs = meta_input(copy)
-        residual = find_residual_modules(copy, inputs, members)
-    except Exception as error:  # a forward pass may raise anything on tensors without values
-        return BadInput(f"{type(model).__name__}: it does not run on the meta device ({first_line(error)})")
+        residual = with_example(model, lambda copy, inputs: find_residual_modules(copy, inputs, members))
+    except BadInput as error:
+        return error
     paths = _innermost([path for path in members if path in residual])
     if not paths:
         return _refusal(model, members)
+    copy = meta_copy(model)
     _remove(paths, copy, torch.zeros(2 * len(paths), dtype=torch.bool))
-    try:
-        with torch.no_grad(), eval_mode(copy):
-            copy(inputs)
-    except Exception as error:
-        return BadInput(
-            f"{type(model).__name__}: without its blocks it does not run on the meta device ({first_line(error)})"
-        )
-    return paths
+    why = shape_error(copy)
+    return BadInput(f"{type(model).__name__}: without its blocks {why}") if why else paths
 
 
 def _members(model: nn.Module) -> list[str]:

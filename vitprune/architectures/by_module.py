@@ -7,7 +7,7 @@ from typing import Any
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from vitprune.architectures import attention, mlp
+from vitprune.architectures import attention, mlp, traced_groups
 from vitprune.architectures.slices import not_prunable
 from vitprune.architectures.tracing.cache import traced_channels, trial_run
 from vitprune.errors import BadInput
@@ -17,7 +17,7 @@ KINDS = ("ffn", "head", "attention")
 MODULE_NAMES = {"ffn": "MLP", "head": "attention", "attention": "attention"}
 MLP_CLASSES = re.compile(r"mlp|ffn|feedforward|glu|bottleneck|mbconv|inverted|basicblock", re.IGNORECASE)
 NOT_MLP_CLASSES = re.compile(r"head|norm", re.IGNORECASE)
-ATTENTION_CLASSES = re.compile(r"attn|attention|mhsa|msa|mla|xca|gpsa|rel(ative)?pos", re.IGNORECASE)
+ATTENTION_CLASSES = re.compile(r"(?i:attn|attention|mhsa|rel(ative)?pos)|MSA|Msa|MLA|XCA|GPSA")
 
 
 def groups(model: nn.Module, kind: str) -> list[Group]:
@@ -40,10 +40,12 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
         if known(module):
             result += mlp.groups(path, module) if kind == "ffn" else attention.groups(kind, path, module)
         elif path and _looks_like(kind, module) and not _is_covered(model, path, module, known):
-            traced[path] = _traced_mlp_groups(model, path) if kind == "ffn" else []
-            if not traced[path]:
+            if kind == "ffn":
+                traced[path] = _traced_mlp_groups(model, path)
+            found = traced[path] if kind == "ffn" else traced_groups.groups_within(model, kind, path)
+            if not found:
                 raise not_prunable(path, module, f"this {MODULE_NAMES[kind]} is not supported")
-            result += traced[path]
+            result += [group for group in found if group not in result]
     if traced:
         trial = [group for groups_of_module in traced.values() for group in groups_of_module]
         trial_run(model, trial, f"fewer hidden units in {', '.join(traced)}")

@@ -1,18 +1,22 @@
-"""Forward passes of timm's attentions for num_heads * head_dim != embed_dim, which timm does not support.
+"""Forward passes of attentions for num_heads * head_dim != embed_dim, which their libraries do not support.
 
-timm's forward passes assume that the concatenated heads have the width of the input. The classes here have the same
-parameters under the same names, and take the width from them. They inherit the other methods, such as
+The original forward passes assume that the concatenated heads have the width of the input. The classes here have the
+same parameters under the same names, and take the width from them. They inherit the other methods, such as
 set_window_size. Only the `__class__` of an attention is changed, so all references to the module remain valid.
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
 
 import torch
 from timm.layers import apply_rot_embed_cat, resolve_self_attn_mask
-from timm.models import beit, cait, convit, eva, pvt_v2, swin_transformer_v2, twins, xcit
+from timm.models import beit, cait, convit, eva, pvt_v2, swin_transformer_v2, twins, volo, xcit
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import maxvit as torchvision_maxvit
+from torchvision.models import swin_transformer as torchvision_swin
 
 
 def _split(projected: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -213,10 +217,103 @@ def _reduce_map(attn: Any, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
     return reduced if attn.act is None else attn.act(reduced)
 
 
+class NarrowVoloAttention(volo.Attention):  # type: ignore[misc]
+    """VOLO's attention over all positions of a map."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Compute self-attention of x (B, H, W, C)."""
+        q, k, v = _split(self.qkv(x.flatten(1, 2)), 3, self.num_heads)
+        return _project_output(self, _attend(self, q, k, v, fused=self.fused_attn).view(*x.shape[:3], -1))
+
+
+def _attend_in_shifted_windows(self: Any, x: Tensor) -> Tensor:
+    """Compute attention of torchvision's Swin in the windows of x (B, H, W, C)."""
+    window, size = self.window_size, x.shape[1:3]
+    padded = F.pad(x, (0, 0, 0, -size[1] % window[1], 0, -size[0] % window[0]))
+    whole = padded.shape[1:3]
+    shift = [0 if side >= total else step for side, total, step in zip(window, whole, self.shift_size, strict=True)]
+    windows = _windows(padded.roll([-step for step in shift], (1, 2)), window)  # (B, windows, N, C)
+    bias = self.qkv.bias
+    if hasattr(self, "logit_scale") and bias is not None:  # Swin V2's keys have no bias
+        bias = torch.cat([bias.chunk(3)[0], torch.zeros_like(bias.chunk(3)[1]), bias.chunk(3)[2]])
+    q, k, v = _split(F.linear(windows.flatten(0, 1), self.qkv.weight, bias), 3, self.num_heads)
+    if hasattr(self, "logit_scale"):
+        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        logits = logits * torch.clamp(self.logit_scale, max=math.log(100.0)).exp()
+    else:
+        logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    logits = logits + self.get_relative_position_bias()
+    if any(shift):
+        parts = [_parts(total, side, step, x) for total, side, step in zip(whole, window, shift, strict=True)]
+        regions = _windows((3 * parts[0][:, None] + parts[1])[None, :, :, None], window)[0, :, :, 0]  # (windows, N)
+        other = regions[:, :, None] != regions[:, None]
+        logits = (logits.view(len(x), -1, *logits.shape[1:]) - 100.0 * other[:, None]).flatten(0, 1)
+    shares = F.dropout(logits.softmax(dim=-1), self.attention_dropout, self.training)
+    output = F.dropout(self.proj((shares @ v).transpose(1, 2).flatten(2)), self.dropout, self.training)
+    rows, columns = whole[0] // window[0], whole[1] // window[1]
+    grid = output.view(len(x), rows, columns, *window, -1).transpose(2, 3).reshape(len(x), *whole, -1)
+    return grid.roll(shift, (1, 2))[:, : size[0], : size[1]]
+
+
+def _windows(grid: Tensor, window: Sequence[int]) -> Tensor:
+    """Split (B, H, W, C) into windows (B, windows, tokens of a window, C)."""
+    batch, height, width, channels = grid.shape
+    parts = grid.reshape(batch, height // window[0], window[0], width // window[1], window[1], channels)
+    return parts.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _parts(total: int, side: int, step: int, like: Tensor) -> Tensor:
+    """Number of the part, 0 to 2, that every row of a shifted map comes from."""
+    rows = torch.arange(total, device=like.device)
+    return (rows >= total - side).long() + (rows >= total - step).long() if step else torch.zeros_like(rows)
+
+
+class NarrowShiftedWindows(torchvision_swin.ShiftedWindowAttention):  # type: ignore[misc]
+    """torchvision's Swin attention."""
+
+    forward = _attend_in_shifted_windows
+
+
+class NarrowShiftedWindowsV2(torchvision_swin.ShiftedWindowAttentionV2):  # type: ignore[misc]
+    """torchvision's Swin V2 attention."""
+
+    forward = _attend_in_shifted_windows
+
+
+class NarrowPartitions(torchvision_maxvit.RelativePositionalMultiHeadAttention):  # type: ignore[misc]
+    """torchvision's MaxViT attention in partitions of a map."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Compute self-attention of x (B, partitions, tokens, C)."""
+        q, k, v = _split(self.to_qkv(x.flatten(0, 1)), 3, self.n_heads)
+        logits = q @ (k * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()
+        mixed = (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+        output: Tensor = self.merge(mixed).view(*x.shape[:3], -1)
+        return output
+
+
+def _attend_to_reduced_map(
+    self: Any, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
+) -> tuple[Tensor, ...]:
+    """Compute attention of transformers' PVTv2 of tokens (B, N, C) of a map."""
+    (q,) = _split(self.query(hidden_states), 1, self.num_attention_heads)
+    source = hidden_states
+    if self.linear_attention or self.spatial_reduction_ratio > 1:
+        grid = source.transpose(1, 2).reshape(len(source), -1, height, width)
+        grid = self.spatial_reduction(self.pool(grid) if self.linear_attention else grid)
+        source = self.layer_norm(grid.flatten(2).transpose(1, 2))
+        source = self.act(source) if self.linear_attention else source
+    k, v = (_split(layer(source), 1, self.num_attention_heads)[0] for layer in (self.key, self.value))
+    shares = (q @ k.transpose(-2, -1) / math.sqrt(self.attention_head_size)).softmax(dim=-1)
+    mixed = (self.attn_drop(shares) @ v).transpose(1, 2).flatten(2)
+    output = self.proj_drop(self.proj(mixed))
+    return (output, shares) if output_attentions else (output,)
+
+
 class NarrowMultiheadAttention(nn.MultiheadAttention):
     """torch's multi-head attention with fused input projection; torch's own takes no other width than embed_dim."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self: Any,
         query: Tensor,
         key: Tensor,
@@ -234,10 +331,10 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         weights = self.in_proj_weight.chunk(3)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         projected = [F.linear(*given) for given in zip(inputs, weights, biases, strict=True)]
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected)
+        q, k, v = (_split(part, 1, self.num_heads)[0] for part in projected)
         logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, N, M)
         if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+            attn_mask = attn_mask.view(-1, self.num_heads, *attn_mask.shape[1:])
         for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
             if mask is not None:
                 logits = logits.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else logits + mask
@@ -266,10 +363,31 @@ PRUNED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
 TIMM_CLASS = {pruned: stock for stock, pruned in PRUNED_CLASS.items()}
 
 
-def narrow_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class with a forward pass for any width; the class itself if there is none."""
-    others = {nn.MultiheadAttention: NarrowMultiheadAttention, pvt_v2.Attention: NarrowPvtAttention}
-    return (others | PRUNED_CLASS).get(kind, kind)
+NARROW_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    **PRUNED_CLASS,
+    nn.MultiheadAttention: NarrowMultiheadAttention,
+    pvt_v2.Attention: NarrowPvtAttention,
+    torchvision_maxvit.RelativePositionalMultiHeadAttention: NarrowPartitions,
+    torchvision_swin.ShiftedWindowAttention: NarrowShiftedWindows,
+    torchvision_swin.ShiftedWindowAttentionV2: NarrowShiftedWindowsV2,
+    volo.Attention: NarrowVoloAttention,
+}
+NARROW_FORWARD = {  # of classes of an optional library, by their full name
+    "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2SelfAttention": _attend_to_reduced_map,
+}
+
+
+def narrow_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module with a forward pass for any width; its own class if there is none."""
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__name__}"
+    return _with_forward(cast(Hashable, kind), name) if name in NARROW_FORWARD else NARROW_CLASS.get(kind, kind)
+
+
+@functools.cache
+def _with_forward(kind: Hashable, name: str) -> Any:
+    bases: Any = (kind,)
+    return type(f"Narrow{name.rpartition('.')[2]}", bases, {"forward": NARROW_FORWARD[name], "__module__": __name__})
 
 
 def set_forward_class(attn: Any, num_heads: int, head_dim: int) -> None:

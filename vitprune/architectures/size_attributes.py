@@ -25,7 +25,7 @@ from vitprune.runtime.outputs import tensors_of
 MAX_CHANGED, MAX_TRIALS = 5, 400
 TOLERANCE = 1e-9  # relative, in float64
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a module's forward pass
-HEADS, WIDTH, PRODUCT, SCALE = "heads", "width", "product", "scale"
+HEADS, WIDTH, SCALE = "heads", "width", "scale"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SizeAttribute:
         path: path of the module below the owner.
         name: name of the attribute; config.NAME for an entry of the module's configuration, of which it gets a copy.
         index: position in a tuple or list; None for a number.
-        role: heads, width (channels of a head), product (a multiple of both) or scale (width ** -0.5).
+        role: heads or width (channels of a head) for a multiple of it, or scale for width ** -0.5.
         value: value before the cut.
     """
 
@@ -73,7 +73,7 @@ class Sizes:
         heads, width = (*shape, self.shape[1])[:2]
         for path in self.narrow:
             module = owner.get_submodule(path)
-            module.__class__ = narrow_class(type(module))
+            module.__class__ = narrow_class(module)
         for attribute in self.attributes:
             _set(owner, attribute, self._new_value(attribute, heads, width))
         drop_cached(owner)
@@ -83,12 +83,9 @@ class Sizes:
 
     def _new_value(self, attribute: SizeAttribute, heads: int, width: int) -> float:
         if attribute.role == SCALE:
-            return width**-0.5
-        if attribute.role == HEADS:
-            return heads
-        if attribute.role == WIDTH:
-            return width
-        return int(attribute.value) // math.prod(self.shape) * heads * width
+            return 1 / math.sqrt(width)
+        old, new = (self.shape[0], heads) if attribute.role == HEADS else (self.shape[1], width)
+        return int(attribute.value) // old * new
 
 
 def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
@@ -128,7 +125,7 @@ def _proposals(
     """Yield proposals, those that change the fewest attributes first."""
     scales = tuple(candidate for candidate in candidates if candidate.role == SCALE) if of_channels else ()
     others = [candidate for candidate in candidates if candidate.role != SCALE]
-    narrow = tuple(path for path, module in owner.named_modules() if narrow_class(type(module)) is not type(module))
+    narrow = tuple(path for path, module in owner.named_modules() if narrow_class(module) is not type(module))
     number = 0
     for length in range(min(MAX_CHANGED, len(others)) + 1):
         for chosen in itertools.combinations(others, length):
@@ -144,22 +141,19 @@ def _proposals(
 
 
 def _candidates(owner: nn.Module, group: Group, shape: tuple[int, int]) -> Iterator[SizeAttribute]:
-    """Yield the attributes of the module that hold the number of heads, their width, a multiple of both or a scale."""
+    """Yield the attributes of the module that hold a number of heads or of channels, or a scale."""
     heads, width = shape
+    role, unit = (HEADS, heads) if len(group.shape) == 1 else (WIDTH, width)
     lengths = {owner.get_parameter(part.param).shape[part.axis or 0] for part in group.slices if part.axis is not None}
-    products = {length for length in lengths if length % (heads * width) == 0} | {heads * width}
-    roles = (
-        ((HEADS, {heads}), (PRODUCT, products)) if len(group.shape) == 1 else ((WIDTH, {width}), (PRODUCT, products))
-    )
+    sizes = {unit, heads * width} | lengths | {length // width for length in lengths if role == HEADS}
     for path, module in owner.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d):
             continue  # groups.shrink records their sizes
         for name, value in _settings(module):
             for index, number in enumerate(value) if isinstance(value, tuple | list) else ((None, value),):
-                for role, values in roles:
-                    if type(number) is int and number in values:
-                        yield SizeAttribute(path, name, index, role, number)
-                if "scal" in name and type(number) is float and math.isclose(number, width**-0.5):
+                if type(number) is int and number in sizes and number % unit == 0:
+                    yield SizeAttribute(path, name, index, role, number)
+                elif "scal" in name and type(number) is float and math.isclose(number, width**-0.5):
                     yield SizeAttribute(path, name, index, SCALE, number)
 
 
@@ -261,12 +255,13 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
                 parameter.copy_((matrices @ parameter.reshape(len(matrices), width, -1)).reshape(parameter.shape))
         weight = rotated.get_parameter(f"{reader}.weight")
         inverse = torch.linalg.inv(second).T
-        weight.copy_((weight.unflatten(1, (projections.heads, width)) @ inverse).flatten(1))
+        weight.copy_((weight.reshape(len(weight), projections.heads, width) @ inverse).reshape(weight.shape))
     for module in (dense, rotated):
         args, kwargs = (_with_values(part, torch.Generator().manual_seed(0)) for part in call)
         with torch.no_grad(), eval_mode(module):
             outputs.append(next(tensors_of(module(*args, **kwargs))))
-    return torch.allclose(*outputs, rtol=1e-6, atol=1e-6 * float(outputs[0].abs().max()))
+    expected, output = outputs
+    return torch.allclose(output, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
 @torch.no_grad()
@@ -282,11 +277,11 @@ def random_module(owner: nn.Module) -> nn.Module:
             setattr(inner, name, nn.Parameter(noise / fan_in**0.5 + 0.1, requires_grad=False))
         for name, buffer in inner.named_buffers(recurse=False):
             value = values[f"{path}.{name}" if path else name]
-            if buffer.is_floating_point():
+            if name in ("running_mean", "running_var"):
                 value = 0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)
             elif value.is_meta:
                 value = torch.zeros(buffer.shape, dtype=buffer.dtype)
-            setattr(inner, name, value.cpu().clone())
+            setattr(inner, name, value.double().cpu() if value.is_floating_point() else value.cpu().clone())
     return module
 
 

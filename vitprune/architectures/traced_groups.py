@@ -1,19 +1,21 @@
 """Groups of heads, channels of heads and hidden units of any model, found by tracing and proven on random weights."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitprune.architectures.size_attributes import Call, Sizes, keeps_function_in_other_basis, sized
 from vitprune.architectures.tracing.attention_heads import HeadGroup
-from vitprune.architectures.tracing.cache import meta_input, traced_attention, traced_channels
+from vitprune.architectures.tracing.cache import traced_attention, traced_channels
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup
+from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Projections, Resize, is_within, meta_copy
+from vitprune.groups import Group, Projections, Resize, is_within
 from vitprune.runtime.eval_mode import eval_mode
 
 
@@ -25,6 +27,7 @@ class _Found:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+KINDS = ("ffn", "head", "attention")
 _CACHE: StructureCache[dict[str, _Found]] = StructureCache()
 
 
@@ -35,17 +38,22 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
         model: any model.
         kind: ffn, head or attention.
 
+    Returns:
+        The groups. Modules whose units cannot be pruned are left out, see `left_out`.
+
     Raises:
-        BadInput: a module that multiplies activations, or has hidden units, cannot be pruned; the message names it. Or
-            the model has no such module.
+        BadInput: the model has no such module, or none that can be pruned; the message names one.
     """
     found = _found(model, kind)
-    refusals = [*found.refused.values()]
-    if refusals and (kind != "ffn" or not found.groups):
-        raise BadInput(refusals[0])
     if not found.groups:
-        raise BadInput(f"{type(model).__name__}: its trace has no units of kind {kind!r}")
+        nothing = f"{type(model).__name__}: its trace has no units of kind {kind!r}"
+        raise BadInput(next(iter(found.refused.values()), nothing))
     return list(found.groups.values())
+
+
+def left_out(model: nn.Module, kind: str) -> dict[str, str]:
+    """Return the reasons why modules with units of one kind are not pruned, by group name; none for other kinds."""
+    return dict(_found(model, kind).refused) if kind in KINDS else {}
 
 
 def groups_within(model: nn.Module, kind: str, path: str) -> list[Group]:
@@ -55,10 +63,10 @@ def groups_within(model: nn.Module, kind: str, path: str) -> list[Group]:
         BadInput: its units cannot be pruned.
     """
     found = _found(model, kind)
-    for owner, reason in found.refused.items():
-        if is_within(owner, [path]) or is_within(path, [owner]):
+    for name, reason in found.refused.items():
+        if is_within(name, [path]):
             raise BadInput(reason)
-    return [group for owner, group in found.groups.items() if is_within(owner, [path])]
+    return [group for group in found.groups.values() if any(is_within(part.param, [path]) for part in group.slices)]
 
 
 def _found(model: nn.Module, kind: str) -> _Found:
@@ -81,7 +89,7 @@ def _hidden_units(model: nn.Module) -> _Found:
     for channels in traced_channels(model):
         sites = {(part.param, part.axis) for part in channels.slices}
         is_read = any(axis == 1 for _, axis in sites)
-        if channels.kind == "ffn" and channels.units > 1 and channels.writers and is_read and not sites & of_heads:
+        if channels.kind == "ffn" and channels.writers and is_read and not sites & of_heads:
             why = channels.why_not or (
                 channels.normalized and f"{channels.normalized}: a norm couples its hidden units"
             )
@@ -123,7 +131,7 @@ def _proven(model: nn.Module, kind: str, traced: Sequence[HeadGroup]) -> _Found:
         if isinstance(proof, BadInput):
             found.refused[name] = _refusal(owner, module, str(proof))
         else:
-            layers = tuple(f"{owner}.{path}" for path in relative.projections.layers) if proof.any_basis else ()
+            layers = group.projections if proof.any_basis else ()
             found.groups[name] = replace(
                 relative,
                 slices=group.channels.slices,
@@ -159,8 +167,7 @@ def _prove(group: Group, module: nn.Module, call: Call, sizes: Sizes) -> _Proof 
 def _below(owner: str, kind: str, name: str, group: HeadGroup) -> tuple[Group, Sizes]:
     """Return the group with names relative to its owner, and its sizes before the cut."""
     channels, prefix = group.channels, f"{owner}." if owner else ""
-    width = channels.units // group.heads if kind == "attention" else _width(kind, group)
-    shape = (group.heads, width) if kind == "attention" else (channels.units,)
+    shape = (group.heads, group.width) if kind == "attention" else (channels.units,)
     slices, buffers = (
         tuple(replace(part, param=part.param.removeprefix(prefix)) for part in parts)
         for parts in (channels.slices, channels.buffers)
@@ -169,14 +176,10 @@ def _below(owner: str, kind: str, name: str, group: HeadGroup) -> tuple[Group, S
     queries = [(param.removeprefix(prefix), repetition) for param, repetition in group.queries]
     layers = tuple(path.removeprefix(prefix) for path in group.projections)
     projections = Projections(layers, group.heads) if layers and kind == "attention" else None
-    sizes = Sizes((group.heads, width), (), tuple((parts[name], number) for name, number in queries if name in parts))
+    sizes = Sizes(
+        (group.heads, group.width), (), tuple((parts[name], number) for name, number in queries if name in parts)
+    )
     return Group(name, kind, shape, slices, buffers=buffers, projections=projections), sizes
-
-
-def _width(kind: str, group: HeadGroup) -> int:
-    """Channels of a head, from the columns of the layer that reads the heads."""
-    readers = [part.length for part in group.channels.slices if part.axis == 1]
-    return min(readers, default=1) if kind == "head" else 1
 
 
 def _name(kind: str, owner: str, group: HeadGroup, number: int) -> str:
@@ -190,18 +193,29 @@ def _refusal(owner: str, module: nn.Module, why: str) -> str:
 
 
 def _calls(model: nn.Module, paths: set[str]) -> dict[str, Call]:
-    """Arguments of the first call of modules, on the meta device."""
-    copy, calls = meta_copy(model), dict[str, Call]()
+    """Arguments of the first call of modules, tensors on the meta device."""
 
-    def record(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(path, (args, kwargs))
+    def run(copy: nn.Module, inputs: Tensor) -> dict[str, Call]:
+        calls: dict[str, Call] = {}
+        for path in paths:
+            hook = partial(_record_call, calls, path)
+            copy.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        with torch.no_grad(), eval_mode(copy):
+            copy(inputs)
+        return calls
 
-        return hook
+    return with_example(model, run)
 
-    handles = [copy.get_submodule(path).register_forward_pre_hook(record(path), with_kwargs=True) for path in paths]
-    with torch.no_grad(), eval_mode(copy):
-        copy(meta_input(copy))
-    for handle in handles:
-        handle.remove()
-    return calls
+
+def _record_call(
+    calls: dict[str, Call], path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    calls.setdefault(path, (_on_meta(args), _on_meta(kwargs)))
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("meta")
+    if isinstance(value, dict):
+        return {key: _on_meta(item) for key, item in value.items()}
+    return type(value)(_on_meta(item) for item in value) if type(value) in (tuple, list) else value

@@ -161,9 +161,15 @@ def _factory_of(model: nn.Module, factory: str | None, args: Mapping[str, Any]) 
         if library != TORCHVISION or not model_name:
             raise BadInput(f"factory {factory!r}: unknown; write torchvision:NAME")
         return Factory(TORCHVISION, model_name, dict(args))
-    if package == TRANSFORMERS:
+    if package == TRANSFORMERS and _is_public(model):
         return Factory(TRANSFORMERS, name, _structural(model.config.to_dict()))  # type: ignore[operator, union-attr]
     return Factory(OWN, name, {})
+
+
+def _is_public(model: nn.Module) -> bool:
+    import transformers
+
+    return getattr(transformers, type(model).__name__, None) is type(model)
 
 
 def _structural(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,9 +207,9 @@ def _transformers_class(name: str) -> Any:
     try:
         import transformers
     except ImportError:
-        raise BadInput("transformers is not installed; pip install 'vitprune[transformers]'") from None
-    kind = getattr(transformers, name, None) if CLASS.fullmatch(name) else None
-    if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class is not None):
+        raise BadInput("transformers is not installed; pip install 'vitprune[models]'") from None
+    kind: Any = getattr(transformers, name, None) if CLASS.fullmatch(name) else None
+    if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)):
         raise BadInput(f"transformers {transformers.__version__} has no model class {name[:80]!r}")
     return kind
 

@@ -11,6 +11,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from vitprune.architectures.traced_groups import left_out
 from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.prune_config import Kind, PruneConfig
 from vitprune.config.quantity import Quantity, format_cost, seconds_of
@@ -53,7 +54,8 @@ class PruneResult:
         before: Cost of the dense model.
         after: Cost of the pruned model.
         target_miss: Why the cost misses the target by more than 2 %; empty if it does not, or without a target.
-        skipped: Kinds of the method that this model does not have, each with the reason.
+        skipped: Kinds of the method that this model does not have, and modules of models of other libraries than timm
+            that cannot be pruned, each with the reason.
         seconds: Duration.
         reconstruction: KL divergence from the dense logits on held-out images before and after the reconstruction, in
             nats per image, the pass that was kept and the number of passes; empty without.
@@ -228,6 +230,8 @@ def prune(
             raise BadInput(next(iter(skipped.values())))
         settings["kinds"] = available if skipped else None
     plan, dense = plan_for(PruneConfig(**settings), config, seed), plain_model(model)
+    if not is_timm_model(dense):
+        skipped |= {name: why for kind in plan.sparsity for name, why in left_out(pruned, kind).items()}
     if isinstance(model, FeatureGetterNet) and "residual" in plan.sparsity:
         raise BadInput("FeatureGetterNet: residual channels are its output; prune other kinds")
     pruned = prepared(pruned, plan, batches)

@@ -117,9 +117,9 @@ def test_moments_are_those_of_the_permuted_model() -> None:
     paths = [group.name.removesuffix(".weight") for group in find_groups(model, ["weight"])]
     groups = [group for kind in ("ffn", "attention", "residual") for group in find_groups(model, [kind])]
     orders = drawn_orders(groups)
-    collected = collect_layer_moments(model, paths, {}, data, context(fisher_directions=64), "metric_diagonal")
+    collected = collect_layer_moments(model, paths, [], data, context(fisher_directions=64), "metric_diagonal")
     other = permute(copy.deepcopy(model), groups, orders)
-    expected = collect_layer_moments(other, paths, {}, data, context(fisher_directions=64), "metric_diagonal")
+    expected = collect_layer_moments(other, paths, [], data, context(fisher_directions=64), "metric_diagonal")
     result = permute_statistics(collected, ChannelOrders(groups, orders))
     assert result.keys() == expected.keys()
     for name, value in expected.items():

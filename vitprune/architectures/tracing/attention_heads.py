@@ -4,16 +4,18 @@ A head is an index of the batch axis of a batched product of two activations, su
 starts with all channels of a head in one set, so that the logits and all tensors with one entry per head belong to it.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, groups_of_trace, run_trace
 from vitprune.architectures.tracing.trace import Site, Trace
 from vitprune.architectures.tracing.union_find import squeeze_broadcast
+from vitprune.groups import is_within
 
 DIFFERENT_WIDTHS = "its keys and values differ in width, so a channel of one is no channel of the other"
 SHARED_CHANNELS = "heads share its channels"
@@ -28,6 +30,7 @@ class HeadGroup:
         heads: number of heads.
         modules: paths of the modules that multiply activations of these heads.
         why_not: reason why the units cannot be pruned; empty if they can.
+        width: number of channels of the queries of a head, or of its values.
         queries: parameters with rows of queries, each with the repetition of all units that is the queries.
         projections: paths of the layers that write queries, keys and values, three times the same if they are fused in
             this order; empty if it is not one layer each.
@@ -37,6 +40,7 @@ class HeadGroup:
     heads: int
     modules: tuple[str, ...]
     why_not: str
+    width: int = 1
     queries: tuple[tuple[str, int], ...] = ()
     projections: tuple[str, ...] = ()
 
@@ -60,19 +64,22 @@ def trace_attention(model: nn.Module, example_input: Tensor) -> AttentionTrace:
     labelled = _LabelledHeads(trace)
     if not labelled.count:
         return AttentionTrace([], [])
-    by_head = run_trace(model, example_input, labelled.numbers_by_site())
+    numbers = labelled.numbers_by_site()
+    by_head = run_trace(model, example_input, numbers)
+    shared = _tables_of_single_heads(by_head, trace, labelled)
+    if shared:
+        by_head = run_trace(model, example_input, numbers, shared)
     _tie_fused_rows(by_head)
     head_of_number = by_head.sets.find(by_head.head_labels)  # by number: representative of the head
-    modules = _modules_of_heads(trace, labelled, head_of_number)
+    modules, widths = _products_of_heads(trace, labelled, head_of_number)
     found = set(head_of_number[1:].tolist())
     heads = []
     for channels in groups_of_trace(by_head, model):
         if found.intersection(channels.roots):
-            why = channels.why_not or (
-                channels.normalized and f"{channels.normalized}: a norm over all heads couples them"
-            )
+            norm = channels.normalized and f"{channels.normalized}: a norm over all heads couples them"
             inside = sorted({path for root in channels.roots for path in modules[root]})
-            heads.append(HeadGroup(channels, channels.units, tuple(inside), why))
+            width = min(widths[root] for root in channels.roots)
+            heads.append(HeadGroup(channels, channels.units, tuple(inside), channels.why_not or norm, width))
     return AttentionTrace(heads, _channels_of_heads(trace, model, labelled, head_of_number, modules))
 
 
@@ -81,22 +88,35 @@ class _LabelledHeads:
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
-        touched = torch.cat(
-            [labels.flatten() for labels in trace.in_heads] or [torch.zeros(0, dtype=torch.int64)]
-        ).unique()
-        touched = touched[touched > 0]
-        roots, numbers = trace.heads.find(touched).unique(return_inverse=True)
+        touched = np.unique(np.concatenate([np.zeros(1, np.int64), *(x.numpy().ravel() for x in trace.in_heads)]))
+        self.touched = torch.from_numpy(touched[touched > 0])
+        roots, numbers = np.unique(trace.heads.find(self.touched).numpy(), return_inverse=True)
         self.count = len(roots)
         self.number_of = torch.zeros(int(trace.sets.new_labels(1)), dtype=torch.int64)
-        self.number_of[touched] = numbers + 1
-        self.touched = touched
+        self.number_of[self.touched] = torch.from_numpy(numbers + 1)
 
     def numbers_by_site(self) -> dict[Site, Tensor]:
         """Return the numbers of heads along the axes of matrices, and of the elements of other parameters."""
-        sites: dict[Site, Tensor] = {**self._trace.axes}
+        sites: dict[Site, Tensor] = dict(self._trace.axes.items())
         sites |= {(name, None): labels for name, labels in self._trace.elements.items()}
         numbers = {site: self.number_of[labels] for site, labels in sites.items()}
         return {site: values for site, values in numbers.items() if bool(values.any())}
+
+
+def _tables_of_single_heads(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -> set[str]:
+    """Return parameters outside of several attentions that couple them as single heads, such as rotary frequencies.
+
+    An operation on several heads broadcasts such a table over them; on one head it cannot be told from a bias per head.
+    """
+    modules, _ = _products_of_heads(trace, labelled, by_head.sets.find(by_head.head_labels))
+    counts = Counter(by_head.sets.find(by_head.head_labels[1:]).tolist())
+    several = {root for root, paths in modules.items() if len(paths) > 1 and counts[root] > 1}
+    return {
+        name
+        for name, labels in by_head.elements.items()
+        for root in several & by_head.sets.find_unique([labels])
+        if not any(is_within(name, [path]) for path in modules[root] if path)
+    }
 
 
 def _tie_fused_rows(trace: Trace) -> None:
@@ -104,33 +124,35 @@ def _tie_fused_rows(trace: Trace) -> None:
 
     A unit then has equally many rows, evenly spaced, so that the fused weight can be cut.
     """
-    in_heads = (
-        trace.sets.find_unique(trace.in_heads) if not trace.by_head else trace.sets.find_unique([trace.head_labels])
-    )
+    in_heads = trace.sets.find_unique([trace.head_labels] if trace.by_head else trace.in_heads)
     for (_, axis), labels in trace.axes.items():
         if axis != 0:
             continue
-        rows = trace.sets.find(labels)
-        roots, counts = rows.unique(return_counts=True)
-        if len(counts.unique()) < 2 or not in_heads.issuperset(roots.tolist()):
+        roots, first, counts = np.unique(trace.sets.find(labels).numpy(), return_index=True, return_counts=True)
+        sizes = np.unique(counts)
+        if len(sizes) < 2 or not in_heads.issuperset(roots.tolist()):
             continue
-        order = torch.stack(
-            [(labels_of == root).nonzero()[0, 0] for labels_of in [trace.sets.find(labels)] for root in roots]
-        )
-        parts = [roots[counts == count][order[counts == count].argsort()] for count in counts.unique()]
+        parts = [roots[counts == size][first[counts == size].argsort()] for size in sizes]
         if len({len(part) for part in parts}) == 1:
             for part in parts[1:]:
-                trace.sets.union(parts[0], part)
+                trace.sets.union(torch.from_numpy(parts[0]), torch.from_numpy(part))
 
 
-def _modules_of_heads(trace: Trace, labelled: _LabelledHeads, head_of_number: Tensor) -> Mapping[int, set[str]]:
+def _products_of_heads(
+    trace: Trace, labelled: _LabelledHeads, head_of_number: Tensor
+) -> tuple[Mapping[int, set[str]], Mapping[int, int]]:
+    """Return by head the paths of the modules of its products, and the number of channels of its queries or values."""
     modules: dict[int, set[str]] = defaultdict(set)
+    widths: dict[int, int] = {}
     for product in trace.products:
-        for labels in (product.left, product.right):
+        for labels, axis in ((product.left, -1), (product.right, -2 if product.over_channels else -1)):
             if labels is not None:
-                for number in labelled.number_of[squeeze_broadcast(labels)].unique().tolist():
-                    modules[int(head_of_number[number])].add(product.module)
-    return modules
+                for number in np.unique(labelled.number_of[squeeze_broadcast(labels)].numpy()).tolist():
+                    head = int(head_of_number[number])
+                    modules[head].add(product.module)
+                    if trace.varies_along(labels, axis):
+                        widths[head] = min(widths.get(head, labels.shape[axis]), labels.shape[axis])
+    return modules, defaultdict(lambda: 1, widths)
 
 
 def _channels_of_heads(
@@ -171,7 +193,11 @@ def _channels_of_heads(
         )
     by_heads = {number: groups_of_trace(trace, model, number) for number in {number for _, number, _, _ in result}}
     return [
-        _with_layers(HeadGroup(spaced, number, tuple(inside), why or spaced.why_not), trace, (queries, keys, values))
+        _with_layers(
+            HeadGroup(spaced, number, tuple(inside), why or spaced.why_not, spaced.units // number),
+            trace,
+            (queries, keys, values),
+        )
         for channels, number, why, inside in result
         for spaced in by_heads[number]
         if spaced.roots == channels.roots
@@ -189,16 +215,17 @@ def _with_layers(group: HeadGroup, trace: Trace, roles: Sequence[Mapping[int, li
 
 def _parts_of(trace: Trace, channels: ChannelGroup, rows: Mapping[int, list[Tensor]]) -> list[tuple[str, int]]:
     """Return weights and biases with these rows, each with the repetition of all units of the group that they are."""
-    chosen = torch.cat([row for rows_of_head in rows.values() for row in rows_of_head])
-    result = []
+    params = {part.param for part in channels.slices}
+    chosen = torch.cat([torch.zeros(0, dtype=torch.int64), *(row for of_head in rows.values() for row in of_head)])
+    result: list[tuple[str, int]] = []
     for part in channels.slices:
         labels = trace.axes.get((part.param, 0)) if part.axis == 0 else None
-        position = torch.isin(labels, chosen).nonzero().flatten() if labels is not None else ()
-        if len(position):
-            repetition = int(position[0]) // (channels.units // part.heads * part.inner)
-            result.append((part.param, repetition % part.runs if part.runs > 1 else repetition))
-            bias = f"{part.param.removesuffix('weight')}bias"
-            result += [(bias, result[-1][1]) for other in channels.slices if other.param == bias]
+        positions = [] if labels is None else torch.isin(labels, chosen).nonzero().flatten().tolist()
+        repetitions = {position // (channels.units // part.heads * part.inner) for position in positions}
+        if part.runs > 1:
+            repetitions = {repetition % part.runs for repetition in repetitions}
+        bias = f"{part.param.removesuffix('weight')}bias"
+        result += [(name, number) for name in (part.param, bias) if name in params for number in sorted(repetitions)]
     return result
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from vitprune.architectures.token_merging import without_merging
 from vitprune.architectures.tracing.attention_heads import AttentionTrace, trace_attention
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
+from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
 from vitprune.runtime.eval_mode import eval_mode
-from vitprune.runtime.input_size import input_size
 from vitprune.runtime.messages import first_line
+from vitprune.runtime.outputs import tensors_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,7 @@ def traced_attention(model: nn.Module) -> AttentionTrace:
     """
     entry = _CACHE.value_for(model, _trace)
     if not entry.attention:
-        copy = meta_copy(without_merging(model))
-        entry.attention.append(trace_attention(copy, meta_input(copy)))
+        entry.attention.append(with_example(without_merging(model), trace_attention))
     return entry.attention[0]
 
 
@@ -71,11 +72,7 @@ def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
 
 
 def _trace(model: nn.Module) -> _CacheEntry:
-    copy = meta_copy(without_merging(model))
-    try:
-        return _CacheEntry(channel_groups(copy, meta_input(copy)))
-    except Exception as error:  # a forward pass may raise anything on tensors without values
-        raise BadInput(f"{type(model).__name__}: it does not run on the meta device ({first_line(error)})") from None
+    return _CacheEntry(with_example(without_merging(model), channel_groups))
 
 
 def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
@@ -89,14 +86,17 @@ def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
 
 
 def shape_error(model: nn.Module) -> str:
-    """Return the error of a run of the model's copy on the meta device, at its own input size; empty if it runs."""
-    copy = meta_copy(model)
+    """Return the error of a run of the model's copy at its own input size; empty if it runs."""
     try:
-        with torch.no_grad(), eval_mode(copy):
-            copy(meta_input(copy))
-    except Exception as error:  # a forward pass may raise anything
-        return first_line(error)
+        with_example(model, _run)
+    except BadInput as error:
+        return str(error).partition(": ")[2]
     return ""
+
+
+def _run(model: nn.Module, inputs: Tensor) -> Any:
+    with torch.no_grad(), eval_mode(model):
+        return model(inputs)
 
 
 def end_layers(model: nn.Module) -> list[str]:
@@ -109,7 +109,10 @@ def end_layers(model: nn.Module) -> list[str]:
 
 
 def _find_end_layers(model: nn.Module) -> list[str]:
-    copy = meta_copy(model)
+    return with_example(model, _end_layers_of_run)
+
+
+def _end_layers_of_run(copy: nn.Module, inputs: Tensor) -> list[str]:
     calls: list[tuple[str, Tensor]] = []
 
     def record(path: str, output: Tensor) -> None:
@@ -118,21 +121,7 @@ def _find_end_layers(model: nn.Module) -> list[str]:
     for path, layer in copy.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.register_forward_hook(lambda module, inputs, output, path=path: record(path, output))
-    try:
-        with torch.no_grad(), eval_mode(copy):
-            output = copy(meta_input(copy))
-    except Exception as error:  # a forward pass may raise anything on tensors without values
-        raise BadInput(f"{type(model).__name__}: it does not run on the meta device ({first_line(error)})") from None
-    outputs = output if isinstance(output, list | tuple) else [output]
+    outputs = list(tensors_of(_run(copy, inputs)))
     return [path for path, value in calls[:1]] + [
         path for path, value in calls[1:] if value.dim() == 2 and any(value is one for one in outputs)
     ]
-
-
-def meta_input(model: nn.Module) -> Tensor:
-    """Return an input on the meta device: an image (1, C, H, W), or tokens (1, T) for a causal language model."""
-    context = getattr(model, "pretrained_cfg", {}).get("context_length")
-    if context:
-        return torch.empty(1, context, dtype=torch.int64, device="meta")
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return torch.empty(1, *input_size(model), dtype=dtype, device="meta")

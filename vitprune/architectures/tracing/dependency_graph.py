@@ -6,7 +6,7 @@ axis if it is multiplied as a matrix, and one label per element otherwise.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,24 +120,28 @@ def _by_signature(axes: Mapping[Axis, _AxisLabels]) -> list[tuple[list[Axis], Ar
 def _labels_by_axis(trace: Trace) -> dict[Axis, Tensor]:
     """Return the labels along each axis of matrices, and along the channel axis of elementwise parameters."""
     axes = {axis: trace.sets.find(labels) for axis, labels in trace.axes.items()}
+    alone = trace.sets.are_alone()
     for name, elements in trace.elements.items():
         if not elements.numel():
             continue
         roots = trace.sets.find(elements.contiguous())
-        channel_axes = [axis for axis in range(roots.dim()) if _determined_by(roots, axis)]
-        if channel_axes:
-            axes[name, channel_axes[0]] = (
-                roots.movedim(channel_axes[0], 0).flatten(1)[:, 0] if roots.dim() > 1 else roots
-            )
+        along = [(axis, *found) for axis in range(roots.dim()) if (found := _along(roots, axis, alone)) is not None]
+        if along:
+            axis, labels, _ = min(along, key=lambda entry: entry[2])
+            axes[name, axis] = labels
         else:
             trace.sets.mark_unprunable(roots, f"{name}: none of its axes is a channel axis")
     return axes
 
 
-def _determined_by(roots: Tensor, axis: int) -> bool:
-    """Whether the position along one axis determines the label, and the axis has more than one position."""
+def _along(roots: Tensor, axis: int, alone: Tensor) -> tuple[Tensor, bool] | None:
+    """Return the labels along an axis, and whether some are not used; None if other axes matter for used elements."""
     flat = roots.movedim(axis, 0).reshape(roots.shape[axis], -1)
-    return roots.shape[axis] > 1 and bool((flat == flat[:, :1]).all())
+    used = ~alone[flat] if roots.dim() > 1 or len(roots) == 1 else torch.ones_like(flat, dtype=torch.bool)
+    labels = flat.gather(1, used.int().argmax(dim=1, keepdim=True))  # of the first used element
+    if not bool(used.any()) or not bool(((flat == labels) | ~used).all()):
+        return None
+    return labels[:, 0], not bool(used.any(dim=1).all())
 
 
 @dataclass(frozen=True)
@@ -198,15 +202,19 @@ def _param_slice(axis: Axis, positions: Array, length: int, heads: int) -> Param
     return None
 
 
-def run_trace(model: nn.Module, example_input: Tensor, heads: Mapping[Site, Tensor] = NO_HEADS) -> Trace:
+def run_trace(
+    model: nn.Module, example_input: Tensor, heads: Mapping[Site, Tensor] = NO_HEADS, ignored: Collection[str] = ()
+) -> Trace:
     """Trace one forward pass; channels of the output are marked as not prunable.
 
     Args:
         model: the model, in evaluation mode while it runs.
         example_input: its input.
         heads: numbers of heads, for a trace of whole heads, see `Trace`.
+        ignored: names of parameters and buffers without labels.
     """
-    trace = Trace({**dict(model.named_parameters()), **dict(model.named_buffers())}, type(model).__name__, heads)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    trace = Trace({name: value for name, value in tensors.items() if name not in ignored}, type(model).__name__, heads)
     with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_hooks(model, trace), _Tracer(trace):
         output = model(example_input)
     propagate_to_fixpoint(trace)

@@ -24,8 +24,15 @@ def apply_rule(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
         result: its result, a tensor or a sequence of tensors.
     """
     name = func.overloadpacket.__name__
-    if name in PERMUTATIONS and (view := trace.parameter_of(args[0])) is not None:
-        trace.set_labels(result, ParameterView(view.name, tuple(view.axes[axis] for axis in PERMUTATIONS[name](args))))
+    view = trace.parameter_of(args[0]) if args else None
+    if name in PERMUTATIONS and view is not None:
+        trace.set_labels(result, view.permute(PERMUTATIONS[name](args)))
+    elif name in CUTS and view is not None and (len(args) < 5 or args[4] == 1):
+        axis = (args[1] if len(args) > 1 else 0) if name == "slice" else args[2] if len(args) > 2 else 0
+        start = (args[2] if len(args) > 2 else 0) or 0 if name == "slice" else 0
+        for part in [result] if isinstance(result, Tensor) else result:
+            trace.set_labels(part, view.narrow(axis, start % max(1, args[0].shape[axis]), part.shape[axis]))
+            start += part.shape[axis]
     elif "batch_norm" in name:
         _normalization(trace, args[0], args[1:5], result[0], 1)
     elif name in RULES:
@@ -49,6 +56,7 @@ PERMUTATIONS: dict[str, Callable[[Sequence[Any]], Sequence[int]]] = {
     "detach": lambda args: range(args[0].dim()),
     "alias": lambda args: range(args[0].dim()),
 }
+CUTS = ("slice", "split", "split_with_sizes")
 
 
 def _rearrangement(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -168,9 +176,9 @@ def _contraction(trace: Trace, first: Tensor | None, second: Tensor | None, resu
         return
     if first is not None and second is not None and all(over_channels):
         pair = [squeeze_broadcast(labels) for labels in (first.mT, second)]
-        for labels in pair:
-            trace.sets.union(labels, labels[..., :1])
-        trace.sets.union(*(labels[..., :1] for labels in pair))
+        for channels in pair:
+            trace.sets.union(channels, channels[..., :1])
+        trace.sets.union(*(channels[..., :1] for channels in pair))
         trace.contractions.append(pair[1])
     for labels, summed in ((first, over_channels[0]), (second, over_channels[1])):
         if labels is not None and summed and not all(over_channels):
@@ -183,11 +191,15 @@ def _contraction(trace: Trace, first: Tensor | None, second: Tensor | None, resu
 
 def _heads_of_product(trace: Trace, first: Tensor | None, second: Tensor | None, over_channels: bool) -> Tensor | None:
     """Record a product of several heads; return the labels of its result (b, 1, 1) in a trace of whole heads."""
-    operands = [compact(labels) for labels in (first, second) if labels is not None]
-    operands = [squeeze_broadcast(labels) for labels in operands]
-    varied = [labels for labels in operands if labels.dim() == 3 and bool((labels != labels[:1]).any())]
-    by_channel = all(min(labels.shape[-2:]) == 1 for labels in operands)
-    if not varied and by_channel and (over_channels or any(trace.is_one_head(labels) for labels in operands)):
+    operands = [squeeze_broadcast(compact(labels)) for labels in (first, second) if labels is not None]
+    if any(labels.dim() != 3 for labels in operands):
+        return None
+    varied = [labels for labels in operands if bool((labels != labels[:1]).any())]
+    widths = [labels.shape[axis] for labels, axis in ((first, -1), (second, -2)) if labels is not None]
+    by_channel = all(len(np.unique(labels[0])) <= width for labels, width in zip(operands, widths, strict=True))
+    if varied and by_channel and over_channels:
+        varied = operands  # also the keys that all heads share
+    elif not varied and by_channel and (over_channels or any(trace.is_one_head(labels) for labels in operands)):
         varied = operands  # a single head
     elif not varied and second is not None and trace.varies_along(second, -1):
         of_logits = first is None or not any(trace.varies_along(first, axis) for axis in (-1, -2))
@@ -254,7 +266,7 @@ def _convolution_of_heads(trace: Trace, labels: Tensor, weight: ParameterView, g
 def _one_kernel_per_head(trace: Trace, channels: Tensor, weight: ParameterView, dense: bool) -> Tensor:
     """Return new labels (heads, rows) as if every head had a kernel of its own; they are united at the end."""
     rows = trace.axis_labels(weight, 0)
-    _, numbers = channels[:, 0].unique(return_inverse=True)
+    numbers = torch.from_numpy(np.unique(channels[:, 0].numpy(), return_inverse=True)[1])
     fresh = trace.sets.new_labels(int(numbers.max()) + 1, len(rows))[numbers]
     trace.shared += [(channels, trace.axis_labels(weight, 1) if dense else rows), (fresh, rows)]
     trace.unite_heads(channels, fresh[:, :1])

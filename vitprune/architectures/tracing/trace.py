@@ -1,7 +1,7 @@
 """State of a channel trace: the labels of all tensors, and the relations between labels."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,31 @@ NO_HEADS: Mapping[Site, Tensor] = {}
 
 @dataclass(frozen=True)
 class ParameterView:
-    """A parameter or buffer whose axes may be permuted: axis i of the view is axis `axes[i]` of the parameter."""
+    """A parameter or buffer, permuted or cut out: axis i of the view is axis `axes[i]` of the parameter.
+
+    Attributes:
+        name: name of the parameter.
+        axes: axis of the parameter of every axis of the view.
+        starts: first position in the parameter of every axis of the view.
+        sizes: length of every axis of the view.
+    """
 
     name: str
     axes: tuple[int, ...]
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def permute(self, order: Sequence[int]) -> "ParameterView":
+        """Return the view with its axes in another order."""
+        return ParameterView(
+            self.name, *(tuple(values[axis] for axis in order) for values in (self.axes, self.starts, self.sizes))
+        )
+
+    def narrow(self, axis: int, start: int, length: int) -> "ParameterView":
+        """Return a part of the view along one axis."""
+        starts, sizes = [*self.starts], [*self.sizes]
+        starts[axis], sizes[axis] = starts[axis] + start, length
+        return replace(self, starts=tuple(starts), sizes=tuple(sizes))
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,8 @@ class Trace:
         self._by_tensor: Any = WeakIdKeyDictionary()  # labels of an activation, or ParameterView
         for name, value in tensors.items():
             if value.is_floating_point():
-                self._by_tensor[value] = ParameterView(name, tuple(range(value.dim())))
+                axes = tuple(range(value.dim()))
+                self._by_tensor[value] = ParameterView(name, axes, (0,) * len(axes), tuple(value.shape))
 
     def labels_of(self, value: Any) -> Tensor | None:
         """Return the labels of a tensor's elements, None if it has none; a parameter gets new labels."""
@@ -98,7 +120,10 @@ class Trace:
             return entry if isinstance(entry, Tensor) else None
         if entry.name not in self.elements:
             self.elements[entry.name] = self._new_labels((entry.name, None), self._shapes[entry.name])
-        return self.elements[entry.name].permute(entry.axes)
+        labels = self.elements[entry.name].permute(entry.axes)
+        for axis, (start, size) in enumerate(zip(entry.starts, entry.sizes, strict=True)):
+            labels = labels.narrow(axis, start, size)
+        return labels
 
     def parameter_of(self, value: Any) -> ParameterView | None:
         """Return the parameter that a tensor is a view of, None for any other tensor."""
@@ -121,7 +146,7 @@ class Trace:
         key = (weight.name, weight.axes[axis])
         if key not in self.axes:
             self.axes[key] = self._new_labels(key, self._shapes[weight.name][key[1] : key[1] + 1])
-        return self.axes[key]
+        return self.axes[key].narrow(0, weight.starts[axis], weight.sizes[axis])
 
     def _new_labels(self, site: Site, shape: torch.Size) -> Tensor:
         labels = self.sets.new_labels(*shape)

@@ -44,6 +44,11 @@ class UnionFind:
                 return torch.from_numpy(np.asarray(roots))
             roots = above
 
+    def are_alone(self) -> Tensor:
+        """Return by label whether it is the only one in its set."""
+        roots = self.find(torch.arange(self._next)).numpy()
+        return torch.from_numpy(np.bincount(roots, minlength=self._next)[roots] == 1)
+
     def find_unique(self, tensors: list[Tensor]) -> set[int]:
         """Return the representatives of all labels in some tensors, without `NO_CHANNEL`."""
         roots = {int(root) for labels in tensors for root in np.unique(self.find(labels.flatten()).numpy())}

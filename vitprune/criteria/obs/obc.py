@@ -45,7 +45,7 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: Sc
     """
     split_into_blocks(model, groups, 1, context.pattern[1] if context.pattern else 1)
     statistics = collect_layer_moments(
-        model, [_path(model, group) for group in groups], {}, batches, context, "metric_diagonal"
+        model, [_path(model, group) for group in groups], [], batches, context, "metric_diagonal"
     )
     images = sum(len(labels) for _, labels in batches)
     chosen = ChannelOrders((), {})

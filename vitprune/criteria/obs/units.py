@@ -51,7 +51,7 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
     units = [group for group in groups if group.kind != "residual"]
     statistics = collect_unit_moments(model, units, batches, context, grads=True) if units else {}
     if readers:
-        statistics |= collect_layer_moments(model, readers, {}, batches, context, None)
+        statistics |= collect_layer_moments(model, readers, [], batches, context, None)
     scores: Scores = {}
     for group in track(groups, "eliminating units"):
         if group.kind == "residual":

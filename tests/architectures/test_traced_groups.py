@@ -1,0 +1,160 @@
+"""Groups of models of any library, found by tracing: proven by removal, refused by name, the same as by table."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.support.model_zoo import SMALL
+from tests.support.other_models import MODELS, make_model
+from vitprune import BadInput, find_groups, permute, shrink, zero
+from vitprune.architectures import traced_groups
+from vitprune.evaluation.check_model import random_odd_masks, randomize_parameters
+from vitprune.runtime.input_size import input_size
+from vitprune.runtime.outputs import main_tensor
+
+SIZES = {"torchvision maxvit": (64, 64)}
+REFUSED = {
+    ("dinov3", "attention"): r"^model.layer.0.attention \(DINOv3ViTAttention\): its forward pass needs the old sizes; ",
+    ("sam", "attention"): r"^vision_encoder.layers.0.attn \(\w+\): heads share its channels; this module cannot",
+}
+
+
+def images_for(name: str, model: nn.Module) -> Tensor:
+    size = SIZES.get(name, input_size(model)[1:])
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@torch.no_grad()
+def assert_zero_equals_shrink(dense: nn.Module, kind: str, images: Tensor) -> None:
+    groups = find_groups(dense, [kind], images)
+    masks = random_odd_masks(groups, 0.5)
+    zeroed, cut = zero(copy.deepcopy(dense), groups, masks), shrink(copy.deepcopy(dense), groups, masks)
+    expected, output = (main_tensor(model(images)) for model in (zeroed, cut))
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in dense.parameters())
+    kept = {
+        group.name: masks[group.name].view(group.shape).flatten(1) if group.shape[1:] else masks[group.name][None]
+        for group in groups
+    }
+    again = {group.name: group.shape[-1] for group in find_groups(cut, [kind])}
+    assert again == {name: int(mask[0].sum()) for name, mask in kept.items()}
+
+
+@pytest.mark.parametrize("kind", ["ffn", "head", "attention"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_models_of_other_libraries_are_proven(name: str, kind: str) -> None:
+    dense = randomize_parameters(make_model(name))
+    if (name, kind) in REFUSED:
+        with pytest.raises(BadInput, match=REFUSED[name, kind]):
+            find_groups(dense, [kind])
+    else:
+        assert_zero_equals_shrink(dense, kind, images_for(name, dense))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "levit_128s", "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize("kind", ["head", "ffn"])
+def test_the_order_of_traced_units_is_free(name: str, kind: str) -> None:
+    dense = randomize_parameters(timm.create_model(name, num_classes=7, **SMALL[name]))
+    groups = traced_groups.groups(dense, kind)
+    generator = torch.Generator().manual_seed(0)
+    orders = {group.name: torch.randperm(group.units, generator=generator) for group in groups}
+    images = torch.randn(1, *input_size(dense), dtype=torch.float64)
+    with torch.no_grad():
+        expected = dense(images)
+        torch.testing.assert_close(permute(dense, groups, orders)(images), expected, rtol=1e-9, atol=1e-9)
+
+
+class Attention(nn.Module):
+    """Attention with names of its own: n heads of size c from three layers, a gate and a bias per head."""
+
+    def __init__(self, width: int, heads: int, shared: int = 1):
+        super().__init__()
+        self.n, self.c, self.all, self.share = heads, width // heads, width, shared
+        self.asks, self.has = nn.Linear(width, width), nn.Linear(width, width // shared)
+        self.gives, self.out = nn.Linear(width, width // shared), nn.Linear(width, width)
+        self.gate, self.near = nn.Parameter(torch.ones(heads, 1, 1)), nn.Parameter(torch.zeros(heads, 1, 17))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q = self.asks(x).view(batch, tokens, self.n, self.c).transpose(1, 2)
+        k, v = (
+            layer(x).view(batch, tokens, -1, self.c).transpose(1, 2).repeat_interleave(self.share, 1)
+            for layer in (self.has, self.gives)
+        )
+        shares = (q @ k.mT * self.c**-0.5 + self.near[..., :tokens]).softmax(-1) * self.gate
+        return self.out((shares @ v).transpose(1, 2).reshape(batch, tokens, self.all))
+
+
+class FixedAttention(Attention):
+    """Attention whose forward pass contains its number of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 4, 8).transpose(1, 2) for layer in (self.asks, self.has, self.gives))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Coupled(Attention):
+    """Attention with a norm over the channels of all heads."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.sub = nn.LayerNorm(width)
+        self.out = nn.Sequential(self.sub, self.out)
+
+
+class Encoder(nn.Module):
+    """Patches, one block and a classifier."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.image_size = 16
+        self.patch, self.norm1, self.norm2 = nn.Conv2d(3, 32, 4, 4), nn.LayerNorm(32), nn.LayerNorm(32)
+        self.attention, self.up, self.down = attention, nn.Linear(32, 2 * 40), nn.Linear(40, 32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(self.norm1(x))
+        a, b = self.up(self.norm2(x)).chunk(2, -1)
+        return self.head((x + self.down(a * b.sigmoid())).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["head", "attention"])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_a_class_of_ones_own_is_proven(kind: str, shared: int) -> None:
+    dense = randomize_parameters(Encoder(Attention(32, 4, shared)))
+    assert_zero_equals_shrink(dense, kind, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    (group,) = find_groups(dense, [kind])
+    assert group.units == {"head": 4, "attention": 32}[kind] // shared
+    assert {part.param for part in group.slices} >= {"attention.asks.weight", "attention.gives.bias"}
+    assert ("attention.near" in {part.param for part in group.slices}) == (kind == "head")
+
+
+@pytest.mark.parametrize(
+    ("attention", "why"),
+    [
+        (lambda: FixedAttention(32, 4), r"^attention \(FixedAttention\): its forward pass needs the old sizes; "
+            r"tried to change n, all \(.*\); this module cannot be pruned$"),
+        (lambda: Coupled(32, 4), r"^attention \(Coupled\): attention.out.0 \(LayerNorm\): a norm over all heads "),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_cut_is_refused_by_name(attention: Callable[[], nn.Module], why: str) -> None:
+    with pytest.raises(BadInput, match=why):
+        find_groups(Encoder(attention()), ["head"])
+
+
+def test_a_model_that_does_not_run_at_its_size_asks_for_an_example() -> None:
+    model = Encoder(Attention(32, 4))
+    model.head = nn.Linear(31, 5)
+    with pytest.raises(BadInput, match=r"^Encoder: it does not run on images of 3 x 16 x 16 \(.*\); give example"):
+        find_groups(model, ["head"])
+
+
+def test_hidden_units_outside_a_module_of_their_own_are_not_found() -> None:
+    with pytest.raises(BadInput, match=r"^Encoder: its trace has no units of kind 'ffn'"):
+        find_groups(Encoder(Attention(32, 4)), ["ffn"])

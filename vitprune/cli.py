@@ -341,18 +341,25 @@ def inspect(
 
 @app.command(rich_help_panel=MODELS, epilog="Example: vitprune check swin_tiny_patch4_window7_224 --ratios 0.5")
 def check(
-    model: Annotated[str, typer.Argument(help="A timm model; its weights are random.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="timm:NAME or NAME, hf:DIRECTORY_OR_CONFIG, torchvision:NAME, or module:PACKAGE.FILE:CALLABLE; the "
+            "weights are random."
+        ),
+    ],
     ratios: Annotated[str, typer.Option(help="Shares of the units to remove, separated by commas.")] = "0.25,0.5,0.75",
     kinds: Annotated[str | None, typer.Option(help="Kinds of group, separated by commas.  [default: all]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per kind and ratio.")] = False,
 ) -> None:
-    """Verify in float64 that a timm model can be pruned: the pruned model equals the literal removal of the units."""
+    """Verify in float64 that a model can be pruned: the pruned model equals the literal removal of the units."""
     from vitprune.evaluation.check_model import print_check
 
     try:
         shares = [float(share) for share in ratios.split(",")]
     except ValueError:
         raise BadInput(f"--ratios {ratios!r}: expected numbers between 0 and 1, separated by commas") from None
-    if not print_check(model, kinds.split(",") if kinds else None, shares):
+    if not print_check(model, kinds.split(",") if kinds else None, shares, as_json):
         raise typer.Exit(1)
 
 

@@ -5,17 +5,15 @@ same parameters under the same names, and take the width from them. They inherit
 set_window_size. Only the `__class__` of an attention is changed, so all references to the module remain valid.
 """
 
-import functools
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import apply_rot_embed_cat, resolve_self_attn_mask
-from timm.models import beit, cait, convit, eva, pvt_v2, swin_transformer_v2, twins, volo, xcit
+from timm.models import beit, cait, convit, eva, pvt_v2, swin_transformer_v2, twins, xcit
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import maxvit as torchvision_maxvit
 from torchvision.models import swin_transformer as torchvision_swin
 
 
@@ -217,15 +215,6 @@ def _reduce_map(attn: Any, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
     return reduced if attn.act is None else attn.act(reduced)
 
 
-class NarrowVoloAttention(volo.Attention):  # type: ignore[misc]
-    """VOLO's attention over all positions of a map."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Compute self-attention of x (B, H, W, C)."""
-        q, k, v = _split(self.qkv(x.flatten(1, 2)), 3, self.num_heads)
-        return _project_output(self, _attend(self, q, k, v, fused=self.fused_attn).view(*x.shape[:3], -1))
-
-
 def _attend_in_shifted_windows(self: Any, x: Tensor) -> Tensor:
     """Compute attention of torchvision's Swin in the windows of x (B, H, W, C)."""
     window, size = self.window_size, x.shape[1:3]
@@ -278,36 +267,6 @@ class NarrowShiftedWindowsV2(torchvision_swin.ShiftedWindowAttentionV2):  # type
     """torchvision's Swin V2 attention."""
 
     forward = _attend_in_shifted_windows
-
-
-class NarrowPartitions(torchvision_maxvit.RelativePositionalMultiHeadAttention):  # type: ignore[misc]
-    """torchvision's MaxViT attention in partitions of a map."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Compute self-attention of x (B, partitions, tokens, C)."""
-        q, k, v = _split(self.to_qkv(x.flatten(0, 1)), 3, self.n_heads)
-        logits = q @ (k * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()
-        mixed = (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
-        output: Tensor = self.merge(mixed).view(*x.shape[:3], -1)
-        return output
-
-
-def _attend_to_reduced_map(
-    self: Any, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
-) -> tuple[Tensor, ...]:
-    """Compute attention of transformers' PVTv2 of tokens (B, N, C) of a map."""
-    (q,) = _split(self.query(hidden_states), 1, self.num_attention_heads)
-    source = hidden_states
-    if self.linear_attention or self.spatial_reduction_ratio > 1:
-        grid = source.transpose(1, 2).reshape(len(source), -1, height, width)
-        grid = self.spatial_reduction(self.pool(grid) if self.linear_attention else grid)
-        source = self.layer_norm(grid.flatten(2).transpose(1, 2))
-        source = self.act(source) if self.linear_attention else source
-    k, v = (_split(layer(source), 1, self.num_attention_heads)[0] for layer in (self.key, self.value))
-    shares = (q @ k.transpose(-2, -1) / math.sqrt(self.attention_head_size)).softmax(dim=-1)
-    mixed = (self.attn_drop(shares) @ v).transpose(1, 2).flatten(2)
-    output = self.proj_drop(self.proj(mixed))
-    return (output, shares) if output_attentions else (output,)
 
 
 class NarrowMultiheadAttention(nn.MultiheadAttention):
@@ -367,27 +326,14 @@ NARROW_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     **PRUNED_CLASS,
     nn.MultiheadAttention: NarrowMultiheadAttention,
     pvt_v2.Attention: NarrowPvtAttention,
-    torchvision_maxvit.RelativePositionalMultiHeadAttention: NarrowPartitions,
     torchvision_swin.ShiftedWindowAttention: NarrowShiftedWindows,
     torchvision_swin.ShiftedWindowAttentionV2: NarrowShiftedWindowsV2,
-    volo.Attention: NarrowVoloAttention,
-}
-NARROW_FORWARD = {  # of classes of an optional library, by their full name
-    "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2SelfAttention": _attend_to_reduced_map,
 }
 
 
 def narrow_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module with a forward pass for any width; its own class if there is none."""
-    kind = type(module)
-    name = f"{kind.__module__}.{kind.__name__}"
-    return _with_forward(cast(Hashable, kind), name) if name in NARROW_FORWARD else NARROW_CLASS.get(kind, kind)
-
-
-@functools.cache
-def _with_forward(kind: Hashable, name: str) -> Any:
-    bases: Any = (kind,)
-    return type(f"Narrow{name.rpartition('.')[2]}", bases, {"forward": NARROW_FORWARD[name], "__module__": __name__})
+    """Return the class of a module with a forward pass for any width; its own class if there is none in the table."""
+    return NARROW_CLASS.get(type(module), type(module))
 
 
 def set_forward_class(attn: Any, num_heads: int, head_dim: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune.architectures.inferred_widths import inferring_class
 from vitprune.architectures.narrow_attention import narrow_class
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice, Projections, meta_copy, resize_group, shrink, zero
@@ -60,20 +61,19 @@ class Sizes:
         attributes: attributes that change with the shape.
         queries: parameters with rows of queries, each with the repetition of the units that they are. They are scaled
             by sqrt(new width / old width) where the forward pass scales the logits by width ** -0.5.
-        narrow: paths of modules that get a forward pass for any width.
+        classes: paths of modules that get a forward pass for any width, with the class that has it.
     """
 
     shape: tuple[int, int]
     attributes: tuple[SizeAttribute, ...] = ()
     queries: tuple[tuple[ParamSlice, int], ...] = ()
-    narrow: tuple[str, ...] = ()
+    classes: tuple[tuple[str, type[nn.Module]], ...] = ()
 
     def record(self, owner: nn.Module, shape: tuple[int, ...]) -> None:
         """Record a new shape, (heads,) or (heads, width), in the module and scale its queries."""
         heads, width = (*shape, self.shape[1])[:2]
-        for path in self.narrow:
-            module = owner.get_submodule(path)
-            module.__class__ = narrow_class(module)
+        for path, kind in self.classes:
+            owner.get_submodule(path).__class__ = kind
         for attribute in self.attributes:
             _set(owner, attribute, self._new_value(attribute, heads, width))
         drop_cached(owner)
@@ -83,7 +83,7 @@ class Sizes:
 
     def _new_value(self, attribute: SizeAttribute, heads: int, width: int) -> float:
         if attribute.role == SCALE:
-            return 1 / math.sqrt(width)
+            return float(width**-0.5)  # as forward passes compute it, to the last bit
         old, new = (self.shape[0], heads) if attribute.role == HEADS else (self.shape[1], width)
         return int(attribute.value) // old * new
 
@@ -106,7 +106,7 @@ def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
     """
     candidates = list(_candidates(owner, group, sizes.shape))
     tried: list[str] = []
-    for proposal in _proposals(owner, candidates, sizes, len(group.shape) > 1):
+    for proposal in _proposals(candidates, sizes, _other_classes(owner, group, call), len(group.shape) > 1):
         error = _trial(owner, call, replace(group, resize=_recorder(proposal)))
         if not error and _is_proven(owner, call, replace(group, resize=_recorder(proposal))):
             return replace(group, resize=_recorder(proposal))
@@ -120,24 +120,48 @@ def _recorder(sizes: Sizes) -> Callable[[nn.Module, tuple[int, ...]], None]:
 
 
 def _proposals(
-    owner: nn.Module, candidates: Sequence[SizeAttribute], sizes: Sizes, of_channels: bool
+    candidates: Sequence[SizeAttribute],
+    sizes: Sizes,
+    classes: Sequence[tuple[tuple[str, type[nn.Module]], ...]],
+    of_channels: bool,
 ) -> Iterator[Sizes]:
     """Yield proposals, those that change the fewest attributes first."""
     scales = tuple(candidate for candidate in candidates if candidate.role == SCALE) if of_channels else ()
     others = [candidate for candidate in candidates if candidate.role != SCALE]
-    narrow = tuple(path for path, module in owner.named_modules() if narrow_class(module) is not type(module))
     number = 0
     for length in range(min(MAX_CHANGED, len(others)) + 1):
         for chosen in itertools.combinations(others, length):
             if len({(one.path, one.name, one.index) for one in chosen}) < length:
                 continue  # one attribute in two roles
-            for paths in ((), narrow) if narrow else ((),):
+            for others_of_modules in ((), *classes):
                 scaled = (scales, sizes.queries) if of_channels else ((), ())
                 for more, queries in dict.fromkeys((scaled, ((), ()))):
                     number += 1
                     if number > MAX_TRIALS:
                         return
-                    yield Sizes(sizes.shape, chosen + more, queries, paths)
+                    yield Sizes(sizes.shape, chosen + more, queries, others_of_modules)
+
+
+def _other_classes(owner: nn.Module, group: Group, call: Call) -> list[tuple[tuple[str, type[nn.Module]], ...]]:
+    """Return the classes for any width of the modules that have one, by table and by rewriting."""
+    named = [(path, narrow_class(module)) for path, module in owner.named_modules()]
+    by_table = tuple((path, kind) for path, kind in named if kind is not type(owner.get_submodule(path)))
+    copied, (args, kwargs) = meta_copy(owner), call
+    lengths = {copied.get_parameter(part.param).shape[part.axis] for part in group.slices if part.axis is not None}
+    sizes = lengths | {length // number for length in lengths for number in (3, *group.shape) if length % number == 0}
+
+    def run(module: nn.Module) -> None:
+        with torch.no_grad(), eval_mode(copied):
+            copied(*args, **kwargs)
+
+    rewritten = []
+    for path, module in copied.named_modules():
+        kind = (
+            inferring_class(module, {size for size in sizes if size > 1}, run) if path not in dict(by_table) else None
+        )
+        if kind is not None and kind is not type(module):
+            rewritten.append((path, kind))
+    return [classes for classes in (by_table, tuple(rewritten)) if classes]
 
 
 def _candidates(owner: nn.Module, group: Group, shape: tuple[int, int]) -> Iterator[SizeAttribute]:

@@ -69,6 +69,15 @@ def groups_within(model: nn.Module, kind: str, path: str) -> list[Group]:
     return [group for group in found.groups.values() if any(is_within(part.param, [path]) for part in group.slices)]
 
 
+def size_attributes_of(groups: Sequence[Group]) -> tuple[str, ...]:
+    """Return the names of all attributes that traced groups change with their shape."""
+    sizes = [getattr(group.resize, "__self__", None) for group in groups]
+    found = [one for one in sizes if isinstance(one, Sizes)]
+    names = [str(attribute) for one in found for attribute in one.attributes]
+    names += [f"the forward pass of {path or 'the module'}" for one in found for path, _ in one.classes]
+    return tuple(dict.fromkeys(names))
+
+
 def _found(model: nn.Module, kind: str) -> _Found:
     kinds = _CACHE.value_for(model, lambda model: {})
     if kind not in kinds:

@@ -1,8 +1,10 @@
 """Check on random weights that vitprune prunes a timm model correctly, for every kind of unit (`vitprune check`)."""
 
-from collections.abc import Iterator, Sequence
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +15,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vitprune import models
-from vitprune.architectures import find_groups
+from vitprune.architectures import find_groups, traced_groups
+from vitprune.architectures.traced_groups import left_out
 from vitprune.config.prune_config import KINDS
 from vitprune.config.quantity import format_cost
 from vitprune.data import example_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.check_removal import RemovalCheck, check_removal
 from vitprune.groups import Group, Masks
+from vitprune.models.named_models import create_named, is_other_library
+from vitprune.runtime.input_size import input_size
+from vitprune.runtime.wrappers import is_timm_model
 
 RATIOS = (0.25, 0.5, 0.75)
 CLASSES = 10  # given to models without a classifier
@@ -37,6 +43,9 @@ class ModelCheck:
         verdict: "proven", "failed", or "refused" for a kind that the model does not support.
         why: Failures, or the reason of the refusal.
         groups: Number of groups.
+        sizes: Attributes that change with the units, found by trial and proof; empty for models in the tables.
+        left_out: Modules whose units cannot be pruned, with the reason.
+        seconds: Time to find the groups.
         proof: Details of the check; None for a refusal.
         image_size: Height and width of the images, for which the MACs are counted.
     """
@@ -49,15 +58,18 @@ class ModelCheck:
     groups: int = 0
     proof: RemovalCheck | None = None
     image_size: tuple[int, int] = (0, 0)
+    sizes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def check(
     name: str, kinds: Sequence[str] = KINDS, ratios: Sequence[float] = RATIOS, args: dict[str, Any] | None = None
 ) -> Iterator[ModelCheck]:
-    """Check the pruning of a timm model with random weights, for every kind and ratio.
+    """Check the pruning of a model with random weights, for every kind and ratio.
 
     Args:
-        name: Model name of timm.
+        name: Model name of timm, hf:DIRECTORY_OR_CONFIG, torchvision:NAME or module:PACKAGE.FILE:CALLABLE.
         kinds: Kinds of units.
         ratios: Shares of units to remove, above 0 and below 1.
         args: Arguments of timm.create_model.
@@ -66,7 +78,7 @@ def check(
         One result per kind and ratio.
 
     Raises:
-        BadInput: timm cannot create the model, or a kind or ratio is unknown.
+        BadInput: the model cannot be created, or a kind or ratio is unknown.
     """
     if isinstance(kinds, str) or not isinstance(ratios, Sequence):
         raise BadInput(f"check: give lists of kinds and ratios, not {kinds!r} and {ratios!r}")
@@ -78,11 +90,13 @@ def check(
         raise BadInput(f"--kinds {unknown[0]!r}: unknown; use some of {', '.join(KINDS)}")
     dense, inputs = make_test_model(name, args)
     for kind in kinds:
+        start = time.perf_counter()
         try:
             groups = find_groups(dense, [kind])
         except BadInput as error:
             yield ModelCheck(name, kind, 0.0, "refused", str(error))
             continue
+        seconds = round(time.perf_counter() - start, 3)
         if kind == "block" and groups[0].units == 2:
             yield ModelCheck(
                 name, kind, 0.0, "refused", f"{type(dense).__name__}: it has only one block, which cannot be removed"
@@ -92,23 +106,28 @@ def check(
             result = check_removal(dense, groups, random_odd_masks(groups, ratio, seed=number), inputs)
             verdict = "failed" if result.failures else "proven"
             why, size = "; ".join(result.failures), (inputs.shape[2], inputs.shape[3])
-            yield ModelCheck(name, kind, ratio, verdict, why, len(groups), result, size)
+            others = {} if is_timm_model(dense) else left_out(dense, kind)
+            sizes = traced_groups.size_attributes_of(groups)
+            yield ModelCheck(name, kind, ratio, verdict, why, len(groups), result, size, sizes, others, seconds)
 
 
 def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:
-    """Create a timm model with random float64 weights and a batch of two images, small ones if the model takes them.
+    """Create a model with random float64 weights and a batch of two images, small ones if a timm model takes them.
 
     Args:
-        name: Model name of timm.
+        name: Model name of timm, or a name of `create_named`.
         args: Arguments of timm.create_model.
 
     Returns:
         The model, and images (2, C, H, W).
 
     Raises:
-        BadInput: timm cannot create the model.
+        BadInput: the model cannot be created.
     """
-    arguments = dict(args or {})
+    if is_other_library(name):
+        other = create_named(name)
+        return randomize_parameters(other), _noise(2, *input_size(other))
+    name, arguments = name.removeprefix("timm:"), dict(args or {})
     model: Any = models.create(name, arguments)
     if model.num_classes == 0:  # without a classifier the output is the residual stream, whose width changes
         arguments |= {"num_classes": CLASSES}
@@ -184,14 +203,21 @@ def random_odd_masks(groups: Sequence[Group], ratio: float, seed: int = 0) -> Ma
     return masks
 
 
-def print_check(name: str, kinds: Sequence[str] | None, ratios: Sequence[float]) -> bool:
-    """Print the results of `check` as a table; return whether no kind failed.
+def print_check(name: str, kinds: Sequence[str] | None, ratios: Sequence[float], as_json: bool = False) -> bool:
+    """Print the results of `check` as a table, or as one JSON object per line; return whether no kind failed.
 
     Args:
-        name: Model name of timm.
+        name: Name of the model, see `check`.
         kinds: Kinds of units; None: all.
         ratios: Shares of units to remove.
+        as_json: Print JSON.
     """
+    if as_json:
+        verdicts = set()
+        for row in check(name, kinds or KINDS, ratios):
+            print(json.dumps(asdict(row)), flush=True)
+            verdicts.add(row.verdict)
+        return "failed" not in verdicts
     table = Table("kind", "removed", "verdict", "difference", "parameters", "MACs", box=None, pad_edge=False)
     console, reasons, failed = Console(), [], False
     with Live(table, console=console, transient=True) if console.is_terminal else nullcontext():
@@ -201,6 +227,10 @@ def print_check(name: str, kinds: Sequence[str] | None, ratios: Sequence[float])
                 table.columns[-1].header = "MACs of {} x {} pixels".format(*row.image_size)
             table.add_row(row.kind, f"{row.ratio:.0%}" if row.ratio else "", row.verdict, *_cells(row.proof))
             reasons += [f"{row.kind}: {row.why}"] if row.why else []
+            if row.ratio == ratios[0]:
+                sizes = f"changes {', '.join(row.sizes)}, " if row.sizes else ""
+                reasons += [f"{row.kind}: {row.groups} groups, {sizes}found in {row.seconds:.1f} s"]
+                reasons += [f"{row.kind}: left out: {why}" for why in row.left_out.values()]
     console.print(table)
     for reason in reasons:
         console.print(f"[dim]{escape(reason)}", highlight=False)

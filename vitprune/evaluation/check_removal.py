@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from vitprune import models
 from vitprune.evaluation.cost import count_macs
 from vitprune.groups import Group, Masks, is_within, positions, removed_modules, shrink, zero
+from vitprune.models.other_libraries import load_like
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.outputs import main_tensor
+from vitprune.runtime.wrappers import is_timm_model
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, nn.GroupNorm)  # normalize over channels
 LOGIT_TOLERANCE = 1e-10  # relative to the largest logit, in float64
@@ -75,7 +79,7 @@ def check_removal(dense: nn.Module, groups: Sequence[Group], masks: Masks, input
         failures += (
             _check_zeros(smaller, groups, masks) if kind == "weight" else _check_costs(dense, groups, masks, counts)
         )
-        failures += _check_round_trip(smaller, inputs) + _check_backward(smaller, inputs)
+        failures += _check_round_trip(smaller, dense, inputs) + _check_backward(smaller, inputs)
     except Exception as error:  # wrong slices can break a forward pass in any way
         failures.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     (before, (macs_before, _)), (after, (macs_after, _)) = counts
@@ -132,7 +136,7 @@ def _narrow_norm_output(
 
 def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
     with torch.no_grad(), eval_mode(model):
-        logits: Tensor = model(inputs)
+        logits: Tensor = main_tensor(model(inputs))
     return logits
 
 
@@ -182,17 +186,17 @@ def expected_removals(dense: nn.Module, groups: Sequence[Group], masks: Masks) -
     return {name: int((~mask).sum()) for name, mask in kept.items()}
 
 
-def _check_round_trip(model: nn.Module, inputs: Tensor) -> list[str]:
+def _check_round_trip(model: nn.Module, dense: nn.Module, inputs: Tensor) -> list[str]:
     with tempfile.TemporaryDirectory() as directory:
         models.save(model, directory)
-        loaded = models.load(directory)
+        loaded = models.load(directory) if is_timm_model(model) else load_like(dense, Path(directory))
     same = torch.equal(_logits(loaded, inputs), _logits(model, inputs))
     return [] if same else ["after saving and loading, the logits differ"]
 
 
 def _check_backward(model: nn.Module, inputs: Tensor) -> list[str]:
     model.train()
-    output = model(inputs)
+    output = main_tensor(model(inputs))
     logits = output if isinstance(output, Tensor) else torch.cat(output)
     logits.square().mean().backward()  # type: ignore[no-untyped-call]
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -1,5 +1,6 @@
 """Save and load models of transformers, torchvision and one's own classes: safetensors and config.json only."""
 
+import copy
 import inspect
 import itertools
 import json
@@ -230,18 +231,50 @@ def _read(path: Path) -> tuple[Factory, dict[str, tuple[int, ...]], tuple[int, .
         raise BadInput(f"{path}: vitprune.input_size must be channels, height and width; download or save it again")
     args = saved.get("args", {})
     if saved["library"] == TRANSFORMERS:
-        args = _structural({key: value for key, value in raw.items() if key != "vitprune"})
-        labels = raw.get("num_labels", args.get("num_labels"))
-        args |= {} if labels is None else {"num_labels": labels}
-    if not isinstance(args, dict):
+        args = _checked_config(path, {key: value for key, value in raw.items() if key != "vitprune"})
+    elif not isinstance(args, dict):
         raise BadInput(f"{path}: vitprune.args must be a mapping; download or save it again")
+    else:
+        _check_args(path, args)
+    return Factory(saved["library"], name, args), checked_structure(path, saved.get("structure", {})), tuple(size)
+
+
+def build_transformers(path: Path, name: str, config: Mapping[str, Any]) -> nn.Module:
+    """Build a transformers model with random weights from an untrusted configuration.
+
+    Args:
+        path: Its file, for messages.
+        name: Class of the model.
+        config: The configuration.
+
+    Raises:
+        BadInput: an entry is refused, or there is no such class.
+    """
+    return _build(Factory(TRANSFORMERS, name, _checked_config(path, config)))
+
+
+def load_like(dense: nn.Module, directory: Path) -> nn.Module:
+    """Load a model that `save_other` wrote; one of a class of one's own into a copy of the dense model."""
+    if _read(directory / CONFIG)[0].library == OWN:
+        return load_into(copy.deepcopy(dense), directory)
+    return load_other(directory)
+
+
+def _checked_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    args = _structural(config)
+    labels = config.get("num_labels", args.get("num_labels"))
+    args |= {} if labels is None else {"num_labels": labels}
+    _check_args(path, args)
+    return args
+
+
+def _check_args(path: Path, args: Mapping[str, Any]) -> None:
     for key, value in args.items():
         if key in REFUSED or key.startswith("weights"):
             if value:
                 raise BadInput(f"{path}: {key[:80]}: names a source of weights or code; remove it")
-            continue
-        check_value(path, key[:80], value)
-    return Factory(saved["library"], name, args), checked_structure(path, saved.get("structure", {})), tuple(size)
+        else:
+            check_value(path, key[:80], value)
 
 
 def _fill(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> nn.Module:

@@ -192,3 +192,26 @@ def test_a_changed_forward_pass_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"^ViTForImageClassification: its configuration does not describe it; "):
         vitprune.save(model, tmp_path)
     assert isinstance(model, transformers.PreTrainedModel)
+
+
+def test_a_transformers_classifier_is_fine_tuned_with_a_teacher() -> None:
+    result, images = pruned("vit", sparsity={"ffn": 0.5})
+    teacher, batches = make_model("vit"), [(images, torch.tensor([1, 2]))] * 2
+    history = vitprune.finetune(result.model, batches, vitprune.TrainConfig(epochs=2, lr=1e-3), teacher=teacher)
+    assert history[1]["loss"] < history[0]["loss"]
+    assert {"num_classes", "in_chans", "pretrained_cfg"}.isdisjoint(vars(result.model))
+    assert set(vitprune.evaluate(result.model, batches)) >= {"top1", "params", "macs"}
+    assert list(result.model(images).keys()) == ["logits"]
+
+
+@pytest.mark.parametrize("name", ["vit features", "rf-detr"])
+def test_features_are_kept_closer_than_by_magnitude(name: str) -> None:
+    model = make_model(name)
+    images, other = images_for(name, model, 16), torch.randn(8, *images_for(name, model).shape[1:])
+    axis = 1 if name == "rf-detr" else -1
+
+    def distance(method: str) -> float:
+        result = vitprune.prune(model, method, sparsity={"ffn": 0.5}, scope="layer", calibration=[images])
+        return 1 - float(torch.cosine_similarity(answer(result.model, other), answer(model, other), dim=axis).mean())
+
+    assert distance("unit-obs") < 0.2 * distance("channel-magnitude")

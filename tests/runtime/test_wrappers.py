@@ -53,14 +53,14 @@ def test_targets_counts_and_checkpoints_of_a_compiled_model(tmp_path: Path) -> N
     assert vitprune.find_groups(compiled, ["ffn"])[0].name == "blocks.0.mlp"
 
 
-def test_a_module_around_a_timm_model_is_refused_by_name(vit: nn.Module) -> None:
-    for call in (
-        lambda model: vitprune.prune(model, "magnitude", sparsity=0.5),
-        lambda model: vitprune.score(model, [], "magnitude"),
-        lambda model: vitprune.save(model, "unused"),
-    ):
-        with pytest.raises(BadInput, match=r"^Normalized: is not a timm model, but contains one; give model.net "):
-            call(Normalized(vit))
+def test_a_module_around_a_timm_model_is_pruned_with_it(vit: nn.Module) -> None:
+    model = Normalized(vit)
+    result = vitprune.prune(model, "channel-magnitude", sparsity={"ffn": 0.5}, example_input=torch.rand(1, 3, 32, 32))
+    inner = vitprune.prune(vit, "channel-magnitude", sparsity={"ffn": 0.5})
+    assert same_state(result.model.net, state(inner.model))
+
+
+def test_weights_are_no_model(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^model: is a OrderedDict; give a model of timm.create_model"):
         vitprune.prune(vit.state_dict(), "magnitude", sparsity=0.5)
 

@@ -145,7 +145,7 @@ REFUSED = [
     ),
     ("resnext50_32x4d", "ffn", r"^layer1.0.conv2 \(Conv2d\): its effect on single hidden units"),
     ("mixer_s32_224", "head", "^MlpMixer: there is no attention in it"),
-    ("volo_d1_224", "head", r"^network.0.0.attn \(OutlookAttention\): this attention is not supported"),
+    ("volo_d1_224", "head", r"^network.0.0.attn \(OutlookAttention\): it is summed over; this module cannot"),
     ("visformer_tiny", "ffn", r"^stage1.0.mlp \(SpatialMlp\): this MLP is not supported"),
     ("gmlp_s16_224", "ffn", r"^blocks.0.mlp_channels.gate.norm|^blocks.0.mlp_channels.gate "),
     ("coat_tiny", "residual", "^CoaT: with a narrower residual stream it does not run "),

@@ -22,7 +22,7 @@ Observed = dict[tuple[str, int], tuple[int, ...]]  # by method and number of the
 Choices = frozenset[tuple[str, int, int]]  # method, number of the call, and position of the size to infer
 
 
-def inferring_class(module: nn.Module, sizes: Collection[int], run: Callable[[nn.Module], object]) -> type[nn.Module]:
+def inferring_class(module: nn.Module, sizes: Collection[int], run: Callable[[nn.Module], object]) -> Any:
     """Return a subclass of a module's class that infers these sizes in its reshapes; the class itself if none occurs.
 
     Args:
@@ -30,7 +30,7 @@ def inferring_class(module: nn.Module, sizes: Collection[int], run: Callable[[nn
         sizes: numbers of channels and multiples of them, as in the dense module.
         run: runs the dense module once.
     """
-    kind = type(module)
+    kind: Any = type(module)
     observed: Observed = {}
     observing = _subclass(kind, frozenset(), observed)
     if observing is kind:

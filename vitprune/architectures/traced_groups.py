@@ -198,7 +198,8 @@ def _name(kind: str, owner: str, group: HeadGroup, number: int) -> str:
 
 
 def _refusal(owner: str, module: nn.Module, why: str) -> str:
-    return f"{owner or 'model'} ({type(module).__name__}): {why}; this module cannot be pruned"
+    name = f"{owner or 'model'} ({type(module).__name__}): "
+    return f"{name}{why.removeprefix(name)}; this module cannot be pruned"
 
 
 def _calls(model: nn.Module, paths: set[str]) -> dict[str, Call]:

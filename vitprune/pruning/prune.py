@@ -36,7 +36,7 @@ from vitprune.pruning.prune_cycles import Cycle, prune_cycles
 from vitprune.runtime.eval_mode import eval_mode, scoring_mode
 from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.model_checks import checked_model, float_type
-from vitprune.runtime.outputs import return_all, return_main_tensor
+from vitprune.runtime.outputs import return_logits, return_output
 from vitprune.runtime.wrappers import is_timm_model, plain_model
 
 AUTO_BUDGET = "3min"
@@ -166,7 +166,7 @@ def prune(
 
     Args:
         model: A timm model, or a vision model of any other library or of one's own; of an output with several tensors
-            the logits count, else the last hidden state.
+            the logits count, else the last hidden state (`vitprune.runtime.outputs.as_logits`).
         method: Name of a method in `METHODS`, or "auto": the method that loses the least accuracy without training, for
             the kinds, target or scope that is given (a sparsity alone is one of single weights), with `reconstruct` and
             a `budget` of three minutes.
@@ -270,7 +270,7 @@ def working_copy(model: nn.Module) -> nn.Module:
     with torch.inference_mode(False):
         work = copy.deepcopy(plain)
     if not is_timm_model(work):
-        return_main_tensor(work)
+        return_logits(work)
     return work.float() if float_type(plain).itemsize < torch.float32.itemsize else work
 
 
@@ -288,7 +288,7 @@ def result_of(
     where = "example_input: is not given, and at the default size" if example_input is None else "example_input"
     example = checked_input(where, example_of(pruned, 1) if example_input is None else example_input, plain)
     before = count(plain, example)
-    return_all(pruned)
+    return_output(pruned)
     return PruneResult(
         model=_rewrapped(dense, pruned),
         masks=cycle.masks,

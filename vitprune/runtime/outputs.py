@@ -1,11 +1,15 @@
 """Outputs of a model: a tensor, several of them, or the output object of another library."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-NAMES = ("logits", "out", "last_hidden_state")  # of transformers' classifiers, torchvision's segmenters, encoders
+LOGITS = ("logits", "out")  # of transformers' classifiers and torchvision's segmenters
+FEATURES = ("last_hidden_state",)  # of encoders
+FEATURE_SCALE = 0.5  # root mean square of a token's features as logits; smaller is closer to the cosine distance
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
@@ -24,25 +28,58 @@ def main_tensor(output: Any) -> Any:
     """Return the tensor of a mapping that answers: logits, a map, or features; any other output is returned itself."""
     if not isinstance(output, Mapping):
         return output
-    named = next((output[name] for name in NAMES if isinstance(output.get(name), Tensor)), None)
+    named = next((output[name] for name in LOGITS + FEATURES if isinstance(output.get(name), Tensor)), None)
     return next(tensors_of(output), output) if named is None else named
 
 
-def return_main_tensor(model: nn.Module) -> nn.Module:
-    """Make a model return its main tensor instead of a mapping, in place, and return the model."""
+def as_logits(output: Any) -> Any:
+    """Return logits whose KL divergence measures the distance of two outputs.
+
+    Logits (B, classes) and named logits are returned themselves. Tokens (B, N, C) and maps (B, C, H, W) become one
+    distribution per position: over the channels, after a division by their root mean square, so that for small changes
+    the divergence is about proportional to the cosine distance. A map of one channel becomes two classes. Any other
+    output is returned itself.
+    """
+    value = main_tensor(output)
+    if not isinstance(value, Tensor):
+        return value
+    is_named = isinstance(output, Mapping) and any(output.get(name) is value for name in LOGITS)
+    if value.dim() == 4:
+        value = value.flatten(2).transpose(1, 2)  # (B, positions, C)
+        if value.shape[-1] == 1:
+            return torch.cat([value, torch.zeros_like(value)], dim=-1)
+    if value.dim() != 3 or is_named:
+        return value
+    return FEATURE_SCALE * value / value.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def return_logits(model: nn.Module) -> nn.Module:
+    """Make a model return `as_logits` of its output, in place, and return the model."""
     if answer not in model._forward_hooks.values():
         model.register_forward_hook(answer)
     return model
 
 
-def return_all(model: nn.Module) -> nn.Module:
-    """Undo `return_main_tensor`, in place, and return the model."""
+def return_output(model: nn.Module) -> nn.Module:
+    """Undo `return_logits`, in place, and return the model."""
     for number, hook in [*model._forward_hooks.items()]:
         if hook is answer:
             del model._forward_hooks[number]
     return model
 
 
+@contextmanager
+def returning_logits(*models: nn.Module) -> Iterator[None]:
+    """Let models return `as_logits` of their outputs while the context is open."""
+    for model in models:
+        return_logits(model)
+    try:
+        yield
+    finally:
+        for model in models:
+            return_output(model)
+
+
 def answer(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Return the main tensor of an output: a forward hook."""
-    return main_tensor(output)
+    """Return the logits of an output: a forward hook."""
+    return as_logits(output)

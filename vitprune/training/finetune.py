@@ -1,6 +1,7 @@
 """Fine-tune a pruned model on a data loader, with or without a teacher; removed weights remain zero."""
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from vitprune.architectures import find_groups
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
-from vitprune.runtime.wrappers import plain_model
+from vitprune.runtime.input_size import input_size
+from vitprune.runtime.outputs import returning_logits
+from vitprune.runtime.wrappers import is_timm_model, plain_model
 from vitprune.training.distillation import classification, distillation_task
 from vitprune.training.loop import FrozenZeros, train
 from vitprune.training.optimizers import OptimizerState, ScheduleSpan
@@ -79,26 +82,47 @@ def finetune(
         raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")
     if not isinstance(config, TrainConfig):
         raise BadInput(f"config: is a {type(config).__name__}; give a TrainConfig")
-    model, classes = plain_model(model), vars(plain_model(model)).get("num_classes")
-    task: Any = classification(model, config.smoothing)
-    if teacher is not None:
-        task = distillation_task(model, teacher, distillation, config.smoothing, seed)
-    history: list[dict[str, float]] = []
+    model, history = plain_model(model), list[dict[str, float]]()
     frozen = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None
     name, steps = "fine-tuning" if segment is None else segment.name, len(loader)
     span = segment.span(config, steps) if segment is not None else None
-    train(
-        task,
-        lambda epoch: checked_stream(loader, model, "loader", classes),
-        steps,
-        config,
-        seed,
-        history.append,
-        frozen,
-        name=name,
-        span=span,
-    )
+    others = [one for one in (model, teacher) if one is not None and not is_timm_model(plain_model(one))]
+    with returning_logits(*others), _with_timm_attributes(others):
+        classes = vars(model).get("num_classes")
+        task: Any = classification(model, config.smoothing)
+        if teacher is not None:
+            task = distillation_task(model, teacher, distillation, config.smoothing, seed)
+        train(
+            task,
+            lambda epoch: checked_stream(loader, model, "loader", classes),
+            steps,
+            config,
+            seed,
+            history.append,
+            frozen,
+            name=name,
+            span=span,
+        )
     return history
+
+
+@contextmanager
+def _with_timm_attributes(models: Sequence[Any]) -> Iterator[None]:
+    """Give models of other libraries the attributes that timm's tasks read, while the context is open."""
+    added: list[tuple[Any, str]] = []
+    for model in models:
+        size = input_size(model)
+        same = {"input_size": size, "mean": (0.0,) * size[0], "std": (1.0,) * size[0]}  # teacher and student alike
+        facts = {"num_classes": getattr(model, "num_labels", None), "in_chans": size[0], "pretrained_cfg": same}
+        for name, value in facts.items():
+            if value is not None and not hasattr(model, name):
+                setattr(model, name, value)
+                added.append((model, name))
+    try:
+        yield
+    finally:
+        for model, name in added:
+            delattr(model, name)
 
 
 def zero_weights(model: nn.Module) -> FrozenZeros | None:

@@ -197,6 +197,8 @@ def _heads_of_product(trace: Trace, first: Tensor | None, second: Tensor | None,
     varied = [labels for labels in operands if bool((labels != labels[:1]).any())]
     widths = [labels.shape[axis] for labels, axis in ((first, -1), (second, -2)) if labels is not None]
     by_channel = all(len(np.unique(labels[0])) <= width for labels, width in zip(operands, widths, strict=True))
+    if trace.by_head:
+        by_channel = not any(trace.varies_along(labels, axis) for labels in operands for axis in (1, 2))
     if varied and by_channel and over_channels:
         varied = operands  # also the keys that all heads share
     elif not varied and by_channel and (over_channels or any(trace.is_one_head(labels) for labels in operands)):
@@ -333,7 +335,7 @@ def _pooling(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     if labels is None:
         return
     if trace.varies_along(labels, -1) or trace.varies_along(labels, -2):
-        if not trace.varies_along(labels, -3):
+        if labels.shape[-3] > 1 and not trace.varies_along(labels, -3):
             trace.mark_unprunable(labels, "it is pooled over")
             return
         trace.sets.union(labels, labels.narrow(-1, 0, 1).narrow(-2, 0, 1))  # positions of one map, as of a table

@@ -13,6 +13,7 @@ from vitprune.runtime.eval_mode import drop_cached
 from vitprune.runtime.wrappers import plain_model
 
 CHANNEL_NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)  # with a normalized_shape
+RECORDED_SHAPES = "vitprune_shapes"  # attribute of a model
 Scores = dict[str, Tensor]
 Masks = dict[str, Tensor]
 Resize = Callable[[nn.Module, tuple[int, ...]], None]
@@ -91,6 +92,8 @@ class Group:
             in the order of the model: attention, FFN, attention, and so on. If only whole blocks can be removed, both
             units of a block are the block.
         drop: for blocks, function that removes the sub-layers which a mask does not keep from the owner.
+        is_traced: whether the group was found by tracing; the model then records its shape, because a trace of the
+            pruned model may find other groups.
         projections: for attention channels, the layers of q, k and v; None if they are no plain Linear layers, or if a
             change of basis of q and k, or of v and the output, would change the function.
         buffers: slices of buffers, such as the running mean of a BatchNorm. They are cut out and never zeroed, because
@@ -108,6 +111,7 @@ class Group:
     drop: Drop | None = None
     buffers: tuple[ParamSlice, ...] = ()
     projections: Projections | None = None
+    is_traced: bool = False
 
     @property
     def units(self) -> int:
@@ -413,10 +417,25 @@ def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -
         learned = isinstance(old, nn.Parameter)
         setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if learned else new)
         _match_weight(owner)
+    if group.is_traced:
+        _record_shape(model, group, shape)
     if group.resize is not None:  # also if nothing is cut: heads may be merged without losing a channel
         group.resize(model.get_submodule(group.owner), shape)
     if group.drop is not None:
         group.drop(model.get_submodule(group.owner), keep)
+
+
+def recorded_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the traced groups that were cut, by name of the group in the dense model."""
+    return dict(vars(model).get(RECORDED_SHAPES, {}))
+
+
+def _record_shape(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None:
+    shapes = recorded_shapes(model) | {group.name: shape}
+    channels = group.name.removesuffix(".heads")
+    if group.kind == "head" and channels in shapes:
+        shapes[channels] = (shape[0], *shapes[channels][1:])
+    setattr(model, RECORDED_SHAPES, shapes)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -35,7 +35,7 @@ from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.causal_lm import groups as decoder_groups
 from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
-from vitprune.groups import Group, resize_group
+from vitprune.groups import Group, recorded_shapes, resize_group
 from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.wrappers import is_timm_model, plain_model
 
@@ -138,7 +138,7 @@ def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     heads = _cuttable(model, "attention") or _cuttable(model, "head")
     groups = blocks + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
     others = block_removal.removed_blocks(model) | token_merging.merged_tokens(model)
-    return others | {group.name: group.shape for group in groups}
+    return others | recorded_shapes(model) | {group.name: group.shape for group in groups}
 
 
 def _cuttable(model: nn.Module, kind: str) -> list[Group]:

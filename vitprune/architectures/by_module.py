@@ -43,7 +43,7 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
             if kind == "ffn":
                 traced[path] = _traced_mlp_groups(model, path)
             found = traced[path] if kind == "ffn" else traced_groups.groups_within(model, kind, path)
-            if not found:
+            if not found and kind == "ffn":
                 raise not_prunable(path, module, f"this {MODULE_NAMES[kind]} is not supported")
             result += [group for group in found if group not in result]
     if traced:
@@ -64,7 +64,8 @@ def _traced_mlp_groups(model: nn.Module, path: str) -> list[Group]:
         prunable = channels.kind == "ffn" and channels.units > 1 and not channels.why_not
         if prunable and channels.writers and inside and is_read:
             name = f"{channels.writers[0].rpartition('.')[0]}.units"
-            result.append(Group(name, "ffn", (channels.units,), channels.slices, buffers=channels.buffers))
+            units = (channels.units,)
+            result.append(Group(name, "ffn", units, channels.slices, buffers=channels.buffers, is_traced=True))
     return result
 
 

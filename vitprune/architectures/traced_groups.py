@@ -188,7 +188,7 @@ def _below(owner: str, kind: str, name: str, group: HeadGroup) -> tuple[Group, S
     sizes = Sizes(
         (group.heads, group.width), (), tuple((parts[name], number) for name, number in queries if name in parts)
     )
-    return Group(name, kind, shape, slices, buffers=buffers, projections=projections), sizes
+    return Group(name, kind, shape, slices, buffers=buffers, projections=projections, is_traced=True), sizes
 
 
 def _name(kind: str, owner: str, group: HeadGroup, number: int) -> str:

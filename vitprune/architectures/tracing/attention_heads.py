@@ -80,7 +80,8 @@ def trace_attention(model: nn.Module, example_input: Tensor) -> AttentionTrace:
             inside = sorted({path for root in channels.roots for path in modules[root]})
             width = min(widths[root] for root in channels.roots)
             heads.append(HeadGroup(channels, channels.units, tuple(inside), channels.why_not or norm, width))
-    return AttentionTrace(heads, _channels_of_heads(trace, model, labelled, head_of_number, modules))
+    of_heads = _channels_of_heads(trace, model, labelled, head_of_number, modules)
+    return AttentionTrace(heads, of_heads + _heads_without_channels(trace, model, heads, of_heads))
 
 
 class _LabelledHeads:
@@ -202,6 +203,26 @@ def _channels_of_heads(
         for spaced in by_heads[number]
         if spaced.roots == channels.roots
     ]
+
+
+def _heads_without_channels(
+    trace: Trace, model: nn.Module, heads: Sequence[HeadGroup], channels: Sequence[HeadGroup]
+) -> list[HeadGroup]:
+    """Return the heads none of whose channels are contracted with each other, with the reason."""
+    covered = {_sites(group.channels) for group in channels}
+    others = groups_of_trace(trace, model)
+    result = []
+    for group in heads:
+        sites = _sites(group.channels)
+        if not any(sites & known for known in covered):
+            reasons = [one.why_not for one in others if one.why_not and sites & _sites(one)]
+            why = next(iter(reasons), "its queries and keys are not contracted over their channels")
+            result.append(replace(group, why_not=why))
+    return result
+
+
+def _sites(channels: ChannelGroup) -> frozenset[tuple[str, int | None]]:
+    return frozenset((part.param, part.axis) for part in channels.slices)
 
 
 def _with_layers(group: HeadGroup, trace: Trace, roles: Sequence[Mapping[int, list[Tensor]]]) -> HeadGroup:

@@ -10,11 +10,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from vitprune.groups import RECORDED_SHAPES
 from vitprune.runtime import outputs
 
 CAPACITY = 32  # structures; a trace of a large model takes about 1 MiB
 SIMPLE = (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, BuiltinFunctionType)
-IGNORED = {"training"}  # traces run in evaluation mode
+IGNORED = {"training", RECORDED_SHAPES}  # traces run in evaluation mode
 WITHOUT_EFFECT = {outputs.answer}  # hooks
 
 Value = TypeVar("Value")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support import tiny_project
+from tests.support import shared, tiny_project
 from tests.support.model_zoo import tiny
 from vitprune import METHODS, models
 from vitprune.criteria import magnitude
@@ -17,6 +17,11 @@ from vitprune.pruning.methods import Method
 
 TESTS = Path(__file__).parent
 SLOW = frozenset((TESTS / "slow_tests.txt").read_text().split())  # written by tests/support/slow_tests.py
+
+
+def pytest_configure() -> None:
+    """Create the folder that all processes of this run share, before they start."""
+    shared.folder()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,10 +63,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_project() -> Path:
     """A project whose ten stages have run, built once for all test processes; read-only."""
-    folder = tmp_path_factory.getbasetemp()
-    return tiny_project.finished(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+    return tiny_project.finished()
 
 
 @pytest.fixture

@@ -18,9 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+STORE = "mlflow.store.tracking.sqlalchemy_store"
 IMPORTS = {
     "dvc": ("dvc.cli.parser",),
-    "vitprune.cli": ("vitprune.pipeline.verify", "mlflow.store.tracking.sqlalchemy_store"),
+    "vitprune.cli": ("vitprune.pipeline.verify", STORE),
+    "vitprune.orchestration.execution.isolated": (STORE,),
+    "tests.support.read_mlflow": (STORE,),
 }
 _ONE_AT_A_TIME = threading.Lock()
 

@@ -9,7 +9,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from tests.support import preloaded
+from tests.support import preloaded, shared
 from tests.support.forgeries import FORGERIES, LISTED, copy_of_the_run
 from tests.support.tampering import ATTACKS, EDITS, ONLY_AGAIN, Edit
 
@@ -73,6 +73,7 @@ def newest(project: Path) -> str:
 def main() -> None:
     """Carry out the named edits one after the other (`honest`: none); print one JSON line each."""
     project, keys = Path(sys.argv[1]), sys.argv[2]
+    shared.folder()  # by this process, not by the forks that edit
     for name in sys.argv[3:]:
         options = ["--all", "--trusted-keys", keys, *(["--rerun"] if name in RERUN else [])]
         code, output = edited(project, EVERY_EDIT[name], *options)

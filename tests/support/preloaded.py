@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 STORE = "mlflow.store.tracking.sqlalchemy_store"
 IMPORTS = {
     "dvc": ("dvc.cli.parser",),
-    "vitprune.cli": ("vitprune.pipeline.verify", STORE),
+    "vitprune.cli": ("vitprune.pipeline.verify", "vitprune.orchestration.cli_audit", STORE),
     "vitprune.orchestration.execution.isolated": (STORE,),
     "tests.support.read_mlflow": (STORE,),
     "tests.support.cap_worker": ("vitprune.pipeline.verify",),

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,8 +21,10 @@ SLOW = frozenset((TESTS / "slow_tests.txt").read_text().split())  # written by t
 
 
 def pytest_configure() -> None:
-    """Create the folder that all processes of this run share, before they start."""
-    shared.folder()
+    """Put all temporary files into the folder of this run, which is deleted at the end; set TMPDIR to look at them."""
+    place = str(shared.folder())
+    os.environ.setdefault("TMPDIR", place)
+    tempfile.tempdir = None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

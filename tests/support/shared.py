@@ -17,14 +17,20 @@ from pathlib import Path
 from tests.support.shell_pipeline import wait_for
 
 FOLDER = "VITPRUNE_TESTS_SHARED"  # inherited by the processes of xdist
+# DVC, git, SQLite and checkpoints wait for a disk; a complete run needs less than half of the room, in bytes
+MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 # starts a command as the leader of a process group, and writes its number to the file `pid`
 LEADER = 'echo $$ > pid; exec "$@" > log 2>&1'
 
 
 def folder() -> Path:
-    """Return the folder of this test run; the process that calls this first deletes it when it ends."""
+    """Return the folder of this test run, in memory if there is room.
+
+    The process that calls this first deletes it when it ends.
+    """
     if FOLDER not in os.environ:
-        os.environ[FOLDER] = tempfile.mkdtemp(prefix="vitprune-shared-")
+        in_memory = "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="vitprune-tests-", dir=MEMORY if in_memory else None)
         atexit.register(_clear, Path(os.environ[FOLDER]), os.getpid())
     return Path(os.environ[FOLDER])
 

@@ -5,7 +5,6 @@ import multiprocessing
 import shutil
 import sqlite3
 import sys
-import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -34,14 +33,14 @@ def audited(project: Path, *options: str, run: str = "") -> tuple[int, str]:
 
 def edited(project: Path, edit: Edit, *options: str) -> tuple[int, str]:
     """Edit a project, audit it and restore it; return the exit code and the output. An edit may return a run's id."""
-    with tempfile.TemporaryDirectory() as folder:
-        backup = shutil.copytree(project, Path(folder) / "backup", symlinks=True)
-        try:
-            run = in_child(edit, project)
-            return audited(project, *options, run=run or "")
-        finally:
-            shutil.rmtree(project)
-            shutil.copytree(backup, project, symlinks=True)
+    original = project.rename(project.with_name(f"{project.name}-original"))
+    shutil.copytree(original, project, symlinks=True)
+    try:
+        run = in_child(edit, project)
+        return audited(project, *options, run=run or "")
+    finally:
+        shutil.rmtree(project)
+        original.rename(project)
 
 
 def in_child(edit: Edit, project: Path) -> str | None:

@@ -6,6 +6,7 @@ imports, which take longer than most of the commands themselves. A test that nee
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -90,6 +92,7 @@ def _serve() -> None:
         jobs = json.loads(line)
         for name in IMPORTS.get(jobs[0]["module"], ()):
             importlib.import_module(name)
+        gc.freeze()  # a collection in a fork would visit, and so copy, all that was imported
         codes: dict[int, int | None] = {}
         for job in jobs:
             pid = os.fork()
@@ -103,6 +106,7 @@ def _serve() -> None:
                 for other in [pid for pid, code in codes.items() if code is None]:
                     os.kill(other, signal.SIGKILL)
         print(json.dumps(list(codes.values())), flush=True)
+    gc.unfreeze()
 
 
 def _become(job: Mapping[str, object]) -> None:
@@ -117,8 +121,21 @@ def _become(job: Mapping[str, object]) -> None:
     os.environ.clear()
     os.environ.update(job["env"])
     sys.argv = ["", *job["words"]]
-    runpy.run_module(str(job["module"]), run_name="__main__", alter_sys=True)
-    sys.exit()
+    code: object = 0
+    try:
+        runpy.run_module(str(job["module"]), run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+    threading._shutdown()  # as at the end of the interpreter, which would also visit all that was imported
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC

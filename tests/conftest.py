@@ -1,5 +1,6 @@
 """Small models for all tests; the real DeiT-Tiny if VITPRUNE_REAL_DATA is set."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         marks[item.path] |= {mark.name for mark in item.iter_markers()}
     items.sort(key=lambda item: [name not in marks[item.path] for name in ("team", "pipeline")])
+
+
+def pytest_collection_finish() -> None:
+    """Exclude all that was imported from garbage collections, which visit a million objects otherwise."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_xdist_auto_num_workers() -> int:

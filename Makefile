@@ -27,6 +27,9 @@ COMPILE := $(TOOLS)/bin/uv pip compile pyproject.toml --quiet --python-version 3
 demo: install
 	vitprune run
 
+# tests start many processes: without bytecode, each compiles all modules of vitprune again
+test test-fast fuzz: export PYTHONDONTWRITEBYTECODE :=
+
 test: install
 	pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 

@@ -1,7 +1,9 @@
 """Small models for all tests; the real DeiT-Tiny if VITPRUNE_REAL_DATA is set."""
 
+import gc
 import os
 import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support import tiny_project
+from tests.support import shared, tiny_project
 from tests.support.model_zoo import tiny
 from vitprune import METHODS, models
 from vitprune.criteria import magnitude
@@ -17,6 +19,13 @@ from vitprune.pruning.methods import Method
 
 TESTS = Path(__file__).parent
 SLOW = frozenset((TESTS / "slow_tests.txt").read_text().split())  # written by tests/support/slow_tests.py
+
+
+def pytest_configure() -> None:
+    """Put all temporary files into the folder of this run, which is deleted at the end; set TMPDIR to look at them."""
+    place = str(shared.folder())
+    os.environ.setdefault("TMPDIR", place)
+    tempfile.tempdir = None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         marks[item.path] |= {mark.name for mark in item.iter_markers()}
     items.sort(key=lambda item: [name not in marks[item.path] for name in ("team", "pipeline")])
+
+
+def pytest_collection_finish() -> None:
+    """Exclude all that was imported from garbage collections, which visit a million objects otherwise."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -58,10 +77,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_project() -> Path:
     """A project whose ten stages have run, built once for all test processes; read-only."""
-    folder = tmp_path_factory.getbasetemp()
-    return tiny_project.finished(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+    return tiny_project.finished()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import shell_pipeline
+from tests.support.shared import add_empty_store
 from tests.support.shell_pipeline import processes_of, sleepers, wait_for
 from vitprune.orchestration.execution.lock_and_repair import LOCKFILE_COPY, exclusive, is_complete, repair
 from vitprune.orchestration.execution.processes import MARK, run
@@ -19,7 +20,9 @@ DEAD = "http://127.0.0.1:9"
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    return shell_pipeline.make(tmp_path / "project")
+    project = shell_pipeline.make(tmp_path / "project")
+    add_empty_store(project)
+    return project
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import shell_pipeline
+from tests.support.shared import add_empty_store
 from tests.support.shell_pipeline import REPOSITORY, processes_of, sleepers
 from vitprune.orchestration.tracking.journal import read_log
 
@@ -52,6 +53,7 @@ class Terminal:
 def project(tmp_path: Path) -> Path:
     project = shell_pipeline.make(tmp_path / "project")
     (project / "sleep_dense").touch()
+    add_empty_store(project)
     return project
 
 

@@ -13,39 +13,15 @@ from pathlib import Path
 import pytest
 
 from tests.support import preloaded
+from tests.support.shared import add_empty_store
+from tests.support.shell_pipeline import REPOSITORY
 from tests.support.tiny_project import record
-from vitprune.orchestration.execution.isolated import call
+from vitprune.orchestration.execution.processes import process_environment
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import CURVES, RunLog, read_log
 from vitprune.orchestration.tracking.live_curves import follow
 
 pytestmark = pytest.mark.pipeline
-
-# in a process of its own, since MLflow warns where pytest takes warnings for errors
-READ_MLFLOW = """
-import hashlib, json, sys, tempfile
-from pathlib import Path
-from mlflow import MlflowClient
-client, runs = MlflowClient(tracking_uri=sys.argv[1]), []
-experiment = client.get_experiment_by_name("vitprune").experiment_id
-sha256 = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-def files(run, folder=None):
-    for file in client.list_artifacts(run, folder):
-        yield from files(run, file.path) if file.is_dir else [file.path]
-for run in client.search_runs([experiment], max_results=1000):
-    names, into = list(files(run.info.run_id)), tempfile.mkdtemp()
-    digests = {name: sha256(client.download_artifacts(run.info.run_id, name, into)) for name in names}
-    runs.append({"id": run.info.run_id, "name": run.data.tags["mlflow.runName"], "status": run.info.status,
-        "tags": run.data.tags, "datasets": [used.dataset.name for used in run.inputs.dataset_inputs],
-        "params": run.data.params, "metrics": run.data.metrics, "files": digests})
-models = []
-for model in client.search_logged_models([experiment]):
-    names = [file.path for file in client.list_logged_model_artifacts(model.model_id)]
-    models.append({"status": str(model.status), "files": names, "tags": model.tags,
-        "metrics": {metric.key: metric.value for metric in model.metrics}})
-print(json.dumps({"runs": runs, "models": models, "kind": client.get_experiment(experiment).tags}))
-"""
-
 
 # another flow makes the experiment after this one has looked for it
 RACE = """
@@ -76,22 +52,41 @@ DAMAGED = {
 
 
 def read_mlflow(uri: str) -> dict[str, list[dict]]:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", READ_MLFLOW, uri], capture_output=True, text=True)
+    done = preloaded.run("tests.support.read_mlflow", uri, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def start_replay(project: Path, uri: str | None) -> "subprocess.Popen[str]":
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    env |= {"MLFLOW_TRACKING_URI": uri} if uri else {}
     command = [sys.executable, "-m", "vitprune.cli", "sync", "--project", str(project)]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment(uri), text=True, **pipes)
 
 
 def replay(project: Path, uri: str | None) -> tuple[int, str, str]:
+    """Run `vitprune sync` in a new interpreter, which shows warnings."""
     process = start_replay(project, uri)
     out, err = process.communicate(timeout=180)
     return process.returncode, out, err
+
+
+def sync(project: Path, uri: str | None = None) -> tuple[int, str, str]:
+    done = preloaded.run("vitprune.cli", "sync", "--project", str(project), cwd=project, env=environment(uri))
+    return done.returncode, done.stdout, done.stderr
+
+
+def environment(uri: str | None) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return env | ({"MLFLOW_TRACKING_URI": uri} if uri else {})
+
+
+def log_curve(project: Path, *arguments: str) -> int:
+    """Call `log_curve` as `isolated.call` does."""
+    function = "vitprune.orchestration.tracking.live_curves:log_curve"
+    words, env = json.dumps([str(project), *arguments]), process_environment(project)
+    done = preloaded.run("vitprune.orchestration.execution.isolated", function, words, cwd=project, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture
@@ -110,7 +105,8 @@ def address() -> str:
 @pytest.fixture
 def server(address: str, tmp_path: Path) -> Iterator[Path]:
     """A real MLflow server and its artifact directory."""
-    artifacts, store = tmp_path / "artifacts", f"sqlite:///{tmp_path}/server.db"
+    artifacts, store = tmp_path / "artifacts", f"sqlite:///{tmp_path}/mlflow.db"
+    add_empty_store(tmp_path)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rsplit(":")[-1]]
     command += ["--workers", "1", "--backend-store-uri", store, "--artifacts-destination", str(artifacts)]
     with (tmp_path / "server.log").open("w") as log:
@@ -156,7 +152,7 @@ def test_a_repeated_upload_is_idempotent(project: Path, address: str, server: Pa
     assert err.startswith(f"uploaded 2 runs; not uploaded: {len(DAMAGED)} ({project}/.vitprune/journal/")
     for name in DAMAGED:
         (project / f".vitprune/journal/{name}.jsonl").unlink()
-    assert replay(project, address)[1] == "nothing to upload\n"
+    assert sync(project, address)[1] == "nothing to upload\n"
     assert not list((project / ".vitprune/spool").iterdir())
 
     seen = read_mlflow(address)
@@ -207,6 +203,7 @@ def check_cached(runs: list[dict], computed: dict[str, str]) -> None:
 
 
 def test_concurrent_first_uses_of_the_local_store_are_safe(project: Path) -> None:
+    (project / "mlflow.db").unlink()
     record(project, "first", cached=True)  # computed by `dvc repro` before: no run to point at, so it holds the files
     both = [start_replay(project, None) for _ in range(2)]
     output = sorted(process.communicate(timeout=180)[0] for process in both)
@@ -222,6 +219,7 @@ def test_concurrent_first_uses_of_the_local_store_are_safe(project: Path) -> Non
 
 def test_concurrent_flows_create_one_experiment(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    add_empty_store(tmp_path)
     command = [sys.executable, "-W", "ignore", "-c", RACE, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["vitprune"]), done.stderr
@@ -273,8 +271,7 @@ def test_curves_of_a_running_stage_are_replaced_by_its_records(project: Path) ->
     run_log.start(time.time())
     for logged, rest in ((2, 2), (epochs, epochs - 2)):
         times = json.dumps([1.7e9 + number for number in range(logged)])
-        call_live = ("vitprune.orchestration.tracking.live_curves:log_curve", str(project), "first", "dense", times)
-        assert call(*call_live, project=project) == rest
+        assert log_curve(project, "first", "dense", times) == rest
     (live,) = read_mlflow(store)["runs"]
     assert (live["name"], live["status"]) == ("compress-first (running)", "RUNNING")
     assert {"dense.loss", "dense.lr", "dense.top1"} <= live["metrics"].keys()
@@ -284,7 +281,7 @@ def test_curves_of_a_running_stage_are_replaced_by_its_records(project: Path) ->
     names = {run["name"]: run["id"] for run in read_mlflow(store)["runs"]}
     assert {"compress-first", *STAGES} <= names.keys()
     assert live["id"] not in names.values()
-    assert call(*call_live, project=project) == 0  # an upload that began late creates no run
+    assert log_curve(project, "first", "dense", times) == 0  # an upload that began late creates no run
 
 
 def test_epochs_have_the_time_at_which_they_were_recorded(tmp_path: Path) -> None:
@@ -302,12 +299,6 @@ def test_epochs_have_the_time_at_which_they_were_recorded(tmp_path: Path) -> Non
     assert all(began <= moment <= time.time() for moment in times)
     with follow(tmp_path, "first", "score") as times:
         assert times == []
-
-
-def sync(project: Path) -> tuple[int, str, str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    done = preloaded.run("vitprune.cli", "sync", "--project", str(project), cwd=project, env=env)
-    return done.returncode, done.stdout, done.stderr
 
 
 def described(seen: dict[str, list[dict]]) -> dict[str, dict]:

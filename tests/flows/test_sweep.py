@@ -12,6 +12,7 @@ import yaml
 
 from tests.flows.test_mlflow import read_mlflow
 from tests.support import shell_pipeline
+from tests.support.shared import add_empty_store
 from tests.support.shell_pipeline import processes_of, sleepers, wait_for
 from vitprune.errors import BadInput
 from vitprune.orchestration.cli_sweep import remove_worktrees
@@ -42,6 +43,7 @@ def project(tmp_path: Path) -> Path:
         yaml.safe_dump({"methods": ["channel-magnitude", "channel-taylor"], "targets": [0.3, 0.5]})
     )
     commit(made)
+    add_empty_store(made)
     return made
 
 

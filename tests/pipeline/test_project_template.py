@@ -29,10 +29,10 @@ def git(project: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=project, capture_output=True, text=True, check=True).stdout
 
 
-def repro(project: Path, stage: str) -> str:
-    """Run `dvc repro STAGE` as a user with an activated environment does."""
+def repro(project: Path, *words: str) -> str:
+    """Run `dvc repro WORDS...` as a user with an activated environment does."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = [sys.executable, "-m", "dvc", "repro", stage]
+    command = [sys.executable, "-m", "dvc", "repro", *words]
     done = subprocess.run(command, cwd=project, env=os.environ | {"PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -85,7 +85,7 @@ def test_dvc_runs_the_first_stage_and_git_has_only_metrics(tmp_path: Path) -> No
         "metrics/dataset.json", "params.yaml", "prefect.yaml", "requirements.txt",
     }  # fmt: skip
     (tmp_path / "requirements.txt").write_text("vitprune[pipeline,export]==0.2.0\n")
-    assert "Running stage 'dataset'" in repro(tmp_path, "dataset")
+    assert "Running stage 'dataset'" in repro(tmp_path, "--dry", "dataset")
 
 
 def test_images_inside_the_project_are_a_relative_dependency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_images_inside_the_project_are_a_relative_dependency(tmp_path: Path, mon
     assert pipeline["stages"]["dataset"]["deps"] == ["requirements.txt", "photos"]
     repro(tmp_path / "project", "dataset")
     (tmp_path / "project/photos/a/copy.png").write_bytes((tmp_path / "project/photos/a/0.png").read_bytes())
-    assert "Running stage 'dataset'" in repro(tmp_path / "project", "dataset")
+    assert "Running stage 'dataset'" in repro(tmp_path / "project", "--dry", "dataset")
 
 
 def test_images_elsewhere_are_an_absolute_dependency(tmp_path: Path) -> None:
@@ -144,7 +144,11 @@ def test_inside_a_larger_repository_dvc_uses_a_subdirectory(tmp_path: Path) -> N
     git(tmp_path, "init", "-q")
     create_project(tmp_path / "project", Choice())
     assert not (tmp_path / "project/.git").exists()
-    repro(tmp_path / "project", "dataset")
+    pipeline = tmp_path / "project/dvc.yaml"
+    toy = "mkdir -p data metrics && touch data/manifest.parquet metrics/dataset.json"  # this is about DVC
+    pipeline.write_text(pipeline.read_text().replace("cmd: vitprune dataset", f"cmd: {toy}"))
+    assert "Running stage 'dataset'" in repro(tmp_path / "project", "dataset")
+    assert "didn't change, skipping" in repro(tmp_path / "project", "dataset")
 
 
 @pytest.mark.parametrize(

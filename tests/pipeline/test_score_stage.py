@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.support import preloaded
 from tests.support.cap_worker import KINDS, setting_of
 from tests.support.digits_project import ORDER, project_in
 from tests.support.model_zoo import batches
@@ -33,11 +34,9 @@ from vitprune.runtime.files import sha256
 ROOT = Path(__file__).parents[2]
 
 
-def worker(directory: Path, together: bool = False, seconds: float = 0.0) -> subprocess.Popen[bytes]:
-    command = TOGETHER if together else [sys.executable]
-    return subprocess.Popen(
-        [*command, str(ROOT / "tests/support/score_worker.py"), str(directory), str(seconds)], env=ONE_THREAD
-    )
+def worker(directory: Path, seconds: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "tests/support/score_worker.py"), str(directory), str(seconds)]
+    return subprocess.Popen(command, env=ONE_THREAD)
 
 
 def done_in(directory: Path) -> int:
@@ -82,7 +81,7 @@ def test_partial_sums_are_resumed_only_by_the_same_job(vit: nn.Module, tmp_path:
 
 
 def test_scores_are_bit_identical_after_a_kill_and_resume_by_two_processes(vit: nn.Module, tmp_path: Path) -> None:
-    victim = worker(tmp_path, seconds=0.5)
+    victim = worker(tmp_path, 0.5)
     while done_in(tmp_path) < 2:
         assert victim.poll() is None
         time.sleep(0.02)
@@ -90,7 +89,7 @@ def test_scores_are_bit_identical_after_a_kill_and_resume_by_two_processes(vit: 
     assert victim.wait(60) == -9
     assert 2 <= done_in(tmp_path) < 5
     assert not (tmp_path / "scores.safetensors").exists()
-    assert worker(tmp_path, together=True).wait(120) == 0
+    preloaded.run_together(2, "tests.support.score_worker", str(tmp_path), "0")
     assert done_in(tmp_path) == 5
     work = score_stage.ScoringJob(fisher_kl, find_groups(vit, ["ffn", "residual"]), batches(vit, 5, 2), DEFAULT_CONTEXT)
     result = load_file(tmp_path / "scores.safetensors")
@@ -113,8 +112,7 @@ def test_the_score_stage_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_two_processes_divide_gradients_and_blocks(vit: nn.Module, tmp_path: Path) -> None:
-    command = [*TOGETHER, str(ROOT / "tests/support/cap_worker.py"), str(tmp_path)]
-    subprocess.run(command, env=ONE_THREAD, check=True, timeout=120)
+    preloaded.run_together(2, "tests.support.cap_worker", str(tmp_path))
     for kind in KINDS:
         expected = ovit(vit, find_groups(vit, ["weight"])[:4], batches(vit, 3), setting_of(kind)).scores
         result = load_file(tmp_path / f"{kind}.safetensors")

@@ -5,11 +5,10 @@ import multiprocessing
 import shutil
 import sqlite3
 import sys
-import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from tests.support import preloaded
+from tests.support import preloaded, shared
 from tests.support.forgeries import FORGERIES, LISTED, copy_of_the_run
 from tests.support.tampering import ATTACKS, EDITS, ONLY_AGAIN, Edit
 
@@ -34,14 +33,14 @@ def audited(project: Path, *options: str, run: str = "") -> tuple[int, str]:
 
 def edited(project: Path, edit: Edit, *options: str) -> tuple[int, str]:
     """Edit a project, audit it and restore it; return the exit code and the output. An edit may return a run's id."""
-    with tempfile.TemporaryDirectory() as folder:
-        backup = shutil.copytree(project, Path(folder) / "backup", symlinks=True)
-        try:
-            run = in_child(edit, project)
-            return audited(project, *options, run=run or "")
-        finally:
-            shutil.rmtree(project)
-            shutil.copytree(backup, project, symlinks=True)
+    original = project.rename(project.with_name(f"{project.name}-original"))
+    shutil.copytree(original, project, symlinks=True)
+    try:
+        run = in_child(edit, project)
+        return audited(project, *options, run=run or "")
+    finally:
+        shutil.rmtree(project)
+        original.rename(project)
 
 
 def in_child(edit: Edit, project: Path) -> str | None:
@@ -73,6 +72,7 @@ def newest(project: Path) -> str:
 def main() -> None:
     """Carry out the named edits one after the other (`honest`: none); print one JSON line each."""
     project, keys = Path(sys.argv[1]), sys.argv[2]
+    shared.folder()  # by this process, not by the forks that edit
     for name in sys.argv[3:]:
         options = ["--all", "--trusted-keys", keys, *(["--rerun"] if name in RERUN else [])]
         code, output = edited(project, EVERY_EDIT[name], *options)

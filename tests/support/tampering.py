@@ -7,10 +7,8 @@ import hashlib
 import json
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,8 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.support import tiny_project
-from vitprune.orchestration.tracking.store import create_or_migrate
+from tests.support import shared, tiny_project
 from vitprune.runtime.files import md5, sha256
 
 Edit = Callable[[Path], str | None]  # of a project; may return the id of the run to audit
@@ -168,15 +165,7 @@ def forget_runs(project: Path) -> None:
     """Remove all run logs and records of a project."""
     for folder in (project / ".vitprune", project / "mlartifacts"):
         shutil.rmtree(folder, ignore_errors=True)
-    (project / "mlflow.db").write_bytes(_empty_store())
-
-
-@cache
-def _empty_store() -> bytes:
-    """Return MLflow's database without a record; its migrations take ten seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        create_or_migrate(Path(folder) / "mlflow.db")
-        return (Path(folder) / "mlflow.db").read_bytes()
+    shared.add_empty_store(project)
 
 
 def forge_mask(project: Path) -> None:

@@ -1,9 +1,7 @@
 """A project of the real stages, created by `vitprune init`; all ten stages run in about a minute."""
 
 import contextlib
-import fcntl
 import json
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from tests.support import preloaded
+from tests.support.shared import add_empty_store, shared
 from vitprune import data
 from vitprune.orchestration.execution.processes import process_environment
 from vitprune.orchestration.execution.run_stage import STAGES, StageResult
@@ -64,19 +63,16 @@ def run_stages(project: Path) -> Path:
     return project
 
 
-def finished(folder: Path) -> Path:
-    """Return a project of images whose ten stages have run, built by the first process that asks for it in `folder`.
+def finished() -> Path:
+    """Return a project of images whose ten stages have run, with an empty MLflow store.
 
-    It is shared: copy it, do not change it.
+    It is shared by all test processes: copy it, do not change it.
     """
-    with (folder / "finished.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        project, complete = folder / "finished/project", folder / "finished/complete"
-        if not complete.exists():
-            shutil.rmtree(folder / "finished", ignore_errors=True)
-            run_stages(make_of_images(project))
-            complete.touch()
-    return project
+    return shared("finished", _build_finished) / "project"
+
+
+def _build_finished(folder: Path) -> None:
+    add_empty_store(run_stages(make_of_images(folder / "project")))
 
 
 def record(project: Path, name: str, cached: bool = False) -> RunLog:

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.support import preloaded
 from tests.support.model_zoo import batches, random_masks, state, tiny
-from tests.support.subprocesses import ONE_THREAD
 from tests.support.train_worker import CASES, cached_outputs, trained
 from vitprune import BadInput, data, find_groups, zero
 from vitprune.config.params import load_params
@@ -38,9 +36,7 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_give_the_steps_of_one(tmp_path: Path, processes: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", f"{processes}", "--standalone"]
-    command += [str(ROOT / "tests/support/train_worker.py"), str(tmp_path)]
-    subprocess.run(command, env=ONE_THREAD, check=True, timeout=300)
+    preloaded.run_together(processes, "tests.support.train_worker", str(tmp_path))
     assert [json.loads((tmp_path / f"size-{rank}.json").read_text()) for rank in range(processes)] == [
         processes
     ] * processes

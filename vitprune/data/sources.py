@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -103,15 +104,22 @@ def open_digits(classes: Sequence[str] | None) -> Source:
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
     """
+    if classes is not None and len(classes) != 10:
+        raise BadInput(f"dataset.classes: digits has 10 classes, not {len(classes)}; give 10 names or null")
+    digits = _digits()
+    return digits if classes is None else replace(digits, classes=tuple(classes))
+
+
+@cache
+def _digits() -> Source:
+    """Return the digits with scikit-learn's class names; encoding them takes longer than a small stage's training."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    if classes is not None and len(classes) != 10:
-        raise BadInput(f"dataset.classes: digits has 10 classes, not {len(classes)}; give 10 names or null")
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
     images = {f"digits/{row:04d}": encode(Image.fromarray(image)) for row, image in enumerate(pixels)}
-    names = tuple(classes) if classes is not None else tuple(str(name) for name in digits.target_names)
     labels = tuple(int(label) for label in digits.target)
+    names = tuple(str(name) for name in digits.target_names)
     return Source("digits", tuple(images), labels, names, None, MemoryReader("digits", images))
 
 

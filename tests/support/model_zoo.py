@@ -87,6 +87,13 @@ ROPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads
 ROTARY = ("eva02_tiny_patch14_224", "vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224")
 SMALL |= dict.fromkeys((*ROTARY, "vit_small_patch16_dinov3"), ROPE)
 SMALL["vit_base_patch16_siglip_224"] = ZOO["vit"][1]
+SMALL |= {  # attentions that no table has
+    "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (24, 32, 48, 64), "num_heads": (2, 4, 3, 4)},
+    "hiera_tiny_224": {"embed_dim": 24, "stages": (1, 1, 1, 1), "num_heads": 1},
+    "visformer_tiny": {"embed_dim": 48, "depth": (1, 1, 1), "num_heads": 3},
+    "vit_relpos_small_patch16_224": ROPE,
+    "samvit_base_patch16_224": ROPE | {"global_attn_indexes": (1,), "window_size": 2},
+}
 # kinds of group that are verified on each model
 PROVEN = {
     "vit_base_patch16_siglip_224": "ffn head attention block",
@@ -120,6 +127,11 @@ PROVEN = {
     "convnextv2_atto": "block",
     "vit_small_patch16_rope_mixed_224": "block",
     "efficientvit_m0": "ffn weight block",  # whose MLPs nobody named
+    "davit_tiny": "head",
+    "hiera_tiny_224": "head attention",
+    "visformer_tiny": "head attention",
+    "vit_relpos_small_patch16_224": "head",
+    "samvit_base_patch16_224": "head",
 }
 # model, kind, error message
 REFUSED = [

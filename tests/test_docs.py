@@ -53,6 +53,19 @@ def test_first_prune_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(block.mlp.fc1.out_features for block in scope["model"].blocks) == 2 * 576  # the last block's `shrink`
 
 
+def test_the_guide_to_models_of_other_libraries_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    (code,) = (
+        code
+        for language, _, code in _blocks((REPOSITORY / "docs/guides/other_models.md").read_text(encoding="utf-8"))
+        if language == "python"
+    )
+    exec(code, scope)
+    assert type(scope["smaller"]).__name__ == "ViTForImageClassification"
+    assert 0.66 < scope["result"].after.macs / scope["result"].before.macs <= 0.7
+
+
 def test_every_public_name_has_an_entry_in_the_api_reference() -> None:
     page = (REPOSITORY / "docs/reference/api.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^::: vitprune\.(\w+)$", page, re.MULTILINE)) == sorted(vitprune.__all__)

@@ -78,9 +78,7 @@ def test_a_new_process_loads_a_model_with_widths_per_layer(tmp_path: Path) -> No
 def test_models_without_a_public_class_are_loaded_into_a_dense_one(name: str, tmp_path: Path) -> None:
     result, images = pruned(name)
     vitprune.save(result.model, tmp_path)
-    with pytest.raises(
-        BadInput, match=r"config.json: a model of the class \w+; call vitprune.load_into\(\w+"
-    ):
+    with pytest.raises(BadInput, match=r"config.json: a model of the class \w+; call vitprune.load_into\(\w+"):
         vitprune.load(tmp_path)
     loaded = vitprune.load_into(make_model(name, seed=1), tmp_path)
     assert torch.equal(answer(loaded, images), answer(result.model, images))

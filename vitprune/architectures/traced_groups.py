@@ -66,7 +66,10 @@ def groups_within(model: nn.Module, kind: str, path: str) -> list[Group]:
     for name, reason in found.refused.items():
         if is_within(name, [path]):
             raise BadInput(reason)
-    return [group for group in found.groups.values() if any(is_within(part.param, [path]) for part in group.slices)]
+    inside = [group for group in found.groups.values() if any(is_within(part.param, [path]) for part in group.slices)]
+    if not inside and any(is_within(module, [path]) for module in traced_attention(model).modules):
+        raise BadInput(_refusal(path, model.get_submodule(path), "its trace has no heads that can be cut"))
+    return inside
 
 
 def size_attributes_of(groups: Sequence[Group]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from vitprune.architectures import find_groups
 from vitprune.architectures.traced_groups import left_out
 from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.prune_config import Kind, PruneConfig
@@ -23,7 +24,7 @@ from vitprune.data import example_input as example_of
 from vitprune.data.batch_checks import checked_batches, checked_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.cost import Counts, count
-from vitprune.groups import Group, Masks, Scores, check_groups
+from vitprune.groups import Group, Masks, Scores, check_groups, is_within
 from vitprune.pruning.auto import auto_method
 from vitprune.pruning.cycle_masks import (
     available_kinds,
@@ -223,7 +224,7 @@ def prune(
     batches = checked_batches(calibration, pruned)
     set_input_size(pruned, example_input if example_input is not None or not batches else batches[0][0])
     if within is not None:
-        settings["rules"] = [*rules, _outside(pruned, within)]
+        settings["rules"] = [*rules, *_outside(pruned, within, kinds or method_named(method).kinds)]
     if kinds is None and not isinstance(sparsity, Mapping):
         available, skipped = available_kinds(pruned, method_named(method).kinds)
         if not available:
@@ -242,11 +243,20 @@ def prune(
     return result_of(model, pruned.to(float_type(dense)), cycle, start, skipped, example_input, chosen)
 
 
-def _outside(model: nn.Module, within: str) -> dict[str, object]:
-    """Rule that ignores all groups outside a module."""
+def _outside(model: nn.Module, within: str, kinds: Sequence[str]) -> list[dict[str, object]]:
+    """Rule that ignores all groups outside a module; none if there is no group outside.
+
+    Raises:
+        BadInput: the model has no such module, or no group in it.
+    """
     if within not in dict(model.named_modules()) or not within:
         raise BadInput(f"within {within!r}: the model has no module of this name; give a path of named_modules")
-    return {"match": rf"(?!{re.escape(within)}(\.|$)).*", "ignore": True}
+    groups = [group for kind in available_kinds(model, kinds)[0] for group in find_groups(model, [kind])]
+    inside = [group for group in groups if is_within(group.name, [within])]
+    if groups and not inside:
+        raise BadInput(f"within {within!r}: has no groups of kind {', '.join(kinds)}; vitprune check lists the groups")
+    rule: dict[str, object] = {"match": rf"(?!{re.escape(within)}(\.|$)).*", "ignore": True}
+    return [rule] if len(inside) < len(groups) else []
 
 
 def _deadline(start: float, budget: Quantity | None, reconstruct: ReconstructConfig | bool) -> float | None:

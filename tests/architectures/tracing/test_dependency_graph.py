@@ -108,6 +108,7 @@ class Sorted(nn.Module):
         (nn.Softmax(dim=1), "between (Softmax): softmax runs over it"),
         (nn.GroupNorm(4, 8), "between (GroupNorm): a GroupNorm of 4 groups counts its channels"),
         (nn.Conv2d(8, 8, 1, groups=2), "between (Conv2d): it runs through a convolution of 2 groups"),
+        (nn.ConvTranspose2d(8, 8, 1), "between (ConvTranspose2d): it runs through a transposed convolution"),
         (Sorted(), "between (Sorted): operation sort is not supported"),
     ],
 )

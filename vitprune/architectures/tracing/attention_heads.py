@@ -47,10 +47,11 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """Attention heads and channels of a model, in the order of the forward pass."""
+    """Attention heads and channels of a model, in the order of the forward pass, and the modules with their products."""
 
     heads: list[HeadGroup]
     channels: list[HeadGroup]
+    modules: frozenset[str] = frozenset()
 
 
 def trace_attention(model: nn.Module, example_input: Tensor) -> AttentionTrace:
@@ -81,7 +82,8 @@ def trace_attention(model: nn.Module, example_input: Tensor) -> AttentionTrace:
             width = min(widths[root] for root in channels.roots)
             heads.append(HeadGroup(channels, channels.units, tuple(inside), channels.why_not or norm, width))
     of_heads = _channels_of_heads(trace, model, labelled, head_of_number, modules)
-    return AttentionTrace(heads, of_heads + _heads_without_channels(trace, model, heads, of_heads))
+    products = frozenset(product.module for product in trace.products)
+    return AttentionTrace(heads, of_heads + _heads_without_channels(trace, model, heads, of_heads), products)
 
 
 class _LabelledHeads:

@@ -227,6 +227,10 @@ def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     if weight is None:
         _unknown_op(trace, func, args)
         return
+    if args[6]:
+        if input_labels is not None:
+            trace.mark_unprunable(input_labels, "it runs through a transposed convolution")
+        return
     if input_labels is not None and any(trace.varies_along(input_labels, axis) for axis in range(2, value.dim())):
         _convolution_along_channels(trace, input_labels, kernel, result)
         return

@@ -24,7 +24,7 @@ from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import tensors_of
 
 MAX_CHANGED, MAX_TRIALS = 5, 400
-TOLERANCE = 1e-9  # relative, in float64
+TOLERANCE, BASIS_TOLERANCE = 1e-9, 1e-6  # relative, in float64; the latter after inverses of matrices
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a module's forward pass
 HEADS, WIDTH, SCALE = "heads", "width", "scale"
 
@@ -156,10 +156,8 @@ def _other_classes(owner: nn.Module, group: Group, call: Call) -> list[tuple[tup
 
     rewritten = []
     for path, module in copied.named_modules():
-        kind = (
-            inferring_class(module, {size for size in sizes if size > 1}, run) if path not in dict(by_table) else None
-        )
-        if kind is not None and kind is not type(module):
+        kind = type(module) if path in dict(by_table) else inferring_class(module, sizes - {1}, run)
+        if kind is not type(module):
             rewritten.append((path, kind))
     return [classes for classes in (by_table, tuple(rewritten)) if classes]
 
@@ -241,15 +239,19 @@ def _is_proven(owner: nn.Module, call: Call, group: Group) -> bool:
     keep[..., group.shape[-1] - kept[-1] :] = True  # not the first units
     zeroed, cut = zero(copy.deepcopy(dense), [replace(group, resize=None)], {group.name: keep}), copy.deepcopy(dense)
     shrink(cut, [group], {group.name: keep})
+    return _same_outputs(zeroed, cut, call, TOLERANCE)
+
+
+def _same_outputs(first: nn.Module, second: nn.Module, call: Call, tolerance: float) -> bool:
+    """Whether two modules have the same first output for random arguments."""
     outputs = []
-    for module in (zeroed, cut):
-        generator = torch.Generator().manual_seed(0)
-        args, kwargs = (_with_values(part, generator) for part in call)
+    for module in (first, second):
+        args, kwargs = (_with_values(part, torch.Generator().manual_seed(0)) for part in call)
         with torch.no_grad(), eval_mode(module):
             outputs.append(next(tensors_of(module(*args, **kwargs))))
     expected, output = outputs
     return expected.shape == output.shape and torch.allclose(
-        output, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max())
+        output, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
     )
 
 
@@ -263,7 +265,7 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
         reader: path of the Linear layer that reads the heads.
     """
     dense = random_module(owner)
-    rotated, outputs = copy.deepcopy(dense), []
+    rotated = copy.deepcopy(dense)
     width = dense.get_parameter(f"{reader}.weight").shape[1] // projections.heads
     generator = torch.Generator().manual_seed(1)
     first, second = (
@@ -280,12 +282,7 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
         weight = rotated.get_parameter(f"{reader}.weight")
         inverse = torch.linalg.inv(second).T
         weight.copy_((weight.reshape(len(weight), projections.heads, width) @ inverse).reshape(weight.shape))
-    for module in (dense, rotated):
-        args, kwargs = (_with_values(part, torch.Generator().manual_seed(0)) for part in call)
-        with torch.no_grad(), eval_mode(module):
-            outputs.append(next(tensors_of(module(*args, **kwargs))))
-    expected, output = outputs
-    return torch.allclose(output, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    return _same_outputs(dense, rotated, call, BASIS_TOLERANCE)
 
 
 @torch.no_grad()
@@ -310,11 +307,12 @@ def random_module(owner: nn.Module) -> nn.Module:
 
 
 def _with_values(value: Any, generator: torch.Generator) -> Any:
-    """Replace the meta tensors of arguments: floating-point ones by random numbers, others by zeros."""
+    """Replace the meta tensors of arguments: numbers and masks by random ones, indices by zeros."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            return torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        return torch.zeros(value.shape, dtype=value.dtype)
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        if value.dtype == torch.bool:
+            return noise > 0
+        return noise if value.is_floating_point() else torch.zeros(value.shape, dtype=value.dtype)
     if isinstance(value, Mapping):
         return {key: _with_values(item, generator) for key, item in value.items()}
     if type(value) in (tuple, list):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.size_attributes import Call, Sizes, keeps_function_in_other_basis, sized
-from vitprune.architectures.tracing.attention_heads import HeadGroup
+from vitprune.architectures.tracing.attention_heads import TracedUnits
 from vitprune.architectures.tracing.cache import traced_attention, traced_channels
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup
 from vitprune.architectures.tracing.example_run import with_example
@@ -106,7 +106,7 @@ def _hidden_units(model: nn.Module) -> _Found:
                 channels.normalized and f"{channels.normalized}: a norm couples its hidden units"
             )
             if _owner(channels, ()):
-                hidden.append(HeadGroup(channels, channels.units, (), why))
+                hidden.append(TracedUnits(channels, channels.units, (), why))
     return _proven(model, "ffn", hidden)
 
 
@@ -122,7 +122,7 @@ def _owner(channels: ChannelGroup, modules: Iterable[str]) -> str:
     return ".".join(common)
 
 
-def _proven(model: nn.Module, kind: str, traced: Sequence[HeadGroup]) -> _Found:
+def _proven(model: nn.Module, kind: str, traced: Sequence[TracedUnits]) -> _Found:
     """Give every group sizes that are proven on its owner; equal modules are proven once."""
     traced = [group for group in traced if group.heads > 1 or any(part.axis == 1 for part in group.channels.slices)]
     owners = [_owner(group.channels, group.modules) for group in traced]
@@ -176,7 +176,7 @@ def _prove(group: Group, module: nn.Module, call: Call, sizes: Sizes) -> _Proof 
     return _Proof(resize, keeps_function_in_other_basis(module, call, group.projections, readers[0]))
 
 
-def _below(owner: str, kind: str, name: str, group: HeadGroup) -> tuple[Group, Sizes]:
+def _below(owner: str, kind: str, name: str, group: TracedUnits) -> tuple[Group, Sizes]:
     """Return the group with names relative to its owner, and its sizes before the cut."""
     channels, prefix = group.channels, f"{owner}." if owner else ""
     shape = (group.heads, group.width) if kind == "attention" else (channels.units,)
@@ -194,7 +194,7 @@ def _below(owner: str, kind: str, name: str, group: HeadGroup) -> tuple[Group, S
     return Group(name, kind, shape, slices, buffers=buffers, projections=projections, is_traced=True), sizes
 
 
-def _name(kind: str, owner: str, group: HeadGroup, number: int) -> str:
+def _name(kind: str, owner: str, group: TracedUnits, number: int) -> str:
     if number > 1 and group.channels.writers:
         owner = group.channels.writers[0].removesuffix(".weight")
     return f"{owner}.heads" if kind == "head" else owner

@@ -22,12 +22,12 @@ SHARED_CHANNELS = "heads share its channels"
 
 
 @dataclass(frozen=True)
-class HeadGroup:
-    """Heads of one attention, or the channels of its heads.
+class TracedUnits:
+    """Units found by tracing: heads of one attention, channels of its heads, or hidden units.
 
     Attributes:
-        channels: the units, heads or channels ordered by head, with their slices.
-        heads: number of heads.
+        channels: the units with their slices; channels of heads are ordered by head.
+        heads: number of heads; of hidden units, their number.
         modules: paths of the modules that multiply activations of these heads.
         why_not: reason why the units cannot be pruned; empty if they can.
         width: number of channels of the queries of a head, or of its values.
@@ -47,10 +47,10 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """Attention heads and channels of a model, in the order of the forward pass, and the modules with their products."""
+    """Heads and channels of all attentions, in the order of the forward pass, and the modules with their products."""
 
-    heads: list[HeadGroup]
-    channels: list[HeadGroup]
+    heads: list[TracedUnits]
+    channels: list[TracedUnits]
     modules: frozenset[str] = frozenset()
 
 
@@ -80,7 +80,7 @@ def trace_attention(model: nn.Module, example_input: Tensor) -> AttentionTrace:
             norm = channels.normalized and f"{channels.normalized}: a norm over all heads couples them"
             inside = sorted({path for root in channels.roots for path in modules[root]})
             width = min(widths[root] for root in channels.roots)
-            heads.append(HeadGroup(channels, channels.units, tuple(inside), channels.why_not or norm, width))
+            heads.append(TracedUnits(channels, channels.units, tuple(inside), channels.why_not or norm, width))
     of_heads = _channels_of_heads(trace, model, labelled, head_of_number, modules)
     products = frozenset(product.module for product in trace.products)
     return AttentionTrace(heads, of_heads + _heads_without_channels(trace, model, heads, of_heads), products)
@@ -164,7 +164,7 @@ def _channels_of_heads(
     labelled: _LabelledHeads,
     head_of_number: Tensor,
     modules: Mapping[int, set[str]],
-) -> list[HeadGroup]:
+) -> list[TracedUnits]:
     """Tie the channels of q and k to those of v by their position, and return the groups of all tied channels."""
     queries, keys, values = _rows_by_head(trace, labelled, head_of_number)
     different = set()
@@ -197,7 +197,7 @@ def _channels_of_heads(
     by_heads = {number: groups_of_trace(trace, model, number) for number in {number for _, number, _, _ in result}}
     return [
         _with_layers(
-            HeadGroup(spaced, number, tuple(inside), why or spaced.why_not, spaced.units // number),
+            TracedUnits(spaced, number, tuple(inside), why or spaced.why_not, spaced.units // number),
             trace,
             (queries, keys, values),
         )
@@ -208,8 +208,8 @@ def _channels_of_heads(
 
 
 def _heads_without_channels(
-    trace: Trace, model: nn.Module, heads: Sequence[HeadGroup], channels: Sequence[HeadGroup]
-) -> list[HeadGroup]:
+    trace: Trace, model: nn.Module, heads: Sequence[TracedUnits], channels: Sequence[TracedUnits]
+) -> list[TracedUnits]:
     """Return the heads none of whose channels are contracted with each other, with the reason."""
     covered = {_sites(group.channels) for group in channels}
     others = groups_of_trace(trace, model)
@@ -227,7 +227,7 @@ def _sites(channels: ChannelGroup) -> frozenset[tuple[str, int | None]]:
     return frozenset((part.param, part.axis) for part in channels.slices)
 
 
-def _with_layers(group: HeadGroup, trace: Trace, roles: Sequence[Mapping[int, list[Tensor]]]) -> HeadGroup:
+def _with_layers(group: TracedUnits, trace: Trace, roles: Sequence[Mapping[int, list[Tensor]]]) -> TracedUnits:
     """Return the group with the layers of its queries, keys and values."""
     parts = [_parts_of(trace, group.channels, rows) for rows in roles]
     layers = [name.removesuffix(".weight") for found in parts for name, _ in found if name.endswith(".weight")]

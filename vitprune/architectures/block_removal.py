@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.slices import not_prunable
-from vitprune.architectures.tracing.cache import shape_error
+from vitprune.architectures.tracing.cache import output_shapes, shape_error
 from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.architectures.tracing.residual_branches import find_residual_modules
@@ -94,6 +94,8 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
     copy = meta_copy(model)
     _remove(paths, copy, torch.zeros(2 * len(paths), dtype=torch.bool))
     why = shape_error(copy)
+    if not why and output_shapes(copy) != output_shapes(model):
+        why = "it returns other outputs than with them"
     return BadInput(f"{type(model).__name__}: without its blocks {why}") if why else paths
 
 

@@ -95,8 +95,8 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
     _remove(paths, copy, torch.zeros(2 * len(paths), dtype=torch.bool))
     why = shape_error(copy)
     if not why and output_shapes(copy) != output_shapes(model):
-        why = "it returns other outputs than with them"
-    return BadInput(f"{type(model).__name__}: without its blocks {why}") if why else paths
+        why = "its outputs have other shapes"
+    return BadInput(f"{type(model).__name__}: without its blocks it does not run as before ({why})") if why else paths
 
 
 def _members(model: nn.Module) -> list[str]:

@@ -72,6 +72,8 @@ class Sizes:
     def record(self, owner: nn.Module, shape: tuple[int, ...]) -> None:
         """Record a new shape, (heads,) or (heads, width), in the module and scale its queries."""
         heads, width = (*shape, self.shape[1])[:2]
+        if (heads, width) == self.shape:
+            return
         for path, kind in self.classes:
             owner.get_submodule(path).__class__ = kind
         for attribute in self.attributes:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitprune.architectures.token_merging import without_merging
 from vitprune.architectures.tracing.attention_heads import AttentionTrace, trace_attention
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
-from vitprune.architectures.tracing.example_run import with_example
+from vitprune.architectures.tracing.example_run import NotRunningError, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
@@ -89,8 +89,8 @@ def shape_error(model: nn.Module) -> str:
     """Return the error of a run of the model's copy at its own input size; empty if it runs."""
     try:
         with_example(model, _run)
-    except BadInput as error:
-        return str(error).partition(": ")[2]
+    except NotRunningError as error:
+        return error.reason
     return ""
 
 

@@ -15,6 +15,14 @@ from vitprune.runtime.messages import first_line
 Result = TypeVar("Result")
 
 
+class NotRunningError(BadInput):
+    """A model does not run on its example; `reason` is the error of its forward pass."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def with_example(model: nn.Module, function: Callable[[nn.Module, Tensor], Result]) -> Result:
     """Call a function with a copy of a model and an input of its size.
 
@@ -27,7 +35,7 @@ def with_example(model: nn.Module, function: Callable[[nn.Module, Tensor], Resul
         The result of the function.
 
     Raises:
-        BadInput: the model does not run.
+        NotRunningError: the model does not run.
     """
     without_values = meta_copy(model)
     try:
@@ -36,17 +44,16 @@ def with_example(model: nn.Module, function: Callable[[nn.Module, Tensor], Resul
         reason = first_line(error)
     state = model.state_dict()
     if not state or any(tensor.is_meta for tensor in state.values()):
-        raise BadInput(f"{type(model).__name__}: it does not run on the meta device ({reason})")
+        raise NotRunningError(f"{type(model).__name__}: it does not run on the meta device ({reason})", reason)
     shape = meta_input(model)
     try:
         with torch.inference_mode(False):
             noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(0)).to(shape.dtype)
             return function(copy.deepcopy(model).cpu(), noise)
     except Exception as error:
-        size = " x ".join(map(str, shape.shape[1:]))
-        raise BadInput(
-            f"{type(model).__name__}: it does not run on images of {size} ({first_line(error)}); give example_input"
-        ) from None
+        name, size, reason = type(model).__name__, " x ".join(map(str, shape.shape[1:])), first_line(error)
+        message = f"{name}: it does not run on images of {size} ({reason}); give example_input"
+        raise NotRunningError(message, reason) from None
 
 
 def meta_input(model: nn.Module) -> Tensor:

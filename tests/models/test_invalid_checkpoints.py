@@ -81,8 +81,12 @@ def test_a_broken_config_is_named(folder: Path, content: bytes) -> None:
 
 def test_a_failed_save_keeps_the_old_model(folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(BadInput, match=r"^Linear: only models made by timm.create_model"):
-        save(nn.Linear(2, 2), folder)
+    diverged = nn.Linear(2, 2)
+    nn.init.constant_(diverged.weight, torch.nan)
+    with pytest.raises(BadInput, match=r"^weight: has values that are not finite"):
+        save(diverged, folder)
+    with pytest.raises(BadInput, match=r"^factory 'timm:vit': unknown; write torchvision:NAME$"):
+        save(nn.Linear(2, 2), folder, factory="timm:vit")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

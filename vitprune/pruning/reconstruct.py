@@ -16,6 +16,7 @@ from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluation.logits import logits_of
 from vitprune.evaluation.losses import kl_divergence
 from vitprune.pruning.held_out import held_out
+from vitprune.pruning.rotated_adam import RotatedAdam, input_bases
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 from vitprune.training.finetune import zero_weights
@@ -26,6 +27,7 @@ WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
 CROP_AREA = (0.35, 1.0)  # of the image
 PASTED, BLENDED, MAX_SHARE = 0.5, 0.3, 0.5  # shares of the views with a second image, and its largest share of the view
 MAX_PASSES, TIMED_BATCHES = 30, 3
+BASIS_IMAGES = 100
 EVALUATION_SHARE = 0.3  # time of an image's logits, relative to a training step
 
 
@@ -51,7 +53,9 @@ def reconstruct(
     seed: int = 0,
     deadline: float | None = None,
 ) -> Reconstruction:
-    """Fit all remaining weights, biases and norms of a pruned model to the dense model, in place.
+    """Fit the remaining weights, biases and norms of a pruned model to the dense model, in place.
+
+    Classifier and embeddings are not changed.
 
     Minimizes the KL divergence of the logits plus `stream_weight` times the mean relative squared error of the block
     outputs, each relative to the variance of the dense one; outputs of another shape are left out. Weights that are
@@ -71,7 +75,7 @@ def reconstruct(
         BadInput: there are fewer images than `config.holdout`, or they cannot be cropped.
         NotFinite: the loss is not finite.
 
-    Source: ours; block-wise reconstruction (BRECQ, Li et al., ICLR 2021) over all blocks at once, with the KL
+    Source: ours, with the optimizer of `RotatedAdam`; block-wise reconstruction (BRECQ, Li et al., ICLR 2021) over all blocks at once, with the KL
         divergence that UP-ViTs scores with.
     """
     device = next(model.parameters()).device
@@ -103,7 +107,7 @@ def _passes_until(
     deadline: float, model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], config: ReconstructConfig
 ) -> int:
     """Return the number of passes that fit; the gradients of a few batches are timed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = _trained(model)
     seconds = []
     for rows in torch.split(torch.arange(len(images)), config.batch_size)[:TIMED_BATCHES]:
         start = time.perf_counter()
@@ -120,8 +124,10 @@ def _passes(
 ) -> Iterator[dict[str, float]]:
     """Train pass by pass; yield step, mean loss and learning rate after every pass."""
     device = next(model.parameters()).device
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, config.lr, BETAS)
+    parameters = _trained(model)
+    optimizer = RotatedAdam(
+        parameters, input_bases(model, parameters, torch.split(images[:BASIS_IMAGES], config.batch_size)), BETAS
+    )
     steps = -(-len(images) // config.batch_size)
     step = 0
     with freeze_zeros(model, optimizer) if zero_weights(model) is not None else nullcontext():
@@ -129,17 +135,29 @@ def _passes(
             losses = []
             for rows in torch.split(torch.randperm(len(images)), config.batch_size):
                 batch = _views(images[rows], config).to(device)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step + 1, config.passes * steps + 1, config.lr, 0.0, WARMUP_STEPS)
-                optimizer.zero_grad()
+                lr = learning_rate(step + 1, config.passes * steps + 1, config.lr, 0.0, WARMUP_STEPS)
                 loss = _loss(model, dense, batch, paths, config.stream_weight)
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
                     raise NotFinite("prune.reconstruct: the loss is not finite; lower lr or check the images", 0, step)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+                optimizer.step(lr)
                 step += 1
-            yield {"step": step, "loss": sum(losses) / len(losses), "lr": optimizer.param_groups[0]["lr"]}
+            yield {"step": step, "loss": sum(losses) / len(losses), "lr": lr}
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the stages that have the blocks, and of norms; all without blocks.
+
+    Classifier and embeddings keep their values: a few images have too few classes to fit a classifier.
+    """
+    stages = {path.split(".")[0] for path in _blocks(model)}
+    result = []
+    for path, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not stages or path.split(".")[0] in stages or all(parameter.ndim < 2 for parameter in own):
+            result += [parameter for parameter in own if parameter.requires_grad]
+    return list(dict.fromkeys(result))
 
 
 def _loss(model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], weight: float) -> Tensor:

@@ -24,8 +24,8 @@ from vitprune.training.frozen_zeros import freeze_zeros
 from vitprune.training.lr_schedule import learning_rate
 
 WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
-CROP_AREA = (0.35, 1.0)  # of the image
-PASTED, BLENDED, MAX_SHARE = 0.5, 0.3, 0.5  # shares of the views with a second image, and its largest share of the view
+CROP_AREA = (0.7, 1.0)  # of the image
+PASTED, BLENDED, MAX_SHARE = 0.2, 0.1, 0.5  # shares of the views with a second image, and its largest share of the view
 MAX_PASSES, TIMED_BATCHES = 30, 3
 BASIS_IMAGES = 100
 EVALUATION_SHARE = 0.3  # time of an image's logits, relative to a training step
@@ -75,7 +75,7 @@ def reconstruct(
         BadInput: there are fewer images than `config.holdout`, or they cannot be cropped.
         NotFinite: the loss is not finite.
 
-    Source: ours, with the optimizer of `RotatedAdam`; block-wise reconstruction (BRECQ, Li et al., ICLR 2021) over all blocks at once, with the KL
+    Source: ours; block-wise reconstruction (BRECQ, Li et al., ICLR 2021) over all blocks at once, with the KL
         divergence that UP-ViTs scores with.
     """
     device = next(model.parameters()).device
@@ -88,11 +88,12 @@ def reconstruct(
     with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
         expected = _logits(dense, test, config.batch_size)
         nats, curve = [float(kl_divergence(_logits(model, test, config.batch_size), expected))], []
+        bases = input_bases(model, _trained(model), torch.split(fit[:BASIS_IMAGES], config.batch_size))
         if deadline is not None:
             config = config.model_copy(update={"passes": _passes_until(deadline, model, dense, fit, paths, config)})
         torch.manual_seed(seed)  # after the timing, which draws views
         best, kept = _state(model), 0
-        for row in track(_passes(model, dense, fit, paths, config), "reconstructing", config.passes):
+        for row in track(_passes(model, dense, fit, paths, config, bases), "reconstructing", config.passes):
             nats.append(float(kl_divergence(_logits(model, test, config.batch_size), expected)))
             curve.append(row | {"held_out_nats": nats[-1]})
             if nats[-1] < nats[kept]:
@@ -120,14 +121,17 @@ def _passes_until(
 
 
 def _passes(
-    model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], config: ReconstructConfig
+    model: nn.Module,
+    dense: nn.Module,
+    images: Tensor,
+    paths: Sequence[str],
+    config: ReconstructConfig,
+    bases: Mapping[nn.Parameter, Tensor],
 ) -> Iterator[dict[str, float]]:
     """Train pass by pass; yield step, mean loss and learning rate after every pass."""
     device = next(model.parameters()).device
     parameters = _trained(model)
-    optimizer = RotatedAdam(
-        parameters, input_bases(model, parameters, torch.split(images[:BASIS_IMAGES], config.batch_size)), BETAS
-    )
+    optimizer = RotatedAdam(parameters, bases, BETAS)
     steps = -(-len(images) // config.batch_size)
     step = 0
     with freeze_zeros(model, optimizer) if zero_weights(model) is not None else nullcontext():
@@ -172,7 +176,7 @@ def _loss(model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[st
 
 
 def _views(images: Tensor, config: ReconstructConfig) -> Tensor:
-    """Random crops and flips of images (B, C, H, W), mixed in pairs; the images themselves without `config.views`."""
+    """Random crops and flips of images (B, C, H, W), some mixed; the images themselves without `config.views`."""
     if not config.views:
         return images
     from torchvision.transforms.v2 import RandomResizedCrop  # not for every stage

@@ -15,7 +15,7 @@ class ReconstructConfig(Section):
     passes: Count = 12
     """Passes over the images."""
 
-    lr: Annotated[float, Field(gt=0)] = 4e-4
+    lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate; it rises over ten steps and decays to zero by a cosine."""
 
     batch_size: Count = 10

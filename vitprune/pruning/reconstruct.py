@@ -24,8 +24,8 @@ from vitprune.training.frozen_zeros import freeze_zeros
 from vitprune.training.lr_schedule import learning_rate
 
 WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
-CROP_AREA = (0.7, 1.0)  # of the image
-PASTED, BLENDED, MAX_SHARE = 0.2, 0.1, 0.5  # shares of the views with a second image, and its largest share of the view
+CROP_AREA = (0.35, 1.0)  # of the image
+PASTED, BLENDED, MAX_SHARE = 0.5, 0.3, 0.5  # shares of the views with a second image, and its largest share of the view
 MAX_PASSES, TIMED_BATCHES = 30, 3
 BASIS_IMAGES = 100
 EVALUATION_SHARE = 0.3  # time of an image's logits, relative to a training step

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,6 @@ from vitprune.pruning.rotated_adam import RotatedAdam, input_bases
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 from vitprune.training.finetune import zero_weights
-from vitprune.training.frozen_zeros import freeze_zeros
 from vitprune.training.lr_schedule import learning_rate
 
 WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
@@ -131,23 +130,35 @@ def _passes(
     """Train pass by pass; yield step, mean loss and learning rate after every pass."""
     device = next(model.parameters()).device
     parameters = _trained(model)
-    optimizer = RotatedAdam(parameters, bases, BETAS)
+    optimizer, removed = RotatedAdam(parameters, bases, BETAS), _removed(model)
     steps = -(-len(images) // config.batch_size)
     step = 0
-    with freeze_zeros(model, optimizer) if zero_weights(model) is not None else nullcontext():
-        for _ in range(config.passes):
-            losses = []
-            for rows in torch.split(torch.randperm(len(images)), config.batch_size):
-                batch = _views(images[rows], config).to(device)
-                lr = learning_rate(step + 1, config.passes * steps + 1, config.lr, 0.0, WARMUP_STEPS)
-                loss = _loss(model, dense, batch, paths, config.stream_weight)
-                losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]):
-                    raise NotFinite("prune.reconstruct: the loss is not finite; lower lr or check the images", 0, step)
-                loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
-                optimizer.step(lr)
-                step += 1
-            yield {"step": step, "loss": sum(losses) / len(losses), "lr": lr}
+    for _ in range(config.passes):
+        losses = []
+        for rows in torch.split(torch.randperm(len(images)), config.batch_size):
+            batch = _views(images[rows], config).to(device)
+            lr = learning_rate(step + 1, config.passes * steps + 1, config.lr, 0.0, WARMUP_STEPS)
+            loss = _loss(model, dense, batch, paths, config.stream_weight)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise NotFinite("prune.reconstruct: the loss is not finite; lower lr or check the images", 0, step)
+            loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+            optimizer.step(lr)
+            _set_zero(removed)
+            step += 1
+        yield {"step": step, "loss": sum(losses) / len(losses), "lr": lr}
+
+
+def _removed(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the weights that have zeros, and where. Their gradients there count, since a rotation mixes them."""
+    zeros = zero_weights(model)
+    return [(model.get_parameter(name), ~mask) for name, mask in zeros.masks.items()] if zeros else []
+
+
+@torch.no_grad()
+def _set_zero(removed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, zeros in removed:
+        parameter.masked_fill_(zeros, 0)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

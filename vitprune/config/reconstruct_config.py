@@ -15,15 +15,15 @@ class ReconstructConfig(Section):
     passes: Count = 12
     """Passes over the images."""
 
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    """Peak learning rate of Adam; it rises over ten steps and decays to zero by a cosine."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate; it rises over ten steps and decays to zero by a cosine."""
 
     batch_size: Count = 10
     """Images per step."""
 
     views: bool = True
-    """Train on random crops and flips, mixed in pairs, for which the dense model is run again; false: on the images as
-    they are."""
+    """Train on random crops and flips, a part of them mixed in pairs, for which the dense model is run again; false: on
+    the images as they are."""
 
     stream_weight: Annotated[float, Field(ge=0)] = 20.0
     """Weight of the mean relative squared error of the block outputs, beside the KL divergence of the logits."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,16 +16,17 @@ from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluation.logits import logits_of
 from vitprune.evaluation.losses import kl_divergence
 from vitprune.pruning.held_out import held_out
+from vitprune.pruning.rotated_adam import RotatedAdam, input_bases
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.progress import track
 from vitprune.training.finetune import zero_weights
-from vitprune.training.frozen_zeros import freeze_zeros
 from vitprune.training.lr_schedule import learning_rate
 
 WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
 CROP_AREA = (0.35, 1.0)  # of the image
 PASTED, BLENDED, MAX_SHARE = 0.5, 0.3, 0.5  # shares of the views with a second image, and its largest share of the view
 MAX_PASSES, TIMED_BATCHES = 30, 3
+BASIS_IMAGES = 100
 EVALUATION_SHARE = 0.3  # time of an image's logits, relative to a training step
 
 
@@ -51,7 +52,9 @@ def reconstruct(
     seed: int = 0,
     deadline: float | None = None,
 ) -> Reconstruction:
-    """Fit all remaining weights, biases and norms of a pruned model to the dense model, in place.
+    """Fit the remaining weights, biases and norms of a pruned model to the dense model, in place.
+
+    Classifier and embeddings are not changed.
 
     Minimizes the KL divergence of the logits plus `stream_weight` times the mean relative squared error of the block
     outputs, each relative to the variance of the dense one; outputs of another shape are left out. Weights that are
@@ -84,11 +87,12 @@ def reconstruct(
     with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
         expected = _logits(dense, test, config.batch_size)
         nats, curve = [float(kl_divergence(_logits(model, test, config.batch_size), expected))], []
+        bases = input_bases(model, _trained(model), torch.split(fit[:BASIS_IMAGES], config.batch_size))
         if deadline is not None:
             config = config.model_copy(update={"passes": _passes_until(deadline, model, dense, fit, paths, config)})
         torch.manual_seed(seed)  # after the timing, which draws views
         best, kept = _state(model), 0
-        for row in track(_passes(model, dense, fit, paths, config), "reconstructing", config.passes):
+        for row in track(_passes(model, dense, fit, paths, config, bases), "reconstructing", config.passes):
             nats.append(float(kl_divergence(_logits(model, test, config.batch_size), expected)))
             curve.append(row | {"held_out_nats": nats[-1]})
             if nats[-1] < nats[kept]:
@@ -103,7 +107,7 @@ def _passes_until(
     deadline: float, model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], config: ReconstructConfig
 ) -> int:
     """Return the number of passes that fit; the gradients of a few batches are timed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = _trained(model)
     seconds = []
     for rows in torch.split(torch.arange(len(images)), config.batch_size)[:TIMED_BATCHES]:
         start = time.perf_counter()
@@ -116,30 +120,59 @@ def _passes_until(
 
 
 def _passes(
-    model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], config: ReconstructConfig
+    model: nn.Module,
+    dense: nn.Module,
+    images: Tensor,
+    paths: Sequence[str],
+    config: ReconstructConfig,
+    bases: Mapping[nn.Parameter, Tensor],
 ) -> Iterator[dict[str, float]]:
     """Train pass by pass; yield step, mean loss and learning rate after every pass."""
     device = next(model.parameters()).device
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, config.lr, BETAS)
+    parameters = _trained(model)
+    optimizer, removed = RotatedAdam(parameters, bases, BETAS), _removed(model)
     steps = -(-len(images) // config.batch_size)
     step = 0
-    with freeze_zeros(model, optimizer) if zero_weights(model) is not None else nullcontext():
-        for _ in range(config.passes):
-            losses = []
-            for rows in torch.split(torch.randperm(len(images)), config.batch_size):
-                batch = _views(images[rows], config).to(device)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step + 1, config.passes * steps + 1, config.lr, 0.0, WARMUP_STEPS)
-                optimizer.zero_grad()
-                loss = _loss(model, dense, batch, paths, config.stream_weight)
-                losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]):
-                    raise NotFinite("prune.reconstruct: the loss is not finite; lower lr or check the images", 0, step)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                step += 1
-            yield {"step": step, "loss": sum(losses) / len(losses), "lr": optimizer.param_groups[0]["lr"]}
+    for _ in range(config.passes):
+        losses = []
+        for rows in torch.split(torch.randperm(len(images)), config.batch_size):
+            batch = _views(images[rows], config).to(device)
+            lr = learning_rate(step + 1, config.passes * steps + 1, config.lr, 0.0, WARMUP_STEPS)
+            loss = _loss(model, dense, batch, paths, config.stream_weight)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise NotFinite("prune.reconstruct: the loss is not finite; lower lr or check the images", 0, step)
+            loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+            optimizer.step(lr)
+            _set_zero(removed)
+            step += 1
+        yield {"step": step, "loss": sum(losses) / len(losses), "lr": lr}
+
+
+def _removed(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the weights that have zeros, and where. Their gradients there count, since a rotation mixes them."""
+    zeros = zero_weights(model)
+    return [(model.get_parameter(name), ~mask) for name, mask in zeros.masks.items()] if zeros else []
+
+
+@torch.no_grad()
+def _set_zero(removed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, zeros in removed:
+        parameter.masked_fill_(zeros, 0)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the stages that have the blocks, and of norms; all without blocks.
+
+    Classifier and embeddings keep their values: a few images have too few classes to fit a classifier.
+    """
+    stages = {path.split(".")[0] for path in _blocks(model)}
+    result = []
+    for path, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not stages or path.split(".")[0] in stages or all(parameter.ndim < 2 for parameter in own):
+            result += [parameter for parameter in own if parameter.requires_grad]
+    return list(dict.fromkeys(result))
 
 
 def _loss(model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], weight: float) -> Tensor:
@@ -154,7 +187,7 @@ def _loss(model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[st
 
 
 def _views(images: Tensor, config: ReconstructConfig) -> Tensor:
-    """Random crops and flips of images (B, C, H, W), mixed in pairs; the images themselves without `config.views`."""
+    """Random crops and flips of images (B, C, H, W), some mixed; the images themselves without `config.views`."""
     if not config.views:
         return images
     from torchvision.transforms.v2 import RandomResizedCrop  # not for every stage

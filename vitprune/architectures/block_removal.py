@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.slices import not_prunable
-from vitprune.architectures.tracing.cache import output_shapes, shape_error
-from vitprune.architectures.tracing.example_run import with_example
+from vitprune.architectures.tracing.cache import output_shapes
+from vitprune.architectures.tracing.example_run import NotRunningError, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.architectures.tracing.residual_branches import find_residual_modules
 from vitprune.errors import BadInput
@@ -93,9 +93,10 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
         return _refusal(model, members)
     copy = meta_copy(model)
     _remove(paths, copy, torch.zeros(2 * len(paths), dtype=torch.bool))
-    why = shape_error(copy)
-    if not why and output_shapes(copy) != output_shapes(model):
-        why = "its outputs have other shapes"
+    try:
+        why = "" if output_shapes(copy) == output_shapes(model) else "its outputs have other shapes"
+    except NotRunningError as error:
+        why = error.reason
     return BadInput(f"{type(model).__name__}: without its blocks it does not run as before ({why})") if why else paths
 
 

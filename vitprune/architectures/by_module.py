@@ -40,12 +40,13 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
         if known(module):
             result += mlp.groups(path, module) if kind == "ffn" else attention.groups(kind, path, module)
         elif path and _looks_like(kind, module) and not _is_covered(model, path, module, known):
-            if kind == "ffn":
-                traced[path] = _traced_mlp_groups(model, path)
-            found = traced[path] if kind == "ffn" else traced_groups.groups_within(model, kind, path)
-            if not found and kind == "ffn":
+            if kind != "ffn":
+                result += [one for one in traced_groups.groups_within(model, kind, path) if one not in result]
+                continue
+            traced[path] = _traced_mlp_groups(model, path)
+            if not traced[path]:
                 raise not_prunable(path, module, f"this {MODULE_NAMES[kind]} is not supported")
-            result += [group for group in found if group not in result]
+            result += traced[path]
     if traced:
         trial = [group for groups_of_module in traced.values() for group in groups_of_module]
         trial_run(model, trial, f"fewer hidden units in {', '.join(traced)}")

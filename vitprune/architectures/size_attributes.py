@@ -6,10 +6,12 @@ and the result is proven in float64 with random weights: cutting units out equal
 """
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from vitprune.runtime.outputs import tensors_of
 MAX_CHANGED, MAX_TRIALS = 5, 400
 TOLERANCE, BASIS_TOLERANCE = 1e-9, 1e-6  # relative, in float64; the latter after inverses of matrices
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a module's forward pass
+Classes = tuple[tuple[str, type[nn.Module]], ...]  # class by path of a module
 HEADS, WIDTH, SCALE = "heads", "width", "scale"
 
 
@@ -67,7 +70,7 @@ class Sizes:
     shape: tuple[int, int]
     attributes: tuple[SizeAttribute, ...] = ()
     queries: tuple[tuple[ParamSlice, int], ...] = ()
-    classes: tuple[tuple[str, type[nn.Module]], ...] = ()
+    classes: Classes = ()
 
     def record(self, owner: nn.Module, shape: tuple[int, ...]) -> None:
         """Record a new shape, (heads,) or (heads, width), in the module and scale its queries."""
@@ -108,26 +111,24 @@ def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
     """
     candidates = list(_candidates(owner, group, sizes.shape))
     tried: list[str] = []
-    for proposal in _proposals(candidates, sizes, _other_classes(owner, group, call), len(group.shape) > 1):
-        error = _trial(owner, call, replace(group, resize=_recorder(proposal)))
-        if not error and _is_proven(owner, call, replace(group, resize=_recorder(proposal))):
-            return replace(group, resize=_recorder(proposal))
+    classes = functools.cache(partial(_other_classes, owner, group, call))
+    for proposal in _proposals(candidates, sizes, classes, len(group.shape) > 1):
+        resized = replace(group, resize=proposal.record)
+        error = _trial(owner, call, resized)
+        if not error and _is_proven(owner, call, resized):
+            return resized
         tried.append(error or "its output differs from that of the module with zeros")
     names = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates)) or "no attribute"
     raise BadInput(f"its forward pass needs the old sizes; tried to change {names} ({tried[-1] if tried else ''})")
 
 
-def _recorder(sizes: Sizes) -> Callable[[nn.Module, tuple[int, ...]], None]:
-    return sizes.record
-
-
 def _proposals(
     candidates: Sequence[SizeAttribute],
     sizes: Sizes,
-    classes: Sequence[tuple[tuple[str, type[nn.Module]], ...]],
+    classes: Callable[[], list[Classes]],
     of_channels: bool,
 ) -> Iterator[Sizes]:
-    """Yield proposals, those that change the fewest attributes first."""
+    """Yield proposals, those that change the fewest attributes first; `classes` is called only if it is needed."""
     scales = tuple(candidate for candidate in candidates if candidate.role == SCALE) if of_channels else ()
     others = [candidate for candidate in candidates if candidate.role != SCALE]
     number = 0
@@ -135,7 +136,7 @@ def _proposals(
         for chosen in itertools.combinations(others, length):
             if len({(one.path, one.name, one.index) for one in chosen}) < length:
                 continue  # one attribute in two roles
-            for others_of_modules in ((), *classes):
+            for others_of_modules in _without_and_with(classes):
                 scaled = (scales, sizes.queries) if of_channels else ((), ())
                 for more, queries in dict.fromkeys((scaled, ((), ()))):
                     number += 1
@@ -144,7 +145,12 @@ def _proposals(
                     yield Sizes(sizes.shape, chosen + more, queries, others_of_modules)
 
 
-def _other_classes(owner: nn.Module, group: Group, call: Call) -> list[tuple[tuple[str, type[nn.Module]], ...]]:
+def _without_and_with(classes: Callable[[], list[Classes]]) -> Iterator[Classes]:
+    yield ()
+    yield from classes()
+
+
+def _other_classes(owner: nn.Module, group: Group, call: Call) -> list[Classes]:
     """Return the classes for any width of the modules that have one, by table and by rewriting."""
     named = [(path, narrow_class(module)) for path, module in owner.named_modules()]
     by_table = tuple((path, kind) for path, kind in named if kind is not type(owner.get_submodule(path)))

@@ -9,7 +9,8 @@ import jinja2
 import timm
 import yaml
 
-from vitprune.models.io import WEIGHTS, SavedModel, describe_saved
+from vitprune.models.io import SavedModel, describe_saved
+from vitprune.models.validation import WEIGHTS
 from vitprune.runtime.files import atomic_write, read_json, sha256
 
 CARD = "README.md"

@@ -22,24 +22,24 @@ from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, try_in_
 from vitprune.models.equality import first_difference, same_logits
 from vitprune.models.other_libraries import is_other, load_other, save_other
 from vitprune.models.validation import (
+    CONFIG,
     DTYPES,
     FLOATS,
     FORMAT,
+    MAX_DENSE_RATIO,
+    SMALL,
+    WEIGHTS,
     ModelConfig,
     TensorSpec,
-    check_finite,
     check_fit,
     read_config,
     read_header,
 )
-from vitprune.models.weights import read_weights, write_weights
+from vitprune.models.weights import load_weights, write_weights
 from vitprune.runtime.files import atomic_write, make_directory, path_of_user
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.model_checks import checked_model
 from vitprune.runtime.wrappers import is_timm_model
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MAX_DENSE_RATIO, SMALL = 64, 1 << 27  # a dense model has at most 64 times the weights of the file, or 2**27
 
 
 def create(
@@ -73,7 +73,7 @@ def create(
             raise BadInput(f"model.name {name!r}: timm cannot create it ({first_line(error)}){hint}") from None
     _match_channels(model)
     if checkpoint is not None:
-        _load_weights(model, checkpoint)
+        load_weights(model, checkpoint)
     return model
 
 
@@ -186,7 +186,7 @@ def load(directory: str | Path) -> nn.Module:
     types = {FLOATS[entry.dtype] for entry in header.values() if entry.dtype in FLOATS}
     if types:
         model.to(types.pop())
-    _load_weights(model, path)
+    load_weights(model, path)
     return model.eval()
 
 
@@ -266,11 +266,3 @@ def _resize(model: nn.Module, config: ModelConfig) -> list[Cut]:
         return resize_to_structure(model, config.structure)
     except BadInput as error:
         raise BadInput(f"{config.path}: vitprune.structure: {error}") from None
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file's weights; all must match."""
-    check_fit(path, read_header(path), model.state_dict(), type(model).__name__)
-    tensors = read_weights(path)
-    check_finite(path, tensors)
-    model.load_state_dict(tensors, strict=True)

@@ -20,25 +20,26 @@ from vitprune.errors import BadInput
 from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, try_in_child
 from vitprune.models.equality import same_logits
 from vitprune.models.validation import (
+    CONFIG,
     DTYPES,
     FLOATS,
     FORMAT,
+    MAX_DENSE_RATIO,
+    SMALL,
+    WEIGHTS,
     TensorSpec,
-    check_finite,
     check_fit,
     check_value,
     checked_structure,
     read_header,
     read_object,
 )
-from vitprune.models.weights import read_weights, write_weights
+from vitprune.models.weights import load_weights, write_weights
 from vitprune.runtime.files import atomic_write, path_of_user
 from vitprune.runtime.input_size import SIZE, input_size
 from vitprune.runtime.messages import first_line
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TRANSFORMERS, TORCHVISION, OWN = "transformers", "torchvision", "own"
-MAX_DENSE_RATIO, SMALL = 64, 1 << 27  # a dense model has at most 64 times the weights of the file, or 2**27
 MAX_CHANGED = 4  # entries of a configuration that record a uniform cut
 CLASS = re.compile(r"[A-Za-z_]\w{0,100}", re.ASCII)
 # entries of a configuration of transformers that have no effect on the forward pass, or that would load code or weights
@@ -289,9 +290,7 @@ def _fill(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], directory: Pa
     types = {FLOATS[entry.dtype] for entry in header.values() if entry.dtype in FLOATS}
     if types:
         model.to(types.pop())
-    tensors = read_weights(path)
-    check_finite(path, tensors)
-    model.load_state_dict(tensors, strict=True)
+    load_weights(model, path)
     return model.eval()
 
 

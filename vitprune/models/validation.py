@@ -17,6 +17,8 @@ from torch import Tensor
 
 from vitprune.errors import BadInput
 
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAX_DENSE_RATIO, SMALL = 64, 1 << 27  # a dense model has at most 64 times the weights of the file, or 2**27
 FORMAT = 1
 MAX_CONFIG_BYTES = 4 << 20  # 21,841 class names take about 2 MiB
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # of timm

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitprune.errors import BadInput
+from vitprune.models.validation import check_finite, check_fit, read_header
 from vitprune.runtime.files import atomic_write
 
 
@@ -44,3 +45,15 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a file's weights into a model; all must match.
+
+    Raises:
+        BadInput: a weight is missing, unknown, not finite, or of another shape or type.
+    """
+    check_fit(path, read_header(path), model.state_dict(), type(model).__name__)
+    tensors = read_weights(path)
+    check_finite(path, tensors)
+    model.load_state_dict(tensors, strict=True)

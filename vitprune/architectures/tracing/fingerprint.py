@@ -16,7 +16,7 @@ from vitprune.runtime import outputs
 CAPACITY = 32  # structures; a trace of a large model takes about 1 MiB
 SIMPLE = (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, BuiltinFunctionType)
 IGNORED = {"training", RECORDED_SHAPES}  # traces run in evaluation mode
-WITHOUT_EFFECT = {outputs.answer}  # hooks
+KNOWN_HOOKS = {outputs.answer}  # hooks
 
 Value = TypeVar("Value")
 
@@ -73,7 +73,7 @@ def _freeze(value: Any, numbers: dict[int, int]) -> Hashable:
         return ("parameter", value.shape, numbers.setdefault(id(value), len(numbers)))
     if isinstance(value, dict):
         hooks = [hook for key, hooks in value.items() if str(key).endswith("_hooks") for hook in hooks.values()]
-        if not set(hooks) <= WITHOUT_EFFECT:
+        if not set(hooks) <= KNOWN_HOOKS:
             raise _UnknownStateError
         return tuple(
             (key, tuple((name, None if buffer is None else buffer.shape) for name, buffer in item.items()))

@@ -25,7 +25,8 @@ LOAD = """
 import sys, torch, vitprune
 from vitprune.runtime.outputs import main_tensor
 images, model = torch.load(sys.argv[2], weights_only=True), vitprune.load(sys.argv[1])
-torch.save(main_tensor(model(images)), sys.argv[3])
+with torch.no_grad():  # with gradients, attention takes another kernel
+    torch.save(main_tensor(model(images)), sys.argv[3])
 """
 
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.support.model_zoo import VIT, cost, same_state, state, tiny
+from tests.support.model_zoo import VIT, cost, same_state, state, tiny, with_pauses
 from tests.support.plans import plan_for
 from vitprune import BadInput, count, find_groups, prune, shrink
 from vitprune.config.prune_config import Schedule
@@ -52,12 +52,14 @@ def test_cycles_approach_an_absolute_target(vit: nn.Module) -> None:
 
 
 def test_latency_has_percentiles() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 12})  # the dense model is timed twice
+    model = with_pauses(
+        timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 8})
+    )  # the dense model is timed twice
     full = latency([model], example_input(model, 1), 50)[0]["median"]
-    (cycle,) = prune_cycles(model, plan_for("drawn", {"block": 1.0}, target={"latency_ms": 0.5 * full}), ())
+    (cycle,) = prune_cycles(model, plan_for("drawn", {"block": 1.0}, target={"latency_ms": 0.6 * full}), ())
     record = cycle.cost["latency_ms"]
-    assert 1 <= len(model.blocks) < 12
-    assert record["target"] == pytest.approx(0.5 * full, abs=1e-6)
+    assert 2 <= len(model.blocks) <= 3
+    assert record["target"] == pytest.approx(0.6 * full, abs=1e-6)
     assert 0 < record["p10"] <= record["reached"] <= record["p90"]
     assert "the dense model now takes" in record.get("why", "the dense model now takes")
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import time
 
 import timm
 import torch
@@ -200,6 +201,13 @@ def redrawn(model: nn.Module, seed: int) -> nn.Module:
         scale = "norm" in name.split(".")[-2:][0] and name.endswith("weight")
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + float(scale))
     return model.eval()
+
+
+def with_pauses(model: nn.Module, milliseconds: float = 1.5) -> nn.Module:
+    """Let every block sleep in its forward pass, so that latencies do not depend on the load of the machine."""
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: time.sleep(milliseconds / 1000))
+    return model
 
 
 def images(model: nn.Module, number: int = 3, seed: int = 1) -> Tensor:

@@ -1,0 +1,181 @@
+"""On a CUDA device: every method prunes as on the CPU, and models are trained, measured, saved and exported there.
+
+Skipped without a device. VITPRUNE_TEST_DEVICE=cpu runs the same cases on the CPU.
+"""
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitprune
+from tests.support.model_zoo import batches, redrawn, same_state, state, tiny
+from tests.support.other_models import make_model
+from vitprune import METHODS, PruneConfig, ReconstructConfig, ScoreConfig, TrainConfig
+from vitprune.config.allocation_config import AllocationConfig
+
+DEVICE = torch.device(os.environ.get("VITPRUNE_TEST_DEVICE", "cuda"))
+HAS_DEVICE = DEVICE.type != "cuda" or torch.cuda.is_available()
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HAS_DEVICE, reason="no CUDA device")]
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "2:4 with permuted channels": {"method": "obc", "scope": "2:4", "sparsity": None},
+    "2:4 by elimination": {
+        "method": "obc",
+        "scope": "2:4",
+        "sparsity": None,
+        "config": ScoreConfig(nm_search="greedy"),
+    },
+    "rotated residual stream": {"method": "unit-obs", "sparsity": {"residual": 0.25}, "rotate_residual": True},
+    "corrected norms": {"method": "unit-obs", "correct_norms": True},
+    "target in MACs": {"method": "unit-obs", "sparsity": None, "target": {"macs": 0.6}},
+    "searched widths": {
+        "method": "unit-obs",
+        "sparsity": None,
+        "target": {"macs": 0.6},
+        "allocation": AllocationConfig(evaluations=12),
+    },
+    "fewer heads": {"method": "upvits-fisher", "merge_heads_to": 1},
+    "blocks": {"method": "upvits-blocks", "sparsity": {"block": 0.5}},
+}
+
+
+def images_of(model: nn.Module, number: int = 4) -> list[tuple[Tensor, Tensor]]:
+    return batches(model, number, 5)
+
+
+def on(device: torch.device, name: str, settings: Mapping[str, object], dtype: torch.dtype) -> vitprune.PruneResult:
+    model = tiny(name, dtype=dtype)
+    data = images_of(model)
+    return vitprune.prune(model.to(device), **{"sparsity": 0.5, "calibration": data} | dict(settings))
+
+
+def assert_as_on_the_cpu(name: str, settings: Mapping[str, object], dtype: torch.dtype = torch.float64) -> None:
+    expected, result = on(torch.device("cpu"), name, settings, dtype), on(DEVICE, name, settings, dtype)
+    assert {parameter.device.type for parameter in result.model.parameters()} == {DEVICE.type}
+    assert list(result.masks) == list(expected.masks)
+    for group, mask in expected.masks.items():
+        assert torch.equal(result.masks[group].cpu(), mask), group
+    for key, value in expected.model.state_dict().items():
+        torch.testing.assert_close(result.model.state_dict()[key].cpu(), value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_method_prunes_as_on_the_cpu(method: str) -> None:
+    assert_as_on_the_cpu("vit", {"method": method, "sparsity": {"block": 0.5} if method == "upvits-blocks" else 0.5})
+
+
+@pytest.mark.parametrize("name", ["swin", "pvt", "extra"])
+@pytest.mark.parametrize("method", ["unit-obs", "obc", "upvits-fisher"])
+def test_other_models_are_pruned_as_on_the_cpu(name: str, method: str) -> None:
+    kinds = {"ffn": 0.5, "head": 0.5} if (name, method) == ("pvt", "unit-obs") else 0.5
+    assert_as_on_the_cpu(name, {"method": method, "sparsity": kinds})
+
+
+@pytest.mark.parametrize("settings", list(SETTINGS))
+def test_settings_prune_as_on_the_cpu(settings: str) -> None:
+    assert_as_on_the_cpu("vit", SETTINGS[settings])
+
+
+def test_merged_tokens() -> None:
+    assert_as_on_the_cpu("vit", {"method": "unit-obs", "sparsity": None, "target": {"macs": 0.6}, "merge_tokens": 2})
+
+
+def test_a_budget_of_seconds() -> None:
+    result = on(
+        DEVICE, "vit", {"method": "auto", "sparsity": None, "target": {"macs": 0.6}, "budget": 3}, torch.float32
+    )
+    assert result.chosen_method
+    assert result.after.macs <= 0.6 * result.before.macs
+
+
+def test_calibration_images_on_the_device() -> None:
+    model, data = tiny("vit"), images_of(tiny("vit"))
+    there = [(images.to(DEVICE), labels.to(DEVICE)) for images, labels in data]
+    results = [
+        vitprune.prune(model.to(DEVICE), "unit-obs", sparsity=0.5, calibration=calibration, reconstruct=True)
+        for calibration in (data, there)
+    ]
+    assert same_state(results[0].model, state(results[1].model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_returned(dtype: torch.dtype) -> None:
+    model = tiny("vit", dtype=torch.float32).to(DEVICE, dtype)
+    data = [(images.float(), labels) for images, labels in images_of(tiny("vit"))]
+    result = vitprune.prune(model, "unit-obs", sparsity=0.5, calibration=data)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {dtype}
+    assert torch.isfinite(result.model(data[0][0].to(DEVICE, dtype))).all()
+
+
+def test_reconstruction_is_bit_identical_and_lowers_the_divergence() -> None:
+    def run() -> vitprune.PruneResult:
+        settings = {
+            "method": "unit-obs",
+            "reconstruct": ReconstructConfig(passes=3, views=False, lr=1e-3, batch_size=4, holdout=5),
+        }
+        return on(DEVICE, "vit", settings, torch.float32)
+
+    one, two = run(), run()
+    assert one.reconstruction["nats_after"] < one.reconstruction["nats_before"]
+    assert same_state(one.model, state(two.model))
+
+
+def test_training_keeps_zeros_and_is_bit_identical() -> None:
+    states = []
+    for _ in range(2):
+        result = on(DEVICE, "vit", {"method": "magnitude"}, torch.float32)
+        zeros = {name: value == 0 for name, value in result.model.named_parameters() if value.ndim == 2}
+        data = [(images.float(), labels) for images, labels in images_of(tiny("vit"))]
+        teacher = tiny("vit", dtype=torch.float32).to(DEVICE)
+        recipe = TrainConfig(epochs=2, lr=1e-3)
+        rows = vitprune.finetune(result.model, data, recipe, teacher=teacher)
+        assert len(rows) == 2
+        for name, parameter in result.model.named_parameters():
+            assert parameter.ndim != 2 or bool((parameter[zeros[name]] == 0).all()), name
+        states.append(state(result.model))
+    assert same_state(result.model, states[0])
+
+
+def test_gradual_pruning() -> None:
+    model = tiny("vit", dtype=torch.float32).to(DEVICE)
+    data = [(images.float(), labels) for images, labels in images_of(model)]
+    config = PruneConfig(
+        method="unit-obs", sparsity=0.5, cycles=2, schedule={"shape": "linear"}, finetune=TrainConfig(epochs=1, lr=1e-4)
+    )
+    result = vitprune.gradual_prune(model, config, data, calibration=data)
+    assert result.after.params < result.before.params
+
+
+def test_measures_files_and_exports(tmp_path: Path) -> None:
+    result = on(DEVICE, "vit", {"method": "unit-obs"}, torch.float32)
+    data = [(images.float(), labels) for images, labels in images_of(tiny("vit"))]
+    there, here = vitprune.evaluate(result.model, data), vitprune.evaluate(copy.deepcopy(result.model).cpu(), data)
+    assert there == here
+    assert vitprune.latency([result.model], data[0][0], 3)[0]["median"] > 0
+    vitprune.save(result.model, tmp_path / "model")
+    loaded = vitprune.load(tmp_path / "model")
+    assert same_state(loaded, {name: value.cpu() for name, value in result.model.state_dict().items()})
+    vitprune.export_onnx(result.model, tmp_path / "model.onnx", data[0][0])
+    assert {parameter.device.type for parameter in result.model.parameters()} == {DEVICE.type}
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "swin"])
+def test_models_of_transformers(name: str, tmp_path: Path) -> None:
+    model = make_model(name).to(DEVICE)
+    size = model.config.image_size
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn(4, 3, size, size, generator=generator) for _ in range(2)]
+    result = vitprune.prune(model, "unit-obs", sparsity=0.5, calibration=data)
+    assert result.after.params < result.before.params
+    vitprune.save(result.model, tmp_path)
+    assert same_state(vitprune.load(tmp_path), {name: v.cpu() for name, v in result.model.state_dict().items()})
+
+
+def test_groups_are_proven() -> None:
+    model = redrawn(tiny("vit"), 3).to(DEVICE)
+    assert vitprune.check(model)

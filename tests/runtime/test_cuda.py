@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import vitprune
 from tests.support.model_zoo import batches, redrawn, same_state, state, tiny
-from tests.support.other_models import make_model
 from vitprune import METHODS, PruneConfig, ReconstructConfig, ScoreConfig, TrainConfig
 from vitprune.config.allocation_config import AllocationConfig
 
@@ -166,14 +166,17 @@ def test_measures_files_and_exports(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "swin"])
 def test_models_of_transformers(name: str, tmp_path: Path) -> None:
-    model = make_model(name).to(DEVICE)
-    size = model.config.image_size
-    generator = torch.Generator().manual_seed(0)
-    data = [torch.randn(4, 3, size, size, generator=generator) for _ in range(2)]
+    size = {"image_size": 56, "patch_size": 14}
+    widths = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    stages = {"image_size": 56, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]}
+    sizes = stages | {"window_size": 7} if name == "swin" else widths | size
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **sizes)).eval().to(DEVICE)
+    data = [torch.randn(4, 3, 56, 56) for _ in range(2)]
     result = vitprune.prune(model, "unit-obs", sparsity=0.5, calibration=data)
     assert result.after.params < result.before.params
     vitprune.save(result.model, tmp_path)
-    assert same_state(vitprune.load(tmp_path), {name: v.cpu() for name, v in result.model.state_dict().items()})
+    assert same_state(vitprune.load(tmp_path), {key: value.cpu() for key, value in result.model.state_dict().items()})
 
 
 def test_groups_are_proven() -> None:

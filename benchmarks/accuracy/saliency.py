@@ -2,13 +2,21 @@
 
 Calibration on the first images of imagenet-one-per-class-1000, evaluation on the first of imagenet-val-800; no label is
 used. MACs are those of the backbone; the decoder is not pruned. Values: mean correlation of the heatmap with that of
-the dense model, and mean IoU at 0.5. Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/saliency.json and
-docs/results/saliency.md.
+the dense model, and mean IoU at 0.5. Torch-Pruning removes hidden units and attention channels by one global ranking,
+by the L2 norm or by the first-order change of the mean squared logits; its ratio is found by bisection. Rows that were
+measured are recorded in benchmarks/results/saliency-notes.jsonl, so that an interrupted benchmark continues; delete the
+file to start over. Needs VITPRUNE_REAL_DATA, and Torch-Pruning for its rows (pip install 'vitprune[bench]'). Writes
+benchmarks/results/saliency.json and docs/results/saliency.md.
 """
 
+import copy
 import io
+import json
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import torch
@@ -16,13 +24,33 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
+from benchmarks.accuracy import torch_pruning
+from benchmarks.accuracy.torch_pruning import closest
+from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
 from benchmarks.lib.saliency import MEAN, SIDE, STD, heatmap_agreement, load_saliency
-from vitprune import BadInput, ReconstructConfig, ScoreConfig, count, prune
+from vitprune import ReconstructConfig, ScoreConfig, count, prune
 
 ROOT = Path(__file__).parents[2]
-METHODS = ("unit-obs", "unit-obs, reconstructed", "corp", "upvits-fisher", "channel-magnitude")
-FRACTIONS = (0.7, 0.5)
+METHODS = (
+    "unit-obs",
+    "unit-obs, reconstructed",
+    "upvits-fisher",
+    "channel-magnitude",
+    "Torch-Pruning, l2",
+    "Torch-Pruning, taylor",
+)
+FRACTIONS, PASSES = (0.7, 0.5), 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Agreement of the heatmaps of one pruned model with those of the dense one."""
+
+    method: str
+    fraction: float
+    correlation: float
+    overlap: float
+    seconds: float
 
 
 def main() -> None:
@@ -41,37 +69,97 @@ def main() -> None:
     images, evaluated = (8, 8) if options.quick else (options.images, options.evaluated)
     calibration = read_images(folder / "imagenet-one-per-class-1000.parquet", images).split(20)
     held_out = read_images(folder / "imagenet-val-800.parquet", evaluated)
-    expected, example = heatmaps(dense, held_out), held_out[:1]
-    total = count(dense, example).macs
-    backbone = total - count(dense.decoder, torch.zeros(1, 384, SIDE // 14, SIDE // 14)).macs
-    rows, table = [], []
+    expected = heatmaps(dense, held_out)
+    notes = RESULTS / f"saliency{'-quick' * options.quick}-notes.jsonl"
+    notes.unlink(missing_ok=True) if options.quick else None
+    known = [Measured(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    done: list[Measured] = []
     for method in METHODS[:1] if options.quick else options.methods.split(";"):
         for fraction in FRACTIONS[:1] if options.quick else FRACTIONS:
-            start = time.perf_counter()
-            try:
-                result = prune(
-                    dense,
-                    method.partition(",")[0],
-                    target={"macs": 1 - (1 - fraction) * backbone / total},
-                    calibration=calibration,
-                    within="backbone",
-                    config=ScoreConfig(memory_mb=4096),
-                    reconstruct=ReconstructConfig(passes=4) if "reconstructed" in method else False,
-                )
-            except BadInput as error:
-                table.append([f"{fraction}x", method, str(error)[:100], "", ""])
-                continue
-            seconds = time.perf_counter() - start
-            correlation, overlap = heatmap_agreement(heatmaps(result.model, held_out), expected)
-            what = f"{fraction}x MACs of the backbone, {method}"
-            rows += [Row(f"{what}, correlation", correlation, ""), Row(f"{what}, IoU", overlap, "")]
-            table.append([f"{fraction}x", method, f"{correlation:.3f}", f"{overlap:.3f}", f"{seconds:.0f}"])
-            print(table[-1], flush=True)
-    header = ["MACs of the backbone", "method", "correlation", "IoU", "seconds"]
+            row = next((row for row in known if (row.method, row.fraction) == (method, fraction)), None)
+            if row is None:
+                start = time.perf_counter()
+                model = pruned(dense, method, fraction, calibration)
+                seconds = time.perf_counter() - start
+                row = Measured(method, fraction, *heatmap_agreement(heatmaps(model, held_out), expected), seconds)
+                with notes.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
+            done.append(row)
+            print(row, flush=True)
+    rows = []
+    for row in done:
+        what = f"{row.fraction}x MACs of the backbone, {row.method}"
+        rows += [Row(f"{what}, correlation", row.correlation, ""), Row(f"{what}, IoU", row.overlap, "")]
     if not options.quick:
+        header = ["MACs of the backbone", "method", "correlation", "IoU", "seconds"]
+        cells = [
+            [f"{row.fraction}x", row.method, f"{row.correlation:.3f}", f"{row.overlap:.3f}", f"{row.seconds:.0f}"]
+            for row in done
+        ]
         about = f"{images} calibration images, {evaluated} evaluated. {__doc__}"
-        write_table(ROOT / "docs/results/saliency.md", "A dense model without labels", about, header, table)
+        write_table(ROOT / "docs/results/saliency.md", "A dense model without labels", about, header, cells)
     write_results("saliency", rows, options.quick)
+
+
+def pruned(dense: nn.Module, method: str, fraction: float, calibration: Sequence[Tensor]) -> nn.Module:
+    """Return the model with a backbone of a fraction of its MACs."""
+    example = calibration[0][:1]
+    total = count(dense, example).macs
+    backbone = total - count(dense.decoder, torch.zeros(1, 384, SIDE // 14, SIDE // 14)).macs
+    macs = 1 - (1 - fraction) * backbone / total
+    name, _, variant = method.partition(", ")
+    if name == "Torch-Pruning":
+        gradients = mean_gradients(dense, calibration) if variant == "taylor" else {}
+        return closest(dense, macs, lambda ratio: by_torch_pruning(dense, gradients, variant, ratio))
+    return prune(
+        dense,
+        name,
+        target={"macs": macs},
+        calibration=calibration,
+        within="backbone",
+        config=ScoreConfig(memory_mb=4096),
+        reconstruct=ReconstructConfig(passes=PASSES) if variant == "reconstructed" else False,
+    ).model
+
+
+def mean_gradients(dense: nn.Module, calibration: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the mean gradient of the mean squared logits."""
+    names, parameters = zip(*dense.named_parameters(), strict=True)
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for images in calibration:
+        loss = dense(images).square().mean()
+        for sums, grad in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if grad is not None:
+                sums += grad / len(calibration)
+    return dict(zip(names, total, strict=True))
+
+
+def by_torch_pruning(dense: nn.Module, gradients: Mapping[str, Tensor], criterion: str, ratio: float) -> nn.Module:
+    """Return a copy whose backbone Torch-Pruning has pruned in one step, with the sizes that timm stores updated."""
+    setup, model = torch_pruning.Setup(criterion, "global", "inner"), copy.deepcopy(dense)
+    for name, grad in gradients.items():
+        model.get_parameter(name).grad = grad.clone()
+    tp, backbone = torch_pruning.library(), cast("Any", model.backbone)
+    scales = [scale.gamma for block in backbone.blocks for scale in (block.ls1, block.ls2)]
+    unwrapped = [backbone.cls_token, backbone.pos_embed, *scales]
+    pruner = tp.pruner.BasePruner(
+        model,
+        torch.zeros(1, 3, SIDE, SIDE),
+        torch_pruning.importance(tp, setup),
+        global_pruning=True,
+        pruning_ratio=ratio,
+        ignored_layers=[*torch_pruning.ignored(backbone, "inner"), *model.decoder.modules()],
+        num_heads={block.attn.qkv: block.attn.num_heads for block in backbone.blocks},
+        prune_head_dims=True,
+        unwrapped_parameters=[(parameter, parameter.ndim - 1) for parameter in unwrapped],
+        in_channel_groups={},  # the default dicts are shared by all pruners
+        out_channel_groups={},
+    )
+    pruner.step()
+    model.zero_grad()
+    for block in backbone.blocks:
+        torch_pruning.resize(block.attn, "inner")
+    return model
 
 
 def read_images(path: Path, number: int) -> Tensor:

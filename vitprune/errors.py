@@ -16,6 +16,10 @@ class BadInput(ValueError):
         return line if len(line) <= MAX_MESSAGE else f"{line[:600]} ... {line[-395:]}"
 
 
+class Unreachable(BadInput):
+    """A target that even the smallest model does not reach."""
+
+
 class NotFinite(BadInput):
     """Loss or gradient that is not finite.
 

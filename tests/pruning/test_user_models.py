@@ -146,3 +146,64 @@ def test_images_and_models_in_other_types_are_converted() -> None:
     assert vitprune.count(half, given[0][0]) == vitprune.count(vit, given[0][0])
     assert vitprune.evaluate(half, given)["params"] == vitprune.evaluate(vit, given)["params"]
     vitprune.finetune(half, given, TrainConfig(epochs=1, lr=0.001))
+
+
+class Block(nn.Module):
+    """A block without norms whose activations, scales and residual sums are computed in place, or not."""
+
+    def __init__(self, in_place: bool):
+        super().__init__()
+        self.in_place, self.num_heads, self.head_dim = in_place, 2, 8
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.ReLU(inplace=in_place), nn.Linear(32, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = (self.num_heads, self.head_dim)
+        q, k, v = (layer(x).unflatten(2, heads).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scale = self.head_dim**-0.5
+        q = q.mul_(scale) if self.in_place else q * scale
+        mixed = self.out(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = mixed.add_(x) if self.in_place else x + mixed
+        return self.mlp(x).add_(x) if self.in_place else x + self.mlp(x)
+
+
+class Blocks(nn.Module):
+    """A classifier of two such blocks."""
+
+    def __init__(self, in_place: bool):
+        super().__init__()
+        self.image_size = 16
+        self.patches, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.blocks, self.head = nn.Sequential(Block(in_place), Block(in_place)), nn.Linear(16, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(self.patches(images).flatten(2).transpose(1, 2))
+        return self.head(self.blocks(tokens).mean(1))
+
+
+@pytest.mark.parametrize("method", ["unit-obs", "upvits-fisher", "corp", "obc", "ovit", "fastcap", "channel-taylor"])
+def test_operations_in_place_do_not_change_scores_and_updates(method: str) -> None:
+    generator, states = torch.Generator().manual_seed(0), []
+    data = [(torch.randn(6, 3, 16, 16, generator=generator).double(), torch.arange(6) % 5) for _ in range(3)]
+    for in_place in (False, True):
+        model = redrawn(Blocks(in_place), 1).double()
+        states.append(state(vitprune.prune(model, method, sparsity=0.5, calibration=data).model))
+    assert list(states[0]) == list(states[1])
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_forward_pass_without_gradients_is_refused() -> None:
+    class Overwriting(Blocks):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = self.patches(images).flatten(2).transpose(1, 2)
+            hidden = self.norm(tokens)
+            tokens.add_(self.blocks(hidden))  # the norm needs its input
+            return self.head(tokens.mean(1))
+
+    data = [torch.randn(2, 3, 16, 16)]
+    with pytest.raises(BadInput, match=r"^Overwriting: its gradients cannot be computed \(one of the variables needed"):
+        vitprune.prune(Overwriting(False), "unit-obs", sparsity=0.5, calibration=data)
+    assert (
+        vitprune.prune(Overwriting(False), "channel-magnitude", sparsity=0.5, calibration=data).sparsity["ffn"] == 0.5
+    )

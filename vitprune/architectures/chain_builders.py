@@ -36,7 +36,10 @@ def build_chain(model: nn.Module) -> Chain:
     build = CHAINS.get(type(model))
     if build is None:
         supported = ", ".join(family.__name__ for family in CHAINS)
-        raise BadInput(f"{type(model).__name__}: exact scoring is not supported yet; supported are {supported}")
+        raise BadInput(
+            f"{type(model).__name__}: exact KL scores are computed of {supported} only; use method upvits-fisher, or "
+            "upvits-literal with few images"
+        )
     if without_merging(model) is not model:
         raise BadInput("exact scoring: does not follow merged tokens; use upvits-fisher or unit-obs")
     return build(model)

@@ -222,10 +222,11 @@ def _attend_in_shifted_windows(self: Any, x: Tensor) -> Tensor:
     whole = padded.shape[1:3]
     shift = [0 if side >= total else step for side, total, step in zip(window, whole, self.shift_size, strict=True)]
     windows = _windows(padded.roll([-step for step in shift], (1, 2)), window)  # (B, windows, N, C)
-    bias = self.qkv.bias
+    projected, bias = self.qkv(windows.flatten(0, 1)), self.qkv.bias
     if hasattr(self, "logit_scale") and bias is not None:  # Swin V2's keys have no bias
-        bias = torch.cat([bias.chunk(3)[0], torch.zeros_like(bias.chunk(3)[1]), bias.chunk(3)[2]])
-    q, k, v = _split(F.linear(windows.flatten(0, 1), self.qkv.weight, bias), 3, self.num_heads)
+        zero = torch.zeros_like(bias)
+        projected = projected - torch.cat([zero.chunk(3)[0], bias.chunk(3)[1], zero.chunk(3)[2]])
+    q, k, v = _split(projected, 3, self.num_heads)
     if hasattr(self, "logit_scale"):
         logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         logits = logits * torch.clamp(self.logit_scale, max=math.log(100.0)).exp()
@@ -350,3 +351,26 @@ def set_pvt_forward_class(attn: Any) -> None:
     attn.dim = attn.q.in_features
     widths = {attn.dim, attn.proj.in_features} | ({attn.sr.out_channels} if attn.sr is not None else set())
     attn.__class__ = pvt_v2.Attention if len(widths) == 1 else NarrowPvtAttention
+
+
+UNCALLED = (nn.MultiheadAttention, torchvision_swin.ShiftedWindowAttention, torchvision_swin.ShiftedWindowAttentionV2)
+
+
+def call_output_projections(model: nn.Module) -> None:
+    """Let attentions call their output projection as a module, so that its inputs can be recorded.
+
+    torch's MultiheadAttention and torchvision's Swin read its weight instead. Their classes become those of any width,
+    which compute the same; `restore_classes` undoes it.
+    """
+    for module in model.modules():
+        if type(module) in UNCALLED:
+            module.__class__ = NARROW_CLASS[type(module)]
+
+
+def restore_classes(model: nn.Module) -> None:
+    """Undo `call_output_projections` for all attentions whose heads have not been cut."""
+    for module in model.modules():
+        stock = next((kind for kind in UNCALLED if type(module) is NARROW_CLASS[kind]), None)
+        output = getattr(module, "out_proj", getattr(module, "proj", None))
+        if stock is not None and isinstance(output, nn.Linear) and output.in_features == output.out_features:
+            module.__class__ = stock

@@ -266,6 +266,8 @@ def _same_outputs(first: nn.Module, second: nn.Module, call: Call, tolerance: fl
 def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Projections, reader: str) -> bool:
     """Return whether q A^-1, k A^T, v B and B^-1 in the reading layer give the same output, for random A and B.
 
+    All of these layers must be called as modules, so that their inputs can be recorded.
+
     Args:
         owner: the module, whose parameters may be on the meta device.
         call: arguments of its forward pass, tensors on the meta device.
@@ -290,7 +292,11 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
         weight = rotated.get_parameter(f"{reader}.weight")
         inverse = torch.linalg.inv(second).T
         weight.copy_((weight.reshape(len(weight), projections.heads, width) @ inverse).reshape(weight.shape))
-    return _same_outputs(dense, rotated, call, BASIS_TOLERANCE)
+    called: set[str] = set()
+    layers = {*projections.layers, reader}
+    for path in layers:
+        dense.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
+    return _same_outputs(dense, rotated, call, BASIS_TOLERANCE) and called == layers
 
 
 @torch.no_grad()

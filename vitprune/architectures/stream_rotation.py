@@ -46,7 +46,7 @@ def stream_layers(model: Any) -> StreamLayers:
         BadInput: the model is no plain pre-norm ViT, so its stream cannot be rotated; the message names the module.
     """
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        raise _refused(type(model).__name__, "only VisionTransformer and VisionTransformerDistilled can be rotated")
+        raise _refused(type(model).__name__, "is no VisionTransformer or VisionTransformerDistilled of timm")
     if model.global_pool not in POOLS:
         raise _refused("global_pool", f"{model.global_pool} is not the same in every basis")
     if not isinstance(model.head, nn.Linear):
@@ -105,7 +105,10 @@ def rotate_stream(model: nn.Module, matrix: Tensor) -> nn.Module:
 
 
 def _refused(what: str, why: str) -> BadInput:
-    return BadInput(f"{what}: {why}; the residual stream cannot be rotated, set prune.rotate_residual to false")
+    return BadInput(
+        f"{what}: {why}; its stream can be neither rotated nor refitted: set prune.rotate_residual to false, and use "
+        "upvits-fisher or channel-magnitude for residual channels"
+    )
 
 
 def _readers(layers: StreamLayers) -> list[str]:

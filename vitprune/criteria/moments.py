@@ -109,7 +109,8 @@ def collect_layer_moments(
     `grads` "metric_diagonal" stores PATH/metric_diagonal (o,), the diagonal of PATH/metric; None runs no backward pass.
 
     Raises:
-        BadInput: no batches, or a layer is not used in the forward pass, or more than once.
+        BadInput: no batches, or a layer is not used in the forward pass, or more than once, or on other values than
+            those of images, such as a table of positions.
     """
     if not batches:
         raise BadInput("second moments: need images; give batches")
@@ -170,6 +171,9 @@ def _of_batch(
     unused = [path for path in readers if path not in inputs]
     if unused:
         raise BadInput(f"{unused[0]}: is not used in the forward pass; exclude it")
+    for path in readers:
+        if inputs[path].numel() % (len(images) * inputs[path].shape[-1]):
+            raise BadInput(f"{path}: its inputs do not belong to single images; exclude it")
     parity = torch.arange(first, first + len(images), device=device) % NUM_FOLDS
     layers = {path: model.get_submodule(path) for path in readers}
     result = {f"{path}/inputs": _of_inputs(layer, inputs[path], parity) for path, layer in layers.items()}
@@ -241,8 +245,8 @@ def record_layer_io(
             # the first recorded output becomes a leaf: inputs may be token ids, which have no gradient
             outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
             if read:
-                inputs[path] = args[0].detach()
-            return outputs[path]
+                inputs[path] = args[0].detach().clone()
+            return outputs[path].clone()  # what follows may change it in place, as the input above
 
         return model.get_submodule(path).register_forward_hook(hook)
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vitprune.architectures.token_merging import without_merging
+from vitprune.architectures.tracing.example_run import with_example
 from vitprune.config.quantity import Quantity, format_cost, number_of
 from vitprune.data import example_input
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, Unreachable
 from vitprune.evaluation.cost import count_macs
 from vitprune.evaluation.latency import latency
 from vitprune.evaluation.latency_table import LatencyTable, kept_width
-from vitprune.groups import Group, Masks, all_units, meta_copy, shrink
+from vitprune.groups import Group, Masks, all_units, shrink
 from vitprune.runtime.messages import warn
 
 COUNTS = ("params", "macs")
@@ -87,7 +88,7 @@ def fraction_of(target: Mapping[str, Quantity], cost_model: CostModel, smallest:
     if fraction >= 1:
         raise BadInput(f"prune.target: {shown} is not less than the dense model has; {limits}")
     if fraction < smallest:
-        raise BadInput(f"prune.target: {shown} cannot be reached, {limits}")
+        raise Unreachable(f"prune.target: {shown} cannot be reached, {limits}")
     return fraction
 
 
@@ -133,7 +134,7 @@ def solve(masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precis
         precision: Precision of the scalar.
 
     Raises:
-        BadInput: the limit cannot be reached.
+        Unreachable: the limit cannot be reached.
     """
     return bisect(masks_at, cost, limit, precision)[1]
 
@@ -146,7 +147,9 @@ def bisect(
     fewest = _remaining(masks_at(high))
     smallest = cost(masks_at(high))
     if smallest > limit:
-        raise BadInput(f"prune.target: {limit:g} of the dense model cannot be reached, the smallest is {smallest:.4f}")
+        raise Unreachable(
+            f"prune.target: {limit:g} of the dense model cannot be reached, the smallest is {smallest:.4f}"
+        )
     most = _remaining(masks_at(low))
     if cost(masks_at(low)) <= limit:
         return low, low
@@ -228,7 +231,7 @@ def _remaining(masks: Masks) -> int:
 
 
 def _count_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostModel:
-    small, example = meta_copy(model), example_input(model, 1).to("meta")
+    small, example = with_example(model, _counted_once)
     units = [group for group in groups if group.kind != "weight"]
     weights = {g.name: model.get_parameter(g.name).detach().cpu() != 0 for g in groups if g.kind == "weight"}
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
@@ -248,6 +251,11 @@ def _count_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostMo
     dense = before if all_tokens is model else _count_model(all_tokens, groups, cost).dense
     start = before / dense
     return CostModel(cost, dense, lambda masks: counted(masks) / dense, start=start)
+
+
+def _counted_once(model: nn.Module, image: Tensor) -> tuple[nn.Module, Tensor]:
+    count_macs(model, image)  # raises an error if it does not run
+    return model, image
 
 
 def _table_model(table: LatencyTable, groups: Sequence[Group], cost: str) -> CostModel:

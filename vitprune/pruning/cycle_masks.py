@@ -33,6 +33,7 @@ from vitprune.pruning.cost_target import (
 )
 from vitprune.pruning.latency_scope import GroupTimes, select_by_latency
 from vitprune.pruning.macs_scope import MacsPerUnit, macs_per_unit, select_by_macs
+from vitprune.pruning.methods import Method
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.rescoring import Rescored
 from vitprune.pruning.select import CandidatePool, blocks_removed, candidate_pools, select, select_blocks
@@ -115,21 +116,48 @@ class CycleTarget:
 
 def groups_for(model: nn.Module, plan: Plan) -> list[Group]:
     """Return the groups that a plan prunes, with attention heads merged as the plan says."""
-    return merge_heads(model, find_groups(model, list(plan.sparsity)), plan.config.merge_heads_to)
+    groups = [group for group in find_groups(model, list(plan.sparsity)) if group.name not in plan.left_out]
+    return merge_heads(model, groups, plan.config.merge_heads_to)
 
 
-def available_kinds(model: nn.Module, kinds: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Split kinds into those that a model has, and the others with the reason."""
-    available, skipped = [], {}
-    for kind in kinds:
-        try:
-            if find_groups(model, [kind]):
-                available.append(kind)
-            else:
-                skipped[kind] = "the model has no group of this kind"
-        except BadInput as error:
-            skipped[kind] = str(error)
+def available_kinds(model: nn.Module, kinds: Sequence[str], method: Method) -> tuple[list[str], dict[str, str]]:
+    """Split kinds into those that a method can prune in a model, and the others with the reason.
+
+    Whole heads take the place of attention channels that cannot be pruned.
+
+    Args:
+        model: The model.
+        kinds: Kinds of the method.
+        method: The method.
+
+    Returns:
+        The available kinds, and the reason by name of a kind that is not available.
+    """
+    reasons = {kind: _why_unavailable(model, kind, method) for kind in kinds}
+    available = [kind for kind, reason in reasons.items() if not reason]
+    skipped = {kind: reason for kind, reason in reasons.items() if reason}
+    heads = "attention" in skipped and "head" in method.scopes and "head" not in kinds
+    if heads and not _why_unavailable(model, "head", method):
+        available.append("head")
+        skipped["attention"] = f"{skipped['attention'].partition(';')[0]}; whole heads are pruned instead"
     return available, skipped
+
+
+def _why_unavailable(model: nn.Module, kind: str, method: Method) -> str:
+    """Return why no group of a kind can be pruned; empty if one can."""
+    reasons = []
+    try:
+        groups = find_groups(model, [kind])
+    except BadInput as error:
+        return str(error)
+    for group in groups:
+        try:
+            if method.check_group is not None:
+                method.check_group(model, group)
+            return ""
+        except BadInput as error:
+            reasons.append(str(error))
+    return reasons[0] if reasons else "the model has no group of this kind"
 
 
 def cycle_state(dense: nn.Module, plan: Plan, number: int = 1, masks: Masks | None = None) -> CycleState:

@@ -1,13 +1,18 @@
 """Pruning methods: importance criterion, ranking scope per kind of units, and weight update."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from torch import nn
 
 from vitprune.config.section import similar
 from vitprune.criteria import Criterion, RecomputeUpdate, UpdateFromStats, corp, magnitude, taylor
 from vitprune.criteria.kl import exact, fisher, leave_one_out
+from vitprune.criteria.kl.gate_gradients import find_gates
+from vitprune.criteria.moments import find_consumer, find_projections
 from vitprune.criteria.obs import cap, fastcap, obc, units
 from vitprune.errors import BadInput
+from vitprune.groups import Group
 from vitprune.pruning import rescoring
 
 ADDITIVE = (taylor.taylor, leave_one_out.leave_one_out_kl, exact.exact_kl, fisher.fisher_kl)
@@ -27,6 +32,8 @@ class Method:
         rescore: Computes more precise scores of the units near the pruning threshold.
         recompute_update: Computes the update from the images, if its statistics are too large to be stored.
         collective: Whether the criterion distributes its work over processes itself.
+        check_group: Raises BadInput if the criterion or the update, which record inputs and outputs of layers, cannot
+            take a group of units.
     """
 
     criterion: Criterion
@@ -38,6 +45,7 @@ class Method:
     rescore: rescoring.RescoreFn | None = None
     recompute_update: RecomputeUpdate | None = None
     collective: bool = False
+    check_group: Callable[[nn.Module, Group], object] | None = None
 
     @property
     def additive(self) -> bool:
@@ -67,7 +75,24 @@ def _structured(criterion: Criterion, about: str) -> Method:
 
 def _upvits(criterion: Criterion, about: str, rescore: rescoring.RescoreFn | None = None) -> Method:
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
-    return Method(criterion, scopes, ("ffn", "attention"), False, about, rescore=rescore)
+    check = _check_gates if criterion is fisher.fisher_kl else None
+    return Method(criterion, scopes, ("ffn", "attention"), False, about, rescore=rescore, check_group=check)
+
+
+def _check_gates(model: nn.Module, group: Group) -> None:
+    find_gates(model, [group])
+
+
+def _check_gates_and_reader(model: nn.Module, group: Group) -> None:
+    _check_gates(model, group)
+    find_consumer(model, group)
+
+
+def _check_reader_and_basis(model: nn.Module, group: Group) -> None:
+    if group.kind != "residual":
+        find_consumer(model, group)
+    if group.kind == "attention":
+        find_projections(group)
 
 
 METHODS: dict[str, Method] = {
@@ -151,6 +176,7 @@ METHODS: dict[str, Method] = {
         True,
         "upvits-fisher, then least-squares refit of the following layers to the dense outputs (ours)",
         units.refit_update,
+        check_group=_check_gates_and_reader,
     ),
     "upvits-global": Method(
         units.with_refit_update(fisher.fisher_kl),
@@ -159,6 +185,7 @@ METHODS: dict[str, Method] = {
         False,
         "KL divergence per MAC saved, ranked over all layers and kinds, with refit (ours)",
         units.refit_update,
+        check_group=_check_gates_and_reader,
     ),
     "unit-obs": Method(
         units.unit_obs,
@@ -167,6 +194,7 @@ METHODS: dict[str, Method] = {
         True,
         "structured OBS: greedy elimination in nats per MAC, rotated attention basis, with refit (ours)",
         units.unit_obs_update,
+        check_group=_check_reader_and_basis,
     ),
     "corp": Method(
         corp.corp,
@@ -175,6 +203,7 @@ METHODS: dict[str, Method] = {
         True,
         "FFN units of least energy and weight, predicted from the remaining ones (CORP, 2026)",
         corp.affine_update,
+        check_group=find_consumer,
     ),
 }
 

@@ -31,6 +31,7 @@ class Plan:
         round_to: Multiple of the remaining units, per kind.
         score: Options of the criteria.
         seed: Seed of the run.
+        left_out: Names of groups that are not pruned.
     """
 
     config: PruneConfig
@@ -40,6 +41,7 @@ class Plan:
     round_to: Mapping[str, int]
     score: ScoreConfig = DEFAULT_SCORE_CONFIG
     seed: int = 0
+    left_out: frozenset[str] = frozenset()
 
     def context(self, cycle: int) -> ScoringContext:
         """Return the scoring context of a cycle; every cycle has its own seed."""

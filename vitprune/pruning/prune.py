@@ -4,7 +4,7 @@ import copy
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from vitprune.architectures import find_groups
+from vitprune.architectures.narrow_attention import call_output_projections, restore_classes
 from vitprune.architectures.traced_groups import left_out
 from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.prune_config import Kind, PruneConfig
@@ -22,25 +23,23 @@ from vitprune.config.targets import Rule, Target
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Criterion, ScoringContext
 from vitprune.data import example_input as example_of
 from vitprune.data.batch_checks import checked_batches, checked_input
-from vitprune.errors import BadInput
+from vitprune.errors import BadInput, Unreachable
 from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
 from vitprune.pruning.auto import auto_method
-from vitprune.pruning.cycle_masks import (
-    available_kinds,
-    refuse_equal_scores,
-)
+from vitprune.pruning.cycle_masks import available_kinds, groups_for, refuse_equal_scores
 from vitprune.pruning.methods import CRITERIA, method_named
-from vitprune.pruning.plan import plan_for
+from vitprune.pruning.plan import Plan, plan_for
 from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune_cycles import Cycle, prune_cycles
+from vitprune.pruning.unusable_groups import unusable_groups
 from vitprune.runtime.eval_mode import eval_mode, scoring_mode
 from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.model_checks import checked_model, float_type
 from vitprune.runtime.outputs import return_logits, return_output
 from vitprune.runtime.wrappers import is_timm_model, plain_model
 
-AUTO_BUDGET = "3min"
+AUTO_BUDGET, SHOWN = "3min", 3
 NOTHING_SKIPPED: Mapping[str, str] = {}
 
 
@@ -173,7 +172,8 @@ def prune(
             a `budget` of three minutes.
         sparsity: Fraction of units to remove, one for all kinds or one per kind.
         target: Cost of the pruned model, such as {"macs": 0.5}, {"params": "12M"} or {"latency_ms": 20}.
-        kinds: Kinds to prune; None: all kinds of the method that the model has, see `PruneResult.skipped`.
+        kinds: Kinds to prune; None: all kinds of the method that the model has, with whole heads in place of attention
+            channels that cannot be pruned, see `PruneResult.skipped`.
         calibration: Batches (images (B, C, H, W), labels (B,)), or batches of images for methods without labels; all
             are read into memory.
         config: Options of the criteria.
@@ -219,31 +219,58 @@ def prune(
     settings["reconstruct"] = ReconstructConfig() if reconstruct is True else reconstruct or None
     settings["allocation"] = AllocationConfig() if allocation is True else allocation or None
     pruned = working_copy(model)
+    if method_named(method).check_group is not None:
+        call_output_projections(pruned)
     if example_input is not None:
         example_input = checked_input("example_input", example_input, pruned)
     batches = checked_batches(calibration, pruned)
     set_input_size(pruned, example_input if example_input is not None or not batches else batches[0][0])
     if within is not None:
-        settings["rules"] = [*rules, *_outside(pruned, within, kinds or method_named(method).kinds)]
-    if kinds is None and not isinstance(sparsity, Mapping):
-        available, skipped = available_kinds(pruned, method_named(method).kinds)
+        settings["rules"] = [*rules, *_outside(pruned, within, kinds or method_named(method).kinds, method)]
+    by_default = kinds is None and not isinstance(sparsity, Mapping)
+    if by_default:
+        available, skipped = available_kinds(pruned, method_named(method).kinds, method_named(method))
         if not available:
             raise BadInput(next(iter(skipped.values())))
         settings["kinds"] = available if skipped else None
     plan, dense = plan_for(PruneConfig(**settings), config, seed), plain_model(model)
     if not is_timm_model(dense):
         skipped |= {name: why for kind in plan.sparsity for name, why in left_out(pruned, kind).items()}
+    if batches and (by_default or not is_timm_model(dense)):
+        plan, unusable = _usable(pruned, plan, batches[0][0])
+        skipped |= unusable
     if isinstance(model, FeatureGetterNet) and "residual" in plan.sparsity:
         raise BadInput("FeatureGetterNet: residual channels are its output; prune other kinds")
     pruned = prepared(pruned, plan, batches)
     with scoring_mode(pruned):
-        (cycle,) = prune_cycles(pruned, plan, batches, deadline=deadline)
+        try:
+            (cycle,) = prune_cycles(pruned, plan, batches, deadline=deadline)
+        except Unreachable as error:
+            raise Unreachable("; ".join([str(error), *_not_pruned(skipped)])) from None
         if example_input is not None:
             _check_finite(pruned, example_input)
     return result_of(model, pruned.to(float_type(dense)), cycle, start, skipped, example_input, chosen)
 
 
-def _outside(model: nn.Module, within: str, kinds: Sequence[str]) -> list[dict[str, object]]:
+def _not_pruned(skipped: Mapping[str, str]) -> list[str]:
+    reasons = [f"not pruned: {name}: {why.removeprefix(f'{name}: ')}" for name, why in skipped.items()]
+    return [*reasons[:SHOWN], *([f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else [])]
+
+
+def _usable(model: nn.Module, plan: Plan, images: Tensor) -> tuple[Plan, dict[str, str]]:
+    """Return the plan without the groups that its method cannot score, and these with the reason.
+
+    Raises:
+        BadInput: it can score none.
+    """
+    groups = groups_for(model, plan)
+    reasons = unusable_groups(model, groups, images, plan.method)
+    if groups and len(reasons) == len(groups):
+        raise BadInput(next(iter(reasons.values())))
+    return replace(plan, left_out=frozenset(reasons)), reasons
+
+
+def _outside(model: nn.Module, within: str, kinds: Sequence[str], method: str) -> list[dict[str, object]]:
     """Rule that ignores all groups outside a module; none if there is no group outside.
 
     Raises:
@@ -251,7 +278,9 @@ def _outside(model: nn.Module, within: str, kinds: Sequence[str]) -> list[dict[s
     """
     if within not in dict(model.named_modules()) or not within:
         raise BadInput(f"within {within!r}: the model has no module of this name; give a path of named_modules")
-    groups = [group for kind in available_kinds(model, kinds)[0] for group in find_groups(model, [kind])]
+    groups = [
+        group for kind in available_kinds(model, kinds, method_named(method))[0] for group in find_groups(model, [kind])
+    ]
     inside = [group for group in groups if is_within(group.name, [within])]
     if groups and not inside:
         raise BadInput(f"within {within!r}: has no groups of kind {', '.join(kinds)}; vitprune check lists the groups")
@@ -299,6 +328,7 @@ def result_of(
     example = checked_input(where, example_of(pruned, 1) if example_input is None else example_input, plain)
     before = count(plain, example)
     return_output(pruned)
+    restore_classes(pruned)
     return PruneResult(
         model=_rewrapped(dense, pruned),
         masks=cycle.masks,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from vitprune.evaluation.losses import kl_divergence
 from vitprune.pruning.held_out import held_out
 from vitprune.pruning.rotated_adam import RotatedAdam, input_bases
 from vitprune.runtime.eval_mode import eval_mode, frozen
+from vitprune.runtime.outputs import tensors_of
 from vitprune.runtime.progress import track
 from vitprune.training.finetune import zero_weights
 from vitprune.training.lr_schedule import learning_rate
@@ -180,7 +182,11 @@ def _loss(model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[st
         expected = dense(images)
     with torch.enable_grad(), _recorded(model, paths) as outputs:
         divergence = kl_divergence(model(images), expected)
-        pairs = [(outputs[path], targets[path]) for path in paths if outputs[path].shape == targets[path].shape]
+        pairs = [
+            (outputs[path], targets[path])
+            for path in paths
+            if path in outputs and path in targets and outputs[path].shape == targets[path].shape
+        ]
         errors = [(output - target).square().mean() / target.var() for output, target in pairs]
         loss: Tensor = divergence + weight * torch.stack(errors).mean() if errors else divergence
         return loss
@@ -236,8 +242,10 @@ def _recorded(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tens
     outputs: dict[str, Tensor] = {}
 
     def hook_for(path: str) -> object:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            outputs[path] = output
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            first = next(tensors_of(output), None)  # blocks of other libraries return tuples
+            if first is not None:
+                outputs[path] = first
 
         return model.get_submodule(path).register_forward_hook(hook)
 

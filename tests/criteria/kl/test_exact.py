@@ -227,7 +227,9 @@ def test_unsupported_input_is_refused_by_name() -> None:
         score(model, [weight], "kl-exact", batches(model))
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: unit 24 is out of range 0 to 23$"):
         kl_divergences(model, [group], {group.name: torch.tensor([24])}, inputs, DEFAULT_CONTEXT)
-    with pytest.raises(BadInput, match=r"^ResNet: exact scoring is not supported yet; supported are VisionTransformer"):
+    with pytest.raises(
+        BadInput, match=r"^ResNet: exact KL scores are computed of VisionTransformer, .* only; use method upvits-fisher"
+    ):
         build_chain(timm.create_model("resnet18", num_classes=3))
     model.blocks = model.blocks[1:]
     with pytest.raises(BadInput, match=r"^blocks.1.mlp: the model has no branch of that name"):

@@ -206,7 +206,7 @@ def _note_hook(tape: GateTape) -> Callable[[nn.Module, tuple[Any, ...], Tensor],
 
 def _input_hook(tape: GateTape, probe: Probe) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def watch(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        value = inputs[0].detach()
+        value = inputs[0].detach().clone()  # a residual sum may be added to the tensor in place
         pixels = isinstance(module, nn.Conv2d)
         reader = _over_pixels(value) if pixels else _over_tokens(value, tape.images, value.shape[-1])
         # a separate view: other consumers of the same tensor must not add to this gradient
@@ -218,10 +218,12 @@ def _input_hook(tape: GateTape, probe: Probe) -> Callable[[nn.Module, tuple[Any,
 def _output_hook(tape: GateTape, probe: Probe, width: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if probe[1] == "query":
-            return tape.watch(probe, output, _over_tokens(output.detach(), tape.images, width))
-        if probe[1] == "output":
-            return tape.watch(probe, output, _over_all(output.detach(), tape.images))
-        return tape.watch(probe, output, _statistics(module, inputs[0].detach(), tape.images))
+            reader = _over_tokens(output.detach(), tape.images, width)
+        elif probe[1] == "output":
+            reader = _over_all(output.detach(), tape.images)
+        else:
+            reader = _statistics(module, inputs[0].detach(), tape.images)
+        return tape.watch(probe, output, reader).clone()  # what follows may change it in place
 
     return watch
 

@@ -123,8 +123,8 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
     def hook(param: str) -> Any:
         def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             leaf = output if output.requires_grad else output.detach().requires_grad_()  # leaf of the backward pass
-            calls[param].append((inputs[0].detach(), leaf))
-            return leaf
+            calls[param].append((inputs[0].detach().clone(), leaf))
+            return leaf.clone()  # what follows may change it in place, as the input above
 
         return record
 

@@ -1,0 +1,99 @@
+"""Groups that a method cannot score from images, such as those without an effect on the output."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.criteria import magnitude
+from vitprune.errors import BadInput
+from vitprune.groups import Group
+from vitprune.pruning.methods import Method
+from vitprune.runtime.eval_mode import eval_mode, scoring_mode
+from vitprune.runtime.messages import first_line
+from vitprune.runtime.outputs import as_logits
+
+UNITS = ("ffn", "head", "attention")
+DATA_FREE = (magnitude.random, magnitude.magnitude, magnitude.energy)
+
+
+def unusable_groups(model: nn.Module, groups: Sequence[Group], images: Tensor, method: Method) -> dict[str, str]:
+    """Return the groups that a method cannot score in a model, each with the reason.
+
+    A criterion that measures the output of the model cannot score units that do not affect it, such as those of a
+    pooling layer beside the features that count. Others are those that `Method.check_group` refuses.
+
+    Args:
+        model: The model; it is not changed.
+        groups: Groups of its units.
+        images: Calibration images (B, C, H, W).
+        method: The method.
+
+    Raises:
+        BadInput: the forward pass has no gradients.
+    """
+    result = {}
+    for group in groups:
+        try:
+            if method.check_group is not None:
+                method.check_group(model, group)
+        except BadInput as error:
+            result[group.name] = str(error).partition(";")[0].removeprefix(f"{group.name}: ")
+    if method.criterion not in DATA_FREE:
+        result = _without_effect(model, groups, images) | result
+    return {name: f"{name}: {why}; it is not pruned" for name, why in result.items()}
+
+
+def _without_effect(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[str, str]:
+    pair = images[:1].repeat(2, *[1] * (images.dim() - 1)).to(next(model.parameters()).device)
+    with scoring_mode(model), eval_mode(model):
+        of_two, of_one = (_input_sizes(model, part) for part in (pair, pair[:1]))
+        affecting = _parameters_with_gradients(model, pair)
+    result = {}
+    for group in groups:
+        is_weight = group.kind == "weight"
+        readers = [part.param.rpartition(".")[0] for part in group.slices if part.axis == 1 or is_weight]
+        if group.kind in (*UNITS, "weight") and not {part.param for part in group.slices} & affecting:
+            result[group.name] = "it does not affect the output that counts"
+        elif group.kind in (*UNITS, "weight") and any(of_two.get(path, 1) == of_one.get(path, 0) for path in readers):
+            result[group.name] = "its inputs are not those of images"
+    return result
+
+
+def _input_sizes(model: nn.Module, images: Tensor) -> dict[str, int]:
+    """Return the number of values that every layer reads."""
+    sizes: dict[str, int] = {}
+
+    def hook_for(path: str) -> object:
+        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                sizes[path] = args[0].numel()
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(path)) for path, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
+
+
+def _parameters_with_gradients(model: nn.Module, images: Tensor) -> set[str]:
+    """Return the names of the parameters that affect the output."""
+    parameters = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+    fixed = [value for value in parameters.values() if not value.requires_grad]
+    for value in fixed:
+        value.requires_grad_(True)
+    try:
+        output = as_logits(model(images))
+        grads = torch.autograd.grad(output.square().sum(), list(parameters.values()), allow_unused=True)
+    except RuntimeError as error:  # in a forward pass of another library, such as one that overwrites its activations
+        why = f"its gradients cannot be computed ({first_line(error)})"
+        raise BadInput(f"{type(model).__name__}: {why}; use channel-magnitude or dimap") from None
+    finally:
+        for value in fixed:
+            value.requires_grad_(False)
+    return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}

@@ -108,6 +108,9 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
         full += [] if others else [(not trace.is_labelled_activation(value), squeeze_broadcast(labels).numel(), labels)]
     if func.overloadpacket.__name__ in ADDITIONS and sum(trace.is_labelled_activation(v) for v, _ in operands) > 1:
         trace.residual_sums.append(squeeze_broadcast(operands[0][1]))
+    elif func.overloadpacket.__name__ in ADDITIONS and len(operands) == 2:
+        pairs = zip(operands, operands[::-1], strict=True)
+        trace.shifts += [(bias, rows) for (value, bias), (_, rows) in pairs if trace.parameter_of(value) is not None]
     if not full:
         for _, labels in operands:
             trace.mark_unprunable(labels, "every channel is combined with every other one")
@@ -162,6 +165,7 @@ def _matmul(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     if bias is not None and labels is not None and _broadcasts_over_channels(trace, bias.shape, labels):
         trace.deferred.append((bias, labels))
     elif bias is not None and labels is not None:
+        trace.shifts.append((bias, labels))
         trace.sets.union(bias, labels)
 
 
@@ -263,6 +267,7 @@ def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     trace.set_labels(result, rows.expand(result.shape))
     shift = trace.labels_of(bias)
     if shift is not None:
+        trace.shifts.append((shift, rows.flatten()))
         trace.sets.union(shift, rows.flatten())
 
 

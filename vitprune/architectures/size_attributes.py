@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.inferred_widths import Classes, inferring_classes, set_class
+from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
 from vitprune.architectures.narrow_attention import narrow_class
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice, Projections, index_grid, meta_copy, resize_group, shrink, zero
@@ -85,6 +85,8 @@ class Sizes:
             set_class(owner.get_submodule(path), kind)
         for attribute in self.attributes:
             _set(owner, attribute, self._new_value(attribute, heads, width))
+        for module in owner.modules():
+            restore_class(module)
         drop_cached(owner)
         if width != self.shape[1]:
             scales = [attribute.value for attribute in self.attributes if attribute.role == SCALE]

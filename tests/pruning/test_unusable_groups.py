@@ -12,7 +12,7 @@ from tests.architectures.test_traced_groups import SIZES
 from tests.support.model_zoo import batches, redrawn, same_state, tiny
 from tests.support.other_models import MODELS, make_model
 from vitprune import BadInput
-from vitprune.architectures.narrow_attention import NARROW_CLASS, call_output_projections, restore_classes
+from vitprune.architectures.narrow_attention import BY_HAND, call_output_projections, restore_classes
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.outputs import main_tensor
 
@@ -103,14 +103,14 @@ def test_output_projections_are_called_and_the_classes_restored(name: str) -> No
         call_output_projections(model)
         called = set()
         for path, module in model.named_modules():
-            if type(module) in NARROW_CLASS.values():
+            if type(module) in BY_HAND.values():
                 leaf = "out_proj" if hasattr(module, "out_proj") else "proj"
                 output = module.get_submodule(leaf)
                 output.register_forward_hook(lambda *_, path=path: called.add(path))
         torch.testing.assert_close(main_tensor(model(images)), expected, rtol=1e-9, atol=1e-9)
     assert len(called) >= 2
     restore_classes(model)
-    assert not any(type(module) in NARROW_CLASS.values() for module in model.modules())
+    assert not any(type(module) in BY_HAND.values() for module in model.modules())
 
 
 def test_eager_attention_is_saved(tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """Find groups of residual-stream channels in the channel dependency graph of a model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from timm.models.metaformer import Scale
 from torch import nn
 
-from vitprune.architectures import narrow_attention
-from vitprune.architectures.tracing.cache import traced_channels, trial_run
+from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
+from vitprune.architectures.tracing.cache import run_once, traced_attention, traced_channels, trial_run
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGroup
+from vitprune.architectures.tracing.example_run import with_example
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Resize, is_within
 
@@ -18,9 +20,6 @@ WIDTH_ATTRIBUTES = ("num_features", "head_hidden_size", "in_features", "embed_di
 
 def groups(model: nn.Module) -> list[Group]:
     """Find the channels of every residual stream of a timm model, each with all layers that write and read it.
-
-    A third of all channels is removed from a copy on the meta device first, because a forward pass may contain its
-    widths as constants.
 
     Raises:
         BadInput: a stream cannot be pruned, for the reason given, or there is none.
@@ -34,13 +33,58 @@ def groups(model: nn.Module) -> list[Group]:
     for stream in streams:
         _refuse_unprunable(stream, stream.why_not)
     features = _feature_entries(model, streams)
-    result = [_group(model, stream, features[index]) for index, stream in enumerate(streams)]
-    trial_run(model, result, "a narrower residual stream")
-    return result
+    return after_trial(model, [_group(model, stream, features[index]) for index, stream in enumerate(streams)])
+
+
+def after_trial(model: nn.Module, groups: Sequence[Group]) -> list[Group]:
+    """Return residual groups, with forward passes that infer the width of the stream where these are needed.
+
+    A third of all channels is removed from a copy on the meta device first, because a forward pass may contain its
+    widths as constants.
+
+    Args:
+        model: the model.
+        groups: all its residual groups.
+
+    Raises:
+        BadInput: a copy with fewer channels does not run.
+    """
+    groups = [_with_classes(group, ()) for group in groups]
+    try:
+        trial_run(model, groups, "a narrower residual stream")
+    except BadInput:
+        classes = _inferring(model, groups)
+        if not classes:
+            raise
+        groups = [_with_classes(group, classes) for group in groups]
+        trial_run(model, groups, "a narrower residual stream", "with inferred widths")
+    return groups
+
+
+def _inferring(model: nn.Module, groups: Sequence[Group]) -> Classes:
+    heads = {1} | {one.heads for one in traced_attention(model).heads}
+    sizes = {group.units // number for group in groups for number in heads if group.units % number == 0} - {1}
+    return with_example(model, lambda copy, inputs: inferring_classes(copy, sizes, lambda: run_once(copy, inputs)))
+
+
+def _with_classes(group: Group, classes: Classes) -> Group:
+    above = len(group.owner) + 1 if group.owner else 0
+    inside = tuple((path[above:], kind) for path, kind in classes if is_within(path, [group.owner or path]))
+    return replace(group, resize=partial(_record, inside, group.resize))
+
+
+def _record(classes: Classes, resize: Resize | None, owner: nn.Module, shape: tuple[int, ...]) -> None:
+    """Record a new width, and give every module the matching forward pass."""
+    if resize is not None:
+        resize(owner, shape)
+    for path, kind in classes:
+        set_class(owner.get_submodule(path), kind)
+    for module in owner.modules():
+        restore_class(module)
 
 
 def group_along(
-    channels: Sequence[ChannelGroup], name: str, param: str, axis: int, resize: Resize, owner: str = ""
+    channels: Sequence[ChannelGroup], name: str, param: str, axis: int, resize: Resize | None = None, owner: str = ""
 ) -> Group:
     """Build the residual group of the channels along one axis of a parameter, for models with sizes of their own.
 
@@ -49,7 +93,7 @@ def group_along(
         name: name of the group.
         param: a parameter of the residual stream, such as the weight of the patch embedding.
         axis: its axis of channels.
-        resize: function that records a new width in the module `owner`.
+        resize: function that records a new width in the module `owner`; None if nothing does.
         owner: path of the module that `resize` changes; empty for the model.
 
     Raises:
@@ -102,7 +146,7 @@ def _group(model: Any, stream: ChannelGroup, features: Sequence[int]) -> Group:
 
 
 def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any, shape: tuple[int, ...]) -> None:
-    """Record a new width where timm's interfaces read it, and give every attention the matching forward pass."""
+    """Record a new width where timm's interfaces read it."""
     for number in features:
         model.feature_info[number]["num_chs"] = shape[0]
     for module in (model, *(model.get_submodule(path) for path in heads)) if heads else ():
@@ -110,7 +154,5 @@ def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any,
             if getattr(module, name, None) == old:
                 setattr(module, name, shape[0])
     for module in model.modules():
-        if type(module) in narrow_attention.PRUNED_CLASS or type(module) in narrow_attention.TIMM_CLASS:
-            narrow_attention.set_forward_class(module, module.num_heads, module.proj.in_features // module.num_heads)
-        elif isinstance(module, Scale):
+        if isinstance(module, Scale):
             module.shape = (len(module.scale), *module.shape[1:])

@@ -7,10 +7,10 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vitprune.architectures import by_module, unstructured
-from vitprune.architectures.residual_stream import group_along
+from vitprune.architectures import unstructured
+from vitprune.architectures.residual_stream import after_trial, group_along
 from vitprune.architectures.slices import block_weights
-from vitprune.architectures.tracing.cache import traced_channels, trial_run
+from vitprune.architectures.tracing.cache import traced_channels
 from vitprune.groups import Group
 
 ATTENTION = ("attn", "norm1", "ls1", "drop_path1")  # modules of a block that belong to its attention
@@ -18,19 +18,16 @@ FFN = ("mlp", "norm2", "ls2", "drop_path2")
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """Find all groups of one kind.
+    """Find all groups of kind residual, block or weight.
 
     Raises:
-        BadInput: an attention or MLP of the model is of an unknown class, or the model cannot be pruned so.
+        BadInput: the model cannot be pruned so.
 
     Source: UP-ViTs: residual stream (component 1), blocks.
     """
     if kind == "residual":
         group = group_along(traced_channels(model), "residual", "patch_embed.proj.weight", 0, resize_width)
-        trial_run(model, [group], "a narrower residual stream")
-        return [group]
-    if kind in by_module.KINDS:
-        return by_module.groups(model, kind)
+        return after_trial(model, [group])
     if kind == "weight" and not has_plain_blocks(model):
         return unstructured.all_weights(model)
     paths = [f"blocks.{index}" for index in range(len(model.blocks))]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from vitprune.architectures.token_merging import without_merging
 from vitprune.architectures.tracing.attention_heads import AttentionTrace, trace_attention
-from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
+from vitprune.architectures.tracing.dependency_graph import ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.example_run import NotRunningError, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
+from vitprune.architectures.tracing.trace import Trace
 from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
 from vitprune.runtime.eval_mode import eval_mode
@@ -21,9 +23,10 @@ from vitprune.runtime.outputs import tensors_of
 
 @dataclass(frozen=True)
 class _CacheEntry:
-    """The trace of a model, that of its heads if it was asked for, and the error of each trial run (empty: it ran)."""
+    """Groups of a model, its trace until its heads are found, its heads, the error of each trial run (empty: it ran)."""
 
     groups: list[ChannelGroup]
+    trace: list[Trace]
     attention: list[AttentionTrace] = field(default_factory=list)
     trials: dict[tuple[str, ...], str] = field(default_factory=dict)
 
@@ -49,22 +52,25 @@ def traced_attention(model: nn.Module) -> AttentionTrace:
     """
     entry = _CACHE.value_for(model, _trace)
     if not entry.attention:
-        entry.attention.append(with_example(without_merging(model), trace_attention))
+        find = partial(trace_attention, trace=entry.trace[0])
+        entry.attention.append(with_example(without_merging(model), find))
+        entry.trace.clear()  # it is large
     return entry.attention[0]
 
 
-def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
+def trial_run(model: nn.Module, groups: Sequence[Group], what: str, how: str = "") -> None:
     """Remove a third of every group from a copy of the model on the meta device, and run it; cached.
 
     Args:
         model: the model; it is not changed.
         groups: groups of one-dimensional shape.
         what: description of the removed units for the error message.
+        how: what else tells this trial from others of the same groups, for the cache.
 
     Raises:
         BadInput: the pruned copy does not run.
     """
-    trials, names = _CACHE.value_for(model, _trace).trials, tuple(group.name for group in groups)
+    trials, names = _CACHE.value_for(model, _trace).trials, (how, *(group.name for group in groups))
     if names not in trials:
         trials[names] = _trial_error(model, groups)
     if trials[names]:
@@ -72,7 +78,12 @@ def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
 
 
 def _trace(model: nn.Module) -> _CacheEntry:
-    return _CacheEntry(with_example(without_merging(model), channel_groups))
+    return with_example(without_merging(model), _traced)
+
+
+def _traced(copy: nn.Module, inputs: Tensor) -> _CacheEntry:
+    trace = run_trace(copy, inputs)
+    return _CacheEntry(ChannelGraph(trace, copy).groups(), [trace])
 
 
 def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
@@ -88,7 +99,7 @@ def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
 def shape_error(model: nn.Module) -> str:
     """Return the error of a run of the model's copy at its own input size; empty if it runs."""
     try:
-        with_example(model, _run)
+        with_example(model, run_once)
     except NotRunningError as error:
         return error.reason
     return ""
@@ -100,10 +111,16 @@ def output_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     Raises:
         BadInput: the model does not run.
     """
-    return with_example(model, lambda copy, inputs: [tuple(one.shape) for one in tensors_of(_run(copy, inputs))])
+    return with_example(model, lambda copy, inputs: [tuple(one.shape) for one in tensors_of(run_once(copy, inputs))])
 
 
-def _run(model: nn.Module, inputs: Tensor) -> Any:
+def run_once(model: nn.Module, inputs: Tensor) -> Any:
+    """Return the output of a model in evaluation mode, without gradients.
+
+    Args:
+        model: the model.
+        inputs: its input.
+    """
     with torch.no_grad(), eval_mode(model):
         return model(inputs)
 
@@ -130,7 +147,7 @@ def _end_layers_of_run(copy: nn.Module, inputs: Tensor) -> list[str]:
     for path, layer in copy.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.register_forward_hook(lambda module, inputs, output, path=path: record(path, output))
-    outputs = list(tensors_of(_run(copy, inputs)))
+    outputs = list(tensors_of(run_once(copy, inputs)))
     return [path for path, value in calls[:1]] + [
         path for path, value in calls[1:] if value.dim() == 2 and any(value is one for one in outputs)
     ]

@@ -89,7 +89,8 @@ class _TrackedInput:
             moved = indices[0]
         else:
             try:
-                moved = func(indices if several else indices[0], *args[1:], **kwargs)
+                others = (args[1], 0) if name == "constant_pad_nd" else args[1:]
+                moved = func(indices if several else indices[0], *others, **kwargs)
             except (RuntimeError, TypeError):  # the operation is not implemented for integers
                 return []
         has_addend = any(elements is not None and elements.has_addend for elements in known)

@@ -45,8 +45,8 @@ def unusable_groups(model: nn.Module, groups: Sequence[Group], images: Tensor, m
 
 
 def _without_effect(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[str, str]:
-    pair = images[:1].repeat(2, *[1] * (images.dim() - 1)).to(next(model.parameters()).device)
     with scoring_mode(model), eval_mode(model):
+        pair = images[:1].repeat(2, *[1] * (images.dim() - 1)).to(next(model.parameters()).device)
         of_two, of_one = (_input_sizes(model, part) for part in (pair, pair[:1]))
         affecting = _parameters_with_gradients(model, pair)
     result = {}

@@ -279,6 +279,8 @@ def _same_outputs(first: nn.Module, second: nn.Module, call: Call, tolerance: fl
 def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Projections, reader: str) -> bool:
     """Return whether q A^-1, k A^T, v B and B^-1 in the reading layer give the same output, for random A and B.
 
+    The layers must read tensors of equally many axes, as criteria do that need any basis.
+
     Args:
         owner: the module, whose parameters may be on the meta device.
         call: arguments of its forward pass, tensors on the meta device.
@@ -303,7 +305,10 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
         weight = rotated.get_parameter(f"{reader}.weight")
         inverse = torch.linalg.inv(second).T
         weight.copy_((weight.reshape(len(weight), projections.heads, width) @ inverse).reshape(weight.shape))
-    return _same_outputs(dense, rotated, call, BASIS_TOLERANCE)
+    axes: set[int] = set()
+    for path in set(projections.layers):
+        dense.get_submodule(path).register_forward_pre_hook(lambda module, inputs: axes.add(inputs[0].dim()))
+    return _same_outputs(dense, rotated, call, BASIS_TOLERANCE) and len(axes) == 1
 
 
 def _random_module(owner: nn.Module) -> nn.Module:

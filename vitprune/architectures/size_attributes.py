@@ -279,7 +279,8 @@ def _same_outputs(first: nn.Module, second: nn.Module, call: Call, tolerance: fl
 def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Projections, reader: str) -> bool:
     """Return whether q A^-1, k A^T, v B and B^-1 in the reading layer give the same output, for random A and B.
 
-    All of these layers must be called as modules, so that their inputs can be recorded.
+    All of these layers must be called as modules, with tensors of equally many axes for q, k and v, as criteria do that
+    record them.
 
     Args:
         owner: the module, whose parameters may be on the meta device.
@@ -305,11 +306,14 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
         weight = rotated.get_parameter(f"{reader}.weight")
         inverse = torch.linalg.inv(second).T
         weight.copy_((weight.reshape(len(weight), projections.heads, width) @ inverse).reshape(weight.shape))
-    called: set[str] = set()
-    layers = {*projections.layers, reader}
-    for path in layers:
-        dense.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
-    return _same_outputs(dense, rotated, call, BASIS_TOLERANCE) and called == layers
+    called: dict[str, int] = {}
+    for path in {*projections.layers, reader}:
+        dense.get_submodule(path).register_forward_pre_hook(
+            lambda module, inputs, path=path: called.update({path: inputs[0].dim()})
+        )
+    same = _same_outputs(dense, rotated, call, BASIS_TOLERANCE)
+    axes = {called.get(path) for path in projections.layers}
+    return same and reader in called and len(axes) == 1 and None not in axes
 
 
 def _random_module(owner: nn.Module) -> nn.Module:

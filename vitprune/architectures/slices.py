@@ -5,11 +5,13 @@ from typing import Any
 
 from timm.layers import Conv2dSame
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice
 
-PLAIN = (nn.Linear, nn.Conv2d, Conv2dSame)  # use their weights unchanged; a StdConv2d standardizes them, zeros too
+# use their weights unchanged, unlike StdConv2d, which standardizes them, zeros too; the last is in MultiheadAttention
+PLAIN = (nn.Linear, nn.Conv2d, Conv2dSame, NonDynamicallyQuantizableLinear)
 BLOCK_LINEARS = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}  # layer: its type
 NOT_PLAIN = "expected a Linear or Conv2d layer that uses its weights unchanged"
 

@@ -90,7 +90,7 @@ def _is_prunable(layer: nn.Module) -> bool:
 
 def _refuse_own_class(model: nn.Module, path: str) -> None:
     """Refuse a layer inside a module that is neither timm's nor of the model's package: its weight may be added to."""
-    known = {"timm", "torch", "torchvision", _package(model)}
+    known = {"timm", "torch", "torchvision", "vitprune", _package(model)}
     names = path.split(".")
     for length in range(1, len(names)):
         outer = ".".join(names[:length])

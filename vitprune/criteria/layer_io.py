@@ -4,13 +4,14 @@ from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 
 def is_plain_layer(layer: nn.Module) -> bool:
     """Return whether a layer is Linear or an ungrouped, zero-padded Conv2d: output = W @ input at every position."""
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return type(layer) is nn.Linear
+    return type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 def layer_inputs(layer: nn.Module, value: Tensor, images: int) -> Tensor:

@@ -53,6 +53,11 @@ class Method:
         return self.criterion in ADDITIVE
 
     @property
+    def records_layers(self) -> bool:
+        """Whether inputs and outputs of single layers are recorded, so that these must be called as modules."""
+        return self.check_group is not None or self.collective or self.update_from_stats is not None
+
+    @property
     def follows_merging(self) -> bool:
         """Whether the scores are those of a model that merges tokens; exact KL scores are not."""
         return self.criterion is not exact.exact_kl and self.rescore is None

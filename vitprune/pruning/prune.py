@@ -219,7 +219,7 @@ def prune(
     settings["reconstruct"] = ReconstructConfig() if reconstruct is True else reconstruct or None
     settings["allocation"] = AllocationConfig() if allocation is True else allocation or None
     pruned = working_copy(model)
-    if method_named(method).check_group is not None:
+    if method_named(method).records_layers:
         call_output_projections(pruned)
     if example_input is not None:
         example_input = checked_input("example_input", example_input, pruned)

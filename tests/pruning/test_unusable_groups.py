@@ -29,7 +29,6 @@ LEFT_OUT = {
     "dinov3": {"attention": "whole heads are pruned instead"},
     "sam": {"attention": "heads share its channels; whole heads are pruned instead"},
     "torchvision vit": {"attention": "whole heads are pruned instead"},
-    "torchvision maxvit": {"stem": "0 layers read its units"},
     "open_clip": {"attention": "whole heads are pruned instead"},
 }
 
@@ -111,6 +110,20 @@ def test_output_projections_are_called_and_the_classes_restored(name: str) -> No
     assert len(called) >= 2
     restore_classes(model)
     assert not any(type(module) in BY_HAND.values() for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["torchvision vit", "open_clip", "siglip"])
+def test_single_weights_of_torch_attention_are_pruned_but_for_the_fused_projection(name: str) -> None:
+    model = redrawn(make_model(name), 1)
+    result = vitprune.prune(model, "obc", scope="2:4", calibration=calibration(name, model))
+    fused = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    assert {f"{path}.in_proj_weight" for path in fused} <= set(result.skipped)
+    assert type(result.model.get_submodule(fused[0])) is nn.MultiheadAttention
+    weights = [name for name in result.masks if name.endswith("out_proj.weight")]
+    assert len(weights) >= 2
+    for weight in weights:
+        zeros = (result.model.get_parameter(weight) == 0).view(-1, 4).sum(1)
+        assert int(zeros.min()) == int(zeros.max()) == 2
 
 
 def test_eager_attention_is_saved(tmp_path: Path) -> None:

@@ -82,6 +82,12 @@ def all_weights(model: nn.Module) -> list[Group]:
     return [weight_group(path, layer, _layer_type(path)) for path, layer in layers]
 
 
+def dense_projections(model: nn.Module) -> dict[str, str]:
+    """Return the fused projections of torch's attention, which are parameters without a layer, with the reason."""
+    fused = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    return {f"{path}.in_proj_weight": f"{path}.in_proj_weight: is no layer; it is not pruned" for path in fused}
+
+
 def _is_prunable(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d):
         return not 1 < layer.groups == layer.in_channels

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitprune.architectures import find_groups
 from vitprune.architectures.narrow_attention import call_output_projections, restore_classes
 from vitprune.architectures.traced_groups import left_out
+from vitprune.architectures.unstructured import dense_projections
 from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.prune_config import Kind, PruneConfig
 from vitprune.config.quantity import Quantity, format_cost, seconds_of
@@ -236,6 +237,8 @@ def prune(
     plan, dense = plan_for(PruneConfig(**settings), config, seed), plain_model(model)
     if not is_timm_model(dense):
         skipped |= {name: why for kind in plan.sparsity for name, why in left_out(pruned, kind).items()}
+    if "weight" in plan.sparsity:
+        skipped |= dense_projections(pruned)
     if batches and (by_default or not is_timm_model(dense)):
         plan, unusable = _usable(pruned, plan, batches[0][0])
         skipped |= unusable

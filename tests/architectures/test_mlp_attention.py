@@ -172,7 +172,9 @@ def noise(*shape: int) -> torch.Tensor:
 
 def test_a_norm_over_all_heads_couples_them() -> None:
     attn = AttentionRope(24, 3, norm_layer=nn.LayerNorm, scale_norm=True)
-    with pytest.raises(BadInput, match=r"^attn \(AttentionRope\): attn.norm \(LayerNorm\): a norm over all heads couples"):
+    with pytest.raises(
+        BadInput, match=r"^attn \(AttentionRope\): attn.norm \(LayerNorm\): a norm over all heads couples"
+    ):
         find_groups(Rotary(attn), ["head"], torch.zeros(1, 24, 2, 3))
 
 

@@ -128,7 +128,10 @@ def test_inferring_attention_equals_timm_at_full_width(name: str) -> None:
     for on in (True, False):
         expected = tiny(name) if on else unfused(tiny(name))
         other = tiny(name) if on else unfused(tiny(name))
-        (classes, x) = inferring_classes(other, {16, 24, 40}, lambda other=other: predict(other, images(other))), images(other)
+        (classes, x) = (
+            inferring_classes(other, {16, 24, 40}, lambda other=other: predict(other, images(other))),
+            images(other),
+        )
         assert len(classes) >= 4
         for path, kind in classes:
             other.get_submodule(path).__class__ = kind
@@ -221,7 +224,11 @@ def test_the_structure_of_a_pvt_names_its_streams_and_reductions(pvt: nn.Module)
     [
         ("stages.0.blocks.1", "residual", r"^stages.0.blocks.1 .*only timm's PVTv2 Block"),
         ("stages.0.blocks.1.attn", "weight", r"^stages.0.blocks.1.attn .*only timm's PVTv2 Attention"),
-        ("stages.0.blocks.1.mlp", "ffn", r"^PyramidVisionTransformerV2: it does not run .*Sequential.forward\(\) takes"),
+        (
+            "stages.0.blocks.1.mlp",
+            "ffn",
+            r"^PyramidVisionTransformerV2: it does not run .*Sequential.forward\(\) takes",
+        ),
         (
             "stages.0.norm",
             "residual",

@@ -148,7 +148,9 @@ def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     recorded = {} if removes_sublayers(model) else recorded_shapes(model)  # which renames blocks
     inside = {f"{group.name}{HEADS}" for group in attention}
     modules = {path for path, _ in model.named_modules()}
-    shapes = {name: shape for name, shape in recorded.items() if name not in inside and name.removesuffix(HEADS) in modules}
+    shapes = {
+        name: shape for name, shape in recorded.items() if name not in inside and name.removesuffix(HEADS) in modules
+    }
     shapes |= {group.name: group.shape for group in groups}
     return block_removal.removed_blocks(model) | token_merging.merged_tokens(model) | shapes
 
@@ -236,11 +238,13 @@ def _recorded_name(group: Group, wanted: Mapping[str, tuple[int, ...]]) -> str:
 
 def _of_heads(model: nn.Module, group: Group, shape: tuple[int, ...]) -> Group:
     """Return a group of attention channels with the number of heads of a recorded shape, if its heads can merge."""
-    merges = group.kind == "attention" and len(shape) == 2 and 0 < shape[0] and group.shape[0] % shape[0] == 0
+    merges = group.kind == "attention" and len(shape) == 2 and shape[0] > 0 and group.shape[0] % shape[0] == 0
     return traced_groups.merge_heads(model, group, shape[0]) if merges else group
 
 
-def _fewer_heads(heads: Sequence[Group], attention: Sequence[Group], wanted: Mapping[str, tuple[int, ...]]) -> list[Cut]:
+def _fewer_heads(
+    heads: Sequence[Group], attention: Sequence[Group], wanted: Mapping[str, tuple[int, ...]]
+) -> list[Cut]:
     """Return cuts of heads for every attention recorded with fewer heads that are not wider (merged) than before."""
     widths = {f"{group.name}{HEADS}": group.shape[1] for group in attention}
     cuts: list[Cut] = []

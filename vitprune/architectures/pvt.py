@@ -38,9 +38,7 @@ def groups(model: Any, kind: str) -> list[Group]:
         streams = [
             group_along(channels, f"stages.{index}.residual", f"{writer}.weight", 0, partial(_resize_stream, index))
             for index, writer in enumerate(writers)
-        ] + [
-            group_along(channels, f"{path}.sr", f"{path}.sr.weight", 0, owner=path) for path in reductions
-        ]
+        ] + [group_along(channels, f"{path}.sr", f"{path}.sr.weight", 0, owner=path) for path in reductions]
         return after_trial(model, streams)
     return block_weights(blocks, BLOCK_LINEARS)
 

@@ -20,7 +20,9 @@ def groups(model: Any, kind: str) -> list[Group]:
     """
     if kind == "residual":
         return after_trial(model, _streams(model))
-    return block_weights((name, block) for name, block in model.named_modules() if isinstance(block, SwinTransformerBlock))
+    return block_weights(
+        (name, block) for name, block in model.named_modules() if isinstance(block, SwinTransformerBlock)
+    )
 
 
 def _streams(model: Any) -> list[Group]:

@@ -204,7 +204,9 @@ def _is_outer(model: Any, owner: str) -> bool:
 
 def _modules_without_labels(model: nn.Module) -> list[str]:
     """Return modules whose layers mix tokens: their channels are a second axis of channels, which one trace lacks."""
-    traced = {part.param for channels in traced_channels(model) for part in channels.slices if part.param.endswith(".weight")}
+    traced = {
+        part.param for channels in traced_channels(model) for part in channels.slices if part.param.endswith(".weight")
+    }
     missing = [
         path.rpartition(".")[0]
         for path, module in model.named_modules()

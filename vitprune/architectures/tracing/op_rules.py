@@ -29,7 +29,9 @@ def apply_rule(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
         view = None
     if name in PERMUTATIONS and view is not None:
         trace.set_labels(result, view.permute(PERMUTATIONS[name](args)))
-    elif name in ("expand", *VIEWS) and view is not None and view.is_matrix_of(result):  # repeated for a batched product
+    elif (
+        name in ("expand", *VIEWS) and view is not None and view.is_matrix_of(result)
+    ):  # repeated for a batched product
         trace.set_labels(result, view)
     elif name in CUTS and view is not None and (len(args) < 5 or args[4] == 1):
         axis = (args[1] if len(args) > 1 else 0) if name == "slice" else args[2] if len(args) > 2 else 0
@@ -91,7 +93,9 @@ def _rearrangement(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping
 def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
     """Elementwise operations: channels at the same position of the operands are coupled."""
     tensors = [value for value in args if isinstance(value, Tensor)]
-    operands = [(value, _repeated(value, labels)) for value in tensors if (labels := trace.labels_of(value)) is not None]
+    operands = [
+        (value, _repeated(value, labels)) for value in tensors if (labels := trace.labels_of(value)) is not None
+    ]
     if not operands:
         return
     try:

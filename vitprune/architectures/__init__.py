@@ -238,7 +238,7 @@ def _recorded_name(group: Group, wanted: Mapping[str, tuple[int, ...]]) -> str:
 
 def _of_heads(model: nn.Module, group: Group, shape: tuple[int, ...]) -> Group:
     """Return a group of attention channels with the number of heads of a recorded shape, if its heads can merge."""
-    merges = group.kind == "attention" and len(shape) == 2 and 0 < shape[0] and group.shape[0] % shape[0] == 0
+    merges = group.kind == "attention" and len(shape) == 2 and shape[0] > 0 and group.shape[0] % shape[0] == 0
     return traced_groups.merge_heads(model, group, shape[0]) if merges else group
 
 

@@ -2,7 +2,8 @@
 
 Many attentions compute sizes from the width C of their input, as in `reshape(B, N, heads, C // heads)` or
 `reshape(B, N, C)`, and so run only as long as their heads fill that width. Here the argument that holds the width is
-replaced in a copy of the method: by -1, or by the size of the tensor if another argument is -1. The class of the module is changed to a subclass with these methods, so that
+replaced in a copy of the method: by -1, or by the size of the tensor if another argument is -1. Arguments that are
+attributes, as `self.head_dim`, remain. The class of the module is changed to a subclass with these methods, so that
 parameters, their names and references to the module remain valid. Whether the result is right is proven elsewhere.
 """
 
@@ -73,17 +74,20 @@ def _choices(observed: Observed, sizes: Collection[int]) -> Choices:
 
 
 def _with_choices(kind: type[nn.Module], choices: Choices) -> type[nn.Module]:
-    known = _choices_of(kind)
-    return _inferring(original_class(kind), known | choices) if choices - known else kind
+    known, original = _choices_of(kind), original_class(kind)
+    wider: type[nn.Module] = _inferring(original, known | choices) if choices - known else kind  # type: ignore[arg-type]
+    return wider
 
 
 def original_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a class of any width was made from; any other class itself."""
-    return vars(kind).get("_original", kind)
+    original: type[nn.Module] = vars(kind).get("_original", kind)
+    return original
 
 
 def _choices_of(kind: type[nn.Module]) -> Choices:
-    return vars(kind).get("_choices", frozenset())
+    choices: Choices = vars(kind).get("_choices", frozenset())
+    return choices
 
 
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -182,8 +186,9 @@ class _Reshapes(ast.NodeTransformer):
             return _inferring_call(function.value, sizes, *self._positions[number])
         if self._observe:
             self.changed = True
-            attributes = tuple(position for position, size in enumerate(sizes) if isinstance(size, ast.Attribute))
-            given = [function.value, ast.Constant(number), ast.Constant(attributes), *sizes]
+            attributes = [position for position, size in enumerate(sizes) if isinstance(size, ast.Attribute)]
+            places = ast.Tuple([ast.Constant(position) for position in attributes], ast.Load())
+            given = [function.value, ast.Constant(number), places, *sizes]
             return ast.Call(ast.Name(OBSERVE, ast.Load()), given, [])
         return node
 

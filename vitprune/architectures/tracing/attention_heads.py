@@ -151,7 +151,7 @@ def _tie_fused_rows(trace: Trace) -> None:
 def _tie_mixed_heads(trace: Trace, model: nn.Module) -> list[ChannelGroup]:
     """Unite each mixture of the logits of all heads with the head of its number, and return the groups of the trace.
 
-    Talking heads are mixed before and after the softmax: the mixtures are read from heads and written to the same heads.
+    Talking heads are mixed before and after the softmax: the mixtures are read from heads and written to these heads.
     """
     groups, tied = ChannelGraph(trace, model).groups(), False
     found = trace.sets.find_unique([trace.head_labels[1:]])
@@ -269,8 +269,10 @@ def _parts_of(trace: Trace, channels: ChannelGroup, rows: Mapping[int, list[Tens
     result: list[tuple[str, int]] = []
     for part in channels.slices:
         labels = trace.axes.get((part.param, 0), trace.elements.get(part.param))
-        positions = [] if labels is None or part.axis != 0 or labels.dim() > 1 else torch.isin(labels, chosen).nonzero()
-        repetitions = {int(position) // (channels.units // part.heads * part.inner) for position in positions}
+        positions: list[int] = []
+        if labels is not None and part.axis == 0 and labels.dim() == 1:
+            positions = torch.isin(labels, chosen).nonzero().flatten().tolist()
+        repetitions = {position // (channels.units // part.heads * part.inner) for position in positions}
         if part.runs > 1:
             repetitions = {repetition % part.runs for repetition in repetitions}
         result += [(part.param, number) for number in sorted(repetitions)]

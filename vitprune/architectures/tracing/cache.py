@@ -23,7 +23,7 @@ from vitprune.runtime.outputs import tensors_of
 
 @dataclass(frozen=True)
 class _CacheEntry:
-    """Groups of a model, its trace until its heads are found, its heads, the error of each trial run (empty: it ran)."""
+    """Groups of a model, its trace until its heads are found, its heads, error of each trial run (empty: it ran)."""
 
     groups: list[ChannelGroup]
     trace: list[Trace]

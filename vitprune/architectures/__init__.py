@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitprune.architectures import (
     attention,
     block_removal,
+    branch_removal,
     by_module,
     pvt,
     residual_stream,
@@ -97,6 +98,8 @@ def _refuse_shared(model: nn.Module, groups: Sequence[Group]) -> None:
 
 
 def _find(model: nn.Module, kind: str) -> list[Group]:
+    if kind == "branch":
+        return branch_removal.groups(model)
     if kind == "block" and not removes_sublayers(model):
         return block_removal.groups(model)
     if type(model) in FAMILIES:
@@ -112,7 +115,9 @@ def _find(model: nn.Module, kind: str) -> list[Group]:
 
 def removes_sublayers(model: nn.Module) -> bool:
     """Return whether sub-layers of a model are removed; of other models, whole blocks are."""
-    return type(model) is Decoder or (type(model) in VISION_TRANSFORMERS and vit.has_plain_blocks(model))
+    return type(model) is Decoder or (
+        type(model) in VISION_TRANSFORMERS and vit.has_plain_blocks(model, (branch_removal.ZeroBranch,))
+    )
 
 
 def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -> list[Group]:
@@ -133,11 +138,12 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return what `rebuild` needs: the shape of every group that `shrink` can cut, removed blocks, merged tokens."""
+    """Return what `rebuild` needs: shapes of the groups that `shrink` can cut, removed modules, merged tokens."""
     blocks = _cuttable(model, "block") if removes_sublayers(model) else []
     heads = _cuttable(model, "attention") or _cuttable(model, "head")
     groups = blocks + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
-    others = block_removal.removed_blocks(model) | token_merging.merged_tokens(model)
+    others = block_removal.removed_blocks(model) | branch_removal.removed_branches(model)
+    others |= token_merging.merged_tokens(model)
     return others | recorded_shapes(model) | {group.name: group.shape for group in groups}
 
 
@@ -174,10 +180,14 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     cuts: list[Cut] = []
     reached: dict[str, dict[str, tuple[int, ...]]] = {}  # as `structure` would return it for the result, by kind
-    for kind in ("block", "head", "residual", "attention", "ffn") if wanted else ():
+    for kind in ("block", "branch", "head", "residual", "attention", "ffn") if wanted else ():
         if kind == "block" and not removes_sublayers(model):
             cuts += apply_cuts(model, block_removal.cuts_of(model, wanted))
             reached[kind] = block_removal.removed_blocks(model)
+            continue
+        if kind == "branch":
+            cuts += apply_cuts(model, branch_removal.branch_cuts(model, wanted))
+            reached[kind] = branch_removal.removed_branches(model)
             continue
         groups = _cuttable(model, kind)
         chosen = [(group, wanted[group.name]) for group in groups if group.name in wanted]
@@ -224,6 +234,8 @@ def _fewer_heads(model: nn.Module, groups: Sequence[Group], wanted: Mapping[str,
 
 def uniform_args(model: nn.Module) -> dict[str, Any]:
     """Return the arguments of timm.create_model that give a model of these shapes; empty if there are none."""
+    if branch_removal.removed_branches(model):
+        return {}
     if isinstance(model, PyramidVisionTransformerV2):
         return pvt.uniform_args(model)
     return vit.uniform_args(model) if isinstance(model, VisionTransformer) else {}

@@ -7,6 +7,7 @@ from timm.models.pvt_v2 import Attention, Block, MlpWithDepthwiseConv
 
 from vitprune.architectures import by_module
 from vitprune.architectures.block_removal import IdentityBlock
+from vitprune.architectures.branch_removal import ZeroBranch
 from vitprune.architectures.narrow_attention import NarrowPvtAttention, set_pvt_forward_class
 from vitprune.architectures.residual_stream import group_along
 from vitprune.architectures.slices import block_weights, not_prunable
@@ -34,7 +35,7 @@ def groups(model: Any, kind: str) -> list[Group]:
     ]
     if kind == "residual":
         writers = ["patch_embed.proj", *(f"stages.{index}.downsample.proj" for index in range(1, len(model.stages)))]
-        reductions = [f"{path}.attn" for path, block in blocks if block.attn.sr is not None]
+        reductions = [f"{path}.attn" for path, block in blocks if getattr(block.attn, "sr", None) is not None]
         channels = traced_channels(model)
         return [
             group_along(channels, f"stages.{index}.residual", f"{writer}.weight", 0, partial(_resize_stream, index))
@@ -67,9 +68,9 @@ def plain(path: str, block: Any) -> Any:
     """
     if type(block) is not Block:
         raise not_prunable(path, block, "only timm's PVTv2 Block is supported")
-    if type(block.attn) not in (Attention, NarrowPvtAttention):
+    if type(block.attn) not in (Attention, NarrowPvtAttention, ZeroBranch):
         raise not_prunable(f"{path}.attn", block.attn, "only timm's PVTv2 Attention is supported")
-    if type(block.mlp) is not MlpWithDepthwiseConv:
+    if type(block.mlp) not in (MlpWithDepthwiseConv, ZeroBranch):
         raise not_prunable(f"{path}.mlp", block.mlp, "only timm's MLP with a depth-wise convolution is supported")
     return block
 
@@ -91,7 +92,7 @@ def _resize_stream(index: int, model: Any, shape: tuple[int, ...]) -> None:
     """Record a new width of the residual stream of a stage."""
     model.feature_info[index]["num_chs"] = shape[0]
     for block in model.stages[index].blocks:
-        if type(block) is not IdentityBlock:
+        if type(block) is not IdentityBlock and type(block.attn) is not ZeroBranch:
             set_pvt_forward_class(block.attn)
     if index + 1 == len(model.stages):
         model.num_features = model.head_hidden_size = shape[0]

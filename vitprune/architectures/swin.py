@@ -8,6 +8,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
 from vitprune.architectures import by_module
+from vitprune.architectures.branch_removal import ZeroBranch
 from vitprune.architectures.residual_stream import group_along
 from vitprune.architectures.slices import block_weights, not_prunable
 from vitprune.architectures.tracing.cache import traced_channels
@@ -22,7 +23,7 @@ def groups(model: Any, kind: str) -> list[Group]:
     """
     blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, SwinTransformerBlock)]
     for path, block in blocks:
-        if type(block.mlp) is not Mlp:
+        if type(block.mlp) not in (Mlp, ZeroBranch):
             raise not_prunable(f"{path}.mlp", block.mlp, "only timm's plain Mlp is supported")
     if kind == "residual":
         return _streams(model)

@@ -13,7 +13,7 @@ from vitprune.config.train_config import TrainConfig
 Epoch = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0)]
 Label = Annotated[int, Field(ge=0)]
-Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
+Kind = Literal["weight", "ffn", "attention", "head", "residual", "block", "branch"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

@@ -94,15 +94,6 @@ def shape_error(model: nn.Module) -> str:
     return ""
 
 
-def output_shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    """Return the shapes of all tensors that a model returns at its own input size.
-
-    Raises:
-        BadInput: the model does not run.
-    """
-    return with_example(model, lambda copy, inputs: [tuple(one.shape) for one in tensors_of(_run(copy, inputs))])
-
-
 def _run(model: nn.Module, inputs: Tensor) -> Any:
     with torch.no_grad(), eval_mode(model):
         return model(inputs)

@@ -23,13 +23,14 @@ def test_all_stages_use_the_images_and_logits_of_the_classes(method: str, finish
     params = yaml.safe_load(path.read_text())
     sparsity = 0.5 if method == "magnitude" else {"ffn": 0.5}
     params["prune"] |= {"classes": [7, 1, 4], "method": method, "sparsity": sparsity, "cycles": 2}
-    params["calibrate"]["size"] = 20
+    params["calibrate"]["size"], params["export"] = 20, {"onnx": True, "int8": method == "magnitude"}
     path.write_text(yaml.safe_dump(params, sort_keys=False))
     with contextlib.chdir(finished_project):
         for stage in AFTER_DENSE:
             stages.run(stage, finished_project)
         calibrated = tables.read_table(Path("data/calibration.parquet"), tables.CALIBRATION)["label"].to_pylist()
         rows = tables.read_table(Path("out/evaluate/evaluation.parquet"), tables.EVALUATION).to_pylist()
+        exported = read_json(Path("metrics/export.json"))
         evaluated, model = read_json(Path("metrics/evaluate.json")), load(Path("out/distill"))
         run = RecordedRun(load_params(Path("params.yaml")), {}, {}, 600)
         mismatches = {check: list(recheck(check, run)) for check in ("cycles", "weights", "curves", "predictions")}
@@ -39,6 +40,8 @@ def test_all_stages_use_the_images_and_logits_of_the_classes(method: str, finish
         assert {row[column] for row in rows} <= {7, 1, 4}
     assert evaluated["images"] == len(rows) > 10
     assert evaluated["pruned"]["top1"] == 100 * sum(row["pruned"] == row["label"] for row in rows) / len(rows)
+    if method == "magnitude":
+        assert exported["int8"]["model_top1"] == pytest.approx(evaluated["pruned"]["top1"], abs=5)
     assert mismatches == {"cycles": [], "weights": [], "curves": [], "predictions": []}
 
 

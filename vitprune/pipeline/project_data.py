@@ -16,7 +16,7 @@ from vitprune.config.params import Params
 from vitprune.data.class_subset import Batches, images_of_classes
 from vitprune.errors import BadInput
 from vitprune.runtime import tables
-from vitprune.runtime.kept_classes import kept_classes
+from vitprune.runtime.kept_classes import class_positions, kept_classes
 from vitprune.runtime.messages import first_line
 
 MANIFEST, CALIBRATION = Path("data/manifest.parquet"), Path("data/calibration.parquet")
@@ -81,6 +81,12 @@ def open_images(split: str, model: nn.Module, params: Params, augment: str | Non
     if highest >= classes:
         raise BadInput(f"model.args.num_classes: {classes}, but the data has label {highest}; set it to {highest + 1}")
     return table
+
+
+def labelled_by_output(table: data.ImageTable, model: nn.Module) -> data.ImageTable:
+    """Return images of `open_images` whose labels are outputs of the model, also if it was cut to some classes."""
+    classes = kept_classes(model)
+    return table if classes is None else replace(table, labels=class_positions(table.labels, classes))
 
 
 def rows_of_classes(classes: Sequence[int] | None) -> pa.Table:

@@ -166,6 +166,7 @@ def test_models_of_transformers_load_with_fewer_labels(name: str, tmp_path: Path
     for loaded in (load(tmp_path), kind.from_pretrained(tmp_path).eval()):
         with torch.no_grad():
             torch.testing.assert_close(loaded(x).logits, expected)
+    assert kind.from_pretrained(tmp_path).config.id2label == {0: "name 5", 1: "name 0", 2: "name 3"}
     assert model.config.num_labels == 10
     assert kept_classes(load(tmp_path)) == (5, 0, 3)
 

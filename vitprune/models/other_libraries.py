@@ -98,7 +98,7 @@ def save_other(
     own = made.args if made.library != TRANSFORMERS else {}
     config |= {"args": dict(own)} if own else {}
     config |= {} if (classes := kept_classes(model)) is None else {"classes": list(classes)}
-    written = dict(made.args) | {"architectures": [made.name]} if made.library == TRANSFORMERS else {}
+    written = dict(made.args) | {"architectures": [made.name]} | _names(model) if made.library == TRANSFORMERS else {}
     if uniform is None and made.library != OWN:
         _refuse_other_model(model, made, shapes)
     with atomic_write(directory / CONFIG) as partial:
@@ -188,6 +188,17 @@ def _structural(config: Mapping[str, Any]) -> dict[str, Any]:
     labels = config.get("id2label")
     result = {key: value for key, value in config.items() if key not in DROPPED and value is not None}
     return result | ({"num_labels": len(labels)} if labels is not None else {})
+
+
+def _names(model: nn.Module) -> dict[str, Any]:
+    """Names of the classes, as a configuration of transformers has them; empty if they are LABEL_0, LABEL_1, ..."""
+    names = getattr(model.config, "id2label", None) or {}
+    if all(name == f"LABEL_{label}" for label, name in names.items()):
+        return {}
+    return {
+        "id2label": {str(label): str(name) for label, name in names.items()},
+        "label2id": {str(name): int(label) for label, name in names.items()},
+    }
 
 
 def _build(factory: Factory) -> nn.Module:

@@ -73,6 +73,7 @@ def swin() -> nn.Module:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register a method `drawn` that draws random scores for units of every kind."""
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer", "block": "layer"}
+    scopes["branch"] = "layer"
     monkeypatch.setitem(METHODS, "drawn", Method(magnitude.random, scopes, ("ffn", "attention"), True, "for tests"))
 
 

@@ -97,11 +97,40 @@ def _stage_command(stage: str) -> Callable[[Path], None]:
     return command
 
 
+def _evaluate_command(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", help="Directory of a saved timm model, instead of a project.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--data", help="With MODEL: folder:PATH, parquet:PATH, wds/PATH or a timm name.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="With MODEL: accuracy, knn; agreement with --dense: cosine, cka or iou.")
+    ] = "accuracy",
+    dense: Annotated[Path | None, typer.Option(help="With MODEL: directory of the dense model.")] = None,
+    threshold: Annotated[float, typer.Option(help="With MODEL: threshold of a map of one channel, for iou.")] = 0.0,
+    project: Project = Path(),
+) -> None:
+    if model is None:
+        if source is not None or dense is not None or metric != "accuracy":
+            raise BadInput("--data, --metric and --dense: evaluate one saved model; give its directory as MODEL")
+        _stage_command("evaluate")(project)
+        return
+    if source is None:
+        raise BadInput("--data: give the images to evaluate on, such as folder:photos")
+    import json
+    from typing import Any, cast
+
+    from vitprune.evaluation.evaluate_saved import evaluate_saved
+
+    print(json.dumps(evaluate_saved(model, source, cast(Any, metric), dense, threshold=threshold), indent=2))
+
+
 _COMMANDS = STAGES | {"report": "Write the HTML report from the results of all stages."}
 for _name, _help in _COMMANDS.items():
     app.command(
         _name, help=_help, rich_help_panel=STAGE_PANEL, epilog=f"Example: vitprune {_name} --project my-project"
-    )(_stage_command(_name))
+    )(_evaluate_command if _name == "evaluate" else _stage_command(_name))
 
 
 def _require_pipeline() -> None:

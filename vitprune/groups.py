@@ -13,6 +13,7 @@ from vitprune.runtime.eval_mode import drop_cached
 from vitprune.runtime.wrappers import plain_model
 
 CHANNEL_NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)  # with a normalized_shape
+REMOVED = ("branch", "block")  # kinds whose units are modules; blocks are removed last, since they are renumbered
 RECORDED_SHAPES = "vitprune_shapes"  # attribute of a model
 Scores = dict[str, Tensor]
 Masks = dict[str, Tensor]
@@ -80,7 +81,7 @@ class Group:
 
     Attributes:
         name: unique name; masks and scores are stored by it.
-        kind: weight, ffn, attention, head, residual or block.
+        kind: weight, ffn, attention, head, residual, block or branch.
         shape: shape of scores and masks. For attention channels it is (heads, head_dim), and all heads must keep the
             same number of channels.
         slices: slices of parameters that are zeroed or cut out with the units.
@@ -90,8 +91,9 @@ class Group:
         resize: function that records a new shape in the owner, after the slices are cut.
         sublayers: for blocks, the module paths of every unit, the attention or MLP first. The units are the sub-layers
             in the order of the model: attention, FFN, attention, and so on. If only whole blocks can be removed, both
-            units of a block are the block.
-        drop: for blocks, function that removes the sub-layers which a mask does not keep from the owner.
+            units of a block are the block. Of a branch: its main module, and those without effect
+            then.
+        drop: for blocks and branches, function that removes the sub-layers which a mask does not keep from the owner.
         is_traced: whether the group was found by tracing; the model then records its shape, because a trace of the
             pruned model may find other groups.
         projections: for attention channels, the layers of q, k and v; None if they are no plain Linear layers, or if a
@@ -155,8 +157,8 @@ def mask_without(group: Group, unit: int) -> Tensor:
 
 
 def removed_modules(groups: Iterable[Group], masks: Masks) -> tuple[str, ...]:
-    """Return the paths of all modules of the sub-layers that the masks of block groups remove."""
-    blocks = [group for group in groups if group.kind == "block"]
+    """Return the paths of all modules of the sub-layers that the masks of block and branch groups remove."""
+    blocks = [group for group in groups if group.sublayers]
     pairs = [pair for group in blocks for pair in zip(group.sublayers, masks[group.name].tolist(), strict=True)]
     return tuple(path for paths, keep in pairs if not keep for path in paths)
 
@@ -240,7 +242,7 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     for group, keep in fitting:
         _refuse_stale(model, group)
         why = {"residual": "residual channels cannot be zeroed, LayerNorm would still count them; shrink them"}
-        why |= {"block": "blocks cannot be zeroed, they are removed from the model; shrink them"}
+        why |= dict.fromkeys(REMOVED, f"{group.name} cannot be zeroed, they are removed from the model; shrink them")
         if group.kind in why and not bool(keep.all()):
             raise BadInput(f"{group.name}: {why[group.kind]}")
     for group, keep in fitting:
@@ -277,9 +279,10 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
     _refuse_shared_axes(groups)
     for group in groups:
         _refuse_stale(model, group)
-    blocks = [(group, _fitting(group, masks)) for group in groups if group.kind == "block"]
+    blocks = [(group, _fitting(group, masks)) for group in groups if group.kind in REMOVED]
+    blocks.sort(key=lambda pair: REMOVED.index(pair[0].kind))
     removed = removed_modules([group for group, _ in blocks], masks)
-    others = [(g, _fitting(g, masks)) for g in groups if g.kind != "block" and not is_within(g.name, removed)]
+    others = [(g, _fitting(g, masks)) for g in groups if g.kind not in REMOVED and not is_within(g.name, removed)]
     for group, keep, shape in [(group, keep, _kept_shape(group, keep)) for group, keep in others + blocks]:
         _cut(model, group, keep, shape)
     return result

@@ -37,7 +37,7 @@ def test_a_transformers_configuration(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     rows = lines(f"hf:{tmp_path}")
     assert {row["kind"]: row["verdict"] for row in rows} == dict.fromkeys(
-        ("weight", "ffn", "attention", "head", "residual", "block"), "proven"
+        ("weight", "ffn", "attention", "head", "residual", "block", "branch"), "proven"
     )
     sizes = {row["kind"]: row["sizes"] for row in rows}
     assert sizes["attention"] == ["head_dim", "scaling"]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures import (
     block_removal,
+    branch_removal,
     pvt,
     residual_stream,
     swin,
@@ -97,6 +98,8 @@ def _refuse_shared(model: nn.Module, groups: Sequence[Group]) -> None:
 
 
 def _find(model: nn.Module, kind: str) -> list[Group]:
+    if kind == "branch":
+        return branch_removal.groups(model)
     if kind == "block" and not removes_sublayers(model):
         return block_removal.groups(model)
     if kind in traced_groups.KINDS:
@@ -112,7 +115,9 @@ def _find(model: nn.Module, kind: str) -> list[Group]:
 
 def removes_sublayers(model: nn.Module) -> bool:
     """Return whether sub-layers of a model are removed; of other models, whole blocks are."""
-    return type(model) is Decoder or (type(model) in VISION_TRANSFORMERS and vit.has_plain_blocks(model))
+    return type(model) is Decoder or (
+        type(model) in VISION_TRANSFORMERS and vit.has_plain_blocks(model, (branch_removal.ZeroBranch,))
+    )
 
 
 def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -> list[Group]:
@@ -133,7 +138,7 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return what `rebuild` needs: the shapes of all groups that can be cut, removed blocks and merged tokens.
+    """Return what `rebuild` needs: the shapes of all groups that can be cut, removed modules, merged tokens.
 
     Args:
         model: any model.
@@ -152,7 +157,8 @@ def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
         name: shape for name, shape in recorded.items() if name not in inside and name.removesuffix(HEADS) in modules
     }
     shapes |= {group.name: group.shape for group in groups}
-    return block_removal.removed_blocks(model) | token_merging.merged_tokens(model) | shapes
+    others = block_removal.removed_blocks(model) | branch_removal.removed_branches(model)
+    return others | token_merging.merged_tokens(model) | shapes
 
 
 def _without_channels(heads: Sequence[Group], attention: Sequence[Group]) -> list[Group]:
@@ -194,10 +200,14 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     cuts: list[Cut] = []
     reached: dict[str, tuple[int, ...]] = {}  # as `structure` would return it for the result
-    for kinds in (("block",), ("head",), ("residual", "attention", "ffn")) if wanted else ():
+    for kinds in (("block",), ("branch",), ("head",), ("residual", "attention", "ffn")) if wanted else ():
         if kinds == ("block",) and not removes_sublayers(model):
             cuts += apply_cuts(model, block_removal.cuts_of(model, wanted))
             reached |= block_removal.removed_blocks(model)
+            continue
+        if kinds == ("branch",):
+            cuts += apply_cuts(model, branch_removal.branch_cuts(model, wanted))
+            reached |= branch_removal.removed_branches(model)
             continue
         groups = [group for kind in kinds for group in _cuttable(model, kind)]
         reached |= {group.name: group.shape for group in groups}
@@ -257,6 +267,8 @@ def _fewer_heads(
 
 def uniform_args(model: nn.Module) -> dict[str, Any]:
     """Return the arguments of timm.create_model that give a model of these shapes; empty if there are none."""
+    if branch_removal.removed_branches(model):
+        return {}
     if isinstance(model, PyramidVisionTransformerV2):
         return pvt.uniform_args(model)
     return vit.uniform_args(model) if isinstance(model, VisionTransformer) else {}

@@ -1,6 +1,6 @@
 """Removal of whole residual blocks, x + f(x), of any model: a removed block becomes an IdentityBlock."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.slices import not_prunable
-from vitprune.architectures.tracing.cache import output_shapes
 from vitprune.architectures.tracing.example_run import NotRunningError, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.architectures.tracing.residual_branches import find_residual_modules
 from vitprune.errors import BadInput
-from vitprune.groups import Group, is_within, meta_copy
+from vitprune.groups import Group, is_within
+from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.outputs import tensors_of
 
 _CACHE: StructureCache[tuple[str, ...] | BadInput] = StructureCache()
 
@@ -83,7 +84,7 @@ def _remove(paths: Sequence[str], model: nn.Module, keep: Tensor) -> None:
 
 def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
     """Paths of the removable blocks, or the error if there are none."""
-    members = _members(model)
+    members = block_members(model)
     try:
         residual = with_example(model, lambda copy, inputs: find_residual_modules(copy, inputs, members))
     except BadInput as error:
@@ -91,17 +92,36 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
     paths = _innermost([path for path in members if path in residual])
     if not paths:
         return _refusal(model, members)
-    copy = meta_copy(model)
-    _remove(paths, copy, torch.zeros(2 * len(paths), dtype=torch.bool))
-    try:
-        why = "" if output_shapes(copy) == output_shapes(model) else "its outputs have other shapes"
-    except NotRunningError as error:
-        why = error.reason
+    why = why_not_without(model, lambda copy: _remove(paths, copy, torch.zeros(2 * len(paths), dtype=torch.bool)))
     return BadInput(f"{type(model).__name__}: without its blocks it does not run as before ({why})") if why else paths
 
 
-def _members(model: nn.Module) -> list[str]:
-    """Paths of all members of a Sequential or ModuleList with two layers or more and no removed block inside."""
+def why_not_without(model: nn.Module, remove: Callable[[nn.Module], None]) -> str:
+    """Return why a model does not run as before after a removal of modules; empty if it does.
+
+    Args:
+        model: the model; it is not changed.
+        remove: removes modules from a copy.
+    """
+
+    def shapes(copy: nn.Module, inputs: Tensor, smaller: bool) -> list[torch.Size]:
+        if smaller:
+            remove(copy)
+        with torch.no_grad(), eval_mode(copy):
+            return [value.shape for value in tensors_of(copy(inputs))]
+
+    try:
+        before, after = (with_example(model, partial(shapes, smaller=smaller)) for smaller in (False, True))
+    except NotRunningError as error:
+        return error.reason
+    return "" if before == after else "its outputs have other shapes"
+
+
+def block_members(model: nn.Module) -> list[str]:
+    """Return the paths of all members of a Sequential or ModuleList with two layers or more.
+
+    A module with a removed block inside is not among them.
+    """
     result = []
     for path, module in model.named_modules():
         is_member = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Sequential | nn.ModuleList)

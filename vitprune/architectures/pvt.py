@@ -6,6 +6,7 @@ from typing import Any
 from timm.models.pvt_v2 import Attention, Block, MlpWithDepthwiseConv
 
 from vitprune.architectures.block_removal import IdentityBlock
+from vitprune.architectures.branch_removal import ZeroBranch
 from vitprune.architectures.inferred_widths import original_class
 from vitprune.architectures.residual_stream import after_trial, group_along
 from vitprune.architectures.slices import block_weights, not_prunable
@@ -33,7 +34,7 @@ def groups(model: Any, kind: str) -> list[Group]:
     ]
     if kind == "residual":
         writers = ["patch_embed.proj", *(f"stages.{index}.downsample.proj" for index in range(1, len(model.stages)))]
-        reductions = [f"{path}.attn" for path, block in blocks if block.attn.sr is not None]
+        reductions = [f"{path}.attn" for path, block in blocks if getattr(block.attn, "sr", None) is not None]
         channels = traced_channels(model)
         streams = [
             group_along(channels, f"stages.{index}.residual", f"{writer}.weight", 0, partial(_resize_stream, index))
@@ -65,9 +66,9 @@ def plain(path: str, block: Any) -> Any:
     """
     if type(block) is not Block:
         raise not_prunable(path, block, "only timm's PVTv2 Block is supported")
-    if original_class(type(block.attn)) is not Attention:
+    if original_class(type(block.attn)) not in (Attention, ZeroBranch):
         raise not_prunable(f"{path}.attn", block.attn, "only timm's PVTv2 Attention is supported")
-    if type(block.mlp) is not MlpWithDepthwiseConv:
+    if type(block.mlp) not in (MlpWithDepthwiseConv, ZeroBranch):
         raise not_prunable(f"{path}.mlp", block.mlp, "only timm's MLP with a depth-wise convolution is supported")
     return block
 
@@ -85,7 +86,7 @@ def _resize_stream(index: int, model: Any, shape: tuple[int, ...]) -> None:
     """Record a new width of the residual stream of a stage."""
     model.feature_info[index]["num_chs"] = shape[0]
     for block in model.stages[index].blocks:
-        if type(block) is not IdentityBlock:
+        if type(block) is not IdentityBlock and type(block.attn) is not ZeroBranch:
             block.attn.dim = shape[0]
     if index + 1 == len(model.stages):
         model.num_features = model.head_hidden_size = shape[0]

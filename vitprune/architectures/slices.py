@@ -43,9 +43,13 @@ def weight_group(path: str, layer: Any, layer_type: str) -> Group:
 def block_weights(
     blocks: Iterable[tuple[str, nn.Module]], layer_types: Mapping[str, str] = BLOCK_LINEARS
 ) -> list[Group]:
-    """Return the groups of all single weights of these layers of every block, given as (path, block)."""
+    """Return the groups of all single weights of these layers of every block, given as (path, block).
+
+    A removed branch has no layers.
+    """
     return [
         weight_group(f"{path}.{leaf}", block.get_submodule(leaf), layer_type)
         for path, block in blocks
         for leaf, layer_type in layer_types.items()
+        if list(block.get_submodule(leaf.partition(".")[0]).children())
     ]

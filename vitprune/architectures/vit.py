@@ -34,10 +34,11 @@ def groups(model: Any, kind: str) -> list[Group]:
     return [_block_group(paths)] if kind == "block" else block_weights(zip(paths, model.blocks, strict=True))
 
 
-def has_plain_blocks(model: Any) -> bool:
-    """Return whether all blocks are timm's plain transformer Block, with plain Attention and Mlp."""
+def has_plain_blocks(model: Any, others: tuple[type, ...] = ()) -> bool:
+    """Return whether all blocks are timm's plain transformer Block, with plain Attention and Mlp or one of `others`."""
     return all(
-        type(block) is Block and type(block.attn) is Attention and type(block.mlp) is Mlp for block in model.blocks
+        type(block) is Block and type(block.attn) in (Attention, *others) and type(block.mlp) in (Mlp, *others)
+        for block in model.blocks
     )
 
 

@@ -27,6 +27,10 @@ class Dataset(Section):
     classes: list[str] | None = None
     """Class names in the order of their labels; null: those of the source."""
 
+    labels: list[Annotated[int, Field(ge=0)]] | None = None
+    """Class of the model for every class of the source, such as [0, 217, 482] for three folders and a model of
+    ImageNet; null: the labels of the source."""
+
     eval_source: str | None = None
     """Second source to evaluate on; null: the eval split of the source, or a part of it."""
 

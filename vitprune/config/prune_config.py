@@ -12,7 +12,8 @@ from vitprune.config.train_config import TrainConfig
 
 Epoch = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0)]
-Kind = Literal["weight", "ffn", "attention", "head", "residual", "block"]
+Label = Annotated[int, Field(ge=0)]
+Kind = Literal["weight", "ffn", "attention", "head", "residual", "block", "branch"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -73,6 +74,11 @@ class PruneConfig(Section):
     merge_heads_to: Count | None = None
     """Merge the attention heads into this many before pruning attention channels (UP-ViTs)."""
 
+    classes: list[Label] | None = None
+    """Classes of the dense model that are needed: importance, weight updates and reconstruction use their logits alone,
+    calibration images of other classes are left out, and the pruned model has one output per class, in this order;
+    null: all. Costs and targets refer to the dense model with these outputs."""
+
     allocation: AllocationConfig | None = None
     """Search the sparsity of every group by the KL divergence on held-out calibration images, for scope macs; null: the
     ranking decides."""
@@ -105,6 +111,15 @@ class PruneConfig(Section):
     keep_zeros: bool = True
     """Keep the zeros of a checkpoint at zero while fine-tuning as well. Weights that the plan has pruned remain zero in
     any case."""
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        if self.classes is not None and not self.classes:
+            raise at_key("classes", "is empty; name the classes to keep, or null for all", self.classes)
+        for position, label in enumerate(self.classes or ()):
+            if label in (self.classes or ())[:position]:
+                raise at_key("classes", f"{label} occurs twice; name every class once", self.classes)
+        return self
 
     @model_validator(mode="after")
     def _check_amount(self) -> Self:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vitprune.errors import BadInput
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.kept_classes import output_labels
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import main_tensor
 from vitprune.runtime.wrappers import plain_model
@@ -33,16 +34,23 @@ def checked_batches(batches: Any, model: nn.Module, name: str = "calibration") -
 
 
 def checked_stream(
-    batches: Any, model: nn.Module, name: str, classes: int | None = None, labelled: bool = True
+    batches: Any,
+    model: nn.Module,
+    name: str,
+    classes: int | None = None,
+    labelled: bool = True,
+    mapped: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield checked batches one by one.
 
     Args:
         batches: An iterable of pairs (images, labels).
-        model: The model that they are for.
+        model: The model that they are for. Labels of a model that was cut to some classes are those of the dense model;
+            they become its outputs if `mapped`.
         name: Name of the argument for messages.
         classes: Number of classes that labels must be below; None for no check. -100 marks an image without a label.
         labelled: Whether a batch must be a pair; else images alone get the label -100.
+        mapped: Whether labels become outputs of a model that was cut to some classes.
 
     Raises:
         BadInput: as `checked_batches`, except for iterators, or a label is not a class.
@@ -59,6 +67,7 @@ def checked_stream(
         images = checked_input(where, images, model, shapes, logits=True)
         if len(labels) != len(images):
             raise BadInput(f"{where}: {len(images)} images and {len(labels)} labels; give one label per image")
+        labels = output_labels(model, labels, where, IGNORED) if mapped else labels
         _check_classes(where, labels, classes)
         yield images, labels
 

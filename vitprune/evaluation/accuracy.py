@@ -9,6 +9,7 @@ from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import check_labels
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.kept_classes import kept_classes
 from vitprune.runtime.outputs import main_tensor
 from vitprune.runtime.progress import track
 
@@ -18,7 +19,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
 
     Args:
         model: A classifier.
-        batches: Images (B, C, H, W) and labels (B,).
+        batches: Images (B, C, H, W) and labels (B,). Labels and predictions of a model that was cut to some classes
+            (`prune.classes`) are classes of the dense model.
 
     Returns:
         `top1` and `top5` in percent, and the predicted class of every image (N,).
@@ -39,4 +41,6 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
             predictions.append(best[:, 0])
     if not seen:
         raise BadInput("evaluate: no images; check the eval split")
-    return {"top1": 100 * right1 / seen, "top5": 100 * right5 / seen}, torch.cat(predictions)
+    predicted, classes = torch.cat(predictions), kept_classes(model)
+    predicted = predicted if classes is None else torch.tensor(classes)[predicted]
+    return {"top1": 100 * right1 / seen, "top5": 100 * right5 / seen}, predicted

@@ -97,9 +97,9 @@ def check(
             yield ModelCheck(name, kind, 0.0, "refused", str(error))
             continue
         seconds = round(time.perf_counter() - start, 3)
-        if kind == "block" and groups[0].units == 2:
+        if groups[0].units == {"block": 2, "branch": 1}.get(kind, 0):
             yield ModelCheck(
-                name, kind, 0.0, "refused", f"{type(dense).__name__}: it has only one block, which cannot be removed"
+                name, kind, 0.0, "refused", f"{type(dense).__name__}: it has only one {kind}, which cannot be removed"
             )
             continue
         for number, ratio in enumerate(ratios):

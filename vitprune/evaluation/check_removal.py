@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.evaluation.cost import count_macs
-from vitprune.groups import Group, Masks, is_within, positions, removed_modules, shrink, zero
+from vitprune.groups import REMOVED, Group, Masks, is_within, positions, removed_modules, shrink, zero
 from vitprune.models.other_libraries import load_like
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.outputs import main_tensor
@@ -90,7 +90,7 @@ def masked_reference(dense: nn.Module, groups: Sequence[Group], masks: Masks) ->
     """Copy a model at full size and disable the removed units.
 
     The weights of the units are zeroed. Norms of the residual stream use the remaining channels only. Removed blocks
-    add nothing to the residual stream.
+    and branches add nothing to the residual stream.
 
     Args:
         dense: The model.
@@ -101,12 +101,14 @@ def masked_reference(dense: nn.Module, groups: Sequence[Group], masks: Masks) ->
         The reference model.
     """
     model = copy.deepcopy(dense)
-    if groups[0].kind not in ("residual", "block"):
+    if groups[0].kind not in ("residual", *REMOVED):
         return zero(model, groups, masks)
-    for path in dict.fromkeys(removed_modules(groups, masks)):
+    pairs = [pair for group in groups for pair in zip(group.sublayers, masks[group.name].tolist(), strict=False)]
+    for paths in dict.fromkeys(paths for paths, kept in pairs if not kept):
         is_block = groups[0].whole_blocks  # the module is the whole block: it returns its input
-        hook = (lambda module, args, output: args[0]) if is_block else (lambda *call: torch.zeros_like(call[-1]))
-        model.get_submodule(path).register_forward_hook(hook)
+        hook = (lambda module, args, output: args[0]) if is_block else (lambda *call: _zeros_like(call[-1]))
+        for path in paths[:1] if groups[0].kind == "branch" else paths:  # the others scale it, or only it reads them
+            model.get_submodule(path).register_forward_hook(hook)
     for group in groups:
         for part in group.slices:
             module = model.get_submodule(part.param.rpartition(".")[0])
@@ -116,6 +118,11 @@ def masked_reference(dense: nn.Module, groups: Sequence[Group], masks: Masks) ->
             with torch.no_grad():
                 model.get_parameter(part.param).index_fill_(part.axis, positions(part, ~masks[group.name]), 0)  # type: ignore[arg-type]
     return model
+
+
+def _zeros_like(output: Any) -> Any:
+    """Return zeros for a tensor, or for the first of several outputs."""
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
 def _narrow_norm(norm: nn.Module, kept: Tensor) -> nn.Module:
@@ -159,8 +166,9 @@ def _check_costs(dense: nn.Module, groups: Sequence[Group], masks: Masks, counts
         saved += cost - expected
         if groups[0].kind == "block":  # later blocks are renumbered
             continue
-        if layers_left[name] > expected or (share and layers_left[name] != expected):
-            failures.append(f"{name}: {layers_left[name]} MACs remain, expected {expected}")
+        left_here = layers_left.get(name, 0)  # a removed branch has no layers
+        if left_here > expected or (share and left_here != expected):
+            failures.append(f"{name}: {left_here} MACs remain, expected {expected}")
     return failures if total - left >= saved else [*failures, f"{total - left} MACs removed, expected {saved}"]
 
 

@@ -1,27 +1,78 @@
-"""Evaluate a model: accuracy and cost."""
+"""Evaluate a model: accuracy, k-NN accuracy of its features or agreement with the dense model, and cost."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from vitprune.data import example_input
+from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import accuracy
+from vitprune.evaluation.agreement import cosine, linear_cka, map_iou
 from vitprune.evaluation.cost import count
+from vitprune.evaluation.nearest_neighbours import nearest_neighbours
+from vitprune.evaluation.pooled_features import pooled_features
 from vitprune.runtime.wrappers import plain_model
 
+Metric = Literal["accuracy", "knn", "cosine", "cka", "iou"]
+METRICS: tuple[Metric, ...] = ("accuracy", "knn", "cosine", "cka", "iou")
 
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Return top-1 and top-5 in percent, parameters and MACs of a model.
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    metric: Metric = "accuracy",
+    *,
+    dense: nn.Module | None = None,
+    reference: Iterable[tuple[Tensor, Tensor]] | None = None,
+    threshold: float = 0.0,
+) -> dict[str, float]:
+    """Return a quality of a model on images, with its parameters and MACs.
 
     Args:
-        model: A timm model.
-        batches: Batches (images (B, C, H, W), labels (B,)).
+        model: The model.
+        batches: Batches (images (B, C, H, W), labels (B,)); for cosine, cka and iou images without labels suffice.
+        metric: "accuracy": top-1 and top-5 of a classifier. "knn": those of a weighted k-nearest-neighbour classifier
+            on the model's features (`pooled_features`), 20 neighbours and temperature 0.07 as in DINO. Agreement with
+            the dense model: "cosine" (mean cosine similarity of the features), "cka" (linear CKA of the features, which
+            may differ in width) or "iou" (of maps, such as a segmentation).
+        dense: The dense model, for cosine, cka and iou.
+        reference: Labelled batches that knn compares with; None: the other images of `batches`.
+        threshold: For iou, threshold of a map of one channel; 0 is the probability 0.5 of a logit.
 
     Returns:
-        top1, top5, and the fields of `Counts`.
+        `top1` and `top5`, or `knn_top1` and `knn_top5`, in percent, or the agreement by the name of the metric; and the
+        fields of `Counts`.
 
     Raises:
-        BadInput: as `accuracy`.
+        BadInput: the metric is unknown or needs a dense model, or as `accuracy`.
+
+    Source: k-NN: Caron et al. 2021 (DINO); CKA: Kornblith et al. 2019.
     """
-    return accuracy(model, batches)[0] | asdict(count(model, example_input(plain_model(model), 1)))
+    counts = asdict(count(model, example_input(plain_model(model), 1)))
+    return _quality(model, batches, metric, dense, reference, threshold) | counts
+
+
+def _quality(
+    model: nn.Module,
+    batches: Iterable[Any],
+    metric: str,
+    dense: nn.Module | None,
+    reference: Iterable[tuple[Tensor, Tensor]] | None,
+    threshold: float,
+) -> dict[str, float]:
+    if metric not in METRICS:
+        raise BadInput(f"metric {metric!r}: unknown; use one of {', '.join(METRICS)}")
+    if metric == "accuracy":
+        return accuracy(model, batches)[0]
+    if metric == "knn":
+        others = None if reference is None else pooled_features(model, reference, "reference")
+        return nearest_neighbours(*pooled_features(model, batches), others)
+    if dense is None:
+        raise BadInput(f"metric {metric!r}: compares with the dense model; give dense")
+    batches = list(batches)
+    if metric == "iou":
+        return {"iou": map_iou(model, dense, batches, threshold)}
+    first, second = (pooled_features(one, batches)[0] for one in (model, dense))
+    return {metric: cosine(first, second) if metric == "cosine" else linear_cka(first, second)}

@@ -37,6 +37,7 @@ from vitprune.models.validation import (
 )
 from vitprune.models.weights import load_weights, write_weights
 from vitprune.runtime.files import atomic_write, make_directory, path_of_user
+from vitprune.runtime.kept_classes import CLASSES, kept_classes
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.model_checks import checked_model
 from vitprune.runtime.wrappers import is_timm_model
@@ -125,6 +126,8 @@ def save(
             "format": FORMAT,
             "structure": {name: list(shape) for name, shape in structure(model).items()},
         }
+        classes = kept_classes(model)
+        config["vitprune"] |= {} if classes is None else {"classes": list(classes)}
         partial.write_text(json.dumps(config, indent=2) + "\n")
         _refuse_other_model(model, read_config(partial))
         write_weights(model.state_dict(), directory / WEIGHTS)
@@ -187,6 +190,8 @@ def load(directory: str | Path) -> nn.Module:
     if types:
         model.to(types.pop())
     load_weights(model, path)
+    if config.classes is not None:
+        setattr(model, CLASSES, config.classes)
     return model.eval()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures import resize_to_structure, structure
+from vitprune.architectures.classifier import keep_classes, output_count
 from vitprune.data.augment import example_input
 from vitprune.errors import BadInput
 from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, try_in_child
@@ -30,6 +31,7 @@ from vitprune.models.validation import (
     TensorSpec,
     check_fit,
     check_value,
+    checked_classes,
     checked_structure,
     read_header,
     read_object,
@@ -37,6 +39,7 @@ from vitprune.models.validation import (
 from vitprune.models.weights import load_weights, write_weights
 from vitprune.runtime.files import atomic_write, path_of_user
 from vitprune.runtime.input_size import SIZE, input_size
+from vitprune.runtime.kept_classes import CLASSES, kept_classes
 from vitprune.runtime.messages import first_line
 
 TRANSFORMERS, TORCHVISION, OWN = "transformers", "torchvision", "own"
@@ -58,11 +61,13 @@ class Factory:
         library: transformers, torchvision or own (a class of the user).
         name: class of transformers or of the user, or name of a torchvision model.
         args: configuration of transformers, or arguments of the torchvision model.
+        classes: class of the original model at every output, if some classes were kept.
     """
 
     library: str
     name: str
     args: Mapping[str, Any]
+    classes: tuple[int, ...] | None = None
 
 
 def save_other(
@@ -92,7 +97,8 @@ def save_other(
     config["structure"] = {name: list(shape) for name, shape in shapes.items()}
     own = made.args if made.library != TRANSFORMERS else {}
     config |= {"args": dict(own)} if own else {}
-    written = dict(made.args) | {"architectures": [made.name]} if made.library == TRANSFORMERS else {}
+    config |= {} if (classes := kept_classes(model)) is None else {"classes": list(classes)}
+    written = dict(made.args) | {"architectures": [made.name]} | _names(model) if made.library == TRANSFORMERS else {}
     if uniform is None and made.library != OWN:
         _refuse_other_model(model, made, shapes)
     with atomic_write(directory / CONFIG) as partial:
@@ -125,7 +131,7 @@ def load_other(directory: Path) -> nn.Module:
     except Exception as error:  # constructors raise anything for untrusted arguments
         raise BadInput(f"{path}: {factory.library} cannot build {factory.name} ({first_line(error)})") from None
     setattr(model, SIZE, size)
-    return _fill(model, shapes, directory)
+    return _fill(model, factory, shapes, directory)
 
 
 def load_into(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -147,7 +153,9 @@ def load_into(model: nn.Module, directory: str | Path) -> nn.Module:
         name = type(model).__name__
         raise BadInput(f"{directory / CONFIG}: was written for the class {factory.name}, the model is a {name}")
     setattr(model, SIZE, size)
-    return _fill(model, shapes, directory)
+    if factory.classes is not None and output_count(model) != len(factory.classes):
+        keep_classes(model, factory.classes)
+    return _fill(model, factory, shapes, directory)
 
 
 def is_other(directory: Path) -> bool:
@@ -162,7 +170,8 @@ def _factory_of(model: nn.Module, factory: str | None, args: Mapping[str, Any]) 
         library, _, model_name = factory.partition(":")
         if library != TORCHVISION or not model_name:
             raise BadInput(f"factory {factory!r}: unknown; write torchvision:NAME")
-        return Factory(TORCHVISION, model_name, dict(args))
+        classes = kept_classes(model)
+        return Factory(TORCHVISION, model_name, {**({"num_classes": len(classes)} if classes else {}), **args})
     if package == TRANSFORMERS and _is_public(model):
         return Factory(TRANSFORMERS, name, _structural(model.config.to_dict()))  # type: ignore[operator, union-attr]
     return Factory(OWN, name, {})
@@ -179,6 +188,17 @@ def _structural(config: Mapping[str, Any]) -> dict[str, Any]:
     labels = config.get("id2label")
     result = {key: value for key, value in config.items() if key not in DROPPED and value is not None}
     return result | ({"num_labels": len(labels)} if labels is not None else {})
+
+
+def _names(model: nn.Module) -> dict[str, Any]:
+    """Names of the classes, as a configuration of transformers has them; empty if they are LABEL_0, LABEL_1, ..."""
+    names = getattr(model.config, "id2label", None) or {}
+    if all(name == f"LABEL_{label}" for label, name in names.items()):
+        return {}
+    return {
+        "id2label": {str(label): str(name) for label, name in names.items()},
+        "label2id": {str(name): int(label) for label, name in names.items()},
+    }
 
 
 def _build(factory: Factory) -> nn.Module:
@@ -237,7 +257,8 @@ def _read(path: Path) -> tuple[Factory, dict[str, tuple[int, ...]], tuple[int, .
         raise BadInput(f"{path}: vitprune.args must be a mapping; download or save it again")
     else:
         _check_args(path, args)
-    return Factory(saved["library"], name, args), checked_structure(path, saved.get("structure", {})), tuple(size)
+    factory = Factory(saved["library"], name, args, checked_classes(path, saved.get("classes")))
+    return factory, checked_structure(path, saved.get("structure", {})), tuple(size)
 
 
 def build_transformers(path: Path, name: str, config: Mapping[str, Any]) -> nn.Module:
@@ -278,7 +299,7 @@ def _check_args(path: Path, args: Mapping[str, Any]) -> None:
             check_value(path, key[:80], value)
 
 
-def _fill(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> nn.Module:
+def _fill(model: nn.Module, factory: Factory, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> nn.Module:
     """Cut a dense model to a structure and load the weights of a directory."""
     path = directory / WEIGHTS
     try:
@@ -291,6 +312,8 @@ def _fill(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], directory: Pa
     if types:
         model.to(types.pop())
     load_weights(model, path)
+    if factory.classes is not None:
+        setattr(model, CLASSES, factory.classes)
     return model.eval()
 
 

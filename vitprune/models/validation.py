@@ -57,6 +57,7 @@ class ModelConfig:
     args: Mapping[str, Any]
     pretrained_cfg: Mapping[str, Any]
     structure: Mapping[str, tuple[int, ...]]
+    classes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def read_config(path: Path) -> ModelConfig:
             raise BadInput(f"{path}: model_args.{key}: an argument of timm.create_model, not of the model; remove it")
         check_value(path, f"model_args.{key[:80]}", value)
     _check_preprocessing(path, raw["pretrained_cfg"])
-    return ModelConfig(path, architecture, raw["model_args"], raw["pretrained_cfg"], checked_structure(path, structure))
+    classes = checked_classes(path, raw["vitprune"].get("classes"))
+    shapes = checked_structure(path, structure)
+    return ModelConfig(path, architecture, raw["model_args"], raw["pretrained_cfg"], shapes, classes)
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
@@ -256,6 +259,22 @@ def checked_structure(path: Path, structure: object) -> dict[str, tuple[int, ...
         if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= MAX_NUMBER for size in shape):
             raise BadInput(f"{where}.{name[:80]} must be a list of integers from 1 to {MAX_NUMBER}; correct it")
     return {name: tuple(shape) for name, shape in structure.items()}
+
+
+def checked_classes(path: Path, classes: object) -> tuple[int, ...] | None:
+    """Return the class of the dense model at every output, as recorded in a config.json; None if there are none.
+
+    Raises:
+        BadInput: they are no list of different whole numbers.
+    """
+    if classes is None:
+        return None
+    numbers = classes if isinstance(classes, list) and len(classes) <= MAX_NUMBER else []
+    if not numbers or not all(type(label) is int and 0 <= label <= MAX_NUMBER for label in numbers):
+        raise BadInput(f"{path}: vitprune.classes must be a list of whole numbers; download or save it again")
+    if len(set(numbers)) < len(numbers):
+        raise BadInput(f"{path}: vitprune.classes names a class twice; correct it")
+    return tuple(numbers)
 
 
 def _quoted(name: str) -> str:

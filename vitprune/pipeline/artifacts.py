@@ -19,6 +19,9 @@ from vitprune.runtime.files import atomic_write, sha256, write_csv
 MASKS, SCORES = "masks.safetensors", "scores.safetensors"
 
 
+REMOVED_FACTS = {"block": "removed_blocks", "branch": "removed_branches"}  # kind: key of the module paths
+
+
 class History:
     """The curve of a stage's training: history.jsonl with one line per epoch, and a CSV file for plots.
 
@@ -84,14 +87,14 @@ def write_masks(directory: Path, groups: Sequence[Group], masks: Masks) -> dict[
 
 
 def mask_facts(groups: Sequence[Group], masks: Masks) -> dict[str, Any]:
-    """Return the sparsity of each kind and, for groups of kind "block", the module paths of the removed blocks."""
+    """Return the sparsity of each kind, and the module paths of removed blocks and branches."""
     rows = sparsity_rows(groups, masks)
     by_kind = pa.Table.from_pylist(rows).group_by("kind").aggregate([("units", "sum"), ("kept", "sum")]).to_pylist()
     facts: dict[str, Any] = {"sparsity": {row["kind"]: 1 - row["kept_sum"] / row["units_sum"] for row in by_kind}}
     for group in groups:
-        if group.kind == "block":
+        if group.kind in REMOVED_FACTS:
             pairs = zip(group.sublayers, masks[group.name], strict=True)
-            facts["removed_blocks"] = list(dict.fromkeys(body for (body, *_), keep in pairs if not keep))
+            facts[REMOVED_FACTS[group.kind]] = list(dict.fromkeys(body for (body, *_), keep in pairs if not keep))
     return facts
 
 

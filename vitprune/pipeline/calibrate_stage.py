@@ -5,7 +5,7 @@ from typing import Any
 
 from vitprune import data
 from vitprune.config.params import Params
-from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, source_of
+from vitprune.pipeline.project_data import CALIBRATION, METRICS, rows_of_classes, source_of
 from vitprune.runtime import tables
 from vitprune.runtime.files import sha256, write_json
 
@@ -18,8 +18,8 @@ def run(params: Params) -> None:
 
 
 def draw_rows(params: Params) -> list[dict[str, Any]]:
-    """Draw the calibration images, as the `calibrate` settings and the seed say; rows of tables.CALIBRATION."""
-    manifest, settings = tables.read_table(MANIFEST, tables.MANIFEST), params.calibrate
+    """Draw the calibration images of `prune.classes`, as `calibrate` and the seed say; rows of tables.CALIBRATION."""
+    manifest, settings = rows_of_classes(params.prune.classes), params.calibrate
     return data.draw_calibration(manifest, source_of(params), settings.size, settings.balance, params.seed)
 
 

@@ -15,7 +15,7 @@ from vitprune.pipeline import stages
 from vitprune.pipeline.dense_stage import initial_model
 from vitprune.pruning.cycle_masks import costs_for, groups_for
 from vitprune.pruning.plan import Plan, plan_of
-from vitprune.pruning.preparation import merging
+from vitprune.pruning.preparation import merging, narrowed
 
 
 def check_project(project: Path) -> None:
@@ -48,12 +48,12 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     Without a table, latency is measured when the run prunes.
 
     Raises:
-        BadInput: a kind, a rule, the target, the rotation or the merging of tokens does not fit the model.
+        BadInput: a kind, a rule, the target, the classes, the rotation or the merging of tokens does not fit the model.
     """
     if plan.config.rotate_residual:
         stream_layers(model)
-    if plan.config.merge_tokens is not None:
-        model = merging(copy.deepcopy(model), plan)
+    if plan.config.merge_tokens is not None or plan.config.classes is not None:
+        model = merging(narrowed(copy.deepcopy(model), plan), plan)
     groups = groups_for(model, plan)
     if plan.config.target is None or not plan.config.target.is_measured:
         costs_for(model, groups, plan)

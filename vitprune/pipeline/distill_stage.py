@@ -4,6 +4,7 @@ from torch import nn
 
 from vitprune import models
 from vitprune.architectures import find_groups
+from vitprune.architectures.classifier import of_same_classes
 from vitprune.config.params import Params
 from vitprune.pipeline.artifacts import MASKS, History, model_facts
 from vitprune.pipeline.dense_stage import zeros_to_keep
@@ -20,7 +21,8 @@ def run(params: Params) -> None:
     """Write the fine-tuned model, its training curve and metrics/distill.json; pruned weights remain zero."""
     settings, inputs = params.distill, [MANIFEST, OUT / "dense", OUT / "prune", OUT / "cycles"]
     with process_group(device()) as dist, stage_checkpoint("distill", params, inputs, dist) as checkpoint:
-        model, teacher = models.load(OUT / "prune").to(device()), models.load(OUT / "dense").to(device())
+        model = models.load(OUT / "prune").to(device())
+        teacher = of_same_classes(models.load(OUT / "dense").to(device()), model)
         evaluate = evaluate_model(model, params)
         history = History(OUT / "distill", "distill", dist.rank == 0)
         if settings.train is not None:

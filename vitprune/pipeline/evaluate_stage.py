@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitprune import data, models
+from vitprune.architectures.classifier import of_same_classes
 from vitprune.config.params import Params
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
@@ -20,14 +21,18 @@ COSTS = ("params", "nonzero_params", "macs", "nonzero_macs", "nominal_macs")
 
 
 def run(params: Params) -> None:
-    """Write the predictions for every image, metrics/evaluate.json, and the times in metrics/latency.json."""
+    """Write the predictions for every image, metrics/evaluate.json, and the times in metrics/latency.json.
+
+    If the pruned model was cut to some classes, both choose between these on their images.
+    """
     pair = {"dense": models.load(OUT / "dense").to(device()), "pruned": models.load(OUT / "distill").to(device())}
-    table = open_images("eval", pair["dense"], params)
+    table = open_images("eval", pair["pruned"], params)
     example = data.example_input(pair["dense"], params.evaluate.latency_batch).to(device())
     result: dict[str, Any] = {}
     predictions = []
     for name, model in pair.items():
-        top, predicted = accuracy(model, data.eval_batches(table, params.evaluate.batch_size))
+        answering = of_same_classes(model, pair["pruned"])
+        top, predicted = accuracy(answering, data.eval_batches(table, params.evaluate.batch_size))
         predictions.append(predicted.tolist())
         result[name] = top | asdict(count(model, example))
     names = tables.EVALUATION.names

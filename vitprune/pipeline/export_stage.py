@@ -11,7 +11,7 @@ from vitprune.config.params import Params
 from vitprune.models.card import write_card
 from vitprune.models.export import ExportError, export_onnx, export_timm
 from vitprune.models.int8 import quantize_and_compare
-from vitprune.pipeline.project_data import METRICS, OUT, calibration, open_images
+from vitprune.pipeline.project_data import METRICS, OUT, calibration, labelled_by_output, open_images
 from vitprune.runtime.files import write_json
 
 
@@ -24,7 +24,8 @@ def run(params: Params) -> None:
     if params.export.onnx:
         facts["onnx"] = _onnx(model, folder / "model.onnx", example, params)
     if params.export.int8 and "error" not in facts["onnx"]:
-        evaluation = data.eval_batches(open_images("eval", model, params), params.evaluate.batch_size)
+        table = labelled_by_output(open_images("eval", model, params), model)
+        evaluation = data.eval_batches(table, params.evaluate.batch_size)
         facts["int8"] = quantize_and_compare(folder, calibration(model, params), evaluation)
     write_json(METRICS / "export.json", facts)
 

@@ -15,6 +15,7 @@ from vitprune.groups import Group, Scores
 from vitprune.pipeline.project_data import METRICS, OUT
 from vitprune.pipeline.score_stage import scored_groups, write_scores
 from vitprune.pruning.plan import plan_of
+from vitprune.pruning.preparation import narrowed
 from vitprune.runtime.files import write_json
 
 NAME_PARTS = {"residual": "neck", "attention": "attn", "ffn": "ffn"}
@@ -38,7 +39,7 @@ def import_scores(params: Params, directory: Path, parsing: str) -> None:
         raise BadInput(f"prune.method {params.prune.method}: computes scores of its own; set it to upvits-exact")
     if plan.config.rotate_residual:
         raise BadInput("prune.rotate_residual: imported scores are those of the model's own channels; set it to false")
-    groups = scored_groups(models.load(OUT / "dense"), plan)
+    groups = scored_groups(narrowed(models.load(OUT / "dense"), plan), plan)
     facts = {"method": params.prune.method, "lists": directory.name, "parsing": parsing}
     facts |= write_scores(OUT / "score", groups, Importance(read_all(directory, groups, parsing)))
     write_json(METRICS / "score.json", facts)

@@ -41,7 +41,7 @@ METHOD_GUIDE: dict[str, Advice] = {
     "upvits-literal": Advice(UNLABELLED, "hours", "verification of the faster forms"),
     "upvits-exact": Advice(UNLABELLED, "minutes", "exact scores of small models"),
     "upvits-fisher": Advice(UNLABELLED, "seconds", "units of all kinds in little time"),
-    "upvits-blocks": Advice(UNLABELLED, "minutes", "fewer blocks"),
+    "upvits-blocks": Advice(UNLABELLED, "minutes", "fewer blocks, or single attentions and MLPs"),
     "upvits-refit": Advice(UNLABELLED, "minutes", "the same FFN width in all blocks, which plain timm loads"),
     "upvits-global": Advice(UNLABELLED, "minutes", "fewer MACs, less time than unit-obs"),
     "unit-obs": Advice(UNLABELLED, "minutes", "fewer MACs and lower latency: the most accurate"),

@@ -8,6 +8,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field, PlainValidator
 
 from vitprune import data, models
+from vitprune.architectures.classifier import of_same_classes
 from vitprune.config.params import Params, checked, read_yaml
 from vitprune.config.quantity import Quantity, number_of
 from vitprune.config.section import Section
@@ -89,7 +90,7 @@ def compare_with_champion(params: Params, champion: Path | None, gates: Promotio
     """
     rows = tables.read_table(EVALUATION, tables.EVALUATION)
     if champion is not None:
-        model = models.load(champion).to(device())
+        model = of_same_classes(models.load(champion), models.load(OUT / "distill")).to(device())
         table = open_images("eval", model, params)
         _, predicted = accuracy(model, data.eval_batches(table, params.evaluate.batch_size))
         if list(table.ids) != rows["id"].to_pylist():

@@ -23,7 +23,7 @@ from vitprune.pipeline.artifacts import SCORES, summary_rows
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
 from vitprune.pruning.held_out import fitted_images
 from vitprune.pruning.plan import Plan, plan_of, scored_kinds
-from vitprune.pruning.preparation import merging
+from vitprune.pruning.preparation import merging, narrowed
 from vitprune.runtime import tables
 from vitprune.runtime.distributed import ProcessGroup, process_group
 from vitprune.runtime.files import sha256, write_json
@@ -39,7 +39,7 @@ def run(params: Params) -> None:
     """Write the scores of the dense model, their summary and metrics/score.json."""
     plan = plan_of(params)
     with process_group() as dist:
-        model = models.load(OUT / "dense").to(device())
+        model = narrowed(models.load(OUT / "dense").to(device()), plan)
         batches, rotation = fitted_images(calibration(model, params), plan.config.reconstruct), {}
         if plan.config.rotate_residual:
             rotation = {"matrix": _shared_basis(model, batches, plan, dist)}
@@ -56,8 +56,8 @@ def run(params: Params) -> None:
 
 
 def load_prepared(plan: Plan) -> nn.Module:
-    """Load the dense model that the cycles prune: rotated as by the score stage, with merged tokens."""
-    model, path = models.load(OUT / "dense"), OUT / "score" / ROTATION
+    """Load the dense model that the cycles prune: of `prune.classes`, rotated as by the score stage, merging tokens."""
+    model, path = narrowed(models.load(OUT / "dense"), plan), OUT / "score" / ROTATION
     return merging(rotate_stream(model, read_weights(path)["matrix"]) if path.exists() else model, plan)
 
 

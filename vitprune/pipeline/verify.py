@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vitprune import data, models
 from vitprune.architectures import structure
+from vitprune.architectures.classifier import of_same_classes
 from vitprune.config.params import Params
 from vitprune.errors import BadInput
 from vitprune.evaluation.cost import count
@@ -30,7 +31,7 @@ from vitprune.pipeline import stages
 from vitprune.pipeline.artifacts import MASKS, mask_facts, model_facts, sparsity_rows
 from vitprune.pipeline.compare_outputs import compare_facts, compare_file, compare_outputs, compare_rows, numbers
 from vitprune.pipeline.evaluate_stage import COSTS, EVALUATION, kept_costs, top1_of
-from vitprune.pipeline.project_data import MANIFEST, METRICS, OUT, PLOTS, device, open_images
+from vitprune.pipeline.project_data import METRICS, OUT, PLOTS, device, open_images, rows_of_classes
 from vitprune.pipeline.prune_stage import cycle_row
 from vitprune.pipeline.report import write_report
 from vitprune.pipeline.score_stage import load_prepared
@@ -39,6 +40,7 @@ from vitprune.pruning.plan import plan_of
 from vitprune.runtime import tables
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.files import read_json, sha256
+from vitprune.runtime.kept_classes import kept_classes
 from vitprune.runtime.messages import Note
 
 Lines = Iterator[str]
@@ -106,7 +108,7 @@ def _move(source: Path, target: Path, names: Sequence[str]) -> None:
 def predictions(run: RecordedRun) -> Lines:
     """Classify the evaluation images with both models again, and recompute accuracy and costs."""
     rows = tables.read_table(EVALUATION, tables.EVALUATION).to_pylist()
-    manifest = tables.read_table(MANIFEST, tables.MANIFEST).to_pylist()
+    manifest = rows_of_classes(run.params.prune.classes).to_pylist()
     eval_rows = [{"id": row["id"], "label": row["label"]} for row in manifest if row["split"] == "eval"]
     yield from compare_rows(str(EVALUATION), rows, eval_rows)
     reported = read_json(METRICS / "evaluate.json")
@@ -118,15 +120,16 @@ def predictions(run: RecordedRun) -> Lines:
         yield Note(f"{len(rows[::step])} of {len(rows)} images were classified again (--limit, or use --rerun)")
     example = data.example_input(pair["dense"], run.params.evaluate.latency_batch).to(device())
     for name, model in pair.items():
-        logits = _logits(model, run.params, step)
-        clear = _clear(logits)
-        for row, prediction, certain in zip(rows[::step], logits.argmax(dim=1).tolist(), clear.tolist(), strict=True):
+        logits = _logits(of_same_classes(model, pair["pruned"]), run.params, step)
+        clear, chosen = _clear(logits), _labels(logits.argmax(dim=1), pair["pruned"])
+        for row, prediction, certain in zip(rows[::step], chosen.tolist(), clear.tolist(), strict=True):
             if certain and row[name] != prediction:
                 yield f"{EVALUATION}: {row['id']}: {name} is {row[name]}, the model predicts {prediction}"
         facts: dict[str, Any] = asdict(count(model, example)) | {"top1": top1_of(rows, name)}
         if step == 1 and bool(clear.all()):
             labels = torch.tensor([row["label"] for row in rows]).unsqueeze(1)
-            top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels).any(dim=1)
+            best = _labels(logits.topk(min(5, logits.shape[1]), dim=1).indices, pair["pruned"])
+            top5 = (best == labels).any(dim=1)
             facts["top5"] = 100 * int(top5.sum()) / len(rows)
         yield from compare_facts(f"metrics/evaluate.json: {name}", reported[name], facts)
     drop = {"top1_drop": top1_of(rows, "dense") - top1_of(rows, "pruned"), "images": len(rows)}
@@ -142,6 +145,12 @@ def _logits(model: nn.Module, params: Params, step: int = 1) -> Tensor:
             torch.stack(list(map(table.image, rows[first : first + batch]))) for first in range(0, len(rows), batch)
         ]
         return torch.cat([model(part.to(device())).float().cpu() for part in parts])
+
+
+def _labels(outputs: Tensor, model: nn.Module) -> Tensor:
+    """Return the classes of the dense model for outputs of a model."""
+    classes = kept_classes(model)
+    return outputs if classes is None else torch.tensor(classes)[outputs]
 
 
 def _clear(logits: Tensor) -> Tensor:
@@ -211,7 +220,8 @@ def weights(run: RecordedRun) -> Lines:
     evaluated = read_json(METRICS / "evaluate.json")
     for name, stage in (("dense", "dense"), ("pruned", "distill")):
         metrics = read_json(METRICS / f"{stage}.json")
-        expected = {key: metrics[key] for key in (*COSTS, "top1", "top5")}
+        same = run.params.prune.classes is None or name == "pruned"  # else top-1 is that among fewer classes
+        expected = {key: metrics[key] for key in (*COSTS, *(("top1", "top5") if same else ()))}
         yield from compare_facts(f"metrics/evaluate.json: {name}", evaluated[name], expected)
 
 
@@ -296,7 +306,7 @@ def _top1(folder: Path, params: Params) -> Lines:
     """Measure the top-1 of a cycle's model again."""
     model, reported = models.load(folder).to(device()), read_json(folder / "metrics.json")["top1_after"]
     logits, labels = _logits(model, params), open_images("eval", model, params).labels
-    top1 = 100 * float((logits.argmax(dim=1) == labels).double().mean())
+    top1 = 100 * float((_labels(logits.argmax(dim=1), model) == labels).double().mean())
     if abs(top1 - reported) > 100 * int((~_clear(logits)).sum()) / len(labels) + 1e-9:
         yield f"{folder / 'metrics.json'}: top1_after is {reported}, computed again {top1}"
 

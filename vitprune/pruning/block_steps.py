@@ -1,4 +1,4 @@
-"""Progressive block removal: the next block to remove, and the dense names of the remaining groups."""
+"""Progressive removal of blocks and branches: the next one to remove, and the dense names of the remaining groups."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,10 @@ from vitprune.pruning.select import blocks_removed
 def next_block_removal(
     groups: Sequence[Group], target: Mapping[str, float], kept: Masks | None = None
 ) -> Mapping[str, float]:
-    """Return the target, or the removal of one more block if the target removes several blocks of a group.
+    """Return the target, or the removal of one more block or branch if the target removes several of a group.
 
-    Every removal forms a new pair of neighbouring sub-layers, so blocks are scored again after each.
+    Every removal of a block forms a new pair of neighbouring sub-layers, and every removal of a branch changes what the
+    others are worth, so they are scored again after each.
 
     Args:
         groups: Groups of the dense model.
@@ -20,15 +21,16 @@ def next_block_removal(
 
     Source: UP-ViTs, progressive block pruning.
     """
-    pending, several = [], False
+    pending, several, kind = [], False, "block" if "block" in target else "branch"
     for group in groups:
-        if group.kind == "block" and "block" in target:
-            blocks = group.units // 2
-            removed = 0 if kept is None else blocks - int(kept[group.name].sum()) // 2
-            more = blocks_removed(target["block"], blocks) - removed
+        if group.kind == kind and kind in target:
+            size = 2 if kind == "block" else 1
+            blocks = group.units // size
+            removed = 0 if kept is None else blocks - int(kept[group.name].sum()) // size
+            more = blocks_removed(target[kind], blocks) - removed
             several = several or more > 1
             pending += [(removed + 1) / blocks] if more > 0 else []
-    return {"block": min(pending)} if several else target
+    return {kind: min(pending)} if several else target
 
 
 def to_dense_names(dense: Sequence[Group], now: Sequence[Group], kept: Masks) -> dict[str, str]:

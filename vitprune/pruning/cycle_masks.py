@@ -16,7 +16,7 @@ from vitprune.architectures.token_merging import without_merging
 from vitprune.criteria import Batches
 from vitprune.errors import BadInput
 from vitprune.evaluation.latency_table import read_latency_table
-from vitprune.groups import Group, Masks, Scores, all_units
+from vitprune.groups import REMOVED, Group, Masks, Scores, all_units
 from vitprune.pruning.block_steps import next_block_removal, remaining_groups, to_dense_names
 from vitprune.pruning.constraints import Constraints, constraints_of, nearest
 from vitprune.pruning.cost_target import (
@@ -227,7 +227,7 @@ def given_masks(masks: Masks, plan: Plan, state: CycleState) -> CycleMasks:
         units[group.kind] += group.units
         removed[group.kind] += int((~masks[group.name]).sum())
     target = {kind: removed[kind] / units[kind] for kind in units}
-    return CycleMasks(masks, target, complete="block" not in plan.sparsity)
+    return CycleMasks(masks, target, complete=not set(REMOVED) & set(plan.sparsity))
 
 
 def scores_in_dense(scores: Scores, names: Mapping[str, str], state: CycleState) -> Scores:
@@ -256,8 +256,8 @@ def _in_dense(group: Group, scores: Scores, masks: Masks) -> Tensor:
 def select_masks(scores: Scores, plan: Plan, target: Mapping[str, float], state: CycleState) -> Masks:
     """Select masks for given sparsities, each kind by its own scope; every structured group keeps a unit.
 
-    Blocks are removed first, with all groups in them; the sparsity of a kind refers to the remaining groups. Kinds that
-    `target` does not name keep their masks.
+    Blocks and branches are removed first, with all groups in them; the sparsity of a kind refers to the remaining
+    groups. Kinds that `target` does not name keep their masks.
     """
     groups, masks = state.groups, dict(state.masks)
     constraints = constraints_for(plan, state)
@@ -269,7 +269,7 @@ def select_masks(scores: Scores, plan: Plan, target: Mapping[str, float], state:
             masks |= select_by_latency(by_name, share, macs_kinds, state.costs.times, state.masks, constraints)
         else:
             masks |= select_by_macs(by_name, share, macs_kinds, state.costs.macs_per_unit, state.masks, constraints)
-    for kind, share in sorted(target.items(), key=lambda pair: pair[0] != "block"):
+    for kind, share in sorted(target.items(), key=lambda pair: pair[0] not in REMOVED):
         if kind in plan.macs_kinds:
             continue
         same = [group for group in remaining_groups(groups, masks) if group.kind == kind]

@@ -9,6 +9,7 @@ from vitprune.config.prune_config import PruneConfig
 from vitprune.config.score_config import ScoreConfig
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches
 from vitprune.data.batch_checks import checked_batches
+from vitprune.data.class_subset import images_of_classes
 from vitprune.errors import BadInput
 from vitprune.pruning.plan import plan_for
 from vitprune.pruning.preparation import prepared
@@ -59,7 +60,7 @@ def gradual_prune(
     plan, pruned = plan_for(config, score, seed), working_copy(model)
     epochs = plan.epochs(recipe.epochs)
     start, memory = time.perf_counter(), OptimizerState()
-    batches = checked_batches(calibration, pruned)
+    batches = images_of_classes(checked_batches(calibration, pruned), config.classes)
     pruned = prepared(pruned, plan, batches)
     with scoring_mode(pruned):
         for cycle in prune_cycles(pruned, plan, batches):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Masks, Scores, all_units
+from vitprune.groups import REMOVED, Group, Masks, Scores, all_units
 from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, Constraints, middle, removal_steps
 from vitprune.pruning.cost_target import CostFn
 
@@ -40,12 +40,12 @@ def macs_per_unit(groups: Sequence[Group], share_of: CostFn) -> MacsPerUnit:
     """Measure the MACs that one unit of each group saves, on the model without this unit.
 
     Raises:
-        BadInput: the units of a group do not save MACs one at a time (single weights, blocks).
+        BadInput: the units of a group do not save MACs one at a time (single weights, blocks, branches).
     """
     units = all_units(groups)
     savings, all_macs = MacsPerUnit(), share_of(units)
     for group in groups:
-        if group.kind in ("weight", "block"):
+        if group.kind in ("weight", *REMOVED):
             raise BadInput(f"{group.name}: scope macs cannot rank units of kind {group.kind!r}; use another scope")
         if group.shape[-1] < 2:  # the only unit cannot be removed
             savings[group.name] = 0.0

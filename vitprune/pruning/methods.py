@@ -169,10 +169,10 @@ METHODS: dict[str, Method] = {
     ),
     "upvits-blocks": Method(
         exact.exact_kl,
-        {"block": "layer"},
+        {"block": "layer", "branch": "layer"},
         ("block",),
         False,
-        "KL divergence of whole blocks, scored again after each removal (UP-ViTs)",
+        "KL divergence of whole blocks (UP-ViTs) or of single branches (DC-ViT), scored again after each removal",
     ),
     "upvits-refit": Method(
         units.with_refit_update(fisher.fisher_kl),

@@ -115,7 +115,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
 def _system(
     model: nn.Module, layers: Sequence[_Layer], target: Sequence[Tensor], batches: Batches, context: ScoringContext
 ) -> tuple[Tensor, Tensor]:
-    """Return the Jacobian (rows, values) and the errors (rows,) of the logits, DIRECTIONS rows per image."""
+    """Return the Jacobian (rows, values) and the errors (rows,) of the logits, at most DIRECTIONS rows per image."""
     parts, first = [], 0
     with eval_mode(model), frozen(model):
         with record_layer_io(model, [layer.path for layer in layers], []):
@@ -184,7 +184,7 @@ def _held_out(
     """Return the mean divergence of each half of the images after fitting to the other half, in nats per image."""
     total = 0.0
     for half in (odd, ~odd):
-        rows = (~half).repeat_interleave(DIRECTIONS)
+        rows = (~half).repeat_interleave(len(system[1]) // len(odd))  # fewer than DIRECTIONS for very few classes
         values = _updated(model, names, _step(system[0][rows], system[1][rows], damping))
         total += _divergence(model, values, target, batches, half) / 2
     return total

@@ -191,6 +191,8 @@ def _check_kinds(plan: Plan) -> None:
             raise BadInput(f"prune.sparsity.{kind}: method {config.method} prunes only {', '.join(plan.method.scopes)}")
     if {"head", "attention"} <= set(kinds):
         raise BadInput("prune.sparsity: head and attention prune the same axis; choose one of them")
+    if {"block", "branch"} <= set(kinds):
+        raise BadInput("prune.sparsity: block and branch remove the same modules; choose one of them")
     if config.merge_heads_to is not None and "attention" not in kinds:
         raise BadInput(f"prune.merge_heads_to {config.merge_heads_to}: needs kind attention; set it to null")
     if config.rotate_residual and "residual" not in kinds:

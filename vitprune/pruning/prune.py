@@ -24,6 +24,7 @@ from vitprune.config.targets import Rule, Target
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Criterion, ScoringContext
 from vitprune.data import example_input as example_of
 from vitprune.data.batch_checks import checked_batches, checked_input
+from vitprune.data.class_subset import images_of_classes
 from vitprune.errors import BadInput, Unreachable
 from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
@@ -152,6 +153,7 @@ def prune(
     merge_heads_to: int | None = None,
     rotate_residual: bool = False,
     merge_tokens: int | None = None,
+    classes: Sequence[int] | None = None,
     correct_norms: bool = False,
     reconstruct: ReconstructConfig | bool = False,
     allocation: AllocationConfig | bool = False,
@@ -185,6 +187,9 @@ def prune(
         rotate_residual: Rotate the residual stream of a plain ViT first, so that its last channels matter least.
         merge_tokens: Merge this many tokens of a plain ViT before every block but the first, see
             `PruneConfig.merge_tokens`.
+        classes: Classes of the model that are needed, such as [0, 217, 482]: scores, updates and reconstruction use
+            their logits alone, calibration images with labels of other classes are left out, and the pruned model has
+            one output per class, in this order. Costs and targets refer to the dense model with these outputs.
         correct_norms: Correct norms and biases towards the dense model's logits.
         reconstruct: Fit the remaining weights to the dense model without labels; True: with the default settings.
         allocation: Search the sparsity of every group on held-out images; True: with the default settings.
@@ -216,7 +221,7 @@ def prune(
     settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "target": target, "kinds": kinds}
     settings |= {"scope": scope, "round_to": round_to, "rules": rules}
     settings |= {"merge_heads_to": merge_heads_to, "rotate_residual": rotate_residual, "merge_tokens": merge_tokens}
-    settings["correct_norms"] = correct_norms
+    settings |= {"correct_norms": correct_norms, "classes": None if classes is None else list(classes)}
     settings["reconstruct"] = ReconstructConfig() if reconstruct is True else reconstruct or None
     settings["allocation"] = AllocationConfig() if allocation is True else allocation or None
     pruned = working_copy(model)
@@ -224,7 +229,7 @@ def prune(
         call_output_projections(pruned)
     if example_input is not None:
         example_input = checked_input("example_input", example_input, pruned)
-    batches = checked_batches(calibration, pruned)
+    batches: Batches = checked_batches(calibration, pruned)
     set_input_size(pruned, example_input if example_input is not None or not batches else batches[0][0])
     if within is not None:
         settings["rules"] = [*rules, *_outside(pruned, within, kinds or method_named(method).kinds, method)]
@@ -244,6 +249,7 @@ def prune(
         skipped |= unusable
     if isinstance(model, FeatureGetterNet) and "residual" in plan.sparsity:
         raise BadInput("FeatureGetterNet: residual channels are its output; prune other kinds")
+    batches = images_of_classes(batches, plan.config.classes)
     pruned = prepared(pruned, plan, batches)
     with scoring_mode(pruned):
         try:

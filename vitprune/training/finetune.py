@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitprune.architectures import find_groups
+from vitprune.architectures.classifier import of_same_classes
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
@@ -65,7 +66,8 @@ def finetune(
         loader: Batches (images, labels) that can be iterated once per epoch, with a length. It decides augmentation and
             batch size: `augment`, `repeats` and `batch_size` of the config are not used.
         config: Epochs, optimizer and schedule.
-        teacher: The dense model, for distillation; None for training on labels alone.
+        teacher: The dense model, for distillation; None for training on labels alone. Of a model that was cut to some
+            classes, the outputs of these classes teach.
         keep_zeros: Keep all single weights that are zero at zero, or those of given masks.
         distillation: Distance to the teacher and its weight.
         seed: Seed of random numbers.
@@ -83,6 +85,7 @@ def finetune(
     if not isinstance(config, TrainConfig):
         raise BadInput(f"config: is a {type(config).__name__}; give a TrainConfig")
     model, history = plain_model(model), list[dict[str, float]]()
+    teacher = None if teacher is None else of_same_classes(teacher, model)
     frozen = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None
     name, steps = "fine-tuning" if segment is None else segment.name, len(loader)
     span = segment.span(config, steps) if segment is not None else None

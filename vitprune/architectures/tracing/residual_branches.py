@@ -42,7 +42,7 @@ class _Elements:
     has_addend: bool = False
 
 
-class _TrackedInput:
+class TrackedInput:
     """Positions of the elements of one module's input; they have the indices 1, 2, 3, ..., anything else has 0."""
 
     def __init__(self, value: Tensor) -> None:
@@ -103,6 +103,11 @@ class _TrackedInput:
             if other.untyped_storage()._cdata == memory:
                 del self._by_tensor[other]
 
+    def has_all_of(self, value: Tensor) -> bool:
+        """Whether a tensor has elements of the input at all positions, with or without something added."""
+        elements = self._by_tensor.get(value)
+        return elements is not None and bool((elements.indices > 0).all())
+
     def is_residual_output(self, output: Any) -> bool:
         """Whether an output is the input plus something."""
         elements = self._by_tensor.get(output) if isinstance(output, Tensor) else None
@@ -112,7 +117,7 @@ class _TrackedInput:
 class _TrackingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every operation, then tracks it for the inputs of all modules that run now."""
 
-    def __init__(self, running: Sequence[_TrackedInput]) -> None:
+    def __init__(self, running: Sequence[TrackedInput]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._running = running
 
@@ -126,11 +131,11 @@ class _TrackingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextmanager
 def _tracked(model: nn.Module, paths: Collection[str], calls: dict[str, list[bool]]) -> Iterator[None]:
     """Record for every call of these modules whether it returned its input plus something."""
-    running: list[_TrackedInput] = []
+    running: list[TrackedInput] = []
 
     def enter(module: nn.Module, inputs: Any) -> None:
         first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0)
-        running.append(_TrackedInput(first if first.numel() <= MAX_ELEMENTS else torch.empty(0)))
+        running.append(TrackedInput(first if first.numel() <= MAX_ELEMENTS else torch.empty(0)))
 
     def leave(path: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:

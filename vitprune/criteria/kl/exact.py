@@ -30,7 +30,8 @@ def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
 
     Same values as `leave_one_out_kl`, faster. A float64 model is scored in float64. A float32 model runs in float32 and
     its divergences are computed in float64 from float32 logits, whose rounding error is about 1e-6: scores below about
-    1e-9 nats per image are noise. Groups of whole blocks (`Group.whole_blocks`) are scored by `leave_one_out_kl`.
+    1e-9 nats per image are noise. Groups of whole blocks (`Group.whole_blocks`) and branches are scored by
+    `leave_one_out_kl`.
 
     Args:
         model: the model; `architectures.chain_builders` must support it.
@@ -45,9 +46,9 @@ def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
     """
     if not batches:
         raise BadInput("kl: needs images; give batches")
-    dense = [group for group in groups if group.whole_blocks]
+    dense = [group for group in groups if group.whole_blocks or group.kind == "branch"]
     if dense:
-        others = [group for group in groups if not group.whole_blocks]
+        others = [group for group in groups if group not in dense]
         whole_scores = leave_one_out_kl(model, dense, batches, context).scores
         return Importance(whole_scores | (exact_kl(model, others, batches, context).scores if others else {}))
     everything = {group.name: torch.arange(group.num_candidates) for group in groups}

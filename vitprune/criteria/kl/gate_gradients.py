@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vitprune.errors import BadInput
-from vitprune.groups import Group, ParamSlice
+from vitprune.groups import REMOVED, Group, ParamSlice
 
 CENTERED_NORMS, RMS_NORMS = nn.LayerNorm, ("RMSNorm", "RmsNorm", "RmsNorm2d")
 Probe = tuple[str, str]  # path of a module, and the hooked value: input, query, norm or output
@@ -94,7 +94,8 @@ def find_gates(model: nn.Module, groups: Sequence[Group]) -> list[UnitGate]:
     """Return all gates of the groups, derived from their slices.
 
     A unit is gated at the input of the layers that consume it (slices along axis 1). Attention channels are gated at q
-    as well, residual channels in the statistics of every norm over the stream, blocks at the output of both sub-layers.
+    as well, residual channels in the statistics of every norm over the stream, blocks at the output of both sub-layers,
+    branches at their output.
 
     Raises:
         BadInput: single weights, or a module through which the gate gradient is not defined.
@@ -108,7 +109,7 @@ def find_gates(model: nn.Module, groups: Sequence[Group]) -> list[UnitGate]:
                 f"{group.name}: blocks that are removed with all their layers can be scored only by kl-literal"
             )
         gates_of_group = [_gate(group, part, (path, "input")) for path, part in _consumers(model, group)]
-        if group.kind == "block":
+        if group.kind in REMOVED:
             gates_of_group += [_branch(group, unit) for unit in range(group.units)]
         if group.kind == "attention":
             gates_of_group.append(_query(model, group))
@@ -125,8 +126,10 @@ def _gate(group: Group, part: ParamSlice, probe: Probe) -> UnitGate:
 
 
 def _branch(group: Group, unit: int) -> UnitGate:
-    """Return the gate of a sub-layer. Two pairs contain it: the pair that starts with it and the pair before that."""
-    pairs = [pair for pair in (unit - 1, unit) if 0 <= pair < group.num_candidates]
+    """Return the gate of a branch. Of blocks, two pairs contain it: the one that starts with it, and the one before."""
+    pairs = (
+        [unit] if group.kind == "branch" else [pair for pair in (unit - 1, unit) if 0 <= pair < group.num_candidates]
+    )
     return UnitGate(group.name, (group.sublayers[unit][0], "output"), 1, group.units, 1, tuple(pairs))
 
 
@@ -215,8 +218,10 @@ def _input_hook(tape: GateTape, probe: Probe) -> Callable[[nn.Module, tuple[Any,
     return watch
 
 
-def _output_hook(tape: GateTape, probe: Probe, width: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def watch(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+def _output_hook(tape: GateTape, probe: Probe, width: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):  # of an attention that returns its weights, too
+            return (watch(module, inputs, output[0]), *output[1:])
         if probe[1] == "query":
             reader = _over_tokens(output.detach(), tape.images, width)
         elif probe[1] == "output":

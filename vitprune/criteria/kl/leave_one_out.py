@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitprune.criteria import Batches, Importance, ScoringContext
 from vitprune.errors import BadInput
-from vitprune.groups import Group, mask_without, shrink, zero
+from vitprune.groups import REMOVED, Group, mask_without, shrink, zero
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.progress import track
 
@@ -19,10 +19,10 @@ def leave_one_out_kl(
 ) -> Importance:
     """Score a unit by sum over images of KL(model || model without the unit), in nats, one unit removed at a time.
 
-    Costs units x images forward passes. Residual channels and blocks are shrunk, others zeroed, which gives the same
-    function. A sub-layer is removed together with the next one; the last one scores infinity. If blocks are removed
-    whole (`Group.whole_blocks`), the first unit has the score and the second scores infinity; the only block of a group
-    scores infinity. If the logits are (B, positions, classes), divergences are summed over positions.
+    Costs units x images forward passes. Residual channels, blocks and branches are shrunk, others zeroed, which gives
+    the same function. A sub-layer is removed together with the next one; the last one scores infinity. If blocks are
+    removed whole (`Group.whole_blocks`), the first unit has the score and the second scores infinity; the only block of
+    a group scores infinity. If the logits are (B, positions, classes), divergences are summed over positions.
 
     Args:
         model: the model.
@@ -56,8 +56,8 @@ def _firsts(group: Group) -> range:
 
 
 def copy_without_unit(model: nn.Module, group: Group, unit: int) -> nn.Module:
-    """Return a copy of the model without one unit: residual channels and blocks shrunk, others zeroed."""
-    remove = shrink if group.kind in ("residual", "block") else zero
+    """Return a copy of the model without one unit: residual channels, blocks and branches shrunk, others zeroed."""
+    remove = shrink if group.kind in ("residual", *REMOVED) else zero
     return remove(copy.deepcopy(model), [group], {group.name: mask_without(group, unit)})
 
 

@@ -1,0 +1,77 @@
+"""Evaluate a saved timm model on an image source."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitprune import data, models
+from vitprune.errors import BadInput
+from vitprune.evaluation.evaluate import Metric, evaluate
+from vitprune.runtime.wrappers import is_timm_model
+
+
+@dataclass(frozen=True)
+class SourceBatches:
+    """Batches (images, labels) of some rows of a source; can be iterated several times."""
+
+    source: data.Source
+    transform: data.Transform
+    rows: list[int]
+    batch_size: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches."""
+        for first in range(0, len(self.rows), self.batch_size):
+            rows = self.rows[first : first + self.batch_size]
+            encoded = [self.source.read(self.source.ids[row]) for row in rows]
+            images = [
+                self.transform.image(data.decode(part, self.transform.mode, self.transform.orient)) for part in encoded
+            ]
+            yield torch.stack(images), torch.tensor([self.source.labels[row] for row in rows])
+
+
+def evaluate_saved(
+    directory: Path,
+    spec: str,
+    metric: Metric = "accuracy",
+    dense: Path | None = None,
+    batch_size: int = 64,
+    threshold: float = 0.0,
+) -> dict[str, float]:
+    """Return the result of `evaluate` for a saved model on an image source, with the model's own preprocessing.
+
+    If the source has a train and an eval split, the eval split is evaluated, and knn compares with the train split.
+
+    Args:
+        directory: Directory written by `vitprune.save`.
+        spec: Image source, such as folder:photos.
+        metric: See `evaluate`.
+        dense: Directory of the dense model.
+        batch_size: Images per batch.
+        threshold: See `evaluate`.
+
+    Raises:
+        BadInput: a model or the source cannot be opened, the model is not timm's, or as `evaluate`.
+    """
+    model, other = models.load(directory), None if dense is None else models.load(dense)
+    if not is_timm_model(model):
+        name = type(model).__name__
+        raise BadInput(f"{directory}: {name} has no preprocessing; give its own batches to vitprune.evaluate in Python")
+    source = data.open_source(spec)
+    splits = source.splits or ("eval",) * len(source.ids)
+    transform = data.transform(data.data_config(model))
+    batches, reference = (
+        SourceBatches(source, transform, [row for row, name in enumerate(splits) if name == split], batch_size)
+        for split in ("eval", "train")
+    )
+    return evaluate(
+        model,
+        batches,
+        metric,
+        dense=other,
+        reference=reference if reference.rows and metric == "knn" else None,
+        threshold=threshold,
+    )

@@ -1,0 +1,55 @@
+"""Weighted k-nearest-neighbour classification of feature vectors."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitprune.errors import BadInput
+
+NEIGHBOURS, TEMPERATURE, CHUNK = 20, 0.07, 1024
+
+
+def nearest_neighbours(
+    features: Tensor,
+    labels: Tensor,
+    reference: tuple[Tensor, Tensor] | None = None,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> dict[str, float]:
+    """Classify images by the labels of the most similar ones, each weighted by exp(cosine similarity / temperature).
+
+    Args:
+        features: Features of the images, (N, C).
+        labels: Their labels, (N,).
+        reference: Features (M, C) and labels (M,) of the images to compare with; None: the other images of `features`
+            (leave-one-out).
+        neighbours: Number of most similar images.
+        temperature: Divisor of the similarity.
+
+    Returns:
+        `knn_top1` and `knn_top5` in percent.
+
+    Raises:
+        BadInput: an image has no label, there is nothing to compare with, or the features differ in width.
+
+    Source: Wu et al. 2018 (instance discrimination), as DINO evaluates features: 20 neighbours, temperature 0.07.
+    """
+    others, answers = (features, labels) if reference is None else reference
+    number = len(others) - (reference is None)
+    if min(int(labels.min()), int(answers.min())) < 0 or labels.is_floating_point():
+        raise BadInput("knn: every image needs a label; give pairs (images, labels)")
+    if number < 1 or others.shape[1] != features.shape[1]:
+        raise BadInput(f"knn: {number} images to compare with, of {others.shape[1]} features; give reference images")
+    rows, own = F.normalize(others, dim=1), F.normalize(features, dim=1)
+    classes = int(max(answers.max(), labels.max())) + 1
+    right1 = right5 = 0
+    for start in range(0, len(own), CHUNK):
+        similarity = own[start : start + CHUNK] @ rows.T
+        if reference is None:
+            similarity[torch.arange(len(similarity)), start + torch.arange(len(similarity))] = -torch.inf
+        best, nearest = similarity.topk(min(neighbours, number), dim=1)
+        votes = torch.zeros(len(best), classes, dtype=torch.float64)
+        votes.scatter_add_(1, answers[nearest], (best.double() / temperature).exp())
+        hits = votes.topk(min(5, classes), dim=1).indices == labels[start : start + CHUNK, None]
+        right1, right5 = right1 + int(hits[:, 0].sum()), right5 + int(hits.sum())
+    return {"knn_top1": 100 * right1 / len(own), "knn_top5": 100 * right5 / len(own)}

@@ -157,5 +157,5 @@ def test_a_model_that_does_not_run_at_its_size_asks_for_an_example() -> None:
 
 
 def test_hidden_units_outside_a_module_of_their_own_are_not_found() -> None:
-    with pytest.raises(BadInput, match=r"^Encoder: its trace has no units of kind 'ffn'"):
+    with pytest.raises(BadInput, match=r"^Encoder: there is no MLP or bottleneck in it"):
         find_groups(Encoder(Attention(32, 4)), ["ffn"])

@@ -1,4 +1,4 @@
-"""Find the prunable groups of a timm model, record its structure and resize a model to a structure.
+"""Find the prunable groups of a model, record its structure and resize a model to a structure.
 
 The only package that depends on architectures by name.
 """

@@ -80,7 +80,11 @@ def _with_choices(kind: type[nn.Module], choices: Choices) -> type[nn.Module]:
 
 
 def original_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a class of any width was made from; any other class itself."""
+    """Return the class that a class of any width was made from; any other class itself.
+
+    Args:
+        kind: a class of modules.
+    """
     original: type[nn.Module] = vars(kind).get("_original", kind)
     return original
 
@@ -103,7 +107,11 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Give a module its original class again if all its layers read and the last one writes as many channels."""
+    """Give a module its original class again if all its layers read and the last one writes as many channels.
+
+    Args:
+        module: the module; only its class changes.
+    """
     layers: list[Any] = [layer for layer in module.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
     widths = {layer.weight.shape[1] for layer in layers} | {len(layer.weight) for layer in layers[-1:]}
     if len(widths) == 1:

@@ -199,7 +199,7 @@ def _is_outer(model: Any, owner: str) -> bool:
     is_list = isinstance(module, nn.Sequential | nn.ModuleList)
     layers = [sum(parameter.dim() > 1 for parameter in child.parameters()) for child in module.children()]
     classifiers = (names,) if isinstance(names, str) else names
-    return (is_list and max(layers) > 1) or any(is_within(name, [owner]) for name in classifiers)
+    return (is_list and max(layers, default=0) > 1) or any(is_within(name, [owner]) for name in classifiers)
 
 
 def _modules_without_labels(model: nn.Module) -> list[str]:
@@ -220,9 +220,12 @@ def _alone(model: nn.Module, path: str, calls: dict[str, Call]) -> list[TracedUn
     args, kwargs = calls.get(path, ((), {}))
     if kwargs or len(args) != 1:
         return []
-    module, result = model.get_submodule(path), []
-    copied = meta_copy(module)
-    for channels in ChannelGraph(run_trace(copied, args[0]), copied).groups():
+    copied, result = meta_copy(model.get_submodule(path)), []
+    try:
+        trace = run_trace(copied, args[0])
+    except Exception:  # a forward pass may raise anything
+        return []
+    for channels in ChannelGraph(trace, copied).groups():
         if channels.kind == "ffn" and channels.writers and any(part.axis == 1 for part in channels.slices):
             slices, buffers = (
                 tuple(replace(part, param=f"{path}.{part.param}") for part in parts)

@@ -50,7 +50,16 @@ def _without_lists(value: Hashable) -> Hashable:
 
 
 def same_logits(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
-    """Return whether two models give the same logits in float64 on the CPU; not if one does not run."""
+    """Return whether two models give the same logits in float64 on the CPU.
+
+    Args:
+        model: a model.
+        other: another one.
+        images: their input.
+
+    Returns:
+        False also if one of them does not run.
+    """
     try:
         first, second = (_logits(copy.deepcopy(one), images.cpu()) for one in (model, other))
     except torch.OutOfMemoryError:

@@ -56,8 +56,8 @@ class PruneResult:
         before: Cost of the dense model.
         after: Cost of the pruned model.
         target_miss: Why the cost misses the target by more than 2 %; empty if it does not, or without a target.
-        skipped: Kinds of the method that this model does not have, and modules of models of other libraries than timm
-            that cannot be pruned, each with the reason.
+        skipped: Kinds of the method that this model does not have, and modules that cannot be pruned, each with the
+            reason.
         seconds: Duration.
         reconstruction: KL divergence from the dense logits on held-out images before and after the reconstruction, in
             nats per image, the pass that was kept and the number of passes; empty without.

@@ -222,11 +222,11 @@ def _channels_of_heads(
         )
     numbers = {root: number for channels, number, _, _ in result for root in channels.roots}
     by_roots = {channels.roots: channels for channels in (graph.groups(numbers) if numbers else ())}
-    units = []
+    units, roles = [], [_labels_of_rows(trace, rows) for rows in (queries, keys, values)]
     for channels, number, why, inside in result:
         spaced = by_roots[channels.roots]
         tied = TracedUnits(spaced, number, tuple(inside), why or spaced.why_not, spaced.units // number)
-        units.append(_with_layers(tied, trace, (queries, keys, values)))
+        units.append(_with_layers(tied, trace, roles))
     return units, groups
 
 
@@ -250,28 +250,35 @@ def _sites(channels: ChannelGroup) -> frozenset[tuple[str, int | None]]:
     return frozenset((part.param, part.axis) for part in channels.slices)
 
 
-def _with_layers(group: TracedUnits, trace: Trace, roles: Sequence[Mapping[int, list[Tensor]]]) -> TracedUnits:
-    """Return the group with the layers of its queries, keys and values."""
-    parts = [_parts_of(trace, group.channels, rows) for rows in roles]
-    layers = [name.removesuffix(".weight") for found in parts for name, _ in found if name.endswith(".weight")]
-    order = [repetition for found in parts for name, repetition in found if name.endswith(".weight")]
+def _with_layers(group: TracedUnits, trace: Trace, roles: Sequence[Tensor]) -> TracedUnits:
+    """Return the group with the layers of its queries, keys and values, given by label whether it is a row of each."""
+    parts = [_parts_of(trace, group.channels, labels) for labels in roles]
+    layers = [name.removesuffix(".weight") for of_role in parts for name, _ in of_role if name.endswith(".weight")]
+    order = [repetition for of_role in parts for name, repetition in of_role if name.endswith(".weight")]
     is_plain = len(layers) == 3 and (order == [0, 1, 2] if len(set(layers)) == 1 else len(set(layers)) == 3)
     return replace(group, queries=tuple(parts[0]), projections=tuple(layers) if is_plain else ())
 
 
-def _parts_of(trace: Trace, channels: ChannelGroup, rows: Mapping[int, list[Tensor]]) -> list[tuple[str, int]]:
-    """Return parameters with these rows, each with the repetition of all units of the group that they are."""
-    chosen = torch.cat([torch.zeros(0, dtype=torch.int64), *(row for of_head in rows.values() for row in of_head)])
-    shifts = [(bias.flatten(), squeeze_broadcast(labels).flatten()) for bias, labels in trace.shifts]
-    chosen = torch.cat(
-        [chosen, *(bias[torch.isin(labels, chosen)] for bias, labels in shifts if len(bias) == len(labels))]
-    )
+def _labels_of_rows(trace: Trace, rows: Mapping[int, list[Tensor]]) -> Tensor:
+    """Return by label whether it is one of the rows of all heads, or of the biases that are added to them."""
+    chosen = torch.zeros(int(trace.sets.new_labels(1)), dtype=torch.bool)
+    for row in (row for of_head in rows.values() for row in of_head):
+        chosen[row] = True
+    biases = torch.zeros_like(chosen)
+    for bias, labels in ((bias.flatten(), squeeze_broadcast(labels).flatten()) for bias, labels in trace.shifts):
+        if len(bias) == len(labels):
+            biases[bias[chosen[labels]]] = True
+    return chosen | biases
+
+
+def _parts_of(trace: Trace, channels: ChannelGroup, chosen: Tensor) -> list[tuple[str, int]]:
+    """Return parameters with chosen rows, each with the repetition of all units of the group that they are."""
     result: list[tuple[str, int]] = []
     for part in channels.slices:
         labels = trace.axes.get((part.param, 0), trace.elements.get(part.param))
         positions: list[int] = []
         if labels is not None and part.axis == 0 and labels.dim() == 1:
-            positions = torch.isin(labels, chosen).nonzero().flatten().tolist()
+            positions = chosen[labels].nonzero().flatten().tolist()
         repetitions = {position // (channels.units // part.heads * part.inner) for position in positions}
         if part.runs > 1:
             repetitions = {repetition % part.runs for repetition in repetitions}

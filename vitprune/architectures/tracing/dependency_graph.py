@@ -189,6 +189,8 @@ def _param_slice(axis: Axis, positions: Array, length: int, heads: int) -> Param
     units, count = positions.shape
     if units * count != length:
         return None
+    if units == 1:
+        return ParamSlice(axis[0], axis[1], 1, count)
     for inner in (n for n in range(1, count + 1) if count % n == 0):
         regular = np.arange(length).reshape(count // inner, units, inner).swapaxes(0, 1).reshape(units, count)
         if np.array_equal(positions, regular):

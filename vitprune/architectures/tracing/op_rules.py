@@ -334,7 +334,14 @@ def _embedding(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
 
 
 def apply_rms_norm_rule(trace: Trace, module: nn.Module, value: Tensor, result: Tensor) -> None:
-    """Apply the rule of an RMSNorm module; the rule for its single operations would refuse the mean over channels."""
+    """Apply the rule of an RMSNorm module; the rule for its single operations would refuse the mean over channels.
+
+    Args:
+        trace: the state of the trace.
+        module: the norm.
+        value: its input.
+        result: its output.
+    """
     _counting_norm(trace, value, list(module.parameters()), result, -1)
 
 

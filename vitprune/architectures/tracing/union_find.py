@@ -109,7 +109,13 @@ def broadcast_aligned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coalesce(first: Tensor, second: Tensor, shape: torch.Size) -> Tensor:
-    """Return the first labels, replaced by the second where they are `NO_CHANNEL`, expanded to a shape."""
+    """Return the first labels, replaced by the second where they are `NO_CHANNEL`.
+
+    Args:
+        first: labels.
+        second: labels that broadcast with the first.
+        shape: shape of the result.
+    """
     a, b = broadcast_aligned(first, second)
     labels = torch.where(a == NO_CHANNEL, b, a) if bool((a == NO_CHANNEL).any()) else a
     return labels.expand(shape)

@@ -96,14 +96,29 @@ class Parallel(nn.Module):
         return self.head(x.mean(dim=1))
 
 
+class WithSize(nn.Module):
+    """A layer that returns a size, too, as the attention of MViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        return self.layer(x), (x.shape[1], 1)
+
+
 class ParallelBlock(nn.Module):
     """A block of Parallel."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
         self.f, self.g, self.form = nn.Linear(4, 4), nn.Linear(4, 4), form
+        self.sized = WithSize() if form == "sized" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.sized is not None:
+            y, (length, _) = self.sized(x)
+            return x + y + self.g(x)[:, :length]
         if self.form == "one by one":
             return x + self.f(x) + self.g(x)
         if self.form == "together":
@@ -123,6 +138,7 @@ def test_parallel_branches_are_right_or_refused() -> None:
         branches(Parallel("together"))
     assert list(branches(Parallel("read twice")).sublayers) == [(f"blocks.{n}.g",) for n in range(2)]
     assert list(branches(Parallel("relu")).sublayers) == [(f"blocks.{n}.f",) for n in range(2)]
+    assert [path for (path, *_) in branches(Parallel("sized")).sublayers][:2] == ["blocks.0.sized.layer", "blocks.0.g"]
     model = randomize_parameters(Parallel("one by one"))
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     assert predict(without(model, 0, 3), x).equal(predict(silenced(model, "blocks.0.f", "blocks.1.g"), x))

@@ -344,7 +344,10 @@ def _output_shape(given: Tensor, output: Any) -> OutputShape | None:
     """Return the shape of an output; None if it differs from the input in more than one axis, or in the first."""
     returned = next(tensors_of(output))
     outputs = len(output) if isinstance(output, tuple) else 0
+    others = output[1:] if outputs else ()
     if given.dim() != returned.dim() or not given.dim() or isinstance(output, list | dict):
+        return None
+    if not all(value is None or isinstance(value, Tensor) for value in others):  # such as a size, which is read
         return None
     axes = [axis for axis, (old, new) in enumerate(zip(given.shape, returned.shape, strict=True)) if old != new]
     if len(axes) > 1 or axes == [0]:

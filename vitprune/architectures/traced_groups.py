@@ -17,6 +17,7 @@ from vitprune.architectures.tracing.fingerprint import StructureCache, fingerpri
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Projections, Resize, is_within, meta_copy
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.outputs import tensors_of
 
 KINDS = ("ffn", "head", "attention")
 NOTHING = {"ffn": "no MLP or bottleneck", "head": "no attention with heads", "attention": "no attention with heads"}
@@ -32,10 +33,14 @@ class _Proven:
 
 @dataclass(frozen=True)
 class _Units:
-    """Traced units by kind, each with the path of its owner, the calls of all owners, and the groups by kind."""
+    """Traced units by kind, each with the path of its owner, the calls of all owners, and the groups by kind.
+
+    `apart` are owners whose inputs do not depend on the images, such as MLPs over positions.
+    """
 
     traced: dict[str, list[tuple[TracedUnits, str]]]
     calls: dict[str, Call]
+    apart: set[str]
     proven: dict[str, _Proven] = field(default_factory=dict)
 
 
@@ -143,12 +148,12 @@ def _trace(model: nn.Module) -> _Units:
         for kind, of_kind in (("ffn", hidden), ("head", attention.heads), ("attention", attention.channels))
     }
     mixers = _modules_without_labels(model)
-    calls = _calls(model, {owner for of_kind in traced.values() for _, owner in of_kind} | set(mixers))
+    calls, apart = _calls(model, {owner for of_kind in traced.values() for _, owner in of_kind} | set(mixers))
     if mixers:
         order = {path: number for number, (path, _) in enumerate(model.named_modules())}
         more = [(group, _owner(group.channels, ())) for path in mixers for group in _alone(model, path, calls)]
         traced["ffn"] = sorted(traced["ffn"] + more, key=lambda entry: order[entry[1]])
-    return _Units(traced, calls)
+    return _Units(traced, calls, apart)
 
 
 def _is_cuttable(group: TracedUnits) -> bool:
@@ -257,8 +262,9 @@ def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
     for group, owner in units.traced[kind]:
         name = _name(kind, owner, group, owners.count(owner))
         module, call = model.get_submodule(owner), units.calls.get(owner)
-        if group.why_not or call is None:
-            result.refused[name] = _refusal(owner, module, group.why_not or "it does not run as a module of its own")
+        why = group.why_not or ("its inputs are not those of images" if kind == "ffn" and owner in units.apart else "")
+        if why or call is None:
+            result.refused[name] = _refusal(owner, module, why or "it does not run as a module of its own")
             continue
         relative, sizes = _below(owner, kind, name, group)
         structure = fingerprint(module)
@@ -331,25 +337,37 @@ def _refusal(owner: str, module: nn.Module, why: str) -> str:
     return f"{name}{why.removeprefix(name)}; this module cannot be pruned"
 
 
-def _calls(model: nn.Module, paths: set[str]) -> dict[str, Call]:
-    """Arguments of the first call of modules, tensors on the meta device."""
+def _calls(model: nn.Module, paths: set[str]) -> tuple[dict[str, Call], set[str]]:
+    """Arguments of the first call of modules, tensors on the meta device; modules that see nothing of the images."""
 
-    def run(copy: nn.Module, inputs: Tensor) -> dict[str, Call]:
+    def run(copy: nn.Module, inputs: Tensor) -> tuple[dict[str, Call], set[str]]:
         calls: dict[str, Call] = {}
+        apart: set[str] = set()
         for path in paths:
-            hook = partial(_record_call, calls, path)
+            hook = partial(_record_call, calls, apart, path)
             copy.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
-        with torch.no_grad(), eval_mode(copy):
-            copy(inputs)
-        return calls
+        with_grad = inputs.is_floating_point()
+        for parameter in copy.parameters():
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.set_grad_enabled(with_grad), eval_mode(copy):
+            copy(inputs.requires_grad_(with_grad).clone())
+        return calls, apart if with_grad and apart != set(calls) else set()
 
     return with_example(model, run)
 
 
 def _record_call(
-    calls: dict[str, Call], path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    calls: dict[str, Call],
+    apart: set[str],
+    path: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
-    calls.setdefault(path, (_on_meta(args), _on_meta(kwargs)))
+    if path not in calls:
+        calls[path] = (_on_meta(args), _on_meta(kwargs))
+        if not any(value.requires_grad for value in tensors_of((args, kwargs))):
+            apart.add(path)
 
 
 def _on_meta(value: Any) -> Any:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vitprune import models
-from vitprune.architectures import find_groups, merge_heads
 from vitprune.architectures.stream_rotation import rotate_stream, stream_layers
 from vitprune.config.params import Params
 from vitprune.criteria import Batches, Criterion, Importance, ScoringContext, Statistics
@@ -21,9 +20,11 @@ from vitprune.groups import Group, Scores
 from vitprune.models.weights import read_weights, write_weights
 from vitprune.pipeline.artifacts import SCORES, summary_rows
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
+from vitprune.pruning.cycle_masks import all_groups
 from vitprune.pruning.held_out import fitted_images
 from vitprune.pruning.plan import Plan, plan_of, scored_kinds
 from vitprune.pruning.preparation import merging, narrowed
+from vitprune.pruning.unusable_groups import scorable_groups
 from vitprune.runtime import tables
 from vitprune.runtime.distributed import ProcessGroup, process_group
 from vitprune.runtime.files import sha256, write_json
@@ -72,7 +73,7 @@ def _shared_basis(model: nn.Module, batches: Batches, plan: Plan, dist: ProcessG
 
 def scored_groups(model: nn.Module, plan: Plan) -> list[Group]:
     """Return the groups to score, with attention heads merged as the plan says."""
-    return merge_heads(model, find_groups(model, scored_kinds(plan)), plan.config.merge_heads_to)
+    return scorable_groups(model, all_groups(model, plan, scored_kinds(plan)), plan.method)
 
 
 def write_scores(

@@ -37,6 +37,7 @@ from vitprune.pruning.methods import Method
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.rescoring import Rescored
 from vitprune.pruning.select import CandidatePool, blocks_removed, candidate_pools, select, select_blocks
+from vitprune.pruning.unusable_groups import scorable_groups
 
 CostReport = Mapping[str, Mapping[str, float | str]]  # by cost: target, reached, dense, p10, p90, why
 
@@ -115,9 +116,14 @@ class CycleTarget:
 
 
 def groups_for(model: nn.Module, plan: Plan) -> list[Group]:
-    """Return the groups that a plan prunes, with attention heads merged as the plan says."""
-    groups = [group for group in find_groups(model, list(plan.sparsity)) if group.name not in plan.left_out]
-    return merge_heads(model, groups, plan.config.merge_heads_to)
+    """Return the groups that a plan prunes: those that its method can score, with heads merged as the plan says."""
+    groups = scorable_groups(model, all_groups(model, plan, list(plan.sparsity)), plan.method)
+    return [group for group in groups if group.name not in plan.left_out]
+
+
+def all_groups(model: nn.Module, plan: Plan, kinds: Sequence[str]) -> list[Group]:
+    """Return the groups of some kinds, with attention heads merged as a plan says."""
+    return merge_heads(model, find_groups(model, kinds), plan.config.merge_heads_to)
 
 
 def available_kinds(model: nn.Module, kinds: Sequence[str], method: Method) -> tuple[list[str], dict[str, str]]:

@@ -29,7 +29,7 @@ from vitprune.errors import BadInput, Unreachable
 from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
 from vitprune.pruning.auto import auto_method
-from vitprune.pruning.cycle_masks import available_kinds, groups_for, refuse_equal_scores
+from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores
 from vitprune.pruning.methods import CRITERIA, method_named
 from vitprune.pruning.plan import Plan, plan_for
 from vitprune.pruning.preparation import prepared
@@ -233,18 +233,16 @@ def prune(
     set_input_size(pruned, example_input if example_input is not None or not batches else batches[0][0])
     if within is not None:
         settings["rules"] = [*rules, *_outside(pruned, within, kinds or method_named(method).kinds, method)]
-    by_default = kinds is None and not isinstance(sparsity, Mapping)
-    if by_default:
+    if kinds is None and not isinstance(sparsity, Mapping):
         available, skipped = available_kinds(pruned, method_named(method).kinds, method_named(method))
         if not available:
             raise BadInput(next(iter(skipped.values())))
         settings["kinds"] = available if skipped else None
     plan, dense = plan_for(PruneConfig(**settings), config, seed), plain_model(model)
-    if not is_timm_model(dense):
-        skipped |= {name: why for kind in plan.sparsity for name, why in left_out(pruned, kind).items()}
+    skipped |= {name: why for kind in plan.sparsity for name, why in left_out(pruned, kind).items()}
     if "weight" in plan.sparsity:
         skipped |= dense_projections(pruned)
-    if batches and (by_default or not is_timm_model(dense)):
+    if batches:
         plan, unusable = _usable(pruned, plan, batches[0][0])
         skipped |= unusable
     if isinstance(model, FeatureGetterNet) and "residual" in plan.sparsity:
@@ -272,7 +270,7 @@ def _usable(model: nn.Module, plan: Plan, images: Tensor) -> tuple[Plan, dict[st
     Raises:
         BadInput: it can score none.
     """
-    groups = groups_for(model, plan)
+    groups = all_groups(model, plan, list(plan.sparsity))
     reasons = unusable_groups(model, groups, images, plan.method)
     if groups and len(reasons) == len(groups):
         raise BadInput(next(iter(reasons.values())))

@@ -17,6 +17,25 @@ UNITS = ("ffn", "head", "attention")
 DATA_FREE = (magnitude.random, magnitude.magnitude, magnitude.energy)
 
 
+def scorable_groups(model: nn.Module, groups: Sequence[Group], method: Method) -> list[Group]:
+    """Return the groups without those that `Method.check_group` refuses, such as convolutions for `unit-obs`.
+
+    Args:
+        model: The model.
+        groups: Groups of its units.
+        method: The method.
+
+    Raises:
+        BadInput: all groups of a kind are refused.
+    """
+    refused = _refused(model, groups, method)
+    for kind in dict.fromkeys(group.kind for group in groups):
+        reasons = [refused.get(group.name, "") for group in groups if group.kind == kind]
+        if all(reasons):
+            raise BadInput(reasons[0])
+    return [group for group in groups if group.name not in refused]
+
+
 def unusable_groups(model: nn.Module, groups: Sequence[Group], images: Tensor, method: Method) -> dict[str, str]:
     """Return the groups that a method cannot score in a model, each with the reason.
 
@@ -32,16 +51,21 @@ def unusable_groups(model: nn.Module, groups: Sequence[Group], images: Tensor, m
     Raises:
         BadInput: the forward pass has no gradients.
     """
+    reasons = {} if method.criterion in DATA_FREE else _without_effect(model, groups, images)
+    for name, why in _refused(model, groups, method).items():
+        reasons[name] = why.partition(";")[0].removeprefix(f"{name}: ")
+    return {name: f"{name}: {why}; it is not pruned" for name, why in reasons.items()}
+
+
+def _refused(model: nn.Module, groups: Sequence[Group], method: Method) -> dict[str, str]:
     result = {}
     for group in groups:
         try:
             if method.check_group is not None:
                 method.check_group(model, group)
         except BadInput as error:
-            result[group.name] = str(error).partition(";")[0].removeprefix(f"{group.name}: ")
-    if method.criterion not in DATA_FREE:
-        result = _without_effect(model, groups, images) | result
-    return {name: f"{name}: {why}; it is not pruned" for name, why in result.items()}
+            result[group.name] = str(error)
+    return result
 
 
 def _without_effect(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[str, str]:

@@ -159,3 +159,9 @@ def test_a_model_that_does_not_run_at_its_size_asks_for_an_example() -> None:
 def test_hidden_units_outside_a_module_of_their_own_are_not_found() -> None:
     with pytest.raises(BadInput, match=r"^Encoder: there is no MLP or bottleneck in it"):
         find_groups(Encoder(Attention(32, 4)), ["ffn"])
+
+
+def test_models_of_one_structure_and_several_types_have_the_same_groups() -> None:
+    model = Encoder(Attention(32, 4))
+    first, *others = (find_groups(model.to(dtype), ["attention"])[0] for dtype in (torch.float32, torch.float64))
+    assert [(group.name, group.shape) for group in others] == [(first.name, first.shape)]

@@ -27,7 +27,7 @@ from vitprune.runtime.random_parameters import randomize_parameters
 
 MAX_CHANGED, MAX_TRIALS = 5, 400
 TOLERANCE, BASIS_TOLERANCE = 1e-9, 1e-6  # relative, in float64; the latter after inverses of matrices
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a module's forward pass
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a module's forward pass, in float64
 HEADS, WIDTH, BOTH, SCALE = "heads", "width", "heads and width", "scale"
 
 
@@ -132,7 +132,7 @@ def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
     candidates = list(_candidates(owner, group, sizes.shape))
     tried: list[str] = []
     classes = partial(_other_classes, owner, group, call)
-    wanted = _output_shape(meta_copy(owner), call)
+    wanted = _output_shape(without_values(owner), call)
     for proposal in _proposals(candidates, sizes, classes, len(group.shape) > 1):
         resized = replace(group, resize=proposal.record)
         error = _trial(owner, call, resized, wanted)
@@ -173,7 +173,7 @@ def _other_classes(owner: nn.Module, group: Group, call: Call) -> list[Classes]:
     """Return the classes for any width of the modules that have one, written by hand or by rewriting."""
     named = [(path, narrow_class(module)) for path, module in owner.named_modules()]
     by_hand = tuple((path, kind) for path, kind in named if kind is not type(owner.get_submodule(path)))
-    copied = meta_copy(owner)
+    copied = without_values(owner)
     lengths = {copied.get_parameter(part.param).shape[part.axis] for part in group.slices if part.axis is not None}
     sizes = lengths | {length // number for length in lengths for number in (3, *group.shape) if length % number == 0}
     run = partial(_output_shape, copied, call)
@@ -237,13 +237,24 @@ def _smaller(group: Group) -> tuple[int, ...]:
 
 def _trial(owner: nn.Module, call: Call, group: Group, wanted: Sequence[int]) -> str:
     """Return the error of a cut module on the meta device; empty if its output has the wanted shape."""
-    copied = meta_copy(owner)
+    copied = without_values(owner)
     try:
         resize_group(copied, group, _smaller(group))
         shape = _output_shape(copied, call)
     except Exception as error:  # a forward pass may raise anything
         return first_line(error)
     return "" if shape == wanted else f"its output has shape {tuple(shape)} instead of {tuple(wanted)}"
+
+
+def without_values(owner: nn.Module) -> nn.Module:
+    """Return a copy of a module on the meta device, in float64 as the arguments of its calls.
+
+    Args:
+        owner: the module.
+    """
+    copied = meta_copy(owner)
+    copied.double()
+    return copied
 
 
 def _output_shape(module: nn.Module, call: Call) -> Sequence[int]:

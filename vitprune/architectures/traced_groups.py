@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.size_attributes import Call, Sizes, keeps_function_in_other_basis, sized
+from vitprune.architectures.size_attributes import Call, Sizes, keeps_function_in_other_basis, sized, without_values
 from vitprune.architectures.tracing.attention_heads import TracedUnits
 from vitprune.architectures.tracing.cache import traced_attention, traced_channels
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Projections, Resize, is_within, meta_copy
+from vitprune.groups import Group, Projections, Resize, is_within
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.outputs import tensors_of
 
@@ -225,7 +225,7 @@ def _alone(model: nn.Module, path: str, calls: dict[str, Call]) -> list[TracedUn
     args, kwargs = calls.get(path, ((), {}))
     if kwargs or len(args) != 1:
         return []
-    copied, result = meta_copy(model.get_submodule(path)), []
+    copied, result = without_values(model.get_submodule(path)), []
     try:
         trace = run_trace(copied, args[0])
     except Exception:  # a forward pass may raise anything
@@ -372,7 +372,7 @@ def _record_call(
 
 def _on_meta(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("meta")
+        return value.detach().to("meta", torch.float64 if value.is_floating_point() else value.dtype)
     if isinstance(value, dict):
         return {key: _on_meta(item) for key, item in value.items()}
     return type(value)(_on_meta(item) for item in value) if type(value) in (tuple, list) else value

@@ -143,6 +143,11 @@ def test_residual_streams_of_hierarchical_models(name: str, widths: list[int]) -
     assert [one.units for one in result] == widths
 
 
+def test_padding_with_infinity_keeps_the_channels() -> None:
+    model = One(nn.ConstantPad2d(1, float("-inf")))
+    assert channel_groups(model, torch.randn(1, 3, 4, 4))[0].why_not == ""
+
+
 class Late(nn.Module):
     """A scale meets two kinds of token, whose channels turn out to be the same only later."""
 

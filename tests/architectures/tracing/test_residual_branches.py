@@ -73,10 +73,10 @@ def residual_modules(model: nn.Module, images: Tensor) -> set[str]:
     return find_residual_modules(model, images, ["blocks.0", "blocks.1"])
 
 
-ADDING = ["plain", "behind", "in place", "twice", "turned", "rolled", "in windows", "first of all"]
+ADDING = ["plain", "behind", "in place", "twice", "turned", "rolled", "in windows", "first of all", "activated"]
 OTHERS = [
     *("shifted", "swapped", "joined wrongly", "padded", "written into", "doubled", "scaled"),
-    *("scaled in place", "weighted", "activated", "alone", "nothing", "broadcast", "several"),
+    *("scaled in place", "weighted", "alone", "nothing", "broadcast", "several"),
 ]
 
 

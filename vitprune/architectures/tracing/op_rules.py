@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.tracing.trace import ParameterView, Product, Trace
-from vitprune.architectures.tracing.union_find import coalesce, compact, squeeze_broadcast
+from vitprune.architectures.tracing.union_find import NO_CHANNEL, coalesce, compact, squeeze_broadcast
 
 Rule = Callable[[Trace, Any, Sequence[Any], Mapping[str, Any], Any], None]
 
@@ -76,10 +76,19 @@ def _rearrangement(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping
         moved = inputs[0]
     elif name in FLOAT_ONLY:  # not implemented for integers; float64 represents the labels exactly
         moved = func(inputs[0].double(), *args[1:], **kwargs).long()
+    elif name == "constant_pad_nd":
+        moved = _padded(inputs[0], args[1])
     else:
         moved = func(inputs if several else inputs[0], *args[1:], **kwargs)
     for value, labels in zip(*((result, moved) if isinstance(result, list | tuple) else ([result], [moved]))):  # noqa: B905
         trace.set_labels(value, compact(labels) if name in COPIES else labels)
+
+
+def _padded(labels: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return labels padded along axes where they differ; along others, a padded position is one of the same channels."""
+    small = squeeze_broadcast(compact(labels))
+    kept = [0 if small.shape[-1 - index // 2] == 1 else width for index, width in enumerate(widths)]
+    return torch.constant_pad_nd(small, kept, NO_CHANNEL)
 
 
 def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
@@ -102,6 +111,10 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
         full += [] if others else [(not trace.is_labelled_activation(value), squeeze_broadcast(labels).numel(), labels)]
     if func.overloadpacket.__name__ in ADDITIONS and sum(trace.is_labelled_activation(v) for v, _ in operands) > 1:
         trace.residual_sums.append(squeeze_broadcast(operands[0][1]))
+    if not full:
+        for _, labels in operands:
+            trace.mark_unprunable(labels, "every channel is combined with every other one")
+        return
     full.sort(key=lambda entry: entry[:2])  # activations first, then those that differ along the fewest axes
     labels = full[0][-1]
     for *_, other in full[1:]:

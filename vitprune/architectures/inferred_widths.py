@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 RESHAPES = ("reshape", "view")
-OBSERVE = "_observe_sizes"
-Observed = dict[tuple[str, int], tuple[int, ...]]  # by method and number of the call: sizes
+OBSERVE, ORIGIN = "_observe_sizes", "_origin_of_class"
+Observed = dict[tuple[str, int], tuple[int, tuple[int, ...]]]  # by method and number of the call: elements, sizes
 Choices = frozenset[tuple[str, int, int]]  # method, number of the call, and position of the size to infer
 
 
@@ -30,22 +30,50 @@ def inferring_class(module: nn.Module, sizes: Collection[int], run: Callable[[nn
         sizes: numbers of channels and multiples of them, as in the dense module.
         run: runs the dense module once.
     """
+    observed = observed_sizes(module, run)
+    choices = frozenset(
+        (method, call, max(position for position, size in enumerate(given) if size in sizes))
+        for (method, call), (_, given) in observed.items()
+        if any(size in sizes for size in given)
+    )
+    return inferring(type(module), choices)
+
+
+def observed_sizes(module: nn.Module, run: Callable[[nn.Module], object]) -> Observed:
+    """Return the sizes of the first call of every reshape of a module that does not infer one of them, in their order.
+
+    Args:
+        module: the module; it may be inside of the one that runs.
+        run: runs the module once; an error that it raises is ignored.
+    """
     kind: Any = type(module)
     observed: Observed = {}
-    observing = _subclass(kind, frozenset(), observed)
-    if observing is kind:
-        return kind
+    observing = _subclass(*_origin(kind), observed)
     module.__class__ = observing
     try:
         run(module)
+    except Exception:  # a forward pass may raise anything; what was observed until then counts
+        return observed
     finally:
         module.__class__ = kind
-    choices = frozenset(
-        (method, call, max(position for position, size in enumerate(given) if size in sizes))
-        for (method, call), given in observed.items()
-        if any(size in sizes for size in given)
-    )
-    return _inferring(kind, choices) if choices else kind
+    return observed
+
+
+def inferring(kind: Any, choices: Choices) -> Any:
+    """Return the subclass of a class that infers these sizes, and those that it inferred before."""
+    dense, known = _origin(kind)
+    return _inferring(dense, known | choices) if choices else kind
+
+
+def set_class(module: nn.Module, kind: Any) -> None:
+    """Change the class of a module to one for other widths; sizes that the module infers already remain inferred."""
+    (dense, _), (other, choices) = _origin(type(module)), _origin(kind)
+    module.__class__ = inferring(type(module), choices) if dense is other else kind
+
+
+def _origin(kind: Any) -> tuple[Any, Choices]:
+    """Return the class from which a class was derived here, and the sizes that it infers."""
+    return vars(kind).get(ORIGIN, (kind, frozenset()))
 
 
 @functools.cache
@@ -62,7 +90,7 @@ def _subclass(kind: Any, choices: Choices, observed: Observed | None) -> Any:
             methods[name] = rewritten
     if not methods:
         return kind
-    return type(f"{kind.__name__}OfAnyWidth", (kind,), methods | {"__module__": __name__})
+    return type(f"{kind.__name__}OfAnyWidth", (kind,), methods | {"__module__": __name__, ORIGIN: (kind, choices)})
 
 
 def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
@@ -118,19 +146,19 @@ class _Reshapes(ast.NodeTransformer):
         if len(sizes) < 2 or any(isinstance(size, ast.Starred) or ast.unparse(size) == "-1" for size in sizes):
             return node
         number, self._calls = self._calls, self._calls + 1
-        if self._observe:
+        chosen = [position for position in range(len(sizes)) if (number, position) in self._choices]
+        for position in chosen:
+            sizes[position], self.changed = ast.Constant(-1), True
+        if self._observe and not chosen:
             self.changed = True
             return ast.Call(ast.Name(OBSERVE, ast.Load()), [function.value, ast.Constant(number), *sizes], [])
-        for position in range(len(sizes)):
-            if (number, position) in self._choices:
-                sizes[position], self.changed = ast.Constant(-1), True
         node.func = ast.Attribute(function.value, "reshape", ast.Load())
         return node
 
 
 def _observer(method: str, observed: Observed) -> Callable[..., Tensor]:
     def observe(tensor: Tensor, number: int, *sizes: int) -> Tensor:
-        observed.setdefault((method, number), tuple(sizes))
+        observed.setdefault((method, number), (tensor.numel(), tuple(sizes)))
         return tensor.reshape(sizes)
 
     return observe

@@ -1,6 +1,7 @@
 """Find groups of residual-stream channels in the channel dependency graph of a model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,10 @@ from timm.models.metaformer import Scale
 from torch import nn
 
 from vitprune.architectures import narrow_attention
-from vitprune.architectures.tracing.cache import traced_channels, trial_run
+from vitprune.architectures.inferred_widths import set_class
+from vitprune.architectures.size_attributes import Classes
+from vitprune.architectures.stream_widths import classes_for_streams
+from vitprune.architectures.tracing.cache import traced_channels
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGroup
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Resize, is_within
@@ -19,8 +23,8 @@ WIDTH_ATTRIBUTES = ("num_features", "head_hidden_size", "in_features", "embed_di
 def groups(model: nn.Module) -> list[Group]:
     """Find the channels of every residual stream of a timm model, each with all layers that write and read it.
 
-    A third of all channels is removed from a copy on the meta device first, because a forward pass may contain its
-    widths as constants.
+    A third of all channels is removed from a copy on the meta device first. Modules whose forward pass contains these
+    widths get another class, see `stream_widths`.
 
     Raises:
         BadInput: a stream cannot be pruned, for the reason given, or there is none.
@@ -35,8 +39,19 @@ def groups(model: nn.Module) -> list[Group]:
         _refuse_unprunable(stream, stream.why_not)
     features = _feature_entries(model, streams)
     result = [_group(model, stream, features[index]) for index, stream in enumerate(streams)]
-    trial_run(model, result, "a narrower residual stream")
-    return result
+    return for_any_width(model, result)
+
+
+def for_any_width(model: nn.Module, streams: Sequence[Group]) -> list[Group]:
+    """Return residual groups whose `resize` also gives modules a forward pass for any width, where they need one.
+
+    Raises:
+        BadInput: the model does not run with narrower streams.
+    """
+    classes = classes_for_streams(model, streams)
+    if not classes:
+        return list(streams)
+    return [replace(one, resize=partial(_resize_with, classes, one.resize, one.shape)) for one in streams]
 
 
 def group_along(
@@ -114,3 +129,13 @@ def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any,
             narrow_attention.set_forward_class(module, module.num_heads, module.proj.in_features // module.num_heads)
         elif isinstance(module, Scale):
             module.shape = (len(module.scale), *module.shape[1:])
+
+
+def _resize_with(
+    classes: Classes, resize: Resize | None, old: tuple[int, ...], module: nn.Module, shape: tuple[int, ...]
+) -> None:
+    """Record a new width, and give the modules that contain the old one a forward pass for any width."""
+    if resize is not None:
+        resize(module, shape)
+    for path, kind in classes if shape != old else ():
+        set_class(module.get_submodule(path), kind)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.inferred_widths import inferring_class
+from vitprune.architectures.inferred_widths import inferring_class, set_class
 from vitprune.architectures.narrow_attention import narrow_class
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice, Projections, meta_copy, resize_group, shrink, zero
@@ -78,7 +78,7 @@ class Sizes:
         if (heads, width) == self.shape:
             return
         for path, kind in self.classes:
-            owner.get_submodule(path).__class__ = kind
+            set_class(owner.get_submodule(path), kind)
         for attribute in self.attributes:
             _set(owner, attribute, self._new_value(attribute, heads, width))
         drop_cached(owner)
@@ -254,7 +254,7 @@ def _same_outputs(first: nn.Module, second: nn.Module, call: Call, tolerance: fl
     """Whether two modules have the same first output for random arguments."""
     outputs = []
     for module in (first, second):
-        args, kwargs = (_with_values(part, torch.Generator().manual_seed(0)) for part in call)
+        args, kwargs = (with_values(part, torch.Generator().manual_seed(0)) for part in call)
         with torch.no_grad(), eval_mode(module):
             outputs.append(next(tensors_of(module(*args, **kwargs))))
     expected, output = outputs
@@ -314,7 +314,7 @@ def random_module(owner: nn.Module) -> nn.Module:
     return module
 
 
-def _with_values(value: Any, generator: torch.Generator) -> Any:
+def with_values(value: Any, generator: torch.Generator) -> Any:
     """Replace the meta tensors of arguments: numbers and masks by random ones, indices by zeros."""
     if isinstance(value, Tensor):
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
@@ -322,7 +322,7 @@ def _with_values(value: Any, generator: torch.Generator) -> Any:
             return noise > 0
         return noise if value.is_floating_point() else torch.zeros(value.shape, dtype=value.dtype)
     if isinstance(value, Mapping):
-        return {key: _with_values(item, generator) for key, item in value.items()}
+        return {key: with_values(item, generator) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_with_values(item, generator) for item in value)
+        return type(value)(with_values(item, generator) for item in value)
     return value

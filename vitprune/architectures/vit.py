@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vitprune.architectures import by_module, unstructured
-from vitprune.architectures.residual_stream import group_along
+from vitprune.architectures import by_module, residual_stream, unstructured
+from vitprune.architectures.residual_stream import for_any_width, group_along
 from vitprune.architectures.slices import block_weights
-from vitprune.architectures.tracing.cache import traced_channels, trial_run
+from vitprune.architectures.tracing.cache import traced_channels
 from vitprune.groups import Group
 
 ATTENTION = ("attn", "norm1", "ls1", "drop_path1")  # modules of a block that belong to its attention
@@ -26,9 +26,10 @@ def groups(model: Any, kind: str) -> list[Group]:
     Source: UP-ViTs: residual stream (component 1), blocks.
     """
     if kind == "residual":
+        if not isinstance(model.patch_embed, PatchEmbed):  # a convolutional network
+            return residual_stream.groups(model)
         group = group_along(traced_channels(model), "residual", "patch_embed.proj.weight", 0, resize_width)
-        trial_run(model, [group], "a narrower residual stream")
-        return [group]
+        return for_any_width(model, [group])
     if kind in by_module.KINDS:
         return by_module.groups(model, kind)
     if kind == "weight" and not has_plain_blocks(model):

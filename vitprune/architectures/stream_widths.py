@@ -1,0 +1,243 @@
+"""Forward passes for narrower residual streams, found by trial on shapes and proven on values.
+
+Some modules compute sizes from the width of a residual stream, as in `reshape(B, N, heads, C // heads)`, although their
+own channels are not cut. They get a class that infers these sizes (`inferred_widths`). Equal modules are proven once.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.architectures.inferred_widths import Choices, Observed, inferring, observed_sizes, set_class
+from vitprune.architectures.narrow_attention import narrow_class
+from vitprune.architectures.size_attributes import TOLERANCE, Call, Classes, random_module, with_values
+from vitprune.architectures.tracing.example_run import with_example
+from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
+from vitprune.errors import BadInput
+from vitprune.groups import CHANNEL_NORMS, Group, is_within, meta_copy, positions, resize_group, shrink, zero
+from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.messages import first_line
+from vitprune.runtime.outputs import tensors_of
+
+MAX_CHANGES, MAX_AXES = 24, 64
+NARROW = "with a narrower residual stream"
+_CACHE: StructureCache[dict[tuple[str, ...], Classes | str]] = StructureCache()
+_Axis = tuple[int, Tensor]  # an axis of a tensor, and its positions that are kept
+
+
+def classes_for_streams(model: nn.Module, groups: Sequence[Group]) -> Classes:
+    """Return the modules that need another class once residual streams are narrower, with that class.
+
+    Args:
+        model: the model; it is not changed.
+        groups: all its residual streams. A third of each is removed from a copy on the meta device.
+
+    Raises:
+        BadInput: the copy does not run, or a module with another class computes something else.
+    """
+    known, names = _CACHE.value_for(model, lambda model: {}), tuple(group.name for group in groups)
+    if names not in known:
+        try:
+            known[names] = with_example(model, partial(_find_classes, groups))
+        except BadInput as error:
+            known[names] = str(error)
+    found = known[names]
+    if isinstance(found, str):
+        raise BadInput(found)
+    return found
+
+
+def _find_classes(groups: Sequence[Group], model: nn.Module, inputs: Tensor) -> Classes | str:
+    """Change the class of the module at which the narrower model fails, and of all of its kind, until it runs."""
+    kinds: dict[Any, Any] = {}
+    dense: dict[str, Observed] = {}
+    path, error = _first_error(_narrower(model, groups, kinds), inputs)
+    for _ in range(MAX_CHANGES):
+        if not error:
+            break
+        module = model.get_submodule(path)
+        kind, other = kinds.get(type(module), type(module)), narrow_class(module)
+        if other is type(module) or other is kind:
+            if path not in dense:
+                dense[path], _ = _observed(meta_copy(model), path, inputs)
+            narrow, _ = _observed(_narrower(model, groups, kinds), path, inputs)
+            other = inferring(kind, _wrong_size(dense[path], narrow, {group.units for group in groups}))
+        if other is kind:
+            break
+        kinds[type(module)] = other
+        path, error = _first_error(_narrower(model, groups, kinds), inputs)
+    if error:
+        where = f"{path} ({type(model.get_submodule(path)).__name__}): " if path else ""
+        return f"{type(model).__name__}: {NARROW} it does not run ({where}{error})"
+    changed = [(path, kinds[type(module)]) for path, module in model.named_modules() if type(module) in kinds]
+    calls = _first_calls(model, inputs, [path for path, _ in changed])
+    proven: dict[Hashable, bool] = {}
+    for path, kind in changed:
+        module, parts = model.get_submodule(path), list(_inside(groups, path))
+        key = (fingerprint(module) or path, kind, tuple(part.slices for part in parts), repr(calls.get(path)))
+        if key not in proven:
+            proven[key] = path not in calls or _is_proven(module, kind, parts, calls[path])
+        if not proven[key]:
+            return f"{path} ({type(module).__name__}): {NARROW} it computes something else; this model cannot be cut"
+    return tuple(changed)
+
+
+def _narrower(model: nn.Module, groups: Sequence[Group], kinds: dict[Any, Any]) -> nn.Module:
+    copied = meta_copy(model)
+    for group in groups:
+        resize_group(copied, group, (group.units - group.units // 3,))
+    for module in copied.modules():
+        if type(module) in kinds:
+            set_class(module, kinds[type(module)])
+    return copied
+
+
+def _run(model: nn.Module, inputs: Tensor) -> None:
+    with torch.no_grad(), eval_mode(model):
+        model(inputs)
+
+
+def _first_error(model: nn.Module, inputs: Tensor) -> tuple[str, str]:
+    """Return the path of the innermost module that fails, and the error; empty if the model runs."""
+    running = [""]
+
+    def enter(path: str) -> Callable[..., None]:
+        return lambda module, args: running.append(path)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+
+    for path, module in model.named_modules():
+        if path:
+            module.register_forward_pre_hook(enter(path))
+            module.register_forward_hook(leave)
+    try:
+        _run(model, inputs)
+    except Exception as error:  # a forward pass may raise anything
+        return running[-1], first_line(error) or type(error).__name__
+    return "", ""
+
+
+def _observed(model: nn.Module, path: str, inputs: Tensor) -> tuple[Observed, tuple[str, str]]:
+    """Return the sizes of the reshapes of a module in a run of the model, and its first error."""
+    errors: list[tuple[str, str]] = []
+    observed = observed_sizes(model.get_submodule(path), lambda module: errors.append(_first_error(model, inputs)))
+    return observed, errors[0]
+
+
+def _wrong_size(dense: Observed, narrow: Observed, widths: set[int]) -> Choices:
+    """Return the size that does not fit in the last reshape of a module that fails; none if its reshapes fit.
+
+    It is one that changed with the stream, though the reshaped tensor did not, else one that is a width of a stream.
+    """
+    (method, call), (elements, given) = next(reversed(narrow.items()), (("", 0), (0, ())))
+    before = dense.get((method, call), (0, ()))[1]
+    if prod(given) == elements or len(before) != len(given):
+        return frozenset()
+    fitting = [position for position, size in enumerate(given) if elements % max(1, prod(given) // max(1, size)) == 0]
+    changed = [position for position in fitting if given[position] != before[position]]
+    chosen = changed or [position for position in fitting if given[position] in widths]
+    return frozenset({(method, call, chosen[-1])} if chosen else ())
+
+
+def _first_calls(model: nn.Module, inputs: Tensor, paths: Sequence[str]) -> dict[str, Call]:
+    copied, calls = meta_copy(model), dict[str, Call]()
+    for path in paths:
+        copied.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, kwargs, path=path: calls.setdefault(path, (args, kwargs)) and None, with_kwargs=True
+        )
+    _run(copied, inputs)
+    return calls
+
+
+def _inside(groups: Sequence[Group], path: str) -> Iterator[Group]:
+    """Yield the groups with the slices that are inside a module, named relative to it."""
+    for group in groups:
+        slices, buffers = (
+            tuple(
+                replace(part, param=part.param.removeprefix(f"{path}." if path else ""))
+                for part in parts
+                if is_within(part.param, [path])
+            )
+            for parts in (group.slices, group.buffers)
+        )
+        yield Group(group.name, "ffn", group.shape, slices, buffers=buffers)
+
+
+def _is_proven(owner: nn.Module, kind: Any, groups: Sequence[Group], call: Call) -> bool:
+    """Whether the narrower module equals the module with removed channels of zeros, in float64, for its inputs.
+
+    Norms are left out of the comparison except for their scale and shift: they count channels, and by definition those
+    of a narrower stream are fewer.
+    """
+    masks = {group.name: torch.arange(group.units) >= group.units // 3 for group in groups}
+    dense = random_module(owner)
+    narrow = shrink(copy.deepcopy(dense), groups, masks)
+    set_class(narrow, kind)
+    zero(dense, groups, masks)
+    for module in (*dense.modules(), *narrow.modules()):
+        if isinstance(module, CHANNEL_NORMS):
+            module.forward = partial(_scale_and_shift, module)
+    lengths = {
+        group.units * part.length: positions(part, masks[group.name]) for group in groups for part in group.slices
+    }
+    lengths |= {group.units: masks[group.name].nonzero().flatten() for group in groups}
+    values = [with_values(part, torch.Generator().manual_seed(0)) for part in call]
+    floating = [value for value in tensors_of(values) if value.is_floating_point()]
+    options = [_axes(value, lengths) for value in floating]
+    for axes in itertools.islice(itertools.product(*options), MAX_AXES):
+        chosen = {id(value): axis for value, axis in zip(floating, axes, strict=True) if axis is not None}
+        if _are_equal(dense, narrow, values, chosen, lengths):
+            return True
+    return False
+
+
+def _axes(value: Tensor, lengths: dict[int, Tensor]) -> list[_Axis | None]:
+    """Return the axes of a tensor that may be those of a stream, the last one first, and None for no such axis."""
+    axes = [(axis, lengths[size]) for axis, size in enumerate(value.shape) if size in lengths]
+    return [*axes[::-1], None]
+
+
+def _are_equal(
+    dense: nn.Module, narrow: nn.Module, values: Sequence[Any], axes: dict[int, _Axis], lengths: dict[int, Tensor]
+) -> bool:
+    outputs = []
+    for module, is_narrow in ((dense, False), (narrow, True)):
+        args, kwargs = (_cut(part, axes, is_narrow) for part in values)
+        try:
+            with torch.no_grad(), eval_mode(module):
+                outputs.append(next(tensors_of(module(*args, **kwargs))))
+        except Exception:  # the axes do not fit
+            return False
+    expected, output = outputs
+    for axis, (size, left) in enumerate(zip(expected.shape, output.shape, strict=False)):
+        if size != left and size in lengths:
+            expected = expected.index_select(axis, lengths[size])
+    largest = float(expected.abs().max())
+    return expected.shape == output.shape and torch.allclose(output, expected, rtol=TOLERANCE, atol=TOLERANCE * largest)
+
+
+def _cut(value: Any, axes: dict[int, _Axis], is_narrow: bool) -> Any:
+    """Return arguments whose removed channels are cut out, or are zero."""
+    if isinstance(value, Tensor) and id(value) in axes:
+        axis, kept = axes[id(value)]
+        part = value.index_select(axis, kept)
+        return part if is_narrow else torch.zeros_like(value).index_copy(axis, kept, part)
+    if isinstance(value, dict):
+        return {key: _cut(item, axes, is_narrow) for key, item in value.items()}
+    return type(value)(_cut(item, axes, is_narrow) for item in value) if type(value) in (tuple, list) else value
+
+
+def _scale_and_shift(norm: Any, x: Tensor) -> Tensor:
+    across = (-1,) + (1,) * (x.dim() - 2 if type(norm).__name__.endswith("2d") else 0)
+    for name, apply in (("weight", torch.mul), ("bias", torch.add)):
+        value = getattr(norm, name, None)
+        x = x if value is None else apply(x, value.view(across))
+    return x

@@ -447,12 +447,13 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def _match_weight(module: nn.Module) -> None:
-    """Set the recorded sizes of a layer to those of its weight; a depth-wise convolution has one group per channel."""
+    """Set the recorded sizes of a layer to those of its weight; a group of a convolution is removed as a whole."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
-        multiplier, module.out_channels = module.out_channels // module.groups, module.weight.shape[0]
-        module.groups = module.in_channels = module.out_channels // multiplier
+    elif isinstance(module, nn.Conv2d) and module.groups > 1:
+        per_group, module.out_channels = module.out_channels // module.groups, module.weight.shape[0]
+        module.groups = module.out_channels // per_group
+        module.in_channels = module.groups * module.weight.shape[1]
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.Conv2d):

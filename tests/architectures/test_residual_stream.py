@@ -110,5 +110,5 @@ def test_a_hard_coded_width_is_refused() -> None:
 def test_the_trace_is_cached_while_shapes_are_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = made("convnext_atto")
     first = [group.name for group in find_groups(model, ["residual"])]
-    monkeypatch.setattr(cache, "channel_groups", lambda *given: pytest.fail("traced again"))
+    monkeypatch.setattr(cache, "run_trace", lambda *given: pytest.fail("traced again"))
     assert [group.name for group in find_groups(model, ["residual"])] == first

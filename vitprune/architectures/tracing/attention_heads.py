@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.tracing.dependency_graph import ChannelGroup, groups_of_trace, run_trace
+from vitprune.architectures.tracing.dependency_graph import ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.trace import Site, Trace
 from vitprune.architectures.tracing.union_find import squeeze_broadcast
 from vitprune.groups import is_within
@@ -54,36 +54,37 @@ class AttentionTrace:
     modules: frozenset[str] = frozenset()
 
 
-def trace_attention(model: nn.Module, example_input: Tensor) -> AttentionTrace:
+def trace_attention(model: nn.Module, example_input: Tensor, trace: Trace) -> AttentionTrace:
     """Find all attention heads of a model, and the channels of heads, those of q, k, v and the output tied by position.
 
     Args:
-        model: the model; it runs twice, in evaluation mode. Parameters may be on the meta device.
+        model: the model; it runs again, in evaluation mode. Parameters may be on the meta device.
         example_input: an image (1, C, H, W), on the device of the model.
+        trace: its finished trace; the channels of q, k and v are united in it.
     """
-    trace = run_trace(model, example_input)
     labelled = _LabelledHeads(trace)
     if not labelled.count:
         return AttentionTrace([], [])
     numbers = labelled.numbers_by_site()
     by_head = run_trace(model, example_input, numbers)
-    shared = _tables_of_single_heads(by_head, trace, labelled)
+    shared = _tables_outside(by_head, trace, labelled)
     if shared:
         by_head = run_trace(model, example_input, numbers, shared)
     _tie_fused_rows(by_head)
+    groups = _tie_mixed_heads(by_head, model)
     head_of_number = by_head.sets.find(by_head.head_labels)  # by number: representative of the head
     modules, widths = _products_of_heads(trace, labelled, head_of_number)
     found = set(head_of_number[1:].tolist())
     heads = []
-    for channels in groups_of_trace(by_head, model):
+    for channels in groups:
         if found.intersection(channels.roots):
             norm = channels.normalized and f"{channels.normalized}: a norm over all heads couples them"
             inside = sorted({path for root in channels.roots for path in modules[root]})
             width = min(widths[root] for root in channels.roots)
             heads.append(TracedUnits(channels, channels.units, tuple(inside), channels.why_not or norm, width))
-    of_heads = _channels_of_heads(trace, model, labelled, head_of_number, modules)
+    of_heads, others = _channels_of_heads(trace, model, labelled, head_of_number, modules)
     products = frozenset(product.module for product in trace.products)
-    return AttentionTrace(heads, of_heads + _heads_without_channels(trace, model, heads, of_heads), products)
+    return AttentionTrace(heads, of_heads + _heads_without_channels(others, heads, of_heads), products)
 
 
 class _LabelledHeads:
@@ -91,6 +92,12 @@ class _LabelledHeads:
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
+        in_heads = trace.heads.find_unique(trace.in_heads)
+        for inputs, outputs in trace.grouped if in_heads else ():
+            trace.heads.grow(1 + int(inputs.max()))
+            if in_heads >= trace.heads.find_unique([inputs]):
+                trace.unite_heads(inputs[:, :1], outputs)
+                trace.unite_heads(inputs[:, :1], inputs)
         touched = np.unique(np.concatenate([np.zeros(1, np.int64), *(x.numpy().ravel() for x in trace.in_heads)]))
         self.touched = torch.from_numpy(touched[touched > 0])
         roots, numbers = np.unique(trace.heads.find(self.touched).numpy(), return_inverse=True)
@@ -106,10 +113,10 @@ class _LabelledHeads:
         return {site: values for site, values in numbers.items() if bool(values.any())}
 
 
-def _tables_of_single_heads(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -> set[str]:
-    """Return parameters outside of several attentions that couple them as single heads, such as rotary frequencies.
+def _tables_outside(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -> set[str]:
+    """Return tables that several attentions read, such as rotary frequencies, whose entries were coupled with heads.
 
-    An operation on several heads broadcasts such a table over them; on one head it cannot be told from a bias per head.
+    In an attention of one head, a table that all heads share looks like a table with one entry per head.
     """
     modules, _ = _products_of_heads(trace, labelled, by_head.sets.find(by_head.head_labels))
     counts = Counter(by_head.sets.find(by_head.head_labels[1:]).tolist())
@@ -141,6 +148,23 @@ def _tie_fused_rows(trace: Trace) -> None:
                 trace.sets.union(torch.from_numpy(parts[0]), torch.from_numpy(part))
 
 
+def _tie_mixed_heads(trace: Trace, model: nn.Module) -> list[ChannelGroup]:
+    """Unite each mixture of the logits of all heads with the head of its number, and return the groups of the trace.
+
+    Talking heads are mixed before and after the softmax: the mixtures are read from heads and written to the same heads.
+    """
+    groups, tied = ChannelGraph(trace, model).groups(), False
+    found = trace.sets.find_unique([trace.head_labels[1:]])
+    for heads in (group for group in groups if found.intersection(group.roots)):
+        sites = _sites(heads)
+        for mixed in (group for group in groups if group.writers and group.units == heads.units):
+            read = [part.param for part in mixed.slices if part.axis == 1]
+            if read and sites.issuperset({*((name, 1) for name in mixed.writers), *((name, 0) for name in read)}):
+                trace.sets.union(torch.tensor(heads.roots), torch.tensor(mixed.roots))
+                tied = True
+    return ChannelGraph(trace, model).groups() if tied else groups
+
+
 def _products_of_heads(
     trace: Trace, labelled: _LabelledHeads, head_of_number: Tensor
 ) -> tuple[Mapping[int, set[str]], Mapping[int, int]]:
@@ -164,8 +188,8 @@ def _channels_of_heads(
     labelled: _LabelledHeads,
     head_of_number: Tensor,
     modules: Mapping[int, set[str]],
-) -> list[TracedUnits]:
-    """Tie the channels of q and k to those of v by their position, and return the groups of all tied channels."""
+) -> tuple[list[TracedUnits], list[ChannelGroup]]:
+    """Tie the channels of q and k to those of v by their position; return the tied channels, and all groups."""
     queries, keys, values = _rows_by_head(trace, labelled, head_of_number)
     different = set()
     for head, rows in queries.items():
@@ -181,7 +205,9 @@ def _channels_of_heads(
         heads_of_root[root].add(int(head_of_number[labelled.number_of[label]]))
     contracted = trace.sets.find_unique([row for rows in queries.values() for row in rows])
     result = []
-    for channels in groups_of_trace(trace, model):
+    graph = ChannelGraph(trace, model)
+    groups = graph.groups()
+    for channels in groups:
         if not contracted.intersection(channels.roots):
             continue
         owners = [heads_of_root.get(root, set()) for root in channels.roots]
@@ -194,29 +220,26 @@ def _channels_of_heads(
         result.append(
             (channels, number, why, sorted({path for heads in owners for head in heads for path in modules[head]}))
         )
-    by_heads = {number: groups_of_trace(trace, model, number) for number in {number for _, number, _, _ in result}}
-    return [
-        _with_layers(
-            TracedUnits(spaced, number, tuple(inside), why or spaced.why_not, spaced.units // number),
-            trace,
-            (queries, keys, values),
-        )
-        for channels, number, why, inside in result
-        for spaced in by_heads[number]
-        if spaced.roots == channels.roots
-    ]
+    numbers = {root: number for channels, number, _, _ in result for root in channels.roots}
+    by_roots = {channels.roots: channels for channels in (graph.groups(numbers) if numbers else ())}
+    units = []
+    for channels, number, why, inside in result:
+        spaced = by_roots[channels.roots]
+        tied = TracedUnits(spaced, number, tuple(inside), why or spaced.why_not, spaced.units // number)
+        units.append(_with_layers(tied, trace, (queries, keys, values)))
+    return units, groups
 
 
 def _heads_without_channels(
-    trace: Trace, model: nn.Module, heads: Sequence[TracedUnits], channels: Sequence[TracedUnits]
+    others: Sequence[ChannelGroup], heads: Sequence[TracedUnits], channels: Sequence[TracedUnits]
 ) -> list[TracedUnits]:
     """Return the heads none of whose channels are contracted with each other, with the reason."""
     covered = {_sites(group.channels) for group in channels}
-    others = groups_of_trace(trace, model)
+    modules = {path for group in channels for path in group.modules}
     result = []
     for group in heads:
         sites = _sites(group.channels)
-        if not any(sites & known for known in covered):
+        if not any(sites & known for known in covered) and not modules.issuperset(group.modules):
             reasons = [one.why_not for one in others if one.why_not and sites & _sites(one)]
             why = next(iter(reasons), "its queries and keys are not contracted over their channels")
             result.append(replace(group, why_not=why))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from vitprune.architectures.token_merging import without_merging
 from vitprune.architectures.tracing.attention_heads import AttentionTrace, trace_attention
-from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
+from vitprune.architectures.tracing.dependency_graph import ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.example_run import NotRunningError, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
+from vitprune.architectures.tracing.trace import Trace
 from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
 from vitprune.runtime.eval_mode import eval_mode
@@ -21,9 +23,10 @@ from vitprune.runtime.outputs import tensors_of
 
 @dataclass(frozen=True)
 class _CacheEntry:
-    """The trace of a model, that of its heads if it was asked for, and the error of each trial run (empty: it ran)."""
+    """Groups of a model, its trace until its heads are found, its heads, the error of each trial run (empty: it ran)."""
 
     groups: list[ChannelGroup]
+    trace: list[Trace]
     attention: list[AttentionTrace] = field(default_factory=list)
     trials: dict[tuple[str, ...], str] = field(default_factory=dict)
 
@@ -49,7 +52,9 @@ def traced_attention(model: nn.Module) -> AttentionTrace:
     """
     entry = _CACHE.value_for(model, _trace)
     if not entry.attention:
-        entry.attention.append(with_example(without_merging(model), trace_attention))
+        find = partial(trace_attention, trace=entry.trace[0])
+        entry.attention.append(with_example(without_merging(model), find))
+        entry.trace.clear()  # it is large
     return entry.attention[0]
 
 
@@ -72,7 +77,12 @@ def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
 
 
 def _trace(model: nn.Module) -> _CacheEntry:
-    return _CacheEntry(with_example(without_merging(model), channel_groups))
+    return with_example(without_merging(model), _traced)
+
+
+def _traced(copy: nn.Module, inputs: Tensor) -> _CacheEntry:
+    trace = run_trace(copy, inputs)
+    return _CacheEntry(ChannelGraph(trace, copy).groups(), [trace])
 
 
 def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:

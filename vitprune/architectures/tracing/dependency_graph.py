@@ -29,6 +29,7 @@ from vitprune.runtime.outputs import tensors_of
 Axis = tuple[str, int]  # a parameter and one of its axes
 Array = np.ndarray[Any, Any]
 RMS_NORMS = (nn.RMSNorm, RmsNorm)
+NO_NUMBERS: Mapping[int, int] = {}
 IS_OUTPUT = "it is the output of the model"
 
 
@@ -65,23 +66,7 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup
         model: the model; it runs once, in evaluation mode. Parameters may be on the meta device.
         example_input: an image (1, C, H, W), or tokens (1, T), on the device of the model.
     """
-    return groups_of_trace(run_trace(model, example_input), model)
-
-
-def groups_of_trace(trace: Trace, model: nn.Module, heads: int = 1) -> list[ChannelGroup]:
-    """Return all groups of coupled channels of a traced forward pass, in its order.
-
-    Args:
-        trace: the finished trace.
-        model: the traced model.
-        heads: number of heads whose channels alternate within a parameter, for those that are not evenly spaced.
-    """
-    axes = {axis: _AxisLabels(labels.numpy()) for axis, labels in _labels_by_axis(trace).items()}
-    sums, contractions = trace.sets.find_unique(trace.residual_sums), trace.sets.find_unique(trace.contractions)
-    graph = _Graph(trace, axes, sums, contractions, trace.sets.reasons(), dict(model.named_buffers()), heads)
-    groups = [graph.group(group_axes, labels) for group_axes, labels in _by_signature(axes)]
-    order = {name: index for index, name in enumerate(trace.writers)}
-    return sorted(groups, key=lambda group: min((order[name] for name in group.writers), default=len(order)))
+    return ChannelGraph(run_trace(model, example_input), model).groups()
 
 
 class _AxisLabels:
@@ -144,45 +129,58 @@ def _along(roots: Tensor, axis: int, alone: Tensor) -> tuple[Tensor, bool] | Non
     return labels[:, 0], not bool(used.any(dim=1).all())
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """A finished trace, with representatives of labels."""
+class ChannelGraph:
+    """Groups of coupled channels of a finished trace, as it is now.
 
-    trace: Trace
-    axes: Mapping[Axis, _AxisLabels]
-    sums: set[int]
-    contractions: set[int]
-    reasons: dict[int, str]
-    buffers: Mapping[str, Tensor]
-    heads: int
+    Args:
+        trace: the finished trace.
+        model: the traced model.
+    """
+
+    def __init__(self, trace: Trace, model: nn.Module) -> None:
+        self._axes = {axis: _AxisLabels(labels.numpy()) for axis, labels in _labels_by_axis(trace).items()}
+        self._trace, self._buffers = trace, dict(model.named_buffers())
+        self._sums, self._contractions = map(trace.sets.find_unique, (trace.residual_sums, trace.contractions))
+        self._reasons = trace.sets.reasons()
+        self._members = _by_signature(self._axes)
+
+    def groups(self, heads: Mapping[int, int] = NO_NUMBERS) -> list[ChannelGroup]:
+        """Return all groups in the order of the forward pass.
+
+        Args:
+            heads: number of heads by root, for channels that alternate by head within a parameter.
+        """
+        groups = [self._group(axes, labels, heads) for axes, labels in self._members]
+        order = {name: index for index, name in enumerate(self._trace.writers)}
+        return sorted(groups, key=lambda group: min((order[name] for name in group.writers), default=len(order)))
 
     @cached_property
-    def normalized(self) -> dict[int, str]:
+    def _normalized(self) -> dict[int, str]:
         """Description of the norm by representative of a label."""
         result: dict[int, str] = {}
-        for labels, module in self.trace.normalized:
-            result |= dict.fromkeys(self.trace.sets.find_unique([labels]), module)
+        for labels, module in self._trace.normalized:
+            result |= dict.fromkeys(self._trace.sets.find_unique([labels]), module)
         return result
 
-    def group(self, axes: list[Axis], labels: Array) -> ChannelGroup:
+    def _group(self, axes: list[Axis], labels: Array, heads: Mapping[int, int]) -> ChannelGroup:
         """Return the group of all labels of one signature; the units are in the order of the first writer."""
-        writers = [name for name in self.trace.writers if (name, 0) in axes]
+        writers = [name for name in self._trace.writers if (name, 0) in axes]
         first = (writers[0], 0) if writers else axes[0]
-        labels = labels[self.axes[first].positions(labels)[:, 0].argsort()]
-        why = next((self.reasons[label] for label in labels.tolist() if label in self.reasons), "")
-        slices = []
+        labels = labels[self._axes[first].positions(labels)[:, 0].argsort()]
+        why = next((self._reasons[label] for label in labels.tolist() if label in self._reasons), "")
+        slices, number = [], heads.get(int(labels[0]), 1)
         for axis in axes:
-            part = _param_slice(axis, self.axes[axis].positions(labels), len(self.axes[axis].labels), self.heads)
+            part = _param_slice(axis, self._axes[axis].positions(labels), len(self._axes[axis].labels), number)
             if part is None:
                 why = why or f"{axis[0]}: only a part of its channels is in this group, or they are not evenly spaced"
             else:
                 slices.append(part)
-        contracted, added = (int(labels[0]) in roots for roots in (self.contractions, self.sums))
+        contracted, added = (int(labels[0]) in roots for roots in (self._contractions, self._sums))
         kind = "attention" if contracted else "residual" if added else "ffn"
-        learned = tuple(part for part in slices if part.param not in self.buffers)
-        buffers = tuple(part for part in slices if part.param in self.buffers)
+        learned = tuple(part for part in slices if part.param not in self._buffers)
+        buffers = tuple(part for part in slices if part.param in self._buffers)
         roots = tuple(labels.tolist())
-        normalized = self.normalized.get(roots[0], "")
+        normalized = self._normalized.get(roots[0], "")
         return ChannelGroup(kind, len(labels), learned, buffers, tuple(writers), why, normalized, roots)
 
 

@@ -25,8 +25,12 @@ def apply_rule(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
     """
     name = func.overloadpacket.__name__
     view = trace.parameter_of(args[0]) if args else None
+    if view is not None and len(view.axes) < args[0].dim() and name not in VIEWS:
+        view = None
     if name in PERMUTATIONS and view is not None:
         trace.set_labels(result, view.permute(PERMUTATIONS[name](args)))
+    elif name in ("expand", *VIEWS) and view is not None and view.is_matrix_of(result):  # repeated for a batched product
+        trace.set_labels(result, view)
     elif name in CUTS and view is not None and (len(args) < 5 or args[4] == 1):
         axis = (args[1] if len(args) > 1 else 0) if name == "slice" else args[2] if len(args) > 2 else 0
         start = (args[2] if len(args) > 2 else 0) or 0 if name == "slice" else 0
@@ -85,7 +89,7 @@ def _rearrangement(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping
 
 
 def _padded(labels: Tensor, widths: Sequence[int]) -> Tensor:
-    """Return labels padded along axes where they differ; along others, a padded position is one of the same channels."""
+    """Return labels padded where they differ along an axis; along others, the padding is of the same channels."""
     small = squeeze_broadcast(compact(labels))
     kept = [0 if small.shape[-1 - index // 2] == 1 else width for index, width in enumerate(widths)]
     return torch.constant_pad_nd(small, kept, NO_CHANNEL)
@@ -151,11 +155,14 @@ def _broadcasts_over_channels(trace: Trace, shape: Sequence[int], labels: Tensor
 def _matmul(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
     """(..., n, k) @ (..., k, m), with or without bias: both k axes are coupled; the result has the labels of n or m."""
     left, right = args[-2:]
-    if trace.parameter_of(right) is not None and right.dim() == 2:
-        _times_weight(trace, trace.labels_of(left) if trace.parameter_of(left) is None else None, right, result)
-    elif trace.parameter_of(left) is not None and left.dim() == 2:
+    weights = [view if view and len(view.axes) == 2 else None for view in map(trace.parameter_of, (left, right))]
+    if weights[1] is not None:
+        labels = trace.labels_of(left) if trace.parameter_of(left) is None else None
+        trace.set_labels(result, _times_weight(trace, labels, weights[1]).expand(result.shape))
+    elif weights[0] is not None:
         labels = trace.labels_of(right)
-        _times_weight(trace, None if labels is None else labels.mT, left.mT, result.mT)
+        rows = _times_weight(trace, None if labels is None else labels.mT, weights[0].permute((1, 0)))
+        trace.set_labels(result, rows.expand(result.mT.shape).mT)
     else:
         _contraction(trace, trace.labels_of(left), trace.labels_of(right), result)
     bias, labels = trace.labels_of(args[0]) if len(args) > 2 else None, trace.labels_of(result)
@@ -165,17 +172,14 @@ def _matmul(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
         trace.sets.union(bias, labels)
 
 
-def _times_weight(trace: Trace, labels: Tensor | None, matrix: Tensor, result: Tensor) -> None:
-    """Activation (..., n, k) times weight (k, m)."""
-    weight = trace.parameter_of(matrix)
-    assert weight is not None
+def _times_weight(trace: Trace, labels: Tensor | None, weight: ParameterView) -> Tensor:
+    """Return the labels of activation (..., n, k) times weight (k, m)."""
     if labels is not None and trace.varies_along(labels, -2) and not trace.varies_along(labels, -1):
-        trace.set_labels(result, labels[..., :1].expand(result.shape))  # mixes tokens; the channels are the rows
-        return
+        return labels[..., :1]  # mixes tokens; the channels are the rows
     if labels is not None:
         trace.sets.union(squeeze_broadcast(labels), trace.axis_labels(weight, 0))
     trace.writers[weight.name] = None
-    trace.set_labels(result, trace.axis_labels(weight, 1).expand(result.shape))
+    return trace.axis_labels(weight, 1)
 
 
 def _contraction(trace: Trace, first: Tensor | None, second: Tensor | None, result: Tensor) -> None:
@@ -259,14 +263,25 @@ def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     elif groups == value.shape[1]:  # every output channel reads one input channel
         if input_labels is not None:
             trace.sets.union(squeeze_broadcast(input_labels).repeat_interleave(result.shape[1] // groups, 1), rows)
+    elif input_labels is not None:
+        _grouped_convolution(trace, compact(input_labels.flatten(2)[0, :, 0]), rows.flatten(), groups)
     else:
-        for labels in (input_labels, rows):
-            if labels is not None:
-                trace.mark_unprunable(labels, f"it runs through a convolution of {groups} groups")
+        trace.mark_unprunable(rows, f"it runs through a convolution of {groups} groups")
     trace.set_labels(result, rows.expand(result.shape))
     shift = trace.labels_of(bias)
     if shift is not None:
         trace.sets.union(shift, rows.flatten())
+
+
+def _grouped_convolution(trace: Trace, channels: Tensor, rows: Tensor, groups: int) -> None:
+    """Channels of one group are mixed: only heads of whole groups can be cut."""
+    inputs, outputs = channels.reshape(groups, -1), rows.view(groups, -1)
+    trace.grouped.append((inputs, outputs))
+    if trace.by_head and not trace.varies_along(inputs, 1):
+        trace.sets.union(inputs[:, :1], outputs)
+        return
+    for labels in (inputs, outputs):
+        trace.mark_unprunable(labels, f"it runs through a convolution of {groups} groups")
 
 
 def _convolution_of_heads(trace: Trace, labels: Tensor, weight: ParameterView, groups: int, result: Tensor) -> None:

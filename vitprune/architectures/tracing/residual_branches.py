@@ -1,4 +1,4 @@
-"""Find residual modules, x + f(x) or act(x + f(x)), by tracking every element of their input through their operations."""
+"""Find residual modules, x + f(x) or act(x + f(x)), by tracking every element of their input through operations."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager

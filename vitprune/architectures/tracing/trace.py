@@ -36,6 +36,10 @@ class ParameterView:
             self.name, *(tuple(values[axis] for axis in order) for values in (self.axes, self.starts, self.sizes))
         )
 
+    def is_matrix_of(self, value: Tensor) -> bool:
+        """Return whether a tensor is this matrix, repeated along more axes."""
+        return len(self.sizes) == 2 < value.dim() and value.shape[-2:] == self.sizes
+
     def narrow(self, axis: int, start: int, length: int) -> "ParameterView":
         """Return a part of the view along one axis."""
         starts, sizes = [*self.starts], [*self.sizes]
@@ -75,6 +79,7 @@ class Trace:
         products: batched products of two activations whose channels differ along the batch axis, the axis of heads.
         deferred: pairs of labels; the first is broadcast along an axis where the channels of the second differed.
         shared: pairs of labels, coupled by a kernel that all heads share; united at the end, or never if `by_head`.
+        grouped: pairs of labels (groups, channels) of the inputs and outputs of grouped convolutions.
         normalized: labels over which a norm runs that counts its channels, with a description of the module.
         running: path and class of the modules that run now, innermost last.
         paused: whether operations are ignored, because a module that has one rule as a whole runs.
@@ -103,6 +108,7 @@ class Trace:
         self.products: list[Product] = []
         self.deferred: list[tuple[Tensor, Tensor]] = []
         self.shared: list[tuple[Tensor, Tensor]] = []
+        self.grouped: list[tuple[Tensor, Tensor]] = []
         self.normalized: list[tuple[Tensor, str]] = []
         self.running = [("", model_name)]
         self.paused = False
@@ -123,7 +129,7 @@ class Trace:
         labels = self.elements[entry.name].permute(entry.axes)
         for axis, (start, size) in enumerate(zip(entry.starts, entry.sizes, strict=True)):
             labels = labels.narrow(axis, start, size)
-        return labels
+        return labels.expand(value.shape)
 
     def parameter_of(self, value: Any) -> ParameterView | None:
         """Return the parameter that a tensor is a view of, None for any other tensor."""

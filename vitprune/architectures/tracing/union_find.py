@@ -51,7 +51,9 @@ class UnionFind:
 
     def find_unique(self, tensors: list[Tensor]) -> set[int]:
         """Return the representatives of all labels in some tensors, without `NO_CHANNEL`."""
-        roots = {int(root) for labels in tensors for root in np.unique(self.find(labels.flatten()).numpy())}
+        roots: set[int] = set()
+        for labels in tensors:
+            roots.update(np.unique(self.find(squeeze_broadcast(labels).flatten()).numpy()).tolist())
         return roots - {NO_CHANNEL}
 
     def union(self, first: Tensor, second: Tensor) -> None:

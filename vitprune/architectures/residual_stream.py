@@ -89,7 +89,7 @@ def _is_output(model: Any, stream: ChannelGroup) -> bool:
 
 
 def _first_writer(stream: ChannelGroup) -> str:
-    return (*stream.writers, stream.slices[0].param)[0].rpartition(".")[0]
+    return (*stream.writers, *(part.param for part in stream.slices))[0].rpartition(".")[0]
 
 
 def _feature_entries(model: Any, streams: Sequence[ChannelGroup]) -> list[list[int]]:

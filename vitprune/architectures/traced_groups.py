@@ -1,6 +1,6 @@
 """Groups of heads, channels of heads and hidden units of any model, found by tracing and proven on random weights."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -107,7 +107,7 @@ def _hidden_units(model: nn.Module) -> _Found:
             )
             if _owner(channels, ()):
                 hidden.append(TracedUnits(channels, channels.units, (), why))
-    return _proven(model, "ffn", hidden)
+    return _proven(model, "ffn", hidden, {_owner(group.channels, group.modules) for group in traced.heads})
 
 
 def _owner(channels: ChannelGroup, modules: Iterable[str]) -> str:
@@ -122,14 +122,17 @@ def _owner(channels: ChannelGroup, modules: Iterable[str]) -> str:
     return ".".join(common)
 
 
-def _proven(model: nn.Module, kind: str, traced: Sequence[TracedUnits]) -> _Found:
-    """Give every group sizes that are proven on its owner; equal modules are proven once."""
+def _proven(model: nn.Module, kind: str, traced: Sequence[TracedUnits], named: Collection[str] = ()) -> _Found:
+    """Give every group sizes that are proven on its owner; equal modules are proven once.
+
+    Groups are named after their owner, or after their first writer if there are several, or if the name is given away.
+    """
     traced = [group for group in traced if group.heads > 1 or any(part.axis == 1 for part in group.channels.slices)]
     owners = [_owner(group.channels, group.modules) for group in traced]
     calls, found = _calls(model, set(owners)), _Found()
     known: dict[Hashable, _Proof | BadInput] = {}
     for group, owner in zip(traced, owners, strict=True):
-        name = _name(kind, owner, group, owners.count(owner))
+        name = _name(kind, owner, group, owners.count(owner) + (owner in named))
         module, call = model.get_submodule(owner), calls.get(owner)
         if group.why_not or call is None:
             found.refused[name] = _refusal(owner, module, group.why_not or "it does not run as a module of its own")

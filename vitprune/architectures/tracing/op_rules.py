@@ -174,8 +174,10 @@ def _matmul(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 def _times_weight(trace: Trace, labels: Tensor | None, weight: ParameterView) -> Tensor:
     """Return the labels of activation (..., n, k) times weight (k, m)."""
-    if labels is not None and trace.varies_along(labels, -2) and not trace.varies_along(labels, -1):
-        return labels[..., :1]  # mixes tokens; the channels are the rows
+    rows = range(labels.dim() - 1) if labels is not None and trace.by_head else (-2,)  # also one matrix for every head
+    if labels is not None and any(trace.varies_along(labels, axis) for axis in rows):
+        if not trace.varies_along(labels, -1):
+            return labels[..., :1]  # mixes tokens; the channels are the rows
     if labels is not None:
         trace.sets.union(squeeze_broadcast(labels), trace.axis_labels(weight, 0))
     trace.writers[weight.name] = None

@@ -166,12 +166,15 @@ def is_within(name: str, paths: Iterable[str]) -> bool:
     return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
 
+def index_grid(part: ParamSlice, units: int) -> Tensor:
+    """Return the indices along the slice's axis, (outer, heads, runs, units / heads, inner), for a number of units."""
+    return torch.arange(part.length * units).view(part.outer, part.heads, part.runs, units // part.heads, part.inner)
+
+
 def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
     """Return the indices along the slice's axis that belong to the chosen units; `chosen` (units,) is boolean."""
-    units = chosen.numel()
-    grid = torch.arange(part.length * units).view(part.outer, part.heads, part.runs, units // part.heads, part.inner)
-    picked = chosen.cpu().view(1, part.heads, 1, -1, 1).expand_as(grid)
-    return grid[picked]
+    grid = index_grid(part, chosen.numel())
+    return grid[chosen.cpu().view(1, part.heads, 1, -1, 1).expand_as(grid)]
 
 
 def reordered_positions(part: ParamSlice, order: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ def reordered_positions(part: ParamSlice, order: Tensor) -> Tensor:
     With `heads`, units may only change their position within their head.
     """
     units = order.numel() // part.heads
-    grid = torch.arange(part.length * order.numel()).view(part.outer, part.heads, part.runs, units, part.inner)
+    grid = index_grid(part, order.numel())
     within = order.view(part.heads, units) - units * torch.arange(part.heads)[:, None]
     return grid.gather(3, within.view(1, part.heads, 1, units, 1).expand_as(grid)).flatten()
 

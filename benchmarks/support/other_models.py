@@ -16,9 +16,10 @@ from benchmarks.lib.results import Row, arguments, write_results, write_table
 from tests.support.other_models import MODELS, make_model
 from vitprune import BadInput, find_groups
 from vitprune.architectures.traced_groups import left_out, size_attributes_of
-from vitprune.evaluation.check_model import random_odd_masks, randomize_parameters
+from vitprune.evaluation.check_model import random_odd_masks
 from vitprune.evaluation.check_removal import check_removal
 from vitprune.runtime.input_size import input_size
+from vitprune.runtime.random_parameters import randomize_parameters
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("ffn", "head", "attention", "residual", "block")

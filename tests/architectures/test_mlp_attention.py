@@ -14,8 +14,9 @@ from torch import nn
 from tests.support.model_zoo import SMALL
 from vitprune import BadInput, find_groups, shrink, zero
 from vitprune.architectures import attention, by_module
-from vitprune.evaluation.check_model import make_test_model, random_odd_masks, randomize_parameters
+from vitprune.evaluation.check_model import make_test_model, random_odd_masks
 from vitprune.evaluation.check_removal import expected_removals
+from vitprune.runtime.random_parameters import randomize_parameters
 
 
 class Host(nn.Module):

@@ -1,15 +1,19 @@
 """Narrower residual streams in modules whose forward pass contains the width of the stream."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vitprune import BadInput, find_groups, shrink
-from vitprune.architectures.stream_widths import classes_for_streams
-from vitprune.evaluation.check_model import make_test_model, random_odd_masks, randomize_parameters
+from vitprune.architectures.stream_widths import classes_after_errors
+from vitprune.architectures.tracing.example_run import with_example
+from vitprune.evaluation.check_model import make_test_model, random_odd_masks
 from vitprune.evaluation.check_removal import check_removal
+from vitprune.runtime.random_parameters import randomize_parameters
 
 
 class Heads(nn.Module):
@@ -58,7 +62,8 @@ class Small(nn.Module):
 def test_reshapes_that_contain_the_width_are_inferred() -> None:
     model = randomize_parameters(Small())
     groups = find_groups(model, ["residual"])
-    assert [path for path, _ in classes_for_streams(model, groups)] == ["blocks.0.attn", "blocks.1.attn"]
+    by_errors = with_example(model, partial(classes_after_errors, [replace(one, resize=None) for one in groups]))
+    assert [path for path, _ in by_errors] == ["blocks.0.attn", "blocks.1.attn"]
     assert type(model.blocks[0].attn) is Heads
     inputs = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     assert check_removal(model, groups, random_odd_masks(groups, 0.5), inputs).failures == ()

@@ -13,9 +13,10 @@ from tests.support.model_zoo import SMALL
 from tests.support.other_models import MODELS, make_model
 from vitprune import BadInput, find_groups, permute, shrink, zero
 from vitprune.architectures import traced_groups
-from vitprune.evaluation.check_model import random_odd_masks, randomize_parameters
+from vitprune.evaluation.check_model import random_odd_masks
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.outputs import main_tensor
+from vitprune.runtime.random_parameters import randomize_parameters
 
 SIZES = {"torchvision maxvit": (64, 64)}
 REFUSED = {

@@ -19,9 +19,7 @@ from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
 from vitprune.architectures import (
-    attention,
     block_removal,
-    by_module,
     pvt,
     residual_stream,
     swin,
@@ -37,7 +35,7 @@ from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, recorded_shapes, resize_group
 from vitprune.runtime.input_size import set_input_size
-from vitprune.runtime.wrappers import is_timm_model, plain_model
+from vitprune.runtime.wrappers import plain_model
 
 Finder = Callable[[nn.Module, str], list[Group]]
 Cut = tuple[Group, tuple[int, ...]]
@@ -49,6 +47,8 @@ FAMILIES: dict[type[nn.Module], Finder] = {  # models with special group names a
     PyramidVisionTransformerV2: pvt.groups,
     Decoder: decoder_groups,
 }
+UNITS = ".units"  # end of the name of some groups of hidden units in files of earlier versions
+HEADS = ".heads"  # end of the name of a group of heads
 TABLES: dict[type[nn.Module], unstructured.Table] = {
     Xcit: unstructured_tables.XCIT,
     EfficientFormer: unstructured_tables.EFFICIENTFORMER,
@@ -99,10 +99,10 @@ def _refuse_shared(model: nn.Module, groups: Sequence[Group]) -> None:
 def _find(model: nn.Module, kind: str) -> list[Group]:
     if kind == "block" and not removes_sublayers(model):
         return block_removal.groups(model)
+    if kind in traced_groups.KINDS:
+        return traced_groups.groups(model, kind)
     if type(model) in FAMILIES:
         return FAMILIES[type(model)](model, kind)
-    if kind in by_module.KINDS:
-        return by_module.groups(model, kind) if is_timm_model(model) else traced_groups.groups(model, kind)
     if kind == "residual":
         return residual_stream.groups(model)
     if type(model) in TABLES:
@@ -129,16 +129,36 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
     Source: UP-ViTs, merging h_b heads into h_t.
     """
     model = plain_model(model)
-    return [attention.merge_heads(model, group, number) if number else group for group in groups]
+    return [traced_groups.merge_heads(model, group, number) if number else group for group in groups]
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return what `rebuild` needs: the shape of every group that `shrink` can cut, removed blocks, merged tokens."""
+    """Return what `rebuild` needs: the shapes of all groups that can be cut, removed blocks and merged tokens.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Shape by name of group. Heads whose channels are a group too are recorded with these channels.
+    """
     blocks = _cuttable(model, "block") if removes_sublayers(model) else []
-    heads = _cuttable(model, "attention") or _cuttable(model, "head")
-    groups = blocks + _cuttable(model, "residual") + heads + _cuttable(model, "ffn")
-    others = block_removal.removed_blocks(model) | token_merging.merged_tokens(model)
-    return others | recorded_shapes(model) | {group.name: group.shape for group in groups}
+    attention = _cuttable(model, "attention")
+    heads = _without_channels(_cuttable(model, "head"), attention)
+    groups = blocks + _cuttable(model, "residual") + attention + heads + _cuttable(model, "ffn")
+    recorded = {} if removes_sublayers(model) else recorded_shapes(model)  # which renames blocks
+    inside = {f"{group.name}{HEADS}" for group in attention}
+    modules = {path for path, _ in model.named_modules()}
+    shapes = {
+        name: shape for name, shape in recorded.items() if name not in inside and name.removesuffix(HEADS) in modules
+    }
+    shapes |= {group.name: group.shape for group in groups}
+    return block_removal.removed_blocks(model) | token_merging.merged_tokens(model) | shapes
+
+
+def _without_channels(heads: Sequence[Group], attention: Sequence[Group]) -> list[Group]:
+    """Return the groups of heads whose channels are no group."""
+    names = {group.name for group in attention}
+    return [group for group in heads if group.name.removesuffix(HEADS) not in names]
 
 
 def _cuttable(model: nn.Module, kind: str) -> list[Group]:
@@ -173,22 +193,24 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
     """
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     cuts: list[Cut] = []
-    reached: dict[str, dict[str, tuple[int, ...]]] = {}  # as `structure` would return it for the result, by kind
-    for kind in ("block", "head", "residual", "attention", "ffn") if wanted else ():
-        if kind == "block" and not removes_sublayers(model):
+    reached: dict[str, tuple[int, ...]] = {}  # as `structure` would return it for the result
+    for kinds in (("block",), ("head",), ("residual", "attention", "ffn")) if wanted else ():
+        if kinds == ("block",) and not removes_sublayers(model):
             cuts += apply_cuts(model, block_removal.cuts_of(model, wanted))
-            reached[kind] = block_removal.removed_blocks(model)
+            reached |= block_removal.removed_blocks(model)
             continue
-        groups = _cuttable(model, kind)
-        chosen = [(group, wanted[group.name]) for group in groups if group.name in wanted]
-        made = _fewer_heads(model, groups, wanted) if kind == "head" else chosen
+        groups = [group for kind in kinds for group in _cuttable(model, kind)]
+        reached |= {group.name: group.shape for group in groups}
+        names = {group.name: _recorded_name(group, wanted) for group in groups}
+        made = [(group, wanted[names[group.name]]) for group in groups if names[group.name]]
+        made = [(_of_heads(model, group, shape), shape) for group, shape in made]
+        if kinds == ("head",):
+            made += _fewer_heads(groups, _cuttable(model, "attention"), wanted)
         cuts += apply_cuts(model, made)
-        reached[kind] = {group.name: group.shape for group in groups} | {group.name: shape for group, shape in made}
-    if reached.get("attention"):
-        del reached["head"]
+        reached |= {names[group.name] or group.name: shape for group, shape in made}
     cuts += apply_cuts(model, token_merging.merging_cuts(model, wanted))
-    reached["token"] = token_merging.merged_tokens(model)
-    missing = [name for name in wanted if not any(of_kind.get(name) == wanted[name] for of_kind in reached.values())]
+    reached |= token_merging.merged_tokens(model)
+    missing = [name for name in wanted if reached.get(name) != wanted[name]]
     now = structure(model) if missing else {}  # narrower attention can make residual streams separable
     for name in missing:
         if now.get(name) != wanted[name]:
@@ -208,17 +230,28 @@ def apply_cuts(model: nn.Module, cuts: Sequence[Cut]) -> Sequence[Cut]:
     return cuts
 
 
-def _fewer_heads(model: nn.Module, groups: Sequence[Group], wanted: Mapping[str, tuple[int, ...]]) -> list[Cut]:
+def _recorded_name(group: Group, wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the name of a group in a recorded structure, today's or an earlier one; empty if it is not recorded."""
+    earlier = (f"{part.param.removesuffix('.weight')}{UNITS}" for part in group.slices if part.axis == 0)
+    return next((name for name in (group.name, *earlier) if name in wanted), "")
+
+
+def _of_heads(model: nn.Module, group: Group, shape: tuple[int, ...]) -> Group:
+    """Return a group of attention channels with the number of heads of a recorded shape, if its heads can merge."""
+    merges = group.kind == "attention" and len(shape) == 2 and 0 < shape[0] and group.shape[0] % shape[0] == 0
+    return traced_groups.merge_heads(model, group, shape[0]) if merges else group
+
+
+def _fewer_heads(
+    heads: Sequence[Group], attention: Sequence[Group], wanted: Mapping[str, tuple[int, ...]]
+) -> list[Cut]:
     """Return cuts of heads for every attention recorded with fewer heads that are not wider (merged) than before."""
-    widths = {group.name: group.shape[1] for group in _cuttable(model, "attention")}
+    widths = {f"{group.name}{HEADS}": group.shape[1] for group in attention}
     cuts: list[Cut] = []
-    for group in groups:
-        if group.name in wanted:  # its channels cannot be cut, so its number of heads was recorded
-            cuts.append((group, wanted[group.name]))
-        elif len(wanted.get(group.owner, ())) == 2:
-            number, width = wanted[group.owner]
-            if number < group.shape[0] and width <= widths[group.owner]:
-                cuts.append((group, (number,)))
+    for group in heads:
+        number, *width = wanted.get(group.name.removesuffix(HEADS), ())[:2] or (0,)
+        if group.name not in wanted and width and number < group.shape[0] and width[0] <= widths.get(group.name, 0):
+            cuts.append((group, (number,)))
     return cuts
 
 

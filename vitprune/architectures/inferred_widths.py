@@ -2,13 +2,15 @@
 
 Many attentions compute sizes from the width C of their input, as in `reshape(B, N, heads, C // heads)` or
 `reshape(B, N, C)`, and so run only as long as their heads fill that width. Here the argument that holds the width is
-replaced by -1 in a copy of the method. The class of the module is changed to a subclass with these methods, so that
-parameters, their names and references to the module remain valid. Whether the result is right is proven elsewhere.
+replaced in a copy of the method: by -1, or by the size of the tensor if another argument is -1. The class of the
+module is changed to a subclass with these methods, so that parameters, their names and references to the module remain
+valid. Whether the result is right is proven elsewhere.
 """
 
 import ast
 import functools
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Collection, Iterator
 from types import FunctionType
@@ -17,63 +19,114 @@ from typing import Any
 from torch import Tensor, nn
 
 RESHAPES = ("reshape", "view")
-OBSERVE, ORIGIN = "_observe_sizes", "_origin_of_class"
-Observed = dict[tuple[str, int], tuple[int, tuple[int, ...]]]  # by method and number of the call: elements, sizes
-Choices = frozenset[tuple[str, int, int]]  # method, number of the call, and position of the size to infer
+OBSERVE, VALUE = "_observe_sizes", "_value"
+Observed = dict[tuple[str, int], tuple[tuple[int, ...], tuple[int, ...]]]  # by method and call: sizes, and shape before
+Classes = tuple[tuple[str, type[nn.Module]], ...]  # class by path of a module
+# method, number of the call, position of the size that becomes -1, position of the size that is taken from the tensor
+Choices = frozenset[tuple[str, int, int | None, int | None]]
 
 
-def inferring_class(module: nn.Module, sizes: Collection[int], run: Callable[[nn.Module], object]) -> Any:
-    """Return a subclass of a module's class that infers these sizes in its reshapes; the class itself if none occurs.
-
-    Args:
-        module: the module; it may be inside of the one that runs.
-        sizes: numbers of channels and multiples of them, as in the dense module.
-        run: runs the dense module once.
-    """
-    observed = observed_sizes(module, run)
-    choices = frozenset(
-        (method, call, max(position for position, size in enumerate(given) if size in sizes))
-        for (method, call), (_, given) in observed.items()
-        if any(size in sizes for size in given)
-    )
-    return inferring(type(module), choices)
-
-
-def observed_sizes(module: nn.Module, run: Callable[[nn.Module], object]) -> Observed:
-    """Return the sizes of the first call of every reshape of a module that does not infer one of them, in their order.
+def inferring_classes(
+    model: nn.Module, sizes: Collection[int], run: Callable[[], object], leave_out: Collection[str] = ()
+) -> Classes:
+    """Return subclasses of the classes of modules that infer these sizes in their reshapes.
 
     Args:
-        module: the module; it may be inside of the one that runs.
-        run: runs the module once; an error that it raises is ignored.
+        model: the model; its modules have other classes while it runs.
+        sizes: numbers of channels and multiples of them, as in the dense model.
+        run: runs the dense model once.
+        leave_out: paths of modules whose class remains.
+
+    Returns:
+        Path and class of every module with such reshapes.
     """
-    kind: Any = type(module)
-    observed: Observed = {}
-    observing = _subclass(*_origin(kind), observed)
-    module.__class__ = observing
+    observed: dict[str, Observed] = {}
+    modules = [entry for entry in model.named_modules() if entry[0] not in leave_out]
+    kinds = {path: type(module) for path, module in modules}
+    for path, module in modules:
+        observed[path] = {}
+        kind = kinds[path]
+        if not kind.__module__.startswith("torch.nn."):
+            module.__class__ = _subclass(original_class(kind), _choices_of(kind), observed[path])
     try:
-        run(module)
-    except Exception:  # a forward pass may raise anything; what was observed until then counts
-        return observed
+        run()
+    finally:
+        for path, module in modules:
+            module.__class__ = kinds[path]
+    classes = ((path, _with_choices(kind, _choices(observed[path], sizes))) for path, kind in kinds.items())
+    return tuple((path, kind) for path, kind in classes if kind is not kinds[path])
+
+
+def observed_sizes(module: nn.Module, run: Callable[[], object]) -> Observed:
+    """Return the sizes of the first call of every reshape of a module that infers none, in their order.
+
+    Args:
+        module: the module; it has another class meanwhile.
+        run: runs it once.
+    """
+    observed: Observed = {}
+    kind: Any = type(module)
+    module.__class__ = _subclass(original_class(kind), _choices_of(kind), observed)
+    try:
+        run()
     finally:
         module.__class__ = kind
     return observed
 
 
-def inferring(kind: Any, choices: Choices) -> Any:
-    """Return the subclass of a class that infers these sizes, and those that it inferred before."""
-    dense, known = _origin(kind)
-    return _inferring(dense, known | choices) if choices else kind
+def with_inferred(kind: type[nn.Module], method: str, call: int, position: int) -> type[nn.Module]:
+    """Return a class that infers one more size: of a call of reshape in a method, by its number and the position."""
+    return _with_choices(kind, frozenset({(method, call, position, None)}))
 
 
-def set_class(module: nn.Module, kind: Any) -> None:
-    """Change the class of a module to one for other widths; sizes that the module infers already remain inferred."""
-    (dense, _), (other, choices) = _origin(type(module)), _origin(kind)
-    module.__class__ = inferring(type(module), choices) if dense is other else kind
+def _choices(observed: Observed, sizes: Collection[int]) -> Choices:
+    choices: set[tuple[str, int, int | None, int | None]] = set()
+    for (method, call), (given, shape) in observed.items():
+        stale = [position for position, size in enumerate(given) if size in sizes]
+        if -1 not in given:
+            choices |= {(method, call, position, None) for position in stale[-1:]}
+            continue
+        kept = [position for position in stale if shape[position : position + 1] == (given[position],)]
+        if kept:
+            choices.add((method, call, None, kept[-1]))
+        elif stale and shape[given.index(-1) :][:1] == (-math.prod(shape) // math.prod(given),):
+            choices.add((method, call, stale[-1], given.index(-1)))
+    return frozenset(choices)
 
 
-def _origin(kind: Any) -> tuple[Any, Choices]:
-    """Return the class from which a class was derived here, and the sizes that it infers."""
-    return vars(kind).get(ORIGIN, (kind, frozenset()))
+def _with_choices(kind: type[nn.Module], choices: Choices) -> type[nn.Module]:
+    known = _choices_of(kind)
+    return _inferring(original_class(kind), known | choices) if choices - known else kind
+
+
+def original_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a class of any width was made from; any other class itself."""
+    return vars(kind).get("_original", kind)
+
+
+def _choices_of(kind: type[nn.Module]) -> Choices:
+    return vars(kind).get("_choices", frozenset())
+
+
+def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give a module a class for any width, or its original class again if all its layers have one width.
+
+    Args:
+        module: the module; only its class changes.
+        kind: a class of `inferring_classes`, or one with a forward pass written by hand.
+    """
+    if original_class(kind) is original_class(type(module)):
+        kind = _with_choices(kind, _choices_of(type(module)))
+    module.__class__ = kind
+    restore_class(module)
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give a module its original class again if all its layers read and the last one writes as many channels."""
+    layers: list[Any] = [layer for layer in module.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    widths = {layer.weight.shape[1] for layer in layers} | {len(layer.weight) for layer in layers[-1:]}
+    if len(widths) == 1:
+        module.__class__ = original_class(type(module))
 
 
 @functools.cache
@@ -82,7 +135,7 @@ def _inferring(kind: Any, choices: Choices) -> Any:
 
 
 def _subclass(kind: Any, choices: Choices, observed: Observed | None) -> Any:
-    """Return a subclass with rewritten methods: reshapes are observed, or infer the chosen sizes."""
+    """Return a subclass with rewritten methods: reshapes infer the chosen sizes, others are observed."""
     methods = {}
     for name, function in _methods(kind):
         rewritten = _rewritten(name, function, choices, observed)
@@ -90,7 +143,8 @@ def _subclass(kind: Any, choices: Choices, observed: Observed | None) -> Any:
             methods[name] = rewritten
     if not methods:
         return kind
-    return type(f"{kind.__name__}OfAnyWidth", (kind,), methods | {"__module__": __name__, ORIGIN: (kind, choices)})
+    more = {"__module__": __name__, "_original": kind, "_choices": choices}
+    return type(f"{kind.__name__}OfAnyWidth", (kind,), methods | more)
 
 
 def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
@@ -128,11 +182,11 @@ def _rewritten(name: str, function: FunctionType, choices: Choices, observed: Ob
 
 
 class _Reshapes(ast.NodeTransformer):
-    """Rewrite calls tensor.reshape(a, b, c) and tensor.view(a, b, c) without a -1."""
+    """Rewrite calls tensor.reshape(a, b, c) and tensor.view(a, b, c)."""
 
     def __init__(self, method: str, choices: Choices, observe: bool) -> None:
         self.changed = False
-        self._choices = {(call, position) for name, call, position in choices if name == method}
+        self._positions = {call: positions for name, call, *positions in choices if name == method}
         self._observe, self._calls = observe, 0
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -143,22 +197,34 @@ class _Reshapes(ast.NodeTransformer):
             return node
         literal = len(arguments) == 1 and isinstance(arguments[0], ast.Tuple | ast.List)
         sizes: list[ast.expr] = arguments[0].elts if literal else arguments  # type: ignore[attr-defined]
-        if len(sizes) < 2 or any(isinstance(size, ast.Starred) or ast.unparse(size) == "-1" for size in sizes):
+        if len(sizes) < 2 or any(isinstance(size, ast.Starred) for size in sizes):
             return node
         number, self._calls = self._calls, self._calls + 1
-        chosen = [position for position in range(len(sizes)) if (number, position) in self._choices]
-        for position in chosen:
-            sizes[position], self.changed = ast.Constant(-1), True
-        if self._observe and not chosen:
+        if number in self._positions:
+            self.changed = True
+            return _inferring_call(function.value, sizes, *self._positions[number])
+        if self._observe:
             self.changed = True
             return ast.Call(ast.Name(OBSERVE, ast.Load()), [function.value, ast.Constant(number), *sizes], [])
-        node.func = ast.Attribute(function.value, "reshape", ast.Load())
         return node
+
+
+def _inferring_call(tensor: ast.expr, sizes: list[ast.expr], inferred: int | None, kept: int | None) -> ast.Call:
+    """Return a call of reshape with one size inferred by -1, and one taken from the tensor."""
+    if inferred is not None:
+        sizes[inferred] = ast.Constant(-1)
+    if kept is None:
+        return ast.Call(ast.Attribute(tensor, "reshape", ast.Load()), sizes, [])
+    name = ast.Name(VALUE, ast.Load())
+    sizes[kept] = ast.Subscript(ast.Attribute(name, "shape", ast.Load()), ast.Constant(kept), ast.Load())
+    body = ast.Call(ast.Attribute(name, "reshape", ast.Load()), sizes, [])
+    given = ast.arguments([], [ast.arg(VALUE)], None, [], [], None, [])
+    return ast.Call(ast.Lambda(given, body), [tensor], [])
 
 
 def _observer(method: str, observed: Observed) -> Callable[..., Tensor]:
     def observe(tensor: Tensor, number: int, *sizes: int) -> Tensor:
-        observed.setdefault((method, number), (tensor.numel(), tuple(sizes)))
+        observed.setdefault((method, number), (tuple(sizes), tuple(tensor.shape)))
         return tensor.reshape(sizes)
 
     return observe

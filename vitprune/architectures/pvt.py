@@ -5,10 +5,9 @@ from typing import Any
 
 from timm.models.pvt_v2 import Attention, Block, MlpWithDepthwiseConv
 
-from vitprune.architectures import by_module
 from vitprune.architectures.block_removal import IdentityBlock
-from vitprune.architectures.narrow_attention import NarrowPvtAttention, set_pvt_forward_class
-from vitprune.architectures.residual_stream import group_along
+from vitprune.architectures.inferred_widths import original_class
+from vitprune.architectures.residual_stream import after_trial, group_along
 from vitprune.architectures.slices import block_weights, not_prunable
 from vitprune.architectures.tracing.cache import traced_channels
 from vitprune.groups import Group
@@ -17,7 +16,7 @@ BLOCK_LINEARS = {"attn.q": "qkv", "attn.kv": "qkv", "attn.proj": "proj", "mlp.fc
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """Find all groups of one kind; single weights of convolutions are not pruned.
+    """Find all groups of kind residual or weight; single weights of convolutions are not pruned.
 
     Every stage has one group of residual channels. Every attention with spatial reduction has another one, the channels
     of its reduced map, which has a LayerNorm of its own. If all of them are pruned to the same sparsity, the result has
@@ -36,13 +35,12 @@ def groups(model: Any, kind: str) -> list[Group]:
         writers = ["patch_embed.proj", *(f"stages.{index}.downsample.proj" for index in range(1, len(model.stages)))]
         reductions = [f"{path}.attn" for path, block in blocks if block.attn.sr is not None]
         channels = traced_channels(model)
-        return [
+        streams = [
             group_along(channels, f"stages.{index}.residual", f"{writer}.weight", 0, partial(_resize_stream, index))
             for index, writer in enumerate(writers)
-        ] + [
-            group_along(channels, f"{path}.sr", f"{path}.sr.weight", 0, _resize_reduction, path) for path in reductions
-        ]
-    return by_module.groups(model, kind) if kind in by_module.KINDS else block_weights(blocks, BLOCK_LINEARS)
+        ] + [group_along(channels, f"{path}.sr", f"{path}.sr.weight", 0, owner=path) for path in reductions]
+        return after_trial(model, streams)
+    return block_weights(blocks, BLOCK_LINEARS)
 
 
 def uniform_args(model: Any) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def plain(path: str, block: Any) -> Any:
     """
     if type(block) is not Block:
         raise not_prunable(path, block, "only timm's PVTv2 Block is supported")
-    if type(block.attn) not in (Attention, NarrowPvtAttention):
+    if original_class(type(block.attn)) is not Attention:
         raise not_prunable(f"{path}.attn", block.attn, "only timm's PVTv2 Attention is supported")
     if type(block.mlp) is not MlpWithDepthwiseConv:
         raise not_prunable(f"{path}.mlp", block.mlp, "only timm's MLP with a depth-wise convolution is supported")
@@ -83,15 +81,11 @@ def _shape(block: Any) -> tuple[int, int, int, int] | None:
     return attn.dim, attn.num_heads, block.mlp.fc1.out_features, ratio
 
 
-def _resize_reduction(attn: Any, shape: tuple[int, ...]) -> None:
-    set_pvt_forward_class(attn)
-
-
 def _resize_stream(index: int, model: Any, shape: tuple[int, ...]) -> None:
     """Record a new width of the residual stream of a stage."""
     model.feature_info[index]["num_chs"] = shape[0]
     for block in model.stages[index].blocks:
         if type(block) is not IdentityBlock:
-            set_pvt_forward_class(block.attn)
+            block.attn.dim = shape[0]
     if index + 1 == len(model.stages):
         model.num_features = model.head_hidden_size = shape[0]

@@ -8,23 +8,22 @@ from typing import Any
 from timm.models.metaformer import Scale
 from torch import nn
 
-from vitprune.architectures import narrow_attention
-from vitprune.architectures.inferred_widths import set_class
-from vitprune.architectures.size_attributes import Classes
-from vitprune.architectures.stream_widths import classes_for_streams
-from vitprune.architectures.tracing.cache import traced_channels
+from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
+from vitprune.architectures.stream_widths import classes_after_errors, prove_classes
+from vitprune.architectures.tracing.cache import run_once, traced_attention, traced_channels, trial_run
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGroup
+from vitprune.architectures.tracing.example_run import with_example
+from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Resize, is_within
 
+NARROW = "a narrower residual stream"
+_CLASSES: StructureCache[dict[tuple[str, ...], Classes | BadInput]] = StructureCache()
 WIDTH_ATTRIBUTES = ("num_features", "head_hidden_size", "in_features", "embed_dim")  # of a timm model, or of its head
 
 
 def groups(model: nn.Module) -> list[Group]:
     """Find the channels of every residual stream of a timm model, each with all layers that write and read it.
-
-    A third of all channels is removed from a copy on the meta device first. Modules whose forward pass contains these
-    widths get another class, see `stream_widths`.
 
     Raises:
         BadInput: a stream cannot be pruned, for the reason given, or there is none.
@@ -38,24 +37,78 @@ def groups(model: nn.Module) -> list[Group]:
     for stream in streams:
         _refuse_unprunable(stream, stream.why_not)
     features = _feature_entries(model, streams)
-    result = [_group(model, stream, features[index]) for index, stream in enumerate(streams)]
-    return for_any_width(model, result)
+    return after_trial(model, [_group(model, stream, features[index]) for index, stream in enumerate(streams)])
 
 
-def for_any_width(model: nn.Module, streams: Sequence[Group]) -> list[Group]:
-    """Return residual groups whose `resize` also gives modules a forward pass for any width, where they need one.
+def after_trial(model: nn.Module, groups: Sequence[Group]) -> list[Group]:
+    """Return residual groups, with forward passes that infer the width of the stream where these are needed.
+
+    A third of all channels is removed from a copy on the meta device first, because a forward pass may contain its
+    widths as constants.
+
+    Args:
+        model: the model.
+        groups: all its residual groups.
 
     Raises:
-        BadInput: the model does not run with narrower streams.
+        BadInput: a copy with fewer channels does not run.
     """
-    classes = classes_for_streams(model, streams)
-    if not classes:
-        return list(streams)
-    return [replace(one, resize=partial(_resize_with, classes, one.resize, one.shape)) for one in streams]
+    groups = [_with_classes(group, ()) for group in groups]
+    try:
+        trial_run(model, groups, NARROW)
+    except BadInput as error:
+        names = tuple(group.name for group in groups)
+        known = _CLASSES.value_for(model, lambda model: {})
+        if names not in known:
+            known[names] = _proven_classes(model, groups) or error
+        found = known[names]
+        if isinstance(found, BadInput):
+            raise BadInput(str(found)) from None
+        return [_with_classes(group, found) for group in groups]
+    return groups
+
+
+def _proven_classes(model: nn.Module, groups: Sequence[Group]) -> Classes | BadInput:
+    """Return the first proposal of classes with which a narrower model runs and computes the same; else the reason."""
+    reason: Classes | BadInput = ()
+    proposals = (_inferring, lambda model, groups: with_example(model, partial(classes_after_errors, groups)))
+    for number, propose in enumerate(proposals):
+        try:
+            if classes := propose(model, groups):
+                trial_run(model, [_with_classes(one, classes) for one in groups], NARROW, f"proposal {number}")
+                other = with_example(model, partial(prove_classes, groups, classes))
+                if not other:
+                    return classes
+                reason = BadInput(f"{other}; this model's residual streams cannot be cut")
+        except BadInput as error:
+            reason = error
+    return reason
+
+
+def _inferring(model: nn.Module, groups: Sequence[Group]) -> Classes:
+    heads = {1} | {one.heads for one in traced_attention(model).heads}
+    sizes = {group.units // number for group in groups for number in heads if group.units % number == 0} - {1}
+    return with_example(model, lambda copy, inputs: inferring_classes(copy, sizes, lambda: run_once(copy, inputs)))
+
+
+def _with_classes(group: Group, classes: Classes) -> Group:
+    above = len(group.owner) + 1 if group.owner else 0
+    inside = tuple((path[above:], kind) for path, kind in classes if is_within(path, [group.owner or path]))
+    return replace(group, resize=partial(_record, inside, group.resize))
+
+
+def _record(classes: Classes, resize: Resize | None, owner: nn.Module, shape: tuple[int, ...]) -> None:
+    """Record a new width, and give every module the matching forward pass."""
+    if resize is not None:
+        resize(owner, shape)
+    for path, kind in classes:
+        set_class(owner.get_submodule(path), kind)
+    for module in owner.modules():
+        restore_class(module)
 
 
 def group_along(
-    channels: Sequence[ChannelGroup], name: str, param: str, axis: int, resize: Resize, owner: str = ""
+    channels: Sequence[ChannelGroup], name: str, param: str, axis: int, resize: Resize | None = None, owner: str = ""
 ) -> Group:
     """Build the residual group of the channels along one axis of a parameter, for models with sizes of their own.
 
@@ -64,7 +117,7 @@ def group_along(
         name: name of the group.
         param: a parameter of the residual stream, such as the weight of the patch embedding.
         axis: its axis of channels.
-        resize: function that records a new width in the module `owner`.
+        resize: function that records a new width in the module `owner`; None if nothing does.
         owner: path of the module that `resize` changes; empty for the model.
 
     Raises:
@@ -117,7 +170,7 @@ def _group(model: Any, stream: ChannelGroup, features: Sequence[int]) -> Group:
 
 
 def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any, shape: tuple[int, ...]) -> None:
-    """Record a new width where timm's interfaces read it, and give every attention the matching forward pass."""
+    """Record a new width where timm's interfaces read it."""
     for number in features:
         model.feature_info[number]["num_chs"] = shape[0]
     for module in (model, *(model.get_submodule(path) for path in heads)) if heads else ():
@@ -125,17 +178,5 @@ def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any,
             if getattr(module, name, None) == old:
                 setattr(module, name, shape[0])
     for module in model.modules():
-        if type(module) in narrow_attention.PRUNED_CLASS or type(module) in narrow_attention.TIMM_CLASS:
-            narrow_attention.set_forward_class(module, module.num_heads, module.proj.in_features // module.num_heads)
-        elif isinstance(module, Scale):
+        if isinstance(module, Scale):
             module.shape = (len(module.scale), *module.shape[1:])
-
-
-def _resize_with(
-    classes: Classes, resize: Resize | None, old: tuple[int, ...], module: nn.Module, shape: tuple[int, ...]
-) -> None:
-    """Record a new width, and give the modules that contain the old one a forward pass for any width."""
-    if resize is not None:
-        resize(module, shape)
-    for path, kind in classes if shape != old else ():
-        set_class(module.get_submodule(path), kind)

@@ -6,7 +6,6 @@ and the result is proven in float64 with random weights: cutting units out equal
 """
 
 import copy
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.inferred_widths import inferring_class, set_class
+from vitprune.architectures.inferred_widths import Classes, inferring_classes, set_class
 from vitprune.architectures.narrow_attention import narrow_class
 from vitprune.errors import BadInput
-from vitprune.groups import Group, ParamSlice, Projections, meta_copy, resize_group, shrink, zero
+from vitprune.groups import Group, ParamSlice, Projections, index_grid, meta_copy, resize_group, shrink, zero
 from vitprune.runtime.eval_mode import drop_cached, eval_mode
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import tensors_of
+from vitprune.runtime.random_parameters import randomize_parameters
 
 MAX_CHANGED, MAX_TRIALS = 5, 400
 TOLERANCE, BASIS_TOLERANCE = 1e-9, 1e-6  # relative, in float64; the latter after inverses of matrices
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a module's forward pass
-Classes = tuple[tuple[str, type[nn.Module]], ...]  # class by path of a module
-HEADS, WIDTH, SCALE = "heads", "width", "scale"
+HEADS, WIDTH, BOTH, SCALE = "heads", "width", "heads and width", "scale"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class SizeAttribute:
         path: path of the module below the owner.
         name: name of the attribute; config.NAME for an entry of the module's configuration, of which it gets a copy.
         index: position in a tuple or list; None for a number.
-        role: heads or width (channels of a head) for a multiple of it, or scale for width ** -0.5.
+        role: heads, width (channels of a head) or both for a multiple of it, or scale for width ** -0.5.
         value: value before the cut.
     """
 
@@ -49,6 +48,11 @@ class SizeAttribute:
     index: int | None
     role: str
     value: float
+
+    @property
+    def place(self) -> tuple[str, str, int | None]:
+        """Module, name and position."""
+        return self.path, self.name, self.index
 
     def __str__(self) -> str:
         where = f"{self.path}.{self.name}" if self.path else self.name
@@ -63,7 +67,7 @@ class Sizes:
         shape: heads and channels of a head before the cut.
         attributes: attributes that change with the shape.
         queries: parameters with rows of queries, each with the repetition of the units that they are. They are scaled
-            by sqrt(new width / old width) where the forward pass scales the logits by width ** -0.5.
+            where the forward pass scales the logits by width ** -0.5, so that the product of both scales remains.
         classes: paths of modules that get a forward pass for any width, with the class that has it.
     """
 
@@ -83,14 +87,28 @@ class Sizes:
             _set(owner, attribute, self._new_value(attribute, heads, width))
         drop_cached(owner)
         if width != self.shape[1]:
+            scales = [attribute.value for attribute in self.attributes if attribute.role == SCALE]
+            factor = scales[0] / width**-0.5 if scales else math.sqrt(width / self.shape[1])
             for part, repetition in self.queries:
-                _scale_rows(owner, part, repetition, (heads, width), math.sqrt(width / self.shape[1]))
+                _scale_rows(owner, part, repetition, heads * width, factor)
 
     def _new_value(self, attribute: SizeAttribute, heads: int, width: int) -> float:
         if attribute.role == SCALE:
             return float(width**-0.5)  # as forward passes compute it, to the last bit
-        old, new = (self.shape[0], heads) if attribute.role == HEADS else (self.shape[1], width)
+        old, new = 1, 1
+        if attribute.role in (HEADS, BOTH):
+            old, new = self.shape[0], heads
+        if attribute.role in (WIDTH, BOTH):
+            old, new = old * self.shape[1], new * width
         return int(attribute.value) // old * new
+
+    def with_heads(self, heads: "Sizes") -> "Sizes":
+        """Return the sizes of channels that record a number of heads too, as those of whole heads do."""
+        places = [{one.place for one in sizes.attributes if one.role != SCALE} for sizes in (self, heads)]
+        both = places[0] & places[1]
+        attributes = [replace(one, role=BOTH) if one.place in both else one for one in self.attributes]
+        attributes += [one for one in heads.attributes if one.place not in both]
+        return replace(self, attributes=tuple(attributes), classes=tuple(dict([*heads.classes, *self.classes]).items()))
 
 
 def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
@@ -111,10 +129,11 @@ def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
     """
     candidates = list(_candidates(owner, group, sizes.shape))
     tried: list[str] = []
-    classes = functools.cache(partial(_other_classes, owner, group, call))
+    classes = partial(_other_classes, owner, group, call)
+    wanted = _output_shape(meta_copy(owner), call)
     for proposal in _proposals(candidates, sizes, classes, len(group.shape) > 1):
         resized = replace(group, resize=proposal.record)
-        error = _trial(owner, call, resized)
+        error = _trial(owner, call, resized, wanted)
         if not error and _is_proven(owner, call, resized):
             return resized
         tried.append(error or "its output differs from that of the module with zeros")
@@ -128,46 +147,36 @@ def _proposals(
     classes: Callable[[], list[Classes]],
     of_channels: bool,
 ) -> Iterator[Sizes]:
-    """Yield proposals, those that change the fewest attributes first; `classes` is called only if it is needed."""
+    """Yield proposals, those that change the fewest attributes first; other forward passes are the last resort."""
     scales = tuple(candidate for candidate in candidates if candidate.role == SCALE) if of_channels else ()
     others = [candidate for candidate in candidates if candidate.role != SCALE]
-    number = 0
-    for length in range(min(MAX_CHANGED, len(others)) + 1):
-        for chosen in itertools.combinations(others, length):
-            if len({(one.path, one.name, one.index) for one in chosen}) < length:
-                continue  # one attribute in two roles
-            for others_of_modules in _without_and_with(classes):
-                scaled = (scales, sizes.queries) if of_channels else ((), ())
-                for more, queries in dict.fromkeys((scaled, ((), ()))):
-                    number += 1
-                    if number > MAX_TRIALS:
-                        return
-                    yield Sizes(sizes.shape, chosen + more, queries, others_of_modules)
+    ways = [((), ()), (scales, sizes.queries if of_channels else ())]
+    chosen = [
+        one
+        for length in range(min(MAX_CHANGED, len(others)) + 1)
+        for one in itertools.combinations(others, length)
+        if len({attribute.place for attribute in one}) == length  # no attribute in two roles
+    ]
+    for of_modules in itertools.chain([()], _made_when_needed(classes)):
+        for attributes in chosen[: MAX_TRIALS // 4]:
+            for more, queries in dict.fromkeys(reversed(ways) if scales else ways):
+                yield Sizes(sizes.shape, attributes + more, queries, of_modules)
 
 
-def _without_and_with(classes: Callable[[], list[Classes]]) -> Iterator[Classes]:
-    yield ()
+def _made_when_needed(classes: Callable[[], list[Classes]]) -> Iterator[Classes]:
     yield from classes()
 
 
 def _other_classes(owner: nn.Module, group: Group, call: Call) -> list[Classes]:
-    """Return the classes for any width of the modules that have one, by table and by rewriting."""
+    """Return the classes for any width of the modules that have one, written by hand or by rewriting."""
     named = [(path, narrow_class(module)) for path, module in owner.named_modules()]
-    by_table = tuple((path, kind) for path, kind in named if kind is not type(owner.get_submodule(path)))
-    copied, (args, kwargs) = meta_copy(owner), call
+    by_hand = tuple((path, kind) for path, kind in named if kind is not type(owner.get_submodule(path)))
+    copied = meta_copy(owner)
     lengths = {copied.get_parameter(part.param).shape[part.axis] for part in group.slices if part.axis is not None}
     sizes = lengths | {length // number for length in lengths for number in (3, *group.shape) if length % number == 0}
-
-    def run(module: nn.Module) -> None:
-        with torch.no_grad(), eval_mode(copied):
-            copied(*args, **kwargs)
-
-    rewritten = []
-    for path, module in copied.named_modules():
-        kind = type(module) if path in dict(by_table) else inferring_class(module, sizes - {1}, run)
-        if kind is not type(module):
-            rewritten.append((path, kind))
-    return [classes for classes in (by_table, tuple(rewritten)) if classes]
+    run = partial(_output_shape, copied, call)
+    rewritten = inferring_classes(copied, sizes - {1}, run, [path for path, _ in by_hand])
+    return [classes for classes in (by_hand, rewritten) if classes]
 
 
 def _candidates(owner: nn.Module, group: Group, shape: tuple[int, int]) -> Iterator[SizeAttribute]:
@@ -211,11 +220,9 @@ def _set(owner: nn.Module, attribute: SizeAttribute, value: float) -> None:
 
 
 @torch.no_grad()
-def _scale_rows(owner: nn.Module, part: ParamSlice, repetition: int, shape: tuple[int, int], factor: float) -> None:
+def _scale_rows(owner: nn.Module, part: ParamSlice, repetition: int, units: int, factor: float) -> None:
     """Multiply the rows of one repetition of all units of a parameter, which is already cut."""
-    parameter = owner.get_parameter(part.param)
-    units = shape[0] * shape[1]
-    grid = torch.arange(part.length * units).view(part.outer, part.heads, part.runs, units // part.heads, part.inner)
+    parameter, grid = owner.get_parameter(part.param), index_grid(part, units)
     rows = (grid[repetition] if part.runs == 1 else grid[:, :, repetition]).flatten()
     parameter[rows.to(parameter.device)] *= factor
 
@@ -226,17 +233,21 @@ def _smaller(group: Group) -> tuple[int, ...]:
     return (*group.shape[:-1], last - max(1, last // 3))
 
 
-def _trial(owner: nn.Module, call: Call, group: Group) -> str:
-    """Return the error of a cut module on the meta device; empty if its output has the shape of before."""
-    copied, (args, kwargs) = meta_copy(owner), call
+def _trial(owner: nn.Module, call: Call, group: Group, wanted: Sequence[int]) -> str:
+    """Return the error of a cut module on the meta device; empty if its output has the wanted shape."""
+    copied = meta_copy(owner)
     try:
-        with torch.no_grad(), eval_mode(copied):
-            wanted = next(tensors_of(copied(*args, **kwargs))).shape
-            resize_group(copied, group, _smaller(group))
-            shape = next(tensors_of(copied(*args, **kwargs))).shape
+        resize_group(copied, group, _smaller(group))
+        shape = _output_shape(copied, call)
     except Exception as error:  # a forward pass may raise anything
         return first_line(error)
     return "" if shape == wanted else f"its output has shape {tuple(shape)} instead of {tuple(wanted)}"
+
+
+def _output_shape(module: nn.Module, call: Call) -> Sequence[int]:
+    args, kwargs = call
+    with torch.no_grad(), eval_mode(module):
+        return next(tensors_of(module(*args, **kwargs))).shape
 
 
 def _is_proven(owner: nn.Module, call: Call, group: Group) -> bool:
@@ -293,25 +304,13 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
     return _same_outputs(dense, rotated, call, BASIS_TOLERANCE)
 
 
-@torch.no_grad()
 def random_module(owner: nn.Module) -> nn.Module:
     """Return a copy of a module with random parameters and running statistics in float64, on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    module = meta_copy(owner)
-    values = dict(owner.named_buffers())
-    for path, inner in module.named_modules():
-        for name, parameter in inner.named_parameters(recurse=False):
-            fan_in = max(1, parameter.numel() // max(1, parameter.shape[0])) if parameter.dim() > 1 else 100
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            setattr(inner, name, nn.Parameter(noise / fan_in**0.5 + 0.1, requires_grad=False))
-        for name, buffer in inner.named_buffers(recurse=False):
-            value = values[f"{path}.{name}" if path else name]
-            if name in ("running_mean", "running_var"):
-                value = 0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64)
-            elif value.is_meta:
-                value = torch.zeros(buffer.shape, dtype=buffer.dtype)
-            setattr(inner, name, value.double().cpu() if value.is_floating_point() else value.cpu().clone())
-    return module
+    module, values = meta_copy(owner), dict(owner.named_buffers())
+    module.to_empty(device="cpu")
+    for name, buffer in module.named_buffers():
+        buffer.copy_(torch.zeros_like(buffer) if values[name].is_meta else values[name])
+    return randomize_parameters(module)
 
 
 def with_values(value: Any, generator: torch.Generator) -> Any:

@@ -1,7 +1,7 @@
-"""Forward passes for narrower residual streams, found by trial on shapes and proven on values.
+"""Modules with inferred widths in a narrower residual stream: found at the errors of a trial, and proven on values.
 
-Some modules compute sizes from the width of a residual stream, as in `reshape(B, N, heads, C // heads)`, although their
-own channels are not cut. They get a class that infers these sizes (`inferred_widths`). Equal modules are proven once.
+A trial on shapes does not see, for example, a scale that is computed from the width of the input. Equal modules are
+proven once.
 """
 
 import copy
@@ -15,78 +15,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.inferred_widths import Choices, Observed, inferring, observed_sizes, set_class
-from vitprune.architectures.narrow_attention import narrow_class
-from vitprune.architectures.size_attributes import TOLERANCE, Call, Classes, random_module, with_values
-from vitprune.architectures.tracing.example_run import with_example
-from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
-from vitprune.errors import BadInput
+from vitprune.architectures.inferred_widths import Classes, Observed, observed_sizes, set_class, with_inferred
+from vitprune.architectures.size_attributes import TOLERANCE, Call, random_module, with_values
+from vitprune.architectures.tracing.cache import run_once
+from vitprune.architectures.tracing.fingerprint import fingerprint
 from vitprune.groups import CHANNEL_NORMS, Group, is_within, meta_copy, positions, resize_group, shrink, zero
 from vitprune.runtime.eval_mode import eval_mode
-from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import tensors_of
 
 MAX_CHANGES, MAX_AXES = 24, 64
-NARROW = "with a narrower residual stream"
-_CACHE: StructureCache[dict[tuple[str, ...], Classes | str]] = StructureCache()
 _Axis = tuple[int, Tensor]  # an axis of a tensor, and its positions that are kept
 
 
-def classes_for_streams(model: nn.Module, groups: Sequence[Group]) -> Classes:
-    """Return the modules that need another class once residual streams are narrower, with that class.
+def classes_after_errors(groups: Sequence[Group], model: nn.Module, inputs: Tensor) -> Classes:
+    """Return classes for narrower streams: the reshape at which the model fails infers a size, until the model runs.
+
+    All modules of a class get the same sizes inferred.
 
     Args:
-        model: the model; it is not changed.
-        groups: all its residual streams. A third of each is removed from a copy on the meta device.
+        groups: the residual streams, of which a third is removed.
+        model: a copy of the model.
+        inputs: its input.
 
-    Raises:
-        BadInput: the copy does not run, or a module with another class computes something else.
+    Returns:
+        Path and class of the modules; empty if an error is not one of such a reshape.
     """
-    known, names = _CACHE.value_for(model, lambda model: {}), tuple(group.name for group in groups)
-    if names not in known:
-        try:
-            known[names] = with_example(model, partial(_find_classes, groups))
-        except BadInput as error:
-            known[names] = str(error)
-    found = known[names]
-    if isinstance(found, str):
-        raise BadInput(found)
-    return found
-
-
-def _find_classes(groups: Sequence[Group], model: nn.Module, inputs: Tensor) -> Classes | str:
-    """Change the class of the module at which the narrower model fails, and of all of its kind, until it runs."""
     kinds: dict[Any, Any] = {}
     dense: dict[str, Observed] = {}
-    path, error = _first_error(_narrower(model, groups, kinds), inputs)
+    widths = {group.units for group in groups}
     for _ in range(MAX_CHANGES):
-        if not error:
+        path, failed = _first_error(_narrower(model, groups, kinds), inputs)
+        if not failed:
+            return tuple((path, kinds[type(one)]) for path, one in model.named_modules() if type(one) in kinds)
+        kind = type(model.get_submodule(path))
+        if path not in dense:
+            dense[path] = _observed(meta_copy(model), path, inputs)
+        wrong = _wrong_size(dense[path], _observed(_narrower(model, groups, kinds), path, inputs), widths)
+        if wrong is None:
             break
-        module = model.get_submodule(path)
-        kind, other = kinds.get(type(module), type(module)), narrow_class(module)
-        if other is type(module) or other is kind:
-            if path not in dense:
-                dense[path], _ = _observed(meta_copy(model), path, inputs)
-            narrow, _ = _observed(_narrower(model, groups, kinds), path, inputs)
-            other = inferring(kind, _wrong_size(dense[path], narrow, {group.units for group in groups}))
-        if other is kind:
-            break
-        kinds[type(module)] = other
-        path, error = _first_error(_narrower(model, groups, kinds), inputs)
-    if error:
-        where = f"{path} ({type(model.get_submodule(path)).__name__}): " if path else ""
-        return f"{type(model).__name__}: {NARROW} it does not run ({where}{error})"
-    changed = [(path, kinds[type(module)]) for path, module in model.named_modules() if type(module) in kinds]
-    calls = _first_calls(model, inputs, [path for path, _ in changed])
-    proven: dict[Hashable, bool] = {}
-    for path, kind in changed:
-        module, parts = model.get_submodule(path), list(_inside(groups, path))
-        key = (fingerprint(module) or path, kind, tuple(part.slices for part in parts), repr(calls.get(path)))
-        if key not in proven:
-            proven[key] = path not in calls or _is_proven(module, kind, parts, calls[path])
-        if not proven[key]:
-            return f"{path} ({type(module).__name__}): {NARROW} it computes something else; this model cannot be cut"
-    return tuple(changed)
+        kinds[kind] = with_inferred(kinds.get(kind, kind), *wrong)
+    return ()
 
 
 def _narrower(model: nn.Module, groups: Sequence[Group], kinds: dict[Any, Any]) -> nn.Module:
@@ -99,13 +67,8 @@ def _narrower(model: nn.Module, groups: Sequence[Group], kinds: dict[Any, Any]) 
     return copied
 
 
-def _run(model: nn.Module, inputs: Tensor) -> None:
-    with torch.no_grad(), eval_mode(model):
-        model(inputs)
-
-
-def _first_error(model: nn.Module, inputs: Tensor) -> tuple[str, str]:
-    """Return the path of the innermost module that fails, and the error; empty if the model runs."""
+def _first_error(model: nn.Module, inputs: Tensor) -> tuple[str, bool]:
+    """Return the path of the innermost module that fails, and whether one does."""
     running = [""]
 
     def enter(path: str) -> Callable[..., None]:
@@ -119,32 +82,57 @@ def _first_error(model: nn.Module, inputs: Tensor) -> tuple[str, str]:
             module.register_forward_pre_hook(enter(path))
             module.register_forward_hook(leave)
     try:
-        _run(model, inputs)
-    except Exception as error:  # a forward pass may raise anything
-        return running[-1], first_line(error) or type(error).__name__
-    return "", ""
+        run_once(model, inputs)
+    except Exception:  # a forward pass may raise anything
+        return running[-1], True
+    return "", False
 
 
-def _observed(model: nn.Module, path: str, inputs: Tensor) -> tuple[Observed, tuple[str, str]]:
-    """Return the sizes of the reshapes of a module in a run of the model, and its first error."""
-    errors: list[tuple[str, str]] = []
-    observed = observed_sizes(model.get_submodule(path), lambda module: errors.append(_first_error(model, inputs)))
-    return observed, errors[0]
+def _observed(model: nn.Module, path: str, inputs: Tensor) -> Observed:
+    return observed_sizes(model.get_submodule(path), lambda: _first_error(model, inputs))
 
 
-def _wrong_size(dense: Observed, narrow: Observed, widths: set[int]) -> Choices:
-    """Return the size that does not fit in the last reshape of a module that fails; none if its reshapes fit.
+def _wrong_size(dense: Observed, narrow: Observed, widths: set[int]) -> tuple[str, int, int] | None:
+    """Return the size that does not fit in the last reshape of a module that fails; None if its reshapes fit.
 
     It is one that changed with the stream, though the reshaped tensor did not, else one that is a width of a stream.
     """
-    (method, call), (elements, given) = next(reversed(narrow.items()), (("", 0), (0, ())))
-    before = dense.get((method, call), (0, ()))[1]
-    if prod(given) == elements or len(before) != len(given):
-        return frozenset()
+    (method, call), (given, shape) = next(reversed(narrow.items()), (("", 0), ((), ())))
+    before, elements = dense.get((method, call), ((), ()))[0], prod(shape)
+    if prod(given) == elements or len(before) != len(given) or -1 in given:
+        return None
     fitting = [position for position, size in enumerate(given) if elements % max(1, prod(given) // max(1, size)) == 0]
     changed = [position for position in fitting if given[position] != before[position]]
     chosen = changed or [position for position in fitting if given[position] in widths]
-    return frozenset({(method, call, chosen[-1])} if chosen else ())
+    return (method, call, chosen[-1]) if chosen else None
+
+
+def prove_classes(groups: Sequence[Group], classes: Classes, model: nn.Module, inputs: Tensor) -> str:
+    """Prove the classes of modules for narrower residual streams; return which module computes something else.
+
+    Args:
+        groups: the residual streams, of which a third is removed for the proof.
+        classes: the modules with another class. Those inside another one are proven with it.
+        model: a copy of the model.
+        inputs: its input.
+
+    Returns:
+        A description of the module; empty if all are proven.
+    """
+    outer = [path for path, _ in classes if not any(is_within(path, [other]) for other, _ in classes if other != path)]
+    calls = _first_calls(model, inputs, outer)
+    proven: dict[Hashable, bool] = {}
+    for path in outer:
+        inner = tuple(
+            (name.removeprefix(path).removeprefix("."), kind) for name, kind in classes if is_within(name, [path])
+        )
+        module, parts = model.get_submodule(path), list(_inside(groups, path))
+        key = (fingerprint(module) or path, inner, tuple(part.slices for part in parts), repr(calls.get(path)))
+        if key not in proven:
+            proven[key] = path not in calls or _is_proven(module, inner, parts, calls[path])
+        if not proven[key]:
+            return f"{path} ({type(module).__name__}): with a narrower residual stream it computes something else"
+    return ""
 
 
 def _first_calls(model: nn.Module, inputs: Tensor, paths: Sequence[str]) -> dict[str, Call]:
@@ -153,7 +141,7 @@ def _first_calls(model: nn.Module, inputs: Tensor, paths: Sequence[str]) -> dict
         copied.get_submodule(path).register_forward_pre_hook(
             lambda module, args, kwargs, path=path: calls.setdefault(path, (args, kwargs)) and None, with_kwargs=True
         )
-    _run(copied, inputs)
+    run_once(copied, inputs)
     return calls
 
 
@@ -171,7 +159,7 @@ def _inside(groups: Sequence[Group], path: str) -> Iterator[Group]:
         yield Group(group.name, "ffn", group.shape, slices, buffers=buffers)
 
 
-def _is_proven(owner: nn.Module, kind: Any, groups: Sequence[Group], call: Call) -> bool:
+def _is_proven(owner: nn.Module, classes: Classes, groups: Sequence[Group], call: Call) -> bool:
     """Whether the narrower module equals the module with removed channels of zeros, in float64, for its inputs.
 
     Norms are left out of the comparison except for their scale and shift: they count channels, and by definition those
@@ -180,7 +168,8 @@ def _is_proven(owner: nn.Module, kind: Any, groups: Sequence[Group], call: Call)
     masks = {group.name: torch.arange(group.units) >= group.units // 3 for group in groups}
     dense = random_module(owner)
     narrow = shrink(copy.deepcopy(dense), groups, masks)
-    set_class(narrow, kind)
+    for path, kind in classes:
+        set_class(narrow.get_submodule(path), kind)
     zero(dense, groups, masks)
     for module in (*dense.modules(), *narrow.modules()):
         if isinstance(module, CHANNEL_NORMS):

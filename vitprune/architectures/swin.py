@@ -3,30 +3,26 @@
 from functools import partial
 from typing import Any
 
-from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
-from vitprune.architectures import by_module
-from vitprune.architectures.residual_stream import group_along
+from vitprune.architectures.residual_stream import after_trial, group_along
 from vitprune.architectures.slices import block_weights, not_prunable
 from vitprune.architectures.tracing.cache import traced_channels
 from vitprune.groups import Group
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """Find all groups of one kind; every stage has one group of residual channels.
+    """Find all groups of kind residual or weight; every stage has one group of residual channels.
 
     Raises:
-        BadInput: an MLP is of an unknown class, or a residual stream cannot be pruned.
+        BadInput: a residual stream cannot be pruned.
     """
-    blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, SwinTransformerBlock)]
-    for path, block in blocks:
-        if type(block.mlp) is not Mlp:
-            raise not_prunable(f"{path}.mlp", block.mlp, "only timm's plain Mlp is supported")
     if kind == "residual":
-        return _streams(model)
-    return by_module.groups(model, kind) if kind in by_module.KINDS else block_weights(blocks)
+        return after_trial(model, _streams(model))
+    return block_weights(
+        (name, block) for name, block in model.named_modules() if isinstance(block, SwinTransformerBlock)
+    )
 
 
 def _streams(model: Any) -> list[Group]:

@@ -1,6 +1,6 @@
 """Groups of heads, channels of heads and hidden units of any model, found by tracing and proven on random weights."""
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,24 +11,35 @@ from torch import Tensor, nn
 from vitprune.architectures.size_attributes import Call, Sizes, keeps_function_in_other_basis, sized
 from vitprune.architectures.tracing.attention_heads import TracedUnits
 from vitprune.architectures.tracing.cache import traced_attention, traced_channels
-from vitprune.architectures.tracing.dependency_graph import ChannelGroup
+from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Projections, Resize, is_within
+from vitprune.groups import Group, Projections, Resize, is_within, meta_copy
 from vitprune.runtime.eval_mode import eval_mode
+
+KINDS = ("ffn", "head", "attention")
+NOTHING = {"ffn": "no MLP or bottleneck", "head": "no attention with heads", "attention": "no attention with heads"}
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Groups of one kind by the path of their owner, and the refusals."""
+class _Proven:
+    """Groups of one kind by name, and the reasons why others are refused."""
 
     groups: dict[str, Group] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
 
-KINDS = ("ffn", "head", "attention")
-_CACHE: StructureCache[dict[str, _Found]] = StructureCache()
+@dataclass(frozen=True)
+class _Units:
+    """Traced units by kind, each with the path of its owner, the calls of all owners, and the groups by kind."""
+
+    traced: dict[str, list[tuple[TracedUnits, str]]]
+    calls: dict[str, Call]
+    proven: dict[str, _Proven] = field(default_factory=dict)
+
+
+_CACHE: StructureCache[_Units] = StructureCache()
 
 
 def groups(model: nn.Module, kind: str) -> list[Group]:
@@ -43,76 +54,192 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
 
     Raises:
         BadInput: the model has no such module, or none that can be pruned; the message names one.
+
+    Source: UP-ViTs, components 2 and 3.
     """
-    found = _found(model, kind)
-    if not found.groups:
-        nothing = f"{type(model).__name__}: its trace has no units of kind {kind!r}"
-        raise BadInput(next(iter(found.refused.values()), nothing))
-    return list(found.groups.values())
+    proven = _proven_of(model, kind)
+    if not proven.groups:
+        reasons = list(proven.refused.values())
+        if kind == "ffn" and not reasons:
+            reasons = [one.why_not for one in traced_channels(model) if one.kind == kind and one.why_not]
+            reasons = [f"{why}; this module cannot be pruned" for why in reasons if not why.endswith(IS_OUTPUT)]
+        nothing = f"{type(model).__name__}: there is {NOTHING[kind]} in it, so it has no groups of kind {kind!r}"
+        raise BadInput((*reasons, nothing)[0])
+    return list(proven.groups.values())
 
 
 def left_out(model: nn.Module, kind: str) -> dict[str, str]:
-    """Return the reasons why modules with units of one kind are not pruned, by group name; none for other kinds."""
-    return dict(_found(model, kind).refused) if kind in KINDS else {}
+    """Return why modules with units of one kind are not pruned.
 
+    Args:
+        model: any model.
+        kind: kind of units; other kinds than ffn, head and attention have no such modules.
 
-def groups_within(model: nn.Module, kind: str, path: str) -> list[Group]:
-    """Return the groups of one kind of a module, such as an attention of an unknown class.
+    Returns:
+        The reasons by name of the group that the units would have.
 
     Raises:
-        BadInput: its units cannot be pruned.
+        BadInput: the model does not run.
     """
-    found = _found(model, kind)
-    for name, reason in found.refused.items():
-        if is_within(name, [path]):
-            raise BadInput(reason)
-    inside = [group for group in found.groups.values() if any(is_within(part.param, [path]) for part in group.slices)]
-    if not inside and any(is_within(module, [path]) for module in traced_attention(model).modules):
-        raise BadInput(_refusal(path, model.get_submodule(path), "its trace has no heads that can be cut"))
-    return inside
+    return dict(_proven_of(model, kind).refused) if kind in KINDS else {}
+
+
+def merge_heads(model: nn.Module, group: Group, number: int) -> Group:
+    """Return the group of channels with its heads merged: consecutive heads become one.
+
+    Args:
+        model: the model.
+        group: a group of kind attention; groups of other kinds are returned unchanged.
+        number: number of heads after merging.
+
+    Returns:
+        The group of shape (number, channels of a merged head).
+
+    Raises:
+        BadInput: the number does not divide the number of heads, or each head has its own parameters.
+
+    Source: UP-ViTs, merging h_b heads into h_t.
+    """
+    if group.kind != "attention" or group.shape[0] == number:
+        return group
+    if group.shape[0] % number:
+        raise BadInput(f"{group.name}: {group.shape[0]} heads cannot merge into {number}; give a divisor")
+    heads = _proven_of(model, "head").groups.get(f"{group.name}.heads")
+    sizes, of_heads = (getattr(one and one.resize, "__self__", None) for one in (group, heads))
+    if heads is None or not isinstance(sizes, Sizes) or not isinstance(of_heads, Sizes):
+        raise BadInput(_refusal(group.owner, model.get_submodule(group.owner), "its heads cannot be cut or merged"))
+    sites = {(part.param, part.axis) for part in group.slices}
+    names = [part.param for part in heads.slices if (part.param, part.axis) not in sites]
+    if names or any(part.runs > 1 for part in group.slices):
+        what = "rows" if not names else "position table" if "position" in names[0] else names[0].rpartition(".")[2]
+        why = f"each head has its own {what}, so heads cannot merge"
+        raise BadInput(_refusal(group.owner, model.get_submodule(group.owner), why))
+    return replace(group, shape=(number, group.units // number), resize=sizes.with_heads(of_heads).record)
 
 
 def size_attributes_of(groups: Sequence[Group]) -> tuple[str, ...]:
-    """Return the names of all attributes that traced groups change with their shape."""
-    sizes = [getattr(group.resize, "__self__", None) for group in groups]
-    found = [one for one in sizes if isinstance(one, Sizes)]
-    names = [str(attribute) for one in found for attribute in one.attributes]
-    names += [f"the forward pass of {path or 'the module'}" for one in found for path, _ in one.classes]
+    """Return the names of all attributes that traced groups change with their shape.
+
+    Args:
+        groups: groups of any kind.
+
+    Returns:
+        The names, and the modules that get another forward pass, each once.
+    """
+    recorded = [getattr(group.resize, "__self__", None) for group in groups]
+    sizes = [one for one in recorded if isinstance(one, Sizes)]
+    names = [str(attribute) for one in sizes for attribute in one.attributes]
+    names += [f"the forward pass of {path or 'the module'}" for one in sizes for path, _ in one.classes]
     return tuple(dict.fromkeys(names))
 
 
-def _found(model: nn.Module, kind: str) -> _Found:
-    kinds = _CACHE.value_for(model, lambda model: {})
-    if kind not in kinds:
-        kinds[kind] = _hidden_units(model) if kind == "ffn" else _heads(model, kind)
-    return kinds[kind]
+def _proven_of(model: nn.Module, kind: str) -> _Proven:
+    units = _CACHE.value_for(model, _trace)
+    if kind not in units.proven:
+        units.proven[kind] = _prove_all(model, kind, units)
+    return units.proven[kind]
 
 
-def _heads(model: nn.Module, kind: str) -> _Found:
-    traced = traced_attention(model)
-    return _proven(model, kind, traced.heads if kind == "head" else traced.channels)
+def _trace(model: nn.Module) -> _Units:
+    attention, hidden = traced_attention(model), _hidden_units(model)
+    traced = {
+        kind: [(group, _owner(group.channels, group.modules)) for group in of_kind if _is_cuttable(group)]
+        for kind, of_kind in (("ffn", hidden), ("head", attention.heads), ("attention", attention.channels))
+    }
+    mixers = _modules_without_labels(model)
+    calls = _calls(model, {owner for of_kind in traced.values() for _, owner in of_kind} | set(mixers))
+    if mixers:
+        order = {path: number for number, (path, _) in enumerate(model.named_modules())}
+        more = [(group, _owner(group.channels, ())) for path in mixers for group in _alone(model, path, calls)]
+        traced["ffn"] = sorted(traced["ffn"] + more, key=lambda entry: order[entry[1]])
+    return _Units(traced, calls)
 
 
-def _hidden_units(model: nn.Module) -> _Found:
-    """Channels that are written and read inside one module, and are neither heads nor a residual stream."""
-    traced = traced_attention(model)
-    of_heads = {(part.param, part.axis) for group in traced.heads for part in group.channels.slices}
+def _is_cuttable(group: TracedUnits) -> bool:
+    return group.heads > 1 or any(part.axis == 1 for part in group.channels.slices) or bool(group.why_not)
+
+
+def _hidden_units(model: nn.Module) -> list[TracedUnits]:
+    """Channels that are written and read inside one module, and are neither heads, nor a stem, nor a stream."""
+    attention = traced_attention(model)
+    of_heads = {(part.param, part.axis) for group in attention.heads for part in group.channels.slices}
+    all_channels = traced_channels(model)
+    stem = set(_stem(all_channels))
+    first = next((name for one in all_channels for name in one.writers), "")
     hidden = []
-    for channels in traced_channels(model):
+    for channels in all_channels:
         sites = {(part.param, part.axis) for part in channels.slices}
         is_read = any(axis == 1 for _, axis in sites)
-        if channels.kind == "ffn" and channels.writers and is_read and not sites & of_heads:
-            why = channels.why_not or (
-                channels.normalized and f"{channels.normalized}: a norm couples its hidden units"
+        is_inner = channels.kind == "ffn" or (channels.kind == "residual" and len(channels.writers) == 1)
+        owner = _owner(channels, ())
+        if not is_inner or not channels.writers or sites & of_heads:
+            continue
+        if channels.roots in stem and is_within(first, [owner]):
+            continue
+        why = channels.why_not
+        if owner and is_read and owner not in attention.modules and not _is_outer(model, owner):
+            why = why or (channels.normalized and f"{channels.normalized}: a norm couples its hidden units")
+            hidden.append(TracedUnits(channels, channels.units, (), why))
+    return hidden
+
+
+def _stem(all_channels: Sequence[ChannelGroup]) -> Iterator[tuple[int, ...]]:
+    """Yield the roots of the channels before the first residual stream, through which all of the image passes."""
+    source = {part.param: one.roots for one in all_channels for part in one.slices if part.axis == 1}
+    stem: set[tuple[int, ...]] = set()
+    for number, channels in enumerate(all_channels):
+        read = {source.get(name) for name in channels.writers}
+        if channels.kind == "ffn" and read and (number == 0 or read <= stem):
+            stem.add(channels.roots)
+            yield channels.roots
+
+
+def _is_outer(model: Any, owner: str) -> bool:
+    """Whether a module is a list of blocks, or contains the classifier."""
+    names = vars(model).get("pretrained_cfg", {}).get("classifier") or ()
+    module = model.get_submodule(owner)
+    is_list = isinstance(module, nn.Sequential | nn.ModuleList)
+    layers = [sum(parameter.dim() > 1 for parameter in child.parameters()) for child in module.children()]
+    classifiers = (names,) if isinstance(names, str) else names
+    return (is_list and max(layers) > 1) or any(is_within(name, [owner]) for name in classifiers)
+
+
+def _modules_without_labels(model: nn.Module) -> list[str]:
+    """Return modules whose layers mix tokens: their channels are a second axis of channels, which one trace lacks."""
+    traced = {
+        part.param for channels in traced_channels(model) for part in channels.slices if part.param.endswith(".weight")
+    }
+    missing = [
+        path.rpartition(".")[0]
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{path}.weight" not in traced
+    ]
+    return [path for path in dict.fromkeys(missing) if path and missing.count(path) > 1]
+
+
+def _alone(model: nn.Module, path: str, calls: dict[str, Call]) -> list[TracedUnits]:
+    """Return the hidden units of a module in a trace of its own."""
+    args, kwargs = calls.get(path, ((), {}))
+    if kwargs or len(args) != 1:
+        return []
+    module, result = model.get_submodule(path), []
+    copied = meta_copy(module)
+    for channels in ChannelGraph(run_trace(copied, args[0]), copied).groups():
+        if channels.kind == "ffn" and channels.writers and any(part.axis == 1 for part in channels.slices):
+            slices, buffers = (
+                tuple(replace(part, param=f"{path}.{part.param}") for part in parts)
+                for parts in (channels.slices, channels.buffers)
             )
-            if _owner(channels, ()):
-                hidden.append(TracedUnits(channels, channels.units, (), why))
-    return _proven(model, "ffn", hidden, {_owner(group.channels, group.modules) for group in traced.heads})
+            writers = tuple(f"{path}.{name}" for name in channels.writers)
+            named = replace(channels, slices=slices, buffers=buffers, writers=writers)
+            result.append(TracedUnits(named, channels.units, (), channels.why_not))
+    return result
 
 
 def _owner(channels: ChannelGroup, modules: Iterable[str]) -> str:
     """Path of the innermost module that contains all slices and the given modules; empty for the model."""
-    paths = [part.param.rpartition(".")[0].split(".") for part in channels.slices + channels.buffers]
+    params = [part.param for part in channels.slices + channels.buffers]
+    paths = [param.rpartition(".")[0].split(".") for param in params or channels.writers]
     paths += [path.split(".") for path in modules]
     common = []
     for names in zip(*paths, strict=False):
@@ -122,20 +249,16 @@ def _owner(channels: ChannelGroup, modules: Iterable[str]) -> str:
     return ".".join(common)
 
 
-def _proven(model: nn.Module, kind: str, traced: Sequence[TracedUnits], named: Collection[str] = ()) -> _Found:
-    """Give every group sizes that are proven on its owner; equal modules are proven once.
-
-    Groups are named after their owner, or after their first writer if there are several, or if the name is given away.
-    """
-    traced = [group for group in traced if group.heads > 1 or any(part.axis == 1 for part in group.channels.slices)]
-    owners = [_owner(group.channels, group.modules) for group in traced]
-    calls, found = _calls(model, set(owners)), _Found()
+def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
+    """Give every group sizes that are proven on its owner; equal modules are proven once."""
+    owners, result = [owner for _, owner in units.traced[kind]], _Proven()
     known: dict[Hashable, _Proof | BadInput] = {}
-    for group, owner in zip(traced, owners, strict=True):
-        name = _name(kind, owner, group, owners.count(owner) + (owner in named))
-        module, call = model.get_submodule(owner), calls.get(owner)
+    for group, owner in units.traced[kind]:
+        given = kind == "ffn" and any(owner == other for _, other in units.traced["attention"] + units.traced["head"])
+        name = _name(kind, owner, group, owners.count(owner) + given)
+        module, call = model.get_submodule(owner), units.calls.get(owner)
         if group.why_not or call is None:
-            found.refused[name] = _refusal(owner, module, group.why_not or "it does not run as a module of its own")
+            result.refused[name] = _refusal(owner, module, group.why_not or "it does not run as a module of its own")
             continue
         relative, sizes = _below(owner, kind, name, group)
         structure = fingerprint(module)
@@ -144,10 +267,10 @@ def _proven(model: nn.Module, kind: str, traced: Sequence[TracedUnits], named: C
             known[key] = _prove(relative, module, call, sizes)
         proof = known[key]
         if isinstance(proof, BadInput):
-            found.refused[name] = _refusal(owner, module, str(proof))
+            result.refused[name] = _refusal(owner, module, str(proof))
         else:
             layers = group.projections if proof.any_basis else ()
-            found.groups[name] = replace(
+            result.groups[name] = replace(
                 relative,
                 slices=group.channels.slices,
                 buffers=group.channels.buffers,
@@ -155,7 +278,7 @@ def _proven(model: nn.Module, kind: str, traced: Sequence[TracedUnits], named: C
                 resize=proof.resize,
                 projections=Projections(layers, group.heads) if layers else None,
             )
-    return found
+    return result
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vitprune.architectures import by_module, residual_stream, unstructured
-from vitprune.architectures.residual_stream import for_any_width, group_along
+from vitprune.architectures import residual_stream, unstructured
+from vitprune.architectures.residual_stream import after_trial, group_along
 from vitprune.architectures.slices import block_weights
 from vitprune.architectures.tracing.cache import traced_channels
 from vitprune.groups import Group
@@ -18,10 +18,10 @@ FFN = ("mlp", "norm2", "ls2", "drop_path2")
 
 
 def groups(model: Any, kind: str) -> list[Group]:
-    """Find all groups of one kind.
+    """Find all groups of kind residual, block or weight.
 
     Raises:
-        BadInput: an attention or MLP of the model is of an unknown class, or the model cannot be pruned so.
+        BadInput: the model cannot be pruned so.
 
     Source: UP-ViTs: residual stream (component 1), blocks.
     """
@@ -29,9 +29,7 @@ def groups(model: Any, kind: str) -> list[Group]:
         if not isinstance(model.patch_embed, PatchEmbed):  # a convolutional network
             return residual_stream.groups(model)
         group = group_along(traced_channels(model), "residual", "patch_embed.proj.weight", 0, resize_width)
-        return for_any_width(model, [group])
-    if kind in by_module.KINDS:
-        return by_module.groups(model, kind)
+        return after_trial(model, [group])
     if kind == "weight" and not has_plain_blocks(model):
         return unstructured.all_weights(model)
     paths = [f"blocks.{index}" for index in range(len(model.blocks))]

@@ -25,7 +25,7 @@ from vitprune.evaluation.check_removal import RemovalCheck, check_removal
 from vitprune.groups import Group, Masks
 from vitprune.models.named_models import create_named, is_other_library
 from vitprune.runtime.input_size import input_size
-from vitprune.runtime.wrappers import is_timm_model
+from vitprune.runtime.random_parameters import randomize_parameters
 
 RATIOS = (0.25, 0.5, 0.75)
 CLASSES = 10  # given to models without a classifier
@@ -43,7 +43,7 @@ class ModelCheck:
         verdict: "proven", "failed", or "refused" for a kind that the model does not support.
         why: Failures, or the reason of the refusal.
         groups: Number of groups.
-        sizes: Attributes that change with the units, found by trial and proof; empty for models in the tables.
+        sizes: Attributes that change with the units, found by trial and proof.
         left_out: Modules whose units cannot be pruned, with the reason.
         seconds: CPU time to find the groups.
         proof: Details of the check; None for a refusal.
@@ -106,7 +106,7 @@ def check(
             result = check_removal(dense, groups, random_odd_masks(groups, ratio, seed=number), inputs)
             verdict = "failed" if result.failures else "proven"
             why, size = "; ".join(result.failures), (inputs.shape[2], inputs.shape[3])
-            others = {} if is_timm_model(dense) else left_out(dense, kind)
+            others = left_out(dense, kind)
             sizes = traced_groups.size_attributes_of(groups)
             yield ModelCheck(name, kind, ratio, verdict, why, len(groups), result, size, sizes, others, seconds)
 
@@ -151,31 +151,6 @@ def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.M
 
 def _noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@torch.no_grad()
-def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw all parameters and running statistics at random, in float64, in place.
-
-    timm initializes some to zero or one, which would hide the effect of a removed unit.
-
-    Returns:
-        The model.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    model = model.double().eval()
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        scale = parameter.dim() < 2 and name.endswith("weight") and not isinstance(owner, nn.Linear | nn.Conv2d)
-        fan_in = max(1, parameter.numel() // max(1, parameter.shape[0])) if parameter.dim() > 1 else 100
-        parameter.copy_(noise / fan_in**0.5 + float(scale))
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
-        elif name.endswith("running_var"):
-            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
-    return model
 
 
 def random_odd_masks(groups: Sequence[Group], ratio: float, seed: int = 0) -> Masks:

@@ -260,18 +260,20 @@ def _with_layers(group: TracedUnits, trace: Trace, roles: Sequence[Mapping[int, 
 
 
 def _parts_of(trace: Trace, channels: ChannelGroup, rows: Mapping[int, list[Tensor]]) -> list[tuple[str, int]]:
-    """Return weights and biases with these rows, each with the repetition of all units of the group that they are."""
-    params = {part.param for part in channels.slices}
+    """Return parameters with these rows, each with the repetition of all units of the group that they are."""
     chosen = torch.cat([torch.zeros(0, dtype=torch.int64), *(row for of_head in rows.values() for row in of_head)])
+    shifts = [(bias.flatten(), squeeze_broadcast(labels).flatten()) for bias, labels in trace.shifts]
+    chosen = torch.cat(
+        [chosen, *(bias[torch.isin(labels, chosen)] for bias, labels in shifts if len(bias) == len(labels))]
+    )
     result: list[tuple[str, int]] = []
     for part in channels.slices:
-        labels = trace.axes.get((part.param, 0)) if part.axis == 0 else None
-        positions = [] if labels is None else torch.isin(labels, chosen).nonzero().flatten().tolist()
-        repetitions = {position // (channels.units // part.heads * part.inner) for position in positions}
+        labels = trace.axes.get((part.param, 0), trace.elements.get(part.param))
+        positions = [] if labels is None or part.axis != 0 or labels.dim() > 1 else torch.isin(labels, chosen).nonzero()
+        repetitions = {int(position) // (channels.units // part.heads * part.inner) for position in positions}
         if part.runs > 1:
             repetitions = {repetition % part.runs for repetition in repetitions}
-        bias = f"{part.param.removesuffix('weight')}bias"
-        result += [(name, number) for name in (part.param, bias) if name in params for number in sorted(repetitions)]
+        result += [(part.param, number) for number in sorted(repetitions)]
     return result
 
 
@@ -284,12 +286,14 @@ def _rows_by_head(
     values: dict[int, list[Tensor]] = defaultdict(list)
     for product in trace.products:
         left, right = product.left, product.right
-        of_logits = left is None or not any(trace.varies_along(left, axis) for axis in (1, 2))
+        of_logits = [one is None or not any(trace.varies_along(one, axis) for axis in (1, 2)) for one in (left, right)]
         found: list[tuple[Tensor, dict[int, list[Tensor]]]] = []
         if product.over_channels and left is not None and right is not None:
             found = [(left[:, 0, :], queries), (right[:, :, 0], keys)]
-        elif of_logits and right is not None and trace.varies_along(right, 2):
+        elif of_logits[0] and right is not None and trace.varies_along(right, 2):
             found = [(right[:, 0, :], values)]
+        elif of_logits[1] and left is not None and trace.varies_along(left, 1):  # of maps, channels first
+            found = [(left[:, :, 0], values)]
         for rows, of_role in found:
             for row in squeeze_broadcast(rows):
                 head = int(head_of_number[labelled.number_of[row[0]]])

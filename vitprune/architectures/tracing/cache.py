@@ -58,18 +58,19 @@ def traced_attention(model: nn.Module) -> AttentionTrace:
     return entry.attention[0]
 
 
-def trial_run(model: nn.Module, groups: Sequence[Group], what: str) -> None:
+def trial_run(model: nn.Module, groups: Sequence[Group], what: str, how: str = "") -> None:
     """Remove a third of every group from a copy of the model on the meta device, and run it; cached.
 
     Args:
         model: the model; it is not changed.
         groups: groups of one-dimensional shape.
         what: description of the removed units for the error message.
+        how: what else tells this trial from others of the same groups, for the cache.
 
     Raises:
         BadInput: the pruned copy does not run.
     """
-    trials, names = _CACHE.value_for(model, _trace).trials, tuple(group.name for group in groups)
+    trials, names = _CACHE.value_for(model, _trace).trials, (how, *(group.name for group in groups))
     if names not in trials:
         trials[names] = _trial_error(model, groups)
     if trials[names]:
@@ -98,7 +99,7 @@ def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
 def shape_error(model: nn.Module) -> str:
     """Return the error of a run of the model's copy at its own input size; empty if it runs."""
     try:
-        with_example(model, _run)
+        with_example(model, run_once)
     except NotRunningError as error:
         return error.reason
     return ""
@@ -110,10 +111,16 @@ def output_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     Raises:
         BadInput: the model does not run.
     """
-    return with_example(model, lambda copy, inputs: [tuple(one.shape) for one in tensors_of(_run(copy, inputs))])
+    return with_example(model, lambda copy, inputs: [tuple(one.shape) for one in tensors_of(run_once(copy, inputs))])
 
 
-def _run(model: nn.Module, inputs: Tensor) -> Any:
+def run_once(model: nn.Module, inputs: Tensor) -> Any:
+    """Return the output of a model in evaluation mode, without gradients.
+
+    Args:
+        model: the model.
+        inputs: its input.
+    """
     with torch.no_grad(), eval_mode(model):
         return model(inputs)
 
@@ -140,7 +147,7 @@ def _end_layers_of_run(copy: nn.Module, inputs: Tensor) -> list[str]:
     for path, layer in copy.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.register_forward_hook(lambda module, inputs, output, path=path: record(path, output))
-    outputs = list(tensors_of(_run(copy, inputs)))
+    outputs = list(tensors_of(run_once(copy, inputs)))
     return [path for path, value in calls[:1]] + [
         path for path, value in calls[1:] if value.dim() == 2 and any(value is one for one in outputs)
     ]

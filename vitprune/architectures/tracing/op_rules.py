@@ -29,7 +29,9 @@ def apply_rule(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
         view = None
     if name in PERMUTATIONS and view is not None:
         trace.set_labels(result, view.permute(PERMUTATIONS[name](args)))
-    elif name in ("expand", *VIEWS) and view is not None and view.is_matrix_of(result):  # repeated for a batched product
+    elif (
+        name in ("expand", *VIEWS) and view is not None and view.is_matrix_of(result)
+    ):  # repeated for a batched product
         trace.set_labels(result, view)
     elif name in CUTS and view is not None and (len(args) < 5 or args[4] == 1):
         axis = (args[1] if len(args) > 1 else 0) if name == "slice" else args[2] if len(args) > 2 else 0
@@ -115,6 +117,9 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
         full += [] if others else [(not trace.is_labelled_activation(value), squeeze_broadcast(labels).numel(), labels)]
     if func.overloadpacket.__name__ in ADDITIONS and sum(trace.is_labelled_activation(v) for v, _ in operands) > 1:
         trace.residual_sums.append(squeeze_broadcast(operands[0][1]))
+    elif func.overloadpacket.__name__ in ADDITIONS and len(operands) == 2:
+        pairs = zip(operands, operands[::-1], strict=True)
+        trace.shifts += [(bias, rows) for (value, bias), (_, rows) in pairs if trace.parameter_of(value) is not None]
     if not full:
         for _, labels in operands:
             trace.mark_unprunable(labels, "every channel is combined with every other one")
@@ -169,15 +174,16 @@ def _matmul(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     if bias is not None and labels is not None and _broadcasts_over_channels(trace, bias.shape, labels):
         trace.deferred.append((bias, labels))
     elif bias is not None and labels is not None:
+        trace.shifts.append((bias, labels))
         trace.sets.union(bias, labels)
 
 
 def _times_weight(trace: Trace, labels: Tensor | None, weight: ParameterView) -> Tensor:
     """Return the labels of activation (..., n, k) times weight (k, m)."""
-    rows = range(labels.dim() - 1) if labels is not None and trace.by_head else (-2,)  # also one matrix for every head
-    if labels is not None and any(trace.varies_along(labels, axis) for axis in rows):
-        if not trace.varies_along(labels, -1):
-            return labels[..., :1]  # mixes tokens; the channels are the rows
+    others = () if labels is None else range(labels.dim() - 1) if trace.by_head else (-2,)  # one matrix for all heads
+    is_mixed = any(trace.varies_along(labels, axis) for axis in others) if labels is not None else False
+    if labels is not None and is_mixed and not trace.varies_along(labels, -1):
+        return labels[..., :1]  # mixes tokens; the channels are the rows
     if labels is not None:
         trace.sets.union(squeeze_broadcast(labels), trace.axis_labels(weight, 0))
     trace.writers[weight.name] = None
@@ -272,6 +278,7 @@ def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     trace.set_labels(result, rows.expand(result.shape))
     shift = trace.labels_of(bias)
     if shift is not None:
+        trace.shifts.append((shift, rows.flatten()))
         trace.sets.union(shift, rows.flatten())
 
 

@@ -77,6 +77,7 @@ class Trace:
         residual_sums: labels of sums of two activations.
         contractions: labels over which two activations are contracted, as q and k are.
         products: batched products of two activations whose channels differ along the batch axis, the axis of heads.
+        shifts: pairs of labels of a bias and of the rows that it is added to.
         deferred: pairs of labels; the first is broadcast along an axis where the channels of the second differed.
         shared: pairs of labels, coupled by a kernel that all heads share; united at the end, or never if `by_head`.
         grouped: pairs of labels (groups, channels) of the inputs and outputs of grouped convolutions.
@@ -106,6 +107,7 @@ class Trace:
         self.residual_sums: list[Tensor] = []
         self.contractions: list[Tensor] = []
         self.products: list[Product] = []
+        self.shifts: list[tuple[Tensor, Tensor]] = []
         self.deferred: list[tuple[Tensor, Tensor]] = []
         self.shared: list[tuple[Tensor, Tensor]] = []
         self.grouped: list[tuple[Tensor, Tensor]] = []

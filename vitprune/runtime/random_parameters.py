@@ -1,0 +1,34 @@
+"""Random parameters for proofs: no unit is without effect."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw all parameters and running statistics at random, in float64, in place.
+
+    timm initializes some to zero or one, which would hide the effect of a removed unit.
+
+    Args:
+        model: the model.
+        seed: seed of the draw.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model.double()
+    model.eval()  # LeViT's returns None
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        scale = parameter.dim() < 2 and name.endswith("weight") and not isinstance(owner, nn.Linear | nn.Conv2d)
+        fan_in = max(1, parameter.numel() // max(1, parameter.shape[0])) if parameter.dim() > 1 else 100
+        parameter.copy_(noise / fan_in**0.5 + float(scale))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
+        elif name.endswith("running_var"):
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
+    return model

@@ -5,12 +5,12 @@ or Conv2d layer of queries, keys and values that is a child of a module with a n
 the pruning; if it fails, another one after the sizes that attention modules commonly store have been set.
 """
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.torch_pruning import library
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import main_tensor
 
@@ -27,7 +27,7 @@ def verdict(model: nn.Module, images: Tensor) -> str:
         model: the model; it is pruned in place.
         images: images (B, C, H, W).
     """
-    tp = library()
+    tp: Any = importlib.import_module("torch_pruning")
     model = model.float().eval()
     images = images.float()
     before = sum(parameter.numel() for parameter in model.parameters())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.lib.deit_tiny import Batches, load_dense, load_images, split
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune.architectures import attention, vit
+from vitprune.architectures import vit
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
 from vitprune.evaluation.losses import cross_entropy
@@ -179,14 +179,17 @@ def ignored(model: Any, part: str) -> list[nn.Module]:
     return layers
 
 
+@torch.no_grad()
 def resize(attn: Any, part: str) -> None:
     """Update the sizes that an attention stores."""
     inner = attn.qkv.out_features // 3
     if part == "heads":
         attn.num_heads, attn.attn_dim = inner // attn.head_dim, inner
     elif inner != attn.attn_dim:
-        (group,) = attention.groups("attention", "attn", attn)
-        group.resize(attn, group.shape)
+        head_dim = inner // attn.num_heads
+        attn.qkv.weight[:inner] *= (head_dim / attn.head_dim) ** 0.5  # the logits are scaled by head_dim ** -0.5
+        attn.qkv.bias[:inner] *= (head_dim / attn.head_dim) ** 0.5
+        attn.head_dim, attn.attn_dim, attn.scale = head_dim, inner, head_dim**-0.5
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
 """Every supported kind of group per model passes `vitprune check`; unsupported ones are refused by name."""
 
+import re
+
 import pytest
 import timm
 import torch
 
-from tests.support.model_zoo import PROVEN, REFUSED, SMALL, ZOO, batches
+from tests.support.model_zoo import LEFT_OUT, PROVEN, REFUSED, SMALL, ZOO, batches
 from vitprune import BadInput, find_groups, prune
+from vitprune.architectures.traced_groups import left_out
 from vitprune.config.prune_config import KINDS
 from vitprune.evaluation.check_model import check, make_test_model
 from vitprune.evaluation.cost import count_macs
@@ -33,6 +36,14 @@ def test_unsupported_kinds_are_refused(name: str, kind: str, why: str) -> None:
         model = timm.create_model(name, **SMALL.get(name, {}))
     with pytest.raises(BadInput, match=why):
         find_groups(model, [kind])
+
+
+@pytest.mark.parametrize(("name", "kind", "group", "why"), LEFT_OUT)
+def test_modules_that_cannot_be_cut_are_left_out(name: str, kind: str, group: str, why: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, **SMALL.get(name, {}))
+    assert group not in {one.name for one in find_groups(model, [kind])}
+    assert re.search(why, left_out(model, kind)[group])
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256", "cait_xxs24_224"])

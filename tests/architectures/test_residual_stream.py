@@ -98,7 +98,7 @@ class Counting(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = self.stem(image)
         x = x + self.write(x)
-        output: torch.Tensor = self.head(x.view(len(x), 6, -1).mean(2))
+        output: torch.Tensor = self.head(torch.reshape(x, (len(x), 6, -1)).mean(2))
         return output
 
 

@@ -13,7 +13,7 @@ from tests.support.plans import context
 from tests.support.reference_kl import LiveNorm, kl
 from vitprune import BadInput, find_groups, prune, shrink, zero
 from vitprune.architectures import merge_heads, structure, uniform_args
-from vitprune.architectures.narrow_attention import NarrowPvtAttention
+from vitprune.architectures.inferred_widths import inferring_classes, original_class
 from vitprune.config.params import load_params
 from vitprune.criteria.kl.fisher import fisher_kl_per_image
 from vitprune.evaluation.cost import count
@@ -105,32 +105,34 @@ def unfused(model: nn.Module) -> nn.Module:
 
 
 def test_attention_has_timm_class_if_all_widths_agree(pvt: nn.Module) -> None:
-    def kinds() -> list[type]:
-        return [type(block.attn) for stage in pvt.stages for block in stage.blocks]
+    def changed() -> list[bool]:
+        kinds = [type(block.attn) for stage in pvt.stages for block in stage.blocks]
+        assert {original_class(kind) for kind in kinds} == {Attention}
+        return [kind is not Attention for kind in kinds]
 
-    assert kinds() == [Attention] * 4
-    for kind, expected in (("residual", NarrowPvtAttention), ("attention", Attention)):
+    assert changed() == [False] * 4
+    for kind, expected in (("residual", True), ("attention", False)):
         groups = find_groups(pvt, [kind])
         shrink(pvt, groups, random_masks(groups, 0.5))
-        assert kinds() == [expected] * 4
+        assert changed() == [expected] * 4
     assert uniform_args(pvt)["embed_dims"] == [8, 12, 20]
     sr = find_groups(pvt, ["residual"])[3:4]
     assert [g.name for g in sr] == ["stages.0.blocks.0.attn.sr"]
     shrink(pvt, sr, random_masks(sr, 1))
-    assert kinds() == [NarrowPvtAttention, *[Attention] * 3]
+    assert changed() == [True, *[False] * 3]
     assert uniform_args(pvt) == {}
 
 
 @pytest.mark.parametrize("name", ["pvt", "pvt-linear"])
-def test_narrow_attention_equals_timm_at_full_width(name: str) -> None:
-    model, x = tiny(name), images(tiny(name))
+def test_inferring_attention_equals_timm_at_full_width(name: str) -> None:
     for on in (True, False):
-        expected = predict(model if on else unfused(model), x)
+        expected = tiny(name) if on else unfused(tiny(name))
         other = tiny(name) if on else unfused(tiny(name))
-        for stage in other.stages:
-            for block in stage.blocks:
-                block.attn.__class__ = NarrowPvtAttention
-        torch.testing.assert_close(predict(other, x), expected, **CLOSE)
+        (classes, x) = inferring_classes(other, {16, 24, 40}, lambda other=other: predict(other, images(other))), images(other)
+        assert len(classes) >= 4
+        for path, kind in classes:
+            other.get_submodule(path).__class__ = kind
+        torch.testing.assert_close(predict(other, x), predict(expected, x), **CLOSE)
 
 
 def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
@@ -217,9 +219,9 @@ def test_the_structure_of_a_pvt_names_its_streams_and_reductions(pvt: nn.Module)
 @pytest.mark.parametrize(
     ("path", "kind", "why"),
     [
-        ("stages.0.blocks.1", "ffn", r"^stages.0.blocks.1 .*only timm's PVTv2 Block"),
-        ("stages.0.blocks.1.attn", "head", r"^stages.0.blocks.1.attn .*only timm's PVTv2 Attention"),
-        ("stages.0.blocks.1.mlp", "ffn", r"^stages.0.blocks.1.mlp .*only timm's MLP with a depth-wise convolution"),
+        ("stages.0.blocks.1", "residual", r"^stages.0.blocks.1 .*only timm's PVTv2 Block"),
+        ("stages.0.blocks.1.attn", "weight", r"^stages.0.blocks.1.attn .*only timm's PVTv2 Attention"),
+        ("stages.0.blocks.1.mlp", "ffn", r"^PyramidVisionTransformerV2: it does not run .*Sequential.forward\(\) takes"),
         (
             "stages.0.norm",
             "residual",

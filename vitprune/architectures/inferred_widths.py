@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 RESHAPES = ("reshape", "view")
 OBSERVE, VALUE = "_observe_sizes", "_value"
-Observed = dict[tuple[str, int], tuple[tuple[int, ...], tuple[int, ...]]]  # by method and call: sizes, and shape before
+# by method and number of the call: positions of attributes, sizes, and shape before
+Observed = dict[tuple[str, int], tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 Classes = tuple[tuple[str, type[nn.Module]], ...]  # class by path of a module
 # method, number of the call, position of the size that becomes -1, position of the size that is taken from the tensor
 Choices = frozenset[tuple[str, int, int | None, int | None]]
@@ -29,7 +30,7 @@ Choices = frozenset[tuple[str, int, int | None, int | None]]
 def inferring_classes(
     model: nn.Module, sizes: Collection[int], run: Callable[[], object], leave_out: Collection[str] = ()
 ) -> Classes:
-    """Return subclasses of the classes of modules that infer these sizes in their reshapes.
+    """Return subclasses of the classes of modules that infer these sizes in their reshapes, but those in attributes.
 
     Args:
         model: the model; its modules have other classes while it runs.
@@ -81,8 +82,8 @@ def with_inferred(kind: type[nn.Module], method: str, call: int, position: int) 
 
 def _choices(observed: Observed, sizes: Collection[int]) -> Choices:
     choices: set[tuple[str, int, int | None, int | None]] = set()
-    for (method, call), (given, shape) in observed.items():
-        stale = [position for position, size in enumerate(given) if size in sizes]
+    for (method, call), (attributes, given, shape) in observed.items():
+        stale = [position for position, size in enumerate(given) if size in sizes and position not in attributes]
         if -1 not in given:
             choices |= {(method, call, position, None) for position in stale[-1:]}
             continue
@@ -109,7 +110,7 @@ def _choices_of(kind: type[nn.Module]) -> Choices:
 
 
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Give a module a class for any width, or its original class again if all its layers have one width.
+    """Give a module a class for any width; what its class infers already remains inferred.
 
     Args:
         module: the module; only its class changes.
@@ -118,7 +119,6 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     if original_class(kind) is original_class(type(module)):
         kind = _with_choices(kind, _choices_of(type(module)))
     module.__class__ = kind
-    restore_class(module)
 
 
 def restore_class(module: nn.Module) -> None:
@@ -205,7 +205,9 @@ class _Reshapes(ast.NodeTransformer):
             return _inferring_call(function.value, sizes, *self._positions[number])
         if self._observe:
             self.changed = True
-            return ast.Call(ast.Name(OBSERVE, ast.Load()), [function.value, ast.Constant(number), *sizes], [])
+            attributes = tuple(position for position, size in enumerate(sizes) if isinstance(size, ast.Attribute))
+            given = [function.value, ast.Constant(number), ast.Constant(attributes), *sizes]
+            return ast.Call(ast.Name(OBSERVE, ast.Load()), given, [])
         return node
 
 
@@ -222,9 +224,10 @@ def _inferring_call(tensor: ast.expr, sizes: list[ast.expr], inferred: int | Non
     return ast.Call(ast.Lambda(given, body), [tensor], [])
 
 
-def _observer(method: str, observed: Observed) -> Callable[..., Tensor]:
-    def observe(tensor: Tensor, number: int, *sizes: int) -> Tensor:
-        observed.setdefault((method, number), (tuple(sizes), tuple(tensor.shape)))
-        return tensor.reshape(sizes)
+def _observer(method: str, observed: Observed) -> Callable[..., Any]:
+    def observe(tensor: Any, number: int, attributes: tuple[int, ...], *sizes: Any) -> Any:
+        if isinstance(tensor, Tensor):  # not torch.reshape
+            observed.setdefault((method, number), (attributes, tuple(sizes), tuple(tensor.shape)))
+        return tensor.reshape(*sizes)
 
     return observe

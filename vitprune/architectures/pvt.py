@@ -73,12 +73,12 @@ def plain(path: str, block: Any) -> Any:
 
 
 def _shape(block: Any) -> tuple[int, int, int, int] | None:
-    """Width, heads, hidden units and reduction ratio of a block with timm's attention."""
+    """Width, heads, hidden units and reduction ratio of a block whose attention has one width."""
     if type(block) is not Block or type(block.attn) is not Attention:
         return None
     attn = block.attn
     ratio = 1 if attn.sr is None else attn.sr.kernel_size[0]
-    return attn.dim, attn.num_heads, block.mlp.fc1.out_features, ratio
+    return attn.q.in_features, attn.num_heads, block.mlp.fc1.out_features, ratio
 
 
 def _resize_stream(index: int, model: Any, shape: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune.architectures.inferred_widths import Classes, inferring_classes, set_class
+from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
 from vitprune.architectures.narrow_attention import narrow_class
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice, Projections, index_grid, meta_copy, resize_group, shrink, zero
@@ -85,6 +85,8 @@ class Sizes:
             set_class(owner.get_submodule(path), kind)
         for attribute in self.attributes:
             _set(owner, attribute, self._new_value(attribute, heads, width))
+        for module in owner.modules():
+            restore_class(module)
         drop_cached(owner)
         if width != self.shape[1]:
             scales = [attribute.value for attribute in self.attributes if attribute.role == SCALE]
@@ -277,6 +279,8 @@ def _same_outputs(first: nn.Module, second: nn.Module, call: Call, tolerance: fl
 def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Projections, reader: str) -> bool:
     """Return whether q A^-1, k A^T, v B and B^-1 in the reading layer give the same output, for random A and B.
 
+    The layers must read tensors of equally many axes, as criteria do that need any basis.
+
     Args:
         owner: the module, whose parameters may be on the meta device.
         call: arguments of its forward pass, tensors on the meta device.
@@ -301,7 +305,10 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
         weight = rotated.get_parameter(f"{reader}.weight")
         inverse = torch.linalg.inv(second).T
         weight.copy_((weight.reshape(len(weight), projections.heads, width) @ inverse).reshape(weight.shape))
-    return _same_outputs(dense, rotated, call, BASIS_TOLERANCE)
+    axes: set[int] = set()
+    for path in set(projections.layers):
+        dense.get_submodule(path).register_forward_pre_hook(lambda module, inputs: axes.add(inputs[0].dim()))
+    return _same_outputs(dense, rotated, call, BASIS_TOLERANCE) and len(axes) == 1
 
 
 def random_module(owner: nn.Module) -> nn.Module:

@@ -59,12 +59,8 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
     """
     proven = _proven_of(model, kind)
     if not proven.groups:
-        reasons = list(proven.refused.values())
-        if kind == "ffn" and not reasons:
-            reasons = [one.why_not for one in traced_channels(model) if one.kind == kind and one.why_not]
-            reasons = [f"{why}; this module cannot be pruned" for why in reasons if not why.endswith(IS_OUTPUT)]
         nothing = f"{type(model).__name__}: there is {NOTHING[kind]} in it, so it has no groups of kind {kind!r}"
-        raise BadInput((*reasons, nothing)[0])
+        raise BadInput(next(iter(proven.refused.values()), nothing))
     return list(proven.groups.values())
 
 
@@ -171,15 +167,17 @@ def _hidden_units(model: nn.Module) -> list[TracedUnits]:
         sites = {(part.param, part.axis) for part in channels.slices}
         is_read = any(axis == 1 for _, axis in sites)
         is_inner = channels.kind == "ffn" or (channels.kind == "residual" and len(channels.writers) == 1)
-        owner = _owner(channels, ())
         if not is_inner or not channels.writers or sites & of_heads:
             continue
+        owner, is_lost = _owner(channels, ()), channels.why_not and not channels.why_not.endswith(IS_OUTPUT)
+        if not is_read and is_lost:  # its labels end within the module
+            owner = channels.writers[0].rpartition(".")[0].rpartition(".")[0]
         if channels.roots in stem and is_within(first, [owner]):
             continue
         why = channels.why_not
-        if owner and is_read and owner not in attention.modules and not _is_outer(model, owner):
+        if owner and (is_read or is_lost) and owner not in attention.modules and not _is_outer(model, owner):
             why = why or (channels.normalized and f"{channels.normalized}: a norm couples its hidden units")
-            hidden.append(TracedUnits(channels, channels.units, (), why))
+            hidden.append(TracedUnits(channels, channels.units, (owner,), why))
     return hidden
 
 

@@ -100,7 +100,7 @@ def _padded(labels: Tensor, widths: Sequence[int]) -> Tensor:
 def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
     """Elementwise operations: channels at the same position of the operands are coupled."""
     tensors = [value for value in args if isinstance(value, Tensor)]
-    operands = [(value, labels) for value in tensors if (labels := trace.labels_of(value)) is not None]
+    operands = [(value, _repeated(value, labels)) for value in tensors if (labels := trace.labels_of(value)) is not None]
     if not operands:
         return
     try:
@@ -112,7 +112,7 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
         return
     full: list[tuple[bool, int, Tensor]] = []
     for value, labels in operands:
-        others = [other for _, other in operands if _broadcasts_over_channels(trace, value.shape, other)]
+        others = [other for _, other in operands if _broadcasts_over_channels(trace, labels.shape, other)]
         trace.deferred += [(labels, other) for other in others]
         full += [] if others else [(not trace.is_labelled_activation(value), squeeze_broadcast(labels).numel(), labels)]
     if func.overloadpacket.__name__ in ADDITIONS and sum(trace.is_labelled_activation(v) for v, _ in operands) > 1:
@@ -131,6 +131,14 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
         labels = coalesce(labels, other, result.shape)
     is_large = len(full) > 1 and squeeze_broadcast(labels).numel() > MAX_OF_HEADS
     trace.set_labels(result, (trace.compacted(labels) if is_large else labels).expand(result.shape))
+
+
+def _repeated(value: Tensor, labels: Tensor) -> Tensor:
+    """Return labels with size 1 along the axes along which the tensor itself is expanded, as by a broadcast."""
+    for axis, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            labels = labels.narrow(axis, 0, 1)
+    return labels
 
 
 def propagate_to_fixpoint(trace: Trace) -> None:

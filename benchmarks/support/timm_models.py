@@ -78,7 +78,6 @@ HEADS = "heads, or heads and channels"
 GOALS = {"ffn": 0.97, HEADS: 0.9, "residual": 0.85, "block": 0.85}  # share of the models with such units
 SECONDS = 10.0  # for finding all groups of a model
 ABSENT = ("its trace has no units of kind", "there is no ", "it has only one block")  # of refusals: no such units
-PEER_SECONDS = 120.0
 TITLE = "Supported models"
 ABOUT = """\
 Written by `python -m benchmarks.support.timm_models`. Rows: timm models with random weights, in float64, on images of
@@ -98,6 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three models, not written into the documents")
     parser.add_argument("--limit", type=float, default=900, help="seconds for one model; default: %(default)s")
+    parser.add_argument(
+        "--peer-limit", type=float, default=120, help="the same for Torch-Pruning; 0: later; default: %(default)s"
+    )
     parser.add_argument("--memory", type=float, default=14, help="GiB for one model; default: %(default)s")
     parser.add_argument("--again", default="", help="names of models to check again, separated by commas")
     parser.add_argument("--table", action="store_true", help="only write the tables from the recorded models")
@@ -106,19 +108,24 @@ def main() -> None:
     names = [*MODELS[:3]] if options.quick else [*dict.fromkeys((*MODELS, *FURTHER, *variants))]
     notes = RESULTS / ("coverage-notes-quick.jsonl" if options.quick else "coverage-notes.jsonl")
     done = _recorded(notes)
-    for name in () if options.table else names:
-        if name in done and name not in options.again.split(","):
+    again = options.again.split(",")
+    for name in () if options.table else sorted(names, key=lambda name: [*variants, *names].index(name)):
+        one = {} if name in again else dict(done.get(name, {}))
+        args = variants.get(name, {})
+        if "kinds" not in one:
+            ours = run_limited(check_kinds, name, args, seconds=options.limit, gigabytes=options.memory)
+            if isinstance(ours, str):
+                ours = {"kinds": {kind: {"verdict": "stopped", "why": ours} for kind in KINDS}}
+            one |= ours
+        if "peer" not in one and options.peer_limit:
+            peer = run_limited(check_peer, name, args, seconds=options.peer_limit, gigabytes=options.memory)
+            one["peer"] = peer if peer.startswith(("works", "fails")) else f"fails: {peer}"
+        if one == done.get(name):
             continue
-        limits = {"gigabytes": options.memory}
-        ours = run_limited(check_kinds, name, variants.get(name, {}), seconds=options.limit, **limits)
-        if isinstance(ours, str):
-            ours = {"kinds": {kind: {"verdict": "stopped", "why": ours} for kind in KINDS}}
-        peer = run_limited(check_peer, name, variants.get(name, {}), seconds=PEER_SECONDS, **limits)
-        peer = peer if peer.startswith(("works", "fails")) else f"fails: {peer}"
-        done[name] = {"model": name, **ours, "peer": peer}
+        done[name] = {"model": name, **one}
         with notes.open("a") as file:
             file.write(json.dumps(done[name]) + "\n")
-        print(name, {kind: one["verdict"] for kind, one in done[name]["kinds"].items()}, done[name]["peer"], flush=True)
+        print(name, {kind: one["verdict"] for kind, one in done[name]["kinds"].items()}, one.get("peer"), flush=True)
     results = {name: done[name] for name in names if name in done}
     if not options.quick:
         _document(results)
@@ -169,7 +176,7 @@ def _rows(results: dict[str, dict[str, Any]]) -> list[Row]:
     cells = [(name, kind, one) for name, model in results.items() for kind, one in model["kinds"].items()]
     broken = sum(one["verdict"] == "failed" for _, _, one in cells)
     rows.append(Row("broken kinds of models", broken, "kinds", "0", broken == 0))
-    works = sum(model["peer"].startswith("works") for model in results.values())
+    works = sum(model.get("peer", "").startswith("works") for model in results.values())
     rows.append(Row("Torch-Pruning's generic recipe works", works, f"of {len(results)} models"))
     for name, model in results.items():
         proven = [kind for kind, one in model["kinds"].items() if one["verdict"] == "proven"]
@@ -203,7 +210,7 @@ def _document(results: dict[str, dict[str, Any]]) -> None:
             others = f" ({one['left_out']} left out)" if one["verdict"] == "proven" and one["left_out"] else ""
             shown.append(f"{one['verdict']}{number}{others}")
         seconds = sum(one.get("seconds") or 0.0 for one in model["kinds"].values())
-        table.append([f"`{name}`", *shown, f"{seconds:.1f}", model["peer"]])
+        table.append([f"`{name}`", *shown, f"{seconds:.1f}", model.get("peer", "not run")])
     path = ROOT / "docs/guides/models.md"
     columns = ["model", *KINDS, "s", "Torch-Pruning's generic recipe"]
     number = sum(bool(model.get("attention", True)) for model in results.values())
@@ -214,7 +221,7 @@ def _document(results: dict[str, dict[str, Any]]) -> None:
         f"| {len(proven) / max(1, len(proven) + len(others)):.0%} | {GOALS[what]:.0%} |"
         for what, (proven, others) in totals.items()
     ]
-    works = sum(model["peer"].startswith("works") for model in results.values())
+    works = sum(model.get("peer", "").startswith("works") for model in results.values())
     summary = [
         "## Totals",
         "",

@@ -1,15 +1,14 @@
 """Find groups of residual-stream channels in the channel dependency graph of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from timm.models.metaformer import Scale
 from torch import nn
 
 from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
-from vitprune.architectures.stream_widths import classes_after_errors, prove_classes
+from vitprune.architectures.stream_widths import classes_after_errors, prove_classes, record_scales
 from vitprune.architectures.tracing.cache import run_once, traced_attention, traced_channels, trial_run
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGroup
 from vitprune.architectures.tracing.example_run import with_example
@@ -71,7 +70,7 @@ def after_trial(model: nn.Module, groups: Sequence[Group]) -> list[Group]:
 def _proven_classes(model: nn.Module, groups: Sequence[Group]) -> Classes | BadInput:
     """Return the first proposal of classes with which a narrower model runs and computes the same; else the reason."""
     reason: Classes | BadInput = ()
-    proposals = (_inferring, lambda model, groups: with_example(model, partial(classes_after_errors, groups)))
+    proposals: tuple[Callable[[nn.Module, Sequence[Group]], Classes], ...] = (_inferring, _after_errors)
     for number, propose in enumerate(proposals):
         try:
             if classes := propose(model, groups):
@@ -83,6 +82,10 @@ def _proven_classes(model: nn.Module, groups: Sequence[Group]) -> Classes | BadI
         except BadInput as error:
             reason = error
     return reason
+
+
+def _after_errors(model: nn.Module, groups: Sequence[Group]) -> Classes:
+    return with_example(model, partial(classes_after_errors, groups))
 
 
 def _inferring(model: nn.Module, groups: Sequence[Group]) -> Classes:
@@ -177,6 +180,4 @@ def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any,
         for name in WIDTH_ATTRIBUTES:
             if getattr(module, name, None) == old:
                 setattr(module, name, shape[0])
-    for module in model.modules():
-        if isinstance(module, Scale):
-            module.shape = (len(module.scale), *module.shape[1:])
+    record_scales(model)

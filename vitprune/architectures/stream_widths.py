@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import torch
+from timm.models.metaformer import Scale
 from torch import Tensor, nn
 
 from vitprune.architectures.inferred_widths import Classes, Observed, observed_sizes, set_class, with_inferred
@@ -24,6 +25,7 @@ from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.outputs import tensors_of
 
 MAX_CHANGES, MAX_AXES = 24, 64
+NOTHING: tuple[tuple[str, int], tuple[tuple[int, ...], ...]] = (("", 0), ((), (), ()))
 _Axis = tuple[int, Tensor]  # an axis of a tensor, and its positions that are kept
 
 
@@ -97,14 +99,21 @@ def _wrong_size(dense: Observed, narrow: Observed, widths: set[int]) -> tuple[st
 
     It is one that changed with the stream, though the reshaped tensor did not, else one that is a width of a stream.
     """
-    (method, call), (given, shape) = next(reversed(narrow.items()), (("", 0), ((), ())))
-    before, elements = dense.get((method, call), ((), ()))[0], prod(shape)
+    (method, call), (_, given, shape) = next(reversed(narrow.items()), NOTHING)
+    before, elements = dense.get((method, call), NOTHING[1])[1], prod(shape)
     if prod(given) == elements or len(before) != len(given) or -1 in given:
         return None
     fitting = [position for position, size in enumerate(given) if elements % max(1, prod(given) // max(1, size)) == 0]
     changed = [position for position in fitting if given[position] != before[position]]
     chosen = changed or [position for position in fitting if given[position] in widths]
     return (method, call, chosen[-1]) if chosen else None
+
+
+def record_scales(model: nn.Module) -> None:
+    """Record the width of every scale of timm's MetaFormer, whose shape is an attribute."""
+    for module in model.modules():
+        if isinstance(module, Scale):
+            module.shape = (len(module.scale), *module.shape[1:])
 
 
 def prove_classes(groups: Sequence[Group], classes: Classes, model: nn.Module, inputs: Tensor) -> str:
@@ -170,10 +179,11 @@ def _is_proven(owner: nn.Module, classes: Classes, groups: Sequence[Group], call
     narrow = shrink(copy.deepcopy(dense), groups, masks)
     for path, kind in classes:
         set_class(narrow.get_submodule(path), kind)
+    record_scales(narrow)
     zero(dense, groups, masks)
     for module in (*dense.modules(), *narrow.modules()):
         if isinstance(module, CHANNEL_NORMS):
-            module.forward = partial(_scale_and_shift, module)
+            setattr(module, "forward", partial(_scale_and_shift, module))  # noqa: B010
     lengths = {
         group.units * part.length: positions(part, masks[group.name]) for group in groups for part in group.slices
     }

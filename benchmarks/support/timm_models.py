@@ -106,7 +106,7 @@ def main() -> None:
     options = parser.parse_args()
     variants: dict[str, dict[str, int]] = read_list()
     names = [*MODELS[:3]] if options.quick else [*dict.fromkeys((*MODELS, *FURTHER, *variants))]
-    notes = RESULTS / ("coverage-notes-quick.jsonl" if options.quick else "coverage-notes.jsonl")
+    notes = RESULTS / ("coverage-quick-notes.jsonl" if options.quick else "coverage-notes.jsonl")
     done = _recorded(notes)
     again = options.again.split(",")
     for name in () if options.table else sorted(names, key=lambda name: [*variants, *names].index(name)):

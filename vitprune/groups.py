@@ -1,8 +1,9 @@
 """Prunable groups of units: `zero` sets removed units to zero, `shrink` cuts them out, `permute` re-orders units."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
@@ -27,7 +28,8 @@ class ParamSlice:
 
     The axis is read as (outer, units, inner): all units are repeated `outer` times, and every unit has `inner`
     consecutive positions. With `heads`, it is read as (outer, heads, runs, units / heads, inner): the units of one head
-    are repeated `runs` times before those of the next head.
+    are repeated `runs` times before those of the next head. With `segments`, the repetitions differ in width, as those
+    of queries, keys and values of one layer may.
 
     Attributes:
         param: name of the parameter or buffer.
@@ -36,6 +38,7 @@ class ParamSlice:
         inner: number of consecutive positions of one unit.
         heads: number of heads that the units are divided into.
         runs: number of repetitions of the units of one head.
+        segments: numbers of consecutive positions of one unit in each repetition, if they differ; empty otherwise.
     """
 
     param: str
@@ -44,11 +47,18 @@ class ParamSlice:
     inner: int = 1
     heads: int = 1
     runs: int = 1
+    segments: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         """Number of positions of one unit along the axis."""
-        return self.outer * self.runs * self.inner
+        return sum(self.segments) or self.outer * self.runs * self.inner
+
+    def with_equal_repetitions(self, units: int) -> "list[tuple[int, ParamSlice]]":
+        """Return the slice in parts of equal repetitions, each with its first position, for a number of units."""
+        starts = itertools.accumulate((units * width for width in self.segments), initial=0)
+        parts = [replace(self, segments=(), inner=width) for width in self.segments] or [self]
+        return list(zip(starts, parts, strict=False))
 
 
 @dataclass(frozen=True)
@@ -175,8 +185,11 @@ def index_grid(part: ParamSlice, units: int) -> Tensor:
 
 def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
     """Return the indices along the slice's axis that belong to the chosen units; `chosen` (units,) is boolean."""
-    grid = index_grid(part, chosen.numel())
-    return grid[chosen.cpu().view(1, part.heads, 1, -1, 1).expand_as(grid)]
+    found = []
+    for start, equal in part.with_equal_repetitions(chosen.numel()):
+        grid = start + index_grid(equal, chosen.numel())
+        found.append(grid[chosen.cpu().view(1, equal.heads, 1, -1, 1).expand_as(grid)])
+    return torch.cat(found)
 
 
 def reordered_positions(part: ParamSlice, order: Tensor) -> Tensor:
@@ -184,10 +197,13 @@ def reordered_positions(part: ParamSlice, order: Tensor) -> Tensor:
 
     With `heads`, units may only change their position within their head.
     """
-    units = order.numel() // part.heads
-    grid = index_grid(part, order.numel())
-    within = order.view(part.heads, units) - units * torch.arange(part.heads)[:, None]
-    return grid.gather(3, within.view(1, part.heads, 1, units, 1).expand_as(grid)).flatten()
+    reordered = []
+    for start, equal in part.with_equal_repetitions(order.numel()):
+        units = order.numel() // equal.heads
+        grid = start + index_grid(equal, order.numel())
+        within = order.view(equal.heads, units) - units * torch.arange(equal.heads)[:, None]
+        reordered.append(grid.gather(3, within.view(1, equal.heads, 1, units, 1).expand_as(grid)).flatten())
+    return torch.cat(reordered)
 
 
 def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
@@ -206,8 +222,11 @@ def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
         if part.axis is None:
             total += value.flatten()
         else:
-            rows = value.movedim(part.axis, 0).reshape(part.outer, part.heads, part.runs, group.units // part.heads, -1)
-            total += rows.sum(dim=(0, 2, 4)).flatten()
+            value = value.movedim(part.axis, 0)
+            for start, equal in part.with_equal_repetitions(group.units):
+                rows = value.narrow(0, start, group.units * equal.length)
+                per_head = group.units // equal.heads
+                total += rows.reshape(equal.outer, equal.heads, equal.runs, per_head, -1).sum(dim=(0, 2, 4)).flatten()
     return total.view(group.shape)
 
 

@@ -1,66 +1,91 @@
-"""Torch-Pruning's generic recipe for transformers on one timm model: does the pruned model run?
+"""Torch-Pruning's generic recipe on one model: does the model run after 50 % of its channels are pruned?
 
-Magnitude, 30 % of all channels, the classifier ignored, heads given for layers named qkv. One forward pass afterwards,
-and another one after correcting the sizes that timm's attention modules store. Prints JSON.
+MagnitudePruner with group magnitude importance, the classifier ignored, and the number of heads given for every Linear
+or Conv2d layer of queries, keys and values that is a child of a module with a number of heads. One forward pass after
+the pruning; if it fails, another one after the sizes that attention modules commonly store have been set.
 """
 
-import argparse
-import json
+import importlib
+from typing import Any
 
-import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.accuracy.torch_pruning import library
+from vitprune.runtime.messages import first_line
+from vitprune.runtime.outputs import main_tensor
 
-RATIO = 0.3
-
-
-def main() -> None:
-    """Prune the model and print the verdict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="name of a timm model")
-    torch.set_num_threads(1)
-    print(json.dumps(verdict(parser.parse_args().model)))
+RATIO = 0.5
+PROJECTIONS = ("qkv", "q", "k", "v", "kv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "to_qkv")
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
+WORDS = 8  # of an error that are shown
 
 
-def verdict(name: str) -> str:
-    """Return the result for a model: runs, runs once sizes are reset, forward fails, or pruner raises."""
-    tp = library()
-    model = timm.create_model(name).eval()
-    images = torch.randn(1, *model.pretrained_cfg["input_size"])
+def verdict(model: nn.Module, images: Tensor) -> str:
+    """Return "works", "works once sizes are reset", or "fails: " with the first words of the error.
+
+    Args:
+        model: the model; it is pruned in place.
+        images: images (B, C, H, W).
+    """
+    tp: Any = importlib.import_module("torch_pruning")
+    model = model.float().eval()
+    images = images.float()
     before = sum(parameter.numel() for parameter in model.parameters())
-    heads = {m.qkv: m.num_heads for m in model.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)}
-    classifiers = model.pretrained_cfg.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    heads = dict(_heads(model))
+    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or ("classifier", "heads", "head")
+    paths = (classifiers,) if isinstance(classifiers, str) else classifiers
+    modules = dict(model.named_modules())
     try:
-        importance = tp.importance.GroupMagnitudeImportance(p=2)
-        ignored = [model.get_submodule(path) for path in classifiers]
-        pruner = tp.pruner.BasePruner(
-            model, images, importance=importance, pruning_ratio=RATIO, ignored_layers=ignored, num_heads=heads
+        pruner = tp.pruner.MagnitudePruner(
+            model,
+            images,
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=RATIO,
+            ignored_layers=[modules[path] for path in paths if path in modules],
+            num_heads=heads,
+            output_transform=main_tensor,
         )
         pruner.step()
     except Exception as error:  # any exception is the verdict
-        return f"pruner raises {type(error).__name__}"
+        return _failure(error)
     if sum(parameter.numel() for parameter in model.parameters()) == before:
-        return "nothing is pruned"
-    if _runs(model, images):
-        return "runs"
+        return "fails: nothing is pruned"
+    error = _error(model, images)
+    if error is None:
+        return "works"
     for module in model.modules():
-        if isinstance(getattr(module, "qkv", None), nn.Linear):
-            module.num_heads = pruner.num_heads.get(module.qkv, module.num_heads)
-            module.attn_dim = module.qkv.out_features // 3
-            module.head_dim = module.attn_dim // module.num_heads
-    return "runs once sizes are reset" if _runs(model, images) else "forward fails"
+        layer = next((child for child in module.children() if child in heads), None)
+        if layer is not None:
+            _reset(module, layer, pruner.num_heads.get(layer, heads[layer]))
+    return "works once sizes are reset" if _error(model, images) is None else _failure(error)
 
 
-def _runs(model: nn.Module, images: torch.Tensor) -> bool:
+def _heads(model: nn.Module) -> Any:
+    for module in model.modules():
+        number = next((value for name in HEADS if isinstance(value := getattr(module, name, None), int)), 0)
+        for name, layer in module.named_children():
+            if number and name in PROJECTIONS and isinstance(layer, nn.Linear | nn.Conv2d):
+                yield layer, number
+
+
+def _reset(module: Any, layer: Any, heads: int) -> None:
+    rows = layer.weight.shape[0] // (3 if "qkv" in [name for name, child in module.named_children()] else 1)
+    values = {**dict.fromkeys(HEADS, heads), "head_dim": rows // heads, "attention_head_size": rows // heads}
+    values |= {"attn_dim": rows, "all_head_size": rows, "embed_dim": rows}
+    for name, value in values.items():
+        if isinstance(getattr(module, name, None), int):
+            setattr(module, name, value)
+
+
+def _error(model: nn.Module, images: Tensor) -> Exception | None:
     try:
         with torch.no_grad():
-            return bool(model(images).isfinite().all())
-    except Exception:
-        return False
+            finite = bool(main_tensor(model(images)).isfinite().all())
+    except Exception as error:
+        return error
+    return None if finite else ValueError("the output is not finite")
 
 
-if __name__ == "__main__":
-    main()
+def _failure(error: Exception) -> str:
+    words = first_line(error).split()
+    return f"fails: {' '.join(words[:WORDS]) or type(error).__name__}".replace("|", "/")

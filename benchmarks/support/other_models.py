@@ -3,16 +3,20 @@
 Small models with random weights, made by the code of these libraries. In every group half of the units are removed, an
 odd number. "proven": in float64 the output equals that of the model with zeros (for blocks and residual channels: that
 of literal removal), parameters and MACs decrease by the amounts that the groups state, gradients are finite, and the
-model is the same after saving and loading. Below the table: reasons of refusals. Writes
+model is the same after saving and loading. Last column: Torch-Pruning's MagnitudePruner, half of the channels, with the
+numbers of heads given. Below the table: reasons of refusals. Writes
 benchmarks/results/other_models.json and docs/results/other_models.md.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.lib.children import run_limited
 from benchmarks.lib.results import Row, arguments, write_results, write_table
+from benchmarks.lib.torch_pruning_generic import verdict
 from tests.support.other_models import MODELS, make_model
 from vitprune import BadInput, find_groups
 from vitprune.architectures.traced_groups import left_out, size_attributes_of
@@ -23,6 +27,7 @@ from vitprune.runtime.random_parameters import randomize_parameters
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("ffn", "head", "attention", "residual", "block")
+PEER_SECONDS, PEER_MEMORY = 300.0, 14.0  # GiB
 SIZES = {"torchvision maxvit": (64, 64)}
 
 
@@ -49,15 +54,23 @@ def main() -> None:
             cells.append(f"{verdict} {number}".strip())
             rows.append(Row(f"{name}, {kind}", float(verdict.startswith("proven")), "proven"))
         seconds = time.perf_counter() - start
-        table.append([name, *cells, ", ".join(changed), f"{seconds:.0f}"])
+        peer = run_limited(check_peer, name, size, seconds=PEER_SECONDS, gigabytes=PEER_MEMORY)
+        peer = peer if peer.startswith(("works", "fails")) else f"fails: {peer}"
+        rows.append(Row(f"{name}, Torch-Pruning's generic recipe", float(peer.startswith("works")), "works"))
+        table.append([name, *cells, ", ".join(changed), f"{seconds:.0f}", peer])
         print(table[-1], flush=True)
     if not options.quick:
-        header = ["model", *KINDS, "attributes that change", "seconds for all checks"]
+        header = ["model", *KINDS, "attributes that change", "seconds for all checks", "Torch-Pruning's generic recipe"]
         listed = "\n".join(f"{number}. {why}" for why, number in reasons.items())
         write_table(ROOT / "docs/results/other_models.md", "Models of other libraries", __doc__ or "", header, table)
         page = ROOT / "docs/results/other_models.md"
         page.write_text(f"{page.read_text()}\n{listed}\n")
     write_results("other_models", rows, options.quick)
+
+
+def check_peer(name: str, size: Sequence[int]) -> str:
+    """Return the verdict of Torch-Pruning's generic recipe on the same model."""
+    return verdict(make_model(name), torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,24 @@
-"""Check which kinds of units 28 common and 20 further timm models support, on random weights, by `vitprune check`.
+"""Check which kinds of units timm's models support, on random weights, as `vitprune check` does.
 
-Each model runs in its own process with a time limit, and Torch-Pruning's generic recipe in another, if it is installed.
-Writes benchmarks/results/coverage.json and docs/guides/models.md: per model and kind, proven, or refused with the
-reason. Finished models are recorded in benchmarks/results/coverage-notes.jsonl and skipped; delete it to start over.
+The 48 models that were always checked, and one variant of every family of timm's models with attention
+(benchmarks/support/timm_variants.txt, by timm_variants.py). Each model runs in a child process with limits of time and
+memory, and Torch-Pruning's generic recipe on the same model in another. Finished models are recorded in
+benchmarks/results/coverage-notes.jsonl, one JSON object per line, and skipped when the command runs again; `--again`
+repeats some, deleting the file all. Writes benchmarks/results/coverage.json and docs/guides/models.md.
 """
 
 import argparse
 import json
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from benchmarks.lib.children import run_limited
 from benchmarks.lib.results import RESULTS, Row, write_results, write_table
-from vitprune import find_groups, models
-from vitprune.config.prune_config import KINDS
-from vitprune.errors import BadInput
-from vitprune.evaluation.check_model import check
+from benchmarks.lib.torch_pruning_generic import verdict
+from benchmarks.support.timm_variants import has_attention, read_list
+from vitprune.evaluation.check_model import check, make_test_model
 
 ROOT = Path(__file__).parents[2]
 MODELS = (
@@ -76,126 +73,173 @@ FURTHER = (
     "visformer_tiny",
     "volo_d1_224",
 )
-SECONDS = 5.0  # for finding all groups of a model
+KINDS = ("ffn", "head", "attention", "residual", "block")
+HEADS = "heads, or heads and channels"
+GOALS = {"ffn": 0.97, HEADS: 0.9, "residual": 0.85, "block": 0.85}  # share of the models with such units
+SECONDS = 10.0  # for finding all groups of a model
+ABSENT = ("its trace has no units of kind", "there is no ", "it has only one block")  # of refusals: no such units
 TITLE = "Supported models"
 ABOUT = """\
-Written by `python -m benchmarks.support.timm_models`. Rows: timm models with random weights, in float64. Columns:
-kinds of [units](../concepts/groups.md). In every group about {removed} of the units are removed, an odd number (for
-block: whole blocks). **proven**: the logits equal those of literal removal (difference below 1e-10 of the largest
-logit), parameters and MACs decrease by the amounts that the groups state, gradients are finite, and the model is the
-same after saving and loading. **refused** N: not supported, for reason N below. The last column: Torch-Pruning with
-magnitude importance, 30 % of the channels, the classifier ignored, heads given for layers named qkv; its
-documentation says that some models need settings of their own. Exit code -9: the process ran out of memory
-({memory:.0f} GiB for everything on this machine)."""
+Written by `python -m benchmarks.support.timm_models`. Rows: timm models with random weights, in float64, on images of
+64 or 128 pixels where the model takes them: {number} models, one variant of every family with attention and {others}
+without it. Columns: kinds of [units](../concepts/groups.md). In every group about half of the units are removed, an odd
+number (for block: whole blocks). **proven**: the logits equal those of literal removal (difference below 1e-10 of the
+largest logit), parameters and MACs decrease by the amounts that the groups state, gradients are finite, and the model
+is the same after saving and loading; in brackets: modules whose units of this kind are left out. **refused** N: not
+supported, for reason N below. **-**: the model has no such units. Last but one column: CPU time to find all groups. The
+last column: Torch-Pruning's MagnitudePruner on the same model, half of the channels, the classifier ignored, numbers of
+heads given for the layers of queries, keys and values. Models above 150 million parameters have two blocks if timm
+takes a depth."""
 
 
 def main() -> None:
-    """Check every model in its own process and write the tables."""
+    """Check every model in a child process and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three models, not written into the documents")
-    parser.add_argument("--ratios", default="0.25,0.5,0.75", help="fractions of units to remove; default: %(default)s")
-    parser.add_argument("--limit", type=int, default=600, help="seconds for one model; default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, help="models checked in parallel; default: %(default)s")
-    parser.add_argument("--model", help="check only this model and print the result as JSON")
-    options = parser.parse_args()
-    ratios = [float(ratio) for ratio in options.ratios.split(",")]
-    if options.model:
-        print(json.dumps(worker(options.model, ratios)))
-        return
-    notes = RESULTS / "coverage-notes.jsonl"
-    known = (
-        [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() and not options.quick else []
+    parser.add_argument("--limit", type=float, default=900, help="seconds for one model; default: %(default)s")
+    parser.add_argument(
+        "--peer-limit", type=float, default=120, help="the same for Torch-Pruning; 0: later; default: %(default)s"
     )
-    done = {one["model"]: one for one in known if one["ratios"] == options.ratios}
-    names = MODELS[:3] if options.quick else MODELS + FURTHER
-    remaining = [name for name in names if name not in done]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        results = pool.map(lambda name: _run_workers(name, options.ratios, options.limit), remaining)
-        for name, one in zip(remaining, results, strict=True):
-            done[name] = one
-            if not options.quick:
-                with notes.open("a") as file:
-                    file.write(json.dumps(one | {"model": name, "ratios": options.ratios}) + "\n")
-            print(name, one, flush=True)
-    results = {name: done[name] for name in names}
-    rows = [row for name, one in results.items() for row in _rows(name, one)]
-    if not options.quick:
-        _document(results, options.ratios)
-    write_results("coverage", rows, options.quick)
-
-
-def _rows(name: str, result: dict) -> list[Row]:
-    """Return the rows of one model, with the bounds promised for the common models."""
-    verdicts = result["cells"]
-    proven = [kind for kind, verdict in verdicts.items() if verdict == "proven"]
-    failed = [kind for kind, verdict in verdicts.items() if verdict.startswith("failed")]
-    promised = name in MODELS
-    holds = {"ffn", "weight"} <= set(proven) and not failed if promised else not failed
-    bound = "ffn, weight; none fails" if promised else "none fails"
-    return [
-        Row(f"{name}: kinds proven", len(proven), "kinds", bound, holds),
-        Row(f"{name}: largest difference", result["difference"], "of the largest logit"),
-        Row(f"{name}: groups found", result["seconds"], "s", "<= 5 s", result["seconds"] <= SECONDS),
-    ]
-
-
-def worker(name: str, ratios: list[float]) -> dict[str, object]:
-    """Return the verdict per kind, the largest difference, and the seconds for finding all groups."""
-    torch.set_num_threads(1)
-    model = models.create(name)
-    start = time.process_time()  # CPU time: other processes do not count
-    for kind in KINDS:
-        try:
-            find_groups(model, [kind])
-        except BadInput:
+    parser.add_argument("--memory", type=float, default=14, help="GiB for one model; default: %(default)s")
+    parser.add_argument("--again", default="", help="names of models to check again, separated by commas")
+    parser.add_argument("--table", action="store_true", help="only write the tables from the recorded models")
+    options = parser.parse_args()
+    variants: dict[str, dict[str, int]] = read_list()
+    names = [*MODELS[:3]] if options.quick else [*dict.fromkeys((*MODELS, *FURTHER, *variants))]
+    notes = RESULTS / ("coverage-quick-notes.jsonl" if options.quick else "coverage-notes.jsonl")
+    done = _recorded(notes)
+    again = options.again.split(",")
+    for name in () if options.table else sorted(names, key=lambda name: [*variants, *names].index(name)):
+        one = {} if name in again else dict(done.get(name, {}))
+        args = variants.get(name, {})
+        if "kinds" not in one:
+            ours = run_limited(check_kinds, name, args, seconds=options.limit, gigabytes=options.memory)
+            if isinstance(ours, str):
+                ours = {"kinds": {kind: {"verdict": "stopped", "why": ours} for kind in KINDS}}
+            one |= ours
+        if "peer" not in one and options.peer_limit:
+            peer = run_limited(check_peer, name, args, seconds=options.peer_limit, gigabytes=options.memory)
+            one["peer"] = peer if peer.startswith(("works", "fails")) else f"fails: {peer}"
+        if one == done.get(name):
             continue
-    seconds = time.process_time() - start
-    cells: dict[str, str] = {}
-    largest = 0.0
-    for row in check(name, KINDS, ratios):
-        if row.verdict != "proven" or row.kind not in cells:
-            cells[row.kind] = row.verdict if row.verdict == "proven" else f"{row.verdict}: {row.why}"
-        largest = max(largest, row.proof.difference if row.proof else 0.0)
-    return {"cells": cells, "difference": largest, "seconds": seconds}
+        done[name] = {"model": name, **one}
+        with notes.open("a") as file:
+            file.write(json.dumps(done[name]) + "\n")
+        print(name, {kind: one["verdict"] for kind, one in done[name]["kinds"].items()}, one.get("peer"), flush=True)
+    results = {name: done[name] for name in names if name in done}
+    if not options.quick:
+        _document(results)
+    write_results("coverage", _rows(results), options.quick)
 
 
-def _run_workers(name: str, ratios: str, limit: int) -> dict:
-    """Return the results of vitprune and of Torch-Pruning for a model."""
-    ours = _run_worker(["-m", "benchmarks.support.timm_models", "--model", name, "--ratios", ratios], limit)
-    if isinstance(ours, str):
-        ours = {"cells": dict.fromkeys(KINDS, f"failed: {ours}"), "difference": float("nan"), "seconds": float("nan")}
-    theirs = _run_worker(["-m", "benchmarks.lib.torch_pruning_generic", name], limit)
-    return ours | {"peer": theirs}
+def _recorded(notes: Path) -> dict[str, dict[str, Any]]:
+    lines = notes.read_text().splitlines() if notes.exists() else []
+    return {one["model"]: one for one in map(json.loads, lines)}
 
 
-def _run_worker(command: list[str], limit: int) -> Any:
-    try:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=limit, check=True)
-        return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return f"not finished in {limit} s"
-    except subprocess.CalledProcessError as error:
-        return f"ends with exit code {error.returncode}"
-    except json.JSONDecodeError:
-        return "-"
+def check_kinds(name: str, args: dict[str, int]) -> dict[str, Any]:
+    """Return whether a model has attention, and per kind of units the verdict, the reason, and what was found.
+
+    Args:
+        name: name of a timm model.
+        args: arguments of timm.create_model.
+    """
+    kinds: dict[str, dict[str, Any]] = {}
+    for row in check(name, KINDS, (0.5,), args):
+        absent = row.verdict == "refused" and any(part in row.why for part in ABSENT)
+        kinds[row.kind] = {
+            "verdict": "-" if absent else row.verdict,
+            "why": row.why,
+            "groups": row.groups,
+            "left_out": len(row.left_out),
+            "first_left_out": next(iter(row.left_out.values()), ""),
+            "seconds": row.seconds,
+            "difference": row.proof.difference if row.proof else None,
+            "size": row.image_size,
+        }
+    return {"attention": has_attention(make_test_model(name, args)[0]), "kinds": kinds}
 
 
-def _document(results: dict[str, dict], ratios: str) -> None:
+def check_peer(name: str, args: dict[str, int]) -> str:
+    """Return the verdict of Torch-Pruning's generic recipe on the same model."""
+    return verdict(*make_test_model(name, args))
+
+
+def _rows(results: dict[str, dict[str, Any]]) -> list[Row]:
+    """Return the totals against their goals, then the rows of every model."""
+    found = {what: (len(proven), len(proven) + len(refused)) for what, (proven, refused) in _totals(results).items()}
+    rows = [
+        Row(f"{what} proven", proven / max(1, all_), f"of {all_} models", f">= {goal:.0%}", proven >= goal * all_)
+        for what, goal in GOALS.items()
+        for proven, all_ in [found[what]]
+    ]
+    cells = [(name, kind, one) for name, model in results.items() for kind, one in model["kinds"].items()]
+    broken = sum(one["verdict"] == "failed" for _, _, one in cells)
+    rows.append(Row("broken kinds of models", broken, "kinds", "0", broken == 0))
+    works = sum(model.get("peer", "").startswith("works") for model in results.values())
+    rows.append(Row("Torch-Pruning's generic recipe works", works, f"of {len(results)} models"))
+    for name, model in results.items():
+        proven = [kind for kind, one in model["kinds"].items() if one["verdict"] == "proven"]
+        seconds = sum(one.get("seconds") or 0.0 for one in model["kinds"].values())
+        rows.append(Row(f"{name}: kinds proven", len(proven), "kinds"))
+        rows.append(Row(f"{name}: groups found", seconds, "s", f"<= {SECONDS:.0f} s", seconds <= SECONDS))
+    return rows
+
+
+def _totals(results: dict[str, dict[str, Any]]) -> dict[str, tuple[list[str], list[str]]]:
+    """Return by goal the models with attention where it is proven, and the others that have such units."""
+    totals: dict[str, tuple[list[str], list[str]]] = {what: ([], []) for what in GOALS}
+    for name, model in results.items():
+        verdicts = {kind: one["verdict"] for kind, one in model["kinds"].items()}
+        heads = [verdicts["head"], verdicts["attention"]]
+        verdicts[HEADS] = verdicts["head"] if verdicts["head"] != "-" or set(heads) == {"-"} else verdicts["attention"]
+        for what, (proven, others) in totals.items():
+            if model.get("attention", True) and verdicts[what] != "-":
+                (proven if verdicts[what] == "proven" else others).append(name)
+    return totals
+
+
+def _document(results: dict[str, dict[str, Any]]) -> None:
     reasons: dict[str, int] = {}
     table = []
     for name, model in results.items():
         shown = []
-        for kind in KINDS:
-            verdict = model["cells"][kind]
-            number = reasons.setdefault(verdict, len(reasons) + 1) if verdict != "proven" else 0
-            shown.append(f"{verdict.partition(':')[0]} {number}" if number else "proven")
-        table.append([f"`{name}`", *shown, f"{model['seconds']:.1f}", model["peer"]])
-    path, memory = ROOT / "docs/guides/models.md", psutil.virtual_memory().total / 2**30
-    columns = ["model", *KINDS, "time to find all groups, s", "Torch-Pruning's generic recipe"]
-    write_table(path, TITLE, ABOUT.format(removed=ratios.replace(",", ", "), memory=memory), columns, table)
-    listed = [f"{number}. {why.partition(': ')[2]}" for why, number in reasons.items()]
-    path.write_text(path.read_text() + "\n" + "\n".join(listed) + "\n")
+        for one in (model["kinds"][kind] for kind in KINDS):
+            refused = one["verdict"] not in ("proven", "-")
+            number = f" {reasons.setdefault(one['why'], len(reasons) + 1)}" if refused else ""
+            others = f" ({one['left_out']} left out)" if one["verdict"] == "proven" and one["left_out"] else ""
+            shown.append(f"{one['verdict']}{number}{others}")
+        seconds = sum(one.get("seconds") or 0.0 for one in model["kinds"].values())
+        table.append([f"`{name}`", *shown, f"{seconds:.1f}", model.get("peer", "not run")])
+    path = ROOT / "docs/guides/models.md"
+    columns = ["model", *KINDS, "s", "Torch-Pruning's generic recipe"]
+    number = sum(bool(model.get("attention", True)) for model in results.values())
+    write_table(path, TITLE, ABOUT.format(number=number, others=len(results) - number), columns, table)
+    totals = _totals(results)
+    lines = [
+        f"| {what} | {len(proven)} of {len(proven) + len(others)} "
+        f"| {len(proven) / max(1, len(proven) + len(others)):.0%} | {GOALS[what]:.0%} |"
+        for what, (proven, others) in totals.items()
+    ]
+    works = sum(model.get("peer", "").startswith("works") for model in results.values())
+    summary = [
+        "## Totals",
+        "",
+        "Models with attention that have such units.",
+        "",
+        "| proven | models | share | goal |",
+        "| --- | --- | --- | --- |",
+        *lines,
+        "",
+        f"Torch-Pruning's generic recipe works for {works} of {len(results)} models.",
+        "",
+        "## Reasons of refusals",
+        "",
+        *(f"{number}. {why}" for why, number in reasons.items()),
+    ]
+    path.write_text(path.read_text() + "\n" + "\n".join(summary) + "\n")
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

@@ -32,6 +32,7 @@ from vitprune.architectures import (
 )
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.causal_lm import groups as decoder_groups
+from vitprune.architectures.size_attributes import Sizes
 from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, recorded_shapes, resize_group
@@ -256,7 +257,9 @@ def _fewer_heads(
     heads: Sequence[Group], attention: Sequence[Group], wanted: Mapping[str, tuple[int, ...]]
 ) -> list[Cut]:
     """Return cuts of heads for every attention recorded with fewer heads that are not wider (merged) than before."""
-    widths = {f"{group.name}{HEADS}": group.shape[1] for group in attention}
+    traced = {group.name: getattr(group.resize, "__self__", None) for group in heads}
+    widths = {name: sizes.shape[1] for name, sizes in traced.items() if isinstance(sizes, Sizes)}
+    widths |= {f"{group.name}{HEADS}": group.shape[1] for group in attention}
     cuts: list[Cut] = []
     for group in heads:
         number, *width = wanted.get(group.name.removesuffix(HEADS), ())[:2] or (0,)

@@ -58,6 +58,28 @@ def inferring_classes(
     return tuple((path, kind) for path, kind in classes if kind is not kinds[path])
 
 
+def observed_sizes(module: nn.Module, run: Callable[[], object]) -> Observed:
+    """Return the sizes of the first call of every reshape of a module that infers none, in their order.
+
+    Args:
+        module: the module; it has another class meanwhile.
+        run: runs it once.
+    """
+    observed: Observed = {}
+    kind: Any = type(module)
+    module.__class__ = _subclass(original_class(kind), _choices_of(kind), observed)
+    try:
+        run()
+    finally:
+        module.__class__ = kind
+    return observed
+
+
+def with_inferred(kind: type[nn.Module], method: str, call: int, position: int) -> type[nn.Module]:
+    """Return a class that infers one more size: of a call of reshape in a method, by its number and the position."""
+    return _with_choices(kind, frozenset({(method, call, position, None)}))
+
+
 def _choices(observed: Observed, sizes: Collection[int]) -> Choices:
     choices: set[tuple[str, int, int | None, int | None]] = set()
     for (method, call), (attributes, given, shape) in observed.items():

@@ -1,20 +1,23 @@
 """Find groups of residual-stream channels in the channel dependency graph of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from timm.models.metaformer import Scale
 from torch import nn
 
 from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
+from vitprune.architectures.stream_widths import classes_after_errors, prove_classes, record_scales
 from vitprune.architectures.tracing.cache import run_once, traced_attention, traced_channels, trial_run
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGroup
 from vitprune.architectures.tracing.example_run import with_example
+from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Resize, is_within
 
+NARROW = "a narrower residual stream"
+_CLASSES: StructureCache[dict[tuple[str, ...], Classes | BadInput]] = StructureCache()
 WIDTH_ATTRIBUTES = ("num_features", "head_hidden_size", "in_features", "embed_dim")  # of a timm model, or of its head
 
 
@@ -51,14 +54,38 @@ def after_trial(model: nn.Module, groups: Sequence[Group]) -> list[Group]:
     """
     groups = [_with_classes(group, ()) for group in groups]
     try:
-        trial_run(model, groups, "a narrower residual stream")
-    except BadInput:
-        classes = _inferring(model, groups)
-        if not classes:
-            raise
-        groups = [_with_classes(group, classes) for group in groups]
-        trial_run(model, groups, "a narrower residual stream", "with inferred widths")
+        trial_run(model, groups, NARROW)
+    except BadInput as error:
+        names = tuple(group.name for group in groups)
+        known = _CLASSES.value_for(model, lambda model: {})
+        if names not in known:
+            known[names] = _proven_classes(model, groups) or error
+        found = known[names]
+        if isinstance(found, BadInput):
+            raise BadInput(str(found)) from None
+        return [_with_classes(group, found) for group in groups]
     return groups
+
+
+def _proven_classes(model: nn.Module, groups: Sequence[Group]) -> Classes | BadInput:
+    """Return the first proposal of classes with which a narrower model runs and computes the same; else the reason."""
+    reason: Classes | BadInput = ()
+    proposals: tuple[Callable[[nn.Module, Sequence[Group]], Classes], ...] = (_inferring, _after_errors)
+    for number, propose in enumerate(proposals):
+        try:
+            if classes := propose(model, groups):
+                trial_run(model, [_with_classes(one, classes) for one in groups], NARROW, f"proposal {number}")
+                other = with_example(model, partial(prove_classes, groups, classes))
+                if not other:
+                    return classes
+                reason = BadInput(f"{other}; this model's residual streams cannot be cut")
+        except BadInput as error:
+            reason = error
+    return reason
+
+
+def _after_errors(model: nn.Module, groups: Sequence[Group]) -> Classes:
+    return with_example(model, partial(classes_after_errors, groups))
 
 
 def _inferring(model: nn.Module, groups: Sequence[Group]) -> Classes:
@@ -118,7 +145,7 @@ def _is_output(model: Any, stream: ChannelGroup) -> bool:
 
 
 def _first_writer(stream: ChannelGroup) -> str:
-    return (*stream.writers, stream.slices[0].param)[0].rpartition(".")[0]
+    return (*stream.writers, *(part.param for part in stream.slices))[0].rpartition(".")[0]
 
 
 def _feature_entries(model: Any, streams: Sequence[ChannelGroup]) -> list[list[int]]:
@@ -153,6 +180,4 @@ def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any,
         for name in WIDTH_ATTRIBUTES:
             if getattr(module, name, None) == old:
                 setattr(module, name, shape[0])
-    for module in model.modules():
-        if isinstance(module, Scale):
-            module.shape = (len(module.scale), *module.shape[1:])
+    record_scales(model)

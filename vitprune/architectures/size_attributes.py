@@ -265,7 +265,7 @@ def _output_shape(module: nn.Module, call: Call) -> Sequence[int]:
 
 def _is_proven(owner: nn.Module, call: Call, group: Group) -> bool:
     """Whether the module with some units cut out equals the module with these units zero, in float64."""
-    dense = _random_module(owner)
+    dense = random_module(owner)
     kept = _smaller(group)
     keep = torch.zeros(group.shape, dtype=torch.bool)
     keep[..., group.shape[-1] - kept[-1] :] = True  # not the first units
@@ -278,7 +278,7 @@ def _same_outputs(first: nn.Module, second: nn.Module, call: Call, tolerance: fl
     """Whether two modules have the same first output for random arguments."""
     outputs = []
     for module in (first, second):
-        args, kwargs = (_with_values(part, torch.Generator().manual_seed(0)) for part in call)
+        args, kwargs = (with_values(part, torch.Generator().manual_seed(0)) for part in call)
         with torch.no_grad(), eval_mode(module):
             outputs.append(next(tensors_of(module(*args, **kwargs))))
     expected, output = outputs
@@ -299,7 +299,7 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
         projections: the layers of q, k and v below the owner.
         reader: path of the Linear layer that reads the heads.
     """
-    dense = _random_module(owner)
+    dense = random_module(owner)
     rotated = copy.deepcopy(dense)
     width = dense.get_parameter(f"{reader}.weight").shape[1] // projections.heads
     generator = torch.Generator().manual_seed(1)
@@ -327,7 +327,7 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
     return same and reader in called and len(axes) == 1 and None not in axes
 
 
-def _random_module(owner: nn.Module) -> nn.Module:
+def random_module(owner: nn.Module) -> nn.Module:
     """Return a copy of a module with random parameters and running statistics in float64, on the CPU."""
     module, values = meta_copy(owner), dict(owner.named_buffers())
     module.to_empty(device="cpu")
@@ -336,7 +336,7 @@ def _random_module(owner: nn.Module) -> nn.Module:
     return randomize_parameters(module)
 
 
-def _with_values(value: Any, generator: torch.Generator) -> Any:
+def with_values(value: Any, generator: torch.Generator) -> Any:
     """Replace the meta tensors of arguments: numbers and masks by random ones, indices by zeros."""
     if isinstance(value, Tensor):
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
@@ -344,7 +344,7 @@ def _with_values(value: Any, generator: torch.Generator) -> Any:
             return noise > 0
         return noise if value.is_floating_point() else torch.zeros(value.shape, dtype=value.dtype)
     if isinstance(value, Mapping):
-        return {key: _with_values(item, generator) for key, item in value.items()}
+        return {key: with_values(item, generator) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_with_values(item, generator) for item in value)
+        return type(value)(with_values(item, generator) for item in value)
     return value

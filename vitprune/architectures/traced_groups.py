@@ -260,7 +260,8 @@ def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
     owners, result = [owner for _, owner in units.traced[kind]], _Proven()
     known: dict[Hashable, _Proof | BadInput] = {}
     for group, owner in units.traced[kind]:
-        name = _name(kind, owner, group, owners.count(owner))
+        given = kind == "ffn" and any(owner == other for _, other in units.traced["attention"] + units.traced["head"])
+        name = _name(kind, owner, group, owners.count(owner) + given)
         module, call = model.get_submodule(owner), units.calls.get(owner)
         why = group.why_not or ("its inputs are not those of images" if kind == "ffn" and owner in units.apart else "")
         if why or call is None:

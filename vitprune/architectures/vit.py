@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vitprune.architectures import unstructured
+from vitprune.architectures import residual_stream, unstructured
 from vitprune.architectures.residual_stream import after_trial, group_along
 from vitprune.architectures.slices import block_weights
 from vitprune.architectures.tracing.cache import traced_channels
@@ -26,6 +26,8 @@ def groups(model: Any, kind: str) -> list[Group]:
     Source: UP-ViTs: residual stream (component 1), blocks.
     """
     if kind == "residual":
+        if not isinstance(model.patch_embed, PatchEmbed):  # a convolutional network
+            return residual_stream.groups(model)
         group = group_along(traced_channels(model), "residual", "patch_embed.proj.weight", 0, resize_width)
         return after_trial(model, [group])
     if kind == "weight" and not has_plain_blocks(model):

@@ -1,5 +1,7 @@
 """Channel groups of the tracer against reference groups and against small networks with known coupling."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,7 @@ from tests.support.model_zoo import ZOO, images, tiny
 from vitprune import find_groups
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
-from vitprune.groups import meta_copy
+from vitprune.groups import Group, ParamSlice, meta_copy, positions, reordered_positions, shrink, unit_sums, zero
 
 Slice = tuple[str, int | None, int, int]
 
@@ -143,6 +145,11 @@ def test_residual_streams_of_hierarchical_models(name: str, widths: list[int]) -
     assert [one.units for one in result] == widths
 
 
+def test_padding_with_infinity_keeps_the_channels() -> None:
+    model = One(nn.ConstantPad2d(1, float("-inf")))
+    assert channel_groups(model, torch.randn(1, 3, 4, 4))[0].why_not == ""
+
+
 class Late(nn.Module):
     """A scale meets two kinds of token, whose channels turn out to be the same only later."""
 
@@ -193,3 +200,37 @@ def test_trace_on_the_meta_device_is_equal(name: str) -> None:
     model = tiny(name)
     inputs = images(model)[:1]
     assert channel_groups(meta_copy(model), inputs.to("meta")) == channel_groups(model, inputs)
+
+
+class Unequal(nn.Module):
+    """One layer writes two rows of each of two units, and then one more of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.head = nn.Linear(3, 6), nn.Linear(2, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        rows = self.rows(image.mean((2, 3)))
+        pairs, single = rows.split([4, 2], dim=1)
+        first, second = pairs.reshape(-1, 2, 2).unbind(2)
+        output: Tensor = self.head(first * single + second * single)
+        return output
+
+
+def test_units_with_repetitions_of_different_widths() -> None:
+    model, image = Unequal(), torch.randn(2, 3, 4, 4)
+    part = ParamSlice("rows.weight", 0, segments=(2, 1))
+    assert part.length == 3
+    assert positions(part, torch.tensor([False, True])).tolist() == [2, 3, 5]
+    assert reordered_positions(part, torch.tensor([1, 0])).tolist() == [2, 3, 0, 1, 5, 4]
+    found = next(one for one in channel_groups(model, image[:1]) if ("head.weight", 1, 1, 1) in where(one))
+    slices = {one.param: one for one in found.slices}
+    assert slices["rows.weight"] == part
+    group = Group("units", "ffn", (2,), found.slices)
+    sums = unit_sums(group, {name: torch.ones_like(value) for name, value in model.named_parameters()})
+    assert sums.tolist() == [14.0, 14.0]  # rows: 3 x 3 weights and 3 biases; head: 2 weights
+    masks = {"units": torch.tensor([False, True])}
+    expected = zero(copy.deepcopy(model), [group], masks)(image)
+    rows = shrink(copy.deepcopy(model), [group], masks).rows
+    assert torch.equal(rows.weight, model.rows.weight[[2, 3, 5]])
+    assert expected.shape == (2, 2)

@@ -199,7 +199,19 @@ def _param_slice(axis: Axis, positions: Array, length: int, heads: int) -> Param
         regular = np.arange(length).reshape(heads, count, units // heads).swapaxes(1, 2).reshape(units, count)
         if np.array_equal(positions, regular):
             return ParamSlice(axis[0], axis[1], heads=heads, runs=count)
-    return None
+    segments = _segments(positions)
+    return ParamSlice(axis[0], axis[1], segments=segments) if axis[1] == 0 and segments else None
+
+
+def _segments(positions: Array) -> tuple[int, ...]:
+    """Return the widths of repetitions of all units that differ in width; empty if there are no such repetitions."""
+    units, count = positions.shape
+    ends = np.flatnonzero(np.diff(positions[0], append=-1) != 1) + 1  # of the runs of consecutive positions of a unit
+    widths = np.diff(ends, prepend=0)
+    starts = units * np.concatenate([[0], np.cumsum(widths)[:-1]])
+    grids = [np.arange(units * width).reshape(units, width) for width in widths]
+    regular = np.concatenate([start + grid for start, grid in zip(starts, grids, strict=True)], axis=1)
+    return tuple(widths.tolist()) if count > 1 and np.array_equal(positions, regular) else ()
 
 
 def run_trace(

@@ -83,11 +83,18 @@ def _rearrangement(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping
     elif name in FLOAT_ONLY:  # not implemented for integers; float64 represents the labels exactly
         moved = func(inputs[0].double(), *args[1:], **kwargs).long()
     elif name == "constant_pad_nd":
-        moved = func(inputs[0], args[1], NO_CHANNEL)
+        moved = _padded(inputs[0], args[1])
     else:
         moved = func(inputs if several else inputs[0], *args[1:], **kwargs)
     for value, labels in zip(*((result, moved) if isinstance(result, list | tuple) else ([result], [moved]))):  # noqa: B905
         trace.set_labels(value, compact(labels) if name in COPIES else labels)
+
+
+def _padded(labels: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return labels padded where they differ along an axis; along others, the padding is of the same channels."""
+    small = squeeze_broadcast(compact(labels))
+    kept = [0 if small.shape[-1 - index // 2] == 1 else width for index, width in enumerate(widths)]
+    return torch.constant_pad_nd(small, kept, NO_CHANNEL)
 
 
 def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
@@ -183,7 +190,9 @@ def _matmul(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 def _times_weight(trace: Trace, labels: Tensor | None, weight: ParameterView) -> Tensor:
     """Return the labels of activation (..., n, k) times weight (k, m)."""
-    if labels is not None and trace.varies_along(labels, -2) and not trace.varies_along(labels, -1):
+    others = () if labels is None else range(labels.dim() - 1) if trace.by_head else (-2,)  # one matrix for all heads
+    is_mixed = any(trace.varies_along(labels, axis) for axis in others) if labels is not None else False
+    if labels is not None and is_mixed and not trace.varies_along(labels, -1):
         return labels[..., :1]  # mixes tokens; the channels are the rows
     if labels is not None:
         trace.sets.union(squeeze_broadcast(labels), trace.axis_labels(weight, 0))

@@ -1,4 +1,4 @@
-"""Find residual modules, x + f(x), by tracking every element of a module's input through the operations inside it."""
+"""Find residual modules, x + f(x) or act(x + f(x)), by tracking every element of their input through operations."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +13,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vitprune.architectures.tracing.op_rules import ADDITIONS, IDENTITIES, REARRANGEMENTS, VIEWS
 from vitprune.runtime.eval_mode import eval_mode
 
+ACTIVATIONS = ("relu", "relu_", "silu", "silu_", "gelu", "hardswish", "hardswish_", "leaky_relu", "leaky_relu_")
 MAX_ELEMENTS = 1 << 24  # of a tracked input: 64 channels of 512 x 512 positions
 
 
 def find_residual_modules(model: nn.Module, images: Tensor, paths: Collection[str]) -> set[str]:
-    """Find the modules that return their first input plus something, x + f(x), in every call.
+    """Find the modules that return their first input plus something, x + f(x), or an activation of it, in every call.
 
     Args:
         model: the model; it runs once, in evaluation mode. It may be on the meta device, no values are needed.
@@ -55,6 +56,9 @@ class TrackedInput:
         tracked: list[_Elements] = []
         if name in ADDITIONS and kwargs.get("alpha", 1) == 1:
             tracked = self._added(args, result)
+        elif name in ACTIVATIONS:  # of the sum, as in ResNet
+            elements = self._by_tensor.get(args[0])
+            tracked = [elements] if elements is not None and elements.has_addend else []
         elif name in REARRANGEMENTS:
             tracked = self._rearranged(func, args, kwargs, result)
         results = result if isinstance(result, list | tuple) else [result]

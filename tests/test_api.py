@@ -115,7 +115,7 @@ def test_a_kind_that_was_asked_for_is_not_left_out() -> None:
     model = redrawn(timm.create_model("eva02_tiny_patch14_224", num_classes=7, **SMALL["eva02_tiny_patch14_224"]), 0)
     assert set(vitprune.prune(model, "channel-magnitude", sparsity=0.5).skipped) == {"attention"}
     for options in ({"sparsity": 0.5, "kinds": ["ffn", "attention"]}, {"sparsity": {"ffn": 0.5, "attention": 0.5}}):
-        with pytest.raises(BadInput, match=r"^blocks.0.attn \(EvaAttention\): rotary positions rotate its channels"):
+        with pytest.raises(BadInput, match=r"^blocks.0.attn \(EvaAttention\): its forward pass needs the old sizes"):
             vitprune.prune(model, "channel-magnitude", **options)
 
 

@@ -34,8 +34,8 @@ def compress(project: Path = Path("."), stage_limit: float | None = None) -> Sta
     """Run all stages of a project that are out of date, and record the run in MLflow.
 
     Args:
-        project: the project's directory.
-        stage_limit: seconds after which a stage is killed; null: no limit.
+        project: The project's directory.
+        stage_limit: Seconds after which a stage is killed; null: no limit.
     """
 
     def run(stage: str, directory: Path) -> State[Any]:

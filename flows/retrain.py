@@ -20,10 +20,10 @@ def retrain(
     """Retrain on the newest data in a git worktree; the model becomes champion if it passes all gates of gates.yaml.
 
     Args:
-        project: the project's directory.
-        model: name in MLflow's registry; null: the name of the project's folder.
+        project: The project's directory.
+        model: Name in MLflow's registry; null: the name of the project's folder.
         branch: git branch for the commits of promoted runs.
-        stage_limit: seconds after which a stage is killed; null: no limit.
+        stage_limit: Seconds after which a stage is killed; null: no limit.
     """
 
     def compress(worktree: Path) -> State[Any]:

@@ -31,10 +31,10 @@ def sweep(project: Path, folder: Path, out: Path, stage_limit: float | None = No
     """Run all runs of a sweep that are out of date; the failure of a run does not stop the others.
 
     Args:
-        project: the project's directory.
-        folder: the sweep's folder, with its plan in sweep.json.
-        out: folder for the table and the Pareto plot.
-        stage_limit: seconds after which a stage is killed; null: no limit.
+        project: The project's directory.
+        folder: The sweep's folder, with its plan in sweep.json.
+        out: Folder for the table and the Pareto plot.
+        stage_limit: Seconds after which a stage is killed; null: no limit.
     """
 
     def submit(job: SweepJob) -> PrefectFuture[RunResult]:

@@ -32,13 +32,13 @@ class ParamSlice:
     of queries, keys and values of one layer may.
 
     Attributes:
-        param: name of the parameter or buffer.
-        axis: axis of the units; None if every element of the parameter is a unit.
-        outer: number of repetitions of all units.
-        inner: number of consecutive positions of one unit.
-        heads: number of heads that the units are divided into.
-        runs: number of repetitions of the units of one head.
-        segments: numbers of consecutive positions of one unit in each repetition, if they differ; empty otherwise.
+        param: Name of the parameter or buffer.
+        axis: Axis of the units; None if every element of the parameter is a unit.
+        outer: Number of repetitions of all units.
+        inner: Number of consecutive positions of one unit.
+        heads: Number of heads that the units are divided into.
+        runs: Number of repetitions of the units of one head.
+        segments: Numbers of consecutive positions of one unit in each repetition, if they differ; empty otherwise.
     """
 
     param: str
@@ -66,8 +66,8 @@ class Projections:
     """Linear layers that write the queries, keys and values of an attention.
 
     Attributes:
-        layers: their paths, three times the same if they are fused in this order.
-        heads: number of heads.
+        layers: Their paths, three times the same if they are fused in this order.
+        heads: Number of heads.
     """
 
     layers: tuple[str, ...]
@@ -90,25 +90,25 @@ class Group:
     """Units of one kind that can be removed, with every slice that belongs to them.
 
     Attributes:
-        name: unique name; masks and scores are stored by it.
-        kind: weight, ffn, attention, head, residual, block or branch.
-        shape: shape of scores and masks. For attention channels it is (heads, head_dim), and all heads must keep the
+        name: Unique name; masks and scores are stored by it.
+        kind: Weight, ffn, attention, head, residual, block or branch.
+        shape: Shape of scores and masks. For attention channels it is (heads, head_dim), and all heads must keep the
             same number of channels.
-        slices: slices of parameters that are zeroed or cut out with the units.
+        slices: Slices of parameters that are zeroed or cut out with the units.
         layer_type: DIMAP module of single weights, such as qkv, proj or mlp; layers of one type are ranked together in
             scope `module`.
-        owner: path of the module that `resize` and `drop` change; empty for the model.
-        resize: function that records a new shape in the owner, after the slices are cut.
-        sublayers: for blocks, the module paths of every unit, the attention or MLP first. The units are the sub-layers
+        owner: Path of the module that `resize` and `drop` change; empty for the model.
+        resize: Function that records a new shape in the owner, after the slices are cut.
+        sublayers: For blocks, the module paths of every unit, the attention or MLP first. The units are the sub-layers
             in the order of the model: attention, FFN, attention, and so on. If only whole blocks can be removed, both
             units of a block are the block. Of a branch: its main module, and those without effect
             then.
-        drop: for blocks and branches, function that removes the sub-layers which a mask does not keep from the owner.
-        is_traced: whether the group was found by tracing; the model then records its shape, because a trace of the
+        drop: For blocks and branches, function that removes the sub-layers which a mask does not keep from the owner.
+        is_traced: Whether the group was found by tracing; the model then records its shape, because a trace of the
             pruned model may find other groups.
-        projections: for attention channels, the layers of q, k and v; None if they are no plain Linear layers, or if a
+        projections: For attention channels, the layers of q, k and v; None if they are no plain Linear layers, or if a
             change of basis of q and k, or of v and the output, would change the function.
-        buffers: slices of buffers, such as the running mean of a BatchNorm. They are cut out and never zeroed, because
+        buffers: Slices of buffers, such as the running mean of a BatchNorm. They are cut out and never zeroed, because
             zero weight and bias make the units zero.
     """
 
@@ -153,8 +153,8 @@ def mask_without(group: Group, unit: int) -> Tensor:
     the attention of block i and the FFN of block i + 1 then form a hybrid block.
 
     Args:
-        group: any group.
-        unit: index of the unit, less than `group.num_candidates`.
+        group: Any group.
+        unit: Index of the unit, less than `group.num_candidates`.
 
     Returns:
         A mask of the shape of the group, False for the removed units.
@@ -210,8 +210,8 @@ def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
     """Sum one value per weight over all slices of each unit.
 
     Args:
-        group: any group.
-        values: tensor by name of parameter, in the shape of the parameter.
+        group: Any group.
+        values: Tensor by name of parameter, in the shape of the parameter.
 
     Returns:
         The sums in float64, in the shape of the group.
@@ -245,9 +245,9 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     """Set every slice of the removed units to zero, in place.
 
     Args:
-        model: the model.
-        groups: its groups.
-        masks: boolean tensor by name of group, False for removed units.
+        model: The model.
+        groups: Its groups.
+        masks: Boolean tensor by name of group, False for removed units.
 
     Returns:
         The model.
@@ -282,9 +282,9 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
     sub-layer need no mask.
 
     Args:
-        model: the model.
-        groups: its groups.
-        masks: boolean tensor by name of group, False for removed units.
+        model: The model.
+        groups: Its groups.
+        masks: Boolean tensor by name of group, False for removed units.
 
     Returns:
         The model.
@@ -312,9 +312,9 @@ def permute(model: nn.Module, groups: Sequence[Group], orders: Mapping[str, Tens
     """Re-order the units of groups in every slice, in place; the model computes the same function.
 
     Args:
-        model: the model.
-        groups: groups of kind ffn, head, attention or residual.
-        orders: by name of group, the old index of every unit in its new position, (units,). Attention channels may
+        model: The model.
+        groups: Groups of kind ffn, head, attention or residual.
+        orders: By name of group, the old index of every unit in its new position, (units,). Attention channels may
             only change their position within their head. Groups without an order are not changed.
 
     Returns:
@@ -345,9 +345,9 @@ def resize_group(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None
     """Cut a group to a smaller shape, in place, keeping its first units; a saved model's weights fit in afterwards.
 
     Args:
-        model: the model.
-        group: one of its groups.
-        shape: the new shape, with as many axes as the group's.
+        model: The model.
+        group: One of its groups.
+        shape: The new shape, with as many axes as the group's.
 
     Raises:
         BadInput: the shape is larger than the group, or is empty.

@@ -15,10 +15,10 @@ def run_limited(function: Callable[..., Any], *args: Any, seconds: float, gigaby
     """Return the result of a function that runs in a child process, or a string that says how it ended.
 
     Args:
-        function: the function; its result is sent as JSON-like values.
-        args: its arguments.
-        seconds: limit of wall time.
-        gigabytes: limit of address space.
+        function: The function; its result is sent as JSON-like values.
+        args: Its arguments.
+        seconds: Limit of wall time.
+        gigabytes: Limit of address space.
     """
     context = multiprocessing.get_context("fork")  # the libraries are imported already
     reader, writer = context.Pipe(duplex=False)

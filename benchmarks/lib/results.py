@@ -35,8 +35,8 @@ def arguments(about: str | None, extra: Mapping[str, tuple[Any, str]] | None = N
     """Read the command line.
 
     Args:
-        about: the benchmark's docstring, printed by --help.
-        extra: further options, name -> (default, help).
+        about: The benchmark's docstring, printed by --help.
+        extra: Further options, name -> (default, help).
 
     Returns:
         The options; `quick` asks for a short form that takes at most 5 minutes on 2 cores.

@@ -24,8 +24,8 @@ def verdict(model: nn.Module, images: Tensor) -> str:
     """Return "works", "works once sizes are reset", or "fails: " with the first words of the error.
 
     Args:
-        model: the model; it is pruned in place.
-        images: images (B, C, H, W).
+        model: The model; it is pruned in place.
+        images: Images (B, C, H, W).
     """
     tp: Any = importlib.import_module("torch_pruning")
     model = model.float().eval()

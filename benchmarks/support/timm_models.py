@@ -141,8 +141,8 @@ def check_kinds(name: str, args: dict[str, int]) -> dict[str, Any]:
     """Return whether a model has attention, and per kind of units the verdict, the reason, and what was found.
 
     Args:
-        name: name of a timm model.
-        args: arguments of timm.create_model.
+        name: Name of a timm model.
+        args: Arguments of timm.create_model.
     """
     kinds: dict[str, dict[str, Any]] = {}
     for row in check(name, KINDS, (0.5,), args):

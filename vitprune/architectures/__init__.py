@@ -65,10 +65,10 @@ def find_groups(model: nn.Module, kinds: Sequence[str], example_input: Tensor | 
     """Find all prunable groups of the given kinds in a model.
 
     Args:
-        model: a timm model, a `Decoder`, or any other model of images; those without an image size of their own get
+        model: A timm model, a `Decoder`, or any other model of images; those without an image size of their own get
             images of 3 x 224 x 224 pixels.
-        kinds: kinds of units, from `vitprune.config.prune_config.KINDS`.
-        example_input: images (B, C, H, W) of the size at which a model that is not timm's is traced; the model keeps
+        kinds: Kinds of units, from `vitprune.config.prune_config.KINDS`.
+        example_input: Images (B, C, H, W) of the size at which a model that is not timm's is traced; the model keeps
             the size for later calls.
 
     Returns:
@@ -125,9 +125,9 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
     """Merge the heads of all attention groups.
 
     Args:
-        model: the model.
-        groups: groups of any kind; only those of kind attention change.
-        number: number of heads after merging; None for no merging.
+        model: The model.
+        groups: Groups of any kind; only those of kind attention change.
+        number: Number of heads after merging; None for no merging.
 
     Raises:
         BadInput: the number does not divide a number of heads, or each head has its own parameters.
@@ -142,7 +142,7 @@ def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return what `rebuild` needs: the shapes of all groups that can be cut, removed modules, merged tokens.
 
     Args:
-        model: any model.
+        model: Any model.
 
     Returns:
         Shape by name of group. Heads whose channels are a group too are recorded with these channels.
@@ -189,8 +189,8 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
     """Cut a dense model to a recorded structure, in place.
 
     Args:
-        model: the dense model.
-        shapes: shape by name of group, as returned by `structure`.
+        model: The dense model.
+        shapes: Shape by name of group, as returned by `structure`.
 
     Returns:
         The cuts made. `apply_cuts` repeats them on another model of the same shapes without a search for groups.

@@ -100,8 +100,8 @@ def why_not_without(model: nn.Module, remove: Callable[[nn.Module], None]) -> st
     """Return why a model does not run as before after a removal of modules; empty if it does.
 
     Args:
-        model: the model; it is not changed.
-        remove: removes modules from a copy.
+        model: The model; it is not changed.
+        remove: Removes modules from a copy.
     """
 
     def shapes(copy: nn.Module, inputs: Tensor, smaller: bool) -> list[torch.Size]:

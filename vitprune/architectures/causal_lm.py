@@ -18,12 +18,12 @@ class Decoder(nn.Module):
     It has the attributes of timm's models that training and pruning read, such as `feature_info`.
 
     Args:
-        vocabulary: number of tokens of the vocabulary.
-        context: maximum number of input tokens.
-        width: embedding dimension.
-        depth: number of blocks.
-        heads: number of attention heads.
-        mlp_ratio: hidden units of an MLP per channel of the embedding.
+        vocabulary: Number of tokens of the vocabulary.
+        context: Maximum number of input tokens.
+        width: Embedding dimension.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+        mlp_ratio: Hidden units of an MLP per channel of the embedding.
     """
 
     def __init__(self, vocabulary: int, context: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0):

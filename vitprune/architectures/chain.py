@@ -13,11 +13,11 @@ class AttentionLayers:
     """Layers of a plain multi-head self-attention over all tokens.
 
     Attributes:
-        qkv: projection to queries, keys and values; its output is (..., 3 * heads * head_dim), q before k before v.
-        q_norm: normalization of the queries; Identity if there is none.
-        k_norm: normalization of the keys; Identity if there is none.
-        heads: number of heads.
-        scale: factor of the attention logits.
+        qkv: Projection to queries, keys and values; its output is (..., 3 * heads * head_dim), q before k before v.
+        q_norm: Normalization of the queries; Identity if there is none.
+        k_norm: Normalization of the keys; Identity if there is none.
+        heads: Number of heads.
+        scale: Factor of the attention logits.
     """
 
     qkv: nn.Linear
@@ -40,14 +40,14 @@ class Branch:
     """One residual branch in evaluation mode: x + scale(run(norm(x))).
 
     Attributes:
-        name: path of the attention or MLP module, which is also the name of its group.
+        name: Path of the attention or MLP module, which is also the name of its group.
         kind: "attention" or "ffn".
-        norm: the normalization before the attention or MLP.
-        run: the attention or MLP.
+        norm: The normalization before the attention or MLP.
+        run: The attention or MLP.
         scale: LayerScale, or Identity.
-        consumer: the output projection, if `run` returns its output token by token; None if other operations follow
+        consumer: The output projection, if `run` returns its output token by token; None if other operations follow
             it, such as the reversal of windows.
-        layers: the layers of a plain attention or MLP; None if only `run` can compute the branch.
+        layers: The layers of a plain attention or MLP; None if only `run` can compute the branch.
     """
 
     name: str
@@ -69,10 +69,10 @@ class Chain:
     """A model in evaluation mode as a sequence of steps on its residual stream.
 
     Attributes:
-        embed: function from the model's input to the residual stream (B, ..., channels).
-        steps: residual branches, and steps that replace the stream, such as patch merging.
-        head: functions from the last residual stream to the logits.
-        num_tokens_read: number of leading tokens that the head reads; None if it reads all tokens.
+        embed: Function from the model's input to the residual stream (B, ..., channels).
+        steps: Residual branches, and steps that replace the stream, such as patch merging.
+        head: Functions from the last residual stream to the logits.
+        num_tokens_read: Number of leading tokens that the head reads; None if it reads all tokens.
         allows_channel_ablation: True if a residual channel is one channel of the embedding, of the input and output of
             every LayerNorm and of the output of every branch, and occurs nowhere else.
     """

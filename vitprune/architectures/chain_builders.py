@@ -25,7 +25,7 @@ def build_chain(model: nn.Module) -> Chain:
     """Build the residual chain of a model.
 
     Args:
-        model: a timm ViT, DeiT, Swin or PVTv2, or a `Decoder`.
+        model: A timm ViT, DeiT, Swin or PVTv2, or a `Decoder`.
 
     Returns:
         A chain that shares the model's modules. Its output equals the model's in evaluation mode.

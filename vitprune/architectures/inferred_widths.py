@@ -33,10 +33,10 @@ def inferring_classes(
     """Return subclasses of the classes of modules that infer these sizes in their reshapes, but those in attributes.
 
     Args:
-        model: the model; its modules have other classes while it runs.
-        sizes: numbers of channels and multiples of them, as in the dense model.
-        run: runs the dense model once.
-        leave_out: paths of modules whose class remains.
+        model: The model; its modules have other classes while it runs.
+        sizes: Numbers of channels and multiples of them, as in the dense model.
+        run: Runs the dense model once.
+        leave_out: Paths of modules whose class remains.
 
     Returns:
         Path and class of every module with such reshapes.
@@ -62,8 +62,8 @@ def observed_sizes(module: nn.Module, run: Callable[[], object]) -> Observed:
     """Return the sizes of the first call of every reshape of a module that infers none, in their order.
 
     Args:
-        module: the module; it has another class meanwhile.
-        run: runs it once.
+        module: The module; it has another class meanwhile.
+        run: Runs it once.
     """
     observed: Observed = {}
     kind: Any = type(module)
@@ -105,7 +105,7 @@ def original_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a class of any width was made from; any other class itself.
 
     Args:
-        kind: a class of modules.
+        kind: A class of modules.
     """
     original: type[nn.Module] = vars(kind).get("_original", kind)
     return original
@@ -120,8 +120,8 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Give a module a class for any width; what its class infers already remains inferred.
 
     Args:
-        module: the module; only its class changes.
-        kind: a class of `inferring_classes`, or one with a forward pass written by hand.
+        module: The module; only its class changes.
+        kind: A class of `inferring_classes`, or one with a forward pass written by hand.
     """
     if original_class(kind) is original_class(type(module)):
         kind = _with_choices(kind, _choices_of(type(module)))
@@ -132,7 +132,7 @@ def restore_class(module: nn.Module) -> None:
     """Give a module its original class again if all its layers read and the last one writes as many channels.
 
     Args:
-        module: the module; only its class changes.
+        module: The module; only its class changes.
     """
     layers: list[Any] = [layer for layer in module.children() if isinstance(layer, nn.Linear | nn.Conv2d)]
     widths = {layer.weight.shape[1] for layer in layers} | {len(layer.weight) for layer in layers[-1:]}

@@ -125,7 +125,7 @@ def narrow_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module with a forward pass for any width.
 
     Args:
-        module: any module.
+        module: Any module.
 
     Returns:
         The class written by hand; the class of the module if there is none.

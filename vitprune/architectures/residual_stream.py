@@ -46,8 +46,8 @@ def after_trial(model: nn.Module, groups: Sequence[Group]) -> list[Group]:
     widths as constants.
 
     Args:
-        model: the model.
-        groups: all its residual groups.
+        model: The model.
+        groups: All its residual groups.
 
     Raises:
         BadInput: a copy with fewer channels does not run.
@@ -116,12 +116,12 @@ def group_along(
     """Build the residual group of the channels along one axis of a parameter, for models with sizes of their own.
 
     Args:
-        channels: the coupled channels of the model, from `traced_channels`; they may reach the output of the model.
-        name: name of the group.
-        param: a parameter of the residual stream, such as the weight of the patch embedding.
-        axis: its axis of channels.
-        resize: function that records a new width in the module `owner`; None if nothing does.
-        owner: path of the module that `resize` changes; empty for the model.
+        channels: The coupled channels of the model, from `traced_channels`; they may reach the output of the model.
+        name: Name of the group.
+        param: A parameter of the residual stream, such as the weight of the patch embedding.
+        axis: Its axis of channels.
+        resize: Function that records a new width in the module `owner`; None if nothing does.
+        owner: Path of the module that `resize` changes; empty for the model.
 
     Raises:
         BadInput: the channels cannot be pruned, for the reason given.

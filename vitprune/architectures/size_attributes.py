@@ -36,11 +36,11 @@ class SizeAttribute:
     """An attribute that holds a size.
 
     Attributes:
-        path: path of the module below the owner.
-        name: name of the attribute; config.NAME for an entry of the module's configuration, of which it gets a copy.
-        index: position in a tuple or list; None for a number.
-        role: heads, width (channels of a head) or both for a multiple of it, or scale for width ** -0.5.
-        value: value before the cut.
+        path: Path of the module below the owner.
+        name: Name of the attribute; config.NAME for an entry of the module's configuration, of which it gets a copy.
+        index: Position in a tuple or list; None for a number.
+        role: Heads, width (channels of a head) or both for a multiple of it, or scale for width ** -0.5.
+        value: Value before the cut.
     """
 
     path: str
@@ -64,11 +64,11 @@ class Sizes:
     """How a module records the sizes of a group.
 
     Attributes:
-        shape: heads and channels of a head before the cut.
-        attributes: attributes that change with the shape.
-        queries: parameters with rows of queries, each with the repetition of the units that they are. They are scaled
+        shape: Heads and channels of a head before the cut.
+        attributes: Attributes that change with the shape.
+        queries: Parameters with rows of queries, each with the repetition of the units that they are. They are scaled
             where the forward pass scales the logits by width ** -0.5, so that the product of both scales remains.
-        classes: paths of modules that get a forward pass for any width, with the class that has it.
+        classes: Paths of modules that get a forward pass for any width, with the class that has it.
     """
 
     shape: tuple[int, int]
@@ -117,10 +117,10 @@ def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
     """Return a group of heads or channels whose `resize` records new sizes, after a proof.
 
     Args:
-        group: the group; the names of its slices are relative to the owner.
-        owner: the module, whose parameters may be on the meta device.
-        call: arguments of its forward pass, tensors on the meta device.
-        sizes: heads and width, and the rows of queries.
+        group: The group; the names of its slices are relative to the owner.
+        owner: The module, whose parameters may be on the meta device.
+        call: Arguments of its forward pass, tensors on the meta device.
+        sizes: Heads and width, and the rows of queries.
 
     Returns:
         The group with `resize`.
@@ -250,7 +250,7 @@ def without_values(owner: nn.Module) -> nn.Module:
     """Return a copy of a module on the meta device, in float64 as the arguments of its calls.
 
     Args:
-        owner: the module.
+        owner: The module.
     """
     copied = meta_copy(owner)
     copied.double()
@@ -294,10 +294,10 @@ def keeps_function_in_other_basis(owner: nn.Module, call: Call, projections: Pro
     record them.
 
     Args:
-        owner: the module, whose parameters may be on the meta device.
-        call: arguments of its forward pass, tensors on the meta device.
-        projections: the layers of q, k and v below the owner.
-        reader: path of the Linear layer that reads the heads.
+        owner: The module, whose parameters may be on the meta device.
+        call: Arguments of its forward pass, tensors on the meta device.
+        projections: The layers of q, k and v below the owner.
+        reader: Path of the Linear layer that reads the heads.
     """
     dense = random_module(owner)
     rotated = copy.deepcopy(dense)

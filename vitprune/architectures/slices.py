@@ -25,8 +25,8 @@ def weight_group(path: str, layer: Any, layer_type: str) -> Group:
     """Return the group of all single weights of a layer.
 
     Args:
-        path: path of the layer in the model.
-        layer: a Linear or Conv2d.
+        path: Path of the layer in the model.
+        layer: A Linear or Conv2d.
         layer_type: DIMAP module of the layer, such as qkv, proj or mlp.
 
     Raises:

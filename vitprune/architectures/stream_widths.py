@@ -35,9 +35,9 @@ def classes_after_errors(groups: Sequence[Group], model: nn.Module, inputs: Tens
     All modules of a class get the same sizes inferred.
 
     Args:
-        groups: the residual streams, of which a third is removed.
-        model: a copy of the model.
-        inputs: its input.
+        groups: The residual streams, of which a third is removed.
+        model: A copy of the model.
+        inputs: Its input.
 
     Returns:
         Path and class of the modules; empty if an error is not one of such a reshape.
@@ -120,10 +120,10 @@ def prove_classes(groups: Sequence[Group], classes: Classes, model: nn.Module, i
     """Prove the classes of modules for narrower residual streams; return which module computes something else.
 
     Args:
-        groups: the residual streams, of which a third is removed for the proof.
-        classes: the modules with another class. Those inside another one are proven with it.
-        model: a copy of the model.
-        inputs: its input.
+        groups: The residual streams, of which a third is removed for the proof.
+        classes: The modules with another class. Those inside another one are proven with it.
+        model: A copy of the model.
+        inputs: Its input.
 
     Returns:
         A description of the module; empty if all are proven.

@@ -51,7 +51,7 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
     """Find all groups of one kind in any model, in the order of its forward pass.
 
     Args:
-        model: any model.
+        model: Any model.
         kind: ffn, head or attention.
 
     Returns:
@@ -73,8 +73,8 @@ def left_out(model: nn.Module, kind: str) -> dict[str, str]:
     """Return why modules with units of one kind are not pruned.
 
     Args:
-        model: any model.
-        kind: kind of units; other kinds than ffn, head and attention have no such modules.
+        model: Any model.
+        kind: Kind of units; other kinds than ffn, head and attention have no such modules.
 
     Returns:
         The reasons by name of the group that the units would have.
@@ -89,9 +89,9 @@ def merge_heads(model: nn.Module, group: Group, number: int) -> Group:
     """Return the group of channels with its heads merged: consecutive heads become one.
 
     Args:
-        model: the model.
-        group: a group of kind attention; groups of other kinds are returned unchanged.
-        number: number of heads after merging.
+        model: The model.
+        group: A group of kind attention; groups of other kinds are returned unchanged.
+        number: Number of heads after merging.
 
     Returns:
         The group of shape (number, channels of a merged head).
@@ -122,7 +122,7 @@ def size_attributes_of(groups: Sequence[Group]) -> tuple[str, ...]:
     """Return the names of all attributes that traced groups change with their shape.
 
     Args:
-        groups: groups of any kind.
+        groups: Groups of any kind.
 
     Returns:
         The names, and the modules that get another forward pass, each once.

@@ -23,8 +23,8 @@ class Table:
     An entry matches full paths only. An entry with numbers takes precedence over one with #.
 
     Attributes:
-        prune: layers whose weights are pruned, with their type (DIMAP module).
-        keep: layers whose weights are kept, with the reason.
+        prune: Layers whose weights are pruned, with their type (DIMAP module).
+        keep: Layers whose weights are kept, with the reason.
     """
 
     prune: Mapping[str, str]

@@ -17,10 +17,10 @@ def corp(model: nn.Module, groups: Sequence[Group], batches: Batches, context: S
     """Score FFN units by E[x_j^2] ||W1_j|| ||W2_j||, with an affine-prediction update of the consumer.
 
     Args:
-        model: the dense model.
-        groups: groups of kind `ffn`.
-        batches: calibration batches (images, labels).
-        context: the scoring options.
+        model: The dense model.
+        groups: Groups of kind `ffn`.
+        batches: Calibration batches (images, labels).
+        context: The scoring options.
 
     Returns:
         Scores of every unit, the update and the second moments that it needs.
@@ -71,7 +71,7 @@ def affine_prediction(moments: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Fit the removed inputs as an affine function of the kept ones by ridge regression.
 
     Args:
-        moments: second moment of the inputs with a 1 appended, (k+1, k+1).
+        moments: Second moment of the inputs with a 1 appended, (k+1, k+1).
         mask: (k,) booleans, True keeps an input.
 
     Returns:

@@ -20,11 +20,11 @@ def fisher_directions(
     the directions of each output get random signs too.
 
     Args:
-        probability: softmax of the logits, (B, ..., classes).
-        head: weight of the last Linear layer, (classes, d); None ranks the directions by F alone.
-        number: number of directions.
-        seed: seed of the random signs.
-        positions: index of every image in the whole data set; signs depend on seed and index, not on the batch.
+        probability: Softmax of the logits, (B, ..., classes).
+        head: Weight of the last Linear layer, (classes, d); None ranks the directions by F alone.
+        number: Number of directions.
+        seed: Seed of the random signs.
+        positions: Index of every image in the whole data set; signs depend on seed and index, not on the batch.
 
     Yields:
         Directions of the logits, (B, ..., classes).

@@ -10,10 +10,10 @@ def max_batch_size(model: nn.Module, run: Callable[[Tensor], object], image: Ten
     """Return how many images' forward passes fit into `memory` bytes, at least 1.
 
     Args:
-        model: the model, whose parameters are not counted.
-        run: the forward pass, called with `image`.
-        image: one image, (1, ...).
-        memory: limit in bytes.
+        model: The model, whose parameters are not counted.
+        run: The forward pass, called with `image`.
+        image: One image, (1, ...).
+        memory: Limit in bytes.
     """
     return max(1, memory // activation_bytes(model, run, image))
 

@@ -74,11 +74,11 @@ def collect_unit_moments(
     """Collect the sums over all tokens of all images that refit and structured OBS need, per consumer.
 
     Args:
-        model: the dense model.
-        groups: groups of FFN units, heads or attention channels.
-        batches: calibration batches.
-        context: the scoring options (`memory`, number of Fisher directions, seed).
-        grads: also run backward passes for the Fisher metric.
+        model: The dense model.
+        groups: Groups of FFN units, heads or attention channels.
+        batches: Calibration batches.
+        context: The scoring options (`memory`, number of Fisher directions, seed).
+        grads: Also run backward passes for the Fisher metric.
 
     Returns:
         By name, in float64:

@@ -18,10 +18,10 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, context:
     """Score a unit by sum over batches of (sum over its weights of dL/dw * w)^2, with the cross-entropy loss L.
 
     Args:
-        model: the model; its parameters may be frozen.
-        groups: groups of any kind but `block`.
-        batches: labelled batches.
-        context: not used.
+        model: The model; its parameters may be frozen.
+        groups: Groups of any kind but `block`.
+        batches: Labelled batches.
+        context: Not used.
 
     Raises:
         BadInput: no batches, or a group of blocks.

@@ -15,8 +15,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
     Args:
         logits: (..., classes).
-        labels: class indices (...), or class probabilities (..., classes).
-        smoothing: label smoothing.
+        labels: Class indices (...), or class probabilities (..., classes).
+        smoothing: Label smoothing.
     """
     targets = labels.flatten(0, -2) if labels.is_floating_point() else labels.flatten()
     return F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=smoothing)
@@ -42,10 +42,10 @@ def loss_at(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, lab
     """Return `labelled_loss` of a model with other weights.
 
     Args:
-        model: the model.
-        weights: tensors by parameter name; other parameters keep their values.
-        images: inputs of the model.
-        labels: their labels.
+        model: The model.
+        weights: Tensors by parameter name; other parameters keep their values.
+        images: Inputs of the model.
+        labels: Their labels.
 
     Raises:
         BadInput: as `labelled_loss`.

@@ -53,9 +53,9 @@ def same_logits(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
     """Return whether two models give the same logits in float64 on the CPU.
 
     Args:
-        model: a model.
-        other: another one.
-        images: their input.
+        model: A model.
+        other: Another one.
+        images: Their input.
 
     Returns:
         False also if one of them does not run.

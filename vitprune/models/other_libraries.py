@@ -59,9 +59,9 @@ class Factory:
 
     Attributes:
         library: transformers, torchvision or own (a class of the user).
-        name: class of transformers or of the user, or name of a torchvision model.
-        args: configuration of transformers, or arguments of the torchvision model.
-        classes: class of the original model at every output, if some classes were kept.
+        name: Class of transformers or of the user, or name of a torchvision model.
+        args: Configuration of transformers, or arguments of the torchvision model.
+        classes: Class of the original model at every output, if some classes were kept.
     """
 
     library: str

@@ -24,10 +24,10 @@ class AuditOptions:
     """Options of `vitprune audit`.
 
     Attributes:
-        list_all: print all differences; else stop after the first.
-        rerun: also rerun all stages in a clean worktree and compare.
-        trusted_keys: file of the public keys that may sign a run; None: signatures are not verified.
-        limit: seconds; a stage that took longer is not run again.
+        list_all: Print all differences; else stop after the first.
+        rerun: Also rerun all stages in a clean worktree and compare.
+        trusted_keys: File of the public keys that may sign a run; None: signatures are not verified.
+        limit: Seconds; a stage that took longer is not run again.
     """
 
     list_all: bool = False
@@ -40,9 +40,9 @@ def audit_run(run_id: str, project: Path | None, options: AuditOptions) -> int:
     """Run all checks of a run, print the result of each, what is not proven, then PASS or FAIL.
 
     Args:
-        run_id: id of the MLflow run, as `vitprune run` prints it.
-        project: a clone of the project; None: the project that the run names.
-        options: what to check and print.
+        run_id: Id of the MLflow run, as `vitprune run` prints it.
+        project: A clone of the project; None: the project that the run names.
+        options: What to check and print.
 
     Returns:
         The number of differences printed.
@@ -149,8 +149,8 @@ def upload_missing_runs(project: Path, as_json: bool) -> int:
     """Upload the run logs that MLflow does not have, or has lost, and print how many.
 
     Args:
-        project: the project's directory.
-        as_json: print the result as JSON.
+        project: The project's directory.
+        as_json: Print the result as JSON.
 
     Returns:
         Exit code: 0 if nothing is left to upload, else 1.

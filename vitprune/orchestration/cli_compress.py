@@ -28,8 +28,8 @@ def run_pipeline(project: Path, stage_limit: float | None) -> int:
     """Run the flow compress of a project.
 
     Args:
-        project: the project's directory.
-        stage_limit: seconds after which a stage is killed; None: no limit.
+        project: The project's directory.
+        stage_limit: Seconds after which a stage is killed; None: no limit.
 
     Returns:
         Exit code: 0 success, 1 failure, 2 bad input, 130 interrupted.

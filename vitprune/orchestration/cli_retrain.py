@@ -16,10 +16,10 @@ def run_retraining(project: Path, model: str | None, branch: str, stage_limit: f
     """Run the flow retrain of a project.
 
     Args:
-        project: the project's directory.
-        model: name in MLflow's registry; None: VITPRUNE_MODEL_NAME or the name of the project's folder.
+        project: The project's directory.
+        model: Name in MLflow's registry; None: VITPRUNE_MODEL_NAME or the name of the project's folder.
         branch: git branch for the commits of promoted runs.
-        stage_limit: seconds after which a stage is killed; None: no limit.
+        stage_limit: Seconds after which a stage is killed; None: no limit.
 
     Returns:
         Exit code: 0 success, 1 failure, 130 interrupted.

@@ -29,14 +29,14 @@ class SweepOptions:
     """Options of `vitprune sweep`: a sweep file, or methods and targets with commas between them.
 
     Attributes:
-        file: the sweep file; None: `methods` and `targets` are given.
-        methods: names of methods.
-        targets: sparsities or costs, such as 0.5 or macs=0.5.
+        file: The sweep file; None: `methods` and `targets` are given.
+        methods: Names of methods.
+        targets: Sparsities or costs, such as 0.5 or macs=0.5.
         against: x-axis of the plot: throughput, macs or params.
-        name: name of the sweep if there is no file.
-        jobs: number of runs at once.
-        stage_limit: seconds after which a stage is killed; None: no limit.
-        check: only check the settings and print the runs.
+        name: Name of the sweep if there is no file.
+        jobs: Number of runs at once.
+        stage_limit: Seconds after which a stage is killed; None: no limit.
+        check: Only check the settings and print the runs.
     """
 
     file: Path | None

@@ -31,10 +31,10 @@ class Outcome:
     """Result of a flow run.
 
     Attributes:
-        results: one result per stage that was started.
-        error: one line; empty on success.
-        exit_code: exit code of the command.
-        upload: what was uploaded to MLflow.
+        results: One result per stage that was started.
+        error: One line; empty on success.
+        exit_code: Exit code of the command.
+        upload: What was uploaded to MLflow.
     """
 
     results: tuple[StageResult, ...] = ()
@@ -58,10 +58,10 @@ def execute_stage(
     """Run one stage under DVC.
 
     Args:
-        stage: name of the stage.
-        project: the project's directory.
-        stage_limit: seconds after which the stage is killed; None: no limit.
-        log: logger of the task run.
+        stage: Name of the stage.
+        project: The project's directory.
+        stage_limit: Seconds after which the stage is killed; None: no limit.
+        log: Logger of the task run.
 
     Returns:
         The result, or a failed state with the result.
@@ -82,8 +82,8 @@ def execute_pipeline(project: Path, run_stage: RunStage) -> State[Outcome]:
     """Run all stages of a project while holding its lock, keep the run log and upload it.
 
     Args:
-        project: the project's directory.
-        run_stage: starts the task of a stage in a project and returns its final state.
+        project: The project's directory.
+        run_stage: Starts the task of a stage in a project and returns its final state.
 
     Returns:
         A completed or failed state whose data is the outcome.

@@ -19,8 +19,8 @@ def run_interruptibly(body: Callable[[Callable[[], bool]], int], line: str) -> i
     command and ends it at once; a further SIGTERM changes nothing.
 
     Args:
-        body: gets a function that returns whether a signal has been received; returns an exit code.
-        line: says how to continue.
+        body: Gets a function that returns whether a signal has been received; returns an exit code.
+        line: Says how to continue.
 
     Returns:
         The body's exit code; 130 after a signal.

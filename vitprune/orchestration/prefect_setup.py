@@ -24,7 +24,7 @@ def configure_prefect(project: Path) -> list[str]:
     """Set the environment variables of Prefect: an embedded server if none is configured or it does not answer.
 
     Args:
-        project: the project's directory; the embedded server's database is in its .vitprune folder.
+        project: The project's directory; the embedded server's database is in its .vitprune folder.
 
     Returns:
         Messages for the user, one line each.
@@ -62,8 +62,8 @@ def load_flow(project: Path, name: str) -> Any:
     """Load a flow of a project, flows/NAME.py:NAME, as Prefect's deployments do.
 
     Args:
-        project: the project's directory.
-        name: compress, retrain or sweep.
+        project: The project's directory.
+        name: Compress, retrain or sweep.
 
     Returns:
         The Prefect flow.

@@ -33,10 +33,10 @@ class Retrained:
 
     Attributes:
         action: "nothing", "promoted", "held" or "failed".
-        message: one line.
-        version: version of the model in MLflow's registry; empty if there is none.
-        run_id: the MLflow run; empty if there is none.
-        exit_code: exit code of the command.
+        message: One line.
+        version: Version of the model in MLflow's registry; empty if there is none.
+        run_id: The MLflow run; empty if there is none.
+        exit_code: Exit code of the command.
     """
 
     action: str
@@ -169,10 +169,10 @@ def execute_retraining(project: Path, model: str | None, branch: str, compress: 
     """Retrain on the newest data and promote the model if it passes all gates.
 
     Args:
-        project: the project's directory.
-        model: name in MLflow's registry; None: VITPRUNE_MODEL_NAME or the name of the project's folder.
+        project: The project's directory.
+        model: Name in MLflow's registry; None: VITPRUNE_MODEL_NAME or the name of the project's folder.
         branch: git branch for the commits of promoted runs.
-        compress: runs the flow compress in a worktree and returns its final state.
+        compress: Runs the flow compress in a worktree and returns its final state.
 
     Returns:
         A completed or failed state whose data is the result.

@@ -55,11 +55,11 @@ class SweepJob:
     """One run of a sweep.
 
     Attributes:
-        name: method and target.
-        folder: the sweep's folder.
-        directory: the run's project directory.
-        env: further environment variables of its process.
-        stage_limit: seconds after which a stage is killed; None: no limit.
+        name: Method and target.
+        folder: The sweep's folder.
+        directory: The run's project directory.
+        env: Further environment variables of its process.
+        stage_limit: Seconds after which a stage is killed; None: no limit.
     """
 
     name: str
@@ -145,12 +145,12 @@ def execute_sweep(
     """Run all runs of a sweep, as many at once as the flow's task runner allows, and write the table.
 
     Args:
-        project: the project's directory.
-        folder: the sweep's folder, with sweep.json.
-        out: folder for the table and the Pareto plot.
-        stage_limit: seconds after which a stage is killed; None: no limit.
-        run_shared: runs the task of the shared stages in a directory; returns an error line, empty on success.
-        submit: starts the task of one run.
+        project: The project's directory.
+        folder: The sweep's folder, with sweep.json.
+        out: Folder for the table and the Pareto plot.
+        stage_limit: Seconds after which a stage is killed; None: no limit.
+        run_shared: Runs the task of the shared stages in a directory; returns an error line, empty on success.
+        submit: Starts the task of one run.
 
     Returns:
         A completed or failed state whose data are the results.

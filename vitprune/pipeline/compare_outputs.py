@@ -27,9 +27,9 @@ def compare_outputs(recorded: Path, again: Path, names: Sequence[str]) -> Lines:
     """Compare files and folders.
 
     Args:
-        recorded: directory of the recorded outputs.
-        again: directory of the outputs of the second run.
-        names: paths of the outputs in both; of a folder every file is compared.
+        recorded: Directory of the recorded outputs.
+        again: Directory of the outputs of the second run.
+        names: Paths of the outputs in both; of a folder every file is compared.
     """
     files = [sorted(name for path in names for name in _files(root, path)) for root in (recorded, again)]
     yield from (f"{name}: is missing after running the stage again" for name in files[0] if name not in files[1])

@@ -7,9 +7,9 @@ class Advice(NamedTuple):
     """What a method needs and when to use it.
 
     Attributes:
-        images: calibration images: none, images, or images with labels.
-        time: time of scoring DeiT-Tiny with a few hundred images on a CPU.
-        use: when to use the method.
+        images: Calibration images: none, images, or images with labels.
+        time: Time of scoring DeiT-Tiny with a few hundred images on a CPU.
+        use: When to use the method.
     """
 
     images: str

@@ -57,10 +57,10 @@ class RecordedRun:
     """A finished run in the current directory.
 
     Attributes:
-        params: its params.yaml.
-        outputs: paths that every stage wrote, as dvc.lock names them.
-        seconds: computing time of every stage.
-        limit: seconds; stages that took longer are not run again.
+        params: Its params.yaml.
+        outputs: Paths that every stage wrote, as dvc.lock names them.
+        seconds: Computing time of every stage.
+        limit: Seconds; stages that took longer are not run again.
     """
 
     params: Params

@@ -13,8 +13,8 @@ def git(directory: Path, *arguments: str) -> Completed:
     """Run git without prompts and without hooks.
 
     Args:
-        directory: working directory of the command.
-        arguments: subcommand and options, such as "rev-parse", "HEAD".
+        directory: Working directory of the command.
+        arguments: Subcommand and options, such as "rev-parse", "HEAD".
 
     Returns:
         Exit code, stdout and stderr; exit code 127 where git is not installed.
@@ -27,9 +27,9 @@ def dvc(directory: Path, *arguments: str, env: Mapping[str, str] | None = None) 
     """Run the DVC of this Python environment; never with -q, which hides the reason of a failure.
 
     Args:
-        directory: working directory of the command.
-        arguments: subcommand and options, such as "config", "core.remote".
-        env: environment variables; None: those of this process.
+        directory: Working directory of the command.
+        arguments: Subcommand and options, such as "config", "core.remote".
+        env: Environment variables; None: those of this process.
 
     Returns:
         Exit code, stdout and stderr.

@@ -11,8 +11,8 @@ def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
     timm initializes some to zero or one, which would hide the effect of a removed unit.
 
     Args:
-        model: the model.
-        seed: seed of the draw.
+        model: The model.
+        seed: Seed of the draw.
 
     Returns:
         The model, in evaluation mode.

@@ -19,9 +19,9 @@ def path_inside(root: Path, name: object, source: str) -> Path:
     """Resolve a relative path below a folder and refuse one that leaves it.
 
     Args:
-        root: the folder.
-        name: the path as the stranger's file gives it.
-        source: the file or tag that gives it, for the message.
+        root: The folder.
+        name: The path as the stranger's file gives it.
+        source: The file or tag that gives it, for the message.
 
     Returns:
         `root / name`. Symbolic links in its parents have been followed for the check, the last part has not.

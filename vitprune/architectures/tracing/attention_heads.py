@@ -26,13 +26,13 @@ class TracedUnits:
     """Units found by tracing: heads of one attention, channels of its heads, or hidden units.
 
     Attributes:
-        channels: the units with their slices; channels of heads are ordered by head.
-        heads: number of heads; of hidden units, their number.
-        modules: paths of the modules that multiply activations of these heads.
-        why_not: reason why the units cannot be pruned; empty if they can.
-        width: number of channels of the queries of a head, or of its values.
-        queries: parameters with rows of queries, each with the repetition of all units that is the queries.
-        projections: paths of the layers that write queries, keys and values, three times the same if they are fused in
+        channels: The units with their slices; channels of heads are ordered by head.
+        heads: Number of heads; of hidden units, their number.
+        modules: Paths of the modules that multiply activations of these heads.
+        why_not: Reason why the units cannot be pruned; empty if they can.
+        width: Number of channels of the queries of a head, or of its values.
+        queries: Parameters with rows of queries, each with the repetition of all units that is the queries.
+        projections: Paths of the layers that write queries, keys and values, three times the same if they are fused in
             this order; empty if it is not one layer each.
     """
 
@@ -58,9 +58,9 @@ def trace_attention(model: nn.Module, example_input: Tensor, trace: Trace) -> At
     """Find all attention heads of a model, and the channels of heads, those of q, k, v and the output tied by position.
 
     Args:
-        model: the model; it runs again, in evaluation mode. Parameters may be on the meta device.
-        example_input: an image (1, C, H, W), on the device of the model.
-        trace: its finished trace; the channels of q, k and v are united in it.
+        model: The model; it runs again, in evaluation mode. Parameters may be on the meta device.
+        example_input: An image (1, C, H, W), on the device of the model.
+        trace: Its finished trace; the channels of q, k and v are united in it.
     """
     labelled = _LabelledHeads(trace)
     if not labelled.count:

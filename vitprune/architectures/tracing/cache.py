@@ -62,10 +62,10 @@ def trial_run(model: nn.Module, groups: Sequence[Group], what: str, how: str = "
     """Remove a third of every group from a copy of the model on the meta device, and run it; cached.
 
     Args:
-        model: the model; it is not changed.
-        groups: groups of one-dimensional shape.
-        what: description of the removed units for the error message.
-        how: what else tells this trial from others of the same groups, for the cache.
+        model: The model; it is not changed.
+        groups: Groups of one-dimensional shape.
+        what: Description of the removed units for the error message.
+        how: What else tells this trial from others of the same groups, for the cache.
 
     Raises:
         BadInput: the pruned copy does not run.
@@ -118,8 +118,8 @@ def run_once(model: nn.Module, inputs: Tensor) -> Any:
     """Return the output of a model in evaluation mode, without gradients.
 
     Args:
-        model: the model.
-        inputs: its input.
+        model: The model.
+        inputs: Its input.
     """
     with torch.no_grad(), eval_mode(model):
         return model(inputs)

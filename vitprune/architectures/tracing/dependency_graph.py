@@ -38,15 +38,15 @@ class ChannelGroup:
     """Coupled channels: units that occur equally often along the same axes of the same parameters.
 
     Attributes:
-        kind: residual if two activations are added along these channels, attention if two activations are contracted
+        kind: Residual if two activations are added along these channels, attention if two activations are contracted
             over them, ffn otherwise.
-        units: number of units.
-        slices: slices of parameters that belong to the units, sorted by parameter.
-        buffers: slices of buffers, such as the running mean of a BatchNorm.
-        writers: weights whose rows are these channels, in the order of the forward pass.
-        why_not: reason why the units cannot be pruned; empty if they can.
-        normalized: description of a module that normalizes over these channels and counts them; empty if none does.
-        roots: representative of the labels of every unit.
+        units: Number of units.
+        slices: Slices of parameters that belong to the units, sorted by parameter.
+        buffers: Slices of buffers, such as the running mean of a BatchNorm.
+        writers: Weights whose rows are these channels, in the order of the forward pass.
+        why_not: Reason why the units cannot be pruned; empty if they can.
+        normalized: Description of a module that normalizes over these channels and counts them; empty if none does.
+        roots: Representative of the labels of every unit.
     """
 
     kind: str
@@ -63,8 +63,8 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup
     """Find all groups of coupled channels of a model, in the order of the forward pass.
 
     Args:
-        model: the model; it runs once, in evaluation mode. Parameters may be on the meta device.
-        example_input: an image (1, C, H, W), or tokens (1, T), on the device of the model.
+        model: The model; it runs once, in evaluation mode. Parameters may be on the meta device.
+        example_input: An image (1, C, H, W), or tokens (1, T), on the device of the model.
     """
     return ChannelGraph(run_trace(model, example_input), model).groups()
 
@@ -133,8 +133,8 @@ class ChannelGraph:
     """Groups of coupled channels of a finished trace, as it is now.
 
     Args:
-        trace: the finished trace.
-        model: the traced model.
+        trace: The finished trace.
+        model: The traced model.
     """
 
     def __init__(self, trace: Trace, model: nn.Module) -> None:
@@ -148,7 +148,7 @@ class ChannelGraph:
         """Return all groups in the order of the forward pass.
 
         Args:
-            heads: number of heads by root, for channels that alternate by head within a parameter.
+            heads: Number of heads by root, for channels that alternate by head within a parameter.
         """
         groups = [self._group(axes, labels, heads) for axes, labels in self._members]
         order = {name: index for index, name in enumerate(self._trace.writers)}
@@ -220,10 +220,10 @@ def run_trace(
     """Trace one forward pass; channels of the output are marked as not prunable.
 
     Args:
-        model: the model, in evaluation mode while it runs.
-        example_input: its input.
-        heads: numbers of heads, for a trace of whole heads, see `Trace`.
-        ignored: names of parameters and buffers without labels.
+        model: The model, in evaluation mode while it runs.
+        example_input: Its input.
+        heads: Numbers of heads, for a trace of whole heads, see `Trace`.
+        ignored: Names of parameters and buffers without labels.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     trace = Trace({name: value for name, value in tensors.items() if name not in ignored}, type(model).__name__, heads)

@@ -27,8 +27,8 @@ def with_example(model: nn.Module, function: Callable[[nn.Module, Tensor], Resul
     """Call a function with a copy of a model and an input of its size.
 
     Args:
-        model: the model; it is not changed.
-        function: is called with a copy and an input (1, C, H, W), both on the meta device; if it raises an error, as a
+        model: The model; it is not changed.
+        function: Is called with a copy and an input (1, C, H, W), both on the meta device; if it raises an error, as a
             forward pass does that reads values, again with a copy on the CPU and noise.
 
     Returns:

@@ -17,11 +17,11 @@ def apply_rule(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str
     """Apply the coupling rule of an operation that has run: label its result and unite the channels that it couples.
 
     Args:
-        trace: the state of the trace.
-        func: the ATen overload.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        result: its result, a tensor or a sequence of tensors.
+        trace: The state of the trace.
+        func: The ATen overload.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        result: Its result, a tensor or a sequence of tensors.
     """
     name = func.overloadpacket.__name__
     view = trace.parameter_of(args[0]) if args else None
@@ -346,10 +346,10 @@ def apply_rms_norm_rule(trace: Trace, module: nn.Module, value: Tensor, result: 
     """Apply the rule of an RMSNorm module; the rule for its single operations would refuse the mean over channels.
 
     Args:
-        trace: the state of the trace.
-        module: the norm.
-        value: its input.
-        result: its output.
+        trace: The state of the trace.
+        module: The norm.
+        value: Its input.
+        result: Its output.
     """
     _counting_norm(trace, value, list(module.parameters()), result, -1)
 

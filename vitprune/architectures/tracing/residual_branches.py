@@ -21,9 +21,9 @@ def find_residual_modules(model: nn.Module, images: Tensor, paths: Collection[st
     """Find the modules that return their first input plus something, x + f(x), or an activation of it, in every call.
 
     Args:
-        model: the model; it runs once, in evaluation mode. It may be on the meta device, no values are needed.
-        images: its input.
-        paths: paths of the modules to look at.
+        model: The model; it runs once, in evaluation mode. It may be on the meta device, no values are needed.
+        images: Its input.
+        paths: Paths of the modules to look at.
 
     Returns:
         The paths of the residual modules. A module that does not run, or whose input has more than MAX_ELEMENTS

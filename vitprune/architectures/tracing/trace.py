@@ -19,10 +19,10 @@ class ParameterView:
     """A parameter or buffer, permuted or cut out: axis i of the view is axis `axes[i]` of the parameter.
 
     Attributes:
-        name: name of the parameter.
-        axes: axis of the parameter of every axis of the view.
-        starts: first position in the parameter of every axis of the view.
-        sizes: length of every axis of the view.
+        name: Name of the parameter.
+        axes: Axis of the parameter of every axis of the view.
+        starts: First position in the parameter of every axis of the view.
+        sizes: Length of every axis of the view.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Product:
     """Batched product of two activations (b, n, k) @ (b, k, m) whose channels differ along b, the axis of heads.
 
     Attributes:
-        module: path of the module that computes it.
-        left: labels of the first operand; None if it has none.
-        right: labels of the second operand.
-        over_channels: whether the product sums over channels of both, as that of queries and keys does.
+        module: Path of the module that computes it.
+        left: Labels of the first operand; None if it has none.
+        right: Labels of the second operand.
+        over_channels: Whether the product sums over channels of both, as that of queries and keys does.
     """
 
     module: str
@@ -68,31 +68,31 @@ class Trace:
     """Channel labels of tensors, of the axes of weight matrices and of the elements of other parameters.
 
     Attributes:
-        sets: the union-find over all labels.
-        heads: a second one over the same labels; labels of one head of a product are united.
-        in_heads: all labels in `heads`.
-        axes: labels by parameter and axis, of parameters that are multiplied as matrices.
-        elements: labels by parameter, of all others; shape of the parameter.
-        writers: weights whose rows make new channels, in the order of the forward pass (a dict as an ordered set).
-        residual_sums: labels of sums of two activations.
-        contractions: labels over which two activations are contracted, as q and k are.
-        products: batched products of two activations whose channels differ along the batch axis, the axis of heads.
-        shifts: pairs of labels of a bias and of the rows that it is added to.
-        deferred: pairs of labels; the first is broadcast along an axis where the channels of the second differed.
-        shared: pairs of labels, coupled by a kernel that all heads share; united at the end, or never if `by_head`.
-        grouped: pairs of labels (groups, channels) of the inputs and outputs of grouped convolutions.
-        normalized: labels over which a norm runs that counts its channels, with a description of the module.
-        running: path and class of the modules that run now, innermost last.
-        paused: whether operations are ignored, because a module that has one rule as a whole runs.
+        sets: The union-find over all labels.
+        heads: A second one over the same labels; labels of one head of a product are united.
+        in_heads: All labels in `heads`.
+        axes: Labels by parameter and axis, of parameters that are multiplied as matrices.
+        elements: Labels by parameter, of all others; shape of the parameter.
+        writers: Weights whose rows make new channels, in the order of the forward pass (a dict as an ordered set).
+        residual_sums: Labels of sums of two activations.
+        contractions: Labels over which two activations are contracted, as q and k are.
+        products: Batched products of two activations whose channels differ along the batch axis, the axis of heads.
+        shifts: Pairs of labels of a bias and of the rows that it is added to.
+        deferred: Pairs of labels; the first is broadcast along an axis where the channels of the second differed.
+        shared: Pairs of labels, coupled by a kernel that all heads share; united at the end, or never if `by_head`.
+        grouped: Pairs of labels (groups, channels) of the inputs and outputs of grouped convolutions.
+        normalized: Labels over which a norm runs that counts its channels, with a description of the module.
+        running: Path and class of the modules that run now, innermost last.
+        paused: Whether operations are ignored, because a module that has one rule as a whole runs.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], model_name: str, heads: Mapping[Site, Tensor] = NO_HEADS) -> None:
         """Start a trace.
 
         Args:
-            tensors: parameters and buffers by name.
-            model_name: name of the model for messages.
-            heads: number of the head of every position of a parameter, 0 for none, if the trace is one of whole heads:
+            tensors: Parameters and buffers by name.
+            model_name: Name of the model for messages.
+            heads: Number of the head of every position of a parameter, 0 for none, if the trace is one of whole heads:
                 all channels of a head are then one set from the start, and the logits of the head belong to it.
         """
         self.sets = UnionFind()

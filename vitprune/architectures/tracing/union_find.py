@@ -113,8 +113,8 @@ def coalesce(first: Tensor, second: Tensor, shape: torch.Size) -> Tensor:
 
     Args:
         first: labels.
-        second: labels that broadcast with the first.
-        shape: shape of the result.
+        second: Labels that broadcast with the first.
+        shape: Shape of the result.
     """
     a, b = broadcast_aligned(first, second)
     labels = torch.where(a == NO_CHANNEL, b, a) if bool((a == NO_CHANNEL).any()) else a

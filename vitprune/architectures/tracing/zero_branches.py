@@ -35,10 +35,10 @@ class ResidualBranch:
     """A branch of a residual block, x + f(x).
 
     Attributes:
-        path: the module whose output may be zero.
-        block: the block that it is in.
-        shape: of its output.
-        unused: modules that have no effect then, because only this module reads what they return, or because they scale
+        path: The module whose output may be zero.
+        block: The block that it is in.
+        shape: Of its output.
+        unused: Modules that have no effect then, because only this module reads what they return, or because they scale
             its output; each with the shape of its output.
     """
 
@@ -53,9 +53,9 @@ class OutputShape:
     """Shape of a module's output, given its first input.
 
     Attributes:
-        axis: axis whose length may differ from that of the input.
-        length: this length; None if it is that of the input.
-        outputs: number of outputs; 0 for a single tensor. Only the first of several is read.
+        axis: Axis whose length may differ from that of the input.
+        length: This length; None if it is that of the input.
+        outputs: Number of outputs; 0 for a single tensor. Only the first of several is read.
     """
 
     axis: int
@@ -67,9 +67,9 @@ def find_branches(model: nn.Module, images: Tensor, blocks: Collection[str]) -> 
     """Find the branches of residual blocks, in the order in which they are added to the stream.
 
     Args:
-        model: the model; it runs twice, in evaluation mode. It may be on the meta device, no values are needed.
-        images: its input.
-        blocks: paths of the modules in which to look; the stream is their first input.
+        model: The model; it runs twice, in evaluation mode. It may be on the meta device, no values are needed.
+        images: Its input.
+        blocks: Paths of the modules in which to look; the stream is their first input.
 
     Returns:
         At most one branch per addition: of several modules that fit, the one with the most parameters.

@@ -34,10 +34,10 @@ def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
     `leave_one_out_kl`.
 
     Args:
-        model: the model; `architectures.chain_builders` must support it.
-        groups: groups of any kind but `weight`.
-        batches: calibration batches; labels are not used.
-        context: the scoring options; `memory` limits the cached activations.
+        model: The model; `architectures.chain_builders` must support it.
+        groups: Groups of any kind but `weight`.
+        batches: Calibration batches; labels are not used.
+        context: The scoring options; `memory` limits the cached activations.
 
     Raises:
         BadInput: no batches, or a model or group that exact scoring does not support.
@@ -67,11 +67,11 @@ def kl_divergences(
     """Return KL(model || model without the unit) for selected units and every image, in nats.
 
     Args:
-        model: the model.
-        groups: its groups.
-        chosen: group name -> flat unit indices, (units,).
+        model: The model.
+        groups: Its groups.
+        chosen: Group name -> flat unit indices, (units,).
         images: (B, C, H, W).
-        context: the scoring options; about `memory` bytes of activations are held at a time.
+        context: The scoring options; about `memory` bytes of activations are held at a time.
 
     Returns:
         Group name -> (units, images), float64, on the CPU.

@@ -22,10 +22,10 @@ def fisher_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, conte
     from `fisher_directions` gradients per image (see that module); it is exact if they are at least the classes.
 
     Args:
-        model: the model.
-        groups: groups of any kind but `weight`.
-        batches: calibration batches; labels are not used.
-        context: the scoring options.
+        model: The model.
+        groups: Groups of any kind but `weight`.
+        batches: Calibration batches; labels are not used.
+        context: The scoring options.
 
     Raises:
         BadInput: no batches, or a module through which the gate gradient is not defined.
@@ -57,11 +57,11 @@ def fisher_kl_per_image(
     """Return the score of every unit on every image.
 
     Args:
-        model: the model.
-        groups: groups of any kind but `weight`.
+        model: The model.
+        groups: Groups of any kind but `weight`.
         images: (B, C, H, W).
-        context: the scoring options.
-        positions: index of every image in the data set, which decides its random signs; default: from 0.
+        context: The scoring options.
+        positions: Index of every image in the data set, which decides its random signs; default: from 0.
 
     Returns:
         Group name -> (units, B), float64, on the CPU.

@@ -25,10 +25,10 @@ def leave_one_out_kl(
     a group scores infinity. If the logits are (B, positions, classes), divergences are summed over positions.
 
     Args:
-        model: the model.
-        groups: groups of any kind but `weight`.
-        batches: calibration batches; labels are not used.
-        context: not used.
+        model: The model.
+        groups: Groups of any kind but `weight`.
+        batches: Calibration batches; labels are not used.
+        context: Not used.
 
     Raises:
         BadInput: no batches.

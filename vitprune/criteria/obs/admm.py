@@ -20,8 +20,8 @@ def nm_support(moments: Tensor, rows: Tensor, pattern: Pattern) -> Tensor:
     of (k, k) and (k, o) per iteration.
 
     Args:
-        moments: second moment C of the layer's inputs, positive definite, (k, k).
-        rows: weights W, (o, k); k is a multiple of M.
+        moments: Second moment C of the layer's inputs, positive definite, (k, k).
+        rows: Weights W, (o, k); k is a multiple of M.
         pattern: (N, M).
 
     Returns:

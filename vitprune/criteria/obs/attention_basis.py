@@ -28,10 +28,10 @@ def attention_basis(query: Tensor, key: Tensor, joined: Tensor, weight: Tensor) 
     """Return the bases in which truncation is the best low-rank approximation of the logits and of each head's output.
 
     Args:
-        query: second moment of q, (heads, c, c).
-        key: second moment of k, centered over the tokens of a softmax, (heads, c, c).
-        joined: second moment of proj's input with a 1 appended, (heads * c + 1, heads * c + 1).
-        weight: weight of proj, (o, heads * c).
+        query: Second moment of q, (heads, c, c).
+        key: Second moment of k, centered over the tokens of a softmax, (heads, c, c).
+        joined: Second moment of proj's input with a 1 appended, (heads * c + 1, heads * c + 1).
+        weight: Weight of proj, (o, heads * c).
 
     Source: truncated SVD of G_Q^1/2 G_K^1/2 and of G_Z^1/2 W_o^T, G the second moments.
     """

@@ -27,10 +27,10 @@ def ovit(model: nn.Module, groups: Sequence[Group], batches: Batches, context: S
     `context.pattern` (N, M), at most M - N of every M consecutive weights are removed; the others score infinity.
 
     Args:
-        model: the model.
-        groups: groups of kind `weight`.
-        batches: labelled calibration batches.
-        context: the scoring options.
+        model: The model.
+        groups: Groups of kind `weight`.
+        batches: Labelled calibration batches.
+        context: The scoring options.
 
     Raises:
         BadInput: no batches, a group of another kind, or rows that are not divisible by M.

@@ -32,8 +32,8 @@ class LayerLoss:
     """Quadratic loss of removing weights of a layer, the others being updated.
 
     Attributes:
-        rows: weights, scaled so that squared errors are in nats, (o, k).
-        inverse: inverse second moment of the inputs, (k, k).
+        rows: Weights, scaled so that squared errors are in nats, (o, k).
+        inverse: Inverse second moment of the inputs, (k, k).
     """
 
     rows: Tensor
@@ -70,10 +70,10 @@ def channel_orders(
     logits in float64.
 
     Args:
-        model: the model.
-        losses: by name of the weight.
+        model: The model.
+        losses: By name of the weight.
         pattern: (N, M).
-        images: a few images for the comparison of the logits.
+        images: A few images for the comparison of the logits.
 
     Source: RIA (Zhang et al., ICLR 2024), channel permutation by linear sum assignment; the costs are ours.
     """
@@ -119,10 +119,10 @@ def assign_runs(total: Tensor, costs: Costs, every: int, rounds: int = ROUNDS) -
     One position of all runs at a time is assigned anew, which is a linear sum assignment.
 
     Args:
-        total: loss of every column, (k,); at first, the columns are dealt out in this order.
-        costs: cost of every run with every candidate for a position.
+        total: Loss of every column, (k,); at first, the columns are dealt out in this order.
+        costs: Cost of every run with every candidate for a position.
         every: M; k is a multiple of it.
-        rounds: passes over the positions.
+        rounds: Passes over the positions.
 
     Returns:
         The columns in their new order, (k,).

@@ -20,10 +20,10 @@ def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, context
     U_cc^2 is the variance of column c conditioned on the columns before it. Columns without any gradient score 0.
 
     Args:
-        model: the model.
-        groups: groups of kind `weight`.
-        batches: labelled calibration batches.
-        context: the scoring options.
+        model: The model.
+        groups: Groups of kind `weight`.
+        batches: Labelled calibration batches.
+        context: The scoring options.
 
     Raises:
         BadInput: no batches, or a group of another kind.

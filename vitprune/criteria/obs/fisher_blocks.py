@@ -29,10 +29,10 @@ class FisherBlocks:
     collected in chunks, with the gradients recomputed for every chunk; otherwise they are collected once and cached.
 
     Args:
-        model: the model.
-        groups: groups of kind `weight`.
-        batches: labelled calibration batches.
-        context: the scoring options.
+        model: The model.
+        groups: Groups of kind `weight`.
+        batches: Labelled calibration batches.
+        context: The scoring options.
 
     Raises:
         BadInput: a group of another kind, or too few images.

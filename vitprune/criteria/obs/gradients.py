@@ -52,11 +52,11 @@ def weight_gradients(
     mode and runs in its own precision, without TF32.
 
     Args:
-        model: the model.
-        parts: block ranges; each is yielded once per round.
-        batches: labelled calibration batches.
-        context: the scoring options.
-        done: number of rounds to skip (one batch of images, or `GRADIENTS_AT_ONCE` gradients of batches, each).
+        model: The model.
+        parts: Block ranges; each is yielded once per round.
+        batches: Labelled calibration batches.
+        context: The scoring options.
+        done: Number of rounds to skip (one batch of images, or `GRADIENTS_AT_ONCE` gradients of batches, each).
 
     Raises:
         BadInput: too few images, or a weight that is not used in the forward pass.
@@ -214,10 +214,10 @@ def augmented_images(
     """Yield `number` images with labels in batches: first the images as they are, then random crops and flips of them.
 
     Args:
-        batches: the images, (B, C, H, W), and their labels.
-        number: number of images.
-        seed: seed of the crops.
-        owns: filter of batch numbers, counted over all passes.
+        batches: The images, (B, C, H, W), and their labels.
+        number: Number of images.
+        seed: Seed of the crops.
+        owns: Filter of batch numbers, counted over all passes.
 
     Raises:
         BadInput: `number` exceeds the images, and they cannot be cropped.

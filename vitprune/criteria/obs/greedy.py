@@ -27,12 +27,12 @@ def eliminate_weights(
     """Remove the weights of every block one by one by OBS, each time the one of least loss w_p^2 / (2 h_pp).
 
     Args:
-        inverse: inverses of the damped Fisher blocks, (blocks, B, B).
+        inverse: Inverses of the damped Fisher blocks, (blocks, B, B).
         weights: (blocks, B). Zero weights are removed first, at loss 0.
-        share: fraction of all weights to be removed. Below 1, blocks are followed only as far as this decision needs;
+        share: Fraction of all weights to be removed. Below 1, blocks are followed only as far as this decision needs;
             later weights score infinity.
         pattern: (N, M) removes at most M - N of every M consecutive weights; the others score infinity.
-        ahead: without `share`, compute rows of the factor ahead in this type: the same up to rounding, faster.
+        ahead: Without `share`, compute rows of the factor ahead in this type: the same up to rounding, faster.
 
     Returns:
         Cumulative loss of the block at the removal of each weight, in nats per image, strictly increasing in the

@@ -32,10 +32,10 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: Sc
     A row of k weights costs k^3 / 3 multiply-adds; statistics hold 2 (k + 1)^2 numbers per layer.
 
     Args:
-        model: the model.
-        groups: groups of kind `weight`.
-        batches: labelled calibration batches.
-        context: the scoring options.
+        model: The model.
+        groups: Groups of kind `weight`.
+        batches: Labelled calibration batches.
+        context: The scoring options.
 
     Raises:
         BadInput: no batches, a group of another kind, or a layer that is neither Linear nor an ungrouped convolution.

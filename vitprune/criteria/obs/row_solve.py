@@ -24,12 +24,12 @@ def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool, name:
     one for which the matrices of all rows are positive definite.
 
     Args:
-        rows: dense weights, (o, k), float64.
-        halves: second moments of the inputs with a 1 appended, (folds, k+1, k+1).
+        rows: Dense weights, (o, k), float64.
+        halves: Second moments of the inputs with a 1 appended, (folds, k+1, k+1).
         keep: (o, k) booleans.
-        constant: whether the layer has a bias to refit.
-        name: name of the weights, for the error message.
-        direct: factorize the matrix of every row, instead of conjugate gradients.
+        constant: Whether the layer has a bias to refit.
+        name: Name of the weights, for the error message.
+        direct: Factorize the matrix of every row, instead of conjugate gradients.
 
     Returns:
         (o, k+1): new weights, zero where removed; the last column is added to the bias.
@@ -69,12 +69,12 @@ def solve_restricted(
     after `ROUNDS` rounds, few kept inputs, and a C that is not positive definite, are solved by Cholesky factors.
 
     Args:
-        dense: w, (rows, k).
+        dense: W, (rows, k).
         damped: C, (k, k).
         keep: (rows, k) booleans.
-        direct: solve all rows by Cholesky factors.
-        start: first approximation of x, (rows, k); default: w.
-        excess: accepted relative excess of the squared error.
+        direct: Solve all rows by Cholesky factors.
+        start: First approximation of x, (rows, k); default: w.
+        excess: Accepted relative excess of the squared error.
     """
     scale = damped.diagonal().clamp_min(torch.finfo(damped.dtype).tiny).sqrt()
     matrix = damped / scale / scale[:, None]

@@ -21,11 +21,11 @@ def eliminate_units(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int, 
     """Remove units one by one, always the one with the least loss w_j^T G w_j / (2 [C^-1]_jj), and update the rest.
 
     Args:
-        weight: weight of the consumer, (o, k).
-        inputs: second moment C of its inputs with a 1 appended, (k+1, k+1).
+        weight: Weight of the consumer, (o, k).
+        inputs: Second moment C of its inputs with a 1 appended, (k+1, k+1).
         metric: Fisher metric G of its outputs, (o, o), per token.
-        inner: number of neighboring inputs per unit.
-        ridge: relative ridge of C, see `add_ridge`.
+        inner: Number of neighboring inputs per unit.
+        ridge: Relative ridge of C, see `add_ridge`.
 
     Returns:
         Increments of the loss in nats, made monotone in the order of removal; (units,).
@@ -60,11 +60,11 @@ def ridge_refit(weight: Tensor, halves: Tensor, kept: Tensor, constant: bool, ba
     The ridge is the one of `RIDGES` with the least error on the fold of images that was not fitted.
 
     Args:
-        weight: dense weight, (o, k).
-        halves: second moments of the inputs with a 1 appended, (folds, k+1, k+1).
-        kept: indices of the kept inputs.
-        constant: whether the consumer has a bias to refit.
-        basis: optional (k, k); kept inputs are then those of basis @ input.
+        weight: Dense weight, (o, k).
+        halves: Second moments of the inputs with a 1 appended, (folds, k+1, k+1).
+        kept: Indices of the kept inputs.
+        constant: Whether the consumer has a bias to refit.
+        basis: Optional (k, k); kept inputs are then those of basis @ input.
     """
     rotated, moments = _rotate(weight.double(), halves, basis)
     indices = torch.cat([kept, torch.tensor([moments.shape[-1] - 1])]) if constant else kept

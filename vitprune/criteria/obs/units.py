@@ -34,10 +34,10 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
     and refits the consumers, for any masks, without the images.
 
     Args:
-        model: the dense model.
-        groups: groups of kind `ffn`, `head`, `attention` or `residual`.
-        batches: calibration batches; labels are not used.
-        context: the scoring options.
+        model: The dense model.
+        groups: Groups of kind `ffn`, `head`, `attention` or `residual`.
+        batches: Calibration batches; labels are not used.
+        context: The scoring options.
 
     Raises:
         BadInput: no batches, a group of another kind, or a group without exactly one consumer.

@@ -92,7 +92,7 @@ def seal(statement: dict[str, Any], signer: CryptoSigner | None) -> str:
     """Put a statement into an envelope, and sign it.
 
     Args:
-        statement: the in-toto statement.
+        statement: The in-toto statement.
         signer: None for an envelope without signature.
 
     Returns:

@@ -44,8 +44,8 @@ class Attestation:
     """The statements of a flow run, written one by one to a file of envelopes.
 
     Attributes:
-        path: the file; each statement is appended when its stage has ended.
-        flow_run_id: id of the flow run.
+        path: The file; each statement is appended when its stage has ended.
+        flow_run_id: Id of the flow run.
     """
 
     path: Path
@@ -57,10 +57,10 @@ class Attestation:
         """Append the statement of a stage.
 
         Args:
-            fact: event of the run log: stage, start, seconds, whether it was cached.
-            entry: the stage's entry in dvc.lock.
-            subjects: digests of the files that it wrote.
-            dependencies: digests of what it read.
+            fact: Event of the run log: stage, start, seconds, whether it was cached.
+            entry: The stage's entry in dvc.lock.
+            subjects: Digests of the files that it wrote.
+            dependencies: Digests of what it read.
         """
         parameters = {
             "command": entry.get("cmd", ""),
@@ -75,9 +75,9 @@ class Attestation:
         """Append the statement of the run, which names the run's records and the statement of the last stage.
 
         Args:
-            start: first event of the run log: params, git state, versions.
-            end: last event of the run log.
-            subjects: digests of the run log and of params.yaml, dvc.yaml and dvc.lock.
+            start: First event of the run log: params, git state, versions.
+            end: Last event of the run log.
+            subjects: Digests of the run log and of params.yaml, dvc.yaml and dvc.lock.
         """
         facts = {key: start[key] for key in ("git", "versions") if key in start}
         commit = start.get("git", {}).get("commit")
@@ -142,15 +142,15 @@ class Statement:
     """A statement of a chain.
 
     Attributes:
-        sha256: digest of the payload.
-        name: stage, or "run".
-        flow_run_id: id of the flow run.
-        subjects: digests of the files that it attests.
-        dependencies: digests of what these were made of.
+        sha256: Digest of the payload.
+        name: Stage, or "run".
+        flow_run_id: Id of the flow run.
+        subjects: Digests of the files that it attests.
+        dependencies: Digests of what these were made of.
         parameters: SLSA's externalParameters.
         facts: SLSA's internalParameters.
-        started: start, as ISO 8601 in UTC.
-        finished: end, as ISO 8601 in UTC.
+        started: Start, as ISO 8601 in UTC.
+        finished: End, as ISO 8601 in UTC.
     """
 
     sha256: str

@@ -32,16 +32,16 @@ class CollectedRun:
     """A finished run: its MLflow records, its run log, and in `tree` its commit with the files of its dvc.lock.
 
     Attributes:
-        client: client of the tracking store.
-        parent: the MLflow run of the flow.
-        project: the project, or a clone of it.
-        scratch: folder into which everything is downloaded.
-        facts: lines of the run log.
-        stages: for every stage the MLflow run that has its files; for a cached stage the run that computed it.
+        client: Client of the tracking store.
+        parent: The MLflow run of the flow.
+        project: The project, or a clone of it.
+        scratch: Folder into which everything is downloaded.
+        facts: Lines of the run log.
+        stages: For every stage the MLflow run that has its files; for a cached stage the run that computed it.
         cycles: MLflow run of every pruning cycle.
         store: DVC cache, and files fetched from the remote.
-        prefix: path of the project in its git repository, as git reports it (not MLflow's tag).
-        missing: one message for every record or file that could not be collected.
+        prefix: Path of the project in its git repository, as git reports it (not MLflow's tag).
+        missing: One message for every record or file that could not be collected.
     """
 
     client: MlflowClient
@@ -109,10 +109,10 @@ def collect(client: MlflowClient, run_id: str, project: Path | None, scratch: Pa
     """Collect everything that belongs to a run, for as long as the block lasts.
 
     Args:
-        client: client of the tracking store.
-        run_id: id of the MLflow run, as `vitprune run` prints it.
-        project: a clone of the project; None: the project that the run names.
-        scratch: empty folder to download into.
+        client: Client of the tracking store.
+        run_id: Id of the MLflow run, as `vitprune run` prints it.
+        project: A clone of the project; None: the project that the run names.
+        scratch: Empty folder to download into.
 
     Raises:
         AuditError: there is no such run, it is not a run of the pipeline, or it did not finish.

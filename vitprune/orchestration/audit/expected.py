@@ -20,12 +20,12 @@ class RunContent:
     Attributes:
         tags: tags.
         params: params.
-        points: all points of the metrics: name, step, value.
-        latest: value of every metric at its last step, which MLflow's pages and searches show.
-        files: paths of the artifacts.
-        datasets: name and digest of the data sets.
-        info: name, status, start and end (milliseconds since 1970); without an end for a run that others end.
-        run: id of the run.
+        points: All points of the metrics: name, step, value.
+        latest: Value of every metric at its last step, which MLflow's pages and searches show.
+        files: Paths of the artifacts.
+        datasets: Name and digest of the data sets.
+        info: Name, status, start and end (milliseconds since 1970); without an end for a run that others end.
+        run: Id of the run.
     """
 
     tags: dict[str, str] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def expected(journal: RunLog, computed_by: Mapping[str, Mapping[str, str]]) -> d
     """Return the expected content of every MLflow run of a run log.
 
     Args:
-        journal: the run log, with its files in `journal.spool`.
+        journal: The run log, with its files in `journal.spool`.
         computed_by: MLflow run ("run") and key ("key") that computed a cached stage, by the hash of its dvc.lock entry.
 
     Returns:

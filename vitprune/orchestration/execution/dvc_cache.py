@@ -76,7 +76,7 @@ def pointers(directory: Path) -> dict[str, Any]:
     """Return the content of all .dvc files in a directory that git does not ignore, in the form of dvc.lock's stages.
 
     Args:
-        directory: a project's directory.
+        directory: A project's directory.
 
     Returns:
         {"images.dvc": {"outs": [{"path": "images", "md5": ...}]}}, with paths relative to `directory`.

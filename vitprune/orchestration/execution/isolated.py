@@ -26,9 +26,9 @@ def call(function: str, *arguments: str | None, project: Path, extra_env: dict[s
 
     Args:
         function: MODULE:FUNCTION.
-        arguments: strings for the function; None is passed on.
-        project: working directory of the process.
-        extra_env: further environment variables.
+        arguments: Strings for the function; None is passed on.
+        project: Working directory of the process.
+        extra_env: Further environment variables.
 
     Returns:
         The function's result, through JSON.

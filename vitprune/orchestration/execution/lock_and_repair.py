@@ -30,9 +30,9 @@ def exclusive(project: Path, name: str = "lock", what: str = "run") -> Iterator[
     """Hold a lock of the project; the kernel releases it when this process ends, also after SIGKILL.
 
     Args:
-        project: the project's directory.
-        name: file of the lock, in .vitprune.
-        what: noun for the error message: "run" or "retraining".
+        project: The project's directory.
+        name: File of the lock, in .vitprune.
+        what: Noun for the error message: "run" or "retraining".
 
     Raises:
         Busy: another process holds the lock.
@@ -58,8 +58,8 @@ def repair(project: Path, log: Callable[[str], None]) -> None:
     """Repair a project after a killed flow, so that DVC accepts it; call it while holding the project's lock.
 
     Args:
-        project: the project's directory.
-        log: called with one line for every repair.
+        project: The project's directory.
+        log: Called with one line for every repair.
     """
     if count := kill_marked(project):
         log(f"killed {count} processes that an earlier, killed run had left running")

@@ -57,11 +57,11 @@ def run(
     to reach the command too.
 
     Args:
-        command: program and arguments.
-        cwd: working directory.
-        env: environment variables.
-        limit: seconds after which the command is killed; None: no limit.
-        line: called with every line of stdout and stderr.
+        command: Program and arguments.
+        cwd: Working directory.
+        env: Environment variables.
+        limit: Seconds after which the command is killed; None: no limit.
+        line: Called with every line of stdout and stderr.
 
     Returns:
         Exit code, and whether the limit was reached.

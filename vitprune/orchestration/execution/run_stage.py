@@ -71,10 +71,10 @@ def reproduce(stage: str, project: Path, limit: float | None, log: Callable[[str
     """Run `dvc repro --single-item STAGE` in this process's group.
 
     Args:
-        stage: name of the stage in dvc.yaml.
-        project: the project's directory.
-        limit: seconds after which the stage with all its descendants is killed; None: no limit.
-        log: called with every line of output, except for DVC's hints about git and its lock file.
+        stage: Name of the stage in dvc.yaml.
+        project: The project's directory.
+        limit: Seconds after which the stage with all its descendants is killed; None: no limit.
+        log: Called with every line of output, except for DVC's hints about git and its lock file.
 
     Returns:
         How the stage ended, with its failure class.

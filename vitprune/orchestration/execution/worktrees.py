@@ -41,11 +41,11 @@ class ProjectState:
     """A project from which sweep runs are checked out.
 
     Attributes:
-        project: its directory.
-        commit: the commit checked out; empty outside git.
-        prefix: path of the project in its repository; empty at the root and outside git.
-        deps: dependencies of its stages, with relative paths.
-        outs: outputs of its stages.
+        project: Its directory.
+        commit: The commit checked out; empty outside git.
+        prefix: Path of the project in its repository; empty at the root and outside git.
+        deps: Dependencies of its stages, with relative paths.
+        outs: Outputs of its stages.
     """
 
     project: Path
@@ -61,8 +61,8 @@ class ProjectState:
         images and weights that git does not track. Outputs that the run has computed are kept.
 
         Args:
-            folder: root of the worktree.
-            params: content of the run's params.yaml.
+            folder: Root of the worktree.
+            params: Content of the run's params.yaml.
 
         Returns:
             The run's project directory, in `folder`.
@@ -234,11 +234,11 @@ def commit_worktree(project: Path, directory: Path, branch: str, message: str, t
     """Commit all files of a worktree on a branch of the project, on top of the branch's last commit.
 
     Args:
-        project: the project whose branch is moved.
-        directory: the worktree.
-        branch: created if it does not exist.
-        message: subject of the commit message.
-        trailers: provenance, as trailer lines of the commit message.
+        project: The project whose branch is moved.
+        directory: The worktree.
+        branch: Created if it does not exist.
+        message: Subject of the commit message.
+        trailers: Provenance, as trailer lines of the commit message.
 
     Returns:
         The new commit.

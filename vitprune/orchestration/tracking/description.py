@@ -18,9 +18,9 @@ def description(start: Mapping[str, Any], stages: Iterable[Mapping[str, Any]], e
     """Return the description of a run, as Markdown.
 
     Args:
-        start: the start event of the run log.
-        stages: its stage events.
-        error: the reason of a failure; empty if there is none.
+        start: The start event of the run log.
+        stages: Its stage events.
+        error: The reason of a failure; empty if there is none.
     """
     params, versions = start["params"], start.get("versions", {})
     measured = {k: v for stage in stages if stage["stage"] == "evaluate" for k, v in stage.get("metrics", {}).items()}

@@ -147,9 +147,9 @@ def stage_outputs(project: Path, stage: str, keep: Keep) -> dict[str, Any]:
     """Return what the run log says about the outputs of a stage: files, metrics, checksums, cycles, model.
 
     Args:
-        project: the project's directory.
-        stage: name of the stage.
-        keep: called with the path of every file to upload; returns the path and its SHA-256.
+        project: The project's directory.
+        stage: Name of the stage.
+        keep: Called with the path of every file to upload; returns the path and its SHA-256.
     """
     names = [
         f"metrics/{stage}.json",
@@ -204,9 +204,9 @@ def digests_of(project: Path, files: Iterable[Mapping[str, Any]], each_file: boo
     """Return the MD5 of the files in an entry of dvc.lock, and their SHA-256; a folder has the MD5 of DVC's list.
 
     Args:
-        project: the project's directory.
-        files: the outputs or the dependencies.
-        each_file: also return the SHA-256 of every file in a folder.
+        project: The project's directory.
+        files: The outputs or the dependencies.
+        each_file: Also return the SHA-256 of every file in a folder.
     """
     digests: dict[str, dict[str, str]] = {}
     for file in files:

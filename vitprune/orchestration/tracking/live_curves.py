@@ -80,10 +80,10 @@ def log_curve(project_path: str, flow_run_id: str, stage: str, times: str) -> in
     """Log those epochs of a running stage that MLflow does not have yet; return their number.
 
     Args:
-        project_path: the project's directory.
-        flow_run_id: id of the flow run.
-        stage: name of the stage.
-        times: the time of each epoch, as a JSON list.
+        project_path: The project's directory.
+        flow_run_id: Id of the flow run.
+        stage: Name of the stage.
+        times: The time of each epoch, as a JSON list.
     """
     from mlflow.entities import Metric
 

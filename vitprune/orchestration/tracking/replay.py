@@ -24,12 +24,12 @@ class UploadResult:
     """Result of an upload.
 
     Attributes:
-        done: number of flow runs uploaded.
-        missed: number of flow runs that could not be uploaded.
+        done: Number of flow runs uploaded.
+        missed: Number of flow runs that could not be uploaded.
         run_id: MLflow run of the newest one; empty if there is none.
-        experiment_id: its experiment.
-        uri: tracking URI.
-        error: reason of the first failure, or the files that are lost; empty if there is none.
+        experiment_id: Its experiment.
+        uri: Tracking URI.
+        error: Reason of the first failure, or the files that are lost; empty if there is none.
     """
 
     done: int
@@ -46,8 +46,8 @@ def replay(project: Path, flow_run_id: str | None = None) -> UploadResult:
     Without `flow_run_id`, the logs that were uploaded before are looked up too: MLflow's store may have been lost.
 
     Args:
-        project: the project's directory.
-        flow_run_id: flow run of a caller that holds the project's lock; None: the log of an active run is skipped.
+        project: The project's directory.
+        flow_run_id: Flow run of a caller that holds the project's lock; None: the log of an active run is skipped.
 
     Returns:
         What was uploaded.

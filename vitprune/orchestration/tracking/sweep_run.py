@@ -16,10 +16,10 @@ def record(project: Path, folder: Path, out: Path, warn: Callable[..., None], st
     """Create or update the sweep's MLflow run in a new process; a failure is a warning.
 
     Args:
-        project: the project's directory.
-        folder: the sweep's folder, with sweep.json.
-        out: folder of the table and the plot.
-        warn: called with a format string and the reason of a failure.
+        project: The project's directory.
+        folder: The sweep's folder, with sweep.json.
+        out: Folder of the table and the plot.
+        warn: Called with a format string and the reason of a failure.
         status: "running", "finished" or "killed".
     """
     function = "vitprune.orchestration.tracking.sweep_run:upload_sweep"

@@ -32,10 +32,10 @@ class Uploader:
     """Uploads one run log into one experiment.
 
     Attributes:
-        client: client of the tracking store.
-        experiment: id of the experiment.
-        journal: the run log, with its files in the spool.
-        lost: paths of files that are left out, since no copy exists any more.
+        client: Client of the tracking store.
+        experiment: Id of the experiment.
+        journal: The run log, with its files in the spool.
+        lost: Paths of files that are left out, since no copy exists any more.
     """
 
     client: MlflowClient

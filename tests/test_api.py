@@ -105,7 +105,13 @@ def test_the_default_prunes_the_kinds_that_a_model_has(name: str) -> None:
         assert not proven
         return
     assert proven <= set(result.sparsity)
-    assert set(result.sparsity) | set(result.skipped) == {"ffn", "attention"}
+    assert (
+        {"ffn", "attention"}
+        <= set(result.sparsity) | set(result.skipped)
+        <= {"ffn", "attention", "head"}
+        | {path for module, _ in model.named_modules() for path in (module, f"{module}.heads")}
+    )
+    assert "head" not in result.sparsity or "attention" in result.skipped
     assert result.after.params < result.before.params
     for kind, reason in result.skipped.items():
         assert f"left out: {kind} ({reason})" in str(result)

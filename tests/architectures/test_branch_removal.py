@@ -127,7 +127,7 @@ class ParallelBlock(nn.Module):
             y = self.f(x)
             return x + y + self.g(y)
         y = x + self.f(x)
-        return y.relu() + self.g(y)  # of the second sum, no operand is the stream
+        return y.relu() + self.g(y)  # of the second sum, one operand is the stream after an activation
 
 
 def test_parallel_branches_are_right_or_refused() -> None:
@@ -137,7 +137,7 @@ def test_parallel_branches_are_right_or_refused() -> None:
     with pytest.raises(BadInput, match=r"^Parallel: no module of its blocks"):
         branches(Parallel("together"))
     assert list(branches(Parallel("read twice")).sublayers) == [(f"blocks.{n}.g",) for n in range(2)]
-    assert list(branches(Parallel("relu")).sublayers) == [(f"blocks.{n}.f",) for n in range(2)]
+    assert list(branches(Parallel("relu")).sublayers) == [(f"blocks.{n}.{leaf}",) for n in range(2) for leaf in "fg"]
     assert [path for (path, *_) in branches(Parallel("sized")).sublayers][:2] == ["blocks.0.sized.layer", "blocks.0.g"]
     model = randomize_parameters(Parallel("one by one"))
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)

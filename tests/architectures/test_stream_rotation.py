@@ -119,5 +119,5 @@ def test_norms_of_different_eps_and_other_families_are_refused() -> None:
     model.norm.eps = 1e-3
     with pytest.raises(BadInput, match="different classes or eps"):
         rotate_stream(model, torch.eye(48))
-    with pytest.raises(BadInput, match="SwinTransformer: only VisionTransformer"):
+    with pytest.raises(BadInput, match="SwinTransformer: is no VisionTransformer"):
         rotate_stream(tiny("swin"), torch.eye(24))

@@ -32,8 +32,9 @@ def test_a_group_with_a_missing_slice_fails(missing: int) -> None:
 
 def test_a_slice_with_the_wrong_units_fails() -> None:
     def reversed_heads(group):
-        rows, *others = group.slices
-        return replace(group, slices=(replace(rows, outer=1, inner=3 * rows.inner), *others))
+        output, *rows = group.slices
+        wrong = [replace(part, outer=1, inner=3 * part.inner) for part in rows]  # of the fused qkv
+        return replace(group, slices=(output, *wrong))
 
     assert "logits differ by" in broken("head", reversed_heads)
 

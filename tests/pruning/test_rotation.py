@@ -59,11 +59,11 @@ def test_a_rotation_without_residual_channels_or_of_another_model_is_refused() -
         plan_for(PruneConfig(method="unit-obs", sparsity=0.5, rotate_residual=True))
     model = tiny("swin")
     settings = {"calibration": batches(model), "rotate_residual": True}
-    with pytest.raises(BadInput, match=r"SwinTransformer: only VisionTransformer"):
+    with pytest.raises(BadInput, match=r"SwinTransformer: is no VisionTransformer"):
         prune(model, "upvits-fisher", sparsity={"residual": 0.5}, **settings)
     plan = plan_for(PruneConfig(method="upvits-fisher", sparsity={"residual": 0.5}, rotate_residual=True))
-    with pytest.raises(BadInput, match=r"SwinTransformer: only VisionTransformer"):
+    with pytest.raises(BadInput, match=r"SwinTransformer: is no VisionTransformer"):
         check_plan(model, plan)
     other = timm.create_model("resnet10t", num_classes=7)  # without an embed_dim
-    with pytest.raises(BadInput, match=r"ResNet: only VisionTransformer"):
+    with pytest.raises(BadInput, match=r"ResNet: is no VisionTransformer"):
         stream_basis(other, [(torch.zeros(1, 3, 64, 64), torch.zeros(1))], DEFAULT_CONTEXT)

@@ -105,10 +105,10 @@ PROVEN = {
     "levit_128s": "ffn head weight residual block",
     "levit_conv_128s": "ffn head residual block",
     "pit_ti_224": "ffn head attention residual block",
-    "tiny_vit_5m_224": "ffn head attention residual",
+    "tiny_vit_5m_224": "ffn head attention residual block",
     "efficientformer_l1": "ffn head residual block",
     "convit_tiny": "ffn head attention weight residual block",
-    "coat_tiny": "ffn weight block",
+    "coat_tiny": "ffn weight residual block",
     "mvitv2_tiny": "head residual",
     "twins_pcpvt_small": "ffn head attention weight residual block",
     "twins_svt_small": "ffn head attention residual block",
@@ -119,8 +119,8 @@ PROVEN = {
     "poolformer_s12": "ffn residual block",
     "efficientvit_b0": "ffn head residual block",
     "convnext_atto": "ffn residual block",
-    "resnet50": "ffn residual",
-    "seresnet50": "ffn residual",
+    "resnet50": "ffn residual block",
+    "seresnet50": "ffn residual block",
     "eva02_tiny_patch14_224": "ffn head weight residual block",
     "vit_small_patch16_rope_224": "ffn head weight residual block",
     "vit_small_patch16_dinov3": "head block",
@@ -165,7 +165,6 @@ REFUSED = [
     ("resnext50_32x4d", "ffn", r"^layer1.0 \(Bottleneck\): layer1.0.conv2 \(Conv2d\): it runs through a"),
     ("mixer_s32_224", "head", "^MlpMixer: there is no attention with heads in it"),
     ("gmlp_s16_224", "ffn", r"^blocks.0.mlp_channels \(GatedMlp\): .*gate.norm \(LayerNorm\): a norm couples"),
-    ("coat_tiny", "residual", "^CoaT: with a narrower residual stream it does not run "),
     *(
         (
             name,
@@ -173,10 +172,7 @@ REFUSED = [
             rf"^{block}: neither it nor any other block of \w+ returns its input plus something",
         )
         for name, block in {
-            "resnet50": r"layer1.0 \(Bottleneck\)",  # an activation runs over the sum
             "resnext50_32x4d": r"layer1.0 \(Bottleneck\)",
-            "seresnet50": r"layer1.0 \(Bottleneck\)",
-            "tiny_vit_5m_224": r"stages.0.blocks.0 \(MBConv\)",  # a convolution runs over the stream between two sums
             "mvitv2_tiny": r"stages.0.blocks.0 \(MultiScaleBlock\)",  # it gives back a size, too
             "maxvit_pico_rw_256": r"stages.0.blocks.0 \(MaxxVitBlock\)",  # the first of a stage, whose stride is 2
             "maxvit_rmlp_pico_rw_256": r"stages.0.blocks.0 \(MaxxVitBlock\)",

@@ -159,7 +159,7 @@ def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
     shapes |= {group.name: group.shape for group in groups}
     others = block_removal.removed_blocks(model) | branch_removal.removed_branches(model)
-    return others | token_merging.merged_tokens(model) | shapes
+    return dict(sorted((others | token_merging.merged_tokens(model) | shapes).items()))
 
 
 def _without_channels(heads: Sequence[Group], attention: Sequence[Group]) -> list[Group]:

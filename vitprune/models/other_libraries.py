@@ -331,8 +331,9 @@ def _refuse_other_model(model: nn.Module, factory: Factory, shapes: Mapping[str,
     except Exception as error:  # constructors raise anything for arguments that do not fit
         raise BadInput(f"{name}: {factory.library} cannot build {factory.name} ({first_line(error)})") from None
     rebuilt.load_state_dict(model.state_dict(), assign=True)
-    if factory.library == TRANSFORMERS:  # eager attention is the same function, and it is not saved
-        rebuilt.set_attn_implementation(model.config._attn_implementation)  # type: ignore[operator, union-attr]
+    kinds = [getattr(getattr(one, "config", None), "_attn_implementation", None) for one in (model, rebuilt)]
+    if kinds[0] != kinds[1]:  # eager attention is the same function, and it is not saved
+        rebuilt.set_attn_implementation(kinds[0])  # type: ignore[operator]
     if not same_logits(model, rebuilt, example_input(model, 2)):
         raise BadInput(
             f"{name}: its configuration does not describe it; another forward pass or activation is not saved"

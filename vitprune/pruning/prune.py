@@ -34,7 +34,7 @@ from vitprune.pruning.methods import CRITERIA, method_named
 from vitprune.pruning.plan import Plan, plan_for
 from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune_cycles import Cycle, prune_cycles
-from vitprune.pruning.unusable_groups import unusable_groups
+from vitprune.pruning.unusable_groups import scorable_groups, unusable_groups
 from vitprune.runtime.eval_mode import eval_mode, scoring_mode
 from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.model_checks import checked_model, float_type
@@ -271,6 +271,7 @@ def _usable(model: nn.Module, plan: Plan, images: Tensor) -> tuple[Plan, dict[st
         BadInput: it can score none.
     """
     groups = all_groups(model, plan, list(plan.sparsity))
+    scorable_groups(model, groups, plan.method)
     reasons = unusable_groups(model, groups, images, plan.method)
     if groups and len(reasons) == len(groups):
         raise BadInput(next(iter(reasons.values())))

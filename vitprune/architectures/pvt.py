@@ -68,7 +68,7 @@ def plain(path: str, block: Any) -> Any:
         raise not_prunable(path, block, "only timm's PVTv2 Block is supported")
     if original_class(type(block.attn)) not in (Attention, ZeroBranch):
         raise not_prunable(f"{path}.attn", block.attn, "only timm's PVTv2 Attention is supported")
-    if type(block.mlp) not in (MlpWithDepthwiseConv, ZeroBranch):
+    if original_class(type(block.mlp)) not in (MlpWithDepthwiseConv, ZeroBranch):
         raise not_prunable(f"{path}.mlp", block.mlp, "only timm's MLP with a depth-wise convolution is supported")
     return block
 

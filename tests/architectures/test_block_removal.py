@@ -17,6 +17,7 @@ from tests.support.reference_kl import kl
 from vitprune import BadInput, find_groups, load, prune, save, score, shrink
 from vitprune.architectures import rebuild, structure
 from vitprune.architectures.block_removal import IdentityBlock
+from vitprune.evaluation.check_model import check
 from vitprune.evaluation.cost import group_costs
 from vitprune.groups import Group, mask_without
 from vitprune.pipeline.artifacts import mask_facts
@@ -285,3 +286,8 @@ def test_features_only_and_set_input_size_with_removed_blocks() -> None:
         model.set_input_size((64, 64), window_size=(4, 4))
     assert smaller.layers[0].blocks[0].input_resolution == (16, 16)
     assert torch.equal(predict(smaller, noise(swin, 64)), predict(slow, noise(swin, 64)))
+
+
+def test_blocks_with_an_activation_of_the_sum_are_proven() -> None:
+    small = {"layers": (3, 1, 1, 1), "channels": (16, 16, 24, 24)}
+    assert [result.verdict for result in check("resnet50", ["block"], [0.5], small)] == ["proven"]

@@ -103,3 +103,11 @@ def test_the_check_command_prints_verdicts_and_exits_with_1_on_failure(monkeypat
 def test_unknown_kinds_and_ratios_are_refused(kinds, ratios, why) -> None:
     with pytest.raises(BadInput, match=why):
         list(check(*VIT[:1], kinds, ratios))
+
+
+def test_a_single_head_is_refused() -> None:
+    (result,) = check("vit_tiny_patch16_224", ["head"], [0.5], {"depth": 2, "num_heads": 1, "embed_dim": 16})
+    assert (result.verdict, result.why) == (
+        "refused",
+        "blocks.0.attn.heads: no group of kind 'head' has more than one unit, which cannot be removed",
+    )

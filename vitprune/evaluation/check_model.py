@@ -102,6 +102,10 @@ def check(
                 name, kind, 0.0, "refused", f"{type(dense).__name__}: it has only one {kind}, which cannot be removed"
             )
             continue
+        if all(group.units == 1 for group in groups):
+            only = f"{groups[0].name}: no group of kind {kind!r} has more than one unit, which cannot be removed"
+            yield ModelCheck(name, kind, 0.0, "refused", only)
+            continue
         for number, ratio in enumerate(ratios):
             result = check_removal(dense, groups, random_odd_masks(groups, ratio, seed=number), inputs)
             verdict = "failed" if result.failures else "proven"

@@ -81,8 +81,8 @@ ABSENT = ("its trace has no units of kind", "there is no ", "it has only one blo
 TITLE = "Supported models"
 ABOUT = """\
 Written by `python -m benchmarks.support.timm_models`. Rows: timm models with random weights, in float64, on images of
-64 or 128 pixels where the model takes them: {number} models, one variant of every family with attention and {others}
-without it. Columns: kinds of [units](../concepts/groups.md). In every group about half of the units are removed, an odd
+64 or 128 pixels where the model takes them: {number} models with attention, of {all} in the list with one variant of
+every family, and {others} without it. Columns: kinds of [units](../concepts/groups.md). In every group about half of the units are removed, an odd
 number (for block: whole blocks). **proven**: the logits equal those of literal removal (difference below 1e-10 of the
 largest logit), parameters and MACs decrease by the amounts that the groups state, gradients are finite, and the model
 is the same after saving and loading; in brackets: modules whose units of this kind are left out. **refused** N: not
@@ -214,7 +214,9 @@ def _document(results: dict[str, dict[str, Any]]) -> None:
     path = ROOT / "docs/guides/models.md"
     columns = ["model", *KINDS, "s", "Torch-Pruning's generic recipe"]
     number = sum(bool(model.get("attention", True)) for model in results.values())
-    write_table(path, TITLE, ABOUT.format(number=number, others=len(results) - number), columns, table)
+    write_table(
+        path, TITLE, ABOUT.format(number=number, all=len(read_list()), others=len(results) - number), columns, table
+    )
     totals = _totals(results)
     lines = [
         f"| {what} | {len(proven)} of {len(proven) + len(others)} "

@@ -82,14 +82,14 @@ TITLE = "Supported models"
 ABOUT = """\
 Written by `python -m benchmarks.support.timm_models`. Rows: timm models with random weights, in float64, on images of
 64 or 128 pixels where the model takes them: {number} models with attention, of {all} in the list with one variant of
-every family, and {others} without it. Columns: kinds of [units](../concepts/groups.md). In every group about half of the units are removed, an odd
-number (for block: whole blocks). **proven**: the logits equal those of literal removal (difference below 1e-10 of the
-largest logit), parameters and MACs decrease by the amounts that the groups state, gradients are finite, and the model
-is the same after saving and loading; in brackets: modules whose units of this kind are left out. **refused** N: not
-supported, for reason N below. **-**: the model has no such units. Last but one column: CPU time to find all groups. The
-last column: Torch-Pruning's MagnitudePruner on the same model, half of the channels, the classifier ignored, numbers of
-heads given for the layers of queries, keys and values. Models above 150 million parameters have two blocks if timm
-takes a depth."""
+every family, and {others} without it. Columns: kinds of [units](../concepts/groups.md). In every group about half of
+the units are removed, an odd number (for block: whole blocks). **proven**: the logits equal those of literal removal
+(difference below 1e-10 of the largest logit), parameters and MACs decrease by the amounts that the groups state,
+gradients are finite, and the model is the same after saving and loading; in brackets: modules whose units of this
+kind are left out. **refused** N: not supported, for reason N below. **-**: the model has no such units. Last but one
+column: CPU time to find all groups. The last column: Torch-Pruning's MagnitudePruner on the same model, half of the
+channels, the classifier ignored, numbers of heads given for the layers of queries, keys and values. Models above 150
+million parameters have two blocks if timm takes a depth."""
 
 
 def main() -> None:

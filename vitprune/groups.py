@@ -91,7 +91,7 @@ class Group:
 
     Attributes:
         name: Unique name; masks and scores are stored by it.
-        kind: Weight, ffn, attention, head, residual, block or branch.
+        kind: weight, ffn, attention, head, residual, block or branch.
         shape: Shape of scores and masks. For attention channels it is (heads, head_dim), and all heads must keep the
             same number of channels.
         slices: Slices of parameters that are zeroed or cut out with the units.

@@ -60,10 +60,10 @@ def after_trial(model: nn.Module, groups: Sequence[Group]) -> list[Group]:
         known = _CLASSES.value_for(model, lambda model: {})
         if names not in known:
             known[names] = _proven_classes(model, groups) or error
-        found = known[names]
-        if isinstance(found, BadInput):
-            raise BadInput(str(found)) from None
-        return [_with_classes(group, found) for group in groups]
+        classes = known[names]
+        if isinstance(classes, BadInput):
+            raise BadInput(str(classes)) from None
+        return [_with_classes(group, classes) for group in groups]
     return groups
 
 

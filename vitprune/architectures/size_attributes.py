@@ -39,7 +39,7 @@ class SizeAttribute:
         path: Path of the module below the owner.
         name: Name of the attribute; config.NAME for an entry of the module's configuration, of which it gets a copy.
         index: Position in a tuple or list; None for a number.
-        role: Heads, width (channels of a head) or both for a multiple of it, or scale for width ** -0.5.
+        role: heads, width (channels of a head) or both for a multiple of it, or scale for width ** -0.5.
         value: Value before the cut.
     """
 
@@ -282,6 +282,17 @@ def _same_outputs(first: nn.Module, second: nn.Module, call: Call, tolerance: fl
         with torch.no_grad(), eval_mode(module):
             outputs.append(next(tensors_of(module(*args, **kwargs))))
     expected, output = outputs
+    return nearly_equal(output, expected, tolerance)
+
+
+def nearly_equal(output: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Return whether two tensors have one shape and differ by a fraction of the largest expected number at most.
+
+    Args:
+        output: A tensor.
+        expected: The tensor that it should be.
+        tolerance: The fraction.
+    """
     return expected.shape == output.shape and torch.allclose(
         output, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
     )

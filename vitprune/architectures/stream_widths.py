@@ -17,7 +17,7 @@ from timm.models.metaformer import Scale
 from torch import Tensor, nn
 
 from vitprune.architectures.inferred_widths import Classes, Observed, observed_sizes, set_class, with_inferred
-from vitprune.architectures.size_attributes import TOLERANCE, Call, random_module, with_values
+from vitprune.architectures.size_attributes import TOLERANCE, Call, nearly_equal, random_module, with_values
 from vitprune.architectures.tracing.cache import run_once
 from vitprune.architectures.tracing.fingerprint import fingerprint
 from vitprune.groups import CHANNEL_NORMS, Group, is_within, meta_copy, positions, resize_group, shrink, zero
@@ -219,8 +219,7 @@ def _are_equal(
     for axis, (size, left) in enumerate(zip(expected.shape, output.shape, strict=False)):
         if size != left and size in lengths:
             expected = expected.index_select(axis, lengths[size])
-    largest = float(expected.abs().max())
-    return expected.shape == output.shape and torch.allclose(output, expected, rtol=TOLERANCE, atol=TOLERANCE * largest)
+    return nearly_equal(output, expected, TOLERANCE)
 
 
 def _cut(value: Any, axes: dict[int, _Axis], is_narrow: bool) -> Any:

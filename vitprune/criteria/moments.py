@@ -131,7 +131,7 @@ def collect_layer_moments(
 
 
 def _warn_if_narrow(predicted: int, classes: int, images: int) -> None:
-    """Warn if the calibration images cover few of the model's classes: the fit does not protect the others."""
+    """Warn if the calibration images cover few of the model's classes: the pruned model may lose the others."""
     if classes >= MANY_CLASSES and predicted < NARROW * min(classes, images):
         warn(
             f"calibration: on these {images} images the model answers only {predicted} of its {classes} classes; "

@@ -56,7 +56,7 @@ def open_source(spec: str, classes: Sequence[str] | None = None, eval_source: st
     """Open an image source.
 
     Args:
-        spec: Digits, folder:PATH, parquet:PATH, wds/PATH or a timm dataset name.
+        spec: digits, folder:PATH, parquet:PATH, wds/PATH or a timm dataset name.
         classes: Class names by label; None to take those of the source.
         eval_source: A second source that provides the eval split.
 

@@ -63,7 +63,7 @@ def load_flow(project: Path, name: str) -> Any:
 
     Args:
         project: The project's directory.
-        name: Compress, retrain or sweep.
+        name: compress, retrain or sweep.
 
     Returns:
         The Prefect flow.

@@ -151,19 +151,11 @@ def available_kinds(model: nn.Module, kinds: Sequence[str], method: Method) -> t
 
 def _why_unavailable(model: nn.Module, kind: str, method: Method) -> str:
     """Return why no group of a kind can be pruned; empty if one can."""
-    reasons = []
     try:
-        groups = find_groups(model, [kind])
+        groups = scorable_groups(model, find_groups(model, [kind]), method)
     except BadInput as error:
         return str(error)
-    for group in groups:
-        try:
-            if method.check_group is not None:
-                method.check_group(model, group)
-            return ""
-        except BadInput as error:
-            reasons.append(str(error))
-    return reasons[0] if reasons else "the model has no group of this kind"
+    return "" if groups else "the model has no group of this kind"
 
 
 def cycle_state(dense: nn.Module, plan: Plan, number: int = 1, masks: Masks | None = None) -> CycleState:

@@ -30,11 +30,11 @@ from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
 from vitprune.pruning.auto import auto_method
 from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores
-from vitprune.pruning.methods import CRITERIA, method_named
+from vitprune.pruning.methods import CRITERIA, Method, method_named
 from vitprune.pruning.plan import Plan, plan_for
 from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune_cycles import Cycle, prune_cycles
-from vitprune.pruning.unusable_groups import scorable_groups, unusable_groups
+from vitprune.pruning.unusable_groups import unusable_groups
 from vitprune.runtime.eval_mode import eval_mode, scoring_mode
 from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.model_checks import checked_model, float_type
@@ -224,17 +224,18 @@ def prune(
     settings |= {"correct_norms": correct_norms, "classes": None if classes is None else list(classes)}
     settings["reconstruct"] = ReconstructConfig() if reconstruct is True else reconstruct or None
     settings["allocation"] = AllocationConfig() if allocation is True else allocation or None
+    used = method_named(method)
     pruned = working_copy(model)
-    if method_named(method).records_layers:
+    if used.records_layers:
         call_output_projections(pruned)
     if example_input is not None:
         example_input = checked_input("example_input", example_input, pruned)
     batches: Batches = checked_batches(calibration, pruned)
     set_input_size(pruned, example_input if example_input is not None or not batches else batches[0][0])
     if within is not None:
-        settings["rules"] = [*rules, *_outside(pruned, within, kinds or method_named(method).kinds, method)]
+        settings["rules"] = [*rules, *_outside(pruned, within, kinds or used.kinds, used)]
     if kinds is None and not isinstance(sparsity, Mapping):
-        available, skipped = available_kinds(pruned, method_named(method).kinds, method_named(method))
+        available, skipped = available_kinds(pruned, used.kinds, used)
         if not available:
             raise BadInput(next(iter(skipped.values())))
         settings["kinds"] = available if skipped else None
@@ -271,14 +272,13 @@ def _usable(model: nn.Module, plan: Plan, images: Tensor) -> tuple[Plan, dict[st
         BadInput: it can score none.
     """
     groups = all_groups(model, plan, list(plan.sparsity))
-    scorable_groups(model, groups, plan.method)
     reasons = unusable_groups(model, groups, images, plan.method)
     if groups and len(reasons) == len(groups):
         raise BadInput(next(iter(reasons.values())))
     return replace(plan, left_out=frozenset(reasons)), reasons
 
 
-def _outside(model: nn.Module, within: str, kinds: Sequence[str], method: str) -> list[dict[str, object]]:
+def _outside(model: nn.Module, within: str, kinds: Sequence[str], method: Method) -> list[dict[str, object]]:
     """Rule that ignores all groups outside a module; none if there is no group outside.
 
     Raises:
@@ -286,9 +286,7 @@ def _outside(model: nn.Module, within: str, kinds: Sequence[str], method: str) -
     """
     if within not in dict(model.named_modules()) or not within:
         raise BadInput(f"within {within!r}: the model has no module of this name; give a path of named_modules")
-    groups = [
-        group for kind in available_kinds(model, kinds, method_named(method))[0] for group in find_groups(model, [kind])
-    ]
+    groups = [group for kind in available_kinds(model, kinds, method)[0] for group in find_groups(model, [kind])]
     inside = [group for group in groups if is_within(group.name, [within])]
     if groups and not inside:
         raise BadInput(f"within {within!r}: has no groups of kind {', '.join(kinds)}; vitprune check lists the groups")
@@ -308,7 +306,7 @@ def _deadline(start: float, budget: Quantity | None, reconstruct: ReconstructCon
 
 
 def working_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model inside its wrappers, in float32 if it is in half precision.
+    """Return a copy of a model without its wrappers; a model in half precision is converted to float32.
 
     Raises:
         BadInput: the model cannot be scored, pruned or saved, see `checked_model`.

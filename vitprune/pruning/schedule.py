@@ -20,7 +20,7 @@ def sparsities(
     Args:
         final: Sparsity after the last cycle.
         cycles: Number of cycles.
-        shape: Linear or cubic.
+        shape: linear or cubic.
         initial: Sparsity after the first cycle. x then is 0, 1/(n - 1), ..., 1 between `initial` and `final`.
         steps: The sparsity of every cycle, instead of a shape.
 

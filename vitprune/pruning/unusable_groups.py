@@ -29,10 +29,6 @@ def scorable_groups(model: nn.Module, groups: Sequence[Group], method: Method) -
         BadInput: all groups of a kind are refused.
     """
     refused = _refused(model, groups, method)
-    for kind in dict.fromkeys(group.kind for group in groups):
-        reasons = [refused.get(group.name, "") for group in groups if group.kind == kind]
-        if all(reasons):
-            raise BadInput(reasons[0])
     return [group for group in groups if group.name not in refused]
 
 
@@ -49,15 +45,17 @@ def unusable_groups(model: nn.Module, groups: Sequence[Group], images: Tensor, m
         method: The method.
 
     Raises:
-        BadInput: the forward pass has no gradients.
+        BadInput: all groups of a kind are refused, or the forward pass has no gradients.
     """
+    refused = _refused(model, groups, method)
     reasons = {} if method.criterion in DATA_FREE else _without_effect(model, groups, images)
-    for name, why in _refused(model, groups, method).items():
+    for name, why in refused.items():
         reasons[name] = why.partition(";")[0].removeprefix(f"{name}: ")
     return {name: f"{name}: {why}; it is not pruned" for name, why in reasons.items()}
 
 
 def _refused(model: nn.Module, groups: Sequence[Group], method: Method) -> dict[str, str]:
+    """Return the groups that the method's check refuses, with the reason; raise the first one if it refuses a kind."""
     result = {}
     for group in groups:
         try:
@@ -65,6 +63,10 @@ def _refused(model: nn.Module, groups: Sequence[Group], method: Method) -> dict[
                 method.check_group(model, group)
         except BadInput as error:
             result[group.name] = str(error)
+    for kind in dict.fromkeys(group.kind for group in groups):
+        reasons = [result.get(group.name, "") for group in groups if group.kind == kind]
+        if all(reasons):
+            raise BadInput(reasons[0])
     return result
 
 

@@ -156,7 +156,7 @@ class ChannelGraph:
 
     @cached_property
     def _normalized(self) -> dict[int, str]:
-        """Description of the norm by representative of a label."""
+        """Descriptions of the norms over sets of channels, by representative of the set."""
         result: dict[int, str] = {}
         for labels, module in self._trace.normalized:
             result |= dict.fromkeys(self._trace.sets.find_unique([labels]), module)

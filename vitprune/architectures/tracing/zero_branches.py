@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitprune.architectures.tracing.op_rules import ADDITIONS, REARRANGEMENTS
@@ -164,6 +165,17 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+@contextmanager
+def _hooked(handles: Sequence[RemovableHandle], after: Callable[[Any, _Call, Any], None]) -> Iterator[None]:
+    """Call a function after every operation while the context is open; remove the hooks at its end."""
+    try:
+        with _Mode(after):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Run:
     """First pass: which modules are branches."""
 
@@ -176,7 +188,7 @@ class _Run:
             if any(True for _ in module.parameters()) and any(is_within(path, [b]) and path != b for b in blocks)
         ]
         self._streams: list[tuple[str, TrackedInput]] = []  # of the blocks that run now
-        self._found: dict[str, _ZeroOutput] = {}
+        self._candidates: dict[str, _ZeroOutput] = {}
         self._active: list[_ZeroOutput] = []
         self._calls: Counter[str] = Counter()
         self._number = 0
@@ -184,15 +196,15 @@ class _Run:
     def branches(self) -> list[ResidualBranch]:
         """Return one branch per addition, in the order of the additions."""
         by_site: dict[int, _ZeroOutput] = {}
-        for found in self._found.values():
-            if found.failed or len(found.sites) != 1 or self._calls[found.path] != 1:
+        for candidate in self._candidates.values():
+            if candidate.failed or len(candidate.sites) != 1 or self._calls[candidate.path] != 1:
                 continue
-            best = by_site.get(found.sites[0])
-            if best is None or self._size(found.path) > self._size(best.path):
-                by_site[found.sites[0]] = found
+            best = by_site.get(candidate.sites[0])
+            if best is None or self._size(candidate.path) > self._size(best.path):
+                by_site[candidate.sites[0]] = candidate
         return [
-            ResidualBranch(found.path, found.block, found.shape, tuple(found.scaled))
-            for _, found in sorted(by_site.items())
+            ResidualBranch(candidate.path, candidate.block, candidate.shape, tuple(candidate.scaled))
+            for _, candidate in sorted(by_site.items())
         ]
 
     def _size(self, path: str) -> int:
@@ -207,12 +219,8 @@ class _Run:
             handles += [module.register_forward_hook(self._leave)]
         for path, module in self._inside:
             handles.append(module.register_forward_hook(self._start(path), with_kwargs=True))
-        try:
-            with _Mode(self._follow):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with _hooked(handles, self._follow):
+            yield
 
     def _enter(self, path: str) -> Callable[..., None]:
         def enter(module: nn.Module, inputs: Any) -> None:
@@ -224,7 +232,7 @@ class _Run:
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         path, _ = self._streams.pop()
-        self._active = [found for found in self._active if found.block != path]
+        self._active = [candidate for candidate in self._active if candidate.block != path]
 
     def _start(self, path: str) -> Callable[..., None]:
         def start(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -233,24 +241,24 @@ class _Run:
             if not self._streams or not values or not given:
                 return
             shape = _output_shape(given[0], output)
-            for found in self._active:  # modules between a branch and the stream
-                if shape is not None and all(value in found.zeros for value in [*given, *values]):
-                    found.scaled.append((path, shape))
+            for candidate in self._active:  # modules between a branch and the stream
+                if shape is not None and all(value in candidate.zeros for value in [*given, *values]):
+                    candidate.scaled.append((path, shape))
             if shape is not None and values[0] is not given[0]:
-                found = _ZeroOutput(path, self._streams[-1][0], shape)
-                found.zeros[values[0]] = True
+                candidate = _ZeroOutput(path, self._streams[-1][0], shape)
+                candidate.zeros[values[0]] = True
                 for value in values[1:]:
-                    found.others[value] = True
-                self._found[path] = found
-                self._active.append(found)
+                    candidate.others[value] = True
+                self._candidates[path] = candidate
+                self._active.append(candidate)
 
         return start
 
     def _follow(self, func: Any, call: _Call, result: Any) -> None:
         self._number += 1
-        for found in self._active:
-            found.follow(call, self._number, self._is_stream)
-        self._active = [found for found in self._active if not found.failed]
+        for candidate in self._active:
+            candidate.follow(call, self._number, self._is_stream)
+        self._active = [candidate for candidate in self._active if not candidate.failed]
         for _, stream in self._streams:
             stream.track(func, call.args, call.kwargs, result)
 
@@ -291,12 +299,8 @@ class _EffectRun:
                 handles.append(module.register_forward_hook(lambda *call: self._running.pop() and None))
             elif path and any(True for _ in module.parameters()):
                 handles.append(module.register_forward_hook(self._start(path)))
-        try:
-            with _Mode(self._follow):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with _hooked(handles, self._follow):
+            yield
 
     def _enter(self, path: str) -> Callable[..., None]:
         def enter(module: nn.Module, inputs: Any) -> None:

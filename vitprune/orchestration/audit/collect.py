@@ -201,7 +201,7 @@ def _download(client: MlflowClient, run: Run, folder: Path) -> None:
 
 
 def _check_out(collected: CollectedRun, worktree: Path) -> None:
-    """Check out the run's commit, then write over it the recorded files and the files of its dvc.lock."""
+    """Check out the run's commit, then replace files by the recorded ones and by those of its dvc.lock."""
     added = collected.commit and git(
         collected.project, "worktree", "add", "--detach", "--force", "--end-of-options", str(worktree), collected.commit
     )

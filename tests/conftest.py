@@ -55,8 +55,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Use one thread: small models are up to forty times slower when threads share busy cores."""
+    """Use one thread, in this process and those it starts: threads on busy cores are slow, and change the last bits."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

@@ -60,8 +60,8 @@ def assert_as_on_the_cpu(name: str, settings: Mapping[str, object], dtype: torch
     assert list(result.masks) == list(expected.masks)
     for group, mask in expected.masks.items():
         assert torch.equal(result.masks[group].cpu(), mask), group
-    for key, value in expected.model.state_dict().items():
-        torch.testing.assert_close(result.model.state_dict()[key].cpu(), value, rtol=1e-5, atol=1e-6)
+    for key, value in expected.model.state_dict().items():  # row_solve.EXCESS permits 1e-4 of a change of a weight
+        torch.testing.assert_close(result.model.state_dict()[key].cpu(), value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -157,7 +157,7 @@ def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     shapes = {
         name: shape for name, shape in recorded.items() if name not in inside and name.removesuffix(HEADS) in modules
     }
-    shapes |= {group.name: group.shape for group in groups}
+    shapes = {group.name: group.shape for group in groups} | shapes
     others = block_removal.removed_blocks(model) | branch_removal.removed_branches(model)
     return dict(sorted((others | token_merging.merged_tokens(model) | shapes).items()))
 

@@ -113,7 +113,7 @@ def _passes_until(
     seconds = []
     for rows in torch.split(torch.arange(len(images)), config.batch_size)[:TIMED_BATCHES]:
         start = time.perf_counter()
-        loss = _loss(model, dense, _views(images[rows], config).to(parameters[0].device), paths, config.stream_weight)
+        loss = _loss(model, dense, _views(images[rows].to(parameters[0].device), config), paths, config.stream_weight)
         torch.autograd.grad(loss, parameters, allow_unused=True)
         float(loss.detach())  # waits for the device
         seconds.append(time.perf_counter() - start)
@@ -138,7 +138,7 @@ def _passes(
     for _ in range(config.passes):
         losses = []
         for rows in torch.split(torch.randperm(len(images)), config.batch_size):
-            batch = _views(images[rows], config).to(device)
+            batch = _views(images[rows].to(device), config)
             lr = learning_rate(step + 1, config.passes * steps + 1, config.lr, 0.0, WARMUP_STEPS)
             loss = _loss(model, dense, batch, paths, config.stream_weight)
             losses.append(float(loss.detach()))
@@ -199,14 +199,15 @@ def _views(images: Tensor, config: ReconstructConfig) -> Tensor:
     from torchvision.transforms.v2 import RandomResizedCrop  # not for every stage
 
     crop = RandomResizedCrop(list(images.shape[-2:]), CROP_AREA, antialias=True)
-    flipped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    flip = torch.rand(len(images), 1, 1, 1) < 0.5  # drawn on the CPU: the same views on every device
+    flipped = torch.where(flip.to(images.device), images.flip(-1), images)
     views = torch.stack([crop(image) for image in flipped])
     return torch.stack([_mixed(view, other) for view, other in zip(views, views.roll(1, 0), strict=True)])
 
 
 def _mixed(view: Tensor, other: Tensor) -> Tensor:
     """A view with a rectangle of another one pasted into it (CutMix), a blend of both (mixup), or the view itself."""
-    draw, share = torch.rand(()), MAX_SHARE * torch.rand(())
+    draw, share = float(torch.rand(())), MAX_SHARE * float(torch.rand(()))
     if draw < PASTED:
         height, width = (max(1, int(size * share**0.5)) for size in view.shape[-2:])
         top, left = (int(torch.randint(0, room + 1, ())) for room in (view.shape[-2] - height, view.shape[-1] - width))

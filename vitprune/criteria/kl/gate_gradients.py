@@ -1,12 +1,12 @@
 """Hooks that give the gradient of the logits w.r.t. a multiplicative gate on each unit."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d, RmsNorm2d
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -14,6 +14,7 @@ from vitprune.errors import BadInput
 from vitprune.groups import REMOVED, Group, ParamSlice
 
 CENTERED_NORMS, RMS_NORMS = nn.LayerNorm, ("RMSNorm", "RmsNorm", "RmsNorm2d")
+ROUNDING = 1e-2  # of a norm computed in half precision
 Probe = tuple[str, str]  # path of a module, and the hooked value: input, query, norm or output
 Reader = Callable[[Tensor], Tensor]
 
@@ -227,7 +228,7 @@ def _output_hook(tape: GateTape, probe: Probe, width: int) -> Callable[[nn.Modul
         elif probe[1] == "output":
             reader = _over_all(output.detach(), tape.images)
         else:
-            reader = _statistics(module, inputs[0].detach(), tape.images)
+            reader = _statistics(probe[0], module, inputs[0].detach(), output.detach(), tape.images)
         return tape.watch(probe, output, reader).clone()  # what follows may change it in place
 
     return watch
@@ -259,25 +260,32 @@ def _over_pixels(value: Tensor) -> Reader:
     return read
 
 
-def _statistics(norm: Any, value: Tensor, images: int) -> Reader:
+def _statistics(path: str, norm: Any, value: Tensor, output: Tensor, images: int) -> Reader:
     """Sum the derivative of a norm w.r.t. a channel's weight in its mean and variance over tokens.
 
     With mean = sum(g x) / sum(g) and var = sum(g (x - mean)^2) / sum(g), at g = 1:
     dy_j/dg_c = -w_j / d * (xhat_c + xhat_j (xhat_c^2 - v) / 2), v = var / (var + eps); RMSNorm has no first term.
     """
-    pixels = isinstance(norm, LayerNorm2d | RmsNorm2d)
-    value = value.movedim(1, -1) if pixels else value
-    x = _at_least_float32(value).reshape(images, -1, value.shape[-1])  # (B, tokens, d)
-    centred = isinstance(norm, CENTERED_NORMS)
-    x = x - x.mean(dim=-1, keepdim=True) if centred else x
-    var = x.square().mean(dim=-1)  # (B, tokens)
-    scale = (var + norm.eps).rsqrt()
-    xhat = x * scale[..., None]
+    weight, centred = _at_least_float32(norm.weight.detach()), isinstance(norm, CENTERED_NORMS)
+    bias = getattr(norm, "bias", None)
+    for axis in (-1, 1):  # of tokens, of pixels
+        if value.shape[axis] != len(weight):
+            continue
+        x, expected = (_at_least_float32(t).movedim(axis, -1).reshape(images, -1, len(weight)) for t in (value, output))
+        x = x - x.mean(dim=-1, keepdim=True) if centred else x  # (B, tokens, d)
+        var = x.square().mean(dim=-1)  # (B, tokens)
+        scale = (var + norm.eps).rsqrt()
+        xhat = x * scale[..., None]
+        normalized = xhat * weight if bias is None else xhat * weight + _at_least_float32(bias.detach())
+        tolerance = ROUNDING * float(expected.abs().max())
+        if torch.allclose(normalized, expected, ROUNDING, tolerance) or not math.isfinite(tolerance):
+            break
+    else:
+        raise _unsupported(path, f"{type(norm).__name__} does more than normalize and scale its channels")
     share = var * scale.square()
-    weight = _at_least_float32(norm.weight.detach())
 
     def read(gradient: Tensor) -> Tensor:
-        weighted = _at_least_float32(gradient.movedim(1, -1) if pixels else gradient).reshape(xhat.shape) * weight
+        weighted = _at_least_float32(gradient.movedim(axis, -1)).reshape(xhat.shape) * weight
         along = (weighted * xhat).sum(dim=-1)  # (B, tokens)
         total = (torch.einsum("bt,btd->bd", along, xhat.square()) - (along * share).sum(dim=1, keepdim=True)) / 2
         if centred:

@@ -67,7 +67,8 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     config: dict[str, Any] = resolve_model_data_config(model)
     height, width = get_model_input_config(model)["input_size"][1:]
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = config["input_size"][0] if first is None else first.in_channels
+    transformed = getattr(model, "pretrained_cfg", {}).get("first_conv") == []  # no layer reads the image itself
+    channels = config["input_size"][0] if first is None or transformed else first.in_channels
     if (height, width) != tuple(config["input_size"][1:]):
         config["crop_pct"] = 1.0
     if channels == 1:

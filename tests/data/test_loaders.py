@@ -32,6 +32,8 @@ def test_data_config_has_the_actual_input_size() -> None:
         assert data.data_config(timm.create_model("visformer_tiny"))["input_size"] == (3, 224, 224)
         levit = timm.create_model("levit_128s", img_size=64)  # has an input size but no PatchEmbed
         assert data.data_config(levit)["input_size"] == (3, 64, 64)
+        frequencies = timm.create_model("csatv2")  # its first convolution reads coefficients of cosines
+        assert data.data_config(frequencies)["input_size"] == (3, 512, 512)
 
 
 @pytest.mark.parametrize("config", [GREY8, RGB32], ids=["grey", "colour"])

@@ -4,9 +4,12 @@ import sys
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
+from torch import nn
 
-from tests.support.model_zoo import ZOO
+from tests.support.model_zoo import ZOO, redrawn
+from tests.support.other_models import PixelNorm, PixelStream
 from vitprune import BadInput, cli, find_groups
 from vitprune.evaluation.check_model import check, make_test_model, random_odd_masks
 from vitprune.evaluation.check_removal import check_removal
@@ -111,3 +114,11 @@ def test_a_single_head_is_refused() -> None:
         "refused",
         "blocks.0.attn.heads: no group of kind 'head' has more than one unit, which cannot be removed",
     )
+
+
+@pytest.mark.parametrize("norm", [timm.layers.LayerNorm2d, timm.layers.LayerNormAct2d, PixelNorm])
+def test_the_reference_normalizes_the_channels_of_pixels(norm: type[nn.Module]) -> None:
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = redrawn(PixelStream(norm).double().eval(), 2)
+    groups = find_groups(model, ["residual"], inputs)
+    assert check_removal(model, groups, random_odd_masks(groups, 0.5), inputs).failures == ()

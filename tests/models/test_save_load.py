@@ -113,6 +113,14 @@ def test_a_loaded_model_equals_the_saved_one(saved: tuple[Path, dict[str, nn.Mod
         assert all(p.requires_grad for p in again.parameters())
 
 
+def test_a_single_head_that_the_trace_divides_otherwise_is_saved(tmp_path: Path) -> None:
+    model = redrawn(timm.create_model("bat_resnext26ts", num_classes=5), 0)  # one head: its channels look like heads
+    groups = find_groups(model, ["head"])
+    save(shrink(model, groups, random_masks(groups, 1)), tmp_path)
+    assert structure(load(tmp_path)) == structure(model)
+    assert structure(model)[groups[0].name] == (1,)
+
+
 def test_both_files_have_the_permissions_of_new_files(saved: tuple[Path, dict[str, nn.Module]], tmp_path: Path) -> None:
     (tmp_path / "new").touch()
     expected = (tmp_path / "new").stat().st_mode

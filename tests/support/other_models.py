@@ -32,6 +32,33 @@ class SmallImages(nn.Module):
         return self.encoder(patches, mask, shapes).last_hidden_state
 
 
+class PixelNorm(nn.LayerNorm):
+    """A norm over the channels of pixels, as ConvNeXt of transformers has it."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalize pixels (B, C, H, W)."""
+        return super().forward(pixels.movedim(1, -1)).movedim(-1, 1)
+
+
+class PixelStream(nn.Module):
+    """A residual stream (B, C, H, W) of as many channels as columns."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(norm(8), nn.Conv2d(8, 12, 1), nn.GELU(), nn.Conv2d(12, 8, 1)) for _ in range(2)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of images (B, 3, H, W)."""
+        x = self.stem(images)
+        for block in self.blocks:
+            x = x + block(x)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
 def _detr() -> nn.Module:
     backbone = transformers.ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1], out_features=["stage4"]

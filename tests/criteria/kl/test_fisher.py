@@ -3,7 +3,6 @@
 import copy
 import gc
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.model_zoo import batches, images, predict, redrawn, same_state, state, tiny
+from tests.support.other_models import PixelNorm, PixelStream
 from tests.support.plans import changed, context
 from tests.support.reference_kl import assert_fades, fisher_quadratic, gated_vit, kl
 from vitprune import BadInput, Group, data, find_groups
@@ -62,36 +62,11 @@ def test_residual_scores_equal_the_curvature_of_gated_streams(name: str) -> None
     assert_fades(model, inputs, groups, fisher_kl_per_image(model, groups, inputs, EVERY_CLASS))
 
 
-class Pixels(nn.LayerNorm):
-    """A norm over the channels of pixels, as ConvNeXt of transformers has it."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return super().forward(pixels.movedim(1, -1)).movedim(-1, 1)
-
-
-class OfPixels(nn.Module):
-    """A residual stream (B, C, H, W) of as many channels as columns."""
-
-    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(norm(8), nn.Conv2d(8, 12, 1), nn.GELU(), nn.Conv2d(12, 8, 1)) for _ in range(2)
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(images)
-        for block in self.blocks:
-            x = x + block(x)
-        logits: Tensor = self.head(x.mean((2, 3)))
-        return logits
-
-
 def test_norms_of_pixels_have_the_scores_of_their_axis_or_are_refused() -> None:
     inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     scores = []
-    for norm in (timm.layers.LayerNorm2d, Pixels, partial(timm.layers.LayerNormAct2d, apply_act=False, eps=1e-6)):
-        model = redrawn(OfPixels(norm).double().eval(), 2)
+    for norm in (timm.layers.LayerNorm2d, PixelNorm, partial(timm.layers.LayerNormAct2d, apply_act=False, eps=1e-6)):
+        model = redrawn(PixelStream(norm).double().eval(), 2)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
@@ -99,7 +74,7 @@ def test_norms_of_pixels_have_the_scores_of_their_axis_or_are_refused() -> None:
         scores.append(fisher_kl_per_image(model, group, inputs, EVERY_CLASS)[group[0].name])
     for other in scores[1:]:
         torch.testing.assert_close(other, scores[0], rtol=1e-9, atol=1e-18)
-    model = redrawn(OfPixels(timm.layers.LayerNormAct2d).double().eval(), 2)
+    model = redrawn(PixelStream(timm.layers.LayerNormAct2d).double().eval(), 2)
     with pytest.raises(BadInput, match=r"^blocks.0.0: LayerNormAct2d does more than normalize and scale its channels"):
         fisher_kl_per_image(model, find_groups(model, ["residual"], inputs), inputs, EVERY_CLASS)
 

@@ -69,7 +69,7 @@ def test_widths_are_searched_for_a_merging_model() -> None:
 def test_the_result_is_reconstructed_and_corrected_towards_all_tokens() -> None:
     model = tiny("vit")
     settings = {"calibration": batches(model, 4, 6), "merge_tokens": 6, "sparsity": {"residual": 0.25}}
-    config = ReconstructConfig(passes=3, lr=1e-3, views=False)
+    config = ReconstructConfig(passes=3, lr=1e-3, mirror=False)
     result = prune(model, "unit-obs", rotate_residual=True, correct_norms=True, reconstruct=config, **settings)
     facts = result.reconstruction
     assert facts["nats_after"] < facts["nats_before"]

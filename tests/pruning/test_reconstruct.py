@@ -39,6 +39,23 @@ def test_held_out_divergence_falls_and_zeros_remain(name: str) -> None:
     assert not pruned.training
 
 
+def test_the_dense_model_runs_once_per_image_and_mirror_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FEW.model_copy(update={"passes": 12})
+    losses, calls = [], []
+    for size in (1 << 30, 0):
+        dense, pruned, data = half("swin")
+        seen: list[int] = []
+        hook = dense.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(len(args[0])))
+        monkeypatch.setattr("vitprune.pruning.reconstruct.TARGET_BYTES", size)
+        losses.append([row["loss"] for row in reconstruct(pruned, dense, data, config).curve])
+        calls.append(sum(seen))
+        hook.remove()
+    fit, held, first = 15, 3, FEW.batch_size  # the first batch tells whether the outputs can be stored
+    assert calls[0] <= held + first + 2 * fit
+    assert calls[1] == held + 12 * fit
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_the_kept_pass_has_the_reported_divergence() -> None:
     dense, pruned, data = half("vit")
     result = reconstruct(pruned, dense, data, FEW)
@@ -138,7 +155,7 @@ def test_input_that_cannot_be_used_is_refused() -> None:
         reconstruct(pruned, dense, [(images(dense), torch.zeros(3).long())], FEW)
     with pytest.raises(BadInput, match=r"^prune.reconstruct: 0 images"):
         reconstruct(pruned, dense, [], FEW)
-    with pytest.raises(BadInput, match=r"^prune.reconstruct.views: the inputs are tokens"):
+    with pytest.raises(BadInput, match=r"^prune.reconstruct.mirror: the inputs are tokens"):
         reconstruct(pruned, dense, [(torch.zeros(9, 4).long(), torch.zeros(9))], FEW)
     broken = [(part * torch.inf, labels) for part, labels in data]
     with pytest.raises(NotFinite, match=r"^prune.reconstruct: the loss is not finite; lower lr or check the images$"):

@@ -115,7 +115,7 @@ def test_reconstruction_is_bit_identical_and_lowers_the_divergence() -> None:
     def run() -> vitprune.PruneResult:
         settings = {
             "method": "unit-obs",
-            "reconstruct": ReconstructConfig(passes=3, views=False, lr=1e-3, batch_size=4, holdout=5),
+            "reconstruct": ReconstructConfig(passes=3, mirror=False, lr=1e-3, batch_size=4, holdout=5),
         }
         return on(DEVICE, "vit", settings, torch.float32)
 

@@ -21,9 +21,8 @@ class ReconstructConfig(Section):
     batch_size: Count = 10
     """Images per step."""
 
-    views: bool = True
-    """Train on random crops and flips, a part of them mixed in pairs, for which the dense model is run again; false: on
-    the images as they are."""
+    mirror: bool = True
+    """Mirror half of the images of every batch, at random."""
 
     stream_weight: Annotated[float, Field(ge=0)] = 20.0
     """Weight of the mean relative squared error of the block outputs, beside the KL divergence of the logits."""

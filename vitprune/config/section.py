@@ -22,6 +22,7 @@ RENAMED = {  # keys of earlier versions -> their present names
     "prune.recover": "prune.finetune",
     "prune.correct": "prune.correct_norms",
     "prune.hold_zeros": "prune.keep_zeros",
+    "prune.reconstruct.views": "prune.reconstruct.mirror",
     "distill.hold_zeros": "distill.keep_zeros",
 }
 

@@ -25,9 +25,8 @@ from vitprune.training.finetune import zero_weights
 from vitprune.training.lr_schedule import learning_rate
 
 WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
-CROP_AREA = (0.35, 1.0)  # of the image
-PASTED, BLENDED, MAX_SHARE = 0.5, 0.3, 0.5  # shares of the views with a second image, and its largest share of the view
-MAX_PASSES, TIMED_BATCHES = 30, 3
+MAX_PASSES, TIMED_BATCHES = 48, 3
+TARGET_BYTES = 1 << 30  # of the dense model's outputs that are stored
 BASIS_IMAGES = 100
 EVALUATION_SHARE = 0.3  # time of an image's logits, relative to a training step
 
@@ -68,12 +67,12 @@ def reconstruct(
         dense: The dense model.
         batches: Calibration batches; labels are not used.
         config: The settings.
-        seed: Seed of the order of the images and of their views.
+        seed: Seed of the order of the images, and of which are mirrored.
         deadline: Time of `time.perf_counter` at which it should end: instead of `config.passes`, as many passes as are
             expected to fit, at most MAX_PASSES. The result then depends on the machine; `facts` has the number.
 
     Raises:
-        BadInput: there are fewer images than `config.holdout`, or they cannot be cropped.
+        BadInput: there are fewer images than `config.holdout`, or they have no mirror images.
         NotFinite: the loss is not finite.
 
     Source: ours; block-wise reconstruction (BRECQ, Li et al., ICLR 2021) over all blocks at once, with the KL
@@ -82,19 +81,19 @@ def reconstruct(
     device = next(model.parameters()).device
     held = held_out(batches, config)
     images = torch.cat([images for images, _ in batches])
-    if config.views and not images.is_floating_point():
-        raise BadInput("prune.reconstruct.views: the inputs are tokens, which cannot be cropped; set it to false")
+    if config.mirror and not images.is_floating_point():
+        raise BadInput("prune.reconstruct.mirror: the inputs are tokens, which have no mirror images; set it to false")
     fit, test = images[~held], images[held].to(device)
-    paths = _shared_blocks(model, dense)
     with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
         expected = _logits(dense, test, config.batch_size)
         nats, curve = [float(kl_divergence(_logits(model, test, config.batch_size), expected))], []
         bases = input_bases(model, _trained(model), torch.split(fit[:BASIS_IMAGES], config.batch_size))
+        targets = _Targets(dense, fit, _shared_blocks(model, dense), config.mirror)
         if deadline is not None:
-            config = config.model_copy(update={"passes": _passes_until(deadline, model, dense, fit, paths, config)})
-        torch.manual_seed(seed)  # after the timing, which draws views
+            config = config.model_copy(update={"passes": _passes_until(deadline, model, targets, config)})
+        torch.manual_seed(seed)
         best, kept = _state(model), 0
-        for row in track(_passes(model, dense, fit, paths, config, bases), "reconstructing", config.passes):
+        for row in track(_passes(model, targets, config, bases), "reconstructing", config.passes):
             nats.append(float(kl_divergence(_logits(model, test, config.batch_size), expected)))
             curve.append(row | {"held_out_nats": nats[-1]})
             if nats[-1] < nats[kept]:
@@ -105,42 +104,107 @@ def reconstruct(
     )
 
 
-def _passes_until(
-    deadline: float, model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], config: ReconstructConfig
-) -> int:
-    """Return the number of passes that fit; the gradients of a few batches are timed."""
+@dataclass
+class _Batch:
+    """Images of one step, with the dense model's logits and block outputs."""
+
+    images: Tensor
+    logits: Tensor
+    streams: Mapping[str, Tensor]
+
+
+class _Targets:
+    """Outputs of the dense model for the images and their mirror images; each is computed once if they can be stored.
+
+    Args:
+        dense: The dense model.
+        images: The images, (N, C, H, W).
+        paths: Paths of its blocks.
+        mirror: Whether half of the images of a batch are mirrored.
+    """
+
+    def __init__(self, dense: nn.Module, images: Tensor, paths: Sequence[str], mirror: bool) -> None:
+        self._dense, self.images, self.paths, self._mirror = dense, images, paths, mirror
+        self._device = next(dense.parameters()).device
+        self._stored: dict[tuple[int, bool], dict[str, Tensor]] = {}
+        self._storable: bool | None = None  # after the first batch
+
+    @property
+    def views(self) -> int:
+        """Number of different inputs of the dense model; 0 if its outputs are not stored."""
+        return len(self.images) * (1 + self._mirror) if self._storable else 0
+
+    def batch(self, rows: Tensor) -> _Batch:
+        """Return a batch of images, some of them mirrored at random."""
+        mirrored = torch.rand(len(rows)) < (0.5 if self._mirror else 0.0)  # drawn on the CPU: equal on all devices
+        images = self.images[rows].to(self._device)
+        if self._mirror:
+            images = torch.where(mirrored.view(-1, 1, 1, 1).to(self._device), images.flip(-1), images)
+        if not self._storable:
+            outputs = self._run(images)
+            if self._storable is None:
+                self._storable = self._fits(outputs, len(rows))
+            logits = outputs.pop("")
+            return _Batch(images, logits, outputs)
+        keys = list(zip(rows.tolist(), mirrored.tolist(), strict=True))
+        missing = [place for place, key in enumerate(keys) if key not in self._stored]
+        if missing:
+            outputs = self._run(images[missing])
+            for number, place in enumerate(missing):
+                self._stored[keys[place]] = {name: value[number].clone() for name, value in outputs.items()}
+        outputs = {name: torch.stack([self._stored[key][name] for key in keys]) for name in self._stored[keys[0]]}
+        logits = outputs.pop("")
+        return _Batch(images, logits, outputs)
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> dict[str, Tensor]:
+        """Outputs of the blocks by path, and the logits by the empty path."""
+        with _recorded(self._dense, self.paths) as outputs:
+            logits = self._dense(images)
+        return {"": logits, **outputs}
+
+    def _fits(self, outputs: Mapping[str, Tensor], images: int) -> bool:
+        by_image = all(value.dim() > 0 and len(value) == images for value in outputs.values())
+        size = sum(value.nbytes for value in outputs.values()) / images * len(self.images) * (1 + self._mirror)
+        return by_image and size <= TARGET_BYTES
+
+
+def _passes_until(deadline: float, model: nn.Module, targets: _Targets, config: ReconstructConfig) -> int:
+    """Return the number of passes that fit; the outputs and gradients of a few batches are timed."""
     parameters = _trained(model)
-    seconds = []
-    for rows in torch.split(torch.arange(len(images)), config.batch_size)[:TIMED_BATCHES]:
+    dense, step = [], []
+    for rows in torch.split(torch.arange(len(targets.images)), config.batch_size)[:TIMED_BATCHES]:
         start = time.perf_counter()
-        loss = _loss(model, dense, _views(images[rows].to(parameters[0].device), config), paths, config.stream_weight)
+        batch = targets.batch(rows)
+        float(batch.logits.sum())  # waits for the device
+        dense.append(time.perf_counter() - start)
+        loss = _loss(model, batch, config.stream_weight)
         torch.autograd.grad(loss, parameters, allow_unused=True)
-        float(loss.detach())  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    one_pass = min(seconds) * -(-len(images) // config.batch_size) * (1 + EVALUATION_SHARE / config.holdout)
-    return max(0, min(MAX_PASSES, int((deadline - time.perf_counter()) / one_pass)))
+        float(loss.detach())
+        step.append(time.perf_counter() - start - dense[-1])
+    number = len(targets.images)
+    steps, left = -(-number // config.batch_size), deadline - time.perf_counter()
+    one_pass = steps * (min(step) + EVALUATION_SHARE / config.holdout * (min(step) + min(dense)))
+    if targets.views:
+        left -= targets.views / config.batch_size * min(dense)
+    else:
+        one_pass += steps * min(dense)
+    return max(0, min(MAX_PASSES, int(left / one_pass)))
 
 
 def _passes(
-    model: nn.Module,
-    dense: nn.Module,
-    images: Tensor,
-    paths: Sequence[str],
-    config: ReconstructConfig,
-    bases: Mapping[nn.Parameter, Tensor],
+    model: nn.Module, targets: _Targets, config: ReconstructConfig, bases: Mapping[nn.Parameter, Tensor]
 ) -> Iterator[dict[str, float]]:
     """Train pass by pass; yield step, mean loss and learning rate after every pass."""
-    device = next(model.parameters()).device
     parameters = _trained(model)
     optimizer, removed = RotatedAdam(parameters, bases, BETAS), _removed(model)
-    steps = -(-len(images) // config.batch_size)
+    steps = -(-len(targets.images) // config.batch_size)
     step = 0
     for _ in range(config.passes):
         losses = []
-        for rows in torch.split(torch.randperm(len(images)), config.batch_size):
-            batch = _views(images[rows].to(device), config)
+        for rows in torch.split(torch.randperm(len(targets.images)), config.batch_size):
             lr = learning_rate(step + 1, config.passes * steps + 1, config.lr, 0.0, WARMUP_STEPS)
-            loss = _loss(model, dense, batch, paths, config.stream_weight)
+            loss = _loss(model, targets.batch(rows), config.stream_weight)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise NotFinite("prune.reconstruct: the loss is not finite; lower lr or check the images", 0, step)
@@ -177,44 +241,17 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(result))
 
 
-def _loss(model: nn.Module, dense: nn.Module, images: Tensor, paths: Sequence[str], weight: float) -> Tensor:
-    with torch.no_grad(), _recorded(dense, paths) as targets:
-        expected = dense(images)
-    with torch.enable_grad(), _recorded(model, paths) as outputs:
-        divergence = kl_divergence(model(images), expected)
+def _loss(model: nn.Module, batch: _Batch, weight: float) -> Tensor:
+    with torch.enable_grad(), _recorded(model, list(batch.streams)) as outputs:
+        divergence = kl_divergence(model(batch.images), batch.logits)
         pairs = [
-            (outputs[path], targets[path])
-            for path in paths
-            if path in outputs and path in targets and outputs[path].shape == targets[path].shape
+            (outputs[path], target)
+            for path, target in batch.streams.items()
+            if path in outputs and outputs[path].shape == target.shape
         ]
         errors = [(output - target).square().mean() / target.var() for output, target in pairs]
         loss: Tensor = divergence + weight * torch.stack(errors).mean() if errors else divergence
         return loss
-
-
-def _views(images: Tensor, config: ReconstructConfig) -> Tensor:
-    """Random crops and flips of images (B, C, H, W), some mixed; the images themselves without `config.views`."""
-    if not config.views:
-        return images
-    from torchvision.transforms.v2 import RandomResizedCrop  # not for every stage
-
-    crop = RandomResizedCrop(list(images.shape[-2:]), CROP_AREA, antialias=True)
-    flip = torch.rand(len(images), 1, 1, 1) < 0.5  # drawn on the CPU: the same views on every device
-    flipped = torch.where(flip.to(images.device), images.flip(-1), images)
-    views = torch.stack([crop(image) for image in flipped])
-    return torch.stack([_mixed(view, other) for view, other in zip(views, views.roll(1, 0), strict=True)])
-
-
-def _mixed(view: Tensor, other: Tensor) -> Tensor:
-    """A view with a rectangle of another one pasted into it (CutMix), a blend of both (mixup), or the view itself."""
-    draw, share = float(torch.rand(())), MAX_SHARE * float(torch.rand(()))
-    if draw < PASTED:
-        height, width = (max(1, int(size * share**0.5)) for size in view.shape[-2:])
-        top, left = (int(torch.randint(0, room + 1, ())) for room in (view.shape[-2] - height, view.shape[-1] - width))
-        mixed = view.clone()
-        mixed[:, top : top + height, left : left + width] = other[:, top : top + height, left : left + width]
-        return mixed
-    return view.lerp(other, share) if draw < PASTED + BLENDED else view
 
 
 def _shared_blocks(model: nn.Module, dense: nn.Module) -> list[str]:

@@ -39,7 +39,8 @@ from vitprune.pruning.reconstruct import reconstruct
 
 ROOT = Path(__file__).parents[2]
 Batches = Sequence[tuple[Tensor, Tensor]]
-SEEDS, WITHOUT, PASSES, EVALUATIONS = (0, 1, 2), -1, {200: 12, 1000: 3}, 100
+SEEDS, WITHOUT, PASSES, EVALUATIONS = (0, 1, 2), -1, {200: 18, 1000: 4}, 100
+LONGER = {"0.5x MACs": 2}  # times as many passes
 SCORE = ScoreConfig(memory_mb=4096)
 
 GOALS: dict[str, dict[str, Any]] = {
@@ -136,7 +137,7 @@ def measure(case: Case, goal: str, method: str, images: int, seeds: Sequence[int
     """Prune for one goal, then correct the norms, or reconstruct with every seed; evaluate each."""
     if not seeds:
         return
-    batches, config = case.calibration[images], ReconstructConfig(passes=1 if quick else PASSES[images])
+    batches, config = case.calibration[images], ReconstructConfig(passes=1 if quick else PASSES[images] * LONGER.get(goal, 1))
     start = time.perf_counter()
     if WITHOUT in seeds:
         model, _ = prune_once(case.dense, goal, method, batches)

@@ -12,10 +12,10 @@ class ReconstructConfig(Section):
 
     section: ClassVar[str] = "prune.reconstruct"
 
-    passes: Count = 12
+    passes: Count = 18
     """Passes over the images."""
 
-    lr: Annotated[float, Field(gt=0)] = 3e-4
+    lr: Annotated[float, Field(gt=0)] = 4e-4
     """Peak learning rate; it rises over ten steps and decays to zero by a cosine."""
 
     batch_size: Count = 10
@@ -24,8 +24,9 @@ class ReconstructConfig(Section):
     mirror: bool = True
     """Mirror half of the images of every batch, at random."""
 
-    stream_weight: Annotated[float, Field(ge=0)] = 20.0
-    """Weight of the mean relative squared error of the block outputs, beside the KL divergence of the logits."""
+    stream_weight: Annotated[float, Field(ge=0)] = 300.0
+    """Weight of the mean relative squared error of the block outputs, beside the KL divergence of the logits. A few
+    hundred images overfit the logits."""
 
     holdout: Annotated[int, Field(ge=2)] = 10
     """Every n-th image is held out. The weights with the least KL divergence on these images are kept, those before the

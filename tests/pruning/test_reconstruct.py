@@ -155,7 +155,9 @@ def test_input_that_cannot_be_used_is_refused() -> None:
         reconstruct(pruned, dense, [(images(dense), torch.zeros(3).long())], FEW)
     with pytest.raises(BadInput, match=r"^prune.reconstruct: 0 images"):
         reconstruct(pruned, dense, [], FEW)
-    with pytest.raises(BadInput, match=r"^prune.reconstruct.mirror: the inputs are tokens"):
+    with pytest.raises(
+        BadInput, match=r"^prune.reconstruct.mirror: the inputs are not images .B, C, H, W.; set it to false$"
+    ):
         reconstruct(pruned, dense, [(torch.zeros(9, 4).long(), torch.zeros(9))], FEW)
     broken = [(part * torch.inf, labels) for part, labels in data]
     with pytest.raises(NotFinite, match=r"^prune.reconstruct: the loss is not finite; lower lr or check the images$"):

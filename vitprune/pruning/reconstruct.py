@@ -81,8 +81,8 @@ def reconstruct(
     device = next(model.parameters()).device
     held = held_out(batches, config)
     images = torch.cat([images for images, _ in batches])
-    if config.mirror and not images.is_floating_point():
-        raise BadInput("prune.reconstruct.mirror: the inputs are tokens, which have no mirror images; set it to false")
+    if config.mirror and (images.dim() != 4 or not images.is_floating_point()):
+        raise BadInput("prune.reconstruct.mirror: the inputs are not images (B, C, H, W); set it to false")
     fit, test = images[~held], images[held].to(device)
     with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
         expected = _logits(dense, test, config.batch_size)
@@ -140,21 +140,20 @@ class _Targets:
         images = self.images[rows].to(self._device)
         if self._mirror:
             images = torch.where(mirrored.view(-1, 1, 1, 1).to(self._device), images.flip(-1), images)
-        if not self._storable:
-            outputs = self._run(images)
-            if self._storable is None:
-                self._storable = self._fits(outputs, len(rows))
-            logits = outputs.pop("")
-            return _Batch(images, logits, outputs)
         keys = list(zip(rows.tolist(), mirrored.tolist(), strict=True))
+        outputs = self._recall(images, keys) if self._storable else self._run(images)
+        if self._storable is None:
+            self._storable = self._fits(outputs, len(rows))
+        logits = outputs.pop("")
+        return _Batch(images, logits, outputs)
+
+    def _recall(self, images: Tensor, keys: Sequence[tuple[int, bool]]) -> dict[str, Tensor]:
         missing = [place for place, key in enumerate(keys) if key not in self._stored]
         if missing:
             outputs = self._run(images[missing])
             for number, place in enumerate(missing):
                 self._stored[keys[place]] = {name: value[number].clone() for name, value in outputs.items()}
-        outputs = {name: torch.stack([self._stored[key][name] for key in keys]) for name in self._stored[keys[0]]}
-        logits = outputs.pop("")
-        return _Batch(images, logits, outputs)
+        return {name: torch.stack([self._stored[key][name] for key in keys]) for name in self._stored[keys[0]]}
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> dict[str, Tensor]:

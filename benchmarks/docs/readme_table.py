@@ -58,25 +58,27 @@ def one_shot(about: str, goal: str, theirs: str = "magnitude") -> Figure:
     return Figure(about, "oneshot", ours, other, "magnitude")
 
 
-def structured(about: str, goal: str, peers: str, ours: Value | None = None) -> Figure:
+def structured(about: str, goal: str, peers: str, ours: Value | None = None, but: str = "") -> Figure:
     """Return a row for units, by default the best of ours, compared with the best of Torch-Pruning's settings."""
     best = Value("peers", f"{peers}: (?!.*calibration).*(?<!MACs)(?<!params)", max)
     value = ours or Value("structured", f"best of ours, {goal}")
-    whose = "Torch-Pruning, best setting" + (", all tokens" if ours else "")
-    return Figure(about, value.results, value, best, whose)
+    return Figure(about, value.results, value, best, f"Torch-Pruning, best setting{but}")
 
 
 def merging(macs: str, merged: int) -> Figure:
     """Return a row for units removed from a model that merges tokens."""
     about = f"{macs} MACs, {merged} tokens merged before every block but the first"
     goal = f"{macs} MACs"
-    return structured(about, goal, goal, Value("token_merging", f"{goal}, {merged} merged"))
+    return structured(about, goal, goal, Value("token_merging", f"{goal}, {merged} merged"), ", all tokens")
+
+
+FITTED = ", fitted to the dense model on 200 images without labels"
 
 
 FIGURES = (
     one_shot("50 % of the weights zero", "50 %"),
     Figure(
-        "2:4 pattern, fitted to the dense model on 200 images without labels",
+        "2:4 pattern" + FITTED,
         "label_free",
         Value("label_free", r"2:4, obc, 200 images, seed \d"),
         Value("oneshot", "n:m, 2:4"),
@@ -84,6 +86,13 @@ FIGURES = (
     ),
     structured("50 % of the FFN units removed", "50 % of FFN", "50% of ffn"),
     structured("0.7x MACs", "0.7x MACs", "0.7x MACs"),
+    structured(
+        "0.5x MACs" + FITTED,
+        "0.5x MACs",
+        "0.5x MACs",
+        Value("label_free", r"0.5x MACs, unit-obs, 200 images, seed \d"),
+        ", not fitted",
+    ),
     merging("0.7x", 8),
     merging("0.5x", 16),
     Figure(

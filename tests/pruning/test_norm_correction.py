@@ -3,11 +3,13 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tests.support.model_zoo import batches, tiny
+from tests.support.model_zoo import batches, redrawn, tiny
+from tests.support.other_models import PixelNorm, PixelStream
 from tests.support.plans import context, plan_for
 from vitprune import BadInput, find_groups
 from vitprune.architectures.stream_rotation import rotate_stream
@@ -53,13 +55,34 @@ def test_gradients_equal_those_of_single_images_and_parameters(name: str) -> Non
         other = rotate_stream(other, torch.eye(48))
     given = batches(model)
     target = dense_logits(model, given)
-    layers = module._layers(other)
+    layers = module._layers(other, given[0][0][:1])
     names = [key for layer in layers for key in layer.names]
     slopes, _ = module._system(other, layers, target, given, DEFAULT_CONTEXT)
     expected = slow_system(other, names, target, [images for images, _ in given], 0)
     torch.testing.assert_close(slopes, expected, rtol=1e-8, atol=1e-12)
     alone, _ = module._system(other, layers, target, given, context(memory=1))
     torch.testing.assert_close(alone, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [32, 40])  # as many columns as channels, and more
+@pytest.mark.parametrize("norm", [timm.layers.LayerNorm2d, PixelNorm, timm.layers.LayerNormAct2d])
+def test_norms_of_pixels_are_corrected_along_their_channels(norm: type[nn.Module], size: int) -> None:
+    model = redrawn(PixelStream(norm).double().eval(), 2)
+    model.unused = nn.Linear(3, 4)
+    generator = torch.Generator().manual_seed(1)
+    given = [(torch.randn(3, 3, size, 32, dtype=torch.float64, generator=generator), torch.zeros(3)) for _ in range(2)]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.blocks[0][1].weight *= 1.3
+    target = dense_logits(model, given)
+    layers = module._layers(other, given[0][0][:1])
+    names = [key for layer in layers for key in layer.names]
+    with_activation = norm is timm.layers.LayerNormAct2d
+    assert ("blocks.0.0.weight" in names) != with_activation
+    assert "unused.bias" not in names
+    slopes, _ = module._system(other, layers, target, given, DEFAULT_CONTEXT)
+    expected = slow_system(other, names, target, [images for images, _ in given], 0)
+    torch.testing.assert_close(slopes, expected, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
@@ -84,7 +107,9 @@ def test_no_correction_without_an_error() -> None:
 def test_memory_limits_the_number_of_images() -> None:
     model, other = disturbed("vit")
     given = batches(model, 2, 8)
-    width = sum(other.get_parameter(name).numel() for layer in module._layers(other) for name in layer.names)
+    width = sum(
+        other.get_parameter(name).numel() for layer in module._layers(other, given[0][0][:1]) for name in layer.names
+    )
     few = correct_norms(other, dense_logits(model, given), given, context(memory=width * 8 * module.DIRECTIONS * 8))
     thinner = [(images[::2], labels[::2]) for images, labels in given]
     same = correct_norms(other, dense_logits(model, thinner), thinner, DEFAULT_CONTEXT)

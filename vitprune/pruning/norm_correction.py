@@ -5,7 +5,7 @@ parameters for a few hundred images; the damping is selected by cross-validation
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from vitprune.criteria import Batches, ScoringContext
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.criteria.moments import record_layer_io
+from vitprune.criteria.norm_axis import norm_axis
 from vitprune.errors import BadInput
 from vitprune.evaluation.logits import logits_of
 from vitprune.runtime.eval_mode import eval_mode, frozen
@@ -67,7 +68,7 @@ def correct_norms(model: nn.Module, target: Sequence[Tensor], batches: Batches, 
 
     Source: Gauss-Newton for UP-ViTs' score (equation 1) to second order; Martens 2020 for the Fisher matrix as metric.
     """
-    layers = _layers(model)
+    layers = _layers(model, batches[0][0][:1])
     names = [name for layer in layers for name in layer.names]
     width = sum(model.get_parameter(name).numel() for name in names)
     total = sum(len(images) for images, _ in batches)
@@ -102,13 +103,25 @@ class _Layer:
         return [f"{self.path}.{leaf}" for leaf, present in (("weight", self.scale), ("bias", self.shift)) if present]
 
 
-def _layers(model: nn.Module) -> list[_Layer]:
-    result = []
+def _layers(model: nn.Module, images: Tensor) -> list[_Layer]:
+    """Return the norms and layers with a bias that the logits depend on; norms that do more than normalize are not."""
+    layers, result = [], []
     for path, module in model.named_modules():
         scale = isinstance(module, nn.LayerNorm | RmsNorm) and module.weight is not None
         shift = isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv2d) and module.bias is not None
         if scale or shift:
-            result.append(_Layer(path, scale, shift, 1 if isinstance(module, nn.Conv2d) else -1))
+            layers.append(_Layer(path, scale, shift, 1 if isinstance(module, nn.Conv2d) else -1))
+    device = next(model.parameters()).device
+    with eval_mode(model), frozen(model), torch.enable_grad():
+        with record_layer_io(model, [layer.path for layer in layers], []) as (inputs, outputs):
+            logits = model(images.to(device))
+        layers = [layer for layer in layers if layer.path in outputs]
+        grads = torch.autograd.grad(logits.sum(), [outputs[layer.path] for layer in layers], allow_unused=True)
+    for layer, grad in zip(layers, grads, strict=True):
+        io, norm = (inputs[layer.path], outputs[layer.path]), model.get_submodule(layer.path)
+        axis = norm_axis(norm, *io) if layer.scale else layer.axis
+        if grad is not None and axis is not None:
+            result.append(replace(layer, axis=axis))
     return result
 
 
@@ -152,22 +165,20 @@ def _batch_system(
 
 def _parameter_grads(model: nn.Module, layer: _Layer, inputs: Tensor, grad: Tensor, images: int) -> Tensor:
     """Return the gradients w.r.t. a layer's scale and shift for every image, (images, values)."""
-    by_position = _by_position(grad, layer, images)
+    by_position = _by_position(grad, layer.axis, images)
     parts = []
     if layer.scale:
         norm: Any = model.get_submodule(layer.path)
-        if isinstance(norm, nn.LayerNorm):
-            normal = F.layer_norm(inputs, norm.normalized_shape, None, None, norm.eps)
-        else:
-            normal = F.rms_norm(inputs, norm.normalized_shape, None, norm.eps)
-        parts.append((by_position * _by_position(normal, layer, images)).sum(dim=1))
+        normalize = F.layer_norm if isinstance(norm, nn.LayerNorm) else F.rms_norm
+        normal = normalize(inputs.movedim(layer.axis, -1), norm.normalized_shape, eps=norm.eps)
+        parts.append((by_position * _by_position(normal, -1, images)).sum(dim=1))
     if layer.shift:
         parts.append(by_position.sum(dim=1))
     return torch.cat(parts, dim=1)
 
 
-def _by_position(value: Tensor, layer: _Layer, images: int) -> Tensor:
-    channels_last = value.movedim(layer.axis, -1)
+def _by_position(value: Tensor, axis: int, images: int) -> Tensor:
+    channels_last = value.movedim(axis, -1)
     # (images, positions, channels); windows of an image are neighbours
     return channels_last.reshape(images, -1, channels_last.shape[-1])
 

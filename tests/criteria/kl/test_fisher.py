@@ -75,7 +75,7 @@ def test_norms_of_pixels_have_the_scores_of_their_axis_or_are_refused() -> None:
     for other in scores[1:]:
         torch.testing.assert_close(other, scores[0], rtol=1e-9, atol=1e-18)
     model = redrawn(PixelStream(timm.layers.LayerNormAct2d).double().eval(), 2)
-    with pytest.raises(BadInput, match=r"^blocks.0.0: LayerNormAct2d does more than normalize and scale its channels"):
+    with pytest.raises(BadInput, match=r"^blocks.0.0: LayerNormAct2d does more than normalize, scale and shift"):
         fisher_kl_per_image(model, find_groups(model, ["residual"], inputs), inputs, EVERY_CLASS)
 
 

@@ -1,6 +1,5 @@
 """Hooks that give the gradient of the logits w.r.t. a multiplicative gate on each unit."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vitprune.criteria.norm_axis import norm_axis
 from vitprune.errors import BadInput
 from vitprune.groups import REMOVED, Group, ParamSlice
 
 CENTERED_NORMS, RMS_NORMS = nn.LayerNorm, ("RMSNorm", "RmsNorm", "RmsNorm2d")
-ROUNDING = 1e-2  # of a norm computed in half precision
 Probe = tuple[str, str]  # path of a module, and the hooked value: input, query, norm or output
 Reader = Callable[[Tensor], Tensor]
 
@@ -266,22 +265,15 @@ def _statistics(path: str, norm: Any, value: Tensor, output: Tensor, images: int
     With mean = sum(g x) / sum(g) and var = sum(g (x - mean)^2) / sum(g), at g = 1:
     dy_j/dg_c = -w_j / d * (xhat_c + xhat_j (xhat_c^2 - v) / 2), v = var / (var + eps); RMSNorm has no first term.
     """
+    axis = norm_axis(norm, value, output)
+    if axis is None:
+        raise _unsupported(path, f"{type(norm).__name__} does more than normalize, scale and shift its channels")
     weight, centred = _at_least_float32(norm.weight.detach()), isinstance(norm, CENTERED_NORMS)
-    bias = getattr(norm, "bias", None)
-    for axis in (-1, 1):  # of tokens, of pixels
-        if value.shape[axis] != len(weight):
-            continue
-        x, expected = (_at_least_float32(t).movedim(axis, -1).reshape(images, -1, len(weight)) for t in (value, output))
-        x = x - x.mean(dim=-1, keepdim=True) if centred else x  # (B, tokens, d)
-        var = x.square().mean(dim=-1)  # (B, tokens)
-        scale = (var + norm.eps).rsqrt()
-        xhat = x * scale[..., None]
-        normalized = xhat * weight if bias is None else xhat * weight + _at_least_float32(bias.detach())
-        tolerance = ROUNDING * float(expected.abs().max())
-        if torch.allclose(normalized, expected, ROUNDING, tolerance) or not math.isfinite(tolerance):
-            break
-    else:
-        raise _unsupported(path, f"{type(norm).__name__} does more than normalize and scale its channels")
+    x = _at_least_float32(value).movedim(axis, -1).reshape(images, -1, len(weight))  # (B, tokens, d)
+    x = x - x.mean(dim=-1, keepdim=True) if centred else x
+    var = x.square().mean(dim=-1)  # (B, tokens)
+    scale = (var + norm.eps).rsqrt()
+    xhat = x * scale[..., None]
     share = var * scale.square()
 
     def read(gradient: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ def message_of(tmp_path: Path):
         *path, last = key.split(".")
         section = raw
         for part in path:
+            section[part] = section[part] or {}  # null: its defaults
             section = section[part]
         section.pop(last, None)
         if value is not ...:

@@ -1,6 +1,7 @@
 """Latency tables as files, and recorded from a tiny model."""
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,27 @@ def test_the_error_of_a_median_includes_noise_that_lasts() -> None:
     assert error_of_median(np.array([2.0])) == 0
 
 
-def test_groups_of_several_structures_get_rows_of_their_own() -> None:
+def set_ratio(monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+    """Let all narrower models have this fraction of the dense model's latency, whatever else the machine does."""
+
+    def times(calls: Sequence[Callable[[], object]], runs: int) -> list[list[float]]:
+        for call in calls:
+            call()
+        return [[ratio] * runs, [1.0] * runs]
+
+    monkeypatch.setattr("vitprune.evaluation.record_latency_table.alternating_times", times)
+
+
+def test_times_that_contradict_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_ratio(monkeypatch, 0.1)
+    with pytest.raises(
+        BadInput, match=r"^--runs 2: too few on a device that is busy \(latency table: the groups take 1.8"
+    ):
+        record_latency_table(tiny("swin").float(), "torch", kinds=["ffn"], runs=2)
+
+
+def test_groups_of_several_structures_get_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_ratio(monkeypatch, 0.9)
     table = record_latency_table(tiny("swin").float(), "torch", kinds=["ffn"], runs=5)
     assert {name: max(times) for name, times in table.times.items()} == {
         "layers.0.blocks.*.mlp": 96,

@@ -67,7 +67,7 @@ def record_latency_table(
 
     Raises:
         BadInput: the engine is unknown or not installed, or the model has no group of these kinds, or times of a kind
-            do not add up.
+            do not add up, or the measured times contradict each other.
     """
     check_engine(engine)
     if wrong := [kind for kind in kinds if kind not in ADDITIVE]:
@@ -92,8 +92,14 @@ def record_latency_table(
     latency = statistics.median([measurement.dense for measurement in times.values()])
     by_name = {name: _times_of(same, times, latency) for same in classes for name in _names(same, groups)}
     table = LatencyTable(latency, by_name)
+    try:
+        by_table = table.fraction(groups, half)
+    except BadInput as error:
+        raise BadInput(
+            f"--runs {runs}: too few on a device that is busy ({error}); use more, or an idle device"
+        ) from error
     check = f"every group at half width: {measured(half).ratio:.3f} of the dense model's latency measured, "
-    check += f"{table.fraction(groups, half):.3f} by this table"
+    check += f"{by_table:.3f} by this table"
     return replace(table, notes=(_conditions(engine, next(model.parameters()).device, batch_size, runs), check))
 
 

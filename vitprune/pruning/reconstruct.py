@@ -88,9 +88,11 @@ def reconstruct(
         expected = _logits(dense, test, config.batch_size)
         nats, curve = [float(kl_divergence(_logits(model, test, config.batch_size), expected))], []
         bases = input_bases(model, _trained(model), torch.split(fit[:BASIS_IMAGES], config.batch_size))
-        targets = _Targets(dense, fit, _shared_blocks(model, dense), config.mirror)
+        paths = _shared_blocks(model, dense)
         if deadline is not None:
-            config = config.model_copy(update={"passes": _passes_until(deadline, model, targets, config)})
+            timed = _Targets(dense, fit, paths, config.mirror)
+            config = config.model_copy(update={"passes": _passes_until(deadline, model, timed, config)})
+        targets = _Targets(dense, fit, paths, config.mirror)  # the same batches run as without a deadline
         torch.manual_seed(seed)
         best, kept = _state(model), 0
         for row in track(_passes(model, targets, config, bases), "reconstructing", config.passes):

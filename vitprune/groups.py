@@ -185,11 +185,11 @@ def index_grid(part: ParamSlice, units: int) -> Tensor:
 
 def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
     """Return the indices along the slice's axis that belong to the chosen units; `chosen` (units,) is boolean."""
-    found = []
+    indices = []
     for start, equal in part.with_equal_repetitions(chosen.numel()):
         grid = start + index_grid(equal, chosen.numel())
-        found.append(grid[chosen.cpu().view(1, equal.heads, 1, -1, 1).expand_as(grid)])
-    return torch.cat(found)
+        indices.append(grid[chosen.cpu().view(1, equal.heads, 1, -1, 1).expand_as(grid)])
+    return torch.cat(indices)
 
 
 def reordered_positions(part: ParamSlice, order: Tensor) -> Tensor:

@@ -137,10 +137,8 @@ def measure(case: Case, goal: str, method: str, images: int, seeds: Sequence[int
     """Prune for one goal, then correct the norms, or reconstruct with every seed; evaluate each."""
     if not seeds:
         return
-    batches, config = (
-        case.calibration[images],
-        ReconstructConfig(passes=1 if quick else PASSES[images] * LONGER.get(goal, 1)),
-    )
+    batches = case.calibration[images]
+    config = ReconstructConfig(passes=1 if quick else PASSES[images] * LONGER.get(goal, 1))
     start = time.perf_counter()
     if WITHOUT in seeds:
         model, _ = prune_once(case.dense, goal, method, batches)

@@ -17,6 +17,7 @@ from statistics import mean
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- benchmarks/docs/readme_table.py -->", "<!-- end -->"
 HEADER = ["", "vitprune", "compared with", "page"]
+FITTED = ", fitted to the dense model on 200 images without labels"
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ def one_shot(about: str, goal: str, theirs: str = "magnitude") -> Figure:
     return Figure(about, "oneshot", ours, other, "magnitude")
 
 
-def structured(about: str, goal: str, peers: str, ours: Value | None = None, but: str = "") -> Figure:
+def structured(about: str, goal: str, peers: str, ours: Value | None = None, note: str = "") -> Figure:
     """Return a row for units, by default the best of ours, compared with the best of Torch-Pruning's settings."""
     best = Value("peers", f"{peers}: (?!.*calibration).*(?<!MACs)(?<!params)", max)
     value = ours or Value("structured", f"best of ours, {goal}")
-    return Figure(about, value.results, value, best, f"Torch-Pruning, best setting{but}")
+    return Figure(about, value.results, value, best, f"Torch-Pruning, best setting{note}")
 
 
 def merging(macs: str, merged: int) -> Figure:
@@ -70,9 +71,6 @@ def merging(macs: str, merged: int) -> Figure:
     about = f"{macs} MACs, {merged} tokens merged before every block but the first"
     goal = f"{macs} MACs"
     return structured(about, goal, goal, Value("token_merging", f"{goal}, {merged} merged"), ", all tokens")
-
-
-FITTED = ", fitted to the dense model on 200 images without labels"
 
 
 FIGURES = (

@@ -30,7 +30,7 @@ _Axis = tuple[int, Tensor]  # an axis of a tensor, and its positions that are ke
 
 
 def classes_after_errors(groups: Sequence[Group], model: nn.Module, inputs: Tensor) -> Classes:
-    """Return classes for narrower streams: the reshape at which the model fails infers a size, until the model runs.
+    """Return classes for narrower streams; after every failed run, the reshape that failed infers its size.
 
     All modules of a class get the same sizes inferred.
 

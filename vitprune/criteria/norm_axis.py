@@ -12,7 +12,8 @@ ROUNDING = 1e-2  # of a norm computed in half precision
 def norm_axis(norm: nn.Module, inputs: Tensor, output: Tensor) -> int | None:
     """Return the axis over which a LayerNorm or RMSNorm normalizes.
 
-    The class does not tell it: norms of pixels are subclasses of norms of tokens in some libraries.
+    The class does not determine it: norms of pixels are subclasses of norms of tokens in some libraries. The first
+    image or window is compared with both formulas.
 
     Args:
         norm: The module, with `weight` and `eps`; subclasses of nn.LayerNorm subtract the mean, others do not.
@@ -26,7 +27,7 @@ def norm_axis(norm: nn.Module, inputs: Tensor, output: Tensor) -> int | None:
     for axis in (-1, 1):
         if inputs.shape[axis] != len(module.weight):
             continue
-        x, expected = (value.detach().movedim(axis, -1).double() for value in (inputs, output))
+        x, expected = (value[:1].detach().movedim(axis, -1).double() for value in (inputs, output))
         x = x - x.mean(dim=-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
         scale = (x.square().mean(dim=-1, keepdim=True) + (module.eps or 0.0)).rsqrt()
         bias = getattr(norm, "bias", None)

@@ -210,19 +210,19 @@ def print_check(name: str, kinds: Sequence[str] | None, ratios: Sequence[float],
             if row.ratio == ratios[0]:
                 sizes = f"changes {', '.join(row.sizes)}, " if row.sizes else ""
                 reasons += [f"{row.kind}: {row.groups} groups, {sizes}found in {row.seconds:.1f} s"]
-                reasons += [f"{row.kind}: left out: {why}" for why in _without_twins(row.left_out.values())]
+                reasons += [f"{row.kind}: left out: {why}" for why in _distinct(row.left_out.values())]
     console.print(table)
     for reason in reasons:
         console.print(f"[dim]{escape(reason)}", highlight=False)
     return not failed
 
 
-def _without_twins(reasons: Iterable[str]) -> list[str]:
-    """Return reasons that differ in more than numbers, as those of equal modules do not, with the number of others."""
-    twins: dict[str, list[str]] = {}
+def _distinct(reasons: Iterable[str]) -> list[str]:
+    """Return one of the reasons that differ in numbers alone, as for equal blocks, with the number of others."""
+    alike: dict[str, list[str]] = {}
     for why in reasons:
-        twins.setdefault(re.sub(r"\d+", "0", why), []).append(why)
-    return [why + (f" (and {len(others)} like it)" if others else "") for why, *others in twins.values()]
+        alike.setdefault(re.sub(r"\d+", "0", why), []).append(why)
+    return [why + (f" (and {len(others)} like it)" if others else "") for why, *others in alike.values()]
 
 
 def _cells(proof: RemovalCheck | None) -> list[str]:

@@ -126,7 +126,7 @@ class _Targets:
     """
 
     def __init__(self, dense: nn.Module, images: Tensor, paths: Sequence[str], mirror: bool) -> None:
-        self._dense, self.images, self.paths, self._mirror = dense, images, paths, mirror
+        self._dense, self.images, self._paths, self._mirror = dense, images, paths, mirror
         self._device = next(dense.parameters()).device
         self._stored: dict[tuple[int, bool], dict[str, Tensor]] = {}
         self._storable: bool | None = None  # after the first batch
@@ -160,7 +160,7 @@ class _Targets:
     @torch.no_grad()
     def _run(self, images: Tensor) -> dict[str, Tensor]:
         """Outputs of the blocks by path, and the logits by the empty path."""
-        with _recorded(self._dense, self.paths) as outputs:
+        with _recorded(self._dense, self._paths) as outputs:
             logits = self._dense(images)
         return {"": logits, **outputs}
 
@@ -183,8 +183,7 @@ def _passes_until(deadline: float, model: nn.Module, targets: _Targets, config: 
         torch.autograd.grad(loss, parameters, allow_unused=True)
         float(loss.detach())
         step.append(time.perf_counter() - start - dense[-1])
-    number = len(targets.images)
-    steps, left = -(-number // config.batch_size), deadline - time.perf_counter()
+    steps, left = -(-len(targets.images) // config.batch_size), deadline - time.perf_counter()
     one_pass = steps * (min(step) + EVALUATION_SHARE / config.holdout * (min(step) + min(dense)))
     if targets.views:
         left -= targets.views / config.batch_size * min(dense)
@@ -217,7 +216,7 @@ def _passes(
 
 
 def _removed(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the weights that have zeros, and where. Their gradients there count, since a rotation mixes them."""
+    """Return the weights that contain zeros, with masks of the zeros, whose gradients matter in a rotated basis."""
     zeros = zero_weights(model)
     return [(model.get_parameter(name), ~mask) for name, mask in zeros.masks.items()] if zeros else []
 

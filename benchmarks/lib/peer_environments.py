@@ -1,0 +1,71 @@
+"""Environments of other pruning libraries, and jobs that run in them."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.lib.deit_tiny import Batches
+
+PEERS = Path(__file__).parents[1] / "peers"
+ENVIRONMENTS = Path(__file__).parents[2] / ".venv-peers"
+
+
+def python_of(environment: str) -> Path:
+    """Return the Python of an environment; create it from benchmarks/peers/requirements/ENVIRONMENT.txt if needed.
+
+    The empty name is the environment of the benchmark.
+    """
+    if not environment:
+        return Path(sys.executable)
+    folder, requirements = ENVIRONMENTS / environment, PEERS / "requirements" / f"{environment}.txt"
+    installed = folder / "installed.txt"
+    if not installed.exists() or installed.read_text() != requirements.read_text():
+        venv.create(folder, clear=True, with_pip=True)
+        subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
+        installed.write_text(requirements.read_text())
+    return folder / "bin/python"
+
+
+def run_job(
+    folder: Path, environment: str, runner: str, spec: Mapping[str, Any], seconds: float
+) -> tuple[dict[str, Tensor], dict[str, Any]] | str:
+    """Run a runner on a job.
+
+    Args:
+        folder: The job's folder, with the files of `write_case`.
+        environment: Name of the environment.
+        runner: Name of the script in benchmarks/peers/runners.
+        spec: Contents of job.json.
+        seconds: Limit of wall time.
+
+    Returns:
+        The pruned weights and result.json, or the last line of the error.
+    """
+    (folder / "job.json").write_text(json.dumps(spec))
+    script, variables = PEERS / "runners" / f"{runner}.py", dict(os.environ)
+    variables.pop("PYTHONPATH", None)  # the peer's packages only
+    command = [python_of(environment), script, folder]
+    try:
+        process = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not finished in {seconds:.0f} s"
+    if process.returncode:
+        lines = process.stderr.strip().splitlines()
+        return lines[-1] if lines else f"ends with exit code {process.returncode}"
+    return load_file(folder / "pruned.safetensors"), json.loads((folder / "result.json").read_text())
+
+
+def write_case(folder: Path, weights: Mapping[str, Tensor], batches: Batches) -> None:
+    """Write the dense weights and the calibration images of all jobs."""
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    save_file({"images": images, "labels": labels}, folder / "images.safetensors")

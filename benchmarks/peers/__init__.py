@@ -1,0 +1,1 @@
+"""Other pruning libraries in environments of their own: requirements and runners."""

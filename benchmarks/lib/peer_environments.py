@@ -51,6 +51,7 @@ def run_job(
         The pruned weights and result.json, or the last line of the error.
     """
     (folder / "job.json").write_text(json.dumps(spec))
+    (folder / "result.json").unlink(missing_ok=True)
     script, variables = PEERS / "runners" / f"{runner}.py", dict(os.environ)
     variables.pop("PYTHONPATH", None)  # the peer's packages only
     command = [python_of(environment), script, folder]

@@ -17,7 +17,7 @@ def pruned(job: Job) -> Mapping[str, Tensor]:
     """Return the pruned weights."""
     if job.macs is not None:
         return fastnas(job)
-    config = {"data_loader": job.batches, "collect_func": lambda batch: batch[0], "*head*": None}
+    config = {"data_loader": job.batches, "collect_func": lambda batch: batch[0]}
     mode = MODES[job.method]
     kept = {"nn.Linear": {"*": {}, "*head*": None}, "nn.Conv2d": None}
     model = mts.sparsify(job.timm_model(), mode=[(mode, kept)], config=config)

@@ -153,7 +153,9 @@ def run(project: Project = Path(), stage_limit: StageLimit = None) -> None:
     rich_help_panel=PIPELINE, epilog="Example: vitprune sweep --methods channel-taylor,lamp --targets 0.5,macs=0.5"
 )
 def sweep(
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Sweep file; its stem names the sweep.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Sweep file; its name without suffix names the sweep.")
+    ] = None,
     project: Project = Path(),
     methods: Annotated[str | None, typer.Option(help="Without FILE: method names, separated by commas.")] = None,
     targets: Annotated[
@@ -161,7 +163,7 @@ def sweep(
     ] = None,
     against: Annotated[str, typer.Option(help="Without FILE: x-axis, throughput, macs or params.")] = "throughput",
     name: Annotated[str, typer.Option(help="Without FILE: name of the sweep.")] = "sweep",
-    jobs: Annotated[int, typer.Option(help="Runs at once; latencies are exact only with 1.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time; latencies are only reliable with 1.")] = 1,
     stage_limit: StageLimit = None,
     check: Annotated[bool, typer.Option("--check", help="Check the settings, print the runs, and stop.")] = False,
     clean: Annotated[bool, typer.Option("--clean", help="Remove the worktrees of the sweep, and stop.")] = False,
@@ -258,7 +260,9 @@ def init(
     method: Annotated[
         str | None, typer.Option(help="See vitprune methods.  [default: unit-obs; channel-taylor for digits]")
     ] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes, if the source does not say.")] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=1, help="Number of classes, if the source does not define it.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Settings to start from: a name of vitprune recipes, or a file.")
     ] = None,
@@ -377,7 +381,9 @@ def check(
             "weights are random."
         ),
     ],
-    ratios: Annotated[str, typer.Option(help="Shares of the units to remove, separated by commas.")] = "0.25,0.5,0.75",
+    ratios: Annotated[
+        str, typer.Option(help="Fractions of the units to remove, separated by commas.")
+    ] = "0.25,0.5,0.75",
     kinds: Annotated[str | None, typer.Option(help="Kinds of group, separated by commas.  [default: all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per kind and ratio.")] = False,
 ) -> None:

@@ -117,7 +117,7 @@ def _source(dataset: dict[str, Any] | None) -> str:
 
 
 def _headline(evaluation: dict[str, Any], source: str) -> tuple[str, str]:
-    lead = "no smaller"
+    lead = "not smaller"
     for key, words in (("macs", "MACs"), ("params", "parameters"), ("nonzero_params", "nonzero parameters")):
         dense, pruned = _pair(evaluation, key)
         if dense and pruned is not None and pruned <= 0.995 * dense:
@@ -190,7 +190,7 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
     lines = []
     if isinstance(value, bool):
         answer = Quantity("export.timm.loads_plain_timm", float(value), "yes" if value else "no")
-        lines.append(("Loads with plain timm", answer))
+        lines.append(("Can be loaded by plain timm", answer))
     for key, label in (("timm", "saved model"), ("onnx", "ONNX")):
         difference = _number(export, f"{key}.max_abs_diff")
         if difference is not None:

@@ -16,9 +16,9 @@ INK, MUTED, RULE, PAPER = "#1d2126", "#5d6670", "#e2dfd7", "#fcfbf8"  # of the r
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f3c8d", "#4d4d4d")
 SHAPES = ("o", "s", "D", "^", "v", "P", "X", "h")
 AXES = {
-    "throughput": ("Throughput, times the dense model's", "images per second"),
-    "macs": ("Non-zero MACs, times fewer than the dense model's", "G MACs"),
-    "params": ("Non-zero parameters, times fewer than the dense model's", "M parameters"),
+    "throughput": ("Throughput relative to the dense model", "images per second"),
+    "macs": ("Reduction factor of non-zero MACs relative to the dense model", "G MACs"),
+    "params": ("Reduction factor of non-zero parameters relative to the dense model", "M parameters"),
 }
 # candidate offsets of a label from its point, in half widths and half heights, the best first
 AROUND = (

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exclude all that was imported from garbage collections, which visit a million objects otherwise."""
+    """Exclude imported objects from garbage collections, which otherwise visit a million objects."""
     gc.collect()
     gc.freeze()
 
@@ -55,7 +55,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Use one thread, in this process and those it starts: threads on busy cores are slow, and change the last bits."""
+    """Use one thread, in this process and those that it starts: threads are slow on busy cores and change rounding."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -61,14 +61,14 @@ def test_the_default_damping_is_the_one_of_few_gradients(vit: nn.Module) -> None
         (lambda: TrainConfig(lr=1), "TrainConfig.epochs: Field required"),
     ],
 )
-def test_settings_made_in_python_are_refused_in_one_line(make: object, message: str) -> None:
+def test_invalid_settings_in_python_give_a_one_line_error(make: object, message: str) -> None:
     with pytest.raises(BadInput) as error:
         make()
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 
 
-def test_the_result_has_and_prints_what_was_reached(vit: nn.Module) -> None:
+def test_the_result_contains_and_prints_sparsity_and_cost(vit: nn.Module) -> None:
     before = state(vit)
     result = vitprune.prune(vit, "channel-magnitude", sparsity={"ffn": 0.5, "attention": 0.25})
     assert same_state(vit, before)
@@ -117,7 +117,7 @@ def test_the_default_prunes_the_kinds_that_a_model_has(name: str) -> None:
         assert f"left out: {kind} ({reason})" in str(result)
 
 
-def test_a_kind_that_was_asked_for_is_not_left_out() -> None:
+def test_a_requested_kind_is_not_left_out() -> None:
     model = redrawn(timm.create_model("eva02_tiny_patch14_224", num_classes=7, **SMALL["eva02_tiny_patch14_224"]), 0)
     assert set(vitprune.prune(model, "channel-magnitude", sparsity=0.5).skipped) == {"attention"}
     for options in ({"sparsity": 0.5, "kinds": ["ffn", "attention"]}, {"sparsity": {"ffn": 0.5, "attention": 0.5}}):
@@ -156,7 +156,7 @@ def test_finetune_with_a_teacher_approaches_it(vit: nn.Module) -> None:
     assert same_state(vit, before)
 
 
-def test_finetune_refuses_what_it_cannot_iterate_again(vit: nn.Module) -> None:
+def test_finetune_refuses_one_pass_iterators(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^loader: has no length; give a list or a DataLoader"):
         vitprune.finetune(vit, iter(batches(vit)), TrainConfig(epochs=1, lr=0.001))
 

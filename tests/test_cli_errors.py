@@ -70,7 +70,7 @@ def change(project: Path, key: str, value: object) -> None:
         ("calibrate.balance", "even", "calibrate.balance: "),
     ],
 )
-def test_invalid_params(project, refuse, key, value, message):
+def test_invalid_params_are_refused(project, refuse, key, value, message):
     change(project, key, value)
     assert message in refuse("dataset")
     assert "params.yaml" in refuse("dataset")
@@ -87,14 +87,14 @@ def test_invalid_params(project, refuse, key, value, message):
         ("prune.merge_heads_to", 2, "3 heads cannot merge into 2"),
     ],
 )
-def test_invalid_plans(project, refuse, key, value, message):
+def test_invalid_plans_are_refused(project, refuse, key, value, message):
     for stage in ("dataset", "dense", "calibrate"):
         stages.run(stage, project)
     change(project, key, value)
     assert message in refuse("score")
 
 
-def test_missing_params_yaml(tmp_path, monkeypatch, refuse):
+def test_a_missing_params_yaml_is_refused(tmp_path, monkeypatch, refuse):
     monkeypatch.chdir(tmp_path)
     assert "params.yaml: no such file" in refuse("dataset")
 
@@ -113,16 +113,16 @@ def test_a_missing_file_names_the_stage_that_writes_it(project, refuse):
         ("hearsay", "hearsay"),
     ],
 )
-def test_a_missing_image_source(project, refuse, spec, message):
+def test_a_missing_image_source_is_refused(project, refuse, spec, message):
     change(project, "dataset.source", spec)
     assert message in refuse("dataset")
 
 
-def test_a_missing_project(refuse):
+def test_a_missing_project_is_refused(refuse):
     assert "here: no such directory" in refuse("dataset", "--project", "here")
 
 
-def test_calibration_larger_than_the_data(project, refuse):
+def test_a_calibration_set_larger_than_the_data_is_refused(project, refuse):
     stages.run("dataset", project)
     change(project, "calibrate.size", 5000)
     message = refuse("calibrate")
@@ -130,7 +130,7 @@ def test_calibration_larger_than_the_data(project, refuse):
     assert "1438" in message
 
 
-def test_a_checkpoint_of_another_shape(project, refuse):
+def test_a_checkpoint_of_another_shape_is_refused(project, refuse):
     stages.run("dataset", project)
     stages.run("dense", project)
     weights = load_file("out/dense/model.safetensors")
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_another_shape(project, refuse):
     assert "other.safetensors: weight head.weight has shape [11, 48], the model needs [10, 48]" in message
 
 
-def test_a_broken_checkpoint(project, refuse):
+def test_a_broken_checkpoint_is_refused(project, refuse):
     stages.run("dataset", project)
     (project / "broken.safetensors").write_bytes(b"not tensors")
     change(project, "dense.checkpoint", "broken.safetensors")
@@ -149,13 +149,13 @@ def test_a_broken_checkpoint(project, refuse):
     assert "broken.safetensors: not a safetensors file" in refuse("dense")
 
 
-def test_an_unknown_timm_model(project, refuse):
+def test_an_unknown_timm_model_is_refused(project, refuse):
     stages.run("dataset", project)
     change(project, "model.name", "vit_enormous")
     assert "vit_enormous" in refuse("dense")
 
 
-def test_a_model_with_too_few_classes(project, refuse):
+def test_a_model_with_too_few_classes_is_refused(project, refuse):
     stages.run("dataset", project)
     change(project, "model.args.num_classes", 9)
     assert "model.args.num_classes: 9" in refuse("dense")
@@ -179,7 +179,7 @@ def test_an_unsupported_module_is_named(project, refuse):
     assert "blocks.0.attn.norm (LayerNorm): " in refuse("score")
 
 
-def test_a_loss_that_is_nan(project, refuse):
+def test_a_loss_that_is_nan_is_reported(project, refuse):
     stages.run("dataset", project)
     change(project, "dense.train.lr", 1e30)
     change(project, "dense.train.clip", None)
@@ -187,7 +187,7 @@ def test_a_loss_that_is_nan(project, refuse):
     assert not (project / "out/dense/model.safetensors").exists()
 
 
-def test_a_full_disk(project, refuse):
+def test_a_full_disk_is_reported(project, refuse):
     room = project / "room"
     room.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", room], capture_output=True).returncode:

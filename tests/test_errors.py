@@ -9,7 +9,7 @@ def test_a_message_is_one_printable_line() -> None:
     assert str(BadInput("Käfer/犬 1.png: ok")) == "Käfer/犬 1.png: ok"
 
 
-def test_a_long_message_keeps_its_begin_and_its_end() -> None:
+def test_a_long_message_keeps_its_beginning_and_end() -> None:
     line = str(BadInput("params.yaml: seed: got " + "9" * 1_000_000 + "; give a whole number"))
     assert len(line) == 1000
     assert line.startswith("params.yaml: seed: got 99")

@@ -41,7 +41,7 @@ def paths(model: nn.Module) -> list[str]:
 
 
 def giving_back(model: nn.Module, removed: list[str]) -> nn.Module:
-    """A copy in which these blocks give back what they are given, at their full size."""
+    """Return a copy in which these blocks return their input, at their full size."""
     model = copy.deepcopy(model)
     for path in removed:
         model.get_submodule(path).register_forward_hook(lambda block, given, output: given[0])
@@ -189,7 +189,7 @@ def test_a_model_with_removed_blocks_exports_to_onnx(swin: nn.Module, tmp_path: 
     assert export_timm(model, tmp_path / "timm", images(model)) == {"loads_plain_timm": False, "max_abs_diff": 0.0}
 
 
-def test_half_of_a_block_is_refused_and_costs_count_it_once(swin: nn.Module) -> None:
+def test_removing_half_of_a_block_is_refused_and_costs_count_a_block_once(swin: nn.Module) -> None:
     (group,) = find_groups(swin, ["block"])
     with pytest.raises(BadInput, match=r"^blocks: half of a block would be removed; remove both units"):
         shrink(swin, [group], {"blocks": mask_without(group, 1)})
@@ -200,7 +200,7 @@ def test_half_of_a_block_is_refused_and_costs_count_it_once(swin: nn.Module) -> 
 
 
 class Nested(nn.Module):
-    """A block within a block; the model reads a number from the last one, where it is told to."""
+    """A block within a block; on request, the model reads a number from the last one."""
 
     def __init__(self, reads: bool) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Nested(nn.Module):
 
 
 class Outer(nn.Module):
-    """Adds a branch that has blocks of its own in it."""
+    """Adds a branch that contains blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Outer(nn.Module):
 
 
 class Inner(Mlp):
-    """An MLP beside what it is given."""
+    """A residual MLP."""
 
     def __init__(self) -> None:
         super().__init__(6, 8, 6)
@@ -234,7 +234,7 @@ class Inner(Mlp):
         return x + super().forward(x)
 
 
-def test_only_the_inner_of_nested_blocks_are_removable() -> None:
+def test_only_the_inner_blocks_of_nested_blocks_are_removable() -> None:
     model = Nested(reads=False)
     assert paths(model) == ["blocks.0.inner.0", "blocks.1.inner.0"]
     assert paths(skipping(model, ["blocks.0.inner.0"])) == ["blocks.1.inner.0"]
@@ -288,6 +288,6 @@ def test_features_only_and_set_input_size_with_removed_blocks() -> None:
     assert torch.equal(predict(smaller, noise(swin, 64)), predict(slow, noise(swin, 64)))
 
 
-def test_blocks_with_an_activation_of_the_sum_are_proven() -> None:
+def test_blocks_that_end_with_an_activation_are_proven() -> None:
     small = {"layers": (3, 1, 1, 1), "channels": (16, 16, 24, 24)}
     assert [result.verdict for result in check("resnet50", ["block"], [0.5], small)] == ["proven"]

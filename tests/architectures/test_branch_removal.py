@@ -47,7 +47,7 @@ def without(model: nn.Module, *units: int) -> nn.Module:
 
 
 def silenced(model: nn.Module, *paths: str) -> nn.Module:
-    """Return a copy in which the modules at these paths return zeros, at their full size."""
+    """Return a copy in which the modules at these paths return zeros; no parameter is removed."""
     model = copy.deepcopy(model)
     for path in paths:
         model.get_submodule(path).register_forward_hook(lambda module, given, output: torch.zeros_like(output))
@@ -72,7 +72,7 @@ def test_branches_of_the_first_block(name: str) -> None:
     assert [tuple(path.removeprefix(f"{first}.") for path in paths) for paths in found] == EXPECTED[name]
 
 
-def test_a_model_without_a_branch_of_its_own_is_refused() -> None:
+def test_a_model_without_a_separate_branch_is_refused() -> None:
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     for name, changes in (("vit_small_patch16_18x2_224", shape), ("resnext50_32x4d", {"layers": (1, 1, 1, 1)})):
         with pytest.raises(BadInput, match=r"no module of its blocks is added alone to what the block was given"):
@@ -82,7 +82,7 @@ def test_a_model_without_a_branch_of_its_own_is_refused() -> None:
 
 
 class Parallel(nn.Module):
-    """Blocks x + f(x) + g(x), one after the other, or x + (f(x) + g(x)); one branch or both may be read again."""
+    """Blocks (x + f(x)) + g(x) or x + (f(x) + g(x)); the output of one branch or of both may be used a second time."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Parallel(nn.Module):
 
 
 class WithSize(nn.Module):
-    """A layer that returns a size, too, as the attention of MViT."""
+    """A layer that also returns a size, as the attention of MViT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class ParallelBlock(nn.Module):
         return y.relu() + self.g(y)  # of the second sum, one operand is the stream after an activation
 
 
-def test_parallel_branches_are_right_or_refused() -> None:
+def test_parallel_branches_are_removed_correctly_or_refused() -> None:
     assert list(branches(Parallel("one by one")).sublayers) == [
         (f"blocks.{index}.{leaf}",) for index in range(2) for leaf in "fg"
     ]
@@ -153,7 +153,7 @@ def test_a_removed_branch_equals_one_that_returns_zeros(name: str) -> None:
         assert not predict(pruned, x).allclose(predict(model, x))
 
 
-def test_a_removed_branch_is_skipped_in_a_forward_pass_by_hand(vit: nn.Module) -> None:
+def test_a_removed_branch_equals_a_manual_forward_pass_without_it(vit: nn.Module) -> None:
     x = images(vit)
     first, second = vit.blocks
     tokens = vit._pos_embed(vit.patch_embed(x))
@@ -248,7 +248,7 @@ def test_a_model_without_branches_is_exported_to_onnx(name: str, tmp_path: Path)
     assert export_onnx(pruned, tmp_path / "model.onnx", images(model))["max_abs_diff"] < 1e-4
 
 
-def test_a_swin_without_branches_takes_another_image_size() -> None:
+def test_a_swin_without_branches_accepts_another_image_size() -> None:
     pruned = without(tiny("swin"), 0, 3)
     pruned.set_input_size(img_size=(64, 64), window_size=(4, 4))
     assert predict(pruned, torch.randn(1, 3, 64, 64, dtype=torch.float64)).shape == (1, 7)
@@ -308,7 +308,7 @@ def test_branches_are_removed_one_by_one_and_scored_again() -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_branches_share_a_target_with_other_kinds_and_cycles() -> None:
+def test_branches_and_other_kinds_reach_one_target_in_cycles() -> None:
     model = tiny("swin")
     result = prune(model, "drawn", sparsity={"branch": 0.5, "ffn": 0.5}, target={"macs": 0.6})
     assert 0.4 < result.after.macs / result.before.macs <= 0.6
@@ -318,7 +318,7 @@ def test_branches_share_a_target_with_other_kinds_and_cycles() -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_wrong_uses_are_refused(vit: nn.Module) -> None:
+def test_invalid_uses_are_refused(vit: nn.Module) -> None:
     group = branches(vit)
     with pytest.raises(BadInput, match=r"^prune.sparsity: block and branch remove the same modules; choose one"):
         prune(vit, "drawn", sparsity={"branch": 0.5, "block": 0.5})

@@ -120,7 +120,7 @@ def test_chain_equals_the_model() -> None:
         torch.testing.assert_close(build_chain(model)(tokens), predict(model, tokens), **CLOSE)
 
 
-def test_taylor_takes_the_loss_over_all_positions() -> None:
+def test_taylor_uses_the_loss_of_all_positions() -> None:
     model, data = decoder(), batches(1)
     group = find_groups(model, ["ffn"])[0]
     result = score(model, [group], "taylor", data)[group.name]

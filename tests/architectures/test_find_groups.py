@@ -157,14 +157,14 @@ def test_deit_base_shrinks_to_the_shapes_of_deit_tiny() -> None:
     assert uniform_args(base) == {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.0}
 
 
-def test_heads_that_cannot_merge_are_refused(vit: nn.Module, swin: nn.Module) -> None:
+def test_heads_that_cannot_be_merged_are_refused(vit: nn.Module, swin: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^blocks.0.attn: 3 heads cannot merge into 2; give a divisor$"):
         merge_heads(vit, find_groups(vit, ["attention"]), 2)
     with pytest.raises(BadInput, match=r"^layers.0.blocks.0.attn .*position table, so heads cannot merge"):
         merge_heads(swin, find_groups(swin, ["attention"])[:1], 1)
 
 
-def test_merging_leaves_other_groups_alone(vit: nn.Module) -> None:
+def test_merging_does_not_change_other_groups(vit: nn.Module) -> None:
     groups = find_groups(vit, ["ffn", "attention", "weight"])
     assert merge_heads(vit, groups, None) == groups
     assert merge_heads(vit, groups, 3) == groups
@@ -241,6 +241,6 @@ def test_uniform_args_are_those_of_timm(vit: nn.Module, swin: nn.Module) -> None
     assert uniform_args(vit) == {}
 
 
-def test_heads_merge_at_sparsity_zero(vit):
+def test_heads_are_merged_at_sparsity_zero(vit):
     merged = prune(vit, "upvits-literal", sparsity={"attention": 0.0}, calibration=batches(vit), merge_heads_to=1).model
     assert [(block.attn.num_heads, block.attn.head_dim) for block in merged.blocks] == [(1, 48)] * 2

@@ -40,7 +40,7 @@ def kind_of(module: nn.Module, x: Tensor) -> type[nn.Module]:
     return dict(inferring_classes(module, {24, 6}, lambda: module(x))).get("", type(module))
 
 
-def test_the_class_computes_the_same_and_takes_other_widths() -> None:
+def test_the_class_computes_the_same_function_and_accepts_other_widths() -> None:
     torch.manual_seed(0)
     dense, x = Heads(), torch.randn(2, 5, 24)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_the_class_computes_the_same_and_takes_other_widths() -> None:
         torch.testing.assert_close(narrow(x), dense(x))
 
 
-def test_methods_that_cannot_be_rewritten_are_left_alone() -> None:
+def test_methods_that_cannot_be_rewritten_are_not_changed() -> None:
     x = torch.randn(1, 5, 24)
     assert kind_of(nn.Linear(24, 24), x) is nn.Linear
     kind = kind_of(Decorated(), x)

@@ -21,7 +21,7 @@ from vitprune.runtime.random_parameters import randomize_parameters
 
 
 class Host(nn.Module):
-    """A part on its own, between two layers, on the pixels of an image of 6 channels."""
+    """One module between two layers, applied to the pixels of an image of 6 channels."""
 
     def __init__(self, part: nn.Module):
         super().__init__()
@@ -74,11 +74,11 @@ def test_batch_norm_statistics_are_cut_with_their_units() -> None:
 
 
 class OtherMlp(Mlp):
-    """Of another class, and nothing else."""
+    """The same MLP as another class."""
 
 
 class SoftMlp(Mlp):
-    """Its hidden units compete."""
+    """An MLP with a softmax over its hidden units."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1(x).softmax(dim=-1))
@@ -95,7 +95,7 @@ def test_the_class_of_an_mlp_does_not_matter() -> None:
     assert (other.name, other.slices) == (known.name, known.slices)
 
 
-def test_files_of_before_name_the_hidden_units_of_an_unknown_class_by_their_first_layer() -> None:
+def test_files_of_earlier_versions_name_hidden_units_by_their_first_layer() -> None:
     model = with_mlp(OtherMlp)
     resize_to_structure(model, {"blocks.1.mlp.fc1.units": [5]})
     assert [len(block.mlp.fc1.weight) for block in model.blocks] == [192, 5]
@@ -137,7 +137,7 @@ ROTARY = [
 
 
 class Rotary(nn.Module):
-    """An attention with rotary positions, on the pixels of an image of 24 channels."""
+    """An attention with rotary position embedding, applied to the pixels of an image of 24 channels."""
 
     def __init__(self, attn: nn.Module):
         super().__init__()

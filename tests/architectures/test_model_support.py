@@ -16,7 +16,7 @@ from vitprune.evaluation.cost import count_macs
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["vit", "extra", "distilled", "swin", "pvt", "pvt-linear"])
-def test_check_proves_models_with_bookkeeping_of_their_own(name: str, kind: str) -> None:
+def test_check_proves_models_that_store_sizes(name: str, kind: str) -> None:
     architecture, args = ZOO[name]
     rows = list(check(architecture, [kind], [0.5], args))
     assert [(row.verdict, row.why) for row in rows] == [("proven", "")]

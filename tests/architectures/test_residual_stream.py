@@ -59,7 +59,7 @@ def test_timm_interfaces_report_the_new_widths(name: str) -> None:
     ],
 )
 @torch.no_grad()
-def test_all_kinds_pruned_in_turn_survive_save_and_load(name: str, kinds: list[str], tmp_path: Path) -> None:
+def test_all_kinds_pruned_in_turn_are_saved_and_loaded(name: str, kinds: list[str], tmp_path: Path) -> None:
     model, inputs = made(name)
     for kind in kinds:
         groups = find_groups(model, [kind])
@@ -88,7 +88,7 @@ def test_a_residual_stream_that_is_the_output_is_refused() -> None:
 
 
 class Counting(nn.Module):
-    """Knows the width of its stream by heart."""
+    """A module with a hard-coded width of the stream."""
 
     def __init__(self) -> None:
         super().__init__()

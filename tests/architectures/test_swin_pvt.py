@@ -28,7 +28,7 @@ def pvt() -> nn.Module:
 
 
 def stream_of(norm: str) -> tuple[str, int]:
-    """The group whose channels a norm runs over, and how often they lie side by side in it."""
+    """Return the group whose channels a norm normalizes, and how often they are concatenated in it."""
     if norm == "norm":
         return "layers.1.residual", 1
     if norm == "layers.1.downsample.norm":  # four neighbours of the stage before
@@ -138,7 +138,7 @@ def test_inferring_attention_equals_timm_at_full_width(name: str) -> None:
         torch.testing.assert_close(predict(other, x), predict(expected, x), **CLOSE)
 
 
-def test_heads_of_a_pvt_merge(pvt: nn.Module) -> None:
+def test_heads_of_a_pvt_are_merged(pvt: nn.Module) -> None:
     x, groups = images(pvt), merge_heads(pvt, find_groups(pvt, ["attention"]), 1)
     assert [g.shape for g in groups] == [(1, 16), (1, 16), (1, 24), (1, 40)]
     one = groups[:1]
@@ -244,7 +244,7 @@ def test_unsupported_modules_of_a_pvt_are_named(pvt: nn.Module, path: str, kind:
 
 
 class GatedNorm(nn.Module):
-    """A model's own LayerNorm whose statistics count channel c `gate[c]` times; its readers see gate * output."""
+    """A LayerNorm whose statistics weight channel c by `gate[c]`; its output is multiplied by the gate."""
 
     def __init__(self, norm: nn.LayerNorm, gate: torch.Tensor, readers: bool):
         super().__init__()

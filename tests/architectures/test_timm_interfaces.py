@@ -1,4 +1,4 @@
-"""A pruned model is still a timm model: whatever timm offers on the dense one works on it, at its own widths."""
+"""timm's interfaces on pruned models: features, intermediates, classifiers, checkpointing, optimizer groups."""
 
 import copy
 from functools import cache
@@ -22,7 +22,7 @@ EVERY = pytest.mark.parametrize(("family", "cut"), CASES)
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give the cut model of a case, saved and loaded: what somebody downstream has."""
+    """Return the pruned model of a case, saved and loaded."""
     parent = tmp_path_factory.mktemp("cut")
 
     @cache
@@ -39,7 +39,7 @@ def model(loaded: Any, family: str, cut: str) -> Any:
 
 
 def widths(model: Any) -> list[int]:
-    """Channels of the stream behind every block or stage, as the weights have them."""
+    """Return the channels of the stream after every block or stage, from the shapes of the weights."""
     if hasattr(model, "stages"):
         return [len(stage.norm.weight) for stage in model.stages]
     if hasattr(model, "layers"):

@@ -156,7 +156,7 @@ def test_exact_scores_of_a_merging_model_are_refused(method: str) -> None:
         prune(merge_tokens(model, 3), method, **given)
 
 
-def test_gradient_checkpointing_which_would_not_merge_is_refused() -> None:
+def test_gradient_checkpointing_is_refused() -> None:
     message = r"^gradient checkpointing: runs the blocks without merging of tokens; switch one of them off"
     model = merge_tokens(tiny("vit"), 3)
     with pytest.raises(BadInput, match=message):

@@ -1,4 +1,4 @@
-"""Groups of models of any library, found by tracing: proven by removal, refused by name, the same as by table."""
+"""Groups of models of any library, found by tracing: proven by removal, or refused by name."""
 
 import copy
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_models_of_other_libraries_are_proven(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "levit_128s", "swinv2_tiny_window8_256"])
 @pytest.mark.parametrize("kind", ["head", "ffn"])
-def test_the_order_of_traced_units_is_free(name: str, kind: str) -> None:
+def test_permuting_traced_units_does_not_change_the_function(name: str, kind: str) -> None:
     dense = randomize_parameters(timm.create_model(name, num_classes=7, **SMALL[name]))
     groups = traced_groups.groups(dense, kind)
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +71,7 @@ def test_the_order_of_traced_units_is_free(name: str, kind: str) -> None:
 
 
 class Attention(nn.Module):
-    """Attention with names of its own: n heads of size c from three layers, a gate and a bias per head."""
+    """Attention with unusual attribute names: n heads of size c from three layers, a gate and a bias per head."""
 
     def __init__(self, width: int, heads: int, shared: int = 1):
         super().__init__()
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
 
 @pytest.mark.parametrize("kind", ["head", "attention"])
 @pytest.mark.parametrize("shared", [1, 2])
-def test_a_class_of_ones_own_is_proven(kind: str, shared: int) -> None:
+def test_a_user_defined_class_is_proven(kind: str, shared: int) -> None:
     dense = randomize_parameters(Encoder(Attention(32, 4, shared)))
     assert_zero_equals_shrink(dense, kind, torch.randn(2, 3, 16, 16, dtype=torch.float64))
     (group,) = find_groups(dense, [kind])
@@ -144,19 +144,19 @@ def test_a_class_of_ones_own_is_proven(kind: str, shared: int) -> None:
         (lambda: Coupled(32, 4), r"^attention \(Coupled\): attention.out.0 \(LayerNorm\): a norm over all heads "),
     ],
 )  # fmt: skip
-def test_what_cannot_be_cut_is_refused_by_name(attention: Callable[[], nn.Module], why: str) -> None:
+def test_attentions_that_cannot_be_pruned_are_refused_by_name(attention: Callable[[], nn.Module], why: str) -> None:
     with pytest.raises(BadInput, match=why):
         find_groups(Encoder(attention()), ["head"])
 
 
-def test_a_model_that_does_not_run_at_its_size_asks_for_an_example() -> None:
+def test_a_model_that_does_not_run_at_its_size_requires_an_example() -> None:
     model = Encoder(Attention(32, 4))
     model.head = nn.Linear(31, 5)
     with pytest.raises(BadInput, match=r"^Encoder: it does not run on images of 3 x 16 x 16 \(.*\); give example"):
         find_groups(model, ["head"])
 
 
-def test_hidden_units_outside_a_module_of_their_own_are_not_found() -> None:
+def test_hidden_units_without_a_separate_module_are_not_found() -> None:
     with pytest.raises(BadInput, match=r"^Encoder: there is no MLP or bottleneck in it"):
         find_groups(Encoder(Attention(32, 4)), ["ffn"])
 

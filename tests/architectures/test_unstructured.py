@@ -114,7 +114,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_half_sparsity_survives_save_and_load(name: str, tmp_path: Path) -> None:
+def test_weights_at_half_sparsity_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
     size, args = SMALL[name]
     model = redrawn(timm.create_model(name, num_classes=7, **args), 0)
     groups = find_groups(model, ["weight"])
@@ -176,7 +176,7 @@ def test_no_layer_is_both_pruned_and_kept() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet50d", "convnext_atto"])
-def test_n_of_m_runs_along_the_input_channels(name: str) -> None:
+def test_n_of_m_groups_are_along_the_input_channels(name: str) -> None:
     model = timm.create_model(name, **SMALL[name][1])
     pruned = prune(model, "n:m").model
     for group in find_groups(model, ["weight"]):

@@ -1,4 +1,4 @@
-"""params.yaml: what is wrong with it is one line that names the dotted key."""
+"""params.yaml: every error is one line that names the dotted key."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def message_of(tmp_path: Path):
-    """Change one key of the repository's params.yaml (None for the value: remove it), load, and give the one line."""
+    """Change one key of the repository's params.yaml (None removes it), load it, and return the error line."""
 
     def change(key: str, value: object = ...) -> str:
         raw = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -99,7 +99,7 @@ def test_a_value_of_any_size_gives_a_short_message(message_of, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("key", RENAMED)
-def test_a_renamed_key_names_its_new_one(message_of, key: str) -> None:
+def test_a_renamed_key_gives_the_new_name(message_of, key: str) -> None:
     assert message_of(key, 1) == f"{key}: has been renamed to {RENAMED[key]}"
 
 
@@ -296,7 +296,7 @@ def test_a_file_with_a_base_replaces_single_keys_of_its_sections(tmp_path: Path)
         ({"pretrained": True}, "pretrained"),
     ],
 )
-def test_weights_that_no_record_names_are_refused(message_of, args: dict, key: str) -> None:
+def test_model_args_that_name_weights_are_refused(message_of, args: dict, key: str) -> None:
     start = f"model.args.{key}: names weights; use dense.start and dense.checkpoint, which are recorded, got "
     assert message_of("model.args", args).startswith(start)
 

@@ -64,7 +64,7 @@ def lost(masks: dict[str, torch.Tensor], part: str) -> float:
 
 
 def test_module_pools_remove_more_from_large_layers() -> None:
-    """Layers are drawn alike here, so a score goes as one over its layer's size, and so does a module's threshold."""
+    """All layers have one distribution, so scores and thresholds are proportional to 1 / (size of the layer)."""
     masks = energy_masks()[2]
     assert [lost(masks, part) for part in (".qkv.", ".proj.", ".mlp.")] == pytest.approx([0.55] * 3, abs=1e-6)
     highest = {

@@ -92,7 +92,7 @@ def test_global_energy_masks_equal_global_lamp_masks(vit: torch.nn.Module) -> No
     assert all(torch.equal(masks[name], expected[name]) for name in expected)
 
 
-def test_energy_is_for_single_weights(vit: torch.nn.Module) -> None:
+def test_energy_of_units_is_refused(vit: torch.nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: the energy score is for single weights"):
         score(vit, find_groups(vit, ["ffn"]), "energy")
 

@@ -12,7 +12,7 @@ from vitprune.groups import Group
 
 
 def loss_when_scaled(model: torch.nn.Module, group: Group, unit: int, by: float, batch: tuple) -> float:
-    """Loss with everything that goes with a unit scaled by 1 + by."""
+    """Return the loss with all parameters of a unit scaled by 1 + by."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for part in group.slices:

@@ -1,4 +1,4 @@
-"""Batches of a user: converted where that is exact, refused in one line that names the batch otherwise."""
+"""Batches of a user: converted if that is exact, otherwise refused in one line that names the batch."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_batch_is_named(vit: nn.Module, name: str) -> None:
+def test_an_invalid_batch_is_named(vit: nn.Module, name: str) -> None:
     given, message = WRONG[name]
     for method in ("channel-taylor", "corp", "magnitude"):
         with pytest.raises(BadInput, match=message):
@@ -50,7 +50,7 @@ def test_labels_must_be_classes_for_methods_that_use_them(vit: nn.Module, name: 
     vitprune.prune(vit, "corp", sparsity=0.25, calibration=[(images(vit, 2), labels)])
 
 
-def test_equal_scores_rank_nothing(vit: nn.Module) -> None:
+def test_equal_scores_are_refused(vit: nn.Module) -> None:
     with torch.no_grad():
         vit.head.weight.zero_()
     with pytest.raises(

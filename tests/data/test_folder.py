@@ -1,4 +1,4 @@
-"""Image folders: layouts that are understood, layouts that are refused, and what is left out."""
+"""Image folders: accepted layouts, refused layouts, and files that are left out."""
 
 import os
 from collections import Counter
@@ -38,7 +38,7 @@ def content(source: data.Source) -> dict[tuple[str, str], int]:
         ("train", "evaluation"),
     ],
 )  # fmt: skip
-def test_folders_of_splits_are_understood_in_any_spelling(tmp_path: Path, train: str, evaluation: str) -> None:
+def test_split_folders_are_recognised_in_any_spelling(tmp_path: Path, train: str, evaluation: str) -> None:
     fill(tmp_path, [f"{split}/{name}" for split in (train, evaluation) for name in ("a", "b")])
     both = {(split, name): 2 for split in ("train", "eval") for name in ("a", "b")}
     assert content(data.open_source(f"folder:{tmp_path}")) == both
@@ -71,14 +71,14 @@ def test_a_test_folder_without_classes_is_not_the_eval_split(tmp_path: Path) -> 
         (["training_set/training_set/a", "test_set/test_set/a"], "class test_set has the name of a split"),
     ],
 )  # fmt: skip
-def test_a_layout_that_looks_like_another_is_an_error_that_asks(tmp_path: Path, folders: list[str], why: str) -> None:
+def test_an_ambiguous_layout_is_refused(tmp_path: Path, folders: list[str], why: str) -> None:
     fill(tmp_path, folders)
     with pytest.raises(BadInput, match=why) as error:
         data.open_source(f"folder:{tmp_path}")
     assert str(error.value).startswith(f"folder:{tmp_path}: ")
 
 
-def test_classes_in_the_settings_settle_the_layout(tmp_path: Path) -> None:
+def test_classes_in_the_settings_determine_the_layout(tmp_path: Path) -> None:
     fill(tmp_path, ["train", "car", "bus"])
     source = data.open_source(f"folder:{tmp_path}", ["train", "car", "bus"])
     assert content(source) == {("", "train"): 2, ("", "car"): 2, ("", "bus"): 2}
@@ -87,7 +87,7 @@ def test_classes_in_the_settings_settle_the_layout(tmp_path: Path) -> None:
         data.open_source(f"folder:{tmp_path}/other", ["../car", "a"])
 
 
-def test_links_do_not_loop(tmp_path: Path) -> None:
+def test_link_loops_are_not_followed(tmp_path: Path) -> None:
     fill(tmp_path, ["set/a/deep", "set/b", "elsewhere/c"])
     root = tmp_path / "set"
     (root / "a/self").symlink_to(root / "a")

@@ -89,7 +89,7 @@ def test_broken_exif_data_do_not_make_an_image_unreadable() -> None:
     assert decode(data, "L").size == (256, 16)
 
 
-def test_formats_that_run_other_programs_or_hold_other_files_are_refused() -> None:
+def test_formats_that_run_other_programs_or_contain_other_files_are_refused() -> None:
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
     for data in (postscript, encoded(Image.fromarray(RAMP).resize((16, 16)), "ICO"), b"", b"text"):
         with pytest.raises(OSError, match="cannot identify image file"):

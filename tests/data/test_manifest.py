@@ -156,7 +156,7 @@ def test_orientations_are_applied_counted_and_can_be_turned_off(tmp_path: Path, 
     assert data.build_manifest(source, 0.5, 0, 0.0, orient=False).oriented == 0
 
 
-def test_what_is_no_image_file_is_counted_as_unreadable(tmp_path: Path, digits: data.Source) -> None:
+def test_files_that_are_not_images_are_counted_as_unreadable(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path, digits, range(40))
     (tmp_path / "class0" / "dead.jpg").symlink_to("/nowhere/cache/ab/cdef")
     (tmp_path / "class1" / "zeros.png").symlink_to("/dev/zero")
@@ -172,7 +172,7 @@ def test_what_is_no_image_file_is_counted_as_unreadable(tmp_path: Path, digits: 
         data.build_manifest(source, 0.25, 0, skip_limit=0.01)
 
 
-def test_one_class_is_no_data_set(tmp_path: Path, digits: data.Source) -> None:
+def test_a_single_class_is_refused(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path, digits, [row for row in range(60) if digits.labels[row] == 3])
     with pytest.raises(BadInput, match="all images to train on have one class; give at least two"):
         data.build_manifest(data.open_source(f"folder:{tmp_path}"), 0.25, 0, 0.0)

@@ -1,4 +1,4 @@
-"""Parquet source: splits by name, class names, labels, and files that state more than they hold."""
+"""Parquet source: splits by name, class names, labels, and files whose metadata exceed their content."""
 
 import os
 from collections import Counter
@@ -31,7 +31,7 @@ def test_splits_come_from_words_in_the_file_names(
     assert Counter(data.open_source(f"parquet:{tmp_path}").splits or ()) == {"train": 20, "eval": 10}
 
 
-def test_names_of_which_some_have_a_split_are_an_error_that_asks(tmp_path: Path, digits: data.Source) -> None:
+def test_file_names_of_which_only_some_name_a_split_are_refused(tmp_path: Path, digits: data.Source) -> None:
     for name in ("imagenet-train", "imagenet-validation", "more"):
         write_parquet(tmp_path / f"{name}.parquet", digits, range(5))
     with pytest.raises(BadInput, match=r"more.parquet has no split in its name, but imagenet-train.parquet has"):
@@ -64,7 +64,7 @@ def test_files_with_other_class_names_are_refused(tmp_path: Path, digits: data.S
 
 
 @pytest.mark.parametrize("label", [2**63, 2**31, 2**64 - 1])
-def test_a_label_that_is_no_index_is_named(tmp_path: Path, label: int) -> None:
+def test_a_label_that_is_not_an_index_is_named(tmp_path: Path, label: int) -> None:
     write_labels(tmp_path / "x.parquet", pa.array([0, label], pa.uint64()))
     with pytest.raises(BadInput, match=rf"x.parquet: row 1 has label {label}, which must be 0..2147483647$"):
         data.open_source(f"parquet:{tmp_path}")
@@ -94,7 +94,7 @@ def test_a_row_group_that_decompresses_to_more_than_memory_is_refused(
         source.read("x.parquet#0")
 
 
-def test_what_is_no_regular_parquet_file_is_refused(tmp_path: Path, digits: data.Source) -> None:
+def test_files_that_are_not_regular_parquet_files_are_refused(tmp_path: Path, digits: data.Source) -> None:
     os.mkfifo(tmp_path / "pipe.parquet")
     with pytest.raises(BadInput, match=r"pipe.parquet: not a regular file"):
         data.open_source(f"parquet:{tmp_path}/pipe.parquet")

@@ -157,7 +157,7 @@ def test_sparse_members_and_huge_headers_are_refused_without_reading_them(tmp_pa
         data.open_source(f"wds/{tmp_path}/b.tar")
 
 
-def test_shards_that_are_no_regular_files_or_outside_are_refused(tmp_path: Path) -> None:
+def test_shards_that_are_not_regular_files_or_outside_the_folder_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(BadInput, match=r"pipe.tar: not a regular file"):
         data.open_source(f"wds/{tmp_path}/pipe.tar")
@@ -170,7 +170,7 @@ def test_shards_that_are_no_regular_files_or_outside_are_refused(tmp_path: Path)
         data.open_source(f"wds/{tmp_path}")
 
 
-def test_shards_of_which_some_have_a_split_are_an_error_that_asks(tmp_path: Path, digits: data.Source) -> None:
+def test_shards_of_which_only_some_name_a_split_are_refused(tmp_path: Path, digits: data.Source) -> None:
     for name in ("x-train-0.tar", "more.tar"):
         write_shard(tmp_path / name, samples(digits, range(5)))
     with pytest.raises(BadInput, match=r"more.tar has no split in its name, but x-train-0.tar has; rename it"):

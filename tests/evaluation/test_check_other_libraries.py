@@ -45,7 +45,7 @@ def test_a_transformers_configuration(tmp_path: Path) -> None:
     assert lines(f"hf:{tmp_path / 'config.json'}", "--kinds", "ffn")[0]["groups"] == 2
 
 
-def test_torchvision_and_ones_own_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_and_a_user_defined_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = lines("torchvision:vit_b_16", "--kinds", "head")
     assert (row["verdict"], row["groups"], row["left_out"]) == ("proven", 12, {})
     monkeypatch.chdir(tmp_path)

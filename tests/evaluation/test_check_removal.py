@@ -117,7 +117,7 @@ def test_a_single_head_is_refused() -> None:
 
 
 @pytest.mark.parametrize("norm", [timm.layers.LayerNorm2d, timm.layers.LayerNormAct2d, PixelNorm])
-def test_the_reference_normalizes_the_channels_of_pixels(norm: type[nn.Module]) -> None:
+def test_the_reference_normalizes_the_channels_of_every_pixel(norm: type[nn.Module]) -> None:
     inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     model = redrawn(PixelStream(norm).double().eval(), 2)
     groups = find_groups(model, ["residual"], inputs)

@@ -103,7 +103,7 @@ def test_iou_by_hand() -> None:
         map_iou(tiny("vit"), tiny("vit"), [images(tiny("vit"))])
 
 
-def test_features_are_what_the_classifier_reads() -> None:
+def test_features_are_the_inputs_of_the_classifier() -> None:
     for name in ("vit", "swin", "pvt"):
         model = tiny(name)
         features, labels = pooled_features(model, batches(model))
@@ -154,7 +154,7 @@ def test_labels_of_knn_are_not_those_of_the_classifier() -> None:
     assert set(evaluate(pruned, loader, "knn")) > {"knn_top1", "knn_top5"}
 
 
-def test_wrong_calls_are_refused(vit: nn.Module) -> None:
+def test_invalid_calls_are_refused(vit: nn.Module) -> None:
     x, y = batches(vit)[0]
     for call, message in (
         (lambda: evaluate(vit, [(x, y)], "top1"), r"^metric 'top1': unknown; use one of accuracy, knn, cosine"),

@@ -42,7 +42,7 @@ def test_times_are_monotone_linear_between_widths_and_constant_below_the_smalles
     assert times == pytest.approx(np.array([1, 1, 1, 1.75, 2.5, 2.5, 2.5, 3.25, 4]))  # 3 and 2 ms: 2.5 ms each
 
 
-def test_the_name_of_a_group_comes_before_a_pattern() -> None:
+def test_a_group_name_has_priority_over_a_pattern() -> None:
     table = LatencyTable(10, {"*.mlp": {8: 1.0}, FFN.name: {1: 0.0, 8: 7.0}})
     assert table.group_times(FFN)[-1] == 7
     widths, masks = (
@@ -73,7 +73,7 @@ def test_the_name_of_a_group_comes_before_a_pattern() -> None:
         ("model,,10\n*.mlp,1,1\n*.mlp,8,11\n", r"table.csv: the groups take 10 ms in all and the model only 10; "),
     ],
 )  # fmt: skip
-def test_a_bad_table_gives_one_line(tmp_path: Path, rows: str, why: str) -> None:
+def test_an_invalid_table_gives_a_one_line_error(tmp_path: Path, rows: str, why: str) -> None:
     with pytest.raises(BadInput, match=why) as refused:
         read_latency_table(write(tmp_path / "table.csv", rows)).all_times([FFN])
     assert "\n" not in str(refused.value)
@@ -89,7 +89,7 @@ def test_a_bad_table_gives_one_line(tmp_path: Path, rows: str, why: str) -> None
         (b'group,width,milliseconds\n"a', 'line 2: has 1 values; give group, width'),
     ],
 )  # fmt: skip
-def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes | None, why: str) -> None:
+def test_files_that_are_not_tables_are_refused(tmp_path: Path, content: bytes | None, why: str) -> None:
     if content is not None:
         (tmp_path / "table.csv").write_bytes(content)
     with pytest.raises(BadInput, match=re.escape(str(tmp_path)) + ".*" + why):
@@ -128,7 +128,7 @@ def test_noise_is_smoothed_and_steps_are_kept() -> None:
     assert smoothed({1: 0.5, 2: 1.0}, {1: 0.1, 2: 0.0}) == pytest.approx({1: 0.5, 2: 1.0}, abs=0.15)
 
 
-def test_the_error_of_a_median_includes_noise_that_lasts() -> None:
+def test_the_error_of_a_median_includes_correlated_noise() -> None:
     noise = np.random.default_rng(0).normal(size=(400, 100))
     errors = [error_of_median(values) for values in noise]
     assert np.mean(errors) == pytest.approx(np.median(noise, axis=1).std(), rel=0.15)
@@ -138,7 +138,7 @@ def test_the_error_of_a_median_includes_noise_that_lasts() -> None:
 
 
 def set_ratio(monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
-    """Let all narrower models have this fraction of the dense model's latency, whatever else the machine does."""
+    """Give all narrower models this fraction of the dense model's latency, independent of the load of the machine."""
 
     def times(calls: Sequence[Callable[[], object]], runs: int) -> list[list[float]]:
         for call in calls:
@@ -156,7 +156,7 @@ def test_times_that_contradict_each_other_are_refused(monkeypatch: pytest.Monkey
         record_latency_table(tiny("swin").float(), "torch", kinds=["ffn"], runs=2)
 
 
-def test_groups_of_several_structures_get_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_different_structures_get_separate_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     set_ratio(monkeypatch, 0.9)
     table = record_latency_table(tiny("swin").float(), "torch", kinds=["ffn"], runs=5)
     assert {name: max(times) for name, times in table.times.items()} == {
@@ -172,7 +172,7 @@ def test_onnxruntime_runs_the_export_of_the_model(vit: torch.nn.Module) -> None:
     assert torch.allclose(torch.from_numpy(logits), model.eval()(images), atol=1e-4)
 
 
-def test_what_cannot_be_recorded_is_refused(vit: torch.nn.Module, tmp_path: Path) -> None:
+def test_invalid_kinds_and_outputs_are_refused(vit: torch.nn.Module, tmp_path: Path) -> None:
     with pytest.raises(
         BadInput, match=r"^--kinds 'residual': its times do not add up; use some of ffn, attention, head$"
     ):

@@ -36,7 +36,7 @@ ENTRY = {"cmd": "vitprune dataset", "params": {"params.yaml": {"seed": 0}}}
 
 @pytest.fixture
 def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A new SSH key, which signs from here on."""
+    """Create an SSH key that signs all later runs."""
     path = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
     monkeypatch.setenv(SIGNING_KEY, str(path))
@@ -116,7 +116,7 @@ def test_forms_of_private_keys(form: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(json.loads(line)["signatures"]) == 1
 
 
-def test_unusable_keys_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_keys_give_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rsa, path = generate_private_key(65537, 1024), tmp_path / "key"
     monkeypatch.setenv(SIGNING_KEY, str(path))
     with pytest.raises(BadInput, match="No such file"):
@@ -149,7 +149,7 @@ def test_files_without_a_public_key_are_refused(text: str, tmp_path: Path) -> No
      '{"payload": "e30=", "payloadType": "application/vnd.in-toto+json", "signatures": []}',
      '{"payload": "W10=", "payloadType": "application/vnd.in-toto+json", "signatures": []}', "[" * 100000],
 )  # fmt: skip
-def test_other_content_is_no_attestation(line: str, tmp_path: Path) -> None:
+def test_a_changed_attestation_file_is_refused(line: str, tmp_path: Path) -> None:
     (tmp_path / "attestation.jsonl").write_text(line + "\n")
     with pytest.raises(BadInput, match="the file was changed"):
         read_chain(tmp_path / "attestation.jsonl")

@@ -1,4 +1,4 @@
-"""Audits of an honest run and of tampered ones: one edit of each type; all edits are in benchmarks/reliability."""
+"""Audits of an unmodified run and of tampered ones: one edit of each type; all edits are in benchmarks/reliability."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def audit(cwd: Path, *words: str, **env: str) -> tuple[int, str, str]:
     return result.returncode, result.stdout, result.stderr
 
 
-def test_an_honest_run_passes_and_edits_are_named(project: Path) -> None:
+def test_an_unmodified_run_passes_and_edits_are_named(project: Path) -> None:
     expected = {
         "honest": "trained_stages: dense, prune, distill",
         "a mask's units change places, in DVC's cache": "stages: out/mask/masks.safetensors: DVC's copy",

@@ -70,7 +70,7 @@ def test_failure_classes_are_recognised_through_dvc(project: Path) -> None:
     assert reproduce("dataset", project, None, lambda line: None).failure is FailureClass.INPUT
 
 
-def test_a_damaged_object_of_the_cache_fails_the_stage_and_the_line_repairs_it(project: Path) -> None:
+def test_a_damaged_cache_object_fails_the_stage_and_the_command_of_the_message_repairs_it(project: Path) -> None:
     for stage in ("dataset", "dense"):
         assert reproduce(stage, project, None, lambda line: None).exit_code == 0
     weights = project / "out/dense/weights"

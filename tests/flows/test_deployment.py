@@ -133,7 +133,7 @@ def webhook() -> Iterator[Webhook]:
 def team(shared_project: Path, remote: servers.Remote, webhook: Webhook) -> Iterator[Team]:
     """Servers and a worker by the scripts of deploy/, and a project with a remote, deployed.
 
-    Its folder is none of pytest's, which every other pytest that starts closes to the user of PostgreSQL.
+    The folder is outside of pytest's, to which other pytest processes deny access for the user of PostgreSQL.
     """
     with contextlib.ExitStack() as stack:
         made = tempfile.TemporaryDirectory(prefix="vitprune-team-", ignore_cleanup_errors=True)
@@ -164,7 +164,9 @@ def in_half_a_day(project: Path) -> None:
     path.write_text(path.read_text().replace('cron: "0 3 * * *"', f'cron: "0 {hour} * * *"'))
 
 
-def test_a_team_retrains_holds_back_promotes_and_rolls_back(team: Team, remote: servers.Remote) -> None:
+def test_retrain_promotes_or_rejects_a_model_and_rollback_restores_the_former(
+    team: Team, remote: servers.Remote
+) -> None:
     # the worker makes the first champion at the time that it was scheduled for
     assert "version 1 is champion now" in team.retrain()
     assert team.champion() == "1"

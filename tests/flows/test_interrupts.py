@@ -57,7 +57,7 @@ def project(tmp_path: Path) -> Path:
     return project
 
 
-def test_ctrl_c_lets_the_stage_save_and_ends_the_flow_in_one_line(project: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_ends_the_flow_with_one_line(project: Path) -> None:
     (project / "stage.sh").write_text(SAVES + shell_pipeline.SCRIPT)
     job = Terminal(project, {})  # with the embedded Prefect server, which is in the same process group
     job.read_until(lambda: sleepers(project), 240)

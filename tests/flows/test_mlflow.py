@@ -122,7 +122,7 @@ def server(address: str, tmp_path: Path) -> Iterator[Path]:
     process.wait()
 
 
-def test_an_unreachable_server_is_reported_in_one_line_and_loses_nothing(project: Path, address: str) -> None:
+def test_an_unreachable_server_is_reported_in_one_line_and_no_record_is_lost(project: Path, address: str) -> None:
     journal = record(project, "first")
     began = time.monotonic()
     code, out, err = replay(project, address)
@@ -302,7 +302,7 @@ def test_epochs_have_the_time_at_which_they_were_recorded(tmp_path: Path) -> Non
 
 
 def described(seen: dict[str, list[dict]]) -> dict[str, dict]:
-    """Return everything of the runs but the ids that MLflow chooses."""
+    """Return everything of the runs except the ids that MLflow chooses."""
     own = {"mlflow.parentRunId"}
     return {
         run["name"]: {key: run[key] for key in ("status", "params", "metrics", "files")}

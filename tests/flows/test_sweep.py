@@ -108,7 +108,7 @@ def test_a_killed_sweep_resumes_and_names_failed_runs(project: Path, server: str
     assert len(list(uploaded.glob("*.jsonl"))) >= len(RUNS)  # from which a lost MLflow store is written again
 
 
-def test_bad_input_is_one_line_and_starts_no_run(project: Path, tmp_path: Path) -> None:
+def test_invalid_input_gives_a_one_line_error_and_starts_no_run(project: Path, tmp_path: Path) -> None:
     for options, message in [
         (["--methods", "magic", "--targets", "0.5"], "Error: method 'magic': unknown; use one of random"),
         (["--methods", "lamp", "--targets", "macs=0.01,2"], "targets.1: Input should be less than 1, got 2.0"),

@@ -42,7 +42,7 @@ def use(folder: Path) -> None:
 
 
 @given(data=st.data())
-def test_any_value_in_config_json(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_any_value_in_config_json_is_refused_or_loaded(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
     config = json.loads((saved / "config.json").read_text())
     where = data.draw(st.sampled_from([*places(config), ("model_args", "new"), ("pretrained_cfg", "new")]))
     target = config
@@ -55,14 +55,14 @@ def test_any_value_in_config_json(saved: Path, tmp_path: Path, data: st.DataObje
 
 
 @given(data=st.data())
-def test_damaged_config_json(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_damaged_config_json_is_refused_or_loaded(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
     shutil.copytree(saved, tmp_path / "model", dirs_exist_ok=True)
     (tmp_path / "model/config.json").write_bytes(data.draw(damaged((saved / "config.json").read_bytes())))
     use(tmp_path / "model")
 
 
 @given(data=st.data())
-def test_damaged_safetensors_headers(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_damaged_safetensors_headers_are_refused_or_loaded(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = (saved / "model.safetensors").read_bytes()
     length = 8 + int.from_bytes(content[:8], "little")
     shutil.copytree(saved, tmp_path / "model", dirs_exist_ok=True)
@@ -74,7 +74,9 @@ def test_damaged_safetensors_headers(saved: Path, tmp_path: Path, data: st.DataO
 
 
 @given(tensors=st.dictionaries(st.text(max_size=8), VALUES, max_size=4), size=st.integers(0, 200))
-def test_safetensors_headers_of_any_json(tmp_path: Path, tensors: dict[str, Any], size: int) -> None:
+def test_safetensors_headers_of_any_json_are_refused_or_loaded(
+    tmp_path: Path, tensors: dict[str, Any], size: int
+) -> None:
     text = json.dumps(tensors).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
     with one_line_errors():

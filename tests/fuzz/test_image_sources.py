@@ -52,7 +52,7 @@ def test_damaged_images_decode_or_raise(data: st.DataObject, name: str) -> None:
 
 
 @given(data=st.data())
-def test_damaged_parquet_files(tmp_path: Path, data: st.DataObject) -> None:
+def test_damaged_parquet_files_are_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "x.parquet"
     if not (tmp_path / "whole").exists():
         write_parquet(tmp_path / "whole", source(), range(12), "abcdefghij")
@@ -65,7 +65,7 @@ def source() -> data.Source:
 
 
 @given(data=st.data())
-def test_damaged_shards(tmp_path: Path, data: st.DataObject) -> None:
+def test_damaged_shards_are_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number, name in enumerate(("PNG", "JPEG", "GIF")):
@@ -82,7 +82,7 @@ def test_damaged_shards(tmp_path: Path, data: st.DataObject) -> None:
     kind=st.sampled_from(["json", "cls"]),
     name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8),
 )
-def test_labels_of_any_value(tmp_path: Path, values: list[object], kind: str, name: str) -> None:
+def test_labels_of_any_value_are_read_or_refused(tmp_path: Path, values: list[object], kind: str, name: str) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for number, value in enumerate(values):
             text = json.dumps({"label": value} if kind == "json" else value).encode()

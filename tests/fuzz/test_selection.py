@@ -1,4 +1,4 @@
-"""Masks: exact counts, more sparsity removes more, cycles only remove, and targets are met within 2 % or explained."""
+"""Masks: exact counts, nested in the sparsity and over cycles; targets are met within 2 % or explained."""
 
 import torch
 from hypothesis import given, settings
@@ -23,7 +23,7 @@ def scores_of(shapes: list[tuple[int, int]], seed: int, levels: int) -> dict[str
 
 
 @given(shapes=SHAPES, seed=st.integers(0, 999), levels=st.sampled_from([0, 1, 1000]), shares=st.tuples(SHARES, SHARES))
-def test_counts_are_exact_and_zeros_only_grow(
+def test_counts_are_exact_and_masks_are_nested(
     shapes: list[tuple[int, int]], seed: int, levels: int, shares: tuple[float, float]
 ) -> None:
     scores, (less, more) = scores_of(shapes, seed, levels), sorted(shares)
@@ -47,7 +47,7 @@ def test_counts_are_exact_and_zeros_only_grow(
 
 
 @given(shapes=SHAPES, share=st.one_of(SHARES, st.floats()), place=st.integers(0, 3))
-def test_nan_and_shares_out_of_range_are_refused(shapes: list[tuple[int, int]], share: float, place: int) -> None:
+def test_nan_and_fractions_out_of_range_are_refused(shapes: list[tuple[int, int]], share: float, place: int) -> None:
     scores = scores_of(shapes, 0, 5)
     if place < len(shapes):
         scores[str(place)][0, 0] = torch.nan

@@ -1,4 +1,4 @@
-"""params.yaml: any text and any value is accepted or refused in one line; what is accepted gives a plan or one line."""
+"""params.yaml: any text or value is accepted, or refused in one line; accepted settings give a plan, or one line."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def write(folder: Path, content: bytes) -> Path:
 
 
 @given(content=damaged(TEXT.encode()))
-def test_damaged_text(tmp_path: Path, content: bytes) -> None:
+def test_damaged_text_is_accepted_or_refused(tmp_path: Path, content: bytes) -> None:
     with one_line_errors():
         plan_of(load_params(write(tmp_path, content)))
 
@@ -54,13 +54,13 @@ def test_damaged_text(tmp_path: Path, content: bytes) -> None:
 @given(
     parts=st.lists(st.one_of(st.sampled_from(TOKENS), st.sampled_from(TEXT.split()), st.text(max_size=4)), max_size=30)
 )
-def test_text_of_yaml_tokens(tmp_path: Path, parts: list[str]) -> None:
+def test_text_of_yaml_tokens_is_accepted_or_refused(tmp_path: Path, parts: list[str]) -> None:
     with one_line_errors():
         load_params(write(tmp_path, " ".join(parts).encode("utf-8", "replace")))
 
 
 @given(key=st.sampled_from(KEYS), value=VALUES)
-def test_any_value_of_any_key(tmp_path: Path, key: tuple[str, ...], value: object) -> None:
+def test_any_value_of_any_key_is_accepted_or_refused(tmp_path: Path, key: tuple[str, ...], value: object) -> None:
     raw = yaml.safe_load(TEXT)
     section = raw
     for part in key[:-1]:
@@ -91,6 +91,6 @@ PLAIN = st.one_of(
         max_leaves=10,
     )
 )
-def test_what_is_written_is_read_as_the_same_value(tmp_path: Path, value: object) -> None:
+def test_written_values_are_read_unchanged(tmp_path: Path, value: object) -> None:
     content = {"value": value}
     assert load_yaml(write(tmp_path, dump_yaml(content).encode())) == content

@@ -286,14 +286,14 @@ MUCH_MEMORY = "more than 1024 MiB of memory; no timm model needs so much"
     ],
     ids=["one call into C", "one allocation", "many allocations", "a tensor", "a crash", "an error"],
 )
-def test_a_child_process_bounds_what_cannot_be_interrupted(
+def test_a_child_process_limits_code_that_cannot_be_interrupted(
     build: Callable[[], object], seconds: float, why: str
 ) -> None:
     with pytest.raises(BuildLimitError, match=why):
         try_in_child(build, seconds)
 
 
-def test_a_child_process_leaves_this_one_unchanged(capfd: pytest.CaptureFixture) -> None:
+def test_the_child_process_does_not_change_the_parent(capfd: pytest.CaptureFixture) -> None:
     values: list[int] = []
     files = os.listdir("/proc/self/fd")
     before = resource.getrlimit(resource.RLIMIT_AS), torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Models of other libraries and of one's own: pruned, saved, loaded in a new process, and by their own library."""
+"""Models of other libraries and user-defined ones: pruned, saved, loaded in a new process and by their own library."""
 
 import json
 import subprocess
@@ -204,7 +204,7 @@ def test_a_transformers_classifier_is_fine_tuned_with_a_teacher() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit features", "rf-detr"])
-def test_features_are_kept_closer_than_by_magnitude(name: str) -> None:
+def test_features_are_closer_to_dense_than_by_magnitude(name: str) -> None:
     model = make_model(name)
     images, other = images_for(name, model, 16), torch.randn(8, *images_for(name, model).shape[1:])
     axis = 1 if name == "rf-detr" else -1

@@ -113,7 +113,7 @@ def test_a_loaded_model_equals_the_saved_one(saved: tuple[Path, dict[str, nn.Mod
         assert all(p.requires_grad for p in again.parameters())
 
 
-def test_a_single_head_that_the_trace_divides_otherwise_is_saved(tmp_path: Path) -> None:
+def test_a_model_pruned_to_one_traced_head_is_saved(tmp_path: Path) -> None:
     model = redrawn(timm.create_model("bat_resnext26ts", num_classes=5), 0)  # one head: its channels look like heads
     groups = find_groups(model, ["head"])
     save(shrink(model, groups, random_masks(groups, 1)), tmp_path)
@@ -233,7 +233,7 @@ def test_create_is_seeded_and_does_not_change_the_global_random_state() -> None:
     assert not same_state(other, state(first))
 
 
-def test_create_takes_a_checkpoint(tmp_path: Path) -> None:
+def test_create_accepts_a_checkpoint(tmp_path: Path) -> None:
     model = single("swin")
     models.write_weights(model.state_dict(), tmp_path / "swin.safetensors")
     again = models.create(ZOO["swin"][0], SWIN, checkpoint=tmp_path / "swin.safetensors")
@@ -340,7 +340,7 @@ def test_the_input_size_of_a_pruned_model_can_be_changed(name: str, kind: str, t
     assert torch.equal(predict(load(tmp_path), x), predict(pruned, x))
 
 
-def test_tensors_that_a_model_caches_are_not_part_of_it(tmp_path: Path) -> None:
+def test_a_model_with_cached_tensors_is_saved_and_pruned(tmp_path: Path) -> None:
     model = timm.create_model("levit_128s").eval()
     model(torch.zeros(1, 3, 224, 224))  # caches biases that take gradients, which cannot be copied
     save(model, tmp_path)

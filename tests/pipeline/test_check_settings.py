@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
         ("dense", {"train": None}, "dense.train: start is train, so give epochs"),
     ],
 )  # fmt: skip
-def test_what_cannot_run_is_refused(section: str, changes: dict[str, Any], why: str) -> None:
+def test_settings_that_cannot_run_are_refused(section: str, changes: dict[str, Any], why: str) -> None:
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     raw[section] |= changes
     with pytest.raises(BadInput, match=why):

@@ -85,7 +85,7 @@ def run_all(project: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPat
     return {path.stem: json.loads(path.read_text()) for path in (project / "metrics").glob("*.json")}
 
 
-def test_a_pruned_backbone_learns_other_classes(pruned, tmp_path, monkeypatch):
+def test_a_pruned_backbone_is_fine_tuned_on_other_classes(pruned, tmp_path, monkeypatch):
     source = pruned("channel-magnitude")
     result = run_all(tmp_path, settings(source, dense__train=LONGER), monkeypatch)
     first, dense, last = (vitprune.load(path) for path in (source, "out/dense", "out/export/timm"))

@@ -39,7 +39,7 @@ def file_of(module: str) -> Path | None:
 
 
 def only_defines_exceptions(tree: ast.Module) -> bool:
-    """Return whether a module has constants and exception classes only: it decides no number, so no stage needs it."""
+    """Return whether a module has only constants and exception classes, on which no result depends."""
     exceptions = {
         name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)
     }

@@ -64,7 +64,7 @@ def test_lists_of_merged_heads_by_hand() -> None:
 @pytest.mark.parametrize("parsing", ["correct", "authors_compat"])
 @pytest.mark.parametrize(("kept", "heads"), [(192, 3), (384, 6)], ids=["T", "S"])
 def test_lists_of_deit_base(tmp_path: Path, kept: int, heads: int, parsing: str) -> None:
-    """All 25 lists, with the spread of the released ones; the FFN of the first block is almost only noise."""
+    """All 25 lists, with the spread of the released ones; the scores of the first block's FFN are almost pure noise."""
     lists: dict[str, list[float]] = {"residual": drawn(768, 1.06, 0.5, 0)}
     write(tmp_path / "importance/Deit_base_12_neck_768_kl_5k.txt", lists["residual"])
     write(tmp_path / "Deit_base_12_neck_768_kl_5k_192.txt", [1, 2, 3])  # an index list beside them is not read

@@ -165,7 +165,7 @@ def compensating(model: nn.Module, groups: list, data: object, setting: ScoringC
 
 @pytest.mark.parametrize("method", ["magnitude", "lamp", "taylor", "compensating"])
 @pytest.mark.parametrize("ema", [0.0, 0.8])
-def test_zeros_only_grow_over_four_cycles_with_and_without_update(
+def test_zeros_are_cumulative_over_four_cycles_with_and_without_update(
     vit: nn.Module, monkeypatch: pytest.MonkeyPatch, method: str, ema: float
 ) -> None:
     row = Method(compensating, {"weight": "global"}, ("weight",), False, "for this test")

@@ -151,7 +151,7 @@ def test_interrupted_block_scoring_resumes(
     assert all(torch.equal(result.scores[name], score) for name, score in expected.items())
 
 
-def test_criteria_that_are_no_sum_use_one_process(vit: nn.Module, tmp_path: Path) -> None:
+def test_criteria_that_are_not_sums_over_batches_use_one_process(vit: nn.Module, tmp_path: Path) -> None:
     work = score_stage.ScoringJob(magnitude, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_CONTEXT)
     assert work.importance(vit, False, tmp_path, ProcessGroup()) is not None
     with pytest.raises(BadInput, match=r"^magnitude: its scores are no sums over images; use one process$"):

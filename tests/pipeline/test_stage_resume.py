@@ -1,4 +1,4 @@
-"""Stages killed at any moment give the result of an uninterrupted run."""
+"""Stages that are killed at any moment and run again give the result of an uninterrupted run."""
 
 import json
 import os

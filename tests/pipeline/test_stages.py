@@ -64,7 +64,7 @@ def test_zeros_of_the_saved_weights_equal_the_last_masks(finish):
     assert kept["nonzero_params"] < 0.6
 
 
-def test_zeros_only_grow_over_the_cycles_and_each_mask_has_its_digest(finish):
+def test_zeros_are_cumulative_over_the_cycles_and_each_mask_has_its_digest(finish):
     project = finish("weights", until="prune", method="magnitude", sparsity=0.6)
     before = None
     for cycle in ("01", "02", "03"):

@@ -38,7 +38,7 @@ def test_the_strategy_finds_the_minimum_of_a_quadratic_function() -> None:
     assert result.evaluations == 1 + 10 * (599 // 10) <= 600  # 4 + 3 ln 6 = 9.4, even
 
 
-def test_the_strategy_repeats_itself_and_never_ends_above_its_start() -> None:
+def test_the_strategy_is_deterministic_and_never_worse_than_its_start() -> None:
     def run(seed: int) -> list[float]:
         return minimize(lambda point: float(np.abs(point).sum()), 3, 40, seed, 1.0, "").point.tolist()
 
@@ -51,7 +51,7 @@ def test_the_strategy_repeats_itself_and_never_ends_above_its_start() -> None:
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_every_second_image_judges() -> None:
+def test_every_second_image_is_used_to_compare_candidates() -> None:
     images = torch.arange(7.0).view(7, 1)
     fit, judge = halves([(images[:3], images[:3, 0]), (images[3:4], images[3:4, 0]), (images[4:], images[4:, 0])])
     assert [part.flatten().tolist() for part, _ in fit] == [[0, 2], [4, 6]]
@@ -78,7 +78,7 @@ def test_values_of_an_update_are_computed_once_per_width_within_the_memory() -> 
         assert len(calls) == number
 
 
-def test_few_widths_are_left_to_groups_without_a_rule() -> None:
+def test_groups_without_a_rule_have_widths_in_multiples() -> None:
     groups = [Group(name, "ffn", (256,), ()) for name in ("free", "fixed", "narrow", "rounded", "few")]
     groups[-1] = Group("few", "attention", (2, 16), ())
     given = {"fixed": Constraint(0.3, 0.3), "narrow": Constraint(0.502, 0.51), "rounded": Constraint(multiple=64)}
@@ -87,7 +87,7 @@ def test_few_widths_are_left_to_groups_without_a_rule() -> None:
 
 
 def scores_by_group(values: dict[str, float]) -> Method:
-    """Return a method whose scores are equal inside a group up to their order, and that is wrong about the groups."""
+    """Return a method whose scores depend on the group alone, except for the order inside it, and are wrong."""
 
     def criterion(model: nn.Module, groups: list[Group], batches: Batches, context: ScoringContext) -> Importance:
         ramp = {group.name: 1 + torch.arange(group.units).view(group.shape) * 1e-3 for group in groups}
@@ -98,7 +98,7 @@ def scores_by_group(values: dict[str, float]) -> Method:
 
 @pytest.fixture
 def unequal(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A model whose first FFN does nothing, and a method that finds it a hundred times as important as the second."""
+    """A model whose first FFN has no effect, and a method that scores it a hundred times as high as the second."""
     model = tiny("vit").float()
     with torch.no_grad():
         model.blocks[0].mlp.fc2.weight.zero_()
@@ -117,9 +117,7 @@ def shares(result: PruneResult) -> list[float]:
 
 
 @pytest.mark.parametrize("goal", ["macs", "params", "latency"])
-def test_the_search_corrects_a_ranking_that_is_wrong_about_the_groups(
-    unequal: nn.Module, tmp_path: Path, goal: str
-) -> None:
+def test_the_search_corrects_wrong_scores_of_groups(unequal: nn.Module, tmp_path: Path, goal: str) -> None:
     target = table(tmp_path / "table.csv") if goal == "latency" else {goal: 0.8}
     config = AllocationConfig(evaluations=25, spread=3.0)
     result = prune(unequal, "wrong", calibration=batches(unequal, 2), allocation=config, target=target)
@@ -131,7 +129,7 @@ def test_the_search_corrects_a_ranking_that_is_wrong_about_the_groups(
     assert result.target_miss == ""
 
 
-def test_a_sparsity_is_kept_by_the_search(unequal: nn.Module) -> None:
+def test_the_search_does_not_change_the_sparsity(unequal: nn.Module) -> None:
     given, config = batches(unequal, 2), AllocationConfig(evaluations=25, spread=3.0)
     plain, searched = (
         prune(unequal, "wrong", sparsity=0.4, calibration=given, allocation=allocation)
@@ -195,7 +193,7 @@ def test_the_same_seed_gives_the_same_masks_in_every_cycle(unequal: nn.Module) -
     )
 
 
-def test_zero_is_the_ranking_itself(unequal: nn.Module) -> None:
+def test_the_zero_point_is_the_ranking_without_a_search(unequal: nn.Module) -> None:
     plan = plan_for("wrong", 0.4, allocation={})
     state = cycle_state(unequal, plan)
     given = batches(unequal, 2)
@@ -216,6 +214,6 @@ def test_zero_is_the_ranking_itself(unequal: nn.Module) -> None:
         ("unit-obs", {"sparsity": 0.5, "allocation": {"evaluations": 0}}, r"^prune.allocation.evaluations: Input "),
     ],
 )  # fmt: skip
-def test_what_cannot_be_searched_is_refused(method: str, settings: dict[str, Any], why: str) -> None:
+def test_settings_that_cannot_be_searched_are_refused(method: str, settings: dict[str, Any], why: str) -> None:
     with pytest.raises(BadInput, match=why):
         plan_for(method, **({"allocation": {}} | settings))

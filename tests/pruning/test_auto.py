@@ -1,4 +1,4 @@
-"""The method `auto` stands for another one; a budget limits the passes of the reconstruction."""
+"""The method `auto` chooses another one; a budget limits the passes of the reconstruction."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from vitprune.pruning.reconstruct import MAX_PASSES
         (["block"], False, "upvits-blocks"),
     ],
 )
-def test_what_is_pruned_determines_the_method(kinds: list[str], whole_units: bool, method: str) -> None:
+def test_kinds_determine_the_method(kinds: list[str], whole_units: bool, method: str) -> None:
     assert auto_method(kinds, whole_units) == method
 
 
@@ -50,7 +50,7 @@ def test_auto_gives_the_model_of_its_method_and_passes(settings: dict, method: s
     assert equal(again.model, result.model)
 
 
-def test_a_budget_that_is_spent_leaves_no_pass_and_a_large_one_many() -> None:
+def test_a_small_budget_allows_no_pass_and_a_large_one_the_maximum() -> None:
     model = tiny("vit", dtype=torch.float32)
     data = batches(model, 2, 6)
     passes = [
@@ -62,12 +62,12 @@ def test_a_budget_that_is_spent_leaves_no_pass_and_a_large_one_many() -> None:
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5 min", 90), ("2h", 7200), (20, 20)])
-def test_durations(text: str | float, seconds: float) -> None:
+def test_durations_are_parsed(text: str | float, seconds: float) -> None:
     assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize("budget", ["3 minutes", "min", "", 0, -1, float("nan"), True, "0s"])
-def test_a_budget_that_is_no_duration_is_refused(budget: object) -> None:
+def test_a_budget_that_is_not_a_duration_is_refused(budget: object) -> None:
     model = tiny("vit")
     with pytest.raises(BadInput, match=r"^budget: .* is no duration; give seconds, or a number with s, min or h"):
         prune(model, "auto", sparsity=0.5, calibration=batches(model, 1, 6), budget=budget)  # type: ignore[arg-type]

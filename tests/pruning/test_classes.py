@@ -48,13 +48,13 @@ def test_the_outputs_are_those_of_the_classes_in_the_order_given(name: str) -> N
     assert same_state(model, before)
 
 
-def test_volo_has_a_second_head_in_every_pass() -> None:
+def test_the_second_head_of_volo_is_cut() -> None:
     model = redrawn(timm.create_model("volo_d1_224", num_classes=7, img_size=64), 0).eval()
     assert keep_classes(model, CLASSES).aux_head.out_features == 3
 
 
 @pytest.mark.parametrize("method", ["upvits", "upvits-fisher", "unit-obs", "obc", "ovit", "channel-taylor"])
-def test_pruning_for_classes_is_pruning_of_the_model_with_these_outputs(method: str) -> None:
+def test_pruning_for_classes_equals_pruning_of_the_model_with_these_outputs(method: str) -> None:
     model = tiny("vit")
     given = batches(model, 4, 8)
     narrow = keep_classes(tiny("vit"), CLASSES)
@@ -117,7 +117,7 @@ def test_labels_and_predictions_of_the_pruned_model_are_classes_of_the_dense_mod
         vitprune.evaluate(pruned, [(x, torch.ones_like(best))])
 
 
-def test_finetuning_takes_labels_and_a_teacher_of_all_classes() -> None:
+def test_finetuning_accepts_labels_and_a_teacher_of_all_classes() -> None:
     model = tiny("vit")
     config = PruneConfig(
         method="channel-taylor", sparsity=0.25, cycles=2, classes=CLASSES, finetune=TrainConfig(epochs=1, lr=1e-3)
@@ -172,7 +172,7 @@ def test_models_of_transformers_load_with_fewer_labels(name: str, tmp_path: Path
 
 
 class Own(nn.Module):
-    """A classifier of a class of one's own."""
+    """A classifier of a user-defined class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Own(nn.Module):
         return self.body(images)
 
 
-def test_a_class_of_ones_own_and_torchvision_load_with_fewer_outputs(tmp_path: Path) -> None:
+def test_user_defined_and_torchvision_models_load_with_fewer_outputs(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 64, 64)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -207,7 +207,7 @@ def test_a_class_of_ones_own_and_torchvision_load_with_fewer_outputs(tmp_path: P
         ([-1], r"^prune.classes.0: Input should be greater than or equal to 0"),
     ],
 )
-def test_wrong_classes_are_refused(classes: list[int], message: str) -> None:
+def test_invalid_classes_are_refused(classes: list[int], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         prune(tiny("vit"), "magnitude", sparsity=0.5, classes=classes)
 

@@ -93,7 +93,7 @@ def groups_of(name: str, kind: str) -> list[Group]:
     [("ffn", "layer"), ("ffn", "global"), ("ffn", "isomorphic"), ("attention", "head"), ("residual", "layer")],
 )
 @pytest.mark.parametrize("name", ["vit", "odd", "swin", "pvt"])
-def test_multiples_hold_in_every_scope_and_only_shrink(name: str, kind: str, scope: str) -> None:
+def test_multiples_are_kept_in_every_scope_and_masks_are_nested(name: str, kind: str, scope: str) -> None:
     groups = groups_of(name, kind)
     scores, bounds = drawn({g.name: g.shape for g in groups}, 0), {g.name: Constraint(multiple=4) for g in groups}
     before: dict[str, Tensor] | None = None

@@ -243,7 +243,7 @@ def test_the_mask_stage_writes_the_resolved_target(
     assert 0.69 < reached <= 0.7
 
 
-def test_a_disturbed_clock_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disturbed_latency_measurement_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     model, calls = tiny("vit"), itertools.count()
     model.register_forward_pre_hook(lambda module, args: time.sleep(0.03 * (next(calls) % 2)))
     make_cost_model(model, find_groups(model, ["ffn"]), "latency_ms")

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def options_of(seed: int, groups: int) -> list[WidthOptions]:
-    """Return random options: losses and times without any order."""
+    """Return random options, whose losses and times are not ordered."""
     random, result = np.random.default_rng(seed), []
     for _ in range(groups):
         count = random.integers(1, 6)
@@ -39,7 +39,7 @@ def options_of(seed: int, groups: int) -> list[WidthOptions]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_best_of_all_choices(seed: int) -> None:
+def test_the_result_is_the_best_of_all_choices(seed: int) -> None:
     options = options_of(seed, groups=4)
     fastest, slowest = (sum(least(group.milliseconds) for group in options) for least in (np.min, np.max))
     limit = fastest + (seed + 1) / 22 * (slowest - fastest)
@@ -58,7 +58,7 @@ def losses(options: list[WidthOptions], choice: tuple[int, ...] | list[int]) -> 
     return sum(float(group.losses[number]) for group, number in zip(options, choice, strict=True))
 
 
-def test_without_a_choice_within_the_limit_every_group_takes_its_least_time() -> None:
+def test_without_a_choice_within_the_limit_every_group_has_its_smallest_time() -> None:
     options = options_of(0, groups=3)
     expected = [int(group.widths[group.milliseconds.argmin()]) for group in options]
     assert best_widths(options, 0.0) == expected
@@ -84,7 +84,7 @@ def test_the_optimum_by_hand(milliseconds: float, a: list[int], b: list[list[int
     assert masks["a"].int().tolist() == a
 
 
-def test_constraints_and_earlier_removals_hold() -> None:
+def test_constraints_and_earlier_removals_are_respected() -> None:
     bounds = {"b": Constraint(0.0, 0.0)}
     assert select_by_latency(SCORES, 0.4, [A, B], TIMES, None, bounds)["a"].int().tolist() == [1, 0, 0, 0]
     previous = {"a": torch.tensor([0, 1, 1, 1]).bool(), "b": torch.ones(2, 3).bool()}

@@ -66,7 +66,7 @@ def test_gradients_equal_those_of_single_images_and_parameters(name: str) -> Non
 
 @pytest.mark.parametrize("size", [32, 40])  # as many columns as channels, and more
 @pytest.mark.parametrize("norm", [timm.layers.LayerNorm2d, PixelNorm, timm.layers.LayerNormAct2d])
-def test_norms_of_pixels_are_corrected_along_their_channels(norm: type[nn.Module], size: int) -> None:
+def test_norms_over_channels_of_pixels_are_corrected_along_their_channels(norm: type[nn.Module], size: int) -> None:
     model = redrawn(PixelStream(norm).double().eval(), 2)
     model.unused = nn.Linear(3, 4)
     generator = torch.Generator().manual_seed(1)

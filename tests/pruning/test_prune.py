@@ -40,7 +40,7 @@ def grow(cycles: list[Cycle]) -> bool:
 
 
 @pytest.mark.parametrize("method", SINGLE)
-def test_gradual_weights_reach_the_exact_count_and_stay_zero_in_training(vit: nn.Module, method: str) -> None:
+def test_gradual_weights_reach_the_exact_count_and_remain_zero_in_training(vit: nn.Module, method: str) -> None:
     data, counts, cycles = batches(vit, 3, 8), [], []
     recipe = TrainConfig(epochs=1, lr=0.01, weight_decay=0.1)
     for cycle in prune_cycles(vit, plan_for(method, 0.6, cycles=3), data):
@@ -173,7 +173,7 @@ def test_an_update_is_applied_before_shrinking(vit: nn.Module, monkeypatch: pyte
         assert torch.equal(block.mlp.fc1.weight, dense.blocks[number].mlp.fc1.weight[kept])
 
 
-def test_an_update_of_weights_is_followed_by_the_zeros(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeros_are_applied_after_an_update_of_weights(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def ones(model: nn.Module, groups, data, setting: ScoringContext) -> Importance:
         scores = by_weights.magnitude(model, groups, data, setting).scores
         return Importance(scores, lambda masks: {name: torch.ones(mask.shape) for name, mask in masks.items()})
@@ -184,7 +184,7 @@ def test_an_update_of_weights_is_followed_by_the_zeros(vit: nn.Module, monkeypat
         assert torch.equal(vit.get_parameter(name), mask.double())
 
 
-def test_every_method_prunes_a_vit_and_leaves_it_untouched() -> None:
+def test_every_method_prunes_a_copy_of_a_vit() -> None:
     model = tiny("thin")
     before, data, x = state(model), batches(model), images(model)
     for method, row in METHODS.items():
@@ -242,7 +242,7 @@ def test_a_weight_that_is_not_finite_is_named(vit: nn.Module, value: float) -> N
             prune(vit, method, sparsity=0.5, calibration=batches(vit))
 
 
-def test_high_sparsity_leaves_one_unit_of_every_group(vit: nn.Module) -> None:
+def test_high_sparsity_keeps_one_unit_of_every_group(vit: nn.Module) -> None:
     pruned = prune(vit, "channel-magnitude", sparsity=0.999, example_input=images(vit), scope="global").model
     assert all(block.mlp.fc1.out_features >= 1 for block in pruned.blocks)
     assert sum(block.mlp.fc1.out_features for block in pruned.blocks) == 2

@@ -1,4 +1,4 @@
-"""Reconstruction towards the dense model: held-out images decide, zeros remain, the same seed gives the same bits."""
+"""Reconstruction towards the dense model: selection by held-out images, preserved zeros, bit-identical results."""
 
 import copy
 
@@ -25,7 +25,7 @@ def half(name: str) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
-def test_held_out_divergence_falls_and_zeros_remain(name: str) -> None:
+def test_held_out_divergence_decreases_and_zeros_remain(name: str) -> None:
     dense, pruned, data = half(name)
     zeros = {group.name: pruned.get_parameter(group.name) == 0 for group in find_groups(pruned, ["weight"])}
     before = copy.deepcopy(state(dense))
@@ -78,7 +78,7 @@ def test_a_model_that_cannot_improve_is_not_changed() -> None:
     assert all(torch.equal(value, state(pruned)[key]) for key, value in before.items())
 
 
-def test_the_same_seed_gives_the_same_bits_and_random_state_of_the_caller_is_kept() -> None:
+def test_the_same_seed_gives_bit_identical_weights_and_the_random_state_is_restored() -> None:
     dense, pruned, data = half("vit")
     other, third = copy.deepcopy(pruned), copy.deepcopy(pruned)
     torch.manual_seed(5)
@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_same_bits_and_random_state_of_the_caller_is_kep
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
-def test_classifier_and_embeddings_keep_their_values(name: str) -> None:
+def test_classifier_and_embeddings_are_not_changed(name: str) -> None:
     dense, pruned, data = half(name)
     before = copy.deepcopy(state(pruned))
     assert reconstruct(pruned, dense, data, FEW).facts["pass"] > 0

@@ -16,7 +16,7 @@ def parameters_with_gradients(steps: int) -> tuple[list[nn.Parameter], list[list
     return parameters, [[torch.randn_like(parameter) for parameter in parameters] for _ in range(steps)]
 
 
-def test_without_a_basis_it_is_adam() -> None:
+def test_without_a_basis_the_steps_equal_adam() -> None:
     ours, gradients = parameters_with_gradients(4)
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
     optimizer, adam = RotatedAdam(ours, {}, BETAS), torch.optim.Adam(theirs, 0.02, BETAS, EPS)
@@ -29,7 +29,7 @@ def test_without_a_basis_it_is_adam() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
 
 
-def test_with_a_basis_it_is_adam_of_the_rotated_weights() -> None:
+def test_with_a_basis_the_steps_equal_adam_of_the_rotated_weights() -> None:
     (weight, kernel, _), gradients = parameters_with_gradients(4)
     bases = {
         p: torch.linalg.qr(torch.randn(p[0].numel(), p[0].numel(), dtype=torch.float64))[0] for p in (weight, kernel)

@@ -15,7 +15,7 @@ from vitprune.pipeline.check_settings import check_plan
 
 
 @pytest.mark.parametrize("name", ["vit", "distilled", "extra"])
-def test_one_channel_is_free(name: str) -> None:
+def test_one_channel_is_removed_without_error(name: str) -> None:
     model = tiny(name)
     settings = {"sparsity": {"residual": 1 / 48}, "calibration": batches(model, 4, 6), "rotate_residual": True}
     result = prune(model, "unit-obs", **settings)

@@ -52,7 +52,7 @@ def removed_fractions(cycle: Cycle) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "isomorphic", "macs"])
-def test_rules_apply_in_every_scope_and_the_first_match_counts(scope: str) -> None:
+def test_rules_apply_in_every_scope_and_the_first_match_is_used(scope: str) -> None:
     rules = [
         {"match": r"layers\.0\.blocks\.0\..*", "ignore": True},
         {"match": r"layers\.0\.blocks\.\d\.mlp", "sparsity": 0.25},
@@ -95,7 +95,7 @@ def test_rules_apply_to_single_weights(scope: str) -> None:
         assert sum(result[name] * sizes[name] for name in free) == pytest.approx(0.5 * sum(sizes.values()), abs=1)
 
 
-def test_n_of_m_leaves_the_layers_that_a_rule_ignores() -> None:
+def test_n_of_m_does_not_change_the_layers_that_a_rule_ignores() -> None:
     model = tiny("vit")
     pruned = prune(model, "n:m", rules=[{"match": r".*\.fc1\.weight", "ignore": True}]).model
     zeros = {name: int((p == 0).sum()) / p.numel() for name, p in pruned.named_parameters() if p.dim() == 2}

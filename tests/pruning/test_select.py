@@ -29,7 +29,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.mark.parametrize("levels", [0, 1, 3])
-def test_global_and_layer_are_a_naive_sort(levels: int) -> None:
+def test_global_and_layer_equal_a_naive_sort(levels: int) -> None:
     for seed in range(40):
         scores = draw(BARE, seed, levels)
         share = seed / 40
@@ -103,7 +103,7 @@ def test_isomorphic_pools_contain_the_same_layer_of_every_block() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "module", "isomorphic"])
-def test_removed_units_stay_removed_and_count(scope: str) -> None:
+def test_removed_units_remain_removed_and_are_counted(scope: str) -> None:
     groups = find_groups(tiny("vit"), ["weight"])
     previous = None
     for step, share in enumerate(sparsities(0.8, 4)):
@@ -133,13 +133,13 @@ def test_keep_at_least_protects_the_best_of_every_group() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_keep_at_least_wins_over_the_count(scope: str) -> None:
+def test_keep_at_least_has_priority_over_the_count(scope: str) -> None:
     masks = select({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([5.0, 4.0])}, 0.9, scope, keep_at_least=1)
     assert masks["a"].tolist() == [False, True]
     assert masks["b"].tolist() == [True, False]
 
 
-def test_keep_at_least_holds_for_every_head() -> None:
+def test_keep_at_least_applies_to_every_head() -> None:
     scores = torch.tensor([[1.0, 2.0], [4.0, 3.0], [5.0, 6.0]])
     assert select({"a": scores}, 0.9, "head", keep_at_least=1)["a"].tolist() == [
         [False, True],
@@ -221,7 +221,7 @@ def test_scores_are_not_changed() -> None:
     assert all(torch.equal(scores[name], before[name]) for name in scores)
 
 
-def test_integer_and_half_scores_rank_as_they_are() -> None:
+def test_integer_and_half_precision_scores_are_ranked_exactly() -> None:
     for dtype in (torch.int64, torch.float16, torch.bfloat16):
         assert select({"a": torch.tensor([3, 1, 2, 0]).to(dtype)}, 0.5)["a"].tolist() == [True, False, True, False]
 

@@ -1,4 +1,4 @@
-"""What one call of `prune` does with models of other libraries: what it cannot score is left out, and said."""
+"""`prune` with models of other libraries: groups that cannot be scored are left out and reported."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_unit_obs_reaches_a_target_by_default(name: str) -> None:
     assert torch.isfinite(main_tensor(result.model(images[0]))).all()
 
 
-def test_an_unreachable_target_says_what_is_not_pruned() -> None:
+def test_an_unreachable_target_names_the_modules_that_are_not_pruned() -> None:
     model = make_model("detr")
     with pytest.raises(BadInput, match=r"^prune.target: 0.5 of the dense model cannot be reached, the smallest is "):
         vitprune.prune(model, "unit-obs", target={"macs": 0.5}, calibration=calibration("detr", model))
@@ -113,7 +113,7 @@ def test_output_projections_are_called_and_the_classes_restored(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["torchvision vit", "open_clip", "siglip"])
-def test_single_weights_of_torch_attention_are_pruned_but_for_the_fused_projection(name: str) -> None:
+def test_single_weights_of_torch_attention_are_pruned_except_the_fused_projection(name: str) -> None:
     model = redrawn(make_model(name), 1)
     result = vitprune.prune(model, "obc", scope="2:4", calibration=calibration(name, model))
     fused = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]

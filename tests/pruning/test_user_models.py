@@ -76,13 +76,13 @@ def test_a_module_that_needs_its_width_is_left_out(vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_vision_transformers_of_other_blocks_are_pruned(name: str) -> None:
+def test_vision_transformers_with_other_blocks_are_pruned(name: str) -> None:
     kinds = ["weight", "ffn", "head", "attention", "block"]
     results = list(check(name, kinds, [0.5], SHAPE))
     assert {result.kind: result.verdict for result in results} == dict.fromkeys(kinds, "proven")
 
 
-def test_parallel_blocks_lose_weights_and_units() -> None:
+def test_weights_and_units_of_parallel_blocks_are_pruned() -> None:
     results = list(check("vit_small_patch16_18x2_224", ["weight", "ffn", "head"], [0.5], SHAPE))
     assert {result.verdict for result in results} == {"proven"}
 

@@ -80,11 +80,11 @@ def test_settings_prune_as_on_the_cpu(settings: str) -> None:
     assert_as_on_the_cpu("vit", SETTINGS[settings])
 
 
-def test_merged_tokens() -> None:
+def test_token_merging_prunes_as_on_the_cpu() -> None:
     assert_as_on_the_cpu("vit", {"method": "unit-obs", "sparsity": None, "target": {"macs": 0.6}, "merge_tokens": 2})
 
 
-def test_a_budget_of_seconds() -> None:
+def test_a_time_budget_reaches_the_target() -> None:
     result = on(
         DEVICE, "vit", {"method": "auto", "sparsity": None, "target": {"macs": 0.6}, "budget": 3}, torch.float32
     )
@@ -140,7 +140,7 @@ def test_training_keeps_zeros_and_is_bit_identical() -> None:
     assert same_state(result.model, states[0])
 
 
-def test_gradual_pruning() -> None:
+def test_gradual_pruning_runs_on_the_device() -> None:
     model = tiny("vit", dtype=torch.float32).to(DEVICE)
     data = [(images.float(), labels) for images, labels in images_of(model)]
     config = PruneConfig(
@@ -150,7 +150,7 @@ def test_gradual_pruning() -> None:
     assert result.after.params < result.before.params
 
 
-def test_measures_files_and_exports(tmp_path: Path) -> None:
+def test_a_pruned_model_is_measured_saved_and_exported(tmp_path: Path) -> None:
     result = on(DEVICE, "vit", {"method": "unit-obs"}, torch.float32)
     data = [(images.float(), labels) for images, labels in images_of(tiny("vit"))]
     there, here = vitprune.evaluate(result.model, data), vitprune.evaluate(copy.deepcopy(result.model).cpu(), data)
@@ -164,7 +164,7 @@ def test_measures_files_and_exports(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "swin"])
-def test_models_of_transformers(name: str, tmp_path: Path) -> None:
+def test_transformers_models_are_pruned_and_saved(name: str, tmp_path: Path) -> None:
     size = {"image_size": 56, "patch_size": 14}
     widths = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     stages = {"image_size": 56, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]}

@@ -67,7 +67,7 @@ def test_a_layer_that_cannot_be_pruned_is_named(vit: nn.Module, change: str) -> 
         vitprune.save(vit, "unused")
 
 
-def test_the_remedies_work(vit: nn.Module) -> None:
+def test_the_suggested_remedies_work(vit: nn.Module) -> None:
     fc1 = vit.blocks[0].mlp.fc1
     torch_prune.l1_unstructured(fc1, "weight", 0.3)
     torch_prune.remove(fc1, "weight")
@@ -86,7 +86,7 @@ def test_low_rank_updates_are_refused(name: str, vit: nn.Module) -> None:
         vitprune.prune(vit, "magnitude", sparsity=0.5)
 
 
-def test_blocks_that_share_a_layer(vit: nn.Module) -> None:
+def test_single_weights_of_shared_layers_are_refused_and_units_are_pruned(vit: nn.Module) -> None:
     vit.blocks[1].mlp = vit.blocks[0].mlp
     with pytest.raises(BadInput, match=r"^blocks.1.mlp.fc1.weight: is the same parameter as blocks.0.mlp.fc1.weight"):
         vitprune.prune(vit, "magnitude", sparsity=0.5)

@@ -3,7 +3,9 @@ import pytest
 from vitprune.runtime import progress
 
 
-def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_printed_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert list(progress.track(range(3), "steps", total=3)) == [0, 1, 2]
     assert capsys.readouterr().err == ""  # under a minute
     monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)

@@ -1,4 +1,4 @@
-"""Names that a stranger chooses: what leaves the project, or is an option of a command, is refused."""
+"""Untrusted names: paths outside the project and options of commands are refused."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_a_path_through_a_link_to_another_folder_is_refused(tmp_path: Path) -> N
     assert path_inside(tmp_path / "tree", "link", "x.dvc") == tmp_path / "tree/link"  # the link itself may be replaced
 
 
-def test_digests_commits_and_numbers_are_taken_only_whole() -> None:
+def test_digests_commits_and_numbers_must_match_completely() -> None:
     assert md5_digest("0" * 32, "x") == "0" * 32
     assert md5_digest("a" * 32 + ".dir", "x").endswith(".dir")
     assert commit_id("f" * 40, "x") == "f" * 40
@@ -59,5 +59,5 @@ def test_digests_commits_and_numbers_are_taken_only_whole() -> None:
         ("sqlite:////home/me/mlflow.db", "sqlite:////home/me/mlflow.db"),
     ],
 )
-def test_credentials_are_taken_out_of_addresses(text: str, shown: str) -> None:
+def test_credentials_are_removed_from_addresses(text: str, shown: str) -> None:
     assert without_credentials(text) == shown

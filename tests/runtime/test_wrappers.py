@@ -23,7 +23,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 class Normalized(nn.Module):
-    """A module of a user around a timm model."""
+    """A user-defined module that contains a timm model."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -60,7 +60,7 @@ def test_a_module_around_a_timm_model_is_pruned_with_it(vit: nn.Module) -> None:
     assert same_state(result.model.net, state(inner.model))
 
 
-def test_weights_are_no_model(vit: nn.Module) -> None:
+def test_a_state_dict_instead_of_a_model_is_refused(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^model: is a OrderedDict; give a model of timm.create_model"):
         vitprune.prune(vit.state_dict(), "magnitude", sparsity=0.5)
 

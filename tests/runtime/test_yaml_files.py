@@ -1,4 +1,4 @@
-"""YAML files: YAML 1.2 as DVC reads it, one line for what is wrong, and bounded depth, size and aliases."""
+"""YAML files: YAML 1.2 as DVC reads it, one-line errors, and bounded depth, size and aliases."""
 
 import os
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_plain_scalars_are_those_of_yaml_1_2_as_in_dvc(tmp_path: Path, text: str
         ("x" * (MAX_BYTES + 1), f"cannot be read .1048577 bytes, the limit is {MAX_BYTES}"),
     ],
 )
-def test_what_is_no_plain_data_is_one_line(tmp_path: Path, text: str, why: str) -> None:
+def test_yaml_that_is_not_plain_data_gives_a_one_line_error(tmp_path: Path, text: str, why: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(BadInput, match=why) as error:
@@ -72,7 +72,7 @@ def test_what_is_no_plain_data_is_one_line(tmp_path: Path, text: str, why: str) 
     assert len(line) < 500
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "zeros.yaml").symlink_to("/dev/zero")
     (tmp_path / "text.yaml").write_bytes(b"\xff\xfe\x00seed")
@@ -92,7 +92,7 @@ def test_anchors_and_merges_of_usual_size_are_read(tmp_path: Path) -> None:
     assert content["c"] == content["a"]
 
 
-def test_what_is_written_is_read_as_the_same_value(tmp_path: Path) -> None:
+def test_written_values_are_read_unchanged(tmp_path: Path) -> None:
     texts = [
         "08",
         "010",

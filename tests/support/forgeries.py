@@ -1,4 +1,4 @@
-"""Forgeries of a finished run by somebody who may write to the project, MLflow and DVC, but has no signing key.
+"""Forgeries of a finished run by a person with write access to the project, MLflow and DVC, but no signing key.
 
 `forged` and `logged` record the run again after the edit, with an attestation of their own, so that all records agree.
 """
@@ -197,7 +197,7 @@ def permute_masks(project: Path) -> None:
 
 
 def set_param(*path: str, value: object) -> Edit:
-    """Commit another value of params.yaml, and let all records say so, without computing anything again."""
+    """Commit another value of params.yaml and change all records accordingly, without computing anything again."""
 
     def carry_out(project: Path) -> None:
         params = yaml.safe_load((project / "params.yaml").read_text())
@@ -319,7 +319,7 @@ FORGERIES: dict[str, Edit] = {
     "F30 a command wrapped in the commit": forged(wrap_command),
     "F31 a cycle's model is noise": forged(change_weights("out/cycles/01", torch.randn_like)),
 }
-# What an honest user may do, too: the audit passes and names it.
+# Changes that are also legitimate: the audit passes and lists them.
 LISTED: dict[str, tuple[Edit, str]] = {
     "M11b a metric of the model from another run": (measure_the_model_again, "pruned.top1 99.0 was logged by the run"),
     "M12 artifacts added": (add_artifacts, "the artifact results.md is in MLflow only"),

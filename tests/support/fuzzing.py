@@ -1,4 +1,4 @@
-"""What fuzz tests share: values of files, damaged bytes, and what an error may look like."""
+"""Helpers of the fuzz tests: values of files, damaged bytes, and the allowed form of errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Let BadInput pass, if its message is one line of bounded length; any other error is a failure."""
+    """Accept BadInput if its message is one line of bounded length; any other error is a failure."""
     try:
         yield
     except BadInput as error:

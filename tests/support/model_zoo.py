@@ -195,7 +195,7 @@ def _made(name: str, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def redrawn(model: nn.Module, seed: int) -> nn.Module:
-    """Draw all weights in place with std 0.1 (norm scales around 1), so that every unit matters."""
+    """Draw all weights in place with std 0.1 (norm scales around 1), so that every unit affects the logits."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         scale = "norm" in name.split(".")[-2:][0] and name.endswith("weight")

@@ -1,4 +1,4 @@
-"""Digits written out in the layouts that users have."""
+"""Digits written to disk in the layouts of users' image sources."""
 
 import io
 import json

@@ -33,7 +33,7 @@ class SmallImages(nn.Module):
 
 
 class PixelNorm(nn.LayerNorm):
-    """A norm over the channels of pixels, as ConvNeXt of transformers has it."""
+    """A norm over the channels of every pixel, as in ConvNeXt of transformers."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalize pixels (B, C, H, W)."""

@@ -1,6 +1,6 @@
 """Print all runs and logged models of an MLflow store as JSON: read_mlflow.py URI.
 
-In a process of its own, since MLflow warns where pytest takes warnings for errors.
+It runs in a separate process, since MLflow emits warnings, which pytest treats as errors.
 """
 
 import json

@@ -49,9 +49,9 @@ def literal_attention(x: Tensor, attn: nn.Module, keep: Tensor) -> Tensor:
 
 @torch.no_grad()
 def literal_vit(model: nn.Module, images: Tensor, masks: dict[str, Tensor]) -> Tensor:
-    """Logits of a plain ViT with units masked out of its dense weights, one by one; nothing is cut.
+    """Logits of a plain ViT with units of its dense weights masked, one by one; shapes do not change.
 
-    masks: as the library names them ("residual", "blocks.0.attn", "blocks.0.mlp"); what is not named is whole.
+    masks: as the library names them ("residual", "blocks.0.attn", "blocks.0.mlp"); groups without a mask are dense.
     """
     live = masks.get("residual", torch.ones(model.embed_dim, dtype=torch.bool))
     patches = torch.cat([model.patch_embed.proj(image[None]).flatten(2).transpose(1, 2) for image in images])
@@ -145,7 +145,7 @@ def fisher_quadratic(model: nn.Module, images: Tensor, groups: list) -> dict[str
 
 
 def gated_stream(model: nn.Module, images: Tensor, group: Group, gate: Tensor) -> Tensor:
-    """Logits with a gate on each channel of a residual stream, by hooks where its slices say that it is read.
+    """Logits with a gate on each channel of a residual stream, by hooks on the layers that read it (by its slices).
 
     Linear layers and convolutions read gated inputs; the statistics of its norms count channel c gate[c] times.
     """

@@ -107,9 +107,9 @@ class Servers:
 
 @contextlib.contextmanager
 def serving(folder: Path, extra: Mapping[str, str]) -> Iterator[Servers]:
-    """Servers for as long as the block lasts; `extra` are further variables of their environment and of their clients'.
+    """Run servers until the end of the block; `extra` are further variables of their environment and their clients'.
 
-    PostgreSQL runs as another user when this is root, so the folders above have to let it through.
+    If this process is root, PostgreSQL runs as another user, which needs access to the parent folders.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for directory in [folder, *list(folder.parents)[:3]]:

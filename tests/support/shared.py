@@ -1,4 +1,4 @@
-"""What all processes of a test run share: the first process that needs it builds it, the others wait; read-only."""
+"""Data shared by all processes of a test run: built by the first process that needs them; read-only."""
 
 import atexit
 import contextlib

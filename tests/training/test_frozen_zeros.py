@@ -76,7 +76,7 @@ def test_removed_weights_have_no_gradient_and_others_may_become_zero(vit: nn.Mod
     assert torch.equal(fc1 != 0, result.masks["blocks.0.mlp.fc1.weight"])
 
 
-def test_what_cannot_be_frozen_is_refused(vit: nn.Module) -> None:
+def test_invalid_arguments_are_refused(vit: nn.Module) -> None:
     optimizer = torch.optim.SGD(vit.parameters(), 0.1)
     for given, options, message in (
         ((vit,), {}, r"^freeze_zeros: give the model and every optimizer"),

@@ -23,7 +23,7 @@ def model() -> nn.Module:
 
 
 def nearest(x: Tensor, scale: Tensor) -> Tensor:
-    """Rounds to a grid by hand, with a straight-through gradient."""
+    """Rounds to a grid explicitly, with a straight-through gradient."""
     return x + ((x / scale).round() * scale - x).detach()
 
 

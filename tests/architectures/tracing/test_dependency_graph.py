@@ -44,7 +44,7 @@ def test_tracer_finds_the_groups_of_find_groups(name: str, kind: str) -> None:
 
 
 class Squeezed(nn.Module):
-    """A stem, a residual bottleneck with a depth-wise convolution and a gate, and two maps side by side."""
+    """A stem, a residual bottleneck with a depth-wise convolution and a gate, and two concatenated maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_padding_with_infinity_keeps_the_channels() -> None:
 
 
 class Late(nn.Module):
-    """A scale meets two kinds of token, whose channels turn out to be the same only later."""
+    """A scale is applied to two concatenated kinds of token, whose channels are coupled by a later operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,14 +165,14 @@ class Late(nn.Module):
         return output
 
 
-def test_a_scale_over_concatenated_tokens_is_coupled_later() -> None:
+def test_a_scale_over_concatenated_tokens_is_coupled_with_the_stream() -> None:
     stream = channel_groups(Late(), torch.randn(1, 3, 8, 8))[0]
     assert (stream.kind, stream.units, stream.why_not) == ("residual", 6, "")
     assert ("gamma", 0, 1, 1) in where(stream)
 
 
 class Doubled(nn.Module):
-    """A depth-wise convolution makes two channels of each, and one over stacked maps mixes the maps."""
+    """A depth-wise convolution writes two channels for each one, and a convolution over stacked maps mixes the maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def test_trace_on_the_meta_device_is_equal(name: str) -> None:
 
 
 class Unequal(nn.Module):
-    """One layer writes two rows of each of two units, and then one more of each."""
+    """One layer has two rows for each of two units, and then one more row for each."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ def unknown(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [replaced_forward, hooked, unknown])
-def test_what_a_fingerprint_cannot_describe_has_none(change: Callable[[nn.Module], None]) -> None:
+def test_models_that_a_fingerprint_cannot_describe_have_none(change: Callable[[nn.Module], None]) -> None:
     model = tiny("vit")
     change(model)
     assert fingerprint(model) is None

@@ -12,7 +12,7 @@ from vitprune.groups import meta_copy
 
 
 class Adding(nn.Module):
-    """A branch beside what it is given, in one way or another."""
+    """A branch that is added to the input, in one of several ways."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Adding(nn.Module):
 
 
 def written(x: Tensor, other: Tensor) -> Tensor:
-    """A copy, a part of which is something else."""
+    """Return a copy, a part of which is replaced."""
     copy = x.clone()
     copy[:, :1] = other[:, :1]
     return copy

@@ -166,7 +166,7 @@ def test_divergences_beyond_the_exponential_range_are_finite() -> None:
 
 
 def logarithms(model: nn.Module, group: Group) -> Tensor:
-    """The literal divergences, by logarithms that do not underflow."""
+    """Return the literal divergences, computed with logarithms that do not underflow."""
     rows = []
     for unit in range(group.units):
         masks = {group.name: torch.arange(group.units) != unit}

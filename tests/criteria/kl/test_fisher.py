@@ -29,7 +29,7 @@ EVERY_CLASS = context(fisher_directions=1000)
 
 
 @pytest.mark.parametrize("name", ["vit", "odd"])
-def test_with_all_classes_it_equals_the_exact_quadratic_form_per_image(name: str) -> None:
+def test_with_all_classes_the_score_equals_the_quadratic_form_per_image(name: str) -> None:
     model = tiny(name)
     groups, inputs = find_groups(model, ALL), images(model, 3)
     expected = fisher_quadratic(model, inputs, groups)
@@ -62,7 +62,7 @@ def test_residual_scores_equal_the_curvature_of_gated_streams(name: str) -> None
     assert_fades(model, inputs, groups, fisher_kl_per_image(model, groups, inputs, EVERY_CLASS))
 
 
-def test_norms_of_pixels_have_the_scores_of_their_axis_or_are_refused() -> None:
+def test_norms_over_channels_of_pixels_are_scored_along_their_axis_or_refused() -> None:
     inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     scores = []
     for norm in (timm.layers.LayerNorm2d, PixelNorm, partial(timm.layers.LayerNormAct2d, apply_act=False, eps=1e-6)):
@@ -81,7 +81,7 @@ def test_norms_of_pixels_have_the_scores_of_their_axis_or_are_refused() -> None:
 
 @torch.no_grad()
 def faded(model: nn.Module, group: Group, unit: int, by: float) -> nn.Module:
-    """A copy with a unit's share of q (attention), v or output scaled by 1 + by: what a gate does, in weights."""
+    """Return a copy with a unit's part of q (attention), v or output scaled by 1 + by: a gate on the weights."""
     model = copy.deepcopy(model)
     for part in group.slices:
         weight = model.get_parameter(part.param)
@@ -94,7 +94,7 @@ def faded(model: nn.Module, group: Group, unit: int, by: float) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["attention", "head", "ffn"])
 @pytest.mark.parametrize("name", ["distilled", "extra", "swin"])
-def test_it_equals_the_curvature_of_the_kl_in_the_gate(name: str, kind: str) -> None:
+def test_the_score_equals_the_curvature_of_the_kl_in_the_gate(name: str, kind: str) -> None:
     model = tiny(name)
     groups, inputs, step = find_groups(model, [kind]), images(model, 2), 1e-3
     result = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
@@ -106,7 +106,7 @@ def test_it_equals_the_curvature_of_the_kl_in_the_gate(name: str, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
-def test_for_small_units_it_approximates_the_leave_one_out_score(kind: str) -> None:
+def test_the_score_of_small_units_approximates_leave_one_out(kind: str) -> None:
     model = tiny("thin")
     group, data = find_groups(model, [kind])[1], batches(model)
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_random_signs_depend_on_the_image_position_not_the_batch(vit: nn.Module)
 
 
 @pytest.mark.parametrize("requires", [True, False])
-def test_a_frozen_model_scores_the_same_and_stays_frozen(vit: nn.Module, requires: bool) -> None:
+def test_a_frozen_model_has_the_same_scores_and_remains_frozen(vit: nn.Module, requires: bool) -> None:
     groups, before = find_groups(vit, ALL), state(vit)
     expected = fisher_kl(vit, groups, batches(vit), DEFAULT_CONTEXT).scores
     vit.requires_grad_(requires).train()
@@ -257,7 +257,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def test_a_forward_pass_is_released(vit: nn.Module) -> None:
+def test_memory_of_a_forward_pass_is_released(vit: nn.Module) -> None:
     seen: list[weakref.ref[Tensor]] = []
     groups = find_groups(vit, ["ffn", "attention", "residual"])  # before the hook: it runs forward passes of its own
     vit.get_submodule("head").register_forward_hook(lambda module, given, output: seen.append(weakref.ref(output)))

@@ -28,7 +28,7 @@ def loss(moments: Tensor, row: Tensor, keep: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("keep", "every"), [(2, 4), (1, 4), (4, 8)])
-def test_the_loss_is_below_greedy_search_and_not_below_the_least(keep: int, every: int) -> None:
+def test_the_loss_is_below_greedy_elimination(keep: int, every: int) -> None:
     total = {"admm": 0.0, "greedy": 0.0}
     for seed in range(4):
         moments, rows = problem(48, 8, seed)
@@ -42,7 +42,7 @@ def test_the_loss_is_below_greedy_search_and_not_below_the_least(keep: int, ever
     assert total["admm"] < 0.95 * total["greedy"]
 
 
-def test_small_rows_are_within_half_of_the_least_of_all_supports() -> None:
+def test_the_loss_of_small_rows_is_at_most_1_5_times_the_smallest() -> None:
     total, least = 0.0, 0.0
     for seed in range(6):
         moments, rows = problem(8, 4, seed)

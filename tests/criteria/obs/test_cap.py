@@ -48,7 +48,7 @@ def alone(fisher: Tensor, removed: Tensor) -> Tensor:
 
 
 def test_elimination_of_two_by_two_blocks_by_hand() -> None:
-    """F = [[2, 1], [1, 2]] and its like: the inverse's diagonal is 2/3; w = 1 goes first, for 1/2 * 1 / (2/3)."""
+    """For F = [[2, 1], [1, 2]], the inverse's diagonal is 2/3; w = 1 is removed first, at loss 1/2 * 1 / (2/3)."""
     fisher = torch.tensor([[[2.0, 1.0], [1.0, 2.0]], [[4.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
     weights = torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=torch.float64)
     losses = greedy.eliminate_weights(invert_blocks(fisher), weights)
@@ -211,7 +211,7 @@ def test_scaling_gradients_and_damping_together_scales_losses_only(vit: nn.Modul
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_second_cycle_keeps_the_zeros_of_the_first(method: str) -> None:
-    """And the accuracy stays near the dense one, unlike with the released code."""
+    """The accuracy is close to the dense one, unlike with the released code."""
     model = tiny("vit")
     data = [(x, model(x).argmax(1)) for x in (images(model, 8, seed) for seed in range(3))]
     groups = find_groups(model, ["weight"])

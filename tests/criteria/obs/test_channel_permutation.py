@@ -1,4 +1,4 @@
-"""Channel permutation: an identity of the function, fewer nats at the same N:M pattern."""
+"""Channel permutation: the function does not change, and the loss at the same N:M pattern is lower."""
 
 import copy
 from itertools import combinations
@@ -52,7 +52,7 @@ def test_a_permutation_does_not_change_the_function(name: str, kind: str) -> Non
     assert all(torch.equal(value, state(back)[key]) for key, value in state(model).items())
 
 
-def test_an_order_that_is_no_permutation_is_refused_and_nothing_is_changed() -> None:
+def test_an_order_that_is_not_a_permutation_is_refused_without_changes() -> None:
     model = tiny("vit")
     before = copy.deepcopy(state(model))
     ffn, attention = find_groups(model, ["ffn"]), find_groups(model, ["attention"])
@@ -69,7 +69,7 @@ def halves(every: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (1, 2)])
-def test_runs_by_single_losses_are_near_the_best_of_all(pattern: tuple[int, int]) -> None:
+def test_runs_by_single_losses_are_close_to_the_optimum(pattern: tuple[int, int]) -> None:
     keep, every = pattern
 
     def cost(single: Tensor, order: list[int]) -> float:
@@ -88,7 +88,7 @@ def test_runs_by_single_losses_are_near_the_best_of_all(pattern: tuple[int, int]
     assert total < before
 
 
-def test_runs_by_joint_losses_are_near_the_best_of_all() -> None:
+def test_runs_by_joint_losses_are_close_to_the_optimum() -> None:
     def cost(rows: Tensor, inverse: Tensor, order: list[int]) -> float:
         total = 0.0
         for run in (order[:4], order[4:]):
@@ -127,7 +127,7 @@ def test_moments_are_those_of_the_permuted_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "pvt"])
-def test_fewer_nats_are_lost_and_the_pattern_is_exact(name: str) -> None:
+def test_the_loss_is_lower_and_the_pattern_is_exact(name: str) -> None:
     model = tiny(name)
     data = batches(model)
     groups = find_groups(model, ["weight"])
@@ -146,7 +146,7 @@ def test_fewer_nats_are_lost_and_the_pattern_is_exact(name: str) -> None:
     assert errors[True] < errors[False]
 
 
-def test_channels_that_are_not_free_keep_their_order() -> None:
+def test_channels_that_cannot_be_permuted_keep_their_order() -> None:
     model = tiny("vit")
     losses = {}
     for group in find_groups(model, ["weight"]):

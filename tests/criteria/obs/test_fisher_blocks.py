@@ -148,7 +148,7 @@ def test_collection_does_not_change_the_model(vit: nn.Module) -> None:
 
 
 def test_given_masks_are_updated_without_scoring(vit: nn.Module) -> None:
-    """As in the prune stage: masks come from files, gradients are taken again for the update."""
+    """As in the prune stage: masks are read from files, and gradients are computed again for the update."""
     data, plan = batches(vit), plan_for("ovit", 0.5, score=SMALL.config)
     (cycle,) = prune_cycles(one := tiny("vit"), plan, data)
     (other,) = prune_cycles(two := tiny("vit"), plan, data, cycle.masks)

@@ -20,7 +20,7 @@ def rows(number: int, size: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("size", [4, 63, 64, 66, 200])
 @pytest.mark.parametrize("pattern", [None, (1, 2)])
-def test_rows_ahead_give_the_order_of_one_by_one(size: int, pattern: tuple[int, int] | None) -> None:
+def test_rows_computed_ahead_give_the_same_order(size: int, pattern: tuple[int, int] | None) -> None:
     size += size % 2
     inverse, weights = rows(3, size)
     for matrices in (inverse, inverse[:1].expand(3, -1, -1)):
@@ -53,7 +53,7 @@ def test_losses_are_joint_losses_of_the_removed_weights(kind: torch.dtype) -> No
             torch.testing.assert_close(ranked[number - 1], joint / 2, rtol=1e-4, atol=1e-9)
 
 
-def test_threads_do_not_change_bits() -> None:
+def test_results_are_bit_identical_for_any_number_of_threads() -> None:
     inverse, weights = rows(9, 80)
     before = torch.get_num_threads()
     results = []

@@ -134,7 +134,7 @@ def test_a_convolution_scores_like_its_unfolded_linear_layer() -> None:
     torch.testing.assert_close(solved["0.bias"], expected.update(masks)["0.bias"], rtol=1e-6, atol=1e-9)
 
 
-def test_zero_weights_score_zero_and_stay_zero() -> None:
+def test_zero_weights_score_zero_and_remain_zero() -> None:
     model, group, data = case(nn.Linear(8, 4, bias=False), 4, (9, 8))
     with torch.no_grad():
         model[0].weight[:, [1, 4]] = 0
@@ -207,7 +207,7 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
         obc(model, [group], [(torch.randn(4, 6), torch.zeros(4).long())], DEFAULT_CONTEXT)
 
 
-def test_given_masks_are_those_of_the_model_as_it_is() -> None:
+def test_given_masks_refer_to_the_model_without_permutation() -> None:
     model = tiny("vit")
     data, masks = batches(model), {}
     for group in find_groups(model, ["weight"]):

@@ -77,7 +77,7 @@ def test_rows_without_removed_or_kept_weights() -> None:
     assert bool(result.isfinite().all())
 
 
-def test_units_of_the_inputs_do_not_matter() -> None:
+def test_scaling_the_inputs_does_not_change_the_outputs() -> None:
     weights, read, keep = layer(40, 200, 900, 0.3)
     units = torch.cat([torch.logspace(-4, 4, 200, dtype=torch.float64), torch.ones(1).double()])
     dense = torch.cat([weights, torch.zeros(40, 1).double()], dim=1)

@@ -59,7 +59,7 @@ def test_importance_equals_its_definition() -> None:
     torch.testing.assert_close(small, expected, rtol=1e-7, atol=1e-8)
 
 
-def test_scores_of_a_rotated_stream_fall_with_the_position_of_the_channel() -> None:
+def test_scores_of_a_rotated_stream_decrease_with_the_channel_index() -> None:
     model = tiny("distilled")
     given = batches(model, 2, 4)
     basis = stream_basis(model, given, DEFAULT_CONTEXT)
@@ -71,7 +71,7 @@ def test_scores_of_a_rotated_stream_fall_with_the_position_of_the_channel() -> N
     torch.testing.assert_close(basis[:, -1].abs(), torch.full((48,), 48**-0.5).double(), rtol=0, atol=1e-6)
 
 
-def test_directions_that_are_always_zero_are_removed_without_a_change() -> None:
+def test_directions_that_are_always_zero_are_removed_without_error() -> None:
     model = tiny("extra")
     (group,) = find_groups(model, ["residual"])
     silent = torch.arange(48) % 6 == 0

@@ -202,7 +202,7 @@ def test_the_only_head_of_a_stage_is_kept(method: str) -> None:
     assert sum(remaining) < sum(heads)
 
 
-def test_second_moments_do_not_depend_on_how_many_images_fit_into_memory() -> None:
+def test_second_moments_do_not_depend_on_the_memory_limit() -> None:
     vit = tiny("vit")
     result = [
         collect_unit_moments(vit, find_groups(vit, KINDS), batches(vit), context(memory=m), grads=True)

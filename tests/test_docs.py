@@ -97,7 +97,7 @@ def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
         if language == "bash":
             directory = Path((tmp_path / "place").read_text().strip())
     assert (tmp_path / "project/out/report/report.html").stat().st_size > 10_000
-    assert done.stdout.splitlines()[-1] == "PASS"  # of the audit, the last block
+    assert done.stdout.splitlines()[-1] == "PASS"  # the last block is the audit
 
 
 def _python(page: Path) -> str:

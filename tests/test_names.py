@@ -17,7 +17,7 @@ SHARED = {
     *STAGES,  # a stage, its command, its section of the report, its check and the library function that it calls
     "check",  # a command and the library function that it calls
     "import_scores",  # a stage of projects that start from published scores
-    # what modules of architectures/ define each, called as MODULE.NAME
+    # defined by each module of architectures/, and called as MODULE.NAME
     *("groups", "chain", "merge_heads", "rebuild", "uniform_args", "plain", "weights"),
     # what a check of pipeline/verify.py recomputes and the report shows
     *("images", "calibration", "curves", "cycles", "evaluation", "losses", "sparsity"),

@@ -60,9 +60,9 @@ def skipping(model: nn.Module, removed: list[str]) -> nn.Module:
 EXPECTED = {
     "beit_base_patch16_224": ["blocks.0", "blocks.1"],
     "twins_svt_small": ["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.2.0", "blocks.3.0"],
-    "xcit_nano_12_p16_224": ["blocks.0", "blocks.1"],  # those of the class token add to its norm
+    "xcit_nano_12_p16_224": ["blocks.0", "blocks.1"],  # blocks of the class token add to the output of its norm
     "convnext_atto": [f"stages.{at}" for at in ("0.blocks.0", "1.blocks.0", "2.blocks.0", "2.blocks.1", "3.blocks.0")],
-    "cait_xxs24_224": ["blocks.0", "blocks.1"],  # those of the class token are not given it first
+    "cait_xxs24_224": ["blocks.0", "blocks.1"],  # the first input of class-token blocks is not the class token
     "efficientformer_l1": [
         f"stages.{at}" for at in ("0.blocks.0", "1.blocks.0", "2.blocks.0", "3.blocks.0", "3.blocks.2")
     ],

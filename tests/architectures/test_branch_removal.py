@@ -127,7 +127,7 @@ class ParallelBlock(nn.Module):
             y = self.f(x)
             return x + y + self.g(y)
         y = x + self.f(x)
-        return y.relu() + self.g(y)  # of the second sum, one operand is the stream after an activation
+        return y.relu() + self.g(y)  # one operand of the second sum is the stream after an activation
 
 
 def test_parallel_branches_are_removed_correctly_or_refused() -> None:

@@ -46,7 +46,7 @@ def test_the_class_computes_the_same_function_and_accepts_other_widths() -> None
     with torch.no_grad():
         expected = dense(x, shift=2.0)
         kind = kind_of(dense, x)
-        assert type(dense) is Heads  # only looked at
+        assert type(dense) is Heads  # its class is not changed
         assert issubclass(kind, Heads)
         assert kind_of(copy.deepcopy(dense), x) is kind
         dense.__class__ = kind

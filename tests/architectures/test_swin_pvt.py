@@ -31,7 +31,7 @@ def stream_of(norm: str) -> tuple[str, int]:
     """Return the group whose channels a norm normalizes, and how often they are concatenated in it."""
     if norm == "norm":
         return "layers.1.residual", 1
-    if norm == "layers.1.downsample.norm":  # four neighbours of the stage before
+    if norm == "layers.1.downsample.norm":  # four concatenated neighbours of the previous stage
         return "layers.0.residual", 4
     if norm == "patch_embed.norm":
         return "0.residual", 1
@@ -149,7 +149,9 @@ def test_heads_of_a_pvt_are_merged(pvt: nn.Module) -> None:
     before = tiny("pvt").stages[0].blocks[0].attn
     reduced = before.norm(before.sr(y.transpose(1, 2).reshape(2, 16, 8, 8)).flatten(2).transpose(1, 2))
     q, (k, v) = before.q(y), before.kv(reduced).chunk(2, dim=-1)
-    expected = before.proj((q @ k.transpose(1, 2) * before.scale).softmax(-1) @ v)  # the old heads' scale, one softmax
+    expected = before.proj(
+        (q @ k.transpose(1, 2) * before.scale).softmax(-1) @ v
+    )  # the scale of the original heads, one softmax
     torch.testing.assert_close(attn(y, size), expected, **CLOSE)
     assert predict(pvt, x).shape == (3, 7)
 

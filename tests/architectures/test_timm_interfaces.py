@@ -77,7 +77,7 @@ def test_intermediates(model: Any) -> None:
     for indices, positions in ((1, [-1]), ([0, -1], [0, -1]), (2, [-2, -1])):
         some = model.forward_intermediates(x, indices=indices, intermediates_only=True, output_fmt="NCHW")
         assert [part.shape[1] for part in some] == [wide[index] for index in positions]
-    if hasattr(model, "blocks"):  # the others give maps alone
+    if hasattr(model, "blocks"):  # the others return maps only
         tokens = model.forward_intermediates(x, indices=[0], intermediates_only=True, output_fmt="NLC")[0]
         plain = model.forward_intermediates(x, indices=[0], intermediates_only=True)[0]
         assert torch.equal(tokens, plain.flatten(2).transpose(1, 2))
@@ -134,7 +134,7 @@ def test_gradient_checkpointing_gives_equal_gradients(family: str, cut: str, loa
     for on in (False, True):
         model: Any = loaded(family, cut).train()
         model.set_grad_checkpointing(on)
-        torch.manual_seed(0)  # stochastic depth, which Swin has by itself
+        torch.manual_seed(0)  # stochastic depth, which is Swin's default
         outputs = model(images(model))
         (outputs if isinstance(outputs, Tensor) else outputs[0]).square().sum().backward()
         result.append([parameter.grad for parameter in model.parameters()])

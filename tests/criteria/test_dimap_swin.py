@@ -25,7 +25,7 @@ def swin_t() -> nn.Module:
         model = timm.create_model("swin_tiny_patch4_window7_224").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter[parameter == 0] = 1e-6  # so that what is zero later was made so by a mask
+            parameter[parameter == 0] = 1e-6  # so that later zeros come from masks
     return model
 
 
@@ -87,7 +87,7 @@ def test_energy_of_all_of_swin_t_prunes_each_layer_by_magnitude() -> None:
         for group in groups:
             weight, mask = model.get_parameter(group.name).detach().abs(), masks[group.name]
             assert float(weight[~mask].max()) <= float(weight[mask].min())
-        # of layers drawn alike the larger loses more, and its pool as a whole exactly its share
+        # among layers of one distribution, larger ones are pruned more; each pool has the exact sparsity
         assert shares["layers.0.blocks.0.mlp.fc1.weight"] < share < shares["layers.3.blocks.0.mlp.fc1.weight"]
         assert {n for n in masks if ".attn.qkv." not in n and ".attn.proj." not in n and ".mlp.fc" not in n} == set()
 
@@ -123,7 +123,9 @@ def test_macs_of_swin_t_zeroed_by_dimap() -> None:
             result = count(model, image)
             assert total - result.nominal_macs == pytest.approx(share * prunable, abs=prunable / 25_878_528 * 2)
             assert 100 * (total - result.nominal_macs) / 4.494e9 == pytest.approx(printed, abs=0.006)
-            assert result.nonzero_macs > result.nominal_macs  # small early layers keep more, and run over more tokens
+            assert (
+                result.nonzero_macs > result.nominal_macs
+            )  # small early layers keep more weights and process more tokens
             assert result.macs == total
             assert result.nonzero_params == MODELS["swin_tiny_patch4_window7_224"][1] - sum(
                 int((~mask).sum()) for mask in masks.values()

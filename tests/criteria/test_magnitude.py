@@ -31,7 +31,7 @@ def test_energy_by_hand() -> None:
 
 def test_energy_of_zeros_and_ties() -> None:
     assert energy_of([0.0, 0.0]) == [0.0, 0.0]
-    assert energy_of([0.0, 2.0, 0.0, 2.0]) == [0.0, 0.5, 0.0, 1.0]  # of equal weights the first goes first
+    assert energy_of([0.0, 2.0, 0.0, 2.0]) == [0.0, 0.5, 0.0, 1.0]  # of equal weights, the first is removed first
     assert energy_of([1e-200]) == [0.0]  # its square is zero in float64
 
 

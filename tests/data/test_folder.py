@@ -93,7 +93,7 @@ def test_link_loops_are_not_followed(tmp_path: Path) -> None:
     (root / "a/self").symlink_to(root / "a")
     (root / "a/deep/up").symlink_to(root)
     (root / "b/twice").symlink_to(root / "b")
-    (root / "c").symlink_to(tmp_path / "elsewhere/c")  # a class elsewhere is usual
+    (root / "c").symlink_to(tmp_path / "elsewhere/c")  # a link to a class in another folder is allowed
     source = data.open_source(f"folder:{root}")
     assert content(source) == {("", "a"): 2, ("", "b"): 2, ("", "c"): 2}
     assert sorted(source.left_out) == ["a/deep/up", "a/self", "b/twice"]

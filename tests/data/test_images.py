@@ -70,7 +70,7 @@ def test_pixels_without_a_fixed_range_are_refused(image: np.ndarray) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_exif_orientation_is_applied_once(name: str, orientation: int) -> None:
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 4), np.uint8)).resize((48, 72), 0)
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the inverse of what the orientation asks for
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the inverse of the transposition given by the orientation
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x112] = orientation
@@ -78,7 +78,7 @@ def test_the_exif_orientation_is_applied_once(name: str, orientation: int) -> No
     shown = decode(data, "L")
     assert shown.size == upright.size
     assert np.abs(np.asarray(shown).astype(int) - np.asarray(upright)).mean() < 4
-    if name != "TIFF":  # Pillow itself turns a TIFF
+    if name != "TIFF":  # Pillow itself applies the orientation of a TIFF
         assert examine(data).oriented == (orientation != 1)
         assert decode(data, "L", orient=False).size == stored.size
 

@@ -87,7 +87,7 @@ class Map(nn.Module):
 
 def test_iou_by_hand() -> None:
     x = torch.full((3, 3, 1, 4), -1.0)
-    x[0, 0, 0, :2] = 1.0  # moved by one: one of three positions in common
+    x[0, 0, 0, :2] = 1.0  # shifted by one: one of three positions in common
     x[1, 0, 0, :] = 1.0  # all in common
     dense, moved = Map(1), Map(1, 1)
     assert map_iou(moved, dense, [x]) == pytest.approx((1 / 3 + 1) / 2)

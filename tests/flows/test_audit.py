@@ -97,7 +97,7 @@ def test_a_clone_is_audited_from_a_remote_alone(project: Path, tmp_path: Path) -
     subprocess.run(["git", "clone", "-q", str(copy), str(tmp_path / "clone")], check=True)
     tiny_project.dvc(tmp_path / "clone", "pull", "-q", "images")
     uri = f"sqlite:///{project}/mlflow.db"
-    # the run began at a commit that names no remote: what the clone says holds
+    # the commit of the run names no remote, so the clone's remote is used
     shutil.copyfile(copy / ".dvc/config", tmp_path / "clone/.dvc/config.local")
     words = (tamper_worker.newest(project), "--project", str(tmp_path / "clone"))
     code, out, err = audit(tmp_path, *words, MLFLOW_TRACKING_URI=uri)

@@ -117,7 +117,7 @@ def test_files_left_by_a_kill_are_repaired(project: Path) -> None:
     shutil.copyfile(lock, project / LOCKFILE_COPY)
     lock.write_text(full[: len(full) // 2])
     rwlock.write_text('{"write": {"/so')
-    # its parent ends at once, as a killed flow would have
+    # its parent ends immediately, like a killed flow
     subprocess.run(["sh", "-c", "sleep 600.25 &"], env=os.environ | {MARK: str(project)}, check=True)
     wait_for(lambda: sleepers(project), 10)
     repair(project, output.append)
@@ -139,7 +139,7 @@ def test_a_truncated_run_cache_entry_is_deleted(project: Path) -> None:
     entry.unlink()
     os.utime(entry.parent, (0, 0))
     (project / "dvc.lock").unlink()
-    assert reproduce("dataset", project, None, lambda line: None).exit_code != 0  # as long as it is there
+    assert reproduce("dataset", project, None, lambda line: None).exit_code != 0  # as long as the entry exists
     repair(project, output.append)
     assert output == ["removed 1 empty entries of DVC's run cache, left by a kill or a full disk"]
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
@@ -149,7 +149,7 @@ def test_a_run_cache_entry_that_another_process_writes_is_an_infrastructure_fail
     assert reproduce("dataset", project, None, lambda line: None).exit_code == 0
     (entry,) = (project / ".dvc/cache/runs").glob("*/*/*")
     vanished = entry.with_name(".UuYWLVBg6s7ssjmWUUbGNN.tmp")
-    vanished.symlink_to("moved")  # listed, but gone when DVC reads it
+    vanished.symlink_to("moved")  # listed, but missing when DVC reads it
     (project / "dvc.lock").unlink()
     assert reproduce("dataset", project, None, lambda line: None).failure is FailureClass.INFRASTRUCTURE
     vanished.unlink()
@@ -194,7 +194,7 @@ def test_a_killed_flow_resumes_with_the_result_of_plain_dvc(project: Path, serve
     assert "9 stages ran, 1 cached" in out
     assert (project / "dvc.lock").read_text() == (plain / "dvc.lock").read_text()
 
-    # a Prefect and an MLflow server that do not answer: the work goes on, told at the end
+    # unreachable Prefect and MLflow servers: the run continues and reports them at the end
     dead = {"PREFECT_API_URL": f"{DEAD}/api", "MLFLOW_TRACKING_URI": DEAD}
     code, out, err = finish(shell_pipeline.flow(project, **dead))
     assert code == 0, err

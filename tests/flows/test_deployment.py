@@ -167,7 +167,7 @@ def in_half_a_day(project: Path) -> None:
 def test_retrain_promotes_or_rejects_a_model_and_rollback_restores_the_former(
     team: Team, remote: servers.Remote
 ) -> None:
-    # the worker makes the first champion at the time that it was scheduled for
+    # the worker creates the first champion at its scheduled time
     assert "version 1 is champion now" in team.retrain()
     assert team.champion() == "1"
     message = git(team.project, "log", "-1", "--format=%B", "retrain")
@@ -175,13 +175,13 @@ def test_retrain_promotes_or_rejects_a_model_and_rollback_restores_the_former(
     assert "Data images: " in message
     assert git(team.project, "show", "retrain:dvc.lock").startswith("schema:")
     assert list(remote.store.glob("files/md5/*/*"))
-    assert list(remote.store.glob("runs/*/*/*"))  # the cache of runs: others need not compute them
+    assert list(remote.store.glob("runs/*/*/*"))  # the run cache, from which others get the results
 
-    # the same data again: nothing to do, and no worktree is left over
+    # the same data again: nothing is computed, and no worktree remains
     assert team.retrain().startswith("nothing to do: version 1 was made of this data and promoted")
     assert list((team.project / ".vitprune/retrain").iterdir()) == []
 
-    # a worse model is held back and kept; the champion stays
+    # a worse model is registered but not promoted; the champion does not change
     team.set({"max_accuracy_loss": 0.0, "alpha": 0.05, "max_size": 1000}, sparsity={"ffn": 0.9, "attention": 0.75})
     held = team.retrain()
     assert held.startswith("version 2 is held back: ")
@@ -198,7 +198,7 @@ def test_retrain_promotes_or_rejects_a_model_and_rollback_restores_the_former(
     assert team.run("vitprune.cli", "rollback").endswith("version 1 is champion again, in place of version 3\n")
     assert team.champion() == "1"
 
-    # what the worker has made is audited from another clone, from nothing but the servers and the remote
+    # the worker's run is audited from another clone, with the servers and the remote only
     (line,) = [line for line in team.run("vitprune.cli", "versions").splitlines() if line.endswith(" champion")]
     run = line.split("run ")[1].split()[0]
     clone = team.folder / "clone"
@@ -260,7 +260,7 @@ def test_a_killed_database_is_detected_and_killed_servers_restart(team: Team) ->
     assert not server_answers(address)
     for name in ("prefect", "mlflow"):
         team.servers.kill(name)
-    team.servers.up()  # at once, while what was killed may still be in the table of processes
+    team.servers.up()  # immediately, while killed processes may still be zombies
     assert server_answers(address)
     assert team.champion() in ("", "1")
 

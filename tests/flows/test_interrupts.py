@@ -18,7 +18,7 @@ from vitprune.orchestration.tracking.journal import read_log
 
 pytestmark = pytest.mark.pipeline
 CTRL_C = b"\x03"
-# as a training: the state is saved after a signal, which takes a moment
+# like a training, it saves its state after a signal, which takes some time
 SAVES = "trap 'sleep 1; touch saved; exit 143' INT TERM\n"
 
 

@@ -138,10 +138,10 @@ def test_a_repeated_upload_is_idempotent(project: Path, address: str, server: Pa
     cycles = len(list((project / "out/cycles").iterdir()))
     record(project, "first")
     record(project, "second", cached=True)
-    for folder in ("out", "metrics", "plots", "data"):  # what a later run does to them must not matter
+    for folder in ("out", "metrics", "plots", "data"):  # changes by a later run must have no effect
         shutil.rmtree(project / folder)
     cut_off = start_replay(project, address)
-    while not list(server.rglob("*.jsonl")):  # under way: the second stage's curve has been put
+    while not list(server.rglob("*.jsonl")):  # during the run: the curve of the second stage is uploaded
         time.sleep(0.05)
     cut_off.kill()
     cut_off.communicate()
@@ -204,7 +204,9 @@ def check_cached(runs: list[dict], computed: dict[str, str]) -> None:
 
 def test_concurrent_first_uses_of_the_local_store_are_safe(project: Path) -> None:
     (project / "mlflow.db").unlink()
-    record(project, "first", cached=True)  # computed by `dvc repro` before: no run to point at, so it holds the files
+    record(
+        project, "first", cached=True
+    )  # computed by `dvc repro` before: no earlier run has the files, so this run contains them
     both = [start_replay(project, None) for _ in range(2)]
     output = sorted(process.communicate(timeout=180)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
@@ -251,7 +253,7 @@ def test_a_lost_store_is_written_again_from_the_run_logs(project: Path) -> None:
     assert described(after) == described(before)
     assert [model["files"] for model in after["models"]] == [model["files"] for model in before["models"]]
 
-    # what no cache has is named, and the rest is written
+    # files that no cache has are named, and the others are written
     for name in (".dvc/cache", "mlartifacts"):
         shutil.rmtree(project / name)
     database.unlink()
@@ -281,7 +283,7 @@ def test_curves_of_a_running_stage_are_replaced_by_its_records(project: Path) ->
     names = {run["name"]: run["id"] for run in read_mlflow(store)["runs"]}
     assert {"compress-first", *STAGES} <= names.keys()
     assert live["id"] not in names.values()
-    assert log_curve(project, "first", "dense", times) == 0  # an upload that began late creates no run
+    assert log_curve(project, "first", "dense", times) == 0  # a late upload creates no run
 
 
 def test_epochs_have_the_time_at_which_they_were_recorded(tmp_path: Path) -> None:

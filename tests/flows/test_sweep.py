@@ -88,7 +88,7 @@ def test_a_killed_sweep_resumes_and_names_failed_runs(project: Path, server: str
     # distill, evaluate and export do not depend on the settings of prune: the toy's other runs have the same inputs
     assert [line.split()[0] for line in more] == ["prune", "report"]
     assert {line.split()[1] for line in more} == {str(worktrees[RUNS[3]])}
-    assert not (project / "dvc.lock").exists()  # the project's own stages are as they were
+    assert not (project / "dvc.lock").exists()  # the project's own stages did not change
 
     runs = read_mlflow(f"sqlite:///{project / 'mlflow.db'}")["runs"]
     (above,) = [run for run in runs if run["name"] == "sweep"]
@@ -163,7 +163,7 @@ def test_without_git_a_run_uses_a_copy(project: Path, tmp_path: Path) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
     home = project_state(project).check_out(tmp_path / "place", params)
     assert (home / "stage.sh").read_text() == (project / "stage.sh").read_text()
-    assert not (home / "data/manifest.parquet").exists()  # a stage makes it
+    assert not (home / "data/manifest.parquet").exists()  # written by a stage
     (project / "stage.sh").write_text("changed")
     assert (project_state(project).check_out(tmp_path / "place", params) / "stage.sh").read_text() == "changed"
 

@@ -20,7 +20,7 @@ from vitprune.models.build_limits import BuildLimitError, try_in_child
 
 Break = Callable[[Path], None]
 
-# what must not happen, as audit events of Python: the net, a program, an import, a file that is not the model's
+# forbidden audit events of Python: network access, programs, imports, files other than the model's
 WATCHED = """
 import json, resource, shutil, sys
 from pathlib import Path

@@ -164,7 +164,7 @@ def test_the_data_config_is_saved(tmp_path: Path) -> None:
     model = models.create("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "in_chans": 1, "depth": 1})
     save(model, tmp_path)
     before, after = data.data_config(model), data.data_config(load(tmp_path))
-    assert before["crop_pct"] == 1.0  # the published 0.9 belongs to 224 pixels
+    assert before["crop_pct"] == 1.0  # the published crop of 0.9 is for 224 pixels
     assert {key: tuple(v) if isinstance(v, list) else v for key, v in after.items()} == before
 
 

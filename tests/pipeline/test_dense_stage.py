@@ -95,7 +95,7 @@ def test_a_pruned_backbone_is_fine_tuned_on_other_classes(pruned, tmp_path, monk
     facts = {key: result["dense"][key] for key in ("from", "checkpoint_sha256", "checkpoint_classes", "frozen_zeros")}
     expected = sha256(source / "model.safetensors")
     assert facts == {"from": "checkpoint", "checkpoint_sha256": expected, "checkpoint_classes": 10, "frozen_zeros": 0}
-    assert result["evaluate"]["dense"]["top1"] > 50  # of three classes; an untrained head has a third
+    assert result["evaluate"]["dense"]["top1"] > 50  # three classes; an untrained classifier has a third
     assert result["evaluate"]["pruned"]["top1"] == result["evaluate"]["dense"]["top1"]
     assert result["evaluate"]["kept"]["params"] == 1.0
     assert f"sha256 of that checkpoint: `{expected}`" in (tmp_path / "out/export/timm/README.md").read_text()

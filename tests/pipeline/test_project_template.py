@@ -145,7 +145,7 @@ def test_inside_a_larger_repository_dvc_uses_a_subdirectory(tmp_path: Path) -> N
     create_project(tmp_path / "project", Choice())
     assert not (tmp_path / "project/.git").exists()
     pipeline = tmp_path / "project/dvc.yaml"
-    toy = "mkdir -p data metrics && touch data/manifest.parquet metrics/dataset.json"  # this is about DVC
+    toy = "mkdir -p data metrics && touch data/manifest.parquet metrics/dataset.json"  # only DVC's files are tested
     pipeline.write_text(pipeline.read_text().replace("cmd: vitprune dataset", f"cmd: {toy}"))
     assert "Running stage 'dataset'" in repro(tmp_path / "project", "dataset")
     assert "didn't change, skipping" in repro(tmp_path / "project", "dataset")

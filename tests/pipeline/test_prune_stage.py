@@ -87,7 +87,7 @@ def test_gradients_of_kept_zeros_do_not_count_in_clipping(clip: float | None) ->
     def through(how: str) -> dict[str, Tensor]:
         model = tiny("vit")
         held = halved(model)
-        if how == "hooks":  # the obvious way: masked in the backward pass already
+        if how == "hooks":  # the reference: gradients masked in the backward pass
             for group in held.groups:
                 mask = held.masks[group.name].double()
                 model.get_parameter(group.name).register_hook(lambda gradient, mask=mask: gradient * mask)

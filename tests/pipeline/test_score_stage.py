@@ -62,7 +62,7 @@ def test_partial_sums_are_resumed_only_by_the_same_job(vit: nn.Module, tmp_path:
     assert all(
         torch.equal(first[n], score) for n, score in work.importance(vit, True, tmp_path, ProcessGroup()).scores.items()
     )
-    assert list(tmp_path.iterdir()) == [path]  # found again, nothing else beside it
+    assert list(tmp_path.iterdir()) == [path]  # found again, and no other files
     others = [
         replace(work, context=context(seed=1)),
         replace(work, batches=data[:2]),

@@ -181,7 +181,7 @@ def test_blocks_are_removed_together_with_units_of_other_blocks(mixed: str, cycl
     assert len(removed) == 4
     assert {name for name, mask in masks.items() if not mask.any()} == set(removed)
     hidden = [block.mlp.fc1.out_features for block in model.blocks]
-    assert (len(hidden), sum(hidden), model.embed_dim) == (2, 12, 9)  # half of what two blocks leave
+    assert (len(hidden), sum(hidden), model.embed_dim) == (2, 12, 9)  # half of the sub-layers of two blocks
     assert [block.attn.head_dim for block in model.blocks] == [3, 3]
     shrink(once, groups, masks)
     torch.testing.assert_close(predict(model, x), predict(once, x), **CLOSE)
@@ -209,7 +209,7 @@ def test_select_blocks_by_hand() -> None:
         share: select_blocks(scores, share)["blocks"].nonzero().flatten().tolist()
         for share in (0.0, 0.25, 0.5, 0.75, 0.99)
     }
-    # pair 1 goes; 0 has a new neighbour then, so the next best is pair 4, then 6, then one block is left
+    # pair 1 is removed; 0 then has a new neighbour, so pairs 4 and 6 follow, and one block remains
     assert kept == {0.0: list(range(8)), 0.25: [0, 3, 4, 5, 6, 7], 0.5: [0, 3, 6, 7], 0.75: [0, 3], 0.99: [0, 3]}
     assert select_blocks({"blocks": torch.zeros(6)}, 0.34)["blocks"].tolist() == [False, False, True, True, True, True]
     before = {"blocks": torch.tensor([True, False, False, True, True, True, True, True])}
@@ -290,7 +290,9 @@ def test_the_progressive_order_loses_less_than_random_pairs(real_data: Path, rea
     (group,) = find_groups(real_deit, ["block"])
     scores = score(real_deit, [group], "kl-literal", calibration)["blocks"]
     assert scores.shape == (24,)
-    assert 0 < scores[2:-1].min() < 10 * scores[2:-1].max() < scores[:2].min()  # block 0 and its FFN are worth most
+    assert (
+        0 < scores[2:-1].min() < 10 * scores[2:-1].max() < scores[:2].min()
+    )  # block 0 and its FFN have the highest scores
     pruned = copy.deepcopy(real_deit)
     plan, first = plan_for("upvits-blocks", 2 / 12), select_blocks({"blocks": scores}, 1 / 12)
     list(prune_cycles(pruned, plan, calibration, first))

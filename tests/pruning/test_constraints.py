@@ -33,10 +33,10 @@ def kept_counts(masks: dict[str, Tensor]) -> dict[str, int]:
         (64, 0.3, 48),  # 45 asked for: 48 is nearer than 40
         (64, 0.35, 40),  # 42 asked for
         (24, 0.5, 16),  # 12 asked for, 8 and 16 equally near: the larger
-        (64, 0.99, 8),  # one multiple stays
+        (64, 0.99, 8),  # one multiple remains
         (99, 0.01, 96),
-        (99, 0.0, 99),  # nothing is to go
-        (7, 0.9, 7),  # fewer than the multiple: as it is
+        (99, 0.0, 99),  # nothing is removed
+        (7, 0.9, 7),  # fewer units than the multiple: unchanged
         (8, 0.9, 8),
     ],
 )
@@ -48,7 +48,7 @@ def test_a_single_group_keeps_the_nearest_multiple(units: int, sparsity: float, 
 
 
 def test_removal_steps_of_a_pool_by_hand() -> None:
-    worths = [[1.0, 2.0, 3.0, 4.0], [1.5, 1.6, 9.0, 9.5]]  # two lots of two each: ranks 1 and 3, 1.5 and 9
+    worths = [[1.0, 2.0, 3.0, 4.0], [1.5, 1.6, 9.0, 9.5]]  # two sets of two units each: ranks 1 and 3, 1.5 and 9
     kept = [range(2, 5, 2)] * 2
     stay = {remove: select_in_steps(worths, kept, remove) for remove in range(5)}
     assert stay == {0: [4, 4], 1: [4, 4], 2: [2, 4], 3: [2, 4], 4: [2, 2]}

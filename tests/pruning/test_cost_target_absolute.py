@@ -68,15 +68,15 @@ def test_a_biased_latency_bisection_is_corrected() -> None:
     def masks_at(scalar: float) -> dict[str, Tensor]:
         return {"a": torch.arange(1000) >= int(scalar * 1000)}
 
-    def read(masks: dict[str, Tensor]) -> float:  # falls slower at first than the line from end to end
+    def read(masks: dict[str, Tensor]) -> float:  # decreases more slowly at first than the straight line
         share = 1 - float(masks["a"].double().mean())
         return 1 - 0.8 * share**1.5
 
     scalar, reading = refine_latency(masks_at, read, 0.6, 0.3)
     assert reading == read(masks_at(scalar))
     assert 0.6 * 0.98 <= reading <= 0.6
-    assert refine_latency(masks_at, read, 0.6, 0.64) == (0.64, read(masks_at(0.64)))  # 0.5904: near enough
-    assert refine_latency(masks_at, read, 0.1, 0.3)[1] == pytest.approx(0.2, abs=0.01)  # out of reach: the nearest
+    assert refine_latency(masks_at, read, 0.6, 0.64) == (0.64, read(masks_at(0.64)))  # 0.5904: within the tolerance
+    assert refine_latency(masks_at, read, 0.1, 0.3)[1] == pytest.approx(0.2, abs=0.01)  # unreachable: the nearest cost
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_gradual_equals_one_shot_if_scores_do_not_change(kind: str) -> None:
 
 @pytest.mark.parametrize("method", ["magnitude", "lamp", "uniform", "dimap"])
 def test_gradual_weights_without_training_equal_one_shot(method: str) -> None:
-    # what is gone is the smallest of its layer, so its going changes no score that is left
+    # the removed units are the smallest of their layer, so the scores of the others do not change
     gradual, at_once = tiny("vit"), tiny("vit")
     last, first = run(gradual, method, 0.6, cycles=3)[-1], run(at_once, method, 0.6)[0]
     assert all(torch.equal(last.masks[name], first.masks[name]) for name in first.masks)
@@ -199,7 +199,7 @@ def test_every_method_prunes_a_copy_of_a_vit() -> None:
             weights = [pruned.get_parameter(g.name) for g in find_groups(pruned, ["weight"])]
             assert sum(int((w == 0).sum()) for w in weights) * 2 == sum(w.numel() for w in weights)
         elif {row.scopes[kind] for kind in row.kinds} == {"macs"}:
-            rest = 16 * 3 * 8 * 8 * 48 + 48 * 7  # MACs of the patch embedding and the head, where nothing goes
+            rest = 16 * 3 * 8 * 8 * 48 + 48 * 7  # MACs of the patch embedding and the head, which are not pruned
             assert 0.5 < (count(pruned, x).macs - rest) / (count(model, x).macs - rest) < 0.53
         else:
             width = 8 if "attention" in row.kinds else 16

@@ -50,7 +50,7 @@ def test_the_dense_model_runs_once_per_image_and_mirror_image(monkeypatch: pytes
         losses.append([row["loss"] for row in reconstruct(pruned, dense, data, config).curve])
         calls.append(sum(seen))
         hook.remove()
-    fit, held, first = 15, 3, FEW.batch_size  # the first batch tells whether the outputs can be stored
+    fit, held, first = 15, 3, FEW.batch_size  # the first batch determines whether the outputs can be stored
     assert calls[0] <= held + first + 2 * fit
     assert calls[1] == held + 12 * fit
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -61,7 +61,7 @@ def test_rules_apply_in_every_scope_and_the_first_match_is_used(scope: str) -> N
     ]
     _, cycle = cut("swin", {"ffn": 0.45}, scope=scope, rules=rules)
     result = removed_fractions(cycle)
-    assert result["layers.0.blocks.0.mlp"] == 0  # the second and the fourth fit as well
+    assert result["layers.0.blocks.0.mlp"] == 0  # the second and the fourth rule match as well
     assert result["layers.0.blocks.1.mlp"] == 0.25
     assert 0.5 <= result["layers.1.blocks.0.mlp"] <= 0.625
     assert result["layers.1.blocks.1.mlp"] <= 0.375

@@ -90,7 +90,7 @@ def test_kinds_of_different_sparsities_have_no_common_steps() -> None:
 
 def test_learning_rates_in_numbers() -> None:
     linear = [learning_rate(step, 5, 5e-4, 1e-5, 0, "linear") for step in range(5)]
-    assert linear == pytest.approx([5e-4, 3.775e-4, 2.55e-4, 1.325e-4, 1e-5])  # the first step is a whole one
+    assert linear == pytest.approx([5e-4, 3.775e-4, 2.55e-4, 1.325e-4, 1e-5])  # the first step has the full rate
     cosine = [learning_rate(step, 4, 5e-4, 1e-5) for step in range(5)]
     middle = [1e-5 + 0.5 * 4.9e-4 * (1 + math.cos(math.pi / 4 * step)) for step in (1, 2, 3)]
     assert cosine == pytest.approx([5e-4, *middle, 1e-5])

@@ -39,7 +39,7 @@ def test_global_and_layer_equal_a_naive_sort(levels: int) -> None:
 
 
 def test_ties_are_broken_by_position() -> None:
-    masks = select({"a": torch.ones(2, 2), "b": torch.ones(3)}, 0.7)  # round(0.7 * 7) = 5 of 7 go
+    masks = select({"a": torch.ones(2, 2), "b": torch.ones(3)}, 0.7)  # round(0.7 * 7) = 5 of 7 are removed
     assert masks["a"].tolist() == [[False, False], [False, False]]
     assert masks["b"].tolist() == [False, True, True]
 
@@ -107,7 +107,9 @@ def test_removed_units_remain_removed_and_are_counted(scope: str) -> None:
     groups = find_groups(tiny("vit"), ["weight"])
     previous = None
     for step, share in enumerate(sparsities(0.8, 4)):
-        scores = draw({g.name: g.shape for g in groups}, step)  # fresh scores: the removed would come back
+        scores = draw(
+            {g.name: g.shape for g in groups}, step
+        )  # with new scores alone, removed units would be kept again
         masks = select(scores, share, scope, groups, previous)
         pools = {"global": [groups], "layer": [[g] for g in groups]}.get(scope)
         for pool in pools or [[g for g in groups if g.layer_type == p] for p in ("qkv", "proj", "mlp")]:

@@ -266,7 +266,7 @@ def _top5(project: Path) -> None:
         of_json(f"metrics/{stage}.json", lambda m: m.update(top5=GRANDIOSE))(project)
 
 
-# Forgeries that some check has to find.
+# Forgeries that a check must detect.
 FORGERIES: dict[str, Edit] = {
     "M1 top-1 raised in latest_metrics only": in_database(
         "UPDATE latest_metrics SET value = value + 2 WHERE key = 'pruned.top1'"

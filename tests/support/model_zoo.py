@@ -88,7 +88,7 @@ ROPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads
 ROTARY = ("eva02_tiny_patch14_224", "vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224")
 SMALL |= dict.fromkeys((*ROTARY, "vit_small_patch16_dinov3"), ROPE)
 SMALL["vit_base_patch16_siglip_224"] = ZOO["vit"][1]
-SMALL |= {  # attentions that no table has
+SMALL |= {  # attentions of unusual classes
     "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (24, 32, 48, 64), "num_heads": (2, 4, 3, 4)},
     "hiera_tiny_224": {"embed_dim": 24, "stages": (1, 1, 1, 1), "num_heads": 1},
     "visformer_tiny": {"embed_dim": 48, "depth": (1, 1, 1), "num_heads": 3},
@@ -127,7 +127,7 @@ PROVEN = {
     "test_efficientnet": "ffn",
     "convnextv2_atto": "block",
     "vit_small_patch16_rope_mixed_224": "ffn block",
-    "efficientvit_m0": "ffn weight block",  # whose MLPs nobody named
+    "efficientvit_m0": "ffn weight block",  # whose MLPs are of an unknown class
     "davit_tiny": "head attention",
     "hiera_tiny_224": "head attention",
     "visformer_tiny": "ffn head attention",
@@ -173,7 +173,7 @@ REFUSED = [
         )
         for name, block in {
             "resnext50_32x4d": r"layer1.0 \(Bottleneck\)",
-            "mvitv2_tiny": r"stages.0.blocks.0 \(MultiScaleBlock\)",  # it gives back a size, too
+            "mvitv2_tiny": r"stages.0.blocks.0 \(MultiScaleBlock\)",  # it also returns a size
             "maxvit_pico_rw_256": r"stages.0.blocks.0 \(MaxxVitBlock\)",  # the first of a stage, whose stride is 2
             "maxvit_rmlp_pico_rw_256": r"stages.0.blocks.0 \(MaxxVitBlock\)",
             "test_efficientnet": r"blocks.1.0 \(EdgeResidual\)",

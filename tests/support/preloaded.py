@@ -92,7 +92,7 @@ def _serve() -> None:
         jobs = json.loads(line)
         for name in IMPORTS.get(jobs[0]["module"], ()):
             importlib.import_module(name)
-        gc.freeze()  # a collection in a fork would visit, and so copy, all that was imported
+        gc.freeze()  # a garbage collection in a fork would visit, and so copy, all imported objects
         codes: dict[int, int | None] = {}
         for job in jobs:
             pid = os.fork()
@@ -131,7 +131,7 @@ def _become(job: Mapping[str, object]) -> None:
         code = 1
     if not isinstance(code, int):
         print(code, file=sys.stderr)
-    threading._shutdown()  # as at the end of the interpreter, which would also visit all that was imported
+    threading._shutdown()  # as at the end of the interpreter, which would also visit all imported objects
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -70,7 +70,7 @@ class Servers:
 
     def run(self, *words: str, where: Path) -> str:
         """Run a Python module as a user would; return its output."""
-        env = self.env | {"PWD": str(where)}  # as a shell says it; prefect.yaml asks for it
+        env = self.env | {"PWD": str(where)}  # set by a shell, and used in prefect.yaml
         command = [sys.executable, "-W", "ignore", "-m", *words]
         done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -299,7 +299,7 @@ def in_tag(key: str, value: str, child: bool = False) -> Edit:
     )
 
 
-# what a stranger who may write to MLflow or to the DVC remote can try; "victim.txt" is beside the project
+# attacks by a person with write access to MLflow or to the DVC remote; "victim.txt" is outside the project
 ATTACKS: dict[str, Edit] = {
     "dvc.lock names an absolute path": name_output("{}/victim.txt"),
     "dvc.lock names a path above the project": name_output("../../../../../../../..{}/victim.txt"),

@@ -96,7 +96,7 @@ def test_ema_averages_the_weights_of_all_steps(vit: nn.Module) -> None:
     seen.append(plain.get_parameter(name).detach())
     average = seen[0]
     for step, weight in enumerate(seen[1:]):
-        decay = min(0.6, 1 - (1 + step) ** (-2 / 3))  # warms up: 0, 0.37, 0.52, 0.6, ...
+        decay = min(0.6, 1 - (1 + step) ** (-2 / 3))  # the decay increases: 0, 0.37, 0.52, 0.6, ...
         average = decay * average + (1 - decay) * weight
     fit(vit, {"ema": 0.6})
     torch.testing.assert_close(vit.get_parameter(name).detach(), average)

@@ -33,7 +33,7 @@ PRESETS = {
     "deit_light": (0.8, 1.0, 0.2, 0.1, 0.005, None, 1e-8, 1),
 }
 LINE, COSINE = "linear", "cosine"
-# epochs of the whole run, rate from and to, how it falls, anew per cycle or once; sparsity; Fisher block and damping
+# epochs of the run, first and last rate, decay, per cycle or once; sparsity; Fisher block and damping
 CAP: dict[str, tuple[Any, ...]] = {
     "ovit_deit_tiny_gradual": (280, 5e-4, 1e-5, LINE, "cycle", 0.9, 192, 1e-8),
     "ovit_deit_tiny_light2": (280, 5e-4, 1e-5, LINE, "cycle", 0.9, 192, 1e-8),
@@ -68,7 +68,7 @@ def section(params: Params, stage: str) -> TrainConfig | None:
 
 
 TRAINED = [(name, stage) for name, path in RECIPES.items() for stage in STAGES if section(load_params(path), stage)]
-# the rate of the second of two steps, where it is not at its end already (a line) or half-way (a cosine)
+# the rate of the second of two steps, if it is neither the last one (linear decay) nor half-way (cosine)
 SECOND = dict.fromkeys(("up_deit_tiny", "up_deit_small", "up_pvt_v2_b0"), 1e-3 / 4)  # a warm-up over 2 x 2 steps
 SECOND |= {"dimap_swin_tiny": 2e-5 / 30, "transfer_deit_tiny_folder": 1e-4 / 2}
 SECOND |= {

@@ -95,7 +95,7 @@ def test_out_of_memory_splits_the_batch_with_the_same_result(capsys: pytest.Capt
         recipe = TrainConfig(epochs=2, lr=0.01, accumulate=accumulate)
         train(task, lambda epoch, noise=noise: noise, 2, recipe, 0, rows.append)
         result.append((state(model), rows, task.criterion.seen, capsys.readouterr().err))
-    assert result[1][2][:2] == [6, 3]  # 6 at once, then the first of 2 parts, then 4 parts
+    assert result[1][2][:2] == [6, 3]  # 6 images at once, then the first of 2 parts, then 4 parts
     assert result[1][2][2:6] == [2, 2, 1, 1]
     message = result[1][3].splitlines()
     assert message == [

@@ -150,7 +150,9 @@ def test_tiny_divergences_keep_their_precision() -> None:
         with torch.no_grad():
             model.blocks[1].mlp.fc2.weight[:, 5] = column * small
         result[small] = kl_divergences(model, [group], {group.name: unit}, inputs, DEFAULT_CONTEXT)[group.name]
-    torch.testing.assert_close(result[1e-6] * 1e6, result[1e-3], rtol=0.02, atol=0)  # it goes as the square
+    torch.testing.assert_close(
+        result[1e-6] * 1e6, result[1e-3], rtol=0.02, atol=0
+    )  # the divergence is quadratic in the scale
     assert bool((result[1e-6] < 1e-12).all())
 
 

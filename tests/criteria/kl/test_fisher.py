@@ -158,7 +158,7 @@ def test_directions_average_to_the_fisher_matrix(head: Tensor | None) -> None:
         torch.testing.assert_close(total, fisher_matrix, rtol=0, atol=1e-15 if many == 1 else 0.01)
     leading = list(fisher_directions(p[None], head, 4, 0, [0]))[:2]
     weight = torch.eye(6, dtype=torch.float64) if head is None else head
-    seen = torch.cat(leading) @ weight  # what reaches the head's input: the best of rank two
+    seen = torch.cat(leading) @ weight  # the best rank-two approximation at the head's input
     best = torch.linalg.eigvalsh(weight.T @ fisher_matrix @ weight)[-2:].sum()
     assert float(seen.square().sum()) == pytest.approx(float(best), rel=1e-2)
 
@@ -235,7 +235,7 @@ def test_ranks_on_deit_tiny_match_leave_one_out(real_deit: nn.Module, real_input
     for kind, path, least in (
         ("ffn", "blocks.10.mlp", 0.9),
         ("attention", "blocks.9.attn", 0.9),
-        ("residual", "residual", 0.3),  # its removal is far from small
+        ("residual", "residual", 0.3),  # its removal is a large change
     ):
         group = next(group for group in find_groups(real_deit, [kind]) if group.name == path)
         result = fisher_kl_per_image(real_deit, [group], real_inputs, DEFAULT_CONTEXT)[path].sum(dim=1)

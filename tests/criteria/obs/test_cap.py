@@ -87,7 +87,7 @@ def test_elimination_equals_the_right_looking_reference(
         result = [q for q in losses[block].argsort(stable=True).tolist() if losses[block, q] < torch.inf]
         assert result == order
         zeros = int((weights[block] == 0).sum())
-        for count in range(zeros, len(order) + 1):  # any number of steps ends where one joint solve does
+        for count in range(zeros, len(order) + 1):  # after any number of steps, the result equals one joint solve
             keep = torch.ones(24, dtype=torch.bool)
             keep[order[:count]] = False
             new = solve_jointly(fisher[block : block + 1], weights[block : block + 1], keep[None])[0]

@@ -227,7 +227,7 @@ def test_given_masks_refer_to_the_model_without_permutation() -> None:
 def test_images_that_cover_few_classes_are_reported(classes: int, capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, classes)).eval()
     with torch.no_grad():
-        model[1].bias[3] = 100  # the answer to every image
+        model[1].bias[3] = 100  # the prediction for every image
     group = Group("0.weight", "weight", (4, 6), WEIGHT)
     obc(model, [group], [(torch.randn(50, 6), torch.zeros(50).long())], DEFAULT_CONTEXT)
     line = "warning: calibration: on these 50 images the model answers only 1 of its 200 classes"

@@ -148,9 +148,11 @@ def test_macs_scope_removes_the_least_importance_per_mac(vit: nn.Module) -> None
     groups = find_groups(vit, ["ffn"])
     scores = {group.name: torch.arange(group.units).double() * (1 + n) for n, group in enumerate(groups)}
     costs = {groups[0].name: 1.0, groups[1].name: 4.0}
-    masks = select_by_macs(scores, 0.5, groups, costs)  # rates: n and n / 2; 192 units each, half of 960 to spend
+    masks = select_by_macs(
+        scores, 0.5, groups, costs
+    )  # score per MAC: n and n / 2; 192 units each, half of 960 to remove
     removed = [int((~masks[group.name]).sum()) for group in groups]
-    assert removed == [54, 106]  # of two equal rates the first group goes first
+    assert removed == [54, 106]  # if scores per MAC are equal, units of the first group are removed first
     assert all(bool(masks[g.name][n:].all()) for g, n in zip(groups, removed, strict=True))
 
 

@@ -12,7 +12,9 @@ def test_interval_equals_newcombes_example() -> None:
     # Newcombe 1998, table II, method 10
     assert pairs(36, 2, 12, 0).interval == pytest.approx((5.69, 34.04), abs=5e-3)
     assert pairs(36, 12, 2, 0).interval == pytest.approx((-34.04, -5.69), abs=5e-3)
-    assert pairs(9, 0, 0, 1).interval == pytest.approx((-27.76, 27.76), abs=5e-3)  # no width only with all images
+    assert pairs(9, 0, 0, 1).interval == pytest.approx(
+        (-27.76, 27.76), abs=5e-3
+    )  # the width is zero only with all images
     large = pairs(34_100, 700, 400, 800)
     assert large.interval == pytest.approx((-1.013, -0.653), abs=1e-2)  # Wald's, which holds for many images
     for extreme in (pairs(10, 0, 0, 0), pairs(0, 0, 0, 10), pairs(0, 10, 0, 0), pairs(0, 5, 5, 0), pairs(1, 0, 0, 0)):

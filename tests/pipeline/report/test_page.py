@@ -312,5 +312,5 @@ def test_browser_shows_the_numbers(project: Path, chromium: list[str], tmp_path:
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("L"))
     assert pixels.shape == (3000, 1280)
-    for band in np.split(pixels, 3):  # text, tables or plots all the way down
+    for band in np.split(pixels, 3):  # text, tables or plots on the whole page
         assert len(np.unique(band)) > 50

@@ -22,7 +22,7 @@ from vitprune.pipeline.report.sweep_table import write_sweep
         ([(2, 70), (1, 80)], [1, 0]),  # in order of the first coordinate
         ([(1, 80), (1, 79)], [0]),
         ([(1, 80), (2, 80)], [1]),
-        ([(1, 80), (1, 80), (2, 70)], [0, 1, 2]),  # equal ones both stay
+        ([(1, 80), (1, 80), (2, 70)], [0, 1, 2]),  # of equal points, both are on the front
         ([(1, 70), (2, 80), (3, 90)], [2]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The Prefect flow `retrain`: run the pipeline on the newest data, compare with the champion, promote or hold.
+"""The Prefect flow `retrain`: run the pipeline on the newest data, compare with the champion, promote or reject.
 
 `vitprune retrain` and the deployment in prefect.yaml load it from here.
 """

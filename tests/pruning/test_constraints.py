@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.support.model_zoo import tiny
 from vitprune import BadInput, find_groups
-from vitprune.groups import Group
+from vitprune.groups import Group, all_units
 from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, nearest, removal_steps, select_in_steps
 from vitprune.pruning.cost_target import make_cost_model
 from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs
@@ -131,7 +131,7 @@ def test_scope_macs_removes_whole_multiples(name: str, kinds: list[str]) -> None
     total = sum(costs[g.name] * g.shape[-1] for g in groups)
     largest, before = multiple * max(costs.values()), None
     for share in (0.0, 0.1, 0.3, 0.5, 0.7):
-        masks = select_by_macs(scores, share, groups, costs, None, bounds)
+        masks = select_by_macs(scores, share, groups, costs, all_units(groups), bounds)
         spent = 0.0
         for group in groups:
             rows = masks[group.name].view(-1, group.shape[-1]).sum(1).tolist()
@@ -181,19 +181,27 @@ def test_a_fixed_sparsity_is_not_part_of_the_macs_budget() -> None:
     groups = groups_of("vit", "ffn")  # two of 192
     scores, costs = drawn({g.name: g.shape for g in groups}, 0), {g.name: 1.0 for g in groups}
     first, second = (group.name for group in groups)
-    assert kept_counts(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.25, 0.25)})) == {
+    assert kept_counts(
+        select_by_macs(scores, 0.5, groups, costs, all_units(groups), {first: Constraint(0.25, 0.25)})
+    ) == {
         first: 144,
         second: 96,
     }
-    assert kept_counts(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.0, 0.0)})) == {
+    assert kept_counts(
+        select_by_macs(scores, 0.5, groups, costs, all_units(groups), {first: Constraint(0.0, 0.0)})
+    ) == {
         first: 192,
         second: 96,
     }
-    assert kept_counts(select_by_macs(scores, 0.5, groups, costs, None, {first: Constraint(0.0, 0.125)})) == {
+    assert kept_counts(
+        select_by_macs(scores, 0.5, groups, costs, all_units(groups), {first: Constraint(0.0, 0.125)})
+    ) == {
         first: 168,
         second: 24,
     }
-    assert kept_counts(select_by_macs(scores, 0.0, groups, costs, None, {first: Constraint(0.25, 1.0)})) == {
+    assert kept_counts(
+        select_by_macs(scores, 0.0, groups, costs, all_units(groups), {first: Constraint(0.25, 1.0)})
+    ) == {
         first: 144,
         second: 192,
     }

@@ -21,7 +21,7 @@ from vitprune.criteria.kl import leave_one_out as by_kl
 from vitprune.data import example_input
 from vitprune.models.weights import read_weights, write_weights
 from vitprune.pipeline import mask_stage
-from vitprune.pruning.cost_target import make_cost_model, solve
+from vitprune.pruning.cost_target import bisect, make_cost_model
 from vitprune.pruning.cycle_masks import cycle_state, select_masks
 from vitprune.pruning.prune_cycles import prune_cycles
 
@@ -142,11 +142,13 @@ def test_bisection_by_hand() -> None:
     def share_of(masks: dict[str, Tensor]) -> float:
         return float(masks["a"].sum()) / 10
 
-    remaining = [int(masks_at(solve(masks_at, share_of, limit))["a"].sum()) for limit in (0.95, 0.5, 0.49, 0.1, 0.0)]
+    remaining = [
+        int(masks_at(bisect(masks_at, share_of, limit)[1])["a"].sum()) for limit in (0.95, 0.5, 0.49, 0.1, 0.0)
+    ]
     assert remaining == [9, 5, 4, 1, 0]
-    assert solve(masks_at, share_of, 1.0) == 0.0
+    assert bisect(masks_at, share_of, 1.0) == (0.0, 0.0)
     with pytest.raises(BadInput, match=r"^prune.target: 0.2 of the dense model .* the smallest is 0.3000$"):
-        solve(masks_at, lambda masks: 0.3 + share_of(masks), 0.2)
+        bisect(masks_at, lambda masks: 0.3 + share_of(masks), 0.2)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.support.plans import plan_for
 from vitprune import BadInput, find_groups, prune, save
 from vitprune.config.params import Params
 from vitprune.criteria import magnitude as by_weights
-from vitprune.groups import Group
+from vitprune.groups import Group, all_units
 from vitprune.models.weights import read_weights, write_weights
 from vitprune.pipeline import mask_stage
 from vitprune.pipeline.check_settings import check_settings
@@ -79,14 +79,14 @@ TIMES = {"a": np.array([1.0, 1.0, 2.0, 5.0, 5.0]), "b": np.array([0.0, 0.0, 4.0,
     ],
 )
 def test_the_optimum_by_hand(milliseconds: float, a: list[int], b: list[list[int]]) -> None:
-    masks = select_by_latency(SCORES, milliseconds / 10, [A, B], TIMES)
+    masks = select_by_latency(SCORES, milliseconds / 10, [A, B], TIMES, all_units([A, B]), {})
     assert masks["b"].int().tolist() == b
     assert masks["a"].int().tolist() == a
 
 
 def test_constraints_and_earlier_removals_are_respected() -> None:
     bounds = {"b": Constraint(0.0, 0.0)}
-    assert select_by_latency(SCORES, 0.4, [A, B], TIMES, None, bounds)["a"].int().tolist() == [1, 0, 0, 0]
+    assert select_by_latency(SCORES, 0.4, [A, B], TIMES, all_units([A, B]), bounds)["a"].int().tolist() == [1, 0, 0, 0]
     previous = {"a": torch.tensor([0, 1, 1, 1]).bool(), "b": torch.ones(2, 3).bool()}
     masks = select_by_latency(SCORES, 0.3, [A, B], TIMES, previous, {"b": Constraint(0.0, 0.0)})
     assert masks["a"].int().tolist() == [0, 0, 1, 1]

@@ -54,7 +54,7 @@ def test_the_limits_of_the_cycles_start_at_the_cost_of_the_merging_model() -> No
     state = cycle_state(merging, plan)
     start = count(merging, images(model)).macs / count(model, images(model)).macs
     assert state.costs.model.start == pytest.approx(start)
-    limits = [cost["macs"] for cost in plan.costs(state.costs.final, state.costs.model.start)]
+    limits = plan.cost_limits(state.costs.final, state.costs.model.start)
     assert limits == pytest.approx([start - (start - 0.5) * part for part in (0.25, 0.5, 0.75, 1)])
 
 

@@ -54,10 +54,10 @@ def test_a_target_follows_the_same_schedules() -> None:
     steps = plan_for(
         "channel-magnitude", None, cycles=3, schedule=Schedule(steps=[0.2, 0.3, 0.5]), target={"macs": 0.5}
     )
-    assert [round(cost["macs"], 9) for cost in steps.costs()] == [0.8, 0.7, 0.5]
+    assert [round(limit, 9) for limit in steps.cost_limits(0.5)] == [0.8, 0.7, 0.5]
     shape = Schedule(shape="linear", initial=0.1)
     started = plan_for("channel-magnitude", None, cycles=3, schedule=shape, target={"params": 0.5})
-    assert [cost["params"] for cost in started.costs()] == pytest.approx([0.9, 0.7, 0.5])
+    assert started.cost_limits(0.5) == pytest.approx([0.9, 0.7, 0.5])
 
 
 @pytest.mark.parametrize(

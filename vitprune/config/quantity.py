@@ -43,14 +43,6 @@ def seconds_of(duration: Quantity) -> float:
     return float(value)
 
 
-def parse_cost(quantity: Quantity) -> Quantity:
-    """Convert text to a number; return other values and text without a number unchanged."""
-    try:
-        return number_of(quantity) if isinstance(quantity, str) else quantity
-    except ValueError:
-        return quantity
-
-
 def format_cost(number: float) -> str:
     """Format a number with four digits, and with K, M or G from ten thousand on."""
     for suffix, size in reversed(SUFFIXES.items()):

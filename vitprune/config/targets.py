@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
-from vitprune.config.quantity import Quantity, number_of, parse_cost
+from vitprune.config.quantity import Quantity, number_of
 from vitprune.config.section import Fraction, Section, at_key
 
 
@@ -60,10 +60,10 @@ class Target(Section):
         return self
 
     @property
-    def costs(self) -> dict[str, Quantity]:
+    def costs(self) -> dict[str, float]:
         """The cost and its amount, as a mapping with one item."""
         given = self.model_dump(exclude_none=True, exclude={"table"})
-        return {cost: parse_cost(amount) for cost, amount in given.items()}
+        return {cost: number_of(amount) for cost, amount in given.items()}
 
     @property
     def is_measured(self) -> bool:

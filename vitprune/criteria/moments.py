@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Projections
 from vitprune.runtime.eval_mode import eval_mode, frozen
+from vitprune.runtime.hooks import forward_hooks
 from vitprune.runtime.messages import warn
 from vitprune.runtime.progress import track
 
@@ -238,21 +240,14 @@ def record_layer_io(
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def hook_for(path: str, read: bool) -> object:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if path in outputs:
-                raise BadInput(f"{path}: runs more than once per forward pass; exclude it")
-            # the first recorded output becomes a leaf: inputs may be token ids, which have no gradient
-            outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
-            if read:
-                inputs[path] = args[0].detach().clone()
-            return outputs[path].clone()  # what follows may change it in place, as the input above
+    def record(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if path in outputs:
+            raise BadInput(f"{path}: runs more than once per forward pass; exclude it")
+        # the first recorded output becomes a leaf: inputs may be token ids, which have no gradient
+        outputs[path] = output if output.requires_grad else output.detach().requires_grad_()
+        if path in readers:
+            inputs[path] = args[0].detach().clone()
+        return outputs[path].clone()  # what follows may change it in place, as the input above
 
-        return model.get_submodule(path).register_forward_hook(hook)
-
-    handles = [hook_for(path, True) for path in readers] + [hook_for(path, False) for path in makers]
-    try:
+    with forward_hooks((model.get_submodule(path), partial(record, path)) for path in (*readers, *makers)):
         yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
 from vitprune.runtime.eval_mode import eval_mode
+from vitprune.runtime.hooks import forward_hooks
 from vitprune.runtime.outputs import main_tensor, tensors_of
 from vitprune.runtime.progress import track
 from vitprune.runtime.wrappers import is_timm_model, plain_model
@@ -52,12 +53,8 @@ def _features(model: Any, images: Tensor) -> Tensor:
         return _vectors(model, model.forward_head(model.forward_features(images), pre_logits=True))
     inputs: list[Tensor] = []
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    handles = [layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0])) for layer in linear]
-    try:
+    with forward_hooks((layer, lambda layer, args, output: inputs.append(args[0])) for layer in linear):
         output = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     named = isinstance(output, dict) and "logits" in output
     vectors = [value for value in inputs if value.dim() == 2 and len(value) == len(images)]
     return vectors[-1] if named and vectors else _vectors(model, output)

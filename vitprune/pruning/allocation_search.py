@@ -25,14 +25,14 @@ from vitprune.pruning.cycle_masks import (
     CycleMasks,
     CycleState,
     constraints_for,
+    cost_limit,
     cycle_target,
     groups_for,
     scores_in_dense,
     select_cycle_masks,
 )
 from vitprune.pruning.evolution_strategy import minimize, population_of
-from vitprune.pruning.latency_scope import select_by_latency
-from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs
+from vitprune.pruning.macs_scope import macs_per_unit
 from vitprune.pruning.plan import Plan
 
 WIDTHS = 32  # different widths of a group in the search, so that weight updates can be used again
@@ -167,14 +167,12 @@ def selector(plan: Plan, state: CycleState) -> Select:
     groups, costs, bounds = state.groups, state.costs, coarse(state.groups, constraints_for(plan, state))
     if costs.times or costs.model is None:
         share = next(iter(cycle_target({}, plan, state).target.values()))
-        if costs.times:
-            return lambda scores: select_by_latency(scores, share, groups, costs.times, state.masks, bounds)
-        return lambda scores: select_by_macs(scores, share, groups, costs.macs_per_unit, state.masks, bounds)
-    ((cost, limit),) = plan.costs(costs.final, costs.model.start)[state.number - 1].items()
-    start, per_unit = costs.model.start, costs.macs_per_unit if cost == "macs" else macs_per_unit(groups, costs.model)
+        return lambda scores: costs.select(scores, share, groups, state.masks, bounds)
+    limit, start = cost_limit(plan, state, costs.model), costs.model.start
+    per_unit = costs.macs_per_unit if costs.model.cost == "macs" else macs_per_unit(groups, costs.model)
 
     def masks_at(scores: Scores, share: float) -> Masks:
-        return select_by_macs(scores, share, groups, costs.macs_per_unit, state.masks, bounds)
+        return costs.select(scores, share, groups, state.masks, bounds)
 
     def linear_cost(masks: Masks) -> float:
         removed = {group.name: int((~masks[group.name]).sum()) * group.shape[-1] / group.units for group in groups}
@@ -186,7 +184,7 @@ def selector(plan: Plan, state: CycleState) -> Select:
     def selected(scores: Scores) -> Masks:
         return masks_at(scores, bisect(partial(masks_at, scores), linear_cost, limit, PRECISION)[1])
 
-    if cost == "macs":  # a share of the MACs has the same cost for all scores
+    if costs.model.cost == "macs":  # a share of the MACs has the same cost for all scores
         share = bisect(partial(masks_at, equal), linear_cost, limit, PRECISION)[1]
         return lambda scores: masks_at(scores, share)
     return selected

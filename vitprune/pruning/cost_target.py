@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures.token_merging import without_merging
 from vitprune.architectures.tracing.example_run import with_example
-from vitprune.config.quantity import Quantity, format_cost, number_of
+from vitprune.config.quantity import format_cost
 from vitprune.data import example_input
 from vitprune.errors import BadInput, Unreachable
 from vitprune.evaluation.cost import count_macs
@@ -61,13 +61,13 @@ class CostModel:
         return format_cost(fraction * self.dense) + unit
 
 
-def is_fraction(target: Mapping[str, Quantity]) -> bool:
+def is_fraction(target: Mapping[str, float]) -> bool:
     """Return whether a target is a fraction of the dense model's cost."""
     ((cost, amount),) = target.items()
-    return cost != "latency_ms" and not isinstance(amount, str) and amount < 1
+    return cost != "latency_ms" and amount < 1
 
 
-def fraction_of(target: Mapping[str, Quantity], cost_model: CostModel, smallest: float) -> float:
+def fraction_of(target: Mapping[str, float], cost_model: CostModel, smallest: float) -> float:
     """Return a target as a fraction of the dense model's cost.
 
     Args:
@@ -78,13 +78,11 @@ def fraction_of(target: Mapping[str, Quantity], cost_model: CostModel, smallest:
     Raises:
         BadInput: the target is not between the least cost and the dense model's.
     """
-    ((cost, amount),) = target.items()
+    (amount,) = target.values()
     limits = f"the smallest is {smallest:.4f} ({cost_model.format(smallest)}); "
     limits += f"the dense model has {cost_model.format(1.0)}"
-    number = number_of(amount)
-    is_absolute = cost == "latency_ms" or number > 1
-    fraction = number / cost_model.dense if is_absolute else number
-    shown = cost_model.format(fraction) if is_absolute else f"{number:g} of the dense model"
+    fraction = amount if is_fraction(target) else amount / cost_model.dense
+    shown = f"{amount:g} of the dense model" if is_fraction(target) else cost_model.format(fraction)
     if fraction >= 1:
         raise BadInput(f"prune.target: {shown} is not less than the dense model has; {limits}")
     if fraction < smallest:
@@ -122,7 +120,9 @@ def make_cost_model(
     return _latency_model(copy.deepcopy(model), groups, cost)
 
 
-def solve(masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precision: float = 1e-9) -> float:
+def bisect(
+    masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precision: float = EXACT
+) -> tuple[float, float]:
     """Find the least scalar in 0..1 whose masks cost no more than a limit, by bisection.
 
     The cost is below the limit by less than one removal from every candidate pool.
@@ -133,16 +133,12 @@ def solve(masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precis
         limit: Largest cost.
         precision: Precision of the scalar.
 
+    Returns:
+        The largest scalar known to cost too much, and the one found; (0, 0) if none costs too much.
+
     Raises:
         Unreachable: the limit cannot be reached.
     """
-    return bisect(masks_at, cost, limit, precision)[1]
-
-
-def bisect(
-    masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precision: float = 1e-9
-) -> tuple[float, float]:
-    """Return the scalar of `solve` and, before it, the nearest one that costs too much; (0, 0) if none does."""
     low, high = 0.0, math.nextafter(1.0, 0.0)
     fewest = _remaining(masks_at(high))
     smallest = cost(masks_at(high))

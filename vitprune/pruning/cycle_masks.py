@@ -58,6 +58,22 @@ class Costs:
     times: GroupTimes = field(default_factory=dict)
     final: float | None = None
 
+    def select(
+        self, scores: Scores, share: float, groups: Sequence[Group], masks: Masks, constraints: Constraints
+    ) -> Masks:
+        """Select masks for scope macs, by the latency table if there is one.
+
+        Args:
+            scores: Scores by group.
+            share: Fraction to remove, see `select_by_latency` and `select_by_macs`.
+            groups: The groups.
+            masks: Masks of the cycle before.
+            constraints: Constraints of single groups.
+        """
+        if self.times:
+            return select_by_latency(scores, share, groups, self.times, masks, constraints)
+        return select_by_macs(scores, share, groups, self.macs_per_unit, masks, constraints)
+
 
 NO_COSTS = Costs()
 
@@ -77,10 +93,6 @@ class CycleState:
     masks: Masks
     groups: Sequence[Group]
     costs: Costs
-
-    def following(self, masks: Masks) -> "CycleState":
-        """Return the state after a cycle that has these masks."""
-        return replace(self, number=self.number + 1, masks=masks)
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,19 @@ def groups_for(model: nn.Module, plan: Plan) -> list[Group]:
 
 
 def all_groups(model: nn.Module, plan: Plan, kinds: Sequence[str]) -> list[Group]:
-    """Return the groups of some kinds, with attention heads merged as a plan says."""
+    """Return the groups of some kinds, with attention heads merged as a plan says.
+
+    Args:
+        model: The model.
+        plan: The pruning plan.
+        kinds: Kinds of units.
+
+    Returns:
+        The groups, also those that the method of the plan cannot score.
+
+    Raises:
+        BadInput: the model has no group of a kind, or its heads cannot be merged.
+    """
     return merge_heads(model, find_groups(model, kinds), plan.config.merge_heads_to)
 
 
@@ -216,7 +240,16 @@ def refuse_equal_scores(scores: Scores, groups: Sequence[Group]) -> None:
 
 
 def given_masks(masks: Masks, plan: Plan, state: CycleState) -> CycleMasks:
-    """Return the selection of a first cycle whose masks are known, such as those of the mask stage."""
+    """Return the selection of a first cycle whose masks are known, such as those of the mask stage.
+
+    Args:
+        masks: The masks.
+        plan: The pruning plan.
+        state: State before the cycle.
+
+    Returns:
+        The masks, without scores. With a cost target, the sparsity per kind is that of the masks.
+    """
     if state.costs.model is None:
         target = cycle_target({}, plan, state).target
         return CycleMasks(masks, target, complete=next_block_removal(state.groups, target, state.masks) == target)
@@ -256,17 +289,22 @@ def select_masks(scores: Scores, plan: Plan, target: Mapping[str, float], state:
 
     Blocks and branches are removed first, with all groups in them; the sparsity of a kind refers to the remaining
     groups. Kinds that `target` does not name keep their masks.
+
+    Args:
+        scores: Scores indexed as in the dense model.
+        plan: The pruning plan.
+        target: Sparsity per kind.
+        state: State before the cycle.
+
+    Returns:
+        The masks of all groups of the dense model.
     """
     groups, masks = state.groups, dict(state.masks)
     constraints = constraints_for(plan, state)
     macs_kinds = [group for group in groups if group.kind in plan.macs_kinds and group.kind in target]
     if macs_kinds:
         by_name = {group.name: scores[group.name] for group in macs_kinds}
-        share = target[macs_kinds[0].kind]
-        if state.costs.times:
-            masks |= select_by_latency(by_name, share, macs_kinds, state.costs.times, state.masks, constraints)
-        else:
-            masks |= select_by_macs(by_name, share, macs_kinds, state.costs.macs_per_unit, state.masks, constraints)
+        masks |= state.costs.select(by_name, target[macs_kinds[0].kind], macs_kinds, state.masks, constraints)
     for kind, share in sorted(target.items(), key=lambda pair: pair[0] not in REMOVED):
         if kind in plan.macs_kinds:
             continue
@@ -296,7 +334,7 @@ def cycle_target(scores: Scores, plan: Plan, state: CycleState) -> CycleTarget:
     constraints, model = constraints_for(plan, state), state.costs.model
     if model is None:
         return CycleTarget(_feasible_blocks(plan.targets()[state.number - 1], state.groups, constraints))
-    ((cost, limit),) = plan.costs(state.costs.final, model.start)[state.number - 1].items()
+    limit = cost_limit(plan, state, model)
 
     def shares(scalar: float) -> Mapping[str, float]:
         return _feasible_blocks(plan.shares(scalar), state.groups, constraints)
@@ -310,15 +348,27 @@ def cycle_target(scores: Scores, plan: Plan, state: CycleState) -> CycleTarget:
     low, high = bisect(masks_at, model, limit, model.precision)
     if (measure := model.latencies) is not None:
         high, latency = refine_latency(
-            masks_at, lambda masks: _relative_latency(cost, measure(masks), model.dense), limit, high, model.start
+            masks_at, lambda masks: _relative_latency(measure(masks), model), limit, high, model.start
         )
         return CycleTarget(shares(high), f"{latency:.4f} was measured at selection, the nearest of all tries")
     return CycleTarget(shares(high), step_between(state.groups, masks_at(low), masks_at(high), model))
 
 
-def _relative_latency(cost: str, times: Latencies, dense: float) -> float:
+def cost_limit(plan: Plan, state: CycleState, model: CostModel) -> float:
+    """Return the largest cost after a cycle, as a fraction of the dense model's.
+
+    Args:
+        plan: The pruning plan.
+        state: State before the cycle.
+        model: The cost model of `state`.
+    """
+    assert state.costs.final is not None
+    return plan.cost_limits(state.costs.final, model.start)[state.number - 1]
+
+
+def _relative_latency(times: Latencies, model: CostModel) -> float:
     """Return a latency as a fraction: of the first measurement of the dense model, or of the one next to it."""
-    return times["median"] / (dense if cost == "latency_ms" else times["dense"])
+    return times["median"] / (model.dense if model.cost == "latency_ms" else times["dense"])
 
 
 def _feasible_blocks(
@@ -356,20 +406,13 @@ def costs_for(dense: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
     equal = {group.name: torch.zeros(group.shape) for group in groups}
     most = _feasible_blocks(plan.shares(math.nextafter(1.0, 0.0)), groups, constraints)
     final = fraction_of(plan.target, model, model(select_masks(equal, plan, most, state)))
-    plan.costs(final)
-    if without_merging(dense) is not dense:
-        _check_merging(plan, model.start, final)
-    return replace(state.costs, model=model, final=final)
-
-
-def _check_merging(plan: Plan, merged: float, final: float | None) -> None:
-    """Refuse a target that the merging of tokens reaches without pruning."""
-    ((cost, limit),) = plan.costs(final)[-1].items()
-    if merged <= limit:
+    plan.cost_limits(final)  # checks the schedule
+    if without_merging(dense) is not dense and model.start <= final:
         raise BadInput(
-            f"prune.merge_tokens: merged tokens reduce {cost} to {merged:.4f} of the dense model without pruning, and "
-            f"prune.target.{cost} is {limit:.4f}; lower one of them, or give a sparsity"
+            f"prune.merge_tokens: merged tokens reduce {model.cost} to {model.start:.4f} of the dense model without "
+            f"pruning, and prune.target.{model.cost} is {final:.4f}; lower one of them, or give a sparsity"
         )
+    return replace(state.costs, model=model, final=final)
 
 
 def reached_cost(selected: CycleMasks, plan: Plan, state: CycleState) -> CostReport:
@@ -381,12 +424,12 @@ def reached_cost(selected: CycleMasks, plan: Plan, state: CycleState) -> CostRep
     model = state.costs.model
     if model is None or plan.target is None:
         return {}
-    ((cost, limit),) = plan.costs(state.costs.final, model.start)[state.number - 1].items()
+    limit = cost_limit(plan, state, model)
     times = model.latencies(selected.masks) if model.latencies is not None else {}
-    reached = _relative_latency(cost, times, model.dense) if times else model(selected.masks)
+    reached = _relative_latency(times, model) if times else model(selected.masks)
     report: dict[str, float | str] = {"target": limit, "reached": reached}
     if not is_fraction(plan.target):
-        digits = None if cost in COUNTS else 6
+        digits = None if model.cost in COUNTS else 6
         target, absolute = round(limit * model.dense, digits), round(reached * model.dense, digits)
         report = {"target": target, "reached": absolute, "dense": model.dense}
     report |= {name: times[name] for name in ("p10", "p90") if name in times}
@@ -395,7 +438,7 @@ def reached_cost(selected: CycleMasks, plan: Plan, state: CycleState) -> CostRep
         drift = f"the dense model now takes {times['dense']:.4g} ms, and took {model.dense:.4g} ms at the start"
         last_step = f"{drift}; {last_step}" if last_step else drift
     why = explain_miss(limit, reached, model, last_step)
-    return {cost: report | ({"why": why} if why else {})}
+    return {model.cost: report | ({"why": why} if why else {})}
 
 
 def _rescore(

@@ -9,7 +9,6 @@ from vitprune.groups import Group, Masks, Scores
 from vitprune.pruning.constraints import UNCONSTRAINED, Constraints
 from vitprune.pruning.macs_scope import masks_before, removal_order
 
-NO_BOUNDS: Constraints = {}
 RESOLUTION = 4096  # steps of time between the least and the greatest latency
 GroupTimes = Mapping[str, np.ndarray]  # by group: milliseconds by width, from width 0
 
@@ -34,8 +33,8 @@ def select_by_latency(
     share: float,
     groups: Sequence[Group],
     times: GroupTimes,
-    previous: Masks | None = None,
-    bounds: Constraints = NO_BOUNDS,
+    previous: Masks,
+    bounds: Constraints,
 ) -> Masks:
     """Remove the units with the least importance in all, so that a share of the time that can be saved is saved.
 

@@ -13,7 +13,6 @@ from vitprune.groups import REMOVED, Group, Masks, Scores, all_units
 from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, Constraints, middle, removal_steps
 from vitprune.pruning.cost_target import CostFn
 
-NO_BOUNDS: Constraints = {}
 MacsPerUnit = dict[str, float]  # by group: fraction of the dense model's MACs that one unit (of every head) saves
 
 
@@ -61,8 +60,8 @@ def select_by_macs(
     share: float,
     groups: Sequence[Group],
     costs: MacsPerUnit,
-    previous: Masks | None = None,
-    bounds: Constraints = NO_BOUNDS,
+    previous: Masks,
+    bounds: Constraints,
 ) -> Masks:
     """Remove the units with the least importance per MAC until a share of the MACs of all units is removed.
 
@@ -101,10 +100,8 @@ def select_by_macs(
     return masks
 
 
-def masks_before(groups: Sequence[Group], previous: Masks | None) -> dict[str, Tensor]:
-    """Return a copy of the masks of the cycle before, in the shapes of the groups; all units without one."""
-    if previous is None:
-        return all_units(groups)
+def masks_before(groups: Sequence[Group], previous: Masks) -> Masks:
+    """Return a copy of the masks of the cycle before, in the shapes of the groups."""
     return {group.name: previous[group.name].view(group.shape).clone() for group in groups}
 
 

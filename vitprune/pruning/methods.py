@@ -73,15 +73,12 @@ def _blockwise(criterion: Criterion, recompute_update: RecomputeUpdate, about: s
     )
 
 
-def _structured(criterion: Criterion, about: str) -> Method:
-    scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
-    return Method(criterion, scopes, ("ffn", "attention"), True, about)
-
-
-def _upvits(criterion: Criterion, about: str, rescore: rescoring.RescoreFn | None = None) -> Method:
+def _structured(
+    criterion: Criterion, about: str, free_scope: bool = False, rescore: rescoring.RescoreFn | None = None
+) -> Method:
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
     check = _check_gates if criterion is fisher.fisher_kl else None
-    return Method(criterion, scopes, ("ffn", "attention"), False, about, rescore=rescore, check_group=check)
+    return Method(criterion, scopes, ("ffn", "attention"), free_scope, about, rescore=rescore, check_group=check)
 
 
 def _check_gates(model: nn.Module, group: Group) -> None:
@@ -153,18 +150,20 @@ METHODS: dict[str, Method] = {
         cap.joint_update,
         "smallest weights, weight update of ovit",
     ),
-    "channel-magnitude": _structured(magnitude.magnitude, "smallest L2 norm of a unit's rows (Li et al., ICLR 2017)"),
-    "channel-taylor": _structured(taylor.taylor, "first-order change of the loss, per unit"),
-    "upvits": _upvits(
+    "channel-magnitude": _structured(
+        magnitude.magnitude, "smallest L2 norm of a unit's rows (Li et al., ICLR 2017)", free_scope=True
+    ),
+    "channel-taylor": _structured(taylor.taylor, "first-order change of the loss, per unit", free_scope=True),
+    "upvits": _structured(
         fisher.fisher_kl,
         "KL divergence: second-order scores, exact ones near the pruning threshold (UP-ViTs, SCIS 2023)",
-        rescoring.rescore,
+        rescore=rescoring.rescore,
     ),
-    "upvits-literal": _upvits(
+    "upvits-literal": _structured(
         leave_one_out.leave_one_out_kl, "exact KL divergence, one removal at a time (slow reference)"
     ),
-    "upvits-exact": _upvits(exact.exact_kl, "exact KL divergence, from cached activations"),
-    "upvits-fisher": _upvits(
+    "upvits-exact": _structured(exact.exact_kl, "exact KL divergence, from cached activations"),
+    "upvits-fisher": _structured(
         fisher.fisher_kl, "KL divergence to second order, from a few backward passes for all units"
     ),
     "upvits-blocks": Method(

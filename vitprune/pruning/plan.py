@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from vitprune.config.params import Params
 from vitprune.config.prune_config import PruneConfig
-from vitprune.config.quantity import Quantity
 from vitprune.config.score_config import ScoreConfig
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoringContext
 from vitprune.errors import BadInput
@@ -27,7 +26,7 @@ class Plan:
         method: The pruning method.
         sparsity: Final sparsity per kind. With a target, the shares of the kinds relative to each other, the largest
             being 1: all are multiplied by the one scalar that reaches the cost.
-        target: The cost and its limit, a fraction of the dense model's cost or an absolute number; None without one.
+        target: The one cost and its limit, a fraction of the dense model's cost or an absolute number; None without.
         round_to: Multiple of the remaining units, per kind.
         score: Options of the criteria.
         seed: Seed of the run.
@@ -37,7 +36,7 @@ class Plan:
     config: PruneConfig
     method: Method
     sparsity: Mapping[str, float]
-    target: Mapping[str, Quantity] | None
+    target: Mapping[str, float] | None
     round_to: Mapping[str, int]
     score: ScoreConfig = DEFAULT_SCORE_CONFIG
     seed: int = 0
@@ -63,22 +62,23 @@ class Plan:
         """Return the sparsity per kind for a scalar, if a cost target determines the amount."""
         return {kind: share * scalar for kind, share in self.sparsity.items()}
 
-    def costs(self, final: float | None = None, start: float = 1.0) -> list[dict[str, float]]:
-        """Return the cost limit after each cycle, as a fraction of the dense model's.
+    def cost_limits(self, final: float, start: float = 1.0) -> list[float]:
+        """Return the limit of the target's cost after each cycle, as a fraction of the dense model's cost.
 
         Args:
-            final: The limit after the last cycle, if the target is absolute.
+            final: The limit after the last cycle.
             start: The cost before the first cycle; less than 1 if tokens are merged.
         """
-        limits = {cost: float(limit) if final is None else final for cost, limit in (self.target or {}).items()}
-        by_cost = {}
-        for cost, limit in limits.items():
-            scale = (start - limit) / (1 - limit) if limit < 1 else 1.0
-            by_cost[cost] = [*(start - scale * x for x in self._sparsities(1 - limit)[:-1]), limit]
-        return [{cost: steps[cycle] for cost, steps in by_cost.items()} for cycle in range(self.config.cycles)]
+        scale = (start - final) / (1 - final)
+        return [*(start - scale * x for x in self._sparsities(1 - final)[:-1]), final]
 
-    def progress(self, cycle: int, final: float | None = None) -> float:
-        """Return the fraction of all removals that is done after a cycle, `final` as in `costs`; 1 after the last."""
+    def progress(self, cycle: int, final: float | None) -> float:
+        """Return the fraction of all removals that is done after a cycle; 1 after the last.
+
+        Args:
+            cycle: The cycle, from 1.
+            final: The cost limit after the last cycle; None without a target.
+        """
         removed = max(self.sparsity.values()) if final is None else 1 - final
         return self._sparsities(removed)[cycle - 1] / removed if cycle < self.config.cycles and removed else 1.0
 
@@ -221,11 +221,11 @@ def _check_schedule(plan: Plan) -> None:
     if plan.target is None:
         plan.targets()
     elif is_fraction(plan.target):
-        plan.costs()
+        plan.cost_limits(*plan.target.values())
     elif not isinstance(plan.config.schedule, str) and plan.config.schedule.steps is not None:
         raise BadInput("prune.schedule.steps: are fractions but prune.target is absolute; use a fraction, or a shape")
     else:
-        plan.costs(0.0)
+        plan.cost_limits(0.0)
     plan.epochs(1)
 
 

@@ -218,12 +218,22 @@ def prune(
         method = chosen = auto_method(given, target is not None, rotate_residual)
         reconstruct, budget = reconstruct or True, AUTO_BUDGET if budget is None else budget
     deadline = _deadline(start, budget, reconstruct)
-    settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "target": target, "kinds": kinds}
-    settings |= {"scope": scope, "round_to": round_to, "rules": rules}
-    settings |= {"merge_heads_to": merge_heads_to, "rotate_residual": rotate_residual, "merge_tokens": merge_tokens}
-    settings |= {"correct_norms": correct_norms, "classes": None if classes is None else list(classes)}
-    settings["reconstruct"] = ReconstructConfig() if reconstruct is True else reconstruct or None
-    settings["allocation"] = AllocationConfig() if allocation is True else allocation or None
+    settings: dict[str, Any] = {
+        "method": method,
+        "sparsity": sparsity,
+        "target": target,
+        "kinds": kinds,
+        "scope": scope,
+        "round_to": round_to,
+        "rules": rules,
+        "merge_heads_to": merge_heads_to,
+        "rotate_residual": rotate_residual,
+        "merge_tokens": merge_tokens,
+        "classes": None if classes is None else list(classes),
+        "correct_norms": correct_norms,
+        "reconstruct": ReconstructConfig() if reconstruct is True else reconstruct or None,
+        "allocation": AllocationConfig() if allocation is True else allocation or None,
+    }
     used = method_named(method)
     pruned = working_copy(model)
     if used.records_layers:

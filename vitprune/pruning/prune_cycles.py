@@ -146,7 +146,7 @@ def prune_cycles(
             reconstruction,
             selected.allocation,
         )
-        state = state.following(selected.masks)
+        state = replace(state, number=state.number + 1)
 
 
 def reorder_channels(models: Sequence[nn.Module], orders: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vitprune.evaluation.losses import kl_divergence
 from vitprune.pruning.held_out import held_out
 from vitprune.pruning.rotated_adam import RotatedAdam, input_bases
 from vitprune.runtime.eval_mode import eval_mode, frozen
+from vitprune.runtime.hooks import forward_hooks
 from vitprune.runtime.outputs import tensors_of
 from vitprune.runtime.progress import track
 from vitprune.training.finetune import zero_weights
@@ -279,20 +281,13 @@ def _recorded(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tens
     """Record the outputs of modules by path."""
     outputs: dict[str, Tensor] = {}
 
-    def hook_for(path: str) -> object:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            first = next(tensors_of(output), None)  # blocks of other libraries return tuples
-            if first is not None:
-                outputs[path] = first
+    def record(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        first = next(tensors_of(output), None)  # blocks of other libraries return tuples
+        if first is not None:
+            outputs[path] = first
 
-        return model.get_submodule(path).register_forward_hook(hook)
-
-    handles = [hook_for(path) for path in paths]
-    try:
+    with forward_hooks((model.get_submodule(path), partial(record, path)) for path in paths):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
 
 
 def _logits(model: nn.Module, images: Tensor, size: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vitprune.criteria import layer_io
 from vitprune.evaluation.logits import logits_of
+from vitprune.runtime.hooks import forward_hooks
 
 EPS = 1e-8
 
@@ -74,10 +75,6 @@ def input_bases(
         moments[weight] = moments.get(weight, torch.zeros(())).to(inputs) + inputs.T @ inputs
 
     layers = [layer for layer in model.modules() if layer_io.is_plain_layer(layer) and layer.weight in wanted]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    try:
+    with forward_hooks((layer, add) for layer in layers):
         logits_of(model, batches)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {weight: torch.linalg.eigh(moment.double())[1].to(weight.dtype) for weight, moment in moments.items()}

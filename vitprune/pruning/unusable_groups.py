@@ -1,6 +1,8 @@
 """Groups that a method cannot score from images, such as those without an effect on the output."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group
 from vitprune.pruning.methods import Method
 from vitprune.runtime.eval_mode import eval_mode, scoring_mode
+from vitprune.runtime.hooks import forward_hooks
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import as_logits
 
@@ -73,8 +76,10 @@ def _refused(model: nn.Module, groups: Sequence[Group], method: Method) -> dict[
 def _without_effect(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[str, str]:
     with scoring_mode(model), eval_mode(model):
         pair = images[:1].repeat(2, *[1] * (images.dim() - 1)).to(next(model.parameters()).device)
-        of_two, of_one = (_input_sizes(model, part) for part in (pair, pair[:1]))
-        affecting = _parameters_with_gradients(model, pair)
+        with torch.no_grad(), _recorded_input_sizes(model) as of_one:
+            model(pair[:1])
+        with _recorded_input_sizes(model) as of_two:
+            affecting = _parameters_with_gradients(model, pair)
     result = {}
     for group in groups:
         is_weight = group.kind == "weight"
@@ -86,25 +91,17 @@ def _without_effect(model: nn.Module, groups: Sequence[Group], images: Tensor) -
     return result
 
 
-def _input_sizes(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """Return the number of values that every layer reads."""
+@contextmanager
+def _recorded_input_sizes(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Record the number of values that every layer reads, by path."""
     sizes: dict[str, int] = {}
 
-    def hook_for(path: str) -> object:
-        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                sizes[path] = args[0].numel()
+    def record(path: str, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            sizes[path] = inputs[0].numel()
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(hook_for(path)) for path, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sizes
+    with forward_hooks((module, partial(record, path)) for path, module in model.named_modules()):
+        yield sizes
 
 
 def _parameters_with_gradients(model: nn.Module, images: Tensor) -> set[str]:

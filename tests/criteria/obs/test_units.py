@@ -17,7 +17,7 @@ from vitprune.criteria.moments import collect_unit_moments
 from vitprune.criteria.obs.unit_elimination import add_ridge, eliminate_units, ridge_refit
 from vitprune.criteria.obs.units import refit_update, rotate_attention, unit_obs, unit_obs_update
 from vitprune.evaluation.cost import count
-from vitprune.groups import shrink
+from vitprune.groups import all_units, shrink
 from vitprune.pruning.cost_target import make_cost_model
 from vitprune.pruning.macs_scope import macs_per_unit, select_by_macs
 from vitprune.pruning.prune_cycles import prune_cycles
@@ -148,9 +148,8 @@ def test_macs_scope_removes_the_least_importance_per_mac(vit: nn.Module) -> None
     groups = find_groups(vit, ["ffn"])
     scores = {group.name: torch.arange(group.units).double() * (1 + n) for n, group in enumerate(groups)}
     costs = {groups[0].name: 1.0, groups[1].name: 4.0}
-    masks = select_by_macs(
-        scores, 0.5, groups, costs
-    )  # score per MAC: n and n / 2; 192 units each, half of 960 to remove
+    # score per MAC: n and n / 2; 192 units each, half of 960 to remove
+    masks = select_by_macs(scores, 0.5, groups, costs, all_units(groups), {})
     removed = [int((~masks[group.name]).sum()) for group in groups]
     assert removed == [54, 106]  # if scores per MAC are equal, units of the first group are removed first
     assert all(bool(masks[g.name][n:].all()) for g, n in zip(groups, removed, strict=True))
@@ -163,8 +162,8 @@ def test_macs_masks_are_nested_in_the_sparsity(vit: nn.Module) -> None:
     costs = macs_per_unit(groups, make_cost_model(vit, groups, "macs"))
     before = None
     for share in (0.0, 0.2, 0.5, 0.9, 0.999):
-        masks = select_by_macs(scores, share, groups, costs)
-        again = select_by_macs(scores, share, groups, costs, before)
+        masks = select_by_macs(scores, share, groups, costs, all_units(groups), {})
+        again = select_by_macs(scores, share, groups, costs, before, {})
         for group in groups:
             rows = masks[group.name].reshape(-1, group.shape[-1])
             assert len(set(rows.sum(dim=1).tolist())) == 1

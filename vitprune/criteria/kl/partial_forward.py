@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures.chain import AttentionLayers, Branch, Chain, Step
 from vitprune.criteria.kl.fast_matmul import attention, linear, linear_activation
+from vitprune.runtime.hooks import forward_hooks
 
 
 def project_qkv(inside: AttentionLayers, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,9 +86,6 @@ def _captured(branch: Branch, stream: Tensor) -> Tensor:
     """Run a branch and return its consumer's input, with the leading dimensions of the stream."""
     assert branch.consumer is not None
     captured: list[Tensor] = []
-    handle = branch.consumer.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-    try:
+    with forward_hooks([(branch.consumer, lambda module, inputs, output: captured.append(inputs[0]))]):
         branch.run(branch.norm(stream))
-    finally:
-        handle.remove()
     return captured[0].reshape(*stream.shape[:-1], -1)

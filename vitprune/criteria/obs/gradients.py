@@ -3,7 +3,6 @@
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from vitprune.criteria.obs.weight_blocks import BlockRange
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import labelled_loss, loss_at
 from vitprune.runtime.eval_mode import eval_mode, frozen
+from vitprune.runtime.hooks import forward_hooks
 
 GradientChunk = tuple[BlockRange, Tensor]  # gradients (m, weights) in the precision of the model
 LayerCalls = list[tuple[Tensor, Tensor]]  # (input, output) of every call of a layer
@@ -119,24 +119,17 @@ def _per_image(
 def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels: Tensor) -> dict[str, LayerCalls]:
     """Record every layer's inputs, and the gradients of each image's loss w.r.t. its outputs."""
     calls: dict[str, LayerCalls] = {param: [] for param in layers}
-
-    def hook(param: str) -> Any:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            leaf = output if output.requires_grad else output.detach().requires_grad_()  # leaf of the backward pass
-            calls[param].append((inputs[0].detach().clone(), leaf))
-            return leaf.clone()  # what follows may change it in place, as the input above
-
-        return record
-
-    handles = [layer.register_forward_hook(hook(param)) for param, layer in layers.items()]
-    try:
-        with torch.enable_grad():
-            loss = labelled_loss(model(images), labels) * len(images) if layers else None
-    finally:
-        for handle in handles:
-            handle.remove()
-    if loss is None:
+    if not layers:
         return calls
+
+    def record(param: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        leaf = output if output.requires_grad else output.detach().requires_grad_()  # leaf of the backward pass
+        calls[param].append((inputs[0].detach().clone(), leaf))
+        return leaf.clone()  # what follows may change it in place, as the input above
+
+    hooks = [(layer, partial(record, param)) for param, layer in layers.items()]
+    with torch.enable_grad(), forward_hooks(hooks):
+        loss = labelled_loss(model(images), labels) * len(images)
     _refuse_unused(calls, [param for param, recorded in calls.items() if recorded])
     leaves = [(param, read, output) for param, recorded in calls.items() for read, output in recorded]
     grads = torch.autograd.grad(loss, [output for *_, output in leaves], allow_unused=True)

@@ -106,9 +106,18 @@ def collect_layer_moments(
     context: ScoringContext,
     grads: GradMoment | None,
 ) -> Statistics:
-    """Collect the same sums for plain layers (`readers`) and the layers of q, k and v of attentions.
+    """Collect sums over all tokens of all images for layers given by path.
 
-    `grads` "metric_diagonal" stores PATH/metric_diagonal (o,), the diagonal of PATH/metric; None runs no backward pass.
+    Args:
+        model: The dense model.
+        readers: Paths of plain layers, see `layer_io.is_plain_layer`.
+        attentions: Layers of q, k and v.
+        batches: Calibration batches.
+        context: The scoring options.
+        grads: Sums of gradients to collect for `readers`: "metric", "metric_diagonal", or None without backward passes.
+
+    Returns:
+        The sums of `collect_unit_moments`; PATH/metric_diagonal (o,) is the diagonal of PATH/metric.
 
     Raises:
         BadInput: no batches, or a layer is not used in the forward pass, or more than once, or on other values than
@@ -232,7 +241,15 @@ def _of_heads(attention: Projections, outputs: Mapping[str, Tensor]) -> Statisti
 def record_layer_io(
     model: nn.Module, readers: Sequence[str], makers: Sequence[str]
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Record the inputs of `readers` and the outputs of `readers` and `makers`, by path, while the context is open.
+    """Record inputs and outputs of layers while the context is open.
+
+    Args:
+        model: The model.
+        readers: Paths of layers whose inputs and outputs are recorded.
+        makers: Paths of layers whose outputs alone are recorded.
+
+    Yields:
+        Inputs and outputs by path. Outputs are part of the autograd graph, inputs are not.
 
     Raises:
         BadInput: a layer runs more than once in one forward pass.

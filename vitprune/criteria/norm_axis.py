@@ -1,7 +1,7 @@
 """Axis of the channels that a norm normalizes, found from its inputs and outputs."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,16 @@ def norm_axis(norm: nn.Module, inputs: Tensor, output: Tensor) -> int | None:
             continue
         x, expected = (value[:1].detach().movedim(axis, -1).double() for value in (inputs, output))
         x = x - x.mean(dim=-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
-        scale = (x.square().mean(dim=-1, keepdim=True) + (module.eps or 0.0)).rsqrt()
+        scale = (x.square().mean(dim=-1, keepdim=True) + norm_eps(norm, inputs.dtype)).rsqrt()
         bias = getattr(norm, "bias", None)
         normalized = x * scale * module.weight.detach().double() + (0.0 if bias is None else bias.detach().double())
         largest = float(expected.abs().max())
         if not math.isfinite(largest) or torch.allclose(normalized, expected, ROUNDING, ROUNDING * largest):
             return axis
     return None
+
+
+def norm_eps(norm: nn.Module, dtype: torch.dtype) -> float:
+    """Return the constant that a norm adds to the variance of inputs of a type; that of nn.RMSNorm may be unset."""
+    eps: float | None = cast(Any, norm).eps
+    return torch.finfo(dtype).eps if eps is None else eps

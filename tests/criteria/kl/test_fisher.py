@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.support.model_zoo import batches, images, predict, redrawn, same_state, state, tiny
+from tests.support.model_zoo import VIT, batches, images, predict, redrawn, same_state, state, tiny
 from tests.support.other_models import PixelNorm, PixelStream
 from tests.support.plans import changed, context
 from tests.support.reference_kl import assert_fades, fisher_quadratic, gated_vit, kl
@@ -53,6 +53,17 @@ def test_the_residual_score_equals_the_curvature_of_the_gated_vit(vit: nn.Module
             with torch.no_grad():
                 apart.append(kl(dense, gated_vit(vit, inputs, {"residual": gate})))
         assert sum(apart) / 2 / step**2 == pytest.approx(float(result[unit]), rel=1e-4)
+
+
+def test_an_unset_eps_of_a_norm_is_that_of_torch() -> None:
+    model = redrawn(timm.create_model("vit_tiny_patch16_224", **VIT, norm_layer=nn.RMSNorm).double().eval(), 2)
+    groups, inputs = find_groups(model, ["residual"]), images(model, 2)
+    assert model.norm.eps is None
+    unset = fisher_kl_per_image(model, groups, inputs, EVERY_CLASS)
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.eps = 2.0**-52
+    torch.testing.assert_close(fisher_kl_per_image(model, groups, inputs, EVERY_CLASS), unset, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["extra", "swin", "pvt"])

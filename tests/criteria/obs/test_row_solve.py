@@ -1,9 +1,12 @@
 """Row solve: conjugate gradients and Cholesky factors against literal least squares."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from vitprune.criteria.obs import row_solve
 from vitprune.criteria.obs.row_solve import solve_restricted, solve_rows
 from vitprune.criteria.obs.unit_elimination import add_ridge
 
@@ -27,40 +30,50 @@ def literal(dense: Tensor, damped: Tensor, keep: Tensor) -> Tensor:
     return result
 
 
+def by_factors(solve: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Solve all rows by Cholesky factors instead of conjugate gradients."""
+    with monkeypatch.context() as patch:
+        patch.setattr(row_solve, "_factors_are_cheaper", lambda keep: True)
+        return solve()
+
+
 @pytest.mark.parametrize(("rows", "power"), [(40, 0.3), (520, 0.3), (40, 0.45)])
-def test_conjugate_gradients_equal_a_direct_solve(rows: int, power: float) -> None:
+def test_conjugate_gradients_equal_a_direct_solve(rows: int, power: float, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, read, keep = layer(rows, 200, 900, power)
     damped = add_ridge(read.T @ read, 1e-4)
     dense = torch.cat([weights, torch.zeros(rows, 1).double()], dim=1)
     kept = torch.cat([keep, torch.ones(rows, 1, dtype=torch.bool)], dim=1)
     some = torch.arange(0, rows, 37)
     expected = literal(dense[some], damped, kept[some])
-    tight, exact = (
-        solve_restricted(dense, damped, kept, excess=1e-22),
-        solve_restricted(dense, damped, kept, direct=True),
-    )
+    result = solve_restricted(dense, damped, kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(row_solve, "EXCESS", 1e-22)
+        tight = solve_restricted(dense, damped, kept)
+    exact = by_factors(lambda: solve_restricted(dense, damped, kept), monkeypatch)
     assert (tight[some] - expected).norm() < 1e-8 * expected.norm()
     assert bool((tight != exact).any())  # another algorithm
     assert not tight[~kept].any()
     torch.testing.assert_close(exact[some], expected, rtol=1e-8, atol=1e-10)
-    losses = [((x - dense) @ damped * (x - dense)).sum(dim=1) for x in (solve_restricted(dense, damped, kept), exact)]
+    losses = [((x - dense) @ damped * (x - dense)).sum(dim=1) for x in (result, exact)]
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-8, atol=0)
 
 
-def test_rows_that_do_not_converge_are_factorized() -> None:
+def test_rows_that_do_not_converge_are_factorized(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, read, keep = layer(40, 200, 900, 6.0)  # condition number 1e12 after scaling
     matrix = read[:, :-1].T @ read[:, :-1]
     damped = matrix + 1e-13 * matrix.diagonal().mean() * torch.eye(200).double()
-    exact, result = (solve_restricted(weights, damped, keep, direct=direct) for direct in (True, False))
+    result = solve_restricted(weights, damped, keep)
+    exact = by_factors(lambda: solve_restricted(weights, damped, keep), monkeypatch)
     losses = [((x - weights) @ damped * (x - weights)).sum(dim=1) for x in (result, exact)]
     energy = ((weights @ damped) * weights).sum(dim=1)
     assert bool(((losses[0] - losses[1]).abs() < 1e-8 * losses[1] + 1e-12 * energy).all())
 
 
-def test_fewer_tokens_than_inputs_are_solved() -> None:
+def test_fewer_tokens_than_inputs_are_solved(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, read, keep = layer(48, 200, 120, 0.0)
     halves = torch.stack([read[half::2].T @ read[half::2] for half in (0, 1)])
-    exact, result = (solve_rows(weights, halves, keep, True, "fc", direct=direct) for direct in (True, False))
+    result = solve_rows(weights, halves, keep, True, "fc")
+    exact = by_factors(lambda: solve_rows(weights, halves, keep, True, "fc"), monkeypatch)
     padded = torch.cat([weights, torch.zeros(48, 1).double()], dim=1)
     losses = [((x - padded) @ halves.sum(dim=0) * (x - padded)).sum() for x in (result, exact)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vitprune.criteria.norm_axis import norm_axis
+from vitprune.criteria.norm_axis import norm_axis, norm_eps
 from vitprune.errors import BadInput
 from vitprune.groups import REMOVED, Group, ParamSlice
 
@@ -181,7 +181,16 @@ def _norms(model: nn.Module, group: Group) -> Iterator[tuple[str, ParamSlice]]:
 
 @contextmanager
 def record_gates(model: nn.Module, gates: Sequence[UnitGate], images: int) -> Iterator[GateTape]:
-    """Register the hooks of the gates on a model; forward passes over `images` images are recorded on the tape."""
+    """Register the hooks of gates on a model while the context is open.
+
+    Args:
+        model: The model.
+        gates: Gates from `find_gates`.
+        images: Number of images of the forward pass.
+
+    Yields:
+        The tape, which records the forward pass, and from which `GateTape.derivatives` computes gradients.
+    """
     tape = GateTape(images)
     with ExitStack() as stack:
         stack.callback(tape.forget)
@@ -272,7 +281,7 @@ def _statistics(path: str, norm: Any, value: Tensor, output: Tensor, images: int
     x = _at_least_float32(value).movedim(axis, -1).reshape(images, -1, len(weight))  # (B, tokens, d)
     x = x - x.mean(dim=-1, keepdim=True) if centred else x
     var = x.square().mean(dim=-1)  # (B, tokens)
-    scale = (var + norm.eps).rsqrt()
+    scale = (var + norm_eps(norm, value.dtype)).rsqrt()
     xhat = x * scale[..., None]
     share = var * scale.square()
 

@@ -15,7 +15,7 @@ def project_qkv(inside: AttentionLayers, normed: Tensor) -> tuple[Tensor, Tensor
     return inside.q_norm(q), inside.k_norm(k), v
 
 
-def consumer_inputs(branch: Branch, stream: Tensor, queries: int | None = None) -> Tensor:
+def consumer_inputs(branch: Branch, stream: Tensor, queries: int | None) -> Tensor:
     """Return the input of a branch's consumer for the first `queries` tokens (plain branches); (B, ..., inputs)."""
     if branch.layers is None:
         return _captured(branch, stream)
@@ -52,7 +52,7 @@ def _few_queries(inside: AttentionLayers, normed: Tensor, queries: int, width: i
     return (z if bias is None else z + bias[2]).flatten(2)
 
 
-def forward_step(step: Step, stream: Tensor, queries: int | None = None) -> Tensor:
+def forward_step(step: Step, stream: Tensor, queries: int | None) -> Tensor:
     """Return the residual stream after a step for its first `queries` tokens (None: all)."""
     if not isinstance(step, Branch) or step.layers is None or step.consumer is None:
         return step(stream)[:, :queries]

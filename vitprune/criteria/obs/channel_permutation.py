@@ -21,7 +21,7 @@ from vitprune.groups import Group, permute, reordered_positions
 from vitprune.models.equality import same_logits
 
 KINDS = ("ffn", "attention", "residual")
-ROUNDS = 2
+ROUNDS = 2  # passes over the positions of a run
 CHUNK = 1 << 22  # values of the cost of every row, that are computed at once
 TINY = 1e-300
 Costs = Callable[[Tensor, Tensor], Tensor]  # other positions (M - 1, runs), candidates (runs,) -> (runs, candidates)
@@ -113,7 +113,7 @@ def permute_statistics(statistics: Statistics, chosen: ChannelOrders) -> Statist
     return result
 
 
-def assign_runs(total: Tensor, costs: Costs, every: int, rounds: int = ROUNDS) -> Tensor:
+def assign_runs(total: Tensor, costs: Costs, every: int) -> Tensor:
     """Divide columns into runs of M, so that the sum of a cost over all runs is small.
 
     One position of all runs at a time is assigned anew, which is a linear sum assignment.
@@ -122,7 +122,6 @@ def assign_runs(total: Tensor, costs: Costs, every: int, rounds: int = ROUNDS) -
         total: Loss of every column, (k,); at first, the columns are dealt out in this order.
         costs: Cost of every run with every candidate for a position.
         every: M; k is a multiple of it.
-        rounds: Passes over the positions.
 
     Returns:
         The columns in their new order, (k,).
@@ -131,7 +130,7 @@ def assign_runs(total: Tensor, costs: Costs, every: int, rounds: int = ROUNDS) -
 
     runs = total.argsort(descending=True, stable=True).view(every, -1)  # (M, k / M)
     runs[1::2] = runs[1::2].flip(1)
-    for position in list(range(every)) * rounds:
+    for position in list(range(every)) * ROUNDS:
         others = torch.cat([runs[:position], runs[position + 1 :]])
         cost = costs(others, runs[position]).double().cpu().numpy()
         runs[position] = runs[position][torch.from_numpy(linear_sum_assignment(cost)[1])]

@@ -17,7 +17,7 @@ SOLVE_BYTES = 1 << 28  # for the matrices of the rows that are factorized at onc
 BYTES_PER_ENTRY = 3 * 8  # matrix, factor and workspace
 
 
-def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool, name: str, direct: bool = False) -> Tensor:
+def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool, name: str) -> Tensor:
     """Fit every row's dense output by ridge regression on the inputs that its mask keeps.
 
     The ridge is the one of `RIDGES` with the least error on the fold of images that was not fitted, or the next larger
@@ -29,7 +29,6 @@ def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool, name:
         keep: (o, k) booleans.
         constant: Whether the layer has a bias to refit.
         name: Name of the weights, for the error message.
-        direct: Factorize the matrix of every row, instead of conjugate gradients.
 
     Returns:
         (o, k+1): new weights, zero where removed; the last column is added to the bias.
@@ -40,10 +39,10 @@ def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool, name:
     keep_inputs = torch.cat([keep, torch.full_like(keep[:, :1], constant)], dim=1)
     dense = torch.cat([rows, torch.zeros_like(rows[:, :1])], dim=1)
     sample = torch.arange(0, len(rows), max(1, len(rows) // RIDGE_ROWS), device=rows.device)
-    folds = [_held_out(dense[sample], *fold, keep_inputs[sample], direct) for fold in fit_and_test_moments(halves)]
+    folds = [_held_out(dense[sample], *fold, keep_inputs[sample]) for fold in fit_and_test_moments(halves)]
     best = int(torch.tensor(folds).sum(dim=0).nan_to_num(torch.inf).argmin())
     for ridge in RIDGES[best:]:
-        solved = solve_restricted(dense, add_ridge(halves.sum(dim=0), ridge), keep_inputs, direct)
+        solved = solve_restricted(dense, add_ridge(halves.sum(dim=0), ridge), keep_inputs)
         if bool(solved.isfinite().all()):
             return solved
     raise BadInput(
@@ -52,19 +51,12 @@ def solve_rows(rows: Tensor, halves: Tensor, keep: Tensor, constant: bool, name:
     )
 
 
-def solve_restricted(
-    dense: Tensor,
-    damped: Tensor,
-    keep: Tensor,
-    direct: bool = False,
-    start: Tensor | None = None,
-    excess: float = EXCESS,
-) -> Tensor:
+def solve_restricted(dense: Tensor, damped: Tensor, keep: Tensor, start: Tensor | None = None) -> Tensor:
     """Minimize (x - w)^T C (x - w) over the kept entries of every row; NaN in rows that have no solution.
 
     Conjugate gradients run on all rows at once, with C scaled to a unit diagonal and preconditioned by P C^-1 P, where
     P sets removed entries to zero. The residual r and M = P C^-1 P bound the squared error above its minimum by
-    r^T M r, since (C^-1)_SS >= (C_SS)^-1; a row is finished when this is at most `excess` times its squared error.
+    r^T M r, since (C^-1)_SS >= (C_SS)^-1; a row is finished when this is at most `EXCESS` times its squared error.
     Products are in float32, residuals and the bound in float64 (iterative refinement). Rows that are not finished
     after `ROUNDS` rounds, few kept inputs, and a C that is not positive definite, are solved by Cholesky factors.
 
@@ -72,13 +64,11 @@ def solve_restricted(
         dense: W, (rows, k).
         damped: C, (k, k).
         keep: (rows, k) booleans.
-        direct: Solve all rows by Cholesky factors.
         start: First approximation of x, (rows, k); default: w.
-        excess: Accepted relative excess of the squared error.
     """
     scale = damped.diagonal().clamp_min(torch.finfo(damped.dtype).tiny).sqrt()
     matrix = damped / scale / scale[:, None]
-    if direct or _factors_are_cheaper(keep):
+    if _factors_are_cheaper(keep):
         return _factorized(dense * scale, matrix, keep) / scale
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) or not bool(factor.isfinite().all()):
@@ -86,23 +76,23 @@ def solve_restricted(
     inverse = torch.cholesky_inverse(factor)
     result = (dense if start is None else start) * scale * keep
     for part in (slice(first, first + ROWS_AT_ONCE) for first in range(0, len(dense), ROWS_AT_ONCE)):
-        result[part] = _refined(dense[part] * scale, matrix, inverse, keep[part], result[part], excess)
+        result[part] = _refined(dense[part] * scale, matrix, inverse, keep[part], result[part])
     return result / scale
 
 
-def _held_out(dense: Tensor, fit: Tensor, test: Tensor, keep: Tensor, direct: bool) -> list[float]:
+def _held_out(dense: Tensor, fit: Tensor, test: Tensor, keep: Tensor) -> list[float]:
     """Squared error of the rows' outputs per token of the fold that was not fitted, for every ridge."""
     errors: list[float] = []
     start = None
     for ridge in reversed(RIDGES):  # the solution for a larger ridge is the start for the next one
-        solved = solve_restricted(dense, add_ridge(fit, ridge), keep, direct, start)
+        solved = solve_restricted(dense, add_ridge(fit, ridge), keep, start)
         change = solved - dense
         errors.insert(0, float(((change @ test) * change).sum()) / float(test[-1, -1]))
         start = solved if bool(solved.isfinite().all()) else None
     return errors
 
 
-def _refined(dense: Tensor, matrix: Tensor, inverse: Tensor, keep: Tensor, start: Tensor, excess: float) -> Tensor:
+def _refined(dense: Tensor, matrix: Tensor, inverse: Tensor, keep: Tensor, start: Tensor) -> Tensor:
     """Improve a start until all rows are finished; the matrix has a unit diagonal."""
     x, kept, single = start.clone(), keep.float(), (matrix.float(), inverse.float())
     floor = FLOOR * ((dense @ matrix) * dense).sum(dim=1)
@@ -113,12 +103,12 @@ def _refined(dense: Tensor, matrix: Tensor, inverse: Tensor, keep: Tensor, start
         loss = torch.maximum((change * residual).sum(dim=1), floor[index])
         residual *= keep[index]
         bound = ((residual @ inverse) * residual).sum(dim=1).abs()
-        remaining = ~(bound <= excess * loss)  # also if a step was not finite
+        remaining = ~(bound <= EXCESS * loss)  # also if a step was not finite
         if not bool(remaining.any()):
             return x
         index, residual = index[remaining], residual[remaining]
         size = residual.norm(dim=1, keepdim=True)
-        limit = excess / 4 * loss[remaining, None] / size.square()
+        limit = EXCESS / 4 * loss[remaining, None] / size.square()
         step = _conjugate_gradients((residual / size).float(), kept[index], *single, limit.float())
         x[index] += size * step
     x[index] = _factorized(dense[index], matrix, keep[index])

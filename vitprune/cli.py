@@ -81,16 +81,16 @@ def _stage_command(stage: str) -> Callable[[Path], None]:
         if torchrun.wanted(stage):
             raise typer.Exit(torchrun.launch(stage, project))
         if stage == "report":
-            from vitprune.pipeline.report import write_report
+            from vitprune.pipeline.report.page import write_report
 
             write_report(project, project / "out/report/report.html")
         else:
             from vitprune.pipeline import stages
 
             if stage in BEFORE_TRAINING:
-                from vitprune.pipeline.check_settings import check_project
+                from vitprune.pipeline.check_settings import check_settings
 
-                check_project(project)
+                check_settings(stages.enter(project))
                 project = Path()
             stages.run(stage, project)
 

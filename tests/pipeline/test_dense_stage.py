@@ -20,7 +20,7 @@ from vitprune.architectures import structure
 from vitprune.config.params import Params, read_yaml
 from vitprune.pipeline import stages
 from vitprune.pipeline.dense_stage import initial_model, zeros_to_keep
-from vitprune.pipeline.report import write_report
+from vitprune.pipeline.report.page import write_report
 from vitprune.runtime.files import sha256
 from vitprune.training.loop import FrozenZeros
 

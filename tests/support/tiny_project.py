@@ -16,7 +16,7 @@ from vitprune.orchestration.execution.run_stage import STAGES, StageResult
 from vitprune.orchestration.tracking.journal import RunLog
 from vitprune.pipeline import stages
 from vitprune.pipeline.project_template import Choice, create_project
-from vitprune.pipeline.report import write_report
+from vitprune.pipeline.report.page import write_report
 
 ONE_EPOCH = {"epochs": 1, "batch_size": 64, "lr": 0.001}
 

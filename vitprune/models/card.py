@@ -11,7 +11,7 @@ import yaml
 
 from vitprune.models.io import SavedModel, describe_saved
 from vitprune.models.validation import WEIGHTS
-from vitprune.runtime.files import atomic_write, read_json, sha256
+from vitprune.runtime.files import read_json, sha256, write_text
 
 CARD = "README.md"
 INITIAL_WEIGHTS = {
@@ -107,8 +107,7 @@ def write_card(directory: str | Path, project: str | Path | None = None) -> None
     page = environment.from_string(PAGE).render(
         facts | {"header": yaml.safe_dump(header, sort_keys=False), "saved": saved, "provenance": provenance}
     )
-    with atomic_write(directory / CARD) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(directory / CARD, page)
 
 
 def _facts(project: Path, saved: SavedModel) -> dict[str, Any]:

@@ -28,6 +28,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path}: not a safetensors file ({error})") from None
 
 
+def read_optional_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file; none if there is no such file.
+
+    Raises:
+        BadInput: it is not a safetensors file.
+    """
+    return read_weights(path) if path.exists() else {}
+
+
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as a safetensors file, atomically. Tensors that share memory are copied."""
     plain: dict[str, Tensor] = {}

@@ -126,9 +126,10 @@ def _print_table(project: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vitprune.orchestration.summary import evaluation, rows
+    from vitprune.orchestration.summary import rows
+    from vitprune.pipeline.report.inputs import read_evaluation
 
-    measured = evaluation(project)
+    measured = read_evaluation(project / "metrics")
     if measured is None:
         return
     table = Table()

@@ -1,7 +1,6 @@
 """`vitprune retrain`, `vitprune versions` and `vitprune rollback`."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from vitprune.errors import BadInput
@@ -30,10 +29,7 @@ def run_retraining(project: Path, model: str | None, branch: str, stage_limit: f
     check_stage_limit(stage_limit)
     project = checked_project(project)
 
-    def body(interrupted: Callable[[], bool]) -> int:
-        return _run(project, model, branch, stage_limit)
-
-    return run_interruptibly(body, STOPPED)
+    return run_interruptibly(lambda interrupted: _run(project, model, branch, stage_limit), STOPPED)
 
 
 def _run(project: Path, model: str | None, branch: str, stage_limit: float | None) -> int:

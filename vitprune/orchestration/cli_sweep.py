@@ -1,6 +1,5 @@
 """`vitprune sweep`: check and plan a sweep, run the flow sweep, and print its table."""
 
-import json
 import shutil
 import sys
 import uuid
@@ -18,7 +17,7 @@ from vitprune.orchestration.interrupts import run_interruptibly
 from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, show_flow_log, start_embedded_server
 from vitprune.orchestration.tracking.kept_files import adopt
 from vitprune.runtime.commands import git
-from vitprune.runtime.files import atomic_write
+from vitprune.runtime.files import read_json, read_optional_json, write_json
 from vitprune.runtime.yaml_files import dump_yaml
 
 STOPPED = "stopped; run again to continue with the remaining runs (training saves a checkpoint first)"
@@ -87,7 +86,7 @@ def remove_worktrees(project: Path, name: str) -> None:
         raise BadInput(f"sweep {name}: not in {project}; its sweeps: {known}")
     try:
         with exclusive(folder, what="sweep"):
-            directories = [folder / run["directory"] for run in json.loads(plan.read_text(encoding="utf-8"))["runs"]]
+            directories = [folder / run["directory"] for run in read_json(plan)["runs"]]
             waiting = [path for directory in directories for path in (directory / STATE / "journal").glob("*.jsonl")]
             if waiting:
                 raise BadInput(f"{waiting[0]}: MLflow does not have this run; run vitprune sync first")
@@ -130,11 +129,10 @@ def _plan(project: Path, folder: Path, options: SweepOptions) -> None:
     for planned in plan["runs"]:
         planned["directory"] = str(Path("runs") / planned["name"] / prefix)
     path = folder / "sweep.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = read_optional_json(path) or {}
     same = {name: value for name, value in before.items() if name != "key"} == plan
     plan["key"] = before["key"] if same else f"sweep-{uuid.uuid4()}"  # a changed plan is a new MLflow run
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+    write_json(path, plan)
     print(plan["title"])
     if options.check:
         print("\n".join(planned["name"] for planned in plan["runs"]))

@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from vitprune.orchestration.summary import evaluation, rows
+from vitprune.orchestration.summary import rows
 from vitprune.orchestration.tracking.replay import UploadResult
+from vitprune.pipeline.report.inputs import read_evaluation
 from vitprune.runtime.messages import first_line
 
 
@@ -29,7 +30,7 @@ def publish(
 def markdown(project: Path, stages: Sequence[Mapping[str, Any]]) -> str:
     """Return accuracy and costs of the dense and the pruned model, and the stages' times, as Markdown."""
     lines = ["# Dense and pruned model", ""]
-    measured = evaluation(project)
+    measured = read_evaluation(project / "metrics")
     if measured is not None:
         lines += ["| | dense | pruned |", "|---|---:|---:|"]
         lines += [f"| {name} | {dense} | {pruned} |" for name, dense, pruned in rows(measured)]

@@ -21,7 +21,7 @@ from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.execution.worktrees import WorktreeError
 from vitprune.orchestration.tracking.kept_files import adopt, archived
-from vitprune.orchestration.tracking.registry import Registry, registry
+from vitprune.orchestration.tracking.registry import PASSED, VERSION_OF_DATA, Registry, registry
 from vitprune.orchestration.tracking.store import mlflow_session, tracking_uri
 
 Compress = Callable[[Path], State[Any]]
@@ -71,7 +71,7 @@ class _Retraining:
             raise
         if earlier:
             worktrees.remove(self.project, worktree)
-            result = "promoted" if earlier.tags.get("vitprune.passed") == "true" else "held back"
+            result = "promoted" if earlier.tags.get(PASSED) == "true" else "held back"
             message = f"nothing to do: version {earlier.version} was made of this data and {result}"
             return Retrained("nothing", message, str(earlier.version))
         get_run_logger().info("data version %s, commit %s, in %s", data_version[:12], base[:12], worktree)
@@ -84,7 +84,7 @@ class _Retraining:
         comparison = self._compare(worktree, champion)
         against = "the dense model" if champion is None else f"version {champion.version}"
         _publish(comparison, against)
-        tags = {"vitprune.data_version": data_version, "vitprune.passed": str(comparison["passed"]).lower()}
+        tags = {VERSION_OF_DATA: data_version, PASSED: str(comparison["passed"]).lower()}
         tags |= {"vitprune.base_commit": base, "vitprune.p_worse": f"{comparison['p_worse']:.6g}"}
         tags |= {"vitprune.difference": f"{comparison['difference']:.4f}", "vitprune.compared_with": against}
         return _Challenger(worktree, outcome.upload.run_id, tags, comparison, against)
@@ -122,7 +122,7 @@ class _Retraining:
         """Push, commit, register and move the alias last, so that everything the champion refers to exists."""
         worktree = challenger.worktree
         pushed = worktrees.push(worktree)
-        subject = f"retrain: data version {challenger.tags['vitprune.data_version'][:12]}"
+        subject = f"retrain: data version {challenger.tags[VERSION_OF_DATA][:12]}"
         commit = worktrees.commit_worktree(self.project, worktree, self.branch, subject, self._provenance(challenger))
         version = self.models.add(
             challenger.run, challenger.flow_run_id, {**challenger.tags, "vitprune.commit": commit}
@@ -141,7 +141,7 @@ class _Retraining:
         comparison, data = challenger.comparison, worktrees.tracked_data(challenger.worktree)
         difference = f"{comparison['difference']:+.2f} points of {comparison['images']} images"
         return {f"Data {path}": md5 for path, md5 in data.items()} | {
-            "Data-Version": challenger.tags["vitprune.data_version"],
+            "Data-Version": challenger.tags[VERSION_OF_DATA],
             "Base-Commit": challenger.tags["vitprune.base_commit"],
             "MLflow-Run": challenger.run,
             "Prefect-Flow-Run": self.flow_run_id,

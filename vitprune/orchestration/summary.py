@@ -1,22 +1,7 @@
 """Table of the dense and the pruned model: accuracy, costs and latency."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-
-def evaluation(project: Path) -> dict[str, Any] | None:
-    """Return metrics/evaluate.json merged with metrics/latency.json, or None before the evaluate stage."""
-    path = project / "metrics/evaluate.json"
-    if not path.is_file():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    latency = path.with_name("latency.json")
-    if latency.is_file():
-        for name, facts in json.loads(latency.read_text(encoding="utf-8")).items():
-            result[name] = result.get(name, {}) | facts
-    return result
 
 
 def rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -30,10 +30,10 @@ from vitprune.orchestration.execution.processes import (
 )
 from vitprune.orchestration.execution.run_stage import reproduce
 from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
-from vitprune.orchestration.summary import evaluation
 from vitprune.orchestration.tracking.journal import SWEEP
 from vitprune.orchestration.tracking.sweep_run import record
-from vitprune.runtime.files import atomic_write
+from vitprune.pipeline.report.inputs import read_evaluation
+from vitprune.runtime.files import read_json, read_optional_json, write_json
 from vitprune.runtime.messages import first_line
 
 SHARED_STAGES = ("dataset", "dense", "calibrate")  # independent of method and target
@@ -70,15 +70,15 @@ class SweepJob:
 
     def write(self, result: RunResult) -> RunResult:
         """Write the result atomically, and return it."""
-        with atomic_write(self._result_file) as partial:
-            partial.write_text(json.dumps(asdict(result)), encoding="utf-8")
+        write_json(self._result_file, asdict(result))
         return result
 
     def finished(self) -> RunResult | None:
         """Return the result if the run has finished and DVC would run no stage again, else None."""
-        if not self._result_file.is_file():
+        written = read_optional_json(self._result_file)
+        if written is None:
             return None
-        result = RunResult(**json.loads(self._result_file.read_text(encoding="utf-8")))
+        result = RunResult(**written)
         up_to_date = result.status == FINISHED and dvc_in_project(self.directory, "status", "--quiet").returncode == 0
         return result if up_to_date else None
 
@@ -187,7 +187,7 @@ def execute_sweep(
 
 def _jobs(project: Path, folder: Path, stage_limit: float | None) -> list[SweepJob]:
     """Check out the directories of all runs, and kill the processes that a killed sweep left running in them."""
-    plan = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    plan = read_json(folder / "sweep.json")
     state = project_state(project)
     server = str(get_client(sync_client=True).api_url).rstrip("/")
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project / 'mlflow.db'}"
@@ -225,7 +225,7 @@ def _write_table(folder: Path, out: Path, warn: Callable[..., None]) -> None:
 
 def _summary(directory: Path) -> str:
     """Return accuracy and speed-up of a finished run in a few words."""
-    result = evaluation(directory)
+    result = read_evaluation(directory / "metrics")
     if result is None:
         return "finished"
     dense, pruned = result["dense"], result["pruned"]

@@ -14,11 +14,9 @@ from vitprune import data, models
 from vitprune.evaluation.cost import count
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime import tables
-from vitprune.runtime.files import atomic_write, sha256, write_csv
+from vitprune.runtime.files import sha256, write_csv, write_text
 
 MASKS, SCORES = "masks.safetensors", "scores.safetensors"
-
-
 REMOVED_FACTS = {"block": "removed_blocks", "branch": "removed_branches"}  # kind: key of the module paths
 
 
@@ -54,8 +52,7 @@ class History:
         """Replace the recorded rows by those of a checkpoint."""
         self._rows = [dict(row) for row in rows]
         if self._writes:
-            with atomic_write(self._path) as partial:
-                partial.write_text("".join(self._line(row) for row in self._rows))
+            write_text(self._path, "".join(self._line(row) for row in self._rows))
 
     def add(self, row: Mapping[str, float], cycle: int | None = None) -> None:
         """Append one epoch."""

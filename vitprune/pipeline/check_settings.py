@@ -1,7 +1,6 @@
 """Check the settings of a project against its model before the first stage runs, as far as training is not needed."""
 
 import copy
-from pathlib import Path
 
 from timm.optim import list_optimizers
 from torch import nn
@@ -11,20 +10,10 @@ from vitprune.architectures.stream_rotation import stream_layers
 from vitprune.config.params import Params
 from vitprune.config.section import similar
 from vitprune.errors import BadInput
-from vitprune.pipeline import stages
 from vitprune.pipeline.dense_stage import initial_model
 from vitprune.pruning.cycle_masks import costs_for, groups_for
 from vitprune.pruning.plan import Plan, plan_of
 from vitprune.pruning.preparation import merging, narrowed
-
-
-def check_project(project: Path) -> None:
-    """Enter a project directory and check its params.yaml.
-
-    Raises:
-        BadInput: a setting is invalid, or does not fit the method or the model.
-    """
-    check_settings(stages.enter(project))
 
 
 def check_settings(params: Params) -> None:

@@ -16,6 +16,7 @@ from vitprune.pipeline.project_data import METRICS, OUT, device, open_images
 from vitprune.runtime import tables
 from vitprune.runtime.files import write_json
 
+COMPARED = {"dense": OUT / "dense", "pruned": OUT / "distill"}
 EVALUATION = OUT / "evaluate" / "evaluation.parquet"
 COSTS = ("params", "nonzero_params", "macs", "nonzero_macs", "nominal_macs")
 
@@ -25,7 +26,7 @@ def run(params: Params) -> None:
 
     If the pruned model was cut to some classes, both choose between these on their images.
     """
-    pair = {"dense": models.load(OUT / "dense").to(device()), "pruned": models.load(OUT / "distill").to(device())}
+    pair = {name: models.load(folder).to(device()) for name, folder in COMPARED.items()}
     table = open_images("eval", pair["pruned"], params)
     example = data.example_input(pair["dense"], params.evaluate.latency_batch).to(device())
     result: dict[str, Any] = {}

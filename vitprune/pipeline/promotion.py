@@ -18,7 +18,7 @@ from vitprune.evaluation.paired_test import McNemarTable, mcnemar_table
 from vitprune.pipeline.evaluate_stage import EVALUATION
 from vitprune.pipeline.project_data import METRICS, OUT, device, open_images
 from vitprune.runtime import tables
-from vitprune.runtime.files import read_json, sha256, write_json
+from vitprune.runtime.files import read_optional_json, sha256, write_json
 
 GATES, COMPARISON = Path("gates.yaml"), Path(".vitprune/comparison.json")
 
@@ -147,8 +147,7 @@ def verdict(
 
 
 def _speedup() -> float | None:
-    path = METRICS / "latency.json"
-    if not path.is_file():
+    facts = read_optional_json(METRICS / "latency.json")
+    if facts is None:
         return None
-    facts = read_json(path)
     return float(facts["dense"]["latency_ms"]["median"] / facts["pruned"]["latency_ms"]["median"])

@@ -12,10 +12,11 @@ from torch import nn
 from vitprune import models
 from vitprune.config.params import Params
 from vitprune.groups import Group, Masks, Scores
+from vitprune.models.weights import read_optional_weights
 from vitprune.pipeline.artifacts import MASKS, SCORES, History, model_facts, summary_rows, write_masks
 from vitprune.pipeline.dense_stage import zeros_to_keep
 from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, OUT, PLOTS, calibration, device
-from vitprune.pipeline.score_stage import load_prepared, read_orders, read_statistics
+from vitprune.pipeline.score_stage import ORDERS, STATISTICS, load_prepared
 from vitprune.pipeline.stage_training import (
     Evaluate,
     StageCheckpoint,
@@ -199,8 +200,8 @@ def _cycles(
             model, number, masks = pruned.model, pruned.cycle.number, pruned.cycle.masks
             yield pruned
     resume = ResumePoint(dense, number, masks) if number else None
-    first, statistics = models.read_weights(OUT / "mask" / MASKS), read_statistics(OUT / "score")
-    orders = read_orders(OUT / "score")
+    first = models.read_weights(OUT / "mask" / MASKS)
+    statistics, orders = (read_optional_weights(OUT / "score" / name) for name in (STATISTICS, ORDERS))
     for cycle in prune_cycles(model, plan, calibration(dense, params), first, statistics, resume, orders):
         metrics = evaluator(model)
         sha256 = _save_pruned(checkpoint, cycle, model, metrics, done.checkpoint) if finetunes else ""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from vitprune import models
 from vitprune.architectures.stream_rotation import rotate_stream, stream_layers
 from vitprune.config.params import Params
-from vitprune.criteria import Batches, Criterion, Importance, ScoringContext, Statistics
+from vitprune.criteria import Batches, Criterion, Importance, ScoringContext
 from vitprune.criteria.obs.stream import rotated, stream_basis
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Scores
-from vitprune.models.weights import read_weights, write_weights
+from vitprune.models.weights import read_optional_weights, write_weights
 from vitprune.pipeline.artifacts import SCORES, summary_rows
 from vitprune.pipeline.project_data import METRICS, OUT, calibration, device
 from vitprune.pruning.cycle_masks import all_groups
@@ -58,8 +58,8 @@ def run(params: Params) -> None:
 
 def load_prepared(plan: Plan) -> nn.Module:
     """Load the dense model that the cycles prune: of `prune.classes`, rotated as by the score stage, merging tokens."""
-    model, path = narrowed(models.load(OUT / "dense"), plan), OUT / "score" / ROTATION
-    return merging(rotate_stream(model, read_weights(path)["matrix"]) if path.exists() else model, plan)
+    model, rotation = narrowed(models.load(OUT / "dense"), plan), read_optional_weights(OUT / "score" / ROTATION)
+    return merging(rotate_stream(model, rotation["matrix"]) if rotation else model, plan)
 
 
 def _shared_basis(model: nn.Module, batches: Batches, plan: Plan, dist: ProcessGroup) -> Tensor:
@@ -92,16 +92,6 @@ def write_scores(
     tables.write_table(summary_rows(groups, importance.scores), tables.SCORES, directory / "summary.parquet")
     units = sum(group.units for group in groups)
     return {"groups": len(groups), "units": units, **importance.facts, "sha256": sha256(directory / SCORES)}
-
-
-def read_statistics(directory: Path) -> Statistics | None:
-    """Read the statistics written by `write_scores`; None if the method has none."""
-    return read_weights(directory / STATISTICS) if (directory / STATISTICS).exists() else None
-
-
-def read_orders(directory: Path) -> dict[str, Tensor]:
-    """Read the orders of channels written by `write_scores`; empty if the channels are not re-ordered."""
-    return read_weights(directory / ORDERS) if (directory / ORDERS).exists() else {}
 
 
 @dataclass(frozen=True)
@@ -199,20 +189,19 @@ class PartialScoreStore:
     Args:
         directory: Directory of the files.
         name: Prefix of their names.
-        every: Seconds between two writes.
     """
 
-    def __init__(self, directory: Path, name: str, every: float = WRITE_INTERVAL):
-        self._directory, self._name, self._every = directory, name, every
+    def __init__(self, directory: Path, name: str):
+        self._directory, self._name = directory, name
         self._written = time.monotonic()
 
     def read(self, name: str) -> dict[str, Tensor]:
         """Read the tensors written under a name; empty if there are none."""
-        return read_weights(self._path(name)) if self._path(name).exists() else {}
+        return read_optional_weights(self._path(name))
 
     def due(self) -> bool:
         """Return whether the interval between two writes has passed since the last write."""
-        return time.monotonic() - self._written >= self._every
+        return time.monotonic() - self._written >= WRITE_INTERVAL
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors under a name; an empty mapping deletes them."""
@@ -233,9 +222,7 @@ def clear_partial(directory: Path) -> None:
 
 
 def _read_partial(path: Path, units: int) -> tuple[Tensor, int]:
-    if not path.exists():
-        return torch.zeros(units, dtype=torch.float64), 0
-    saved = read_weights(path)
+    saved = read_optional_weights(path) or {"total": torch.zeros(units, dtype=torch.float64), "done": torch.tensor(0)}
     return saved["total"], int(saved["done"])
 
 

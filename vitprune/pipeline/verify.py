@@ -7,7 +7,6 @@ shapes, zeros and costs of the models that training wrote are counted. What take
 import contextlib
 import copy
 import io
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,23 +29,22 @@ from vitprune.groups import Group, Masks, shrink
 from vitprune.pipeline import stages
 from vitprune.pipeline.artifacts import MASKS, mask_facts, model_facts, sparsity_rows
 from vitprune.pipeline.compare_outputs import compare_facts, compare_file, compare_outputs, compare_rows, numbers
-from vitprune.pipeline.evaluate_stage import COSTS, EVALUATION, kept_costs, top1_of
+from vitprune.pipeline.evaluate_stage import COMPARED, COSTS, EVALUATION, kept_costs, top1_of
 from vitprune.pipeline.project_data import METRICS, OUT, PLOTS, device, open_images, rows_of_classes
 from vitprune.pipeline.prune_stage import cycle_row
-from vitprune.pipeline.report import write_report
+from vitprune.pipeline.report.page import write_report
 from vitprune.pipeline.score_stage import load_prepared
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.plan import plan_of
 from vitprune.runtime import tables
 from vitprune.runtime.eval_mode import eval_mode
-from vitprune.runtime.files import read_json, sha256
+from vitprune.runtime.files import read_json, read_json_lines, sha256
 from vitprune.runtime.kept_classes import kept_classes
 from vitprune.runtime.messages import Note
 
 Lines = Iterator[str]
 REPEATED = ("dataset", "calibrate", "score", "mask", "export", "report")
 TRAINED = ("dense", "prune", "distill")
-PAIR = {"dense": OUT / "dense", "pruned": OUT / "distill"}
 SAMPLE = 256  # images of a large evaluation split that both models classify again
 NEAR_TIE = 1e-3  # relative to the largest logit: another CPU may choose the second class
 LATENCY_FACTOR, MEASUREMENTS = 3.0, 5
@@ -112,9 +110,7 @@ def predictions(run: RecordedRun) -> Lines:
     eval_rows = [{"id": row["id"], "label": row["label"]} for row in manifest if row["split"] == "eval"]
     yield from compare_rows(str(EVALUATION), rows, eval_rows)
     reported = read_json(METRICS / "evaluate.json")
-    pair = {
-        name: models.load(OUT / folder).to(device()) for name, folder in (("dense", "dense"), ("pruned", "distill"))
-    }
+    pair = {name: models.load(folder).to(device()) for name, folder in COMPARED.items()}
     step = max(1, len(rows) // SAMPLE) if run.takes_too_long("evaluate") else 1
     if step > 1:
         yield Note(f"{len(rows[::step])} of {len(rows)} images were classified again (--limit, or use --rerun)")
@@ -162,13 +158,13 @@ def _clear(logits: Tensor) -> Tensor:
 def latencies(run: RecordedRun) -> Lines:
     """Measure both models again on the same kind of device; the speed-up must agree within a factor of 3."""
     recorded = read_json(METRICS / "latency.json")
-    pair = [models.load(folder).to(device()) for folder in PAIR.values()]
+    pair = [models.load(folder).to(device()) for folder in COMPARED.values()]
     here = environment(device())
     if recorded["environment"]["device"] != here["device"]:
         yield Note(f"measured on {recorded['environment']['device']}, not measured again on {here['device']}")
         return
     example = data.example_input(pair[0], run.params.evaluate.latency_batch).to(device())
-    before, after = (recorded[name]["latency_ms"] for name in PAIR)
+    before, after = (recorded[name]["latency_ms"] for name in COMPARED)
     low, high = before["p10"] / after["p90"], before["p90"] / after["p10"]
     measured = []
     for _ in range(MEASUREMENTS):  # other processes disturb a measurement, but not each in the same way
@@ -179,7 +175,7 @@ def latencies(run: RecordedRun) -> Lines:
     else:
         ratio = before["median"] / after["median"]
         yield f"metrics/latency.json: speed-up {ratio:.2f}, measured again {min(measured):.2f} to {max(measured):.2f}"
-    for name in PAIR:
+    for name in COMPARED:
         times = recorded[name]["latency_ms"]
         throughput = {"throughput": 1000 * times["batch"] / times["median"]}
         yield from compare_facts(f"metrics/latency.json: {name}", recorded[name], throughput)
@@ -218,8 +214,8 @@ def weights(run: RecordedRun) -> Lines:
     for stage in TRAINED:
         yield from _costs(OUT / stage, METRICS / f"{stage}.json")
     evaluated = read_json(METRICS / "evaluate.json")
-    for name, stage in (("dense", "dense"), ("pruned", "distill")):
-        metrics = read_json(METRICS / f"{stage}.json")
+    for name, folder in COMPARED.items():
+        metrics = read_json(METRICS / f"{folder.name}.json")
         same = run.params.prune.classes is None or name == "pruned"  # else top-1 is that among fewer classes
         expected = {key: metrics[key] for key in (*COSTS, *(("top1", "top5") if same else ()))}
         yield from compare_facts(f"metrics/evaluate.json: {name}", evaluated[name], expected)
@@ -229,7 +225,7 @@ def curves(run: RecordedRun) -> Lines:
     """Compare every training history with its plot, and its length with the number of epochs in the metrics."""
     for stage in TRAINED:
         path = OUT / stage / "history.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = read_json_lines(path)
         values = [{name: value for name, value in row.items() if name != "stage"} for row in rows]
         yield from compare_rows(f"plots/{stage}.csv", numbers(PLOTS / f"{stage}.csv"), values)
         if stage != "prune":

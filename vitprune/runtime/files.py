@@ -1,4 +1,4 @@
-"""Atomic file writes, JSON and CSV files, and SHA-256 checksums."""
+"""Atomic file writes, JSON and CSV files, and checksums."""
 
 import csv
 import errno
@@ -94,10 +94,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_optional_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None if there is no such file.
+
+    Raises:
+        BadInput: the file is unreadable, not JSON, or not an object.
+    """
+    return read_json(path) if path.exists() else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file with one JSON object per line.
+
+    Raises:
+        ValueError: a line is not JSON.
+    """
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object atomically."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 atomically."""
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

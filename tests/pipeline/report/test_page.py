@@ -13,7 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vitprune.errors import BadInput
-from vitprune.pipeline.report import numbers, write_report
+from vitprune.pipeline.report import numbers
+from vitprune.pipeline.report.page import write_report
 from vitprune.runtime import tables
 
 HOSTILE = "<script>alert('1')</script>$x^$"

@@ -16,7 +16,7 @@ from vitprune.orchestration.audit.collect import RECORDED, CollectedRun
 from vitprune.orchestration.execution.dvc_cache import is_cached, read_lock
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import JOURNAL, flatten, stage_outputs
-from vitprune.orchestration.tracking.upload import KEY
+from vitprune.orchestration.tracking.logged_model import KEY
 from vitprune.pipeline.project_template import shipped_pipeline
 from vitprune.runtime.files import read_json, sha256
 from vitprune.runtime.messages import Note

@@ -15,7 +15,7 @@ from vitprune.orchestration.attestation.statements import BUNDLE, LINK, Statemen
 from vitprune.orchestration.execution.dvc_cache import Store, cache_dir, is_cached, pointers, read_lock, use_cache
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import JOURNAL, read_log
-from vitprune.orchestration.tracking.upload import KEY
+from vitprune.orchestration.tracking.logged_model import KEY
 from vitprune.runtime.commands import git
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import commit_id, path_inside, whole_number, without_credentials

@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, LoggedModelStatus, Metric, Param, Run, RunTag
 
 from vitprune.orchestration.tracking.journal import RunLog
-from vitprune.orchestration.tracking.upload import KEY, Uploader
+from vitprune.orchestration.tracking.logged_model import KEY
+from vitprune.orchestration.tracking.upload import Uploader
 
 
 @dataclass

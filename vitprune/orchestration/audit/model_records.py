@@ -5,8 +5,7 @@ from pathlib import Path
 
 from vitprune.orchestration.audit.collect import CollectedRun
 from vitprune.orchestration.tracking.journal import CHECKPOINT, MODEL
-from vitprune.orchestration.tracking.logged_model import DIGEST
-from vitprune.orchestration.tracking.upload import KEY
+from vitprune.orchestration.tracking.logged_model import DIGEST, KEY
 from vitprune.runtime.files import sha256
 from vitprune.runtime.messages import Note
 

@@ -17,7 +17,8 @@ from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import JOURNAL, RunLog, flatten
 from vitprune.orchestration.tracking.kept_files import UPLOADED
-from vitprune.orchestration.tracking.upload import HASH, KEY
+from vitprune.orchestration.tracking.logged_model import KEY
+from vitprune.orchestration.tracking.upload import HASH
 from vitprune.runtime.commands import git
 from vitprune.runtime.files import md5, sha256
 from vitprune.runtime.messages import Note

@@ -1,6 +1,5 @@
 """Rerun a run in a clean worktree and compare: bit for bit if both ran on CPU, else within tolerances."""
 
-import json
 import os
 import shutil
 import sys
@@ -18,7 +17,7 @@ from vitprune.orchestration.execution.dvc_cache import (
 )
 from vitprune.orchestration.execution.processes import process_environment, run
 from vitprune.runtime.commands import error_line, git
-from vitprune.runtime.files import md5, sha256
+from vitprune.runtime.files import md5, read_json, sha256
 
 CLOCK = ("metrics/latency.json", "out/report/")  # latencies, and the page that shows them
 TOP1, COSTS = 1.0, 0.02  # tolerances on other hardware: percentage points; relative, of parameters and MACs
@@ -85,7 +84,7 @@ def _compare_numbers(recorded: Path, again: Path) -> Iterator[str]:
     for name in ("data/manifest.parquet", "data/calibration.parquet"):
         if md5(recorded / name) != md5(again / name):
             yield f"{name}: differs in the rerun"
-    before, after = (json.loads((tree / "metrics/evaluate.json").read_text()) for tree in (recorded, again))
+    before, after = (read_json(tree / "metrics/evaluate.json") for tree in (recorded, again))
     for model in ("dense", "pruned"):
         tolerances = {"top1": TOP1} | {
             cost: COSTS * before[model][cost] for cost in ("params", "macs", "nonzero_params", "nonzero_macs")
@@ -96,8 +95,7 @@ def _compare_numbers(recorded: Path, again: Path) -> Iterator[str]:
 
 
 def _device(tree: Path) -> str:
-    latency = json.loads((tree / "metrics/latency.json").read_text(encoding="utf-8"))
-    return str(latency.get("environment", {}).get("device", "unknown"))
+    return str(read_json(tree / "metrics/latency.json").get("environment", {}).get("device", "unknown"))
 
 
 def _copy_inputs(collected: CollectedRun, project: Path) -> None:

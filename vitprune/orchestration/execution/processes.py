@@ -164,14 +164,12 @@ def _commands(process: psutil.Process) -> Iterator[psutil.Process]:
 def kill_tree(pid: int) -> None:
     """Kill a process with all its descendants; each is suspended before its children are listed, so none can fork."""
     stopped: dict[int, psutil.Process] = {}
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):  # the root has ended by itself
         root = psutil.Process(pid)
         while new := [p for p in [root, *root.children(recursive=True)] if p.pid not in stopped]:
             for process in new:
                 stopped[process.pid] = process
                 _signal(process.suspend)
-    except psutil.NoSuchProcess:
-        pass
     for process in stopped.values():
         _signal(process.kill)
     psutil.wait_procs([process for process in stopped.values() if process.pid != pid], timeout=5)

@@ -12,7 +12,7 @@ from typing import Any
 from vitprune.orchestration.execution.dvc_cache import cache_dir, pointers, use_cache
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import dvc_in_project
-from vitprune.runtime.commands import error_line, git
+from vitprune.runtime.commands import Completed, error_line, git
 from vitprune.runtime.files import sha256
 from vitprune.runtime.yaml_files import dump_yaml, load_yaml
 
@@ -282,21 +282,22 @@ def run_git(directory: Path, *arguments: str) -> str:
         WorktreeError: git fails.
     """
     completed = git(directory, *arguments)
-    if completed.returncode:
-        raise WorktreeError(f"git {' '.join(arguments[:2])} failed in {directory}: {error_line(completed)}")
+    _refuse_failure(completed, f"git {' '.join(arguments[:2])}", directory)
     return completed.stdout.strip("\n")
 
 
-def run_dvc(directory: Path, *arguments: str) -> str:
-    """Run DVC and return its output.
+def run_dvc(directory: Path, *arguments: str) -> None:
+    """Run DVC.
 
     Raises:
         WorktreeError: DVC fails.
     """
-    completed = dvc_in_project(directory, *arguments)
+    _refuse_failure(dvc_in_project(directory, *arguments), f"dvc {arguments[0]}", directory)
+
+
+def _refuse_failure(completed: Completed, command: str, directory: Path) -> None:
     if completed.returncode:
-        raise WorktreeError(f"dvc {arguments[0]} failed in {directory}: {error_line(completed)}")
-    return completed.stdout.strip()
+        raise WorktreeError(f"{command} failed in {directory}: {error_line(completed)}")
 
 
 def _committer(directory: Path) -> list[str]:

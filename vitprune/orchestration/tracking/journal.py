@@ -20,9 +20,9 @@ from vitprune.orchestration.attestation.statements import BUNDLE, Attestation
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import dvc_in_project
 from vitprune.orchestration.execution.run_stage import StageResult
-from vitprune.orchestration.summary import evaluation
+from vitprune.pipeline.report.inputs import read_evaluation
 from vitprune.runtime.commands import error_line, git
-from vitprune.runtime.files import sha256
+from vitprune.runtime.files import read_optional_json, sha256
 from vitprune.runtime.yaml_files import load_yaml
 
 SWEEP = "VITPRUNE_SWEEP"  # environment variable of a sweep's runs: key and name of the sweep, name of the run, as JSON
@@ -159,14 +159,13 @@ def stage_outputs(project: Path, stage: str, keep: Keep) -> dict[str, Any]:
     ]
     if stage == "prune":
         names.append("plots/cycles.csv")
-    metrics = _json(project / f"metrics/{stage}.json")
-    if stage == "evaluate":
-        metrics = evaluation(project) or metrics
+    folder = project / "metrics"
+    metrics = (read_evaluation(folder) if stage == "evaluate" else read_optional_json(folder / f"{stage}.json")) or {}
     entry = lock_entry(project, stage)
     digest = hashlib.sha256(json.dumps(entry, sort_keys=True, default=str).encode()).hexdigest()
     outputs: dict[str, Any] = {
         "files": [keep(name) for name in names if (project / name).is_file()],
-        "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},
+        "metrics": _numbers(metrics),
         "lock": {"params": flatten(entry.get("params", {}).get("params.yaml", {})), "sha256": digest},
         "sha256": metrics.get("sha256", ""),
     }
@@ -181,12 +180,12 @@ def stage_outputs(project: Path, stage: str, keep: Keep) -> dict[str, Any]:
 
 
 def _cycle(project: Path, folder: Path, keep: Keep) -> dict[str, Any]:
-    metrics = _json(folder / "metrics.json")
+    metrics = read_optional_json(folder / "metrics.json") or {}
     # without the model: DVC has it, and metrics.json its SHA-256
     kept = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in CHECKPOINT]
     return {
         "cycle": int(folder.name),
-        "metrics": {k: v for k, v in flatten(metrics).items() if _is_number(v)},
+        "metrics": _numbers(metrics),
         "sha256": metrics.get("sha256", ""),
         "files": [keep(str(path.relative_to(project))) for path in kept],
     }
@@ -242,12 +241,8 @@ def _event(line: bytes) -> dict[str, Any]:
     return fact
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in flatten(metrics).items() if isinstance(value, int | float)}
 
 
 def _git_state(project: Path) -> dict[str, Any]:

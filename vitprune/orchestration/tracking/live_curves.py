@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.tracking.journal import CURVES, RunLog, read_log
+from vitprune.runtime.files import read_json_lines
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -89,13 +90,14 @@ def log_curve(project_path: str, flow_run_id: str, stage: str, times: str) -> in
 
     from vitprune.orchestration.tracking.replay import upload_lock
     from vitprune.orchestration.tracking.store import open_client, short_timeouts
+    from vitprune.orchestration.tracking.upload import MOST_METRICS, batches_of
 
     project = Path(project_path)
     run_log = RunLog(project, flow_run_id)
     with upload_lock(project):
         if not run_log.path.is_file() or any(fact["fact"] == "end" for fact in read_log(run_log.path)):
             return 0  # the flow has ended
-        rows = [json.loads(line) for line in (project / CURVES[stage]).read_text(encoding="utf-8").splitlines()]
+        rows = read_json_lines(project / CURVES[stage])
         client, experiment = open_client(project)
         with short_timeouts(15):
             run = _live_run(client, experiment, flow_run_id)
@@ -107,8 +109,8 @@ def log_curve(project_path: str, flow_run_id: str, stage: str, times: str) -> in
                 for name, value in row.items()
                 if isinstance(value, int | float) and name != "step"
             ]
-            for start in range(0, len(points), 1000):  # MLflow's limit
-                client.log_batch(run, points[start : start + 1000])
+            for some in batches_of(points, MOST_METRICS):
+                client.log_batch(run, some)
     return len(new)
 
 
@@ -116,13 +118,11 @@ def _live_run(client: "MlflowClient", experiment: str, flow_run_id: str) -> str:
     """Return the run with the live curves of a flow run; create it if there is none."""
     from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
-    runs = client.search_runs([experiment], f"tags.`{LIVE}` = '{flow_run_id}'", max_results=1)
-    if runs:
-        return str(runs[0].info.run_id)
-    name = f"compress-{flow_run_id[:8]} (running)"
-    return str(
-        client.create_run(experiment, tags={LIVE: flow_run_id, MLFLOW_RUN_NOTE: NOTE}, run_name=name).info.run_id
-    )
+    from vitprune.orchestration.tracking.store import find_run
+
+    run, name = find_run(client, experiment, LIVE, flow_run_id), f"compress-{flow_run_id[:8]} (running)"
+    run = run or client.create_run(experiment, tags={LIVE: flow_run_id, MLFLOW_RUN_NOTE: NOTE}, run_name=name)
+    return str(run.info.run_id)
 
 
 def delete_live_run(client: "MlflowClient", experiment: str, flow_run_id: str) -> None:

@@ -9,8 +9,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from vitprune.orchestration.tracking.logged_model import find_model
-from vitprune.orchestration.tracking.upload import KEY
+from vitprune.orchestration.tracking.logged_model import KEY, find_model
+from vitprune.orchestration.tracking.store import find_run, open_client
 
 CHAMPION = "champion"
 VERSION_OF_DATA, PASSED, BEFORE = "vitprune.data_version", "vitprune.passed", "vitprune.champion_before"
@@ -98,8 +98,8 @@ class Registry:
     def _model_key(self, run: str, flow_run_id: str) -> str:
         """Return the key of the logged model: for a cached stage that of the run that computed it."""
         stage = f"{flow_run_id}/distill"
-        runs = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{stage}'", max_results=1)
-        source = runs[0].data.tags.get("vitprune.computed_by") if runs else None
+        found = find_run(self.client, self.experiment, KEY, stage)
+        source = found.data.tags.get("vitprune.computed_by") if found else None
         return str(self.client.get_run(source).data.tags[KEY]) if source else stage
 
 
@@ -109,7 +109,5 @@ def registry(project: Path, name: str | None = None) -> Registry:
     Raises:
         MlflowException: the server does not answer, or rejects the request.
     """
-    from vitprune.orchestration.tracking.store import open_client
-
     client, experiment = open_client(project)
     return Registry(client, experiment, name or os.environ.get("VITPRUNE_MODEL_NAME") or project.name)

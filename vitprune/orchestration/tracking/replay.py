@@ -1,7 +1,6 @@
 """Upload the run logs that MLflow does not have yet (`vitprune sync`)."""
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclus
 from vitprune.orchestration.tracking.journal import RunLog, read_log
 from vitprune.orchestration.tracking.kept_files import archive, archived, restore
 from vitprune.orchestration.tracking.live_curves import delete_live_run
+from vitprune.runtime.files import read_json
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import without_credentials
 
@@ -64,7 +64,7 @@ def replay_with_sweeps(project: Path) -> UploadResult:
 
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))
     sweeps = sorted(project.glob(f"{STATE}/sweeps/*/sweep.json"))
-    runs = [path.parent / run["directory"] for path in sweeps for run in json.loads(path.read_text())["runs"]]
+    runs = [path.parent / run["directory"] for path in sweeps for run in read_json(path)["runs"]]
     results = [replay(project), *(replay(run) for run in runs if (run / STATE / "journal").is_dir())]
     newest = next((result for result in results if result.uri), results[0])
     done, missed = sum(result.done for result in results), sum(result.missed for result in results)

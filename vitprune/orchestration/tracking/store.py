@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from vitprune.errors import BadInput
@@ -98,6 +99,19 @@ def open_client(project: Path) -> tuple[MlflowClient, str]:
             if experiment is None:
                 raise
             return client, experiment.experiment_id  # another flow has created it in between
+
+
+def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> Run | None:
+    """Return the run of an experiment with a tag, or None.
+
+    Args:
+        client: Client of the tracking store.
+        experiment: Id of the experiment.
+        tag: Name of the tag.
+        value: Its value.
+    """
+    runs = client.search_runs([experiment], f"tags.`{tag}` = '{value}'", max_results=1)
+    return runs[0] if runs else None
 
 
 def create_or_migrate(database: Path) -> None:

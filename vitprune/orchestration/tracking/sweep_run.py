@@ -1,12 +1,12 @@
 """The MLflow run of a sweep: the parent of its runs, with plan, table and Pareto plot."""
 
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
+from vitprune.runtime.files import read_json
 from vitprune.runtime.untrusted import without_credentials
 
 STATUS = {"finished": "FINISHED", "killed": "KILLED"}
@@ -38,11 +38,11 @@ def upload_sweep(project_path: str, folder_path: str, out_path: str, status: str
     project, folder, out = Path(project_path), Path(folder_path), Path(out_path)
     from mlflow.entities import Param, RunTag
 
+    from vitprune.orchestration.tracking.logged_model import KEY
     from vitprune.orchestration.tracking.replay import replay
-    from vitprune.orchestration.tracking.store import open_client, short_timeouts, tracking_uri
-    from vitprune.orchestration.tracking.upload import KEY
+    from vitprune.orchestration.tracking.store import find_run, open_client, short_timeouts, tracking_uri
 
-    plan = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    plan = read_json(folder / "sweep.json")
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))  # for replay too
     client, experiment = open_client(project)  # before any run: creating a store is not safe among several processes
     with short_timeouts(60):
@@ -51,8 +51,8 @@ def upload_sweep(project_path: str, folder_path: str, out_path: str, status: str
                 replay(folder / run["directory"])
         tags = {KEY: plan["key"], "mlflow.runName": folder.name, "mlflow.source.name": "vitprune sweep"}
         tags |= {"vitprune.sweep": folder.name, "vitprune.project": str(project)}
-        runs = client.search_runs([experiment], f"tags.`{KEY}` = '{plan['key']}'", max_results=1)
-        parent = runs[0] if runs else client.create_run(experiment, int(time.time() * 1000), tags, folder.name)
+        parent = find_run(client, experiment, KEY, plan["key"])
+        parent = parent or client.create_run(experiment, int(time.time() * 1000), tags, folder.name)
         facts = {"title": plan["title"], "against": plan["against"], "runs": len(plan["runs"])}
         params = [Param(name, str(value)) for name, value in facts.items()]
         client.log_batch(parent.info.run_id, params=params, tags=[RunTag(name, value) for name, value in tags.items()])

@@ -4,7 +4,6 @@ An MLflow run is found again by its tag `vitprune.key` (FLOW, FLOW/STAGE or FLOW
 is continued.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,13 +17,15 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from vitprune.orchestration.attestation.statements import LINK
 from vitprune.orchestration.tracking.description import REPORT, description
 from vitprune.orchestration.tracking.journal import JOURNAL, RunLog, read_log
-from vitprune.orchestration.tracking.logged_model import DIGEST, find_model, model_digest, record_model
-from vitprune.runtime.files import sha256
+from vitprune.orchestration.tracking.logged_model import DIGEST, KEY, find_model, model_digest, record_model
+from vitprune.orchestration.tracking.store import find_run
+from vitprune.runtime.files import read_json_lines, sha256
 
 Fact = Mapping[str, Any]
+MOST_METRICS, MOST_PARAMS = 1000, 100  # MLflow's limits for one call
 TimedRow = tuple[dict[str, Any], float]  # an epoch of a curve, and when it was recorded, in seconds since 1970
 JOURNAL_DIGEST, BUNDLE_DIGEST = "vitprune.journal_sha256", "vitprune.attestation_sha256"
-KEY, CACHED, HASH = "vitprune.key", "vitprune.cached", "vitprune.dvc_stage_hash"
+CACHED, HASH = "vitprune.cached", "vitprune.dvc_stage_hash"
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,13 @@ class Uploader:
 
     def _run(self, key: str, name: str, started: float, tags: Mapping[str, str]) -> str:
         """Return the run with a key; create it if there is none."""
-        runs = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+        run = find_run(self.client, self.experiment, KEY, key)
         all_tags = {KEY: key, "mlflow.runName": name, "mlflow.source.name": "vitprune run", **tags}
-        if not runs:
-            created = self.client.create_run(self.experiment, _milliseconds(started), all_tags, name)
-            return str(created.info.run_id)
-        run = str(runs[0].info.run_id)
-        self.client.log_batch(run, tags=[RunTag(name, value) for name, value in all_tags.items()])
-        return run
+        if run is None:
+            run = self.client.create_run(self.experiment, _milliseconds(started), all_tags, name)
+        else:
+            self.client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in all_tags.items()])
+        return str(run.info.run_id)
 
     def _computed_by(self, digest: str) -> str | None:
         """Return the finished, uncached run of another flow that computed an entry of dvc.lock, or None."""
@@ -181,23 +181,21 @@ class Uploader:
         if digest is None:
             return
         own = find_model(self.client, self.experiment, KEY, f"{self.journal.flow_run_id}/distill")
-        model = own or find_model(
-            self.client, self.experiment, DIGEST, digest
-        )  # distill is cached: that of another run
+        model = own or find_model(self.client, self.experiment, DIGEST, digest)  # distill is cached: of another run
         if model is None:
             return
         time, name = _milliseconds(ended), model.model_id
         rows = [Metric(key, float(value), time, 0, model_id=name) for key, value in numbers.items()]
-        for some in _batches(rows, 1000):
+        for some in batches_of(rows, MOST_METRICS):
             self.client.log_batch(parent, some)
 
     def _params(self, run: str, params: Mapping[str, Any]) -> None:
-        for some in _batches(params.items(), 100):
+        for some in batches_of(params.items(), MOST_PARAMS):
             self.client.log_batch(run, params=[Param(name, str(value)) for name, value in some])
 
     def _metrics(self, run: str, metrics: Mapping[str, float], ended: float, step: int = 0) -> None:
         time = _milliseconds(ended)
-        for some in _batches(metrics.items(), 1000):
+        for some in batches_of(metrics.items(), MOST_METRICS):
             self.client.log_batch(run, [Metric(name, float(value), time, step) for name, value in some])
 
     def _curves(self, run: str, rows: list[TimedRow]) -> None:
@@ -211,14 +209,13 @@ class Uploader:
             for name, value in row.items()
             if isinstance(value, int | float) and name not in {"step", "cycle"}
         ]
-        for some in _batches(points, 1000):
+        for some in batches_of(points, MOST_METRICS):
             self.client.log_batch(run, some)
 
     def _history(self, file: Fact) -> list[dict[str, Any]]:
         if not file["path"].endswith("history.jsonl") or file["path"] in self.lost:
             return []
-        path = self.journal.spool / file["path"]
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.journal.spool / file["path"])
 
     def _files(self, run: str, files: Iterable[Fact]) -> None:
         """Log files under their relative paths in the project, after comparing their SHA-256 with the run log."""
@@ -260,7 +257,7 @@ def digest_tags(fact: Fact) -> dict[str, str]:
     return tags | ({"vitprune.sha256": fact["sha256"]} if fact.get("sha256") else {})
 
 
-def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def batches_of(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Split rows into batches that MLflow accepts in one call."""
     items = list(rows)
     return (items[first : first + size] for first in range(0, len(items), size))

@@ -5,6 +5,7 @@ from typing import Any
 
 from vitprune.pipeline.report import inputs, numbers, plots
 from vitprune.pipeline.report.numbers import Quantity
+from vitprune.runtime.files import read_optional_json
 
 _CYCLE_SIZES = ("params", "macs", "nonzero_params", "nonzero_macs")
 _LEGIBLE_POINTS = 40  # curves with fewer points have markers
@@ -33,7 +34,7 @@ def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
 
 
 def _cycle_records(project: Path) -> list[dict[str, Any]]:
-    read = (inputs.read_optional_json(path) for path in sorted(project.glob("out/cycles/*/metrics.json")))
+    read = (read_optional_json(path) for path in sorted(project.glob("out/cycles/*/metrics.json")))
     records = [record for record in read if record is not None]
     if not records:
         columns = inputs.read_columns(project / "plots/cycles.csv")

@@ -4,12 +4,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitprune.errors import BadInput
 from vitprune.runtime.commands import git
-from vitprune.runtime.files import read_csv, read_json
+from vitprune.runtime.files import read_csv, read_optional_json
 from vitprune.runtime.yaml_files import load_yaml
+
+if TYPE_CHECKING:
+    import jinja2
 
 # Written by every run, so changes in them do not mean that the code has changed.
 _WRITTEN_BY_RUNS = ("metrics", "plots", "dvc.lock")
@@ -23,13 +26,19 @@ class Commit:
     dirty: bool
 
 
-def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if there is no such file.
+def read_evaluation(metrics: Path) -> dict[str, Any] | None:
+    """Return evaluate.json of a folder of metrics, merged with latency.json; None before the evaluate stage.
 
     Raises:
-        BadInput: the file is unreadable or not a JSON object.
+        BadInput: a file is unreadable or not a JSON object.
     """
-    return read_json(path) if path.exists() else None
+    evaluation = read_optional_json(metrics / "evaluate.json")
+    if evaluation is None:
+        return None
+    for name, measured in (read_optional_json(metrics / "latency.json") or {}).items():
+        known = evaluation.get(name, {})
+        evaluation[name] = known | measured if isinstance(known, dict) else known
+    return evaluation
 
 
 def read_columns(path: Path) -> dict[str, list[float | None]]:
@@ -61,6 +70,21 @@ def read_params(path: Path) -> dict[str, str]:
     if not isinstance(content, dict):
         raise BadInput(f"{path}: not a mapping of keys to values; correct it")
     return dict(_dotted(content, ""))
+
+
+def template(name: str) -> "jinja2.Template":
+    """Return a template of this package."""
+    import jinja2  # a flow reads metrics without it
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vitprune.pipeline.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name)
 
 
 def look_up(record: Mapping[str, Any] | None, dotted: str) -> Any:

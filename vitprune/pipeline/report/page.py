@@ -4,12 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from vitprune.errors import BadInput
 from vitprune.pipeline.report import curves, inputs, numbers, sections
 from vitprune.pipeline.report.numbers import Quantity
-from vitprune.runtime.files import atomic_write
+from vitprune.runtime.files import read_optional_json, write_text
 
 _MODELS = ("dense", "pruned")
 _ACCURACIES = (("top1", "Top-1 accuracy, %"), ("top5", "Top-5 accuracy, %"))
@@ -47,18 +45,16 @@ def write_report(project: Path, out: Path) -> None:
     Raises:
         BadInput: metrics/evaluate.json is missing, or a file cannot be read or contradicts another.
     """
-    page = _render(project)
-    with atomic_write(out) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(out, _render(project))
 
 
 def _render(project: Path) -> str:
     evaluation = _evaluation(project / "metrics/evaluate.json")
-    dataset = inputs.read_optional_json(project / "metrics/dataset.json")
-    calibration = inputs.read_optional_json(project / "metrics/calibrate.json")
+    dataset = read_optional_json(project / "metrics/dataset.json")
+    calibration = read_optional_json(project / "metrics/calibrate.json")
     names = sections.class_names(dataset)
     dense_top1 = float(evaluation["dense"]["top1"])
-    return _template().render(
+    return inputs.template("report.html.j2").render(
         headline=_headline(evaluation, _source(dataset)),
         images=numbers.grouped("images", numbers.finite(evaluation.get("images"))),
         comparison=_comparison(evaluation),
@@ -78,27 +74,13 @@ def _render(project: Path) -> str:
     )
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vitprune.pipeline.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("report.html.j2")
-
-
 def _evaluation(path: Path) -> dict[str, Any]:
-    evaluation = inputs.read_optional_json(path)
+    evaluation = inputs.read_evaluation(path.parent)
     if evaluation is None:
         raise BadInput(f"{path}: no such file; run `vitprune evaluate` first")
     for key in (f"{model}.{figure}" for model in _MODELS for figure in ("top1", "params", "macs")):
         if _number(evaluation, key) is None:
             raise BadInput(f"{path}: key {key} is missing or not a number; run `vitprune evaluate` again")
-    for name, measured in (inputs.read_optional_json(path.with_name("latency.json")) or {}).items():
-        evaluation[name] = evaluation.get(name, {}) | measured
     return evaluation
 
 
@@ -185,7 +167,7 @@ def _dataset(dataset: dict[str, Any] | None) -> dict[str, Quantity]:
 
 
 def _export(path: Path) -> list[tuple[str, Quantity]]:
-    export = inputs.read_optional_json(path) or {}
+    export = read_optional_json(path) or {}
     value = inputs.look_up(export, "timm.loads_plain_timm")
     lines = []
     if isinstance(value, bool):
@@ -213,7 +195,7 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
 def _digests(metrics: Path) -> list[dict[str, str]]:
     rows = []
     for stage, path in _DIGESTS:
-        digest = inputs.look_up(inputs.read_optional_json(metrics / f"{stage}.json"), "sha256")
+        digest = inputs.look_up(read_optional_json(metrics / f"{stage}.json"), "sha256")
         if isinstance(digest, str):
             rows.append({"name": f"sha256.{stage}", "path": path, "digest": digest})
     return rows

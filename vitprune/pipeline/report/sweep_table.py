@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 
 from vitprune.errors import BadInput
-from vitprune.pipeline.report.inputs import read_optional_json
+from vitprune.pipeline.report.inputs import template
 from vitprune.pipeline.report.pareto_plot import SCALE, DensePoint, Point, draw, front
 from vitprune.runtime import tables
-from vitprune.runtime.files import atomic_write
+from vitprune.runtime.files import read_optional_json, write_text
 
 NUMBERS = (
     "top1", "top5", "params", "nonzero_params", "macs", "nonzero_macs", "latency_ms", "throughput",
@@ -53,8 +52,8 @@ def write_sweep(folder: Path, out: Path) -> list[dict[str, Any]]:
         for kind in ("svg", "png"):
             draw(points, dense, plan["against"], plan["title"], out / f"pareto.{kind}")
     tables.write_table(rows, SWEEP, out / "sweep.parquet")
-    _write(out / "sweep.md", _markdown(plan["title"], rows))
-    _write(out / "sweep.html", _html(plan["title"], rows, out / "pareto.png" if done else None))
+    write_text(out / "sweep.md", _markdown(plan["title"], rows))
+    write_text(out / "sweep.html", _html(plan["title"], rows, out / "pareto.png" if done else None))
     return rows
 
 
@@ -113,7 +112,9 @@ def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [f"# {title}", "", "![top-1 against the cost](pareto.png)", ""] if _any(rows) else [f"# {title}", ""]
+    lines = [f"# {title}", ""]
+    if any(row["status"] == FINISHED for row in rows):
+        lines += ["![top-1 against the cost](pareto.png)", ""]
     table = [HEADER, ["---", "---", *["---:"] * (len(HEADER) - 3), ":-:"], _dense_cells(rows), *map(_cells, rows)]
     lines += ["| " + " | ".join(cells) + " |" for cells in table]
     lines += ["", ABOUT]
@@ -130,13 +131,7 @@ ABOUT = (
 
 
 def _html(title: str, rows: Sequence[Mapping[str, Any]], picture: Path | None) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vitprune.pipeline.report"),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("sweep.html.j2").render(
+    return template("sweep.html.j2").render(
         title=title,
         header=HEADER,
         dense=_dense_cells(rows),
@@ -145,12 +140,3 @@ def _html(title: str, rows: Sequence[Mapping[str, Any]], picture: Path | None) -
         failures=failures(rows),
         about=ABOUT,
     )
-
-
-def _any(rows: Sequence[Mapping[str, Any]]) -> bool:
-    return any(row["status"] == FINISHED for row in rows)
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")

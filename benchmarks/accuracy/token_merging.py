@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 from benchmarks.lib.deit_tiny import Setup, corrected, setup
 from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
 from vitprune import count, merge_tokens, prune
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.engines import forward_call
+from vitprune.evaluation.latency import alternating_times
 
 ROOT = Path(__file__).parents[2]
 ALONE = (4, 8, 12, 16, 20)
@@ -88,13 +88,8 @@ def measured(case: Setup, target: str, merged: int) -> Measured:
 
 def speed_up(dense: Callable[[], object], merging: Callable[[], object]) -> float:
     """Return the median time of a run of the dense model divided by that of the merging one; their runs alternate."""
-    times: list[list[float]] = [[], []]
-    for _ in range(RUNS):
-        for call, seconds in zip((dense, merging), times, strict=True):
-            start = perf_counter()
-            call()
-            seconds.append(perf_counter() - start)
-    return median(times[0]) / median(times[1])
+    dense_times, merging_times = alternating_times([dense, merging], RUNS)
+    return median(dense_times) / median(merging_times)
 
 
 if __name__ == "__main__":

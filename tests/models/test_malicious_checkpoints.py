@@ -174,9 +174,9 @@ CASES: dict[str, tuple[Break, str]] = {
     "depth beyond all": (config(model_args={"depth": 10**9}), ARGS + "depth is larger than"),
     "depth of a million": (config(model_args={"depth": 10**6}), C + "timm cannot create vit_tiny_patch16_224 with "
                             "these model_args (more than 20000 operations"),
-    "width of a million": (config(model_args={"embed_dim": 3 * 2**18}), C + "model_args describe a model of 1"),
-    "ratio of a million": (config(model_args={"mlp_ratio": 1e6}), C + "model_args describe a model of 9"),
-    "an image of a million": (config(model_args={"img_size": 2**20}), C + "model_args describe a model of 8"),
+    "width of a million": (config(model_args={"embed_dim": 3 * 2**18}), C + "its arguments describe a model of 1"),
+    "ratio of a million": (config(model_args={"mlp_ratio": 1e6}), C + "its arguments describe a model of 9"),
+    "an image of a million": (config(model_args={"img_size": 2**20}), C + "its arguments describe a model of 8"),
     "wider than its weights": (config(model_args={"embed_dim": 96}, **UNCUT), W + "weight blocks.0.attn.proj.bias has"),
     "deeper than its weights": (config(model_args={"depth": 3}, **UNCUT), W + "weight blocks.0.attn.proj.bias has"),
     "shallower than its weights": (config(model_args={"depth": 1}), STRUCTURE + ": blocks: shape [4] does not fit"),

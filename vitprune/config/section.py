@@ -58,7 +58,13 @@ class Section(BaseModel):
 
 
 def at_key(key: str, message: str, value: object) -> PydanticCustomError:
-    """Make the error of a value below the validated one, for model validators."""
+    """Return the error of a value below the validated one, for model validators.
+
+    Args:
+        key: Dotted key of the value, relative to the validated section.
+        message: What is wrong and what to do.
+        value: The value.
+    """
     return PydanticCustomError("at_key", "{message}", {"key": key, "message": message, "value": value})
 
 

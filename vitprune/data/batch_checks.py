@@ -17,20 +17,19 @@ IGNORED = -100  # label of torch for no label
 NORMALIZE = "convert them to floating point and normalize them as timm.data.create_transform does"
 
 
-def checked_batches(batches: Any, model: nn.Module, name: str = "calibration") -> list[tuple[Tensor, Tensor]]:
-    """Read all batches into a list, so that every pass sees the same images, and check them.
+def checked_batches(batches: Any, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Read the calibration batches into a list, so that every pass sees the same images, and check them.
 
     Args:
         batches: A list, a tuple or a DataLoader of pairs (images, labels), or of images without labels.
         model: The model that they are for.
-        name: Name of the argument for messages.
 
     Raises:
         BadInput: an iterator, a batch that is not a pair or has no image, or images that the model does not take.
     """
     if isinstance(batches, Iterator):
-        raise BadInput(f"{name}: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
-    return list(checked_stream(batches, model, name, labelled=False))
+        raise BadInput("calibration: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
+    return list(checked_stream(batches, model, "calibration", labelled=False))
 
 
 def checked_stream(

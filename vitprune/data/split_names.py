@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from vitprune.errors import BadInput
 
 SPLITS = ("train", "val", "test")  # of the last two, the first that exists becomes the eval split
+EVAL_SPLITS = ("validation", "val", "test")  # names of an eval split in data sets that name their splits
 WORDS = {
     "train": ("train", "training", "trainset"),
     "val": ("val", "valid", "validation", "valset", "validate", "dev", "eval", "evaluation"),

@@ -8,11 +8,11 @@ from timm.data import ImageDataset, create_dataset
 
 from vitprune.data.images import encode
 from vitprune.data.sources import MAX_LABEL, Source, missing_image
+from vitprune.data.split_names import EVAL_SPLITS
 from vitprune.errors import BadInput
 from vitprune.runtime.messages import first_line
 
 STREAMS = ("hfids", "tfds")
-EVAL_SPLITS = ("validation", "val", "test")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from timm.data.readers.targets import get_field, has_field
 
 from vitprune.data.images import image_suffixes
 from vitprune.data.sources import Source, checked_label, missing_image
-from vitprune.data.split_names import files_by_split
+from vitprune.data.split_names import EVAL_SPLITS, files_by_split
 from vitprune.errors import BadInput
 from vitprune.runtime.files import read_regular_file
 from vitprune.runtime.messages import first_line
@@ -25,12 +25,8 @@ from vitprune.runtime.untrusted import path_inside
 IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference, before all other formats
 LABELS = ("cls", "json")
 INFO = ("_info.json", "info.json")
-EVAL_SPLITS = ("validation", "val", "test")
-MAX_LABEL_BYTES, MAX_READ, MAX_INFO = (
-    1 << 20,
-    1 << 24,
-    1 << 24,
-)  # of a label, of one read of a tar header, of _info.json
+MAX_LABEL_BYTES = 1 << 20
+MAX_READ, MAX_INFO = 1 << 24, 1 << 24  # bytes of one read of a tar header, and of _info.json
 KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # the key ends at the first dot of the file name
 
 

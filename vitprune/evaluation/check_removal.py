@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vitprune import models
 from vitprune.evaluation.cost import count_macs
+from vitprune.evaluation.logits import logits_of
 from vitprune.groups import REMOVED, Group, Masks, is_within, positions, removed_modules, shrink, zero
 from vitprune.models.other_libraries import load_like
-from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.outputs import main_tensor
 from vitprune.runtime.wrappers import is_timm_model
 
@@ -61,14 +61,14 @@ def check_removal(dense: nn.Module, groups: Sequence[Group], masks: Masks, input
         The result, with the failures.
     """
     kind = groups[0].kind
-    dense_logits = _logits(dense, inputs)
+    dense_logits = logits_of(dense, [inputs])[0]
     counts = [(sum(p.numel() for p in dense.parameters()), count_macs(dense, inputs[:1]))] * 2
     failures: list[str] = []
     difference = float("nan")
     try:
-        expected = _logits(masked_reference(dense, groups, masks), inputs)
+        expected = logits_of(masked_reference(dense, groups, masks), [inputs])[0]
         smaller = (zero if kind == "weight" else shrink)(copy.deepcopy(dense), groups, masks)
-        logits = _logits(smaller, inputs)
+        logits = logits_of(smaller, [inputs])[0]
         scale = float(expected.abs().max())
         difference = float((logits - expected).abs().max()) / scale
         if not difference <= LOGIT_TOLERANCE:
@@ -153,12 +153,6 @@ def _channel_axis(norm: nn.Module, dimensions: int) -> int:
     return 1 if torch.allclose(norm.forward(pixels * scale), norm.forward(pixels), rtol=1e-3, atol=1e-3) else -1
 
 
-def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    with torch.no_grad(), eval_mode(model):
-        logits: Tensor = main_tensor(model(inputs))
-    return logits
-
-
 def _check_zeros(model: nn.Module, groups: Sequence[Group], masks: Masks) -> list[str]:
     """Exactly the masked weights are zero."""
     wrong = [g.name for g in groups if not torch.equal(model.get_parameter(g.name) != 0, masks[g.name])]
@@ -210,7 +204,7 @@ def _check_round_trip(model: nn.Module, dense: nn.Module, inputs: Tensor) -> lis
     with tempfile.TemporaryDirectory() as directory:
         models.save(model, directory)
         loaded = models.load(directory) if is_timm_model(model) else load_like(dense, Path(directory))
-    same = torch.equal(_logits(loaded, inputs), _logits(model, inputs))
+    same = torch.equal(logits_of(loaded, [inputs])[0], logits_of(model, [inputs])[0])
     return [] if same else ["after saving and loading, the logits differ"]
 
 

@@ -12,6 +12,8 @@ from vitprune.errors import BadInput
 from vitprune.evaluation.evaluate import Metric, evaluate
 from vitprune.runtime.wrappers import is_timm_model
 
+BATCH_SIZE = 64
+
 
 @dataclass(frozen=True)
 class SourceBatches:
@@ -20,12 +22,11 @@ class SourceBatches:
     source: data.Source
     transform: data.Transform
     rows: list[int]
-    batch_size: int
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches."""
-        for first in range(0, len(self.rows), self.batch_size):
-            rows = self.rows[first : first + self.batch_size]
+        for first in range(0, len(self.rows), BATCH_SIZE):
+            rows = self.rows[first : first + BATCH_SIZE]
             encoded = [self.source.read(self.source.ids[row]) for row in rows]
             images = [
                 self.transform.image(data.decode(part, self.transform.mode, self.transform.orient)) for part in encoded
@@ -38,7 +39,6 @@ def evaluate_saved(
     spec: str,
     metric: Metric = "accuracy",
     dense: Path | None = None,
-    batch_size: int = 64,
     threshold: float = 0.0,
 ) -> dict[str, float]:
     """Return the result of `evaluate` for a saved model on an image source, with the model's own preprocessing.
@@ -50,7 +50,6 @@ def evaluate_saved(
         spec: Image source, such as folder:photos.
         metric: See `evaluate`.
         dense: Directory of the dense model.
-        batch_size: Images per batch.
         threshold: See `evaluate`.
 
     Raises:
@@ -64,7 +63,7 @@ def evaluate_saved(
     splits = source.splits or ("eval",) * len(source.ids)
     transform = data.transform(data.data_config(model))
     batches, reference = (
-        SourceBatches(source, transform, [row for row, name in enumerate(splits) if name == split], batch_size)
+        SourceBatches(source, transform, [row for row, name in enumerate(splits) if name == split])
         for split in ("eval", "train")
     )
     return evaluate(

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +22,17 @@ from vitprune.models.equality import first_difference, same_logits
 from vitprune.models.other_libraries import is_other, load_other, save_other
 from vitprune.models.validation import (
     CONFIG,
-    DTYPES,
-    FLOATS,
     FORMAT,
-    MAX_DENSE_RATIO,
-    SMALL,
     WEIGHTS,
     ModelConfig,
     TensorSpec,
     check_fit,
+    check_size,
+    header_of,
     read_config,
     read_header,
 )
-from vitprune.models.weights import load_weights, write_weights
+from vitprune.models.weights import load_in_type, load_weights, write_weights
 from vitprune.runtime.files import atomic_write, make_directory, path_of_user
 from vitprune.runtime.kept_classes import CLASSES, kept_classes
 from vitprune.runtime.messages import first_line
@@ -139,9 +136,7 @@ def _refuse_other_model(model: nn.Module, config: ModelConfig) -> None:
     Raises:
         BadInput: weights, structure or logits differ.
     """
-    name, state = type(model).__name__, model.state_dict()
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    header = {key: TensorSpec(codes.get(tensor.dtype, ""), tuple(tensor.shape)) for key, tensor in state.items()}
+    name, header = type(model).__name__, header_of(model)
     try:
         with torch.device("meta"):
             meta = _build_dense(config, header)
@@ -155,7 +150,7 @@ def _refuse_other_model(model: nn.Module, config: ModelConfig) -> None:
     if difference:
         rebuilt = _build_dense(config, header)
         apply_cuts(rebuilt, cuts)
-        rebuilt.load_state_dict(state, assign=True)  # in the types of the model
+        rebuilt.load_state_dict(model.state_dict(), assign=True)  # in the types of the model
         if not same_logits(model, rebuilt, example_input(model, 2)):
             raise BadInput(f"{difference}; config.json does not record it, so give it to timm.create_model")
 
@@ -186,10 +181,7 @@ def load(directory: str | Path) -> nn.Module:
     check_fit(path, header, meta.state_dict(), type(meta).__name__)
     model = _build_dense(config, header)
     apply_cuts(model, cuts)
-    types = {FLOATS[entry.dtype] for entry in header.values() if entry.dtype in FLOATS}
-    if types:
-        model.to(types.pop())
-    load_weights(model, path)
+    load_in_type(model, path)
     if config.classes is not None:
         setattr(model, CLASSES, config.classes)
     return model.eval()
@@ -235,7 +227,6 @@ def describe_saved(directory: Path) -> SavedModel:
 def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Module:
     """Create the dense model of a config, unless it is much larger than its weights file."""
     args = json.dumps({"pretrained_cfg": dict(config.pretrained_cfg), **config.args})
-    stored = sum(math.prod(entry.shape) for entry in header.values())
     try:
         if torch.get_default_device().type == "meta":
             _try_build(config.architecture, args)
@@ -245,11 +236,7 @@ def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Mo
         raise BadInput(
             f"{config.path}: timm cannot create {config.architecture} with these model_args ({reason})"
         ) from None
-    numbers = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
-    if numbers > max(SMALL, MAX_DENSE_RATIO * stored):
-        raise BadInput(
-            f"{config.path}: model_args describe a model of {numbers} weights, the file has {stored}; correct them"
-        )
+    check_size(config.path, model, header)
     return model
 
 

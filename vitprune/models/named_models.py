@@ -23,13 +23,12 @@ def is_other_library(name: str) -> bool:
     return name.partition(":")[0] in PREFIXES[1:] and ":" in name
 
 
-def create_named(name: str, args: dict[str, Any] | None = None) -> nn.Module:
+def create_named(name: str) -> nn.Module:
     """Create a model with random weights by its name.
 
     Args:
         name: NAME or timm:NAME of timm; hf:PATH, the config.json of a transformers model or its directory;
             torchvision:NAME; module:PACKAGE.FILE:CALLABLE, a function or class of one's own, called without arguments.
-        args: Arguments of timm.create_model.
 
     Returns:
         The model, in evaluation mode.
@@ -39,7 +38,7 @@ def create_named(name: str, args: dict[str, Any] | None = None) -> nn.Module:
     """
     prefix, _, rest = name.partition(":")
     if prefix not in PREFIXES[1:]:
-        return create(rest if prefix == "timm" else name, args).eval()
+        return create(rest if prefix == "timm" else name).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         build = {"hf": _of_transformers, "torchvision": _of_torchvision, "module": _of_module}[prefix]

@@ -4,7 +4,6 @@ import copy
 import inspect
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitprune.architectures import resize_to_structure, structure
 from vitprune.architectures.classifier import keep_classes, output_count
@@ -22,21 +21,19 @@ from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, try_in_
 from vitprune.models.equality import same_logits
 from vitprune.models.validation import (
     CONFIG,
-    DTYPES,
-    FLOATS,
     FORMAT,
-    MAX_DENSE_RATIO,
-    SMALL,
     WEIGHTS,
-    TensorSpec,
     check_fit,
+    check_format,
+    check_size,
     check_value,
     checked_classes,
     checked_structure,
+    header_of,
     read_header,
     read_object,
 )
-from vitprune.models.weights import load_weights, write_weights
+from vitprune.models.weights import load_in_type, write_weights
 from vitprune.runtime.files import atomic_write, path_of_user
 from vitprune.runtime.input_size import SIZE, input_size
 from vitprune.runtime.kept_classes import CLASSES, kept_classes
@@ -121,10 +118,7 @@ def load_other(directory: Path) -> nn.Module:
     header = read_header(directory / WEIGHTS)
     try:
         try_in_child(lambda: _on_meta(factory), MAX_SECONDS)
-        numbers = sum(tensor.numel() for tensor in _on_meta(factory).state_dict().values())
-        stored = sum(math.prod(entry.shape) for entry in header.values())
-        if numbers > max(SMALL, MAX_DENSE_RATIO * stored):
-            raise BadInput(f"{path}: describes a model of {numbers} weights, the file has {stored}; correct it")
+        check_size(path, _on_meta(factory), header)
         model = _build(factory)
     except BadInput:
         raise
@@ -241,10 +235,7 @@ def _read(path: Path) -> tuple[Factory, dict[str, tuple[int, ...]], tuple[int, .
     saved = raw.get("vitprune")
     if not isinstance(saved, dict) or saved.get("library") not in (TRANSFORMERS, TORCHVISION, OWN):
         raise BadInput(f"{path}: not written by vitprune.save for a model that is not timm's")
-    if saved.get("format") != FORMAT:
-        raise BadInput(
-            f"{path}: vitprune.format is not {FORMAT}, the only one that this version reads; update vitprune"
-        )
+    check_format(path, saved.get("format"))
     name, size = saved.get("name"), saved.get("input_size")
     if not isinstance(name, str) or not CLASS.fullmatch(name):
         raise BadInput(f"{path}: vitprune.name is not the name of a model; download or save it again")
@@ -301,17 +292,11 @@ def _check_args(path: Path, args: Mapping[str, Any]) -> None:
 
 def _fill(model: nn.Module, factory: Factory, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> nn.Module:
     """Cut a dense model to a structure and load the weights of a directory."""
-    path = directory / WEIGHTS
     try:
         resize_to_structure(model, shapes)
     except BadInput as error:
         raise BadInput(f"{directory / CONFIG}: vitprune.structure: {error}") from None
-    header = read_header(path)
-    check_fit(path, header, model.state_dict(), type(model).__name__)
-    types = {FLOATS[entry.dtype] for entry in header.values() if entry.dtype in FLOATS}
-    if types:
-        model.to(types.pop())
-    load_weights(model, path)
+    load_in_type(model, directory / WEIGHTS)
     if factory.classes is not None:
         setattr(model, CLASSES, factory.classes)
     return model.eval()
@@ -324,7 +309,7 @@ def _refuse_other_model(model: nn.Module, factory: Factory, shapes: Mapping[str,
         rebuilt = _build(factory)
         setattr(rebuilt, SIZE, input_size(model))
         resize_to_structure(rebuilt, shapes)
-        check_fit(Path(name), _header(model), rebuilt.state_dict(), name)
+        check_fit(Path(name), header_of(model), rebuilt.state_dict(), name)
     except BadInput as error:
         why = str(error).removeprefix(f"{name}: ").partition(";")[0]
         raise BadInput(f"{name}: {factory.library} does not build this model from its configuration ({why})") from None
@@ -338,12 +323,6 @@ def _refuse_other_model(model: nn.Module, factory: Factory, shapes: Mapping[str,
         raise BadInput(
             f"{name}: its configuration does not describe it; another forward pass or activation is not saved"
         )
-
-
-def _header(model: nn.Module) -> dict[str, TensorSpec]:
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    state: Mapping[str, Tensor] = model.state_dict()
-    return {key: TensorSpec(codes.get(tensor.dtype, ""), tuple(tensor.shape)) for key, tensor in state.items()}
 
 
 def _uniform_configs(model: nn.Module, factory: Factory, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Factory]:

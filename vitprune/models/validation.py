@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitprune.errors import BadInput
 
@@ -81,10 +81,7 @@ def read_config(path: Path) -> ModelConfig:
     architecture, structure = raw["architecture"], raw["vitprune"].get("structure", {})
     if not ARCHITECTURE.fullmatch(architecture) or not timm.is_model(architecture):
         raise BadInput(f"{path}: architecture {architecture[:80]!r}: timm {timm.__version__} has no model of this name")
-    if raw["vitprune"].get("format", FORMAT) != FORMAT:
-        raise BadInput(
-            f"{path}: vitprune.format is not {FORMAT}, the only one that this version reads; update vitprune"
-        )
+    check_format(path, raw["vitprune"].get("format", FORMAT))
     for key, value in raw["model_args"].items():
         if key in FACTORY_ARGS:
             raise BadInput(f"{path}: model_args.{key}: an argument of timm.create_model, not of the model; remove it")
@@ -93,6 +90,44 @@ def read_config(path: Path) -> ModelConfig:
     classes = checked_classes(path, raw["vitprune"].get("classes"))
     shapes = checked_structure(path, structure)
     return ModelConfig(path, architecture, raw["model_args"], raw["pretrained_cfg"], shapes, classes)
+
+
+def check_format(path: Path, number: object) -> None:
+    """Check the format of the entry `vitprune` of a config.json.
+
+    Raises:
+        BadInput: this version does not read it.
+    """
+    if number != FORMAT:
+        raise BadInput(
+            f"{path}: vitprune.format is not {FORMAT}, the only one that this version reads; update vitprune"
+        )
+
+
+def check_size(path: Path, model: nn.Module, header: Mapping[str, TensorSpec]) -> None:
+    """Check that a dense model is not much larger than the weights of its pruned form.
+
+    Args:
+        path: The config.json, for messages.
+        model: The dense model.
+        header: Tensors of the file of weights.
+
+    Raises:
+        BadInput: it is.
+    """
+    stored = sum(math.prod(entry.shape) for entry in header.values())
+    numbers = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+    if numbers > max(SMALL, MAX_DENSE_RATIO * stored):
+        raise BadInput(
+            f"{path}: its arguments describe a model of {numbers} weights, the file has {stored}; correct them"
+        )
+
+
+def header_of(model: nn.Module) -> dict[str, TensorSpec]:
+    """Return the header of the safetensors file that would have the weights of a model."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    state: Mapping[str, Tensor] = model.state_dict()
+    return {name: TensorSpec(codes.get(tensor.dtype, ""), tuple(tensor.shape)) for name, tensor in state.items()}
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
-from vitprune.models.validation import check_finite, check_fit, read_header
+from vitprune.models.validation import FLOATS, check_finite, check_fit, read_header
 from vitprune.runtime.files import atomic_write
 
 
@@ -66,3 +66,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
     tensors = read_weights(path)
     check_finite(path, tensors)
     model.load_state_dict(tensors, strict=True)
+
+
+def load_in_type(model: nn.Module, path: Path) -> None:
+    """Convert a model to the floating-point type of a file, and load the file's weights.
+
+    Raises:
+        BadInput: as `load_weights`.
+    """
+    types = {FLOATS[entry.dtype] for entry in read_header(path).values() if entry.dtype in FLOATS}
+    if types:
+        model.to(types.pop())
+    load_weights(model, path)

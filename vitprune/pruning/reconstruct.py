@@ -24,6 +24,7 @@ from vitprune.runtime.hooks import forward_hooks
 from vitprune.runtime.outputs import tensors_of
 from vitprune.runtime.progress import track
 from vitprune.training.finetune import zero_weights
+from vitprune.training.frozen_zeros import set_removed_to_zero
 from vitprune.training.lr_schedule import learning_rate
 
 WARMUP_STEPS, BETAS = 10, (0.9, 0.99)
@@ -212,7 +213,7 @@ def _passes(
                 raise NotFinite("prune.reconstruct: the loss is not finite; lower lr or check the images", 0, step)
             loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
             optimizer.step(lr)
-            _set_zero(removed)
+            set_removed_to_zero(removed)
             step += 1
         yield {"step": step, "loss": sum(losses) / len(losses), "lr": lr}
 
@@ -221,12 +222,6 @@ def _removed(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     """Return the weights that contain zeros, with masks of the zeros, whose gradients matter in a rotated basis."""
     zeros = zero_weights(model)
     return [(model.get_parameter(name), ~mask) for name, mask in zeros.masks.items()] if zeros else []
-
-
-@torch.no_grad()
-def _set_zero(removed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    for parameter, zeros in removed:
-        parameter.masked_fill_(zeros, 0)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -12,6 +12,7 @@ from vitprune.errors import BadInput
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _USERINFO = re.compile(r"(?<=://)[^\s'\"<>()]*@")  # up to the last @, as a password may hold one
+LARGEST = 9999  # of a number
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -61,14 +62,14 @@ def commit_id(text: str, source: str) -> str:
     return text
 
 
-def whole_number(text: str, source: str, largest: int = 9999) -> int:
+def whole_number(text: str, source: str) -> int:
     """Return a number of at least 0, such as that of a cycle.
 
     Raises:
-        BadInput: it is none, or above `largest`.
+        BadInput: it is none, or above `LARGEST`.
     """
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= largest):
-        raise BadInput(f"{source}: {text[:80]!r} is not a number from 0 to {largest}; the record was changed")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= LARGEST):
+        raise BadInput(f"{source}: {text[:80]!r} is not a number from 0 to {LARGEST}; the record was changed")
     return int(text)
 
 

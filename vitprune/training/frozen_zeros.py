@@ -13,7 +13,7 @@ from vitprune.errors import BadInput
 from vitprune.groups import Masks
 from vitprune.runtime.wrappers import plain_model
 
-_Removed = list[tuple[nn.Parameter, Tensor]]  # parameters with booleans, True for removed weights
+RemovedWeights = Sequence[tuple[nn.Parameter, Tensor]]  # parameters with booleans, True for removed weights
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def freeze_zeros(
         for average in averages
         for parameter, zeros in removed
     ]
-    _set_zero(removed + of_averages)
+    set_removed_to_zero(removed + of_averages)
     hooks = [
         parameter.register_hook(lambda gradient, zeros=zeros: gradient.masked_fill(zeros, 0))  # type: ignore[no-untyped-call]
         for parameter, zeros in removed
@@ -67,10 +67,10 @@ def freeze_zeros(
     finally:
         for undo in (*(hook.remove for hook in hooks), *restore):
             undo()
-        _set_zero(removed + of_averages)
+        set_removed_to_zero(removed + of_averages)
 
 
-def _removed_weights(model: nn.Module, masks: Masks | None) -> _Removed:
+def _removed_weights(model: nn.Module, masks: Masks | None) -> list[tuple[nn.Parameter, Tensor]]:
     removed = []
     for group in find_groups(model, ["weight"]):
         parameter = model.get_parameter(group.name)
@@ -88,12 +88,13 @@ def _removed_weights(model: nn.Module, masks: Masks | None) -> _Removed:
 
 
 @torch.no_grad()
-def _set_zero(removed: _Removed) -> None:
+def set_removed_to_zero(removed: RemovedWeights) -> None:
+    """Set the removed weights of parameters to zero."""
     for parameter, zeros in removed:
         parameter.masked_fill_(zeros, 0)
 
 
-def _set_zero_after(optimizer: Any, removed: _Removed) -> Callable[[], None]:
+def _set_zero_after(optimizer: Any, removed: RemovedWeights) -> Callable[[], None]:
     """Set removed weights to zero after every step; return a function that ends this.
 
     The method is replaced, not hooked: timm's Lookahead runs no hooks of torch. A scheduler may replace it again.
@@ -103,7 +104,7 @@ def _set_zero_after(optimizer: Any, removed: _Removed) -> Callable[[], None]:
     def step_and_set_zero(self: Any, *args: Any, **options: Any) -> Any:
         result = step(*args, **options)
         if active:
-            _set_zero(removed)
+            set_removed_to_zero(removed)
         return result
 
     replaced = MethodType(step_and_set_zero, optimizer)

@@ -35,18 +35,18 @@ class FakeQuant(TorchFunctionMode):
         return func(named.pop("input"), named.pop("weight"), *args[2:], **named)
 
 
-def fake_quantize_weight(weight: Tensor, bits: int = WEIGHT_BITS) -> Tensor:
-    """Quantize a weight (out, ...) symmetrically per output channel, to 2**bits + 1 values."""
-    top = 2 ** (bits - 1)
+def fake_quantize_weight(weight: Tensor) -> Tensor:
+    """Quantize a weight (out, ...) symmetrically per output channel, to 2**WEIGHT_BITS + 1 values."""
+    top = 2 ** (WEIGHT_BITS - 1)
     largest = weight.detach().flatten(1).abs().amax(1).float()
     scale = (largest / top).clamp_min(torch.finfo(torch.float32).tiny)
     points = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(weight.float(), scale, points, 0, -top, top).to(weight.dtype)
 
 
-def fake_quantize_input(x: Tensor, bits: int = INPUT_BITS) -> Tensor:
-    """Quantize a tensor to 2**bits values over the range of its minimum, maximum and zero."""
-    top = 2**bits - 1
+def fake_quantize_input(x: Tensor) -> Tensor:
+    """Quantize a tensor to 2**INPUT_BITS values over the range of its minimum, maximum and zero."""
+    top = 2**INPUT_BITS - 1
     low, high = (value.float() for value in torch.aminmax(x.detach()))
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = ((high - low) / top).clamp_min(torch.finfo(torch.float32).tiny)

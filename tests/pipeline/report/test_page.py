@@ -203,7 +203,7 @@ def test_markup_in_names_is_escaped(project: Path) -> None:
 
 def test_same_inputs_give_same_bytes(project: Path, tmp_path: Path) -> None:
     first = render(project)
-    script = "import sys, pathlib, vitprune.pipeline.report as r; r.write_report(*map(pathlib.Path, sys.argv[1:]))"
+    script = "import sys, pathlib, vitprune.pipeline.report.page as r; r.write_report(*map(pathlib.Path, sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", script, project, tmp_path / "again.html"], check=True, timeout=120)
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == first
 

@@ -28,10 +28,9 @@ GradMoment = Literal["metric", "metric_diagonal"]
 
 @dataclass(frozen=True)
 class Consumer:
-    """The one Linear layer that reads the units of a group; its input channels are (units, inner)."""
+    """The one Linear layer that reads the units of a group, with `inner` input channels per unit."""
 
     path: str
-    units: int
     inner: int
 
 
@@ -42,7 +41,7 @@ def find_consumer(model: nn.Module, group: Group) -> Consumer:
         BadInput: not exactly one Linear layer reads the units.
     """
     result = [
-        Consumer(part.param.removesuffix(".weight"), group.units, part.inner)
+        Consumer(part.param.removesuffix(".weight"), part.inner)
         for part in group.slices
         if part.axis == 1 and isinstance(model.get_submodule(part.param.rpartition(".")[0]), nn.Linear)
     ]

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING
 from vitprune.errors import BadInput
 from vitprune.orchestration.execution.lock_and_repair import Busy, exclusive
 from vitprune.orchestration.interrupts import run_interruptibly
-from vitprune.orchestration.prefect_setup import (
-    LOST_SERVER,
-    configure_prefect,
-    load_flow,
-    server_answers,
-    show_flow_log,
-    start_embedded_server,
-)
+from vitprune.orchestration.prefect_setup import LOST_SERVER, prepared_flow, server_answers
 
 if TYPE_CHECKING:
     from vitprune.orchestration.compress import Outcome
@@ -71,14 +64,9 @@ def check_stage_limit(stage_limit: float | None) -> None:
 
 
 def _run(project: Path, stage_limit: float | None, interrupted: Callable[[], bool]) -> int:
-    notes = configure_prefect(project)
-    for note in notes:
-        print(note, flush=True)
-    from vitprune.orchestration.compress import Outcome
+    compress, notes = prepared_flow(project, "compress")
+    from vitprune.orchestration.compress import Outcome  # imports Prefect, which reads its settings then
 
-    compress = load_flow(project, "compress")
-    show_flow_log()
-    start_embedded_server()
     try:
         state = compress(project, stage_limit, return_state=True)
         result: object = state.result(raise_on_failure=False)

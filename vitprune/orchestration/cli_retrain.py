@@ -6,7 +6,7 @@ from pathlib import Path
 from vitprune.errors import BadInput
 from vitprune.orchestration.cli_compress import check_stage_limit, checked_project
 from vitprune.orchestration.interrupts import run_interruptibly
-from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, show_flow_log, start_embedded_server
+from vitprune.orchestration.prefect_setup import prepared_flow
 
 STOPPED = "stopped; run again to retrain from the start (finished stages come from DVC's cache)"
 
@@ -33,13 +33,9 @@ def run_retraining(project: Path, model: str | None, branch: str, stage_limit: f
 
 
 def _run(project: Path, model: str | None, branch: str, stage_limit: float | None) -> int:
-    for note in configure_prefect(project):
-        print(note, flush=True)
-    from vitprune.orchestration.retrain import Retrained
+    retrain, _ = prepared_flow(project, "retrain")
+    from vitprune.orchestration.retrain import Retrained  # imports Prefect, which reads its settings then
 
-    retrain = load_flow(project, "retrain")
-    show_flow_log()
-    start_embedded_server()
     state = retrain(project, model, branch, stage_limit, return_state=True)
     result: object = state.result(raise_on_failure=False)
     if not isinstance(result, Retrained):

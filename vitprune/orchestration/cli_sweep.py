@@ -14,7 +14,7 @@ from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
 from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
 from vitprune.orchestration.interrupts import run_interruptibly
-from vitprune.orchestration.prefect_setup import configure_prefect, load_flow, show_flow_log, start_embedded_server
+from vitprune.orchestration.prefect_setup import prepared_flow
 from vitprune.orchestration.tracking.kept_files import adopt
 from vitprune.runtime.commands import git
 from vitprune.runtime.files import read_json, read_optional_json, write_json
@@ -149,13 +149,9 @@ def _target(text: str) -> float | str | dict[str, float | str]:
 
 
 def _run(project: Path, folder: Path, options: SweepOptions) -> int:
-    for note in configure_prefect(folder):
-        print(note, flush=True)
+    sweep, _ = prepared_flow(project, "sweep", folder)
     from prefect.task_runners import ThreadPoolTaskRunner
 
-    sweep = load_flow(project, "sweep")
-    show_flow_log()
-    start_embedded_server()
     out = project / "out/sweeps" / folder.name
     runner: Any = ThreadPoolTaskRunner(max_workers=options.jobs)
     state = sweep.with_options(task_runner=runner)(project, folder, out, options.stage_limit, return_state=True)

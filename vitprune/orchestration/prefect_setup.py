@@ -58,6 +58,29 @@ def server_answers(server: str) -> bool:
     return True
 
 
+def prepared_flow(project: Path, name: str, home: Path | None = None) -> tuple[Any, list[str]]:
+    """Configure Prefect, start its server if it needs one, and load a flow of a project.
+
+    Args:
+        project: The project's directory.
+        name: compress, retrain or sweep.
+        home: Directory with the .vitprune folder of an embedded server's database; None: the project's.
+
+    Returns:
+        The Prefect flow, and the messages for the user, which have been printed.
+
+    Raises:
+        BadInput: the flow cannot be loaded, or the server does not start.
+    """
+    notes = configure_prefect(home or project)
+    for note in notes:
+        print(note, flush=True)
+    flow = load_flow(project, name)
+    show_flow_log()
+    start_embedded_server()
+    return flow, notes
+
+
 def load_flow(project: Path, name: str) -> Any:
     """Load a flow of a project, flows/NAME.py:NAME, as Prefect's deployments do.
 

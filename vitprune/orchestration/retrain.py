@@ -32,14 +32,12 @@ class Retrained:
     """Result of a retraining.
 
     Attributes:
-        action: "nothing", "promoted", "held" or "failed".
         message: One line.
         version: Version of the model in MLflow's registry; empty if there is none.
         run_id: The MLflow run; empty if there is none.
         exit_code: Exit code of the command.
     """
 
-    action: str
     message: str
     version: str = ""
     run_id: str = ""
@@ -73,7 +71,7 @@ class _Retraining:
             worktrees.remove(self.project, worktree)
             result = "promoted" if earlier.tags.get(PASSED) == "true" else "held back"
             message = f"nothing to do: version {earlier.version} was made of this data and {result}"
-            return Retrained("nothing", message, str(earlier.version))
+            return Retrained(message, str(earlier.version))
         get_run_logger().info("data version %s, commit %s, in %s", data_version[:12], base[:12], worktree)
         challenger = self._challenger(worktree, data_version, base)
         return self._promote(challenger) if challenger.comparison["passed"] else self._hold(challenger)
@@ -116,7 +114,7 @@ class _Retraining:
         failed = [gate for gate in challenger.comparison["gates"] if not gate["holds"]]
         reasons = "; ".join(f"{gate['name']} is {gate['measured']}, required is {gate['asked']}" for gate in failed)
         message = f"version {version.version} is held back: {reasons}; the worktree {challenger.worktree} is kept"
-        return Retrained("held", message, str(version.version), challenger.run)
+        return Retrained(message, str(version.version), challenger.run)
 
     def _promote(self, challenger: "_Challenger") -> Retrained:
         """Push, commit, register and move the alias last, so that everything the champion refers to exists."""
@@ -135,7 +133,7 @@ class _Retraining:
             f"version {version.version} is champion now ({challenger.comparison['difference']:+.2f} points against "
         )
         message += f"{challenger.against}), commit {commit[:12]} on {self.branch}, outputs {where}"
-        return Retrained("promoted", message, str(version.version), challenger.run)
+        return Retrained(message, str(version.version), challenger.run)
 
     def _provenance(self, challenger: "_Challenger") -> dict[str, Any]:
         comparison, data = challenger.comparison, worktrees.tracked_data(challenger.worktree)
@@ -183,7 +181,7 @@ def execute_retraining(project: Path, model: str | None, branch: str, compress: 
         with exclusive(project, "retrain.lock", "retraining"), mlflow_session(project):
             result = _Retraining(project, registry(project, model), branch, compress, str(flow_run.id)).run()
     except (WorktreeError, Busy, BadInput, RetrainingError) as error:
-        result = Retrained("failed", str(error), exit_code=1)
+        result = Retrained(str(error), exit_code=1)
     get_run_logger().info(result.message)
     if result.exit_code:
         return Failed(message=result.message, data=result)

@@ -211,7 +211,6 @@ def prune(
         result = vitprune.prune(model, "auto", target={"macs": 0.5}, calibration=batches, budget="5min")
     """
     start = time.perf_counter()
-    skipped: dict[str, str] = {}
     chosen = ""
     if method == "auto":
         given = kinds or (sparsity if isinstance(sparsity, Mapping) else ())
@@ -244,15 +243,7 @@ def prune(
     set_input_size(pruned, example_input if example_input is not None or not batches else batches[0][0])
     if within is not None:
         settings["rules"] = [*rules, *_outside(pruned, within, kinds or used.kinds, used)]
-    if kinds is None and not isinstance(sparsity, Mapping):
-        available, skipped = available_kinds(pruned, used.kinds, used)
-        if not available:
-            raise BadInput(next(iter(skipped.values())))
-        settings["kinds"] = available if skipped else None
-    plan, dense = plan_for(PruneConfig(**settings), config, seed), plain_model(model)
-    skipped |= {name: why for kind in plan.sparsity for name, why in left_out(pruned, kind).items()}
-    if "weight" in plan.sparsity:
-        skipped |= dense_projections(pruned)
+    plan, skipped = _fitting_plan(pruned, settings, used, config, seed)
     if batches:
         plan, unusable = _usable(pruned, plan, batches[0][0])
         skipped |= unusable
@@ -267,7 +258,27 @@ def prune(
             raise Unreachable("; ".join([str(error), *_not_pruned(skipped)])) from None
         if example_input is not None:
             _check_finite(pruned, example_input)
-    return result_of(model, pruned.to(float_type(dense)), cycle, start, skipped, example_input, chosen)
+    pruned = pruned.to(float_type(plain_model(model)))
+    return result_of(model, pruned, cycle, start, skipped, example_input, chosen)
+
+
+def _fitting_plan(
+    model: nn.Module, settings: dict[str, Any], method: Method, config: ScoreConfig, seed: int
+) -> tuple[Plan, dict[str, str]]:
+    """Return the plan for the kinds that a model has, and what is left out with the reason.
+
+    Raises:
+        BadInput: the model has no kind of the method, or as `plan_for`.
+    """
+    skipped: dict[str, str] = {}
+    if settings["kinds"] is None and not isinstance(settings["sparsity"], Mapping):
+        available, skipped = available_kinds(model, method.kinds, method)
+        if not available:
+            raise BadInput(next(iter(skipped.values())))
+        settings = settings | {"kinds": available if skipped else None}
+    plan = plan_for(PruneConfig(**settings), config, seed)
+    skipped |= {name: why for kind in plan.sparsity for name, why in left_out(model, kind).items()}
+    return plan, skipped | (dense_projections(model) if "weight" in plan.sparsity else {})
 
 
 def _not_pruned(skipped: Mapping[str, str]) -> list[str]:

@@ -60,9 +60,11 @@ def test_refit_recovers_duplicated_inputs_exactly() -> None:
         [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 6]
     ]  # each input twice, then 1
     doubled = twice @ moments @ twice.T
-    result = ridge_refit(torch.cat([weight, weight], dim=1), doubled[None], torch.arange(6), constant=True)
-    torch.testing.assert_close(result.weight, 2 * weight, rtol=0, atol=1e-3)
-    assert result.bias.abs().max() < 1e-3
+    dense, bias = torch.cat([weight, weight], dim=1), torch.zeros(len(weight)).double()
+    refitted, shift = ridge_refit(dense, bias, doubled[None], torch.arange(6))
+    torch.testing.assert_close(refitted[:, :6], 2 * weight, rtol=0, atol=1e-3)
+    assert not refitted[:, 6:].any()
+    assert shift.abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", ["vit", "odd", "extra", "swin"])

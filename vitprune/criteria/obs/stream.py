@@ -115,12 +115,11 @@ def refit_readers(
         energy = _energy(model, norm, paths[0], statistics)
         factor = (energy[kept].mean() / energy.mean()).sqrt()
         for path in paths:
-            weight, bias = parameters[f"{path}.weight"], parameters.get(f"{path}.bias")
-            solved = ridge_refit(weight, statistics[f"{path}/inputs"], kept, bias is not None)
-            full = torch.zeros(weight.shape, dtype=torch.float64)
-            result[f"{path}.weight"] = full.index_copy(1, kept, solved.weight * factor)
+            dense = parameters[f"{path}.weight"], parameters.get(f"{path}.bias")
+            weight, bias = ridge_refit(*dense, statistics[f"{path}/inputs"], kept)
+            result[f"{path}.weight"] = weight * factor
             if bias is not None:
-                result[f"{path}.bias"] = bias + solved.bias
+                result[f"{path}.bias"] = bias
     return result
 
 

@@ -1,20 +1,10 @@
 """Greedy OBS elimination of the units of one consumer, and the ridge refit of the remaining ones."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 RIDGES = tuple(10.0**-power for power in (6, 5, 4, 3, 2, 1))  # relative to the mean second moment of the inputs
 COMPACT_EVERY = 64  # steps between two compactions of the working matrices
-
-
-@dataclass(frozen=True)
-class Refit:
-    """New weights of a consumer for its kept inputs, and the increment of its bias."""
-
-    weight: Tensor  # (o, kept inputs)
-    bias: Tensor  # (o,)
 
 
 def eliminate_units(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int, ridge: float) -> Tensor:
@@ -54,26 +44,32 @@ def eliminate_units(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int, 
     return nats
 
 
-def ridge_refit(weight: Tensor, halves: Tensor, kept: Tensor, constant: bool, basis: Tensor | None = None) -> Refit:
+def ridge_refit(
+    weight: Tensor, bias: Tensor | None, halves: Tensor, kept: Tensor, basis: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Fit a consumer's dense output by ridge regression on its kept inputs.
 
     The ridge is the one of `RIDGES` with the least error on the fold of images that was not fitted.
 
     Args:
         weight: Dense weight, (o, k).
+        bias: Dense bias, (o,); None for none.
         halves: Second moments of the inputs with a 1 appended, (folds, k+1, k+1).
         kept: Indices of the kept inputs.
-        constant: Whether the consumer has a bias to refit.
         basis: Optional (k, k); kept inputs are then those of basis @ input.
+
+    Returns:
+        The new weight (o, k), zero for the removed inputs, and the new bias, in float64.
     """
     rotated, moments = _rotate(weight.double(), halves, basis)
-    indices = torch.cat([kept, torch.tensor([moments.shape[-1] - 1])]) if constant else kept
+    indices = kept if bias is None else torch.cat([kept, torch.tensor([moments.shape[-1] - 1])])
     errors = [
         sum(_held_out(rotated, a, b, indices, ridge) for a, b in fit_and_test_moments(moments)) for ridge in RIDGES
     ]
     ridge = RIDGES[int(torch.tensor(errors).argmin())]
     solved = _solve(rotated, moments.sum(dim=0), indices, ridge)
-    return Refit(solved[:, : len(kept)], solved[:, len(kept) :].sum(dim=1))
+    full = torch.zeros(weight.shape, dtype=torch.float64).index_copy(1, kept, solved[:, : len(kept)])
+    return full, None if bias is None else bias + solved[:, -1]
 
 
 def add_ridge(inputs: Tensor, ridge: float) -> Tensor:

@@ -149,14 +149,10 @@ def _rotate_and_refit(model: nn.Module, group: Group, statistics: Statistics, ma
 def _refit_params(
     model: nn.Module, reader: Consumer, statistics: Statistics, kept: Tensor, basis: Tensor | None = None
 ) -> dict[str, Tensor]:
-    layer = model.get_submodule(reader.path)
-    weight, bias = layer.get_parameter("weight").detach().cpu(), dict(layer.named_parameters()).get("bias")
-    solved = ridge_refit(weight, statistics[f"{reader.path}/inputs"], kept, bias is not None, basis)
-    full = torch.zeros(weight.shape, dtype=torch.float64).index_copy(1, kept, solved.weight)
-    result = {f"{reader.path}.weight": full}
-    if bias is not None:
-        result[f"{reader.path}.bias"] = bias.detach().cpu() + solved.bias
-    return result
+    layer = {name: value.detach().cpu() for name, value in model.get_submodule(reader.path).named_parameters()}
+    moments = statistics[f"{reader.path}/inputs"]
+    weight, bias = ridge_refit(layer["weight"], layer.get("bias"), moments, kept, basis)
+    return {f"{reader.path}.weight": weight} | ({} if bias is None else {f"{reader.path}.bias": bias})
 
 
 def _unit_losses(model: nn.Module, group: Group, statistics: Statistics) -> Tensor:

@@ -77,12 +77,13 @@ def test_unknown_presets_and_channel_counts_are_refused() -> None:
 @pytest.mark.parametrize("augment", ["none", "digits", "deit"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12, in torch's loader
 def test_batches_are_bit_identical_for_any_number_of_workers(
-    manifest: pa.Table, digits: data.Source, augment: str
+    manifest: pa.Table, digits: data.Source, augment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = manifest.slice(0, 81)
     transform = data.transform(GREY8, augment)
     held = data.open_split(few, digits, "train", transform)
-    lazy = data.open_split(few, digits, "train", transform, memory=0)
+    monkeypatch.setattr("vitprune.data.loaders.MEMORY", 0)
+    lazy = data.open_split(few, digits, "train", transform)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
     first = list(data.train_batches(held, 16, seed=3, epoch=1))
     for table, workers in ((held, 0), (lazy, 0), (held, 2), (lazy, 2)):
@@ -150,7 +151,9 @@ def test_no_progress_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.real
-def test_photographs_from_manifest_to_batches(photographs: Path, tmp_path: Path) -> None:
+def test_photographs_from_manifest_to_batches(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = data.open_source(f"parquet:{photographs}")
     result = data.build_manifest(source, 0.75, 0, 0.0)
     assert (Counter(row["split"] for row in result.rows), result.skipped) == ({"train": 200, "eval": 600}, [])
@@ -161,7 +164,8 @@ def test_photographs_from_manifest_to_batches(photographs: Path, tmp_path: Path)
     transform = data.transform(data.data_config(timm.create_model("deit_tiny_patch16_224", depth=1)))
     batches = data.load_calibration(tmp_path / "calibration.parquet", transform, 32)
     assert [tuple(images.shape) for images, _ in batches] == [(32, 3, 224, 224), (8, 3, 224, 224)]
-    lazy = data.open_split(table.slice(0, 20), source, "eval", transform, memory=0)
     held = data.open_split(table.slice(0, 20), source, "eval", transform)
+    monkeypatch.setattr("vitprune.data.loaders.MEMORY", 0)
+    lazy = data.open_split(table.slice(0, 20), source, "eval", transform)
     pairs = zip(data.eval_batches(lazy, 8), data.eval_batches(held, 8), strict=True)
     assert all(torch.equal(one[0], other[0]) for one, other in pairs)

@@ -34,6 +34,7 @@ TIMM_PRESETS: dict[str, dict[str, Any]] = {
     "deit_wide": WIDE | {"auto_augment": "rand-m9-mstd0.5-inc1"},
     "deit_light": WIDE | {"auto_augment": "rand-m6-mstd0.5-inc1"},
 }
+DEGREES, SHIFT, SCALE = 10.0, 1 / 8, 0.1  # of `digits`: largest rotation, shift by a fraction of the size, change
 AUGMENTATIONS = ("none", "digits", *TIMM_PRESETS)
 
 
@@ -152,28 +153,22 @@ class Grey:
 
 @dataclass(frozen=True, eq=False)
 class RandomAffine:
-    """Rotate, shift and scale each image of a batch.
+    """Rotate each image of a batch by up to 10 degrees, shift it by up to 1/8 and scale it by up to 10 %.
 
     Attributes:
         black: Normalised value of black, (1, C, 1, 1), for pixels from outside the image.
-        degrees: Maximum rotation.
-        shift: Maximum shift, as a fraction of the size.
-        scale: Maximum change of the scale.
     """
 
     black: torch.Tensor
-    degrees: float = 10.0
-    shift: float = 1 / 8
-    scale: float = 0.1
 
     def __call__(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Transform images (B, C, H, W) by numbers (B, 4) in 0..1, with bilinear interpolation."""
         angle, across, down, size = (2 * numbers - 1).unbind(1)
-        angle = angle * math.radians(self.degrees)
-        size = 1 + self.scale * size
+        angle = angle * math.radians(DEGREES)
+        size = 1 + SCALE * size
         cosine, sine = torch.cos(angle) / size, torch.sin(angle) / size
         # coordinates of grid_sample range from -1 to 1: a shift by the full width is 2
-        across, down = 2 * self.shift * across, 2 * self.shift * down
+        across, down = 2 * SHIFT * across, 2 * SHIFT * down
         theta = torch.stack([cosine, -sine, across, sine, cosine, down], dim=1).view(-1, 2, 3)
         grid = functional.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
         moved = functional.grid_sample(images - self.black, grid, padding_mode="zeros", align_corners=False)

@@ -23,7 +23,7 @@ from vitprune.errors import BadInput, Interrupted
 from vitprune.runtime.progress import track
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-MEMORY = 1 << 30
+MEMORY = 1 << 30  # bytes
 SAMPLES_FOR_SIZE = 16
 
 
@@ -87,18 +87,17 @@ class SourceRows:
         return read_verified(self.source, self.ids[row], self.sha256[row])
 
 
-def open_split(
-    manifest: pa.Table, source: Source, split: str, transform: Transform, memory: int = MEMORY
-) -> ImageTable:
+def open_split(manifest: pa.Table, source: Source, split: str, transform: Transform) -> ImageTable:
     """Open the images of one split of a manifest.
+
+    At most MEMORY bytes are kept in memory: tensors if the transform is not random and they fit, else encoded bytes if
+    they fit, else nothing.
 
     Args:
         manifest: Table of tables.MANIFEST.
         source: The source of its images.
         split: "train" or "eval".
         transform: Transform of the images.
-        memory: Maximum bytes to keep in memory: tensors if the transform is not random and they fit, else encoded
-            bytes if they fit, else nothing.
 
     Returns:
         The images.
@@ -113,9 +112,9 @@ def open_split(
     labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
     read: ReadRow = SourceRows(source, ids, [row["sha256"] for row in rows])
     table = ImageTable(ids, labels, transform, read, None)
-    if not transform.random and len(rows) * math.prod(transform.shape) * 4 <= memory:
+    if not transform.random and len(rows) * math.prod(transform.shape) * 4 <= MEMORY:
         return ImageTable(ids, labels, transform, read, _all_tensors(table, split))
-    if _encoded_size(read, len(rows)) <= memory:
+    if _encoded_size(read, len(rows)) <= MEMORY:
         encoded = list(track(map(read, range(len(rows))), f"reading the {split} images", len(rows)))
         return ImageTable(ids, labels, transform, encoded.__getitem__, None)
     return table

@@ -110,23 +110,6 @@ def test_losses_equal_the_closed_form() -> None:
             torch.testing.assert_close(solved, new, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.75, 0.9])
-@pytest.mark.parametrize("on", ["numba", "torch"])
-def test_early_stopping_selects_the_same_weights(share: float, on: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks differ so much that one is removed completely and another is kept."""
-    monkeypatch.setattr(greedy, "has_numba", lambda: on == "numba")
-    fisher = spread(24, 1e3, blocks=8) * torch.logspace(0, 4, 8)[:, None, None]
-    weights = drawn(8, 24)
-    weights[3, :5] = 0
-    inverses = invert_blocks(alone(fisher, weights == 0))
-    full, short = greedy.eliminate_weights(inverses, weights), greedy.eliminate_weights(inverses, weights, share)
-    assert bool(short.isinf().any()) == (share < 0.8)
-    known = short.isfinite()
-    assert torch.equal(short[known], full[known])
-    expected, result = (select({"w": losses}, share)["w"] for losses in (full, short))
-    assert torch.equal(result, expected)
-
-
 def test_masks_are_prefixes_of_every_block_and_reach_the_exact_count(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
     scores = cap.ovit(vit, groups, batches(vit), SMALL).scores

@@ -11,28 +11,21 @@ from torch import Tensor
 
 Pattern = tuple[int, int]  # keep N of every M consecutive weights
 
-MARGIN = 0.2  # fraction of a block followed beyond `share` before blocks are compared
 TIE_BREAK = 1e-12  # relative step between equal increments, which keeps the order of removal
 CANDIDATES = 64  # weights whose rows of the factor are computed ahead
 MIN_VARIANCE = 1e-300  # lower bound of a conditional variance after rounding
 
 
 def eliminate_weights(
-    inverse: Tensor,
-    weights: Tensor,
-    share: float = 1.0,
-    pattern: Pattern | None = None,
-    ahead: torch.dtype | None = None,
+    inverse: Tensor, weights: Tensor, pattern: Pattern | None = None, ahead: torch.dtype | None = None
 ) -> Tensor:
     """Remove the weights of every block one by one by OBS, each time the one of least loss w_p^2 / (2 h_pp).
 
     Args:
         inverse: Inverses of the damped Fisher blocks, (blocks, B, B).
         weights: (blocks, B). Zero weights are removed first, at loss 0.
-        share: Fraction of all weights to be removed. Below 1, blocks are followed only as far as this decision needs;
-            later weights score infinity.
         pattern: (N, M) removes at most M - N of every M consecutive weights; the others score infinity.
-        ahead: Without `share`, compute rows of the factor ahead in this type: the same up to rounding, faster.
+        ahead: Compute rows of the factor ahead in this type: the same up to rounding, faster.
 
     Returns:
         Cumulative loss of the block at the removal of each weight, in nats per image, strictly increasing in the
@@ -41,22 +34,9 @@ def eliminate_weights(
     Source: CAP (Kuznedelev et al. 2023), algorithm 1; computed as a left-looking Cholesky factorization of the inverse
         with pivots argmin w_p^2 / h_pp, which updates only the diagonal.
     """
-    losses = torch.full(weights.shape, torch.inf, dtype=torch.float64, device=inverse.device)
-    blocks, size = torch.arange(len(weights), device=inverse.device), weights.shape[1]
-    if pattern is not None or share >= 1:
-        if ahead is None or inverse.device.type != "cpu" or not has_numba():
-            _follow(inverse, weights, losses, blocks, size, torch.inf, pattern)
-        else:
-            _eliminate_ahead(inverse, weights, losses, pattern, ahead)
-        return losses
-    cap, wanted = min(size, int(size * (share + MARGIN)) + 1), int(share * weights.numel() + 0.5)
-    _follow(inverse, weights, losses, blocks, cap, 0.0, None)
-    if wanted:
-        threshold = float(losses.flatten().kthvalue(wanted).values)
-        reached = losses.masked_fill(losses.isinf(), -torch.inf).amax(dim=1)
-        short = blocks[(reached < threshold) & losses.isinf().any(dim=1)]
-        _follow(inverse, weights, losses, short, cap, threshold, None)  # restarts: the factor is not stored
-    return losses
+    if inverse.device.type == "cpu" and has_numba():
+        return _eliminate_compiled(inverse, weights, pattern, ahead)
+    return eliminate_weights_torch(inverse, weights, pattern)
 
 
 def loss_increments(losses: Tensor) -> Tensor:
@@ -72,48 +52,26 @@ def has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def _follow(
-    inverse: Tensor, weights: Tensor, losses: Tensor, blocks: Tensor, cap: int, limit: float, pattern: Pattern | None
-) -> None:
-    """Fill in the losses of some blocks: up to `cap` weights, and further while they are below `limit`."""
-    if inverse.device.type == "cpu" and has_numba():
-        _eliminate_numba(inverse, weights, losses, blocks, cap, limit, pattern)
-    elif len(blocks):
-        losses[blocks] = eliminate_weights_torch(inverse[blocks], weights[blocks], cap, limit, pattern)
-
-
-def _eliminate_numba(
-    inverse: Tensor, weights: Tensor, losses: Tensor, blocks: Tensor, cap: int, limit: float, pattern: Pattern | None
-) -> None:
-    from vitprune.criteria.obs.greedy_numba import eliminate_blocks  # importing numba takes a second
-
-    matrices = inverse.double().contiguous().numpy()
-    vectors = weights.detach().double().contiguous().numpy()
-    indices, result = blocks.numpy(), losses.numpy()
-    keep, every = pattern or (0, 0)
-
-    def eliminate_slice(edge: Sequence[int]) -> None:
-        eliminate_blocks(matrices, vectors, result, indices[edge[0] : edge[1]], cap, limit, keep, every)
-
-    _in_threads(eliminate_slice, len(indices))
-
-
-def _eliminate_ahead(
-    inverse: Tensor, weights: Tensor, losses: Tensor, pattern: Pattern | None, dtype: torch.dtype
-) -> None:
-    from vitprune.criteria.obs.greedy_ahead import eliminate_rows
+def _eliminate_compiled(inverse: Tensor, weights: Tensor, pattern: Pattern | None, ahead: torch.dtype | None) -> Tensor:
+    from vitprune.criteria.obs.greedy_ahead import eliminate_rows  # importing numba takes a second
+    from vitprune.criteria.obs.greedy_numba import eliminate_blocks
 
     shared = inverse[:1] if inverse.stride(0) == 0 else inverse  # an expanded inverse is not copied for every row
     matrices = shared.double().contiguous().numpy()
     vectors = weights.detach().double().contiguous().numpy()
-    result, size = losses.numpy(), weights.shape[1]
+    losses, size = torch.full(weights.shape, torch.inf, dtype=torch.float64), weights.shape[1]
     keep, every = pattern or (0, 0)
 
     def eliminate_slice(edge: Sequence[int]) -> None:
-        work = [torch.zeros(number, size, dtype=dtype).numpy() for number in (size, CANDIDATES, CANDIDATES + 1)]
-        eliminate_rows(matrices, vectors, result, np.arange(*edge), *work, keep, every)
+        blocks, result = np.arange(*edge), losses.numpy()
+        if ahead is None:
+            eliminate_blocks(matrices, vectors, result, blocks, keep, every)
+        else:
+            work = [torch.zeros(number, size, dtype=ahead).numpy() for number in (size, CANDIDATES, CANDIDATES + 1)]
+            eliminate_rows(matrices, vectors, result, blocks, *work, keep, every)
 
     _in_threads(eliminate_slice, len(weights))
+    return losses
 
 
 def _in_threads(work: Callable[[Sequence[int]], None], number: int) -> None:
@@ -124,21 +82,19 @@ def _in_threads(work: Callable[[Sequence[int]], None], number: int) -> None:
         list(pool.map(work, pairwise(edges)))
 
 
-def eliminate_weights_torch(
-    inverse: Tensor, weights: Tensor, cap: int, limit: float, pattern: Pattern | None = None
-) -> Tensor:
+def eliminate_weights_torch(inverse: Tensor, weights: Tensor, pattern: Pattern | None) -> Tensor:
     """Eliminate in all blocks at once with torch, on any device; for GPUs and without numba."""
     w = weights.detach().double().clone()
     variance = inverse.diagonal(dim1=1, dim2=2).double().clone()
     removed = w == 0
     result = torch.full_like(w, torch.inf).masked_fill(removed, 0.0)
-    level, number = torch.zeros_like(w[:, 0]), removed.sum(dim=1)
+    level = torch.zeros_like(w[:, 0])
     factor = torch.zeros_like(inverse, dtype=w.dtype)  # (blocks, steps, B)
     rows = torch.arange(len(w), device=w.device)
     for step in range(w.shape[1]):
         costs = (w.square() / variance).masked_fill(removed | _at_limit(removed, pattern), torch.inf)
         cost, index = costs.min(dim=1)
-        active = cost.isfinite() & ((number < cap) | (level < limit))
+        active = cost.isfinite()
         if not bool(active.any()):
             break
         level = torch.where(active, torch.maximum(level + cost / 2, torch.nextafter(level, level + 1)), level)
@@ -150,7 +106,6 @@ def eliminate_weights_torch(
         factor[:, step] = row
         result[rows[active], index[active]] = level[active]
         removed[rows[active], index[active]] = True
-        number += active
     return result
 
 

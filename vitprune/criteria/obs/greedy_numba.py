@@ -16,20 +16,20 @@ MIN_VARIANCE = 1e-300  # lower bound of a conditional variance after rounding
 
 
 @njit(cache=True, nogil=True)
-def eliminate_blocks(
-    inverse: Array, weights: Array, losses: Array, blocks: Array, cap: int, limit: float, keep: int, every: int
-) -> None:
-    """Fill losses (all, B) of the given blocks without holding the GIL; `every` = 0 disables the N:M limit."""
+def eliminate_blocks(inverse: Array, weights: Array, losses: Array, blocks: Array, keep: int, every: int) -> None:
+    """Fill losses (all, B) of the given blocks without holding the GIL; `every` = 0 disables the N:M limit.
+
+    `inverse` is (all, B, B), or (1, B, B) if the blocks share one.
+    """
     size = weights.shape[1]
     factor = np.empty((size, size))  # rows: steps; columns: weights in their current order
     state = np.empty((3, size))  # weights, conditional variances, a row of the inverse
     order, lost = np.empty(size, np.int64), np.empty(size, np.int64)
     for block in blocks:
-        count = collect_nonzero(inverse[block], weights[block], losses[block], state, order, lost, every)
-        level, num_zero = 0.0, size - count
+        h = inverse[block if len(inverse) > 1 else 0]
+        count = collect_nonzero(h, weights[block], losses[block], state, order, lost, every)
+        level = 0.0
         for step in range(count):
-            if num_zero + step >= cap and level >= limit:
-                break
             index = cheapest_weight(state[0], state[1], step, count, order, lost, every - keep, every)
             if index < 0:
                 break
@@ -39,7 +39,7 @@ def eliminate_blocks(
             losses[block, order[step]] = level
             if every:
                 lost[order[step] // every] += 1
-            _remove(inverse[block, order[step]], factor, state, order, step, count)
+            _remove(h[order[step]], factor, state, order, step, count)
 
 
 @njit(cache=True, nogil=True)

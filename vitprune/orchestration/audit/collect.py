@@ -99,10 +99,6 @@ class CollectedRun:
         """Return the entry of a stage in the run log."""
         return next((f for f in self.facts if f["fact"] == "stage" and f["stage"] == stage), {})
 
-    def record_of(self, stage: str, cycle: int | None = None) -> Path:
-        """Return the folder of the files downloaded for a stage or a cycle."""
-        return path_inside(self.records, stage if cycle is None else f"{stage}-{cycle:02d}", "dvc.lock")
-
 
 @contextmanager
 def collect(client: MlflowClient, run_id: str, project: Path | None, scratch: Path) -> Iterator[CollectedRun]:
@@ -227,7 +223,7 @@ def _fill(collected: CollectedRun, lock: Mapping[str, Any]) -> None:
         if error := store.fetch(tree, *lock):
             collected.missing.append(f"DVC: outputs are not in the cache, and dvc fetch failed ({error})")
     for file in store.files(lock):
-        record = collected.record_of(file.stage) / file.path
+        record = path_inside(collected.records, file.stage, "dvc.lock") / file.path
         source = store.path_of(file.md5) if is_cached(file.path) else record
         path = path_inside(tree, file.path, "dvc.lock")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """CORP: rank FFN units by energy and weight norms, then predict removed units affinely from the kept ones."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,5 @@ def _norms(model: nn.Module, group: Group) -> Tensor:
     for part in group.slices:
         weight = model.get_parameter(part.param)
         if weight.dim() > 1:
-            single_slice = Group(group.name, group.kind, group.shape, (part,))
-            product *= unit_sums(single_slice, {part.param: weight.detach().double().square()}).sqrt()
+            product *= unit_sums(replace(group, slices=(part,)), {part.param: weight.detach().double().square()}).sqrt()
     return product

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -263,14 +263,22 @@ def _load_pruned(
 
 def _cycle_of(saved: Checkpoint, number: int, groups: list[Group]) -> Cycle:
     tensors, facts = saved.tensors(), saved.facts
-    reconstruction = Reconstruction(**facts["reconstruction"])
-    figures = facts["cost"], facts["facts"], facts["corrected"], reconstruction, facts["allocation"]
-    cycle = Cycle(number, facts["target"], groups, {}, {}, *figures)
-    parts = {
-        part: {group.name: tensors[f"{part}/{group.name}"] for group in groups if f"{part}/{group.name}" in tensors}
+    scores, masks = (
+        {group.name: tensors[f"{part}/{group.name}"] for group in groups if f"{part}/{group.name}" in tensors}
         for part in ("scores", "masks")
-    }
-    return replace(cycle, scores=parts["scores"], masks=parts["masks"])
+    )
+    return Cycle(
+        number=number,
+        target=facts["target"],
+        groups=groups,
+        scores=scores,
+        masks=masks,
+        cost=facts["cost"],
+        facts=facts["facts"],
+        corrected=facts["corrected"],
+        reconstruction=Reconstruction(**facts["reconstruction"]),
+        allocation=facts["allocation"],
+    )
 
 
 def _mask_scores() -> Scores:
@@ -287,9 +295,8 @@ def _write_cycle(cycle: Cycle, scores: Scores, model: nn.Module, before: float, 
     facts = {"cycle": cycle.number, "target": dict(cycle.target), "cost": dict(cycle.cost)}
     facts |= write_masks(directory, cycle.groups, cycle.masks)
     facts |= {"top1_before": before, "top1_after": after} | model_facts(model, directory)
-    facts |= {"rescoring": dict(cycle.facts)} if cycle.facts else {}
-    facts |= {"corrected": dict(cycle.corrected)} if cycle.corrected else {}
-    facts |= {"allocation": dict(cycle.allocation)} if cycle.allocation else {}
-    facts |= {"reconstruction": dict(cycle.reconstruction.facts)} if cycle.reconstruction.facts else {}
+    figures = {"rescoring": cycle.facts, "corrected": cycle.corrected, "allocation": cycle.allocation}
+    figures |= {"reconstruction": cycle.reconstruction.facts}
+    facts |= {name: dict(values) for name, values in figures.items() if values}
     write_json(directory / "metrics.json", facts)
     return cycle_row(cycle.number, cycle.groups, cycle.masks, facts)

@@ -133,18 +133,17 @@ def prune_cycles(
             raise BadInput(f"{type(model).__name__}: the pruned model does not run ({why}); prune other kinds")
         reconstruction = _reconstruct(model, teachers, batches, plan, state.number, deadline)
         corrected = _correct(model, logits, batches, plan, state.number)
-        cost = reached_cost(selected, plan, state)
         yield Cycle(
-            state.number,
-            selected.target,
-            state.groups,
-            selected.scores,
-            state.masks,
-            cost,
-            selected.facts,
-            corrected,
-            reconstruction,
-            selected.allocation,
+            number=state.number,
+            target=selected.target,
+            groups=state.groups,
+            scores=selected.scores,
+            masks=state.masks,
+            cost=reached_cost(selected, plan, state),
+            facts=selected.facts,
+            corrected=corrected,
+            reconstruction=reconstruction,
+            allocation=selected.allocation,
         )
         state = replace(state, number=state.number + 1)
 

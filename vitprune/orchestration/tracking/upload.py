@@ -97,13 +97,7 @@ class Uploader:
 
     def _stage(self, parent: str, fact: Fact) -> None:
         stage, lock = fact["stage"], fact.get("lock", {"params": {}, "sha256": ""})
-        tags = {
-            "mlflow.parentRunId": parent,
-            "vitprune.prefect_flow_run_id": self.journal.flow_run_id,
-            "vitprune.dvc_stage": stage,
-            HASH: lock["sha256"],
-            CACHED: str(fact["cached"]).lower(),
-        }
+        tags = self._tags_of(fact, parent) | {HASH: lock["sha256"]}
         if digest := fact.get("digest"):
             tags[f"vitprune.{_stem(digest)}_sha256"] = digest["sha256"]
         if fact["error"]:
@@ -135,14 +129,7 @@ class Uploader:
 
     def _cycle(self, parent: str, stage: Fact, cycle: Fact, rows: list[TimedRow]) -> None:
         number, ended = cycle["cycle"], stage["started"] + stage["seconds"]
-        tags = {
-            "mlflow.parentRunId": parent,
-            "vitprune.prefect_flow_run_id": self.journal.flow_run_id,
-            "vitprune.dvc_stage": stage["stage"],
-            "vitprune.cycle": str(number),
-            CACHED: str(stage["cached"]).lower(),
-        }
-        tags |= digest_tags(cycle)
+        tags = self._tags_of(stage, parent) | {"vitprune.cycle": str(number)} | digest_tags(cycle)
         key = f"{self.journal.flow_run_id}/{stage['stage']}/{number:02d}"
         run = self._run(key, f"cycle-{number:02d}", stage["started"], tags)
         self._metrics(run, cycle["metrics"], ended, step=number)
@@ -150,6 +137,15 @@ class Uploader:
         self._curves(run, rows)
         self._files(run, cycle["files"])
         self._end(run, "FINISHED", ended)
+
+    def _tags_of(self, stage: Fact, parent: str) -> dict[str, str]:
+        """Return the tags that the runs of a stage and of its cycles share."""
+        return {
+            "mlflow.parentRunId": parent,
+            "vitprune.prefect_flow_run_id": self.journal.flow_run_id,
+            "vitprune.dvc_stage": stage["stage"],
+            CACHED: str(stage["cached"]).lower(),
+        }
 
     def _run(self, key: str, name: str, started: float, tags: Mapping[str, str]) -> str:
         """Return the run with a key; create it if there is none."""
@@ -165,13 +161,10 @@ class Uploader:
         """Return the finished, uncached run of another flow that computed an entry of dvc.lock, or None."""
         wanted = f"tags.`{HASH}` = '{digest}' and attributes.status = 'FINISHED'"
         for run in self.client.search_runs([self.experiment], wanted, order_by=["attributes.start_time ASC"]):
-            if "vitprune.computed_by" not in run.data.tags and run.data.tags[KEY].split("/")[0] != self._flow:
+            flow = run.data.tags[KEY].split("/")[0]
+            if "vitprune.computed_by" not in run.data.tags and flow != self.journal.flow_run_id:
                 return str(run.info.run_id)
         return None
-
-    @property
-    def _flow(self) -> str:
-        return self.journal.flow_run_id
 
     def _evaluation(self, parent: str, stages: Iterable[Fact], ended: float) -> None:
         """Log the metrics of the evaluate stage with the parent run and with the logged model."""

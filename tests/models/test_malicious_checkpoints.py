@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -291,6 +292,44 @@ def test_a_child_process_limits_code_that_cannot_be_interrupted(
 ) -> None:
     with pytest.raises(BuildLimitError, match=why):
         try_in_child(build, seconds)
+
+
+def test_a_lock_that_another_thread_held_at_the_fork_is_waited_for_by_another_child(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    release = threading.Timer(2.0, lock.release)
+    release.start()
+    try_in_child(lock.acquire, 60.0)  # the first children have a copy of the lock that nobody releases
+    release.join()
+    lock.acquire()
+    monkeypatch.setattr("vitprune.models.build_limits.ATTEMPTS", 2)
+    with pytest.raises(BuildLimitError, match=r"^it waits for a lock of another thread; load the model before other"):
+        try_in_child(lock.acquire, 60.0)
+
+
+def test_models_are_loaded_next_to_threads_that_draw_random_numbers(
+    saved_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitprune.models.build_limits.ATTEMPTS", 1)
+    ended = threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            torch.randn(1000, 1000)
+
+    threads = [threading.Thread(target=draw) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            models.io._try_build.cache_clear()
+            load(saved_model)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_the_child_process_does_not_change_the_parent(capfd: pytest.CaptureFixture) -> None:

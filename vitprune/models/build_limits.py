@@ -5,10 +5,11 @@ import os
 import select
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,8 @@ MAX_OPERATIONS = 20_000  # tensor operations to build a model; the largest of ti
 MAX_SECONDS = 10.0  # CPU time to build a model on the meta device; the largest of timm need 2
 MAX_MEMORY = 1 << 30  # bytes to build a model on the meta device; the largest of timm need 100 MiB
 COMPLETE = b"complete"
+ATTEMPTS, POLL_SECONDS = 10, 0.1
+ASLEEP_POLLS = 15  # in a row, after which a child is taken to wait for a lock that no thread of it will release
 
 
 class BuildLimitError(Exception):
@@ -49,7 +52,8 @@ def try_in_child(build: Callable[[], object], seconds: float) -> None:
 
     Loops of Python run no tensor operation, and a single call into C cannot be interrupted, so a process is the only
     bound that holds for all arguments. It is a fork, which takes milliseconds; it touches neither GPU nor files.
-    Without `fork` (Windows), nothing is tried.
+    A fork copies the locks that other threads hold at that moment, but not the threads. A child that waits for one is
+    killed, and the function is tried again. Without `fork` (Windows), nothing is tried.
 
     Args:
         build: The function.
@@ -60,6 +64,23 @@ def try_in_child(build: Callable[[], object], seconds: float) -> None:
     """
     if sys.platform == "win32":
         return
+    for _ in range(ATTEMPTS):
+        answer, status = _forked(build, seconds)
+        if answer is not None:
+            break
+    else:
+        raise BuildLimitError("it waits for a lock of another thread; load the model before other threads start")
+    if answer == COMPLETE:
+        return
+    if answer:
+        raise BuildLimitError(answer.decode("utf-8", "replace"))
+    if os.WTERMSIG(status) == signal.SIGXCPU:
+        raise BuildLimitError(f"more than {seconds:g} s of CPU time; no timm model needs so much")
+    raise BuildLimitError(f"more than {MAX_MEMORY >> 20} MiB of memory, or a crash; no timm model needs so much")
+
+
+def _forked(build: Callable[[], object], seconds: float) -> tuple[bytes | None, int]:
+    """Run a function in a child; return its answer, None if it waited for a lock, and the status of its end."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork next to threads
@@ -68,17 +89,29 @@ def try_in_child(build: Callable[[], object], seconds: float) -> None:
         _run_and_exit(build, writing, seconds)
     os.close(writing)
     with open(reading, "rb") as pipe:
-        ready, _, _ = select.select([pipe], [], [], 20 * seconds + 20)  # wall time, on a busy machine
-        answer = pipe.read() if ready else b""
+        answer = _answer(pipe, child, 20 * seconds + 20)
     os.kill(child, signal.SIGKILL)  # no effect after its end
-    _, status = os.waitpid(child, 0)
-    if answer == COMPLETE:
-        return
-    if answer:
-        raise BuildLimitError(answer.decode("utf-8", "replace"))
-    if not ready or os.WTERMSIG(status) == signal.SIGXCPU:
-        raise BuildLimitError(f"more than {seconds:g} s of CPU time; no timm model needs so much")
-    raise BuildLimitError(f"more than {MAX_MEMORY >> 20} MiB of memory, or a crash; no timm model needs so much")
+    return answer, os.waitpid(child, 0)[1]
+
+
+def _answer(pipe: IO[bytes], child: int, seconds: float) -> bytes | None:
+    """Return what a child writes before it ends, at most `seconds` of wall time later; None if it only sleeps."""
+    asleep, deadline = 0, time.monotonic() + seconds
+    while not select.select([pipe], [], [], POLL_SECONDS)[0]:
+        asleep = asleep + 1 if _is_asleep(child) else 0
+        if asleep >= ASLEEP_POLLS:
+            return None
+        if time.monotonic() > deadline:
+            return f"more than {seconds:g} s on this machine; no timm model needs so much".encode()
+    return pipe.read()
+
+
+def _is_asleep(process: int) -> bool:
+    """Whether a process waits for something other than a CPU or a disk; False where the system does not say."""
+    try:
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"S"
+    except OSError:
+        return False
 
 
 def _run_and_exit(build: Callable[[], object], writing: int, seconds: float) -> NoReturn:

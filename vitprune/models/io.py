@@ -230,7 +230,8 @@ def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Mo
     try:
         if torch.get_default_device().type == "meta":
             _try_build(config.architecture, args)
-        model = _created(config.architecture, args)
+        with torch.random.fork_rng(devices=[]):  # not in the child, where another thread may hold the generator's lock
+            model = _created(config.architecture, args)
     except Exception as error:  # timm raises various errors for untrusted arguments
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(
@@ -241,7 +242,7 @@ def _build_dense(config: ModelConfig, header: Mapping[str, TensorSpec]) -> nn.Mo
 
 
 def _created(architecture: str, args: str) -> nn.Module:
-    with torch.random.fork_rng(devices=[]), LimitedOperations():
+    with LimitedOperations():
         model: nn.Module = timm.create_model(architecture, pretrained=False, **json.loads(args))
         _match_channels(model)
     return model

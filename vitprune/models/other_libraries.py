@@ -117,7 +117,7 @@ def load_other(directory: Path) -> nn.Module:
         )
     header = read_header(directory / WEIGHTS)
     try:
-        try_in_child(lambda: _on_meta(factory), MAX_SECONDS)
+        try_in_child(lambda: _on_meta(factory, _constructed), MAX_SECONDS)
         check_size(path, _on_meta(factory), header)
         model = _build(factory)
     except BadInput:
@@ -201,7 +201,13 @@ def _build(factory: Factory) -> nn.Module:
     Raises:
         BadInput: the library is not installed, or has no such model.
     """
-    with torch.random.fork_rng(devices=[]), LimitedOperations():
+    with torch.random.fork_rng(devices=[]):
+        return _constructed(factory)
+
+
+def _constructed(factory: Factory) -> nn.Module:
+    """Build as `_build`, but with the global generator, whose lock another thread may hold when a child is forked."""
+    with LimitedOperations():
         if factory.library == TORCHVISION:
             import torchvision
 
@@ -214,9 +220,9 @@ def _build(factory: Factory) -> nn.Module:
         return kind(kind.config_class(**factory.args)).float()  # type: ignore[no-any-return]
 
 
-def _on_meta(factory: Factory) -> nn.Module:
+def _on_meta(factory: Factory, build: Callable[[Factory], nn.Module] = _build) -> nn.Module:
     with torch.device("meta"):
-        return _build(factory)
+        return build(factory)
 
 
 def _transformers_class(name: str) -> Any:

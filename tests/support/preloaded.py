@@ -30,6 +30,7 @@ IMPORTS = {
     "vitprune.cli": ("vitprune.pipeline.verify", "vitprune.orchestration.cli_audit", STORE),
     "vitprune.orchestration.execution.isolated": (STORE,),
     "tests.support.read_mlflow": (STORE,),
+    "tests.support.registry_worker": (STORE,),
     "tests.support.cap_worker": ("vitprune.pipeline.verify",),
     "tests.support.score_worker": ("vitprune.pipeline.verify",),
     "tests.support.train_worker": ("vitprune.pipeline.verify",),

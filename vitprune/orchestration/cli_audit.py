@@ -156,14 +156,14 @@ def upload_missing_runs(project: Path, as_json: bool) -> int:
         Exit code: 0 if nothing is left to upload, else 1.
 
     Raises:
-        BadInput: the project has no run.
+        BadInput: the project has no run, or MLflow does not answer.
     """
-    from vitprune.orchestration.tracking.replay import replay_with_sweeps
+    from vitprune.orchestration.tracking.replay import replay_all
 
     project = project.resolve()
     if not (project / STATE).is_dir():
         raise BadInput(f"{project}: has no run of `vitprune run`; give the project by --project")
-    result = replay_with_sweeps(project)
+    result = replay_all(project)
     runs = f"{result.done} run{'' if result.done == 1 else 's'}"
     if as_json:
         print(json.dumps(asdict(result)))
@@ -171,6 +171,8 @@ def upload_missing_runs(project: Path, as_json: bool) -> int:
         print(f"uploaded {runs}; not uploaded: {result.missed} ({result.error})", file=sys.stderr)
     else:
         print(f"uploaded {runs} to {result.uri}" if result.done else "nothing to upload")
+        if result.versions:
+            print(f"registered {result.versions} version{'' if result.versions == 1 else 's'} again")
         if result.error:
             print(result.error, file=sys.stderr)
     return 1 if result.missed else 0

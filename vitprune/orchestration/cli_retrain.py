@@ -49,27 +49,38 @@ def roll_back(project: Path, model: str | None) -> None:
     """Set the alias champion back to the former champion, and print both versions.
 
     Raises:
-        BadInput: there is no champion, or no former one.
+        BadInput: there is no champion, or no former one, or MLflow has lost the versions.
     """
     from vitprune.orchestration.tracking.registry import RegistryError, registry
+    from vitprune.orchestration.tracking.registry_copy import keep_copy, refuse_lost
     from vitprune.orchestration.tracking.store import mlflow_session
 
+    project = checked_project(project)
     with mlflow_session(project):
-        models = registry(checked_project(project), model)
+        models = registry(project, model)
+        refuse_lost(project, models)
         try:
             old, new = models.roll_back()
         except RegistryError as error:
             raise BadInput(str(error)) from None
+        keep_copy(project, models)
     print(f"{models.name}: version {new} is champion again, in place of version {old}")
 
 
 def print_versions(project: Path, model: str | None) -> None:
-    """Print every version with its result and its MLflow run, and mark the champion."""
+    """Print every version with its result and its MLflow run, and mark the champion.
+
+    Raises:
+        BadInput: MLflow has lost the versions.
+    """
     from vitprune.orchestration.tracking.registry import PASSED, registry
+    from vitprune.orchestration.tracking.registry_copy import refuse_lost
     from vitprune.orchestration.tracking.store import mlflow_session
 
+    project = checked_project(project)
     with mlflow_session(project):
-        models = registry(checked_project(project), model)
+        models = registry(project, model)
+        refuse_lost(project, models)
         champion = models.champion()
         versions = models.versions()
         if not versions:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
@@ -22,6 +23,8 @@ from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclus
 from vitprune.orchestration.execution.worktrees import WorktreeError
 from vitprune.orchestration.tracking.kept_files import adopt, archived
 from vitprune.orchestration.tracking.registry import PASSED, VERSION_OF_DATA, Registry, registry
+from vitprune.orchestration.tracking.registry_copy import keep_copy, lost_versions, refuse_lost
+from vitprune.orchestration.tracking.replay import replay_all
 from vitprune.orchestration.tracking.store import mlflow_session, tracking_uri
 
 Compress = Callable[[Path], State[Any]]
@@ -111,6 +114,7 @@ class _Retraining:
     def _hold(self, challenger: "_Challenger") -> Retrained:
         tags = {**challenger.tags, "vitprune.kept_in": str(challenger.worktree)}
         version = self.models.add(challenger.run, challenger.flow_run_id, tags)
+        self._keep_copy()
         failed = [gate for gate in challenger.comparison["gates"] if not gate["holds"]]
         reasons = "; ".join(f"{gate['name']} is {gate['measured']}, required is {gate['asked']}" for gate in failed)
         message = f"version {version.version} is held back: {reasons}; the worktree {challenger.worktree} is kept"
@@ -126,6 +130,7 @@ class _Retraining:
             challenger.run, challenger.flow_run_id, {**challenger.tags, "vitprune.commit": commit}
         )
         self.models.promote(version)
+        self._keep_copy()
         adopt(worktree, self.project)
         worktrees.remove(self.project, worktree)
         where = "pushed to the DVC remote" if pushed else "not pushed, as the project has no DVC remote"
@@ -134,6 +139,12 @@ class _Retraining:
         )
         message += f"{challenger.against}), commit {commit[:12]} on {self.branch}, outputs {where}"
         return Retrained(message, str(version.version), challenger.run)
+
+    def _keep_copy(self) -> None:
+        with contextlib.suppress(
+            MlflowException
+        ):  # the version exists; `vitprune sync` and the next run write the copy
+            keep_copy(self.project, self.models)
 
     def _provenance(self, challenger: "_Challenger") -> dict[str, Any]:
         comparison, data = challenger.comparison, worktrees.tracked_data(challenger.worktree)
@@ -179,7 +190,12 @@ def execute_retraining(project: Path, model: str | None, branch: str, compress: 
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))  # the worktree's runs go to the project's store
     try:
         with exclusive(project, "retrain.lock", "retraining"), mlflow_session(project):
-            result = _Retraining(project, registry(project, model), branch, compress, str(flow_run.id)).run()
+            models = registry(project, model)
+            if lost := lost_versions(project, models):
+                get_run_logger().warning("MLflow has lost %d versions of %s: uploading again", len(lost), models.name)
+                replay_all(project)
+                refuse_lost(project, models)
+            result = _Retraining(project, models, branch, compress, str(flow_run.id)).run()
     except (WorktreeError, Busy, BadInput, RetrainingError) as error:
         result = Retrained(str(error), exit_code=1)
     get_run_logger().info(result.message)

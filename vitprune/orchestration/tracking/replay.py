@@ -12,6 +12,7 @@ from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclus
 from vitprune.orchestration.tracking.journal import RunLog, read_log
 from vitprune.orchestration.tracking.kept_files import archive, archived, restore
 from vitprune.orchestration.tracking.live_curves import delete_live_run
+from vitprune.runtime.commands import git
 from vitprune.runtime.files import read_json
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import without_credentials
@@ -30,6 +31,7 @@ class UploadResult:
         experiment_id: Its experiment.
         uri: Tracking URI.
         error: Reason of the first failure, or the files that are lost; empty if there is none.
+        versions: Number of model versions that were registered again.
     """
 
     done: int
@@ -38,6 +40,7 @@ class UploadResult:
     experiment_id: str = ""
     uri: str = ""
     error: str = ""
+    versions: int = 0
 
 
 def replay(project: Path, flow_run_id: str | None = None) -> UploadResult:
@@ -58,17 +61,37 @@ def replay(project: Path, flow_run_id: str | None = None) -> UploadResult:
         return _upload(project, pending, kept) if pending or kept else UploadResult(0, 0)
 
 
-def replay_with_sweeps(project: Path) -> UploadResult:
-    """Upload every run log of a project and of the runs of its sweeps, as `replay` does, to the project's store."""
-    from vitprune.orchestration.tracking.store import tracking_uri
+def replay_all(project: Path) -> UploadResult:
+    """Upload every run log of a project, of its sweeps and of its retrainings; register versions again that are lost.
+
+    All go to the project's store.
+
+    Raises:
+        BadInput: MLflow does not answer, or the project's copy of the registry is damaged.
+    """
+    from vitprune.orchestration.tracking.registry_copy import restore_versions
+    from vitprune.orchestration.tracking.store import mlflow_session, tracking_uri
 
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri(project))
-    sweeps = sorted(project.glob(f"{STATE}/sweeps/*/sweep.json"))
-    runs = [path.parent / run["directory"] for path in sweeps for run in read_json(path)["runs"]]
-    results = [replay(project), *(replay(run) for run in runs if (run / STATE / "journal").is_dir())]
+    results = [replay(project), *(replay(run) for run in _other_runs(project) if (run / STATE / "journal").is_dir())]
     newest = next((result for result in results if result.uri), results[0])
     done, missed = sum(result.done for result in results), sum(result.missed for result in results)
-    return replace(newest, done=done, missed=missed, error=next((r.error for r in results if r.error), ""))
+    errors, versions = [result.error for result in results if result.error], 0
+    if newest.uri and not missed:
+        with mlflow_session(project), upload_lock(project):
+            versions, lost = restore_versions(project)
+        errors += lost
+    error = errors[0] if errors else ""
+    return replace(newest, done=done, missed=missed, error=error, versions=versions)
+
+
+def _other_runs(project: Path) -> Iterator[Path]:
+    """Yield the directories of the sweeps' runs, and of the retrainings that are kept."""
+    for path in sorted(project.glob(f"{STATE}/sweeps/*/sweep.json")):
+        yield from (path.parent / run["directory"] for run in read_json(path)["runs"])
+    kept = sorted(project.glob(f"{STATE}/retrain/*"))
+    prefix = git(project, "rev-parse", "--show-prefix").stdout.strip() if kept else ""
+    yield from (worktree / prefix for worktree in kept)
 
 
 def replay_as_dict(project: str, flow_run_id: str | None) -> dict[str, Any]:

@@ -202,6 +202,30 @@ def test_a_full_disk_is_reported(project, refuse):
         subprocess.run(["umount", "-l", room], check=True)
 
 
+def test_a_read_only_file_system(project, refuse):
+    room = project / "room"
+    room.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", room], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        (room / "params.yaml").write_text((project / "params.yaml").read_text())
+        subprocess.run(["mount", "-o", "remount,ro", room], check=True)
+        message = refuse("dataset", "--project", str(room))
+        assert "data: cannot be made a directory (Read-only file system); give another path" in message
+        subprocess.run(["mount", "-o", "remount,rw", room], check=True)
+        (room / "data").mkdir()
+        (room / "data/manifest.parquet").mkdir()
+        message = refuse("dataset", "--project", str(room))
+        assert "data/manifest.parquet: cannot be written (Is a directory); give another path" in message
+        (room / "data/manifest.parquet").rmdir()
+        subprocess.run(["mount", "-o", "remount,ro", room], check=True)
+        message = refuse("dataset", "--project", str(room))
+        assert "data/manifest.parquet: cannot be written (Read-only file system); give another path" in message
+    finally:
+        os.chdir(project)
+        subprocess.run(["umount", "-l", room], check=True)
+
+
 def commands() -> list[str]:
     """Every subcommand of the command line."""
     return [command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]

@@ -4,7 +4,6 @@ Every command imports what it needs in its function, so help, --version and shel
 Prefect.
 """
 
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -16,8 +15,8 @@ import typer
 
 from vitprune.errors import BadInput, Interrupted
 from vitprune.pipeline.stages import STAGES
+from vitprune.runtime.files import DISK_FULL
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BEFORE_TRAINING = ("dataset", "dense")  # stages that check all settings first
 STAGE_PANEL, PIPELINE, PROJECTS, MODELS = "Stages, in order", "Pipeline runs", "Projects", "Models and methods"
 
@@ -42,10 +41,12 @@ def main() -> None:
     except Interrupted as error:
         _exit(str(error), error.code)
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
         path = f"{error.filename}: " if error.filename else ""
-        _exit(f"{path}{error.strerror}; no partial files were left; free some space and run again")
+        if error.errno in DISK_FULL:
+            _exit(f"{path}{error.strerror}; no partial files were left; free some space and run again")
+        if not path:
+            raise
+        _exit(f"{path}{error.strerror}; check the path and its permissions")
 
 
 def _exit(line: str, code: int = 2) -> None:

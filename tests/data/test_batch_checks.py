@@ -24,12 +24,18 @@ WRONG = {
     "infinite": ([(X / 0, Y)], r"^calibration\[0\]: has pixels that are not finite"),
     "fewer labels": ([(X, Y[:1])], r"^calibration\[0\]: 2 images and 1 labels; give one label per image"),
     "names": ([(X, ("cat", "dog"))], r"^calibration\[0\]: labels must be a tensor of class indices"),
+    "sparse": ([(X.to_sparse(), Y)], r"^calibration\[0\]: is a tensor torch.sparse_coo; give a dense tensor with"),
+    "without values": ([(X.to("meta"), Y)], r"^calibration\[0\]: is a tensor on the meta device; give a dense"),
+    "no probabilities": ([(X, torch.ones(2, 7))], r"^calibration\[0\]: labels are no probabilities; give class"),
+    "negative": ([(X, torch.tensor([[2.0, -1], [0, 1]]))], r"^calibration\[0\]: labels are no probabilities"),
+    "not a number": ([(X, torch.full((2, 7), torch.nan))], r"^calibration\[0\]: labels are no probabilities"),
+    "arrays": ([(X, Y.numpy())], r"^calibration\[0\]: labels must be a tensor of class indices \(B,\), not ndarray"),
     "one label": ([(X, 3)], r"^calibration\[0\]: labels must be a tensor of class indices \(B,\), not int"),
 }
 LABELS = {
     "unlabelled": (torch.tensor([-100, -100]), r"^labels: -100 is not a class; the model has the classes 0 to 6"),
     "one too large": (torch.tensor([0, 7]), r"^labels: 7 is not a class"),
-    "of another shape": (torch.zeros(2, 3), r"^labels: have shape \(2, 3\); \(2, 7\) is needed"),
+    "of another shape": (torch.full((2, 3), 1 / 3), r"^labels: have shape \(2, 3\); \(2, 7\) is needed"),
 }
 
 

@@ -269,21 +269,25 @@ def name_dependency(path: str) -> Edit:
     return in_mlflow("dvc.lock", edit)
 
 
-def list_outside(project: Path) -> None:
-    """Add a path outside of the directory to a directory listing in DVC's cache, with correct digests."""
-    cache, content = project / ".dvc/cache/files/md5", (project / "data/manifest.parquet").read_bytes()
-    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    listed = json.dumps([{"md5": digest, "relpath": "../../../victim.txt"}]).encode()
-    name = hashlib.md5(listed, usedforsecurity=False).hexdigest()
-    (cache / name[:2]).mkdir(exist_ok=True)
-    (cache / name[:2] / f"{name[2:]}.dir").write_bytes(listed)
+def listing(*rows: object) -> Edit:
+    """Replace DVC's list of a folder by other content with a correct digest; {} in a row is a digest in the cache."""
 
-    def edit(lock: Path) -> None:
-        stages = yaml.safe_load(lock.read_text())
-        stages["stages"]["dense"]["outs"][0]["md5"] = f"{name}.dir"
-        lock.write_text(yaml.safe_dump(stages, sort_keys=False))
+    def carry_out(project: Path) -> None:
+        cache, content = project / ".dvc/cache/files/md5", (project / "data/manifest.parquet").read_bytes()
+        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        listed = json.dumps(rows).replace("{}", digest).encode()
+        name = hashlib.md5(listed, usedforsecurity=False).hexdigest()
+        (cache / name[:2]).mkdir(exist_ok=True)
+        (cache / name[:2] / f"{name[2:]}.dir").write_bytes(listed)
 
-    in_mlflow("dvc.lock", edit)(project)
+        def edit(lock: Path) -> None:
+            stages = yaml.safe_load(lock.read_text())
+            stages["stages"]["dense"]["outs"][0]["md5"] = f"{name}.dir"
+            lock.write_text(yaml.safe_dump(stages, sort_keys=False))
+
+        in_mlflow("dvc.lock", edit)(project)
+
+    return carry_out
 
 
 def in_tag(key: str, value: str, child: bool = False) -> Edit:
@@ -306,7 +310,9 @@ ATTACKS: dict[str, Edit] = {
     "dvc.lock names a digest that is a path": in_mlflow("dvc.lock", edit_text("md5: ", "md5: ../../../../")),
     "dvc.lock names a dependency above the project": name_dependency("../victim.txt"),
     "dvc.lock is a list": in_mlflow("dvc.lock", lambda path: path.write_text("[1, 2]")),
-    "a list of DVC names a file above its folder": list_outside,
+    "a list of DVC names a file above its folder": listing({"md5": "{}", "relpath": "../../../victim.txt"}),
+    "a list of DVC has a number for a file": listing(7),
+    "a list of DVC has a file without a name": listing({"md5": "{}"}),
     "the tag of the prefix is another folder": in_tag("vitprune.git_prefix", "/tmp"),
     "the tag of the commit is an option of git": in_tag("mlflow.source.git.commit", "--output=victim.txt"),
     "the tag of a cycle is a path": in_tag("vitprune.cycle", "../../x", child=True),

@@ -3,7 +3,7 @@
 The only package that depends on architectures by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from timm.models.convnext import ConvNeXt
@@ -79,6 +79,8 @@ def find_groups(model: nn.Module, kinds: Sequence[str], example_input: Tensor | 
     """
     if isinstance(kinds, str):
         raise BadInput(f"kinds: {kinds!r} is a string; give a list, as in [{kinds!r}]")
+    if not isinstance(kinds, Iterable):
+        raise BadInput(f"kinds: is a {type(kinds).__name__}; give a list, as in ['ffn']")
     model = plain_model(model)
     set_input_size(model, example_input)
     unknown = [kind for kind in kinds if kind not in KINDS]

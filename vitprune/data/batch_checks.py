@@ -13,6 +13,7 @@ from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import main_tensor
 from vitprune.runtime.wrappers import plain_model
 
+SUM_TOLERANCE = 0.01  # of probabilities in half precision
 IGNORED = -100  # label of torch for no label
 NORMALIZE = "convert them to floating point and normalize them as timm.data.create_transform does"
 
@@ -88,6 +89,9 @@ def checked_input(
     """
     if not isinstance(images, Tensor):
         raise BadInput(f"{where}: is a {type(images).__name__}; give a tensor of images (B, C, H, W)")
+    if images.is_meta or images.layout is not torch.strided:
+        kind = "on the meta device" if images.is_meta else str(images.layout)
+        raise BadInput(f"{where}: is a tensor {kind}; give a dense tensor with values")
     config = getattr(plain_model(model), "pretrained_cfg", {})  # a model without one may take any shape
     tokens = "context_length" in config
     if (config and images.dim() != (2 if tokens else 4)) or not images.numel():
@@ -110,8 +114,14 @@ def checked_input(
 
 
 def _check_classes(where: str, labels: Tensor, classes: int | None) -> None:
+    if labels.is_floating_point() and labels.dim() > 1:
+        rows = labels.double().flatten(0, -2)
+        if not bool((rows >= 0).all()) or not bool(((rows.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()):
+            raise BadInput(f"{where}: labels are no probabilities; give class indices (B,), or rows with the sum 1")
     if classes is None or labels.is_floating_point():
         return
+    if bool((labels == IGNORED).all()):
+        raise BadInput(f"{where}: no image has a label (all are {IGNORED}); give class indices")
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
     if len(wrong):
         raise BadInput(f"{where}: label {int(wrong[0])} is not a class; the model has the classes 0 to {classes - 1}")

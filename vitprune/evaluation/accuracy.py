@@ -34,6 +34,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     with torch.no_grad(), eval_mode(model):
         for images, labels in checked_stream(track(batches, "evaluating"), model, "batches"):
             logits = main_tensor(model(images.to(device))).float().cpu()  # (B, classes)
+            if labels.is_floating_point():
+                raise BadInput("labels: are probabilities; give class indices (B,), as torch.int64")
             check_labels(labels.cpu(), logits)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = best == labels.cpu().unsqueeze(1)

@@ -90,6 +90,7 @@ def constraints_of(
                 f"prune.rules.{number}: {expression.pattern!r} matches the full name of no group of kind {kinds}, "
                 f"such as {groups[0].name}; vitprune inspect lists them"
             )
+    _check_multiples(groups, round_to)
     result = {}
     for group in groups:
         matching = [number for number, expression in enumerate(expressions) if expression.fullmatch(group.name)]
@@ -102,6 +103,14 @@ def constraints_of(
         if now != UNCONSTRAINED:
             result[group.name] = now
     return result
+
+
+def _check_multiples(groups: Sequence[Group], round_to: Mapping[str, int]) -> None:
+    """Refuse a multiple that is larger than every group of its kind, of which no unit could be removed."""
+    for kind, multiple in round_to.items():
+        widths = [group.shape[-1] if kind == "attention" else group.units for group in groups if group.kind == kind]
+        if widths and max(widths) < multiple:
+            raise BadInput(f"prune.round_to {multiple}: the largest group of kind {kind} has {max(widths)} units")
 
 
 def _constraint(rule: Rule) -> Constraint:

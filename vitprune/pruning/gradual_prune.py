@@ -54,6 +54,8 @@ def gradual_prune(
         config = PruneConfig(method="lamp", sparsity=0.9, cycles=5, finetune=TrainConfig(epochs=2, lr=1e-4))
         result = vitprune.gradual_prune(model, config, loader)
     """
+    if not isinstance(config, PruneConfig):
+        raise BadInput(f"config: is a {type(config).__name__}; give a PruneConfig")
     recipe = config.finetune
     if recipe is None:
         raise BadInput("prune.finetune: gradual_prune trains after every cycle; give a TrainConfig, or use prune")

@@ -236,6 +236,8 @@ def method_named(name: str) -> Method:
     Raises:
         BadInput: there is no such method.
     """
+    if not isinstance(name, str):
+        raise BadInput(f"method: is a {type(name).__name__}; give one of {', '.join(METHODS)}")
     if name not in METHODS:
         raise BadInput(f"method {name!r}: unknown{similar(name, list(METHODS))}; use one of {', '.join(METHODS)}")
     return METHODS[name]

@@ -21,7 +21,7 @@ from vitprune.config.quantity import Quantity, format_cost, seconds_of
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.config.score_config import ScoreConfig
 from vitprune.config.targets import Rule, Target
-from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Criterion, ScoringContext
+from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Criterion, Importance, ScoringContext
 from vitprune.data import example_input as example_of
 from vitprune.data.batch_checks import checked_batches, checked_input
 from vitprune.data.class_subset import images_of_classes
@@ -128,11 +128,16 @@ def score(
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    if not callable(function):
+        raise BadInput(f"criterion: is a {type(criterion).__name__}; give a name or a function")
     work = working_copy(model)
     check_groups(work, groups)
     with scoring_mode(work):
         given = checked_batches(batches, work)
-        scores = function(work, groups, given, ScoringContext(config, seed)).scores
+        importance = function(work, groups, given, ScoringContext(config, seed))
+        if not isinstance(importance, Importance):
+            raise BadInput(f"criterion: returned a {type(importance).__name__}; it must return an Importance")
+        scores = importance.scores
     if given:  # without images, weights that are zero are all alike
         refuse_equal_scores(scores, groups)
     return scores

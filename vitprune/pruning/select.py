@@ -2,8 +2,9 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import SupportsFloat
 
 import numpy as np
 import torch
@@ -73,6 +74,8 @@ def select(
     Source: UP-ViTs (the same sparsity in each group, stable order), DIMAP (one threshold per module).
     """
     _refuse_outside(sparsity)
+    if not isinstance(scores, Mapping):
+        raise BadInput(f"scores: is a {type(scores).__name__}; give those of vitprune.score")
     ranked = {name: _ranked(name, score, previous, keep_at_least) for name, score in scores.items()}
     pattern = pattern_of(scope)
     if pattern:
@@ -228,7 +231,7 @@ def _kept_fraction(n: int, m: int) -> float:
 
 
 def _refuse_outside(sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
+    if not isinstance(sparsity, SupportsFloat) or not 0 <= float(sparsity) < 1:
         raise BadInput(f"sparsity {sparsity}: must be at least 0 and below 1 (the fraction to remove)")
 
 

@@ -50,7 +50,14 @@ def error_line(completed: Completed) -> str:
 def _run(command: list[str], directory: Path, env: Mapping[str, str]) -> Completed:
     try:
         return subprocess.run(
-            command, cwd=directory, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+            command,
+            cwd=directory,
+            env=env,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",  # file names of any encoding, as Python itself has them
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError as error:
         return subprocess.CompletedProcess(command, 127, "", f"{error.filename}: not found")

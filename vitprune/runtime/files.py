@@ -1,5 +1,6 @@
 """Atomic file writes, JSON and CSV files, and checksums."""
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -13,15 +14,20 @@ from typing import Any
 
 from vitprune.errors import BadInput
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+
 
 def path_of_user(path: object, name: str) -> Path:
     """Return an argument of the Python API as a path.
 
     Raises:
-        BadInput: it is neither text nor a path.
+        BadInput: it is neither text nor a path, is empty, or has a NUL.
     """
     if not isinstance(path, str | Path):
         raise BadInput(f"{name}: is a {type(path).__name__}; give a path")
+    if path == "" or "\0" in str(path):
+        raise BadInput(f"{name}: {str(path)!r} is not a path")
     return Path(path)
 
 
@@ -29,11 +35,13 @@ def make_directory(directory: Path) -> None:
     """Create a directory and its parents, if they are missing.
 
     Raises:
-        BadInput: a file is in its place, or there is no permission.
+        BadInput: a file is in its place, the name is too long, or there is no permission.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
         raise BadInput(f"{directory}: cannot be made a directory ({error.strerror}); give another path") from None
 
 
@@ -46,15 +54,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Yields:
         The path to write to.
+
+    Raises:
+        BadInput: a directory is in the file's place, or the file system is read-only.
+        OSError: the disk is full.
     """
     make_directory(path.parent)
     partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # do not write through an existing link
     try:
+        partial.unlink(missing_ok=True)  # do not write through an existing link
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE or str(error.filename) not in (str(partial), str(path)):
+            raise
+        raise BadInput(f"{path}: cannot be written ({os.strerror(error.errno)}); give another path") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a file system that is read-only
+            partial.unlink(missing_ok=True)
 
 
 def read_regular_file(path: Path, limit: int) -> bytes:

@@ -81,9 +81,9 @@ def pointers(directory: Path) -> dict[str, Any]:
     Returns:
         {"images.dvc": {"outs": [{"path": "images", "md5": ...}]}}, with paths relative to `directory`.
     """
-    listed = git(directory, "ls-files", "--cached", "--others", "--exclude-standard", "--", "*.dvc").stdout
+    listed = git(directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "*.dvc").stdout
     entries = {}
-    for name in sorted(listed.splitlines()):
+    for name in sorted(filter(None, listed.split("\0"))):
         if (directory / name).is_file() and name != ATTESTATION:
             entry = load_yaml(directory / name)
             outs = _checked(entry, (directory / name).parent, name).get("outs", ())
@@ -109,6 +109,7 @@ class Store:
 
         Raises:
             MissingFile: the list of a folder's files is missing or has another checksum.
+            BadInput: the list has other content, or a path outside of its folder.
         """
         for stage, entry in lock.items():
             for out in entry.get("outs", ()):
@@ -120,10 +121,9 @@ class Store:
                 if not listed.is_file() or md5(listed) + ".dir" != checksum:
                     raise MissingFile(f"{path}: DVC's list of its files, {checksum}, is missing or has another MD5")
                 source = f"{stage}: DVC's list {checksum}"
-                for row in json.loads(listed.read_text(encoding="utf-8")):
-                    path_inside(Path(path), row["relpath"], source)
-                    name = f"{path.rstrip('/')}/{row['relpath']}"
-                    yield LockedFile(stage, name, md5_digest(row["md5"], source))
+                for relative, digest in _listed_files(listed, source):
+                    path_inside(Path(path), relative, source)
+                    yield LockedFile(stage, f"{path.rstrip('/')}/{relative}", md5_digest(digest, source))
 
     def missing(self, lock: Mapping[str, Any]) -> list[str]:
         """Return the paths of cached outputs that are neither in the cache nor among the fetched files."""
@@ -138,6 +138,18 @@ class Store:
         use_cache(tree, self.fetched)
         completed = dvc_in_project(tree, "fetch", *targets)
         return error_line(completed) if completed.returncode else ""
+
+
+def _listed_files(path: Path, source: str) -> list[tuple[str, str]]:
+    """Return the relative paths and the MD5s in DVC's list of a folder.
+
+    Raises:
+        BadInput: it is not such a list.
+    """
+    try:
+        return [(row["relpath"], row["md5"]) for row in json.loads(path.read_bytes())]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise BadInput(f"{source}: is not a list of files; restore it from the DVC remote") from None
 
 
 def damaged_output(project: Path, stage: str) -> str:

@@ -250,7 +250,8 @@ def _git_state(project: Path) -> dict[str, Any]:
     head = git(project, "rev-parse", "--verify", "HEAD")
     if head.returncode:
         return {}
-    changed = git(project, "diff", "--name-only", "--relative", "HEAD").stdout.splitlines()
+    listed = git(project, "diff", "-z", "--name-only", "--relative", "HEAD").stdout
+    changed = [name.encode("utf-8", "backslashreplace").decode() for name in listed.split("\0") if name]
     return {
         "commit": head.stdout.strip(),
         "branch": git(project, "rev-parse", "--abbrev-ref", "HEAD").stdout.strip(),

@@ -10,9 +10,9 @@ from mlflow.exceptions import MlflowException
 
 from vitprune.errors import BadInput
 from vitprune.orchestration.execution.lock_and_repair import STATE
-from vitprune.orchestration.tracking.logged_model import find_model
+from vitprune.orchestration.tracking.logged_model import KEY, find_model
 from vitprune.orchestration.tracking.registry import CHAMPION, Registry, registry
-from vitprune.orchestration.tracking.upload import KEY
+from vitprune.orchestration.tracking.store import find_run
 from vitprune.runtime.files import read_json, write_json
 
 COPY, MODELS = STATE / "registry.json", "models:/"
@@ -108,9 +108,9 @@ def _register(models: Registry, entries: list[Entry], champion: str | None) -> l
 
 def _source(models: Registry, entry: Entry) -> tuple[str, str] | None:
     """Return the ids of the run and of the logged model of a version, or None."""
-    runs = models.client.search_runs([models.experiment], f"tags.`{KEY}` = '{entry['run']}'", max_results=1)
+    run = find_run(models.client, models.experiment, KEY, entry["run"])
     model = find_model(models.client, models.experiment, KEY, entry["model"])
-    return (str(runs[0].info.run_id), str(model.model_id)) if runs and model else None
+    return (str(run.info.run_id), str(model.model_id)) if run and model else None
 
 
 def _keys(client: MlflowClient, version: ModelVersion) -> dict[str, str]:

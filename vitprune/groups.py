@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from vitprune.runtime.wrappers import plain_model
 CHANNEL_NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)  # with a normalized_shape
 REMOVED = ("branch", "block")  # kinds whose units are modules; blocks are removed last, since they are renumbered
 RECORDED_SHAPES = "vitprune_shapes"  # attribute of a model
+EMPTY = (dict, OrderedDict, set, list)  # types of attributes that `meta_copy` copies itself if they are empty
 Scores = dict[str, Tensor]
 Masks = dict[str, Tensor]
 Resize = Callable[[nn.Module, tuple[int, ...]], None]
@@ -237,6 +239,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
         for parameter in model.parameters()
     }
     memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for module in model.modules():  # most of its dictionaries are empty, those of hooks; deepcopy is slow with them
+        memo |= {id(value): type(value)() for value in vars(module).values() if type(value) in EMPTY and not value}
     return copy.deepcopy(model, memo)
 
 

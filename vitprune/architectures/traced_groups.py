@@ -14,12 +14,14 @@ from vitprune.architectures.tracing.cache import traced_attention, traced_channe
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
+from vitprune.architectures.tracing.meta_operations import RememberedShapes
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Projections, Resize, is_within
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.outputs import tensors_of
 
 KINDS = ("ffn", "head", "attention")
+MAX_PROOFS = 1024  # that are kept
 NOTHING = {"ffn": "no MLP or bottleneck", "head": "no attention with heads", "attention": "no attention with heads"}
 
 
@@ -255,10 +257,12 @@ def _owner(channels: ChannelGroup, modules: Iterable[str]) -> str:
     return ".".join(common)
 
 
+_PROOFS: "dict[Hashable, _Proof | BadInput]" = {}
+
+
 def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
     """Give every group sizes that are proven on its owner; equal modules are proven once."""
     owners, result = [owner for _, owner in units.traced[kind]], _Proven()
-    known: dict[Hashable, _Proof | BadInput] = {}
     for group, owner in units.traced[kind]:
         given = kind == "ffn" and any(owner == other for _, other in units.traced["attention"] + units.traced["head"])
         name = _name(kind, owner, group, owners.count(owner) + given)
@@ -268,11 +272,7 @@ def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
             result.refused[name] = _refusal(owner, module, why or "it does not run as a module of its own")
             continue
         relative, sizes = _below(owner, kind, name, group)
-        structure = fingerprint(module)
-        key = (structure or owner, relative.slices, relative.shape, repr(call))
-        if key not in known:
-            known[key] = _prove(relative, module, call, sizes)
-        proof = known[key]
+        proof = _proof_of(relative, module, call, sizes)
         if isinstance(proof, BadInput):
             result.refused[name] = _refusal(owner, module, str(proof))
         else:
@@ -294,6 +294,19 @@ class _Proof:
 
     resize: Resize | None
     any_basis: bool
+
+
+def _proof_of(group: Group, module: nn.Module, call: Call, sizes: Sizes) -> _Proof | BadInput:
+    """Return the proof of a group on its owner, the one of an equal module if there is one."""
+    structure = fingerprint(module)
+    if structure is None:
+        return _prove(group, module, call, sizes)
+    key = (structure, group.kind, group.slices, group.buffers, group.shape, group.projections, sizes, repr(call))
+    if key not in _PROOFS:
+        if len(_PROOFS) >= MAX_PROOFS:
+            _PROOFS.clear()
+        _PROOFS[key] = _prove(group, module, call, sizes)
+    return _PROOFS[key]
 
 
 def _prove(group: Group, module: nn.Module, call: Call, sizes: Sizes) -> _Proof | BadInput:
@@ -350,7 +363,7 @@ def _calls(model: nn.Module, paths: set[str]) -> tuple[dict[str, Call], set[str]
         with_grad = inputs.is_floating_point()
         for parameter in copy.parameters():
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.set_grad_enabled(with_grad), eval_mode(copy):
+        with torch.inference_mode(False), torch.set_grad_enabled(with_grad), eval_mode(copy), RememberedShapes():
             copy(inputs.requires_grad_(with_grad).clone())
         return calls, apart if with_grad and apart != set(calls) else set()
 

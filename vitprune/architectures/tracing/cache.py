@@ -13,6 +13,7 @@ from vitprune.architectures.tracing.attention_heads import AttentionTrace, trace
 from vitprune.architectures.tracing.dependency_graph import ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.example_run import NotRunningError, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
+from vitprune.architectures.tracing.meta_operations import RememberedShapes
 from vitprune.architectures.tracing.trace import Trace
 from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
@@ -121,7 +122,7 @@ def run_once(model: nn.Module, inputs: Tensor) -> Any:
         model: The model.
         inputs: Its input.
     """
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), RememberedShapes():
         return model(inputs)
 
 

@@ -72,16 +72,17 @@ def _freeze(value: Any, numbers: dict[int, int]) -> Hashable:
     if isinstance(value, nn.Parameter):
         return ("parameter", value.shape, numbers.setdefault(id(value), len(numbers)))
     if isinstance(value, dict):
-        hooks = [hook for key, hooks in value.items() if str(key).endswith("_hooks") for hook in hooks.values()]
-        if not set(hooks) <= KNOWN_HOOKS:
-            raise _UnknownStateError
-        return tuple(
-            (key, tuple((name, None if buffer is None else buffer.shape) for name, buffer in item.items()))
-            if key == "_buffers"
-            else (key, _freeze(item, numbers))
-            for key, item in value.items()
-            if key not in IGNORED and not str(key).endswith("_hooks")
-        )
+        items: list[Hashable] = []
+        for key, item in value.items():
+            if str(key).endswith("_hooks"):
+                if not KNOWN_HOOKS.issuperset(item.values()):
+                    raise _UnknownStateError
+            elif key == "_buffers":
+                shapes = tuple((name, None if buffer is None else buffer.shape) for name, buffer in item.items())
+                items.append((key, shapes))
+            elif key not in IGNORED:
+                items.append((key, _freeze(item, numbers)))
+        return tuple(items)
     if isinstance(value, list | tuple):
         return (type(value), *(_freeze(item, numbers) for item in value))
     if isinstance(value, set | frozenset):

@@ -31,7 +31,7 @@ class ParamSlice:
     The axis is read as (outer, units, inner): all units are repeated `outer` times, and every unit has `inner`
     consecutive positions. With `heads`, it is read as (outer, heads, runs, units / heads, inner): the units of one head
     are repeated `runs` times before those of the next head. With `segments`, the repetitions differ in width, as those
-    of queries, keys and values of one layer may.
+    of queries, keys and values of one layer may. With `start`, the axis has other positions before and after these.
 
     Attributes:
         param: Name of the parameter or buffer.
@@ -41,6 +41,8 @@ class ParamSlice:
         heads: Number of heads that the units are divided into.
         runs: Number of repetitions of the units of one head.
         segments: Numbers of consecutive positions of one unit in each repetition, if they differ; empty otherwise.
+        start: First position of the units, if the axis has other positions too, as that of a layer which writes hidden
+            units and queries; None if all positions of the axis are those of units.
     """
 
     param: str
@@ -50,15 +52,20 @@ class ParamSlice:
     heads: int = 1
     runs: int = 1
     segments: tuple[int, ...] = ()
+    start: int | None = None
 
     @property
     def length(self) -> int:
         """Number of positions of one unit along the axis."""
         return sum(self.segments) or self.outer * self.runs * self.inner
 
+    def end(self, units: int) -> int:
+        """Return the position after the last one of all units, for a number of units."""
+        return (self.start or 0) + units * self.length
+
     def with_equal_repetitions(self, units: int) -> "list[tuple[int, ParamSlice]]":
         """Return the slice in parts of equal repetitions, each with its first position, for a number of units."""
-        starts = itertools.accumulate((units * width for width in self.segments), initial=0)
+        starts = itertools.accumulate((units * width for width in self.segments), initial=self.start or 0)
         parts = [replace(self, segments=(), inner=width) for width in self.segments] or [self]
         return list(zip(starts, parts, strict=False))
 
@@ -194,10 +201,13 @@ def positions(part: ParamSlice, chosen: Tensor) -> Tensor:
     return torch.cat(indices)
 
 
-def reordered_positions(part: ParamSlice, order: Tensor) -> Tensor:
-    """Return the old index of every position along the slice's axis; `order` (units,) is the old index of every unit.
+def reordered_positions(part: ParamSlice, order: Tensor, length: int) -> Tensor:
+    """Return the old index of every position along the slice's axis.
 
-    With `heads`, units may only change their position within their head.
+    Args:
+        part: The slice. With `heads`, units may only change their position within their head.
+        order: Old index of every unit, (units,).
+        length: Length of the axis.
     """
     reordered = []
     for start, equal in part.with_equal_repetitions(order.numel()):
@@ -205,7 +215,9 @@ def reordered_positions(part: ParamSlice, order: Tensor) -> Tensor:
         grid = start + index_grid(equal, order.numel())
         within = order.view(equal.heads, units) - units * torch.arange(equal.heads)[:, None]
         reordered.append(grid.gather(3, within.view(1, equal.heads, 1, units, 1).expand_as(grid)).flatten())
-    return torch.cat(reordered)
+    result, of_units, first = torch.arange(length), torch.cat(reordered), part.start or 0
+    result[first : first + len(of_units)] = of_units
+    return result
 
 
 def unit_sums(group: Group, values: Mapping[str, Tensor]) -> Tensor:
@@ -306,8 +318,7 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
     blocks.sort(key=lambda pair: REMOVED.index(pair[0].kind))
     removed = removed_modules([group for group, _ in blocks], masks)
     others = [(g, _fitting(g, masks)) for g in groups if g.kind not in REMOVED and not is_within(g.name, removed)]
-    for group, keep, shape in [(group, keep, _kept_shape(group, keep)) for group, keep in others + blocks]:
-        _cut(model, group, keep, shape)
+    _cut(model, [(group, keep, _kept_shape(group, keep)) for group, keep in others + blocks])
     return result
 
 
@@ -339,7 +350,8 @@ def permute(model: nn.Module, groups: Sequence[Group], orders: Mapping[str, Tens
         for part in group.slices + group.buffers:
             assert part.axis is not None
             tensor = _tensor(model, part.param)
-            tensor.copy_(tensor.index_select(part.axis, reordered_positions(part, order).to(tensor.device)))
+            index = reordered_positions(part, order, tensor.shape[part.axis]).to(tensor.device)
+            tensor.copy_(tensor.index_select(part.axis, index))
     drop_cached(model)
     return result
 
@@ -362,7 +374,7 @@ def resize_group(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None
             f"{group.name}: shape {list(shape)} does not fit into {list(group.shape)}; is this the right model?"
         )
     keep = torch.arange(group.units) < size
-    _cut(model, group, keep, _kept_shape(group, keep) if group.kind == "block" else shape)
+    _cut(model, [(group, keep, _kept_shape(group, keep) if group.kind == "block" else shape)])
 
 
 def _fitting(group: Group, masks: Masks) -> Tensor:
@@ -396,15 +408,24 @@ def _kept_shape(group: Group, mask: Tensor) -> tuple[int, ...]:
 
 
 def _refuse_shared_axes(groups: Sequence[Group]) -> None:
-    cut_by: dict[tuple[str, int | None], str] = {}
+    cut_by: dict[tuple[str, int | None], list[tuple[Group, ParamSlice]]] = {}
     for group in groups:
         for part in group.slices:
-            other = cut_by.setdefault((part.param, part.axis), group.name)
-            if other != group.name:
-                raise BadInput(
-                    f"{part.param}: groups {other} and {group.name} cut the same axis; "
-                    "shrink one, find the groups again, then shrink the other"
-                )
+            others = cut_by.setdefault((part.param, part.axis), [])
+            for other, its in others:
+                if other.name != group.name and share_positions((part, group.units), (its, other.units)):
+                    raise BadInput(
+                        f"{part.param}: groups {other.name} and {group.name} cut the same axis; "
+                        "shrink one, find the groups again, then shrink the other"
+                    )
+            others.append((group, part))
+
+
+def share_positions(first: tuple[ParamSlice, int], second: tuple[ParamSlice, int]) -> bool:
+    """Return whether two slices, each with its number of units, have positions in common."""
+    (part, units), (other, number) = first, second
+    starts, ends = (part.start or 0, other.start or 0), (part.end(units), other.end(number))
+    return (part.param, part.axis) == (other.param, other.axis) and starts[0] < ends[1] and starts[1] < ends[0]
 
 
 def check_groups(model: nn.Module, groups: Sequence[Group]) -> None:
@@ -431,27 +452,35 @@ def _refuse_stale(model: nn.Module, group: Group) -> None:
     for part in group.slices + group.buffers:
         tensor = _tensor(model, part.param)
         length = tensor.numel() if part.axis is None else tensor.shape[part.axis]
-        if group.units * part.length != length:
+        end = part.end(group.units)
+        if end > length or (part.start is None and end != length):
             axis = "it" if part.axis is None else f"axis {part.axis}"
             raise BadInput(f"{part.param}: {axis} is {length} long, the group is out of date; call find_groups again")
 
 
-def _cut(model: nn.Module, group: Group, keep: Tensor, shape: tuple[int, ...]) -> None:
-    for part in () if shape == group.shape else group.slices + group.buffers:
-        assert part.axis is not None
-        path, _, leaf = part.param.rpartition(".")
-        owner = model.get_submodule(path)
-        old = _tensor(model, part.param)
-        new = old.index_select(part.axis, positions(part, keep).to(old.device)).contiguous()
+def _cut(model: nn.Module, cuts: Sequence[tuple[Group, Tensor, tuple[int, ...]]]) -> None:
+    """Cut groups to the units that are kept, each given with its new shape; every axis of a tensor is cut once."""
+    removed: dict[tuple[str, int], list[Tensor]] = {}
+    for group, keep, shape in cuts:
+        for part in () if shape == group.shape else group.slices + group.buffers:
+            assert part.axis is not None
+            removed.setdefault((part.param, part.axis), []).append(positions(part, ~keep))
+    for (name, axis), indices in removed.items():
+        path, _, leaf = name.rpartition(".")
+        owner, old = model.get_submodule(path), _tensor(model, name)
+        kept = torch.ones(old.shape[axis], dtype=torch.bool)
+        kept[torch.cat(indices)] = False
+        new = old.index_select(axis, kept.nonzero().flatten().to(old.device)).contiguous()
         learned = isinstance(old, nn.Parameter)
         setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if learned else new)
         _match_weight(owner)
-    if group.is_traced:
-        _record_shape(model, group, shape)
-    if group.resize is not None:  # also if nothing is cut: heads may be merged without losing a channel
-        group.resize(model.get_submodule(group.owner), shape)
-    if group.drop is not None:
-        group.drop(model.get_submodule(group.owner), keep)
+    for group, keep, shape in cuts:
+        if group.is_traced:
+            _record_shape(model, group, shape)
+        if group.resize is not None:  # also if nothing is cut: heads may be merged without losing a channel
+            group.resize(model.get_submodule(group.owner), shape)
+        if group.drop is not None:
+            group.drop(model.get_submodule(group.owner), keep)
 
 
 def recorded_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -483,6 +512,9 @@ def _match_weight(module: nn.Module) -> None:
         per_group, module.out_channels = module.out_channels // module.groups, module.weight.shape[0]
         module.groups = module.out_channels // per_group
         module.in_channels = module.groups * module.weight.shape[1]
+    elif isinstance(module, nn.ConvTranspose2d):  # depth-wise, or of one group
+        module.in_channels, module.groups = len(module.weight), len(module.weight) if module.groups > 1 else 1
+        module.out_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.Conv2d):

@@ -6,13 +6,14 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from timm.layers.lambda_layer import LambdaLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.support.model_zoo import SMALL
 from tests.support.other_models import MODELS, make_model
 from vitprune import BadInput, find_groups, permute, shrink, zero
-from vitprune.architectures import traced_groups
+from vitprune.architectures import rebuild, structure, traced_groups
 from vitprune.evaluation.check_model import random_odd_masks
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.outputs import main_tensor
@@ -31,9 +32,9 @@ def images_for(name: str, model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def assert_zero_equals_shrink(dense: nn.Module, kind: str, images: Tensor) -> None:
+def assert_zero_equals_shrink(dense: nn.Module, kind: str, images: Tensor, ratio: float = 0.5) -> None:
     groups = find_groups(dense, [kind], images)
-    masks = random_odd_masks(groups, 0.5)
+    masks = random_odd_masks(groups, ratio)
     zeroed, cut = zero(copy.deepcopy(dense), groups, masks), shrink(copy.deepcopy(dense), groups, masks)
     expected, output = (main_tensor(model(images)) for model in (zeroed, cut))
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
@@ -125,13 +126,72 @@ class Encoder(nn.Module):
         return self.head((x + self.down(a * b.sigmoid())).mean(1))
 
 
+class OnMap(nn.Module):
+    """A module on maps (B, C, H, W) that takes tokens (B, H * W, C), and a projection."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.out = inner, nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = int(x.shape[1] ** 0.5)
+        pixels = x.transpose(1, 2).unflatten(2, (side, side))
+        return self.out(self.inner(pixels)[..., :side, :side]).flatten(2).transpose(1, 2)
+
+
+class Enlarged(nn.Module):
+    """Attention on a smaller map, and a transposed convolution, depth-wise or of the heads' channels."""
+
+    def __init__(self, depthwise: bool):
+        super().__init__()
+        self.width, self.heads, self.qkv = 32, 4, nn.Conv2d(32, 96, 2, 2)
+        self.larger = nn.ConvTranspose2d(32, 32, 4, 2, 1, groups=32 if depthwise else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1)).mT.unbind(1)
+        mixed = F.scaled_dot_product_attention(q, k, v).mT.reshape(len(x), self.width, *(n // 2 for n in x.shape[2:]))
+        return self.larger(mixed)
+
+
+@pytest.mark.parametrize(
+    ("attention", "units"),
+    [
+        (lambda: Attention(32, 4, shared=4), 4),  # all heads share one key and one value
+        (lambda: OnMap(LambdaLayer(32, num_heads=4, r=3)), 4),  # one layer writes q, and a shared k and v
+        (lambda: OnMap(Enlarged(depthwise=True)), 4),
+        (lambda: OnMap(Enlarged(depthwise=False)), 4),
+    ],
+)
+def test_heads_beside_other_channels_are_proven(attention: Callable[[], nn.Module], units: int) -> None:
+    dense = randomize_parameters(Encoder(attention()))
+    assert_zero_equals_shrink(dense, "head", torch.randn(2, 3, 16, 16, dtype=torch.float64), 0.25)
+    assert [group.units for group in find_groups(dense, ["head"])] == [units]
+
+
+@torch.no_grad()
+def test_units_of_one_layer_are_cut_together() -> None:
+    name = "vit_pwee_patch16_reg1_gap_256"
+    dense = randomize_parameters(timm.create_model(name, num_classes=7, **SMALL[name]))
+    groups = find_groups(dense, ["ffn", "head"])
+    masks = random_odd_masks(groups, 0.5)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    zeroed, cut = zero(copy.deepcopy(dense), groups, masks), shrink(copy.deepcopy(dense), groups, masks)
+    expected = zeroed(images)
+    torch.testing.assert_close(cut(images), expected, rtol=1e-9, atol=1e-9)
+    loaded = rebuild(copy.deepcopy(dense), structure(cut))
+    loaded.load_state_dict(cut.state_dict())
+    torch.testing.assert_close(loaded(images), expected, rtol=1e-9, atol=1e-9)
+    orders = {group.name: torch.arange(group.units).flip(0) for group in groups}
+    torch.testing.assert_close(permute(copy.deepcopy(dense), groups, orders)(images), dense(images))
+
+
 @pytest.mark.parametrize("kind", ["head", "attention"])
 @pytest.mark.parametrize("shared", [1, 2])
 def test_a_user_defined_class_is_proven(kind: str, shared: int) -> None:
-    dense = randomize_parameters(Encoder(Attention(32, 4, shared)))
-    assert_zero_equals_shrink(dense, kind, torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    dense = randomize_parameters(Encoder(Attention(32, 8, shared)))
+    assert_zero_equals_shrink(dense, kind, torch.randn(2, 3, 16, 16, dtype=torch.float64), 0.25)
     (group,) = find_groups(dense, [kind])
-    assert group.units == {"head": 4, "attention": 32}[kind] // shared
+    assert group.units == {"head": 8, "attention": 32}[kind] // shared
     assert {part.param for part in group.slices} >= {"attention.asks.weight", "attention.gives.bias"}
     assert ("attention.near" in {part.param for part in group.slices}) == (kind == "head")
 

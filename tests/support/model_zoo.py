@@ -93,6 +93,9 @@ SMALL |= {  # attentions of unusual classes
     "hiera_tiny_224": {"embed_dim": 24, "stages": (1, 1, 1, 1), "num_heads": 1},
     "visformer_tiny": {"embed_dim": 48, "depth": (1, 1, 1), "num_heads": 3},
     "vit_relpos_small_patch16_224": ROPE,
+    "vit_srelpos_small_patch16_224": ROPE,
+    "vit_pwee_patch16_reg1_gap_256": ROPE,
+    "vit_dpwee_patch16_reg1_gap_256": ROPE,
     "samvit_base_patch16_224": ROPE | {"global_attn_indexes": (1,), "window_size": 2},
 }
 # kinds of group that are verified on each model
@@ -126,7 +129,10 @@ PROVEN = {
     "vit_small_patch16_dinov3": "head block",
     "test_efficientnet": "ffn",
     "convnextv2_atto": "block",
-    "vit_small_patch16_rope_mixed_224": "ffn block",
+    "vit_small_patch16_rope_mixed_224": "ffn head block",  # frequencies (blocks, heads, c) outside of the blocks
+    "vit_srelpos_small_patch16_224": "head attention",  # one bias table for all blocks
+    "vit_pwee_patch16_reg1_gap_256": "ffn head",  # one layer writes hidden units, queries, keys and values
+    "vit_dpwee_patch16_reg1_gap_256": "ffn head",
     "efficientvit_m0": "ffn weight block",  # whose MLPs are of an unknown class
     "davit_tiny": "head attention",
     "hiera_tiny_224": "head attention",
@@ -153,7 +159,16 @@ REFUSED = [
     ("mvitv2_tiny", "attention", r"^stages.0.blocks.0.attn \(MultiScaleAttention\): .* a norm over the head"),
     ("eva02_tiny_patch14_224", "attention", r"^blocks.0.attn \(EvaAttention\): its forward pass needs the old sizes"),
     ("vit_small_patch16_rope_224", "attention", r"^blocks.0.attn \(AttentionRope\): its forward pass needs the"),
-    ("vit_small_patch16_rope_mixed_224", "head", r"^blocks.0.attn \(AttentionRope\): its forward pass needs"),
+    (
+        "vit_small_patch16_rope_mixed_224",
+        "attention",
+        r"^blocks.0.attn \(AttentionRope\): rope.freqs: none of its axes",
+    ),
+    (
+        "vit_pwee_patch16_reg1_gap_256",
+        "attention",
+        r"^blocks.0 \(ParallelScalingBlock\): blocks.0.in_proj.bias: only a ",
+    ),
     ("coat_tiny", "head", r"^model \(CoaT\): serial_blocks1.0.factoratt_crpe.proj.weight: only a part of"),
     ("mobilevitv2_050", "head", r"^ByobNet: there is no attention with heads in it"),
     ("poolformer_s12", "head", "^MetaFormer: there is no attention with heads in it"),

@@ -28,7 +28,11 @@ Choices = frozenset[tuple[str, int, int | None, int | None]]
 
 
 def inferring_classes(
-    model: nn.Module, sizes: Collection[int], run: Callable[[], object], leave_out: Collection[str] = ()
+    model: nn.Module,
+    sizes: Collection[int],
+    run: Callable[[], object],
+    leave_out: Collection[str] = (),
+    largest: bool = False,
 ) -> Classes:
     """Return subclasses of the classes of modules that infer these sizes in their reshapes, but those in attributes.
 
@@ -37,6 +41,8 @@ def inferring_classes(
         sizes: Numbers of channels and multiples of them, as in the dense model.
         run: Runs the dense model once.
         leave_out: Paths of modules whose class remains.
+        largest: Infer the largest of several such sizes of a reshape instead of the last one, which may be a number of
+            positions.
 
     Returns:
         Path and class of every module with such reshapes.
@@ -54,7 +60,7 @@ def inferring_classes(
     finally:
         for path, module in modules:
             module.__class__ = kinds[path]
-    classes = ((path, _with_choices(kind, _choices(observed[path], sizes))) for path, kind in kinds.items())
+    classes = ((path, _with_choices(kind, _choices(observed[path], sizes, largest))) for path, kind in kinds.items())
     return tuple((path, kind) for path, kind in classes if kind is not kinds[path])
 
 
@@ -80,12 +86,13 @@ def with_inferred(kind: type[nn.Module], method: str, call: int, position: int) 
     return _with_choices(kind, frozenset({(method, call, position, None)}))
 
 
-def _choices(observed: Observed, sizes: Collection[int]) -> Choices:
+def _choices(observed: Observed, sizes: Collection[int], largest: bool) -> Choices:
     choices: set[tuple[str, int, int | None, int | None]] = set()
     for (method, call), (attributes, given, shape) in observed.items():
         stale = [position for position, size in enumerate(given) if size in sizes and position not in attributes]
         if -1 not in given:
-            choices |= {(method, call, position, None) for position in stale[-1:]}
+            ordered = sorted(stale, key=given.__getitem__) if largest else stale
+            choices |= {(method, call, position, None) for position in ordered[-1:]}
             continue
         kept = [position for position in stale if shape[position : position + 1] == (given[position],)]
         if kept:

@@ -8,7 +8,7 @@ and the result is proven in float64 with random weights: cutting units out equal
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -133,7 +133,7 @@ def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
     tried: list[str] = []
     classes = partial(_other_classes, owner, group, call)
     wanted = _output_shape(without_values(owner), call)
-    for proposal in _proposals(candidates, sizes, classes, len(group.shape) > 1):
+    for proposal in _proposals(_alike(owner, candidates), sizes, classes, len(group.shape) > 1):
         resized = replace(group, resize=proposal.record)
         error = _trial(owner, call, resized, wanted)
         if not error and _is_proven(owner, call, resized):
@@ -143,21 +143,34 @@ def sized(group: Group, owner: nn.Module, call: Call, sizes: Sizes) -> Group:
     raise BadInput(f"its forward pass needs the old sizes; tried to change {names} ({tried[-1] if tried else ''})")
 
 
+def _alike(owner: nn.Module, candidates: Sequence[SizeAttribute]) -> list[tuple[SizeAttribute, ...]]:
+    """Return attributes that change together: those of one name in modules of one class, such as several attentions.
+
+    If there are such modules, the attributes of the owner, which may be a whole model, come last.
+    """
+    alike: dict[Hashable, list[SizeAttribute]] = {}
+    for one in candidates:
+        alike.setdefault((type(owner.get_submodule(one.path)), one.name, one.index, one.role, one.value), []).append(
+            one
+        )
+    several = any(len(members) > 1 for members in alike.values())
+    return sorted(map(tuple, alike.values()), key=lambda members: several and not members[0].path)
+
+
 def _proposals(
-    candidates: Sequence[SizeAttribute],
+    candidates: Sequence[tuple[SizeAttribute, ...]],
     sizes: Sizes,
     classes: Callable[[], list[Classes]],
     of_channels: bool,
 ) -> Iterator[Sizes]:
     """Yield proposals, those that change the fewest attributes first; other forward passes are the last resort."""
-    scales = tuple(candidate for candidate in candidates if candidate.role == SCALE) if of_channels else ()
-    others = [candidate for candidate in candidates if candidate.role != SCALE]
+    scales = tuple(one for alike in candidates for one in alike if one.role == SCALE) if of_channels else ()
+    others = [alike for alike in candidates if alike[0].role != SCALE]
     ways = [((), ()), (scales, sizes.queries if of_channels else ())]
     chosen = [
-        one
+        tuple(itertools.chain.from_iterable(one))
         for length in range(min(MAX_CHANGED, len(others)) + 1)
         for one in itertools.combinations(others, length)
-        if len({attribute.place for attribute in one}) == length  # no attribute in two roles
     ]
     for of_modules in itertools.chain([()], _made_when_needed(classes)):
         for attributes in chosen[: MAX_TRIALS // 4]:
@@ -174,19 +187,21 @@ def _other_classes(owner: nn.Module, group: Group, call: Call) -> list[Classes]:
     named = [(path, narrow_class(module)) for path, module in owner.named_modules()]
     by_hand = tuple((path, kind) for path, kind in named if kind is not type(owner.get_submodule(path)))
     copied = without_values(owner)
-    lengths = {copied.get_parameter(part.param).shape[part.axis] for part in group.slices if part.axis is not None}
+    lengths = {group.units * part.length for part in group.slices if part.axis is not None}
     sizes = lengths | {length // number for length in lengths for number in (3, *group.shape) if length % number == 0}
     run = partial(_output_shape, copied, call)
-    rewritten = inferring_classes(copied, sizes - {1}, run, [path for path, _ in by_hand])
-    return [classes for classes in (by_hand, rewritten) if classes]
+    left_out = [path for path, _ in by_hand]
+    rewritten = [inferring_classes(copied, sizes - {1}, run, left_out, largest) for largest in (False, True)]
+    return [classes for classes in dict.fromkeys((by_hand, *rewritten)) if classes]
 
 
 def _candidates(owner: nn.Module, group: Group, shape: tuple[int, int]) -> Iterator[SizeAttribute]:
     """Yield the attributes of the module that hold a number of heads or of channels, or a scale."""
     heads, width = shape
     role, unit = (HEADS, heads) if len(group.shape) == 1 else (WIDTH, width)
-    lengths = {owner.get_parameter(part.param).shape[part.axis or 0] for part in group.slices if part.axis is not None}
+    lengths = {group.units * part.length for part in group.slices if part.axis is not None}
     sizes = {unit, heads * width} | lengths | {length // width for length in lengths if role == HEADS}
+    sizes -= {0}
     for path, module in owner.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d):
             continue  # groups.shrink records their sizes

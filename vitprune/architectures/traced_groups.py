@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
 from vitprune.architectures.tracing.meta_operations import RememberedShapes
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Projections, Resize, is_within
+from vitprune.groups import Group, Projections, Resize, is_within, share_positions
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.outputs import tensors_of
 
@@ -165,7 +166,7 @@ def _is_cuttable(group: TracedUnits) -> bool:
 def _hidden_units(model: nn.Module) -> list[TracedUnits]:
     """Channels that are written and read inside one module, and are neither heads, nor a stem, nor a stream."""
     attention = traced_attention(model)
-    of_heads = {(part.param, part.axis) for group in attention.heads for part in group.channels.slices}
+    of_heads = [(part, group.channels.units) for group in attention.heads for part in group.channels.slices]
     all_channels = traced_channels(model)
     stem = set(_stem(all_channels))
     first = next((name for one in all_channels for name in one.writers), "")
@@ -174,7 +175,8 @@ def _hidden_units(model: nn.Module) -> list[TracedUnits]:
         sites = {(part.param, part.axis) for part in channels.slices}
         is_read = any(axis == 1 for _, axis in sites)
         is_inner = channels.kind == "ffn" or (channels.kind == "residual" and len(channels.writers) == 1)
-        if not is_inner or not channels.writers or sites & of_heads:
+        own = [(part, channels.units) for part in channels.slices]
+        if not is_inner or not channels.writers or any(share_positions(*pair) for pair in product(own, of_heads)):
             continue
         owner, is_lost = _owner(channels, ()), channels.why_not and not channels.why_not.endswith(IS_OUTPUT)
         if not is_read and is_lost:  # its labels end within the module
@@ -182,7 +184,8 @@ def _hidden_units(model: nn.Module) -> list[TracedUnits]:
         if channels.roots in stem and is_within(first, [owner]):
             continue
         why = channels.why_not
-        if owner and (is_read or is_lost) and owner not in attention.modules and not _is_outer(model, owner):
+        beside = owner not in attention.modules or any(part.start is not None for part in channels.slices)
+        if owner and (is_read or is_lost) and beside and not _is_outer(model, owner):
             why = why or (channels.normalized and f"{channels.normalized}: a norm couples its hidden units")
             hidden.append(TracedUnits(channels, channels.units, (owner,), why))
     return hidden
@@ -341,7 +344,7 @@ def _below(owner: str, kind: str, name: str, group: TracedUnits) -> tuple[Group,
 
 
 def _name(kind: str, owner: str, group: TracedUnits, number: int) -> str:
-    if number > 1 and group.channels.writers:
+    if (number > 1 or not owner) and group.channels.writers:
         owner = group.channels.writers[0].removesuffix(".weight")
     return f"{owner}.heads" if kind == "head" else owner
 

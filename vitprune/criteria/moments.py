@@ -43,7 +43,9 @@ def find_consumer(model: nn.Module, group: Group) -> Consumer:
     result = [
         Consumer(part.param.removesuffix(".weight"), part.inner)
         for part in group.slices
-        if part.axis == 1 and isinstance(model.get_submodule(part.param.rpartition(".")[0]), nn.Linear)
+        if part.axis == 1
+        and part.start is None
+        and isinstance(model.get_submodule(part.param.rpartition(".")[0]), nn.Linear)
     ]
     if len(result) != 1 or group.kind == "residual":
         raise BadInput(f"{group.name}: {len(result)} layers read its units; an update needs exactly one Linear layer")

@@ -110,7 +110,10 @@ class Sorted(nn.Module):
         (nn.Softmax(dim=1), "between (Softmax): softmax runs over it"),
         (nn.GroupNorm(4, 8), "between (GroupNorm): a GroupNorm of 4 groups counts its channels"),
         (nn.Conv2d(8, 8, 1, groups=2), "between (Conv2d): it runs through a convolution of 2 groups"),
-        (nn.ConvTranspose2d(8, 8, 1), "between (ConvTranspose2d): it runs through a transposed convolution"),
+        (
+            nn.ConvTranspose2d(8, 8, 1, groups=2),
+            "between (ConvTranspose2d): it runs through a transposed convolution of 2 groups",
+        ),
         (Sorted(), "between (Sorted): operation sort is not supported"),
     ],
 )
@@ -120,13 +123,21 @@ def test_unprunable_channels_give_the_reason(between: nn.Module, why: str) -> No
 
 
 @pytest.mark.parametrize(
-    "between", [nn.GroupNorm(1, 8), nn.ReLU(), nn.Sequential(nn.Upsample(scale_factor=2), nn.GELU())]
+    "between",
+    [
+        nn.GroupNorm(1, 8),
+        nn.ReLU(),
+        nn.Sequential(nn.Upsample(scale_factor=2), nn.GELU()),
+        nn.ConvTranspose2d(8, 8, 2, 2),
+        nn.ConvTranspose2d(8, 8, 2, 2, groups=8),
+    ],
 )
 def test_prunable_channels_give_no_reason(between: nn.Module) -> None:
     result = channel_groups(One(between), torch.randn(1, 3, 4, 4))
     hidden = next(one for one in result if "first.weight" in one.writers)
     assert (hidden.why_not, hidden.units) == ("", 8)
-    assert {"first.weight", "first.bias", "last.weight"} <= {part.param for part in hidden.slices}
+    reader = "between.weight" if getattr(between, "groups", 0) == 1 else "last.weight"
+    assert {"first.weight", "first.bias", reader} <= {part.param for part in hidden.slices}
 
 
 @pytest.mark.parametrize(

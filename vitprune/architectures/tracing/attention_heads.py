@@ -19,6 +19,7 @@ from vitprune.groups import is_within
 
 DIFFERENT_WIDTHS = "its keys and values differ in width, so a channel of one is no channel of the other"
 SHARED_CHANNELS = "heads share its channels"
+Rows = dict[tuple[int, str], list[Tensor]]  # labels of channels by head and module of the product
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def trace_attention(model: nn.Module, example_input: Tensor, trace: Trace) -> At
     shared = _tables_outside(by_head, trace, labelled)
     if shared:
         by_head = run_trace(model, example_input, numbers, shared)
+    _tie_shared_tables(by_head, trace, labelled)
     _tie_fused_rows(by_head)
     groups = _tie_mixed_heads(by_head, model)
     head_of_number = by_head.sets.find(by_head.head_labels)  # by number: representative of the head
@@ -121,12 +123,31 @@ def _tables_outside(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -> s
     modules, _ = _products_of_heads(trace, labelled, by_head.sets.find(by_head.head_labels))
     counts = Counter(by_head.sets.find(by_head.head_labels[1:]).tolist())
     several = {root for root, paths in modules.items() if len(paths) > 1 and counts[root] > 1}
+    roots = {name: by_head.sets.find_unique([labels]) for name, labels in by_head.elements.items()}
     return {
         name
-        for name, labels in by_head.elements.items()
-        for root in several & by_head.sets.find_unique([labels])
-        if not any(is_within(name, [path]) for path in modules[root] if path)
+        for name, of_table in roots.items()
+        for root in several & of_table
+        if len(of_table) == 1 and not any(is_within(name, [path]) for path in modules[root] if path)
     }
+
+
+def _tie_shared_tables(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -> None:
+    """Unite the heads of several attentions that have one position of a table, such as frequencies (blocks, heads, c).
+
+    A table can be cut along one axis only: the one along which the heads of one attention differ.
+    """
+    modules, _ = _products_of_heads(trace, labelled, by_head.sets.find(by_head.head_labels))
+    for elements in by_head.elements.values():
+        varying = [axis for axis in range(elements.dim()) if by_head.varies_along(elements, axis)]
+        roots = by_head.sets.find(elements.contiguous())
+        for axis in varying if len(varying) > 1 else ():
+            at = [sorted(modules.keys() & set(np.unique(part.numpy()).tolist())) for part in roots.unbind(axis)]
+            paths = [[path for root in here for path in modules[root]] for here in at]
+            if any(len(here) > 1 for here in at) and all(len(one) == len(set(one)) for one in paths):
+                for here in at:
+                    by_head.sets.union(torch.tensor(here[:1]), torch.tensor(here))
+                break
 
 
 def _tie_fused_rows(trace: Trace) -> None:
@@ -192,10 +213,12 @@ def _channels_of_heads(
     """Tie the channels of q and k to those of v by their position; return the tied channels, and all groups."""
     queries, keys, values = _rows_by_head(trace, labelled, head_of_number)
     different = set()
-    for head, rows in queries.items():
-        for other in values.get(head, []):
-            if len(other) == len(rows[0]):
-                trace.sets.union(rows[0], other)
+    for (head, module), rows in queries.items():
+        apart = [row for (other, path), of_role in values.items() if other == head and (other, path) not in queries
+                 for row in of_role]  # fmt: skip
+        for row in (*values.get((head, module), ()), *apart):
+            if len(row) == len(rows[0]):
+                trace.sets.union(rows[0], row)
             else:
                 different.add(head)
     _tie_fused_rows(trace)
@@ -204,6 +227,10 @@ def _channels_of_heads(
     for root, label in zip(roots, labelled.touched.tolist(), strict=True):
         heads_of_root[root].add(int(head_of_number[labelled.number_of[label]]))
     contracted = trace.sets.find_unique([row for rows in queries.values() for row in rows])
+    modules_of_root: dict[int, set[str]] = defaultdict(set)
+    for (_, module), rows in (entry for of_role in (queries, keys, values) for entry in of_role.items()):
+        for root in trace.sets.find_unique(rows):
+            modules_of_root[root].add(module)
     result = []
     graph = ChannelGraph(trace, model)
     groups = graph.groups()
@@ -217,9 +244,8 @@ def _channels_of_heads(
             why = DIFFERENT_WIDTHS
         if any(len(heads) != 1 for heads in owners) or (number and channels.units % number):
             why = why or SHARED_CHANNELS
-        result.append(
-            (channels, number, why, sorted({path for heads in owners for head in heads for path in modules[head]}))
-        )
+        inside = sorted({path for root in channels.roots for path in modules_of_root[root]})
+        result.append((channels, number, why, inside))
     numbers = {root: number for channels, number, _, _ in result for root in channels.roots}
     by_roots = {channels.roots: channels for channels in (graph.groups(numbers) if numbers else ())}
     units, roles = [], [_labels_of_rows(trace, rows) for rows in (queries, keys, values)]
@@ -259,7 +285,7 @@ def _with_layers(group: TracedUnits, trace: Trace, roles: Sequence[Tensor]) -> T
     return replace(group, queries=tuple(parts[0]), projections=tuple(layers) if is_plain else ())
 
 
-def _labels_of_rows(trace: Trace, rows: Mapping[int, list[Tensor]]) -> Tensor:
+def _labels_of_rows(trace: Trace, rows: Rows) -> Tensor:
     """Return by label whether it is one of the rows of all heads, or of the biases that are added to them."""
     chosen = torch.zeros(int(trace.sets.new_labels(1)), dtype=torch.bool)
     for row in (row for of_head in rows.values() for row in of_head):
@@ -286,26 +312,24 @@ def _parts_of(trace: Trace, channels: ChannelGroup, chosen: Tensor) -> list[tupl
     return result
 
 
-def _rows_by_head(
-    trace: Trace, labelled: _LabelledHeads, head_of_number: Tensor
-) -> tuple[Mapping[int, list[Tensor]], Mapping[int, list[Tensor]], Mapping[int, list[Tensor]]]:
-    """Return by head the labels of the channels of queries, of keys and of values, of every product with logits."""
-    queries: dict[int, list[Tensor]] = defaultdict(list)
-    keys: dict[int, list[Tensor]] = defaultdict(list)
-    values: dict[int, list[Tensor]] = defaultdict(list)
+def _rows_by_head(trace: Trace, labelled: _LabelledHeads, head_of_number: Tensor) -> tuple[Rows, Rows, Rows]:
+    """Return by head and module the labels of the channels of queries, keys and values, of products with logits."""
+    queries: Rows = defaultdict(list)
+    keys: Rows = defaultdict(list)
+    values: Rows = defaultdict(list)
     for product in trace.products:
         left, right = product.left, product.right
         of_logits = [one is None or not any(trace.varies_along(one, axis) for axis in (1, 2)) for one in (left, right)]
-        found: list[tuple[Tensor, dict[int, list[Tensor]]]] = []
+        chosen: list[tuple[Tensor, Rows]] = []
         if product.over_channels and left is not None and right is not None:
-            found = [(left[:, 0, :], queries), (right[:, :, 0], keys)]
+            chosen = [(left[:, 0, :], queries), (right[:, :, 0], keys)]
         elif of_logits[0] and right is not None and trace.varies_along(right, 2):
-            found = [(right[:, 0, :], values)]
+            chosen = [(right[:, 0, :], values)]
         elif of_logits[1] and left is not None and trace.varies_along(left, 1):  # of maps, channels first
-            found = [(left[:, :, 0], values)]
-        for rows, of_role in found:
+            chosen = [(left[:, :, 0], values)]
+        for rows, of_role in chosen:
             for row in squeeze_broadcast(rows):
-                head = int(head_of_number[labelled.number_of[row[0]]])
-                if not any(torch.equal(row, other) for other in of_role[head]):
-                    of_role[head].append(row)
+                known = of_role[int(head_of_number[labelled.number_of[row[0]]]), product.module]
+                if not any(torch.equal(row, other) for other in known):
+                    known.append(row)
     return queries, keys, values

@@ -8,7 +8,7 @@ axis if it is multiplied as a matrix, and one label per element otherwise.
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -169,15 +169,16 @@ class ChannelGraph:
         first = (writers[0], 0) if writers else axes[0]
         labels = labels[self._axes[first].positions(labels)[:, 0].argsort()]
         why = next((self._reasons[label] for label in labels.tolist() if label in self._reasons), "")
+        contracted, added = (int(labels[0]) in roots for roots in (self._contractions, self._sums))
+        kind = "attention" if contracted else "residual" if added else "ffn"
+        in_part = self._trace.by_head or kind == "ffn"
         slices, number = [], heads.get(int(labels[0]), 1)
         for axis in axes:
-            part = _param_slice(axis, self._axes[axis].positions(labels), len(self._axes[axis].labels), number)
+            part = _param_slice(axis, self._axes[axis].positions(labels), len(self._axes[axis].labels), number, in_part)
             if part is None:
                 why = why or f"{axis[0]}: only a part of its channels is in this group, or they are not evenly spaced"
             else:
                 slices.append(part)
-        contracted, added = (int(labels[0]) in roots for roots in (self._contractions, self._sums))
-        kind = "attention" if contracted else "residual" if added else "ffn"
         learned = tuple(part for part in slices if part.param not in self._buffers)
         buffers = tuple(part for part in slices if part.param in self._buffers)
         roots = tuple(labels.tolist())
@@ -185,11 +186,15 @@ class ChannelGraph:
         return ChannelGroup(kind, len(labels), learned, buffers, tuple(writers), why, normalized, roots)
 
 
-def _param_slice(axis: Axis, positions: Array, length: int, heads: int) -> ParamSlice | None:
-    """Return the slice with these positions (units, occurrences); None if there is no such slice."""
+def _param_slice(axis: Axis, positions: Array, length: int, heads: int, in_part: bool = False) -> ParamSlice | None:
+    """Return the slice with these positions (units, occurrences), which may be part of the axis; None if none has."""
     units, count = positions.shape
     if units * count != length:
-        return None
+        start = int(positions.min())
+        if not in_part or start + units * count != positions.max() + 1:
+            return None
+        part = _param_slice(axis, positions - start, units * count, heads)
+        return part and replace(part, start=start)
     if units == 1:
         return ParamSlice(axis[0], axis[1], 1, count)
     for inner in (n for n in range(1, count + 1) if count % n == 0):

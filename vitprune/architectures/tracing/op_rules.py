@@ -61,6 +61,7 @@ PERMUTATIONS: dict[str, Callable[[Sequence[Any]], Sequence[int]]] = {
     "permute": lambda args: [axis % args[0].dim() for axis in args[1]],
     "detach": lambda args: range(args[0].dim()),
     "alias": lambda args: range(args[0].dim()),
+    "_to_copy": lambda args: range(args[0].dim()),
 }
 CUTS = ("slice", "split", "split_with_sizes")
 
@@ -112,11 +113,10 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     if shape != tuple(result.shape):
         _unknown_op(trace, func, args)
         return
-    full: list[tuple[bool, int, Tensor]] = []
-    for value, labels in operands:
-        others = [other for _, other in operands if _broadcasts_over_channels(trace, labels.shape, other)]
-        trace.deferred += [(labels, other) for other in others]
-        full += [] if others else [(not trace.is_labelled_activation(value), squeeze_broadcast(labels).numel(), labels)]
+    full = _operands_of_all_channels(trace, operands)
+    if not full:  # such as frequencies for all positions of a grid, which is a buffer
+        learned = [(value, labels) for value, labels in operands if not trace.are_of_buffer(labels)]
+        full = _operands_of_all_channels(trace, learned)
     if func.overloadpacket.__name__ in ADDITIONS and sum(trace.is_labelled_activation(v) for v, _ in operands) > 1:
         trace.residual_sums.append(squeeze_broadcast(operands[0][1]))
     elif func.overloadpacket.__name__ in ADDITIONS and len(operands) == 2:
@@ -133,6 +133,18 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
         labels = coalesce(labels, other, result.shape)
     is_large = len(full) > 1 and squeeze_broadcast(labels).numel() > MAX_OF_HEADS
     trace.set_labels(result, (trace.compacted(labels) if is_large else labels).expand(result.shape))
+
+
+def _operands_of_all_channels(
+    trace: Trace, operands: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[bool, int, Tensor]]:
+    """Return the labels of operands that are not broadcast over channels of others, with what they are sorted by."""
+    full = []
+    for value, labels in operands:
+        others = [other for _, other in operands if _broadcasts_over_channels(trace, labels.shape, other)]
+        trace.deferred += [(labels, other) for other in others]
+        full += [] if others else [(not trace.is_labelled_activation(value), squeeze_broadcast(labels).numel(), labels)]
+    return full
 
 
 def _repeated(value: Tensor, labels: Tensor) -> Tensor:
@@ -234,9 +246,7 @@ def _heads_of_product(trace: Trace, first: Tensor | None, second: Tensor | None,
     by_channel = all(len(np.unique(labels[0])) <= width for labels, width in zip(operands, widths, strict=True))
     if trace.by_head:
         by_channel = not any(trace.varies_along(labels, axis) for labels in operands for axis in (1, 2))
-    if varied and by_channel and over_channels:
-        varied = operands  # also the keys that all heads share
-    elif not varied and by_channel and (over_channels or any(trace.is_one_head(labels) for labels in operands)):
+    if not varied and by_channel and (over_channels or any(trace.is_one_head(labels) for labels in operands)):
         varied = operands  # a single head
     elif not varied and second is not None and trace.varies_along(second, -1):
         of_logits = first is None or not any(trace.varies_along(first, axis) for axis in (-1, -2))
@@ -262,9 +272,12 @@ def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     if weight is None:
         _unknown_op(trace, func, args)
         return
-    if args[6]:
+    is_transposed = bool(args[6])  # its kernel is (input channels, output channels of a group, ...)
+    if is_transposed and groups == 1:
+        weight = weight.permute((1, 0, *range(2, kernel.dim())))
+    elif is_transposed and kernel.shape[1] > 1:
         if input_labels is not None:
-            trace.mark_unprunable(input_labels, "it runs through a transposed convolution")
+            trace.mark_unprunable(input_labels, f"it runs through a transposed convolution of {groups} groups")
         return
     if input_labels is not None and any(trace.varies_along(input_labels, axis) for axis in range(2, value.dim())):
         _convolution_along_channels(trace, input_labels, kernel, result)
@@ -277,7 +290,8 @@ def _convolution(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     if groups == 1:
         if input_labels is not None:
             trace.sets.union(input_labels, trace.axis_labels(weight, 1).view(across))
-        trace.writers[weight.name] = None
+        if not is_transposed:
+            trace.writers[weight.name] = None
     elif groups == value.shape[1]:  # every output channel reads one input channel
         if input_labels is not None:
             trace.sets.union(squeeze_broadcast(input_labels).repeat_interleave(result.shape[1] // groups, 1), rows)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitprune.architectures.tracing.union_find import NO_CHANNEL, UnionFind, compact, squeeze_broadcast
@@ -115,6 +115,7 @@ class Trace:
         self.running = [("", model_name)]
         self.paused = False
         self._shapes = {name: value.shape for name, value in tensors.items()}
+        self._learned = {name for name, value in tensors.items() if isinstance(value, nn.Parameter)}
         self._by_tensor: Any = WeakIdKeyDictionary()  # labels of an activation, or ParameterView
         for name, value in tensors.items():
             if value.is_floating_point():
@@ -141,6 +142,12 @@ class Trace:
     def is_labelled_activation(self, value: Tensor) -> bool:
         """Return whether a tensor has labels and is not a parameter."""
         return isinstance(self._by_tensor.get(value), Tensor)
+
+    def are_of_buffer(self, labels: Tensor) -> bool:
+        """Return whether labels are those of a buffer's elements, of which the first one is looked at."""
+        first = int(labels.flatten()[0])
+        tables = [table for name, table in self.elements.items() if name not in self._learned and table.numel()]
+        return any(int(table.flatten()[0]) <= first <= int(table.flatten()[-1]) for table in tables)
 
     def set_labels(self, value: Any, labels: Tensor | ParameterView | None) -> None:
         """Record the labels of the result of an operation, expanded to its shape."""

@@ -149,6 +149,8 @@ def _consumers(model: nn.Module, group: Group) -> Iterator[tuple[str, ParamSlice
             continue
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             raise _unsupported(path, "grouped convolutions are not supported")
+        if part.start is not None:
+            raise _unsupported(path, "it reads other channels too")
         if isinstance(module, nn.Linear | nn.Conv2d):
             yield path, part
 

@@ -102,14 +102,15 @@ def permute_statistics(statistics: Statistics, chosen: ChannelOrders) -> Statist
             path, _, leaf = part.param.rpartition(".")
             if leaf != "weight" or f"{path}/inputs" not in result:
                 continue
-            index = reordered_positions(part, chosen.orders[group.name])
+            name = f"{path}/metric_diagonal" if part.axis == 0 else f"{path}/inputs"
+            length = result[name].shape[-1] - (part.axis == 1)
+            index = reordered_positions(part, chosen.orders[group.name], length)
             if part.axis == 0:
-                name = f"{path}/metric_diagonal"
                 result[name] = result[name][index]
             else:
-                value = result[f"{path}/inputs"]
+                value = result[name]
                 index = torch.cat([index, torch.tensor([len(index)])])  # the constant input
-                result[f"{path}/inputs"] = value[:, index][:, :, index].contiguous()
+                result[name] = value[:, index][:, :, index].contiguous()
     return result
 
 
@@ -186,6 +187,7 @@ def _order(group: Group, losses: Mapping[str, LayerLoss], pattern: Pattern) -> T
     heads = group.shape[0] if len(group.shape) > 1 else 1
     units, every = group.units // heads, pattern[1]
     parts = [part for part in group.slices if part.axis == 1 and part.param in losses and part.inner == part.runs == 1]
+    parts = [part for part in parts if part.start is None]
     if not parts or units % every:
         return None
     single = torch.cat([losses[part.param].single.float().reshape(-1, group.units) for part in parts])

@@ -9,6 +9,7 @@ repeats some, deleting the file all. Writes benchmarks/results/coverage.json and
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ FURTHER = (
     "visformer_tiny",
     "volo_d1_224",
 )
-KINDS = ("ffn", "head", "attention", "residual", "block")
-HEADS = "heads, or heads and channels"
-GOALS = {"ffn": 0.97, HEADS: 0.9, "residual": 0.85, "block": 0.85}  # share of the models with such units
+KINDS = ("ffn", "head", "attention", "residual", "block", "branch")
+EITHER = {"heads, or heads and channels": ("head", "attention"), "blocks, or branches": ("block", "branch")}
+GOALS = {"ffn": 0.97, "heads, or heads and channels": 0.9, "residual": 0.85, "blocks, or branches": 0.85}  # of models
 SECONDS = 10.0  # for finding all groups of a model
 ABSENT = ("its trace has no units of kind", "there is no ", "it has only one block")  # of refusals: no such units
 TITLE = "Supported models"
@@ -83,12 +84,13 @@ ABOUT = """\
 Written by `python -m benchmarks.support.timm_models`. Rows: timm models with random weights, in float64, on images of
 64 or 128 pixels where the model takes them: {number} models with attention, of {all} in the list with one variant of
 every family, and {others} without it. Columns: kinds of [units](../concepts/groups.md). In every group about half of
-the units are removed, an odd number (for block: whole blocks). **proven**: the logits equal those of literal removal
+the units are removed, an odd number. **proven**: the logits equal those of literal removal
 (difference below 1e-10 of the largest logit), parameters and MACs decrease by the amounts that the groups state,
 gradients are finite, and the model is the same after saving and loading; in brackets: modules whose units of this
-kind are left out. **refused** N: not supported, for reason N below. **-**: the model has no such units. Last but one
+kind are left out. **refused** N: not supported, for reason N below. **-**: the model has no such units. block: whole
+blocks; branch: the attention or the MLP of a block alone, **not run** where it was not measured. Last but one
 column: CPU time to find all groups. The last column: Torch-Pruning's MagnitudePruner on the same model, half of the
-channels, the classifier ignored, numbers of heads given for the layers of queries, keys and values. Models above 150
+channels, the classifier ignored, numbers of heads given for the layers of queries, keys and values. Models above 50
 million parameters have two blocks if timm takes a depth."""
 
 
@@ -101,6 +103,7 @@ def main() -> None:
         "--peer-limit", type=float, default=120, help="the same for Torch-Pruning; 0: later; default: %(default)s"
     )
     parser.add_argument("--memory", type=float, default=14, help="GiB for one model; default: %(default)s")
+    parser.add_argument("--more", action="store_true", help="also the kinds that recorded models lack")
     parser.add_argument("--again", default="", help="names of models to check again, separated by commas")
     parser.add_argument("--table", action="store_true", help="only write the tables from the recorded models")
     options = parser.parse_args()
@@ -112,11 +115,12 @@ def main() -> None:
     for name in () if options.table else sorted(names, key=lambda name: [*variants, *names].index(name)):
         one = {} if name in again else dict(done.get(name, {}))
         args = variants.get(name, {})
-        if "kinds" not in one:
-            ours = run_limited(check_kinds, name, args, seconds=options.limit, gigabytes=options.memory)
+        missing = [kind for kind in KINDS if kind not in one.get("kinds", {})]
+        if missing and (len(missing) == len(KINDS) or options.more):
+            ours = run_limited(check_kinds, name, args, missing, seconds=options.limit, gigabytes=options.memory)
             if isinstance(ours, str):
-                ours = {"kinds": {kind: {"verdict": "stopped", "why": ours} for kind in KINDS}}
-            one |= ours
+                ours = {"kinds": {kind: {"verdict": "stopped", "why": ours} for kind in missing}}
+            one |= ours | {"kinds": one.get("kinds", {}) | ours["kinds"]}
         if "peer" not in one and options.peer_limit:
             peer = run_limited(check_peer, name, args, seconds=options.peer_limit, gigabytes=options.memory)
             one["peer"] = peer if peer.startswith(("works", "fails")) else f"fails: {peer}"
@@ -137,15 +141,16 @@ def _recorded(notes: Path) -> dict[str, dict[str, Any]]:
     return {one["model"]: one for one in map(json.loads, lines)}
 
 
-def check_kinds(name: str, args: dict[str, int]) -> dict[str, Any]:
+def check_kinds(name: str, args: dict[str, int], chosen: Sequence[str] = KINDS) -> dict[str, Any]:
     """Return whether a model has attention, and per kind of units the verdict, the reason, and what was found.
 
     Args:
         name: Name of a timm model.
         args: Arguments of timm.create_model.
+        chosen: The kinds.
     """
     kinds: dict[str, dict[str, Any]] = {}
-    for row in check(name, KINDS, (0.5,), args):
+    for row in check(name, chosen, (0.5,), args):
         absent = row.verdict == "refused" and any(part in row.why for part in ABSENT)
         kinds[row.kind] = {
             "verdict": "-" if absent else row.verdict,
@@ -198,8 +203,10 @@ def _totals(results: dict[str, dict[str, Any]]) -> dict[str, tuple[list[str], li
     totals: dict[str, tuple[list[str], list[str]]] = {what: ([], []) for what in GOALS}
     for name, model in results.items():
         verdicts = {kind: one["verdict"] for kind, one in model["kinds"].items()}
-        heads = [verdicts["head"], verdicts["attention"]]
-        verdicts[HEADS] = verdicts["head"] if verdicts["head"] != "-" or set(heads) == {"-"} else verdicts["attention"]
+        for what, pair in EITHER.items():
+            of_pair = [verdicts.get(kind, "-") for kind in pair]
+            others = [one for one in of_pair if one != "-"]
+            verdicts[what] = "proven" if "proven" in of_pair else next(iter(others), "-")
         for what, (proven, others) in totals.items():
             if model.get("attention", True) and verdicts[what] != "-":
                 (proven if verdicts[what] == "proven" else others).append(name)
@@ -211,7 +218,10 @@ def _document(results: dict[str, dict[str, Any]]) -> None:
     table = []
     for name, model in results.items():
         shown = []
-        for one in (model["kinds"][kind] for kind in KINDS):
+        for one in (model["kinds"].get(kind) for kind in KINDS):
+            if one is None:
+                shown.append("not run")
+                continue
             refused = one["verdict"] not in ("proven", "-")
             number = f" {reasons.setdefault(one['why'], len(reasons) + 1)}" if refused else ""
             others = f" ({one['left_out']} left out)" if one["verdict"] == "proven" and one["left_out"] else ""

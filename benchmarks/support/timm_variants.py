@@ -4,7 +4,7 @@ Models have one structure if they are of one architecture module, have modules o
 parameters outside of blocks (position embedding, class and register tokens, norms). Attention is a class whose name
 says so, or that has a number of heads; gates over channels (split attention, selective kernels) are not. Writes
 benchmarks/support/timm_variants.txt: name, millions of parameters, and arguments of timm.create_model. A model above
-150 million parameters is checked with two blocks, if it takes a depth.
+50 million parameters is checked with two blocks, if it takes a depth.
 """
 
 import re
@@ -17,7 +17,7 @@ import torch
 LIST = Path(__file__).with_suffix(".txt")
 ATTENTION = re.compile(r"(?i:attn|attention|mhsa|rel(ative)?pos|lambda)|MSA|Msa|MLA|XCA|GPSA")
 GATES = {"SplitAttn", "SelectiveKernelAttn"}
-LARGE = 150_000_000
+LARGE = 50_000_000
 
 
 def main() -> None:

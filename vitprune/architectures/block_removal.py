@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.slices import not_prunable
-from vitprune.architectures.tracing.example_run import NotRunningError, with_example
+from vitprune.architectures.tracing.example_run import NotRunningError, run_once, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
+from vitprune.architectures.tracing.recorded_run import recorded
 from vitprune.architectures.tracing.residual_branches import find_residual_modules
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within
-from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.outputs import tensors_of
 
 _CACHE: StructureCache[tuple[str, ...] | BadInput] = StructureCache()
@@ -86,7 +86,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...] | BadInput:
     """Paths of the removable blocks, or the error if there are none."""
     members = block_members(model)
     try:
-        residual = with_example(model, lambda copy, inputs: find_residual_modules(copy, inputs, members))
+        residual = find_residual_modules(recorded(model), dict.fromkeys(members))
     except BadInput as error:
         return error
     paths = _innermost([path for path in members if path in residual])
@@ -104,14 +104,12 @@ def why_not_without(model: nn.Module, remove: Callable[[nn.Module], None]) -> st
         remove: Removes modules from a copy.
     """
 
-    def shapes(copy: nn.Module, inputs: Tensor, smaller: bool) -> list[torch.Size]:
-        if smaller:
-            remove(copy)
-        with torch.no_grad(), eval_mode(copy):
-            return [value.shape for value in tensors_of(copy(inputs))]
+    def shapes(copy: nn.Module, inputs: Tensor) -> list[torch.Size]:
+        remove(copy)
+        return [value.shape for value in tensors_of(run_once(copy, inputs))]
 
     try:
-        before, after = (with_example(model, partial(shapes, smaller=smaller)) for smaller in (False, True))
+        before, after = [value.shape for value in tensors_of(recorded(model).output)], with_example(model, shapes)
     except NotRunningError as error:
         return error.reason
     return "" if before == after else "its outputs have other shapes"

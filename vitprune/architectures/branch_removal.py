@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.block_removal import block_members, why_not_without
-from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
+from vitprune.architectures.tracing.recorded_run import recorded
 from vitprune.architectures.tracing.zero_branches import OutputShape, ResidualBranch, find_branches
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within
@@ -137,7 +137,7 @@ def _find(model: nn.Module) -> tuple[ResidualBranch, ...] | BadInput:
         path for path, module in model.named_modules() if is_within(path, members) and len(list(module.children())) > 1
     ]
     try:
-        branches = with_example(model, lambda copy, inputs: find_branches(copy, inputs, dict.fromkeys(members + inner)))
+        branches = find_branches(recorded(model), dict.fromkeys(members + inner))
     except BadInput as error:
         return error
     if not branches:

@@ -9,9 +9,9 @@ from torch import nn
 
 from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
 from vitprune.architectures.stream_widths import classes_after_errors, prove_classes, record_scales
-from vitprune.architectures.tracing.cache import run_once, traced_attention, traced_channels, trial_run
+from vitprune.architectures.tracing.cache import traced_attention, traced_channels, trial_run
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGroup
-from vitprune.architectures.tracing.example_run import with_example
+from vitprune.architectures.tracing.example_run import run_once, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Resize, is_within
@@ -75,7 +75,7 @@ def _proven_classes(model: nn.Module, groups: Sequence[Group]) -> Classes | BadI
         try:
             if classes := propose(model, groups):
                 trial_run(model, [_with_classes(one, classes) for one in groups], NARROW, f"proposal {number}")
-                other = with_example(model, partial(prove_classes, groups, classes))
+                other = prove_classes(groups, classes, model)
                 if not other:
                     return classes
                 reason = BadInput(f"{other}; this model's residual streams cannot be cut")

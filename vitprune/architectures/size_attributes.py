@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
 from vitprune.architectures.narrow_attention import narrow_class
+from vitprune.architectures.tracing.recorded_run import Call
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice, Projections, index_grid, meta_copy, resize_group, shrink, zero
 from vitprune.runtime.eval_mode import drop_cached, eval_mode
@@ -27,7 +28,6 @@ from vitprune.runtime.random_parameters import randomize_parameters
 
 MAX_CHANGED, MAX_TRIALS = 5, 400
 TOLERANCE, BASIS_TOLERANCE = 1e-9, 1e-6  # relative, in float64; the latter after inverses of matrices
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a module's forward pass, in float64
 HEADS, WIDTH, BOTH, SCALE = "heads", "width", "heads and width", "scale"
 
 

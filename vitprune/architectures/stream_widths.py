@@ -17,9 +17,10 @@ from timm.models.metaformer import Scale
 from torch import Tensor, nn
 
 from vitprune.architectures.inferred_widths import Classes, Observed, observed_sizes, set_class, with_inferred
-from vitprune.architectures.size_attributes import TOLERANCE, Call, nearly_equal, random_module, with_values
-from vitprune.architectures.tracing.cache import run_once
+from vitprune.architectures.size_attributes import TOLERANCE, nearly_equal, random_module, with_values
+from vitprune.architectures.tracing.example_run import run_once
 from vitprune.architectures.tracing.fingerprint import fingerprint
+from vitprune.architectures.tracing.recorded_run import Call, recorded
 from vitprune.groups import CHANNEL_NORMS, Group, is_within, meta_copy, positions, resize_group, shrink, zero
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.outputs import tensors_of
@@ -116,20 +117,19 @@ def record_scales(model: nn.Module) -> None:
             module.shape = (len(module.scale), *module.shape[1:])
 
 
-def prove_classes(groups: Sequence[Group], classes: Classes, model: nn.Module, inputs: Tensor) -> str:
+def prove_classes(groups: Sequence[Group], classes: Classes, model: nn.Module) -> str:
     """Prove the classes of modules for narrower residual streams; return which module computes something else.
 
     Args:
         groups: The residual streams, of which a third is removed for the proof.
         classes: The modules with another class. Those inside another one are proven with it.
-        model: A copy of the model.
-        inputs: Its input.
+        model: The model.
 
     Returns:
         A description of the module; empty if all are proven.
     """
     outer = [path for path, _ in classes if not any(is_within(path, [other]) for other, _ in classes if other != path)]
-    calls = _first_calls(model, inputs, outer)
+    calls = recorded(model).calls(outer)
     proven: dict[Hashable, bool] = {}
     for path in outer:
         inner = tuple(
@@ -142,16 +142,6 @@ def prove_classes(groups: Sequence[Group], classes: Classes, model: nn.Module, i
         if not proven[key]:
             return f"{path} ({type(module).__name__}): with a narrower residual stream it computes something else"
     return ""
-
-
-def _first_calls(model: nn.Module, inputs: Tensor, paths: Sequence[str]) -> dict[str, Call]:
-    copied, calls = meta_copy(model), dict[str, Call]()
-    for path in paths:
-        copied.get_submodule(path).register_forward_pre_hook(
-            lambda module, args, kwargs, path=path: calls.setdefault(path, (args, kwargs)) and None, with_kwargs=True
-        )
-    run_once(copied, inputs)
-    return calls
 
 
 def _inside(groups: Sequence[Group], path: str) -> Iterator[Group]:

@@ -2,24 +2,19 @@
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vitprune.architectures.size_attributes import Call, Sizes, keeps_function_in_other_basis, sized, without_values
+from vitprune.architectures.size_attributes import Sizes, keeps_function_in_other_basis, sized, without_values
 from vitprune.architectures.tracing.attention_heads import TracedUnits
 from vitprune.architectures.tracing.cache import traced_attention, traced_channels
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGraph, ChannelGroup, run_trace
-from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
-from vitprune.architectures.tracing.meta_operations import RememberedShapes
+from vitprune.architectures.tracing.recorded_run import Call, record_run, recorded
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Projections, Resize, is_within, share_positions
-from vitprune.runtime.eval_mode import eval_mode
-from vitprune.runtime.outputs import tensors_of
 
 KINDS = ("ffn", "head", "attention")
 MAX_PROOFS = 1024  # that are kept
@@ -151,12 +146,18 @@ def _trace(model: nn.Module) -> _Units:
         for kind, of_kind in (("ffn", hidden), ("head", attention.heads), ("attention", attention.channels))
     }
     mixers = _modules_without_labels(model)
-    calls, apart = _calls(model, {owner for of_kind in traced.values() for _, owner in of_kind} | set(mixers))
+    run, paths = recorded(model), {owner for of_kind in traced.values() for _, owner in of_kind} | set(mixers)
+    calls, apart = run.calls(paths), run.apart(paths)
     if mixers:
         order = {path: number for number, (path, _) in enumerate(model.named_modules())}
         more = [(group, _owner(group.channels, ())) for path in mixers for group in _alone(model, path, calls)]
         traced["ffn"] = sorted(traced["ffn"] + more, key=lambda entry: order[entry[1]])
     return _Units(traced, calls, apart)
+
+
+def _is_in_part(group: TracedUnits) -> bool:
+    """Whether a layer reads or writes other channels too; such hidden units are named by the layer that writes them."""
+    return any(part.start is not None for part in group.channels.slices)
 
 
 def _is_cuttable(group: TracedUnits) -> bool:
@@ -184,10 +185,11 @@ def _hidden_units(model: nn.Module) -> list[TracedUnits]:
         if channels.roots in stem and is_within(first, [owner]):
             continue
         why = channels.why_not
-        beside = owner not in attention.modules or any(part.start is not None for part in channels.slices)
+        why = why or (channels.normalized and f"{channels.normalized}: a norm couples its hidden units")
+        units = TracedUnits(channels, channels.units, (owner,), why)
+        beside = owner not in attention.modules or _is_in_part(units)
         if owner and (is_read or is_lost) and beside and not _is_outer(model, owner):
-            why = why or (channels.normalized and f"{channels.normalized}: a norm couples its hidden units")
-            hidden.append(TracedUnits(channels, channels.units, (owner,), why))
+            hidden.append(units)
     return hidden
 
 
@@ -232,7 +234,7 @@ def _alone(model: nn.Module, path: str, calls: dict[str, Call]) -> list[TracedUn
         return []
     copied, result = without_values(model.get_submodule(path)), []
     try:
-        trace = run_trace(copied, args[0])
+        trace = run_trace(record_run(copied, args[0]))
     except Exception:  # a forward pass may raise anything
         return []
     for channels in ChannelGraph(trace, copied).groups():
@@ -265,10 +267,12 @@ _PROOFS: "dict[Hashable, _Proof | BadInput]" = {}
 
 def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
     """Give every group sizes that are proven on its owner; equal modules are proven once."""
-    owners, result = [owner for _, owner in units.traced[kind]], _Proven()
+    owners = [owner for group, owner in units.traced[kind] if kind != "ffn" or not _is_in_part(group)]
+    result = _Proven()
     for group, owner in units.traced[kind]:
-        given = kind == "ffn" and any(owner == other for _, other in units.traced["attention"] + units.traced["head"])
-        name = _name(kind, owner, group, owners.count(owner) + given)
+        taken = {other for _, other in units.traced["attention"] + units.traced["head"]} if kind == "ffn" else set()
+        is_alone = owners.count(owner) == 1 and owner not in taken and not (kind == "ffn" and _is_in_part(group))
+        name = _name(kind, owner, group, is_alone)
         module, call = model.get_submodule(owner), units.calls.get(owner)
         why = group.why_not or ("its inputs are not those of images" if kind == "ffn" and owner in units.apart else "")
         if why or call is None:
@@ -343,8 +347,8 @@ def _below(owner: str, kind: str, name: str, group: TracedUnits) -> tuple[Group,
     return Group(name, kind, shape, slices, buffers=buffers, projections=projections, is_traced=True), sizes
 
 
-def _name(kind: str, owner: str, group: TracedUnits, number: int) -> str:
-    if (number > 1 or not owner) and group.channels.writers:
+def _name(kind: str, owner: str, group: TracedUnits, is_alone: bool) -> str:
+    if not (is_alone and owner) and group.channels.writers:
         owner = group.channels.writers[0].removesuffix(".weight")
     return f"{owner}.heads" if kind == "head" else owner
 
@@ -352,44 +356,3 @@ def _name(kind: str, owner: str, group: TracedUnits, number: int) -> str:
 def _refusal(owner: str, module: nn.Module, why: str) -> str:
     name = f"{owner or 'model'} ({type(module).__name__}): "
     return f"{name}{why.removeprefix(name)}; this module cannot be pruned"
-
-
-def _calls(model: nn.Module, paths: set[str]) -> tuple[dict[str, Call], set[str]]:
-    """Arguments of the first call of modules, tensors on the meta device; modules that see nothing of the images."""
-
-    def run(copy: nn.Module, inputs: Tensor) -> tuple[dict[str, Call], set[str]]:
-        calls: dict[str, Call] = {}
-        apart: set[str] = set()
-        for path in paths:
-            hook = partial(_record_call, calls, apart, path)
-            copy.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
-        with_grad = inputs.is_floating_point()
-        for parameter in copy.parameters():
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.set_grad_enabled(with_grad), eval_mode(copy), RememberedShapes():
-            copy(inputs.requires_grad_(with_grad).clone())
-        return calls, apart if with_grad and apart != set(calls) else set()
-
-    return with_example(model, run)
-
-
-def _record_call(
-    calls: dict[str, Call],
-    apart: set[str],
-    path: str,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    if path not in calls:
-        calls[path] = (_on_meta(args), _on_meta(kwargs))
-        if not any(value.requires_grad for value in tensors_of((args, kwargs))):
-            apart.add(path)
-
-
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("meta", torch.float64 if value.is_floating_point() else value.dtype)
-    if isinstance(value, dict):
-        return {key: _on_meta(item) for key, item in value.items()}
-    return type(value)(_on_meta(item) for item in value) if type(value) in (tuple, list) else value

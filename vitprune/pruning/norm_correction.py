@@ -18,10 +18,10 @@ from vitprune.criteria import Batches, ScoringContext
 from vitprune.criteria.fisher_directions import fisher_directions
 from vitprune.criteria.memory import max_batch_size, minibatches
 from vitprune.criteria.moments import record_layer_io
-from vitprune.criteria.norm_axis import norm_axis
 from vitprune.errors import BadInput
 from vitprune.evaluation.logits import logits_of
 from vitprune.runtime.eval_mode import eval_mode, frozen
+from vitprune.runtime.norm_axis import norm_axis
 from vitprune.runtime.progress import track
 
 DAMPINGS = (1.0, 3.0, 10.0, 30.0)  # relative to the mean squared norm of a row of the Jacobian

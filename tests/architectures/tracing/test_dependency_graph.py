@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tests.support import reference_groups
 from tests.support.model_zoo import ZOO, images, tiny
-from vitprune import find_groups
+from vitprune import BadInput, find_groups
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
 from vitprune.groups import Group, ParamSlice, meta_copy, positions, reordered_positions, shrink, unit_sums, zero
@@ -228,12 +228,30 @@ class Unequal(nn.Module):
         return output
 
 
+def test_units_at_a_part_of_an_axis() -> None:
+    part = ParamSlice("rows.weight", 0, inner=2, start=1)
+    assert positions(part, torch.tensor([False, True])).tolist() == [3, 4]
+    assert reordered_positions(part, torch.tensor([1, 0]), 6).tolist() == [0, 3, 4, 1, 2, 5]
+    layer = nn.Sequential(nn.Linear(3, 6), nn.ReLU())
+    group = Group("units", "ffn", (2,), (ParamSlice("0.weight", 0, inner=2, start=1), ParamSlice("0.bias", 0, 1, 2)))
+    with pytest.raises(BadInput, match=r"^0.bias: axis 0 is 6 long, the group is out of date"):
+        shrink(layer, [group], {"units": torch.tensor([False, True])})
+    group = Group("units", "ffn", (2,), (ParamSlice("0.weight", 0, inner=2, start=1),))
+    other = Group("others", "ffn", (1,), (ParamSlice("0.weight", 0, start=5),))
+    third = Group("third", "ffn", (2,), (ParamSlice("0.weight", 0, start=4),))
+    masks = {"units": torch.tensor([False, True]), "others": torch.tensor([True]), "third": torch.tensor([True, True])}
+    with pytest.raises(BadInput, match=r"^0.weight: groups units and third cut the same axis; "):
+        shrink(layer, [group, third], masks)
+    weight = layer[0].weight
+    assert torch.equal(shrink(layer, [group, other], masks)[0].weight, weight[[0, 3, 4, 5]])
+
+
 def test_units_with_repetitions_of_different_widths() -> None:
     model, image = Unequal(), torch.randn(2, 3, 4, 4)
     part = ParamSlice("rows.weight", 0, segments=(2, 1))
     assert part.length == 3
     assert positions(part, torch.tensor([False, True])).tolist() == [2, 3, 5]
-    assert reordered_positions(part, torch.tensor([1, 0])).tolist() == [2, 3, 0, 1, 5, 4]
+    assert reordered_positions(part, torch.tensor([1, 0]), 6).tolist() == [2, 3, 0, 1, 5, 4]
     found = next(one for one in channel_groups(model, image[:1]) if ("head.weight", 1, 1, 1) in where(one))
     slices = {one.param: one for one in found.slices}
     assert slices["rows.weight"] == part

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vitprune import BadInput, find_groups
 from vitprune.architectures.tracing import residual_branches
+from vitprune.architectures.tracing.recorded_run import record_run
 from vitprune.architectures.tracing.residual_branches import find_residual_modules
 from vitprune.groups import meta_copy
 
@@ -70,7 +71,7 @@ class Stacked(nn.Module):
 
 
 def residual_modules(model: nn.Module, images: Tensor) -> set[str]:
-    return find_residual_modules(model, images, ["blocks.0", "blocks.1"])
+    return find_residual_modules(record_run(model, images), ["blocks.0", "blocks.1"])
 
 
 ADDING = ["plain", "behind", "in place", "twice", "turned", "rolled", "in windows", "first of all", "activated"]
@@ -105,7 +106,7 @@ def test_a_module_called_twice_must_be_residual_in_both_calls() -> None:
         model, calls = Stacked("plain", "plain"), iter(hows)
         model.blocks[1] = model.blocks[0]
         model.blocks[0].register_forward_pre_hook(lambda block, given, calls=calls: setattr(block, "how", next(calls)))
-        assert find_residual_modules(model, torch.randn(1, 3, 4, 6), ["blocks.0"]) == expected
+        assert find_residual_modules(record_run(model, torch.randn(1, 3, 4, 6)), ["blocks.0"]) == expected
 
 
 def test_inputs_above_the_size_limit_are_not_tracked(monkeypatch: pytest.MonkeyPatch) -> None:

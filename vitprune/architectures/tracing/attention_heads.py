@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.tracing.dependency_graph import ChannelGraph, ChannelGroup, run_trace
+from vitprune.architectures.tracing.recorded_run import RecordedRun
 from vitprune.architectures.tracing.trace import Site, Trace
 from vitprune.architectures.tracing.union_find import squeeze_broadcast
 from vitprune.groups import is_within
@@ -55,31 +56,31 @@ class AttentionTrace:
     modules: frozenset[str] = frozenset()
 
 
-def trace_attention(model: nn.Module, example_input: Tensor, trace: Trace) -> AttentionTrace:
+def trace_attention(run: RecordedRun, trace: Trace) -> AttentionTrace:
     """Find all attention heads of a model, and the channels of heads, those of q, k, v and the output tied by position.
 
     Args:
-        model: The model; it runs again, in evaluation mode. Parameters may be on the meta device.
-        example_input: An image (1, C, H, W), on the device of the model.
+        run: A recorded run of the model.
         trace: Its finished trace; the channels of q, k and v are united in it.
     """
+    model = run.model
     labelled = _LabelledHeads(trace)
     if not labelled.count:
         return AttentionTrace([], [])
     numbers = labelled.numbers_by_site()
-    by_head = run_trace(model, example_input, numbers)
+    by_head = run_trace(run, numbers)
     shared = _tables_outside(by_head, trace, labelled)
     if shared:
-        by_head = run_trace(model, example_input, numbers, shared)
+        by_head = run_trace(run, numbers, shared)
     _tie_shared_tables(by_head, trace, labelled)
     _tie_fused_rows(by_head)
     groups = _tie_mixed_heads(by_head, model)
     head_of_number = by_head.sets.find(by_head.head_labels)  # by number: representative of the head
     modules, widths = _products_of_heads(trace, labelled, head_of_number)
-    found = set(head_of_number[1:].tolist())
+    all_heads = set(head_of_number[1:].tolist())
     heads = []
     for channels in groups:
-        if found.intersection(channels.roots):
+        if all_heads.intersection(channels.roots):
             norm = channels.normalized and f"{channels.normalized}: a norm over all heads couples them"
             inside = sorted({path for root in channels.roots for path in modules[root]})
             width = min(widths[root] for root in channels.roots)
@@ -175,8 +176,8 @@ def _tie_mixed_heads(trace: Trace, model: nn.Module) -> list[ChannelGroup]:
     Talking heads are mixed before and after the softmax: the mixtures are read from heads and written to these heads.
     """
     groups, tied = ChannelGraph(trace, model).groups(), False
-    found = trace.sets.find_unique([trace.head_labels[1:]])
-    for heads in (group for group in groups if found.intersection(group.roots)):
+    all_heads = trace.sets.find_unique([trace.head_labels[1:]])
+    for heads in (group for group in groups if all_heads.intersection(group.roots)):
         sites = _sites(heads)
         for mixed in (group for group in groups if group.writers and group.units == heads.units):
             read = [part.param for part in mixed.slices if part.axis == 1]

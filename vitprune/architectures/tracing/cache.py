@@ -2,22 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitprune.architectures.token_merging import without_merging
 from vitprune.architectures.tracing.attention_heads import AttentionTrace, trace_attention
 from vitprune.architectures.tracing.dependency_graph import ChannelGraph, ChannelGroup, run_trace
-from vitprune.architectures.tracing.example_run import NotRunningError, with_example
+from vitprune.architectures.tracing.example_run import NotRunningError, run_once, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
-from vitprune.architectures.tracing.meta_operations import RememberedShapes
+from vitprune.architectures.tracing.recorded_run import Left, recorded
 from vitprune.architectures.tracing.trace import Trace
 from vitprune.errors import BadInput
 from vitprune.groups import Group, meta_copy, resize_group
-from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import tensors_of
 
@@ -26,7 +22,7 @@ from vitprune.runtime.outputs import tensors_of
 class _CacheEntry:
     """Groups of a model, its trace until its heads are found, its heads, error of each trial run (empty: it ran)."""
 
-    groups: list[ChannelGroup]
+    channels: list[ChannelGroup]
     trace: list[Trace]
     attention: list[AttentionTrace] = field(default_factory=list)
     trials: dict[tuple[str, ...], str] = field(default_factory=dict)
@@ -40,22 +36,20 @@ def traced_channels(model: nn.Module) -> list[ChannelGroup]:
     """Return the groups of coupled channels of a model at its own input size, cached for models of the same structure.
 
     Raises:
-        BadInput: the model does not run on the meta device.
+        BadInput: the model does not run.
     """
-    return _CACHE.value_for(model, _trace).groups
+    return _CACHE.value_for(model, _trace).channels
 
 
 def traced_attention(model: nn.Module) -> AttentionTrace:
     """Return the attention heads of a model and their channels, cached for models of the same structure.
 
     Raises:
-        BadInput: the model does not run on the meta device.
+        BadInput: the model does not run.
     """
     entry = _CACHE.value_for(model, _trace)
     if not entry.attention:
-        find = partial(trace_attention, trace=entry.trace[0])
-        entry.attention.append(with_example(without_merging(model), find))
-        entry.trace.clear()  # it is large
+        entry.attention.append(trace_attention(recorded(without_merging(model)), entry.trace.pop()))
     return entry.attention[0]
 
 
@@ -79,12 +73,12 @@ def trial_run(model: nn.Module, groups: Sequence[Group], what: str, how: str = "
 
 
 def _trace(model: nn.Module) -> _CacheEntry:
-    return with_example(without_merging(model), _traced)
-
-
-def _traced(copy: nn.Module, inputs: Tensor) -> _CacheEntry:
-    trace = run_trace(copy, inputs)
-    return _CacheEntry(ChannelGraph(trace, copy).groups(), [trace])
+    run = recorded(without_merging(model))
+    try:
+        trace = run_trace(run)
+        return _CacheEntry(ChannelGraph(trace, run.model).groups(), [trace])
+    except Exception as error:  # operations of any model
+        raise BadInput(f"{type(model).__name__}: its operations cannot be followed ({first_line(error)})") from None
 
 
 def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
@@ -115,17 +109,6 @@ def output_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return with_example(model, lambda copy, inputs: [tuple(one.shape) for one in tensors_of(run_once(copy, inputs))])
 
 
-def run_once(model: nn.Module, inputs: Tensor) -> Any:
-    """Return the output of a model in evaluation mode, without gradients.
-
-    Args:
-        model: The model.
-        inputs: Its input.
-    """
-    with torch.no_grad(), eval_mode(model), RememberedShapes():
-        return model(inputs)
-
-
 def end_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layers that read the image and that return the output, in a run on the meta device.
 
@@ -136,19 +119,10 @@ def end_layers(model: nn.Module) -> list[str]:
 
 
 def _find_end_layers(model: nn.Module) -> list[str]:
-    return with_example(model, _end_layers_of_run)
-
-
-def _end_layers_of_run(copy: nn.Module, inputs: Tensor) -> list[str]:
-    calls: list[tuple[str, Tensor]] = []
-
-    def record(path: str, output: Tensor) -> None:
-        calls.append((path, output))
-
-    for path, layer in copy.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.register_forward_hook(lambda module, inputs, output, path=path: record(path, output))
-    outputs = list(tensors_of(run_once(copy, inputs)))
-    return [path for path, value in calls[:1]] + [
-        path for path, value in calls[1:] if value.dim() == 2 and any(value is one for one in outputs)
+    run = recorded(model)
+    left = [event for event in run.events if isinstance(event, Left)]
+    layers = [event for event in left if isinstance(event.module, nn.Linear | nn.Conv2d)]
+    outputs = list(tensors_of(run.output))
+    return [event.path for event in layers[:1]] + [
+        event.path for event in layers[1:] if event.output.dim() == 2 and any(event.output is one for one in outputs)
     ]

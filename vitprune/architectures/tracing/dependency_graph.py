@@ -6,8 +6,7 @@ axis if it is multiplied as a matrix, and one label per element otherwise.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,15 +15,12 @@ import numpy as np
 import torch
 from timm.layers import RmsNorm
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitprune.architectures.tracing.meta_operations import run_operation
 from vitprune.architectures.tracing.op_rules import apply_rms_norm_rule, apply_rule, propagate_to_fixpoint
+from vitprune.architectures.tracing.recorded_run import Entered, Operation, RecordedRun, record_run
 from vitprune.architectures.tracing.trace import NO_HEADS, Site, Trace
 from vitprune.architectures.tracing.union_find import NO_CHANNEL
 from vitprune.groups import ParamSlice
-from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.outputs import tensors_of
 
 Axis = tuple[str, int]  # a parameter and one of its axes
@@ -67,7 +63,7 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup
         model: The model; it runs once, in evaluation mode. Parameters may be on the meta device.
         example_input: An image (1, C, H, W), or tokens (1, T), on the device of the model.
     """
-    return ChannelGraph(run_trace(model, example_input), model).groups()
+    return ChannelGraph(run_trace(record_run(model, example_input)), model).groups()
 
 
 class _AxisLabels:
@@ -111,7 +107,7 @@ def _labels_by_axis(trace: Trace) -> dict[Axis, Tensor]:
         if not elements.numel():
             continue
         roots = trace.sets.find(elements.contiguous())
-        along = [(axis, *found) for axis in range(roots.dim()) if (found := _along(roots, axis, alone)) is not None]
+        along = [(axis, *entry) for axis in range(roots.dim()) if (entry := _along(roots, axis, alone)) is not None]
         if along:
             axis, labels, _ = min(along, key=lambda entry: entry[2])
             axes[name, axis] = labels
@@ -220,65 +216,36 @@ def _segments(positions: Array) -> tuple[int, ...]:
     return tuple(widths.tolist()) if count > 1 and np.array_equal(positions, regular) else ()
 
 
-def run_trace(
-    model: nn.Module, example_input: Tensor, heads: Mapping[Site, Tensor] = NO_HEADS, ignored: Collection[str] = ()
-) -> Trace:
-    """Trace one forward pass; channels of the output are marked as not prunable.
+def run_trace(run: RecordedRun, heads: Mapping[Site, Tensor] = NO_HEADS, ignored: Collection[str] = ()) -> Trace:
+    """Trace a recorded forward pass; channels of the output are marked as not prunable.
 
     Args:
-        model: The model, in evaluation mode while it runs.
-        example_input: Its input.
+        run: The recorded run.
         heads: Numbers of heads, for a trace of whole heads, see `Trace`.
         ignored: Names of parameters and buffers without labels.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    trace = Trace({name: value for name, value in tensors.items() if name not in ignored}, type(model).__name__, heads)
-    with eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _module_hooks(model, trace), _Tracer(trace):
-        output = model(example_input)
+    tensors = {**dict(run.model.named_parameters()), **dict(run.model.named_buffers())}
+    trace = Trace({name: value for name, value in tensors.items() if name not in ignored}, _name(run.model), heads)
+    in_norm = False  # an RMSNorm is handled as one operation
+    for event in run.events:
+        if isinstance(event, Operation):
+            if not in_norm:
+                apply_rule(trace, event.func, event.args, event.kwargs, event.result)
+        elif event.path:
+            in_norm = isinstance(event.module, RMS_NORMS) and isinstance(event, Entered)
+            if isinstance(event, Entered):
+                trace.running.append((event.path, _name(event.module)))
+            else:
+                trace.running.pop()
+                if isinstance(event.module, RMS_NORMS):
+                    apply_rms_norm_rule(trace, event.module, event.args[0], event.output)
     propagate_to_fixpoint(trace)
-    for value in tensors_of(output):
+    for value in tensors_of(run.output):
         labels = trace.labels_of(value)
         if labels is not None:
             trace.mark_unprunable(labels, IS_OUTPUT)
     return trace
 
 
-class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs every operation, then applies its coupling rule."""
-
-    def __init__(self, trace: Trace) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._trace = trace
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = run_operation(func, args, kwargs or {})
-        if not self._trace.paused:
-            apply_rule(self._trace, func, args, kwargs or {}, result)
-        return result
-
-
-@contextmanager
-def _module_hooks(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Keep `trace.running` up to date while the model runs, and handle RMSNorm modules as one operation."""
-
-    def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            trace.running.append((path, type(module).__name__))
-            trace.paused = isinstance(module, RMS_NORMS)
-
-        return hook
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        trace.running.pop()
-        if isinstance(module, RMS_NORMS):
-            trace.paused = False
-            apply_rms_norm_rule(trace, module, inputs[0], output)
-
-    modules = [(path, module) for path, module in model.named_modules() if path]
-    handles = [module.register_forward_pre_hook(enter(path)) for path, module in modules]
-    handles += [module.register_forward_hook(leave) for _, module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _name(module: nn.Module) -> str:
+    return type(module).__name__

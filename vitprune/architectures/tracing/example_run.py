@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vitprune.architectures.tracing.meta_operations import RememberedShapes
 from vitprune.errors import BadInput
 from vitprune.groups import meta_copy
+from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.messages import first_line
 
@@ -54,6 +56,17 @@ def with_example(model: nn.Module, function: Callable[[nn.Module, Tensor], Resul
         name, size, reason = type(model).__name__, " x ".join(map(str, shape.shape[1:])), first_line(error)
         message = f"{name}: it does not run on images of {size} ({reason}); give example_input"
         raise NotRunningError(message, reason) from None
+
+
+def run_once(model: nn.Module, inputs: Tensor) -> Any:
+    """Return the output of a model in evaluation mode, without gradients.
+
+    Args:
+        model: The model.
+        inputs: Its input.
+    """
+    with torch.no_grad(), eval_mode(model), RememberedShapes():
+        return model(inputs)
 
 
 def meta_input(model: nn.Module) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from vitprune.groups import RECORDED_SHAPES
 from vitprune.runtime import outputs
 
-CAPACITY = 32  # structures; a trace of a large model takes about 1 MiB
+CAPACITY = 32  # structures; the groups of a large model take about 1 MiB
 SIMPLE = (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, BuiltinFunctionType)
 IGNORED = {"training", RECORDED_SHAPES}  # traces run in evaluation mode
 KNOWN_HOOKS = {outputs.answer}  # hooks
@@ -28,8 +28,9 @@ class _UnknownStateError(Exception):
 class StructureCache(dict[Hashable, Value]):
     """Values that depend on a model's structure alone, the most recent ones; shared by models of equal structure."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = CAPACITY) -> None:
         super().__init__()
+        self._capacity = capacity
         self._by_model: WeakKeyDictionary[nn.Module, tuple[Hashable, Value]] = WeakKeyDictionary()
 
     def value_for(self, model: nn.Module, compute: Callable[[nn.Module], Value]) -> Value:
@@ -43,7 +44,7 @@ class StructureCache(dict[Hashable, Value]):
             return entry[1]
         value = self.pop(key) if key in self else compute(model)
         self[key] = value  # the last one
-        while len(self) > CAPACITY:
+        while len(self) > self._capacity:
             del self[next(iter(self))]
         return value
 

@@ -28,6 +28,9 @@ class _UnknownOperandError(Exception):
 class RememberedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every operation by `run_operation`."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run_operation(func, args, kwargs or NO_OPTIONS)
 

@@ -1,28 +1,25 @@
 """Find residual modules, x + f(x) or act(x + f(x)), by tracking every element of their input through operations."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitprune.architectures.tracing.op_rules import ADDITIONS, IDENTITIES, REARRANGEMENTS, VIEWS
-from vitprune.runtime.eval_mode import eval_mode
+from vitprune.architectures.tracing.recorded_run import Entered, Left, Operation, RecordedRun
 
 ACTIVATIONS = ("relu", "relu_", "silu", "silu_", "gelu", "hardswish", "hardswish_", "leaky_relu", "leaky_relu_")
 MAX_ELEMENTS = 1 << 24  # of a tracked input: 64 channels of 512 x 512 positions
 
 
-def find_residual_modules(model: nn.Module, images: Tensor, paths: Collection[str]) -> set[str]:
+def find_residual_modules(run: RecordedRun, paths: Collection[str]) -> set[str]:
     """Find the modules that return their first input plus something, x + f(x), or an activation of it, in every call.
 
     Args:
-        model: The model; it runs once, in evaluation mode. It may be on the meta device, no values are needed.
-        images: Its input.
+        run: A recorded run of the model.
         paths: Paths of the modules to look at.
 
     Returns:
@@ -30,8 +27,15 @@ def find_residual_modules(model: nn.Module, images: Tensor, paths: Collection[st
         elements, is not among them.
     """
     calls: dict[str, list[bool]] = {}
-    with torch.no_grad(), eval_mode(model), _tracked(model, paths, calls):
-        model(images)
+    running: list[TrackedInput] = []
+    for event in run.events:
+        if isinstance(event, Operation):
+            for tracked in running:
+                tracked.track(event)
+        elif event.path in paths and isinstance(event, Entered):
+            running.append(TrackedInput(event))
+        elif event.path in paths and isinstance(event, Left):
+            calls.setdefault(event.path, []).append(running.pop().is_residual_output(event.output))
     return {path for path, is_residual in calls.items() if all(is_residual)}
 
 
@@ -44,15 +48,18 @@ class _Elements:
 
 
 class TrackedInput:
-    """Positions of the elements of one module's input; they have the indices 1, 2, 3, ..., anything else has 0."""
+    """Positions of the elements of a module's first input; they have the indices 1, 2, 3, ..., anything else has 0."""
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, call: Entered) -> None:
+        first = call.args[0] if call.args and isinstance(call.args[0], Tensor) else torch.empty(0)
+        value = first if first.numel() <= MAX_ELEMENTS else torch.empty(0)
         self._indices = torch.arange(1, value.numel() + 1, dtype=torch.int32).view(value.shape)
         self._by_tensor: Any = WeakIdKeyDictionary({value: _Elements(self._indices)})
 
-    def track(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Track the elements through an operation that has run; only additions and rearrangements keep them."""
-        name = func.overloadpacket.__name__
+    def track(self, operation: Operation) -> None:
+        """Track the elements through an operation; only additions and rearrangements keep them."""
+        func, args, kwargs, result = operation.func, operation.args, operation.kwargs, operation.result
+        name = operation.name
         tracked: list[_Elements] = []
         if name in ADDITIONS and kwargs.get("alpha", 1) == 1:
             tracked = self._added(args, result)
@@ -62,7 +69,7 @@ class TrackedInput:
         elif name in REARRANGEMENTS:
             tracked = self._rearranged(func, args, kwargs, result)
         results = result if isinstance(result, list | tuple) else [result]
-        for value in results if func._schema.is_mutable else ():
+        for value in results if operation.is_mutable else ():
             if isinstance(value, Tensor):
                 self._forget(value)
         for value, elements in zip(results, tracked, strict=False):
@@ -116,44 +123,3 @@ class TrackedInput:
         """Whether an output is the input plus something."""
         elements = self._by_tensor.get(output) if isinstance(output, Tensor) else None
         return elements is not None and elements.has_addend and torch.equal(elements.indices, self._indices)
-
-
-class _TrackingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs every operation, then tracks it for the inputs of all modules that run now."""
-
-    def __init__(self, running: Sequence[TrackedInput]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._running = running
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tracked in self._running:
-            tracked.track(func, args, kwargs or {}, result)
-        return result
-
-
-@contextmanager
-def _tracked(model: nn.Module, paths: Collection[str], calls: dict[str, list[bool]]) -> Iterator[None]:
-    """Record for every call of these modules whether it returned its input plus something."""
-    running: list[TrackedInput] = []
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else torch.empty(0)
-        running.append(TrackedInput(first if first.numel() <= MAX_ELEMENTS else torch.empty(0)))
-
-    def leave(path: str) -> Callable[..., None]:
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            calls.setdefault(path, []).append(running.pop().is_residual_output(output))
-
-        return record
-
-    handles = []
-    for path in paths:
-        module = model.get_submodule(path)
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave(path))]
-    try:
-        with _TrackingMode(running):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()

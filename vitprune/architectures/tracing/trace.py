@@ -83,7 +83,6 @@ class Trace:
         grouped: Pairs of labels (groups, channels) of the inputs and outputs of grouped convolutions.
         normalized: Labels over which a norm runs that counts its channels, with a description of the module.
         running: Path and class of the modules that run now, innermost last.
-        paused: Whether operations are ignored, because a module that has one rule as a whole runs.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], model_name: str, heads: Mapping[Site, Tensor] = NO_HEADS) -> None:
@@ -113,7 +112,6 @@ class Trace:
         self.grouped: list[tuple[Tensor, Tensor]] = []
         self.normalized: list[tuple[Tensor, str]] = []
         self.running = [("", model_name)]
-        self.paused = False
         self._shapes = {name: value.shape for name, value in tensors.items()}
         self._learned = {name for name, value in tensors.items() if isinstance(value, nn.Parameter)}
         self._by_tensor: Any = WeakIdKeyDictionary()  # labels of an activation, or ParameterView

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vitprune.criteria.norm_axis import norm_axis, norm_eps
 from vitprune.errors import BadInput
 from vitprune.groups import REMOVED, Group, ParamSlice
+from vitprune.runtime.norm_axis import norm_axis, norm_eps
 
 CENTERED_NORMS, RMS_NORMS = nn.LayerNorm, ("RMSNorm", "RmsNorm", "RmsNorm2d")
 Probe = tuple[str, str]  # path of a module, and the hooked value: input, query, norm or output

@@ -22,8 +22,8 @@ from vitprune.models.build_limits import BuildLimitError, try_in_child
 Break = Callable[[Path], None]
 
 # forbidden audit events of Python: network access, programs, imports, files other than the model's
-WATCHED = """
-import json, resource, shutil, sys
+WATCHED = r"""
+import json, re, resource, shutil, sys
 from pathlib import Path
 from tests.models import test_malicious_checkpoints as test_hostile
 from vitprune import BadInput, load
@@ -34,7 +34,8 @@ def hook(event, args):
     if on and event == "import" and args[0] not in sys.modules:
         seen.append(f"import {args[0]}")
     if on and event == "open" and isinstance(args[0], (str, bytes)) and str(folder) not in str(args[0]):
-        seen.append(f"open {args[0]}")
+        if not re.fullmatch(r"/proc/[0-9]+/stat", str(args[0])):  # the state of the child process that builds the model
+            seen.append(f"open {args[0]}")
 def refused(name):
     global on
     shutil.rmtree(folder, ignore_errors=True)

@@ -193,7 +193,7 @@ class Trace:
     def varies_along(self, labels: Tensor, axis: int) -> bool:
         """Return whether the channels differ along an axis."""
         small = squeeze_broadcast(labels)
-        if small.shape[axis] == 1:
+        if small.shape[axis] == 1 or not small.numel():
             return False
         roots = self.sets.find(small.contiguous())
         return not bool((roots == roots.narrow(axis, 0, 1)).all())

@@ -101,7 +101,14 @@ def compare_rows(name: str, recorded: Sequence[Row], again: Sequence[Row]) -> Li
 
 
 def compare_facts(label: str, recorded: Row, again: Row, digests: Mapping[str, str] | None = None) -> Lines:
-    """Compare the values that were computed again with the recorded ones."""
+    """Compare the values that were computed again with the recorded ones.
+
+    Args:
+        label: Name of the file, for the messages.
+        recorded: Recorded values.
+        again: Values computed again; recorded ones of other keys are not compared.
+        digests: Recorded checksums that stand for others, of files that differ by rounding.
+    """
     for key, value in again.items():
         if not _same(recorded.get(key), value, digests or {}):
             yield f"{label}: {key} is {_shortened(recorded.get(key))}, computed again {_shortened(value)}"

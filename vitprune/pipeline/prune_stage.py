@@ -135,7 +135,14 @@ def finetune_cycle(
 
 
 def cycle_row(number: int, groups: Sequence[Group], masks: Masks, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row of plots/cycles.csv of a cycle from its masks and its metrics.json."""
+    """Return the row of plots/cycles.csv of a cycle.
+
+    Args:
+        number: Number of the cycle.
+        groups: Groups of the dense model.
+        masks: Masks of the cycle.
+        facts: Content of its metrics.json.
+    """
     units = sum(group.units for group in groups)
     removed = units - sum(int(mask.sum()) for mask in masks.values())
     columns = ("top1_before", "top1_after", "params", "macs", "nonzero_params", "nonzero_macs")

@@ -81,6 +81,12 @@ def write_scores(
 ) -> dict[str, Any]:
     """Write scores, their summary, statistics for weight updates, orders of channels and rotation of the stream.
 
+    Args:
+        directory: Directory to write.
+        groups: The scored groups.
+        importance: Scores, statistics and orders.
+        rotation: Matrix of the rotation; empty for none.
+
     Returns:
         Number of groups and units, the criterion's own figures, and the SHA-256 of the scores.
     """

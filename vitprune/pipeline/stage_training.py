@@ -61,7 +61,14 @@ class StageCheckpoint:
 
 @contextmanager
 def stage_checkpoint(stage: str, params: Params, inputs: list[Path], dist: ProcessGroup) -> Iterator[StageCheckpoint]:
-    """Yield the checkpoints of a stage with the given input files; delete them when the stage has succeeded."""
+    """Yield the checkpoints of a stage; delete them when the stage has succeeded.
+
+    Args:
+        stage: Name of the stage.
+        params: The project's params.yaml.
+        inputs: Files and directories that the stage reads.
+        dist: Process group of the stage.
+    """
     settings = {name: params.model_dump(mode="json")[name] for name in SECTIONS[stage]}
     key = checkpoint_store.work_key(stage, settings, inputs, device().type)
     yield StageCheckpoint(RESUME / f"{stage}-{key}", key, dist)

@@ -110,6 +110,12 @@ def make_cost_model(
     Parameters and MACs are counted on shrunk copies without data; single weights count if they are not zero. Latency is
     that of a table, or measured on shrunk copies, alternating with a copy of the dense model.
 
+    Args:
+        model: The dense model.
+        groups: Its groups.
+        cost: params, macs, latency or latency_ms.
+        table: Times of the groups, for latencies; None: measure.
+
     Raises:
         BadInput: the table does not fit the groups.
     """
@@ -192,7 +198,14 @@ def refine_latency(
 
 
 def step_between(groups: Sequence[Group], more: Masks, fewer: Masks, cost_model: CostModel) -> str:
-    """Describe the last removal of a search: its units, and the cost without it."""
+    """Describe the last removal of a search: its units, and the cost without it.
+
+    Args:
+        groups: Groups of the dense model.
+        more: Masks before the removal.
+        fewer: Masks after it.
+        cost_model: The cost model.
+    """
     units = {g.name: int(more[g.name].sum()) - int(fewer[g.name].sum()) for g in groups}
     cut = [group for group in groups if units[group.name]]
     if not cut:

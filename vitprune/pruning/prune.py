@@ -354,7 +354,17 @@ def result_of(
     example_input: Tensor | None = None,
     chosen_method: str = "",
 ) -> PruneResult:
-    """Return the result after the last cycle of a run that started at a time of `time.perf_counter`."""
+    """Return the result of a run after its last cycle.
+
+    Args:
+        dense: The user's model.
+        pruned: The pruned model.
+        cycle: The last cycle.
+        start: Time of `time.perf_counter` at which the run started.
+        skipped: What is not pruned, with the reason.
+        example_input: Input for the counts; None: one of the model's size.
+        chosen_method: Method that "auto" stands for; empty if a method was given.
+    """
     plain = plain_model(dense)
     where = "example_input: is not given, and at the default size" if example_input is None else "example_input"
     example = checked_input(where, example_of(pruned, 1) if example_input is None else example_input, plain)

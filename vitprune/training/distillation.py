@@ -85,7 +85,15 @@ def _distillation_arguments(student: nn.Module, teacher: nn.Module, alpha: float
 def distillation_task(
     student: nn.Module, teacher: nn.Module, settings: DistillConfig, smoothing: float, seed: int
 ) -> nn.Module:
-    """Return the distillation task of the settings: of features or of logits."""
+    """Return the distillation task of the settings: of features or of logits.
+
+    Args:
+        student: The model to train.
+        teacher: The teacher.
+        settings: Kind, weight and temperature of the distillation.
+        smoothing: Label smoothing of the cross-entropy.
+        seed: Seed of an additional layer.
+    """
     if settings.kind == "features":
         return feature_distillation(student, teacher, settings.alpha, smoothing, seed)
     return logit_distillation(student, teacher, settings.alpha, settings.temperature, smoothing)

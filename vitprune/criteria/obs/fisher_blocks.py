@@ -73,9 +73,17 @@ class FisherBlocks:
 def collect_fisher_blocks(
     model: nn.Module, parts: Sequence[BlockRange], batches: Batches, context: ScoringContext, name: str = "fisher"
 ) -> dict[BlockRange, Tensor]:
-    """Collect the damped Fisher blocks of some block ranges, (blocks, B, B) each.
+    """Collect the damped Fisher blocks of some block ranges.
 
-    Partial sums are saved to and resumed from `context.partial` under `name`.
+    Args:
+        model: The model.
+        parts: The block ranges.
+        batches: Labelled calibration batches.
+        context: The scoring options; partial sums are saved to and resumed from `context.partial`.
+        name: Name of the partial sums.
+
+    Returns:
+        Matrices (blocks, B, B) by block range.
     """
     device, notes = next(model.parameters()).device, context.partial
     noted = notes.read(name) if notes else {}
@@ -151,6 +159,12 @@ def blockwise_scores(model: nn.Module, groups: Sequence[Group], fisher: FisherBl
     """Score every weight by a function of its block; float64, in the shape of the group.
 
     Block ranges are divided among the processes. Chunks whose scores all processes have saved are not collected again.
+
+    Args:
+        model: The model.
+        groups: Groups of kind `weight`.
+        fisher: The Fisher blocks of all groups.
+        score_fn: Losses of the weights of some blocks.
     """
     team, notes = fisher.context.dist, fisher.context.partial
     scores = {group.slices[0].param: torch.zeros(group.units, dtype=torch.float64) for group in groups}
@@ -181,7 +195,14 @@ def _local_losses(model: nn.Module, fisher: FisherBlocks, chunk: int, score_fn: 
 
 
 def blockwise_update(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, solve: BlockSolveFn) -> Update:
-    """Return the update that applies `solve` to every block; the blocks are collected when it is called."""
+    """Return the update that solves every block for given masks; the blocks are collected when it is called.
+
+    Args:
+        model: The model.
+        groups: Groups of kind `weight`.
+        fisher: The Fisher blocks of all groups.
+        solve: New weights of some blocks.
+    """
 
     def update(masks: Masks) -> dict[str, Tensor]:
         keep_flat = {g.slices[0].param: masks[g.name].flatten() for g in groups if g.name in masks}

@@ -46,6 +46,12 @@ def block_size(units: int, wanted: int, multiple: int = 1) -> int:
 def split_into_blocks(model: nn.Module, groups: Sequence[Group], wanted: int, multiple: int = 1) -> list[BlockRange]:
     """Return one block range per group, covering its whole weight.
 
+    Args:
+        model: The model.
+        groups: Groups of kind `weight`.
+        wanted: Weights per block, see `block_size`.
+        multiple: M of an N:M pattern; blocks and rows are multiples of it.
+
     Raises:
         BadInput: a group of another kind, rows that are not divisible by `multiple`, or convolution kernels whose
             runs of `multiple` input channels are not contiguous.

@@ -13,7 +13,19 @@ KEY, DIGEST = "vitprune.key", "vitprune.model_sha256"
 def record_model(
     client: MlflowClient, experiment: str, run: str, key: str, spool: Path, files: Iterable[Mapping[str, Any]]
 ) -> str:
-    """Log the files of a model, once for every `key`; return the model's id."""
+    """Log the files of a model, once for every key.
+
+    Args:
+        client: Client of the tracking store.
+        experiment: Id of the experiment.
+        run: Run that has computed the model.
+        key: Key of that run.
+        spool: Directory of the files.
+        files: Paths and checksums of the files, as in the run log.
+
+    Returns:
+        Id of the logged model.
+    """
     files = list(files)
     model = find_model(client, experiment, KEY, key)
     if model is None:

@@ -20,6 +20,7 @@ from vitprune.criteria import DEFAULT_CONTEXT, DEFAULT_SCORE_CONFIG, Importance
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
 from vitprune.groups import shrink
+from vitprune.pruning.apply_masks import copy_params
 from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_cycle_masks
 from vitprune.pruning.methods import method_named
 from vitprune.pruning.norm_correction import correct_norms
@@ -176,9 +177,7 @@ def load_images(path: Path, model: nn.Module) -> tuple[Tensor, Tensor]:
 
 def corrected(case: Setup, model: nn.Module) -> nn.Module:
     """Correct norms and biases in place towards the dense logits; zeros remain zero."""
-    with torch.no_grad():
-        for name, value in correct_norms(model, case.dense_logits, case.calibration, DEFAULT_CONTEXT).values.items():
-            model.get_parameter(name).copy_(value)
+    copy_params(model, correct_norms(model, case.dense_logits, case.calibration, DEFAULT_CONTEXT).values)
     return model
 
 

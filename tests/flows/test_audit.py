@@ -86,6 +86,14 @@ def test_the_command_lists_all_differences_and_refuses_unknown_runs(project: Pat
     code, _, err = audit(project, "0123456789")
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("Error: run 0123456789: ")
+    nowhere = project.parent / "nowhere"
+    code, out, err = audit(project, run, "--project", str(nowhere))
+    assert (code, out, err) == (
+        2,
+        "",
+        f"Error: {nowhere}/mlflow.db: no such file; give the project by --project, or set MLFLOW_TRACKING_URI\n",
+    )
+    assert not nowhere.exists()
     assert subprocess.run(["git", "worktree", "list"], cwd=project, capture_output=True).stdout.count(b"\n") == 1
 
 

@@ -10,6 +10,7 @@ import pytest
 from tests.support import preloaded
 from tests.support.tiny_project import record, upload
 from vitprune.orchestration.execution.processes import process_environment
+from vitprune.orchestration.tracking.registry import REFUSED
 
 pytestmark = pytest.mark.pipeline
 
@@ -73,3 +74,26 @@ def test_lost_versions_are_registered_again_with_numbers_tags_and_champion(finis
     code, out, err = vitprune(project, "versions")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.endswith("; delete it, `vitprune sync` writes it again\n")
+
+
+@pytest.mark.parametrize("folder", ["it's", 'x"y', "a:b", "名 é %20 #1"])
+def test_a_folder_with_any_name_has_a_registry(finished_project: Path, folder: str) -> None:
+    project = finished_project.rename(finished_project.with_name(folder))
+    assert registry_after(project) == {"champion": None, "versions": {}}
+    assert vitprune(project, "versions")[:2] == (
+        0,
+        f"{REFUSED.sub('-', folder)}: no version yet; `vitprune retrain` makes the first one\n",
+    )
+
+
+def test_names_that_mlflow_does_not_take_are_refused(finished_project: Path) -> None:
+    done = preloaded.run("vitprune.cli", "versions", "--model", "a/b", cwd=finished_project)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "Error: model name 'a/b': MLflow takes no quotes, / and : in it; give another one\n",
+    )
+    project = finished_project.rename(finished_project.with_name("what?"))
+    code, out, err = vitprune(project, "versions")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "MLflow takes no ? in the path; rename the folder, or set MLFLOW_TRACKING_URI" in err
+    assert sorted(path.name for path in project.parent.iterdir()) == ["what?"]

@@ -64,10 +64,11 @@ def _audit(run_id: str, project: Path | None, options: AuditOptions, stages: "Re
 
     from vitprune.orchestration.attestation.signing import trusted_keys
     from vitprune.orchestration.audit.collect import AuditError, collect
-    from vitprune.orchestration.tracking.store import TrackingError, mlflow_session, tracking_uri
+    from vitprune.orchestration.tracking.store import TrackingError, mlflow_session, require_store, tracking_uri
 
     keys = [] if options.trusted_keys is None else trusted_keys(options.trusted_keys)
     directory, differences = (project or Path()).resolve(), 0
+    require_store(directory)
     notes: list[str] = []
     try:
         with (

@@ -1,6 +1,7 @@
 """MLflow's model registry: challengers as versions, the alias `champion`, promotion and rollback."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from vitprune.errors import BadInput
 from vitprune.orchestration.tracking.logged_model import KEY, find_model
 from vitprune.orchestration.tracking.store import find_run, open_client
 
 CHAMPION = "champion"
+REFUSED = re.compile(r"['\"`/:]")  # characters that MLflow does not take in the name of a model or in a filter
 VERSION_OF_DATA, PASSED, BEFORE = "vitprune.data_version", "vitprune.passed", "vitprune.champion_before"
 
 
@@ -106,8 +109,14 @@ class Registry:
 def registry(project: Path, name: str | None = None) -> Registry:
     """Open the registered model of a project: `name`, else VITPRUNE_MODEL_NAME, else the name of the project's folder.
 
+    Quotes, / and :, which MLflow does not take, become - in the name of a folder.
+
     Raises:
+        BadInput: `name` or VITPRUNE_MODEL_NAME has such a character.
         MlflowException: the server does not answer, or rejects the request.
     """
+    given = name or os.environ.get("VITPRUNE_MODEL_NAME")
+    if given and REFUSED.search(given):
+        raise BadInput(f"model name {given!r}: MLflow takes no quotes, / and : in it; give another one")
     client, experiment = open_client(project)
-    return Registry(client, experiment, name or os.environ.get("VITPRUNE_MODEL_NAME") or project.name)
+    return Registry(client, experiment, given or REFUSED.sub("-", project.name))

@@ -33,6 +33,17 @@ def tracking_uri(project: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project / DATABASE}"
 
 
+def require_store(project: Path) -> None:
+    """Refuse a project without an MLflow store, which MLflow would create.
+
+    Raises:
+        BadInput: MLFLOW_TRACKING_URI is not set, and the project has no database.
+    """
+    local = project / DATABASE
+    if tracking_uri(project) == f"sqlite:///{local}" and not local.is_file():
+        raise BadInput(f"{local}: no such file; give the project by --project, or set MLFLOW_TRACKING_URI")
+
+
 @contextmanager
 def short_timeouts(seconds: int) -> Iterator[None]:
     """Limit MLflow's HTTP timeout to `seconds` and its retries to 2, unless the user has set them.
@@ -72,13 +83,17 @@ def open_client(project: Path) -> tuple[MlflowClient, str]:
     Call it while holding the upload lock: creating a SQLite store is not safe among several processes.
 
     Raises:
-        TrackingError: the project's database is damaged.
+        TrackingError: the project's database is damaged, or its path cannot be an address.
         MlflowException: the server does not answer, or rejects the request.
     """
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)  # no log line per migration
     uri, local = tracking_uri(project), project / DATABASE
     if uri == f"sqlite:///{local}":
+        if "?" in str(local):  # the rest would be options of the address, and the database another file
+            raise TrackingError(
+                f"{project}: MLflow takes no ? in the path; rename the folder, or set MLFLOW_TRACKING_URI"
+            )
         if local.exists() and (damage := _damage(local)):
             raise TrackingError(
                 f"{local}: the database is damaged ({damage}); move it away and run "

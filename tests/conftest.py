@@ -31,11 +31,13 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow tests, and run the files that take minutes first, so that all processes end at about the same time."""
     marks: dict[Path, set[str]] = defaultdict(set)
+    slow: dict[Path, int] = defaultdict(int)
     for item in items:
         if f"tests/{item.path.relative_to(TESTS)}::{item.originalname}" in SLOW:
             item.add_marker("slow")
+            slow[item.path] += 1
         marks[item.path] |= {mark.name for mark in item.iter_markers()}
-    items.sort(key=lambda item: [name not in marks[item.path] for name in ("team", "pipeline")])
+    items.sort(key=lambda item: ([name not in marks[item.path] for name in ("team", "pipeline")], -slow[item.path]))
 
 
 def pytest_collection_finish() -> None:

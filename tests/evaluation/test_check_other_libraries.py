@@ -46,7 +46,7 @@ def test_a_transformers_configuration(tmp_path: Path) -> None:
 
 
 def test_torchvision_and_a_user_defined_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = lines("torchvision:vit_b_16", "--kinds", "head")
+    (row,) = lines("torchvision:swin_t", "--kinds", "head")
     assert (row["verdict"], row["groups"], row["left_out"]) == ("proven", 12, {})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_models.py").write_text(OWN)

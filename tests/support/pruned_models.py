@@ -1,5 +1,7 @@
 """Pruned variants of the model zoo, with another width in every block: for timm's interfaces and the exporters."""
 
+import copy
+import functools
 from collections.abc import Sequence
 
 import timm
@@ -33,6 +35,11 @@ CASES = [(family, cut) for family in FAMILIES for cut in CUTS if cut != "blocks"
 
 def dense_of(family: str) -> nn.Module:
     """Return a dense model in float32."""
+    return copy.deepcopy(_dense(family))
+
+
+@functools.cache
+def _dense(family: str) -> nn.Module:
     architecture, args = FAMILIES[family]
     return redrawn(timm.create_model(architecture, **args), 0)
 
@@ -61,6 +68,11 @@ def all_cut(family: str) -> nn.Module:
 
 def cut_by(family: str, kinds: Sequence[str]) -> nn.Module:
     """Return a model pruned by one kind after the other."""
+    return copy.deepcopy(_cut(family, tuple(kinds)))
+
+
+@functools.cache
+def _cut(family: str, kinds: tuple[str, ...]) -> nn.Module:
     model = dense_of(family)
     for kind in kinds:
         groups = find_groups(model, [kind])

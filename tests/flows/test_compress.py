@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import shell_pipeline
+from tests.support import preloaded, shell_pipeline
 from tests.support.shared import add_empty_store
-from tests.support.shell_pipeline import processes_of, sleepers, wait_for
+from tests.support.shell_pipeline import REPOSITORY, processes_of, sleepers, wait_for
 from vitprune.orchestration.execution.lock_and_repair import LOCKFILE_COPY, exclusive, is_complete, repair
 from vitprune.orchestration.execution.processes import MARK, run
 from vitprune.orchestration.execution.run_stage import FailureClass, check_params, reproduce
@@ -28,6 +28,12 @@ def project(tmp_path: Path) -> Path:
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
+
+
+def refused(project: Path) -> tuple[int, str, str]:
+    """Run `vitprune run` on a project that it refuses before it loads Prefect."""
+    done = preloaded.run("vitprune.cli", "run", "--project", str(project), cwd=REPOSITORY)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_output_is_streamed_by_line_and_the_exit_code_is_kept() -> None:
@@ -102,7 +108,7 @@ def test_a_misspelt_parameter_that_dvc_ignores_is_an_error(project: Path) -> Non
 
 def test_a_second_run_is_refused_in_one_line(project: Path) -> None:
     with exclusive(project):
-        code, out, err = finish(shell_pipeline.flow(project))
+        code, out, err = refused(project)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert f"process {os.getpid()}" in err
@@ -167,7 +173,7 @@ def test_bad_input_gives_exit_code_2_and_one_line(project: Path, server: str) ->
 
 def test_an_unwritable_run_log_is_reported(project: Path, server: str) -> None:
     (project / ".vitprune").touch()
-    code, out, err = finish(shell_pipeline.flow(project))
+    code, out, err = refused(project)
     assert (code, out, err) == (2, "", f"Error: {project}/.vitprune: File exists\n")
     (project / ".vitprune").unlink()
     (project / ".vitprune").mkdir()

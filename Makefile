@@ -81,7 +81,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,server,export,models,dev,docs]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,server,export,engine,models,dev,docs]'
 	touch $@
 
 clean:

@@ -63,7 +63,7 @@ def test_the_guide_to_models_of_other_libraries_runs(tmp_path: Path, monkeypatch
     scope: dict[str, Any] = {}
     (code,) = (
         code
-        for language, _, code in _blocks((REPOSITORY / "docs/guides/other_models.md").read_text(encoding="utf-8"))
+        for language, _, code in blocks((REPOSITORY / "docs/guides/other_models.md").read_text(encoding="utf-8"))
         if language == "python"
     )
     exec(code, scope)
@@ -93,14 +93,14 @@ def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
         assert page.count(text) == 1, text
         page = page.replace(text, less)
     directory = tmp_path
-    for language, title, code in _blocks(page):
+    for language, title, code in blocks(page):
         if language == "yaml":
             path = tmp_path / title
             path.write_text(yaml.safe_dump(_merged(yaml.safe_load(path.read_text()), yaml.safe_load(code))))
             continue
         command = [sys.executable, "-W", "ignore", "-c", code] if language == "python" else ["bash", "-euo", "pipefail"]
         script = f"{code}\npwd > {tmp_path}/place\n" if language == "bash" else None
-        done = subprocess.run(command, cwd=directory, input=script, env=_environment(), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=directory, input=script, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         if language == "bash":
             directory = Path((tmp_path / "place").read_text().strip())
@@ -109,12 +109,12 @@ def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
 
 
 def _python(page: Path) -> str:
-    blocks = [code for language, _, code in _blocks(page.read_text(encoding="utf-8")) if language == "python"]
-    assert SMALLER[0] in blocks[0]
-    return "\n".join(blocks).replace(*SMALLER)
+    codes = [code for language, _, code in blocks(page.read_text(encoding="utf-8")) if language == "python"]
+    assert SMALLER[0] in codes[0]
+    return "\n".join(codes).replace(*SMALLER)
 
 
-def _blocks(page: str) -> Iterator[tuple[str, str, str]]:
+def blocks(page: str) -> Iterator[tuple[str, str, str]]:
     """Yield language, title and code of the executable fenced blocks, in order."""
     for language, title, code in re.findall(
         r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', page, re.DOTALL | re.MULTILINE
@@ -129,7 +129,7 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {**old, **new, **both}
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the environment with this interpreter's commands first in PATH, and an author for commits."""
     name = {"GIT_AUTHOR_NAME": "tester", "GIT_AUTHOR_EMAIL": "tester@example.org"}
     name |= {key.replace("AUTHOR", "COMMITTER"): value for key, value in name.items()}

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from vitprune.groups import Group, Masks, ParamSlice, Scores, permute, shrink, zero
     from vitprune.models.card import write_card
     from vitprune.models.export import export_onnx
+    from vitprune.models.fp16 import onnx_to_fp16
     from vitprune.models.io import load, save
+    from vitprune.models.openvino_ir import onnx_to_openvino
     from vitprune.models.other_libraries import load_into
+    from vitprune.models.pt2 import export_pt2
     from vitprune.pruning.gradual_prune import gradual_prune
     from vitprune.pruning.methods import CRITERIA, METHODS
     from vitprune.pruning.plan import plan_for
@@ -52,6 +55,9 @@ _MODULES = {
     "groups": ("Group", "Masks", "ParamSlice", "Scores", "permute", "shrink", "zero"),
     "models.card": ("write_card",),
     "models.export": ("export_onnx",),
+    "models.fp16": ("onnx_to_fp16",),
+    "models.openvino_ir": ("onnx_to_openvino",),
+    "models.pt2": ("export_pt2",),
     "models.io": ("load", "save"),
     "models.other_libraries": ("load_into",),
     "pruning.gradual_prune": ("gradual_prune",),
@@ -85,6 +91,7 @@ __all__ = [
     "count",
     "evaluate",
     "export_onnx",
+    "export_pt2",
     "find_groups",
     "finetune",
     "freeze_zeros",
@@ -94,6 +101,8 @@ __all__ = [
     "load_into",
     "merge_heads",
     "merge_tokens",
+    "onnx_to_fp16",
+    "onnx_to_openvino",
     "permute",
     "plan_for",
     "prune",

@@ -162,7 +162,7 @@ def test_a_repeated_upload_is_idempotent(project: Path, address: str, server: Pa
     check_computed(first, evaluation, cycles)
     check_cached(second, {run["id"]: run["name"] for run in first})
     (model,) = seen["models"]
-    assert sorted(model["files"]) == ["config.json", "model.safetensors"]
+    assert sorted(model["files"]) == ["MLmodel", "config.json", "model.safetensors"]
     assert model["status"] == "READY"
     assert seen["kind"]["mlflow.experimentKind"] == "custom_model_development"
     assert model["metrics"]["pruned.top1"] == evaluation["pruned"]["top1"]

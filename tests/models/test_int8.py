@@ -93,8 +93,9 @@ def test_an_unknown_calibration_and_int8_without_onnx_are_refused(
     with pytest.raises(BadInput, match=r"^calibration 'best': unknown; use one of minmax, percentile, entropy"):
         quantize_int8(source, tmp_path / "int8.onnx", images(model, 2), "best")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match=r"set export.onnx to true"):
-        Export(int8=True)
+    for key in ("fp16", "int8", "openvino"):
+        with pytest.raises(BadInput, match=rf"{key}: is made of the ONNX file; set export.onnx to true"):
+            Export(**{key: True})
 
 
 def test_the_export_stage_measures_the_int8_file(monkeypatch, tmp_path: Path) -> None:

@@ -104,21 +104,35 @@ class Evaluate(Section):
 
 
 class Export(Section):
-    """Files to write in addition to the timm directory."""
+    """Files to write in addition to the timm directory. Each is compared with the model in torch."""
 
     onnx: bool = False
-    """An ONNX file in float32."""
+    """An ONNX file in float32 with a dynamic batch size."""
 
     opset: Annotated[int, Field(ge=18)] | None = None
     """Version of ONNX's operators; null for torch's default."""
 
+    dynamic_size: bool = False
+    """Height and width of the images are dynamic in all files; for a model that accepts other sizes, as convolutional
+    models do and ViTs with dynamic_img_size: true in model.args."""
+
+    fp16: bool = False
+    """An ONNX file with weights and activations in float16; images and logits remain float32."""
+
     int8: bool = False
     """An ONNX file in INT8, calibrated on the calibration set."""
 
+    openvino: bool = False
+    """The ONNX file as OpenVINO IR, with float32 weights; needs the extra `engine`."""
+
+    pt2: bool = False
+    """A file of torch.export, which torch loads without timm or vitprune."""
+
     @model_validator(mode="after")
     def _check_onnx(self) -> Self:
-        if self.int8 and not self.onnx:
-            raise ValueError("INT8 is made of the ONNX file; set export.onnx to true")
+        for key in ("fp16", "int8", "openvino"):
+            if getattr(self, key) and not self.onnx:
+                raise at_key(key, "is made of the ONNX file; set export.onnx to true", True)
         return self
 
 

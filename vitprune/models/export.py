@@ -1,6 +1,5 @@
 """Export to a timm directory and to ONNX, each compared with the original model."""
 
-import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -12,19 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from vitprune import models
-from vitprune.data.batch_checks import checked_input
 from vitprune.errors import BadInput
+from vitprune.models.export_check import BOUND, ExportError, example_batch, expected_logits, exportable
 from vitprune.runtime.eval_mode import scoring_mode, unfused_attention
-from vitprune.runtime.files import atomic_write, path_of_user
+from vitprune.runtime.files import atomic_files, path_of_user, size_of
 from vitprune.runtime.messages import first_line
-from vitprune.runtime.model_checks import checked_model, float_type
 
 MIN_OPSET = 18  # the oldest that torch writes without a conversion
-TOLERANCE = 1e-3  # of logits: above rounding errors, below the effect of a wrong weight
-
-
-class ExportError(BadInput):
-    """A model that ONNX cannot represent, or that onnxruntime does not run."""
 
 
 def export_timm(model: nn.Module, directory: Path, example_input: Tensor) -> dict[str, Any]:
@@ -50,13 +43,19 @@ def export_timm(model: nn.Module, directory: Path, example_input: Tensor) -> dic
         difference = max(difference, float((_logits(plain_model, example_input) - logits).abs().max()))
     except RuntimeError:  # timm cannot build layers of different widths
         plain = False
-    if not difference <= TOLERANCE:
+    if not difference <= BOUND["float32"]:
         raise BadInput(f"{directory}: after loading, the logits differ by {difference:.3g}; do not use it")
     return {"loads_plain_timm": plain, "max_abs_diff": difference}
 
 
 def export_onnx(
-    model: nn.Module, path: str | Path, example_input: Tensor, *, opset: int | None = None
+    model: nn.Module,
+    path: str | Path,
+    example_input: Tensor,
+    *,
+    opset: int | None = None,
+    dynamic_size: bool = False,
+    external_data: bool = False,
 ) -> dict[str, Any]:
     """Export a model to ONNX with a dynamic batch size, the axis `batch`, and compare it in onnxruntime.
 
@@ -65,9 +64,13 @@ def export_onnx(
         path: File to write.
         example_input: Images (B, C, H, W) for tracing and for the comparison.
         opset: Version of ONNX's operators, from 18; None for torch's default.
+        dynamic_size: Make the axes `height` and `width` of the images dynamic too; the model must accept other sizes.
+        external_data: Write the weights to a second file, PATH.data. Weights of more than 1.5 GiB always are: an ONNX
+            file is limited to 2 GB.
 
     Returns:
-        `max_abs_diff`, the largest difference of the logits, and `bytes`, the size of the file.
+        `max_abs_diff`, the largest difference of the logits, `bound`, which it must not exceed, and `bytes`, the size
+        of the file or of both files.
 
     Raises:
         BadInput: the packages of the `export` extra are not installed, the model or the opset cannot be exported, or
@@ -75,49 +78,53 @@ def export_onnx(
     """
     try:
         import onnx
-        import onnxruntime
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # a dependency of onnxscript
     except ImportError as error:
         raise BadInput(f"export.onnx: {error.name} is not installed; pip install 'vitprune[export]'") from None
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not MIN_OPSET <= opset <= newest:
         raise BadInput(f"export.opset {opset}: use a number from {MIN_OPSET} to {newest}, or null")
-    path, plain = path_of_user(path, "path"), checked_model(model)
-    with torch.inference_mode(False):
-        plain = copy.deepcopy(plain).cpu().eval()
-    plain = plain.float() if float_type(plain).itemsize < torch.float32.itemsize else plain
-    images = checked_input("example_input", example_input, plain).cpu()
-    program = _onnx_program(plain, images, opset)
+    path = path_of_user(path, "path")
+    plain, images = exportable(model, example_input)
+    expected = expected_logits(plain, images, dynamic_size)
+    program = _onnx_program(plain, images, opset, dynamic_size)
     ClearMetadataAndDocStringPass()(program.model)  # stack traces: paths of this machine
-    with atomic_write(path) as unfinished:
-        program.save(str(unfinished))
-        try:
-            session = onnxruntime.InferenceSession(str(unfinished), providers=["CPUExecutionProvider"])
-            (logits,) = session.run(None, {"images": images.numpy()})
-        except Exception as error:  # onnxruntime has errors of its own for each cause
-            raise ExportError(f"export.onnx: onnxruntime does not run the model ({first_line(error)})") from None
-        expected = _logits(plain, images)
-        difference = float((torch.from_numpy(logits) - expected).abs().max())
-        if not difference <= TOLERANCE * (1 + float(expected.abs().max())):
-            raise ExportError(
-                f"export.onnx: in onnxruntime, the logits differ by {difference:.3g}; the file was deleted"
-            )
-    return {"max_abs_diff": difference, "bytes": path.stat().st_size}
+    with atomic_files(path) as unfinished:
+        program.save(str(unfinished), external_data=external_data)
+        facts: dict[str, Any] = expected.compare("export.onnx", onnxruntime_call(unfinished))
+        facts["bytes"] = size_of(unfinished.parent)
+    return facts
 
 
-def _onnx_program(model: nn.Module, images: Tensor, opset: int | None) -> Any:
+def onnxruntime_call(path: Path) -> Callable[[Tensor], Any]:
+    """Return a function that runs an ONNX file on the CPU: images (B, C, H, W) to logits (B, classes)."""
+    sessions: list[Any] = []
+
+    def run(images: Tensor) -> Any:
+        import onnxruntime
+
+        if not sessions:
+            sessions.append(onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]))
+        return sessions[0].run(None, {"images": images.numpy()})[0]
+
+    return run
+
+
+def _onnx_program(model: nn.Module, images: Tensor, opset: int | None, dynamic_size: bool) -> Any:
     """Return the ONNX program; without fused attention if torch cannot export that, as with a position bias.
 
     Raises:
         BadInput: the model cannot be exported.
     """
+    # names, not torch.export.Dim, which PVT's convolutions would fix
+    axes = {0: "batch", 2: "height", 3: "width"} if dynamic_size else {0: "batch"}
     export = partial(
         torch.onnx.export,
         model,
-        (torch.cat([images, images])[:2],),  # a batch of one image would fix the batch size
+        (example_batch(images),),
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes=({0: "batch"},),  # a name, not a torch.export.Dim, which PVT's convolutions would fix
+        dynamic_shapes=(axes,),
         dynamo=True,
         verbose=False,
         opset_version=opset,

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitprune.errors import BadInput
-from vitprune.runtime.files import atomic_write
+from vitprune.models.export import onnxruntime_call
+from vitprune.models.export_check import ExportError, expected_logits
+from vitprune.runtime.files import atomic_files, size_of
 
 Batch = tuple[Tensor, Tensor]  # (images (B, C, H, W), labels (B,))
 WEIGHT_BITS = 7  # without VNNI, two products of 8 x 8 bits can overflow 16 bits
@@ -45,20 +47,33 @@ class CalibrationBatches:
         return None if batch is None else {"images": batch.numpy()}
 
 
-def quantize_and_compare(folder: Path, calibration: Sequence[Batch], evaluation: Iterable[Batch]) -> dict[str, Any]:
+def quantize_and_compare(
+    folder: Path, model: nn.Module, calibration: Sequence[Batch], evaluation: Iterable[Batch]
+) -> dict[str, Any]:
     """Quantize `model.onnx` of a folder to `int8.onnx` and compare both on the evaluation images.
 
     Args:
         folder: Folder with model.onnx.
-        calibration: Batches that set the activation ranges.
+        model: The model that was exported.
+        calibration: Batches that set the activation ranges. The logits of the first two images are compared with those
+            of the model.
         evaluation: Batches to measure the accuracy on.
 
     Returns:
-        The values of `quantize_int8` and of `compare_onnx`.
+        The values of `quantize_int8` and of `compare_onnx`, `max_abs_diff` and its `bound`.
+
+    Raises:
+        BadInput: as `quantize_int8`, or the logits differ by more than the bound; the file is then deleted.
     """
     source, path = folder / "model.onnx", folder / "int8.onnx"
     images = torch.cat([images for images, _ in calibration])
-    return quantize_int8(source, path, images) | compare_onnx([source, path], evaluation)
+    facts = quantize_int8(source, path, images)
+    try:
+        facts |= expected_logits(model, images[:2]).compare("export.int8", onnxruntime_call(path), "int8")
+    except ExportError:
+        path.unlink()
+        raise
+    return facts | compare_onnx([source, path], evaluation)
 
 
 def quantize_int8(
@@ -92,10 +107,10 @@ def quantize_int8(
     if calibration not in methods:
         raise BadInput(f"calibration {calibration!r}: unknown; use one of {', '.join(methods)}")
     options = {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": LAYERS, "CalibStridedMinMax": 1}
-    with atomic_write(path) as partial, _quiet():
+    with atomic_files(path) as unfinished, _quiet():
         quantization.quantize_static(
             source,
-            partial,
+            unfinished,
             CalibrationBatches(images),
             op_types_to_quantize=LAYERS,
             per_channel=True,
@@ -103,9 +118,11 @@ def quantize_int8(
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             calibrate_method=methods[calibration],
+            use_external_data_format=source.with_name(f"{source.name}.data").exists(),
             extra_options=options | ({"CalibPercentile": PERCENTILE} if calibration == "percentile" else {}),
         )
-    facts = {"calibration": calibration, "images": min(IMAGES, len(images)), "bytes": path.stat().st_size}
+        size = size_of(unfinished.parent)
+    facts = {"calibration": calibration, "images": min(IMAGES, len(images)), "bytes": size}
     return facts | count_zeros(source, path)
 
 

@@ -19,7 +19,7 @@ STAGES = {  # in order, with the help text of the command line
     "prune": "Prune cycle by cycle and fine-tune after each; write model, masks and metrics of every cycle.",
     "distill": "Fine-tune the pruned model with the dense model as teacher; pruned weights remain zero.",
     "evaluate": "Measure accuracy, cost and latency of the dense and the final model on the same images.",
-    "export": "Write a timm directory with a model card, and ONNX files in float32 and INT8 if asked for.",
+    "export": "Write a timm directory with a model card, and the ONNX, OpenVINO and torch.export files asked for.",
 }
 
 

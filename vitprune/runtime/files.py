@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # of a file system that is read-only
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_files(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a temporary folder next to `path`, for formats of several files.
+
+    On success all files of the folder are moved to the folder of `path`, `path` itself last. The temporary folder is
+    deleted in any case.
+
+    Args:
+        path: The main file to write. Missing parent directories are created.
+
+    Yields:
+        The path to write to; other files are written beside it.
+    """
+    make_directory(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as folder:
+        yield Path(folder) / path.name
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def read_regular_file(path: Path, limit: int) -> bytes:

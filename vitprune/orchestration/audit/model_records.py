@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vitprune.orchestration.audit.collect import CollectedRun
 from vitprune.orchestration.tracking.journal import CHECKPOINT, MODEL
-from vitprune.orchestration.tracking.logged_model import DIGEST, KEY
+from vitprune.orchestration.tracking.logged_model import DIGEST, KEY, MLMODEL, mlmodel
 from vitprune.runtime.files import sha256
 from vitprune.runtime.messages import Note
 
@@ -36,13 +36,23 @@ def logged_model(collected: CollectedRun) -> Iterator[str]:
                 yield f"model {model.model_id}: {metric.key} is {metric.value} in MLflow, {value} in the run log"
             else:  # a run with the same weights may have measured them, too
                 yield Note(f"model {model.model_id}: {metric.key} {metric.value} was logged by the run {metric.run_id}")
+        yield from _serving(collected, model.model_id, folder)
         for file in client.list_logged_model_artifacts(model.model_id):
-            if file.path not in CHECKPOINT:
+            if file.path not in (*CHECKPOINT, MLMODEL):
                 yield Note(f"model {model.model_id}: the file {file.path} is in MLflow only")
     known = {f"models:/{model.model_id}" for model in models}
     for version in client.search_model_versions(f"run_id = '{collected.parent.info.run_id}'"):
         if version.source not in known:
             yield f"{version.name}: version {version.version} names this run, but has the model {version.source}"
+
+
+def _serving(collected: CollectedRun, model: str, folder: Path) -> Iterator[str]:
+    """Compare MLmodel, which names the code that MLflow runs to serve the model, with what vitprune writes."""
+    logged = _model_file(collected, model, MLMODEL, folder)
+    if logged is None:
+        yield Note(f"model {model}: MLflow cannot serve it; it was recorded without {MLMODEL}")
+    elif logged.read_text(encoding="utf-8", errors="replace") != mlmodel(collected.tree / MODEL / "config.json"):
+        yield f"{MLMODEL}: of MLflow's model {model} differs from the one that is written for {MODEL}"
 
 
 def _model_file(collected: CollectedRun, model: str, name: str, folder: Path) -> Path | None:

@@ -25,6 +25,7 @@ _DIGESTS = (
     ("prune", "out/prune/model.safetensors"),
     ("distill", "out/distill/model.safetensors"),
 )
+_FILES = {"onnx": "ONNX", "fp16": "float16", "int8": "INT8", "openvino": "OpenVINO", "pt2": "torch.export"}
 _ENVIRONMENT = {
     "python": "Python",
     "torch": "PyTorch",
@@ -173,16 +174,16 @@ def _export(path: Path) -> list[tuple[str, Quantity]]:
     if isinstance(value, bool):
         answer = Quantity("export.timm.loads_plain_timm", float(value), "yes" if value else "no")
         lines.append(("Can be loaded by plain timm", answer))
-    for key, label in (("timm", "saved model"), ("onnx", "ONNX")):
-        difference = _number(export, f"{key}.max_abs_diff")
+    for key, label in {"timm": "saved model", **_FILES}.items():
+        difference, bound = _number(export, f"{key}.max_abs_diff"), _number(export, f"{key}.bound")
         if difference is not None:
-            shown = Quantity(f"export.{key}.max_abs_diff", difference, f"{difference:.1e}")
+            limit = "" if bound is None else f" (allowed: {bound:.1e})"
+            shown = Quantity(f"export.{key}.max_abs_diff", difference, f"{difference:.1e}{limit}")
             lines.append((f"Largest difference of logits, {label}", shown))
-    error = inputs.look_up(export, "onnx.error")
-    if isinstance(error, str):
-        lines.append(("ONNX file", Quantity("export.onnx.error", None, f"not written: {error}")))
-    for key, label in (("onnx", "ONNX"), ("int8", "INT8")):
-        size = _number(export, f"{key}.bytes")
+    for key, label in _FILES.items():
+        error, size = inputs.look_up(export, f"{key}.error"), _number(export, f"{key}.bytes")
+        if isinstance(error, str):
+            lines.append((f"{label} file", Quantity(f"export.{key}.error", None, f"not written: {error}")))
         if size is not None:
             lines.append((f"{label} file, bytes", numbers.grouped(f"export.{key}.bytes", size)))
     for name, label in (("model", "ONNX"), ("int8", "INT8")):

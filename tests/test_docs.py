@@ -24,7 +24,13 @@ FEWER = (  # images and measurements of the tutorial, for speed
     ("calibrate: {size: 200}", "calibrate: {size: 100}"),
     ("latency_runs: 20", "latency_runs: 5"),
 )
-COMMANDS = ("benchmarks.docs.readme_table", "benchmarks.docs.method_tables", "benchmarks.docs.accuracy_figure")
+COMMANDS = (
+    "benchmarks.docs.readme_table",
+    "benchmarks.docs.method_tables",
+    "benchmarks.docs.accuracy_figure",
+    "benchmarks.docs.results_figures",
+    "benchmarks.docs.results_index",
+)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))

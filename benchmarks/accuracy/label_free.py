@@ -118,8 +118,7 @@ def main() -> None:
         header = ["goal", "method", "images", "top-1", "reconstructed", "seeds", "seconds", "reconstructed"]
         about = f"Dense: {accuracy(case.dense, case.held_out)[0]['top1']:.1f} %. {__doc__}"
         write_table(ROOT / "docs/results/label_free.md", "Without labels, in minutes", about, header, table(done))
-    rows = [Row(f"{r.goal}, {r.method}, {r.images} images, seed {r.seed}", r.top1, "top-1 %") for r in done]
-    write_results("label_free", rows, options.quick)
+    write_results("label_free", result_rows(done), options.quick)
 
 
 def load_case(folder: Path, quick: bool) -> Case:
@@ -178,6 +177,13 @@ def prune_once(dense: nn.Module, goal: str, method: str, batches: Batches) -> tu
     for _ in prune_cycles(model, plan, batches, first, importance.statistics, orders=importance.orders):
         pass
     return model, teacher
+
+
+def result_rows(done: Sequence[Measured]) -> list[Row]:
+    """Return top-1 and seconds of every pruned model."""
+    names = [f"{row.goal}, {row.method}, {row.images} images, seed {row.seed}" for row in done]
+    rows = [Row(name, row.top1, "top-1 %") for name, row in zip(names, done, strict=True)]
+    return rows + [Row(f"{name}, seconds", row.seconds, "s") for name, row in zip(names, done, strict=True)]
 
 
 def table(done: Sequence[Measured]) -> list[list[str]]:

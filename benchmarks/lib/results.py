@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from rich.table import Table
 from vitprune.evaluation.latency import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
+STARTED = time.monotonic()
+NOTES = "-notes"  # in the name of a file with the rows of an interrupted run, which the next run continues
+CONTINUED = {path.name.partition(NOTES)[0] for path in RESULTS.glob(f"*{NOTES}*")}
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,14 @@ def machine() -> str:
 def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
     """Print the rows and write them to benchmarks/results/NAME.json, one per line (quick: NAME-quick.json, untracked).
 
-    Exit with code 1 if a promised bound does not hold.
+    The seconds of the command are written as well, except where it continued an interrupted run. Exit with code 1 if a
+    promised bound does not hold.
     """
     RESULTS.mkdir(exist_ok=True)
-    stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
+    stamp: dict[str, Any] = {"machine": machine(), "date": datetime.date.today().isoformat()}
     path = RESULTS / (f"{name}-quick.json" if quick else f"{name}.json")
+    if path.stem not in CONTINUED:
+        stamp["run_seconds"] = round(time.monotonic() - STARTED)
     records = [json.dumps(asdict(row) | stamp) for row in rows]
     path.write_text("[\n" + ",\n".join(records) + "\n]\n")
     table = Table("what", "value", "unit", "target", "holds", title=f"{name}: {stamp['machine']}")

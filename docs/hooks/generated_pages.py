@@ -36,7 +36,7 @@ REPOSITORY_PAGES = {
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Replace a directory in the navigation by its pages, README.md first."""
+    """Replace a directory in the navigation by its pages, README.md or index.md first."""
     config.nav = [_with_pages(entry) for entry in config.nav or []]
     return config
 
@@ -49,7 +49,7 @@ def _with_pages(entry: Any) -> Any:
     if not entry.endswith("/"):
         return entry
     pages = sorted(path.name for path in (ROOT / "docs" / entry).glob("*.md"))
-    return [entry + name for name in sorted(pages, key=lambda name: name != "README.md")]
+    return [entry + name for name in sorted(pages, key=lambda name: name not in ("README.md", "index.md"))]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -68,6 +68,8 @@ def test_a_forged_run_has_no_valid_signature(project: Path, tmp_path: Path, monk
     code, output = tamper_worker.edited(copy, FORGERIES["M6 seconds of a stage divided by 10"], *options)
     assert (code, output.count("has no valid signature of a trusted key")) == (1, 11)
     assert {line.split(": ")[0] for line in output.splitlines() if " has no valid " in line} == {"signature"}
+    code, output = tamper_worker.edited(copy, FORGERIES["M26 MLflow loads the model through other code"], *options)
+    assert (code, "MLmodel: of MLflow's model" in output) == (1, True), output
     code, output = tamper_worker.edited(copy, FORGERIES["F1 all predictions right"])
     assert (code, "predictions: out/evaluate/evaluation.parquet: " in output) == (1, True)  # without a key
 

@@ -1,6 +1,7 @@
 """INT8 quantization by onnxruntime: exact zeros, similar predictions, results of the export stage."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
@@ -98,17 +99,26 @@ def test_an_unknown_calibration_and_int8_without_onnx_are_refused(
             Export(**{key: True})
 
 
-def test_the_export_stage_measures_the_int8_file(monkeypatch, tmp_path: Path) -> None:
+def test_the_export_stage_writes_and_measures_every_file(monkeypatch, tmp_path: Path) -> None:
     project = project_in(tmp_path / "project")
     params = yaml.safe_load((project / "params.yaml").read_text())
-    params["dense"]["train"]["epochs"], params["export"] = 1, {"onnx": True, "int8": True}
+    params["dense"]["train"]["epochs"] = 1
+    others = dict.fromkeys(("fp16", "openvino", "pt2"), find_spec("openvino") is not None)
+    params["export"] = {"onnx": True, "int8": True, **others}
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(project)
     for stage in ("dataset", "dense", "calibrate"):
         stages.run(stage, project)
     models.save(prune(models.load("out/dense"), "magnitude", sparsity=0.5).model, "out/distill")
     stages.run("export", project)
-    facts = json.loads(Path("metrics/export.json").read_text())["int8"]
+    written = json.loads(Path("metrics/export.json").read_text())
+    for name, file in {"onnx": "model.onnx", "fp16": "fp16.onnx", "pt2": "model.pt2"}.items():
+        if name == "onnx" or others[name]:
+            assert written[name]["max_abs_diff"] <= written[name]["bound"]
+            assert written[name]["bytes"] == Path("out/export", file).stat().st_size
+    assert (written["openvino"] is None) == (not others["openvino"])
+    facts = written["int8"]
+    assert 0 < facts["max_abs_diff"] <= facts["bound"]
     assert facts["zeros"] == 2 * 12 * 48**2 // 2
     assert facts["images"] == 100
     assert abs(facts["int8_top1"] - facts["model_top1"]) <= 100 - facts["int8_agrees"] <= 10

@@ -136,6 +136,15 @@ def add_artifacts(project: Path) -> None:
     client.log_model_artifact(model.model_id, str(project.parent / "python_model.pkl"))
 
 
+def load_through_other_code(project: Path) -> None:
+    """Let MLflow load the model of the run through another module."""
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    model = client.search_logged_models(["1"])[0].model_id
+    path = project.parent / "MLmodel"
+    path.write_text("flavors: {python_function: {loader_module: innocent}}\n")
+    client.log_model_artifact(model, str(path))
+
+
 def predict_right(project: Path) -> None:
     """Set every prediction of the evaluation to the label, and the accuracy to 100 % everywhere."""
 
@@ -294,6 +303,7 @@ FORGERIES: dict[str, Edit] = {
     "M23 status of a run changed": in_database("UPDATE runs SET status = 'FAILED' WHERE name = 'evaluate'"),
     "M24 times of a run changed": in_database("UPDATE runs SET end_time = start_time + 1 WHERE name = 'prune'"),
     "M25 a run renamed": in_database("UPDATE runs SET name = 'evaluate-99' WHERE name = 'evaluate'"),
+    "M26 MLflow loads the model through other code": load_through_other_code,
     "F1 all predictions right": forged(predict_right),
     "F2 masks permuted alike": forged(permute_masks),
     "F3 dense weights are noise": forged(change_weights("out/dense", torch.randn_like)),

@@ -162,6 +162,22 @@ def test_numbers_are_on_the_page(project: Path) -> None:
     assert page.values["sha256.distill"] == "d" * 64
 
 
+def test_every_exported_file_is_on_the_page_with_its_difference_or_its_error(project: Path) -> None:
+    files = {"onnx": 4e-6, "fp16": 0.0067, "int8": 0.25, "pt2": 0.0}
+    facts: dict[str, Any] = {
+        name: {"max_abs_diff": difference, "bound": 0.125, "bytes": 1_234_567} for name, difference in files.items()
+    }
+    facts |= {"timm": {"loads_plain_timm": True, "max_abs_diff": 0.0}, "openvino": {"error": f"refused {HOSTILE}"}}
+    put(project / "metrics/export.json", facts)
+    page = Page(render(project))
+    for name, difference in files.items():
+        assert float(page.values[f"export.{name}.max_abs_diff"]) == difference
+        assert page.shown[f"export.{name}.max_abs_diff"] == f"{difference:.1e} (allowed: 1.2e-01)"
+        assert page.values[f"export.{name}.bytes"] == "1234567"
+    assert page.shown["export.timm.max_abs_diff"] == "0.0e+00"
+    assert page.shown["export.openvino.error"] == f"not written: refused {HOSTILE}"
+
+
 def test_merged_tokens_are_named(project: Path) -> None:
     assert "patch tokens" not in render(project)
     (project / "params.yaml").write_text("prune: {merge_tokens: 13}\n")

@@ -50,7 +50,7 @@ def test_a_group_name_has_priority_over_a_pattern() -> None:
         {ATTENTION.name: torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1]]).bool()},
     )
     both = LatencyTable(10, {"*.mlp": {1: 1.0, 8: 3.0}, "*.attn": {1: 0.0, 3: 2.0, 4: 5.0}})
-    assert both.fraction([FFN, ATTENTION], widths) == pytest.approx(1 - (3 - 1 + 5 - 1) / 10)
+    assert both.fraction_at(both.all_times([FFN, ATTENTION]), widths) == pytest.approx(1 - (3 - 1 + 5 - 1) / 10)
     assert kept_width(ATTENTION, masks) == 2
 
 

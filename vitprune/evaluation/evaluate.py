@@ -51,28 +51,17 @@ def evaluate(
     Source: k-NN: Caron et al. 2021 (DINO); CKA: Kornblith et al. 2019.
     """
     counts = asdict(count(model, example_input(plain_model(model), 1)))
-    return _quality(model, batches, metric, dense, reference, threshold) | counts
-
-
-def _quality(
-    model: nn.Module,
-    batches: Iterable[Any],
-    metric: str,
-    dense: nn.Module | None,
-    reference: Iterable[tuple[Tensor, Tensor]] | None,
-    threshold: float,
-) -> dict[str, float]:
     if metric not in METRICS:
         raise BadInput(f"metric {metric!r}: unknown; use one of {', '.join(METRICS)}")
     if metric == "accuracy":
-        return accuracy(model, batches)[0]
+        return accuracy(model, batches)[0] | counts
     if metric == "knn":
         others = None if reference is None else pooled_features(model, reference, "reference")
-        return nearest_neighbours(*pooled_features(model, batches), others)
+        return nearest_neighbours(*pooled_features(model, batches), others) | counts
     if dense is None:
         raise BadInput(f"metric {metric!r}: compares with the dense model; give dense")
     batches = list(batches)
     if metric == "iou":
-        return {"iou": map_iou(model, dense, batches, threshold)}
+        return {"iou": map_iou(model, dense, batches, threshold)} | counts
     first, second = (pooled_features(one, batches)[0] for one in (model, dense))
-    return {metric: cosine(first, second) if metric == "cosine" else linear_cka(first, second)}
+    return {metric: cosine(first, second) if metric == "cosine" else linear_cka(first, second)} | counts

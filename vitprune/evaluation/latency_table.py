@@ -89,16 +89,13 @@ class LatencyTable:
             )
         return result
 
-    def fraction(self, groups: Sequence[Group], widths: Mapping[str, int]) -> float:
+    def fraction_at(self, times: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> float:
         """Return the latency of the model with groups of given widths, as a fraction of the dense model's.
 
-        Raises:
-            BadInput: as `all_times`.
+        Args:
+            times: The result of `all_times`.
+            widths: Width by name of the group.
         """
-        return self.fraction_at(self.all_times(groups), widths)
-
-    def fraction_at(self, times: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> float:
-        """Return the same, from the result of `all_times`."""
         saved = sum(float(times[name][-1] - times[name][width]) for name, width in widths.items())
         return 1 - saved / self.milliseconds
 

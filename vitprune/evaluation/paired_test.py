@@ -55,13 +55,10 @@ class McNemarTable:
     def _correlation(self) -> float:
         """Correlation of the pairs with Newcombe's continuity correction."""
         products = self.both * self.neither - self.dense_only * self.pruned_only
-        sides = math.prod(math.sqrt(side) for side in self._margins)
-        return 0.0 if not sides else (max(products - self.images / 2, 0) if products > 0 else products) / sides
-
-    @property
-    def _margins(self) -> tuple[int, int, int, int]:
         dense, pruned = self.both + self.dense_only, self.both + self.pruned_only
-        return dense, self.images - dense, pruned, self.images - pruned
+        margins = (dense, self.images - dense, pruned, self.images - pruned)
+        sides = math.prod(math.sqrt(side) for side in margins)
+        return 0.0 if not sides else (max(products - self.images / 2, 0) if products > 0 else products) / sides
 
     @property
     def p_worse(self) -> float:

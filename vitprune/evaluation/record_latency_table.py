@@ -93,7 +93,7 @@ def record_latency_table(
     by_name = {name: _times_of(same, times, latency) for same in classes for name in _names(same, groups)}
     table = LatencyTable(latency, by_name)
     try:
-        by_table = table.fraction(groups, half)
+        by_table = table.fraction_at(table.all_times(groups), half)
     except BadInput as error:
         raise BadInput(
             f"--runs {runs}: too few on a device that is busy ({error}); use more, or an idle device"

@@ -16,7 +16,6 @@ from vitprune.pruning.rescoring_posterior import (
     ScorePosterior,
     SelectionErrors,
     heavy_tailed,
-    pool_numbers,
     selection_errors,
     units_to_measure,
 )
@@ -118,7 +117,8 @@ def adaptive_rescoring(
     pool_kinds = [kinds[pool.members[0][0]] for pool in pools]
     candidates = _Candidates(sizes, [_flat_indices(sizes, pool) for pool in pools], removals, pool_kinds, kinds)
     surrogate = torch.cat([score.flatten().to("cpu", torch.float64) for score in scores.values()])
-    state = ScorePosterior(surrogate, pool_numbers(list(sizes.values())), len(order))
+    group_of_unit = torch.arange(len(sizes)).repeat_interleave(torch.tensor(list(sizes.values())))
+    state = ScorePosterior(surrogate, group_of_unit, len(order))
     controls = _Controls(control, order, surrogate)
     rounds, units = 0, candidates.first_sample(context)
     while len(units):

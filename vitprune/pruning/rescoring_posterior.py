@@ -1,6 +1,5 @@
 """Posterior of exact scores that are measured on a part of the images, and the resulting selection errors."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -160,8 +159,3 @@ def units_to_measure(wrong: Tensor, measurable: Tensor, effort: Tensor, allowed:
     candidates = order[~skipped]
     chosen: Tensor = candidates[measurable[candidates].nonzero().flatten()]
     return chosen
-
-
-def pool_numbers(sizes: Sequence[int]) -> Tensor:
-    """Return the number of every unit's pool, given the sizes of the pools."""
-    return torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])

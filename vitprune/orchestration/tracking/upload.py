@@ -65,7 +65,7 @@ class Uploader:
         tags = {"vitprune.prefect_flow_run_id": flow, "vitprune.project": str(self.journal.project)}
         tags |= start_tags(start) | {JOURNAL_DIGEST: sha256(self.journal.path)}
         tags |= {f"vitprune.{_stem(d)}_sha256": d["sha256"] for fact in stages if (d := fact.get("digest"))}
-        tags |= {f"vitprune.{_word(file['path'])}_sha256": file["sha256"] for file in end["files"]}
+        tags |= {f"vitprune.{file['path'].replace('.', '_')}_sha256": file["sha256"] for file in end["files"]}
         tags[MLFLOW_RUN_NOTE] = description(start, stages, end["error"])
         bundle = self.journal.attestation.path
         if bundle.is_file():
@@ -262,7 +262,3 @@ def _milliseconds(seconds: float) -> int:
 
 def _stem(file: Fact) -> str:
     return Path(file["path"]).stem
-
-
-def _word(path: str) -> str:
-    return path.replace(".", "_")

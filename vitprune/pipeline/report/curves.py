@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from vitprune.pipeline.report import inputs, numbers, plots
-from vitprune.pipeline.report.numbers import Quantity
 from vitprune.runtime.files import read_optional_json
 
 _CYCLE_SIZES = ("params", "macs", "nonzero_params", "nonzero_macs")
@@ -24,7 +23,10 @@ def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
         rows.append(
             {
                 "cycle": numbers.grouped(f"{stem}.cycle", record["cycle"]),
-                "sparsity": [(kind, _percent(f"{stem}.sparsity.{kind}", v)) for kind, v in _by_kind(record).items()],
+                "sparsity": [
+                    (kind, numbers.fixed(f"{stem}.sparsity.{kind}", 100 * share, 1))
+                    for kind, share in _by_kind(record).items()
+                ],
                 "top1": [numbers.fixed(f"{stem}.{key}", number[key], 2) for key in ("top1_before", "top1_after")],
                 "sizes": [numbers.si_count(f"{stem}.{key}", number[key]) for key in _CYCLE_SIZES],
                 "digest": str(record.get("masks_sha256") or ""),
@@ -47,10 +49,6 @@ def _by_kind(record: dict[str, Any]) -> dict[str, float]:
     reached = record.get("sparsity")
     shares = reached if isinstance(reached, dict) else {"all": reached}
     return {kind: share for kind, value in shares.items() if (share := numbers.finite(value)) is not None}
-
-
-def _percent(name: str, share: float) -> Quantity:
-    return numbers.fixed(name, 100 * share, 1)
 
 
 def _accuracy_plot(records: list[dict[str, Any]], dense_top1: float) -> plots.Plot:

@@ -124,12 +124,12 @@ def test_eval_batches_are_in_manifest_order(manifest: pa.Table, digits: data.Sou
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_an_error_in_a_worker_is_one_line(tmp_path: Path, digits: data.Source) -> None:
+def test_an_error_in_a_worker_is_one_line(tmp_path: Path, digits: data.Source, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, digits, range(40))
     source = data.open_source(f"folder:{tmp_path}")
-    table = data.open_split(
-        as_table(data.build_manifest(source, 0.25, 0, 0.0)), source, "train", data.transform(GREY8, "light"), memory=0
-    )
+    manifest = as_table(data.build_manifest(source, 0.25, 0, 0.0))
+    monkeypatch.setattr("vitprune.data.loaders.MEMORY", 0)
+    table = data.open_split(manifest, source, "train", data.transform(GREY8, "light"))
     for name in table.ids:
         (tmp_path / name).write_bytes(jpeg(digits, 50))
     with pytest.raises(BadInput, match=r"^class\d/\d+.jpg: has changed .* again$"):

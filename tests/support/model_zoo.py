@@ -170,6 +170,11 @@ REFUSED = [
         r"^blocks.0 \(ParallelScalingBlock\): blocks.0.in_proj.bias: only a ",
     ),
     ("coat_tiny", "head", r"^model \(CoaT\): serial_blocks1.0.factoratt_crpe.proj.weight: only a part of"),
+    (
+        "efficientvit_m0",
+        "head",
+        r"^stages.0.blocks.0.mixer.m.attn \(CascadedGroupAttention\): .*biases: only a part of its",
+    ),
     ("mobilevitv2_050", "head", r"^ByobNet: there is no attention with heads in it"),
     ("poolformer_s12", "head", "^MetaFormer: there is no attention with heads in it"),
     (

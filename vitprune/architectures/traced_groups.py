@@ -1,20 +1,20 @@
 """Groups of heads, channels of heads and hidden units of any model, found by tracing and proven on random weights."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import Any
 
 from torch import nn
 
 from vitprune.architectures.size_attributes import Sizes, keeps_function_in_other_basis, sized, without_values
-from vitprune.architectures.tracing.attention_heads import TracedUnits
+from vitprune.architectures.tracing.attention_heads import AttentionTrace, TracedUnits
 from vitprune.architectures.tracing.cache import traced_attention, traced_channels
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
 from vitprune.architectures.tracing.recorded_run import Call, record_run, recorded
 from vitprune.errors import BadInput
-from vitprune.groups import Group, Projections, Resize, is_within, share_positions
+from vitprune.groups import Group, ParamSlice, Projections, Resize, is_within, share_positions
 
 KINDS = ("ffn", "head", "attention")
 MAX_PROOFS = 1024  # that are kept
@@ -140,12 +140,13 @@ def _proven_of(model: nn.Module, kind: str) -> _Proven:
 
 
 def _trace(model: nn.Module) -> _Units:
-    attention, hidden = traced_attention(model), _hidden_units(model)
+    channels, attention = traced_channels(model), traced_attention(model)
+    hidden = _hidden_units(model, channels, attention)
     traced = {
         kind: [(group, _owner(group.channels, group.modules)) for group in of_kind if _is_cuttable(group)]
         for kind, of_kind in (("ffn", hidden), ("head", attention.heads), ("attention", attention.channels))
     }
-    mixers = _modules_without_labels(model)
+    mixers = _modules_without_labels(model, channels)
     run, paths = recorded(model), {owner for of_kind in traced.values() for _, owner in of_kind} | set(mixers)
     calls, apart = run.calls(paths), run.apart(paths)
     if mixers:
@@ -164,11 +165,13 @@ def _is_cuttable(group: TracedUnits) -> bool:
     return group.heads > 1 or any(part.axis == 1 for part in group.channels.slices) or bool(group.why_not)
 
 
-def _hidden_units(model: nn.Module) -> list[TracedUnits]:
+def _hidden_units(
+    model: nn.Module, all_channels: Sequence[ChannelGroup], attention: AttentionTrace
+) -> list[TracedUnits]:
     """Channels that are written and read inside one module, and are neither heads, nor a stem, nor a stream."""
-    attention = traced_attention(model)
-    of_heads = [(part, group.channels.units) for group in attention.heads for part in group.channels.slices]
-    all_channels = traced_channels(model)
+    of_heads: dict[tuple[str, int | None], list[tuple[ParamSlice, int]]] = defaultdict(list)
+    for part, units in ((part, one.channels.units) for one in attention.heads for part in one.channels.slices):
+        of_heads[part.param, part.axis].append((part, units))
     stem = set(_stem(all_channels))
     first = next((name for one in all_channels for name in one.writers), "")
     hidden = []
@@ -176,20 +179,21 @@ def _hidden_units(model: nn.Module) -> list[TracedUnits]:
         sites = {(part.param, part.axis) for part in channels.slices}
         is_read = any(axis == 1 for _, axis in sites)
         is_inner = channels.kind == "ffn" or (channels.kind == "residual" and len(channels.writers) == 1)
-        own = [(part, channels.units) for part in channels.slices]
-        if not is_inner or not channels.writers or any(share_positions(*pair) for pair in product(own, of_heads)):
+        heads = [(part, other) for part in channels.slices for other in of_heads[part.param, part.axis]]
+        if not is_inner or not channels.writers:
+            continue
+        if any(share_positions((part, channels.units), other) for part, other in heads):
             continue
         owner, is_lost = _owner(channels, ()), channels.why_not and not channels.why_not.endswith(IS_OUTPUT)
         if not is_read and is_lost:  # its labels end within the module
             owner = channels.writers[0].rpartition(".")[0].rpartition(".")[0]
         if channels.roots in stem and is_within(first, [owner]):
             continue
-        why = channels.why_not
-        why = why or (channels.normalized and f"{channels.normalized}: a norm couples its hidden units")
-        units = TracedUnits(channels, channels.units, (owner,), why)
-        beside = owner not in attention.modules or _is_in_part(units)
+        why = channels.why_not or (channels.normalized and f"{channels.normalized}: a norm couples its hidden units")
+        group = TracedUnits(channels, channels.units, (owner,), why)
+        beside = owner not in attention.modules or _is_in_part(group)
         if owner and (is_read or is_lost) and beside and not _is_outer(model, owner):
-            hidden.append(units)
+            hidden.append(group)
     return hidden
 
 
@@ -214,11 +218,9 @@ def _is_outer(model: Any, owner: str) -> bool:
     return (is_list and max(layers, default=0) > 1) or any(is_within(name, [owner]) for name in classifiers)
 
 
-def _modules_without_labels(model: nn.Module) -> list[str]:
+def _modules_without_labels(model: nn.Module, all_channels: Sequence[ChannelGroup]) -> list[str]:
     """Return modules whose layers mix tokens: their channels are a second axis of channels, which one trace lacks."""
-    traced = {
-        part.param for channels in traced_channels(model) for part in channels.slices if part.param.endswith(".weight")
-    }
+    traced = {part.param for channels in all_channels for part in channels.slices if part.param.endswith(".weight")}
     missing = [
         path.rpartition(".")[0]
         for path, module in model.named_modules()

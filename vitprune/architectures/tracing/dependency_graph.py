@@ -187,7 +187,7 @@ def _param_slice(axis: Axis, positions: Array, length: int, heads: int, in_part:
     units, count = positions.shape
     if units * count != length:
         start = int(positions.min())
-        if not in_part or start + units * count != positions.max() + 1:
+        if not in_part or units == 1 or start + units * count != positions.max() + 1:
             return None
         part = _param_slice(axis, positions - start, units * count, heads)
         return part and replace(part, start=start)

@@ -8,11 +8,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from vitprune.config.prune_config import PruneConfig
 from vitprune.config.score_config import ScoreConfig
-from vitprune.config.section import Count, Section, at_key, first_error
+from vitprune.config.section import Count, Section, Seed, at_key, first_error
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.errors import BadInput
 from vitprune.runtime.yaml_files import load_yaml
 
+MAX_THREADS = 1024  # more are a mistake, and exhaust the memory
 SectionType = TypeVar("SectionType", bound=Section)
 # arguments of timm.create_model, and keys of its pretrained_cfg, that name weights
 WEIGHTS_ARGS = ("pretrained", "checkpoint_path", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename")
@@ -139,10 +140,10 @@ class Export(Section):
 class Params(Section):
     """All settings of a project."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     """Seed of all random numbers."""
 
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None
     """CPU threads; the last digits of the results depend on it. null: as many as torch uses by default."""
 
     dataset: Dataset

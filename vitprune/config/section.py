@@ -10,7 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from vitprune.errors import BadInput
 
-Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 RENAMED = {  # keys of earlier versions -> their present names
@@ -93,6 +94,17 @@ def first_error(error: ValidationError, kind: type[Section], section: str = "") 
         return f"{key}.{details['key']}: {message}, got {shown(details['value'])}{more}"
     prefix = f"{key}: " if key else ""
     return f"{prefix}{message}, got {shown(problem['input'])}{more}"
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that is no integer from 0 to 2**32 - 1.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        value = shown(seed) if isinstance(seed, int) else f"a {type(seed).__name__}"
+        raise BadInput(f"seed: is {value}; give an integer from 0 to {2**32 - 1}")
 
 
 def shown(value: object) -> str:

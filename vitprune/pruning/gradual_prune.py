@@ -69,6 +69,6 @@ def gradual_prune(
             keep_zeros = config.keep_zeros or FrozenZeros(cycle.zeroed, cycle.masks)
             segment = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
             settings = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
-            seed_of_cycle = seed + SEED_STEP * cycle.number
+            seed_of_cycle = (seed + SEED_STEP * cycle.number) % 2**32
             finetune(pruned, loader, settings, teacher, keep_zeros, seed=seed_of_cycle, segment=segment)
     return result_of(model, pruned.to(float_type(plain_model(model))), cycle, start)

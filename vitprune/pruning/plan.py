@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vitprune.config.params import Params
 from vitprune.config.prune_config import PruneConfig
 from vitprune.config.score_config import ScoreConfig
+from vitprune.config.section import check_seed
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoringContext
 from vitprune.errors import BadInput
 from vitprune.evaluation.latency_table import ADDITIVE
@@ -114,8 +115,7 @@ def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, see
     """
     if not isinstance(score, ScoreConfig):
         raise BadInput(f"config: is a {type(score).__name__}; give a ScoreConfig")
-    if not isinstance(seed, int):
-        raise BadInput(f"seed: is a {type(seed).__name__}; give an integer")
+    check_seed(seed)
     method = method_named(config.method)
     kinds, implied = config.kinds or method.kinds, _implied_sparsity(config, method)
     target = config.target.costs if config.target is not None else None

@@ -20,6 +20,7 @@ from vitprune.config.prune_config import Kind, PruneConfig
 from vitprune.config.quantity import Quantity, format_cost, seconds_of
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.config.score_config import ScoreConfig
+from vitprune.config.section import check_seed
 from vitprune.config.targets import Rule, Target
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches, Criterion, Importance, ScoringContext
 from vitprune.data import example_input as example_of
@@ -128,6 +129,7 @@ def score(
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    check_seed(seed)
     if not callable(function):
         raise BadInput(f"criterion: is a {type(criterion).__name__}; give a name or a function")
     work = working_copy(model)

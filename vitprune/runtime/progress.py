@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 Item = TypeVar("Item")
 LINE_INTERVAL = 60.0  # seconds
+LONGEST = 1e10  # seconds, which datetime can express
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None, done: int = 0) -> Iterator[Item]:
@@ -46,7 +47,7 @@ def _lines(iterable: Iterable[Item], description: str, total: int | None, done: 
         if number and now - printed >= LINE_INTERVAL:
             position, printed = f"{done + number}" + (f" of {total}" if total else ""), now
             left = (now - started) / number * (total - done - number) if total else None
-            rest = "" if left is None else f", about {timedelta(seconds=round(left))} left"
+            rest = "" if left is None else f", about {timedelta(seconds=round(min(left, LONGEST)))} left"
             print(f"{description}: {position}{rest}", file=sys.stderr, flush=True)
         yield item
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures import find_groups
 from vitprune.architectures.classifier import of_same_classes
+from vitprune.config.section import check_seed
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
@@ -84,6 +85,7 @@ def finetune(
         raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")
     if not isinstance(config, TrainConfig):
         raise BadInput(f"config: is a {type(config).__name__}; give a TrainConfig")
+    check_seed(seed)
     model, history = plain_model(model), list[dict[str, float]]()
     teacher = None if teacher is None else of_same_classes(teacher, model)
     frozen = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import ZOO, batches, images, predict, redrawn, tiny
+from tests.support.model_zoo import VIT, ZOO, batches, images, predict, redrawn, tiny
 from tests.support.plans import context, plan_for
 from tests.support.reference_kl import naive_elimination
 from vitprune import BadInput, find_groups, prune
@@ -213,3 +213,12 @@ def test_second_moments_do_not_depend_on_the_memory_limit() -> None:
     ]
     for name, value in result[0].items():
         torch.testing.assert_close(value, result[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_calibration_images_of_few_classes_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for classes, warned in ((120, True), (7, False)):
+        model = timm.create_model("vit_tiny_patch16_224", **VIT | {"num_classes": classes}).eval()
+        alike = torch.rand(1, 3, 32, 32).expand(40, -1, -1, -1)
+        prune(model, "unit-obs", sparsity={"ffn": 0.25}, calibration=[alike])
+        line = "calibration: on these 40 images the model answers only 1 of its 120 classes; the pruned model can lose"
+        assert (line in capsys.readouterr().err) == warned

@@ -173,7 +173,7 @@ def test_bad_input_gives_exit_code_2_and_one_line(project: Path, server: str) ->
 
 def test_an_unwritable_run_log_is_reported(project: Path, server: str) -> None:
     (project / ".vitprune").touch()
-    code, out, err = refused(project)
+    code, out, err = finish(shell_pipeline.flow(project))
     assert (code, out, err) == (2, "", f"Error: {project}/.vitprune: File exists\n")
     (project / ".vitprune").unlink()
     (project / ".vitprune").mkdir()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.flows.test_mlflow import read_mlflow
-from tests.support import preloaded, shell_pipeline
+from tests.support import shell_pipeline
 from tests.support.shared import add_empty_store
 from tests.support.shell_pipeline import processes_of, sleepers, wait_for
 from vitprune.errors import BadInput
@@ -56,12 +56,6 @@ def start(project: Path, *options: str, **env: str) -> "subprocess.Popen[str]":
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     out, err = process.communicate(timeout=900)
     return process.returncode, out, err
-
-
-def refused(project: Path, *options: str) -> tuple[int, str, str]:
-    """Run `vitprune sweep` with settings that it refuses before it loads Prefect."""
-    done = preloaded.run("vitprune.cli", "sweep", "--project", str(project), *options, cwd=project)
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_a_killed_sweep_resumes_and_names_failed_runs(project: Path, server: str, tmp_path: Path) -> None:
@@ -121,12 +115,12 @@ def test_invalid_input_gives_a_one_line_error_and_starts_no_run(project: Path, t
         (["--jobs", "0", "sweep.yaml"], "Error: --jobs 0: must be at least 1"),
         (["--methods", "lamp"], "Error: give a sweep FILE, or --methods and --targets"),
     ]:
-        code, out, err = refused(project, *options)
+        code, out, err = finish(start(project, *options))
         assert (code, out) == (2, "")
         assert message in err
         assert err.count("\n") == 1
     with exclusive(project / ".vitprune/sweeps/sweep"):
-        code, _, err = refused(project, "--methods", "lamp", "--targets", "0.5")
+        code, _, err = finish(start(project, "--methods", "lamp", "--targets", "0.5"))
     assert code == 2
     assert "another sweep is active in this project" in err
     assert not (tmp_path / "ran").exists()

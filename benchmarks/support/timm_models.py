@@ -208,10 +208,9 @@ def _totals(results: dict[str, dict[str, Any]]) -> dict[str, tuple[list[str], li
         verdicts = {kind: one["verdict"] for kind, one in model["kinds"].items()}
         for what, pair in EITHER.items():
             of_pair = [verdicts.get(kind, "-") for kind in pair]
-            others = [one for one in of_pair if one != "-"]
-            verdicts[what] = "proven" if "proven" in of_pair else next(iter(others), "-")
+            verdicts[what] = "proven" if "proven" in of_pair else next((one for one in of_pair if one != "-"), "-")
         for what, (proven, others) in totals.items():
-            if model.get("attention", True) and verdicts[what] != "-":
+            if model.get("attention", True) and verdicts.get(what, "-") != "-":
                 (proven if verdicts[what] == "proven" else others).append(name)
     return totals
 

@@ -178,7 +178,14 @@ def test_a_norm_over_all_heads_couples_them() -> None:
         find_groups(Rotary(attn), ["head"], torch.zeros(1, 24, 2, 3))
 
 
-def test_heads_that_share_keys_and_values_are_one_unit() -> None:
-    attn = AttentionRope(24, 3, norm_layer=nn.LayerNorm, qkv_fused=False, num_kv_heads=1)
-    (group,) = find_groups(Rotary(attn), ["head"], torch.zeros(1, 24, 2, 3))
-    assert group.shape == (1,)
+def test_query_heads_that_share_all_keys_and_values_are_units() -> None:
+    attn = AttentionRope(24, 3, norm_layer=nn.LayerNorm, scale_norm=False, qkv_fused=False, num_kv_heads=1)
+    dense = Rotary(randomize_parameters(attn))
+    (group,) = find_groups(dense, ["head"], torch.zeros(1, 24, 2, 3))
+    assert group.shape == (3,)
+    mask = {"attn.heads": torch.tensor([True, False, True])}
+    zeroed, shrunk = zero(copy.deepcopy(dense), [group], mask).attn, shrink(copy.deepcopy(dense), [group], mask).attn
+    x = noise(2, 6, 24)
+    torch.testing.assert_close(shrunk(x, dense.rope), zeroed(x, dense.rope), rtol=0, atol=1e-12)
+    assert (shrunk(x, dense.rope) - dense.attn(x, dense.rope)).abs().max() > 1e-3
+    assert (shrunk.q_proj.out_features, shrunk.k_proj.out_features) == (16, 8)

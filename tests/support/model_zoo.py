@@ -169,7 +169,7 @@ REFUSED = [
         "attention",
         r"^blocks.0 \(ParallelScalingBlock\): blocks.0.in_proj.bias: only a ",
     ),
-    ("coat_tiny", "head", r"^model \(CoaT\): serial_blocks1.0.factoratt_crpe.proj.weight: only a part of"),
+    ("coat_tiny", "head", r"^model \(CoaT\): serial_blocks1.0.factoratt_crpe.qkv.bias: only a part of"),
     (
         "efficientvit_m0",
         "head",

@@ -17,7 +17,6 @@ from vitprune.evaluation.cost import count_macs
 from vitprune.evaluation.logits import logits_of
 from vitprune.groups import REMOVED, Group, Masks, is_within, positions, removed_modules, shrink, zero
 from vitprune.models.other_libraries import load_like
-from vitprune.runtime.norm_axis import norm_axis
 from vitprune.runtime.outputs import main_tensor
 from vitprune.runtime.wrappers import is_timm_model
 
@@ -138,8 +137,20 @@ def _narrow_norm_output(
     narrow: nn.Module, kept: Tensor, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
     """Output of a norm over the remaining channels; the removed ones are zero."""
-    axis = 1 if isinstance(norm, nn.GroupNorm) else norm_axis(norm, args[0], output) or -1
+    axis = _channel_axis(norm, output.dim())
     return torch.zeros_like(output).index_copy(axis, kept, narrow(args[0].index_select(axis, kept)))
+
+
+def _channel_axis(norm: nn.Module, dimensions: int) -> int:
+    """Axis over which a norm takes its statistics: another scale of every column matters only if it is the last one."""
+    if isinstance(norm, nn.GroupNorm):
+        return 1
+    if dimensions < 4:
+        return -1
+    width = len(next(norm.parameters()))
+    pixels = torch.randn(1, width, 2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scale = torch.linspace(1, 2, width, dtype=torch.float64)
+    return 1 if torch.allclose(norm.forward(pixels * scale), norm.forward(pixels), rtol=1e-3, atol=1e-3) else -1
 
 
 def _check_zeros(model: nn.Module, groups: Sequence[Group], masks: Masks) -> list[str]:

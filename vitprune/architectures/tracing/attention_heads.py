@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.architectures.tracing.dependency_graph import ChannelGraph, ChannelGroup, run_trace
-from vitprune.architectures.tracing.recorded_run import RecordedRun
+from vitprune.architectures.tracing.recorded_run import RecordedPass
 from vitprune.architectures.tracing.trace import Site, Trace
 from vitprune.architectures.tracing.union_find import squeeze_broadcast
 from vitprune.groups import is_within
@@ -56,7 +56,7 @@ class AttentionTrace:
     modules: frozenset[str] = frozenset()
 
 
-def trace_attention(run: RecordedRun, trace: Trace) -> AttentionTrace:
+def trace_attention(run: RecordedPass, trace: Trace) -> AttentionTrace:
     """Find all attention heads of a model, and the channels of heads, those of q, k, v and the output tied by position.
 
     Args:

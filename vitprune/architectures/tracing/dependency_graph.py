@@ -17,7 +17,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from vitprune.architectures.tracing.op_rules import apply_rms_norm_rule, apply_rule, propagate_to_fixpoint
-from vitprune.architectures.tracing.recorded_run import Entered, Operation, RecordedRun, record_run
+from vitprune.architectures.tracing.recorded_run import Entered, Operation, RecordedPass, record_run
 from vitprune.architectures.tracing.trace import NO_HEADS, Site, Trace
 from vitprune.architectures.tracing.union_find import NO_CHANNEL
 from vitprune.groups import ParamSlice
@@ -216,7 +216,7 @@ def _segments(positions: Array) -> tuple[int, ...]:
     return tuple(widths.tolist()) if count > 1 and np.array_equal(positions, regular) else ()
 
 
-def run_trace(run: RecordedRun, heads: Mapping[Site, Tensor] = NO_HEADS, ignored: Collection[str] = ()) -> Trace:
+def run_trace(run: RecordedPass, heads: Mapping[Site, Tensor] = NO_HEADS, ignored: Collection[str] = ()) -> Trace:
     """Trace a recorded forward pass; channels of the output are marked as not prunable.
 
     Args:

@@ -81,7 +81,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class RecordedRun:
+class RecordedPass:
     """A forward pass in evaluation mode, without gradients and without fused attention.
 
     Attributes:
@@ -120,7 +120,7 @@ def spread(reached: Any, operation: Operation) -> None:
             reached[value] = True
 
 
-def record_run(model: nn.Module, inputs: Tensor) -> RecordedRun:
+def record_run(model: nn.Module, inputs: Tensor) -> RecordedPass:
     """Run a model once and record it.
 
     Args:
@@ -138,7 +138,7 @@ def record_run(model: nn.Module, inputs: Tensor) -> RecordedRun:
     finally:
         for handle in handles:
             handle.remove()
-    return RecordedRun(model, inputs, output, tuple(events))
+    return RecordedPass(model, inputs, output, tuple(events))
 
 
 def _entering(events: list[Any], path: str) -> Callable[..., None]:
@@ -162,10 +162,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-_RUNS: StructureCache[RecordedRun] = StructureCache(1)  # a record keeps all tensors of a forward pass
+_RUNS: StructureCache[RecordedPass] = StructureCache(1)  # a record keeps all tensors of a forward pass
 
 
-def recorded(model: nn.Module) -> RecordedRun:
+def recorded(model: nn.Module) -> RecordedPass:
     """Return a recorded run of a copy of a model at its own input size, cached for models of the same structure.
 
     Raises:

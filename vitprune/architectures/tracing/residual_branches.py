@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitprune.architectures.tracing.op_rules import ADDITIONS, IDENTITIES, REARRANGEMENTS, VIEWS
-from vitprune.architectures.tracing.recorded_run import Entered, Left, Operation, RecordedRun
+from vitprune.architectures.tracing.recorded_run import Entered, Left, Operation, RecordedPass
 
 ACTIVATIONS = ("relu", "relu_", "silu", "silu_", "gelu", "hardswish", "hardswish_", "leaky_relu", "leaky_relu_")
 MAX_ELEMENTS = 1 << 24  # of a tracked input: 64 channels of 512 x 512 positions
 
 
-def find_residual_modules(run: RecordedRun, paths: Collection[str]) -> set[str]:
+def find_residual_modules(run: RecordedPass, paths: Collection[str]) -> set[str]:
     """Find the modules that return their first input plus something, x + f(x), or an activation of it, in every call.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitprune.architectures.tracing.op_rules import ADDITIONS, REARRANGEMENTS
-from vitprune.architectures.tracing.recorded_run import Entered, Left, Operation, RecordedRun, spread
+from vitprune.architectures.tracing.recorded_run import Entered, Left, Operation, RecordedPass, spread
 from vitprune.architectures.tracing.residual_branches import TrackedInput
 from vitprune.groups import is_within
 from vitprune.runtime.outputs import tensors_of
@@ -59,7 +59,7 @@ class OutputShape:
     outputs: int = 0
 
 
-def find_branches(run: RecordedRun, blocks: Collection[str]) -> list[ResidualBranch]:
+def find_branches(run: RecordedPass, blocks: Collection[str]) -> list[ResidualBranch]:
     """Find the branches of residual blocks, in the order in which they are added to the stream.
 
     Args:
@@ -124,7 +124,7 @@ def _gives_zero(operation: Operation, zeros: Sequence[Tensor]) -> bool:
     return (name in REARRANGEMENTS or name in ZERO_AT_ZERO) and args[0] is zeros[0]
 
 
-def _branches(run: RecordedRun, blocks: Collection[str]) -> list[ResidualBranch]:
+def _branches(run: RecordedPass, blocks: Collection[str]) -> list[ResidualBranch]:
     """Return one branch per addition, in the order of the additions."""
     inside = {
         path: sum(parameter.numel() for parameter in module.parameters())
@@ -177,7 +177,7 @@ def _started(event: Left, block: str, active: Sequence[_ZeroOutput]) -> _ZeroOut
     return _ZeroOutput(event.path, block, shape, zeros, others)
 
 
-def _modules_without_effect(run: RecordedRun, branches: Sequence[ResidualBranch]) -> dict[str, dict[str, OutputShape]]:
+def _modules_without_effect(run: RecordedPass, branches: Sequence[ResidualBranch]) -> dict[str, dict[str, OutputShape]]:
     """Return by branch the modules without effect if it is removed: only the branch reads what they return."""
     in_block: dict[str, list[str]] = {}
     for branch in branches:

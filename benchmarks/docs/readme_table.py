@@ -53,10 +53,9 @@ class Figure:
         return [self.about, f"**{one}**", f"{other} {self.whose}", f"[{self.page}](docs/results/{self.page}.md)"]
 
 
-def one_shot(about: str, goal: str, theirs: str = "magnitude") -> Figure:
-    """Return a row for single weights."""
-    ours, other = Value("oneshot", f"best of ours, {goal}"), Value("oneshot", f"{theirs}, {goal}")
-    return Figure(about, "oneshot", ours, other, "magnitude")
+def other_libraries(goal: str) -> Value:
+    """Return the best value of the libraries that remove single weights."""
+    return Value("sparsifiers", f"(?!vitprune)(?!dense).*, {goal}", max)
 
 
 def structured(about: str, goal: str, peers: str, ours: Value | None = None, note: str = "") -> Figure:
@@ -74,13 +73,19 @@ def merging(macs: str, merged: int) -> Figure:
 
 
 FIGURES = (
-    one_shot("50 % of the weights zero", "50 %"),
+    Figure(
+        "50 % of the weights zero",
+        "sparsifiers",
+        Value("sparsifiers", "vitprune, obc, 50 %"),
+        other_libraries("50 %"),
+        "SparseGPT, the best of five libraries",
+    ),
     Figure(
         "2:4 pattern" + FITTED,
         "label_free",
         Value("label_free", r"2:4, obc, 200 images, seed \d"),
-        Value("oneshot", "n:m, 2:4"),
-        "magnitude, not fitted",
+        other_libraries("2:4"),
+        "SparseGPT, the best of five libraries, not fitted",
     ),
     structured("50 % of the FFN units removed", "50 % of FFN", "50% of ffn"),
     structured("0.7x MACs", "0.7x MACs", "0.7x MACs"),

@@ -91,6 +91,12 @@ SECTIONS: dict[str, tuple[Measured, ...]] = {
         ),
         Measured("peers.md", "accuracy.torch_pruning", "peers", "Torch-Pruning's best settings on the same images"),
         Measured(
+            "sparsifiers.md",
+            "accuracy.sparsifiers",
+            "sparsifiers",
+            "SparseGPT, Wanda and magnitude of five other libraries on the same images",
+        ),
+        Measured(
             "stacked.md",
             "accuracy.structured_then_unstructured",
             "stacked",

@@ -3,14 +3,13 @@
 A runner is a script that the Python of a peer's environment executes with the folder as its only argument. It imports
 this module and the peer, not vitprune.
 
-job.json: method, sparsity or pattern or macs, threads. model.safetensors: weights of timm's DeiT-Tiny.
+job.json: method, sparsity or pattern, threads. model.safetensors: weights of timm's DeiT-Tiny.
 images.safetensors: calibration images (N, 3, 224, 224) and labels (N,). The runner writes pruned.safetensors, with the
-same names, and result.json: seconds, peak memory in MB and versions of the packages.
+same names, and result.json: seconds, and versions of the packages.
 """
 
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -28,13 +27,12 @@ PRUNED = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # not the classifier
 
 @dataclass(frozen=True)
 class Job:
-    """What to prune: `sparsity` of single weights, an N:M `pattern`, or the `macs` that remain, as a fraction."""
+    """What to prune: `sparsity` of single weights, or an N:M `pattern`."""
 
     folder: Path
     method: str
     sparsity: float | None = None
     pattern: str | None = None
-    macs: float | None = None
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -71,7 +69,6 @@ def run(prune: Callable[[Job], Mapping[str, Tensor]], *packages: str) -> None:
     weights = {name: value.detach().clone().contiguous() for name, value in prune(job).items()}
     result = {
         "seconds": time.perf_counter() - start,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", *packages)},
     }
     save_file(weights, folder / "pruned.safetensors")

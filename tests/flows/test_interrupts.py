@@ -86,3 +86,20 @@ def test_a_second_ctrl_c_ends_the_flow_without_waiting(project: Path, server: st
     assert "Traceback" not in job.text
     assert processes_of(project) == []
     os.close(job.screen)
+
+
+WAITS_AT_EXIT = """
+import os, signal, sys, threading, time
+from vitprune.orchestration import interrupts
+interrupts.EXIT_SECONDS = 1.0
+threading._register_atexit(threading.Event().wait)  # as Prefect does, for a server that has ended
+def body(interrupted):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+sys.exit(interrupts.run_interruptibly(body, "stopped"))
+"""
+
+
+def test_a_process_that_waits_at_exit_is_ended() -> None:
+    ran = subprocess.run([sys.executable, "-c", WAITS_AT_EXIT], cwd=REPOSITORY, capture_output=True, timeout=120)
+    assert (ran.returncode, ran.stderr.strip()) == (130, b"stopped")

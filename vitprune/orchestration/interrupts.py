@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -10,13 +11,15 @@ import psutil  # type: ignore[import-untyped]
 from vitprune.orchestration.execution.processes import kill_tree
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_SECONDS = 30.0  # from the end of the body to the end of its process
 
 
 def run_interruptibly(body: Callable[[Callable[[], bool]], int], line: str) -> int:
     """Run the body of a command until it ends, or until the first Ctrl-C or SIGTERM.
 
     The first signal prints `line` and raises KeyboardInterrupt in the body. A second Ctrl-C kills all processes of the
-    command and ends it at once; a further SIGTERM changes nothing.
+    command and ends it at once; a further SIGTERM changes nothing. After the body, the process ends within
+    EXIT_SECONDS: without its server, which a signal to the process group ends as well, Prefect waits without a limit.
 
     Args:
         body: Gets a function that returns whether a signal has been received; returns an exit code.
@@ -33,15 +36,25 @@ def run_interruptibly(body: Callable[[Callable[[], bool]], int], line: str) -> i
             os.write(2, f"\n{line}\n".encode())  # print() is not reentrant
             raise KeyboardInterrupt
         if number == signal.SIGINT:
-            for child in psutil.Process().children():
-                kill_tree(child.pid)
-            os._exit(EXIT_INTERRUPTED)
+            _end_now(EXIT_INTERRUPTED)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
+    code = 1
     try:
         code = body(lambda: bool(received))
     except BaseException:  # of Prefect too, which may turn the interrupt into an exception of its own
         if not received:
             raise
-    return EXIT_INTERRUPTED if received else code
+    finally:
+        code = EXIT_INTERRUPTED if received else code
+        watchdog = threading.Timer(EXIT_SECONDS, _end_now, [code])
+        watchdog.daemon = True
+        watchdog.start()
+    return code
+
+
+def _end_now(code: int) -> None:
+    for child in psutil.Process().children():
+        kill_tree(child.pid)
+    os._exit(code)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.lib.deit_tiny import Batches
 
-PEERS = Path(__file__).parents[1] / "peers"
+PEERS_FOLDER = Path(__file__).parents[1] / "peers"
 ENVIRONMENTS = Path(__file__).parents[2] / ".venv-peers"
 
 
@@ -26,7 +26,7 @@ def python_of(environment: str) -> Path:
     """
     if not environment:
         return Path(sys.executable)
-    folder, requirements = ENVIRONMENTS / environment, PEERS / "requirements" / f"{environment}.txt"
+    folder, requirements = ENVIRONMENTS / environment, PEERS_FOLDER / "requirements" / f"{environment}.txt"
     installed = folder / "installed.txt"
     if not installed.exists() or installed.read_text() != requirements.read_text():
         venv.create(folder, clear=True, with_pip=True)
@@ -52,7 +52,7 @@ def run_job(
     """
     (folder / "job.json").write_text(json.dumps(spec))
     (folder / "result.json").unlink(missing_ok=True)
-    script, variables = PEERS / "runners" / f"{runner}.py", dict(os.environ)
+    script, variables = PEERS_FOLDER / "runners" / f"{runner}.py", dict(os.environ)
     variables.pop("PYTHONPATH", None)  # the peer's packages only
     command = [python_of(environment), script, folder]
     try:

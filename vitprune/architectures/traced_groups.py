@@ -269,14 +269,14 @@ _PROOFS: "dict[Hashable, _Proof | BadInput]" = {}
 
 def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
     """Give every group sizes that are proven on its owner; equal modules are proven once."""
-    owners = [owner for group, owner in units.traced[kind] if kind != "ffn" or not _is_in_part(group)]
-    result = _Proven()
+    of_ffn, result = kind == "ffn", _Proven()
+    owners = [owner for group, owner in units.traced[kind] if not (of_ffn and _is_in_part(group))]
+    taken = {owner for _, owner in units.traced["attention"] + units.traced["head"]} if of_ffn else set()
     for group, owner in units.traced[kind]:
-        taken = {other for _, other in units.traced["attention"] + units.traced["head"]} if kind == "ffn" else set()
-        is_alone = owners.count(owner) == 1 and owner not in taken and not (kind == "ffn" and _is_in_part(group))
+        is_alone = owners.count(owner) == 1 and owner not in taken and not (of_ffn and _is_in_part(group))
         name = _name(kind, owner, group, is_alone)
         module, call = model.get_submodule(owner), units.calls.get(owner)
-        why = group.why_not or ("its inputs are not those of images" if kind == "ffn" and owner in units.apart else "")
+        why = group.why_not or ("its inputs are not those of images" if of_ffn and owner in units.apart else "")
         if why or call is None:
             result.refused[name] = _refusal(owner, module, why or "it does not run as a module of its own")
             continue

@@ -10,7 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from vitprune.errors import BadInput
 
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+SEEDS = 2**32  # number of seeds
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -102,9 +103,9 @@ def check_seed(seed: object) -> None:
     Raises:
         BadInput: it is none.
     """
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
         value = shown(seed) if isinstance(seed, int) else f"a {type(seed).__name__}"
-        raise BadInput(f"seed: is {value}; give an integer from 0 to {2**32 - 1}")
+        raise BadInput(f"seed: is {value}; give an integer from 0 to {SEEDS - 1}")
 
 
 def shown(value: object) -> str:

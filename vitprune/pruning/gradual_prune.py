@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vitprune.config.prune_config import PruneConfig
 from vitprune.config.score_config import ScoreConfig
+from vitprune.config.section import SEEDS
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches
 from vitprune.data.batch_checks import checked_batches
 from vitprune.data.class_subset import images_of_classes
@@ -69,6 +70,6 @@ def gradual_prune(
             keep_zeros = config.keep_zeros or FrozenZeros(cycle.zeroed, cycle.masks)
             segment = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
             settings = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
-            seed_of_cycle = (seed + SEED_STEP * cycle.number) % 2**32
+            seed_of_cycle = (seed + SEED_STEP * cycle.number) % SEEDS
             finetune(pruned, loader, settings, teacher, keep_zeros, seed=seed_of_cycle, segment=segment)
     return result_of(model, pruned.to(float_type(plain_model(model))), cycle, start)

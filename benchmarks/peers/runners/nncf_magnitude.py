@@ -14,8 +14,7 @@ MODES = {
 
 def pruned(job: Job) -> Mapping[str, Tensor]:
     """Return the weights after magnitude pruning; layers outside of the blocks are ignored."""
-    dense, (images, _) = job.timm_model(), job.batches[0]
-    example = images[:1]
+    example = job.batches[0][0][:1]
     model = nncf.prune(
         job.timm_model(),
         mode=MODES[job.method],
@@ -24,9 +23,8 @@ def pruned(job: Job) -> Mapping[str, Tensor]:
         ignored_scope=nncf.IgnoredScope(patterns=[".*patch_embed.*", ".*head.*"]),
     )
     model = nncf.strip(model, strip_format=nncf.StripFormat.IN_PLACE, example_input=example)
-    weights = dense.state_dict()
-    found = model.state_dict()
-    return {name: found[name] if is_pruned(name.removesuffix(".weight")) else value for name, value in weights.items()}
+    weights = model.state_dict()
+    return job.weights | {name: weights[name] for name in job.weights if is_pruned(name.removesuffix(".weight"))}
 
 
 if __name__ == "__main__":

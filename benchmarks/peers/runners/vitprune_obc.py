@@ -11,8 +11,7 @@ import vitprune
 def pruned(job: Job) -> Mapping[str, Tensor]:
     """Return the weights after pruning and refit."""
     goal = {"scope": job.pattern} if job.pattern else {"sparsity": job.sparsity}
-    images = [(batch, labels) for batch, labels in job.batches]
-    return vitprune.prune(job.timm_model(), job.method, calibration=images, **goal).model.state_dict()
+    return vitprune.prune(job.timm_model(), job.method, calibration=job.batches, **goal).model.state_dict()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.tracking.logged_model import KEY, find_model
 from vitprune.orchestration.tracking.registry import CHAMPION, Registry, registry
 from vitprune.orchestration.tracking.store import find_run
-from vitprune.runtime.files import read_json, write_json
+from vitprune.runtime.files import read_optional_json, write_json
 
 COPY, MODELS = STATE / "registry.json", "models:/"
 Entry = dict[str, Any]  # version, run_id, run (key of the flow run), model (key of the logged model), tags
@@ -132,6 +132,6 @@ def _run(client: MlflowClient, run_id: str) -> Run | None:
 def _read(project: Path) -> dict[str, Any]:
     path = project / COPY
     try:
-        return read_json(path) if path.is_file() else {}
+        return read_optional_json(path) or {}
     except BadInput as error:
         raise BadInput(f"{str(error).partition(';')[0]}; delete it, `vitprune sync` writes it again") from None

@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -14,6 +15,7 @@ import pytest
 from tests.support import shell_pipeline
 from tests.support.shared import add_empty_store
 from tests.support.shell_pipeline import REPOSITORY, processes_of, sleepers
+from vitprune.orchestration.cli_compress import STOPPED
 from vitprune.orchestration.tracking.journal import read_log
 
 pytestmark = pytest.mark.pipeline
@@ -57,16 +59,21 @@ def project(tmp_path: Path) -> Path:
     return project
 
 
-def test_ctrl_c_saves_a_checkpoint_and_ends_the_flow_with_one_line(project: Path) -> None:
+@pytest.mark.parametrize("by", ["Ctrl-C", "SIGTERM"])
+def test_a_signal_saves_a_checkpoint_and_ends_the_flow_with_one_line(project: Path, by: str) -> None:
     (project / "stage.sh").write_text(SAVES + shell_pipeline.SCRIPT)
-    job = Terminal(project, {})  # with the embedded Prefect server, which is in the same process group
+    job = Terminal(project, {})  # with the embedded Prefect server
     job.read_until(lambda: sleepers(project), 240)
-    job.press(CTRL_C)
+    start = len(job.text)
+    if by == "Ctrl-C":
+        job.press(CTRL_C)
+    else:
+        os.killpg(job.process.pid, signal.SIGTERM)  # as `timeout` and systemd do
     job.read_until(lambda: "stopped; run again" in job.text, 20)
     job.read_until(lambda: job.process.poll() is not None, 100)
     assert job.process.returncode == 130
-    after = [line for line in re.sub(r"\x1b\[\d*m", "", job.text).partition("^C")[2].splitlines() if line]
-    assert len(after) == 1, job.text
+    after = re.sub(r"\x1b\[\d*m", "", job.text[start:]).removeprefix("^C").splitlines()
+    assert [line for line in after if line] == [STOPPED], job.text
     assert (project / "saved").exists()
     (log,) = (project / ".vitprune/journal").glob("*.jsonl")
     assert read_log(log)[-1]["status"] == "KILLED"

@@ -19,7 +19,7 @@ def run_interruptibly(body: Callable[[Callable[[], bool]], int], line: str) -> i
 
     The first signal prints `line` and raises KeyboardInterrupt in the body. A second Ctrl-C kills all processes of the
     command and ends it at once; a further SIGTERM changes nothing. After the body, the process ends within
-    EXIT_SECONDS: without its server, which a signal to the process group ends as well, Prefect waits without a limit.
+    EXIT_SECONDS: if its server has ended, Prefect waits without a limit.
 
     Args:
         body: Gets a function that returns whether a signal has been received; returns an exit code.

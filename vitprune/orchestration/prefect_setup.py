@@ -5,14 +5,14 @@ Prefect reads its settings from the environment when it is imported; this module
 
 import logging
 import os
-import signal
-import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vitprune.errors import BadInput
+from vitprune.orchestration.embedded_server import start_server
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.processes import MARK
 from vitprune.runtime.messages import first_line
@@ -20,31 +20,32 @@ from vitprune.runtime.messages import first_line
 LOST_SERVER = "VITPRUNE_LOST_PREFECT"  # address of the server that a run was started with and that died
 
 
-def configure_prefect(project: Path) -> list[str]:
-    """Set the environment variables of Prefect: an embedded server if none is configured or it does not answer.
+def configure_prefect(project: Path) -> tuple[list[str], Callable[[], None]]:
+    """Set the environment variables of Prefect; start a server if none is configured or the configured one is lost.
 
     Args:
         project: The project's directory; the embedded server's database is in its .vitprune folder.
 
     Returns:
-        Messages for the user, one line each.
+        Messages for the user, one line each, and a function that waits until the started server answers.
     """
     os.environ[MARK] = str(project)
     for name, value in {
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     }.items():
         os.environ.setdefault(name, value)
     lost, server = os.environ.pop(LOST_SERVER, None), os.environ.get("PREFECT_API_URL")
     if server and not server_answers(server):
         lost = server
         del os.environ["PREFECT_API_URL"]
-    if "PREFECT_API_URL" not in os.environ:
-        home = os.environ.setdefault("PREFECT_HOME", str(project / STATE / "prefect"))
-        Path(home).mkdir(parents=True, exist_ok=True)
-        os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "true"
-    return [f"Prefect server {lost} does not answer: this run is recorded by an embedded server"] if lost else []
+    notes = [f"Prefect server {lost} does not answer: this run is recorded by an embedded server"] if lost else []
+    if "PREFECT_API_URL" in os.environ:
+        return notes, lambda: None
+    home = os.environ.setdefault("PREFECT_HOME", str(project / STATE / "prefect"))
+    Path(home).mkdir(parents=True, exist_ok=True)
+    os.environ["PREFECT_API_URL"], wait = start_server()
+    return notes, wait
 
 
 def server_answers(server: str) -> bool:
@@ -72,12 +73,12 @@ def prepared_flow(project: Path, name: str, home: Path | None = None) -> tuple[A
     Raises:
         BadInput: the flow cannot be loaded, or the server does not start.
     """
-    notes = configure_prefect(home or project)
+    notes, wait_for_server = configure_prefect(home or project)
     for note in notes:
         print(note, flush=True)
-    flow = load_flow(project, name)
+    flow = load_flow(project, name)  # while the server starts
     show_flow_log()
-    start_embedded_server()
+    wait_for_server()
     return flow, notes
 
 
@@ -106,31 +107,6 @@ def load_flow(project: Path, name: str) -> Any:
         raise BadInput(
             f"{path}: cannot load the flow {name} ({type(reason).__name__}: {first_line(reason)}); correct the file"
         ) from None
-
-
-def start_embedded_server() -> None:
-    """Start Prefect's embedded server if no other is configured; Ctrl-C in the terminal does not end it.
-
-    The flow needs its server until it has ended. Prefect starts one server per process and uses a running one.
-    """
-    if "PREFECT_API_URL" in os.environ:
-        return
-    from prefect.server.api.server import SubprocessASGIServer
-
-    failures: list[Exception] = []
-
-    def start() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread; a child process inherits it
-        try:
-            SubprocessASGIServer().start()
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=start, daemon=True)
-    thread.start()
-    thread.join()
-    if failures:
-        raise BadInput(f"Prefect's embedded server did not start ({first_line(failures[0])}); run again")
 
 
 def show_flow_log() -> None:

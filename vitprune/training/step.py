@@ -8,9 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -19,7 +16,7 @@ from vitprune.errors import BadInput
 from vitprune.runtime.distributed import ProcessGroup
 from vitprune.training.checkpoint import set_rng_state
 
-KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+LAUNCHES = ("NO", "MULTI_CPU", "MULTI_GPU")  # of accelerate's DistributedType
 PRECISIONS = {False: "no", True: "bf16", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -149,6 +146,9 @@ def make_train_step(
     Raises:
         BadInput: the device does not support the precision or the kind of launch.
     """
+    from accelerate import Accelerator  # slow to import: only processes that train need it
+    from accelerate.state import AcceleratorState, GradientState
+
     threads = torch.get_num_threads()
     if recipe.amp == "float16" and device.type == "cpu":
         raise BadInput("train.amp float16: not supported on CPU; use bfloat16 or false")
@@ -159,7 +159,7 @@ def make_train_step(
                 cpu=device.type == "cpu", device_placement=False, mixed_precision=PRECISIONS[recipe.amp]
             )
         torch.set_num_threads(threads)
-        if accelerator.num_processes != dist.size or accelerator.distributed_type not in KINDS:
+        if accelerator.num_processes != dist.size or accelerator.distributed_type.value not in LAUNCHES:
             raise BadInput(f"VITPRUNE_LAUNCH: starts {accelerator.distributed_type.value}; use plain torchrun")
         yield TrainStep(task, optimizer, recipe, dist, accelerator)
     finally:
@@ -170,6 +170,8 @@ def make_train_step(
 
 
 def _out_of_memory(error: Exception) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size
+
     return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))
 
 

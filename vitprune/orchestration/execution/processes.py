@@ -53,8 +53,7 @@ def run(
     """Run a command in the caller's process group and pass on its output line by line while it runs.
 
     The command and all its descendants are killed at the time limit. When the caller is interrupted, the command of
-    DVC's stage gets SIGTERM, and is killed after GRACE. No new session is started: a signal to the caller's group has
-    to reach the command too.
+    DVC's stage gets SIGTERM, and is killed after GRACE. No new session is started: Ctrl-C has to reach the command too.
 
     Args:
         command: Program and arguments.
@@ -77,10 +76,15 @@ def run(
     reader.start()
     try:
         timed_out = not _follow(process, lines, deadline, line)
-    except KeyboardInterrupt:
+    except Exception:
+        raise
+    except BaseException:  # KeyboardInterrupt, or Prefect's exception for SIGTERM
         _interrupt_stage(process.pid)
-        if MARK in env:  # Ctrl-C may have ended a shell, but not the processes that it had in the background
-            kill_marked(Path(env[MARK]))
+        if MARK in env:
+            project = Path(env[MARK])
+            if process.poll() == -signal.SIGTERM:  # of the whole group: the stage lost DVC, and may save a checkpoint
+                kill_after_grace(_marked(project))
+            kill_marked(project)  # Ctrl-C may have ended a shell, but not the processes that it had in the background
         raise
     finally:
         kill_tree(process.pid)
@@ -188,15 +192,18 @@ def kill_marked(project: Path) -> int:
 
     Call it only while holding the project's lock: then every marked process belongs to a flow that has ended.
     """
-    ancestry = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
-    ancestry |= {p.pid for p in psutil.Process().parents()}
-    killed = []
-    for process in psutil.process_iter():
-        if process.pid not in ancestry and mark_of(process) == str(project):
-            _signal(process.kill)
-            killed.append(process)
+    killed = _marked(project)
+    for process in killed:
+        _signal(process.kill)
     psutil.wait_procs(killed, timeout=5)
     return len(killed)
+
+
+def _marked(project: Path) -> list[psutil.Process]:
+    """Return the processes of this project's flows that are no relatives of this process."""
+    relatives = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+    relatives |= {p.pid for p in psutil.Process().parents()}
+    return [p for p in psutil.process_iter() if p.pid not in relatives and mark_of(p) == str(project)]
 
 
 def _signal(send: Callable[[], None]) -> None:

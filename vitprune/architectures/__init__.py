@@ -33,6 +33,7 @@ from vitprune.architectures import (
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.causal_lm import groups as decoder_groups
 from vitprune.architectures.size_attributes import Sizes
+from vitprune.architectures.tracing.fingerprint import unchanged
 from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, recorded_shapes, resize_group
@@ -86,7 +87,8 @@ def find_groups(model: nn.Module, kinds: Sequence[str], example_input: Tensor | 
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise BadInput(f"kind {unknown[0]!r}: unknown; use some of {', '.join(KINDS)}")
-    groups = [group for kind in kinds for group in _find(model, kind)]
+    with unchanged(model):
+        groups = [group for kind in kinds for group in _find(model, kind)]
     _refuse_shared(model, groups)
     return groups
 
@@ -149,10 +151,11 @@ def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
     Returns:
         Shape by name of group. Heads whose channels are a group too are recorded with these channels.
     """
-    blocks = _cuttable(model, "block") if removes_sublayers(model) else []
-    attention = _cuttable(model, "attention")
-    heads = _without_channels(_cuttable(model, "head"), attention)
-    groups = blocks + _cuttable(model, "residual") + attention + heads + _cuttable(model, "ffn")
+    with unchanged(model):
+        blocks = _cuttable(model, "block") if removes_sublayers(model) else []
+        attention = _cuttable(model, "attention")
+        heads = _without_channels(_cuttable(model, "head"), attention)
+        groups = blocks + _cuttable(model, "residual") + attention + heads + _cuttable(model, "ffn")
     recorded = {} if removes_sublayers(model) else recorded_shapes(model)  # which renames blocks
     inside = {f"{group.name}{HEADS}" for group in attention}
     modules = {path for path, _ in model.named_modules()}
@@ -212,7 +215,8 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
             cuts += apply_cuts(model, branch_removal.branch_cuts(model, wanted))
             reached |= branch_removal.removed_branches(model)
             continue
-        groups = [group for kind in kinds for group in _cuttable(model, kind)]
+        with unchanged(model):
+            groups = [group for kind in kinds for group in _cuttable(model, kind)]
         reached |= {group.name: group.shape for group in groups}
         names = {group.name: _recorded_name(group, wanted) for group in groups}
         made = [(group, wanted[names[group.name]]) for group in groups if names[group.name]]

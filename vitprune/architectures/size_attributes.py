@@ -24,7 +24,7 @@ from vitprune.groups import Group, ParamSlice, Projections, index_grid, meta_cop
 from vitprune.runtime.eval_mode import drop_cached, eval_mode
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import tensors_of
-from vitprune.runtime.random_parameters import randomize_parameters
+from vitprune.runtime.random_parameters import random_numbers, randomize_parameters
 
 MAX_CHANGED, MAX_TRIALS = 5, 400
 TOLERANCE, BASIS_TOLERANCE = 1e-9, 1e-6  # relative, in float64; the latter after inverses of matrices
@@ -365,7 +365,7 @@ def random_module(owner: nn.Module) -> nn.Module:
 def with_values(value: Any, generator: torch.Generator) -> Any:
     """Replace the meta tensors of arguments: numbers and masks by random ones, indices by zeros."""
     if isinstance(value, Tensor):
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        noise = random_numbers(value.shape, generator)
         if value.dtype == torch.bool:
             return noise > 0
         return noise if value.is_floating_point() else torch.zeros(value.shape, dtype=value.dtype)

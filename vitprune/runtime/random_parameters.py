@@ -1,7 +1,9 @@
 """Random parameters for proofs: no unit is without effect."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -21,13 +23,19 @@ def randomize_parameters(model: nn.Module) -> nn.Module:
     model.eval()  # LeViT's returns None
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        noise = random_numbers(parameter.shape, generator)
         scale = parameter.dim() < 2 and name.endswith("weight") and not isinstance(owner, nn.Linear | nn.Conv2d)
         fan_in = max(1, parameter.numel() // max(1, parameter.shape[0])) if parameter.dim() > 1 else 100
         parameter.copy_(noise / fan_in**0.5 + float(scale))
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
-            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
+            buffer.copy_(0.1 * random_numbers(buffer.shape, generator))
         elif name.endswith("running_var"):
             buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
     return model
+
+
+def random_numbers(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw numbers of mean 0 and variance 1 in float64; uniform, which is several times faster than normal."""
+    limit = 3**0.5
+    return torch.empty(tuple(shape), dtype=torch.float64).uniform_(-limit, limit, generator=generator)

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 from vitprune.errors import BadInput
 
+EXCEPTION = re.compile(r"^[\w.]+: \S.*", re.MULTILINE)  # the last line of a traceback
 START_SECONDS, END_SECONDS = 120.0, 5.0
 ENVIRONMENT = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 
@@ -44,9 +46,8 @@ def start_server() -> tuple[str, Callable[[], None]]:
         except OSError as error:
             _end(process)
             os.lseek(log, 0, os.SEEK_SET)
-            lines = os.read(log, 1 << 20).decode(errors="replace").split("\n")
-            reason = next((line.strip() for line in reversed(lines) if line.strip()), str(error))
-            raise BadInput(f"Prefect's embedded server did not start ({reason}); run again") from None
+            raised = EXCEPTION.findall(os.read(log, 1 << 20).decode(errors="replace")) or [str(error)]
+            raise BadInput(f"Prefect's embedded server did not start ({raised[-1]}); run again") from None
         finally:
             os.close(log)
 
@@ -72,7 +73,7 @@ def serve(listener: socket.socket) -> None:
     server = uvicorn.Server(config)
 
     def end_with_the_parent() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not sys.stdin, whose lock an exit for another reason would wait for
         server.should_exit = True
 
     threading.Thread(target=end_with_the_parent, daemon=True).start()

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import check_labels
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.kept_classes import kept_classes
 from vitprune.runtime.outputs import main_tensor
 from vitprune.runtime.progress import track
 
 
+@check_arguments()
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], Tensor]:
     """Measure top-1 and top-5 accuracy.
 

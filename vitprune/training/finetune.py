@@ -13,6 +13,7 @@ from vitprune.config.section import check_seed
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.outputs import returning_logits
 from vitprune.runtime.wrappers import is_timm_model, plain_model
@@ -50,6 +51,7 @@ class RecoverySegment:
         return ScheduleSpan(sum(self.epochs[: self.cycle - 1]) * steps, sum(self.epochs) * steps, self.memory)
 
 
+@check_arguments()
 def finetune(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -83,8 +85,6 @@ def finetune(
     """
     if not isinstance(loader, Sized):
         raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")
-    if not isinstance(config, TrainConfig):
-        raise BadInput(f"config: is a {type(config).__name__}; give a TrainConfig")
     check_seed(seed)
     model, history = plain_model(model), list[dict[str, float]]()
     teacher = None if teacher is None else of_same_classes(teacher, model)

@@ -15,7 +15,7 @@ from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.input_size import input_size
-from vitprune.runtime.outputs import returning_logits
+from vitprune.runtime.outputs import require_classifier, returning_logits
 from vitprune.runtime.wrappers import is_timm_model, plain_model
 from vitprune.training.distillation import classification, distillation_task
 from vitprune.training.loop import FrozenZeros, train
@@ -80,12 +80,14 @@ def finetune(
         One record per epoch: epoch, step, mean loss and learning rate.
 
     Raises:
-        BadInput: the loader is an iterator or has no length, a batch cannot be used, or the optimizer is unknown.
+        BadInput: the model has no classifier, the loader is an iterator or has no length, a batch cannot be used, or
+            the optimizer is unknown.
         NotFinite: a loss or gradient is not finite.
     """
     if not isinstance(loader, Sized):
         raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")
     check_seed(seed)
+    require_classifier(model, "give it one, as by reset_classifier")
     model, history = plain_model(model), list[dict[str, float]]()
     teacher = None if teacher is None else of_same_classes(teacher, model)
     frozen = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None

@@ -11,6 +11,7 @@ from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import drop_cached
 from vitprune.runtime.wrappers import plain_model
 
@@ -256,6 +257,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+@check_arguments()
 @torch.no_grad()
 def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     """Set every slice of the removed units to zero, in place.
@@ -290,6 +292,7 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     return result
 
 
+@check_arguments()
 @torch.no_grad()
 def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     """Cut the removed units out of every slice, in place, so that the tensors become smaller.
@@ -322,6 +325,7 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
     return result
 
 
+@check_arguments()
 @torch.no_grad()
 def permute(model: nn.Module, groups: Sequence[Group], orders: Mapping[str, Tensor]) -> nn.Module:
     """Re-order the units of groups in every slice, in place; the model computes the same function.
@@ -432,12 +436,10 @@ def check_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     """Check that groups are those of a model.
 
     Raises:
-        BadInput: they are not groups, or groups of another model or of another shape of it.
+        BadInput: they are groups of another model or of another shape of it.
     """
     names = model.state_dict(keep_vars=True)
     for group in groups:
-        if not isinstance(group, Group):
-            raise BadInput(f"groups: {group!r} is not a group; give those of find_groups")
         missing = next((part.param for part in group.slices + group.buffers if part.param not in names), None)
         if missing is not None:
             raise BadInput(f"{group.name}: the model has no {missing}, it is another model's group; call find_groups")

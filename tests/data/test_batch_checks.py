@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import vitprune
 from tests.support.model_zoo import batches, images, same_state, state
-from vitprune import BadInput
+from vitprune import METHODS, BadInput, TrainConfig
 
 X, Y = torch.zeros(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 6])
 WRONG = {
@@ -54,6 +54,42 @@ def test_labels_must_be_classes_for_methods_that_use_them(vit: nn.Module, name: 
     with pytest.raises(BadInput, match=message):
         vitprune.prune(vit, method, sparsity=0.25, calibration=[(images(vit, 2), labels)])
     vitprune.prune(vit, "corp", sparsity=0.25, calibration=[(images(vit, 2), labels)])
+
+
+def _refusal(model: nn.Module, method: str, calibration: list) -> str:
+    """Return why a method refuses its images; empty if it takes them."""
+    try:
+        vitprune.prune(model, method, sparsity=0.5, calibration=calibration)
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_with_labels_refuse_a_model_without_classifier(vit: nn.Module, method: str) -> None:
+    data = batches(vit, 2, 4)
+    needs_labels = _refusal(vit, method, [given for given, _ in data]).startswith("labels: -100 is not a class")
+    vit.reset_classifier(0)
+    assert _refusal(vit, method, data) == needs_labels * (
+        "VisionTransformer: has no classifier (num_classes is 0) for the labels; give it one, or use a method without "
+        "labels, such as unit-obs or obc"
+    )
+
+
+def test_accuracy_and_fine_tuning_refuse_a_model_without_classifier(vit: nn.Module) -> None:
+    data = batches(vit, 2, 4)
+    vit.reset_classifier(0)
+    for call in (
+        lambda: vitprune.accuracy(vit, data),
+        lambda: vitprune.evaluate(vit, data),
+        lambda: vitprune.finetune(vit, data, TrainConfig(epochs=1, lr=0.001)),
+        lambda: vitprune.finetune(torch.nn.DataParallel(vit), data, TrainConfig(epochs=1, lr=0.001), teacher=vit),
+    ):
+        with pytest.raises(
+            BadInput, match=r"^VisionTransformer: has no classifier \(num_classes is 0\) for the labels; "
+        ):
+            call()
+    assert vitprune.evaluate(vit, data, "knn")["knn_top5"] > 0
 
 
 def test_equal_scores_are_refused(vit: nn.Module) -> None:

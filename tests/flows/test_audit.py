@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.support import preloaded, tamper_worker, tiny_project
-from tests.support.forgeries import FORGERIES
+from tests.support.forgeries import FORGERIES, LISTED
 from tests.support.tampering import ATTACKS, EDITS, forget_runs
 from vitprune.config.params import load_params
 from vitprune.orchestration.attestation.signing import SIGNING_KEY
@@ -50,6 +50,30 @@ def test_an_unmodified_run_passes_and_edits_are_named(project: Path) -> None:
     results = {name: tamper_worker.edited(project, edits[name], *options.get(name, ())) for name in expected}
     assert {name: output for name, (_, output) in results.items() if expected[name] not in output} == {}
     assert {name: code for name, (code, _) in results.items()} == {name: int(name != "honest") for name in expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        (
+            "F22 the outputs are a link to a folder elsewhere",
+            1,
+            "project: dvc.lock: dense: path 'out/dense' is outside of",
+        ),
+        (
+            "F28 an eval image moved to the training split",
+            1,
+            "dataset: data/manifest.parquet: row 0 (0/0000.png): split",
+        ),
+        ("F29 calibration images replaced", 1, "calibrate: data/calibration.parquet: row 0 (4/0144.png): image is "),
+        *[(name, 0, f"- project: {LISTED[name][1]}") for name in ("F22b a model is a link", "F26 an image added")],
+    ],
+)
+def test_links_and_other_images_are_detected_or_listed(project: Path, name: str, code: int, message: str) -> None:
+    result, output = tamper_worker.edited(project, tamper_worker.EVERY_EDIT[name])
+    assert (result, message in output) == (code, True), output
+    lines = [line for line in output.splitlines() if not line.endswith((": ok", ": see below"))]
+    assert code == 0 or lines[0].startswith(message), output  # all earlier checks pass
 
 
 def test_a_forged_run_has_no_valid_signature(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,9 +107,9 @@ def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
         (lambda: vitprune.find_groups(vit, "ffn"), r"^kinds: 'ffn' is a string; give a list, as in \['ffn'\]"),
         (lambda: vitprune.count(vit, (1, 3, 32, 32)), r"^example_input: is a tuple; give a tensor of images"),
         (lambda: vitprune.count(vit, x[0]), r"^example_input: has shape \(3, 32, 32\); give images"),
-        (lambda: vitprune.latency(vit, x, 3), r"^latency: give a list of models"),
+        (lambda: vitprune.latency(vit, x, 3), r"^models: is a VisionTransformer; give a list of models"),
         (lambda: vitprune.latency([vit], x[0], 3), r"^example_input: has shape \(3, 32, 32\)"),
-        (lambda: list(check("vit_tiny_patch16_224", "ffn")), r"^check: give lists of kinds and ratios"),
+        (lambda: list(check("vit_tiny_patch16_224", "ffn")), r"^kinds: 'ffn' is a string; give a list, as in"),
         (lambda: vitprune.finetune(vit, [(x, y)], {"epochs": 1}), r"^config: is a dict; give a TrainConfig"),
         (lambda: vitprune.finetune(vit, [(x, y + 7)], recipe), r"^loader\[0\]: label 7 is not a class"),
         (lambda: vitprune.finetune(vit, [(x.byte(), y)], recipe), r"^loader\[0\]: images are torch.uint8"),
@@ -121,7 +121,7 @@ def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
         (lambda: vitprune.prune(vit, "random", sparsity=0.5, seed=2**70), r"^seed: is 1180591620717411303424; give an"),
         (lambda: vitprune.finetune(vit, [(x, y)], recipe, seed=-1), r"^seed: is -1; give an integer from 0 to"),
         (lambda: vitprune.score(vit, [], "random", seed=1.5), r"^seed: is a float; give an integer"),
-        (lambda: vitprune.score(vit, "ffn", "magnitude"), r"^groups: 'f' is not a group; give those of find_groups"),
+        (lambda: vitprune.score(vit, "ffn", "magnitude"), r"^groups: is a str; give a list of groups of find_groups"),
         (lambda: vitprune.score(vit, others, "magnitude"), r"^blocks.0.mlp: the model has no blocks.0.mlp.fc1.weight"),
         (lambda: vitprune.score(vit, narrow, "taylor", [(x, y)]), r"the group is out of date; call find_groups again"),
         (
@@ -139,9 +139,9 @@ def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
             lambda: vitprune.score(vit, vitprune.find_groups(vit, ["ffn"]), lambda *words: {}),
             r"^criterion: returned a dict; it must return an Importance",
         ),
-        (lambda: vitprune.select([1], 0.5), r"^scores: is a list; give those of vitprune.score"),
-        (lambda: vitprune.select({}, "half"), r"^sparsity half: must be at least 0 and below 1"),
-        (lambda: vitprune.latency([vit], x, 2.5), r"^latency: give a list of models"),
+        (lambda: vitprune.select([1], 0.5), r"^scores: is a list; give a mapping of names to tensors"),
+        (lambda: vitprune.select({}, "half"), r"^sparsity: is a str; give a number"),
+        (lambda: vitprune.latency([vit], x, 2.5), r"^runs: is a float; give an integer"),
         (lambda: vitprune.evaluate(vit, [(x, torch.eye(7)[y].double())]), r"^labels: are probabilities; give class"),
         (lambda: vitprune.finetune(vit, [(x, y * 0 - 100)], recipe), r"^loader\[0\]: no image has a label \(all are"),
         (lambda: vitprune.gradual_prune(vit, None, [(x, y)]), r"^config: is a NoneType; give a PruneConfig"),
@@ -156,7 +156,10 @@ def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
             r"^teacher: has 3 classes, the model has \d+; give the dense model",
         ),
         (lambda: vitprune.prune(vit, "magnitude", sparsity="half"), r"^prune.sparsity"),
-        (lambda: vitprune.prune(vit, "channel-taylor", kinds="ffn", sparsity=0.5), r"^prune.kinds"),
+        (
+            lambda: vitprune.prune(vit, "channel-taylor", kinds="ffn", sparsity=0.5),
+            r"^kinds: 'ffn' is a string; give a list, as in",
+        ),
     ):
         with pytest.raises(BadInput, match=message) as error:
             call()

@@ -4,8 +4,10 @@
 """
 
 import json
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +246,68 @@ def lower_a_loss(project: Path) -> None:
     in_project("plots/distill.csv", edit_text(str(old), "0.125"))(project)
 
 
+def move_an_eval_image(project: Path) -> None:
+    """Move an image of the evaluation split to the training split, and run all later stages on the new manifest."""
+    path = project / "data/manifest.parquet"
+    old, rows = sha256(path), pq.read_table(path).to_pylist()
+    next(row for row in rows if row["split"] == "eval")["split"] = "train"
+    in_project("data/manifest.parquet", partial(_write_rows, rows))(project)
+    splits = {split: sum(row["split"] == split for row in rows) for split in ("train", "eval")}
+    of_json("metrics/dataset.json", lambda m: m.update(splits))(project)
+    in_project("metrics/dataset.json", edit_text(old, sha256(path)))(project)
+    tiny_project.run_stages(project, "dense")
+
+
+def replace_calibration_images(project: Path) -> None:
+    """Exchange the bytes of the calibration images, but not their checksums: no later stage would read them."""
+    _exchange_in_calibration(project, ("image",))
+
+
+def replace_calibration_images_and_checksums(project: Path) -> None:
+    """Exchange the bytes and the checksums of the calibration images, and run all later stages on them."""
+    _exchange_in_calibration(project, ("image", "sha256"))
+    tiny_project.run_stages(project, "score")
+
+
+def _exchange_in_calibration(project: Path, columns: Sequence[str]) -> None:
+    path = project / "data/calibration.parquet"
+    old, rows = sha256(path), pq.read_table(path).to_pylist()
+    changed = [row | {name: other[name] for name in columns} for row, other in zip(rows, rows[::-1], strict=True)]
+    in_project("data/calibration.parquet", partial(_write_rows, changed))(project)
+    in_project("metrics/calibrate.json", edit_text(old, sha256(path)))(project)
+
+
+def _write_rows(rows: list[Fact], path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+
+
+def link_outputs(project: Path) -> None:
+    """Move the outputs to a folder outside of the project, and replace them by a symbolic link."""
+    elsewhere = project.with_name(f"{project.name}-elsewhere")
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    shutil.move(project / "out", elsewhere)
+    (project / "out").symlink_to(elsewhere)
+
+
+def link_a_model(project: Path) -> None:
+    """Move the final model to a folder outside of the project, and replace it by a symbolic link."""
+    elsewhere, path = project.with_name(f"{project.name}-model"), project / "out/distill/model.safetensors"
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    elsewhere.mkdir()
+    shutil.move(path, elsewhere)
+    path.symlink_to(elsewhere / path.name)
+
+
+def add_an_image(project: Path) -> None:
+    """Add an image to the folder of images, after the run."""
+    tiny_project.write_images(project / "images", range(240, 241))
+
+
+def add_an_output(project: Path) -> None:
+    """Add a file to the outputs of a stage, after the run."""
+    (project / "out/distill/model-99.safetensors").write_bytes(b"not read")
+
+
 def _dirty(project: Path) -> None:
     params = project / "params.yaml"
     params.write_text(params.read_text() + "# a comment that is not committed\n")
@@ -326,6 +390,10 @@ FORGERIES: dict[str, Edit] = {
     "F18b another calibration committed": forged(set_param("calibrate", "balance", value="uniform")),
     "F18c another method committed": forged(set_param("prune", "method", value="channel-magnitude")),
     "F18d another sparsity committed": forged(set_param("prune", "sparsity", value={"ffn": 0.9, "attention": 0.9})),
+    "F22 the outputs are a link to a folder elsewhere": link_outputs,
+    "F28 an eval image moved to the training split": forged(move_an_eval_image),
+    "F29 calibration images replaced": forged(replace_calibration_images),
+    "F29b calibration images and checksums replaced": forged(replace_calibration_images_and_checksums),
     "F30 a command wrapped in the commit": forged(wrap_command),
     "F31 a cycle's model is noise": forged(change_weights("out/cycles/01", torch.randn_like)),
 }
@@ -337,5 +405,10 @@ LISTED: dict[str, tuple[Edit, str]] = {
         in_tag("mlflow.note.content", "99.9 %"), "tag mlflow.note.content is in MLflow only: '99.9 %'"
     ),
     "F19 uncommitted params.yaml": (forged(_dirty), "the run used uncommitted changes of params.yaml"),
+    "F22b a model is a link": (link_a_model, "out/distill/model.safetensors is a symbolic link to "),
+    "F26 an image added": (add_an_image, "images has 1 file that is not in images.dvc, images/"),
+    "F26b a file added to the outputs": (
+        add_an_output, "out/distill has 1 file that is not in dvc.lock, out/distill/model-99.safetensors"
+    ),
     "F21 commit on no branch": (_amended, "no branch of a git remote has the commit"),
 }  # fmt: skip

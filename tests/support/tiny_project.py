@@ -53,10 +53,10 @@ def make_of_images(project: Path, size: int = 240) -> Path:
     return project
 
 
-def run_stages(project: Path) -> Path:
-    """Run all stages in this process, for speed, and commit their outputs to DVC."""
+def run_stages(project: Path, first: str = STAGES[0]) -> Path:
+    """Run all stages from the first one in this process, for speed, and commit their outputs to DVC."""
     with contextlib.chdir(project):
-        for stage in STAGES[:-1]:
+        for stage in STAGES[STAGES.index(first) : -1]:
             stages.run(stage, project)
     write_report(project, project / "out/report/report.html")
     dvc(project, "commit", "-q", "--force")

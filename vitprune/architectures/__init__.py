@@ -3,7 +3,7 @@
 The only package that depends on architectures by name.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from timm.models.convnext import ConvNeXt
@@ -37,6 +37,7 @@ from vitprune.architectures.tracing.fingerprint import unchanged
 from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, recorded_shapes, resize_group
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.wrappers import plain_model
 
@@ -62,6 +63,7 @@ TABLES: dict[type[nn.Module], unstructured.Table] = {
 }
 
 
+@check_arguments()
 def find_groups(model: nn.Module, kinds: Sequence[str], example_input: Tensor | None = None) -> list[Group]:
     """Find all prunable groups of the given kinds in a model.
 
@@ -78,10 +80,6 @@ def find_groups(model: nn.Module, kinds: Sequence[str], example_input: Tensor | 
     Raises:
         BadInput: a kind is unknown, or the model or one of its modules does not support it; the message names it.
     """
-    if isinstance(kinds, str):
-        raise BadInput(f"kinds: {kinds!r} is a string; give a list, as in [{kinds!r}]")
-    if not isinstance(kinds, Iterable):
-        raise BadInput(f"kinds: is a {type(kinds).__name__}; give a list, as in ['ffn']")
     model = plain_model(model)
     set_input_size(model, example_input)
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -125,6 +123,7 @@ def removes_sublayers(model: nn.Module) -> bool:
     )
 
 
+@check_arguments()
 def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -> list[Group]:
     """Merge the heads of all attention groups.
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vitprune.errors import BadInput
 from vitprune.groups import Group
+from vitprune.runtime.arguments import check_arguments
 
 PATH, SUFFIX = "blocks", ".merged"
 MAX_MERGED = 1 << 20  # of a saved structure
@@ -63,6 +64,7 @@ class MergingBlocks(nn.Sequential):
         return x
 
 
+@check_arguments()
 def merge_tokens(model: nn.Module, number: int) -> nn.Module:
     """Merge tokens of a ViT before every block but the first, in place.
 

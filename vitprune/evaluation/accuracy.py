@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
 from vitprune.evaluation.losses import check_labels
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.kept_classes import kept_classes
-from vitprune.runtime.outputs import main_tensor
+from vitprune.runtime.outputs import main_tensor, require_classifier
 from vitprune.runtime.progress import track
 
 
+@check_arguments()
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], Tensor]:
     """Measure top-1 and top-5 accuracy.
 
@@ -26,8 +28,10 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
         `top1` and `top5` in percent, and the predicted class of every image (N,).
 
     Raises:
-        BadInput: there are no images, a batch cannot be used, or a label is not a class of the model.
+        BadInput: the model has no classifier, there are no images, a batch cannot be used, or a label is not a class of
+            the model.
     """
+    require_classifier(model, "evaluate it with another metric, such as knn or cosine")
     device = next(model.parameters()).device
     right1 = right5 = seen = 0
     predictions = []

@@ -25,6 +25,7 @@ from vitprune.errors import BadInput
 from vitprune.evaluation.check_removal import RemovalCheck, check_removal
 from vitprune.groups import Group, Masks
 from vitprune.models.named_models import create_named, is_other_library
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.random_parameters import randomize_parameters
 
@@ -64,6 +65,7 @@ class ModelCheck:
     seconds: float = 0.0
 
 
+@check_arguments()
 def check(
     name: str, kinds: Sequence[str] = KINDS, ratios: Sequence[float] = RATIOS, args: dict[str, Any] | None = None
 ) -> Iterator[ModelCheck]:
@@ -81,8 +83,6 @@ def check(
     Raises:
         BadInput: the model cannot be created, or a kind or ratio is unknown.
     """
-    if isinstance(kinds, str) or not isinstance(ratios, Sequence):
-        raise BadInput(f"check: give lists of kinds and ratios, not {kinds!r} and {ratios!r}")
     for ratio in ratios:
         if not 0 < ratio < 1:
             raise BadInput(f"--ratios {ratio}: must be above 0 and below 1 (the share of units to remove)")

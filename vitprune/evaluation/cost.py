@@ -14,6 +14,7 @@ from vitprune.architectures import find_groups
 from vitprune.data.batch_checks import checked_input
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import eval_mode, frozen, unfused_attention
 from vitprune.runtime.wrappers import plain_model
 
@@ -38,6 +39,7 @@ class Counts:
     nominal_macs: int
 
 
+@check_arguments()
 def count(model: nn.Module, example_input: Tensor) -> Counts:
     """Count the parameters of a model and its MACs for one image.
 

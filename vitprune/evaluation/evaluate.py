@@ -13,12 +13,14 @@ from vitprune.evaluation.agreement import cosine, linear_cka, map_iou
 from vitprune.evaluation.cost import count
 from vitprune.evaluation.nearest_neighbours import nearest_neighbours
 from vitprune.evaluation.pooled_features import pooled_features
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.wrappers import plain_model
 
 Metric = Literal["accuracy", "knn", "cosine", "cka", "iou"]
 METRICS: tuple[Metric, ...] = ("accuracy", "knn", "cosine", "cka", "iou")
 
 
+@check_arguments()
 def evaluate(
     model: nn.Module,
     batches: Iterable[Any],

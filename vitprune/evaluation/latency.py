@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from vitprune.data.batch_checks import checked_input
 from vitprune.errors import BadInput
+from vitprune.runtime.arguments import check_arguments
 
 
+@check_arguments()
 def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> list[dict[str, float]]:
     """Measure the latency of a forward pass of several models.
 
@@ -34,7 +36,7 @@ def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> li
     Raises:
         BadInput: there is no model or no run, or a model does not run on the input.
     """
-    if isinstance(models, nn.Module) or not models or not isinstance(runs, int) or runs < 1:
+    if not models or runs < 1:
         raise BadInput("latency: give a list of models, as in [model], and at least one run")
     for model in models:
         example_input = checked_input("example_input", example_input, model)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from vitprune.data.batch_checks import IGNORED
 from vitprune.errors import BadInput
+from vitprune.runtime.outputs import require_classifier
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -28,12 +29,14 @@ def kl_divergence(logits: Tensor, expected: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return `cross_entropy` after a check of the labels.
+def labelled_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return `cross_entropy` of a model's logits after a check of the labels.
 
     Raises:
-        BadInput: a label is not a class; positions of a sequence may be ignored, but not all of them.
+        BadInput: the model has no classifier, or a label is not a class; positions of a sequence may be ignored, but
+            not all of them.
     """
+    require_classifier(model, "give it one, or use a method without labels, such as unit-obs or obc")
     check_labels(labels, logits)
     return cross_entropy(logits, labels)
 
@@ -52,7 +55,7 @@ def loss_at(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, lab
     """
     modules, names = list(model.modules()), [path for path, _ in model.named_modules(remove_duplicate=False)]
     tied = len(modules) == len(names)  # torch cannot tie the weights of a module that occurs twice, and need not
-    return labelled_loss(functional_call(model, dict(weights), images, tie_weights=tied), labels)
+    return labelled_loss(model, functional_call(model, dict(weights), images, tie_weights=tied), labels)
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from vitprune.models.io import SavedModel, describe_saved
 from vitprune.models.validation import WEIGHTS
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.files import read_json, sha256, write_text
 
 CARD = "README.md"
@@ -82,6 +83,7 @@ model = vitprune.load("DIRECTORY")  # a timm model; no code from the directory i
 """
 
 
+@check_arguments()
 def write_card(directory: str | Path, project: str | Path | None = None) -> None:
     """Write README.md into the directory of a saved model.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitprune import models
 from vitprune.errors import BadInput
 from vitprune.models.export_check import BOUND, ExportError, example_batch, expected_logits, exportable
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import scoring_mode, unfused_attention
 from vitprune.runtime.files import atomic_files, path_of_user, size_of
 from vitprune.runtime.messages import first_line
@@ -48,6 +49,7 @@ def export_timm(model: nn.Module, directory: Path, example_input: Tensor) -> dic
     return {"loads_plain_timm": plain, "max_abs_diff": difference}
 
 
+@check_arguments()
 def export_onnx(
     model: nn.Module,
     path: str | Path,

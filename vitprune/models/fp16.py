@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from vitprune.errors import BadInput
 from vitprune.models.export import onnxruntime_call
 from vitprune.models.export_check import ExportError, expected_logits, exportable
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.files import atomic_files, path_of_user, size_of
 from vitprune.runtime.messages import first_line
 
 FLOAT32_OPERATORS = ["ScatterElements"]  # of merged tokens; onnxruntime's has no float16 on the CPU
 
 
+@check_arguments()
 def onnx_to_fp16(
     source: str | Path, path: str | Path, model: nn.Module, example_input: Tensor, *, dynamic_size: bool = False
 ) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from vitprune.models.validation import (
     read_header,
 )
 from vitprune.models.weights import load_in_type, load_weights, write_weights
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.files import atomic_write, make_directory, path_of_user
 from vitprune.runtime.kept_classes import CLASSES, kept_classes
 from vitprune.runtime.messages import first_line
@@ -83,6 +84,7 @@ def _match_channels(model: Any) -> None:
             model.pretrained_cfg[key] = (sum(values) / len(values),) * model.in_chans
 
 
+@check_arguments()
 def save(
     model: nn.Module, directory: str | Path, factory: str | None = None, args: Mapping[str, Any] | None = None
 ) -> None:
@@ -155,6 +157,7 @@ def _refuse_other_model(model: nn.Module, config: ModelConfig) -> None:
             raise BadInput(f"{difference}; config.json does not record it, so give it to timm.create_model")
 
 
+@check_arguments()
 def load(directory: str | Path) -> nn.Module:
     """Load a model from a directory that `save` or timm wrote.
 

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from vitprune.errors import BadInput
 from vitprune.models.export_check import ExportError, expected_logits, exportable
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.files import atomic_files, path_of_user, size_of
 from vitprune.runtime.messages import first_line
 
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # the default is bfloat16 on processors that have it
 
 
+@check_arguments()
 def onnx_to_openvino(
     source: str | Path, path: str | Path, model: nn.Module, example_input: Tensor, *, dynamic_size: bool = False
 ) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from vitprune.models.validation import (
     read_object,
 )
 from vitprune.models.weights import load_in_type, write_weights
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.files import atomic_write, path_of_user
 from vitprune.runtime.input_size import SIZE, input_size
 from vitprune.runtime.kept_classes import CLASSES, kept_classes
@@ -128,6 +129,7 @@ def load_other(directory: Path) -> nn.Module:
     return _fill(model, factory, shapes, directory)
 
 
+@check_arguments()
 def load_into(model: nn.Module, directory: str | Path) -> nn.Module:
     """Cut a dense model of any class to a saved structure, in place, and load the saved weights.
 

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vitprune.models.export_check import ExportError, example_batch, expected_logits, exportable
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import scoring_mode
 from vitprune.runtime.files import atomic_files, path_of_user
 from vitprune.runtime.messages import first_line
 
 
+@check_arguments()
 def export_pt2(
     model: nn.Module, path: str | Path, example_input: Tensor, *, dynamic_size: bool = False
 ) -> dict[str, Any]:

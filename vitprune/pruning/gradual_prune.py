@@ -16,6 +16,7 @@ from vitprune.pruning.plan import plan_for
 from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune import PruneResult, result_of, working_copy
 from vitprune.pruning.prune_cycles import prune_cycles
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import scoring_mode
 from vitprune.runtime.model_checks import float_type
 from vitprune.runtime.wrappers import plain_model
@@ -24,6 +25,7 @@ from vitprune.training.loop import FrozenZeros
 from vitprune.training.optimizers import OptimizerState
 
 
+@check_arguments()
 def gradual_prune(
     model: nn.Module,
     config: PruneConfig,
@@ -55,8 +57,6 @@ def gradual_prune(
         config = PruneConfig(method="lamp", sparsity=0.9, cycles=5, finetune=TrainConfig(epochs=2, lr=1e-4))
         result = vitprune.gradual_prune(model, config, loader)
     """
-    if not isinstance(config, PruneConfig):
-        raise BadInput(f"config: is a {type(config).__name__}; give a PruneConfig")
     recipe = config.finetune
     if recipe is None:
         raise BadInput("prune.finetune: gradual_prune trains after every cycle; give a TrainConfig, or use prune")

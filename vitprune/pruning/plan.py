@@ -16,6 +16,7 @@ from vitprune.pruning.cost_target import is_fraction, relative_shares
 from vitprune.pruning.methods import Method, method_named
 from vitprune.pruning.schedule import epochs_per_cycle, sparsities
 from vitprune.pruning.select import SCOPES, pattern_of, sparsity_of
+from vitprune.runtime.arguments import check_arguments
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Plan:
         return sparsities(final, cycles, schedule.shape or "cubic", schedule.initial, steps)
 
 
+@check_arguments()
 def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, seed: int = 0) -> Plan:
     """Check settings against the pruning method.
 
@@ -113,8 +115,6 @@ def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, see
         BadInput: unknown method, scope or kind, a sparsity or target that the method cannot have, or settings that
             contradict each other.
     """
-    if not isinstance(score, ScoreConfig):
-        raise BadInput(f"config: is a {type(score).__name__}; give a ScoreConfig")
     check_seed(seed)
     method = method_named(config.method)
     kinds, implied = config.kinds or method.kinds, _implied_sparsity(config, method)

@@ -36,6 +36,7 @@ from vitprune.pruning.plan import Plan, plan_for
 from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune_cycles import Cycle, prune_cycles
 from vitprune.pruning.unusable_groups import unusable_groups
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import eval_mode, scoring_mode
 from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.model_checks import checked_model, float_type
@@ -99,6 +100,7 @@ class PruneResult:
         return "\n".join([*lines, f"{self.seconds:.1f} s"])
 
 
+@check_arguments()
 def score(
     model: nn.Module,
     groups: Sequence[Group],
@@ -130,8 +132,6 @@ def score(
         raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     check_seed(seed)
-    if not callable(function):
-        raise BadInput(f"criterion: is a {type(criterion).__name__}; give a name or a function")
     work = working_copy(model)
     check_groups(work, groups)
     with scoring_mode(work):
@@ -145,6 +145,7 @@ def score(
     return scores
 
 
+@check_arguments(but=PruneConfig.model_fields.keys() - {"kinds", "rules", "classes", "reconstruct", "allocation"})
 def prune(
     model: nn.Module,
     method: str,

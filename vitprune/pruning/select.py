@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import SupportsFloat
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.pruning.constraints import UNCONSTRAINED, Constraints, competing, nearest, rounded, select_in_steps
+from vitprune.runtime.arguments import check_arguments
 
 NO_BOUNDS: Constraints = {}
 SCOPES = ("layer", "global", "module", "isomorphic", "head", "N:M")
@@ -39,6 +40,7 @@ class CandidatePool:
         return len(self.kept) > 1 and any(kept.step > 1 for kept in self.kept)
 
 
+@check_arguments()
 def select(
     scores: Scores,
     sparsity: float,
@@ -74,8 +76,6 @@ def select(
     Source: UP-ViTs (the same sparsity in each group, stable order), DIMAP (one threshold per module).
     """
     _refuse_outside(sparsity)
-    if not isinstance(scores, Mapping):
-        raise BadInput(f"scores: is a {type(scores).__name__}; give those of vitprune.score")
     ranked = {name: _ranked(name, score, previous, keep_at_least) for name, score in scores.items()}
     pattern = pattern_of(scope)
     if pattern:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune.errors import BadInput
+from vitprune.runtime.wrappers import plain_model
+
 LOGITS = ("logits", "out")  # of transformers' classifiers and torchvision's segmenters
 FEATURES = ("last_hidden_state",)  # of encoders
 FEATURE_SCALE = 0.5  # root mean square of a token's features as logits; smaller is closer to the cosine distance
@@ -66,6 +69,21 @@ def return_output(model: nn.Module) -> nn.Module:
         if hook is answer:
             del model._forward_hooks[number]
     return model
+
+
+def require_classifier(model: nn.Module, remedy: str) -> None:
+    """Refuse a timm model whose output is features, which a cross-entropy with labels would take for logits.
+
+    Args:
+        model: The model.
+        remedy: What to do, for the message.
+
+    Raises:
+        BadInput: its number of classes is 0.
+    """
+    plain = plain_model(model)
+    if getattr(plain, "num_classes", None) == 0:
+        raise BadInput(f"{type(plain).__name__}: has no classifier (num_classes is 0) for the labels; {remedy}")
 
 
 @contextmanager

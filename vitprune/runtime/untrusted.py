@@ -34,9 +34,13 @@ def path_inside(root: Path, name: object, source: str) -> Path:
         raise BadInput(f"{source}: {name!r} is not a path; restore the file from git or DVC")
     parts = PurePosixPath(name).parts
     path = root / name
-    outside = Path(name).is_absolute() or ".." in parts or not parts
-    if outside or not path.parent.resolve().is_relative_to(root.resolve()):
+    if Path(name).is_absolute() or ".." in parts or not parts:
         raise BadInput(f"{source}: path {name!r} is outside of the project; restore the file from git or DVC")
+    if not path.parent.resolve().is_relative_to(root.resolve()):
+        link = next(parent for parent in reversed(Path(name).parents) if (root / parent).is_symlink())
+        raise BadInput(
+            f"{source}: path {name!r} is outside of the project: {link} is a symbolic link; make it a folder"
+        )
     return path
 
 

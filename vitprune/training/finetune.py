@@ -13,8 +13,9 @@ from vitprune.config.section import check_seed
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.data.batch_checks import checked_stream
 from vitprune.errors import BadInput
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.input_size import input_size
-from vitprune.runtime.outputs import returning_logits
+from vitprune.runtime.outputs import require_classifier, returning_logits
 from vitprune.runtime.wrappers import is_timm_model, plain_model
 from vitprune.training.distillation import classification, distillation_task
 from vitprune.training.loop import FrozenZeros, train
@@ -50,6 +51,7 @@ class RecoverySegment:
         return ScheduleSpan(sum(self.epochs[: self.cycle - 1]) * steps, sum(self.epochs) * steps, self.memory)
 
 
+@check_arguments()
 def finetune(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -78,14 +80,14 @@ def finetune(
         One record per epoch: epoch, step, mean loss and learning rate.
 
     Raises:
-        BadInput: the loader is an iterator or has no length, a batch cannot be used, or the optimizer is unknown.
+        BadInput: the model has no classifier, the loader is an iterator or has no length, a batch cannot be used, or
+            the optimizer is unknown.
         NotFinite: a loss or gradient is not finite.
     """
     if not isinstance(loader, Sized):
         raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")
-    if not isinstance(config, TrainConfig):
-        raise BadInput(f"config: is a {type(config).__name__}; give a TrainConfig")
     check_seed(seed)
+    require_classifier(model, "give it one, as by reset_classifier")
     model, history = plain_model(model), list[dict[str, float]]()
     teacher = None if teacher is None else of_same_classes(teacher, model)
     frozen = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from vitprune.architectures import find_groups
 from vitprune.errors import BadInput
 from vitprune.groups import Masks
+from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.wrappers import plain_model
 
 RemovedWeights = Sequence[tuple[nn.Parameter, Tensor]]  # parameters with booleans, True for removed weights
 
 
+@check_arguments()
 @contextmanager
 def freeze_zeros(
     model: nn.Module, *optimizers: Any, averages: Sequence[nn.Module] = (), masks: Masks | None = None

@@ -129,7 +129,7 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
 
     hooks = [(layer, partial(record, param)) for param, layer in layers.items()]
     with torch.enable_grad(), forward_hooks(hooks):
-        loss = labelled_loss(model(images), labels) * len(images)
+        loss = labelled_loss(model, model(images), labels) * len(images)
     _refuse_unused(calls, [param for param, recorded in calls.items() if recorded])
     leaves = [(param, read, output) for param, recorded in calls.items() for read, output in recorded]
     grads = torch.autograd.grad(loss, [output for *_, output in leaves], allow_unused=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vitprune.errors import BadInput
 from vitprune.orchestration.audit.attested import chain, facts, pipeline, stages
 from vitprune.orchestration.audit.collect import CollectedRun
 from vitprune.orchestration.audit.expected import RunContent, actual, expected
@@ -148,8 +149,15 @@ def project(collected: CollectedRun) -> Lines:
         if not collected.client.search_runs([collected.parent.info.experiment_id], wanted, max_results=1):
             yield f"{lock}: belongs to no run in MLflow; edited by hand, or written by `dvc repro` alone"
         return
-    for name, entry in (read_lock(lock) | pointers(collected.project)).items():
+    try:
+        entries = read_lock(lock) | pointers(collected.project)
+    except BadInput as error:
+        yield str(error)
+        return
+    for name, entry in entries.items():
         yield from _changed_files(collected, name, entry)
+    yield from _links(collected, entries)
+    yield from _other_files(collected, entries)
 
 
 CHECKS: dict[str, Callable[[CollectedRun], Lines]] = {
@@ -187,6 +195,36 @@ def _changed_files(collected: CollectedRun, name: str, entry: Mapping[str, Any])
             local = collected.project / file.path
             if local.is_file() and md5(local) != file.md5:
                 yield f"{local}: has the MD5 {md5(local)}, {_source(file)} says {file.md5}"
+
+
+def _links(collected: CollectedRun, entries: Mapping[str, Any]) -> Lines:
+    """Yield a note for every symbolic link in the paths of DVC's files, other than DVC's own into its cache."""
+    paths = [Path(out["path"]) for entry in entries.values() for out in entry.get("outs", ())]
+    files = [file.relative_to(collected.project) for path in paths for file in (collected.project / path).rglob("*")]
+    parts = {part for path in (*paths, *files) for part in (path, *path.parents)}
+    for part in sorted(part for part in parts if (collected.project / part).is_symlink()):
+        target = (collected.project / part).resolve()
+        if not target.is_relative_to(collected.store.cache):
+            yield Note(f"{part} is a symbolic link to {target}, whose content other projects can change")
+
+
+def _other_files(collected: CollectedRun, entries: Mapping[str, Any]) -> Lines:
+    """Yield a note for every folder with files that DVC does not list."""
+    for name, entry in entries.items():
+        for out in entry.get("outs", ()):
+            folder = collected.project / out["path"]
+            if not folder.is_dir() or not collected.store.path_of(out["md5"]).is_file():
+                continue  # the checksum of the folder is compared
+            listed = {collected.project / file.path for file in collected.store.files({name: {"outs": [out]}})}
+            others = sorted(
+                path
+                for path in folder.rglob("*")
+                if path.is_file() and path not in listed and "__pycache__" not in path.parts
+            )
+            if others:
+                number = "1 file that is" if len(others) == 1 else f"{len(others)} files that are"
+                first, source = others[0].relative_to(collected.project), name if name.endswith(".dvc") else "dvc.lock"
+                yield Note(f"{out['path'].rstrip('/')} has {number} not in {source}, {first}")
 
 
 def _available(collected: CollectedRun) -> dict[str, Any]:

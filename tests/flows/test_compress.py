@@ -198,6 +198,7 @@ def test_a_killed_flow_resumes_with_the_result_of_plain_dvc(project: Path, serve
     code, out, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))
     assert code == 0, err
     assert "9 stages ran, 1 cached" in out
+    assert "the project has no commit, so `vitprune audit` cannot verify this run" in out
     assert (project / "dvc.lock").read_text() == (plain / "dvc.lock").read_text()
 
     # unreachable Prefect and MLflow servers: the run continues and reports them at the end

@@ -88,11 +88,14 @@ def _run(project: Path, stage_limit: float | None, interrupted: Callable[[], boo
 
 def _print_outcome(project: Path, outcome: "Outcome", notes: list[str]) -> None:
     from vitprune.orchestration.compress import summary_line
+    from vitprune.pipeline.report.inputs import read_commit
 
     if not outcome.error:
         _print_table(project)
         print(summary_line(outcome.results))
         print(f"report: {project / 'out/report/report.html'}")
+        if read_commit(project) is None:
+            print("the project has no commit, so `vitprune audit` cannot verify this run: commit it and run again")
     upload = outcome.upload
     if upload.missed:
         print(

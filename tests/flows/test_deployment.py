@@ -220,6 +220,14 @@ def test_servers_require_credentials(team: Team) -> None:
             assert refused.code == 401, address
 
 
+def test_files_of_the_servers_can_be_read_only_by_their_user(team: Team) -> None:
+    files = [path for path in team.servers.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert {"mlflow.log", "prefect.log"} <= {path.name for path in files}
+    assert [path for path in files if path.stat().st_mode & 0o077] == []
+    for name in ("artifacts", "postgres"):
+        assert (team.servers.folder / name).stat().st_mode & 0o077 == 0, name
+
+
 def test_the_server_schedules_runs_by_cron(team: Team) -> None:
     deadline = time.monotonic() + 180
     query = {

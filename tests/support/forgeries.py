@@ -353,6 +353,7 @@ FORGERIES: dict[str, Edit] = {
     "M11 top-1 raised in the logged model": in_database(
         "UPDATE logged_model_metrics SET metric_value = 99 WHERE metric_name = 'pruned.top1'"
     ),
+    "M14b the description replaced": in_tag("mlflow.note.content", "99.9 %"),
     "M16 a param deleted in MLflow": in_database("DELETE FROM params WHERE key = 'distill.temperature'"),
     "M17 a metric added in MLflow": in_database(
         f"INSERT INTO latest_metrics SELECT 'speedup', 9, 0, 0, 0, run_uuid FROM runs WHERE run_uuid IN {PARENT}",
@@ -401,9 +402,7 @@ FORGERIES: dict[str, Edit] = {
 LISTED: dict[str, tuple[Edit, str]] = {
     "M11b a metric of the model from another run": (measure_the_model_again, "pruned.top1 99.0 was logged by the run"),
     "M12 artifacts added": (add_artifacts, "the artifact results.md is in MLflow only"),
-    "M14 tags and a description added": (
-        in_tag("mlflow.note.content", "99.9 %"), "tag mlflow.note.content is in MLflow only: '99.9 %'"
-    ),
+    "M14 tags added": (in_tag("reviewed", "99.9 %"), "tag reviewed is in MLflow only: '99.9 %'"),
     "F19 uncommitted params.yaml": (forged(_dirty), "the run used uncommitted changes of params.yaml"),
     "F22b a model is a link": (link_a_model, "out/distill/model.safetensors is a symbolic link to "),
     "F26 an image added": (add_an_image, "images has 1 file that is not in images.dvc, images/"),

@@ -184,6 +184,13 @@ def test_zeros_are_applied_after_an_update_of_weights(vit: nn.Module, monkeypatc
         assert torch.equal(vit.get_parameter(name), mask.double())
 
 
+def test_a_method_in_place_of_a_criterion_is_refused(vit: nn.Module) -> None:
+    with pytest.raises(
+        BadInput, match=r"^criterion 'channel-taylor': is a method, not a criterion; use one of random, "
+    ):
+        score(vit, find_groups(vit, ["ffn"]), "channel-taylor", batches(vit))
+
+
 def test_every_method_prunes_a_copy_of_a_vit() -> None:
     model = tiny("thin")
     before, data, x = state(model), batches(model), images(model)

@@ -85,6 +85,8 @@ def finetune(
         raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")
     if not isinstance(config, TrainConfig):
         raise BadInput(f"config: is a {type(config).__name__}; give a TrainConfig")
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise BadInput(f"teacher: is a {type(teacher).__name__}; give the dense model")
     check_seed(seed)
     model, history = plain_model(model), list[dict[str, float]]()
     teacher = None if teacher is None else of_same_classes(teacher, model)

@@ -118,5 +118,5 @@ def test_class_indices_of_a_floating_point_type_are_refused(vit: nn.Module) -> N
 
 @pytest.mark.parametrize("batch", [{"pixel_values": X}, X.numpy()])
 def test_batches_of_another_type_are_refused_with_both_forms(vit: nn.Module, batch: object) -> None:
-    with pytest.raises(BadInput, match=r"^calibration\[0\]: is a .*; give tensors of images, or pairs, as in \["):
+    with pytest.raises(BadInput, match=r"^calibration\[0\]: is a .*; give pairs, as in \[.*\], or tensors of images$"):
         vitprune.prune(vit, "unit-obs", sparsity=0.25, calibration=[batch])

@@ -243,6 +243,15 @@ def test_the_help_of_every_command_has_an_example(command, monkeypatch, capsys):
     assert f"Example: vitprune {command}" in capsys.readouterr().out
 
 
+def test_the_help_shows_defaults_that_depend_on_other_options(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vitprune", "init", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "[default: deit_tiny_patch16_224]" in words
+    assert "[default: unit-obs; channel-taylor for digits]" in words
+
+
 @pytest.mark.parametrize(
     ("words", "env", "expected"),
     [

@@ -239,6 +239,14 @@ def test_groups_that_are_out_of_date_are_refused(vit: torch.nn.Module) -> None:
     assert same_state(vit, before)
 
 
+@pytest.mark.parametrize("apply", [zero, shrink])
+def test_masks_in_place_of_groups_are_refused(vit: torch.nn.Module, apply) -> None:
+    groups = find_groups(vit, ["ffn"])
+    masks = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
+    with pytest.raises(BadInput, match=r"^groups: 'blocks.0.mlp' is not a group; give those of find_groups$"):
+        apply(vit, masks, groups)
+
+
 def test_nothing_is_shrunk_if_one_group_is_out_of_date(vit: torch.nn.Module) -> None:
     groups = find_groups(vit, ["ffn"])
     shrink(vit, groups[1:], random_masks(groups[1:], 0.5))

@@ -21,10 +21,10 @@ BEFORE_TRAINING = ("dataset", "dense")  # stages that check all settings first
 STAGE_PANEL, PIPELINE, PROJECTS, MODELS = "Stages, in order", "Pipeline runs", "Projects", "Models and methods"
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
-StageLimit = Annotated[float | None, typer.Option(help="Seconds after which a stage is killed.  [default: no limit]")]
+StageLimit = Annotated[float | None, typer.Option(help=r"Seconds after which a stage is killed.  \[default: no limit]")]
 ModelName = Annotated[
     str | None,
-    typer.Option(help="Name in MLflow's registry.  [default: VITPRUNE_MODEL_NAME, else the name of the folder]"),
+    typer.Option(help=r"Name in MLflow's registry.  \[default: VITPRUNE_MODEL_NAME, else the name of the folder]"),
 ]
 
 app = typer.Typer(
@@ -221,7 +221,7 @@ def versions(project: Project = Path(), model: ModelName = None) -> None:
 def audit(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of the MLflow run, as vitprune run prints it.")],
     project: Annotated[
-        Path | None, typer.Option("--project", "-C", help="A clone of the project.  [default: the run's project]")
+        Path | None, typer.Option("--project", "-C", help=r"A clone of the project.  \[default: the run's project]")
     ] = None,
     list_all: Annotated[bool, typer.Option("--all", help="List all differences, not only the first.")] = False,
     rerun: Annotated[bool, typer.Option("--rerun", help="Rerun all stages in a clean worktree and compare.")] = False,
@@ -257,12 +257,12 @@ def sync(
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The project directory; created if it is missing.")],
     source: Annotated[str, typer.Option(help="digits, folder:PATH, parquet:PATH, wds/PATH or a timm name.")] = "digits",
-    model: Annotated[str | None, typer.Option(help="A timm model.  [default: deit_tiny_patch16_224]")] = None,
+    model: Annotated[str | None, typer.Option(help=r"A timm model.  \[default: deit_tiny_patch16_224]")] = None,
     method: Annotated[
-        str | None, typer.Option(help="See vitprune methods.  [default: unit-obs; channel-taylor for digits]")
+        str | None, typer.Option(help=r"See vitprune methods.  \[default: unit-obs; channel-taylor for digits]")
     ] = None,
     classes: Annotated[
-        int | None, typer.Option(min=1, help="Number of classes, if the source does not define it.")
+        int | None, typer.Option(min=1, help="Number of classes of the model, if they are not those of the source.")
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Settings to start from: a name of vitprune recipes, or a file.")
@@ -385,7 +385,7 @@ def check(
     ratios: Annotated[
         str, typer.Option(help="Fractions of the units to remove, separated by commas.")
     ] = "0.25,0.5,0.75",
-    kinds: Annotated[str | None, typer.Option(help="Kinds of group, separated by commas.  [default: all]")] = None,
+    kinds: Annotated[str | None, typer.Option(help=r"Kinds of group, separated by commas.  \[default: all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per kind and ratio.")] = False,
 ) -> None:
     """Verify in float64 that a model can be pruned: the pruned model equals the literal removal of the units."""
@@ -413,7 +413,7 @@ def latency_table(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     kinds: Annotated[str, typer.Option(help="Kinds of group: ffn, attention, head.")] = "ffn,attention",
     runs: Annotated[int, typer.Option(min=1, help="Timed forward passes of every width.")] = 50,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: as torch]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help=r"CPU threads.  \[default: as torch]")] = None,
 ) -> None:
     """Measure the time of every group at several widths on this device, for prune.target.table."""
     from vitprune.evaluation.record_latency_table import record_to_file

@@ -169,9 +169,12 @@ def test_gradient_checkpointing_is_refused() -> None:
 
 
 def test_other_models_and_numbers_are_refused() -> None:
-    for number in (0, 2.5, "2", True, 2_000_000):
+    for number in (0, True, 2_000_000):
         with pytest.raises(BadInput, match=rf"^merge_tokens: {number!r} tokens; give a whole number from 1 to 1048576"):
             merge_tokens(tiny("vit"), number)
+    for other in (2.5, "2"):
+        with pytest.raises(BadInput, match=rf"^number: is a {type(other).__name__}; give an integer$"):
+            merge_tokens(tiny("vit"), other)
     with pytest.raises(BadInput, match=r"^VisionTransformer: has 1 block, tokens are merged before the second; leave"):
         merge_tokens(timm.create_model("vit_tiny_patch16_224", **VIT | {"depth": 1}), 2)
     gated = timm.create_model("vit_tiny_patch16_224", **VIT, mlp_layer=SwiGLU)

@@ -33,7 +33,10 @@ WRONG = {
     "one label": ([(X, 3)], r"^calibration\[0\]: labels must be a tensor of class indices \(B,\), not int"),
 }
 LABELS = {
-    "unlabelled": (torch.tensor([-100, -100]), r"^labels: -100 is not a class; the model has the classes 0 to 6"),
+    "unlabelled": (
+        torch.tensor([-100, -100]),
+        r"^labels: these images have no label \(-100\); give pairs \(images, labels\), with the classes 0 to 6",
+    ),
     "one too large": (torch.tensor([0, 7]), r"^labels: 7 is not a class"),
     "of another shape": (torch.full((2, 3), 1 / 3), r"^labels: have shape \(2, 3\); \(2, 7\) is needed"),
 }
@@ -138,5 +141,18 @@ def test_images_without_labels_give_the_same_result_if_the_method_uses_none(vit:
         for given in ([(X, Y)], [X])
     )
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    with pytest.raises(BadInput, match=r"^labels: -100 is not a class; .*, and these images have no label$"):
+    with pytest.raises(
+        BadInput, match=r"^labels: these images have no label \(-100\); give pairs .*, with the classes 0 to 6, or "
+    ):
         vitprune.prune(vit, "channel-taylor", sparsity=0.25, calibration=[X])
+
+
+def test_class_indices_of_a_floating_point_type_are_refused(vit: nn.Module) -> None:
+    with pytest.raises(BadInput, match=r"^labels: are torch.float32; give class indices as integers$"):
+        vitprune.prune(vit, "channel-taylor", sparsity=0.25, calibration=[(X, Y.float())])
+
+
+@pytest.mark.parametrize("batch", [{"pixel_values": X}, X.numpy()])
+def test_batches_of_another_type_are_refused_with_both_forms(vit: nn.Module, batch: object) -> None:
+    with pytest.raises(BadInput, match=r"^calibration\[0\]: is a .*; give pairs, as in \[.*\], or tensors of images$"):
+        vitprune.prune(vit, "unit-obs", sparsity=0.25, calibration=[batch])

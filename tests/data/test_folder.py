@@ -120,6 +120,17 @@ def test_files_of_other_formats_are_named(tmp_path: Path) -> None:
         data.open_source(f"folder:{tmp_path}")
 
 
+def test_images_without_sub_folders_are_named(tmp_path: Path) -> None:
+    fill(tmp_path, ["a"])
+    for path in (tmp_path / "a").iterdir():
+        path.rename(tmp_path / path.name)
+    (tmp_path / "readme").touch()
+    with pytest.raises(
+        BadInput, match=r"no images in its sub-folders \(2 are beside them, such as 0.png, .*put the im"
+    ):
+        data.open_source(f"folder:{tmp_path}")
+
+
 def test_names_that_are_not_utf_8_are_refused_by_name(tmp_path: Path) -> None:
     fill(tmp_path, ["Käfer x", "犬"])
     data.build_manifest(data.open_source(f"folder:{tmp_path}"), 0.4, 0, 0.0)

@@ -60,6 +60,7 @@ def test_torchvision_and_a_user_defined_function(tmp_path: Path, monkeypatch: py
         ("module:own_models:number", "module:own_models:number: returns a int, not a torch.nn.Module"),
         ("module:own_models:fail", r"module:own_models:fail: cannot be built \(no weights\)"),
         ("module:own_models:missing", r"module:own_models:missing: cannot be built \(.*has no attribute 'missing'\)"),
+        (".", r"^\.: is a directory; give the name of a model of timm, or hf:\. for one of transformers$"),
         ("module:nowhere:make", r"module:nowhere:make: cannot be built \(No module named 'nowhere'\)"),
         ("module:make", "module:make: write module:PACKAGE.FILE:CALLABLE"),
         ("torchvision:vit_b_17", r"torchvision:vit_b_17: cannot be built \(Unknown model vit_b_17\)"),

@@ -177,6 +177,8 @@ def test_invalid_kinds_and_outputs_are_refused(vit: torch.nn.Module, tmp_path: P
         BadInput, match=r"^--kinds 'residual': its times do not add up; use some of ffn, attention, head$"
     ):
         record_latency_table(vit, "torch", kinds=["ffn", "residual"])
+    with pytest.raises(BadInput, match=r"^--kinds 'fnn': unknown; use some of ffn, attention, head$"):
+        record_latency_table(vit, "torch", kinds=["fnn"])
     with pytest.raises(BadInput, match=r"^--output .*: is a directory; give a file such as .*/table.csv$"):
         record_to_file("vit_tiny_patch16_224", tmp_path, "torch", 1, ["ffn"], 1, None)
 

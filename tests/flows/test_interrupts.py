@@ -110,3 +110,19 @@ sys.exit(interrupts.run_interruptibly(body, "stopped"))
 def test_a_process_that_waits_at_exit_is_ended() -> None:
     ran = subprocess.run([sys.executable, "-c", WAITS_AT_EXIT], cwd=REPOSITORY, capture_output=True, timeout=120)
     assert (ran.returncode, ran.stderr.strip()) == (130, b"stopped")
+
+
+ENDS = """
+import atexit, os, signal, sys, time
+from vitprune.orchestration import interrupts
+def at_exit():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+atexit.register(at_exit)  # as the end of Prefect's server
+sys.exit(interrupts.run_interruptibly(lambda interrupted: 3, "stopped"))
+"""
+
+
+def test_a_signal_after_the_body_changes_neither_the_exit_code_nor_the_output() -> None:
+    ran = subprocess.run([sys.executable, "-c", ENDS], cwd=REPOSITORY, capture_output=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (3, b"")

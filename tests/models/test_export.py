@@ -176,6 +176,14 @@ def test_logits_beyond_the_bound_of_a_precision_are_refused(precision: str) -> N
                 expected.compare("export.onnx", lambda batch, by=shifted: by[len(batch)], precision)
 
 
+@pytest.mark.parametrize("write", [export_onnx, export_pt2])
+def test_a_directory_in_place_of_the_file_is_refused(write, tmp_path: Path) -> None:
+    model = tiny("vit").float()
+    with pytest.raises(BadInput, match=r"cannot be written \(Is a directory\); give another path$"):
+        write(model, tmp_path, example_input(model, 2))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_no_engine_reads_is_refused_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="the engine extra is not installed")
     model, source = tiny("vit", dtype=torch.float32), tmp_path / "model.onnx"

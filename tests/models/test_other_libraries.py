@@ -150,7 +150,10 @@ def test_a_wrapped_timm_model_is_pruned_as_a_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"vitprune": {"library": "keras"}}, "not written by vitprune.save for a model that is not timm's"),
+        (
+            {"vitprune": {"library": "keras"}},
+            "not written by vitprune.save for a model that is not timm's; load timm's with vitprune.load",
+        ),
         ({"format": 9}, r"vitprune.format is not 1, the only one that this version reads; update vitprune"),
         ({"name": "os.system"}, "vitprune.name is not the name of a model"),
         ({"name": "AutoModel"}, r"transformers cannot build AutoModel \(.* has no model class 'AutoModel'\)"),

@@ -252,6 +252,14 @@ def test_models_that_timm_cannot_create_are_refused(name: str, args: dict) -> No
     assert "\n" not in str(error.value)
 
 
+def test_weights_that_cannot_be_downloaded_are_refused_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BadInput, match=r"^model.name 'vit_tiny_patch16_224': .*; without a network, give a file of w"):
+        models.create("vit_tiny_patch16_224", {"cache_dir": str(tmp_path)}, pretrained=True)
+
+
 @pytest.mark.real
 def test_real_deit_tiny_shrunk_and_loaded(real_deit: nn.Module, tmp_path: Path) -> None:
     pruned = prune(real_deit, "channel-magnitude", sparsity={"ffn": 0.25, "attention": 0.25}, scope="global").model

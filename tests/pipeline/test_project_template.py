@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -168,6 +169,22 @@ def test_invalid_choices_leave_no_files(tmp_path: Path, choice: Choice, message:
     with pytest.raises(BadInput, match=message) as error:
         create_project(tmp_path / "project", choice)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "project").exists()
+
+
+@pytest.mark.parametrize(
+    ("unused", "classes", "message"),
+    [
+        ((), 1, r"--classes 1: folder:.*/photos has 2 classes; leave the option out"),
+        (("b",), None, r"--classes: folder:.*/photos has one class, and a classifier needs two"),
+    ],
+)
+def test_classes_that_do_not_fit_the_source_are_refused(tmp_path: Path, unused, classes, message: str) -> None:
+    photos = write_folder(tmp_path / "photos")
+    for name in unused:
+        shutil.rmtree(photos / name)
+    with pytest.raises(BadInput, match=message):
+        create_project(tmp_path / "project", Choice(f"folder:{photos}", classes=classes))
     assert not (tmp_path / "project").exists()
 
 

@@ -4,6 +4,7 @@ import copy
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -182,6 +183,19 @@ def test_zeros_are_applied_after_an_update_of_weights(vit: nn.Module, monkeypatc
     cycle = run(vit, "ones", 0.5)[0]
     for name, mask in cycle.masks.items():
         assert torch.equal(vit.get_parameter(name), mask.double())
+
+
+def test_a_method_in_place_of_a_criterion_is_refused(vit: nn.Module) -> None:
+    with pytest.raises(
+        BadInput, match=r"^criterion 'channel-taylor': is a method, not a criterion; use one of random, "
+    ):
+        score(vit, find_groups(vit, ["ffn"]), "channel-taylor", batches(vit))
+
+
+def test_units_that_no_linear_layer_reads_are_refused_with_a_remedy() -> None:
+    model = timm.create_model("resnet10t", num_classes=7).eval()
+    with pytest.raises(BadInput, match=r"^layer1.0: 0 Linear layers read its units, the method needs one; choose anot"):
+        prune(model, "unit-obs", kinds=["ffn"], sparsity=0.5, calibration=[torch.randn(2, 3, 64, 64)])
 
 
 def test_every_method_prunes_a_copy_of_a_vit() -> None:

@@ -94,7 +94,8 @@ def first_error(error: ValidationError, kind: type[Section], section: str = "") 
         details = problem["ctx"]
         return f"{key}.{details['key']}: {message}, got {shown(details['value'])}{more}"
     prefix = f"{key}: " if key else ""
-    return f"{prefix}{message}, got {shown(problem['input'])}{more}"
+    value = "" if problem["type"] == "missing" else f", got {shown(problem['input'])}"
+    return f"{prefix}{message}{value}{more}"
 
 
 def check_seed(seed: object) -> None:

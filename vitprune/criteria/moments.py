@@ -48,7 +48,9 @@ def find_consumer(model: nn.Module, group: Group) -> Consumer:
         and isinstance(model.get_submodule(part.param.rpartition(".")[0]), nn.Linear)
     ]
     if len(result) != 1 or group.kind == "residual":
-        raise BadInput(f"{group.name}: {len(result)} layers read its units; an update needs exactly one Linear layer")
+        raise BadInput(
+            f"{group.name}: {len(result)} Linear layers read its units, the method needs one; choose another"
+        )
     return result[0]
 
 

@@ -132,7 +132,8 @@ def _pair(where: str, batch: Any, labelled: bool) -> tuple[Any, Tensor]:
         return batch, torch.full(batch.shape[:1], IGNORED)
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
-        raise BadInput(f"{where}: is a {type(batch).__name__}{size}; give pairs, as in [(images, labels), ...]")
+        alone = "" if labelled else ", or tensors of images"
+        raise BadInput(f"{where}: is a {type(batch).__name__}{size}; give pairs, as in [(images, labels), ...]{alone}")
     images, labels = batch
     if isinstance(labels, list | tuple) and all(isinstance(label, int) for label in labels):
         labels = torch.tensor(labels, dtype=torch.int64)

@@ -53,8 +53,12 @@ class Scan:
             folders[:] = sorted(name for name in folders if name[0] != ".")
             for name in names:
                 if name[0] != ".":
-                    is_image = os.path.splitext(name)[1].lower() in image_suffixes()
-                    (self.images if is_image else self.left_out).append(Path(parent, name))
+                    path = Path(parent, name)
+                    (self.images if _is_image(path) else self.left_out).append(path)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in image_suffixes()
 
 
 def _refuse(error: OSError) -> None:
@@ -97,8 +101,10 @@ def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
             splits += [split] * len(files)
             left_out += scan.left_out
     if not ids:
-        shown = ", ".join(path.name for path in left_out[:3])
-        also = f" ({len(left_out)} files are no images that Pillow reads, such as {shown})" if left_out else ""
+        loose = [path for path in left_out if _is_image(path)]
+        shown = ", ".join(path.name for path in (loose or left_out)[:3])
+        what = f"{len(loose)} are beside them" if loose else f"{len(left_out)} files are no images that Pillow reads"
+        also = f" ({what}, such as {shown})" if left_out else ""
         raise BadInput(
             f"folder:{root}: no images in its sub-folders{also}; put the images of each class into their own folder"
         )

@@ -65,6 +65,8 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
         BadInput: they are not.
     """
     classes, wanted = logits.shape[-1], logits.shape if labels.is_floating_point() else logits.shape[:-1]
+    if labels.is_floating_point() and labels.shape == logits.shape[:-1]:
+        raise BadInput(f"labels: are {labels.dtype}; give class indices as integers")
     if labels.shape != wanted:
         raise BadInput(f"labels: have shape {tuple(labels.shape)}; {tuple(wanted)} is needed for these images")
     if labels.is_floating_point():
@@ -73,7 +75,12 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     wrong = used[(used < 0) | (used >= classes)]
     if len(wrong) or not len(used):
         label = int(wrong[0]) if len(wrong) else IGNORED
-        missing = ", and these images have no label" if label == IGNORED else ""
+        missing = ", and this image has no label" if label == IGNORED else ""
+        if bool((labels == IGNORED).all()):
+            raise BadInput(
+                f"labels: these images have no label ({IGNORED}); give pairs (images, labels), with the classes 0 to "
+                f"{classes - 1}, or choose a method that needs no labels (vitprune methods)"
+            )
         raise BadInput(f"labels: {label} is not a class; the model has the classes 0 to {classes - 1}{missing}")
 
 

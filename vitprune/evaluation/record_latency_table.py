@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitprune import data, models
 from vitprune.architectures import find_groups
+from vitprune.config.prune_config import KINDS
 from vitprune.errors import BadInput
 from vitprune.evaluation.cost import group_costs
 from vitprune.evaluation.engines import PACKAGES, check_engine, forward_call
@@ -71,7 +72,8 @@ def record_latency_table(
     """
     check_engine(engine)
     if wrong := [kind for kind in kinds if kind not in ADDITIVE]:
-        raise BadInput(f"--kinds {wrong[0]!r}: its times do not add up; use some of {', '.join(ADDITIVE)}")
+        why = "its times do not add up" if wrong[0] in KINDS else "unknown"
+        raise BadInput(f"--kinds {wrong[0]!r}: {why}; use some of {', '.join(ADDITIVE)}")
     groups = find_groups(model, list(kinds))
     if not groups:
         raise BadInput(f"--kinds {','.join(kinds)}: the model has no group of these kinds; vitprune inspect lists them")

@@ -40,6 +40,8 @@ from vitprune.runtime.messages import first_line
 from vitprune.runtime.model_checks import checked_model
 from vitprune.runtime.wrappers import is_timm_model
 
+OFFLINE = "; without a network, give a file of weights: dense.start checkpoint and dense.checkpoint in params.yaml"
+
 
 def create(
     name: str,
@@ -69,6 +71,7 @@ def create(
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **(args or {}))
         except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
             hint = "" if timm.is_model(name.partition(".")[0]) else similar(name, timm.list_models())
+            hint = OFFLINE if isinstance(error, OSError) and pretrained and not hint else hint
             raise BadInput(f"model.name {name!r}: timm cannot create it ({first_line(error)}){hint}") from None
     _match_channels(model)
     if checkpoint is not None:

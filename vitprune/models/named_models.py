@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
@@ -37,6 +38,10 @@ def create_named(name: str) -> nn.Module:
         BadInput: there is no such model, or it cannot be built.
     """
     prefix, _, rest = name.partition(":")
+    if Path(name).is_dir() and not timm.is_model(name.partition(".")[0]):
+        raise BadInput(
+            f"{name}: is a directory; give the name of a model of timm, or hf:{name} for one of transformers"
+        )
     if prefix not in PREFIXES[1:]:
         return create(rest if prefix == "timm" else name).eval()
     with torch.random.fork_rng(devices=[]):

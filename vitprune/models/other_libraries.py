@@ -242,7 +242,9 @@ def _read(path: Path) -> tuple[Factory, dict[str, tuple[int, ...]], tuple[int, .
     raw = read_object(path)
     saved = raw.get("vitprune")
     if not isinstance(saved, dict) or saved.get("library") not in (TRANSFORMERS, TORCHVISION, OWN):
-        raise BadInput(f"{path}: not written by vitprune.save for a model that is not timm's")
+        raise BadInput(
+            f"{path}: not written by vitprune.save for a model that is not timm's; load timm's with vitprune.load"
+        )
     check_format(path, saved.get("format"))
     name, size = saved.get("name"), saved.get("input_size")
     if not isinstance(name, str) or not CLASS.fullmatch(name):

@@ -19,7 +19,8 @@ def run_interruptibly(body: Callable[[Callable[[], bool]], int], line: str) -> i
 
     The first signal prints `line` and raises KeyboardInterrupt in the body. A second Ctrl-C kills all processes of the
     command and ends it at once; a further SIGTERM changes nothing. After the body, the process ends within
-    EXIT_SECONDS: if its server has ended, Prefect waits without a limit.
+    EXIT_SECONDS: if its server has ended, Prefect waits without a limit. Signals then leave the exit code as it is:
+    Ctrl-C ends the process at once, SIGTERM changes nothing.
 
     Args:
         body: Gets a function that returns whether a signal has been received; returns an exit code.
@@ -29,8 +30,13 @@ def run_interruptibly(body: Callable[[Callable[[], bool]], int], line: str) -> i
         The body's exit code; 130 after a signal.
     """
     received: list[int] = []
+    ended: list[int] = []  # the exit code, once the body has ended
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if ended:
+            if number == signal.SIGINT:
+                _end_now(ended[0])
+            return
         received.append(number)
         if len(received) == 1:
             os.write(2, f"\n{line}\n".encode())  # print() is not reentrant
@@ -48,6 +54,7 @@ def run_interruptibly(body: Callable[[Callable[[], bool]], int], line: str) -> i
             raise
     finally:
         code = EXIT_INTERRUPTED if received else code
+        ended.append(code)
         watchdog = threading.Timer(EXIT_SECONDS, _end_now, [code])
         watchdog.daemon = True
         watchdog.start()

@@ -31,7 +31,7 @@ from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
 from vitprune.pruning.auto import auto_method
 from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores
-from vitprune.pruning.methods import CRITERIA, Method, method_named
+from vitprune.pruning.methods import CRITERIA, METHODS, Method, method_named
 from vitprune.pruning.plan import Plan, plan_for
 from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune_cycles import Cycle, prune_cycles
@@ -129,7 +129,8 @@ def score(
         BadInput: there is no such criterion, it needs batches, or the model or a batch cannot be used.
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise BadInput(f"criterion {criterion!r}: unknown; use one of {', '.join(CRITERIA)}")
+        why = "is a method, not a criterion" if criterion in METHODS else "unknown"
+        raise BadInput(f"criterion {criterion!r}: {why}; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     check_seed(seed)
     work = working_copy(model)

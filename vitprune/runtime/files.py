@@ -87,9 +87,21 @@ def atomic_files(path: Path) -> Iterator[Path]:
 
     Yields:
         The path to write to; other files are written beside it.
+
+    Raises:
+        BadInput: a directory is in the file's place, or the folder cannot be written to.
+        OSError: the disk is full.
     """
     make_directory(path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as folder:
+    if path.is_dir():
+        raise BadInput(f"{path}: cannot be written ({os.strerror(errno.EISDIR)}); give another path")
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-")
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise BadInput(f"{path}: cannot be written ({os.strerror(error.errno or 0)}); give another path") from None
+    with temporary as folder:
         yield Path(folder) / path.name
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
             os.replace(file, path.with_name(file.name))

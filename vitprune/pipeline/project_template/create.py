@@ -68,7 +68,7 @@ def create_project(directory: Path, choice: Choice) -> list[str]:
         params = dump_yaml(settings.model_dump(mode="json"))
     else:
         source, path, counted = _located(choice.source, root)
-        classes = choice.classes if choice.classes is not None else counted
+        classes = _classes(choice.classes, source, counted)
         method = choice.method or ("channel-taylor" if source == "digits" else "unit-obs")
         params = new_params.render(_shipped("params.yaml"), source, choice.model, method, classes)
     texts = {
@@ -121,6 +121,16 @@ def _located(source: str, root: Path) -> tuple[str, str | None, int | None]:
     local = (absolute.relative_to(root) if absolute.is_relative_to(root) else absolute).as_posix()
     spec = f"{kind}{name}:{local}" if name else f"{kind}{local}"
     return spec, local, None if classes is None else len(classes)
+
+
+def _classes(given: int | None, source: str, counted: int | None) -> int | None:
+    """Return the number of classes of the model, at least two and at least those of the source."""
+    if given is not None and counted is not None and given < counted:
+        raise BadInput(f"--classes {given}: {source} has {counted} classes; leave the option out")
+    classes = given if given is not None else counted
+    if classes == 1:
+        raise BadInput(f"--classes: {source} has one class, and a classifier needs two; give those of the model")
+    return classes
 
 
 def _shipped(name: str) -> str:

@@ -243,7 +243,7 @@ def test_groups_that_are_out_of_date_are_refused(vit: torch.nn.Module) -> None:
 def test_masks_in_place_of_groups_are_refused(vit: torch.nn.Module, apply) -> None:
     groups = find_groups(vit, ["ffn"])
     masks = {group.name: torch.ones(group.shape, dtype=torch.bool) for group in groups}
-    with pytest.raises(BadInput, match=r"^groups: 'blocks.0.mlp' is not a group; give those of find_groups$"):
+    with pytest.raises(BadInput, match=r"^groups: is a dict; give a list of groups of find_groups$"):
         apply(vit, masks, groups)
 
 

@@ -275,7 +275,6 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
             its group, or a group no longer fits its parameters. The model is unchanged then.
     """
     result, model = model, plain_model(model)
-    _refuse_other_types(groups)
     fitting = [(group, _fitting(group, masks)) for group in groups]
     for group, keep in fitting:
         _refuse_stale(model, group)
@@ -315,7 +314,6 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
             or a group no longer fits its parameters. The model is unchanged then.
     """
     result, model = model, plain_model(model)
-    _refuse_other_types(groups)
     _refuse_shared_axes(groups)
     for group in groups:
         _refuse_stale(model, group)
@@ -440,19 +438,12 @@ def check_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     Raises:
         BadInput: they are groups of another model or of another shape of it.
     """
-    _refuse_other_types(groups)
     names = model.state_dict(keep_vars=True)
     for group in groups:
         missing = next((part.param for part in group.slices + group.buffers if part.param not in names), None)
         if missing is not None:
             raise BadInput(f"{group.name}: the model has no {missing}, it is another model's group; call find_groups")
         _refuse_stale(model, group)
-
-
-def _refuse_other_types(groups: Sequence[Group]) -> None:
-    other = next((group for group in groups if not isinstance(group, Group)), None)
-    if other is not None:
-        raise BadInput(f"groups: {other!r} is not a group; give those of find_groups")
 
 
 def _refuse_stale(model: nn.Module, group: Group) -> None:

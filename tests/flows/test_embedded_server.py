@@ -43,7 +43,8 @@ def test_the_server_ends_with_a_killed_process(tmp_path: Path) -> None:
 def test_a_server_that_does_not_start_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:////missing/folder/prefect.db")
+    others = psutil.Process().children()
     _, wait = start_server()
     with pytest.raises(BadInput, match=r"^Prefect's embedded server did not start \(.*unable to open.*\); run again$"):
         wait()
-    assert psutil.Process().children() == []
+    assert psutil.Process().children() == others

@@ -113,7 +113,7 @@ def test_settings_and_inputs_of_other_types_are_refused(vit: nn.Module) -> None:
         (lambda: vitprune.finetune(vit, [(x, y)], {"epochs": 1}), r"^config: is a dict; give a TrainConfig"),
         (lambda: vitprune.finetune(vit, [(x, y + 7)], recipe), r"^loader\[0\]: label 7 is not a class"),
         (lambda: vitprune.finetune(vit, [(x.byte(), y)], recipe), r"^loader\[0\]: images are torch.uint8"),
-        (lambda: vitprune.finetune(vit, [(x, y)], recipe, "dense"), r"^teacher: is a str; give the dense model$"),
+        (lambda: vitprune.finetune(vit, [(x, y)], recipe, "dense"), r"^teacher: is a str; give a model of timm"),
         (lambda: vitprune.evaluate(vit, [(x, y - 100)]), r"^labels: -100 is not a class"),
         (lambda: vitprune.accuracy(vit, [x]), r"^batches\[0\]: is a Tensor; give pairs"),
         (lambda: vitprune.prune(vit, "magnitude", sparsity=0.5, example_input=3), r"^example_input: is a int"),

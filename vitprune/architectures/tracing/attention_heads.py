@@ -5,7 +5,7 @@ starts with all channels of a head in one set, so that the logits and all tensor
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,7 +124,8 @@ def _tables_outside(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -> s
     modules, _ = _products_of_heads(trace, labelled, by_head.sets.find(by_head.head_labels))
     counts = Counter(by_head.sets.find(by_head.head_labels[1:]).tolist())
     several = {root for root, paths in modules.items() if len(paths) > 1 and counts[root] > 1}
-    roots = {name: by_head.sets.find_unique([labels]) for name, labels in by_head.elements.items()}
+    tables = {name: labels for name, labels in by_head.elements.items() if _contains(by_head, labels, several)}
+    roots = {name: by_head.sets.find_unique([labels]) for name, labels in tables.items()}
     return {
         name
         for name, of_table in roots.items()
@@ -140,6 +141,8 @@ def _tie_shared_tables(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -
     """
     modules, _ = _products_of_heads(trace, labelled, by_head.sets.find(by_head.head_labels))
     for elements in by_head.elements.values():
+        if not _contains(by_head, elements, modules):
+            continue
         varying = [axis for axis in range(elements.dim()) if by_head.varies_along(elements, axis)]
         roots = by_head.sets.find(elements.contiguous())
         for axis in varying if len(varying) > 1 else ():
@@ -149,6 +152,12 @@ def _tie_shared_tables(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -
                 for here in at:
                     by_head.sets.union(torch.tensor(here[:1]), torch.tensor(here))
                 break
+
+
+def _contains(trace: Trace, labels: Tensor, roots: Collection[int]) -> bool:
+    """Return whether labels are of some sets; weights that are used element by element have millions of labels."""
+    found = trace.sets.find(labels.contiguous()).numpy()
+    return bool(np.isin(found, np.fromiter(roots, dtype=np.int64, count=len(roots))).any())
 
 
 def _tie_fused_rows(trace: Trace) -> None:

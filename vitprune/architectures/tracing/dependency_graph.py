@@ -138,7 +138,7 @@ class ChannelGraph:
         self._axes = {axis: _AxisLabels(labels.numpy()) for axis, labels in _labels_by_axis(trace).items()}
         self._trace, self._buffers = trace, dict(model.named_buffers())
         self._sums, self._contractions = map(trace.sets.find_unique, (trace.residual_sums, trace.contractions))
-        self._reasons = trace.sets.reasons()
+        self._reason = trace.sets.reasons()
         self._members = _by_signature(self._axes)
 
     def groups(self, heads: Mapping[int, int] = NO_NUMBERS) -> list[ChannelGroup]:
@@ -164,7 +164,7 @@ class ChannelGraph:
         writers = [name for name in self._trace.writers if (name, 0) in axes]
         first = (writers[0], 0) if writers else axes[0]
         labels = labels[self._axes[first].positions(labels)[:, 0].argsort()]
-        why = next((self._reasons[label] for label in labels.tolist() if label in self._reasons), "")
+        why = self._reason(labels)
         contracted, added = (int(labels[0]) in roots for roots in (self._contractions, self._sums))
         kind = "attention" if contracted else "residual" if added else "ffn"
         in_part = self._trace.by_head or kind == "ffn"

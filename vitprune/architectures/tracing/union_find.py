@@ -4,6 +4,7 @@ A tensor of labels has the shape of the tensor that it describes. Along axes whe
 0), so that it needs no memory there. Label 0 means "no channel".
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 NO_CHANNEL = 0
+Array = np.ndarray[Any, Any]
 
 
 class UnionFind:
     """Disjoint sets of channel labels, and the reasons why some sets cannot be pruned."""
 
     def __init__(self) -> None:
-        self._parent: np.ndarray[Any, Any] = np.zeros(1, dtype=np.int64)
+        self._parent: Array = np.zeros(1, dtype=np.int64)
         self._next = 1
-        self._unprunable: dict[int, str] = {}
+        self._why = [""]  # reasons, in the order in which they were recorded
+        self._reason: Array = np.zeros(1, dtype=np.int32)  # number of the reason by label
 
     def new_labels(self, *shape: int) -> Tensor:
         """Return a tensor of new labels, each in a separate set."""
@@ -33,6 +36,7 @@ class UnionFind:
             grown = np.arange(max(2 * len(self._parent), number), dtype=np.int64)
             grown[: self._next] = self._parent[: self._next]
             self._parent = grown
+            self._reason = np.concatenate([self._reason, np.zeros(len(grown) - len(self._reason), dtype=np.int32)])
         self._next = max(self._next, number)
 
     def find(self, labels: Tensor) -> Tensor:
@@ -71,16 +75,24 @@ class UnionFind:
 
     def mark_unprunable(self, labels: Tensor, why: str) -> None:
         """Record that the channels of these labels cannot be pruned; the first reason for a label is kept."""
-        for root in self.find_unique([labels]):
-            self._unprunable.setdefault(root, why)
+        roots = self.find(squeeze_broadcast(labels).flatten()).numpy()
+        new = roots[(self._reason[roots] == 0) & (roots != NO_CHANNEL)]
+        if len(new):
+            self._reason[new] = len(self._why)
+            self._why.append(why)
 
-    def reasons(self) -> dict[int, str]:
-        """Return, by current representative, the reason why a set cannot be pruned."""
-        labels = torch.tensor(list(self._unprunable), dtype=torch.int64)
-        result: dict[int, str] = {}
-        for root, why in zip(self.find(labels).tolist(), self._unprunable.values(), strict=True):
-            result.setdefault(root, why)
-        return result
+    def reasons(self) -> Callable[[Array], str]:
+        """Return a function from current representatives to the first reason of the first one that has one, or ""."""
+        marked = np.flatnonzero(self._reason[: self._next])
+        why = tuple(self._why)
+        first = np.full(self._next, len(why), dtype=np.int32)
+        np.minimum.at(first, self.find(torch.from_numpy(marked)).numpy(), self._reason[marked])
+
+        def reason(roots: Array) -> str:
+            numbers = first[roots]
+            return why[next(iter(numbers[numbers < len(why)].tolist()), 0)]
+
+        return reason
 
 
 def squeeze_broadcast(labels: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def test_invalid_params_are_refused(project, refuse, key, value, message):
     ("key", "value", "message"),
     [
         ("prune.sparsity", {"residual": 0.5}, "prune.sparsity.residual: only ffn, attention are scored"),
-        ("prune.method", "magic", "method 'magic': unknown"),
+        ("prune.method", "magic", "Error: prune.method 'magic': unknown"),
         ("prune.scope", "everything", "scope 'everything': unknown"),
         ("prune.sparsity", {"head": 0.5, "attention": 0.5}, "head and attention prune the same axis"),
         ("prune.merge_heads_to", 2, "3 heads cannot merge into 2"),

@@ -356,7 +356,7 @@ def inspect(
     from vitprune.evaluation.cost import count
     from vitprune.evaluation.inspect_model import inspect_groups
 
-    network = models.load(model) if Path(model).is_dir() else models.create(model)
+    network = models.load(model) if Path(model).is_dir() else models.create(model, key="model")
     example = data.example_input(network, 1)
     rows, total = list(inspect_groups(network, example)), count(network, example)
     size, console = " x ".join(str(side) for side in example.shape[-2:]), Console()

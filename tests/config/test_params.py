@@ -234,7 +234,7 @@ def test_several_errors_are_counted(message_of, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "must be a mapping of sections, is NoneType"),
+        ("", "must be a mapping of sections, but is empty"),
         ("- a\n- b\n", "must be a mapping of sections, is list"),
         ("a: [1\nb: 2\n", "not valid YAML"),
         ("a: b: c\n", "not valid YAML"),

@@ -187,6 +187,10 @@ def test_the_command_evaluates_a_saved_model_on_a_folder(tmp_path: Path) -> None
     for words, message in (
         (["evaluate", "--metric", "knn"], "^--data, --metric and --dense: evaluate one saved model"),
         (command[:2], "^--data: give the images to evaluate on"),
+        (
+            [*command[:2], "--data", str(tmp_path / "photos")],
+            rf"^--data: '.*' is unknown; did you mean folder:{tmp_path}/",
+        ),
     ):
         with pytest.raises(BadInput, match=message):
             CliRunner().invoke(app, words, catch_exceptions=False)

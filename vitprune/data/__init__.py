@@ -20,7 +20,7 @@ from vitprune.data.loaders import (
 from vitprune.data.manifest import Manifest, build_manifest
 from vitprune.data.mixup_cutmix import MixFn, cutmix, make_mixer
 from vitprune.data.parquet import open_parquet
-from vitprune.data.sources import Source, join, open_digits
+from vitprune.data.sources import Source, join, open_digits, source_hint
 from vitprune.data.timm_datasets import open_timm
 from vitprune.data.webdataset import open_webdataset
 from vitprune.errors import BadInput
@@ -47,6 +47,7 @@ __all__ = [
     "make_mixer",
     "open_source",
     "open_split",
+    "source_hint",
     "train_batches",
     "transform",
 ]

@@ -1,5 +1,6 @@
 """Image sources: the common `Source`, scikit-learn digits, and joining two sources."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -138,6 +139,13 @@ class JoinedReader:
 
 
 EVAL_PREFIX = "eval:"
+
+
+def source_hint(spec: str) -> str:
+    """Return what to write instead of an unknown source: the prefix of an existing path, or all forms."""
+    if os.path.lexists(spec):
+        return f"did you mean {'parquet' if spec.endswith('.parquet') else 'folder'}:{spec}?"
+    return "use digits, folder:PATH, parquet:PATH, wds/PATH, hfds/NAME or torch/NAME:ROOT"
 
 
 def join(train: Source, evaluation: Source) -> Source:

@@ -7,7 +7,7 @@ from typing import Any
 from timm.data import ImageDataset, create_dataset
 
 from vitprune.data.images import encode
-from vitprune.data.sources import MAX_LABEL, Source, missing_image
+from vitprune.data.sources import MAX_LABEL, Source, missing_image, source_hint
 from vitprune.data.split_names import EVAL_SPLITS
 from vitprune.errors import BadInput
 from vitprune.runtime.messages import first_line
@@ -54,10 +54,7 @@ def open_timm(spec: str, classes: Sequence[str] | None) -> Source:
             f"dataset.source: {spec} is a stream, which cannot be read by row; store it as parquet:PATH or use hfds/"
         )
     if prefix not in ("hfds", "torch") or "/" not in name:
-        raise BadInput(
-            f"dataset.source: {spec!r} is unknown; use digits, folder:PATH, parquet:PATH, wds/PATH, "
-            "hfds/NAME or torch/NAME:ROOT"
-        )
+        raise BadInput(f"dataset.source: {spec!r} is unknown; {source_hint(spec)}")
     if name.lower() in ("torch/folder", "torch/image_folder"):
         raise BadInput(f"dataset.source: {spec} is an image folder; write folder:{root or 'PATH'}")
     datasets = {"train": _create(spec, name, root, "train")} | _evaluation(name, root)

@@ -133,10 +133,10 @@ def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.M
         other = create_named(name)
         return randomize_parameters(other), _noise(2, *input_size(other))
     name, arguments = name.removeprefix("timm:"), dict(args or {})
-    model: Any = models.create(name, arguments)
+    model: Any = models.create(name, arguments, key="model")
     if model.num_classes == 0:  # without a classifier the output is the residual stream, whose width changes
         arguments |= {"num_classes": CLASSES}
-        model = models.create(name, arguments)
+        model = models.create(name, arguments, key="model")
     channels, *sizes = example_input(model, 1).shape[1:]
     if "img_size" in arguments:
         return randomize_parameters(model), _noise(2, channels, arguments["img_size"], arguments["img_size"])
@@ -145,7 +145,7 @@ def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.M
         images = torch.zeros(1, channels, *size)
         for more in ({}, {"img_size": size[0]}):
             try:
-                smaller = models.create(name, arguments | more)
+                smaller = models.create(name, arguments | more, key="model")
                 with torch.no_grad():
                     smaller.eval()(images)
             except Exception:  # models raise various errors for an unsupported size

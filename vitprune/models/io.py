@@ -49,6 +49,7 @@ def create(
     seed: int = 0,
     pretrained: bool = False,
     checkpoint: Path | None = None,
+    key: str = "model.name",
 ) -> nn.Module:
     """Create a timm model with seeded random, pretrained or checkpoint weights.
 
@@ -58,6 +59,7 @@ def create(
         seed: Seed of random weights.
         pretrained: Load timm's published weights.
         checkpoint: A safetensors file to load.
+        key: What messages call the name: the key of params.yaml or an argument.
 
     Returns:
         The model.
@@ -72,7 +74,7 @@ def create(
         except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
             hint = "" if timm.is_model(name.partition(".")[0]) else similar(name, timm.list_models())
             hint = OFFLINE if isinstance(error, OSError) and pretrained and not hint else hint
-            raise BadInput(f"model.name {name!r}: timm cannot create it ({first_line(error)}){hint}") from None
+            raise BadInput(f"{key} {name!r}: timm cannot create it ({first_line(error)}){hint}") from None
     _match_channels(model)
     if checkpoint is not None:
         load_weights(model, checkpoint)

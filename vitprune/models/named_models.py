@@ -43,7 +43,7 @@ def create_named(name: str) -> nn.Module:
             f"{name}: is a directory; give the name of a model of timm, or hf:{name} for one of transformers"
         )
     if prefix not in PREFIXES[1:]:
-        return create(rest if prefix == "timm" else name).eval()
+        return create(rest if prefix == "timm" else name, key="model").eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         build = {"hf": _of_transformers, "torchvision": _of_torchvision, "module": _of_module}[prefix]

@@ -230,14 +230,18 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def method_named(name: str) -> Method:
+def method_named(name: str, key: str = "method") -> Method:
     """Return the method of a name.
+
+    Args:
+        name: One of METHODS.
+        key: What the message calls it: the argument or the key of params.yaml.
 
     Raises:
         BadInput: there is no such method.
     """
     if not isinstance(name, str):
-        raise BadInput(f"method: is a {type(name).__name__}; give one of {', '.join(METHODS)}")
+        raise BadInput(f"{key}: is a {type(name).__name__}; give one of {', '.join(METHODS)}")
     if name not in METHODS:
-        raise BadInput(f"method {name!r}: unknown{similar(name, list(METHODS))}; use one of {', '.join(METHODS)}")
+        raise BadInput(f"{key} {name!r}: unknown{similar(name, list(METHODS))}; use one of {', '.join(METHODS)}")
     return METHODS[name]

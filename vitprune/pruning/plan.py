@@ -116,7 +116,7 @@ def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, see
             contradict each other.
     """
     check_seed(seed)
-    method = method_named(config.method)
+    method = method_named(config.method, "prune.method")
     kinds, implied = config.kinds or method.kinds, _implied_sparsity(config, method)
     target = config.target.costs if config.target is not None else None
     if target is not None:

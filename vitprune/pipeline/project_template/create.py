@@ -25,7 +25,6 @@ REQUIREMENTS = "requirements.txt"
 FLOWS = ("flows/compress.py", "flows/retrain.py", "flows/sweep.py")
 WRITTEN = ("dvc.yaml", "params.yaml", "prefect.yaml", REQUIREMENTS, *FLOWS)
 LOCAL = ("folder:", "parquet:", "wds/")
-SOURCES = "folder:PATH, parquet:PATH, wds/PATH, hfds/NAME or torch/NAME:ROOT"
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,7 @@ def _located(source: str, root: Path) -> tuple[str, str | None, int | None]:
     """
     kind = next((prefix for prefix in LOCAL if source.startswith(prefix)), None)
     if kind is None and source != "digits" and not source.startswith(("hfds/", "torch/")):
-        prefix = "parquet" if source.endswith(".parquet") else "folder"
-        hint = f"did you mean {prefix}:{source}?" if os.path.lexists(source) else f"use digits, {SOURCES}"
-        raise BadInput(f"--source {source}: unknown; {hint}")
+        raise BadInput(f"--source {source}: unknown; {data.source_hint(source)}")
     if kind is None:
         return source, None, None
     name, _, path = source.removeprefix(kind).rpartition(":") if kind == "wds/" else ("", "", source.removeprefix(kind))

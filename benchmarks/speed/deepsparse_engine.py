@@ -162,6 +162,18 @@ def compared(row: Timing, done: Sequence[Timing]) -> str:
     return "below" if value < low else "above" if value > high else "within"
 
 
+def ranges(batch: int, done: Sequence[Timing]) -> str:
+    """Return a sentence with the smallest and the largest speed-up of all models, by type and zeros."""
+    parts = []
+    for kind in (FLOAT, INT8):
+        for zeros in SPARSITIES[1:]:
+            rows = [row for row in done if (row.batch, row.type, row.zeros) == (batch, kind, zeros)]
+            found = [speedup(row, done, kind) for row in rows]
+            parts.append(f"{kind} with {100 * zeros:.0f} % zeros {min(found):.2f}x to {max(found):.2f}x")
+    models = dict.fromkeys(row.model for row in done if row.batch == batch)
+    return f"Speed-up over the dense model of the same type, {', '.join(models)}: {'; '.join(parts)}."
+
+
 def tables(done: Sequence[Timing]) -> list[Section]:
     """Return one table per batch size."""
     header = ["model", "type", "zeros", "ms", "over dense fp32", "over dense of its type", "supported", "difference"]
@@ -183,8 +195,9 @@ def tables(done: Sequence[Timing]) -> list[Section]:
             for row in done
             if row.batch == batch
         ]
-        about = {f"{row.runs} runs, threads: {row.threads}." for row in done if row.batch == batch}
-        sections.append(Section(f"Batch {batch}", " ".join(sorted(about)), header, rows))
+        settings = {f"{row.runs} runs, threads: {row.threads}." for row in done if row.batch == batch}
+        about = " ".join([*sorted(settings), ranges(batch, done)])
+        sections.append(Section(f"Batch {batch}", about, header, rows))
     return sections
 
 

@@ -169,7 +169,8 @@ def ranges(batch: int, done: Sequence[Timing]) -> str:
         for zeros in SPARSITIES[1:]:
             rows = [row for row in done if (row.batch, row.type, row.zeros) == (batch, kind, zeros)]
             found = [speedup(row, done, kind) for row in rows]
-            parts.append(f"{kind} with {100 * zeros:.0f} % zeros {min(found):.2f}x to {max(found):.2f}x")
+            extremes = " to ".join(dict.fromkeys(f"{value:.2f}x" for value in (min(found), max(found))))
+            parts.append(f"{kind} with {100 * zeros:.0f} % zeros {extremes}")
     models = dict.fromkeys(row.model for row in done if row.batch == batch)
     return f"Speed-up over the dense model of the same type, {', '.join(models)}: {'; '.join(parts)}."
 

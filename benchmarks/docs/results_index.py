@@ -158,6 +158,12 @@ SECTIONS: dict[str, tuple[Measured, ...]] = {
             "do zeros make inference faster? OpenVINO and CSR",
         ),
         Measured(
+            "deepsparse.md",
+            "speed.deepsparse_engine",
+            "deepsparse",
+            "do zeros make inference faster? DeepSparse, fp32 and INT8",
+        ),
+        Measured(
             "engines.md",
             "speed.engines",
             "engines",

@@ -30,7 +30,9 @@ def python_of(environment: str) -> Path:
     installed = folder / "installed.txt"
     if not installed.exists() or installed.read_text() != requirements.read_text():
         venv.create(folder, clear=True, with_pip=True)
-        subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
+        command = [folder / "bin/python", "-m", "pip", "install", "--quiet", "-r", requirements]
+        if subprocess.run(command).returncode:
+            sys.exit(f"{requirements}: cannot be installed into {folder}; pip's message is above")
         installed.write_text(requirements.read_text())
     return folder / "bin/python"
 
@@ -38,7 +40,7 @@ def python_of(environment: str) -> Path:
 def run_job(
     folder: Path, environment: str, runner: str, spec: Mapping[str, Any], seconds: float
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | str:
-    """Run a runner on a job.
+    """Run a runner that prunes.
 
     Args:
         folder: The job's folder, with the files of `write_case`.
@@ -49,6 +51,25 @@ def run_job(
 
     Returns:
         The pruned weights and result.json, or the last line of the error.
+    """
+    result = run_script(folder, environment, runner, spec, seconds)
+    return result if isinstance(result, str) else (load_file(folder / "pruned.safetensors"), result)
+
+
+def run_script(
+    folder: Path, environment: str, runner: str, spec: Mapping[str, Any], seconds: float
+) -> dict[str, Any] | str:
+    """Run a runner on a folder, in its environment.
+
+    Args:
+        folder: The job's folder.
+        environment: Name of the environment.
+        runner: Name of the script in benchmarks/peers/runners.
+        spec: Contents of job.json.
+        seconds: Limit of wall time.
+
+    Returns:
+        result.json, or the last line of the error.
     """
     (folder / "job.json").write_text(json.dumps(spec))
     (folder / "result.json").unlink(missing_ok=True)
@@ -62,7 +83,8 @@ def run_job(
     if process.returncode:
         lines = process.stderr.strip().splitlines()
         return lines[-1] if lines else f"ends with exit code {process.returncode}"
-    return load_file(folder / "pruned.safetensors"), json.loads((folder / "result.json").read_text())
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
 
 
 def write_case(folder: Path, weights: Mapping[str, Tensor], batches: Batches) -> None:

@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor]  # (images (B, C, H, W), labels (B,))
 WEIGHT_BITS = 7  # without VNNI, two products of 8 x 8 bits can overflow 16 bits
 IMAGES, BATCH = 128, 16  # for the activation ranges; small batches limit memory
 PERCENTILE = 99.999  # of the values of an activation that its range covers
-LAYERS = ["MatMul", "Gemm", "Conv"]  # operators with weights; norms, softmax and GELU are not quantized
+LAYERS = ["MatMul", "Gemm", "Conv"]  # also attention's two products; norms, softmax and GELU are not quantized
 
 
 class CalibrationBatches:
@@ -106,7 +106,7 @@ def quantize_int8(
     }
     if calibration not in methods:
         raise BadInput(f"calibration {calibration!r}: unknown; use one of {', '.join(methods)}")
-    options = {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": LAYERS, "CalibStridedMinMax": 1}
+    options = {"OpTypesToExcludeOutputQuantization": LAYERS, "CalibStridedMinMax": 1}
     with atomic_files(path) as unfinished, _quiet():
         quantization.quantize_static(
             source,

@@ -266,7 +266,7 @@ def test_high_sparsity_keeps_one_unit_of_every_group(vit: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("method", "sparsity", "settings", "why"),
     [
-        ("best", 0.5, {}, r"^method 'best': unknown; use one of random, magnitude"),
+        ("best", 0.5, {}, r"^prune.method 'best': unknown; use one of random, magnitude"),
         ("magnitude", None, {}, r"^prune.sparsity: method magnitude needs one"),
         ("magnitude", 1.0, {}, r"^prune.sparsity: Input should be less than 1, got 1.0"),
         ("magnitude", -0.1, {}, r"^prune.sparsity: Input should be greater than or equal to 0, got -0.1"),

@@ -156,3 +156,10 @@ def test_class_indices_of_a_floating_point_type_are_refused(vit: nn.Module) -> N
 def test_batches_of_another_type_are_refused_with_both_forms(vit: nn.Module, batch: object) -> None:
     with pytest.raises(BadInput, match=r"^calibration\[0\]: is a .*; give pairs, as in \[.*\], or tensors of images$"):
         vitprune.prune(vit, "unit-obs", sparsity=0.25, calibration=[batch])
+
+
+def test_images_that_are_not_normalized_are_warned_of(vit: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    vitprune.prune(vit, "unit-obs", sparsity=0.25, calibration=[255 * torch.rand(2, *X.shape[1:])])
+    warning = "warning: calibration[0]: has pixels from 0 to 25"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(warning)]
+    assert line.endswith("; normalize the images as for the training")

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from vitprune.errors import BadInput
 from vitprune.runtime.eval_mode import eval_mode
 from vitprune.runtime.kept_classes import output_labels
-from vitprune.runtime.messages import first_line
+from vitprune.runtime.messages import first_line, warn
 from vitprune.runtime.outputs import main_tensor
 from vitprune.runtime.wrappers import plain_model
 
 SUM_TOLERANCE = 0.01  # of probabilities in half precision
+BRIGHT = 100  # pixels above are not normalized
 IGNORED = -100  # label of torch for no label
 NORMALIZE = "convert them to floating point and normalize them as timm.data.create_transform does"
 
@@ -106,6 +107,8 @@ def checked_input(
     result = _normal_tensor(images, None if tokens else weight.dtype)
     known = set() if shapes is None else shapes
     if result.shape[1:] not in known:
+        if config and not tokens and float(result.min()) >= 0 and float(result.max()) > BRIGHT:
+            warn(f"{where}: has pixels from 0 to {float(result.max()):g}; normalize the images as for the training")
         output = _trial_run(where, result[:1].to(weight.device), model)
         if logits and not isinstance(output, Tensor):
             raise BadInput(f"{where}: {_name(model)} returns a {type(output).__name__}, not logits; use a classifier")

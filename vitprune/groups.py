@@ -142,7 +142,7 @@ class Group:
 
     @property
     def whole_blocks(self) -> bool:
-        """Whether both units of every block are the whole block, and must be removed together."""
+        """Whether each of the two units of a block covers the whole block, so that both are removed together."""
         return len(self.sublayers) > 1 and self.sublayers[0] == self.sublayers[1]
 
     @property

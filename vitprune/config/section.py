@@ -60,7 +60,7 @@ class Section(BaseModel):
 
 
 def at_key(key: str, message: str, value: object) -> PydanticCustomError:
-    """Return the error of a value below the validated one, for model validators.
+    """Return the error for one key inside a section, to be raised by a validator of the section.
 
     Args:
         key: Dotted key of the value, relative to the validated section.

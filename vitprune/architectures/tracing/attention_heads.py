@@ -156,8 +156,8 @@ def _tie_shared_tables(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -
 
 def _contains(trace: Trace, labels: Tensor, roots: Collection[int]) -> bool:
     """Return whether labels are of some sets; weights that are used element by element have millions of labels."""
-    found = trace.sets.find(labels.contiguous()).numpy()
-    return bool(np.isin(found, np.fromiter(roots, dtype=np.int64, count=len(roots))).any())
+    representatives = trace.sets.find(labels.contiguous()).numpy()
+    return bool(np.isin(representatives, np.fromiter(roots, dtype=np.int64, count=len(roots))).any())
 
 
 def _tie_fused_rows(trace: Trace) -> None:

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 from vitprune.architectures.tracing.op_rules import apply_rms_norm_rule, apply_rule, propagate_to_fixpoint
 from vitprune.architectures.tracing.recorded_run import Entered, Operation, RecordedPass, record_run
 from vitprune.architectures.tracing.trace import NO_HEADS, Site, Trace
-from vitprune.architectures.tracing.union_find import NO_CHANNEL
+from vitprune.architectures.tracing.union_find import NO_CHANNEL, Array
 from vitprune.groups import ParamSlice
 from vitprune.runtime.outputs import tensors_of
 
 Axis = tuple[str, int]  # a parameter and one of its axes
-Array = np.ndarray[Any, Any]
 RMS_NORMS = (nn.RMSNorm, RmsNorm)
 NO_NUMBERS: Mapping[int, int] = {}
 IS_OUTPUT = "it is the output of the model"
@@ -117,7 +115,7 @@ def _labels_by_axis(trace: Trace) -> dict[Axis, Tensor]:
 
 
 def _along(roots: Tensor, axis: int, alone: Tensor) -> tuple[Tensor, bool] | None:
-    """Return the labels along an axis, and whether some are not used; None if other axes matter for used elements."""
+    """Return the labels along an axis, and whether some are not used; None if used elements of one position differ."""
     flat = roots.movedim(axis, 0).reshape(roots.shape[axis], -1)
     used = ~alone[flat] if roots.dim() > 1 or len(roots) == 1 else torch.ones_like(flat, dtype=torch.bool)
     labels = flat.gather(1, used.int().argmax(dim=1, keepdim=True))  # of the first used element

@@ -21,7 +21,7 @@ IGNORED = {"training", RECORDED_SHAPES}  # traces run in evaluation mode
 KNOWN_HOOKS = {outputs.answer}  # hooks
 
 Value = TypeVar("Value")
-_UNCHANGED: dict[int, Hashable | None] = {}  # fingerprints of models that do not change now, by their id
+_UNCHANGED: dict[int, tuple[Hashable | None]] = {}  # fingerprints of models that do not change now, by their id
 
 
 class _UnknownStateError(Exception):
@@ -38,7 +38,8 @@ class StructureCache(dict[Hashable, Value]):
 
     def value_for(self, model: nn.Module, compute: Callable[[nn.Module], Value]) -> Value:
         """Return the value of a model, computed once for each structure."""
-        key = _UNCHANGED[id(model)] if id(model) in _UNCHANGED else fingerprint(model)
+        known = _UNCHANGED.get(id(model))  # one look-up, since another thread may end its block
+        key = fingerprint(model) if known is None else known[0]
         if key is None:  # of this model only, until its shapes change
             shapes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
             entry = self._by_model.get(model)
@@ -58,11 +59,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     if id(model) in _UNCHANGED:
         yield
         return
-    _UNCHANGED[id(model)] = fingerprint(model)
+    _UNCHANGED[id(model)] = (fingerprint(model),)
     try:
         yield
     finally:
-        del _UNCHANGED[id(model)]
+        _UNCHANGED.pop(id(model), None)
 
 
 def fingerprint(model: nn.Module) -> Hashable | None:

@@ -2,7 +2,7 @@
 
 DeiT-Tiny, -S, -B and Swin-T with random weights, on which speed does not depend, dense and pruned to 0.7, 0.5 and 0.35x
 MACs by `channel-magnitude` with `round_to: {ffn: 32, attention: 8}`, and to 0.5x MACs without `round_to`; 224 x 224
-pixels, batches of 1 and 32. The dense and all pruned models of a row run alternately in one process, so that other load
+pixels, batches of 1 and 32. *Whole heads*: heads are removed instead of channels of heads. The dense and all pruned models of a row run alternately in one process, so that other load
 affects all of them equally; times are medians. *Efficiency* is the speed-up divided by the factor by which the MACs
 fell: 1 if all of them became speed. onnxruntime and OpenVINO run the ONNX export; OpenVINO computes in its default
 precision, bfloat16 on processors that have it. The second part prunes all FFNs, or all heads, of a DeiT-S of four
@@ -38,12 +38,14 @@ MODELS = {
 }
 ENGINES = {"onnxruntime": "ort", "OpenVINO": "openvino", "torch": "torch", "torch.compile": "torch"}
 ROUND_TO = {"ffn": 32, "attention": 8}
-DENSE, UNROUNDED = "1.0x MACs", "0.5x MACs, not rounded"
+DENSE, UNROUNDED, HEADS = "1.0x MACs", "0.5x MACs, not rounded", "0.5x MACs, whole heads"
+NOTES = {UNROUNDED: " (not rounded)", HEADS: " (whole heads)"}
 TARGETS: dict[str, tuple[float, Any]] = {
     "0.7x MACs": (0.7, ROUND_TO),
     "0.5x MACs": (0.5, ROUND_TO),
     "0.35x MACs": (0.35, ROUND_TO),
     UNROUNDED: (0.5, None),
+    HEADS: (0.5, {"ffn": 32}),
 }
 RUNS = {1: 50, 32: 7}
 MULTIPLES = {"ffn": (1, 2, 4, 8, 16, 32, 64), "attention": (1, 2, 4, 8, 16)}
@@ -132,7 +134,8 @@ def pruned_models(name: str, targets: Mapping[str, tuple[float, Any]], args: Map
     dense = timm.create_model(MODELS[name], **args).eval()
     variants = {DENSE: dense}
     for variant, (macs, round_to) in targets.items():
-        settings = {"target": {"macs": macs}, "kinds": ["ffn", "attention"], "round_to": round_to}
+        kinds = ["ffn", "head" if variant == HEADS else "attention"]
+        settings = {"target": {"macs": macs}, "kinds": kinds, "round_to": round_to}
         variants[variant] = prune(dense, "channel-magnitude", **settings).model.eval()
     return variants
 
@@ -199,8 +202,13 @@ def sections(done: Sequence[Timing]) -> list[Section]:
         rows = []
         for row, speedup, efficiency in speedups([row for row in done if row.engine == engine]):
             dense = row.ms * speedup
-            note = " (not rounded)" * (row.variant == UNROUNDED)
-            cells = [row.model, str(row.batch), f"{row.macs:.2f}x{note}", f"{dense:.2f}", f"{row.ms:.2f}"]
+            cells = [
+                row.model,
+                str(row.batch),
+                f"{row.macs:.2f}x{NOTES.get(row.variant, '')}",
+                f"{dense:.2f}",
+                f"{row.ms:.2f}",
+            ]
             rows.append([*cells, f"{speedup:.2f}x", f"{efficiency:.2f}"])
         if rows:
             tables.append(Section(engine, "", header, rows))

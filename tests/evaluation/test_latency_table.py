@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -168,8 +169,26 @@ def test_groups_of_different_structures_get_separate_rows(monkeypatch: pytest.Mo
 def test_onnxruntime_runs_the_export_of_the_model(vit: torch.nn.Module) -> None:
     model = vit.float()
     images = torch.rand(example_input(model, 3).shape, generator=torch.Generator().manual_seed(0))
-    (logits,) = forward_call(model, "ort", images)()
+    logits = forward_call(model, "ort", images)()
     assert torch.allclose(torch.from_numpy(logits), model.eval()(images), atol=1e-4)
+
+
+def test_threads_of_onnxruntime_do_not_wait_busily_while_another_model_is_measured(
+    monkeypatch: pytest.MonkeyPatch, vit: torch.nn.Module
+) -> None:
+    sessions = []
+
+    class Recorded(onnxruntime.InferenceSession):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            sessions.append(self)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Recorded)
+    forward_call(vit.float(), "ort", example_input(vit, 1))()
+    options = [session.get_session_options() for session in sessions]
+    assert len(options) == 2  # of the comparison at the export, and of the measurement
+    assert {one.get_session_config_entry("session.force_spinning_stop") for one in options} == {"1"}
+    assert {one.intra_op_num_threads for one in options} == {torch.get_num_threads()}
 
 
 def test_invalid_kinds_and_outputs_are_refused(vit: torch.nn.Module, tmp_path: Path) -> None:

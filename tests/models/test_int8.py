@@ -54,6 +54,17 @@ def test_int8_keeps_zeros_and_predictions(exported: tuple[Path, nn.Module], cali
     assert numpy.abs(result - exact).mean() < 0.1 * exact.std()
 
 
+def test_only_products_with_weights_are_quantized(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    source, model = exported
+    quantize_int8(source, tmp_path / "int8.onnx", images(model, 16), "minmax")
+    nodes = onnx.load(str(tmp_path / "int8.onnx")).graph.node
+    from_int8 = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    products = [from_int8.issuperset(node.input[:2]) for node in nodes if node.op_type == "MatMul"]
+    in_float = sum(not from_int8.intersection(node.input) for node in nodes if node.op_type == "MatMul")
+    assert in_float == 2 * len(model.blocks)  # queries and keys; attention and values
+    assert sum(products) == len(products) - in_float > 0
+
+
 def test_compare_onnx_by_hand(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     source, model = exported
     quantize_int8(source, tmp_path / "int8.onnx", images(model, 40))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitprune.errors import BadInput
 from vitprune.evaluation.latency import run_model
-from vitprune.models.export import export_onnx
+from vitprune.models.export import export_onnx, onnxruntime_call
 
 PACKAGES = {"torch": "torch", "ort": "onnxruntime", "openvino": "openvino"}  # by name of the engine
 ENGINES = tuple(PACKAGES)
@@ -49,17 +49,13 @@ def forward_call(model: nn.Module, engine: str, images: Tensor) -> Callable[[], 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(model, path, images[:1])
-        return (_onnxruntime_call if engine == "ort" else _openvino_call)(path, images)
+        return _openvino_call(path, images) if engine == "openvino" else _onnxruntime_call(path, images)
 
 
 def _onnxruntime_call(path: Path, images: Tensor) -> Callable[[], object]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    given = {"images": images.numpy()}
-    return lambda: session.run(None, given)
+    run = onnxruntime_call(path)
+    run(images)  # reads the file
+    return partial(run, images)
 
 
 def _openvino_call(path: Path, images: Tensor) -> Callable[[], object]:

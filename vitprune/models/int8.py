@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor]  # (images (B, C, H, W), labels (B,))
 WEIGHT_BITS = 7  # without VNNI, two products of 8 x 8 bits can overflow 16 bits
 IMAGES, BATCH = 128, 16  # for the activation ranges; small batches limit memory
 PERCENTILE = 99.999  # of the values of an activation that its range covers
-LAYERS = ["MatMul", "Gemm", "Conv"]  # also attention's two products; norms, softmax and GELU are not quantized
+LAYERS = ["MatMul", "Gemm", "Conv"]  # those with weights
 
 
 class CalibrationBatches:
@@ -113,6 +113,7 @@ def quantize_int8(
             unfinished,
             CalibrationBatches(images),
             op_types_to_quantize=LAYERS,
+            nodes_to_exclude=_without_weights(source),
             per_channel=True,
             reduce_range=weight_bits == 7,
             activation_type=quantization.QuantType.QUInt8,
@@ -124,6 +125,15 @@ def quantize_int8(
         size = size_of(unfinished.parent)
     facts = {"calibration": calibration, "images": min(IMAGES, len(images)), "bytes": size}
     return facts | count_zeros(source, path)
+
+
+def _without_weights(source: Path) -> list[str]:
+    """Return the names of the products of two activations, such as queries and keys."""
+    import onnx
+
+    graph = onnx.load(str(source), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type in LAYERS and weights.isdisjoint(node.input)]
 
 
 def count_zeros(source: Path, path: Path) -> dict[str, int]:
@@ -169,15 +179,10 @@ def compare_onnx(paths: Sequence[Path], batches: Iterable[Batch]) -> dict[str, f
     Returns:
         `NAME_top1` of every file and `NAME_agrees` of all but the first, in percent.
     """
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
-    sessions = [onnxruntime.InferenceSession(str(path), settings, ["CPUExecutionProvider"]) for path in paths]
+    calls = [onnxruntime_call(path) for path in paths]
     correct, agreeing, seen = [0] * len(paths), [0] * len(paths), 0
     for images, labels in batches:
-        inputs = {"images": images.numpy()}
-        predictions = [session.run(None, inputs)[0].argmax(1) for session in sessions]  # (B,) each
+        predictions = [call(images).argmax(1) for call in calls]  # (B,) each
         for index, predicted in enumerate(predictions):
             correct[index] += int((predicted == labels.numpy()).sum())
             agreeing[index] += int(numpy.sum(predicted == predictions[0]))

@@ -12,17 +12,16 @@ docs/results/allocation.md.
 """
 
 import copy
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.deit_tiny import Setup, corrected, setup
-from benchmarks.lib.results import RESULTS, Row, arguments, write_results, write_table
+from benchmarks.lib.results import Recorded, Row, arguments, write_results, write_table
 from vitprune import METHODS, PruneConfig, count, plan_for
 from vitprune.config.allocation_config import AllocationConfig
 from vitprune.criteria import Batches, Importance, ScoringContext
@@ -54,19 +53,15 @@ def main() -> None:
     """Prune for every target by the ranking and with a search, and write the tables."""
     extra = {"targets": ("0.7,0.5", "remaining MACs"), "seeds": ("0", "seeds"), "evaluations": (200, "per search")}
     options = arguments(__doc__, extra)
-    case, notes = setup(), RESULTS / f"allocation{'-quick' * options.quick}-notes.jsonl"
+    case, done = setup(), Recorded("allocation", Searched, options.quick)
     share_statistics()
     evaluations = 30 if options.quick else options.evaluations
-    done = [Searched(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
     for target in [float(text) for text in options.targets.split(",")]:
         baseline: list[Tensor] = []
         for seed in (-1, *(int(text) for text in options.seeds.split(","))):
             result, answers = measure(case, target, seed, evaluations, baseline)
             baseline = baseline or answers
-            print(result, flush=True)
-            with notes.open("a") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
-            done.append(result)
+            done.record(result)
     if not options.quick:
         header = [
             "MACs",

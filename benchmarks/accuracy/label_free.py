@@ -11,10 +11,9 @@ benchmarks/results/label_free.json and docs/results/label_free.md.
 """
 
 import copy
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.deit_tiny import load_dense, load_images, split
-from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
+from benchmarks.lib.results import Recorded, Row, arguments, real_data, write_results, write_table
 from vitprune import PruneConfig, ScoreConfig, plan_for
 from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.reconstruct_config import ReconstructConfig
@@ -98,22 +97,17 @@ def main() -> None:
         },
     )
     torch.set_num_threads(options.threads)
-    case, notes = load_case(real_data(), options.quick), RESULTS / f"label_free{'-quick' * options.quick}-notes.jsonl"
-    notes.unlink(missing_ok=True) if options.quick else None
+    case, done = load_case(real_data(), options.quick), Recorded("label_free", Measured, options.quick)
     goals, seeds, methods = options.goals.split(","), SEEDS[: options.seeds], options.methods or None
     if options.quick:
         goals, seeds, methods = ["2:4"], SEEDS[:1], 1
-    done = [Measured(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
     for images in (number for number in case.calibration if str(number) in options.images.split(",")):
         for goal in goals:
             for method in METHODS[goal][:methods]:
                 known = {row.seed for row in done if (row.goal, row.method, row.images) == (goal, method, images)}
                 wanted = [seed for seed in (WITHOUT, *seeds) if seed not in known]
                 for row in measure(case, goal, method, images, wanted, options.quick):
-                    done.append(row)
-                    print(row, flush=True)
-                    with notes.open("a") as file:
-                        file.write(json.dumps(asdict(row)) + "\n")
+                    done.record(row)
     if not options.quick:
         header = ["goal", "method", "images", "top-1", "reconstructed", "seeds", "seconds", "reconstructed"]
         about = f"Dense: {accuracy(case.dense, case.held_out)[0]['top1']:.1f} %. {__doc__}"

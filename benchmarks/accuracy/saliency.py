@@ -11,10 +11,9 @@ benchmarks/results/saliency.json and docs/results/saliency.md.
 
 import copy
 import io
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from torchvision.transforms import v2
 
 from benchmarks.accuracy import torch_pruning
 from benchmarks.accuracy.torch_pruning import closest
-from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
+from benchmarks.lib.results import Recorded, Row, arguments, real_data, write_results, write_table
 from benchmarks.lib.saliency import MEAN, SIDE, STD, heatmap_agreement, load_saliency
 from vitprune import ReconstructConfig, ScoreConfig, count, prune
 
@@ -70,9 +69,7 @@ def main() -> None:
     calibration = read_images(folder / "imagenet-one-per-class-1000.parquet", images).split(20)
     held_out = read_images(folder / "imagenet-val-800.parquet", evaluated)
     expected = heatmaps(dense, held_out)
-    notes = RESULTS / f"saliency{'-quick' * options.quick}-notes.jsonl"
-    notes.unlink(missing_ok=True) if options.quick else None
-    known = [Measured(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    known = Recorded("saliency", Measured, options.quick)
     done: list[Measured] = []
     for method in METHODS[:1] if options.quick else options.methods.split(";"):
         for fraction in FRACTIONS[:1] if options.quick else FRACTIONS:
@@ -82,10 +79,8 @@ def main() -> None:
                 model = pruned(dense, method, fraction, calibration)
                 seconds = time.perf_counter() - start
                 row = Measured(method, fraction, *heatmap_agreement(heatmaps(model, held_out), expected), seconds)
-                with notes.open("a") as file:
-                    file.write(json.dumps(asdict(row)) + "\n")
+                known.record(row)
             done.append(row)
-            print(row, flush=True)
     rows = []
     for row in done:
         what = f"{row.fraction}x MACs of the backbone, {row.method}"

@@ -11,17 +11,16 @@ docs/results/sparsifiers.md.
 """
 
 import copy
-import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from benchmarks.lib.deit_tiny import Batches, load_dense, load_images, split
 from benchmarks.lib.peer_environments import run_job, write_case
-from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
+from benchmarks.lib.results import Recorded, Row, arguments, real_data, write_results, write_table
 from vitprune.evaluation.accuracy import accuracy
 
 ROOT = Path(__file__).parents[2]
@@ -87,20 +86,14 @@ def main() -> None:
     peers = [peer for peer in PEERS if not options.libraries or peer.library in options.libraries.split(",")]
     if options.quick:
         peers = [peer for peer in peers if not peer.environment]
-    notes = RESULTS / f"sparsifiers{'-quick' * options.quick}-notes.jsonl"
-    if options.quick:
-        notes.unlink(missing_ok=True)
-    done = [Measured(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    done = Recorded("sparsifiers", Measured, options.quick)
     known = {(row.label, row.goal) for row in done}
     with tempfile.TemporaryDirectory() as name:
         write_case(Path(name), dense.state_dict(), calibration)
         for peer in peers:
             for goal in peer.goals[:1] if options.quick else peer.goals:
                 if (peer.label, goal) not in known:
-                    done.append(measure(peer, goal, Path(name), dense, held_out))
-                    print(done[-1], flush=True)
-                    with notes.open("a") as file:
-                        file.write(json.dumps(asdict(done[-1])) + "\n")
+                    done.record(measure(peer, goal, Path(name), dense, held_out))
     top1 = accuracy(dense, held_out)[0]["top1"]
     if not options.quick:
         header = ["library and method", *GOALS, "versions"]

@@ -9,14 +9,13 @@ Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/token_merging.json and docs/
 """
 
 import copy
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from benchmarks.lib.deit_tiny import Setup, corrected, setup
-from benchmarks.lib.results import RESULTS, Row, arguments, real_data, write_results, write_table
+from benchmarks.lib.results import Recorded, Row, arguments, real_data, write_results, write_table
 from vitprune import count, merge_tokens, prune
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.engines import forward_call
@@ -42,16 +41,10 @@ def main() -> None:
     """Measure every row and write the table."""
     quick = arguments(__doc__).quick
     real_data()
-    case, notes = setup(), RESULTS / f"token_merging{'-quick' * quick}-notes.jsonl"
-    if quick:
-        notes.unlink(missing_ok=True)
-    done = [Measured(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    case, done = setup(), Recorded("token_merging", Measured, quick)
     for target, merged in [("", 16)] if quick else [*(("", number) for number in ALONE), *PRUNED]:
         if (target, merged) not in {(row.target, row.merged) for row in done}:
-            done.append(measured(case, target, merged))
-            print(done[-1], flush=True)
-            with notes.open("a") as file:
-                file.write(json.dumps(asdict(done[-1])) + "\n")
+            done.record(measured(case, target, merged))
     image, speeds = case.held_out[0][0][:1], dict[int, list[float]]()
     dense = [forward_call(case.dense, engine, image) for engine in ENGINES]
     for row in (row for row in done if not row.target):

@@ -9,13 +9,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from vitprune.evaluation.latency import environment
+
+RowType = TypeVar("RowType")  # a dataclass
 
 RESULTS = Path(__file__).parents[1] / "results"
 STARTED = time.monotonic()
@@ -33,6 +35,30 @@ class Row:
     target: str | None = None
     holds: bool | None = None
     runs: int = 1
+
+
+class Recorded(list[RowType], Generic[RowType]):
+    """Rows of a benchmark that continues after an interruption: those of benchmarks/results/NAME-notes.jsonl.
+
+    Args:
+        name: Name of the results file.
+        row_type: The dataclass of a row.
+        quick: Start over, in a file of its own.
+    """
+
+    def __init__(self, name: str, row_type: type[RowType], quick: bool) -> None:
+        self._path = RESULTS / f"{name}{'-quick' * quick}{NOTES}.jsonl"
+        if quick:
+            self._path.unlink(missing_ok=True)
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        super().__init__(row_type(**json.loads(line)) for line in lines)
+
+    def record(self, *rows: RowType) -> None:
+        """Append rows to the list and to the file, and print them."""
+        self.extend(rows)
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)  # type: ignore[call-overload]
+        print(*rows, sep="\n", flush=True)
 
 
 def arguments(about: str | None, extra: Mapping[str, tuple[Any, str]] | None = None) -> argparse.Namespace:

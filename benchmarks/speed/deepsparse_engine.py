@@ -15,11 +15,10 @@ delete the file to start over. Needs pip install 'vitprune[export]'. Writes benc
 docs/results/deepsparse.md.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.lib.deepsparse_onnx import export_float, export_int8
 from benchmarks.lib.peer_environments import ENVIRONMENTS, run_script
-from benchmarks.lib.results import RESULTS, Row, Section, arguments, write_results, write_sections
+from benchmarks.lib.results import Recorded, Row, Section, arguments, write_results, write_sections
 from vitprune import prune
 from vitprune.models.export_check import BOUND
 
@@ -91,17 +90,11 @@ def main() -> None:
         sys.exit(f"--models: unknown: {', '.join(sorted(unknown))}; use {', '.join(MODELS)}")
     if options.quick:
         models, batches = ["DeiT-Tiny"], [1]
-    notes = RESULTS / f"deepsparse{'-quick' * options.quick}-notes.jsonl"
-    notes.unlink(missing_ok=True) if options.quick else None
-    done = [Timing(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    done = Recorded("deepsparse", Timing, options.quick)
     for model in models:
         for batch in batches:
             if (model, batch) not in {(row.model, row.batch) for row in done}:
-                rows = measure(model, batch, options.threads, options.quick)
-                done += rows
-                with notes.open("a") as file:
-                    file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-                print(*rows, sep="\n", flush=True)
+                done.record(*measure(model, batch, options.threads, options.quick))
     if not options.quick:
         about = f"{__doc__} {options.note}"
         write_sections(ROOT / "docs/results/deepsparse.md", "Sparse weights in DeepSparse", about, tables(done))

@@ -2,20 +2,19 @@
 
 DeiT-Tiny, -S, -B and Swin-T with random weights, on which speed does not depend, dense and pruned to 0.7, 0.5 and 0.35x
 MACs by `channel-magnitude` with `round_to: {ffn: 32, attention: 8}`, and to 0.5x MACs without `round_to`; 224 x 224
-pixels, batches of 1 and 32. *Whole heads*: heads are removed instead of channels of heads. The dense and all pruned models of a row run alternately in one process, so that other load
-affects all of them equally; times are medians. *Efficiency* is the speed-up divided by the factor by which the MACs
-fell: 1 if all of them became speed. onnxruntime and OpenVINO run the ONNX export; OpenVINO computes in its default
-precision, bfloat16 on processors that have it. The second part prunes all FFNs, or all heads, of a DeiT-S of four
-blocks to widths that are a multiple of 1, 2, 4, ... but of no higher power of two, and compares the time per MAC; the
-smallest multiple within 3 % of the best is the value for `round_to`. Rows are recorded in
-benchmarks/results/engines-notes.jsonl, so that an interrupted benchmark continues; delete the file to start over. By
-the number of operations, all rows take one to two hours on two otherwise idle cores. Writes
-benchmarks/results/engines.json and docs/results/engines.md.
+pixels, batches of 1 and 32. *Whole heads*: heads are removed instead of channels of heads. The dense and all pruned
+models of a row run alternately in one process, so that other load affects all of them equally; times are medians.
+*Efficiency* is the speed-up divided by the factor by which the MACs fell: 1 if all of them became speed. onnxruntime
+and OpenVINO run the ONNX export; OpenVINO computes in its default precision, bfloat16 on processors that have it. The
+second part prunes all FFNs, or all heads, of a DeiT-S of four blocks to widths that are a multiple of 1, 2, 4, ... but
+of no higher power of two, and compares the time per MAC; the smallest multiple within 3 % of the best is the value for
+`round_to`. Rows are recorded in benchmarks/results/engines-notes.jsonl, so that an interrupted benchmark continues;
+delete the file to start over. By the number of operations, all rows take one to two hours on two otherwise idle cores.
+Writes benchmarks/results/engines.json and docs/results/engines.md.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,7 +23,7 @@ import timm
 import torch
 from torch import nn
 
-from benchmarks.lib.results import RESULTS, Row, Section, arguments, write_results, write_sections
+from benchmarks.lib.results import Recorded, Row, Section, arguments, write_results, write_sections
 from vitprune import count, find_groups, prune, shrink
 from vitprune.evaluation.engines import check_engine, forward_call
 from vitprune.evaluation.latency import alternating_times
@@ -89,15 +88,9 @@ def main() -> None:
     models, targets, multiples = options.models.split(","), TARGETS, MULTIPLES
     if options.quick:
         models, batches, targets, multiples = ["DeiT-Tiny"], [1], {"0.5x MACs": TARGETS["0.5x MACs"]}, {"ffn": (1, 32)}
-    notes = RESULTS / f"engines{'-quick' * options.quick}-notes.jsonl"
-    notes.unlink(missing_ok=True) if options.quick else None
-    done = [Timing(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+    done = Recorded("engines", Timing, options.quick)
     for rows in measured(models, batches, engines, targets, multiples, done, options.quick):
-        done += rows
-        with notes.open("a") as file:
-            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-        for row in rows:
-            print(row, flush=True)
+        done.record(*rows)
     if not options.quick:
         write_sections(ROOT / "docs/results/engines.md", "Pruned models in engines", __doc__ or "", sections(done))
     write_results("engines", result_rows(done), options.quick)

@@ -78,7 +78,8 @@ def latency(path: Path) -> None:
             re.fullmatch(rf"DeiT-Tiny, ([\d.]+)x MACs, batch 1, {re.escape(engine)}, speed-up", row) for row in rows
         ]
         points = [(1.0, 1.0), *((float(match[1]), rows[match[0]]) for match in found if match)]
-        curves.append(Curve(engine, color, sorted(points, reverse=True)))
+        if len(points) > 1:
+            curves.append(Curve(engine, color, sorted(points, reverse=True)))
     curves.append(Curve("MACs", GREY, [(1 / speed, speed) for speed in (1.0, 1.4, 1.8, 2.2, 2.6, 1 / 0.35)]))
     top = max(3.0, *(speed for curve in curves for _, speed in curve.points))
     axis = Axis("MACs, as a fraction of the dense model", 1.0, 0.3, (1.0, 0.7, 0.5, 0.35), "{:g}x")

@@ -134,6 +134,30 @@ SECTIONS: dict[str, tuple[Measured, ...]] = {
     "Cost and speed": (
         Measured("targets.md", "accuracy.cost_targets", "targets", "cost targets and reached costs"),
         Measured(
+            "latency_table.md",
+            "accuracy.latency_table",
+            "latency_table",
+            "latency targets by a table of measured group times, compared with a ranking per MAC",
+        ),
+        Measured(
+            "allocation.md",
+            "accuracy.allocation",
+            "allocation",
+            "widths found by a search on held-out images, compared with the ranking",
+        ),
+        Measured(
+            "one_shot_time.md",
+            "speed.one_shot_time",
+            "one_shot_time",
+            "pruning without training: time and memory by model size",
+        ),
+        Measured(
+            "obc_speed.md",
+            "speed.obc_phases",
+            "obc_speed",
+            "phases of obc compared with exact elimination and one Cholesky factor per row: time and memory",
+        ),
+        Measured(
             "kl_scoring.md",
             "speed.kl_scoring",
             "kl_scoring",

@@ -18,6 +18,7 @@ from vitprune.pipeline.stages import STAGES
 from vitprune.runtime.files import DISK_FULL
 
 BEFORE_TRAINING = ("dataset", "dense")  # stages that check all settings first
+WHOLE_NAMES = 200  # columns; a narrower table would shorten the names of groups, which prune.rules need
 STAGE_PANEL, PIPELINE, PROJECTS, MODELS = "Stages, in order", "Pipeline runs", "Projects", "Models and methods"
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
@@ -360,6 +361,7 @@ def inspect(
     example = data.example_input(network, 1)
     rows, total = list(inspect_groups(network, example)), count(network, example)
     size, console = " x ".join(str(side) for side in example.shape[-2:]), Console()
+    console.width = max(console.width, WHOLE_NAMES)
     table = Table("group", "kind", box=None, pad_edge=False)
     for header in ("units", "parameters", f"MACs of {size} pixels"):
         table.add_column(header, justify="right")

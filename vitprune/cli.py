@@ -104,10 +104,11 @@ def _evaluate_command(
         Path | None, typer.Argument(metavar="[MODEL]", help="Directory of a saved timm model, instead of a project.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--data", help="With MODEL: folder:PATH, parquet:PATH, wds/PATH or a timm name.")
+        str | None,
+        typer.Option("--data", help="With MODEL: images, as folder:PATH, parquet:PATH, wds/PATH or hfds/NAME."),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="With MODEL: accuracy, knn; agreement with --dense: cosine, cka or iou.")
+        str, typer.Option(help="With MODEL: accuracy or knn; for agreement with --dense: cosine, cka or iou.")
     ] = "accuracy",
     dense: Annotated[Path | None, typer.Option(help="With MODEL: directory of the dense model.")] = None,
     threshold: Annotated[float, typer.Option(help="With MODEL: threshold of a map of one channel, for iou.")] = 0.0,
@@ -193,7 +194,7 @@ def retrain(
     branch: Annotated[str, typer.Option(help="Git branch for the commits of promoted runs.")] = "retrain",
     stage_limit: StageLimit = None,
 ) -> None:
-    """Run the pipeline on the newest data, and promote the model to champion if it passes gates.yaml."""
+    """Run the pipeline on the newest commit and data, and promote the model to champion if it passes gates.yaml."""
     _require_pipeline()
     from vitprune.orchestration.cli_retrain import run_retraining
 
@@ -225,11 +226,13 @@ def audit(
         Path | None, typer.Option("--project", "-C", help=r"A clone of the project.  \[default: the run's project]")
     ] = None,
     list_all: Annotated[bool, typer.Option("--all", help="List all differences, not only the first.")] = False,
-    rerun: Annotated[bool, typer.Option("--rerun", help="Rerun all stages in a clean worktree and compare.")] = False,
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="Also run all stages again, without the cache, and compare.")
+    ] = False,
     trusted_keys: Annotated[
         Path | None, typer.Option(help="File of the public keys that may sign a run, one ssh-ed25519 ... per line.")
     ] = None,
-    limit: Annotated[float, typer.Option(help="Seconds; a stage that took longer is not run again.")] = 60.0,
+    limit: Annotated[float, typer.Option(help="Seconds; stages that took longer are only repeated by --rerun.")] = 60.0,
 ) -> None:
     """Verify a run: its signature, records, commit and files, and recompute its numbers; exit code 1 if they differ."""
     _require_pipeline()
@@ -244,7 +247,7 @@ def sync(
     project: Project = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Upload the runs that MLflow missed while its server was unavailable, or has lost; idempotent."""
+    """Upload the runs that are missing in MLflow, because its server was unavailable or has lost them; idempotent."""
     _require_pipeline()
     from vitprune.orchestration import cli_audit
 
@@ -257,7 +260,9 @@ def sync(
 )
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The project directory; created if it is missing.")],
-    source: Annotated[str, typer.Option(help="digits, folder:PATH, parquet:PATH, wds/PATH or a timm name.")] = "digits",
+    source: Annotated[
+        str, typer.Option(help="Images: digits, folder:PATH, parquet:PATH, wds/PATH, hfds/NAME or torch/NAME:ROOT.")
+    ] = "digits",
     model: Annotated[str | None, typer.Option(help=r"A timm model.  \[default: deit_tiny_patch16_224]")] = None,
     method: Annotated[
         str | None, typer.Option(help=r"See vitprune methods.  \[default: unit-obs; channel-taylor for digits]")
@@ -322,7 +327,7 @@ def methods() -> None:
 
 @app.command(rich_help_panel=PROJECTS, epilog="Example: vitprune recipes")
 def recipes() -> None:
-    """List the recipes, settings of published runs, for init --recipe."""
+    """List the recipes for init --recipe: complete settings, most of them of published runs."""
     from rich.console import Console
     from rich.table import Table
 
@@ -387,10 +392,12 @@ def check(
     ratios: Annotated[
         str, typer.Option(help="Fractions of the units to remove, separated by commas.")
     ] = "0.25,0.5,0.75",
-    kinds: Annotated[str | None, typer.Option(help=r"Kinds of group, separated by commas.  \[default: all]")] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help=r"Kinds of groups, separated by commas: ffn, head, ...  \[default: all]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per kind and ratio.")] = False,
 ) -> None:
-    """Verify in float64 that a model can be pruned: the pruned model equals the literal removal of the units."""
+    """Verify in float64 that a pruned model gives the same outputs as a literal removal of the units."""
     from vitprune.evaluation.check_model import print_check
 
     try:
@@ -417,7 +424,7 @@ def latency_table(
     runs: Annotated[int, typer.Option(min=1, help="Timed forward passes of every width.")] = 50,
     threads: Annotated[int | None, typer.Option(min=1, help=r"CPU threads.  \[default: as torch]")] = None,
 ) -> None:
-    """Measure the time of every group at several widths on this device, for prune.target.table."""
+    """Measure the time of every group at several widths on this device, and write it for prune.target.table."""
     from vitprune.evaluation.record_latency_table import record_to_file
 
     print(record_to_file(model, output, on, batch_size, kinds.split(","), runs, threads))

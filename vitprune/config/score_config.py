@@ -18,11 +18,11 @@ class ScoreConfig(Section):
     section: ClassVar[str] = "score"
 
     batch_size: Count = 64
-    """Images per batch of the calibration set. The pipeline alone reads it; in Python, pass batches."""
+    """Images per batch of the calibration set. Only the pipeline uses it; in Python, give batches of this size."""
 
     memory_mb: Annotated[float, Field(gt=0)] = 1024
-    """Memory in MiB for activations of ablated models and for Fisher matrices; a smaller value takes longer. The model
-    itself is not included."""
+    """Memory in MiB for activations and Fisher matrices; a smaller value takes longer. The model itself is not
+    included."""
 
     fisher_directions: Count | None = None
     """Gradients per image for the Fisher matrix of the logits (kl-fisher, unit-obs, obc). The scores are exact if it is
@@ -54,7 +54,7 @@ class ScoreConfig(Section):
     """One gradient per image; false: one per `gradient_batch` images, as CAP."""
 
     nm_search: Literal["admm", "greedy"] = "admm"
-    """Search for the weights of an N:M pattern (obc): of all rows at once by ADMM, or greedy row by row."""
+    """How obc selects the weights of an N:M pattern: for all rows of a layer at once by ADMM, or greedily by row."""
 
     permute: bool = True
     """Re-order channels before an N:M pattern is selected (obc); the function of the model does not change."""

@@ -39,9 +39,10 @@ class ScoreConfig(Section):
     layer's number of weights that is at least this."""
 
     damping: Annotated[float, Field(gt=0)] | None = None
-    """Constant on the diagonal of a Fisher block, for gradients of `gradient_batch` images; gradients of single images
-    get `gradient_batch` times as much, since their variance is that much larger. Default null: chosen by the number of
-    gradients, 4e-6 up to 512 gradients, 1e-8 (CAP) from 4096, log-linear in between."""
+    """Constant on the diagonal of a Fisher block, for gradients of `gradient_batch` images. For gradients of single
+    images it is multiplied by `gradient_batch`, because their variance is that much larger. Default null: chosen by the
+    number of gradients, 4e-6 up to 512 gradients, 1e-8 (CAP) from 4096, log-linear in between. Not used by fastcap,
+    which adds 1e-2 of the mean of the diagonal."""
 
     num_gradients: Count | None = None
     """Gradients for the Fisher blocks. Default null: one per image, or one per `gradient_batch` images. A larger number

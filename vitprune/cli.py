@@ -101,7 +101,7 @@ def _stage_command(stage: str) -> Callable[[Path], None]:
 
 def _evaluate_command(
     model: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL]", help="Directory of a saved timm model, instead of a project.")
+        Path | None, typer.Argument(metavar="MODEL", help="Directory of a saved timm model, instead of a project.")
     ] = None,
     source: Annotated[
         str | None,
@@ -129,7 +129,10 @@ def _evaluate_command(
     print(json.dumps(evaluate_saved(model, source, cast(Any, metric), dense, threshold=threshold), indent=2))
 
 
-_COMMANDS = STAGES | {"report": "Write the HTML report from the results of all stages."}
+_COMMANDS = STAGES | {
+    "evaluate": f"{STAGES['evaluate']} With MODEL: evaluate one saved model by a metric.",
+    "report": "Write the HTML report from the results of all stages.",
+}
 for _name, _help in _COMMANDS.items():
     app.command(
         _name, help=_help, rich_help_panel=STAGE_PANEL, epilog=f"Example: vitprune {_name} --project my-project"
@@ -157,7 +160,7 @@ def run(project: Project = Path(), stage_limit: StageLimit = None) -> None:
 )
 def sweep(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Sweep file; its name without suffix names the sweep.")
+        Path | None, typer.Argument(metavar="FILE", help="Sweep file; its name without suffix names the sweep.")
     ] = None,
     project: Project = Path(),
     methods: Annotated[str | None, typer.Option(help="Without FILE: method names, separated by commas.")] = None,
@@ -351,7 +354,7 @@ def schema() -> None:
 
 @app.command(rich_help_panel=MODELS, epilog="Example: vitprune inspect deit_small_patch16_224")
 def inspect(
-    model: Annotated[str, typer.Argument(help="A timm model, or the directory of a saved model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A timm model, or the directory of a saved model.")],
 ) -> None:
     """List the prunable groups of a model, with the parameters and MACs of each."""
     from rich.console import Console
@@ -385,8 +388,9 @@ def check(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="timm:NAME or NAME, hf:DIRECTORY_OR_CONFIG, torchvision:NAME, or module:PACKAGE.FILE:CALLABLE; the "
-            "weights are random."
+            "weights are random.",
         ),
     ],
     ratios: Annotated[
@@ -414,7 +418,7 @@ def check(
     epilog="Example: vitprune latency-table deit_tiny_patch16_224 --on ort --output deit_tiny.csv",
 )
 def latency_table(
-    model: Annotated[str, typer.Argument(help="A timm model, or the directory of a saved model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A timm model, or the directory of a saved model.")],
     output: Annotated[Path, typer.Option(help="The CSV file to write.")],
     on: Annotated[
         str, typer.Option(help="Engine: torch (on a GPU if there is one), ort (onnxruntime) or openvino.")

@@ -18,6 +18,7 @@ from vitprune.pipeline.stages import STAGES
 from vitprune.runtime.files import DISK_FULL
 
 BEFORE_TRAINING = ("dataset", "dense")  # stages that check all settings first
+WHOLE_NAMES = 200  # columns; a narrower table would shorten the names of groups, which prune.rules need
 STAGE_PANEL, PIPELINE, PROJECTS, MODELS = "Stages, in order", "Pipeline runs", "Projects", "Models and methods"
 
 Project = Annotated[Path, typer.Option("--project", "-C", help="The project directory, with params.yaml.")]
@@ -100,13 +101,14 @@ def _stage_command(stage: str) -> Callable[[Path], None]:
 
 def _evaluate_command(
     model: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL]", help="Directory of a saved timm model, instead of a project.")
+        Path | None, typer.Argument(metavar="MODEL", help="Directory of a saved timm model, instead of a project.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--data", help="With MODEL: folder:PATH, parquet:PATH, wds/PATH or a timm name.")
+        str | None,
+        typer.Option("--data", help="With MODEL: images, as folder:PATH, parquet:PATH, wds/PATH or hfds/NAME."),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="With MODEL: accuracy, knn; agreement with --dense: cosine, cka or iou.")
+        str, typer.Option(help="With MODEL: accuracy or knn; for agreement with --dense: cosine, cka or iou.")
     ] = "accuracy",
     dense: Annotated[Path | None, typer.Option(help="With MODEL: directory of the dense model.")] = None,
     threshold: Annotated[float, typer.Option(help="With MODEL: threshold of a map of one channel, for iou.")] = 0.0,
@@ -127,7 +129,10 @@ def _evaluate_command(
     print(json.dumps(evaluate_saved(model, source, cast(Any, metric), dense, threshold=threshold), indent=2))
 
 
-_COMMANDS = STAGES | {"report": "Write the HTML report from the results of all stages."}
+_COMMANDS = STAGES | {
+    "evaluate": f"{STAGES['evaluate']} With MODEL: evaluate one saved model by a metric.",
+    "report": "Write the HTML report from the results of all stages.",
+}
 for _name, _help in _COMMANDS.items():
     app.command(
         _name, help=_help, rich_help_panel=STAGE_PANEL, epilog=f"Example: vitprune {_name} --project my-project"
@@ -155,7 +160,7 @@ def run(project: Project = Path(), stage_limit: StageLimit = None) -> None:
 )
 def sweep(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Sweep file; its name without suffix names the sweep.")
+        Path | None, typer.Argument(metavar="FILE", help="Sweep file; its name without suffix names the sweep.")
     ] = None,
     project: Project = Path(),
     methods: Annotated[str | None, typer.Option(help="Without FILE: method names, separated by commas.")] = None,
@@ -192,7 +197,7 @@ def retrain(
     branch: Annotated[str, typer.Option(help="Git branch for the commits of promoted runs.")] = "retrain",
     stage_limit: StageLimit = None,
 ) -> None:
-    """Run the pipeline on the newest data, and promote the model to champion if it passes gates.yaml."""
+    """Run the pipeline on the newest commit and data, and promote the model to champion if it passes gates.yaml."""
     _require_pipeline()
     from vitprune.orchestration.cli_retrain import run_retraining
 
@@ -224,11 +229,13 @@ def audit(
         Path | None, typer.Option("--project", "-C", help=r"A clone of the project.  \[default: the run's project]")
     ] = None,
     list_all: Annotated[bool, typer.Option("--all", help="List all differences, not only the first.")] = False,
-    rerun: Annotated[bool, typer.Option("--rerun", help="Rerun all stages in a clean worktree and compare.")] = False,
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="Also run all stages again, without the cache, and compare.")
+    ] = False,
     trusted_keys: Annotated[
         Path | None, typer.Option(help="File of the public keys that may sign a run, one ssh-ed25519 ... per line.")
     ] = None,
-    limit: Annotated[float, typer.Option(help="Seconds; a stage that took longer is not run again.")] = 60.0,
+    limit: Annotated[float, typer.Option(help="Seconds; stages that took longer are only repeated by --rerun.")] = 60.0,
 ) -> None:
     """Verify a run: its signature, records, commit and files, and recompute its numbers; exit code 1 if they differ."""
     _require_pipeline()
@@ -243,7 +250,7 @@ def sync(
     project: Project = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Upload the runs that MLflow missed while its server was unavailable, or has lost; idempotent."""
+    """Upload the runs that are missing in MLflow, because its server was unavailable or has lost them; idempotent."""
     _require_pipeline()
     from vitprune.orchestration import cli_audit
 
@@ -256,7 +263,9 @@ def sync(
 )
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The project directory; created if it is missing.")],
-    source: Annotated[str, typer.Option(help="digits, folder:PATH, parquet:PATH, wds/PATH or a timm name.")] = "digits",
+    source: Annotated[
+        str, typer.Option(help="Images: digits, folder:PATH, parquet:PATH, wds/PATH, hfds/NAME or torch/NAME:ROOT.")
+    ] = "digits",
     model: Annotated[str | None, typer.Option(help=r"A timm model.  \[default: deit_tiny_patch16_224]")] = None,
     method: Annotated[
         str | None, typer.Option(help=r"See vitprune methods.  \[default: unit-obs; channel-taylor for digits]")
@@ -321,7 +330,7 @@ def methods() -> None:
 
 @app.command(rich_help_panel=PROJECTS, epilog="Example: vitprune recipes")
 def recipes() -> None:
-    """List the recipes, settings of published runs, for init --recipe."""
+    """List the recipes for init --recipe: complete settings, most of them of published runs."""
     from rich.console import Console
     from rich.table import Table
 
@@ -345,7 +354,7 @@ def schema() -> None:
 
 @app.command(rich_help_panel=MODELS, epilog="Example: vitprune inspect deit_small_patch16_224")
 def inspect(
-    model: Annotated[str, typer.Argument(help="A timm model, or the directory of a saved model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A timm model, or the directory of a saved model.")],
 ) -> None:
     """List the prunable groups of a model, with the parameters and MACs of each."""
     from rich.console import Console
@@ -360,6 +369,7 @@ def inspect(
     example = data.example_input(network, 1)
     rows, total = list(inspect_groups(network, example)), count(network, example)
     size, console = " x ".join(str(side) for side in example.shape[-2:]), Console()
+    console.width = max(console.width, WHOLE_NAMES)
     table = Table("group", "kind", box=None, pad_edge=False)
     for header in ("units", "parameters", f"MACs of {size} pixels"):
         table.add_column(header, justify="right")
@@ -378,17 +388,20 @@ def check(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="timm:NAME or NAME, hf:DIRECTORY_OR_CONFIG, torchvision:NAME, or module:PACKAGE.FILE:CALLABLE; the "
-            "weights are random."
+            "weights are random.",
         ),
     ],
     ratios: Annotated[
         str, typer.Option(help="Fractions of the units to remove, separated by commas.")
     ] = "0.25,0.5,0.75",
-    kinds: Annotated[str | None, typer.Option(help=r"Kinds of group, separated by commas.  \[default: all]")] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help=r"Kinds of groups, separated by commas: ffn, head, ...  \[default: all]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per kind and ratio.")] = False,
 ) -> None:
-    """Verify in float64 that a model can be pruned: the pruned model equals the literal removal of the units."""
+    """Verify in float64 that a pruned model gives the same outputs as a literal removal of the units."""
     from vitprune.evaluation.check_model import print_check
 
     try:
@@ -405,7 +418,7 @@ def check(
     epilog="Example: vitprune latency-table deit_tiny_patch16_224 --on ort --output deit_tiny.csv",
 )
 def latency_table(
-    model: Annotated[str, typer.Argument(help="A timm model, or the directory of a saved model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A timm model, or the directory of a saved model.")],
     output: Annotated[Path, typer.Option(help="The CSV file to write.")],
     on: Annotated[
         str, typer.Option(help="Engine: torch (on a GPU if there is one), ort (onnxruntime) or openvino.")
@@ -415,7 +428,7 @@ def latency_table(
     runs: Annotated[int, typer.Option(min=1, help="Timed forward passes of every width.")] = 50,
     threads: Annotated[int | None, typer.Option(min=1, help=r"CPU threads.  \[default: as torch]")] = None,
 ) -> None:
-    """Measure the time of every group at several widths on this device, for prune.target.table."""
+    """Measure the time of every group at several widths on this device, and write it for prune.target.table."""
     from vitprune.evaluation.record_latency_table import record_to_file
 
     print(record_to_file(model, output, on, batch_size, kinds.split(","), runs, threads))

@@ -20,7 +20,9 @@ REMOVED = ("branch", "block")  # kinds whose units are modules; blocks are remov
 RECORDED_SHAPES = "vitprune_shapes"  # attribute of a model
 EMPTY = (dict, OrderedDict, set, list)  # types of attributes that `meta_copy` copies itself if they are empty
 Scores = dict[str, Tensor]
+"""Importance of the units by group name, each tensor of the group's shape; larger = more important."""
 Masks = dict[str, Tensor]
+"""Boolean tensor by group name, of the group's shape: True for units that remain, False for removed units."""
 Resize = Callable[[nn.Module, tuple[int, ...]], None]
 Drop = Callable[[nn.Module, Tensor], None]
 
@@ -104,15 +106,15 @@ class Group:
         kind: weight, ffn, attention, head, residual, block or branch.
         shape: Shape of scores and masks. For attention channels it is (heads, head_dim), and all heads must keep the
             same number of channels.
-        slices: Slices of parameters that are zeroed or cut out with the units.
+        slices: Slices of parameters that are set to zero or removed with the units.
         layer_type: DIMAP module of single weights, such as qkv, proj or mlp; layers of one type are ranked together in
             scope `module`.
         owner: Path of the module that `resize` and `drop` change; empty for the model.
-        resize: Function that records a new shape in the owner, after the slices are cut.
+        resize: Function that records a new shape in the owner, after the units are removed from the slices.
         sublayers: For blocks, the module paths of every unit, the attention or MLP first. The units are the sub-layers
             in the order of the model: attention, FFN, attention, and so on. If only whole blocks can be removed, both
-            units of a block are the block. Of a branch: its main module, and those without effect
-            then.
+            units of a block are the block. For a branch: its main module, and the modules that have no effect without
+            it.
         drop: For blocks and branches, function that removes the sub-layers which a mask does not keep from the owner.
         is_traced: Whether the group was found by tracing; the model then records its shape, because a trace of the
             pruned model may find other groups.

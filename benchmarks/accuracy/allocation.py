@@ -2,13 +2,12 @@
 
 Row `ranking` is unit-obs by score per MAC. Row `search` is prune.allocation: one factor per group (12 FFNs, 12
 attentions), found by separable CMA-ES. Scores and weight updates of the search come from every second calibration
-image, and the KL divergence from the dense model on the other images judges; the masks are then those of all images.
-Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; all values on the same images. `nats` is
-the KL divergence from the dense model per evaluation image. `difference` is that of top-1 to the ranking on the same
-images, with its standard error. `+ correction`: norms and biases are corrected afterwards (prune.correct_norms).
-Seconds on one thread are those of the pruning; scores
-of the same images are computed once. Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/allocation.json and
-docs/results/allocation.md.
+image; candidates are compared by the KL divergence from the dense model on the other images. The final masks are
+computed from all images. Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; all values on the
+same images. `nats` is the KL divergence from the dense model per evaluation image. `difference` is the top-1 minus that
+of the ranking, on the same images, with its standard error. `+ correction`: norms and biases are corrected afterwards
+(prune.correct_norms). Seconds are those of the pruning on one thread; scores of the same images are computed once.
+Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/allocation.json and docs/results/allocation.md.
 """
 
 import copy

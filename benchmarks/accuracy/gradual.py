@@ -195,7 +195,7 @@ def page(results: dict[Job, list[Point]], dense: float, budget: Budget) -> None:
         seconds = [f"{sum(p.scoring for p in points):.0f}", f"{sum(p.training for p in points):.0f}"]
         cells.append([job.method, job.rate, *(f"{point.top1:.1f}" for point in points), *seconds])
     about = f"{__doc__} Here: {budget.steps} steps of {budget.batch} images after each, augmentation {budget.augment},"
-    about += f" every {budget.every}. validation image." if budget.every > 1 else " all validation images."
+    about += f" one of {budget.every} validation images." if budget.every > 1 else " all validation images."
     write_table(ROOT / "docs/results/gradual.md", "Gradual pruning of DeiT-Tiny", about, header, cells)
 
 

@@ -1,11 +1,12 @@
 """Latency targets by a table of group times: unit-obs on DeiT-Tiny against the ranking per MAC at the same latency.
 
 The table is recorded in onnxruntime (vitprune latency-table), one thread, batch 1. Each pruned model is exported and
-measured there alternately with the dense one; `measured` is the median ratio. Ranking `table` is the target of latency
-with the table: dynamic programming over the times of all widths. Ranking `macs` is the one per MAC, cut where the table
-gives the same latency. Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800; all values on the
-same images. `+ correction`: norms and biases are corrected afterwards (prune.correct_norms). Needs VITPRUNE_REAL_DATA.
-Writes benchmarks/results/latency_table.json, the table beside it, and docs/results/latency_table.md.
+measured there alternately with the dense one; `measured` is the median ratio. Ranking `table`: a latency target with
+the table, by dynamic programming over the times of all widths. Ranking `macs`: units ranked per MAC, at the sparsity
+for which the table gives the same latency. Calibration on rows 600..799, evaluation on rows 0..599 of imagenet-val-800;
+all values on the same images. `+ correction`: norms and biases are corrected afterwards (prune.correct_norms). Needs
+VITPRUNE_REAL_DATA. Writes benchmarks/results/latency_table.json, the table beside it, and
+docs/results/latency_table.md.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Distillation of DeiT-Tiny at 0.5x MACs: pruned by vitprune, and by Torch-Pruning at equal MACs.
 
 Both prune in one shot on rows 600..799 of imagenet-val-800; Torch-Pruning with its setting of highest top-1 on these
-rows (benchmarks/accuracy/torch_pruning.py). Then both get the same training with the same seeds and batches:
+rows (benchmarks/accuracy/torch_pruning.py). Then both pruned models are trained with the same seeds and batches:
 Imagenette's 3000 training images, the dense model as the teacher, AdamW. Top-1 on Imagenette's 1000 validation images,
 over all 1000 classes. Needs VITPRUNE_REAL_DATA and Torch-Pruning. Writes benchmarks/results/recovery.json and
 docs/results/recovery.md.

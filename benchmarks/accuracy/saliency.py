@@ -1,4 +1,4 @@
-"""Pruning of the backbone of a dense model without labels: a timm DINOv2 ViT-S inside a saliency network.
+"""Pruning of the backbone of a saliency network without labels: a DINOv2 ViT-S of timm.
 
 Calibration on the first images of imagenet-one-per-class-1000, evaluation on the first of imagenet-val-800; no label is
 used. MACs are those of the backbone; the decoder is not pruned. Values: mean correlation of the heatmap with that of
@@ -92,7 +92,7 @@ def main() -> None:
             for row in done
         ]
         about = f"{images} calibration images, {evaluated} evaluated. {__doc__}"
-        write_table(ROOT / "docs/results/saliency.md", "A dense model without labels", about, header, cells)
+        write_table(ROOT / "docs/results/saliency.md", "A saliency network without labels", about, header, cells)
     write_results("saliency", rows, options.quick)
 
 

@@ -2,8 +2,8 @@
 
 Evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points; pruned rows are calibrated on rows
 600..799. `merged`: tokens merged before every block but the first. Rows with a target are pruned by unit-obs to this
-fraction of the dense model's MACs, with corrected norms. Speed-ups are ratios of the median times of the dense and the
-merging model, whose runs alternate: one image, one thread. Accuracies are recorded in
+fraction of the dense model's MACs, with corrected norms. Speed-ups are ratios of the median times of the dense model
+and of the model that merges tokens, run alternately: one image, one thread. Accuracies are recorded in
 benchmarks/results/token_merging-notes.jsonl, so that an interrupted benchmark continues; delete the file to start over.
 Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/token_merging.json and docs/results/token_merging.md.
 """

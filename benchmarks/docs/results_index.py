@@ -87,7 +87,7 @@ SECTIONS: dict[str, tuple[Measured, ...]] = {
             "fewer tokens, alone and with fewer units, without training",
         ),
         Measured(
-            "saliency.md", "accuracy.saliency", "saliency", "the backbone of a dense model, pruned without labels"
+            "saliency.md", "accuracy.saliency", "saliency", "the backbone of a saliency network, pruned without labels"
         ),
         Measured("peers.md", "accuracy.torch_pruning", "peers", "Torch-Pruning's best settings on the same images"),
         Measured(

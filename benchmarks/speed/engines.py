@@ -1,16 +1,16 @@
-"""Pruned models in four engines: latency, and how much of the saved MACs becomes speed.
+"""Latency of pruned models in four engines, compared with the reduction of their MACs.
 
 DeiT-Tiny, -S, -B and Swin-T with random weights, on which speed does not depend, dense and pruned to 0.7, 0.5 and 0.35x
 MACs by `channel-magnitude` with `round_to: {ffn: 32, attention: 8}`, and to 0.5x MACs without `round_to`; 224 x 224
 pixels, batches of 1 and 32. *Whole heads*: heads are removed instead of channels of heads. The dense and all pruned
 models of a row run alternately in one process, so that other load affects all of them equally; times are medians.
-*Efficiency* is the speed-up divided by the factor by which the MACs fell: 1 if all of them became speed. onnxruntime
-and OpenVINO run the ONNX export; OpenVINO computes in its default precision, bfloat16 on processors that have it. The
-second part prunes all FFNs, or all heads, of a DeiT-S of four blocks to widths that are a multiple of 1, 2, 4, ... but
-of no higher power of two, and compares the time per MAC; the smallest multiple within 3 % of the best is the value for
-`round_to`. Rows are recorded in benchmarks/results/engines-notes.jsonl, so that an interrupted benchmark continues;
-delete the file to start over. By the number of operations, all rows take one to two hours on two otherwise idle cores.
-Writes benchmarks/results/engines.json and docs/results/engines.md.
+*Efficiency* is the speed-up divided by the factor by which the MACs decrease: 1 if the latency decreases by the same
+factor. onnxruntime and OpenVINO run the ONNX export; OpenVINO computes in its default precision, bfloat16 on processors
+that have it. The second part prunes all FFNs, or all heads, of a DeiT-S of four blocks to widths that are a multiple of
+1, 2, 4, ... but of no higher power of two, and compares the time per MAC; the smallest multiple within 3 % of the best
+is the value for `round_to`. Rows are recorded in benchmarks/results/engines-notes.jsonl, so that an interrupted
+benchmark continues; delete the file to start over. Estimated from the number of operations, all rows take one to two
+hours on two otherwise idle cores. Writes benchmarks/results/engines.json and docs/results/engines.md.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

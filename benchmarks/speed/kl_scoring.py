@@ -1,4 +1,4 @@
-"""Speed of exact KL scoring of DeiT-Tiny: `kl-exact` against removing units one by one, as the authors' code does.
+"""Speed of exact KL scoring of DeiT-Tiny: `kl-exact` against removing units one by one, as UP-ViTs' code does.
 
 Leave-one-out removes the unit, runs the model and the pruned model and compares them; `kl-exact` scores the same units
 on the same images. Milliseconds per unit and image, measured alternately in one process. The forward pass of the dense

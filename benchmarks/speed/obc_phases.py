@@ -1,13 +1,14 @@
 """CPU time of the phases of `obc` for all weights of DeiT-Tiny, 50 % removed: statistics, elimination, row solve.
 
-Two sides in one run, on the same statistics. Exact: one pass over the factor per weight, in float64, and one Cholesky
-factor of all inputs per row, ridge and fold. Ours: rows of the factor computed ahead, in float32 where the inputs allow
-it, and conjugate gradients on all rows of a layer. Seconds are CPU seconds of all threads (2 by default), which other
-processes disturb less than the clock. Real weights and images with VITPRUNE_REAL_DATA (200 images, rows 600..799 of
-imagenet-val-800), else random ones. The held-out error is that of the fold of images that was not fitted, averaged
-over both, with the masks of our side, on the rows that select the ridge; the memory is the peak during a phase above
-the memory before it. With --every 3, elimination and row solve are those of blocks 2, 5, 8 and 11 (all blocks have the
-same shape), and three times as long for all. Writes benchmarks/results/obc_speed.json and docs/results/obc_speed.md.
+Two implementations in one run, on the same statistics. Exact: one pass over the factor per weight, in float64, and one
+Cholesky factor of all inputs per row, ridge and fold. Ours: rows of the factor computed ahead, in float32 where the
+inputs allow it, and conjugate gradients on all rows of a layer. Seconds are CPU seconds of all threads (2 by default),
+which other processes affect less than the elapsed time. Real weights and images with VITPRUNE_REAL_DATA (200 images,
+rows 600..799 of imagenet-val-800), else random ones. The held-out error is that of the half of the images that was not
+fitted, averaged over both halves, with the masks of our implementation, on the rows that select the ridge; the memory
+is the peak during a phase minus the memory before it. With --every 3, elimination and row solve are those of blocks 2,
+5, 8 and 11 (all blocks have the same shape), and three times as long for all. Writes benchmarks/results/obc_speed.json
+and docs/results/obc_speed.md.
 """
 
 import ctypes

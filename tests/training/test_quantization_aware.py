@@ -141,7 +141,7 @@ def test_training_with_fake_quantization_keeps_zeros(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("key", ["compile", "checkpointing"])
 def test_int8_is_refused_with_compile_and_checkpointing(key: str) -> None:
-    with pytest.raises(ValidationError, match=f"set {key} to false, or int8"):
+    with pytest.raises(ValidationError, match=f"int8 cannot be combined with {key}; set one of them to false"):
         TrainConfig.model_validate({"epochs": 1, "lr": 0.1, "int8": True, key: True})
 
 

@@ -68,9 +68,9 @@ def find_groups(model: nn.Module, kinds: Sequence[str], example_input: Tensor | 
     """Find all prunable groups of the given kinds in a model.
 
     Args:
-        model: A timm model, a `Decoder`, or any other model of images; those without an image size of their own get
+        model: A timm model, a `Decoder`, or any other model of images. A model that has no image size is traced with
             images of 3 x 224 x 224 pixels.
-        kinds: Kinds of units, from `vitprune.config.prune_config.KINDS`.
+        kinds: Kinds of units: weight, ffn, attention, head, residual, block, branch.
         example_input: Images (B, C, H, W) of the size at which a model that is not timm's is traced; the model keeps
             the size for later calls.
 
@@ -131,6 +131,9 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
         model: The model.
         groups: Groups of any kind; only those of kind attention change.
         number: Number of heads after merging; None for no merging.
+
+    Returns:
+        The groups; those of kind attention have fewer heads with more channels.
 
     Raises:
         BadInput: the number does not divide a number of heads, or each head has its own parameters.

@@ -17,4 +17,4 @@ class AllocationConfig(Section):
     is evaluated on the other images."""
 
     spread: Annotated[float, Field(gt=0)] = 0.5
-    """Standard deviation of the logarithms of the first factors."""
+    """Standard deviation of the logarithm of the factors at the start of the search."""

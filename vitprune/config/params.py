@@ -42,7 +42,7 @@ class Dataset(Section):
     """Largest fraction of unreadable images."""
 
     exif_orientation: bool = True
-    """Turn images as their EXIF data say; false: use the pixels as stored, for a model that was trained so."""
+    """Rotate images by their EXIF orientation; false: use the stored pixels, for a model that was trained so."""
 
 
 class Model(Section):
@@ -74,8 +74,8 @@ class Dense(Section):
     """Initial weights: random (train), timm's (pretrained), or those of `checkpoint`."""
 
     checkpoint: Path | None = None
-    """A safetensors file with the weights of `model`, or the directory of a saved model, pruned or not, which may get
-    another number of classes."""
+    """For start: checkpoint. A safetensors file with the weights of `model`, or the directory of a saved model, pruned
+    or not; `model.args.num_classes` may then be another number of classes."""
 
     train: TrainConfig | None = None
     """The training run; null: none. Required for start: train."""
@@ -88,7 +88,7 @@ class Calibrate(Section):
     """Number of images; null: 2000, or all if there are fewer."""
 
     balance: Literal["class", "uniform"] = "class"
-    """Draw evenly over the classes, or uniformly over the images."""
+    """class: the same number of images of every class; uniform: every image with the same probability."""
 
 
 class Evaluate(Section):
@@ -111,7 +111,7 @@ class Export(Section):
     """An ONNX file in float32 with a dynamic batch size."""
 
     opset: Annotated[int, Field(ge=18)] | None = None
-    """Version of ONNX's operators; null for torch's default."""
+    """Version of ONNX's operators; null: torch's default."""
 
     dynamic_size: bool = False
     """Height and width of the images are dynamic in all files; for a model that accepts other sizes, as convolutional
@@ -144,7 +144,7 @@ class Params(Section):
     """Seed of all random numbers."""
 
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None
-    """CPU threads; the last digits of the results depend on it. null: as many as torch uses by default."""
+    """CPU threads; the last digits of the results depend on it. null: torch's default."""
 
     dataset: Dataset
     model: Model

@@ -26,11 +26,11 @@ class Schedule(Section):
     """Shape of the curve (cubic: Zhu & Gupta, 2017)."""
 
     initial: Fraction | None = None
-    """Sparsity after the first cycle; null: as the shape gives it, starting from the dense model."""
+    """Sparsity after the first cycle; null: the first step of the shape from 0 to the final sparsity."""
 
     steps: Annotated[list[Fraction], Field(min_length=1)] | dict[Epoch, Fraction] | None = None
-    """Sparsity after every cycle: a list, or epoch: sparsity. The epochs are those of the whole run at which the cycles
-    prune, starting with 0; the last cycle then trains for `prune.finetune.epochs`."""
+    """Sparsity after every cycle: a list, or a mapping from the epoch of the whole run at which a cycle prunes,
+    starting with 0, to the sparsity. With a mapping, the last cycle trains for `prune.finetune.epochs`."""
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:
@@ -52,7 +52,7 @@ class PruneConfig(Section):
     """Name of a pruning method; `vitprune methods` lists them."""
 
     kinds: list[Kind] | None = None
-    """Kinds of units to score; null: the kinds of the method. Only scored kinds can be pruned."""
+    """Kinds of units to score and, unless `sparsity` names fewer, to prune; null: the default kinds of the method."""
 
     sparsity: Fraction | dict[Kind, Share] | None = None
     """Fraction of units to remove, one for all kinds or one per kind (scope macs: fraction of the MACs). With a
@@ -103,14 +103,14 @@ class PruneConfig(Section):
 
     reconstruct: ReconstructConfig | None = None
     """After every cycle, fit the remaining weights to the dense model on the calibration images, without labels; null:
-    not."""
+    no reconstruction."""
 
     finetune: TrainConfig | None = None
     """Training after every cycle; null: none."""
 
     keep_zeros: bool = True
-    """Keep the zeros of a checkpoint at zero while fine-tuning as well. Weights that the plan has pruned remain zero in
-    any case."""
+    """While fine-tuning, also keep the zeros of the checkpoint that the run started from. Weights that this run has
+    pruned remain zero in any case."""
 
     @model_validator(mode="after")
     def _check_classes(self) -> Self:

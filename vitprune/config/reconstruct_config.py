@@ -29,5 +29,5 @@ class ReconstructConfig(Section):
     hundred images overfit the logits."""
 
     holdout: Annotated[int, Field(ge=2)] = 10
-    """Every n-th image is held out. The weights with the least KL divergence on these images are kept, those before the
-    reconstruction included."""
+    """Every n-th image is held out. The weights of the pass with the least KL divergence on these images are kept, or
+    those before the reconstruction if no pass is better."""

@@ -18,11 +18,11 @@ class ScoreConfig(Section):
     section: ClassVar[str] = "score"
 
     batch_size: Count = 64
-    """Images per batch of the calibration set. The pipeline alone reads it; in Python, pass batches."""
+    """Images per batch of the calibration set. Only the pipeline uses it; in Python, give batches of this size."""
 
     memory_mb: Annotated[float, Field(gt=0)] = 1024
-    """Memory in MiB for activations of ablated models and for Fisher matrices; a smaller value takes longer. The model
-    itself is not included."""
+    """Memory in MiB for activations and Fisher matrices; a smaller value takes longer. The model itself is not
+    included."""
 
     fisher_directions: Count | None = None
     """Gradients per image for the Fisher matrix of the logits (kl-fisher, unit-obs, obc). The scores are exact if it is
@@ -39,9 +39,10 @@ class ScoreConfig(Section):
     layer's number of weights that is at least this."""
 
     damping: Annotated[float, Field(gt=0)] | None = None
-    """Constant on the diagonal of a Fisher block, for gradients of `gradient_batch` images; gradients of single images
-    get `gradient_batch` times as much, since their variance is that much larger. Default null: chosen by the number of
-    gradients, 4e-6 up to 512 gradients, 1e-8 (CAP) from 4096, log-linear in between."""
+    """Constant on the diagonal of a Fisher block, for gradients of `gradient_batch` images. For gradients of single
+    images it is multiplied by `gradient_batch`, because their variance is that much larger. Default null: chosen by the
+    number of gradients, 4e-6 up to 512 gradients, 1e-8 (CAP) from 4096, log-linear in between. Not used by fastcap,
+    which adds 1e-2 of the mean of the diagonal."""
 
     num_gradients: Count | None = None
     """Gradients for the Fisher blocks. Default null: one per image, or one per `gradient_batch` images. A larger number
@@ -54,7 +55,7 @@ class ScoreConfig(Section):
     """One gradient per image; false: one per `gradient_batch` images, as CAP."""
 
     nm_search: Literal["admm", "greedy"] = "admm"
-    """Search for the weights of an N:M pattern (obc): of all rows at once by ADMM, or greedy row by row."""
+    """How obc selects the weights of an N:M pattern: for all rows of a layer at once by ADMM, or greedily by row."""
 
     permute: bool = True
     """Re-order channels before an N:M pattern is selected (obc); the function of the model does not change."""

@@ -54,7 +54,10 @@ class TrainConfig(Section):
     """Largest norm of the gradient; null: no clipping."""
 
     augment: Augment = "none"
-    """Augmentation policy."""
+    """Augmentation of the training images. none: resize and crop as in the evaluation; digits: small rotations, shifts
+    and scalings; light: random crops and flips; deit: the augmentation of DeiT, with RandAugment and random erasing.
+    Presets of CAP: light1, light2, medium1 and medium2 have RandAugment of rising magnitude, deit_wide and deit_light
+    also random erasing."""
 
     repeats: Count = 1
     """Augmented views of every image in a batch (repeated augmentation); an epoch has that many fewer images."""
@@ -72,7 +75,8 @@ class TrainConfig(Section):
     """Stochastic depth: drop rate of the last block, rising linearly from 0 at the first."""
 
     ema: Fraction = 0.0
-    """Decay per step of the exponential moving average of the weights, which the run ends with; 0: no average."""
+    """Decay per step of the exponential moving average (EMA) of the weights; the result of the training is then this
+    average. 0: no average."""
 
     amp: bool | Literal["bfloat16", "float16"] = False
     """Mixed precision: true or bfloat16, or float16 with loss scaling."""
@@ -96,14 +100,14 @@ class TrainConfig(Section):
     """Quantization-aware training: round weights and inputs of all layers as `export.int8` does."""
 
     patience: Count | None = None
-    """Stop after this many epochs without a higher top-1 on the eval split. The weights of the last epoch are kept, and
-    the learning rate decays as if training went on to the end."""
+    """Stop after this many epochs without a higher top-1 on the eval split; null: never. The weights of the last epoch
+    are kept, and the learning rate decays as if training continued to the end."""
 
     @model_validator(mode="after")
     def _check_int8(self) -> Self:
         for key in ("compile", "checkpointing"):
             if self.int8 and getattr(self, key):
-                raise ValueError(f"int8 rounds passes that run as they are written; set {key} to false, or int8")
+                raise ValueError(f"int8 cannot be combined with {key}; set one of them to false")
         return self
 
     @property
@@ -133,7 +137,8 @@ class DistillConfig(Section):
     """The training run; null: no distillation."""
 
     keep_zeros: bool = True
-    """Keep the zeros of a checkpoint at zero as well. Weights that the plan has pruned remain zero in any case."""
+    """Also keep the zeros of the checkpoint that the run started from. Weights that this run has pruned remain zero in
+    any case."""
 
     @model_validator(mode="after")
     def _check_cache(self) -> Self:

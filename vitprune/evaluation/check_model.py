@@ -69,12 +69,12 @@ class ModelCheck:
 def check(
     name: str, kinds: Sequence[str] = KINDS, ratios: Sequence[float] = RATIOS, args: dict[str, Any] | None = None
 ) -> Iterator[ModelCheck]:
-    """Check the pruning of a model with random weights, for every kind and ratio.
+    """Verify the pruning of a model with random weights, for every kind of units and every fraction of removed units.
 
     Args:
         name: Model name of timm, hf:DIRECTORY_OR_CONFIG, torchvision:NAME or module:PACKAGE.FILE:CALLABLE.
         kinds: Kinds of units.
-        ratios: Shares of units to remove, above 0 and below 1.
+        ratios: Fractions of the units to remove, above 0 and below 1.
         args: Arguments of timm.create_model.
 
     Yields:
@@ -189,7 +189,7 @@ def print_check(name: str, kinds: Sequence[str] | None, ratios: Sequence[float],
     Args:
         name: Name of the model, see `check`.
         kinds: Kinds of units; None: all.
-        ratios: Shares of units to remove.
+        ratios: Fractions of the units to remove.
         as_json: Print JSON.
     """
     if as_json:

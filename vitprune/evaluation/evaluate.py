@@ -30,7 +30,7 @@ def evaluate(
     reference: Iterable[tuple[Tensor, Tensor]] | None = None,
     threshold: float = 0.0,
 ) -> dict[str, float]:
-    """Return a quality of a model on images, with its parameters and MACs.
+    """Evaluate a model on images by one metric, and count its parameters and MACs.
 
     Args:
         model: The model.

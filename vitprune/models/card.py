@@ -85,7 +85,7 @@ model = vitprune.load("DIRECTORY")  # a timm model; no code from the directory i
 
 @check_arguments()
 def write_card(directory: str | Path, project: str | Path | None = None) -> None:
-    """Write README.md into the directory of a saved model.
+    """Write a model card, README.md, into the directory of a saved model.
 
     Unknown values are left out: results and masks without a project, base model and license unless the model started
     from timm's published weights.

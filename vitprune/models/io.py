@@ -93,11 +93,11 @@ def _match_channels(model: Any) -> None:
 def save(
     model: nn.Module, directory: str | Path, factory: str | None = None, args: Mapping[str, Any] | None = None
 ) -> None:
-    """Write model.safetensors and config.json: the layout of timm or transformers plus the structure of a cut model.
+    """Write model.safetensors and config.json in the format of timm or transformers, with the shapes of a pruned model.
 
     If all blocks have the same shape, plain timm loads it too: timm.create_model("local-dir:DIRECTORY"). Before a file
-    is written, the model is built again from its config.json and compared. A transformers model that was cut alike in
-    all layers is written so that from_pretrained loads it. A model of one's own class is loaded by `load_into`.
+    is written, the model is built again from its config.json and compared. A transformers model whose layers all have
+    the same shapes is also loaded by from_pretrained. A model of your own class is loaded by `load_into`.
 
     Args:
         model: A model made by timm.create_model or `load`, also inside torch.compile or data parallelism, or one of

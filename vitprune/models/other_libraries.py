@@ -131,10 +131,10 @@ def load_other(directory: Path) -> nn.Module:
 
 @check_arguments()
 def load_into(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Cut a dense model of any class to a saved structure, in place, and load the saved weights.
+    """Remove units of a dense model of any class, in place, as in a saved model, and load the saved weights.
 
     Args:
-        model: The dense model, built as the one that was pruned.
+        model: The dense model, built in the same way as the model that was pruned.
         directory: Directory written by `vitprune.save`.
 
     Returns:

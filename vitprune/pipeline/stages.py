@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 STAGES = {  # in order, with the help text of the command line
     "dataset": "Hash every image of the source and assign it to the train or the eval split.",
-    "dense": "Create the dense model: random, timm's or your weights; train it if dense.train is set.",
+    "dense": "Create the model to prune, with random, timm's or your weights; train it if dense.train is set.",
     "calibrate": "Draw the calibration images from the train split.",
     "score": "Compute the importance score of every unit of the dense model.",
     "mask": "Select the masks of the first pruning cycle from the scores.",
     "prune": "Prune cycle by cycle and fine-tune after each; write model, masks and metrics of every cycle.",
     "distill": "Fine-tune the pruned model with the dense model as teacher; pruned weights remain zero.",
     "evaluate": "Measure accuracy, cost and latency of the dense and the final model on the same images.",
-    "export": "Write a timm directory with a model card, and the ONNX, OpenVINO and torch.export files asked for.",
+    "export": "Write a timm directory with a model card, and the ONNX, OpenVINO and torch.export files of params.yaml.",
 }
 
 

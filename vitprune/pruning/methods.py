@@ -210,6 +210,7 @@ METHODS: dict[str, Method] = {
         check_group=find_consumer,
     ),
 }
+"""Pruning methods by name; `vitprune methods` prints what each needs."""
 
 CRITERIA: dict[str, Criterion] = {
     "random": magnitude.random,
@@ -228,6 +229,7 @@ CRITERIA: dict[str, Criterion] = {
     "fastcap": fastcap.fastcap,
     "obc": obc.obc,
 }
+"""Importance criteria by name, for `score`: functions of (model, groups, batches, context) -> Importance."""
 
 
 def method_named(name: str, key: str = "method") -> Method:

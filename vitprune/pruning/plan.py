@@ -111,6 +111,9 @@ def plan_for(config: PruneConfig, score: ScoreConfig = DEFAULT_SCORE_CONFIG, see
         score: Options of the criteria.
         seed: Seed of the run.
 
+    Returns:
+        The method, the settings and the final sparsity of every kind.
+
     Raises:
         BadInput: unknown method, scope or kind, a sparsity or target that the method cannot have, or settings that
             contradict each other.

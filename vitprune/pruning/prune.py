@@ -57,12 +57,12 @@ class PruneResult:
         sparsity: Fraction of the units removed, per kind.
         before: Cost of the dense model.
         after: Cost of the pruned model.
-        target_miss: Why the cost misses the target by more than 2 %; empty if it does not, or without a target.
+        target_miss: If the cost misses the target by more than 2 %, the reason; else empty.
         skipped: Kinds of the method that this model does not have, and modules that cannot be pruned, each with the
             reason.
-        seconds: Duration.
+        seconds: Duration in seconds.
         reconstruction: KL divergence from the dense logits on held-out images before and after the reconstruction, in
-            nats per image, the pass that was kept and the number of passes; empty without.
+            nats per image, the pass that was kept and the number of passes; empty without a reconstruction.
         allocation: The same divergence for the widths of the ranking and for those of the search, and the number of
             evaluated models; empty without a search.
         chosen_method: Name of the method that "auto" stands for; empty if a method was given.
@@ -114,7 +114,7 @@ def score(
     The scores are computed in float32 or float64, also for a model in half precision.
 
     Args:
-        model: A timm model.
+        model: A timm model, or a vision model of another library or of your own.
         groups: Groups of units, from `find_groups`.
         criterion: Name of a criterion in `CRITERIA`, or a function.
         batches: Calibration batches (images (B, C, H, W), labels (B,)), for criteria that need data; all are read into
@@ -177,19 +177,20 @@ def prune(
     float32, and the result has the model's own type. The result has no wrapper of torch.compile or data parallelism.
 
     Args:
-        model: A timm model, or a vision model of any other library or of one's own; of an output with several tensors
-            the logits count, else the last hidden state (`vitprune.runtime.outputs.as_logits`).
+        model: A timm model, or a vision model of another library or of your own. If its output has several tensors,
+            `logits` is compared, else `out`, else `last_hidden_state`, else the first tensor.
         method: Name of a method in `METHODS`, or "auto": the method that loses the least accuracy without training, for
-            the kinds, target or scope that is given (a sparsity alone is one of single weights), with `reconstruct` and
-            a `budget` of three minutes.
+            the given kinds or target (with one sparsity or an N:M scope: single weights), with `reconstruct` and a
+            `budget` of three minutes.
         sparsity: Fraction of units to remove, one for all kinds or one per kind.
         target: Cost of the pruned model, such as {"macs": 0.5}, {"params": "12M"} or {"latency_ms": 20}.
-        kinds: Kinds to prune; None: all kinds of the method that the model has, with whole heads in place of attention
-            channels that cannot be pruned, see `PruneResult.skipped`.
+        kinds: Kinds to prune; None: all default kinds of the method that the model has, with whole heads in place of
+            attention channels that cannot be pruned, see `PruneResult.skipped`.
         calibration: Batches (images (B, C, H, W), labels (B,)), or batches of images for methods without labels; all
             are read into memory.
         config: Options of the criteria.
-        scope: See `PruneConfig.scope`; likewise `round_to`, `rules`, `merge_heads_to` and `correct_norms`.
+        scope: Units that are ranked together, such as "layer", "global", "macs" or "2:4"; None: as the method defines
+            it.
         round_to: Remaining units of every group are a multiple of this.
         rules: Constraints on single groups, such as {"match": "blocks.0.mlp", "ignore": True}.
         merge_heads_to: Merge the attention heads into this many first.
@@ -204,8 +205,9 @@ def prune(
         allocation: Search the sparsity of every group on held-out images; True: with the default settings.
         budget: Time for the whole call, such as "3min" or seconds: the reconstruction makes as many passes as are
             expected to fit, instead of `ReconstructConfig.passes`. Scoring alone may take longer.
-        example_input: Input (B, C, H, W) for a check of the result; None: an input of the model's size, for the counts.
-            Models that are not timm's are traced at its size, or at that of the calibration images.
+        example_input: Input (B, C, H, W) for a check of the result and for the counts; None: an input of the model's
+            size, without the check. Models that are not timm's are traced at its size, or at that of the calibration
+            images.
         within: Path of a module, such as "backbone": only groups inside it are pruned, while scores and outputs are
             those of the whole model.
         seed: Seed of random numbers.

@@ -62,19 +62,20 @@ def finetune(
     seed: int = 0,
     segment: RecoverySegment | None = None,
 ) -> list[dict[str, float]]:
-    """Train a model in place.
+    """Train a pruned model in place, on labels or by distillation from the dense model.
 
     Args:
         model: The model.
-        loader: Batches (images, labels) that can be iterated once per epoch, with a length. It decides augmentation and
-            batch size: `augment`, `repeats` and `batch_size` of the config are not used.
+        loader: Batches (images, labels) that can be iterated once per epoch, with a length, such as a DataLoader. It
+            decides augmentation and batch size: `augment`, `repeats` and `batch_size` of the config are not used.
         config: Epochs, optimizer and schedule.
-        teacher: The dense model, for distillation; None for training on labels alone. Of a model that was cut to some
-            classes, the outputs of these classes teach.
-        keep_zeros: Keep all single weights that are zero at zero, or those of given masks.
+        teacher: The dense model, for distillation; None for training on labels alone. If the model was pruned to some
+            classes, only the teacher's outputs of these classes are used.
+        keep_zeros: True: keep all single weights at zero that are zero; or keep those of given masks at zero.
         distillation: Distance to the teacher and its weight.
         seed: Seed of random numbers.
-        segment: Position in a gradual run, for the learning rate and the state of the optimizer.
+        segment: Position in a gradual run, for the learning rate and the state of the optimizer; set by
+            `gradual_prune`.
 
     Returns:
         One record per epoch: epoch, step, mean loss and learning rate.
@@ -83,6 +84,9 @@ def finetune(
         BadInput: the model has no classifier, the loader is an iterator or has no length, a batch cannot be used, or
             the optimizer is unknown.
         NotFinite: a loss or gradient is not finite.
+
+    Example:
+        vitprune.finetune(result.model, loader, TrainConfig(epochs=3, lr=1e-4), teacher=model)
     """
     if not isinstance(loader, Sized):
         raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")

@@ -1,4 +1,4 @@
-"""The recipes that come with vitprune: settings of published runs, by name."""
+"""The recipes that come with vitprune, by name: complete settings, most of them of published runs."""
 
 from pathlib import Path
 

@@ -10,7 +10,8 @@ that have it. The second part prunes all FFNs, or all heads, of a DeiT-S of four
 1, 2, 4, ... but of no higher power of two, and compares the time per MAC; the smallest multiple within 3 % of the best
 is the value for `round_to`. Rows are recorded in benchmarks/results/engines-notes.jsonl, so that an interrupted
 benchmark continues; delete the file to start over. Estimated from the number of operations, all rows take one to two
-hours on two otherwise idle cores. Writes benchmarks/results/engines.json and docs/results/engines.md.
+hours on two otherwise idle cores; rows that were not measured are missing. Writes benchmarks/results/engines.json and
+docs/results/engines.md.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

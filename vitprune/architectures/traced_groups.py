@@ -18,6 +18,7 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice, Projections, Resize, is_within, share_positions
 
 KINDS = ("ffn", "head", *HEAD_CHANNELS)
+APART = ("qk", "vo")
 MAX_PROOFS = 1024  # that are kept
 NOTHING = dict.fromkeys(KINDS, "no attention with heads") | {"ffn": "no MLP or bottleneck"}
 SUFFIXES = {"head": ".heads", "qk": ".qk", "vo": ".vo"}  # of the names of groups
@@ -45,6 +46,7 @@ class _Units:
 
 
 _CACHE: StructureCache[_Units] = StructureCache()
+_APART: StructureCache[_Units] = StructureCache()  # of kinds qk and vo
 
 
 def groups(model: nn.Module, kind: str) -> list[Group]:
@@ -135,7 +137,7 @@ def size_attributes_of(groups: Sequence[Group]) -> tuple[str, ...]:
 
 
 def _proven_of(model: nn.Module, kind: str) -> _Proven:
-    units = _CACHE.value_for(model, _trace)
+    units = _APART.value_for(model, _trace_apart) if kind in APART else _CACHE.value_for(model, _trace)
     if kind not in units.proven:
         units.proven[kind] = _prove_all(model, kind, units)
     return units.proven[kind]
@@ -144,12 +146,9 @@ def _proven_of(model: nn.Module, kind: str) -> _Proven:
 def _trace(model: nn.Module) -> _Units:
     channels, attention = traced_channels(model), traced_attention(model)
     hidden = _hidden_units(model, channels, attention)
-    found = {"ffn": hidden, "head": attention.heads, **dict.fromkeys(HEAD_CHANNELS, ()), **attention.channels}
     traced = {
-        kind: [
-            (group, _owner(group.channels, group.modules)) for group in of_kind if kind == "qk" or _is_cuttable(group)
-        ]
-        for kind, of_kind in found.items()
+        kind: [(group, _owner(group.channels, group.modules)) for group in of_kind if _is_cuttable(group)]
+        for kind, of_kind in (("ffn", hidden), ("head", attention.heads), *attention.channels.items())
     }
     mixers = _modules_without_labels(model, channels)
     run, paths = recorded(model), {owner for of_kind in traced.values() for _, owner in of_kind} | set(mixers)
@@ -159,6 +158,13 @@ def _trace(model: nn.Module) -> _Units:
         more = [(group, _owner(group.channels, ())) for path in mixers for group in _alone(model, path, calls)]
         traced["ffn"] = sorted(traced["ffn"] + more, key=lambda entry: order[entry[1]])
     return _Units(traced, calls, apart)
+
+
+def _trace_apart(model: nn.Module) -> _Units:
+    found = traced_attention(model, apart=True).channels
+    traced = {kind: [(group, _owner(group.channels, group.modules)) for group in found.get(kind, ())] for kind in APART}
+    run, paths = recorded(model), {owner for of_kind in traced.values() for _, owner in of_kind}
+    return _Units(traced, run.calls(paths), set())
 
 
 def _is_in_part(group: TracedUnits) -> bool:
@@ -275,9 +281,9 @@ _PROOFS: "dict[Hashable, _Proof | BadInput]" = {}
 def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
     """Give every group sizes that are proven on its owner; equal modules are proven once."""
     of_ffn, result = kind == "ffn", _Proven()
-    owners = [owner for group, owner in units.traced[kind] if not (of_ffn and _is_in_part(group))]
-    taken = {owner for _, owner in units.traced["attention"] + units.traced["head"]} if of_ffn else set()
-    for group, owner in units.traced[kind]:
+    owners = [owner for group, owner in units.traced.get(kind, ()) if not (of_ffn and _is_in_part(group))]
+    taken = {owner for _, owner in units.traced.get("attention", []) + units.traced["head"]} if of_ffn else set()
+    for group, owner in units.traced.get(kind, ()):
         is_alone = owners.count(owner) == 1 and owner not in taken and not (of_ffn and _is_in_part(group))
         name = _name(kind, owner, group, is_alone)
         module, call = model.get_submodule(owner), units.calls.get(owner)
@@ -298,7 +304,7 @@ def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
                 buffers=group.channels.buffers,
                 owner=owner,
                 resize=proof.resize,
-                projections=_tied_projections(model, group) if kind in ("qk", "vo") else projections,
+                projections=_tied_projections(model, group) if kind in APART else projections,
             )
     return result
 

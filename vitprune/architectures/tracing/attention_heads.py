@@ -63,12 +63,13 @@ class AttentionTrace:
     modules: frozenset[str] = frozenset()
 
 
-def trace_attention(run: RecordedPass, trace: Trace) -> AttentionTrace:
+def trace_attention(run: RecordedPass, trace: Trace, apart: bool = False) -> AttentionTrace:
     """Find all attention heads of a model, and the channels of heads.
 
     Args:
         run: A recorded run of the model.
-        trace: Its finished trace; the channels of q, k and v are united in it.
+        trace: Its finished trace; the channels of q, k and v are united in it, unless they are wanted apart.
+        apart: Find channels of kinds qk and vo instead of attention.
     """
     model = run.model
     labelled = _LabelledHeads(trace)
@@ -92,9 +93,12 @@ def trace_attention(run: RecordedPass, trace: Trace) -> AttentionTrace:
             inside = sorted({path for root in channels.roots for path in modules[root]})
             width = min(widths[root] for root in channels.roots)
             heads.append(TracedUnits(channels, channels.units, tuple(inside), channels.why_not or norm, width))
+    products = frozenset(product.module for product in trace.products)
+    if apart:
+        return AttentionTrace(heads, _channels_apart(trace, model, labelled, head_of_number), products)
     of_heads, others = _channels_of_heads(trace, model, labelled, head_of_number)
-    of_heads["attention"] += _heads_without_channels(others, heads, of_heads["attention"])
-    return AttentionTrace(heads, of_heads, frozenset(product.module for product in trace.products))
+    of_heads += _heads_without_channels(others, heads, of_heads)
+    return AttentionTrace(heads, {"attention": of_heads}, products)
 
 
 class _LabelledHeads:
@@ -220,15 +224,23 @@ def _products_of_heads(
     return modules, defaultdict(lambda: 1, widths)
 
 
+def _channels_apart(
+    trace: Trace, model: nn.Module, labelled: _LabelledHeads, head_of_number: Tensor
+) -> dict[str, list[TracedUnits]]:
+    """Return the channels of q and k, and those of v and the output, by kind."""
+    rows, graph = _rows_by_head(trace, labelled, head_of_number), ChannelGraph(trace, model)
+    return {
+        kind: _units_of_rows(trace, graph, labelled, head_of_number, rows, rows[role], in_part=True)[0]
+        for kind, role in (("qk", 0), ("vo", 2))
+    }
+
+
 def _channels_of_heads(
     trace: Trace, model: nn.Module, labelled: _LabelledHeads, head_of_number: Tensor
-) -> tuple[dict[str, list[TracedUnits]], list[ChannelGroup]]:
-    """Return the channels of heads by kind, and all groups after the channels of v are tied to those of q and k."""
+) -> tuple[list[TracedUnits], list[ChannelGroup]]:
+    """Tie the channels of q and k to those of v by their position; return the tied channels, and all groups."""
     rows = _rows_by_head(trace, labelled, head_of_number)
     queries, _, values = rows
-    graph, result = ChannelGraph(trace, model), {}
-    for kind, chosen in (("qk", queries), ("vo", values)):
-        result[kind], _ = _units_of_rows(trace, graph, labelled, head_of_number, rows, chosen, in_part=True)
     different = set()
     for (head, module), of_head in queries.items():
         apart = [row for (other, path), of_role in values.items() if other == head and (other, path) not in queries
@@ -240,10 +252,7 @@ def _channels_of_heads(
                 different.add(head)
     _tie_fused_rows(trace)
     graph = ChannelGraph(trace, model)
-    result["attention"], groups = _units_of_rows(
-        trace, graph, labelled, head_of_number, rows, queries, different=different
-    )
-    return result, groups
+    return _units_of_rows(trace, graph, labelled, head_of_number, rows, queries, different=different)
 
 
 def _units_of_rows(

@@ -103,7 +103,7 @@ class Group:
 
     Attributes:
         name: Unique name; masks and scores are stored by it.
-        kind: weight, ffn, attention, head, residual, block or branch.
+        kind: weight, ffn, attention, qk, vo, head, residual, block or branch.
         shape: Shape of scores and masks. For attention channels it is (heads, head_dim), and all heads must keep the
             same number of channels.
         slices: Slices of parameters that are set to zero or removed with the units.
@@ -495,8 +495,9 @@ def recorded_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def _record_shape(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None:
     shapes = recorded_shapes(model) | {group.name: shape}
     channels = group.name.removesuffix(".heads")
-    if group.kind == "head" and channels in shapes:
-        shapes[channels] = (shape[0], *shapes[channels][1:])
+    for name in (channels, f"{channels}.qk", f"{channels}.vo") if group.kind == "head" else ():
+        if name in shapes:
+            shapes[name] = (shape[0], *shapes[name][1:])
     setattr(model, RECORDED_SHAPES, shapes)
 
 

@@ -32,6 +32,7 @@ from vitprune.architectures import (
 )
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.causal_lm import groups as decoder_groups
+from vitprune.architectures.narrow_attention import TwoWidthAttention
 from vitprune.architectures.size_attributes import Sizes
 from vitprune.architectures.tracing.fingerprint import unchanged
 from vitprune.config.prune_config import KINDS
@@ -53,6 +54,7 @@ FAMILIES: dict[type[nn.Module], Finder] = {  # models with special group names a
 }
 UNITS = ".units"  # end of the name of some groups of hidden units in files of earlier versions
 HEADS = ".heads"  # end of the name of a group of heads
+TWO_WIDTHS = (".qk", ".vo")  # end of the names of groups of channels of q and k, and of v and output
 TABLES: dict[type[nn.Module], unstructured.Table] = {
     Xcit: unstructured_tables.XCIT,
     EfficientFormer: unstructured_tables.EFFICIENTFORMER,
@@ -118,9 +120,9 @@ def _find(model: nn.Module, kind: str) -> list[Group]:
 
 def removes_sublayers(model: nn.Module) -> bool:
     """Return whether sub-layers of a model are removed; of other models, whole blocks are."""
-    return type(model) is Decoder or (
-        type(model) in VISION_TRANSFORMERS and vit.has_plain_blocks(model, (branch_removal.ZeroBranch,))
-    )
+    if type(model) not in VISION_TRANSFORMERS:
+        return type(model) is Decoder
+    return vit.has_plain_blocks(model, (branch_removal.ZeroBranch, TwoWidthAttention))
 
 
 @check_arguments()
@@ -157,13 +159,12 @@ def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
         blocks = _cuttable(model, "block") if removes_sublayers(model) else []
         attention = _cuttable(model, "attention")
         heads = _without_channels(_cuttable(model, "head"), attention)
-        groups = blocks + _cuttable(model, "residual") + attention + heads + _cuttable(model, "ffn")
+        apart = _channels_apart(model) if removes_sublayers(model) else []
+        groups = blocks + _cuttable(model, "residual") + attention + apart + heads + _cuttable(model, "ffn")
     recorded = {} if removes_sublayers(model) else recorded_shapes(model)  # which renames blocks
     inside = {f"{group.name}{HEADS}" for group in attention}
     modules = {path for path, _ in model.named_modules()}
-    shapes = {
-        name: shape for name, shape in recorded.items() if name not in inside and name.removesuffix(HEADS) in modules
-    }
+    shapes = {name: shape for name, shape in recorded.items() if name not in inside and _of_module(name) in modules}
     shapes = {group.name: group.shape for group in groups} | shapes
     others = block_removal.removed_blocks(model) | branch_removal.removed_branches(model)
     return dict(sorted((others | token_merging.merged_tokens(model) | shapes).items()))
@@ -173,6 +174,18 @@ def _without_channels(heads: Sequence[Group], attention: Sequence[Group]) -> lis
     """Return the groups of heads whose channels are no group."""
     names = {group.name for group in attention}
     return [group for group in heads if group.name.removesuffix(HEADS) not in names]
+
+
+def _channels_apart(model: nn.Module) -> list[Group]:
+    """Return the groups of attentions whose queries and keys have another width than their values."""
+    owners = {path for path, module in model.named_modules() if isinstance(module, TwoWidthAttention)}
+    groups = [group for kind in ("qk", "vo") for group in (_cuttable(model, kind) if owners else [])]
+    return [group for group in groups if _of_module(group.name) in owners]
+
+
+def _of_module(name: str) -> str:
+    """Return the name of a group without its ending."""
+    return next((name.removesuffix(ending) for ending in (HEADS, *TWO_WIDTHS) if name.endswith(ending)), name)
 
 
 def _cuttable(model: nn.Module, kind: str) -> list[Group]:
@@ -208,7 +221,9 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     cuts: list[Cut] = []
     reached: dict[str, tuple[int, ...]] = {}  # as `structure` would return it for the result
-    for kinds in (("block",), ("branch",), ("head",), ("residual", "attention", "ffn")) if wanted else ():
+    two_widths = ("qk", "vo") if any(name.endswith(TWO_WIDTHS) for name in wanted) else ()
+    widths = ("residual", "attention", "ffn", *two_widths)
+    for kinds in (("block",), ("branch",), ("head",), widths) if wanted else ():
         if kinds == ("block",) and not removes_sublayers(model):
             cuts += apply_cuts(model, block_removal.cuts_of(model, wanted))
             reached |= block_removal.removed_blocks(model)
@@ -225,6 +240,9 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
         made = [(_of_heads(model, group, shape), shape) for group, shape in made]
         if kinds == ("head",):
             made += _fewer_heads(groups, _cuttable(model, "attention"), wanted)
+        made.sort(
+            key=lambda cut: -max((part.start or 0 for part in cut[0].slices), default=0)
+        )  # positions after a cut change
         cuts += apply_cuts(model, made)
         reached |= {names[group.name] or group.name: shape for group, shape in made}
     cuts += apply_cuts(model, token_merging.merging_cuts(model, wanted))

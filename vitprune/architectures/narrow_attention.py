@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import swin_transformer as torchvision_swin
@@ -114,6 +115,27 @@ class NarrowMultiheadAttention(nn.MultiheadAttention):
         return output, shares.mean(dim=1) if average_attn_weights else shares
 
 
+class TwoWidthAttention(Attention):  # type: ignore[misc]
+    """timm's attention whose queries and keys have another width than its values."""
+
+    def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Compute attention of x (B, N, C), as timm's; `attn_mask` is boolean or added to the logits."""
+        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        widths = [key_rows(self), key_rows(self), self.proj.in_features]
+        q, k, v = (_split(part, 1, self.num_heads)[0] for part in self.qkv(x).split(widths, dim=-1))
+        q, k = self.q_norm(q), self.k_norm(k)
+        dropout = self.attn_drop.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+        output = self.norm(mixed.transpose(1, 2).flatten(2))
+        output = self.proj(output if gate is None else output * gate)
+        return self.proj_drop(output)  # type: ignore[no-any-return]
+
+
+def key_rows(attention: Any) -> int:
+    """Return the number of rows of the keys, and of the queries, in the fused layer of timm's attention."""
+    return int(attention.qkv.out_features - attention.proj.in_features) // 2
+
+
 BY_HAND: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: NarrowMultiheadAttention,
     torchvision_swin.ShiftedWindowAttention: NarrowShiftedWindows,
@@ -121,16 +143,20 @@ BY_HAND: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def narrow_class(module: nn.Module) -> type[nn.Module]:
+TWO_WIDTHS: dict[type[nn.Module], type[nn.Module]] = {Attention: TwoWidthAttention}
+
+
+def narrow_class(module: nn.Module, two_widths: bool = False) -> type[nn.Module]:
     """Return the class of a module with a forward pass for any width.
 
     Args:
         module: Any module.
+        two_widths: The width of queries and keys differs from that of values.
 
     Returns:
         The class written by hand; the class of the module if there is none.
     """
-    return BY_HAND.get(type(module), type(module))
+    return (TWO_WIDTHS if two_widths else BY_HAND).get(type(module), type(module))
 
 
 def call_output_projections(model: nn.Module) -> None:

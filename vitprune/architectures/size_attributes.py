@@ -184,7 +184,7 @@ def _made_when_needed(classes: Callable[[], list[Classes]]) -> Iterator[Classes]
 
 def _other_classes(owner: nn.Module, group: Group, call: Call) -> list[Classes]:
     """Return the classes for any width of the modules that have one, written by hand or by rewriting."""
-    named = [(path, narrow_class(module)) for path, module in owner.named_modules()]
+    named = [(path, narrow_class(module, group.kind in ("qk", "vo"))) for path, module in owner.named_modules()]
     by_hand = tuple((path, kind) for path, kind in named if kind is not type(owner.get_submodule(path)))
     copied = without_values(owner)
     lengths = {group.units * part.length for part in group.slices if part.axis is not None}
@@ -239,7 +239,7 @@ def _set(owner: nn.Module, attribute: SizeAttribute, value: float) -> None:
 @torch.no_grad()
 def _scale_rows(owner: nn.Module, part: ParamSlice, repetition: int, units: int, factor: float) -> None:
     """Multiply the rows of one repetition of all units of a parameter, which is already cut."""
-    parameter, grid = owner.get_parameter(part.param), index_grid(part, units)
+    parameter, grid = owner.get_parameter(part.param), (part.start or 0) + index_grid(part, units)
     rows = (grid[repetition] if part.runs == 1 else grid[:, :, repetition]).flatten()
     parameter[rows.to(parameter.device)] *= factor
 

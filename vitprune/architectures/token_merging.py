@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitprune.architectures.narrow_attention import TwoWidthAttention, key_rows
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 from vitprune.runtime.arguments import check_arguments
@@ -144,20 +145,20 @@ def _mergeable_blocks(model: nn.Module) -> nn.Sequential:
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         why = "only VisionTransformer and VisionTransformerDistilled of timm merge tokens"
         raise BadInput(f"{type(model).__name__}: {why}; {LEAVE_OUT}")
-    for path, module, kind in _expected_modules(cast(Any, model).blocks):
-        if type(module) is not kind:
+    for path, module, kinds in _expected_modules(cast(Any, model).blocks):
+        if type(module) not in kinds:
             raise BadInput(
-                f"{path}: is a {type(module).__name__}, not timm's {kind.__name__}; its tokens cannot be merged, "
+                f"{path}: is a {type(module).__name__}, not timm's {kinds[0].__name__}; its tokens cannot be merged, "
                 f"{LEAVE_OUT}"
             )
     return cast(nn.Sequential, model.blocks)
 
 
-def _expected_modules(blocks: Any) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+def _expected_modules(blocks: Any) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
     for index, block in enumerate(blocks):
-        yield f"{PATH}.{index}", block, Block
-        yield f"{PATH}.{index}.attn", block.attn, Attention
-        yield f"{PATH}.{index}.mlp", block.mlp, Mlp
+        yield f"{PATH}.{index}", block, (Block,)
+        yield f"{PATH}.{index}.attn", block.attn, (Attention, TwoWidthAttention)
+        yield f"{PATH}.{index}.mlp", block.mlp, (Mlp,)
 
 
 def _refuse_checkpointing(enable: bool = True) -> None:
@@ -174,9 +175,9 @@ def _replace(model: Any, merged: Sequence[int]) -> None:
 @torch.no_grad()
 def _similarity(block: Any, x: Tensor, prefix: int) -> Tensor:
     """Cosine similarity of patch tokens 1, 3, 5, ... to 2, 4, 6, ..., by the mean key of all heads."""
-    qkv, width = block.attn.qkv, x.shape[-1]
-    weight = qkv.weight.view(3, block.attn.num_heads, -1, width)[1].mean(dim=0)
-    bias = None if qkv.bias is None else qkv.bias.view(3, block.attn.num_heads, -1)[1].mean(dim=0)
+    qkv, number, heads = block.attn.qkv, key_rows(block.attn), block.attn.num_heads
+    weight = qkv.weight[number : 2 * number].view(heads, -1, x.shape[-1]).mean(dim=0)
+    bias = None if qkv.bias is None else qkv.bias[number : 2 * number].view(heads, -1).mean(dim=0)
     patches = block.norm1.forward(x[:, prefix:])  # without the hooks of the attention's own call
     keys = F.normalize(F.linear(patches, weight, bias), dim=-1)
     return keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)

@@ -13,12 +13,15 @@ from vitprune.architectures.tracing.cache import traced_attention, traced_channe
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
 from vitprune.architectures.tracing.recorded_run import Call, record_run, recorded
+from vitprune.config.prune_config import HEAD_CHANNELS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice, Projections, Resize, is_within, share_positions
 
-KINDS = ("ffn", "head", "attention")
+KINDS = ("ffn", "head", *HEAD_CHANNELS)
+APART = ("qk", "vo")
 MAX_PROOFS = 1024  # that are kept
-NOTHING = {"ffn": "no MLP or bottleneck", "head": "no attention with heads", "attention": "no attention with heads"}
+NOTHING = dict.fromkeys(KINDS, "no attention with heads") | {"ffn": "no MLP or bottleneck"}
+SUFFIXES = {"head": ".heads", "qk": ".qk", "vo": ".vo"}  # of the names of groups
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class _Units:
 
 
 _CACHE: StructureCache[_Units] = StructureCache()
+_APART: StructureCache[_Units] = StructureCache()  # of kinds qk and vo
 
 
 def groups(model: nn.Module, kind: str) -> list[Group]:
@@ -133,7 +137,7 @@ def size_attributes_of(groups: Sequence[Group]) -> tuple[str, ...]:
 
 
 def _proven_of(model: nn.Module, kind: str) -> _Proven:
-    units = _CACHE.value_for(model, _trace)
+    units = _APART.value_for(model, _trace_apart) if kind in APART else _CACHE.value_for(model, _trace)
     if kind not in units.proven:
         units.proven[kind] = _prove_all(model, kind, units)
     return units.proven[kind]
@@ -144,7 +148,7 @@ def _trace(model: nn.Module) -> _Units:
     hidden = _hidden_units(model, channels, attention)
     traced = {
         kind: [(group, _owner(group.channels, group.modules)) for group in of_kind if _is_cuttable(group)]
-        for kind, of_kind in (("ffn", hidden), ("head", attention.heads), ("attention", attention.channels))
+        for kind, of_kind in (("ffn", hidden), ("head", attention.heads), *attention.channels.items())
     }
     mixers = _modules_without_labels(model, channels)
     run, paths = recorded(model), {owner for of_kind in traced.values() for _, owner in of_kind} | set(mixers)
@@ -154,6 +158,13 @@ def _trace(model: nn.Module) -> _Units:
         more = [(group, _owner(group.channels, ())) for path in mixers for group in _alone(model, path, calls)]
         traced["ffn"] = sorted(traced["ffn"] + more, key=lambda entry: order[entry[1]])
     return _Units(traced, calls, apart)
+
+
+def _trace_apart(model: nn.Module) -> _Units:
+    found = traced_attention(model, apart=True).channels
+    traced = {kind: [(group, _owner(group.channels, group.modules)) for group in found.get(kind, ())] for kind in APART}
+    run, paths = recorded(model), {owner for of_kind in traced.values() for _, owner in of_kind}
+    return _Units(traced, run.calls(paths), set())
 
 
 def _is_in_part(group: TracedUnits) -> bool:
@@ -270,9 +281,9 @@ _PROOFS: "dict[Hashable, _Proof | BadInput]" = {}
 def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
     """Give every group sizes that are proven on its owner; equal modules are proven once."""
     of_ffn, result = kind == "ffn", _Proven()
-    owners = [owner for group, owner in units.traced[kind] if not (of_ffn and _is_in_part(group))]
-    taken = {owner for _, owner in units.traced["attention"] + units.traced["head"]} if of_ffn else set()
-    for group, owner in units.traced[kind]:
+    owners = [owner for group, owner in units.traced.get(kind, ()) if not (of_ffn and _is_in_part(group))]
+    taken = {owner for _, owner in units.traced.get("attention", []) + units.traced["head"]} if of_ffn else set()
+    for group, owner in units.traced.get(kind, ()):
         is_alone = owners.count(owner) == 1 and owner not in taken and not (of_ffn and _is_in_part(group))
         name = _name(kind, owner, group, is_alone)
         module, call = model.get_submodule(owner), units.calls.get(owner)
@@ -286,15 +297,23 @@ def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
             result.refused[name] = _refusal(owner, module, str(proof))
         else:
             layers = group.projections if proof.any_basis else ()
+            projections = Projections(layers, group.heads) if layers else None
             result.groups[name] = replace(
                 relative,
                 slices=group.channels.slices,
                 buffers=group.channels.buffers,
                 owner=owner,
                 resize=proof.resize,
-                projections=Projections(layers, group.heads) if layers else None,
+                projections=_tied_projections(model, group) if kind in APART else projections,
             )
     return result
+
+
+def _tied_projections(model: nn.Module, group: TracedUnits) -> Projections | None:
+    """Return the projections of the attention that channels of q and k, or of v and output, belong to."""
+    params = {part.param for part in group.channels.slices}
+    found = (other.projections for other in _proven_of(model, "attention").groups.values())
+    return next((one for one in found if one and not params.isdisjoint(f"{path}.weight" for path in one.layers)), None)
 
 
 @dataclass(frozen=True)
@@ -334,7 +353,7 @@ def _prove(group: Group, module: nn.Module, call: Call, sizes: Sizes) -> _Proof 
 def _below(owner: str, kind: str, name: str, group: TracedUnits) -> tuple[Group, Sizes]:
     """Return the group with names relative to its owner, and its sizes before the cut."""
     channels, prefix = group.channels, f"{owner}." if owner else ""
-    shape = (group.heads, group.width) if kind == "attention" else (channels.units,)
+    shape = (group.heads, group.width) if kind in HEAD_CHANNELS else (channels.units,)
     slices, buffers = (
         tuple(replace(part, param=part.param.removeprefix(prefix)) for part in parts)
         for parts in (channels.slices, channels.buffers)
@@ -352,7 +371,7 @@ def _below(owner: str, kind: str, name: str, group: TracedUnits) -> tuple[Group,
 def _name(kind: str, owner: str, group: TracedUnits, is_alone: bool) -> str:
     if not (is_alone and owner) and group.channels.writers:
         owner = group.channels.writers[0].removesuffix(".weight")
-    return f"{owner}.heads" if kind == "head" else owner
+    return f"{owner}{SUFFIXES.get(kind, '')}"
 
 
 def _refusal(owner: str, module: nn.Module, why: str) -> str:

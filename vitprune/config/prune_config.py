@@ -13,8 +13,9 @@ from vitprune.config.train_config import TrainConfig
 Epoch = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0)]
 Label = Annotated[int, Field(ge=0)]
-Kind = Literal["weight", "ffn", "attention", "head", "residual", "block", "branch"]
+Kind = Literal["weight", "ffn", "attention", "qk", "vo", "head", "residual", "block", "branch"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+HEAD_CHANNELS = ("attention", "qk", "vo")  # kinds of channels of heads, of which all heads keep the same number
 
 
 class Schedule(Section):

@@ -80,7 +80,7 @@ def collect_unit_moments(
 
     Args:
         model: The dense model.
-        groups: Groups of FFN units, heads or attention channels.
+        groups: Groups of FFN units, heads or channels of heads.
         batches: Calibration batches.
         context: The scoring options (`memory`, number of Fisher directions, seed).
         grads: Also run backward passes for the Fisher metric.
@@ -90,14 +90,15 @@ def collect_unit_moments(
 
         - PATH/inputs (folds, k+1, k+1): second moment of the consumer's input with a 1 appended.
         - PATH/metric (o, o), with `grads`: second moment of the gradient of the logits w.r.t. its output (Fisher).
-        - of a qkv layer, with `grads`: PATH/query and PATH/key (heads, c, c), k centered over the tokens of a softmax;
-          PATH/query_grad_sq (heads,), squared gradient w.r.t. q; PATH/tokens, their number.
+        - of the layer of q, with `grads`, for channels of q and k: PATH/query and PATH/key (heads, c, c), k centered
+          over the tokens of a softmax; PATH/query_grad_sq (heads,), squared gradient w.r.t. q; PATH/tokens, their
+          number.
 
     Raises:
         BadInput: no batches, or a group without exactly one consumer.
     """
-    readers = list(dict.fromkeys(find_consumer(model, group).path for group in groups))
-    attentions = [find_projections(group) for group in groups if grads and group.kind == "attention"]
+    readers = list(dict.fromkeys(find_consumer(model, group).path for group in groups if group.kind != "qk"))
+    attentions = [find_projections(group) for group in groups if grads and group.kind in ("attention", "qk")]
     return collect_layer_moments(model, readers, attentions, batches, context, "metric" if grads else None)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
+from vitprune.config.prune_config import HEAD_CHANNELS
 from vitprune.config.targets import Rule
 from vitprune.errors import BadInput
 from vitprune.groups import Group
 
-WIDTHS = ("ffn", "attention", "head", "residual")  # kinds whose number of units is a width of layers
+WIDTHS = ("ffn", *HEAD_CHANNELS, "head", "residual")  # kinds whose number of units is a width of layers
 TOLERANCE = 1e-6  # in units: rounding error of a sparsity times a number of units
 
 
@@ -108,7 +109,7 @@ def constraints_of(
 def _check_multiples(groups: Sequence[Group], round_to: Mapping[str, int]) -> None:
     """Refuse a multiple that is larger than every group of its kind, of which no unit could be removed."""
     for kind, multiple in round_to.items():
-        widths = [group.shape[-1] if kind == "attention" else group.units for group in groups if group.kind == kind]
+        widths = [group.shape[-1] if kind in HEAD_CHANNELS else group.units for group in groups if group.kind == kind]
         if widths and max(widths) < multiple:
             raise BadInput(f"prune.round_to {multiple}: the largest group of kind {kind} has {max(widths)} units")
 
@@ -123,7 +124,7 @@ def _constraint(rule: Rule) -> Constraint:
 
 def _check_feasible(number: int, rule: Rule, group: Group, constraint: Constraint) -> None:
     """Refuse a constraint that no number of units (of channels of a head, of blocks) satisfies."""
-    units = group.shape[-1] if group.kind == "attention" else group.units
+    units = group.shape[-1] if group.kind in HEAD_CHANNELS else group.units
     fewest, most = constraint.window(units // 2 if group.kind == "block" else units)
     if fewest > most or (units < constraint.multiple and constraint.min_sparsity > 0):
         multiple = f" in multiples of {constraint.multiple}" if constraint.multiple > 1 else ""

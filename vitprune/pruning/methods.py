@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vitprune.config.prune_config import HEAD_CHANNELS
 from vitprune.config.section import similar
 from vitprune.criteria import Criterion, RecomputeUpdate, UpdateFromStats, corp, magnitude, taylor
 from vitprune.criteria.kl import exact, fisher, leave_one_out
@@ -77,6 +78,8 @@ def _structured(
     criterion: Criterion, about: str, free_scope: bool = False, rescore: rescoring.RescoreFn | None = None
 ) -> Method:
     scopes = {"ffn": "layer", "attention": "head", "head": "layer", "residual": "layer"}
+    if criterion in (magnitude.magnitude, taylor.taylor):
+        scopes |= {"qk": "head", "vo": "head"}
     check = _check_gates if criterion is fisher.fisher_kl else None
     return Method(criterion, scopes, ("ffn", "attention"), free_scope, about, rescore=rescore, check_group=check)
 
@@ -91,9 +94,9 @@ def _check_gates_and_reader(model: nn.Module, group: Group) -> None:
 
 
 def _check_reader_and_basis(model: nn.Module, group: Group) -> None:
-    if group.kind != "residual":
+    if group.kind not in ("residual", "qk"):
         find_consumer(model, group)
-    if group.kind == "attention":
+    if group.kind in HEAD_CHANNELS:
         find_projections(group)
 
 
@@ -193,7 +196,7 @@ METHODS: dict[str, Method] = {
     ),
     "unit-obs": Method(
         units.unit_obs,
-        {"ffn": "macs", "attention": "macs", "head": "macs", "residual": "layer"},
+        {"ffn": "macs", **dict.fromkeys(HEAD_CHANNELS, "macs"), "head": "macs", "residual": "layer"},
         ("ffn", "attention"),
         True,
         "structured OBS: greedy elimination in nats per MAC, rotated attention basis, with refit (ours)",

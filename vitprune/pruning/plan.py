@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vitprune.config.params import Params
-from vitprune.config.prune_config import PruneConfig
+from vitprune.config.prune_config import HEAD_CHANNELS, PruneConfig
 from vitprune.config.score_config import ScoreConfig
 from vitprune.config.section import check_seed
 from vitprune.criteria import DEFAULT_SCORE_CONFIG, ScoringContext
@@ -53,7 +53,7 @@ class Plan:
         """Return the scope of a kind. Attention channels are ranked within their head, unless the scope is macs."""
         if self.config.scope in (None, "macs"):
             return self.config.scope or self.method.scopes[kind]
-        return "head" if kind == "attention" else str(self.config.scope)
+        return "head" if kind in HEAD_CHANNELS else str(self.config.scope)
 
     @property
     def macs_kinds(self) -> list[str]:
@@ -192,8 +192,10 @@ def _check_kinds(plan: Plan) -> None:
     for kind in kinds:
         if kind not in plan.method.scopes:
             raise BadInput(f"prune.sparsity.{kind}: method {config.method} prunes only {', '.join(plan.method.scopes)}")
-    if {"head", "attention"} <= set(kinds):
-        raise BadInput("prune.sparsity: head and attention prune the same axis; choose one of them")
+    for first, others in (("attention", ("head", "qk", "vo")), ("head", ("qk", "vo"))):
+        both = next((kind for kind in others if {first, kind} <= set(kinds)), None)
+        if both is not None:
+            raise BadInput(f"prune.sparsity: {both} and {first} prune the same axis; choose one of them")
     if {"block", "branch"} <= set(kinds):
         raise BadInput("prune.sparsity: block and branch remove the same modules; choose one of them")
     if config.merge_heads_to is not None and "attention" not in kinds:

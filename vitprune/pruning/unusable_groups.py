@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vitprune.config.prune_config import HEAD_CHANNELS
 from vitprune.criteria import magnitude
 from vitprune.errors import BadInput
 from vitprune.groups import Group
@@ -16,7 +17,7 @@ from vitprune.runtime.hooks import forward_hooks
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.outputs import as_logits
 
-UNITS = ("ffn", "head", "attention")
+UNITS = ("ffn", "head", *HEAD_CHANNELS)
 DATA_FREE = (magnitude.random, magnitude.magnitude, magnitude.energy)
 
 

@@ -12,6 +12,7 @@ from tests.support.plans import context, plan_for
 from tests.support.reference_kl import naive_elimination
 from vitprune import BadInput, find_groups, prune
 from vitprune.architectures import merge_heads
+from vitprune.config.prune_config import HEAD_CHANNELS
 from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.moments import collect_unit_moments
 from vitprune.criteria.obs.unit_elimination import add_ridge, eliminate_units, ridge_refit
@@ -67,10 +68,17 @@ def test_refit_recovers_duplicated_inputs_exactly() -> None:
     assert shift.abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["vit", "odd", "extra", "swin"])
-def test_the_attention_basis_preserves_the_function(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "attention") for name in ("vit", "odd", "extra", "swin")),
+        ("vit", "qk"),
+        ("vit", "vo"),
+    ],
+)
+def test_the_attention_basis_preserves_the_function(name: str, kind: str) -> None:
     model = tiny(name)
-    groups = find_groups(model, ["attention"])
+    groups = find_groups(model, [kind])
     statistics = collect_unit_moments(model, groups, batches(model, 3, 8), DEFAULT_CONTEXT, grads=True)
     turned = copy.deepcopy(model)
     for group in groups:
@@ -81,11 +89,25 @@ def test_the_attention_basis_preserves_the_function(name: str) -> None:
     torch.testing.assert_close(predict(turned, x), predict(model, x), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["ffn", "attention", "head"])
+def test_bases_of_qk_and_vo_together_are_those_of_both(vit: nn.Module) -> None:
+    both, apart = find_groups(vit, ["attention"]), find_groups(vit, ["qk", "vo"])
+    statistics = collect_unit_moments(vit, both, batches(vit, 4, 16), DEFAULT_CONTEXT, grads=True)
+    assert (
+        statistics.keys() == collect_unit_moments(vit, apart, batches(vit, 4, 16), DEFAULT_CONTEXT, grads=True).keys()
+    )
+    masks = {group.name: torch.arange(group.shape[1]).expand(group.shape) < 5 for group in both + apart}
+    expected = unit_obs_update(vit, both, statistics)(masks)
+    together = unit_obs_update(vit, apart, statistics)(masks)
+    assert expected.keys() == together.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(together[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attention", "qk", "vo", "head"])
 def test_the_update_reduces_the_logit_error(vit: nn.Module, kind: str) -> None:
     groups, seen, x = find_groups(vit, [kind]), batches(vit, 4, 16), images(vit, 16, 99)
     importance = unit_obs(vit, groups, seen, DEFAULT_CONTEXT)
-    masks = select(importance.scores, 0.4, "head" if kind == "attention" else "layer")
+    masks = select(importance.scores, 0.4, "head" if kind in HEAD_CHANNELS else "layer")
     plain, updated = copy.deepcopy(vit), copy.deepcopy(vit)
     assert importance.update is not None
     for path, value in importance.update(masks).items():

@@ -49,24 +49,32 @@ class TracedUnits:
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """Heads and channels of all attentions, in the order of the forward pass, and the modules with their products."""
+    """Heads and channels of all attentions, in the order of the forward pass, and the modules with their products.
+
+    Attributes:
+        heads: Whole heads.
+        channels: Channels of heads by kind: qk those of queries and keys, vo those of values and output, attention
+            both, tied by their position.
+        modules: Paths of the modules with products of heads.
+    """
 
     heads: list[TracedUnits]
-    channels: list[TracedUnits]
+    channels: dict[str, list[TracedUnits]]
     modules: frozenset[str] = frozenset()
 
 
-def trace_attention(run: RecordedPass, trace: Trace) -> AttentionTrace:
-    """Find all attention heads of a model, and the channels of heads, those of q, k, v and the output tied by position.
+def trace_attention(run: RecordedPass, trace: Trace, apart: bool = False) -> AttentionTrace:
+    """Find all attention heads of a model, and the channels of heads.
 
     Args:
         run: A recorded run of the model.
-        trace: Its finished trace; the channels of q, k and v are united in it.
+        trace: Its finished trace; the channels of q, k and v are united in it, unless they are wanted apart.
+        apart: Find channels of kinds qk and vo instead of attention.
     """
     model = run.model
     labelled = _LabelledHeads(trace)
     if not labelled.count:
-        return AttentionTrace([], [])
+        return AttentionTrace([], {})
     numbers = labelled.numbers_by_site()
     by_head = run_trace(run, numbers)
     shared = _tables_outside(by_head, trace, labelled)
@@ -85,9 +93,12 @@ def trace_attention(run: RecordedPass, trace: Trace) -> AttentionTrace:
             inside = sorted({path for root in channels.roots for path in modules[root]})
             width = min(widths[root] for root in channels.roots)
             heads.append(TracedUnits(channels, channels.units, tuple(inside), channels.why_not or norm, width))
-    of_heads, others = _channels_of_heads(trace, model, labelled, head_of_number, modules)
     products = frozenset(product.module for product in trace.products)
-    return AttentionTrace(heads, of_heads + _heads_without_channels(others, heads, of_heads), products)
+    if apart:
+        return AttentionTrace(heads, _channels_apart(trace, model, labelled, head_of_number), products)
+    of_heads, others = _channels_of_heads(trace, model, labelled, head_of_number)
+    of_heads += _heads_without_channels(others, heads, of_heads)
+    return AttentionTrace(heads, {"attention": of_heads}, products)
 
 
 class _LabelledHeads:
@@ -213,55 +224,79 @@ def _products_of_heads(
     return modules, defaultdict(lambda: 1, widths)
 
 
+def _channels_apart(
+    trace: Trace, model: nn.Module, labelled: _LabelledHeads, head_of_number: Tensor
+) -> dict[str, list[TracedUnits]]:
+    """Return the channels of q and k, and those of v and the output, by kind."""
+    rows, graph = _rows_by_head(trace, labelled, head_of_number), ChannelGraph(trace, model)
+    return {
+        kind: _units_of_rows(trace, graph, labelled, head_of_number, rows, rows[role], in_part=True)[0]
+        for kind, role in (("qk", 0), ("vo", 2))
+    }
+
+
 def _channels_of_heads(
-    trace: Trace,
-    model: nn.Module,
-    labelled: _LabelledHeads,
-    head_of_number: Tensor,
-    modules: Mapping[int, set[str]],
+    trace: Trace, model: nn.Module, labelled: _LabelledHeads, head_of_number: Tensor
 ) -> tuple[list[TracedUnits], list[ChannelGroup]]:
     """Tie the channels of q and k to those of v by their position; return the tied channels, and all groups."""
-    queries, keys, values = _rows_by_head(trace, labelled, head_of_number)
+    rows = _rows_by_head(trace, labelled, head_of_number)
+    queries, _, values = rows
     different = set()
-    for (head, module), rows in queries.items():
+    for (head, module), of_head in queries.items():
         apart = [row for (other, path), of_role in values.items() if other == head and (other, path) not in queries
                  for row in of_role]  # fmt: skip
         for row in (*values.get((head, module), ()), *apart):
-            if len(row) == len(rows[0]):
-                trace.sets.union(rows[0], row)
+            if len(row) == len(of_head[0]):
+                trace.sets.union(of_head[0], row)
             else:
                 different.add(head)
     _tie_fused_rows(trace)
-    roots = trace.sets.find(labelled.touched).tolist()
+    graph = ChannelGraph(trace, model)
+    return _units_of_rows(trace, graph, labelled, head_of_number, rows, queries, different=different)
+
+
+def _units_of_rows(
+    trace: Trace,
+    graph: ChannelGraph,
+    labelled: _LabelledHeads,
+    head_of_number: Tensor,
+    rows: tuple[Rows, Rows, Rows],
+    chosen: Rows,
+    in_part: bool = False,
+    different: Collection[int] = (),
+) -> tuple[list[TracedUnits], list[ChannelGroup]]:
+    """Return the sets of channels with some of the rows of q, k and v, ordered by head, and all groups of the graph.
+
+    `different` are heads whose keys and values differ in width.
+    """
     heads_of_root: dict[int, set[int]] = defaultdict(set)
-    for root, label in zip(roots, labelled.touched.tolist(), strict=True):
+    for root, label in zip(trace.sets.find(labelled.touched).tolist(), labelled.touched.tolist(), strict=True):
         heads_of_root[root].add(int(head_of_number[labelled.number_of[label]]))
-    contracted = trace.sets.find_unique([row for rows in queries.values() for row in rows])
+    wanted = trace.sets.find_unique([row for of_head in chosen.values() for row in of_head])
     modules_of_root: dict[int, set[str]] = defaultdict(set)
-    for (_, module), rows in (entry for of_role in (queries, keys, values) for entry in of_role.items()):
-        for root in trace.sets.find_unique(rows):
+    for (_, module), of_head in (entry for of_role in rows for entry in of_role.items()):
+        for root in trace.sets.find_unique(of_head):
             modules_of_root[root].add(module)
     result = []
-    graph = ChannelGraph(trace, model)
-    groups = graph.groups()
+    groups = graph.groups(in_part=in_part)
     for channels in groups:
-        if not contracted.intersection(channels.roots):
+        if not wanted.intersection(channels.roots):
             continue
         owners = [heads_of_root.get(root, set()) for root in channels.roots]
         number = len(set().union(*owners))
         why = channels.normalized and f"{channels.normalized}: a norm over the head couples its channels"
-        if different & set().union(*owners):
+        if set().union(*owners).intersection(different):
             why = DIFFERENT_WIDTHS
         if any(len(heads) != 1 for heads in owners) or (number and channels.units % number):
             why = why or SHARED_CHANNELS
         inside = sorted({path for root in channels.roots for path in modules_of_root[root]})
         result.append((channels, number, why, inside))
     numbers = {root: number for channels, number, _, _ in result for root in channels.roots}
-    by_roots = {channels.roots: channels for channels in (graph.groups(numbers) if numbers else ())}
-    units, roles = [], [_labels_of_rows(trace, rows) for rows in (queries, keys, values)]
+    by_roots = {channels.roots: channels for channels in (graph.groups(numbers, in_part) if numbers else ())}
+    units, roles = [], [_labels_of_rows(trace, of_role) for of_role in rows]
     for channels, number, why, inside in result:
         spaced = by_roots[channels.roots]
-        tied = TracedUnits(spaced, number, tuple(inside), why or spaced.why_not, spaced.units // number)
+        tied = TracedUnits(spaced, number, tuple(inside), why or spaced.why_not, spaced.units // max(number, 1))
         units.append(_with_layers(tied, trace, roles))
     return units, groups
 
@@ -314,7 +349,8 @@ def _parts_of(trace: Trace, channels: ChannelGroup, chosen: Tensor) -> list[tupl
         labels = trace.axes.get((part.param, 0), trace.elements.get(part.param))
         positions: list[int] = []
         if labels is not None and part.axis == 0 and labels.dim() == 1:
-            positions = chosen[labels].nonzero().flatten().tolist()
+            end = part.end(channels.units)
+            positions = chosen[labels[part.start or 0 : end]].nonzero().flatten().tolist()
         repetitions = {position // (channels.units // part.heads * part.inner) for position in positions}
         if part.runs > 1:
             repetitions = {repetition % part.runs for repetition in repetitions}

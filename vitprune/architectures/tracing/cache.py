@@ -29,6 +29,7 @@ class _CacheEntry:
 
 
 _CACHE: StructureCache[_CacheEntry] = StructureCache()
+_APART: StructureCache[AttentionTrace] = StructureCache()
 _END_LAYERS: StructureCache[list[str]] = StructureCache()
 
 
@@ -41,12 +42,18 @@ def traced_channels(model: nn.Module) -> list[ChannelGroup]:
     return _CACHE.value_for(model, _trace).channels
 
 
-def traced_attention(model: nn.Module) -> AttentionTrace:
+def traced_attention(model: nn.Module, apart: bool = False) -> AttentionTrace:
     """Return the attention heads of a model and their channels, cached for models of the same structure.
+
+    Args:
+        model: The model.
+        apart: Return channels of kinds qk and vo instead of attention.
 
     Raises:
         BadInput: the model does not run.
     """
+    if apart:
+        return _APART.value_for(model, _trace_apart)
     entry = _CACHE.value_for(model, _trace)
     if not entry.attention:
         entry.attention.append(trace_attention(recorded(without_merging(model)), entry.trace.pop()))
@@ -79,6 +86,11 @@ def _trace(model: nn.Module) -> _CacheEntry:
         return _CacheEntry(ChannelGraph(trace, run.model).groups(), [trace])
     except Exception as error:  # operations of any model
         raise BadInput(f"{type(model).__name__}: its operations cannot be followed ({first_line(error)})") from None
+
+
+def _trace_apart(model: nn.Module) -> AttentionTrace:
+    run = recorded(without_merging(model))
+    return trace_attention(run, run_trace(run), apart=True)
 
 
 def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:

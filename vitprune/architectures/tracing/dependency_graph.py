@@ -139,13 +139,14 @@ class ChannelGraph:
         self._reason = trace.sets.reasons()
         self._members = _by_signature(self._axes)
 
-    def groups(self, heads: Mapping[int, int] = NO_NUMBERS) -> list[ChannelGroup]:
+    def groups(self, heads: Mapping[int, int] = NO_NUMBERS, in_part: bool = False) -> list[ChannelGroup]:
         """Return all groups in the order of the forward pass.
 
         Args:
             heads: Number of heads by root, for channels that alternate by head within a parameter.
+            in_part: Allow contracted channels along a part of an axis, such as queries and keys of a fused layer.
         """
-        groups = [self._group(axes, labels, heads) for axes, labels in self._members]
+        groups = [self._group(axes, labels, heads, in_part) for axes, labels in self._members]
         order = {name: index for index, name in enumerate(self._trace.writers)}
         return sorted(groups, key=lambda group: min((order[name] for name in group.writers), default=len(order)))
 
@@ -157,7 +158,7 @@ class ChannelGraph:
             result |= dict.fromkeys(self._trace.sets.find_unique([labels]), module)
         return result
 
-    def _group(self, axes: list[Axis], labels: Array, heads: Mapping[int, int]) -> ChannelGroup:
+    def _group(self, axes: list[Axis], labels: Array, heads: Mapping[int, int], in_part: bool) -> ChannelGroup:
         """Return the group of all labels of one signature; the units are in the order of the first writer."""
         writers = [name for name in self._trace.writers if (name, 0) in axes]
         first = (writers[0], 0) if writers else axes[0]
@@ -165,7 +166,7 @@ class ChannelGraph:
         why = self._reason(labels)
         contracted, added = (int(labels[0]) in roots for roots in (self._contractions, self._sums))
         kind = "attention" if contracted else "residual" if added else "ffn"
-        in_part = self._trace.by_head or kind == "ffn"
+        in_part = in_part or self._trace.by_head or kind == "ffn"
         slices, number = [], heads.get(int(labels[0]), 1)
         for axis in axes:
             part = _param_slice(axis, self._axes[axis].positions(labels), len(self._axes[axis].labels), number, in_part)

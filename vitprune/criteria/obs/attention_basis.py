@@ -9,46 +9,61 @@ FLOOR = 1e-10  # relative to the largest eigenvalue; smaller ones are noise
 
 
 @dataclass(frozen=True)
-class AttentionBasis:
-    """Bases of the heads of one attention, (heads, c, c) each: q' = q @ query, k' = k @ key, v' = v @ value.
+class LogitsBasis:
+    """Bases of q and k of the heads of one attention, (heads, c, c) each: q' = q @ query, k' = k @ key.
 
-    query[h] @ key[h].T = I, so the logits do not change; `back` is the inverse of `value`, for proj. `logits` and
-    `output` (heads, c) are the energies of the new channels, in descending order.
+    query[h] @ key[h].T = I, so the logits do not change. `energies` (heads, c) are those of the new channels in the
+    logits, in descending order.
     """
 
     query: Tensor
     key: Tensor
+    energies: Tensor
+
+
+@dataclass(frozen=True)
+class OutputBasis:
+    """Bases of v of the heads of one attention, (heads, c, c): v' = v @ value; `back` is the inverse, for proj.
+
+    The new channels have unit variance and are in descending order of their energy in the head's output.
+    """
+
     value: Tensor
     back: Tensor
-    logits: Tensor
-    output: Tensor
 
 
-def attention_basis(query: Tensor, key: Tensor, joined: Tensor, weight: Tensor) -> AttentionBasis:
-    """Return the bases in which truncation is the best low-rank approximation of the logits and of each head's output.
+def logits_basis(query: Tensor, key: Tensor) -> LogitsBasis:
+    """Return the bases in which truncation is the best low-rank approximation of the logits.
 
     Args:
         query: Second moment of q, (heads, c, c).
         key: Second moment of k, centered over the tokens of a softmax, (heads, c, c).
+
+    Source: truncated SVD of G_Q^1/2 G_K^1/2, G the second moments.
+    """
+    parts = zip(*(_of_logits(*of_head) for of_head in zip(query, key, strict=True)), strict=True)
+    return LogitsBasis(*(torch.stack(part) for part in parts))
+
+
+def output_basis(joined: Tensor, weight: Tensor, heads: int) -> OutputBasis:
+    """Return the bases in which truncation is the best low-rank approximation of each head's output.
+
+    Args:
         joined: Second moment of proj's input with a 1 appended, (heads * c + 1, heads * c + 1).
         weight: Weight of proj, (o, heads * c).
+        heads: Number of heads.
 
-    Source: truncated SVD of G_Q^1/2 G_K^1/2 and of G_Z^1/2 W_o^T, G the second moments.
+    Source: truncated SVD of G_Z^1/2 W_o^T, G the second moment of the input of proj.
     """
-    heads, width, _ = query.shape
-    mean = joined[-1, :-1] / joined[-1, -1]
-    covariance = joined[:-1, :-1] - torch.outer(mean, mean) * joined[-1, -1]  # the mean is absorbed by the bias of proj
-    per_head = []
-    for head in range(heads):
-        channels = slice(head * width, (head + 1) * width)
-        per_head.append(
-            (
-                *_of_logits(query[head], key[head]),
-                *_of_output(covariance[channels, channels], weight[:, channels].double(), float(joined[-1, -1])),
-            )
-        )
-    parts = [torch.stack(part) for part in zip(*per_head, strict=True)]
-    return AttentionBasis(parts[0], parts[1], parts[3], parts[4], parts[2], parts[5])
+    tokens = joined[-1, -1]
+    mean = joined[-1, :-1] / tokens
+    covariance = joined[:-1, :-1] - torch.outer(mean, mean) * tokens  # the mean is absorbed by the bias of proj
+    width, value, back = len(covariance) // heads, [], []
+    for channels in (slice(head * width, (head + 1) * width) for head in range(heads)):
+        basis = _of_output(covariance[channels, channels], weight[:, channels].double(), float(tokens))
+        value.append(basis)
+        back.append(torch.linalg.inv(basis))
+    return OutputBasis(torch.stack(value), torch.stack(back))
 
 
 def _of_logits(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,14 +75,12 @@ def _of_logits(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return basis, torch.linalg.inv(basis).T, s.square()
 
 
-def _of_output(covariance: Tensor, weight: Tensor, tokens: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the basis P of v, P^-1 for proj, and the energies of the head's output."""
+def _of_output(covariance: Tensor, weight: Tensor, tokens: float) -> Tensor:
+    """Return the basis P of v."""
     root, inverse_root = _roots(covariance)
-    u, s, _ = torch.linalg.svd(root @ weight.T, full_matrices=True)
-    energies = torch.zeros(len(covariance), dtype=torch.float64)
-    energies[: len(s)] = s.square()
-    value = inverse_root @ u * tokens**0.5  # unit variance
-    return value, torch.linalg.inv(value), energies
+    u, _, _ = torch.linalg.svd(root @ weight.T, full_matrices=True)
+    basis: Tensor = inverse_root @ u * tokens**0.5  # unit variance
+    return basis
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

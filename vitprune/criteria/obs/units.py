@@ -1,10 +1,12 @@
 """Structured OBS (unit-obs): greedy elimination of units, basis change of attention, ridge refit of consumers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from vitprune.config.prune_config import HEAD_CHANNELS
 from vitprune.criteria import Batches, Criterion, Importance, ScoringContext, Statistics, Update
 from vitprune.criteria.moments import (
     Consumer,
@@ -13,14 +15,16 @@ from vitprune.criteria.moments import (
     find_consumer,
     find_projections,
 )
-from vitprune.criteria.obs.attention_basis import AttentionBasis, attention_basis
+from vitprune.criteria.obs.attention_basis import LogitsBasis, OutputBasis, logits_basis, output_basis
 from vitprune.criteria.obs.stream import importance_matrix, refit_readers, stream_readers
 from vitprune.criteria.obs.unit_elimination import eliminate_units, ridge_refit
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime.progress import track
 
-KINDS = ("ffn", "head", "attention", "residual")
+KINDS = ("ffn", "head", *HEAD_CHANNELS, "residual")
+QUERY, KEY, VALUE = 0, 1, 2  # positions in `Projections.layers`
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 TINY = 1e-300
 RIDGE = 1e-3  # of elimination; `ridge_refit` selects another
 
@@ -29,13 +33,13 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
     """Score FFN units and heads by greedy OBS elimination, attention channels by energy in a new basis; in nats.
 
     FFN units and heads: w_j^T G w_j / (2 [C^-1]_jj), with C the second moment of the consumer's inputs and G the Fisher
-    metric of its outputs. Attention channels: those of `attention_basis`, in which energies are sorted. Residual
+    metric of its outputs. Channels of heads: those of `logits_basis` and `output_basis`, sorted by energy. Residual
     channels, of a rotated stream only: the diagonal of `importance_matrix`. The update changes the basis of attentions
     and refits the consumers, for any masks, without the images.
 
     Args:
         model: The dense model.
-        groups: Groups of kind `ffn`, `head`, `attention` or `residual`.
+        groups: Groups of kind `ffn`, `head`, `attention`, `qk`, `vo` or `residual`.
         batches: Calibration batches; labels are not used.
         context: The scoring options.
 
@@ -57,7 +61,7 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
         if group.kind == "residual":
             scores[group.name] = importance_matrix(model, batches, context).diagonal().view(group.shape)
         else:
-            losses = _channel_losses if group.kind == "attention" else _unit_losses
+            losses = _channel_losses if group.kind in HEAD_CHANNELS else _unit_losses
             scores[group.name] = losses(model, group, statistics)
     return Importance(scores, unit_obs_update(model, groups, statistics), statistics=statistics)
 
@@ -71,9 +75,10 @@ def unit_obs_update(model: nn.Module, groups: Sequence[Group], statistics: Stati
         for group in sorted(chosen, key=lambda group: group.kind == "residual"):
             if group.kind == "residual":  # reads what the others have changed
                 result |= refit_readers(model, statistics, masks[group.name], result)
+            elif group.kind in HEAD_CHANNELS:  # those of q and k are in one layer with those of v
+                result |= _rotate_and_refit(model, group, statistics, masks[group.name], result)
             else:
-                update_fn = _rotate_and_refit if group.kind == "attention" else refit_consumer
-                result |= update_fn(model, group, statistics, masks[group.name])
+                result |= refit_consumer(model, group, statistics, masks[group.name])
         return result
 
     return update
@@ -113,37 +118,57 @@ def refit_consumer(model: nn.Module, group: Group, statistics: Statistics, mask:
     return _refit_params(model, reader, statistics, kept)
 
 
-def rotate_attention(model: nn.Module, group: Group, statistics: Statistics) -> dict[str, Tensor]:
-    """Return q, k, v and proj of an attention group in its new basis, by parameter name.
+def rotate_attention(
+    model: nn.Module, group: Group, statistics: Statistics, changed: Mapping[str, Tensor] = NOTHING
+) -> dict[str, Tensor]:
+    """Return the parameters of an attention in a new basis of a group's channels, by name.
 
     The attention computes the same function as before.
+
+    Args:
+        model: The model.
+        group: Channels of q and k, of v and proj, or of both.
+        statistics: Those of `collect_unit_moments`.
+        changed: Parameters that are used instead of the model's.
     """
-    basis, projections = _basis(model, group, statistics), find_projections(group)
-    sides = [side.transpose(1, 2) for side in (basis.query, basis.key, basis.value)]  # (heads, c, c) each
-    result = {}
-    for leaf in ("weight", "bias"):
-        for path in dict.fromkeys(projections.layers):
-            old = dict(model.named_parameters()).get(f"{path}.{leaf}")
-            if old is not None:
-                of_layer = [side for side, layer in zip(sides, projections.layers, strict=True) if layer == path]
-                matrices = torch.cat(of_layer)  # (parts * heads, c, c)
-                rows = old.detach().cpu().double().reshape(len(matrices), matrices.shape[1], -1)
-                result[f"{path}.{leaf}"] = (matrices @ rows).reshape(old.shape)
-    proj = find_consumer(model, group).path
-    weight = model.get_parameter(f"{proj}.weight").detach().cpu().double()
-    result[f"{proj}.weight"] = weight @ _block_diagonal(basis.back)
+    projections, result = find_projections(group), {}
+    sides = {role: side.transpose(1, 2) for role, side in _sides(model, group, statistics).items()}  # (heads, c, c)
+    known = {name: value.detach() for name, value in model.named_parameters()} | dict(changed)
+    for path in dict.fromkeys(projections.layers[role] for role in sides):
+        roles = [role for role, layer in enumerate(projections.layers) if layer == path]
+        for name in (name for name in (f"{path}.weight", f"{path}.bias") if name in known):
+            old = known[name].cpu().double()
+            rows = old.reshape(len(roles) * projections.heads, group.shape[1], -1)
+            same = torch.eye(group.shape[1], dtype=torch.float64).expand(projections.heads, -1, -1)
+            matrices = torch.cat([sides.get(role, same) for role in roles])
+            result[name] = (matrices @ rows).reshape(old.shape)
+    if VALUE in sides:
+        name = f"{find_consumer(model, group).path}.weight"
+        result[name] = known[name].cpu().double() @ _block_diagonal(_output_basis(model, group, statistics).back)
     return result
 
 
-def _rotate_and_refit(model: nn.Module, group: Group, statistics: Statistics, mask: Tensor) -> dict[str, Tensor]:
+def _sides(model: nn.Module, group: Group, statistics: Statistics) -> dict[int, Tensor]:
+    """Return the new bases of q, k and v, those of them whose channels are in the group."""
+    sides = {}
+    if group.kind != "vo":
+        basis = _logits_basis(group, statistics)
+        sides = {QUERY: basis.query, KEY: basis.key}
+    return sides | ({} if group.kind == "qk" else {VALUE: _output_basis(model, group, statistics).value})
+
+
+def _rotate_and_refit(
+    model: nn.Module, group: Group, statistics: Statistics, mask: Tensor, changed: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the new basis, and proj refitted on the kept channels of it."""
     if bool(mask.all()):
         return {}
-    basis = _block_diagonal(_basis(model, group, statistics).value)
+    result = rotate_attention(model, group, statistics, changed)
+    if group.kind == "qk":
+        return result
+    basis = _block_diagonal(_output_basis(model, group, statistics).value)
     kept = mask.flatten().nonzero().flatten()
-    return rotate_attention(model, group, statistics) | _refit_params(
-        model, find_consumer(model, group), statistics, kept, basis
-    )
+    return result | _refit_params(model, find_consumer(model, group), statistics, kept, basis)
 
 
 def _refit_params(
@@ -163,11 +188,15 @@ def _unit_losses(model: nn.Module, group: Group, statistics: Statistics) -> Tens
     return eliminate_units(weight, inputs, metric, reader.inner, RIDGE).view(group.shape)
 
 
-def _basis(model: nn.Module, group: Group, statistics: Statistics) -> AttentionBasis:
-    maker, reader = find_projections(group).path, find_consumer(model, group).path
+def _logits_basis(group: Group, statistics: Statistics) -> LogitsBasis:
+    maker = find_projections(group).path
+    return logits_basis(statistics[f"{maker}/query"], statistics[f"{maker}/key"])
+
+
+def _output_basis(model: nn.Module, group: Group, statistics: Statistics) -> OutputBasis:
+    reader = find_consumer(model, group).path
     weight = model.get_parameter(f"{reader}.weight").detach().cpu()
-    moments = statistics[f"{reader}/inputs"].sum(dim=0)
-    return attention_basis(statistics[f"{maker}/query"], statistics[f"{maker}/key"], moments, weight)
+    return output_basis(statistics[f"{reader}/inputs"].sum(dim=0), weight, group.shape[0])
 
 
 def _channel_losses(model: nn.Module, group: Group, statistics: Statistics) -> Tensor:
@@ -175,15 +204,19 @@ def _channel_losses(model: nn.Module, group: Group, statistics: Statistics) -> T
 
     The mean squared gradient w.r.t. a logit is that w.r.t. q divided by the second moment of k.
     """
-    maker, reader = find_projections(group).path, find_consumer(model, group).path
-    basis_of_attention = _basis(model, group, statistics)
-    key_energy = statistics[f"{maker}/key"].diagonal(dim1=1, dim2=2).sum(dim=1)  # (heads,)
-    grad_sq = statistics[f"{maker}/query_grad_sq"] / (statistics[f"{maker}/tokens"] * key_energy).clamp_min(TINY)
-    weight = model.get_parameter(f"{reader}.weight").detach().cpu().double()
-    columns = (weight @ _block_diagonal(basis_of_attention.back)).T  # (heads * c, o), for inputs of variance 1
-    output = torch.einsum("co,op,cp->c", columns, statistics[f"{reader}/metric"], columns).view(group.shape)
-    nats = (grad_sq[:, None] * basis_of_attention.logits + output) / 2
-    return nats.flip(1).cummax(dim=1).values.flip(1)
+    nats = torch.zeros(group.shape, dtype=torch.float64)
+    if group.kind != "vo":
+        maker = find_projections(group).path
+        key_energy = statistics[f"{maker}/key"].diagonal(dim1=1, dim2=2).sum(dim=1)  # (heads,)
+        grad_sq = statistics[f"{maker}/query_grad_sq"] / (statistics[f"{maker}/tokens"] * key_energy).clamp_min(TINY)
+        nats += grad_sq[:, None] * _logits_basis(group, statistics).energies
+    if group.kind != "qk":
+        reader = find_consumer(model, group).path
+        weight = model.get_parameter(f"{reader}.weight").detach().cpu().double()
+        back = _output_basis(model, group, statistics).back
+        columns = (weight @ _block_diagonal(back)).T  # (heads * c, o), for inputs of variance 1
+        nats += torch.einsum("co,op,cp->c", columns, statistics[f"{reader}/metric"], columns).view(group.shape)
+    return (nats / 2).flip(1).cummax(dim=1).values.flip(1)
 
 
 def _block_diagonal(parts: Tensor) -> Tensor:

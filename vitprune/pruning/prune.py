@@ -3,7 +3,7 @@
 import copy
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,7 +89,7 @@ class PruneResult:
             change = f"{after / before - 1:+.1%}" if before else ""
             lines.append(f"{label:<20}{format_cost(before):>10}{format_cost(after):>10}{change:>10}")
         lines.append("sparsity: " + ", ".join(f"{kind} {share:.3g}" for kind, share in self.sparsity.items()))
-        lines += [f"left out: {kind} ({why})" for kind, why in self.skipped.items()]
+        lines += [f"left out: {name} ({why.removeprefix(f'{name}: ')})" for name, why in self.skipped.items()]
         lines += [f"target: {self.target_miss}"] if self.target_miss else []
         lines += [f"method: {self.chosen_method}"] if self.chosen_method else []
         for step, facts in (("allocation", self.allocation), ("reconstruction", self.reconstruction)):
@@ -305,7 +305,17 @@ def _usable(model: nn.Module, plan: Plan, images: Tensor) -> tuple[Plan, dict[st
     reasons = unusable_groups(model, groups, images, plan.method)
     if groups and len(reasons) == len(groups):
         raise BadInput(next(iter(reasons.values())))
-    return replace(plan, left_out=frozenset(reasons)), reasons
+    rules = tuple(
+        rule for rule in plan.config.rules if not _is_needless(rule, [group.name for group in groups], reasons)
+    )
+    config = plan.config.model_copy(update={"rules": rules})
+    return replace(plan, config=config, left_out=frozenset(reasons)), reasons
+
+
+def _is_needless(rule: Rule, names: Sequence[str], left_out: Container[str]) -> bool:
+    """Whether a rule applies only to groups that are left out."""
+    matching = [name for name in names if re.fullmatch(rule.match, name)]
+    return bool(matching) and all(name in left_out for name in matching)
 
 
 def _outside(model: nn.Module, within: str, kinds: Sequence[str], method: Method) -> list[dict[str, object]]:

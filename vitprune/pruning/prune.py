@@ -29,7 +29,7 @@ from vitprune.data.class_subset import images_of_classes
 from vitprune.errors import BadInput, Unreachable
 from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
-from vitprune.pruning.auto import auto_method
+from vitprune.pruning.auto import auto_method, has_exact_scores
 from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores
 from vitprune.pruning.methods import CRITERIA, METHODS, Method, method_named
 from vitprune.pruning.plan import Plan, plan_for
@@ -223,7 +223,8 @@ def prune(
     chosen = ""
     if method == "auto":
         given = kinds or (sparsity if isinstance(sparsity, Mapping) else ())
-        method = chosen = auto_method(given, target is not None, rotate_residual)
+        exact = has_exact_scores(plain_model(model))
+        method = chosen = auto_method(given, target is not None, rotate_residual, exact)
         reconstruct, budget = reconstruct or True, AUTO_BUDGET if budget is None else budget
     deadline = _deadline(start, budget, reconstruct)
     settings: dict[str, Any] = {

@@ -10,7 +10,7 @@ from timm.layers.lambda_layer import LambdaLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.support.model_zoo import SMALL
+from tests.support.model_zoo import SMALL, tiny
 from tests.support.other_models import MODELS, make_model
 from vitprune import BadInput, find_groups, permute, shrink, zero
 from vitprune.architectures import rebuild, structure, traced_groups
@@ -225,3 +225,12 @@ def test_models_of_one_structure_and_several_types_have_the_same_groups() -> Non
     model = Encoder(Attention(32, 4))
     first, *others = (find_groups(model.to(dtype), ["attention"])[0] for dtype in (torch.float32, torch.float64))
     assert [(group.name, group.shape) for group in others] == [(first.name, first.shape)]
+
+
+def test_hidden_units_of_layers_with_one_common_weight_are_refused_by_name() -> None:
+    model = tiny("vit")
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    with pytest.raises(
+        BadInput, match=r"^blocks.1.mlp.fc1.weight: is the same parameter as blocks.0.mlp.fc1.weight; g"
+    ):
+        find_groups(model, ["ffn"])

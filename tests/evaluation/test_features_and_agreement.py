@@ -199,3 +199,10 @@ def test_the_command_evaluates_a_saved_model_on_a_folder(tmp_path: Path) -> None
 def half(groups: list) -> dict[str, Tensor]:
     """Return masks that keep every second unit."""
     return {group.name: torch.arange(group.units) % 2 == 0 for group in groups}
+
+
+def test_macs_of_a_model_without_a_size_are_those_of_its_images() -> None:
+    model = tiny("vit", dtype=torch.float32)
+    given = [(x.float(), y) for x, y in batches(model)]
+    of_timm, own = evaluate(model, given), evaluate(nn.Sequential(nn.Identity(), model), given)
+    assert own == of_timm

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.support.model_zoo import SMALL, images, predict, random_masks, redrawn, tiny
+from tests.support.other_models import make_model
 from tests.support.pruned_models import FAMILIES, all_cut
 from vitprune import BadInput, find_groups, load, merge_tokens, onnx_to_fp16, onnx_to_openvino, prune, shrink
 from vitprune.data import example_input
@@ -205,3 +206,28 @@ def test_a_model_that_cannot_be_exported_is_refused_in_one_line(tmp_path: Path) 
         export_onnx(model, tmp_path / "model.onnx", images(model, 2))
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pruned_transformers_model_is_exported_with_its_logits(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    model, x = make_model("vit"), torch.randn(3, 3, 64, 64)
+    pruned = prune(model, "channel-magnitude", sparsity={"ffn": 0.5, "head": 0.5}).model
+    with torch.no_grad():
+        expected = pruned(x).logits
+    source = tmp_path / "model.onnx"
+    assert export_onnx(pruned, source, x[:2])["max_abs_diff"] < 1e-4
+    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), expected)
+    onnx_to_fp16(source, tmp_path / "fp16.onnx", pruned, x[:2])
+    export_pt2(pruned, tmp_path / "model.pt2", x[:2])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), expected)
+    assert type(pruned(x)).__name__ == "ImageClassifierOutput"
+
+
+def test_a_pruned_transformers_model_is_converted_to_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the engine extra is not installed")
+    model, x = make_model("vit"), torch.randn(2, 3, 64, 64)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    assert onnx_to_openvino(tmp_path / "model.onnx", tmp_path / "model.xml", model, x)["max_abs_diff"] < 1e-4

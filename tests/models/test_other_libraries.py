@@ -217,3 +217,64 @@ def test_features_are_closer_to_dense_than_by_magnitude(name: str) -> None:
         return 1 - float(torch.cosine_similarity(answer(result.model, other), answer(model, other), dim=axis).mean())
 
     assert distance("unit-obs") < 0.2 * distance("channel-magnitude")
+
+
+class TorchEncoder(nn.Module):
+    """A classifier of torch's own encoder layers."""
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=norm_first)
+        self.image_size, self.patches, self.head = 32, nn.Conv2d(3, 32, 8, 8), nn.Linear(32, 5)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patches(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Flat(nn.Module):
+    """A classifier of one attention that is not a module of its own, and whose reshapes need its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size, self.patches, self.head = 32, nn.Conv2d(3, 32, 8, 8), nn.Linear(32, 5)
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        batch, tokens, width = x.shape
+        q, k, v = (layer(x).reshape(batch, tokens, 4, width // 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = ((q @ k.transpose(2, 3) * (width // 4) ** -0.5).softmax(-1) @ v).transpose(1, 2)
+        x = x + self.out(mixed.reshape(batch, tokens, width))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_heads_of_torchs_encoder_layers_are_pruned(norm_first: bool, tmp_path: Path) -> None:
+    model, images = TorchEncoder(norm_first).eval(), torch.randn(4, 3, 32, 32)
+    groups = vitprune.find_groups(model, ["head", "ffn"])
+    sparsity = {"head": 0.5, "ffn": 0.25}
+    result = vitprune.prune(model, "unit-obs", sparsity=sparsity, calibration=[images], scope="layer")
+    assert result.model.encoder.layers[0].self_attn.out_proj.in_features == 16
+    with_gradients = result.model(images)  # without, torch's layers call a fused kernel
+    torch.testing.assert_close(answer(result.model, images), with_gradients, rtol=1e-4, atol=1e-5)
+    result = vitprune.prune(model, "channel-magnitude", sparsity=sparsity, scope="layer")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            result.model(images), vitprune.zero(model, groups, result.masks)(images), rtol=1e-4, atol=1e-5
+        )
+    vitprune.save(result.model, tmp_path)
+    loaded = vitprune.load_into(TorchEncoder(norm_first), tmp_path)
+    assert torch.equal(answer(loaded, images), answer(result.model, images))
+
+
+def test_a_model_whose_own_forward_pass_contains_its_width_is_saved_under_its_name(tmp_path: Path) -> None:
+    model, images = Flat().eval(), torch.randn(4, 3, 32, 32)
+    result = vitprune.prune(model, "channel-magnitude", sparsity={"attention": 0.5})
+    assert result.model.q.out_features == 16
+    vitprune.save(result.model, tmp_path)
+    with pytest.raises(BadInput, match=r"a model of the class Flat; call vitprune.load_into\(Flat\("):
+        vitprune.load(tmp_path)
+    for dense in (Flat(), result.model):
+        loaded = vitprune.load_into(dense, tmp_path)
+        assert torch.equal(answer(loaded, images), answer(result.model, images))

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from tests.support.model_zoo import batches, state, tiny
+from tests.support.other_models import make_model
 from vitprune import BadInput, ReconstructConfig, prune
 from vitprune.config.quantity import seconds_of
-from vitprune.pruning.auto import auto_method
+from vitprune.pruning.auto import auto_method, has_exact_scores
 from vitprune.pruning.reconstruct import MAX_PASSES
 
 
@@ -81,3 +82,11 @@ def test_a_budget_without_a_reconstruction_is_refused() -> None:
 def equal(first: nn.Module, second: nn.Module) -> bool:
     mine, theirs = state(first), state(second)
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_residual_channels_of_models_of_other_libraries_are_scored_to_second_order() -> None:
+    model = make_model("vit")
+    result = prune(model, "auto", sparsity={"residual": 0.25}, calibration=[torch.randn(12, 3, 64, 64)], budget="1s")
+    assert result.chosen_method == "upvits-fisher"
+    assert result.sparsity == {"residual": 0.25}
+    assert [has_exact_scores(one) for one in (model, tiny("swin"))] == [False, True]

@@ -162,3 +162,9 @@ def test_input_that_cannot_be_used_is_refused() -> None:
     broken = [(part * torch.inf, labels) for part, labels in data]
     with pytest.raises(NotFinite, match=r"^prune.reconstruct: the loss is not finite; lower lr or check the images$"):
         reconstruct(pruned, dense, broken, FEW)
+
+
+def test_a_frozen_model_is_refused() -> None:
+    model = tiny("vit").requires_grad_(False)
+    with pytest.raises(BadInput, match=r"^prune.reconstruct: all parameters of the blocks are frozen; call requires_g"):
+        prune(model, "unit-obs", sparsity=0.5, calibration=batches(model, 3, 4), reconstruct=True, budget="1min")

@@ -302,3 +302,22 @@ def test_errors_in_params_yaml_are_named(tmp_path: Path, key: str, value: object
         load_params(path)
     assert str(error.value).startswith(f"{path}: {why}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["n:m", "obc", "ovit", "woodfisher", "magnitude-obs"])
+def test_layers_that_do_not_fit_an_n_of_m_pattern_are_excluded_by_a_rule(method: str) -> None:
+    model = tiny("vit")
+    dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    settings = {"scope": "3:64", "calibration": batches(model)}  # rows of 192 weights in fc2, of 48 in other layers
+    with pytest.raises(BadInput, match=r"^blocks.0.\S+: rows of 48 weights cannot be divided into runs of 64; exclude"):
+        prune(model, method, **settings)
+    result = prune(model, method, **settings, rules=[{"match": r".*\.(qkv|proj|fc1)\.weight", "ignore": True}])
+    for name, mask in result.masks.items():
+        weight = result.model.get_parameter(name)
+        if "fc2" in name:
+            assert bool((weight.view(48, -1, 64).count_nonzero(dim=2) <= 3).all())
+            assert int(mask.sum()) == 3 * mask.numel() // 64
+        else:
+            assert bool(mask.all())
+            old, new = (value.flatten().sort().values for value in (dense[name], weight))
+            assert torch.equal(old, new)  # channels may be in another order

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -131,3 +132,41 @@ def test_eager_attention_is_saved(tmp_path: Path) -> None:
     model.set_attn_implementation("eager")
     vitprune.save(model, tmp_path)
     assert same_state(vitprune.load(tmp_path), model.state_dict())
+
+
+class Detector(nn.Module):
+    """A backbone and hidden units beside the logits, as those of boxes; its output is a mapping or a tuple."""
+
+    def __init__(self, is_tuple: bool = False) -> None:
+        super().__init__()
+        self.is_tuple, self.image_size = is_tuple, 32
+        self.backbone = tiny("vit", dtype=torch.float32)
+        self.boxes = nn.Sequential(nn.Linear(7, 12), nn.GELU(), nn.Linear(12, 4))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
+        logits = self.backbone(images)
+        boxes = self.boxes(logits.detach())
+        return (logits, boxes) if self.is_tuple else {"boxes": boxes, "logits": logits}
+
+
+@pytest.mark.parametrize("is_tuple", [False, True])
+def test_a_rule_for_groups_that_are_left_out_is_not_refused(is_tuple: bool) -> None:
+    model, images = Detector(is_tuple).eval(), [torch.randn(6, 3, 32, 32)]
+    settings = {"target": {"macs": 0.7}, "calibration": images}
+    for more in ({"within": "backbone"}, {"rules": [{"match": "boxes", "ignore": True}]}, {}):
+        result = vitprune.prune(model, "unit-obs", **settings, **more)
+        assert all(name.startswith("backbone.") for name in result.masks)
+        assert result.skipped["boxes"] == "boxes: it does not affect the output that counts; it is not pruned"
+        assert "left out: boxes (it does not affect" in str(result)
+        assert type(result.model(images[0])) is (tuple if is_tuple else dict)
+    with pytest.raises(
+        BadInput, match=r"^prune.rules.0: 'box' matches the full name of no group of kind ffn, attention"
+    ):
+        vitprune.prune(model, "unit-obs", **settings, rules=[{"match": "box", "ignore": True}])
+
+
+def test_a_timm_model_with_a_mapping_of_features_is_refused() -> None:
+    sizes = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+    model = timm.create_model("convnext_atto", features_only=True, feature_cls="dict", **sizes)
+    with pytest.raises(BadInput, match=r"^calibration\[0\]: FeatureDictNet returns a OrderedDict, not logits"):
+        vitprune.prune(model, "obc", sparsity=0.5, calibration=[torch.randn(2, 3, 64, 64)])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.utils import ModelEma
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -83,3 +84,9 @@ def test_a_feature_extractor_keeps_its_stem_and_its_outputs(name: str) -> None:
         vitprune.prune(model, "channel-magnitude", sparsity={"residual": 0.25})
     with pytest.raises(BadInput, match=r"only models made by timm.create_model|timm does not build"):
         vitprune.save(model, "unused")
+
+
+def test_the_averaged_weights_of_an_old_class_of_timm_are_pruned(vit: nn.Module) -> None:
+    result = vitprune.prune(ModelEma(vit), "magnitude", sparsity=0.5)
+    assert type(result.model) is type(vit)
+    assert result.sparsity == {"weight": 0.5}

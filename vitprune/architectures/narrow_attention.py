@@ -80,6 +80,11 @@ class NarrowShiftedWindowsV2(torchvision_swin.ShiftedWindowAttentionV2):  # type
 class NarrowMultiheadAttention(nn.MultiheadAttention):
     """torch's multi-head attention with fused input projection; torch's own takes no other width than embed_dim."""
 
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """Keep torch.nn.TransformerEncoderLayer from its fused kernel, which takes no other width either."""
+        return False
+
     def forward(
         self: Any,
         query: Tensor,

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitprune.architectures.size_attributes import Sizes, keeps_function_in_other_basis, sized, without_values
 from vitprune.architectures.tracing.attention_heads import AttentionTrace, TracedUnits
@@ -67,8 +67,19 @@ def groups(model: nn.Module, kind: str) -> list[Group]:
     proven = _proven_of(model, kind)
     if not proven.groups:
         nothing = f"{type(model).__name__}: there is {NOTHING[kind]} in it, so it has no groups of kind {kind!r}"
+        nothing = _shared_weight(model) or nothing
         raise BadInput(next(iter(proven.refused.values()), nothing))
     return list(proven.groups.values())
+
+
+def _shared_weight(model: nn.Module) -> str:
+    """Return why the units of layers with one common weight are no groups; empty if there are no such layers."""
+    names: dict[Tensor, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and (first := names.setdefault(module.weight, path)) != path:
+            same = f"{path}.weight: is the same parameter as {first}.weight"
+            return f"{same}; give each layer its own (copy.deepcopy)"
+    return ""
 
 
 def left_out(model: nn.Module, kind: str) -> dict[str, str]:

@@ -57,8 +57,8 @@ def checked_stream(
         BadInput: as `checked_batches`, except for iterators, or a label is not a class.
     """
     if not isinstance(batches, Iterable) or isinstance(batches, Tensor | dict | str):
-        kind = type(batches).__name__
-        raise BadInput(f"{name}: is a {kind}; give a list or a DataLoader of pairs (images, labels)")
+        kind, alone = type(batches).__name__, "" if labelled else " or of tensors of images"
+        raise BadInput(f"{name}: is a {kind}; give a list or a DataLoader of pairs (images, labels){alone}")
     if isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches):
         labelled = True  # one pair instead of a list of pairs
     shapes: set[tuple[int, ...]] = set()
@@ -110,6 +110,7 @@ def checked_input(
         if config and not tokens and float(result.min()) >= 0 and float(result.max()) > BRIGHT:
             warn(f"{where}: has pixels from 0 to {float(result.max()):g}; normalize the images as for the training")
         output = _trial_run(where, result[:1].to(weight.device), model)
+        output = output if config else main_tensor(output)  # criteria see the output of timm's models as it is
         if logits and not isinstance(output, Tensor):
             raise BadInput(f"{where}: {_name(model)} returns a {type(output).__name__}, not logits; use a classifier")
         known.add(result.shape[1:])
@@ -155,7 +156,7 @@ def _normal_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _trial_run(where: str, image: Tensor, model: nn.Module) -> Any:
     try:
         with torch.no_grad(), eval_mode(model):
-            return main_tensor(model(image))
+            return model(image)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a forward pass may raise anything for an input that it does not take

@@ -1,12 +1,14 @@
 """Evaluate a model: accuracy, k-NN accuracy of its features or agreement with the dense model, and cost."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from vitprune.data import example_input
+from vitprune.data.batch_checks import checked_input
 from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.agreement import cosine, linear_cka, map_iou
@@ -14,7 +16,7 @@ from vitprune.evaluation.cost import count
 from vitprune.evaluation.nearest_neighbours import nearest_neighbours
 from vitprune.evaluation.pooled_features import pooled_features
 from vitprune.runtime.arguments import check_arguments
-from vitprune.runtime.wrappers import plain_model
+from vitprune.runtime.wrappers import is_timm_model, plain_model
 
 Metric = Literal["accuracy", "knn", "cosine", "cka", "iou"]
 METRICS: tuple[Metric, ...] = ("accuracy", "knn", "cosine", "cka", "iou")
@@ -31,6 +33,8 @@ def evaluate(
     threshold: float = 0.0,
 ) -> dict[str, float]:
     """Evaluate a model on images by one metric, and count its parameters and MACs.
+
+    MACs are those of the model's own size of images; for models that are not timm's, of the size of the first images.
 
     Args:
         model: The model.
@@ -52,7 +56,7 @@ def evaluate(
 
     Source: k-NN: Caron et al. 2021 (DINO); CKA: Kornblith et al. 2019.
     """
-    counts = asdict(count(model, example_input(plain_model(model), 1)))
+    counts = asdict(count(model, _example(plain_model(model), batches)))
     if metric not in METRICS:
         raise BadInput(f"metric {metric!r}: unknown; use one of {', '.join(METRICS)}")
     if metric == "accuracy":
@@ -67,3 +71,14 @@ def evaluate(
         return {"iou": map_iou(model, dense, batches, threshold)} | counts
     first, second = (pooled_features(one, batches)[0] for one in (model, dense))
     return {metric: cosine(first, second) if metric == "cosine" else linear_cka(first, second)} | counts
+
+
+def _example(model: nn.Module, batches: Iterable[Any]) -> Tensor:
+    """Return an input for the counts: the first image, or one of the model's size if that is timm's."""
+    if not is_timm_model(model) and not isinstance(batches, Iterator):
+        with torch.random.fork_rng(devices=[]):
+            first = next(iter(batches), None)
+        images = first[0] if isinstance(first, list | tuple) and first else first
+        if isinstance(images, Tensor) and images.dim() == 4 and len(images):
+            return checked_input("batches[0]", images[:1], model)
+    return example_input(model, 1)

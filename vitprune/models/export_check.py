@@ -13,10 +13,23 @@ from vitprune.data.batch_checks import checked_input
 from vitprune.errors import BadInput
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.model_checks import checked_model, float_type
+from vitprune.runtime.outputs import main_tensor
+from vitprune.runtime.wrappers import is_timm_model
 
 # A file is refused if a logit differs by more than BOUND * (1 + the largest logit): above the rounding errors of its
 # precision, below the effect of a wrong weight.
 BOUND = {"float32": 1e-3, "float16": 2e-2, "int8": 0.5}
+
+
+class _MainOutput(nn.Module):
+    """A model that returns the main tensor of another one's output."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return main_tensor(self.model(images))
 
 
 class ExportError(BadInput):
@@ -67,6 +80,8 @@ class Expected:
 def exportable(model: nn.Module, example_input: Any) -> tuple[nn.Module, Tensor]:
     """Return a copy of a model on the CPU in evaluation mode, with at least float32 weights, and input for it.
 
+    The copy of a model of another library returns one tensor, see `main_tensor`.
+
     Raises:
         BadInput: the model or the input is refused.
     """
@@ -74,7 +89,8 @@ def exportable(model: nn.Module, example_input: Any) -> tuple[nn.Module, Tensor]
     with torch.inference_mode(False):
         plain = copy.deepcopy(plain).cpu().eval()
     plain = plain.float() if float_type(plain).itemsize < torch.float32.itemsize else plain
-    return plain, checked_input("example_input", example_input, plain).cpu()
+    images = checked_input("example_input", example_input, plain).cpu()
+    return plain if is_timm_model(plain) else _MainOutput(plain), images
 
 
 def expected_logits(model: nn.Module, images: Tensor, dynamic_size: bool = False) -> Expected:
@@ -93,7 +109,7 @@ def expected_logits(model: nn.Module, images: Tensor, dynamic_size: bool = False
         batches.append(F.interpolate(images[:1], scale_factor=(2.0, 3.0)))
     with torch.no_grad():
         try:
-            return Expected(batches, [model(batch).float() for batch in batches])
+            return Expected(batches, [main_tensor(model(batch)).float() for batch in batches])
         except Exception as error:  # timm asserts the size of the input
             if not dynamic_size:
                 raise

@@ -15,6 +15,7 @@ from torch import nn
 
 from vitprune.architectures import resize_to_structure, structure
 from vitprune.architectures.classifier import keep_classes, output_count
+from vitprune.architectures.inferred_widths import original_class
 from vitprune.data.augment import example_input
 from vitprune.errors import BadInput
 from vitprune.models.build_limits import MAX_SECONDS, LimitedOperations, try_in_child
@@ -145,8 +146,8 @@ def load_into(model: nn.Module, directory: str | Path) -> nn.Module:
     """
     directory = path_of_user(directory, "directory")
     factory, shapes, size = _read(directory / CONFIG)
-    if type(model).__name__ != factory.name and factory.library != TORCHVISION:
-        name = type(model).__name__
+    name = original_class(type(model)).__name__
+    if name != factory.name and factory.library != TORCHVISION:
         raise BadInput(f"{directory / CONFIG}: was written for the class {factory.name}, the model is a {name}")
     setattr(model, SIZE, size)
     if factory.classes is not None and output_count(model) != len(factory.classes):
@@ -161,22 +162,23 @@ def is_other(directory: Path) -> bool:
 
 
 def _factory_of(model: nn.Module, factory: str | None, args: Mapping[str, Any]) -> Factory:
-    name, package = type(model).__name__, type(model).__module__.partition(".")[0]
+    kind = original_class(type(model))
+    name, package = kind.__name__, kind.__module__.partition(".")[0]
     if factory is not None:
         library, _, model_name = factory.partition(":")
         if library != TORCHVISION or not model_name:
             raise BadInput(f"factory {factory!r}: unknown; write torchvision:NAME")
         classes = kept_classes(model)
         return Factory(TORCHVISION, model_name, {**({"num_classes": len(classes)} if classes else {}), **args})
-    if package == TRANSFORMERS and _is_public(model):
+    if package == TRANSFORMERS and _is_public(kind):
         return Factory(TRANSFORMERS, name, _structural(model.config.to_dict()))  # type: ignore[operator, union-attr]
     return Factory(OWN, name, {})
 
 
-def _is_public(model: nn.Module) -> bool:
+def _is_public(kind: type[nn.Module]) -> bool:
     import transformers
 
-    return getattr(transformers, type(model).__name__, None) is type(model)
+    return getattr(transformers, kind.__name__, None) is kind
 
 
 def _structural(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from vitprune.architectures import find_groups, merge_heads
 from vitprune.architectures.token_merging import without_merging
 from vitprune.criteria import Batches
+from vitprune.criteria.obs.weight_blocks import pattern_refusal
 from vitprune.errors import BadInput
 from vitprune.evaluation.latency_table import read_latency_table
 from vitprune.groups import REMOVED, Group, Masks, Scores, all_units
 from vitprune.pruning.block_steps import next_block_removal, remaining_groups, to_dense_names
-from vitprune.pruning.constraints import Constraints, constraints_of, nearest
+from vitprune.pruning.constraints import UNCONSTRAINED, Constraints, constraints_of, nearest
 from vitprune.pruning.cost_target import (
     COUNTS,
     CostModel,
@@ -388,10 +389,11 @@ def costs_for(dense: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
     """Return the cost models of a plan for a dense model.
 
     Raises:
-        BadInput: the target is out of the model's reach, or a rule does not fit it.
+        BadInput: the target is out of the model's reach, or a rule or an N:M pattern does not fit it.
     """
     state = CycleState(plan.config.cycles, all_units(groups), groups, NO_COSTS)
     constraints = constraints_for(plan, state)
+    _check_runs(dense, groups, plan, constraints)
     macs_kinds = [group for group in groups if group.kind in plan.macs_kinds]
     path = None if plan.config.target is None else plan.config.target.table
     table = None if path is None else read_latency_table(path)
@@ -413,6 +415,17 @@ def costs_for(dense: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
             f"pruning, and prune.target.{model.cost} is {final:.4f}; lower one of them, or give a sparsity"
         )
     return replace(state.costs, model=model, final=final)
+
+
+def _check_runs(dense: nn.Module, groups: Sequence[Group], plan: Plan, constraints: Constraints) -> None:
+    """Refuse a layer whose weights cannot be divided into the runs of an N:M pattern, unless a rule ignores it."""
+    pattern = plan.context(0).pattern
+    if pattern is None or not plan.method.needs_runs_in_memory:
+        return
+    for group in groups:
+        is_ignored = constraints.get(group.name, UNCONSTRAINED).max_sparsity == 0
+        if not is_ignored and (why := pattern_refusal(dense, group, pattern[1])):
+            raise BadInput(why)
 
 
 def reached_cost(selected: CycleMasks, plan: Plan, state: CycleState) -> CostReport:

@@ -36,15 +36,15 @@ def gradual_prune(
     teacher: nn.Module | None = None,
     seed: int = 0,
 ) -> PruneResult:
-    """Prune a copy of a timm model over `config.cycles` cycles, and fine-tune it after each.
+    """Prune a copy of a model over `config.cycles` cycles, and fine-tune it after each.
 
     Args:
-        model: A timm model; it is not changed.
+        model: A model, as in `prune`; it is not changed.
         config: Method, sparsity or target, cycles, schedule, and the fine-tuning after every cycle.
         loader: Training batches, see `finetune`.
         calibration: Batches for methods that need data.
         score: Options of the criteria.
-        teacher: Teacher of the fine-tuning; None for labels alone.
+        teacher: Teacher of the fine-tuning, which is not changed; None for labels alone.
         seed: Seed of random numbers.
 
     Returns:

@@ -59,6 +59,11 @@ class Method:
         return self.check_group is not None or self.collective or self.update_from_stats is not None
 
     @property
+    def needs_runs_in_memory(self) -> bool:
+        """Whether the weights of every run of an N:M pattern must be neighbours in memory."""
+        return self.collective or self.criterion is obc.obc
+
+    @property
     def follows_merging(self) -> bool:
         """Whether the scores are those of a model that merges tokens; exact KL scores are not."""
         return self.criterion is not exact.exact_kl and self.rescore is None

@@ -3,7 +3,7 @@
 import copy
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from vitprune.data.class_subset import images_of_classes
 from vitprune.errors import BadInput, Unreachable
 from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
-from vitprune.pruning.auto import auto_method
+from vitprune.pruning.auto import auto_method, has_exact_scores
 from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores
 from vitprune.pruning.methods import CRITERIA, METHODS, Method, method_named
 from vitprune.pruning.plan import Plan, plan_for
@@ -89,7 +89,7 @@ class PruneResult:
             change = f"{after / before - 1:+.1%}" if before else ""
             lines.append(f"{label:<20}{format_cost(before):>10}{format_cost(after):>10}{change:>10}")
         lines.append("sparsity: " + ", ".join(f"{kind} {share:.3g}" for kind, share in self.sparsity.items()))
-        lines += [f"left out: {kind} ({why})" for kind, why in self.skipped.items()]
+        lines += [f"left out: {name} ({why.removeprefix(f'{name}: ')})" for name, why in self.skipped.items()]
         lines += [f"target: {self.target_miss}"] if self.target_miss else []
         lines += [f"method: {self.chosen_method}"] if self.chosen_method else []
         for step, facts in (("allocation", self.allocation), ("reconstruction", self.reconstruction)):
@@ -225,7 +225,8 @@ def prune(
     chosen = ""
     if method == "auto":
         given = kinds or (sparsity if isinstance(sparsity, Mapping) else ())
-        method = chosen = auto_method(given, target is not None, rotate_residual)
+        exact = has_exact_scores(plain_model(model))
+        method = chosen = auto_method(given, target is not None, rotate_residual, exact)
         reconstruct, budget = reconstruct or True, AUTO_BUDGET if budget is None else budget
     deadline = _deadline(start, budget, reconstruct)
     settings: dict[str, Any] = {
@@ -307,7 +308,17 @@ def _usable(model: nn.Module, plan: Plan, images: Tensor) -> tuple[Plan, dict[st
     reasons = unusable_groups(model, groups, images, plan.method)
     if groups and len(reasons) == len(groups):
         raise BadInput(next(iter(reasons.values())))
-    return replace(plan, left_out=frozenset(reasons)), reasons
+    rules = tuple(
+        rule for rule in plan.config.rules if not _is_needless(rule, [group.name for group in groups], reasons)
+    )
+    config = plan.config.model_copy(update={"rules": rules})
+    return replace(plan, config=config, left_out=frozenset(reasons)), reasons
+
+
+def _is_needless(rule: Rule, names: Sequence[str], left_out: Container[str]) -> bool:
+    """Whether a rule applies only to groups that are left out."""
+    matching = [name for name in names if re.fullmatch(rule.match, name)]
+    return bool(matching) and all(name in left_out for name in matching)
 
 
 def _outside(model: nn.Module, within: str, kinds: Sequence[str], method: Method) -> list[dict[str, object]]:

@@ -75,7 +75,8 @@ def reconstruct(
             expected to fit, at most MAX_PASSES. The result then depends on the machine; `facts` has the number.
 
     Raises:
-        BadInput: there are fewer images than `config.holdout`, or they have no mirror images.
+        BadInput: there are fewer images than `config.holdout`, they have no mirror images, or all parameters that are
+            fitted are frozen.
         NotFinite: the loss is not finite.
 
     Source: ours; block-wise reconstruction (BRECQ, Li et al., ICLR 2021) over all blocks at once, with the KL
@@ -86,6 +87,8 @@ def reconstruct(
     images = torch.cat([images for images, _ in batches])
     if config.mirror and (images.dim() != 4 or not images.is_floating_point()):
         raise BadInput("prune.reconstruct.mirror: the inputs are not images (B, C, H, W); set it to false")
+    if not _trained(model):
+        raise BadInput("prune.reconstruct: all parameters of the blocks are frozen; call requires_grad_(True) first")
     fit, test = images[~held], images[held].to(device)
     with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
         expected = _logits(dense, test, config.batch_size)

@@ -10,10 +10,10 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import numpy as np
+from timm.utils import ModelEma
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
-from vitprune.runtime.wrappers import WITH_MODULE
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -22,7 +22,7 @@ ACCEPTED: dict[Any, Any] = {  # instead of the type itself
     int: Integral,
     bool: (bool, np.bool_),
     Path: PathLike,
-    nn.Module: (nn.Module, *WITH_MODULE),
+    nn.Module: (nn.Module, ModelEma),
 }
 ONE = {
     "Module": "a model of timm.create_model or vitprune.load",

@@ -28,7 +28,12 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 
 def main_tensor(output: Any) -> Any:
-    """Return the tensor of a mapping that answers: logits, a map, or features; any other output is returned itself."""
+    """Return the tensor of an output that answers: logits, a map, or features, of a tuple the first tensor.
+
+    Any other output is returned itself.
+    """
+    if isinstance(output, tuple):
+        return next(tensors_of(output), output)
     if not isinstance(output, Mapping):
         return output
     named = next((output[name] for name in LOGITS + FEATURES if isinstance(output.get(name), Tensor)), None)
@@ -88,13 +93,14 @@ def require_classifier(model: nn.Module, remedy: str) -> None:
 
 @contextmanager
 def returning_logits(*models: nn.Module) -> Iterator[None]:
-    """Let models return `as_logits` of their outputs while the context is open."""
-    for model in models:
+    """Let models return `as_logits` of their outputs while the context is open; those that already do continue to."""
+    changed = [model for model in models if answer not in model._forward_hooks.values()]
+    for model in changed:
         return_logits(model)
     try:
         yield
     finally:
-        for model in models:
+        for model in changed:
             return_output(model)
 
 

@@ -13,7 +13,6 @@ WITH_MODULE = (
     nn.DataParallel,
     nn.parallel.DistributedDataParallel,
     AveragedModel,
-    ModelEma,
     ModelEmaV2,
     ModelEmaV3,
 )
@@ -41,6 +40,8 @@ def is_timm_model(model: nn.Module) -> bool:
 def _inner(model: Any) -> Any:
     if isinstance(model, WITH_MODULE):
         return model.module
+    if isinstance(model, ModelEma):
+        return model.ema
     if type(model).__module__.startswith("torch._dynamo"):  # its import would take a second
         return model._orig_mod
     if type(model) is nn.Sequential and len(model) == 1:

@@ -1,19 +1,22 @@
 """Fine-tune a pruned model on a data loader, with or without a teacher; removed weights remain zero."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitprune.architectures import find_groups
 from vitprune.architectures.classifier import of_same_classes
 from vitprune.config.section import check_seed
 from vitprune.config.train_config import DistillConfig, TrainConfig
-from vitprune.data.batch_checks import checked_stream
+from vitprune.data.batch_checks import checked_input, checked_stream
 from vitprune.errors import BadInput
 from vitprune.runtime.arguments import check_arguments
+from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.outputs import require_classifier, returning_logits
 from vitprune.runtime.wrappers import is_timm_model, plain_model
@@ -69,8 +72,8 @@ def finetune(
         loader: Batches (images, labels) that can be iterated once per epoch, with a length, such as a DataLoader. It
             decides augmentation and batch size: `augment`, `repeats` and `batch_size` of the config are not used.
         config: Epochs, optimizer and schedule.
-        teacher: The dense model, for distillation; None for training on labels alone. If the model was pruned to some
-            classes, only the teacher's outputs of these classes are used.
+        teacher: The dense model, for distillation; None for training on labels alone. It is not changed. If the model was
+            pruned to some classes, only the teacher's outputs of these classes are used.
         keep_zeros: True: keep all single weights at zero that are zero; or keep those of given masks at zero.
         distillation: Distance to the teacher and its weight.
         seed: Seed of random numbers.
@@ -81,8 +84,8 @@ def finetune(
         One record per epoch: epoch, step, mean loss and learning rate.
 
     Raises:
-        BadInput: the model has no classifier, the loader is an iterator or has no length, a batch cannot be used, or
-            the optimizer is unknown.
+        BadInput: the model has no classifier or is frozen, the teacher does not fit the model, the loader is an
+            iterator or has no length, a batch cannot be used, or the optimizer is unknown.
         NotFinite: a loss or gradient is not finite.
 
     Example:
@@ -93,40 +96,74 @@ def finetune(
     check_seed(seed)
     require_classifier(model, "give it one, as by reset_classifier")
     model, history = plain_model(model), list[dict[str, float]]()
-    teacher = None if teacher is None else of_same_classes(teacher, model)
-    frozen = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None
+    teacher = None if teacher is None else _checked_teacher(teacher, model, distillation)
+    zeros = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None
     name, steps = "fine-tuning" if segment is None else segment.name, len(loader)
     span = segment.span(config, steps) if segment is not None else None
     others = [one for one in (model, teacher) if one is not None and not is_timm_model(plain_model(one))]
-    with returning_logits(*others), _with_timm_attributes(others):
+    with returning_logits(*others), _with_timm_attributes(others, loader), _unchanged(teacher):
         classes = vars(model).get("num_classes")
         task: Any = classification(model, config.smoothing)
         if teacher is not None:
             task = distillation_task(model, teacher, distillation, config.smoothing, seed)
         train(
             task,
-            lambda epoch: checked_stream(loader, model, "loader", classes),
+            lambda epoch: _batches(loader, model, teacher, classes),
             steps,
             config,
             seed,
             history.append,
-            frozen,
+            zeros,
             name=name,
             span=span,
         )
     return history
 
 
+def _checked_teacher(teacher: nn.Module, model: nn.Module, distillation: DistillConfig) -> nn.Module:
+    """Return the teacher without its wrappers, with the classes and the type of the model."""
+    plain = plain_model(teacher)
+    if plain is model:
+        raise BadInput("teacher: is the model that is trained; give the dense model, or a copy (copy.deepcopy)")
+    for one in (model, plain) if distillation.kind == "features" else ():
+        if not is_timm_model(one):
+            raise BadInput(f"distill.kind features: {type(one).__name__} is not a model of timm; use logits")
+    result, dtype = of_same_classes(plain, model), next(model.parameters()).dtype
+    return result if next(plain.parameters()).dtype == dtype else copy.deepcopy(result).to(dtype)
+
+
+def _batches(
+    loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, teacher: nn.Module | None, classes: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield checked batches of one epoch; the teacher runs on the first image of each shape."""
+    shapes: set[tuple[int, ...]] = set()
+    for images, labels in checked_stream(loader, model, "loader", classes):
+        if teacher is not None:
+            checked_input("teacher", images[:1], teacher, shapes)
+        yield images, labels
+
+
 @contextmanager
-def _with_timm_attributes(models: Sequence[Any]) -> Iterator[None]:
+def _unchanged(teacher: nn.Module | None) -> Iterator[None]:
+    """Restore the mode of a teacher and the gradients of its parameters, which distillation disables, at the end."""
+    if teacher is None:
+        yield
+    else:
+        with eval_mode(teacher), frozen(teacher):
+            yield
+
+
+@contextmanager
+def _with_timm_attributes(models: Sequence[Any], loader: Iterable[Any]) -> Iterator[None]:
     """Give models of other libraries the attributes that timm's tasks read, while the context is open."""
     added: list[tuple[Any, str]] = []
     for model in models:
         size = input_size(model)
         same = {"input_size": size, "mean": (0.0,) * size[0], "std": (1.0,) * size[0]}  # teacher and student alike
-        facts = {"num_classes": getattr(model, "num_labels", None), "in_chans": size[0], "pretrained_cfg": same}
-        for name, value in facts.items():
-            if value is not None and not hasattr(model, name):
+        classes = getattr(model, "num_classes", None) or getattr(model, "num_labels", None)
+        classes = classes or _class_count(model, loader)
+        for name, value in {"num_classes": classes, "in_chans": size[0], "pretrained_cfg": same}.items():
+            if not hasattr(model, name):
                 setattr(model, name, value)
                 added.append((model, name))
     try:
@@ -134,6 +171,19 @@ def _with_timm_attributes(models: Sequence[Any]) -> Iterator[None]:
     finally:
         for model, name in added:
             delattr(model, name)
+
+
+def _class_count(model: nn.Module, loader: Iterable[Any]) -> int:
+    """Return the number of classes of a model's logits for the first image.
+
+    Raises:
+        BadInput: there is no batch, or it cannot be used.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(model):
+        for images, _ in checked_stream(loader, model, "loader"):
+            logits = model(images[:1].to(next(model.parameters()).device))
+            return int(logits.shape[-1])
+    raise BadInput("loader: has no batches; give at least one")
 
 
 def zero_weights(model: nn.Module) -> FrozenZeros | None:

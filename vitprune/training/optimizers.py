@@ -43,8 +43,10 @@ def make_optimizer(module: nn.Module, model: nn.Module, recipe: TrainConfig) -> 
         An optimizer of timm.
 
     Raises:
-        BadInput: unknown optimizer, or one that does not accept these settings.
+        BadInput: unknown optimizer, one that does not accept these settings, or all parameters are frozen.
     """
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise BadInput(f"{type(model).__name__}: all parameters are frozen; call requires_grad_(True) before training")
     more: dict[str, Any] = {} if recipe.eps is None else {"eps": recipe.eps}
     if recipe.layer_decay is not None:
         more["param_group_fn"] = lambda module: _by_layer(module, model, recipe)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vitprune.config.score_config import ScoreConfig
 from vitprune.criteria import Batches, ScoringContext, Update
 from vitprune.criteria.obs.gradients import GRADIENTS_AT_ONCE, count_gradients, weight_gradients
-from vitprune.criteria.obs.weight_blocks import BlockRange, chunk_by_memory, split_into_blocks
+from vitprune.criteria.obs.weight_blocks import BlockRange, chunk_by_memory, fitting_groups, split_into_blocks
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores
 from vitprune.runtime.progress import track
@@ -27,6 +27,7 @@ class FisherBlocks:
 
     Iterates over (block range, matrices) any number of times. If the matrices exceed `context.config.memory`, they are
     collected in chunks, with the gradients recomputed for every chunk; otherwise they are collected once and cached.
+    Groups that do not fit `context.pattern` have no blocks.
 
     Args:
         model: The model.
@@ -41,9 +42,9 @@ class FisherBlocks:
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext):
-        parts = split_into_blocks(
-            model, groups, context.config.fisher_block_size, context.pattern[1] if context.pattern else 1
-        )
+        every = context.pattern[1] if context.pattern else 1
+        fitting = fitting_groups(model, groups, every)
+        parts = split_into_blocks(model, fitting, context.config.fisher_block_size, every)
         count_gradients(batches, context)
         held = max(len(labels) for _, labels in batches) if context.config.per_sample else GRADIENTS_AT_ONCE
         self.model, self.batches, self.context = model, batches, context
@@ -156,7 +157,7 @@ def invert_blocks(fisher: Tensor) -> Tensor:
 
 
 def blockwise_scores(model: nn.Module, groups: Sequence[Group], fisher: FisherBlocks, score_fn: BlockScoreFn) -> Scores:
-    """Score every weight by a function of its block; float64, in the shape of the group.
+    """Score every weight by a function of its block; float64, in the shape of the group. Without blocks: infinity.
 
     Block ranges are divided among the processes. Chunks whose scores all processes have saved are not collected again.
 
@@ -177,7 +178,10 @@ def blockwise_scores(model: nn.Module, groups: Sequence[Group], fisher: FisherBl
                 notes.write(f"fisher-{number}", {})
         for part in parts:
             scores[part.param][part.start : part.stop] = result[_label(part)]
-    return {group.name: team.all_reduce(scores[group.slices[0].param]).view(group.shape) for group in groups}
+    with_blocks = {part.param for parts in fisher.chunks for part in parts}
+    for param, score in scores.items():
+        scores[param] = team.all_reduce(score) if param in with_blocks else torch.full_like(score, torch.inf)
+    return {group.name: scores[group.slices[0].param].view(group.shape) for group in groups}
 
 
 def _local_losses(model: nn.Module, fisher: FisherBlocks, chunk: int, score_fn: BlockScoreFn) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from vitprune.criteria.obs.channel_permutation import ChannelOrders, LayerLoss, 
 from vitprune.criteria.obs.greedy import eliminate_weights, loss_increments
 from vitprune.criteria.obs.row_solve import row_chunks, solve_rows
 from vitprune.criteria.obs.unit_elimination import add_ridge
-from vitprune.criteria.obs.weight_blocks import split_into_blocks
+from vitprune.criteria.obs.weight_blocks import fitting_groups, split_into_blocks
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores, permute
 from vitprune.runtime.progress import track
@@ -28,7 +28,8 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: Sc
     The loss of a row is the squared change of its output over all tokens, after the update of the remaining weights,
     times the mean squared gradient of the logits w.r.t. that output: rows of all layers are comparable. With
     `context.pattern` (N, M), M - N of every M consecutive weights have a finite score; they are chosen for all rows at
-    once by `nm_support`, after the channels were re-ordered by `channel_orders`.
+    once by `nm_support`, after the channels were re-ordered by `channel_orders`. Groups that do not fit the pattern
+    have infinite scores.
     A row of k weights costs k^3 / 3 multiply-adds; statistics hold 2 (k + 1)^2 numbers per layer.
 
     Args:
@@ -43,19 +44,21 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: Sc
     Source: Optimal Brain Compression (Frantar & Alistarh, NeurIPS 2022), ExactOBS by rows. The weighting by
         gradients is ours: K-FAC (Martens & Grosse, ICML 2015) with the diagonal of its second factor.
     """
-    split_into_blocks(model, groups, 1, context.pattern[1] if context.pattern else 1)
+    every = context.pattern[1] if context.pattern else 1
+    fitting = fitting_groups(model, groups, every)
+    split_into_blocks(model, fitting, 1, every)
     statistics = collect_layer_moments(
-        model, [_path(model, group) for group in groups], [], batches, context, "metric_diagonal"
+        model, [_path(model, group) for group in fitting], [], batches, context, "metric_diagonal"
     )
     images = sum(len(labels) for _, labels in batches)
     chosen = ChannelOrders((), {})
     if context.pattern is not None and context.config.permute:
-        losses = {group.slices[0].param: _layer_loss(model, group, statistics, images) for group in groups}
+        losses = {group.slices[0].param: _layer_loss(model, group, statistics, images) for group in fitting}
         chosen = channel_orders(model, losses, context.pattern, batches[0][0])
         statistics = permute_statistics(statistics, chosen)
     ordered = permute(copy.deepcopy(model), chosen.groups, chosen.orders) if chosen.orders else model
-    scores: Scores = {}
-    for group in track(groups, "eliminating weights"):
+    scores: Scores = {group.name: torch.full(group.shape, torch.inf, dtype=torch.float64) for group in groups}
+    for group in track(fitting, "eliminating weights"):
         rows, conditional = _in_nats(ordered, group, statistics, images)
         if context.pattern is not None and context.config.nm_search == "admm":
             scores[group.name] = _support_scores(rows, conditional, context.pattern).view(group.shape)
@@ -69,7 +72,8 @@ def obc_update(model: nn.Module, groups: Sequence[Group], statistics: Statistics
 
     def update(masks: Masks) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
-        for group in track([group for group in groups if group.name in masks], "solving rows"):
+        pruned = [group for group in groups if group.name in masks and f"{_path(model, group)}/inputs" in statistics]
+        for group in track(pruned, "solving rows"):
             halves = statistics[f"{_path(model, group)}/inputs"]
             bias = _bias(model, group)
             rows = _rows(model, group)

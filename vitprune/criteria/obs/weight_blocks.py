@@ -60,18 +60,36 @@ def split_into_blocks(model: nn.Module, groups: Sequence[Group], wanted: int, mu
     for group in groups:
         if group.kind != "weight":
             raise BadInput(f"{group.name}: unstructured criteria score kind 'weight', not {group.kind!r}")
-        weight = model.get_parameter(group.slices[0].param)
-        row = weight[0].numel()
-        if multiple > 1 and row != weight.shape[1]:
-            raise BadInput(
-                f"{group.name}: its runs of {multiple} input channels are not contiguous (kernel "
-                f"{'x'.join(map(str, weight.shape[2:]))}); use method n:m for this layer"
-            )
-        if row % multiple:
-            raise BadInput(f"{group.name}: rows of {row} weights cannot be divided into runs of {multiple}; exclude it")
-        size = block_size(weight.numel(), wanted, multiple)
-        result.append(BlockRange(group.slices[0].param, size, 0, weight.numel()))
+        if why := pattern_refusal(model, group, multiple):
+            raise BadInput(why)
+        units = model.get_parameter(group.slices[0].param).numel()
+        result.append(BlockRange(group.slices[0].param, block_size(units, wanted, multiple), 0, units))
     return result
+
+
+def pattern_refusal(model: nn.Module, group: Group, multiple: int) -> str:
+    """Return why the rows of a weight cannot be divided into runs of so many input channels; empty if they can."""
+    weight = model.get_parameter(group.slices[0].param)
+    row = weight[0].numel()
+    if multiple > 1 and row != weight.shape[1]:
+        kernel = "x".join(map(str, weight.shape[2:]))
+        why = f"its runs of {multiple} input channels are not contiguous (kernel {kernel})"
+        return f"{group.name}: {why}; use method n:m, or exclude it by a rule"
+    if row % multiple:
+        return f"{group.name}: rows of {row} weights cannot be divided into runs of {multiple}; exclude it by a rule"
+    return ""
+
+
+def fitting_groups(model: nn.Module, groups: Sequence[Group], multiple: int) -> list[Group]:
+    """Return the groups whose rows can be divided into runs of `multiple`; others must be ignored by a rule.
+
+    Raises:
+        BadInput: there is none.
+    """
+    refusals = {group.name: pattern_refusal(model, group, multiple) for group in groups if group.kind == "weight"}
+    if refusals and all(refusals.values()):
+        raise BadInput(next(iter(refusals.values())))
+    return [group for group in groups if not refusals.get(group.name)]
 
 
 def chunk_by_memory(parts: Sequence[BlockRange], memory: int, gradients: int = 0) -> list[list[BlockRange]]:

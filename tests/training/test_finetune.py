@@ -1,0 +1,102 @@
+"""Fine-tuning in Python: the teacher is not changed, and users' mistakes are refused in one line."""
+
+import copy
+
+import pytest
+import torch
+from timm.utils import ModelEma, ModelEmaV3
+from torch import Tensor, nn
+
+import vitprune
+from tests.support.model_zoo import batches, tiny
+from tests.support.other_models import make_model
+from vitprune import BadInput, DistillConfig, TrainConfig
+
+RECIPE = TrainConfig(epochs=1, lr=0.001)
+
+
+def flags(model: nn.Module) -> tuple[list[bool], list[bool]]:
+    return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_the_teacher_is_not_changed(name: str) -> None:
+    teacher = tiny("vit", dtype=torch.float32) if name == "timm" else make_model("vit")
+    student = copy.deepcopy(teacher)
+    teacher.train()
+    next(teacher.parameters()).requires_grad_(False)
+    before, weights = flags(teacher), {key: value.clone() for key, value in teacher.state_dict().items()}
+    size = 32 if name == "timm" else 64
+    loader = [(torch.randn(4, 3, size, size), torch.arange(4))]
+    vitprune.finetune(student, loader, RECIPE, teacher)
+    assert flags(teacher) == before
+    assert all(torch.equal(value, weights[key]) for key, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        ModelEma,
+        ModelEmaV3,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: copy.deepcopy(model).bfloat16(),
+    ],
+    ids=["DataParallel", "ModelEma", "ModelEmaV3", "compile", "bfloat16"],
+)
+def test_a_teacher_in_a_wrapper_or_of_another_type_teaches(wrap) -> None:
+    teacher = tiny("vit", dtype=torch.float32)
+    given = [(x.float(), y) for x, y in batches(teacher, 1)]
+    direct, wrapped = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    with torch.no_grad():
+        for student in (direct, wrapped):
+            student.blocks[0].mlp.fc2.weight.mul_(0.5)
+    vitprune.finetune(direct, given, RECIPE, teacher)
+    vitprune.finetune(wrapped, given, RECIPE, wrap(teacher))
+    for first, second in zip(direct.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=0.05, atol=0.003)
+
+
+def test_a_teacher_that_does_not_fit_is_refused() -> None:
+    model, other = tiny("vit", dtype=torch.float32), make_model("vit")
+    given = [(x.float(), y) for x, y in batches(model, 1)]
+    with pytest.raises(BadInput, match=r"^teacher: is the model that is trained; give the dense model, or a copy"):
+        vitprune.finetune(model, given, RECIPE, nn.DataParallel(model))
+    large = tiny("vit", dtype=torch.float32)
+    large.set_input_size(img_size=(64, 64))
+    with pytest.raises(BadInput, match=r"^teacher: VisionTransformer does not run on inputs of shape \(3, 32, 32\) \("):
+        vitprune.finetune(model, given, RECIPE, large)
+    pictures = [(torch.randn(2, 3, 64, 64), torch.arange(2))]
+    with pytest.raises(
+        BadInput, match=r"^distill.kind features: ViTForImageClassification is not a model of timm; use"
+    ):
+        vitprune.finetune(other, pictures, RECIPE, make_model("vit"), distillation=DistillConfig(kind="features"))
+
+
+def test_a_frozen_model_is_refused() -> None:
+    model = tiny("vit", dtype=torch.float32).requires_grad_(False)
+    with pytest.raises(BadInput, match=r"^VisionTransformer: all parameters are frozen; call requires_grad_\(True\)"):
+        vitprune.finetune(model, [(x.float(), y) for x, y in batches(model, 1)], RECIPE)
+
+
+class Own(nn.Module):
+    """A classifier that does not say how many classes it has, with tokens beside its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny("vit", dtype=torch.float32)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(images), self.net.forward_features(images)
+
+
+def test_a_class_of_ones_own_is_distilled() -> None:
+    model, (images, labels) = Own(), batches(tiny("vit"), 1)[0]
+    dense, given = copy.deepcopy(model), [(images.float(), labels)]
+    vitprune.finetune(model, given, TrainConfig(epochs=1, lr=0.001, mixup=0.5), dense)
+    assert not torch.equal(model.net.head.weight, dense.net.head.weight)
+    assert not hasattr(model, "num_classes")
+    with pytest.raises(BadInput, match=r"^loader\[0\]: label 7 is not a class; the model has the classes 0 to 6"):
+        vitprune.finetune(model, [(images.float(), labels * 0 + 7)], RECIPE)
+    with pytest.raises(BadInput, match=r"^loader: has no batches; give at least one$"):
+        vitprune.finetune(model, [], RECIPE)

@@ -245,7 +245,7 @@ def method_named(name: str, key: str = "method") -> Method:
 
     Args:
         name: One of METHODS.
-        key: What the message calls it: the argument or the key of params.yaml.
+        key: Name of the argument, or of the key in params.yaml, for the error message.
 
     Raises:
         BadInput: there is no such method.

@@ -72,8 +72,8 @@ def finetune(
         loader: Batches (images, labels) that can be iterated once per epoch, with a length, such as a DataLoader. It
             decides augmentation and batch size: `augment`, `repeats` and `batch_size` of the config are not used.
         config: Epochs, optimizer and schedule.
-        teacher: The dense model, for distillation; None for training on labels alone. It is not changed. If the model was
-            pruned to some classes, only the teacher's outputs of these classes are used.
+        teacher: The dense model, for distillation; None for training on labels alone. It is not changed. If the model
+            was pruned to some classes, only the teacher's outputs of these classes are used.
         keep_zeros: True: keep all single weights at zero that are zero; or keep those of given masks at zero.
         distillation: Distance to the teacher and its weight.
         seed: Seed of random numbers.

@@ -163,7 +163,7 @@ def _branches(run: RecordedPass, blocks: Collection[str]) -> list[ResidualBranch
 
 
 def _started(event: Left, block: str, active: Sequence[_ZeroOutput]) -> _ZeroOutput | None:
-    """Return the module that has run as a candidate; note where it lies between a candidate and the stream."""
+    """Return a module that has run as a candidate; record it with the candidates whose zeros it only passes on."""
     values, given = list(tensors_of(event.output)), [*tensors_of(event.args), *tensors_of(dict(event.kwargs))]
     shape = _output_shape(given[0], event.output) if values and given else None
     if shape is None:

@@ -142,7 +142,7 @@ def _pending(project: Path, flow_run_id: str | None) -> list[RunLog]:
 
 
 def _is_pending(path: Path, busy: bool) -> bool:
-    """Whether a run log is uploaded: it has a start, and an end unless no flow is active; or it is damaged (reported)."""
+    """Whether a run log is uploaded: it has a start, and an end unless no flow is active; or it is damaged."""
     try:
         events = {fact["fact"] for fact in read_log(path)}
     except DAMAGED:

@@ -42,7 +42,7 @@ def test_a_criterion_does_not_change_the_model(vit: torch.nn.Module, criterion: 
 
 def test_data_dependent_criteria_refuse_missing_batches(vit: torch.nn.Module) -> None:
     for criterion in ("taylor", "kl-literal"):
-        with pytest.raises(BadInput, match=r"give batches$"):
+        with pytest.raises(BadInput, match=r"give calibration batches$"):
             score(vit, find_groups(vit, ["ffn"]), criterion)
 
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from tests.support.model_zoo import batches, redrawn, tiny
 from tests.support.other_models import PixelNorm, PixelStream
 from tests.support.plans import context, plan_for
-from vitprune import BadInput, find_groups
+from vitprune import BadInput, find_groups, prune
 from vitprune.architectures.stream_rotation import rotate_stream
 from vitprune.criteria import DEFAULT_CONTEXT
 from vitprune.criteria.fisher_directions import fisher_directions
@@ -136,3 +136,15 @@ def test_a_plan_with_correction_records_it_and_has_a_lower_kl() -> None:
 def test_a_correction_needs_images() -> None:
     with pytest.raises(BadInput, match=r"^prune.correct_norms: needs images"):
         list(prune_cycles(tiny("vit"), plan_for("channel-magnitude", 0.4, correct_norms=True), []))
+
+
+def test_the_result_says_whether_the_correction_helped() -> None:
+    model = tiny("vit")
+    given = batches(model, 4, 8)
+    result = prune(model, "unit-obs", sparsity=0.4, calibration=given, correct_norms=True)
+    before, after = (f"{result.correction[key]:.3g}" for key in ("nats_before", "nats_after"))
+    assert before != after
+    assert f"correction: held-out KL divergence {before} -> {after} nats per image\n" in str(result)
+    result = prune(model, "unit-obs", sparsity=0, calibration=given, correct_norms=True)  # nothing to correct
+    assert result.correction["nats_before"] == result.correction["nats_after"]
+    assert "correction" not in str(prune(model, "unit-obs", sparsity=0.4, calibration=given))

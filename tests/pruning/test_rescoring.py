@@ -156,7 +156,7 @@ def test_rescoring_of_a_tiny_model_gives_the_exact_selection(vit: nn.Module) -> 
     assert 0.1 < float(close.double().mean()) < 1  # those near the threshold, to the last image
     assert result.facts["units"] == len(measured)
     assert json.loads(json.dumps(result.facts)) == result.facts
-    with pytest.raises(BadInput, match=r"^upvits: needs images; give batches$"):
+    with pytest.raises(BadInput, match=r"^upvits: needs images; give calibration batches$"):
         rescore(vit, groups, [], scores, pools, setting)
 
 

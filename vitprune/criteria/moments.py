@@ -128,7 +128,7 @@ def collect_layer_moments(
             those of images, such as a table of positions.
     """
     if not batches:
-        raise BadInput("second moments: need images; give batches")
+        raise BadInput("second moments: need images; give calibration batches")
     total: Statistics = {}
     first = context.first
     predicted: set[int] = set()

@@ -29,7 +29,7 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, context:
     Source: Molchanov et al. 2019, equation 8.
     """
     if not batches:
-        raise BadInput("taylor: needs images with labels; give batches")
+        raise BadInput("taylor: needs images with labels; give calibration batches")
     named = {name: weight.detach().requires_grad_() for name, weight in parameters_of(model, groups).items()}
     device = next(model.parameters()).device
     scores = {group.name: torch.zeros(group.shape, dtype=torch.float64) for group in groups}

@@ -48,7 +48,7 @@ def dense_logits(model: nn.Module, batches: Batches) -> list[Tensor]:
         BadInput: no batches.
     """
     if not batches:
-        raise BadInput("prune.correct_norms: needs images, and there are none; give batches")
+        raise BadInput("prune.correct_norms: needs images, and there are none; give calibration batches")
     return logits_of(model, (images for images, _ in batches))
 
 

@@ -66,6 +66,8 @@ class PruneResult:
         allocation: The same divergence for the widths of the ranking and for those of the search, and the number of
             evaluated models; empty without a search.
         chosen_method: Name of the method that "auto" stands for; empty if a method was given.
+        correction: The same divergence before and after the correction of norms; equal if no step reduced it, and the
+            norms were not changed; empty without.
     """
 
     model: nn.Module
@@ -79,6 +81,7 @@ class PruneResult:
     reconstruction: Mapping[str, float] = field(default_factory=dict)
     allocation: Mapping[str, float] = field(default_factory=dict)
     chosen_method: str = ""
+    correction: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         names = {"params": "parameters", "nonzero_params": "nonzero parameters", "macs": "MACs"}
@@ -92,7 +95,8 @@ class PruneResult:
         lines += [f"left out: {name} ({why.removeprefix(f'{name}: ')})" for name, why in self.skipped.items()]
         lines += [f"target: {self.target_miss}"] if self.target_miss else []
         lines += [f"method: {self.chosen_method}"] if self.chosen_method else []
-        for step, facts in (("allocation", self.allocation), ("reconstruction", self.reconstruction)):
+        steps = {"allocation": self.allocation, "reconstruction": self.reconstruction, "correction": self.correction}
+        for step, facts in steps.items():
             if facts:
                 nats = [f"{facts[key]:.3g}" for key in ("nats_before", "nats_after")]
                 passes = f", pass {facts['pass']:.0f} of {facts['passes']:.0f}" if "passes" in facts else ""
@@ -400,6 +404,7 @@ def result_of(
         reconstruction=cycle.reconstruction.facts,
         allocation=cycle.allocation,
         chosen_method=chosen_method,
+        correction=cycle.corrected,
     )
 
 

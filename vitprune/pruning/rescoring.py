@@ -69,7 +69,7 @@ def rescore(
         BadInput: no batches, or the model or a group is not supported.
     """
     if not batches:
-        raise BadInput("upvits: needs images; give batches")
+        raise BadInput("upvits: needs images; give calibration batches")
     images = [image for batch, _ in batches for image in batch]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(context.seed))
     scored = [group for group in groups if group.name in scores]

@@ -222,7 +222,7 @@ def test_fast_products_equal_torch() -> None:
 def test_unsupported_input_is_refused_by_name() -> None:
     model = tiny("thin")
     group, inputs = find_groups(model, ["ffn"])[0], images(model)
-    with pytest.raises(BadInput, match=r"^kl: needs images; give batches$"):
+    with pytest.raises(BadInput, match=r"^kl: needs images; give calibration batches$"):
         score(model, [group], "kl-exact")
     weight = find_groups(model, ["weight"])[0]
     with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: exact scoring removes .*, not kind 'weight'$"):

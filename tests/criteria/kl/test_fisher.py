@@ -229,7 +229,7 @@ def test_a_frozen_model_has_the_same_scores_and_remains_frozen(vit: nn.Module, r
 def test_groups_without_gates_are_refused_by_name(vit: nn.Module) -> None:
     with pytest.raises(BadInput, match=r"^blocks.0.attn.qkv.weight: Fisher scores are for units, not"):
         fisher_kl(vit, find_groups(vit, ["weight"]), batches(vit), DEFAULT_CONTEXT)
-    with pytest.raises(BadInput, match=r"^kl-fisher: needs images; give batches$"):
+    with pytest.raises(BadInput, match=r"^kl-fisher: needs images; give calibration batches$"):
         fisher_kl(vit, find_groups(vit, ["ffn"]), [], DEFAULT_CONTEXT)
     groups = find_groups(vit, ["ffn"])
     vit.blocks[1].mlp = nn.Identity()

@@ -54,7 +54,7 @@ def test_fastcap_equals_the_published_algorithm(vit: nn.Module) -> None:
 
 def test_invalid_input_is_refused(vit: nn.Module) -> None:
     groups = find_groups(vit, ["weight"])
-    with pytest.raises(BadInput, match=r"^Fisher blocks: need images with labels; give batches$"):
+    with pytest.raises(BadInput, match=r"^Fisher blocks: need images with labels; give calibration batches$"):
         cap.ovit(vit, groups, [], DEFAULT_CONTEXT)
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: unstructured criteria score kind 'weight', not 'ffn'$"):
         cap.ovit(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_CONTEXT)

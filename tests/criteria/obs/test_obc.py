@@ -195,7 +195,7 @@ def test_invalid_input_is_refused() -> None:
     vit = tiny("vit")
     with pytest.raises(BadInput, match=r"^blocks.0.mlp: unstructured criteria score kind 'weight', not 'ffn'$"):
         obc(vit, find_groups(vit, ["ffn"]), batches(vit), DEFAULT_CONTEXT)
-    with pytest.raises(BadInput, match=r"^second moments: need images; give batches$"):
+    with pytest.raises(BadInput, match=r"^second moments: need images; give calibration batches$"):
         obc(vit, find_groups(vit, ["weight"]), [], DEFAULT_CONTEXT)
 
 

@@ -45,7 +45,7 @@ def exact_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
     Source: UP-ViTs equation 1.
     """
     if not batches:
-        raise BadInput("kl: needs images; give batches")
+        raise BadInput("kl: needs images; give calibration batches")
     dense = [group for group in groups if group.whole_blocks or group.kind == "branch"]
     if dense:
         others = [group for group in groups if group not in dense]

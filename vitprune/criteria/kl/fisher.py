@@ -33,7 +33,7 @@ def fisher_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, conte
     Source: UP-ViTs equation 1, expanded; Fisher information of gates as in Theis et al. 2018.
     """
     if not batches:
-        raise BadInput("kl-fisher: needs images; give batches")
+        raise BadInput("kl-fisher: needs images; give calibration batches")
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     first = context.first
     for images, _ in track(batches, "taking gradients"):

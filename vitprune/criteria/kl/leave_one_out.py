@@ -36,7 +36,7 @@ def leave_one_out_kl(
     Source: UP-ViTs equation 1; pairs of sub-layers as in its block pruning.
     """
     if not batches:
-        raise BadInput("kl: needs images; give batches")
+        raise BadInput("kl: needs images; give calibration batches")
     device = next(model.parameters()).device
     images = [batch.to(device) for batch, _ in batches]
     units = [(group, unit) for group in groups for unit in _firsts(group)]

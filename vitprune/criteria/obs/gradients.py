@@ -30,7 +30,7 @@ def count_gradients(batches: Batches, context: ScoringContext) -> int:
         BadInput: no images, or fewer than one batch.
     """
     if not batches:
-        raise BadInput("Fisher blocks: need images with labels; give batches")
+        raise BadInput("Fisher blocks: need images with labels; give calibration batches")
     if context.config.num_gradients is not None:
         return context.config.num_gradients
     images = sum(len(labels) for _, labels in batches)

@@ -38,7 +38,7 @@ def stream_basis(model: nn.Module, batches: Batches, context: ScoringContext) ->
     Source: SliceGPT (Ashkboos et al., ICLR 2024) with one basis for all blocks; the importance is ours.
     """
     if not batches:
-        raise BadInput("prune.rotate_residual: needs images, and there are none; give batches")
+        raise BadInput("prune.rotate_residual: needs images, and there are none; give calibration batches")
     stream_layers(model)
     plain = rotate_stream(copy.deepcopy(model), torch.eye(cast(Any, model).embed_dim))
     vectors: Tensor = torch.linalg.eigh(importance_matrix(plain, batches, context)).eigenvectors.flip(1)

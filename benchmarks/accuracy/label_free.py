@@ -4,9 +4,11 @@ Calibration on rows 600..799 of imagenet-val-800 (200 images), or on imagenet-on
 evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. `top-1` is without reconstruction, with
 corrected norms (`prune.correct_norms`). The reconstruction follows a pruning without its held-out images, once per
 seed, and is given as the mean of the seeds. Rows with merged tokens change the number of tokens (prune.merge_tokens).
-Seconds of the reconstruction include the pruning; one process; other work on the machine makes them longer. Results are
-recorded in benchmarks/results/label_free-notes.jsonl, so that an interrupted benchmark continues; delete the file to
-start over. Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/label_free.json and docs/results/label_free.md.
+Rows of Torch-Pruning are of its setting of highest top-1 (peers.md), which uses labels, followed by the same correction
+and reconstruction. Seconds of the reconstruction include the pruning; one process; other work on the machine makes them
+longer. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an interrupted benchmark continues;
+delete the file to start over. Needs VITPRUNE_REAL_DATA, and Torch-Pruning for its rows (pip install 'vitprune[bench]').
+Writes benchmarks/results/label_free.json and docs/results/label_free.md.
 """
 
 import copy
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.accuracy.torch_pruning import Goal, Setup, mean_gradients, torch_pruning_case
 from benchmarks.lib.deit_tiny import load_dense, load_images, split
 from benchmarks.lib.results import Recorded, Row, arguments, real_data, write_results, write_table
 from vitprune import PruneConfig, ScoreConfig, plan_for
@@ -39,6 +42,7 @@ ROOT = Path(__file__).parents[2]
 Batches = Sequence[tuple[Tensor, Tensor]]
 SEEDS, WITHOUT, PASSES, EVALUATIONS = (0, 1, 2), -1, {200: 18, 1000: 4}, 100
 LONGER = {"0.5x MACs": 2}  # times as many passes
+PEER = "Torch-Pruning"
 SCORE = ScoreConfig(memory_mb=4096)
 
 GOALS: dict[str, dict[str, Any]] = {
@@ -55,9 +59,14 @@ GOALS: dict[str, dict[str, Any]] = {
 METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, greedy", "n:m")),
     **dict.fromkeys(("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "magnitude")),
-    "half of the FFN": ("unit-obs", "corp", "channel-magnitude"),
-    "0.7x MACs": ("unit-obs", "unit-obs, 8 merged tokens", "unit-obs, searched widths", "channel-magnitude"),
-    "0.5x MACs": ("unit-obs", "unit-obs, 12 merged tokens", "unit-obs, searched widths", "channel-magnitude"),
+    "half of the FFN": ("unit-obs", "corp", "channel-magnitude", PEER),
+    "0.7x MACs": ("unit-obs", "unit-obs, 8 merged tokens", "unit-obs, searched widths", "channel-magnitude", PEER),
+    "0.5x MACs": ("unit-obs", "unit-obs, 12 merged tokens", "unit-obs, searched widths", "channel-magnitude", PEER),
+}
+PEER_SETUPS = {  # the settings of highest top-1 in docs/results/peers.md
+    "half of the FFN": (Goal(removed=0.5), Setup("taylor", "global, not normalised", "ffn")),
+    "0.7x MACs": (Goal(macs=0.7), Setup("hessian", "global, not normalised", "ffn")),
+    "0.5x MACs": (Goal(macs=0.5), Setup("taylor", "global, not normalised", "ffn")),
 }
 
 
@@ -92,17 +101,17 @@ def main() -> None:
             "seeds": (3, "seeds of the reconstruction"),
             "images": ("200,1000", "numbers of calibration images"),
             "goals": (",".join(GOALS), "goals"),
-            "methods": (0, "methods per goal, the first ones; 0: all"),
+            "methods": ("", "methods, separated by semicolons; empty: all of each goal"),
         },
     )
     torch.set_num_threads(options.threads)
     case, done = load_case(real_data(), options.quick), Recorded("label_free", Measured, options.quick)
-    goals, seeds, methods = options.goals.split(","), SEEDS[: options.seeds], options.methods or None
+    goals, seeds, methods = options.goals.split(","), SEEDS[: options.seeds], options.methods.split(";")
     if options.quick:
-        goals, seeds, methods = ["2:4"], SEEDS[:1], 1
+        goals, seeds, methods = ["2:4"], SEEDS[:1], ["obc"]
     for images in (number for number in case.calibration if str(number) in options.images.split(",")):
         for goal in goals:
-            for method in METHODS[goal][:methods]:
+            for method in (method for method in METHODS[goal] if method in methods or methods == [""]):
                 known = {row.seed for row in done if (row.goal, row.method, row.images) == (goal, method, images)}
                 wanted = [seed for seed in (WITHOUT, *seeds) if seed not in known]
                 for row in measure(case, goal, method, images, wanted, options.quick):
@@ -164,6 +173,10 @@ def evaluated(
 
 def prune_once(dense: nn.Module, goal: str, method: str, batches: Batches) -> tuple[nn.Module, nn.Module]:
     """Return the pruned model and the dense one, whose channels have the same order."""
+    if method == PEER:
+        peer_goal, setup = PEER_SETUPS[goal]
+        pruned = torch_pruning_case(dense, mean_gradients(dense, batches), setup, peer_goal)
+        return pruned.eval(), copy.deepcopy(dense)
     name, _, variant = method.partition(", ")
     greedy = {"nm_search": "greedy", "permute": False}
     config = SCORE.model_copy(update=greedy) if variant == "greedy" else SCORE

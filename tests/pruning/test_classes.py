@@ -201,10 +201,11 @@ def test_user_defined_and_torchvision_models_load_with_fewer_outputs(tmp_path: P
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ([], r"^prune.classes: is empty; name the classes to keep"),
+        ([], r"^prune.classes: name at least two classes to keep, or null for all"),
+        ([1], r"^prune.classes: name at least two classes to keep, or null for all"),
         ([1, 2, 1], r"^prune.classes: 1 occurs twice; name every class once"),
         ([1, 7], r"^prune.classes: 7 is not a class; the model has the classes 0 to 6"),
-        ([-1], r"^prune.classes.0: Input should be greater than or equal to 0"),
+        ([-1, 2], r"^prune.classes.0: Input should be greater than or equal to 0"),
     ],
 )
 def test_invalid_classes_are_refused(classes: list[int], message: str) -> None:
@@ -216,7 +217,7 @@ def test_models_without_a_classifier_or_already_cut_are_refused() -> None:
     for changes in ({"num_classes": 0}, {"global_pool": ""}):
         model = timm.create_model("vit_tiny_patch16_224", **VIT | changes)
         with pytest.raises(BadInput, match=r"^prune.classes: VisionTransformer has no classifier \(its output: \(2, "):
-            prune(model, "magnitude", sparsity=0.5, classes=[1])
+            prune(model, "magnitude", sparsity=0.5, classes=[1, 2])
     pruned = prune(tiny("vit"), "magnitude", sparsity=0.5, classes=CLASSES).model
     with pytest.raises(BadInput, match=r"has already been cut to classes 5, 0, 3; give the dense model"):
         prune(pruned, "magnitude", sparsity=0.5, classes=[0, 1])

@@ -115,8 +115,8 @@ class PruneConfig(Section):
 
     @model_validator(mode="after")
     def _check_classes(self) -> Self:
-        if self.classes is not None and not self.classes:
-            raise at_key("classes", "is empty; name the classes to keep, or null for all", self.classes)
+        if self.classes is not None and len(self.classes) < 2:
+            raise at_key("classes", "name at least two classes to keep, or null for all", self.classes)
         for position, label in enumerate(self.classes or ()):
             if label in (self.classes or ())[:position]:
                 raise at_key("classes", f"{label} occurs twice; name every class once", self.classes)

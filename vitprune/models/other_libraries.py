@@ -324,7 +324,9 @@ def _refuse_other_model(model: nn.Module, factory: Factory, shapes: Mapping[str,
         check_fit(Path(name), header_of(model), rebuilt.state_dict(), name)
     except BadInput as error:
         why = str(error).removeprefix(f"{name}: ").partition(";")[0]
-        raise BadInput(f"{name}: {factory.library} does not build this model from its configuration ({why})") from None
+        where = "model.config, such as num_labels" if factory.library == TRANSFORMERS else "args"
+        what = f"{factory.library} does not build this model from its configuration ({why})"
+        raise BadInput(f"{name}: {what}; if you changed a layer, change {where} as well") from None
     except Exception as error:  # constructors raise anything for arguments that do not fit
         raise BadInput(f"{name}: {factory.library} cannot build {factory.name} ({first_line(error)})") from None
     rebuilt.load_state_dict(model.state_dict(), assign=True)

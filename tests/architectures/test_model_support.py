@@ -19,6 +19,10 @@ from vitprune.evaluation.cost import count_macs
 def test_check_proves_models_that_store_sizes(name: str, kind: str) -> None:
     architecture, args = ZOO[name]
     rows = list(check(architecture, [kind], [0.5], args))
+    if kind in ("qk", "vo") and name in ("swin", "pvt", "pvt-linear"):  # one size for q, k and v
+        assert [row.verdict for row in rows] == ["refused"]
+        assert "its forward pass needs the old sizes; tried to change dim" in rows[0].why
+        return
     assert [(row.verdict, row.why) for row in rows] == [("proven", "")]
     assert rows[0].proof.params_after <= rows[0].proof.params_before
 

@@ -1,10 +1,10 @@
 """INT8 post-training quantization of DeiT-Tiny at 50 % sparsity: accuracy by calibration method, and preserved zeros.
 
-Quantization of the ONNX export: symmetric weights per output channel, inputs of layers with weights and of attention's
-two products in 8 bits, everything else in float. Calibrated on 128 Imagenette training images, evaluated on all 800 of
-imagenet-val-800 by onnxruntime, which also runs the float file. "agrees": images with the same prediction in both.
-Methods that use images prune with rows 600..799 of the 800 and score.damping 4e-6 (oneshot.md); the bound of 0.5 points
-is for pruned models. Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/int8.json and docs/results/int8.md.
+Quantization of the ONNX export: symmetric weights per output channel and 8-bit inputs of all layers with weights;
+everything else, such as attention's two products, in float. Calibrated on 128 Imagenette training images, evaluated on
+all 800 of imagenet-val-800 by onnxruntime, which also runs the float file. "agrees": images with the same prediction in
+both. Methods that use images prune with rows 600..799 of the 800 and score.damping 4e-6 (oneshot.md); the bound of 0.5
+points is for pruned models. Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/int8.json and docs/results/int8.md.
 """
 
 import copy

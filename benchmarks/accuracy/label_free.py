@@ -72,7 +72,10 @@ PEER_SETUPS = {  # the settings of highest top-1 in docs/results/peers.md
 
 @dataclass(frozen=True)
 class Measured:
-    """Top-1 in % of one pruned model; `seed` WITHOUT: not reconstructed. `nats` of held-out images."""
+    """Top-1 in % of one pruned model; `seed` WITHOUT: not reconstructed. `nats` of held-out images.
+
+    `seconds` are set to 0 by hand in the notes if other work on the machine made them useless.
+    """
 
     goal: str
     method: str
@@ -198,7 +201,8 @@ def result_rows(done: Sequence[Measured]) -> list[Row]:
     """Return top-1 and seconds of every pruned model."""
     names = [f"{row.goal}, {row.method}, {row.images} images, seed {row.seed}" for row in done]
     rows = [Row(name, row.top1, "top-1 %") for name, row in zip(names, done, strict=True)]
-    return rows + [Row(f"{name}, seconds", row.seconds, "s") for name, row in zip(names, done, strict=True)]
+    timed = [(name, row) for name, row in zip(names, done, strict=True) if row.seconds]
+    return rows + [Row(f"{name}, seconds", row.seconds, "s") for name, row in timed]
 
 
 def table(done: Sequence[Measured]) -> list[list[str]]:
@@ -210,7 +214,8 @@ def table(done: Sequence[Measured]) -> list[list[str]]:
         plain = [row for row in group if row.seed == WITHOUT]
         seeds = [row for row in group if row.seed != WITHOUT]
         top1 = [f"{mean(row.top1 for row in some):.1f}" if some else "-" for some in (plain, seeds)]
-        seconds = [f"{mean(row.seconds for row in some):.0f}" if some else "-" for some in (plain, seeds)]
+        timed = [[row.seconds for row in some if row.seconds] for some in (plain, seeds)]
+        seconds = [f"{mean(some):.0f}" if some else "-" for some in timed]
         rows.append([key[0], key[1], str(key[2]), *top1, str(len(seeds)), *seconds])
     return rows
 

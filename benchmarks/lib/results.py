@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -37,7 +37,7 @@ class Row:
     runs: int = 1
 
 
-class Recorded(list[RowType], Generic[RowType]):
+class Recorded(list[RowType]):
     """Rows of a benchmark that continues after an interruption: those of benchmarks/results/NAME-notes.jsonl.
 
     Args:

@@ -35,7 +35,7 @@ from vitprune.architectures.causal_lm import groups as decoder_groups
 from vitprune.architectures.narrow_attention import TwoWidthAttention
 from vitprune.architectures.size_attributes import Sizes
 from vitprune.architectures.tracing.fingerprint import unchanged
-from vitprune.config.prune_config import KINDS
+from vitprune.config.prune_config import APART, KINDS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, recorded_shapes, resize_group
 from vitprune.runtime.arguments import check_arguments
@@ -54,7 +54,7 @@ FAMILIES: dict[type[nn.Module], Finder] = {  # models with special group names a
 }
 UNITS = ".units"  # end of the name of some groups of hidden units in files of earlier versions
 HEADS = ".heads"  # end of the name of a group of heads
-TWO_WIDTHS = (".qk", ".vo")  # end of the names of groups of channels of q and k, and of v and output
+OF_PARTS = tuple(f".{kind}" for kind in APART)  # ends of the names of groups of these kinds
 TABLES: dict[type[nn.Module], unstructured.Table] = {
     Xcit: unstructured_tables.XCIT,
     EfficientFormer: unstructured_tables.EFFICIENTFORMER,
@@ -72,7 +72,7 @@ def find_groups(model: nn.Module, kinds: Sequence[str], example_input: Tensor | 
     Args:
         model: A timm model, a `Decoder`, or any other model of images. A model that has no image size is traced with
             images of 3 x 224 x 224 pixels.
-        kinds: Kinds of units: weight, ffn, attention, head, residual, block, branch.
+        kinds: Kinds of units: weight, ffn, attention (or qk, vo), head, residual, block, branch.
         example_input: Images (B, C, H, W) of the size at which a model that is not timm's is traced; the model keeps
             the size for later calls.
 
@@ -179,13 +179,13 @@ def _without_channels(heads: Sequence[Group], attention: Sequence[Group]) -> lis
 def _channels_apart(model: nn.Module) -> list[Group]:
     """Return the groups of attentions whose queries and keys have another width than their values."""
     owners = {path for path, module in model.named_modules() if isinstance(module, TwoWidthAttention)}
-    groups = [group for kind in ("qk", "vo") for group in (_cuttable(model, kind) if owners else [])]
+    groups = [group for kind in APART for group in (_cuttable(model, kind) if owners else [])]
     return [group for group in groups if _of_module(group.name) in owners]
 
 
 def _of_module(name: str) -> str:
     """Return the name of a group without its ending."""
-    return next((name.removesuffix(ending) for ending in (HEADS, *TWO_WIDTHS) if name.endswith(ending)), name)
+    return next((name.removesuffix(ending) for ending in (HEADS, *OF_PARTS) if name.endswith(ending)), name)
 
 
 def _cuttable(model: nn.Module, kind: str) -> list[Group]:
@@ -221,8 +221,7 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
     wanted = {name: tuple(shape) for name, shape in shapes.items()}
     cuts: list[Cut] = []
     reached: dict[str, tuple[int, ...]] = {}  # as `structure` would return it for the result
-    two_widths = ("qk", "vo") if any(name.endswith(TWO_WIDTHS) for name in wanted) else ()
-    widths = ("residual", "attention", "ffn", *two_widths)
+    widths = ("residual", "attention", "ffn", *(APART if any(name.endswith(OF_PARTS) for name in wanted) else ()))
     for kinds in (("block",), ("branch",), ("head",), widths) if wanted else ():
         if kinds == ("block",) and not removes_sublayers(model):
             cuts += apply_cuts(model, block_removal.cuts_of(model, wanted))
@@ -240,9 +239,7 @@ def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -
         made = [(_of_heads(model, group, shape), shape) for group, shape in made]
         if kinds == ("head",):
             made += _fewer_heads(groups, _cuttable(model, "attention"), wanted)
-        made.sort(
-            key=lambda cut: -max((part.start or 0 for part in cut[0].slices), default=0)
-        )  # positions after a cut change
+        made.sort(key=lambda cut: -max((part.start or 0 for part in cut[0].slices), default=0))  # the last rows first
         cuts += apply_cuts(model, made)
         reached |= {names[group.name] or group.name: shape for group, shape in made}
     cuts += apply_cuts(model, token_merging.merging_cuts(model, wanted))

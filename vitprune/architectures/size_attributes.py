@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
 from vitprune.architectures.narrow_attention import narrow_class
 from vitprune.architectures.tracing.recorded_run import Call
+from vitprune.config.prune_config import APART
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice, Projections, index_grid, meta_copy, resize_group, shrink, zero
 from vitprune.runtime.eval_mode import drop_cached, eval_mode
@@ -184,7 +185,7 @@ def _made_when_needed(classes: Callable[[], list[Classes]]) -> Iterator[Classes]
 
 def _other_classes(owner: nn.Module, group: Group, call: Call) -> list[Classes]:
     """Return the classes for any width of the modules that have one, written by hand or by rewriting."""
-    named = [(path, narrow_class(module, group.kind in ("qk", "vo"))) for path, module in owner.named_modules()]
+    named = [(path, narrow_class(module, group.kind in APART)) for path, module in owner.named_modules()]
     by_hand = tuple((path, kind) for path, kind in named if kind is not type(owner.get_submodule(path)))
     copied = without_values(owner)
     lengths = {group.units * part.length for part in group.slices if part.axis is not None}

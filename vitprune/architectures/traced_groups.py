@@ -13,12 +13,11 @@ from vitprune.architectures.tracing.cache import traced_attention, traced_channe
 from vitprune.architectures.tracing.dependency_graph import IS_OUTPUT, ChannelGraph, ChannelGroup, run_trace
 from vitprune.architectures.tracing.fingerprint import StructureCache, fingerprint
 from vitprune.architectures.tracing.recorded_run import Call, record_run, recorded
-from vitprune.config.prune_config import HEAD_CHANNELS
+from vitprune.config.prune_config import APART, HEAD_CHANNELS
 from vitprune.errors import BadInput
 from vitprune.groups import Group, ParamSlice, Projections, Resize, is_within, share_positions
 
 KINDS = ("ffn", "head", *HEAD_CHANNELS)
-APART = ("qk", "vo")
 MAX_PROOFS = 1024  # that are kept
 NOTHING = dict.fromkeys(KINDS, "no attention with heads") | {"ffn": "no MLP or bottleneck"}
 SUFFIXES = {"head": ".heads", "qk": ".qk", "vo": ".vo"}  # of the names of groups

@@ -15,7 +15,8 @@ Share = Annotated[float, Field(ge=0)]
 Label = Annotated[int, Field(ge=0)]
 Kind = Literal["weight", "ffn", "attention", "qk", "vo", "head", "residual", "block", "branch"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-HEAD_CHANNELS = ("attention", "qk", "vo")  # kinds of channels of heads, of which all heads keep the same number
+APART = ("qk", "vo")  # channels of queries and keys, and of values and output, as two sets
+HEAD_CHANNELS = ("attention", *APART)  # kinds of channels of heads, of which all heads keep the same number
 
 
 class Schedule(Section):

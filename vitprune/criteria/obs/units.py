@@ -131,8 +131,22 @@ def rotate_attention(
         statistics: Those of `collect_unit_moments`.
         changed: Parameters that are used instead of the model's.
     """
-    projections, result = find_projections(group), {}
-    sides = {role: side.transpose(1, 2) for role, side in _sides(model, group, statistics).items()}  # (heads, c, c)
+    return _rotated(model, group, *_bases(model, group, statistics), changed)
+
+
+def _rotated(
+    model: nn.Module,
+    group: Group,
+    logits: LogitsBasis | None,
+    output: OutputBasis | None,
+    changed: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the parameters of an attention in new bases."""
+    projections, result, sides = find_projections(group), {}, dict[int, Tensor]()
+    if logits is not None:
+        sides = {QUERY: logits.query, KEY: logits.key}
+    if output is not None:
+        sides[VALUE] = output.value
     known = {name: value.detach() for name, value in model.named_parameters()} | dict(changed)
     for path in dict.fromkeys(projections.layers[role] for role in sides):
         roles = [role for role, layer in enumerate(projections.layers) if layer == path]
@@ -140,21 +154,12 @@ def rotate_attention(
             old = known[name].cpu().double()
             rows = old.reshape(len(roles) * projections.heads, group.shape[1], -1)
             same = torch.eye(group.shape[1], dtype=torch.float64).expand(projections.heads, -1, -1)
-            matrices = torch.cat([sides.get(role, same) for role in roles])
+            matrices = torch.cat([sides[role].transpose(1, 2) if role in sides else same for role in roles])
             result[name] = (matrices @ rows).reshape(old.shape)
-    if VALUE in sides:
+    if output is not None:
         name = f"{find_consumer(model, group).path}.weight"
-        result[name] = known[name].cpu().double() @ _block_diagonal(_output_basis(model, group, statistics).back)
+        result[name] = known[name].cpu().double() @ _block_diagonal(output.back)
     return result
-
-
-def _sides(model: nn.Module, group: Group, statistics: Statistics) -> dict[int, Tensor]:
-    """Return the new bases of q, k and v, those of them whose channels are in the group."""
-    sides = {}
-    if group.kind != "vo":
-        basis = _logits_basis(group, statistics)
-        sides = {QUERY: basis.query, KEY: basis.key}
-    return sides | ({} if group.kind == "qk" else {VALUE: _output_basis(model, group, statistics).value})
 
 
 def _rotate_and_refit(
@@ -163,12 +168,13 @@ def _rotate_and_refit(
     """Return the new basis, and proj refitted on the kept channels of it."""
     if bool(mask.all()):
         return {}
-    result = rotate_attention(model, group, statistics, changed)
-    if group.kind == "qk":
+    logits, output = _bases(model, group, statistics)
+    result = _rotated(model, group, logits, output, changed)
+    if output is None:
         return result
-    basis = _block_diagonal(_output_basis(model, group, statistics).value)
     kept = mask.flatten().nonzero().flatten()
-    return result | _refit_params(model, find_consumer(model, group), statistics, kept, basis)
+    reader = find_consumer(model, group)
+    return result | _refit_params(model, reader, statistics, kept, _block_diagonal(output.value))
 
 
 def _refit_params(
@@ -188,15 +194,17 @@ def _unit_losses(model: nn.Module, group: Group, statistics: Statistics) -> Tens
     return eliminate_units(weight, inputs, metric, reader.inner, RIDGE).view(group.shape)
 
 
-def _logits_basis(group: Group, statistics: Statistics) -> LogitsBasis:
-    maker = find_projections(group).path
-    return logits_basis(statistics[f"{maker}/query"], statistics[f"{maker}/key"])
-
-
-def _output_basis(model: nn.Module, group: Group, statistics: Statistics) -> OutputBasis:
-    reader = find_consumer(model, group).path
-    weight = model.get_parameter(f"{reader}.weight").detach().cpu()
-    return output_basis(statistics[f"{reader}/inputs"].sum(dim=0), weight, group.shape[0])
+def _bases(model: nn.Module, group: Group, statistics: Statistics) -> tuple[LogitsBasis | None, OutputBasis | None]:
+    """Return the new bases of q and k, and of v and proj; None for channels that are not in the group."""
+    logits = output = None
+    if group.kind != "vo":
+        maker = find_projections(group).path
+        logits = logits_basis(statistics[f"{maker}/query"], statistics[f"{maker}/key"])
+    if group.kind != "qk":
+        reader = find_consumer(model, group).path
+        weight = model.get_parameter(f"{reader}.weight").detach().cpu()
+        output = output_basis(statistics[f"{reader}/inputs"].sum(dim=0), weight, group.shape[0])
+    return logits, output
 
 
 def _channel_losses(model: nn.Module, group: Group, statistics: Statistics) -> Tensor:
@@ -205,16 +213,16 @@ def _channel_losses(model: nn.Module, group: Group, statistics: Statistics) -> T
     The mean squared gradient w.r.t. a logit is that w.r.t. q divided by the second moment of k.
     """
     nats = torch.zeros(group.shape, dtype=torch.float64)
-    if group.kind != "vo":
+    logits, output = _bases(model, group, statistics)
+    if logits is not None:
         maker = find_projections(group).path
         key_energy = statistics[f"{maker}/key"].diagonal(dim1=1, dim2=2).sum(dim=1)  # (heads,)
         grad_sq = statistics[f"{maker}/query_grad_sq"] / (statistics[f"{maker}/tokens"] * key_energy).clamp_min(TINY)
-        nats += grad_sq[:, None] * _logits_basis(group, statistics).energies
-    if group.kind != "qk":
+        nats += grad_sq[:, None] * logits.energies
+    if output is not None:
         reader = find_consumer(model, group).path
         weight = model.get_parameter(f"{reader}.weight").detach().cpu().double()
-        back = _output_basis(model, group, statistics).back
-        columns = (weight @ _block_diagonal(back)).T  # (heads * c, o), for inputs of variance 1
+        columns = (weight @ _block_diagonal(output.back)).T  # (heads * c, o), for inputs of variance 1
         nats += torch.einsum("co,op,cp->c", columns, statistics[f"{reader}/metric"], columns).view(group.shape)
     return (nats / 2).flip(1).cummax(dim=1).values.flip(1)
 

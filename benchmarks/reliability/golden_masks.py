@@ -1,8 +1,8 @@
 """Compare the masks and the accuracy of DeiT-Tiny with those of an earlier revision, bit by bit.
 
-Four methods on real weights and images, one thread, settings fixed here. golden_masks_reference.json has the SHA-256 of
-the masks and the top-1 at the last revision that changed a result on purpose (docs/LOG.md). Another CPU may round
-differently: there, record the reference with an older revision first (`--record yes`).
+Four methods on real weights and images, one thread, settings fixed here. golden_masks_reference.json has the SHA-256
+of the masks and the top-1 at revision ee30bbd. Another CPU may round differently: there, record the reference with the
+older revision first (`--record yes`).
 """
 
 import copy

@@ -10,12 +10,14 @@ import termios
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support import shell_pipeline
 from tests.support.shared import add_empty_store
 from tests.support.shell_pipeline import REPOSITORY, processes_of, sleepers
 from vitprune.orchestration.cli_compress import STOPPED
+from vitprune.orchestration.execution.processes import process_environment, run
 from vitprune.orchestration.tracking.journal import read_log
 
 pytestmark = pytest.mark.pipeline
@@ -63,7 +65,7 @@ def project(tmp_path: Path) -> Path:
 def test_a_signal_saves_a_checkpoint_and_ends_the_flow_with_one_line(project: Path, by: str) -> None:
     (project / "stage.sh").write_text(SAVES + shell_pipeline.SCRIPT)
     job = Terminal(project, {})  # with the embedded Prefect server
-    job.read_until(lambda: sleepers(project), 240)
+    job.read_until(lambda: "dense begins" in job.text and sleepers(project), 240)
     start = len(job.text)
     if by == "Ctrl-C":
         job.press(CTRL_C)
@@ -84,7 +86,7 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_flow_with_one_line(project: Pa
 def test_a_second_ctrl_c_ends_the_flow_without_waiting(project: Path, server: str) -> None:
     (project / "stage.sh").write_text("trap '' INT TERM\n" + shell_pipeline.SCRIPT)
     job = Terminal(project, {"PREFECT_API_URL": server})
-    job.read_until(lambda: sleepers(project), 240)
+    job.read_until(lambda: "dense begins" in job.text and sleepers(project), 240)
     job.press(CTRL_C)
     job.read_until(lambda: "stopped; run again" in job.text, 20)
     job.press(CTRL_C)
@@ -93,6 +95,52 @@ def test_a_second_ctrl_c_ends_the_flow_without_waiting(project: Path, server: st
     assert "Traceback" not in job.text
     assert processes_of(project) == []
     os.close(job.screen)
+
+
+# As DVC after SIGTERM to the group: the first thread ends before the others do, and the stage is no child of it.
+LOSES_ITS_STAGE = """
+import ctypes, os, signal, subprocess, threading, time
+stage = "trap 'kill $!; sleep 1; touch saved; exit 143' TERM; sleep 600.25 & touch started; wait"
+subprocess.run(["sh", "-c", 'sh -c "$0" & echo $!', stage])
+while not os.path.exists("started"):
+    time.sleep(0.01)
+def end():
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=end).start()
+print("lost", flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_stage_that_lost_dvc_saves_its_checkpoint(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def line(text: str) -> None:
+        if text == "lost":
+            os.kill(pids[0], signal.SIGTERM)
+            raise KeyboardInterrupt
+        pids.append(int(text))
+
+    with pytest.raises(KeyboardInterrupt):
+        run([sys.executable, "-c", LOSES_ITS_STAGE], tmp_path, process_environment(tmp_path), None, line)
+    assert (tmp_path / "saved").exists()
+    assert processes_of(tmp_path) == []
+
+
+def test_processes_that_end_meanwhile_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(process: psutil.Process) -> str:
+        raise psutil.NoSuchProcess(process.pid)
+
+    def line(text: str) -> None:
+        monkeypatch.setattr(psutil.Process, "name", ended)
+        raise KeyboardInterrupt
+
+    stage = "trap 'kill $!; sleep 1; touch saved; exit 143' TERM; sleep 600.25 & echo begins; wait"
+    command = [sys.executable, "-c", f'import subprocess; subprocess.run(["sh", "-c", "{stage}"])']
+    with pytest.raises(KeyboardInterrupt):
+        run(command, tmp_path, process_environment(tmp_path), None, line)
+    assert (tmp_path / "saved").exists()
 
 
 WAITS_AT_EXIT = """

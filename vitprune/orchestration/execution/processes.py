@@ -82,7 +82,7 @@ def run(
         _interrupt_stage(process.pid)
         if MARK in env:
             project = Path(env[MARK])
-            if process.poll() == -signal.SIGTERM:  # of the whole group: the stage lost DVC, and may save a checkpoint
+            if process.wait() == -signal.SIGTERM:  # of the whole group: the stage lost DVC, and may save a checkpoint
                 kill_after_grace(_marked(project))
             kill_marked(project)  # Ctrl-C may have ended a shell, but not the processes that it had in the background
         raise
@@ -134,10 +134,10 @@ def _interrupt_stage(dvc: int) -> None:
     try:
         root = psutil.Process(dvc)
         descendants = root.children(recursive=True)
-        for process in list(_commands(root)) or [root]:
-            _signal(process.terminate if process.pid != dvc else lambda: root.send_signal(signal.SIGINT))
     except psutil.NoSuchProcess:
         return
+    for process in list(_commands(root)) or [root]:
+        _signal(process.terminate if process.pid != dvc else lambda: root.send_signal(signal.SIGINT))
     kill_after_grace([root, *descendants])
 
 
@@ -158,11 +158,13 @@ def _is_running(process: psutil.Process) -> bool:
 
 
 def _commands(process: psutil.Process) -> Iterator[psutil.Process]:
-    """Yield the children of a process; below a shell those of the shell too."""
-    for child in process.children():
-        yield child
-        if child.name() in SHELLS:
-            yield from _commands(child)
+    """Yield the children of a process, below a shell those of the shell too; a child may end meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in process.children():
+            yield child
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.name() in SHELLS:
+                    yield from _commands(child)
 
 
 def kill_tree(pid: int) -> None:

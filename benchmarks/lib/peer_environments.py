@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import venv
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,14 @@ from benchmarks.lib.deit_tiny import Batches
 
 PEERS_FOLDER = Path(__file__).parents[1] / "peers"
 ENVIRONMENTS = Path(__file__).parents[2] / ".venv-peers"
+SHARES_PACKAGES = "# shares the packages of the benchmark's environment"  # first words of requirements that do
 
 
 def python_of(environment: str) -> Path:
     """Return the Python of an environment; create it from benchmarks/peers/requirements/ENVIRONMENT.txt if needed.
 
-    The empty name is the environment of the benchmark.
+    The empty name is the environment of the benchmark. An environment whose requirements begin with SHARES_PACKAGES
+    also finds the packages of the benchmark's.
     """
     if not environment:
         return Path(sys.executable)
@@ -30,6 +33,9 @@ def python_of(environment: str) -> Path:
     installed = folder / "installed.txt"
     if not installed.exists() or installed.read_text() != requirements.read_text():
         venv.create(folder, clear=True, with_pip=True)
+        if requirements.read_text().startswith(SHARES_PACKAGES):
+            (own,) = folder.glob("lib/python*/site-packages")
+            (own / "shared.pth").write_text(sysconfig.get_path("purelib"))
         command = [folder / "bin/python", "-m", "pip", "install", "--quiet", "-r", requirements]
         if subprocess.run(command).returncode:
             sys.exit(f"{requirements}: cannot be installed into {folder}; pip's message is above")

@@ -1,4 +1,4 @@
-"""Latency of pruned models in four engines, compared with the reduction of their MACs.
+"""Latency of pruned models in five engines, compared with the reduction of their MACs.
 
 DeiT-Tiny, -S, -B and Swin-T with random weights, on which speed does not depend, dense and pruned to 0.7, 0.5 and 0.35x
 MACs by `channel-magnitude` with `round_to: {ffn: 32, attention: 8}`, and to 0.5x MACs without `round_to`; 224 x 224
@@ -6,14 +6,17 @@ pixels, batches of 1 and 32. *Whole heads*: heads are removed instead of channel
 models of a row run alternately in one process, so that other load affects all of them equally; times are medians.
 *Efficiency* is the speed-up divided by the factor by which the MACs decrease: 1 if the latency decreases by the same
 factor. onnxruntime and OpenVINO run the ONNX export; OpenVINO computes in its default precision, bfloat16 on processors
-that have it. The second part prunes all FFNs, or all heads, of a DeiT-S of four blocks to widths that are a multiple of
-1, 2, 4, ... but of no higher power of two, and compares the time per MAC; the smallest multiple within 3 % of the best
-is the value for `round_to`. Rows are recorded in benchmarks/results/engines-notes.jsonl, so that an interrupted
-benchmark continues; delete the file to start over. Estimated from the number of operations, all rows take one to two
-hours on two otherwise idle cores; rows that were not measured are missing. Writes benchmarks/results/engines.json and
-docs/results/engines.md.
+that have it. ExecuTorch runs the exported program, with XNNPACK as far as it supports the operations; the first
+measurement installs it into .venv-peers. The second part prunes all FFNs, or all heads, of a DeiT-S of four blocks to
+widths that are a multiple of 1, 2, 4, ... but of no higher power of two, and compares the time per MAC, except in
+ExecuTorch; the smallest multiple within 3 % of the best is the value for `round_to`. Rows are recorded in
+benchmarks/results/engines-notes.jsonl, so that an interrupted benchmark continues; delete the file to start over.
+Estimated from the number of operations, all rows take one to two hours on two otherwise idle cores; rows that were not
+measured are missing. Writes benchmarks/results/engines.json and docs/results/engines.md.
 """
 
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +25,15 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from benchmarks.lib.peer_environments import ENVIRONMENTS, run_script
 from benchmarks.lib.results import Recorded, Row, Section, arguments, write_results, write_sections
 from vitprune import count, find_groups, prune, shrink
 from vitprune.evaluation.engines import check_engine, forward_call
 from vitprune.evaluation.latency import alternating_times
+from vitprune.models.export_check import BOUND
 
 ROOT = Path(__file__).parents[2]
 MODELS = {
@@ -36,7 +42,9 @@ MODELS = {
     "DeiT-B": "deit_base_patch16_224",
     "Swin-T": "swin_tiny_patch4_window7_224",
 }
+EXECUTORCH, EXECUTORCH_SECONDS = "ExecuTorch", 3600.0
 ENGINES = {"onnxruntime": "ort", "OpenVINO": "openvino", "torch": "torch", "torch.compile": "torch"}
+ALL_ENGINES = (*ENGINES, EXECUTORCH)
 ROUND_TO = {"ffn": 32, "attention": 8}
 DENSE, UNROUNDED, HEADS = "1.0x MACs", "0.5x MACs, not rounded", "0.5x MACs, whole heads"
 NOTES = {UNROUNDED: " (not rounded)", HEADS: " (whole heads)"}
@@ -78,17 +86,21 @@ def main() -> None:
             "threads": (2, "threads of one process"),
             "models": (",".join(MODELS), "models"),
             "batches": ("1,32", "images per batch"),
-            "engines": (",".join(ENGINES), "engines"),
+            "engines": (",".join(ALL_ENGINES), "engines"),
         },
     )
     torch.set_num_threads(options.threads)
     engines = options.engines.split(",")
+    if unknown := set(engines) - set(ALL_ENGINES):
+        sys.exit(f"--engines: unknown: {', '.join(sorted(unknown))}; use {', '.join(ALL_ENGINES)}")
     for engine in engines:
-        check_engine(ENGINES[engine])
+        check_engine(ENGINES.get(engine, "torch"))
     batches = [int(batch) for batch in options.batches.split(",")]
     models, targets, multiples = options.models.split(","), TARGETS, MULTIPLES
     if options.quick:
         models, batches, targets, multiples = ["DeiT-Tiny"], [1], {"0.5x MACs": TARGETS["0.5x MACs"]}, {"ffn": (1, 32)}
+        if not (ENVIRONMENTS / "executorch").exists():
+            engines = [engine for engine in engines if engine != EXECUTORCH]
     done = Recorded("engines", Timing, options.quick)
     for rows in measured(models, batches, engines, targets, multiples, done, options.quick):
         done.record(*rows)
@@ -116,7 +128,11 @@ def measured(
                 yield times(name, variants, batch, engine, 5 if quick else RUNS[batch])
     for kind, values in multiples.items():
         label = f"width, {kind}"
-        missing_engines = [engine for engine in engines[: 1 if quick else None] if (label, 1, engine) not in known]
+        missing_engines = [
+            engine
+            for engine in engines[: 1 if quick else None]
+            if engine in ENGINES and (label, 1, engine) not in known
+        ]
         variants = widths(kind, values, 1 if quick else 4) if missing_engines else {}
         for engine in missing_engines:
             yield times(label, variants, 1, engine, 5 if quick else 2 * RUNS[1])
@@ -150,15 +166,37 @@ def widths(kind: str, multiples: Sequence[int], blocks: int) -> dict[str, nn.Mod
 def times(name: str, variants: Mapping[str, nn.Module], batch: int, engine: str, runs: int) -> list[Timing]:
     """Measure the variants of a model alternately in one engine."""
     images = torch.randn(batch, 3, 224, 224)
-    compiled = engine == "torch.compile"
-    models = [torch.compile(model) if compiled else model for model in variants.values()]
-    calls = [forward_call(model, ENGINES[engine], images) for model in models]
-    durations = alternating_times(calls, runs)
+    if engine == EXECUTORCH:
+        milliseconds = executorch_times(variants, images, runs)
+    else:
+        models = [torch.compile(model) if engine == "torch.compile" else model for model in variants.values()]
+        durations = alternating_times([forward_call(model, ENGINES[engine], images) for model in models], runs)
+        milliseconds = [median(row) for row in durations]
     macs = [count(model, images[:1]).macs for model in variants.values()]
     return [
-        Timing(name, variant, batch, engine, number / macs[0], median(milliseconds))
-        for variant, number, milliseconds in zip(variants, macs, durations, strict=True)
+        Timing(name, variant, batch, engine, number / macs[0], ms)
+        for variant, number, ms in zip(variants, macs, milliseconds, strict=True)
     ]
+
+
+def executorch_times(variants: Mapping[str, nn.Module], images: Tensor, runs: int) -> list[float]:
+    """Return the median milliseconds of the variants in ExecuTorch; the logits are compared with those of torch."""
+    expected: dict[str, Tensor] = {}
+    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
+        folder = Path(temporary)
+        save_file({"images": images}, folder / "images.safetensors")
+        for number, model in enumerate(variants.values()):
+            torch.export.save(torch.export.export(model, (images,)), folder / f"{number}.pt2")
+            expected[str(number)] = model(images)
+        spec = {"models": list(expected), "threads": torch.get_num_threads(), "runs": runs}
+        result = run_script(folder, "executorch", "executorch_latency", spec, EXECUTORCH_SECONDS)
+        if isinstance(result, str):
+            sys.exit(f"ExecuTorch: {result}")
+        for name, logits in load_file(folder / "logits.safetensors").items():
+            difference = float((logits - expected[name]).abs().max() / expected[name].abs().max())
+            if not difference <= BOUND["float32"]:
+                sys.exit(f"ExecuTorch: the logits differ by {difference:.2g} of the largest")
+        return [result["models"][name]["ms"] for name in expected]
 
 
 def speedups(done: Sequence[Timing]) -> Iterator[tuple[Timing, float, float]]:
@@ -192,7 +230,7 @@ def sections(done: Sequence[Timing]) -> list[Section]:
     """Return one table per engine, and the tables of widths."""
     header = ["model", "batch", "MACs", "dense, ms", "pruned, ms", "speed-up", "efficiency"]
     tables = []
-    for engine in ENGINES:
+    for engine in ALL_ENGINES:
         rows = []
         for row, speedup, efficiency in speedups([row for row in done if row.engine == engine]):
             dense = row.ms * speedup

@@ -74,7 +74,7 @@ def server(command: str, old_port: str, path: str, cwd: Path) -> Iterator[str]:
         yield port
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 def test_mlflow_serves_the_champion(project: Path, guide: dict[tuple[str, str], str]) -> None:

@@ -125,9 +125,9 @@ def test_files_left_by_a_kill_are_repaired(project: Path) -> None:
     rwlock.write_text('{"write": {"/so')
     # its parent ends immediately, like a killed flow
     subprocess.run(["sh", "-c", "sleep 600.25 &"], env=os.environ | {MARK: str(project)}, check=True)
-    wait_for(lambda: sleepers(project), 10)
+    wait_for(lambda: sleepers(project), 60)
     repair(project, output.append)
-    wait_for(lambda: not processes_of(project), 10)
+    wait_for(lambda: not processes_of(project), 60)
     assert len(output) == 3
     assert lock.read_text() == full
     # the number of a dead DVC process, taken by a process that is not DVC
@@ -192,7 +192,7 @@ def test_a_killed_flow_resumes_with_the_result_of_plain_dvc(project: Path, serve
     wait_for(lambda: sleepers(project), 120)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    wait_for(lambda: not processes_of(project), 10)
+    wait_for(lambda: not processes_of(project), 60)
     (project / "sleep_dense").unlink()
 
     code, out, err = finish(shell_pipeline.flow(project, PREFECT_API_URL=server))

@@ -35,7 +35,7 @@ def test_the_server_ends_with_a_killed_process(tmp_path: Path) -> None:
     urllib.request.urlopen(f"{address}/health").close()
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, 20)
+    wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, 60)
     parent.stdin.close()
     parent.stdout.close()
 

@@ -83,7 +83,7 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
             target = parent / re.sub(r"\W", "_", requirement)
             words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--retries", "1"]
             words += ["--disable-pip-version-check", "--target", str(target), requirement]
-            ran = subprocess.run(words, capture_output=True, text=True, timeout=60)
+            ran = subprocess.run(words, capture_output=True, text=True, timeout=300)
             if ran.returncode:
                 pytest.skip(f"{requirement} cannot be installed: no package index here")
             done[requirement] = target

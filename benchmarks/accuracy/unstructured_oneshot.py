@@ -5,7 +5,9 @@ standard error of about 1.6 points. Row n:m is the 2:4 pattern by magnitude. Sec
 of the 200 calibration images and score.damping 4e-6 instead of CAP's 1e-8: with so few gradients, this damping gives
 the lowest loss on held-out images after the update (docs/LOG.md). The rows magnitude-obs and woodfisher-joint have the
 masks of magnitude and woodfisher with the update of ovit. `+ correction`: norms and biases are corrected afterwards
-(prune.correct_norms). Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/oneshot.json and docs/results/oneshot.md.
+(prune.correct_norms). Results are recorded in benchmarks/results/oneshot-notes.jsonl, so that an interrupted benchmark
+continues; delete the file to start over. Needs VITPRUNE_REAL_DATA. Writes benchmarks/results/oneshot.json and
+docs/results/oneshot.md.
 """
 
 from pathlib import Path
@@ -45,7 +47,8 @@ ENTRIES = (
 
 def main() -> None:
     """Measure every row and write the tables."""
-    quick = arguments(__doc__).quick
+    options = arguments(__doc__, {"note": ("", "a sentence for the page, such as which rows are older")})
+    quick = options.quick
     real_data()
     goals = [GOALS[1]] if quick else list(GOALS)
     entries = [Entry("magnitude"), Entry("n:m"), Entry("obc", ours=True)] if quick else list(ENTRIES)
@@ -62,7 +65,7 @@ def main() -> None:
         write_table(
             ROOT / "docs/results/oneshot.md",
             "One-shot pruning of DeiT-Tiny's weights, no training",
-            __doc__ or "",
+            f"{__doc__} {options.note}",
             ["method", *(goal.name for goal in goals)],
             [["dense", *([f"{case.top1:.1f}"] * len(goals))], *lines(done, entries, goals)],
         )

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import vitprune
@@ -17,6 +19,7 @@ from tests.support.model_zoo import VIT, batches, images, predict, redrawn, tiny
 from tests.support.other_models import make_model
 from vitprune import BadInput, evaluate, find_groups, prune, save
 from vitprune.cli import app
+from vitprune.data.batch_checks import first_image
 from vitprune.evaluation.agreement import cosine, linear_cka, map_iou
 from vitprune.evaluation.nearest_neighbours import nearest_neighbours
 from vitprune.evaluation.pooled_features import pooled_features
@@ -165,6 +168,27 @@ def test_invalid_calls_are_refused(vit: nn.Module) -> None:
     ):
         with pytest.raises(BadInput, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], r"^batches: no images; give at least one batch$"),
+        ([{"pixels": 1}], r"^batches\[0\]: is a dict; give pairs"),
+        ({"images": torch.zeros(2, 3, 64, 64)}, r"^batches: is a dict; give a list"),
+    ],
+)
+def test_batches_of_a_model_of_another_library_are_checked(given: Any, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        evaluate(make_model("vit"), given)
+
+
+def test_a_look_at_the_first_image_draws_no_random_number() -> None:
+    model, pairs = make_model("vit"), [(torch.zeros(3, 64, 64), index) for index in range(4)]
+    loader = DataLoader(pairs, batch_size=2, shuffle=True)
+    before = torch.get_rng_state()
+    assert first_image(loader, model, "loader").shape == (1, 3, 64, 64)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_command_evaluates_a_saved_model_on_a_folder(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def checked_batches(batches: Any, model: nn.Module) -> list[tuple[Tensor, Tensor
     """
     if isinstance(batches, Iterator):
         raise BadInput("calibration: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
-    return list(checked_stream(batches, model, "calibration", labelled=False))
+    return list(_checked(batches, model, "calibration", None, labelled=False, mapped=True))
 
 
 def checked_stream(
@@ -54,8 +54,41 @@ def checked_stream(
         mapped: Whether labels become outputs of a model that was cut to some classes.
 
     Raises:
-        BadInput: as `checked_batches`, except for iterators, or a label is not a class.
+        BadInput: there are no batches, a label is not a class, or as `checked_batches`, except for iterators.
     """
+    empty = True
+    for pair in _checked(batches, model, name, classes, labelled, mapped):
+        empty = False
+        yield pair
+    if empty:
+        raise no_images(name)
+
+
+def first_image(batches: Any, model: nn.Module, name: str, labelled: bool = True) -> Tensor:
+    """Return the first image (1, C, H, W) of batches that can be iterated again; the random state is restored.
+
+    Args:
+        batches: An iterable of pairs (images, labels).
+        model: The model that they are for.
+        name: Name of the argument for messages.
+        labelled: Whether a batch must be a pair; else images alone suffice.
+
+    Raises:
+        BadInput: as `checked_stream`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        images, _ = next(checked_stream(batches, model, name, labelled=labelled, mapped=False))
+    return images[:1]
+
+
+def no_images(name: str) -> BadInput:
+    """Return the error for an argument without any batch."""
+    return BadInput(f"{name}: no images; give at least one batch")
+
+
+def _checked(
+    batches: Any, model: nn.Module, name: str, classes: int | None, labelled: bool, mapped: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     if not isinstance(batches, Iterable) or isinstance(batches, Tensor | dict | str):
         kind, alone = type(batches).__name__, "" if labelled else " or of tensors of images"
         raise BadInput(f"{name}: is a {kind}; give a list or a DataLoader of pairs (images, labels){alone}")

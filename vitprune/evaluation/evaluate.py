@@ -4,11 +4,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from vitprune.data import example_input
-from vitprune.data.batch_checks import checked_input
+from vitprune.data.batch_checks import first_image
 from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.agreement import cosine, linear_cka, map_iou
@@ -34,7 +33,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a model on images by one metric, and count its parameters and MACs.
 
-    MACs are those of the model's own size of images; for models that are not timm's, of the size of the first images.
+    MACs are those of the model's own size of images; for models that are not timm's, of the size of the first image.
 
     Args:
         model: The model.
@@ -75,10 +74,6 @@ def evaluate(
 
 def _example(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Return an input for the counts: the first image, or one of the model's size if that is timm's."""
-    if not is_timm_model(model) and not isinstance(batches, Iterator):
-        with torch.random.fork_rng(devices=[]):
-            first = next(iter(batches), None)
-        images = first[0] if isinstance(first, list | tuple) and first else first
-        if isinstance(images, Tensor) and images.dim() == 4 and len(images):
-            return checked_input("batches[0]", images[:1], model)
-    return example_input(model, 1)
+    if is_timm_model(model) or isinstance(batches, Iterator):
+        return example_input(model, 1)
+    return first_image(batches, model, "batches", labelled=False)

@@ -43,8 +43,6 @@ def pooled_features(model: nn.Module, batches: Iterable[Any], where: str = "batc
         for images, labels in checked_stream(track(batches, "evaluating"), model, where, labelled=False, mapped=False):
             features.append(_features(model, images.to(device)).float().cpu())
             targets.append(labels.cpu())
-    if not features:
-        raise BadInput(f"{where}: no images; give at least one batch")
     return torch.cat(features), torch.cat(targets)
 
 

@@ -13,6 +13,7 @@ from vitprune.models.io import SavedModel, describe_saved
 from vitprune.models.validation import WEIGHTS
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.files import read_json, sha256, write_text
+from vitprune.runtime.top5 import shows_top5
 
 CARD = "README.md"
 INITIAL_WEIGHTS = {
@@ -148,7 +149,7 @@ def _rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for key, (name, form) in NUMBERS.items():
         plain = key.removeprefix("nonzero_")
         is_new = key == plain or pruned.get(key) != pruned.get(plain) or dense.get(key) != dense.get(plain)
-        if key in dense and key in pruned and is_new:
+        if key in dense and key in pruned and is_new and (key != "top5" or shows_top5(evaluation)):
             rows.append((name, form.format(dense[key]), form.format(pruned[key])))
     return rows
 

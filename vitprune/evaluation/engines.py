@@ -53,7 +53,8 @@ def forward_call(model: nn.Module, engine: str, images: Tensor) -> Callable[[], 
 
 
 def _onnxruntime_call(path: Path, images: Tensor) -> Callable[[], object]:
-    return partial(onnxruntime_session(path).run, None, {"images": images.numpy()})
+    session, given = onnxruntime_session(path), {"images": images.numpy()}
+    return lambda: session.run(None, given)[0]
 
 
 def _openvino_call(path: Path, images: Tensor) -> Callable[[], object]:

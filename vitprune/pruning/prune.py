@@ -31,6 +31,7 @@ from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
 from vitprune.pruning.auto import auto_method, has_exact_scores
 from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores
+from vitprune.pruning.low_rank_updates import low_rank_updates
 from vitprune.pruning.methods import CRITERIA, METHODS, Method, method_named
 from vitprune.pruning.plan import Plan, plan_for
 from vitprune.pruning.preparation import prepared
@@ -294,6 +295,7 @@ def _fitting_plan(
         settings = settings | {"kinds": available if skipped else None}
     plan = plan_for(PruneConfig(**settings), config, seed)
     skipped |= {name: why for kind in plan.sparsity for name, why in left_out(model, kind).items()}
+    skipped |= low_rank_updates(model) if "ffn" in plan.sparsity else {}
     return plan, skipped | (dense_projections(model) if "weight" in plan.sparsity else {})
 
 

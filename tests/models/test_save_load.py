@@ -1,6 +1,7 @@
 """Saving and loading models: exact, without pickle, in a new process; mismatches are refused."""
 
 import json
+import logging
 import pickletools
 import subprocess
 import sys
@@ -258,6 +259,19 @@ def test_weights_that_cannot_be_downloaded_are_refused_with_a_remedy(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match=r"^model.name 'vit_tiny_patch16_224': .*; without a network, give a file of w"):
         models.create("vit_tiny_patch16_224", {"cache_dir": str(tmp_path)}, pretrained=True)
+
+
+def test_a_hub_that_does_not_answer_gives_one_error_and_no_lines_about_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    level = logging.getLogger("huggingface_hub").level
+    with pytest.raises(BadInput, match=r"; without a network, give a file of w"):
+        models.create("vit_tiny_patch16_224", {"cache_dir": str(tmp_path)}, pretrained=True)
+    assert capfd.readouterr().err == ""
+    assert logging.getLogger("huggingface_hub").level == level
 
 
 @pytest.mark.real

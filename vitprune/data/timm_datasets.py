@@ -10,7 +10,7 @@ from vitprune.data.images import encode
 from vitprune.data.sources import MAX_LABEL, Source, missing_image, source_hint
 from vitprune.data.split_names import EVAL_SPLITS
 from vitprune.errors import BadInput
-from vitprune.runtime.messages import first_line
+from vitprune.runtime.messages import first_line, without_retry_lines
 
 STREAMS = ("hfids", "tfds")
 
@@ -57,7 +57,8 @@ def open_timm(spec: str, classes: Sequence[str] | None) -> Source:
         raise BadInput(f"dataset.source: {spec!r} is unknown; {source_hint(spec)}")
     if name.lower() in ("torch/folder", "torch/image_folder"):
         raise BadInput(f"dataset.source: {spec} is an image folder; write folder:{root or 'PATH'}")
-    datasets = {"train": _create(spec, name, root, "train")} | _evaluation(name, root)
+    with without_retry_lines():
+        datasets = {"train": _create(spec, name, root, "train")} | _evaluation(name, root)
     labels_of, names = _labels(spec, datasets, classes)
     splits = tuple("train" if split == "train" else "eval" for split, labels in labels_of.items() for _ in labels)
     return Source(

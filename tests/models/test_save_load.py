@@ -246,7 +246,7 @@ def test_create_accepts_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "args"),
-    [("no_such_model", {}), ("vit_tiny_patch16_224", {"colour": "red"}), ("vit_tiny_patch16_224", {"num_heads": 5})],
+    [("no_such_model", {}), ("vit_tiny_patch16_224", {"color": "red"}), ("vit_tiny_patch16_224", {"num_heads": 5})],
 )
 def test_models_that_timm_cannot_create_are_refused(name: str, args: dict) -> None:
     with pytest.raises(BadInput, match=f"^model.name '{name}': timm cannot create it") as error:

@@ -25,7 +25,7 @@ class Read(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Labelled images that can be read by id in any order, from several threads and processes.
+    """Labeled images that can be read by id in any order, from several threads and processes.
 
     Attributes:
         spec: The source as written in params.yaml.
@@ -162,7 +162,7 @@ def join(train: Source, evaluation: Source) -> Source:
     Raises:
         BadInput: an eval image has a class that the train source does not have.
     """
-    evaluation = _relabelled(evaluation, train)
+    evaluation = _relabeled(evaluation, train)
     kept = [row for row in range(len(train.ids)) if train.splits is None or train.splits[row] == "train"]
     held_out = [
         row for row in range(len(evaluation.ids)) if evaluation.splits is None or evaluation.splits[row] == "eval"
@@ -178,7 +178,7 @@ def join(train: Source, evaluation: Source) -> Source:
     )
 
 
-def _relabelled(evaluation: Source, train: Source) -> Source:
+def _relabeled(evaluation: Source, train: Source) -> Source:
     if train.classes is None:
         return evaluation
     position = {name: label for label, name in enumerate(train.classes)}

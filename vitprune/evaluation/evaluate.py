@@ -12,7 +12,7 @@ from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.agreement import cosine, linear_cka, map_iou
 from vitprune.evaluation.cost import count
-from vitprune.evaluation.nearest_neighbours import nearest_neighbours
+from vitprune.evaluation.nearest_neighbors import nearest_neighbors
 from vitprune.evaluation.pooled_features import pooled_features
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.wrappers import is_timm_model, plain_model
@@ -38,12 +38,12 @@ def evaluate(
     Args:
         model: The model.
         batches: Batches (images (B, C, H, W), labels (B,)); for cosine, cka and iou images without labels suffice.
-        metric: "accuracy": top-1 and top-5 of a classifier. "knn": those of a weighted k-nearest-neighbour classifier
-            on the model's features (`pooled_features`), 20 neighbours and temperature 0.07 as in DINO. Agreement with
+        metric: "accuracy": top-1 and top-5 of a classifier. "knn": those of a weighted k-nearest-neighbor classifier
+            on the model's features (`pooled_features`), 20 neighbors and temperature 0.07 as in DINO. Agreement with
             the dense model: "cosine" (mean cosine similarity of the features), "cka" (linear CKA of the features, which
             may differ in width) or "iou" (of maps, such as a segmentation).
         dense: The dense model, for cosine, cka and iou.
-        reference: Labelled batches that knn compares with; None: the other images of `batches`.
+        reference: Labeled batches that knn compares with; None: the other images of `batches`.
         threshold: For iou, threshold of a map of one channel; 0 is the probability 0.5 of a logit.
 
     Returns:
@@ -62,7 +62,7 @@ def evaluate(
         return accuracy(model, batches)[0] | counts
     if metric == "knn":
         others = None if reference is None else pooled_features(model, reference, "reference")
-        return nearest_neighbours(*pooled_features(model, batches), others) | counts
+        return nearest_neighbors(*pooled_features(model, batches), others) | counts
     if dense is None:
         raise BadInput(f"metric {metric!r}: compares with the dense model; give dense")
     batches = list(batches)
@@ -76,4 +76,4 @@ def _example(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Return an input for the counts: the first image, or one of the model's size if that is timm's."""
     if is_timm_model(model) or isinstance(batches, Iterator):
         return example_input(model, 1)
-    return first_image(batches, model, "batches", labelled=False)
+    return first_image(batches, model, "batches", labeled=False)

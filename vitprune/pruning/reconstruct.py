@@ -255,7 +255,7 @@ def _loss(model: nn.Module, batch: _Batch, weight: float) -> Tensor:
 
 
 def _shared_blocks(model: nn.Module, dense: nn.Module) -> list[str]:
-    """Paths of the blocks of both models: neighbours of one class in a list, that have no such neighbours inside.
+    """Paths of the blocks of both models: neighbors of one class in a list, that have no such neighbors inside.
 
     None if tokens are merged: then most outputs have other shapes, and the weight of the others would grow.
     """

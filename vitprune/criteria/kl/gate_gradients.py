@@ -174,10 +174,10 @@ def _query(model: nn.Module, group: Group) -> UnitGate:
 
 def _norms(model: nn.Module, group: Group) -> Iterator[tuple[str, ParamSlice]]:
     for path, leaf, module, part in _layers(model, group):
-        normalises = isinstance(module, CENTERED_NORMS) or type(module).__name__ in RMS_NORMS
-        if normalises and leaf == "weight":
+        normalizes = isinstance(module, CENTERED_NORMS) or type(module).__name__ in RMS_NORMS
+        if normalizes and leaf == "weight":
             yield path, part
-        elif isinstance(module, nn.GroupNorm) or (normalises and len(list(module.parameters())) == 0):
+        elif isinstance(module, nn.GroupNorm) or (normalizes and len(list(module.parameters())) == 0):
             raise _unsupported(path, f"the statistics of {type(module).__name__} are not supported")
 
 
@@ -279,9 +279,9 @@ def _statistics(path: str, norm: Any, value: Tensor, output: Tensor, images: int
     axis = norm_axis(norm, value, output)
     if axis is None:
         raise _unsupported(path, f"{type(norm).__name__} does more than normalize, scale and shift its channels")
-    weight, centred = _at_least_float32(norm.weight.detach()), isinstance(norm, CENTERED_NORMS)
+    weight, centered = _at_least_float32(norm.weight.detach()), isinstance(norm, CENTERED_NORMS)
     x = _at_least_float32(value).movedim(axis, -1).reshape(images, -1, len(weight))  # (B, tokens, d)
-    x = x - x.mean(dim=-1, keepdim=True) if centred else x
+    x = x - x.mean(dim=-1, keepdim=True) if centered else x
     var = x.square().mean(dim=-1)  # (B, tokens)
     scale = (var + norm_eps(norm, value.dtype)).rsqrt()
     xhat = x * scale[..., None]
@@ -291,7 +291,7 @@ def _statistics(path: str, norm: Any, value: Tensor, output: Tensor, images: int
         weighted = _at_least_float32(gradient.movedim(axis, -1)).reshape(xhat.shape) * weight
         along = (weighted * xhat).sum(dim=-1)  # (B, tokens)
         total = (torch.einsum("bt,btd->bd", along, xhat.square()) - (along * share).sum(dim=1, keepdim=True)) / 2
-        if centred:
+        if centered:
             total = total + torch.einsum("bt,btd->bd", weighted.sum(dim=-1), xhat)
         mean: Tensor = total / -xhat.shape[-1]
         return mean

@@ -128,7 +128,7 @@ def _follow(
 def _interrupt_stage(dvc: int) -> None:
     """Send SIGTERM to the command that a DVC process runs, wait until it has ended, and kill it after GRACE.
 
-    Processes that the command has started itself, such as data loaders, are not signalled: it ends them. DVC ends with
+    Processes that the command has started itself, such as data loaders, are not signaled: it ends them. DVC ends with
     the command, and releases its locks.
     """
     try:

@@ -12,8 +12,8 @@ from matplotlib.patheffects import withStroke
 from vitprune.runtime.files import atomic_write
 
 INK, MUTED, RULE, PAPER = "#1d2126", "#5d6670", "#e2dfd7", "#fcfbf8"  # of the report in its light theme
-# Okabe and Ito's colours for colour-blind readers, without the pale yellow, and two others; markers differ, too
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f3c8d", "#4d4d4d")
+# Okabe and Ito's colors for color-blind readers, without the pale yellow, and two others; markers differ, too
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f3c8d", "#4d4d4d")
 SHAPES = ("o", "s", "D", "^", "v", "P", "X", "h")
 AXES = {
     "throughput": ("Throughput relative to the dense model", "images per second"),
@@ -97,14 +97,14 @@ def _paint(figure: Figure, points: Sequence[Point], dense: DensePoint, against: 
     best = front([(1.0, dense.top1), *((point.gain, point.top1) for point in points)])
     _stairs(axes, [(1.0, dense.top1) if at == 0 else (points[at - 1].gain, points[at - 1].top1) for at in best])
     for number, method in enumerate(dict.fromkeys(point.method for point in points)):
-        colour, shape = COLOURS[number % len(COLOURS)], SHAPES[(number + number // len(COLOURS)) % len(SHAPES)]
+        color, shape = COLORS[number % len(COLORS)], SHAPES[(number + number // len(COLORS)) % len(SHAPES)]
         runs = sorted((point for point in points if point.method == method), key=lambda point: point.gain)
-        axes.plot([p.gain for p in runs], [p.top1 for p in runs], color=colour, linewidth=1.3, alpha=0.6, zorder=3)
+        axes.plot([p.gain for p in runs], [p.top1 for p in runs], color=color, linewidth=1.3, alpha=0.6, zorder=3)
         for point in runs:
             wins = points.index(point) + 1 in best
             edge = {"markeredgecolor": INK, "markeredgewidth": 1.3} if wins else {"markeredgecolor": PAPER}
-            axes.plot(point.gain, point.top1, shape, color=colour, markersize=9 if wins else 7, zorder=4, **edge)
-        axes.plot([], [], shape, color=colour, markersize=7, label=method)
+            axes.plot(point.gain, point.top1, shape, color=color, markersize=9 if wins else 7, zorder=4, **edge)
+        axes.plot([], [], shape, color=color, markersize=7, label=method)
     axes.plot(1.0, dense.top1, "*", color=INK, markersize=16, markeredgecolor=PAPER, zorder=5, label="dense")
     _legend(axes, points)
     _labels(figure, axes, points, dense)

@@ -103,8 +103,8 @@ def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
     if not ids:
         loose = [path for path in left_out if _is_image(path)]
         shown = ", ".join(path.name for path in (loose or left_out)[:3])
-        what = f"{len(loose)} are beside them" if loose else f"{len(left_out)} files are no images that Pillow reads"
-        also = f" ({what}, such as {shown})" if left_out else ""
+        ignored = f"{len(loose)} are beside them" if loose else f"{len(left_out)} files are no images that Pillow reads"
+        also = f" ({ignored}, such as {shown})" if left_out else ""
         raise BadInput(
             f"folder:{root}: no images in its sub-folders{also}; put the images of each class into their own folder"
         )

@@ -68,7 +68,7 @@ def evaluate(
     batches = list(batches)
     if metric == "iou":
         return {"iou": map_iou(model, dense, batches, threshold)} | counts
-    first, second = (pooled_features(one, batches)[0] for one in (model, dense))
+    first, second = (pooled_features(network, batches)[0] for network in (model, dense))
     return {metric: cosine(first, second) if metric == "cosine" else linear_cka(first, second)} | counts
 
 

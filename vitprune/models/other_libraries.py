@@ -325,12 +325,12 @@ def _refuse_other_model(model: nn.Module, factory: Factory, shapes: Mapping[str,
     except BadInput as error:
         why = str(error).removeprefix(f"{name}: ").partition(";")[0]
         where = "model.config, such as num_labels" if factory.library == TRANSFORMERS else "args"
-        what = f"{factory.library} does not build this model from its configuration ({why})"
-        raise BadInput(f"{name}: {what}; if you changed a layer, change {where} as well") from None
+        problem = f"{factory.library} does not build this model from its configuration ({why})"
+        raise BadInput(f"{name}: {problem}; if you changed a layer, change {where} as well") from None
     except Exception as error:  # constructors raise anything for arguments that do not fit
         raise BadInput(f"{name}: {factory.library} cannot build {factory.name} ({first_line(error)})") from None
     rebuilt.load_state_dict(model.state_dict(), assign=True)
-    kinds = [getattr(getattr(one, "config", None), "_attn_implementation", None) for one in (model, rebuilt)]
+    kinds = [getattr(getattr(network, "config", None), "_attn_implementation", None) for network in (model, rebuilt)]
     if kinds[0] != kinds[1]:  # eager attention is the same function, and it is not saved
         rebuilt.set_attn_implementation(kinds[0])  # type: ignore[operator]
     if not same_logits(model, rebuilt, example_input(model, 2)):

@@ -17,7 +17,7 @@ def low_rank_updates(model: nn.Module) -> dict[str, str]:
     Args:
         model: Any model.
     """
-    updated = {path: found for path, module in model.named_modules() if (found := _low_rank_update(module))}
+    updated = {path: names for path, module in model.named_modules() if (names := _low_rank_update(module))}
     if not updated:
         return {}
     pruned = {part.param for kind in KINDS for group in _groups(model, kind) for part in group.slices}

@@ -91,9 +91,9 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _check(name: str, value: Any, expected: Sequence[Any]) -> None:
-    named = [one for one in expected if one is not NoneType and not (one is str and Path in expected)]
+    named = [kind for kind in expected if kind is not NoneType and not (kind is str and Path in expected)]
     wanted = " or ".join(dict.fromkeys(map(_words, named)))
-    matching = next((one for one in expected if _accepts(one, value)), None)
+    matching = next((kind for kind in expected if _accepts(kind, value)), None)
     if matching is None:
         if isinstance(value, str) and any(map(_takes_names, expected)):
             raise BadInput(f"{name}: {value!r} is a string; give a list, as in [{value!r}]")

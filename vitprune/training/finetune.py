@@ -102,7 +102,9 @@ def finetune(
     zeros = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None
     name, steps = "fine-tuning" if segment is None else segment.name, len(loader)
     span = segment.span(config, steps) if segment is not None else None
-    others = [one for one in (model, teacher) if one is not None and not is_timm_model(plain_model(one))]
+    others = [
+        network for network in (model, teacher) if network is not None and not is_timm_model(plain_model(network))
+    ]
     with returning_logits(*others), _with_timm_attributes(others, loader), _unchanged(teacher):
         classes = vars(model).get("num_classes")
         task: Any = classification(model, config.smoothing)
@@ -127,9 +129,9 @@ def _checked_teacher(teacher: nn.Module, model: nn.Module, distillation: Distill
     plain = plain_model(teacher)
     if plain is model:
         raise BadInput("teacher: is the model that is trained; give the dense model, or a copy (copy.deepcopy)")
-    for one in (model, plain) if distillation.kind == "features" else ():
-        if not is_timm_model(one):
-            raise BadInput(f"distill.kind features: {type(one).__name__} is not a model of timm; use logits")
+    for network in (model, plain) if distillation.kind == "features" else ():
+        if not is_timm_model(network):
+            raise BadInput(f"distill.kind features: {type(network).__name__} is not a model of timm; use logits")
     result, dtype = of_same_classes(plain, model), next(model.parameters()).dtype
     return result if next(plain.parameters()).dtype == dtype else copy.deepcopy(result).to(dtype)
 

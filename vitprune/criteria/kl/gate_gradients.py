@@ -196,9 +196,9 @@ def record_gates(model: nn.Module, gates: Sequence[UnitGate], images: int) -> It
     tape = GateTape(images)
     with ExitStack() as stack:
         stack.callback(tape.forget)
-        for path, what in dict.fromkeys(gate.probe for gate in gates):
-            module, probe = model.get_submodule(path), (path, what)
-            if what == "input":
+        for path, side in dict.fromkeys(gate.probe for gate in gates):
+            module, probe = model.get_submodule(path), (path, side)
+            if side == "input":
                 handle = module.register_forward_pre_hook(_input_hook(tape, probe))
             else:
                 widths = [gate.outer * gate.units * gate.inner for gate in gates if gate.probe == probe]

@@ -254,10 +254,10 @@ def _computed_by(collected: CollectedRun) -> dict[str, dict[str, str]]:
 
 
 def _differences(name: str, wanted: RunContent, recorded: RunContent) -> Lines:
-    for what, ours, theirs in (("tag", wanted.tags, recorded.tags), ("param", wanted.params, recorded.params)):
+    for entry, ours, theirs in (("tag", wanted.tags, recorded.tags), ("param", wanted.params, recorded.params)):
         for key, text in ours.items():
             if theirs.get(key) != text and key not in NOT_COMPARED:
-                yield f"{name}: {what} {key} is {theirs.get(key)!r} in MLflow, {text!r} in the run log"
+                yield f"{name}: {entry} {key} is {theirs.get(key)!r} in MLflow, {text!r} in the run log"
     for key, value in wanted.info.items() if "status" in wanted.info else ():  # a sweep's run is ended by the sweep
         if recorded.info.get(key) != value:
             yield f"{name}: {key} is {recorded.info.get(key)!r} in MLflow, {value!r} in the run log"

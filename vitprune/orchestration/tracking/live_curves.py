@@ -109,8 +109,8 @@ def log_curve(project_path: str, flow_run_id: str, stage: str, times: str) -> in
                 for name, value in row.items()
                 if isinstance(value, int | float) and name != "step"
             ]
-            for some in batches_of(points, MOST_METRICS):
-                client.log_batch(run, some)
+            for batch in batches_of(points, MOST_METRICS):
+                client.log_batch(run, batch)
     return len(new)
 
 

@@ -151,11 +151,11 @@ def _legend(axes: Any, points: Sequence[Point]) -> None:
     """Draw the legend at the lower left, where few runs are (low accuracy at low gain)."""
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda at: (names[at] != "dense", names[at] == "Pareto front"))
-    what = _common(points)
+    word = _common(points)
     axes.legend(
         [handles[at] for at in order], [names[at] for at in order], loc="lower left", frameon=True, framealpha=0.85,
         facecolor=PAPER, edgecolor="none", labelcolor=INK, fontsize=9.5, handlelength=1.8, borderaxespad=0.6,
-        title=f"labels: {what}" if what else None, title_fontproperties={"size": 8.5}, alignment="left",
+        title=f"labels: {word}" if word else None, title_fontproperties={"size": 8.5}, alignment="left",
     ).set_zorder(6)  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: DensePoin
         wide, high = 0.3 * size * len(text) / to_points, 0.6 * size / to_points  # half of each, of an average letter
         offsets = [(dx * (wide + 7 / to_points), dy * (high + 6 / to_points)) for dx, dy in AROUND]
         fit = [(dx, dy) for dx, dy in offsets if _within(_box(x + dx, y + dy, wide, high), inside)] or offsets
-        free = [(dx, dy) for dx, dy in fit if not any(_meet(_box(x + dx, y + dy, wide, high), one) for one in taken)]
+        free = [(dx, dy) for dx, dy in fit if not any(_meet(_box(x + dx, y + dy, wide, high), box) for box in taken)]
         dx, dy = (free or fit)[0]
         taken.append(_box(x + dx, y + dy, wide, high))
         axes.annotate(
@@ -194,9 +194,9 @@ def _box(x: float, y: float, wide: float, high: float) -> tuple[float, float, fl
     return x - wide, y - high, x + wide, y + high
 
 
-def _meet(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _meet(box: Sequence[float], other: Sequence[float]) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
-def _within(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one[0] >= other[0] and one[1] >= other[1] and one[2] <= other[2] and one[3] <= other[3]
+def _within(box: Sequence[float], outer: Sequence[float]) -> bool:
+    return box[0] >= outer[0] and box[1] >= outer[1] and box[2] <= outer[2] and box[3] <= outer[3]

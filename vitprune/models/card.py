@@ -133,7 +133,7 @@ def _facts(project: Path, saved: SavedModel) -> dict[str, Any]:
 
 
 def _base(saved: SavedModel) -> dict[str, str]:
-    """Base model and license, from timm's registry."""
+    """Return base model and license from timm's registry."""
     name, tag = saved.architecture, saved.pretrained_cfg.get("tag")
     config = timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name, allow_unregistered=True)
     if config is None:
@@ -143,7 +143,7 @@ def _base(saved: SavedModel) -> dict[str, str]:
 
 
 def _rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Numbers of both models; those of nonzero weights only if they differ."""
+    """Return the numbers of both models; those of nonzero weights only if they differ."""
     dense, pruned = evaluation.get("dense", {}), evaluation.get("pruned", {})
     rows = []
     for key, (name, form) in NUMBERS.items():
@@ -155,7 +155,7 @@ def _rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _origin(dense: Mapping[str, Any]) -> dict[str, str]:
-    """Origin of the dense model."""
+    """Return the origin of the dense model."""
     origin = {}
     if dense.get("from") in INITIAL_WEIGHTS:
         origin["the dense model started from"] = INITIAL_WEIGHTS[dense["from"]]

@@ -182,14 +182,14 @@ def _is_public(kind: type[nn.Module]) -> bool:
 
 
 def _structural(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a transformers configuration without names of sources, labels and types."""
+    """Return the entries of a transformers configuration without names of sources, labels and types."""
     labels = config.get("id2label")
     result = {key: value for key, value in config.items() if key not in DROPPED and value is not None}
     return result | ({"num_labels": len(labels)} if labels is not None else {})
 
 
 def _names(model: nn.Module) -> dict[str, Any]:
-    """Names of the classes, as a configuration of transformers has them; empty if they are LABEL_0, LABEL_1, ..."""
+    """Return the class names as in a configuration of transformers; nothing if they are LABEL_0, LABEL_1, ..."""
     names = getattr(model.config, "id2label", None) or {}
     if all(name == f"LABEL_{label}" for label, name in names.items()):
         return {}
@@ -363,7 +363,7 @@ def _uniform_configs(model: nn.Module, factory: Factory, shapes: Mapping[str, tu
 def _changes(
     config: Mapping[str, Any], dense: Mapping[str, tuple[int, ...]], cut: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield entries of a configuration with the value that a cut would give them, if all layers were cut alike."""
+    """Yield entries of a configuration with their values after a cut of all layers to the same sizes."""
     pairs = {
         (size, new) for name, shape in dense.items() for size, new in zip(shape, cut.get(name, shape), strict=False)
     }

@@ -55,7 +55,7 @@ def _writers(model: nn.Module, folder: Path, example: Tensor, params: Params) ->
 
 
 def _written(write: Callable[[], Facts]) -> Facts:
-    """Write a file; a model that cannot be exported costs the file, not the run."""
+    """Write a file; if the model cannot be exported to it, return the error instead."""
     try:
         return write()
     except ExportError as error:

@@ -268,15 +268,24 @@ def prune(
         raise BadInput("FeatureGetterNet: residual channels are its output; prune other kinds")
     batches = images_of_classes(batches, plan.config.classes)
     pruned = prepared(pruned, plan, batches)
-    with scoring_mode(pruned):
-        try:
-            (cycle,) = prune_cycles(pruned, plan, batches, deadline=deadline)
-        except Unreachable as error:
-            raise Unreachable("; ".join([str(error), *_not_pruned(skipped)])) from None
-        if example_input is not None:
+    cycle = _run_cycle(pruned, plan, batches, deadline, skipped)
+    if example_input is not None:
+        with scoring_mode(pruned):
             _check_finite(pruned, example_input)
     pruned = pruned.to(float_type(plain_model(model)))
     return result_of(model, pruned, cycle, start, skipped, example_input, chosen)
+
+
+def _run_cycle(
+    model: nn.Module, plan: Plan, batches: Batches, deadline: float | None, skipped: Mapping[str, str]
+) -> Cycle:
+    """Prune a model in place in one cycle; an error of an unreachable target names what is not pruned."""
+    with scoring_mode(model):
+        try:
+            (cycle,) = prune_cycles(model, plan, batches, deadline=deadline)
+        except Unreachable as error:
+            raise Unreachable("; ".join([str(error), *_not_pruned(skipped)])) from None
+    return cycle
 
 
 def _fitting_plan(

@@ -177,7 +177,7 @@ class _Targets:
 
 
 def _passes_until(deadline: float, model: nn.Module, targets: _Targets, config: ReconstructConfig) -> int:
-    """Return the number of passes that fit; the outputs and gradients of a few batches are timed."""
+    """Return the number of passes expected to end before the deadline; a few batches are timed."""
     parameters = _trained(model)
     dense, step = [], []
     for rows in torch.split(torch.arange(len(targets.images)), config.batch_size)[:TIMED_BATCHES]:

@@ -126,7 +126,7 @@ def _gate(group: Group, part: ParamSlice, probe: Probe) -> UnitGate:
 
 
 def _branch(group: Group, unit: int) -> UnitGate:
-    """Return the gate of a branch. Of blocks, two pairs contain it: the one that starts with it, and the one before."""
+    """Return the gate of a branch; in groups of blocks, it is in the pair that it begins and in the pair before."""
     pairs = (
         [unit] if group.kind == "branch" else [pair for pair in (unit - 1, unit) if 0 <= pair < group.num_candidates]
     )

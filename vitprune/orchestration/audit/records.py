@@ -182,7 +182,7 @@ def _tracked_by_dvc(collected: CollectedRun) -> set[str]:
 
 
 def _changed_files(collected: CollectedRun, name: str, entry: Mapping[str, Any]) -> Lines:
-    """Yield the project's files that differ from an entry; a folder whose list is not in the cache as one."""
+    """Yield the project's files that differ from an entry; one line for a folder whose list is not in the cache."""
     for out in entry.get("outs", ()):
         path = collected.project / out["path"]
         if not path.exists():
@@ -300,7 +300,7 @@ def _same(value: Any, locked: Any) -> bool:
 
 
 def _inputs(collected: CollectedRun) -> dict[str, str]:
-    """Return path and MD5 of what stages read and no stage wrote."""
+    """Return paths and MD5s of the files that stages read but no stage writes."""
     lock = read_lock(collected.records / "dvc.lock")
     written = {out["path"].rstrip("/") for entry in lock.values() for out in entry["outs"]}
     deps = {dep["path"].rstrip("/"): dep["md5"] for entry in lock.values() for dep in entry.get("deps", ())}

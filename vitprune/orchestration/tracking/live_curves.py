@@ -63,7 +63,7 @@ def _follow(stop: threading.Event, project: Path, flow_run_id: str, stage: str, 
 
 
 def _rows(path: Path, started: float) -> int:
-    """Return the number of complete rows of a curve; 0 if it is older than the stage."""
+    """Return the number of complete rows of a curve; 0 if its file is older than the start of the stage."""
     try:
         return path.read_bytes().count(b"\n") if path.stat().st_mtime >= started else 0
     except OSError:

@@ -137,7 +137,7 @@ def _cost(gain: float, dense: DensePoint, against: str) -> str:
 
 
 def _stairs(axes: Any, best: Sequence[tuple[float, float]]) -> None:
-    """Draw the front; every point to its left and below it is worse than a run."""
+    """Draw the Pareto front in steps: for every point to the left of it and below it, a run is better."""
     (left, _), (low, _) = axes.get_xlim(), axes.get_ylim()
     gains = [left, *(gain for gain, _ in best), best[-1][0]]
     tops = [best[0][1], *(top1 for _, top1 in best), low]

@@ -16,6 +16,25 @@ from vitprune.errors import BadInput
 MAX_LABEL = (1 << 31) - 1
 
 
+class SourceError(BadInput):
+    """An image source that cannot be opened; the message names the setting of the source.
+
+    Attributes:
+        setting: Key of params.yaml or option of the command line.
+        first: Whether the message begins with the setting; else it ends with the request to correct it.
+    """
+
+    setting = "dataset.source"
+
+    def __init__(self, problem: str, first: bool = False) -> None:
+        super().__init__(problem)
+        self.first = first
+
+    def __str__(self) -> str:
+        problem = super().__str__()
+        return f"{self.setting}: {problem}" if self.first else f"{problem}; correct {self.setting}"
+
+
 class Read(Protocol):
     """Reads the encoded bytes of one image, as stored; raises BadInput for an unknown id."""
 

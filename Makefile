@@ -8,7 +8,7 @@
 # make server  PostgreSQL, a Prefect and an MLflow server as plain processes; make server-down ends them
 # make worker  the worker of one GPU: make worker GPU=1
 # make lock    constraints.txt and requirements-hashes.txt from pyproject.toml; UPGRADE=--upgrade takes newer versions
-# make sbom    dist/: CycloneDX SBOM, list of licences and their texts, of everything installed in .venv
+# make sbom    dist/: CycloneDX SBOM, list of licenses and their texts, of everything installed in .venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin

@@ -400,7 +400,7 @@ def _kept_shape(group: Group, mask: Tensor) -> tuple[int, ...]:
     kept = mask.flatten().nonzero().flatten()
     if group.kind == "block" and (len(kept) % 2 or bool((kept % 2 != torch.arange(len(kept)) % 2).any())):
         raise BadInput(
-            f"{group.name}: kept sub-layers would not alternate attention and FFN; remove pairs of neighbours"
+            f"{group.name}: kept sub-layers would not alternate attention and FFN; remove pairs of neighbors"
         )
     if group.whole_blocks and not torch.equal(mask.flatten()[::2], mask.flatten()[1::2]):
         raise BadInput(f"{group.name}: half of a block would be removed; remove both units of a block")

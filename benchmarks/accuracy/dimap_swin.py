@@ -4,7 +4,7 @@ Table 1: nonzero parameters, and FLOPs saved as in the paper (nominal: every pru
 the masks (every layer at its own sparsity). Then the ablation of the paper's table 4: one pool of all modules (the LAMP
 score over prunable layers) against one pool per module. Then the threshold of every module, and the remaining weights
 of every stage. Last the time of scores and masks of Swin-B, compared with one torch.sort of the same weights. Weights
-are timm's random initialisation (truncated normal): nominal counts do not depend on them; mask-weighted FLOPs,
+are timm's random initialization (truncated normal): nominal counts do not depend on them; mask-weighted FLOPs,
 thresholds, remaining weights and the ablation do. Writes benchmarks/results/dimap.json and docs/results/dimap.md.
 """
 
@@ -106,7 +106,7 @@ def build(name: str) -> Swin:
 
 
 def norm_operations(model: nn.Module) -> int:
-    """Count the operations that Swin's own counter adds for norms: one per normalised value."""
+    """Count the operations that Swin's own counter adds for norms: one per normalized value."""
     total = 0
 
     def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """Torch-Pruning on DeiT-Tiny without training: the best of its criteria and rankings at a sparsity or a MACs target.
 
 Criteria: L2 norm, Taylor (of weights, of their sums) and Hessian, on rows 600..799 of imagenet-val-800 with labels;
-rankings: local, global (with and without its normalisation), isomorphic; pruned parts: FFN units, also attention
+rankings: local, global (with and without its normalization), isomorphic; pruned parts: FFN units, also attention
 channels, also whole heads, or every width. For MACs targets, its pruning ratio is found by bisection. Every setting is
 ranked by its top-1 on rows 600..799; the four best of each target are evaluated on rows 0..599, and the table has the
 one of highest top-1. Its Hessian is averaged over images here (`accumulate_grad` of 1.6.1 keeps only the last one), and

@@ -65,19 +65,19 @@ def draw(graph: Imports) -> None:
     """Write the figure."""
     height = rows(graph)
     top = max(height.values())
-    centre: dict[str, tuple[float, float]] = {}
+    center: dict[str, tuple[float, float]] = {}
     for level in range(top + 1):
         names = sorted(name for name in height if height[name] == level)
         for index, name in enumerate(names):
-            centre[name] = (WIDTH * (index + 1) / (len(names) + 1), 40 + (top - level) * ROW)
+            center[name] = (WIDTH * (index + 1) / (len(names) + 1), 40 + (top - level) * ROW)
     parts = [
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     ]
     parts += ['<path d="M0,0 L8,4 L0,8 z" fill="#57606a"/></marker></defs>']
     for name, targets in sorted(direct(graph).items()):
         for target in sorted(targets):
-            parts.append(_arrow(*centre[name], *centre[target]))
-    for name, (x, y) in sorted(centre.items()):
+            parts.append(_arrow(*center[name], *center[target]))
+    for name, (x, y) in sorted(center.items()):
         parts.append(
             f'<rect x="{x - BOX / 2:.1f}" y="{y - HEIGHT / 2:.1f}" width="{BOX}" height="{HEIGHT}" rx="6" '
             'fill="#ddf4ff" stroke="#0969da"/>'

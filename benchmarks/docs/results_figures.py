@@ -15,7 +15,7 @@ from benchmarks.docs.readme_table import ROOT, results
 from benchmarks.docs.svg import Axis, Curve, bars, chart
 
 IMAGES = ROOT / "docs/images"
-BLUE, DARK, GREEN, YELLOW, RED, GREY = "#54aeff", "#0550ae", "#1a7f37", "#bf8700", "#cf222e", "#6e7781"
+BLUE, DARK, GREEN, YELLOW, RED, GRAY = "#54aeff", "#0550ae", "#1a7f37", "#bf8700", "#cf222e", "#6e7781"
 ACCURACY = Axis("", 0, 85, range(0, 81, 20), "{} %")
 GOALS = ("0.85x MACs", "0.7x MACs", "0.5x MACs")
 SPARSITIES = (30, 50, 60, 75)
@@ -51,7 +51,7 @@ def accuracy_sparsity(path: Path) -> None:
     better = [(s, fitted[f"weights {s} %, obc{FITTED}"]) for s in SPARSITIES if f"weights {s} %, obc{FITTED}" in fitted]
     curves = [Curve("obc, fitted", GREEN, better, "above")]
     named = {"obc": ("obc", DARK), "ovit": ("ovit (CAP)", BLUE), "fisher-diagonal": ("fisher-diagonal", YELLOW)}
-    for method, (name, color) in (named | {"lamp": ("lamp", GREY), "magnitude": ("magnitude", RED)}).items():
+    for method, (name, color) in (named | {"lamp": ("lamp", GRAY), "magnitude": ("magnitude", RED)}).items():
         points = dense + [(s, ours[f"{method}, {s} %"]) for s in SPARSITIES]
         curves.append(Curve(name, color, points, "below" if method == "magnitude" else None))
     axis = Axis("weights that are zero", 0, 78, (0, 30, 50, 60, 75), "{} %")
@@ -80,7 +80,7 @@ def latency(path: Path) -> None:
         points = [(1.0, 1.0), *((float(match[1]), rows[match[0]]) for match in found if match)]
         if len(points) > 1:
             curves.append(Curve(engine, color, sorted(points, reverse=True)))
-    curves.append(Curve("MACs", GREY, [(1 / speed, speed) for speed in (1.0, 1.4, 1.8, 2.2, 2.6, 1 / 0.35)]))
+    curves.append(Curve("MACs", GRAY, [(1 / speed, speed) for speed in (1.0, 1.4, 1.8, 2.2, 2.6, 1 / 0.35)]))
     top = max(3.0, *(speed for curve in curves for _, speed in curve.points))
     axis = Axis("MACs, as a fraction of the dense model", 1.0, 0.3, (1.0, 0.7, 0.5, 0.35), "{:g}x")
     chart(path, "DeiT-Tiny, batch 1: speed-up against MACs", axis, Axis("", 0, top, (1, 2, 3), "{}x"), curves)

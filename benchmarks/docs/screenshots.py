@@ -1,7 +1,7 @@
 """Take the README's screenshots of a run: the report, the run in Prefect, the run in MLflow.
 
 A project on the embedded digits is run by its deployment on real servers on loopback, and headless Chromium takes
-docs/images/report.png, prefect.png and mlflow.png, with a colour palette that keeps each below 200 KB.
+docs/images/report.png, prefect.png and mlflow.png, with a color palette that keeps each below 200 KB.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from benchmarks.lib.toy_project import ROOT, servers, tiny_project
 
 IMAGES = ROOT / "docs/images"
 MAX_BYTES = 200_000
-COLOURS = (256, 128, 64, 32)
+COLORS = (256, 128, 64, 32)
 QUIET = ("quic", "background-networking", "component-update", "sync", "dev-shm-usage")
 
 
@@ -98,7 +98,7 @@ def addresses(project: Path, servers: servers.Servers) -> dict[str, str]:
 
 
 def take(browser: list[str], address: str, path: Path, size: tuple[int, int]) -> None:
-    """Take a screenshot; reduce the colours until the file is small enough."""
+    """Take a screenshot; reduce the colors until the file is small enough."""
     options = ["--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars", "--virtual-time-budget=60000"]
     options += [*(f"--disable-{word}" for word in QUIET), "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
     with tempfile.TemporaryDirectory() as folder:
@@ -107,13 +107,13 @@ def take(browser: list[str], address: str, path: Path, size: tuple[int, int]) ->
         subprocess.run([*browser, *options, f"--screenshot={raw}", window, address], check=True, capture_output=True)
         with Image.open(raw) as image:
             picture = image.convert("RGB").crop((0, 0, CROPPED.get(path.name, image.width), image.height))
-    for colours in COLOURS:
+    for colors in COLORS:
         content = io.BytesIO()
-        picture.quantize(colours).save(content, "PNG", optimize=True)
+        picture.quantize(colors).save(content, "PNG", optimize=True)
         if len(content.getvalue()) < MAX_BYTES:
             break
     path.write_bytes(content.getvalue())
-    print(f"{path}: {len(content.getvalue()) / 1000:.0f} KB, {colours} colours", flush=True)
+    print(f"{path}: {len(content.getvalue()) / 1000:.0f} KB, {colors} colors", flush=True)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def bars(path: Path, title: str, label: str, rows: Sequence[tuple[str, float, st
 
 
 def spread(positions: Sequence[float], distance: float) -> list[float]:
-    """Move positions apart until neighbours have a distance; return them in the given order."""
+    """Move positions apart until neighbors have a distance; return them in the given order."""
     order = sorted(range(len(positions)), key=lambda index: positions[index])
     moved = list(positions)
     for above, below in pairwise(order):

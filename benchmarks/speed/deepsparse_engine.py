@@ -9,7 +9,7 @@ affects all of them equally; times are medians. "difference": the largest differ
 the same weights in fp32, divided by the largest logit. The abstract of the paper states speed-ups of 1.5x to 2.4x
 without accuracy loss, the text four cores of a Xeon Gold 6238R and batches of 64; figures by model and sparsity were
 not available. The last column compares the speed-up in fp32 with this range. DeepSparse has not been maintained since
-June 2025, has no wheel for Python 3.12, and its licence is for evaluation only; the first full run installs it into
+June 2025, has no wheel for Python 3.12, and its license is for evaluation only; the first full run installs it into
 .venv-peers. Rows are recorded in benchmarks/results/deepsparse-notes.jsonl, so that an interrupted benchmark continues;
 delete the file to start over. Needs pip install 'vitprune[export]'. Writes benchmarks/results/deepsparse.json and
 docs/results/deepsparse.md.

@@ -70,7 +70,7 @@ def test_an_unknown_key_is_named(message_of, key: str, remedy: str) -> None:
     assert message_of(key, 1) == f"{key}: unknown key; {remedy}"
 
 
-def test_a_misspelt_key_is_named_even_if_the_right_one_is_missing(tmp_path: Path) -> None:
+def test_a_misspelled_key_is_named_even_if_the_right_one_is_missing(tmp_path: Path) -> None:
     text = (ROOT / "params.yaml").read_text().replace("  sparsity: {ffn: 0.6, attention: 0.5}", "  sparsty: 0.5")
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(BadInput, match=r"prune\.sparsty: unknown key; did you mean sparsity\?$"):

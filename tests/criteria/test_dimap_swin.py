@@ -101,7 +101,7 @@ def swin_t_macs() -> tuple[int, int]:
         prunable += depth * tokens * 12 * width**2
         total += depth * tokens * 2 * 49 * width  # q @ k and attention @ v inside windows of 49 tokens
         if stage:
-            total += tokens * 4 * (width // 2) * width  # merging: four neighbours of half the width to the new width
+            total += tokens * 4 * (width // 2) * width  # merging: four neighbors of half the width to the new width
     return total + prunable + 768 * 1000, prunable
 
 

@@ -20,7 +20,7 @@ WRONG = {
     "an empty batch": ([(X, Y), (X[:0], Y[:0])], r"^calibration\[1\]: has shape \(0, 3, 32, 32\); give images"),
     "bytes": ([(X.byte(), Y)], r"^calibration\[0\]: images are torch.uint8; convert them to floating point and norm"),
     "another size": ([(torch.zeros(2, 3, 40, 40), Y)], r"^calibration\[0\]: VisionTransformer does not run on .*40"),
-    "grey": ([(X[:, :1], Y)], r"^calibration\[0\]: VisionTransformer does not run on inputs of shape \(1, 32, 32\)"),
+    "gray": ([(X[:, :1], Y)], r"^calibration\[0\]: VisionTransformer does not run on inputs of shape \(1, 32, 32\)"),
     "infinite": ([(X / 0, Y)], r"^calibration\[0\]: has pixels that are not finite"),
     "fewer labels": ([(X, Y[:1])], r"^calibration\[0\]: 2 images and 1 labels; give one label per image"),
     "names": ([(X, ("cat", "dog"))], r"^calibration\[0\]: labels must be a tensor of class indices"),
@@ -33,7 +33,7 @@ WRONG = {
     "one label": ([(X, 3)], r"^calibration\[0\]: labels must be a tensor of class indices \(B,\), not int"),
 }
 LABELS = {
-    "unlabelled": (
+    "unlabeled": (
         torch.tensor([-100, -100]),
         r"^labels: these images have no label \(-100\); give pairs \(images, labels\), with the classes 0 to 6",
     ),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.on_disk import GREY8, as_table, jpeg, write_folder
+from tests.support.on_disk import GRAY8, as_table, jpeg, write_folder
 from vitprune import data
 from vitprune.errors import BadInput
 from vitprune.runtime import tables
@@ -69,14 +69,14 @@ def test_changed_and_missing_images_are_refused(tmp_path: Path, digits: data.Sou
         data.draw_calibration(table, source, None, "class", 0)
     (tmp_path / victim).unlink()
     with pytest.raises(BadInput, match=f"{victim}: not in folder:.* run `vitprune dataset` again"):
-        data.open_split(table, source, "train", data.transform(GREY8))
+        data.open_split(table, source, "train", data.transform(GRAY8))
 
 
 def test_calibration_table_round_trip(tmp_path: Path, manifest: pa.Table, digits: data.Source) -> None:
     rows = data.draw_calibration(manifest, digits, 25, "class", 0)
     path = tmp_path / "calibration.parquet"
     tables.write_table(rows, tables.CALIBRATION, path)
-    batches = data.load_calibration(path, data.transform(GREY8), 10)
+    batches = data.load_calibration(path, data.transform(GRAY8), 10)
     assert [tuple(images.shape) for images, _ in batches] == [(10, 1, 8, 8), (10, 1, 8, 8), (5, 1, 8, 8)]
     assert torch.cat([labels for _, labels in batches]).tolist() == [row["label"] for row in rows]
     pixels = np.asarray(Image.open(io.BytesIO(rows[0]["image"]["bytes"])), dtype=np.float32)
@@ -91,7 +91,7 @@ def test_a_corrupt_row_is_refused(tmp_path: Path, manifest: pa.Table, digits: da
         bad = rows[3] | {"image": {"bytes": broken, "path": ""}, "sha256": digest}
         tables.write_table([*rows[:3], bad], tables.CALIBRATION, path)
         with pytest.raises(BadInput, match=f"image {rows[3]['id']} is corrupt"):
-            data.load_calibration(path, data.transform(GREY8), 10)
+            data.load_calibration(path, data.transform(GRAY8), 10)
     tables.write_table([rows[0] | {"sha256": "0" * 64}], tables.CALIBRATION, path)
     with pytest.raises(BadInput, match=f"image {rows[0]['id']} is corrupt"):
-        data.load_calibration(path, data.transform(GREY8), 10)
+        data.load_calibration(path, data.transform(GRAY8), 10)

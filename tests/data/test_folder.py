@@ -38,7 +38,7 @@ def content(source: data.Source) -> dict[tuple[str, str], int]:
         ("train", "evaluation"),
     ],
 )  # fmt: skip
-def test_split_folders_are_recognised_in_any_spelling(tmp_path: Path, train: str, evaluation: str) -> None:
+def test_split_folders_are_recognized_in_any_spelling(tmp_path: Path, train: str, evaluation: str) -> None:
     fill(tmp_path, [f"{split}/{name}" for split in (train, evaluation) for name in ("a", "b")])
     both = {(split, name): 2 for split in ("train", "eval") for name in ("a", "b")}
     assert content(data.open_source(f"folder:{tmp_path}")) == both

@@ -1,4 +1,4 @@
-"""Decoding: grey levels of more than 8 bits, orientation, formats, and bounds on pixels and passes."""
+"""Decoding: gray levels of more than 8 bits, orientation, formats, and bounds on pixels and passes."""
 
 import io
 import struct
@@ -19,7 +19,7 @@ def encoded(image: np.ndarray | Image.Image, name: str, **options: object) -> by
 
 
 def tiff(samples: bytes, order: str, bits: int, photometric: int = 1) -> bytes:
-    """Write a grey TIFF of 256 x 16 pixels by hand: Pillow writes neither 12 bits nor big-endian files."""
+    """Write a gray TIFF of 256 x 16 pixels by hand: Pillow writes neither 12 bits nor big-endian files."""
     tags = {256: 256, 257: 16, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 8 * 12 + 4, 277: 1, 279: len(samples)}
     entries = b"".join(
         struct.pack(f"{order}HHI", tag, 3 if value < 1 << 16 else 4, 1)
@@ -54,7 +54,7 @@ WIDE = RAMP.astype(np.uint16) * 257
     ],
     ids=["png", "tiff", "deflate", "little", "big", "white is zero", "12 bits", "pgm", "pgm of 12 bits"],
 )
-def test_grey_levels_of_more_than_8_bits_are_scaled(data: bytes) -> None:
+def test_gray_levels_of_more_than_8_bits_are_scaled(data: bytes) -> None:
     assert np.array_equal(np.asarray(decode(data, "L")), RAMP)
     assert np.array_equal(np.asarray(decode(data, "RGB"))[..., 1], RAMP)
     assert examine(data).pixels == examine(encoded(RAMP, "PNG")).pixels

@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 
-from tests.support.on_disk import GREY8, RGB32, as_table, jpeg, write_folder
+from tests.support.on_disk import GRAY8, RGB32, as_table, jpeg, write_folder
 from vitprune import data
 from vitprune.data.augment import RandomAffine
 from vitprune.errors import BadInput
@@ -35,7 +35,7 @@ def test_data_config_has_the_actual_input_size() -> None:
         assert data.data_config(frequencies)["input_size"] == (3, 512, 512)
 
 
-@pytest.mark.parametrize("config", [GREY8, RGB32], ids=["grey", "colour"])
+@pytest.mark.parametrize("config", [GRAY8, RGB32], ids=["gray", "color"])
 @pytest.mark.parametrize("augment", [None, *data.AUGMENTATIONS])
 def test_every_preset_gives_the_input_shape(
     manifest: pa.Table, digits: data.Source, config: dict[str, object], augment: str | None
@@ -68,9 +68,9 @@ def test_random_affine_in_numbers() -> None:
 
 def test_unknown_presets_and_channel_counts_are_refused() -> None:
     with pytest.raises(BadInput, match="augment: 'strong' is unknown; use one of none, digits, light, deit"):
-        data.transform(GREY8, "strong")
+        data.transform(GRAY8, "strong")
     with pytest.raises(BadInput, match="4 channels"):
-        data.transform(GREY8 | {"input_size": (4, 8, 8)})
+        data.transform(GRAY8 | {"input_size": (4, 8, 8)})
 
 
 @pytest.mark.parametrize("augment", ["none", "digits", "deit"])
@@ -79,7 +79,7 @@ def test_batches_are_bit_identical_for_any_number_of_workers(
     manifest: pa.Table, digits: data.Source, augment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = manifest.slice(0, 81)
-    transform = data.transform(GREY8, augment)
+    transform = data.transform(GRAY8, augment)
     held = data.open_split(few, digits, "train", transform)
     monkeypatch.setattr("vitprune.data.loaders.MEMORY", 0)
     lazy = data.open_split(few, digits, "train", transform)
@@ -96,11 +96,11 @@ def test_batches_are_bit_identical_for_any_number_of_workers(
 
 
 def test_every_epoch_has_its_own_order_and_random_numbers(manifest: pa.Table, digits: data.Source) -> None:
-    table = data.open_split(manifest.slice(0, 80), digits, "train", data.transform(GREY8, "light"))
+    table = data.open_split(manifest.slice(0, 80), digits, "train", data.transform(GRAY8, "light"))
     epochs = [torch.cat([labels for _, labels in data.train_batches(table, 16, 0, epoch)]) for epoch in (0, 1)]
     assert not torch.equal(epochs[0], epochs[1])
     assert torch.equal(epochs[0].sort().values, epochs[1].sort().values)
-    one = data.open_split(manifest.slice(0, 1), digits, "train", data.transform(GREY8, "digits"))
+    one = data.open_split(manifest.slice(0, 1), digits, "train", data.transform(GRAY8, "digits"))
     looks = [next(data.train_batches(one, 1, 0, epoch))[0] for epoch in (0, 1)]
     assert not torch.equal(looks[0], looks[1])
 
@@ -108,19 +108,19 @@ def test_every_epoch_has_its_own_order_and_random_numbers(manifest: pa.Table, di
 def test_a_last_batch_of_one_image_is_dropped(manifest: pa.Table, digits: data.Source) -> None:
     train = manifest.filter(pa.compute.equal(manifest["split"], "train"))
     for rows, sizes in ((33, [16, 16]), (34, [16, 16, 2]), (1, [1])):
-        table = data.open_split(train.slice(0, rows), digits, "train", data.transform(GREY8))
+        table = data.open_split(train.slice(0, rows), digits, "train", data.transform(GRAY8))
         assert [len(labels) for _, labels in data.train_batches(table, 16, 0, 0)] == sizes
         assert sum(len(labels) for _, labels in data.eval_batches(table, 16)) == rows
 
 
 def test_eval_batches_are_in_manifest_order(manifest: pa.Table, digits: data.Source) -> None:
-    table = data.open_split(manifest, digits, "eval", data.transform(GREY8))
+    table = data.open_split(manifest, digits, "eval", data.transform(GRAY8))
     rows = [row for row in manifest.to_pylist() if row["split"] == "eval"]
     assert list(table.ids) == [row["id"] for row in rows]
     labels = torch.cat([labels for _, labels in data.eval_batches(table, 64)])
     assert labels.tolist() == [row["label"] for row in rows]
     with pytest.raises(ValueError, match="without augmentation"):
-        data.eval_batches(data.open_split(manifest, digits, "eval", data.transform(GREY8, "light")), 64)
+        data.eval_batches(data.open_split(manifest, digits, "eval", data.transform(GRAY8, "light")), 64)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -129,7 +129,7 @@ def test_an_error_in_a_worker_is_one_line(tmp_path: Path, digits: data.Source, m
     source = data.open_source(f"folder:{tmp_path}")
     manifest = as_table(data.build_manifest(source, 0.25, 0, 0.0))
     monkeypatch.setattr("vitprune.data.loaders.MEMORY", 0)
-    table = data.open_split(manifest, source, "train", data.transform(GREY8, "light"))
+    table = data.open_split(manifest, source, "train", data.transform(GRAY8, "light"))
     for name in table.ids:
         (tmp_path / name).write_bytes(jpeg(digits, 50))
     with pytest.raises(BadInput, match=r"^class\d/\d+.jpg: has changed .* again$"):
@@ -138,7 +138,7 @@ def test_an_error_in_a_worker_is_one_line(tmp_path: Path, digits: data.Source, m
 
 
 def test_an_augmented_epoch_has_every_training_image(manifest: pa.Table, digits: data.Source) -> None:
-    table = data.open_split(manifest, digits, "train", data.transform(GREY8, "digits"))
+    table = data.open_split(manifest, digits, "train", data.transform(GRAY8, "digits"))
     assert sum(len(labels) for _, labels in data.train_batches(table, 64, 0, 0)) == 1438
 
 

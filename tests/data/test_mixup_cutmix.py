@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.on_disk import GREY8, RGB32
+from tests.support.on_disk import GRAY8, RGB32
 from vitprune import data
 from vitprune.data.augment import TIMM_PRESETS
 from vitprune.data.mixup_cutmix import cutmix
@@ -99,7 +99,7 @@ def test_timm_limits_magnitudes_to_ten() -> None:
 def test_repeated_augmentation_puts_views_into_one_batch(manifest: pa.Table, digits: data.Source) -> None:
     few = manifest.slice(0, 80)
     for augment in ("light", "digits", "none"):
-        table = data.open_split(few, digits, "train", data.transform(GREY8, augment))
+        table = data.open_split(few, digits, "train", data.transform(GRAY8, augment))
         plain = [images for images, _ in data.train_batches(table, 12, 0, 0)]
         once = [images for images, _ in data.train_batches(table, 12, 0, 0, repeats=1)]
         assert all(torch.equal(one, other) for one, other in zip(plain, once, strict=True))

@@ -86,6 +86,25 @@ def test_parquet_splits_and_class_names_of_hugging_face(tmp_path: Path, digits: 
     assert Counter(source.splits or ()) == {"train": 30, "eval": 10}
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("folder:missing", r"^folder:missing: no such folder; correct {}$"),
+        ("digitz", r"^{}: 'digitz' is unknown; use digits, folder:PATH"),
+        ("wds/missing", r"^wds/missing: no such file or folder; correct {}$"),
+        ("parquet:", r"^{}: 'parquet:' lacks the path; write parquet:PATH$"),
+    ],
+)
+def test_an_error_names_the_setting_of_the_source(spec: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message.format("dataset.source")):
+        data.open_source(spec)
+    with pytest.raises(BadInput, match=message.format("dataset.eval_source")):
+        data.open_source("digits", eval_source=spec)
+    with pytest.raises(BadInput, match=message.format("--data")) as error:
+        data.open_source(spec, setting="--data")
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
 def test_eval_source_provides_the_eval_split(tmp_path: Path, digits: data.Source) -> None:
     write_folder(tmp_path / "a", digits, range(30))
     write_folder(tmp_path / "b", digits, [37, 38])  # only classes 9 and 8, matched by name

@@ -156,7 +156,7 @@ def test_accuracy_by_hand() -> None:
     assert top == {"top1": 50.0, "top5": 75.0}
     assert best.tolist() == [0, 1, 2, 3]
     assert accuracy(Echo(), [(logits[:, :3], torch.tensor([0, 1, 2, 0]))])[0] == {"top1": 75.0, "top5": 100.0}
-    with pytest.raises(BadInput, match=r"^evaluate: no images"):
+    with pytest.raises(BadInput, match=r"^batches: no images; give at least one batch$"):
         accuracy(Echo(), [])
 
 

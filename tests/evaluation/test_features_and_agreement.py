@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import vitprune
@@ -17,8 +19,9 @@ from tests.support.model_zoo import VIT, batches, images, predict, redrawn, tiny
 from tests.support.other_models import make_model
 from vitprune import BadInput, evaluate, find_groups, prune, save
 from vitprune.cli import app
+from vitprune.data.batch_checks import first_image
 from vitprune.evaluation.agreement import cosine, linear_cka, map_iou
-from vitprune.evaluation.nearest_neighbours import nearest_neighbours
+from vitprune.evaluation.nearest_neighbors import nearest_neighbors
 from vitprune.evaluation.pooled_features import pooled_features
 
 
@@ -36,15 +39,15 @@ def test_votes_are_weighted_by_similarity() -> None:
     for temperature, expected in ((0.07, 100.0), (0.005, 0.0)):
         shares = [sum(math.exp(math.cos(math.radians(a)) / temperature) for a in some) for some in votes]
         assert (shares[1] > shares[0]) == bool(expected)
-        result = nearest_neighbours(query, label, reference, temperature=temperature)
+        result = nearest_neighbors(query, label, reference, temperature=temperature)
         assert result == {"knn_top1": expected, "knn_top5": 100.0}
-    assert nearest_neighbours(query, label, reference, neighbours=1)["knn_top1"] == 0.0
+    assert nearest_neighbors(query, label, reference, neighbors=1)["knn_top1"] == 0.0
 
 
 def test_without_a_reference_every_image_is_compared_with_the_others() -> None:
     features, labels = angles(0, 1, 90, 91), torch.tensor([0, 0, 1, 2])
-    assert nearest_neighbours(features, labels, neighbours=1) == {"knn_top1": 50.0, "knn_top5": 100.0}
-    assert nearest_neighbours(features, labels, (features, labels), neighbours=1)["knn_top1"] == 100.0
+    assert nearest_neighbors(features, labels, neighbors=1) == {"knn_top1": 50.0, "knn_top5": 100.0}
+    assert nearest_neighbors(features, labels, (features, labels), neighbors=1)["knn_top1"] == 100.0
 
 
 def test_knn_equals_a_loop_over_images() -> None:
@@ -58,7 +61,7 @@ def test_knn_equals_a_loop_over_images() -> None:
         for other in order:
             votes[int(labels[other])] += math.exp(similarity[other] / 0.07)
         right += votes.index(max(votes)) == int(labels[row])
-    assert nearest_neighbours(features, labels)["knn_top1"] == pytest.approx(100 * right / 60)
+    assert nearest_neighbors(features, labels)["knn_top1"] == pytest.approx(100 * right / 60)
 
 
 def test_cosine_and_cka_by_hand() -> None:
@@ -141,7 +144,7 @@ def test_evaluate_has_all_metrics() -> None:
     first, second = (pooled_features(one, loader)[0] for one in (pruned, model))
     assert results["cosine"]["cosine"] == cosine(first, second) < evaluate(model, only, "cosine", dense=model)["cosine"]
     assert results["cka"]["cka"] == linear_cka(first, second)
-    assert results["knn"]["knn_top1"] == nearest_neighbours(*pooled_features(pruned, loader))["knn_top1"]
+    assert results["knn"]["knn_top1"] == nearest_neighbors(*pooled_features(pruned, loader))["knn_top1"]
     assert evaluate(model, loader, "knn", reference=loader)["knn_top5"] == 100.0
     narrow = prune(model, "channel-magnitude", sparsity={"residual": 0.25}).model
     assert evaluate(narrow, only, "cka", dense=model)["cka"] < 1
@@ -165,6 +168,27 @@ def test_invalid_calls_are_refused(vit: nn.Module) -> None:
     ):
         with pytest.raises(BadInput, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], r"^batches: no images; give at least one batch$"),
+        ([{"pixels": 1}], r"^batches\[0\]: is a dict; give pairs"),
+        ({"images": torch.zeros(2, 3, 64, 64)}, r"^batches: is a dict; give a list"),
+    ],
+)
+def test_batches_of_a_model_of_another_library_are_checked(given: Any, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        evaluate(make_model("vit"), given)
+
+
+def test_a_look_at_the_first_image_draws_no_random_number() -> None:
+    model, pairs = make_model("vit"), [(torch.zeros(3, 64, 64), index) for index in range(4)]
+    loader = DataLoader(pairs, batch_size=2, shuffle=True)
+    before = torch.get_rng_state()
+    assert first_image(loader, model, "loader").shape == (1, 3, 64, 64)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_command_evaluates_a_saved_model_on_a_folder(tmp_path: Path) -> None:

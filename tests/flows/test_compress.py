@@ -52,7 +52,7 @@ def test_the_limit_kills_a_stage_with_its_grandchildren(project: Path) -> None:
     assert reproduce("dataset", project, 60, lambda line: None).exit_code == 0
 
 
-def test_failure_classes_are_recognised_through_dvc(project: Path) -> None:
+def test_failure_classes_are_recognized_through_dvc(project: Path) -> None:
     (project / "bad_dataset").touch()
     bad = reproduce("dataset", project, None, lambda line: None)
     assert (bad.failure, bad.exit_code) == (FailureClass.INPUT, 2)
@@ -99,7 +99,7 @@ def test_a_damaged_cache_object_fails_the_stage_and_the_command_of_the_message_r
     assert weights.read_text() == "dense made this\n"
 
 
-def test_a_misspelt_parameter_that_dvc_ignores_is_an_error(project: Path) -> None:
+def test_a_misspelled_parameter_that_dvc_ignores_is_an_error(project: Path) -> None:
     assert check_params(project) == ""
     with (project / "params.yaml").open("a") as file:
         file.write("sparsty: 1\n")

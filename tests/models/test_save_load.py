@@ -1,6 +1,8 @@
 """Saving and loading models: exact, without pickle, in a new process; mismatches are refused."""
 
+import io
 import json
+import logging
 import pickletools
 import subprocess
 import sys
@@ -244,7 +246,7 @@ def test_create_accepts_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "args"),
-    [("no_such_model", {}), ("vit_tiny_patch16_224", {"colour": "red"}), ("vit_tiny_patch16_224", {"num_heads": 5})],
+    [("no_such_model", {}), ("vit_tiny_patch16_224", {"color": "red"}), ("vit_tiny_patch16_224", {"num_heads": 5})],
 )
 def test_models_that_timm_cannot_create_are_refused(name: str, args: dict) -> None:
     with pytest.raises(BadInput, match=f"^model.name '{name}': timm cannot create it") as error:
@@ -258,6 +260,21 @@ def test_weights_that_cannot_be_downloaded_are_refused_with_a_remedy(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match=r"^model.name 'vit_tiny_patch16_224': .*; without a network, give a file of w"):
         models.create("vit_tiny_patch16_224", {"cache_dir": str(tmp_path)}, pretrained=True)
+
+
+def test_a_hub_that_does_not_answer_gives_one_error_and_no_lines_about_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, lines = logging.getLogger("huggingface_hub"), io.StringIO()
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(lines)])
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    level = logger.level
+    with pytest.raises(BadInput, match=r"; without a network, give a file of w"):
+        models.create("vit_tiny_patch16_224", {"cache_dir": str(tmp_path)}, pretrained=True)
+    assert not lines.getvalue()
+    assert logger.level == level
 
 
 @pytest.mark.real

@@ -51,7 +51,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def letters(folder: Path) -> None:
-    """Write three classes of small grey images, one folder per class: the digits 3, 7 and 8 turned by 90 degrees."""
+    """Write three classes of small gray images, one folder per class: the digits 3, 7 and 8 turned by 90 degrees."""
     images, labels = load_digits(return_X_y=True)
     for split, part in (("train", slice(0, 40)), ("val", slice(40, 60))):
         for label in (3, 7, 8):

@@ -209,7 +209,7 @@ def test_select_blocks_by_hand() -> None:
         share: select_blocks(scores, share)["blocks"].nonzero().flatten().tolist()
         for share in (0.0, 0.25, 0.5, 0.75, 0.99)
     }
-    # pair 1 is removed; 0 then has a new neighbour, so pairs 4 and 6 follow, and one block remains
+    # pair 1 is removed; 0 then has a new neighbor, so pairs 4 and 6 follow, and one block remains
     assert kept == {0.0: list(range(8)), 0.25: [0, 3, 4, 5, 6, 7], 0.5: [0, 3, 6, 7], 0.75: [0, 3], 0.99: [0, 3]}
     assert select_blocks({"blocks": torch.zeros(6)}, 0.34)["blocks"].tolist() == [False, False, True, True, True, True]
     before = {"blocks": torch.tensor([True, False, False, True, True, True, True, True])}

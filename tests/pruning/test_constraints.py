@@ -177,34 +177,23 @@ def test_a_fixed_sparsity_does_not_change_other_groups(scope: str) -> None:
     assert only == 20
 
 
-def test_a_fixed_sparsity_is_not_part_of_the_macs_budget() -> None:
+@pytest.mark.parametrize(
+    ("sparsity", "constraint", "kept"),
+    [
+        (0.5, Constraint(0.25, 0.25), [144, 96]),
+        (0.5, Constraint(0.0, 0.0), [192, 96]),
+        (0.5, Constraint(0.0, 0.125), [168, 24]),
+        (0.0, Constraint(0.25, 1.0), [144, 192]),
+    ],
+)
+def test_a_fixed_sparsity_is_not_part_of_the_macs_budget(
+    sparsity: float, constraint: Constraint, kept: list[int]
+) -> None:
     groups = groups_of("vit", "ffn")  # two of 192
     scores, costs = drawn({g.name: g.shape for g in groups}, 0), {g.name: 1.0 for g in groups}
     first, second = (group.name for group in groups)
-    assert kept_counts(
-        select_by_macs(scores, 0.5, groups, costs, all_units(groups), {first: Constraint(0.25, 0.25)})
-    ) == {
-        first: 144,
-        second: 96,
-    }
-    assert kept_counts(
-        select_by_macs(scores, 0.5, groups, costs, all_units(groups), {first: Constraint(0.0, 0.0)})
-    ) == {
-        first: 192,
-        second: 96,
-    }
-    assert kept_counts(
-        select_by_macs(scores, 0.5, groups, costs, all_units(groups), {first: Constraint(0.0, 0.125)})
-    ) == {
-        first: 168,
-        second: 24,
-    }
-    assert kept_counts(
-        select_by_macs(scores, 0.0, groups, costs, all_units(groups), {first: Constraint(0.25, 1.0)})
-    ) == {
-        first: 144,
-        second: 192,
-    }
+    masks = select_by_macs(scores, sparsity, groups, costs, all_units(groups), {first: constraint})
+    assert kept_counts(masks) == dict(zip((first, second), kept, strict=True))
 
 
 def test_counts_of_a_pool_are_known_before_selection(vit: torch.nn.Module) -> None:

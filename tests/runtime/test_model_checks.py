@@ -86,6 +86,33 @@ def test_low_rank_updates_are_refused(name: str, vit: nn.Module) -> None:
         vitprune.prune(vit, "magnitude", sparsity=0.5)
 
 
+class Branch(nn.Module):
+    """A frozen Linear and a trainable low-rank update under names of one's own."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_a_layer_with_a_low_rank_update_is_named_if_it_is_not_pruned(vit: nn.Module) -> None:
+    assert not vitprune.prune(vit, "channel-magnitude", sparsity=0.5).skipped
+    vit.blocks[0].mlp.fc1 = Branch(vit.blocks[0].mlp.fc1).double()
+    vit.blocks[0].attn.proj = Branch(vit.blocks[0].attn.proj).double()
+    result = vitprune.prune(vit, "channel-magnitude", sparsity=0.5)
+    assert result.model.blocks[0].mlp.fc1.base.out_features == 192
+    assert result.model.blocks[0].attn.proj.base.in_features == 24
+    assert result.skipped == {
+        "blocks.0.mlp.fc1": (
+            "blocks.0.mlp.fc1: has a low-rank update (down, up) of base; merge it into the weight first"
+        )
+    }
+
+
 def test_single_weights_of_shared_layers_are_refused_and_units_are_pruned(vit: nn.Module) -> None:
     vit.blocks[1].mlp = vit.blocks[0].mlp
     with pytest.raises(BadInput, match=r"^blocks.1.mlp.fc1.weight: is the same parameter as blocks.0.mlp.fc1.weight"):

@@ -38,7 +38,7 @@ def decoder(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
 
 
 def swin(model: Any) -> dict[str, tuple[int, set[ParamSlice]]]:
-    """Return the same for the stages of a Swin; patch merging reads four neighbours side by side."""
+    """Return the same for the stages of a Swin; patch merging reads four neighbors side by side."""
     result = {}
     for number, stage in enumerate(model.layers):
         name = f"layers.{number}"

@@ -1,6 +1,7 @@
 """Fine-tuning in Python: the teacher is not changed, and users' mistakes are refused in one line."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -98,5 +99,9 @@ def test_a_class_of_ones_own_is_distilled() -> None:
     assert not hasattr(model, "num_classes")
     with pytest.raises(BadInput, match=r"^loader\[0\]: label 7 is not a class; the model has the classes 0 to 6"):
         vitprune.finetune(model, [(images.float(), labels * 0 + 7)], RECIPE)
-    with pytest.raises(BadInput, match=r"^loader: has no batches; give at least one$"):
-        vitprune.finetune(model, [], RECIPE)
+
+
+@pytest.mark.parametrize("build", [Own, lambda: tiny("vit")])
+def test_an_empty_loader_is_refused(build: Callable[[], nn.Module]) -> None:
+    with pytest.raises(BadInput, match=r"^loader: no images; give at least one batch$"):
+        vitprune.finetune(build(), [], RECIPE)

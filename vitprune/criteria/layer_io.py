@@ -17,7 +17,7 @@ def is_plain_layer(layer: nn.Module) -> bool:
 def layer_inputs(layer: nn.Module, value: Tensor, images: int) -> Tensor:
     """Return the inputs of a plain layer per position, in the order of its weight rows.
 
-    Shapes: (images, positions, inputs); windows of one image are neighbours.
+    Shapes: (images, positions, inputs); windows of one image are neighbors.
     """
     if isinstance(layer, nn.Conv2d):
         padding = cast(tuple[int, int], layer.padding)

@@ -162,9 +162,9 @@ def _at_once(
     context: ScoringContext,
 ) -> int:
     """Number of images per forward pass that fits into `context.config.memory`."""
-    one = images[:1].to(next(model.parameters()).device)
+    image = images[:1].to(next(model.parameters()).device)
     with record_layer_io(model, readers, _makers(attentions)):
-        return max_batch_size(model, model, one, context.config.memory)
+        return max_batch_size(model, model, image, context.config.memory)
 
 
 def _of_batch(

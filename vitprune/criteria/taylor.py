@@ -20,7 +20,7 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, context:
     Args:
         model: The model; its parameters may be frozen.
         groups: Groups of any kind but `block`.
-        batches: Labelled batches.
+        batches: Labeled batches.
         context: Not used.
 
     Raises:

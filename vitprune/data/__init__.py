@@ -20,7 +20,7 @@ from vitprune.data.loaders import (
 from vitprune.data.manifest import Manifest, build_manifest
 from vitprune.data.mixup_cutmix import MixFn, cutmix, make_mixer
 from vitprune.data.parquet import open_parquet
-from vitprune.data.sources import Source, join, open_digits, source_hint
+from vitprune.data.sources import Source, SourceError, join, open_digits, source_hint
 from vitprune.data.timm_datasets import open_timm
 from vitprune.data.webdataset import open_webdataset
 from vitprune.errors import BadInput
@@ -53,13 +53,19 @@ __all__ = [
 ]
 
 
-def open_source(spec: str, classes: Sequence[str] | None = None, eval_source: str | None = None) -> Source:
+def open_source(
+    spec: str,
+    classes: Sequence[str] | None = None,
+    eval_source: str | None = None,
+    setting: str = SourceError.setting,
+) -> Source:
     """Open an image source.
 
     Args:
         spec: digits, folder:PATH, parquet:PATH, wds/PATH or a timm dataset name.
         classes: Class names by label; None to take those of the source.
         eval_source: A second source that provides the eval split.
+        setting: Key or option that gave `spec`, for messages.
 
     Returns:
         The source.
@@ -67,9 +73,9 @@ def open_source(spec: str, classes: Sequence[str] | None = None, eval_source: st
     Raises:
         BadInput: the source is unknown, missing, empty or of another format.
     """
-    source = _opened(spec, classes)
+    source = _opened(spec, classes, setting)
     if eval_source is not None:
-        source = join(source, _opened(eval_source, classes))
+        source = join(source, _opened(eval_source, classes, "dataset.eval_source"))
     for name in (*source.ids, *(source.classes or ())):
         try:
             name.encode()
@@ -78,10 +84,18 @@ def open_source(spec: str, classes: Sequence[str] | None = None, eval_source: st
     return source
 
 
-def _opened(spec: str, classes: Sequence[str] | None) -> Source:
+def _opened(spec: str, classes: Sequence[str] | None, setting: str) -> Source:
+    try:
+        return _open(spec, classes)
+    except SourceError as error:
+        error.setting = setting
+        raise
+
+
+def _open(spec: str, classes: Sequence[str] | None) -> Source:
     kind, _, path = spec.partition(":")
     if kind in ("folder", "parquet") and not path:
-        raise BadInput(f"dataset.source: {spec!r} lacks the path; write {kind}:PATH")
+        raise SourceError(f"{spec!r} lacks the path; write {kind}:PATH", first=True)
     if spec == "digits":
         return open_digits(classes)
     if kind == "folder":

@@ -20,7 +20,7 @@ from vitprune.runtime.wrappers import is_timm_model
 
 # Arguments of timm.data.create_transform for training. `deit` is the recipe of DeiT (Touvron 2021, table 9); the six
 # after it are CAP's, whose `deit` is called deit_wide here: its aspect ratios vary more (docs/decisions/0012). timm
-# ignores colour jitter in combination with RandAugment.
+# ignores color jitter in combination with RandAugment.
 ERASED: dict[str, Any] = {"re_prob": 0.25, "re_mode": "pixel"}
 CAP: dict[str, Any] = {"color_jitter": 0.3, "interpolation": "random", "scale": (0.08, 1.0), "ratio": (0.75, 1.33)}
 WIDE: dict[str, Any] = CAP | ERASED | {"ratio": (0.67, 1.5)}
@@ -107,7 +107,7 @@ def transform(config: dict[str, Any], augment: str | None = None, orient: bool =
     """
     channels = config["input_size"][0]
     if channels not in (1, 3):
-        raise BadInput(f"model.args.in_chans: {channels} channels; images have 1 (grey) or 3 (colour)")
+        raise BadInput(f"model.args.in_chans: {channels} channels; images have 1 (gray) or 3 (color)")
     if augment is not None and augment not in AUGMENTATIONS:
         raise BadInput(f"augment: {augment!r} is unknown; use one of {', '.join(AUGMENTATIONS)}")
     shape = tuple(config["input_size"])
@@ -115,7 +115,7 @@ def transform(config: dict[str, Any], augment: str | None = None, orient: bool =
         return Transform(_augmented(config, TIMM_PRESETS[augment]), "RGB", shape, True, None, orient)
     batch = None
     if augment == "digits":
-        # pixels from outside the image are black, in the normalised scale of each channel
+        # pixels from outside the image are black, in the normalized scale of each channel
         black = [-mean / std for mean, std in zip(config["mean"], config["std"], strict=True)]
         batch = RandomAffine(torch.tensor(black).view(1, -1, 1, 1))
     return Transform(create_transform(**config), "L" if channels == 1 else "RGB", shape, False, batch, orient)
@@ -124,10 +124,10 @@ def transform(config: dict[str, Any], augment: str | None = None, orient: bool =
 def _augmented(config: dict[str, Any], preset: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
     if config["input_size"][0] == 3:
         return _limit_posterize(create_transform(**(config | preset), is_training=True))
-    # timm's augmentations need colour: a grey image is repeated to three channels, and one is kept
+    # timm's augmentations need color: a gray image is repeated to three channels, and one is kept
     size, mean, std = (3, *config["input_size"][1:]), tuple(config["mean"]) * 3, tuple(config["std"]) * 3
-    colour = config | {"input_size": size, "mean": mean, "std": std}
-    return Grey(_limit_posterize(create_transform(**(colour | preset), is_training=True)))
+    color = config | {"input_size": size, "mean": mean, "std": std}
+    return Gray(_limit_posterize(create_transform(**(color | preset), is_training=True)))
 
 
 def _limit_posterize(compose: Compose) -> Callable[[Image.Image], torch.Tensor]:
@@ -141,14 +141,14 @@ def _limit_posterize(compose: Compose) -> Callable[[Image.Image], torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Grey:
-    """Apply a colour transform to a grey image."""
+class Gray:
+    """Apply a color transform to a gray image."""
 
-    colour: Callable[[Image.Image], torch.Tensor]
+    color: Callable[[Image.Image], torch.Tensor]
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return (1, H, W) for a Pillow image of any mode."""
-        return self.colour(image.convert("L").convert("RGB"))[:1]
+        return self.color(image.convert("L").convert("RGB"))[:1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ class RandomAffine:
     """Rotate each image of a batch by up to 10 degrees, shift it by up to 1/8 and scale it by up to 10 %.
 
     Attributes:
-        black: Normalised value of black, (1, C, 1, 1), for pixels from outside the image.
+        black: Normalized value of black, (1, C, 1, 1), for pixels from outside the image.
     """
 
     black: torch.Tensor

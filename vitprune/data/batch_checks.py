@@ -31,7 +31,7 @@ def checked_batches(batches: Any, model: nn.Module) -> list[tuple[Tensor, Tensor
     """
     if isinstance(batches, Iterator):
         raise BadInput("calibration: an iterator is used up after one pass; give a list, a tuple or a DataLoader")
-    return list(checked_stream(batches, model, "calibration", labelled=False))
+    return list(_checked(batches, model, "calibration", None, labeled=False, mapped=True))
 
 
 def checked_stream(
@@ -39,7 +39,7 @@ def checked_stream(
     model: nn.Module,
     name: str,
     classes: int | None = None,
-    labelled: bool = True,
+    labeled: bool = True,
     mapped: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield checked batches one by one.
@@ -50,21 +50,54 @@ def checked_stream(
             they become its outputs if `mapped`.
         name: Name of the argument for messages.
         classes: Number of classes that labels must be below; None for no check. -100 marks an image without a label.
-        labelled: Whether a batch must be a pair; else images alone get the label -100.
+        labeled: Whether a batch must be a pair; else images alone get the label -100.
         mapped: Whether labels become outputs of a model that was cut to some classes.
 
     Raises:
-        BadInput: as `checked_batches`, except for iterators, or a label is not a class.
+        BadInput: there are no batches, a label is not a class, or as `checked_batches`, except for iterators.
     """
+    empty = True
+    for pair in _checked(batches, model, name, classes, labeled, mapped):
+        empty = False
+        yield pair
+    if empty:
+        raise no_images(name)
+
+
+def first_image(batches: Any, model: nn.Module, name: str, labeled: bool = True) -> Tensor:
+    """Return the first image (1, C, H, W) of batches that can be iterated again; the random state is restored.
+
+    Args:
+        batches: An iterable of pairs (images, labels).
+        model: The model that they are for.
+        name: Name of the argument for messages.
+        labeled: Whether a batch must be a pair; else images alone suffice.
+
+    Raises:
+        BadInput: as `checked_stream`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        images, _ = next(checked_stream(batches, model, name, labeled=labeled, mapped=False))
+    return images[:1]
+
+
+def no_images(name: str) -> BadInput:
+    """Return the error for an argument without any batch."""
+    return BadInput(f"{name}: no images; give at least one batch")
+
+
+def _checked(
+    batches: Any, model: nn.Module, name: str, classes: int | None, labeled: bool, mapped: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     if not isinstance(batches, Iterable) or isinstance(batches, Tensor | dict | str):
-        kind, alone = type(batches).__name__, "" if labelled else " or of tensors of images"
+        kind, alone = type(batches).__name__, "" if labeled else " or of tensors of images"
         raise BadInput(f"{name}: is a {kind}; give a list or a DataLoader of pairs (images, labels){alone}")
     if isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches):
-        labelled = True  # one pair instead of a list of pairs
+        labeled = True  # one pair instead of a list of pairs
     shapes: set[tuple[int, ...]] = set()
     for number, batch in enumerate(batches):
         where = f"{name}[{number}]"
-        images, labels = _pair(where, batch, labelled)
+        images, labels = _pair(where, batch, labeled)
         images = checked_input(where, images, model, shapes, logits=True)
         if len(labels) != len(images):
             raise BadInput(f"{where}: {len(images)} images and {len(labels)} labels; give one label per image")
@@ -131,12 +164,12 @@ def _check_classes(where: str, labels: Tensor, classes: int | None) -> None:
         raise BadInput(f"{where}: label {int(wrong[0])} is not a class; the model has the classes 0 to {classes - 1}")
 
 
-def _pair(where: str, batch: Any, labelled: bool) -> tuple[Any, Tensor]:
-    if isinstance(batch, Tensor) and batch.dim() and not labelled:
+def _pair(where: str, batch: Any, labeled: bool) -> tuple[Any, Tensor]:
+    if isinstance(batch, Tensor) and batch.dim() and not labeled:
         return batch, torch.full(batch.shape[:1], IGNORED)
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
-        alone = "" if labelled else ", or tensors of images"
+        alone = "" if labeled else ", or tensors of images"
         raise BadInput(f"{where}: is a {type(batch).__name__}{size}; give pairs, as in [(images, labels), ...]{alone}")
     images, labels = batch
     if isinstance(labels, list | tuple) and all(isinstance(label, int) for label in labels):

@@ -1,4 +1,4 @@
-"""Calibration images of some classes, labelled by their position among these classes."""
+"""Calibration images of some classes, labeled by their position among these classes."""
 
 from collections.abc import Sequence
 

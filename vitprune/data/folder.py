@@ -8,7 +8,7 @@ from pathlib import Path
 from timm.utils.misc import natural_key
 
 from vitprune.data.images import image_suffixes
-from vitprune.data.sources import Source
+from vitprune.data.sources import Source, SourceError
 from vitprune.data.split_names import SPLITS, split_named
 from vitprune.errors import BadInput
 from vitprune.runtime.files import read_regular_file
@@ -64,7 +64,7 @@ def _is_image(path: Path) -> bool:
 def _refuse(error: OSError) -> None:
     if isinstance(error, FileNotFoundError):  # a class that a split does not have
         return
-    raise BadInput(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions or dataset.source")
+    raise BadInput(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
 
 
 def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
@@ -81,7 +81,7 @@ def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
         BadInput: the folder is missing, has no images, one class or another layout.
     """
     if not root.is_dir():
-        raise BadInput(f"folder:{root}: no such folder; correct dataset.source")
+        raise SourceError(f"folder:{root}: no such folder")
     parts, unused = _parts(root, classes)
     names = tuple(classes) if classes is not None else _class_names(root, parts)
     for name in names:
@@ -103,8 +103,8 @@ def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
     if not ids:
         loose = [path for path in left_out if _is_image(path)]
         shown = ", ".join(path.name for path in (loose or left_out)[:3])
-        what = f"{len(loose)} are beside them" if loose else f"{len(left_out)} files are no images that Pillow reads"
-        also = f" ({what}, such as {shown})" if left_out else ""
+        ignored = f"{len(loose)} are beside them" if loose else f"{len(left_out)} files are no images that Pillow reads"
+        also = f" ({ignored}, such as {shown})" if left_out else ""
         raise BadInput(
             f"folder:{root}: no images in its sub-folders{also}; put the images of each class into their own folder"
         )
@@ -161,7 +161,7 @@ def _class_names(root: Path, parts: dict[str, Path]) -> tuple[str, ...]:
     splits = sorted(name for name in names if split_named(name))
     if splits:
         raise BadInput(
-            f"folder:{root}: class {splits[0]} has the name of a split; correct dataset.source, or list the "
+            f"folder:{root}: class {splits[0]} has the name of a split; give another folder, or list the "
             "classes in dataset.classes"
         )
     train = _folders_of(parts["train"])
@@ -171,7 +171,7 @@ def _class_names(root: Path, parts: dict[str, Path]) -> tuple[str, ...]:
     if len(set(below)) == 1 and len(below[0]) > 1 and len(train) > 1 and not any(map(_files_of, train)):
         raise BadInput(
             f"folder:{root}: each of {train[0].name}, {train[1].name}, ... has the same sub-folders, "
-            f"{below[0][0]}, {below[0][1]}, ...; if those are the classes, use one folder as dataset.source, "
+            f"{below[0][0]}, {below[0][1]}, ...; if those are the classes, give one folder as the source, "
             "else list the classes in dataset.classes"
         )
     return tuple(sorted(names, key=natural_key))

@@ -148,7 +148,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale the grey levels of more than 8 bits by the range of their type; Pillow cuts them off at 255."""
+    """Scale the gray levels of more than 8 bits by the range of their type; Pillow cuts them off at 255."""
     tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PPM: scaled to 16 bits
         bits = tags.get(BITS_PER_SAMPLE, (16,))

@@ -88,7 +88,7 @@ def build_manifest(source: Source, eval_fraction: float, seed: int, skip_limit: 
 
 
 def _examined(source: Source, orient: bool) -> Iterator[ExaminedImage | str]:
-    """Yield what is known of each image in order, the reason for a corrupt one."""
+    """Yield the facts about each image in order; for a corrupt image, the reason."""
 
     def examined(image_id: str) -> ExaminedImage | str:
         try:

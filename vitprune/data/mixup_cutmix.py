@@ -62,7 +62,7 @@ def cutmix(
 ) -> tuple[Tensor, Tensor]:
     """Paste one box of a shuffled batch into the batch.
 
-    The remaining share of the image is max(b, 1 - b) with b from Beta(alpha, alpha). The box is centred at a uniform
+    The remaining share of the image is max(b, 1 - b) with b from Beta(alpha, alpha). The box is centered at a uniform
     point and clipped to the image; labels are weighted by the clipped area.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitprune.data.sources import MAX_LABEL, Source, checked_label, missing_image
+from vitprune.data.sources import MAX_LABEL, Source, SourceError, checked_label, missing_image
 from vitprune.data.split_names import files_by_split
 from vitprune.errors import BadInput
 from vitprune.runtime.messages import first_line
@@ -78,7 +78,7 @@ def open_parquet(path: Path, classes: Sequence[str] | None) -> Source:
     """
     paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not paths:
-        raise BadInput(f"parquet:{path}: no *.parquet file in the folder; correct dataset.source")
+        raise SourceError(f"parquet:{path}: no *.parquet file in the folder")
     by_split, unused = files_by_split([file.name for file in paths], f"parquet:{path}")
     split_of = {name: "train" if split == "train" else "eval" for split, names in by_split.items() for name in names}
     by_name = {file.name: file for file in paths if file.name in split_of}
@@ -88,7 +88,7 @@ def open_parquet(path: Path, classes: Sequence[str] | None) -> Source:
     )
     labels = tuple(label for name, table in read.items() for label in _checked(table.labels, names, by_name[name]))
     if not labels:
-        raise BadInput(f"parquet:{path}: no rows; correct dataset.source")
+        raise SourceError(f"parquet:{path}: no rows")
     starts = {name: table.starts for name, table in read.items()}
     counts = {name: int(starts[name][-1]) for name in by_name}
     ids = tuple(f"{name}#{row}" for name, rows in counts.items() for row in range(rows))
@@ -117,13 +117,13 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a file; an error of pyarrow or of the file system becomes BadInput."""
     try:
         if not path.is_file() and path.exists():
-            raise BadInput(f"{path}: not a regular file; correct dataset.source")
+            raise SourceError(f"{path}: not a regular file")
         with pq.ParquetFile(path, thrift_container_size_limit=MAX_SCHEMA) as file:
             yield file
     except BadInput:
         raise
     except FileNotFoundError:
-        raise BadInput(f"parquet:{path}: no such file; correct dataset.source") from None
+        raise SourceError(f"parquet:{path}: no such file") from None
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         reason = first_line(error)[:200]
         raise BadInput(f"{path}: not a readable Parquet file of at most {MAX_SCHEMA} row groups ({reason})") from None
@@ -150,7 +150,7 @@ def _read_labels(path: Path, with_names: bool) -> LabelColumn:
             raise BadInput(f"{path}: needs a column label of integers (0, 1, ...)")
         rows, size = file.metadata.num_rows, path.stat().st_size
         if rows * BYTES_PER_ROW > size + FREE_BYTES:
-            raise BadInput(f"{path}: {rows} rows in {size} bytes cannot be images; correct dataset.source")
+            raise SourceError(f"{path}: {rows} rows in {size} bytes cannot be images")
         groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         if min(groups, default=0) < 0 or sum(groups) != rows:
             raise BadInput(f"{path}: its row groups have not {rows} rows together; write the file again")

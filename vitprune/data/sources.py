@@ -16,6 +16,25 @@ from vitprune.errors import BadInput
 MAX_LABEL = (1 << 31) - 1
 
 
+class SourceError(BadInput):
+    """An image source that cannot be opened; the message names the setting of the source.
+
+    Attributes:
+        setting: Key of params.yaml or option of the command line.
+        first: Whether the message begins with the setting; else it ends with the request to correct it.
+    """
+
+    setting = "dataset.source"
+
+    def __init__(self, problem: str, first: bool = False) -> None:
+        super().__init__(problem)
+        self.first = first
+
+    def __str__(self) -> str:
+        problem = super().__str__()
+        return f"{self.setting}: {problem}" if self.first else f"{problem}; correct {self.setting}"
+
+
 class Read(Protocol):
     """Reads the encoded bytes of one image, as stored; raises BadInput for an unknown id."""
 
@@ -25,7 +44,7 @@ class Read(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Labelled images that can be read by id in any order, from several threads and processes.
+    """Labeled images that can be read by id in any order, from several threads and processes.
 
     Attributes:
         spec: The source as written in params.yaml.
@@ -162,7 +181,7 @@ def join(train: Source, evaluation: Source) -> Source:
     Raises:
         BadInput: an eval image has a class that the train source does not have.
     """
-    evaluation = _relabelled(evaluation, train)
+    evaluation = _relabeled(evaluation, train)
     kept = [row for row in range(len(train.ids)) if train.splits is None or train.splits[row] == "train"]
     held_out = [
         row for row in range(len(evaluation.ids)) if evaluation.splits is None or evaluation.splits[row] == "eval"
@@ -178,7 +197,7 @@ def join(train: Source, evaluation: Source) -> Source:
     )
 
 
-def _relabelled(evaluation: Source, train: Source) -> Source:
+def _relabeled(evaluation: Source, train: Source) -> Source:
     if train.classes is None:
         return evaluation
     position = {name: label for label, name in enumerate(train.classes)}

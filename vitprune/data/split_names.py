@@ -52,7 +52,7 @@ def files_by_split(names: Sequence[str], where: str) -> tuple[dict[str, list[str
         named = next(name for split, files in by_split.items() if split for name in files)
         raise BadInput(
             f"{where}: {by_split[''][0]} has no split in its name, but {named} has; rename it with train, val or "
-            "test, or use one file as dataset.source and another as dataset.eval_source"
+            "test, or give one file as the source and another as dataset.eval_source"
         )
     if "train" not in by_split:
         raise BadInput(f"{where}: has the splits {' and '.join(by_split)}, but no train; add it or use a single file")

@@ -7,10 +7,9 @@ from typing import Any
 from timm.data import ImageDataset, create_dataset
 
 from vitprune.data.images import encode
-from vitprune.data.sources import MAX_LABEL, Source, missing_image, source_hint
+from vitprune.data.sources import MAX_LABEL, Source, SourceError, missing_image, source_hint
 from vitprune.data.split_names import EVAL_SPLITS
-from vitprune.errors import BadInput
-from vitprune.runtime.messages import first_line
+from vitprune.runtime.messages import first_line, without_retry_lines
 
 STREAMS = ("hfids", "tfds")
 
@@ -50,14 +49,15 @@ def open_timm(spec: str, classes: Sequence[str] | None) -> Source:
     name, _, root = spec.partition(":")
     prefix = name.partition("/")[0].lower()
     if prefix in STREAMS:
-        raise BadInput(
-            f"dataset.source: {spec} is a stream, which cannot be read by row; store it as parquet:PATH or use hfds/"
+        raise SourceError(
+            f"{spec} is a stream, which cannot be read by row; store it as parquet:PATH or use hfds/", first=True
         )
     if prefix not in ("hfds", "torch") or "/" not in name:
-        raise BadInput(f"dataset.source: {spec!r} is unknown; {source_hint(spec)}")
+        raise SourceError(f"{spec!r} is unknown; {source_hint(spec)}", first=True)
     if name.lower() in ("torch/folder", "torch/image_folder"):
-        raise BadInput(f"dataset.source: {spec} is an image folder; write folder:{root or 'PATH'}")
-    datasets = {"train": _create(spec, name, root, "train")} | _evaluation(name, root)
+        raise SourceError(f"{spec} is an image folder; write folder:{root or 'PATH'}", first=True)
+    with without_retry_lines():
+        datasets = {"train": _create(spec, name, root, "train")} | _evaluation(name, root)
     labels_of, names = _labels(spec, datasets, classes)
     splits = tuple("train" if split == "train" else "eval" for split, labels in labels_of.items() for _ in labels)
     return Source(
@@ -74,9 +74,9 @@ def _create(spec: str, name: str, root: str, split: str) -> Any:
     try:
         return create_dataset(name, root=root or None, split=split)
     except ImportError:
-        raise BadInput(f"dataset.source: {spec} needs the package datasets; run `pip install datasets`") from None
+        raise SourceError(f"{spec} needs the package datasets; run `pip install datasets`", first=True) from None
     except Exception as error:  # readers, network and packages raise various errors
-        raise BadInput(f"dataset.source: {spec} cannot be opened: {first_line(error)}") from None
+        raise SourceError(f"{spec} cannot be opened: {first_line(error)}", first=True) from None
 
 
 def _evaluation(name: str, root: str) -> dict[str, Any]:
@@ -99,14 +99,13 @@ def _labels(
         try:
             labels_of[split] = [int(label) for label in rows]
         except Exception as error:  # readers raise various errors
-            raise BadInput(
-                f"dataset.source: {spec} has labels that are not integers ({first_line(error)}); "
-                "store it as parquet:PATH"
+            raise SourceError(
+                f"{spec} has labels that are not integers ({first_line(error)}); store it as parquet:PATH", first=True
             ) from None
         worst = max(labels_of[split], default=0)
         if min(labels_of[split], default=0) < 0 or worst >= (MAX_LABEL if names is None else len(names)):
-            raise BadInput(
-                f"dataset.source: {spec}, split {split}, has labels outside its classes; check dataset.classes"
+            raise SourceError(
+                f"{spec}, split {split}, has labels outside its classes; check dataset.classes", first=True
             )
     return labels_of, names
 

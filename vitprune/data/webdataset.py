@@ -14,7 +14,7 @@ from typing import IO, Any
 from timm.data.readers.targets import get_field, has_field
 
 from vitprune.data.images import image_suffixes
-from vitprune.data.sources import Source, checked_label, missing_image
+from vitprune.data.sources import Source, SourceError, checked_label, missing_image
 from vitprune.data.split_names import EVAL_SPLITS, files_by_split
 from vitprune.errors import BadInput
 from vitprune.runtime.files import read_regular_file
@@ -125,7 +125,7 @@ def open_webdataset(spec: str, classes: Sequence[str] | None) -> Source:
     """
     name_or_path = spec.removeprefix("wds/").rpartition(":")[2]
     if not name_or_path:
-        raise BadInput(f"dataset.source: {spec!r} lacks the path; write wds/PATH")
+        raise SourceError(f"{spec!r} lacks the path; write wds/PATH", first=True)
     path = Path(name_or_path)
     root = path if path.is_dir() else path.parent
     splits, unused = _splits(spec, path)
@@ -144,7 +144,7 @@ def open_webdataset(spec: str, classes: Sequence[str] | None) -> Source:
             split_of.append("train" if name == "train" else "eval")
             ranges[ids[-1]] = _image(f"{root / shard}: sample {key}", sample)
     if not ids:
-        raise BadInput(f"{spec}: no samples in the shards; correct dataset.source")
+        raise SourceError(f"{spec}: no samples in the shards")
     names = None if classes is None else tuple(classes)
     native = tuple(split_of) if len(splits) == 2 else None
     return Source(spec, tuple(ids), tuple(labels), names, native, ShardReader(spec, root, ranges), tuple(unused))
@@ -155,7 +155,7 @@ def _splits(spec: str, path: Path) -> tuple[dict[str, Split], list[str]]:
     if path.exists() and not path.is_dir():
         return {"train": Split([path.name])}, []
     if not path.is_dir():
-        raise BadInput(f"{spec}: no such file or folder; correct dataset.source")
+        raise SourceError(f"{spec}: no such file or folder")
     info = next((path / name for name in INFO if (path / name).is_file()), None)
     if info is not None:
         described = _train_and_eval(_read_info(info))
@@ -163,7 +163,7 @@ def _splits(spec: str, path: Path) -> tuple[dict[str, Split], list[str]]:
         return described, sorted(file.name for file in path.glob("*.tar") if file.name not in used)
     shards = sorted(file.name for file in path.glob("*.tar"))
     if not shards:
-        raise BadInput(f"{spec}: no *.tar file in the folder; correct dataset.source")
+        raise SourceError(f"{spec}: no *.tar file in the folder")
     by_split, unused = files_by_split(shards, spec)
     return {split: Split(names) for split, names in by_split.items()}, unused
 
@@ -195,14 +195,14 @@ def _index_shard(root: Path, shard: str) -> dict[str, Sample]:
     samples: dict[str, Sample] = {}
     try:
         if not (root / shard).is_file() and (root / shard).exists():
-            raise BadInput(f"{root / shard}: not a regular file; correct dataset.source")
+            raise SourceError(f"{root / shard}: not a regular file")
         with (root / shard).open("rb") as file, _opened_tar(file) as tar:
             for member in tar:
                 match = KEY.fullmatch(member.name)
                 if member.isreg() and match and not _is_meta(member.name):
                     _add(samples.setdefault(match[1], Sample()), member, match[2].lower(), tar, shard)
     except FileNotFoundError:
-        raise BadInput(f"{root / shard}: no such file; correct dataset.source") from None
+        raise SourceError(f"{root / shard}: no such file") from None
     except BadInput:
         raise
     except (tarfile.TarError, OSError, EOFError, ValueError, TypeError, LookupError, OverflowError) as error:

@@ -45,8 +45,6 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
             hits = best == labels.cpu().unsqueeze(1)
             right1, right5, seen = right1 + int(hits[:, 0].sum()), right5 + int(hits.sum()), seen + len(labels)
             predictions.append(best[:, 0])
-    if not seen:
-        raise BadInput("evaluate: no images; check the eval split")
     predicted, classes = torch.cat(predictions), kept_classes(model)
     predicted = predicted if classes is None else torch.tensor(classes)[predicted]
     return {"top1": 100 * right1 / seen, "top5": 100 * right5 / seen}, predicted

@@ -60,8 +60,8 @@ def map_iou(model: nn.Module, dense: nn.Module, batches: Iterable[Any], threshol
     """
     device, values = next(model.parameters()).device, list[Tensor]()
     with eval_mode(model), eval_mode(dense):
-        for images, _ in checked_stream(track(batches, "evaluating"), model, "batches", labelled=False, mapped=False):
-            first, second = (main_tensor(one(images.to(device))) for one in (model, dense))
+        for images, _ in checked_stream(track(batches, "evaluating"), model, "batches", labeled=False, mapped=False):
+            first, second = (main_tensor(network(images.to(device))) for network in (model, dense))
             values += _overlaps(_positive(first, threshold), _positive(second, threshold))
     if not values:
         raise BadInput(f"iou: no image has an output above the threshold {threshold:g}; give another threshold")

@@ -218,7 +218,7 @@ def print_check(name: str, kinds: Sequence[str] | None, ratios: Sequence[float],
 
 
 def _distinct(reasons: Iterable[str]) -> list[str]:
-    """Return one of the reasons that differ in numbers alone, as for equal blocks, with the number of others."""
+    """Return one of the reasons that differ only in numbers, as for equal blocks, with the number of others."""
     alike: dict[str, list[str]] = {}
     for why in reasons:
         alike.setdefault(re.sub(r"\d+", "0", why), []).append(why)

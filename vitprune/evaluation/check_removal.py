@@ -136,13 +136,16 @@ def _narrow_norm(norm: nn.Module, kept: Tensor) -> nn.Module:
 def _narrow_norm_output(
     narrow: nn.Module, kept: Tensor, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
-    """Output of a norm over the remaining channels; the removed ones are zero."""
+    """Return the output of a norm over the remaining channels; the removed ones are zero."""
     axis = _channel_axis(norm, output.dim())
     return torch.zeros_like(output).index_copy(axis, kept, narrow(args[0].index_select(axis, kept)))
 
 
 def _channel_axis(norm: nn.Module, dimensions: int) -> int:
-    """Axis over which a norm takes its statistics: another scale of every column matters only if it is the last one."""
+    """Return the axis over which a norm computes mean and variance.
+
+    If it is not the last axis, scaling the columns of an image does not change the normalized values of a pixel.
+    """
     if isinstance(norm, nn.GroupNorm):
         return 1
     if dimensions < 4:
@@ -154,13 +157,13 @@ def _channel_axis(norm: nn.Module, dimensions: int) -> int:
 
 
 def _check_zeros(model: nn.Module, groups: Sequence[Group], masks: Masks) -> list[str]:
-    """Exactly the masked weights are zero."""
+    """Check that exactly the masked weights are zero."""
     wrong = [g.name for g in groups if not torch.equal(model.get_parameter(g.name) != 0, masks[g.name])]
     return [f"{wrong[0]}: the zeros are not those of its mask"] if wrong else []
 
 
 def _check_costs(dense: nn.Module, groups: Sequence[Group], masks: Masks, counts: Sequence[_Cost]) -> list[str]:
-    """Parameters decrease by the size of the slices, MACs of every layer in proportion to its weights."""
+    """Check that parameters decrease by the size of the slices, and MACs of a layer in proportion to its weights."""
     (before, (total, layers)), (after, (left, layers_left)) = counts
     removals = expected_removals(dense, groups, masks)
     removed = sum(removals.values())

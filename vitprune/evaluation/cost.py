@@ -106,7 +106,7 @@ def count_macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
 
 
 def _nominal_saving(model: nn.Module, per_layer: dict[str, int]) -> int:
-    """MACs saved if every prunable layer had the mean sparsity of all prunable layers."""
+    """Return the MACs saved if every prunable layer had the mean sparsity of all prunable layers."""
     try:
         groups = find_groups(model, ["weight"])
     except BadInput:  # no prunable layers

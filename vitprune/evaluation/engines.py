@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitprune.errors import BadInput
 from vitprune.evaluation.latency import run_model
-from vitprune.models.export import export_onnx, onnxruntime_call
+from vitprune.models.export import export_onnx, onnxruntime_session
 
 PACKAGES = {"torch": "torch", "ort": "onnxruntime", "openvino": "openvino"}  # by name of the engine
 ENGINES = tuple(PACKAGES)
@@ -53,9 +53,8 @@ def forward_call(model: nn.Module, engine: str, images: Tensor) -> Callable[[], 
 
 
 def _onnxruntime_call(path: Path, images: Tensor) -> Callable[[], object]:
-    run = onnxruntime_call(path)
-    run(images)  # reads the file
-    return partial(run, images)
+    session, given = onnxruntime_session(path), {"images": images.numpy()}
+    return lambda: session.run(None, given)[0]
 
 
 def _openvino_call(path: Path, images: Tensor) -> Callable[[], object]:

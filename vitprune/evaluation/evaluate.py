@@ -4,16 +4,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from vitprune.data import example_input
-from vitprune.data.batch_checks import checked_input
+from vitprune.data.batch_checks import first_image
 from vitprune.errors import BadInput
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.agreement import cosine, linear_cka, map_iou
 from vitprune.evaluation.cost import count
-from vitprune.evaluation.nearest_neighbours import nearest_neighbours
+from vitprune.evaluation.nearest_neighbors import nearest_neighbors
 from vitprune.evaluation.pooled_features import pooled_features
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.wrappers import is_timm_model, plain_model
@@ -34,17 +33,17 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a model on images by one metric, and count its parameters and MACs.
 
-    MACs are those of the model's own size of images; for models that are not timm's, of the size of the first images.
+    MACs are those of the model's own size of images; for models that are not timm's, of the size of the first image.
 
     Args:
         model: The model.
         batches: Batches (images (B, C, H, W), labels (B,)); for cosine, cka and iou images without labels suffice.
-        metric: "accuracy": top-1 and top-5 of a classifier. "knn": those of a weighted k-nearest-neighbour classifier
-            on the model's features (`pooled_features`), 20 neighbours and temperature 0.07 as in DINO. Agreement with
+        metric: "accuracy": top-1 and top-5 of a classifier. "knn": those of a weighted k-nearest-neighbor classifier
+            on the model's features (`pooled_features`), 20 neighbors and temperature 0.07 as in DINO. Agreement with
             the dense model: "cosine" (mean cosine similarity of the features), "cka" (linear CKA of the features, which
             may differ in width) or "iou" (of maps, such as a segmentation).
         dense: The dense model, for cosine, cka and iou.
-        reference: Labelled batches that knn compares with; None: the other images of `batches`.
+        reference: Labeled batches that knn compares with; None: the other images of `batches`.
         threshold: For iou, threshold of a map of one channel; 0 is the probability 0.5 of a logit.
 
     Returns:
@@ -63,22 +62,18 @@ def evaluate(
         return accuracy(model, batches)[0] | counts
     if metric == "knn":
         others = None if reference is None else pooled_features(model, reference, "reference")
-        return nearest_neighbours(*pooled_features(model, batches), others) | counts
+        return nearest_neighbors(*pooled_features(model, batches), others) | counts
     if dense is None:
         raise BadInput(f"metric {metric!r}: compares with the dense model; give dense")
     batches = list(batches)
     if metric == "iou":
         return {"iou": map_iou(model, dense, batches, threshold)} | counts
-    first, second = (pooled_features(one, batches)[0] for one in (model, dense))
+    first, second = (pooled_features(network, batches)[0] for network in (model, dense))
     return {metric: cosine(first, second) if metric == "cosine" else linear_cka(first, second)} | counts
 
 
 def _example(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Return an input for the counts: the first image, or one of the model's size if that is timm's."""
-    if not is_timm_model(model) and not isinstance(batches, Iterator):
-        with torch.random.fork_rng(devices=[]):
-            first = next(iter(batches), None)
-        images = first[0] if isinstance(first, list | tuple) and first else first
-        if isinstance(images, Tensor) and images.dim() == 4 and len(images):
-            return checked_input("batches[0]", images[:1], model)
-    return example_input(model, 1)
+    if is_timm_model(model) or isinstance(batches, Iterator):
+        return example_input(model, 1)
+    return first_image(batches, model, "batches", labeled=False)

@@ -59,10 +59,7 @@ def evaluate_saved(
     if not is_timm_model(model):
         name = type(model).__name__
         raise BadInput(f"{directory}: {name} has no preprocessing; give its own batches to vitprune.evaluate in Python")
-    try:
-        source = data.open_source(spec)
-    except BadInput as error:
-        raise BadInput(str(error).replace("dataset.source", "--data")) from None
+    source = data.open_source(spec, setting="--data")
     splits = source.splits or ("eval",) * len(source.ids)
     transform = data.transform(data.data_config(model))
     batches, reference = (

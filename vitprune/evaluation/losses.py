@@ -29,7 +29,7 @@ def kl_divergence(logits: Tensor, expected: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def labelled_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+def labeled_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     """Return `cross_entropy` of a model's logits after a check of the labels.
 
     Raises:
@@ -42,7 +42,7 @@ def labelled_loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def loss_at(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-    """Return `labelled_loss` of a model with other weights.
+    """Return `labeled_loss` of a model with other weights.
 
     Args:
         model: The model.
@@ -51,11 +51,11 @@ def loss_at(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor, lab
         labels: Their labels.
 
     Raises:
-        BadInput: as `labelled_loss`.
+        BadInput: as `labeled_loss`.
     """
     modules, names = list(model.modules()), [path for path, _ in model.named_modules(remove_duplicate=False)]
     tied = len(modules) == len(names)  # torch cannot tie the weights of a module that occurs twice, and need not
-    return labelled_loss(model, functional_call(model, dict(weights), images, tie_weights=tied), labels)
+    return labeled_loss(model, functional_call(model, dict(weights), images, tie_weights=tied), labels)
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:

@@ -46,7 +46,14 @@ class McNemarTable:
         return self.difference - low, self.difference + high
 
     def _distance(self, lower: int, lower_end: int, upper: int, upper_end: int) -> float:
-        """Return the length of one side of the interval: from the lower end of one count to the upper of the other."""
+        """Return the distance of one end of the interval from the difference, in percent.
+
+        Args:
+            lower: Images that one model classifies correctly.
+            lower_end: End of its Wilson interval, 0 or 1.
+            upper: Images that the other model classifies correctly.
+            upper_end: End of its Wilson interval.
+        """
         below = abs(lower / self.images - _wilson(lower, self.images)[lower_end])
         above = abs(upper / self.images - _wilson(upper, self.images)[upper_end])
         return 100 * math.sqrt(max(0.0, below**2 - 2 * self._correlation * below * above + above**2))

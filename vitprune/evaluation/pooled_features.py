@@ -40,11 +40,9 @@ def pooled_features(model: nn.Module, batches: Iterable[Any], where: str = "batc
     device = next(model.parameters()).device
     features, targets = [], []
     with eval_mode(model):
-        for images, labels in checked_stream(track(batches, "evaluating"), model, where, labelled=False, mapped=False):
+        for images, labels in checked_stream(track(batches, "evaluating"), model, where, labeled=False, mapped=False):
             features.append(_features(model, images.to(device)).float().cpu())
             targets.append(labels.cpu())
-    if not features:
-        raise BadInput(f"{where}: no images; give at least one batch")
     return torch.cat(features), torch.cat(targets)
 
 

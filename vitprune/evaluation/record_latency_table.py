@@ -142,7 +142,7 @@ def record_to_file(
 
 
 def _narrower(width: int) -> list[int]:
-    """Return the widths to measure below the full one: 1, and eighths, as multiples of 8 of a width from 64 on."""
+    """Return the widths to measure below the full one: 1 and its eighths, from a width of 64 as multiples of 8."""
     multiple = 8 if width >= 8 * STEPS else 1
     return sorted({1, *(round(width * step / STEPS / multiple) * multiple for step in range(1, STEPS))} - {0, width})
 
@@ -197,7 +197,7 @@ def _structures(model: nn.Module, groups: Sequence[Group], images: Tensor) -> li
 
 
 def _times_of(same: Sequence[Group], times: Mapping[tuple[str, int], _Measurement], dense: float) -> dict[int, float]:
-    """Return the milliseconds of one of several equal groups by width, above those of the smallest width."""
+    """Return by width how many milliseconds each of several equal groups adds to the model with the smallest width."""
     name, full = same[0].name, same[0].shape[-1]
     measured = {width: entry for (first, width), entry in times.items() if first == name}
     ratios = {width: entry.ratio for width, entry in measured.items()} | {full: 1.0}

@@ -13,6 +13,7 @@ from vitprune.models.io import SavedModel, describe_saved
 from vitprune.models.validation import WEIGHTS
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.files import read_json, sha256, write_text
+from vitprune.runtime.top5 import shows_top5
 
 CARD = "README.md"
 INITIAL_WEIGHTS = {
@@ -132,7 +133,7 @@ def _facts(project: Path, saved: SavedModel) -> dict[str, Any]:
 
 
 def _base(saved: SavedModel) -> dict[str, str]:
-    """Base model and license, from timm's registry."""
+    """Return base model and license from timm's registry."""
     name, tag = saved.architecture, saved.pretrained_cfg.get("tag")
     config = timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name, allow_unregistered=True)
     if config is None:
@@ -142,19 +143,19 @@ def _base(saved: SavedModel) -> dict[str, str]:
 
 
 def _rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Numbers of both models; those of nonzero weights only if they differ."""
+    """Return the numbers of both models; those of nonzero weights only if they differ."""
     dense, pruned = evaluation.get("dense", {}), evaluation.get("pruned", {})
     rows = []
     for key, (name, form) in NUMBERS.items():
         plain = key.removeprefix("nonzero_")
         is_new = key == plain or pruned.get(key) != pruned.get(plain) or dense.get(key) != dense.get(plain)
-        if key in dense and key in pruned and is_new:
+        if key in dense and key in pruned and is_new and (key != "top5" or shows_top5(evaluation)):
             rows.append((name, form.format(dense[key]), form.format(pruned[key])))
     return rows
 
 
 def _origin(dense: Mapping[str, Any]) -> dict[str, str]:
-    """Origin of the dense model."""
+    """Return the origin of the dense model."""
     origin = {}
     if dense.get("from") in INITIAL_WEIGHTS:
         origin["the dense model started from"] = INITIAL_WEIGHTS[dense["from"]]

@@ -61,7 +61,7 @@ def same_logits(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
         False also if one of them does not run.
     """
     try:
-        first, second = (_logits(copy.deepcopy(one), images.cpu()) for one in (model, other))
+        first, second = (_logits(copy.deepcopy(network), images.cpu()) for network in (model, other))
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a forward pass may raise anything

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,22 +101,24 @@ def export_onnx(
 def onnxruntime_call(path: Path) -> Callable[[Tensor], Any]:
     """Return a function that runs an ONNX file on the CPU: images (B, C, H, W) to logits (B, classes).
 
+    The first call reads the file, see `onnxruntime_session`.
+    """
+    session = cache(partial(onnxruntime_session, path))
+    return lambda images: session().run(None, {"images": images.numpy()})[0]
+
+
+def onnxruntime_session(path: Path) -> Any:
+    """Read an ONNX file into an inference session of onnxruntime on the CPU.
+
     It uses as many threads as torch does. They end their busy waiting with each call: threads that wait for the next
     call of one model occupy the cores while another one is measured.
     """
-    sessions: list[Any] = []
+    import onnxruntime
 
-    def run(images: Tensor) -> Any:
-        if not sessions:
-            import onnxruntime
-
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-            sessions.append(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
-        return sessions[0].run(None, {"images": images.numpy()})[0]
-
-    return run
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _onnx_program(model: nn.Module, images: Tensor, opset: int | None, dynamic_size: bool) -> Any:

@@ -36,7 +36,7 @@ from vitprune.models.weights import load_in_type, load_weights, write_weights
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.files import atomic_write, make_directory, path_of_user
 from vitprune.runtime.kept_classes import CLASSES, kept_classes
-from vitprune.runtime.messages import first_line
+from vitprune.runtime.messages import first_line, without_retry_lines
 from vitprune.runtime.model_checks import checked_model
 from vitprune.runtime.wrappers import is_timm_model
 
@@ -70,7 +70,8 @@ def create(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model: nn.Module = timm.create_model(name, pretrained=pretrained, **(args or {}))
+            with without_retry_lines():
+                model: nn.Module = timm.create_model(name, pretrained=pretrained, **(args or {}))
         except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
             hint = "" if timm.is_model(name.partition(".")[0]) else similar(name, timm.list_models())
             hint = OFFLINE if isinstance(error, OSError) and pretrained and not hint else hint

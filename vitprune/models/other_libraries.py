@@ -182,14 +182,14 @@ def _is_public(kind: type[nn.Module]) -> bool:
 
 
 def _structural(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a transformers configuration without names of sources, labels and types."""
+    """Return the entries of a transformers configuration without names of sources, labels and types."""
     labels = config.get("id2label")
     result = {key: value for key, value in config.items() if key not in DROPPED and value is not None}
     return result | ({"num_labels": len(labels)} if labels is not None else {})
 
 
 def _names(model: nn.Module) -> dict[str, Any]:
-    """Names of the classes, as a configuration of transformers has them; empty if they are LABEL_0, LABEL_1, ..."""
+    """Return the class names as in a configuration of transformers; nothing if they are LABEL_0, LABEL_1, ..."""
     names = getattr(model.config, "id2label", None) or {}
     if all(name == f"LABEL_{label}" for label, name in names.items()):
         return {}
@@ -325,12 +325,12 @@ def _refuse_other_model(model: nn.Module, factory: Factory, shapes: Mapping[str,
     except BadInput as error:
         why = str(error).removeprefix(f"{name}: ").partition(";")[0]
         where = "model.config, such as num_labels" if factory.library == TRANSFORMERS else "args"
-        what = f"{factory.library} does not build this model from its configuration ({why})"
-        raise BadInput(f"{name}: {what}; if you changed a layer, change {where} as well") from None
+        problem = f"{factory.library} does not build this model from its configuration ({why})"
+        raise BadInput(f"{name}: {problem}; if you changed a layer, change {where} as well") from None
     except Exception as error:  # constructors raise anything for arguments that do not fit
         raise BadInput(f"{name}: {factory.library} cannot build {factory.name} ({first_line(error)})") from None
     rebuilt.load_state_dict(model.state_dict(), assign=True)
-    kinds = [getattr(getattr(one, "config", None), "_attn_implementation", None) for one in (model, rebuilt)]
+    kinds = [getattr(getattr(network, "config", None), "_attn_implementation", None) for network in (model, rebuilt)]
     if kinds[0] != kinds[1]:  # eager attention is the same function, and it is not saved
         rebuilt.set_attn_implementation(kinds[0])  # type: ignore[operator]
     if not same_logits(model, rebuilt, example_input(model, 2)):
@@ -363,7 +363,7 @@ def _uniform_configs(model: nn.Module, factory: Factory, shapes: Mapping[str, tu
 def _changes(
     config: Mapping[str, Any], dense: Mapping[str, tuple[int, ...]], cut: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield entries of a configuration with the value that a cut would give them, if all layers were cut alike."""
+    """Yield entries of a configuration with their values after a cut of all layers to the same sizes."""
     pairs = {
         (size, new) for name, shape in dense.items() for size, new in zip(shape, cut.get(name, shape), strict=False)
     }

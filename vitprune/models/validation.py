@@ -214,7 +214,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _size(path: Path) -> int:
-    """Size of a regular file in bytes. Links are followed: the caches of DVC and of the hub use them."""
+    """Return the size of a regular file in bytes; links, as in the caches of DVC and of the hub, are followed."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

@@ -62,7 +62,7 @@ def run_sweep(project: Path, options: SweepOptions) -> int:
     folder = project / STATE / "sweeps" / (options.file.stem if options.file else options.name)
 
     def body(interrupted: Callable[[], bool]) -> int:
-        with exclusive(folder, what="sweep"):
+        with exclusive(folder, activity="sweep"):
             _plan(project, folder, options)
             return 0 if options.check else _run(project, folder, options)
 
@@ -85,7 +85,7 @@ def remove_worktrees(project: Path, name: str) -> None:
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/sweep.json"))) or "none"
         raise BadInput(f"sweep {name}: not in {project}; its sweeps: {known}")
     try:
-        with exclusive(folder, what="sweep"):
+        with exclusive(folder, activity="sweep"):
             directories = [folder / run["directory"] for run in read_json(plan)["runs"]]
             waiting = [path for directory in directories for path in (directory / STATE / "journal").glob("*.jsonl")]
             if waiting:

@@ -12,6 +12,8 @@ from vitprune.orchestration.tracking.replay import UploadResult
 from vitprune.pipeline.report.inputs import read_evaluation
 from vitprune.runtime.messages import first_line
 
+CLASSIC_VIEW = "workflowType=machine_learning"
+
 
 def publish(
     project: Path, upload: UploadResult, stages: Sequence[Mapping[str, Any]], warn: Callable[[str], None]
@@ -49,9 +51,12 @@ def sparsity(project: Path) -> list[dict[str, Any]]:
 
 
 def link(upload: UploadResult) -> str:
-    """Return the URL of the run in MLflow's user interface; for a local store that of a server still to be started."""
+    """Return the URL of the run in MLflow's user interface; for a local store that of a server still to be started.
+
+    Without the query, MLflow 3 opens its view for GenAI, which lists the run under evaluations and has no models.
+    """
     server = upload.uri if upload.uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{server.rstrip('/')}/#/experiments/{upload.experiment_id}/runs/{upload.run_id}"
+    return f"{server.rstrip('/')}/#/experiments/{upload.experiment_id}/runs/{upload.run_id}?{CLASSIC_VIEW}"
 
 
 def how_to_open(upload: UploadResult) -> str:

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vitprune.runtime.top5 import shows_top5
+
 
 def rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return rows (quantity, dense, pruned) of an evaluation."""
     dense, pruned, kept = evaluation["dense"], evaluation["pruned"], evaluation.get("kept", {})
-    table = [
-        ("top-1", f"{dense['top1']:.2f} %", f"{pruned['top1']:.2f} %"),
-        ("top-5", f"{dense['top5']:.2f} %", f"{pruned['top5']:.2f} %"),
-    ]
+    table = []
+    for key, name in (("top1", "top-1"), *((("top5", "top-5"),) if shows_top5(evaluation) else ())):
+        table.append((name, f"{dense[key]:.2f} %", f"{pruned[key]:.2f} %"))
     for key, name in (("params", "params"), ("nonzero_params", "non-zero params"), ("macs", "MACs")):
         table.append((name, amount(dense[key]), amount(pruned[key]) + _share(kept.get(key))))
     table.append(("non-zero MACs", amount(dense["nonzero_macs"]), amount(pruned["nonzero_macs"])))

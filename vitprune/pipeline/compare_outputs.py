@@ -72,7 +72,7 @@ def _compare(name: str, recorded: Path, again: Path, digests: Mapping[str, str])
 
 
 def _text(path: Path) -> str:
-    """Read a text without the commit of a report: a cached report shows that of the run that computed it."""
+    """Read a text, but of a report without its commit: a cached report shows that of the run that computed it."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(line for line in lines if 'data-name="commit"' not in line)
 
@@ -136,7 +136,7 @@ def _same(recorded: Any, again: Any, digests: Mapping[str, str]) -> bool:
 
 
 def _same_difference(recorded: Row, again: Row) -> bool:
-    """Whether the logits of an exported file differ as much from torch's as recorded, to a tenth of their bound."""
+    """Return whether the recorded difference of an exported file's logits is right within a tenth of its bound."""
     bound = again.get("bound")
     values = [row["max_abs_diff"] for row in (recorded, again)]
     is_number = all(isinstance(value, float) and value >= 0 for value in values)

@@ -16,7 +16,7 @@ from vitprune.models.fp16 import onnx_to_fp16
 from vitprune.models.int8 import quantize_and_compare
 from vitprune.models.openvino_ir import onnx_to_openvino
 from vitprune.models.pt2 import export_pt2
-from vitprune.pipeline.project_data import METRICS, OUT, calibration, labelled_by_output, open_images
+from vitprune.pipeline.project_data import METRICS, OUT, calibration, labeled_by_output, open_images
 from vitprune.runtime.files import write_json
 
 Facts = dict[str, Any]
@@ -41,7 +41,7 @@ def _writers(model: nn.Module, folder: Path, example: Tensor, params: Params) ->
     source, dynamic = folder / "model.onnx", {"dynamic_size": params.export.dynamic_size}
 
     def int8() -> Facts:
-        table = labelled_by_output(open_images("eval", model, params), model)
+        table = labeled_by_output(open_images("eval", model, params), model)
         evaluation = data.eval_batches(table, params.evaluate.batch_size)
         return quantize_and_compare(folder, model, calibration(model, params), evaluation)
 
@@ -55,7 +55,7 @@ def _writers(model: nn.Module, folder: Path, example: Tensor, params: Params) ->
 
 
 def _written(write: Callable[[], Facts]) -> Facts:
-    """Write a file; a model that cannot be exported costs the file, not the run."""
+    """Write a file; if the model cannot be exported to it, return the error instead."""
     try:
         return write()
     except ExportError as error:

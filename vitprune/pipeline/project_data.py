@@ -83,7 +83,7 @@ def open_images(split: str, model: nn.Module, params: Params, augment: str | Non
     return table
 
 
-def labelled_by_output(table: data.ImageTable, model: nn.Module) -> data.ImageTable:
+def labeled_by_output(table: data.ImageTable, model: nn.Module) -> data.ImageTable:
     """Return images of `open_images` whose labels are outputs of the model, also if it was cut to some classes."""
     classes = kept_classes(model)
     return table if classes is None else replace(table, labels=class_positions(table.labels, classes))

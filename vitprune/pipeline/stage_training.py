@@ -15,7 +15,7 @@ from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput, NotFinite
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.pipeline.artifacts import History
-from vitprune.pipeline.project_data import data_workers, device, labelled_by_output, open_images
+from vitprune.pipeline.project_data import data_workers, device, labeled_by_output, open_images
 from vitprune.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from vitprune.training import checkpoint_store
 from vitprune.training.cached_teacher import CachedDistillationTask, cache_teacher, with_teacher_outputs
@@ -118,7 +118,7 @@ def train_model(
         Interrupted: as `train`.
     """
     model = task.get_eval_model()
-    table = labelled_by_output(open_images("train", model, params, recipe.augment), model)
+    table = labeled_by_output(open_images("train", model, params, recipe.augment), model)
     name, cycle = (f"{history.stage} training", None) if segment is None else (segment.name, segment.cycle)
     seed = params.seed if cycle is None else params.seed + SEED_STEP * cycle
     steps = data.batch_count(len(table), recipe.batch_size)

@@ -126,7 +126,7 @@ def _as_text(goal: Mapping[str, Any]) -> str:
     amounts = goal["target"] or goal["sparsity"]
     if isinstance(amounts, Mapping):
         return " ".join(
-            f"{what} {amount if isinstance(amount, str) else format_cost(amount)}" for what, amount in amounts.items()
+            f"{name} {amount if isinstance(amount, str) else format_cost(amount)}" for name, amount in amounts.items()
         )
     return f"sparsity {amounts:g}"
 

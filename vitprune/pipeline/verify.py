@@ -150,7 +150,7 @@ def _labels(outputs: Tensor, model: nn.Module) -> Tensor:
 
 
 def _clear(logits: Tensor) -> Tensor:
-    """Return which predictions (images,) no rounding can change."""
+    """Return a mask (images,) of the predictions that rounding errors cannot change."""
     best = logits.topk(min(2, logits.shape[1]), dim=1).values
     return (best[:, 0] - best[:, -1]) > NEAR_TIE * logits.abs().amax(dim=1)
 

@@ -11,7 +11,7 @@ def next_block_removal(
 ) -> Mapping[str, float]:
     """Return the target, or the removal of one more block or branch if the target removes several of a group.
 
-    Every removal of a block forms a new pair of neighbouring sub-layers, and every removal of a branch changes what the
+    Every removal of a block forms a new pair of neighboring sub-layers, and every removal of a branch changes what the
     others are worth, so they are scored again after each.
 
     Args:

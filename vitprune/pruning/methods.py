@@ -60,7 +60,7 @@ class Method:
 
     @property
     def needs_runs_in_memory(self) -> bool:
-        """Whether the weights of every run of an N:M pattern must be neighbours in memory."""
+        """Whether the weights of every run of an N:M pattern must be neighbors in memory."""
         return self.collective or self.criterion is obc.obc
 
     @property

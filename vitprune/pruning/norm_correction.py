@@ -179,7 +179,7 @@ def _parameter_grads(model: nn.Module, layer: _Layer, inputs: Tensor, grad: Tens
 
 def _by_position(value: Tensor, axis: int, images: int) -> Tensor:
     channels_last = value.movedim(axis, -1)
-    # (images, positions, channels); windows of an image are neighbours
+    # (images, positions, channels); windows of an image are neighbors
     return channels_last.reshape(images, -1, channels_last.shape[-1])
 
 

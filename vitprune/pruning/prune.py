@@ -31,6 +31,7 @@ from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
 from vitprune.pruning.auto import auto_method, has_exact_scores
 from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores
+from vitprune.pruning.low_rank_updates import low_rank_updates
 from vitprune.pruning.methods import CRITERIA, METHODS, Method, method_named
 from vitprune.pruning.plan import Plan, plan_for
 from vitprune.pruning.preparation import prepared
@@ -267,15 +268,24 @@ def prune(
         raise BadInput("FeatureGetterNet: residual channels are its output; prune other kinds")
     batches = images_of_classes(batches, plan.config.classes)
     pruned = prepared(pruned, plan, batches)
-    with scoring_mode(pruned):
-        try:
-            (cycle,) = prune_cycles(pruned, plan, batches, deadline=deadline)
-        except Unreachable as error:
-            raise Unreachable("; ".join([str(error), *_not_pruned(skipped)])) from None
-        if example_input is not None:
+    cycle = _run_cycle(pruned, plan, batches, deadline, skipped)
+    if example_input is not None:
+        with scoring_mode(pruned):
             _check_finite(pruned, example_input)
     pruned = pruned.to(float_type(plain_model(model)))
     return result_of(model, pruned, cycle, start, skipped, example_input, chosen)
+
+
+def _run_cycle(
+    model: nn.Module, plan: Plan, batches: Batches, deadline: float | None, skipped: Mapping[str, str]
+) -> Cycle:
+    """Prune a model in place in one cycle; an error of an unreachable target names what is not pruned."""
+    with scoring_mode(model):
+        try:
+            (cycle,) = prune_cycles(model, plan, batches, deadline=deadline)
+        except Unreachable as error:
+            raise Unreachable("; ".join([str(error), *_not_pruned(skipped)])) from None
+    return cycle
 
 
 def _fitting_plan(
@@ -294,6 +304,7 @@ def _fitting_plan(
         settings = settings | {"kinds": available if skipped else None}
     plan = plan_for(PruneConfig(**settings), config, seed)
     skipped |= {name: why for kind in plan.sparsity for name, why in left_out(model, kind).items()}
+    skipped |= low_rank_updates(model) if "ffn" in plan.sparsity else {}
     return plan, skipped | (dense_projections(model) if "weight" in plan.sparsity else {})
 
 

@@ -177,7 +177,7 @@ class _Targets:
 
 
 def _passes_until(deadline: float, model: nn.Module, targets: _Targets, config: ReconstructConfig) -> int:
-    """Return the number of passes that fit; the outputs and gradients of a few batches are timed."""
+    """Return the number of passes expected to end before the deadline; a few batches are timed."""
     parameters = _trained(model)
     dense, step = [], []
     for rows in torch.split(torch.arange(len(targets.images)), config.batch_size)[:TIMED_BATCHES]:
@@ -255,7 +255,7 @@ def _loss(model: nn.Module, batch: _Batch, weight: float) -> Tensor:
 
 
 def _shared_blocks(model: nn.Module, dense: nn.Module) -> list[str]:
-    """Paths of the blocks of both models: neighbours of one class in a list, that have no such neighbours inside.
+    """Paths of the blocks of both models: neighbors of one class in a list, that have no such neighbors inside.
 
     None if tokens are merged: then most outputs have other shapes, and the weight of the others would grow.
     """

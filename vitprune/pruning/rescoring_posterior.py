@@ -54,9 +54,9 @@ class ScorePosterior:
         Source: Cochran, Sampling Techniques (1977), section 6.4 (ratio estimator); normal empirical Bayes.
         """
         ratio, variance = self._ratios()
-        centre, spread = self._priors(ratio, variance)
+        center, spread = self._priors(ratio, variance)
         weight = spread.square() / (spread.square() + variance)  # of the measurement; 0 without one
-        mean = self.surrogate.clamp(min=LEAST).log() + centre + weight * (ratio - centre)
+        mean = self.surrogate.clamp(min=LEAST).log() + center + weight * (ratio - center)
         deviation = ((1 - weight) * spread.square()).sqrt()
         complete = self.seen == self.images
         mean[complete] = self.exact[complete].clamp(min=LEAST).log()
@@ -86,8 +86,8 @@ class ScorePosterior:
         return ratio.log(), torch.where(known, variance, torch.where(complete, 0.0, torch.inf))
 
     def _priors(self, ratio: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Return centre and spread of the prior of every unit's ratio, fitted to the measured units of its pool."""
-        centre, spread = torch.zeros_like(ratio), torch.full_like(ratio, PRIOR_SPREAD)
+        """Return center and spread of the prior of every unit's ratio, fitted to the measured units of its pool."""
+        center, spread = torch.zeros_like(ratio), torch.full_like(ratio, PRIOR_SPREAD)
         for pool in range(int(self.pool.max()) + 1):
             members = self.pool == pool
             measured = members & variance.isfinite() & (self.surrogate > LEAST)
@@ -96,9 +96,9 @@ class ScorePosterior:
                 median = ratio[measured].median()
                 excess = (ratio[measured] - median).square() - variance[measured]
                 fitted = (excess.sum() + PRIOR_UNITS * PRIOR_SPREAD**2) / (number + PRIOR_UNITS)
-                centre[members] = median * number / (number + PRIOR_UNITS)
+                center[members] = median * number / (number + PRIOR_UNITS)
                 spread[members] = fitted.clamp(min=(PRIOR_SPREAD / 10) ** 2).sqrt()
-        return centre, spread
+        return center, spread
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def select(
 
 
 def select_blocks(scores: Scores, sparsity: float, previous: Masks | None = None) -> Masks:
-    """Remove pairs of neighbouring sub-layers: exactly round(sparsity * blocks) pairs of each group, never all.
+    """Remove pairs of neighboring sub-layers: exactly round(sparsity * blocks) pairs of each group, never all.
 
     The score of a sub-layer is that of its pair with the next remaining one; of equal scores the first pair is removed.
     A removal forms a new pair without a score, which is removed only if no other pair remains. Therefore compute the
@@ -297,7 +297,7 @@ def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float, bounds: C
     if abs(sparsity - implied) > 1e-9:
         raise BadInput(f"scope '{n}:{m}': removes {implied:g}, but sparsity is {sparsity:g}; set it to {implied:g}")
     # A run is along the input channels, at one position of a k x k kernel: sparse matrix units multiply the kernel as
-    # k * k matrices (or as one with k * k * d_in columns, channels last), so neighbouring positions are never in a run.
+    # k * k matrices (or as one with k * k * d_in columns, channels last), so neighboring positions are never in a run.
     inputs_last = score.movedim(1, -1)  # (d_out, [k, k,] d_in)
     if score.shape[1] % m:
         raise BadInput(

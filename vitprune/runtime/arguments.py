@@ -91,9 +91,9 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _check(name: str, value: Any, expected: Sequence[Any]) -> None:
-    named = [one for one in expected if one is not NoneType and not (one is str and Path in expected)]
+    named = [kind for kind in expected if kind is not NoneType and not (kind is str and Path in expected)]
     wanted = " or ".join(dict.fromkeys(map(_words, named)))
-    matching = next((one for one in expected if _accepts(one, value)), None)
+    matching = next((kind for kind in expected if _accepts(kind, value)), None)
     if matching is None:
         if isinstance(value, str) and any(map(_takes_names, expected)):
             raise BadInput(f"{name}: {value!r} is a string; give a list, as in [{value!r}]")
@@ -103,7 +103,7 @@ def _check(name: str, value: Any, expected: Sequence[Any]) -> None:
 
 
 def _accepts(expected: Any, value: Any) -> bool:
-    """Return whether a value has an annotated type, without its elements."""
+    """Return whether a value has an annotated type; the types of its elements are not checked."""
     kind = get_origin(expected) or expected
     if kind in (Any, object, inspect.Parameter.empty):
         return True
@@ -119,19 +119,19 @@ def _accepts(expected: Any, value: Any) -> bool:
 
 
 def _is_series(expected: Any) -> bool:
-    """Return whether a list or another iterable is expected, no mapping."""
+    """Return whether a type is a list or another iterable, but no mapping."""
     kind = get_origin(expected)
     return isinstance(kind, type) and issubclass(kind, Iterable) and not issubclass(kind, Mapping)
 
 
 def _takes_names(expected: Any) -> bool:
-    """Return whether a list of names is expected."""
+    """Return whether a type is a list of names."""
     element = (get_args(expected) or (None,))[0]
     return _is_series(expected) and (element is str or get_origin(element) is Literal)
 
 
 def _words(expected: Any) -> str:
-    """Return what to give, in words."""
+    """Describe an expected type, for an error message."""
     kind, parts = get_origin(expected) or expected, get_args(expected)
     if kind is Literal:
         return f"one of {', '.join(map(repr, parts))}"

@@ -19,14 +19,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
 
-def path_of_user(path: object, name: str) -> Path:
-    """Return an argument of the Python API as a path.
+def path_of_user(path: str | os.PathLike[str], name: str) -> Path:
+    """Return an argument of the Python API as a path; `check_arguments` has checked its type.
 
     Raises:
-        BadInput: it is neither text nor a path, is empty, or has a NUL.
+        BadInput: it is empty, or has a NUL.
     """
-    if not isinstance(path, str | Path):
-        raise BadInput(f"{name}: is a {type(path).__name__}; give a path")
     if path == "" or "\0" in str(path):
         raise BadInput(f"{name}: {str(path)!r} is not a path")
     return Path(path)

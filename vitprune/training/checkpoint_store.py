@@ -171,7 +171,7 @@ def hash_strings(*parts: str) -> str:
 
 @cache
 def _code() -> str:
-    """Hash of the source code of this package."""
+    """Return a hash of the source code of this package."""
     root = Path(__file__).parent
     return hash_strings(*(f"{file.relative_to(root)} {sha256(file)}" for file in sorted(root.rglob("*.py"))))
 

@@ -13,7 +13,7 @@ from vitprune.architectures import find_groups
 from vitprune.architectures.classifier import of_same_classes
 from vitprune.config.section import check_seed
 from vitprune.config.train_config import DistillConfig, TrainConfig
-from vitprune.data.batch_checks import checked_input, checked_stream
+from vitprune.data.batch_checks import checked_input, checked_stream, first_image, no_images
 from vitprune.errors import BadInput
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import eval_mode, frozen
@@ -85,7 +85,7 @@ def finetune(
 
     Raises:
         BadInput: the model has no classifier or is frozen, the teacher does not fit the model, the loader is an
-            iterator or has no length, a batch cannot be used, or the optimizer is unknown.
+            iterator, has no length or is empty, a batch cannot be used, or the optimizer is unknown.
         NotFinite: a loss or gradient is not finite.
 
     Example:
@@ -93,6 +93,8 @@ def finetune(
     """
     if not isinstance(loader, Sized):
         raise BadInput("loader: has no length; give a list or a DataLoader over a sized dataset")
+    if not len(loader):
+        raise no_images("loader")
     check_seed(seed)
     require_classifier(model, "give it one, as by reset_classifier")
     model, history = plain_model(model), list[dict[str, float]]()
@@ -100,7 +102,9 @@ def finetune(
     zeros = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None
     name, steps = "fine-tuning" if segment is None else segment.name, len(loader)
     span = segment.span(config, steps) if segment is not None else None
-    others = [one for one in (model, teacher) if one is not None and not is_timm_model(plain_model(one))]
+    others = [
+        network for network in (model, teacher) if network is not None and not is_timm_model(plain_model(network))
+    ]
     with returning_logits(*others), _with_timm_attributes(others, loader), _unchanged(teacher):
         classes = vars(model).get("num_classes")
         task: Any = classification(model, config.smoothing)
@@ -125,9 +129,9 @@ def _checked_teacher(teacher: nn.Module, model: nn.Module, distillation: Distill
     plain = plain_model(teacher)
     if plain is model:
         raise BadInput("teacher: is the model that is trained; give the dense model, or a copy (copy.deepcopy)")
-    for one in (model, plain) if distillation.kind == "features" else ():
-        if not is_timm_model(one):
-            raise BadInput(f"distill.kind features: {type(one).__name__} is not a model of timm; use logits")
+    for network in (model, plain) if distillation.kind == "features" else ():
+        if not is_timm_model(network):
+            raise BadInput(f"distill.kind features: {type(network).__name__} is not a model of timm; use logits")
     result, dtype = of_same_classes(plain, model), next(model.parameters()).dtype
     return result if next(plain.parameters()).dtype == dtype else copy.deepcopy(result).to(dtype)
 
@@ -174,16 +178,10 @@ def _with_timm_attributes(models: Sequence[Any], loader: Iterable[Any]) -> Itera
 
 
 def _class_count(model: nn.Module, loader: Iterable[Any]) -> int:
-    """Return the number of classes of a model's logits for the first image.
-
-    Raises:
-        BadInput: there is no batch, or it cannot be used.
-    """
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(model):
-        for images, _ in checked_stream(loader, model, "loader"):
-            logits = model(images[:1].to(next(model.parameters()).device))
-            return int(logits.shape[-1])
-    raise BadInput("loader: has no batches; give at least one")
+    """Return the number of a model's logits for the first image."""
+    image = first_image(loader, model, "loader").to(next(model.parameters()).device)
+    with torch.no_grad(), eval_mode(model):
+        return int(model(image).shape[-1])
 
 
 def zero_weights(model: nn.Module) -> FrozenZeros | None:

@@ -149,7 +149,7 @@ def _epoch_row(
 
 
 def _stops_early(counters: _Counters, metrics: Mapping[str, float], patience: int, dist: ProcessGroup) -> int:
-    """1 if rank 0, the only one that evaluates, has seen no better top-1 for `patience` epochs."""
+    """Return 1 if rank 0, the only one that evaluates, has seen no better top-1 for `patience` epochs."""
     if dist.rank:
         return 0
     if "top1" not in metrics:
@@ -206,7 +206,7 @@ def _mean(losses: Sequence[float], name: str) -> float:
 
 
 def _make_mix(task: Any, recipe: TrainConfig, generator: np.random.Generator, dist: ProcessGroup) -> MixFn:
-    """Mixup and CutMix over the whole batch, then this rank's share; the identity without mixing."""
+    """Return a function that mixes the whole batch and returns this rank's share; without mixing, the identity."""
     if not recipe.mixes:
         return lambda images, labels: (images, labels)
     classes = int(task.get_eval_model().num_classes)

@@ -162,6 +162,15 @@ def test_numbers_are_on_the_page(project: Path) -> None:
     assert page.values["sha256.distill"] == "d" * 64
 
 
+def test_a_top5_of_100_percent_is_not_on_the_page(project: Path) -> None:
+    assert Page(render(project)).shown["pruned.top5"] == "99.50"
+    measured = json.loads((project / "metrics/evaluate.json").read_text())
+    for model in ("dense", "pruned"):
+        measured[model]["top5"] = 100.0
+    put(project / "metrics/evaluate.json", measured)
+    assert not [name for name in Page(render(project)).shown if "top5" in name]
+
+
 def test_every_exported_file_is_on_the_page_with_its_difference_or_its_error(project: Path) -> None:
     files = {"onnx": 4e-6, "fp16": 0.0067, "int8": 0.25, "pt2": 0.0}
     facts: dict[str, Any] = {

@@ -109,7 +109,7 @@ def test_a_sweep_gives_a_table_and_a_plot(tmp_path: Path) -> None:
     assert html.count('<tr class="front">') == 2
     with Image.open(tmp_path / "out/pareto.png") as picture:
         assert picture.size == (1680, 1080)
-        shown = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+        shown = {color for _, color in picture.convert("RGB").getcolors(1 << 24)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= shown  # the first two methods; kl has no point
     assert (0x00, 0x9E, 0x73) not in shown
 

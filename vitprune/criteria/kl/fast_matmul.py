@@ -94,8 +94,8 @@ def _batched(left: Tensor, right: Tensor) -> Tensor:
     """Compute (G, n, c) @ (G, c, m) as one grouped convolution; oneDNN's batched product has no binding in torch."""
     number, rows, inner = left.shape
     filters, image = left.reshape(number * rows, inner, 1, 1), right.reshape(1, number * inner, 1, -1)
-    one = [1, 1]
+    stride = dilation = [1, 1]
     products: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        image, filters, None, [0, 0], one, one, number, "none", [], "none"
+        image, filters, None, [0, 0], stride, dilation, number, "none", [], "none"
     )
     return products.view(number, rows, -1)

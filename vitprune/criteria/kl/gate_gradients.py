@@ -126,7 +126,7 @@ def _gate(group: Group, part: ParamSlice, probe: Probe) -> UnitGate:
 
 
 def _branch(group: Group, unit: int) -> UnitGate:
-    """Return the gate of a branch. Of blocks, two pairs contain it: the one that starts with it, and the one before."""
+    """Return the gate of a branch; in groups of blocks, it is in the pair that it begins and in the pair before."""
     pairs = (
         [unit] if group.kind == "branch" else [pair for pair in (unit - 1, unit) if 0 <= pair < group.num_candidates]
     )
@@ -174,10 +174,10 @@ def _query(model: nn.Module, group: Group) -> UnitGate:
 
 def _norms(model: nn.Module, group: Group) -> Iterator[tuple[str, ParamSlice]]:
     for path, leaf, module, part in _layers(model, group):
-        normalises = isinstance(module, CENTERED_NORMS) or type(module).__name__ in RMS_NORMS
-        if normalises and leaf == "weight":
+        normalizes = isinstance(module, CENTERED_NORMS) or type(module).__name__ in RMS_NORMS
+        if normalizes and leaf == "weight":
             yield path, part
-        elif isinstance(module, nn.GroupNorm) or (normalises and len(list(module.parameters())) == 0):
+        elif isinstance(module, nn.GroupNorm) or (normalizes and len(list(module.parameters())) == 0):
             raise _unsupported(path, f"the statistics of {type(module).__name__} are not supported")
 
 
@@ -196,9 +196,9 @@ def record_gates(model: nn.Module, gates: Sequence[UnitGate], images: int) -> It
     tape = GateTape(images)
     with ExitStack() as stack:
         stack.callback(tape.forget)
-        for path, what in dict.fromkeys(gate.probe for gate in gates):
-            module, probe = model.get_submodule(path), (path, what)
-            if what == "input":
+        for path, side in dict.fromkeys(gate.probe for gate in gates):
+            module, probe = model.get_submodule(path), (path, side)
+            if side == "input":
                 handle = module.register_forward_pre_hook(_input_hook(tape, probe))
             else:
                 widths = [gate.outer * gate.units * gate.inner for gate in gates if gate.probe == probe]
@@ -279,9 +279,9 @@ def _statistics(path: str, norm: Any, value: Tensor, output: Tensor, images: int
     axis = norm_axis(norm, value, output)
     if axis is None:
         raise _unsupported(path, f"{type(norm).__name__} does more than normalize, scale and shift its channels")
-    weight, centred = _at_least_float32(norm.weight.detach()), isinstance(norm, CENTERED_NORMS)
+    weight, centered = _at_least_float32(norm.weight.detach()), isinstance(norm, CENTERED_NORMS)
     x = _at_least_float32(value).movedim(axis, -1).reshape(images, -1, len(weight))  # (B, tokens, d)
-    x = x - x.mean(dim=-1, keepdim=True) if centred else x
+    x = x - x.mean(dim=-1, keepdim=True) if centered else x
     var = x.square().mean(dim=-1)  # (B, tokens)
     scale = (var + norm_eps(norm, value.dtype)).rsqrt()
     xhat = x * scale[..., None]
@@ -291,7 +291,7 @@ def _statistics(path: str, norm: Any, value: Tensor, output: Tensor, images: int
         weighted = _at_least_float32(gradient.movedim(axis, -1)).reshape(xhat.shape) * weight
         along = (weighted * xhat).sum(dim=-1)  # (B, tokens)
         total = (torch.einsum("bt,btd->bd", along, xhat.square()) - (along * share).sum(dim=1, keepdim=True)) / 2
-        if centred:
+        if centered:
             total = total + torch.einsum("bt,btd->bd", weighted.sum(dim=-1), xhat)
         mean: Tensor = total / -xhat.shape[-1]
         return mean

@@ -49,7 +49,7 @@ def leave_one_out_kl(
 
 
 def _firsts(group: Group) -> range:
-    """Return the units that are removed in turn, without those that are removed together with another one."""
+    """Return the units to remove one after another; of two units removed together, the first."""
     if group.whole_blocks:
         return range(0, group.units if group.units > 2 else 0, 2)
     return range(group.num_candidates)

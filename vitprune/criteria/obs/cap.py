@@ -29,7 +29,7 @@ def ovit(model: nn.Module, groups: Sequence[Group], batches: Batches, context: S
     Args:
         model: The model.
         groups: Groups of kind `weight`.
-        batches: Labelled calibration batches.
+        batches: Labeled calibration batches.
         context: The scoring options.
 
     Raises:

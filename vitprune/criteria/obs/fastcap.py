@@ -22,7 +22,7 @@ def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, context
     Args:
         model: The model.
         groups: Groups of kind `weight`.
-        batches: Labelled calibration batches.
+        batches: Labeled calibration batches.
         context: The scoring options.
 
     Raises:

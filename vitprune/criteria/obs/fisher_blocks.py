@@ -32,7 +32,7 @@ class FisherBlocks:
     Args:
         model: The model.
         groups: Groups of kind `weight`.
-        batches: Labelled calibration batches.
+        batches: Labeled calibration batches.
         context: The scoring options.
 
     Raises:
@@ -79,7 +79,7 @@ def collect_fisher_blocks(
     Args:
         model: The model.
         parts: The block ranges.
-        batches: Labelled calibration batches.
+        batches: Labeled calibration batches.
         context: The scoring options; partial sums are saved to and resumed from `context.partial`.
         name: Name of the partial sums.
 

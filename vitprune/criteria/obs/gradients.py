@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vitprune.criteria import Batches, ScoringContext, layer_io
 from vitprune.criteria.obs.weight_blocks import BlockRange
 from vitprune.errors import BadInput
-from vitprune.evaluation.losses import labelled_loss, loss_at
+from vitprune.evaluation.losses import labeled_loss, loss_at
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.hooks import forward_hooks
 
@@ -54,7 +54,7 @@ def weight_gradients(
     Args:
         model: The model.
         parts: Block ranges; each is yielded once per round.
-        batches: Labelled calibration batches.
+        batches: Labeled calibration batches.
         context: The scoring options.
         done: Number of rounds to skip (one batch of images, or `GRADIENTS_AT_ONCE` gradients of batches, each).
 
@@ -129,7 +129,7 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], images: Tensor, labels:
 
     hooks = [(layer, partial(record, param)) for param, layer in layers.items()]
     with torch.enable_grad(), forward_hooks(hooks):
-        loss = labelled_loss(model, model(images), labels) * len(images)
+        loss = labeled_loss(model, model(images), labels) * len(images)
     _refuse_unused(calls, [param for param, recorded in calls.items() if recorded])
     leaves = [(param, read, output) for param, recorded in calls.items() for read, output in recorded]
     grads = torch.autograd.grad(loss, [output for *_, output in leaves], allow_unused=True)

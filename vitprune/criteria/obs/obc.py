@@ -35,7 +35,7 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: Sc
     Args:
         model: The model.
         groups: Groups of kind `weight`.
-        batches: Labelled calibration batches.
+        batches: Labeled calibration batches.
         context: The scoring options.
 
     Raises:

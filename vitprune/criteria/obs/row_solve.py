@@ -93,7 +93,7 @@ def _held_out(dense: Tensor, fit: Tensor, test: Tensor, keep: Tensor) -> list[fl
 
 
 def _refined(dense: Tensor, matrix: Tensor, inverse: Tensor, keep: Tensor, start: Tensor) -> Tensor:
-    """Improve a start until all rows are finished; the matrix has a unit diagonal."""
+    """Iterate from an initial solution until all rows have converged; the matrix has a unit diagonal."""
     x, kept, single = start.clone(), keep.float(), (matrix.float(), inverse.float())
     floor = FLOOR * ((dense @ matrix) * dense).sum(dim=1)
     index = torch.arange(len(dense), device=dense.device)
@@ -136,7 +136,10 @@ def _conjugate_gradients(residual: Tensor, kept: Tensor, matrix: Tensor, inverse
 
 
 def _factors_are_cheaper(keep: Tensor) -> bool:
-    """Compare the times of both ways, in 0.1 ns as measured on one AVX2 core (benchmarks/speed/obc_phases.py)."""
+    """Return whether Cholesky factors take less time than conjugate gradients.
+
+    Both times are in 0.1 ns, as measured on one AVX2 core (benchmarks/speed/obc_phases.py).
+    """
     (rows, width), most = keep.shape, int(keep.sum(dim=1).max())
     return rows * most**2 * (most + 150) < 20 * rows * width**2 + 0.7 * width**3 + 3e7
 

@@ -101,7 +101,7 @@ class Attestation:
         times: Sequence[float],
     ) -> None:
         before = read_chain(self.path)
-        chained = {f"statement/{one.name}": {"sha256": one.sha256} for one in before[-1:]}
+        chained = {f"statement/{last.name}": {"sha256": last.sha256} for last in before[-1:]}
         definition = {
             "buildType": build_type,
             "externalParameters": parameters,

@@ -4,7 +4,7 @@ Every check yields one message per difference.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,9 @@ def project(collected: CollectedRun) -> Lines:
         return
     for name, entry in entries.items():
         yield from _changed_files(collected, name, entry)
-    yield from _links(collected, entries)
-    yield from _other_files(collected, entries)
+    contents = _contents(collected, entries)
+    yield from _links(collected, contents)
+    yield from _other_files(collected, entries, contents)
 
 
 CHECKS: dict[str, Callable[[CollectedRun], Lines]] = {
@@ -181,7 +182,7 @@ def _tracked_by_dvc(collected: CollectedRun) -> set[str]:
 
 
 def _changed_files(collected: CollectedRun, name: str, entry: Mapping[str, Any]) -> Lines:
-    """Yield the project's files that differ from an entry; a folder whose list is not in the cache as one."""
+    """Yield the project's files that differ from an entry; one line for a folder whose list is not in the cache."""
     for out in entry.get("outs", ()):
         path = collected.project / out["path"]
         if not path.exists():
@@ -197,18 +198,23 @@ def _changed_files(collected: CollectedRun, name: str, entry: Mapping[str, Any])
                 yield f"{local}: has the MD5 {md5(local)}, {_source(file)} says {file.md5}"
 
 
-def _links(collected: CollectedRun, entries: Mapping[str, Any]) -> Lines:
+def _contents(collected: CollectedRun, entries: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """Return everything below every output in the project, sorted; nothing for a file."""
+    names = [out["path"] for entry in entries.values() for out in entry.get("outs", ())]
+    return {name: sorted((collected.project / name).rglob("*")) for name in names}
+
+
+def _links(collected: CollectedRun, contents: Mapping[str, Sequence[Path]]) -> Lines:
     """Yield a note for every symbolic link in the paths of DVC's files, other than DVC's own into its cache."""
-    paths = [Path(out["path"]) for entry in entries.values() for out in entry.get("outs", ())]
-    files = [file.relative_to(collected.project) for path in paths for file in (collected.project / path).rglob("*")]
-    parts = {part for path in (*paths, *files) for part in (path, *path.parents)}
+    files = [path.relative_to(collected.project) for below in contents.values() for path in below]
+    parts = {part for path in (*map(Path, contents), *files) for part in (path, *path.parents)}
     for part in sorted(part for part in parts if (collected.project / part).is_symlink()):
         target = (collected.project / part).resolve()
         if not target.is_relative_to(collected.store.cache):
             yield Note(f"{part} is a symbolic link to {target}, whose content other projects can change")
 
 
-def _other_files(collected: CollectedRun, entries: Mapping[str, Any]) -> Lines:
+def _other_files(collected: CollectedRun, entries: Mapping[str, Any], contents: Mapping[str, Sequence[Path]]) -> Lines:
     """Yield a note for every folder with files that DVC does not list."""
     for name, entry in entries.items():
         for out in entry.get("outs", ()):
@@ -216,11 +222,11 @@ def _other_files(collected: CollectedRun, entries: Mapping[str, Any]) -> Lines:
             if not folder.is_dir() or not collected.store.path_of(out["md5"]).is_file():
                 continue  # the checksum of the folder is compared
             listed = {collected.project / file.path for file in collected.store.files({name: {"outs": [out]}})}
-            others = sorted(
+            others = [
                 path
-                for path in folder.rglob("*")
+                for path in contents[out["path"]]
                 if path.is_file() and path not in listed and "__pycache__" not in path.parts
-            )
+            ]
             if others:
                 number = "1 file that is" if len(others) == 1 else f"{len(others)} files that are"
                 first, source = others[0].relative_to(collected.project), name if name.endswith(".dvc") else "dvc.lock"
@@ -248,10 +254,10 @@ def _computed_by(collected: CollectedRun) -> dict[str, dict[str, str]]:
 
 
 def _differences(name: str, wanted: RunContent, recorded: RunContent) -> Lines:
-    for what, ours, theirs in (("tag", wanted.tags, recorded.tags), ("param", wanted.params, recorded.params)):
+    for entry, ours, theirs in (("tag", wanted.tags, recorded.tags), ("param", wanted.params, recorded.params)):
         for key, text in ours.items():
             if theirs.get(key) != text and key not in NOT_COMPARED:
-                yield f"{name}: {what} {key} is {theirs.get(key)!r} in MLflow, {text!r} in the run log"
+                yield f"{name}: {entry} {key} is {theirs.get(key)!r} in MLflow, {text!r} in the run log"
     for key, value in wanted.info.items() if "status" in wanted.info else ():  # a sweep's run is ended by the sweep
         if recorded.info.get(key) != value:
             yield f"{name}: {key} is {recorded.info.get(key)!r} in MLflow, {value!r} in the run log"
@@ -294,7 +300,7 @@ def _same(value: Any, locked: Any) -> bool:
 
 
 def _inputs(collected: CollectedRun) -> dict[str, str]:
-    """Return path and MD5 of what stages read and no stage wrote."""
+    """Return paths and MD5s of the files that stages read but no stage writes."""
     lock = read_lock(collected.records / "dvc.lock")
     written = {out["path"].rstrip("/") for entry in lock.values() for out in entry["outs"]}
     deps = {dep["path"].rstrip("/"): dep["md5"] for entry in lock.values() for dep in entry.get("deps", ())}

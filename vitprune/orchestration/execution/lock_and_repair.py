@@ -26,13 +26,13 @@ class Busy(Exception):
 
 
 @contextmanager
-def exclusive(project: Path, name: str = "lock", what: str = "run") -> Iterator[None]:
+def exclusive(project: Path, name: str = "lock", activity: str = "run") -> Iterator[None]:
     """Hold a lock of the project; the kernel releases it when this process ends, also after SIGKILL.
 
     Args:
         project: The project's directory.
         name: File of the lock, in .vitprune.
-        what: Noun for the error message: "run" or "retraining".
+        activity: Noun for the error message: "run", "sweep" or "retraining".
 
     Raises:
         Busy: another process holds the lock.
@@ -46,7 +46,7 @@ def exclusive(project: Path, name: str = "lock", what: str = "run") -> Iterator[
             file.seek(0)
             holder = file.read().strip() or "just started"
             raise Busy(
-                f"{project}: another {what} is active in this project ({holder}); wait until it ends, or stop it"
+                f"{project}: another {activity} is active in this project ({holder}); wait until it ends, or stop it"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()}, since {datetime.now():%H:%M:%S}")

@@ -128,7 +128,7 @@ def _follow(
 def _interrupt_stage(dvc: int) -> None:
     """Send SIGTERM to the command that a DVC process runs, wait until it has ended, and kill it after GRACE.
 
-    Processes that the command has started itself, such as data loaders, are not signalled: it ends them. DVC ends with
+    Processes that the command has started itself, such as data loaders, are not signaled: it ends them. DVC ends with
     the command, and releases its locks.
     """
     try:
@@ -158,7 +158,7 @@ def _is_running(process: psutil.Process) -> bool:
 
 
 def _commands(process: psutil.Process) -> Iterator[psutil.Process]:
-    """Yield the children of a process, below a shell those of the shell too; a child may end meanwhile."""
+    """Yield the children of a process, and of a shell among them its children; a child may end meanwhile."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in process.children():
             yield child
@@ -202,7 +202,7 @@ def kill_marked(project: Path) -> int:
 
 
 def _marked(project: Path) -> list[psutil.Process]:
-    """Return the processes of this project's flows that are no relatives of this process."""
+    """Return the processes of this project's flows, without parents and children of this process."""
     relatives = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
     relatives |= {p.pid for p in psutil.Process().parents()}
     return [p for p in psutil.process_iter() if p.pid not in relatives and mark_of(p) == str(project)]

@@ -151,7 +151,7 @@ def _is_dvc_hint(text: str) -> bool:
 def check_params(project: Path) -> str:
     """Return what is wrong with a project's params.yaml in one line; empty if it is valid.
 
-    DVC reads only the keys that a stage names, so it would take a misspelt key for "nothing changed".
+    DVC reads only the keys that a stage names, so it would take a misspelled key for "nothing changed".
     """
     try:
         load_params(project / "params.yaml")

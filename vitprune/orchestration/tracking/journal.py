@@ -212,8 +212,8 @@ def digests_of(project: Path, files: Iterable[Mapping[str, Any]], each_file: boo
         path = project / file["path"]
         digests[file["path"]] = {"md5": str(file.get("md5"))} | ({"sha256": sha256(path)} if path.is_file() else {})
         if each_file and path.is_dir():
-            below = (one for one in path.rglob("*") if one.is_file())
-            digests |= {one.relative_to(project).as_posix(): {"sha256": sha256(one)} for one in below}
+            below = (file for file in path.rglob("*") if file.is_file())
+            digests |= {file.relative_to(project).as_posix(): {"sha256": sha256(file)} for file in below}
     return digests
 
 

@@ -63,7 +63,7 @@ def _follow(stop: threading.Event, project: Path, flow_run_id: str, stage: str, 
 
 
 def _rows(path: Path, started: float) -> int:
-    """Return the number of complete rows of a curve; 0 if it is older than the stage."""
+    """Return the number of complete rows of a curve; 0 if its file is older than the start of the stage."""
     try:
         return path.read_bytes().count(b"\n") if path.stat().st_mtime >= started else 0
     except OSError:
@@ -109,8 +109,8 @@ def log_curve(project_path: str, flow_run_id: str, stage: str, times: str) -> in
                 for name, value in row.items()
                 if isinstance(value, int | float) and name != "step"
             ]
-            for some in batches_of(points, MOST_METRICS):
-                client.log_batch(run, some)
+            for batch in batches_of(points, MOST_METRICS):
+                client.log_batch(run, batch)
     return len(new)
 
 

@@ -101,8 +101,8 @@ class Registry:
     def _model_key(self, run: str, flow_run_id: str) -> str:
         """Return the key of the logged model: for a cached stage that of the run that computed it."""
         stage = f"{flow_run_id}/distill"
-        found = find_run(self.client, self.experiment, KEY, stage)
-        source = found.data.tags.get("vitprune.computed_by") if found else None
+        stage_run = find_run(self.client, self.experiment, KEY, stage)
+        source = stage_run.data.tags.get("vitprune.computed_by") if stage_run else None
         return str(self.client.get_run(source).data.tags[KEY]) if source else stage
 
 

@@ -84,14 +84,14 @@ def _register(models: Registry, entries: list[Entry], champion: str | None) -> l
     """Register versions under their numbers; return the numbers of those whose model is lost."""
     client, missed, last = models.client, list[str](), 0
     sources = {entry["version"]: _source(models, entry) for entry in entries}
-    found = [source for source in sources.values() if source is not None]
-    if not found:
+    available = [source for source in sources.values() if source is not None]
+    if not available:
         return list(sources)
     client.create_registered_model(models.name)
     for entry in entries:
         source = sources[entry["version"]]
         while last < int(entry["version"]) - (source is not None):  # MLflow counts versions that were deleted
-            run, model = found[0]
+            run, model = available[0]
             filler = client.create_model_version(models.name, f"{MODELS}{model}", run, model_id=model)
             client.delete_model_version(models.name, filler.version)
             last = int(filler.version)

@@ -179,17 +179,17 @@ class Uploader:
             return
         time, name = _milliseconds(ended), model.model_id
         rows = [Metric(key, float(value), time, 0, model_id=name) for key, value in numbers.items()]
-        for some in batches_of(rows, MOST_METRICS):
-            self.client.log_batch(parent, some)
+        for batch in batches_of(rows, MOST_METRICS):
+            self.client.log_batch(parent, batch)
 
     def _params(self, run: str, params: Mapping[str, Any]) -> None:
-        for some in batches_of(params.items(), MOST_PARAMS):
-            self.client.log_batch(run, params=[Param(name, str(value)) for name, value in some])
+        for batch in batches_of(params.items(), MOST_PARAMS):
+            self.client.log_batch(run, params=[Param(name, str(value)) for name, value in batch])
 
     def _metrics(self, run: str, metrics: Mapping[str, float], ended: float, step: int = 0) -> None:
         time = _milliseconds(ended)
-        for some in batches_of(metrics.items(), MOST_METRICS):
-            self.client.log_batch(run, [Metric(name, float(value), time, step) for name, value in some])
+        for batch in batches_of(metrics.items(), MOST_METRICS):
+            self.client.log_batch(run, [Metric(name, float(value), time, step) for name, value in batch])
 
     def _curves(self, run: str, rows: list[TimedRow]) -> None:
         """Log training curves: one row and its time per epoch."""
@@ -202,8 +202,8 @@ class Uploader:
             for name, value in row.items()
             if isinstance(value, int | float) and name not in {"step", "cycle"}
         ]
-        for some in batches_of(points, MOST_METRICS):
-            self.client.log_batch(run, some)
+        for batch in batches_of(points, MOST_METRICS):
+            self.client.log_batch(run, batch)
 
     def _history(self, file: Fact) -> list[dict[str, Any]]:
         if not file["path"].endswith("history.jsonl") or file["path"] in self.lost:

@@ -114,7 +114,7 @@ def _located(source: str, root: Path) -> tuple[str, str | None, int | None]:
         return source, None, None
     name, _, path = source.removeprefix(kind).rpartition(":") if kind == "wds/" else ("", "", source.removeprefix(kind))
     absolute = Path(os.path.abspath(path))
-    classes = data.open_source(f"{kind}{absolute}" if path else source).classes
+    classes = data.open_source(f"{kind}{absolute}" if path else source, setting="--source").classes
     local = (absolute.relative_to(root) if absolute.is_relative_to(root) else absolute).as_posix()
     spec = f"{kind}{name}:{local}" if name else f"{kind}{local}"
     return spec, local, None if classes is None else len(classes)

@@ -105,8 +105,8 @@ def training(plots_dir: Path, dense_top1: float) -> list[plots.Plot]:
             if len(points) < 2:
                 continue
             x, y = [point[0] for point in points], [point[1] or 0.0 for point in points]
-            colour, marker = "dense" if stage == "dense" else "pruned", "o" if len(x) < _LEGIBLE_POINTS else ""
-            lines = [plots.Line(x, y, label.removesuffix(", %"), colour, marker=marker)]
+            color, marker = "dense" if stage == "dense" else "pruned", "o" if len(x) < _LEGIBLE_POINTS else ""
+            lines = [plots.Line(x, y, label.removesuffix(", %"), color, marker=marker)]
             if key == "top1" and stage != "dense":
                 lines.insert(0, plots.Line([0, steps[-1]], [dense_top1] * 2, "dense", "dense", "--"))
             description = f"{title}: {label} from {y[0]:.4g} to {y[-1]:.4g} over {steps[-1]:.0f} steps"

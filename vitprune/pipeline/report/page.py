@@ -8,6 +8,7 @@ from vitprune.errors import BadInput
 from vitprune.pipeline.report import curves, inputs, numbers, sections
 from vitprune.pipeline.report.numbers import Quantity
 from vitprune.runtime.files import read_optional_json, write_text
+from vitprune.runtime.top5 import shows_top5
 
 _MODELS = ("dense", "pruned")
 _ACCURACIES = (("top1", "Top-1 accuracy, %"), ("top5", "Top-5 accuracy, %"))
@@ -114,7 +115,7 @@ def _headline(evaluation: dict[str, Any], source: str) -> tuple[str, str]:
 
 def _comparison(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
-    for key, label in _ACCURACIES:
+    for key, label in _ACCURACIES if shows_top5(evaluation) else _ACCURACIES[:1]:
         dense, pruned = _pair(evaluation, key)
         cells = [numbers.fixed(f"dense.{key}", dense, 2), numbers.fixed(f"pruned.{key}", pruned, 2)]
         change = None if dense is None or pruned is None else pruned - dense

@@ -12,8 +12,8 @@ from matplotlib.patheffects import withStroke
 from vitprune.runtime.files import atomic_write
 
 INK, MUTED, RULE, PAPER = "#1d2126", "#5d6670", "#e2dfd7", "#fcfbf8"  # of the report in its light theme
-# Okabe and Ito's colours for colour-blind readers, without the pale yellow, and two others; markers differ, too
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f3c8d", "#4d4d4d")
+# Okabe and Ito's colors for color-blind readers, without the pale yellow, and two others; markers differ, too
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f3c8d", "#4d4d4d")
 SHAPES = ("o", "s", "D", "^", "v", "P", "X", "h")
 AXES = {
     "throughput": ("Throughput relative to the dense model", "images per second"),
@@ -97,14 +97,14 @@ def _paint(figure: Figure, points: Sequence[Point], dense: DensePoint, against: 
     best = front([(1.0, dense.top1), *((point.gain, point.top1) for point in points)])
     _stairs(axes, [(1.0, dense.top1) if at == 0 else (points[at - 1].gain, points[at - 1].top1) for at in best])
     for number, method in enumerate(dict.fromkeys(point.method for point in points)):
-        colour, shape = COLOURS[number % len(COLOURS)], SHAPES[(number + number // len(COLOURS)) % len(SHAPES)]
+        color, shape = COLORS[number % len(COLORS)], SHAPES[(number + number // len(COLORS)) % len(SHAPES)]
         runs = sorted((point for point in points if point.method == method), key=lambda point: point.gain)
-        axes.plot([p.gain for p in runs], [p.top1 for p in runs], color=colour, linewidth=1.3, alpha=0.6, zorder=3)
+        axes.plot([p.gain for p in runs], [p.top1 for p in runs], color=color, linewidth=1.3, alpha=0.6, zorder=3)
         for point in runs:
             wins = points.index(point) + 1 in best
             edge = {"markeredgecolor": INK, "markeredgewidth": 1.3} if wins else {"markeredgecolor": PAPER}
-            axes.plot(point.gain, point.top1, shape, color=colour, markersize=9 if wins else 7, zorder=4, **edge)
-        axes.plot([], [], shape, color=colour, markersize=7, label=method)
+            axes.plot(point.gain, point.top1, shape, color=color, markersize=9 if wins else 7, zorder=4, **edge)
+        axes.plot([], [], shape, color=color, markersize=7, label=method)
     axes.plot(1.0, dense.top1, "*", color=INK, markersize=16, markeredgecolor=PAPER, zorder=5, label="dense")
     _legend(axes, points)
     _labels(figure, axes, points, dense)
@@ -137,7 +137,7 @@ def _cost(gain: float, dense: DensePoint, against: str) -> str:
 
 
 def _stairs(axes: Any, best: Sequence[tuple[float, float]]) -> None:
-    """Draw the front; every point to its left and below it is worse than a run."""
+    """Draw the Pareto front in steps: for every point to the left of it and below it, a run is better."""
     (left, _), (low, _) = axes.get_xlim(), axes.get_ylim()
     gains = [left, *(gain for gain, _ in best), best[-1][0]]
     tops = [best[0][1], *(top1 for _, top1 in best), low]
@@ -151,11 +151,11 @@ def _legend(axes: Any, points: Sequence[Point]) -> None:
     """Draw the legend at the lower left, where few runs are (low accuracy at low gain)."""
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda at: (names[at] != "dense", names[at] == "Pareto front"))
-    what = _common(points)
+    word = _common(points)
     axes.legend(
         [handles[at] for at in order], [names[at] for at in order], loc="lower left", frameon=True, framealpha=0.85,
         facecolor=PAPER, edgecolor="none", labelcolor=INK, fontsize=9.5, handlelength=1.8, borderaxespad=0.6,
-        title=f"labels: {what}" if what else None, title_fontproperties={"size": 8.5}, alignment="left",
+        title=f"labels: {word}" if word else None, title_fontproperties={"size": 8.5}, alignment="left",
     ).set_zorder(6)  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: DensePoin
         wide, high = 0.3 * size * len(text) / to_points, 0.6 * size / to_points  # half of each, of an average letter
         offsets = [(dx * (wide + 7 / to_points), dy * (high + 6 / to_points)) for dx, dy in AROUND]
         fit = [(dx, dy) for dx, dy in offsets if _within(_box(x + dx, y + dy, wide, high), inside)] or offsets
-        free = [(dx, dy) for dx, dy in fit if not any(_meet(_box(x + dx, y + dy, wide, high), one) for one in taken)]
+        free = [(dx, dy) for dx, dy in fit if not any(_meet(_box(x + dx, y + dy, wide, high), box) for box in taken)]
         dx, dy = (free or fit)[0]
         taken.append(_box(x + dx, y + dy, wide, high))
         axes.annotate(
@@ -194,9 +194,9 @@ def _box(x: float, y: float, wide: float, high: float) -> tuple[float, float, fl
     return x - wide, y - high, x + wide, y + high
 
 
-def _meet(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _meet(box: Sequence[float], other: Sequence[float]) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
-def _within(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one[0] >= other[0] and one[1] >= other[1] and one[2] <= other[2] and one[3] <= other[3]
+def _within(box: Sequence[float], outer: Sequence[float]) -> bool:
+    return box[0] >= outer[0] and box[1] >= outer[1] and box[2] <= outer[2] and box[3] <= outer[3]

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from vitprune.pipeline.report.numbers import Quantity
 
 # Placeholders that are replaced by CSS variables, so that a plot follows the page's light or dark theme.
-COLOURS = {"dense": "#010203", "pruned": "#010204", "ink": "#010205", "muted": "#010206", "rule": "#010207"}
+COLORS = {"dense": "#010203", "pruned": "#010204", "ink": "#010205", "muted": "#010206", "rule": "#010207"}
 
 _WIDTH = 5.6  # inches; 403 units of the view box, about the width of a phone at normal text size
 _TINY = 64  # pixels; images up to this size are not resized, and are shown with sharp pixels
@@ -25,12 +25,12 @@ _THUMBNAIL = 160
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: x and y of equal length, label, name of the colour, line style and marker."""
+    """A curve: x and y of equal length, label, name of the color, line style and marker."""
 
     x: Sequence[float]
     y: Sequence[float]
     label: str
-    colour: str = "pruned"
+    color: str = "pruned"
     style: str = "-"
     marker: str = ""
 
@@ -60,23 +60,23 @@ def curves(name: str, description: str, lines: Sequence[Line], x: Axis, y: Axis,
 
     def paint(axes: Any) -> None:
         for position in marks:
-            axes.axvline(position, color=COLOURS["rule"], linewidth=0.8)
+            axes.axvline(position, color=COLORS["rule"], linewidth=0.8)
         for line in lines:
             axes.plot(
                 line.x,
                 line.y,
                 line.style,
-                color=COLOURS[line.colour],
+                color=COLORS[line.color],
                 marker=line.marker,
                 markersize=3.5,
-                linewidth=1.6 if line.colour == "pruned" else 1.4,
+                linewidth=1.6 if line.color == "pruned" else 1.4,
                 label=line.label,
             )
         _scale(axes.xaxis, axes.set_xlim, x)
         _scale(axes.yaxis, axes.set_ylim, y)
         axes.grid(axis="y")
         if len(lines) > 1:
-            axes.legend(frameon=False, labelcolor=COLOURS["ink"], borderaxespad=0.2, handlelength=2.4)
+            axes.legend(frameon=False, labelcolor=COLORS["ink"], borderaxespad=0.2, handlelength=2.4)
 
     return _draw(name, description, 2.9, paint)
 
@@ -86,10 +86,10 @@ def bars(name: str, description: str, labels: Sequence[str], percents: Sequence[
 
     def paint(axes: Any) -> None:
         rows = range(len(labels))
-        axes.barh(rows, [100.0] * len(labels), height=0.62, color=COLOURS["rule"])
-        axes.barh(rows, percents, height=0.62, color=COLOURS["pruned"])
+        axes.barh(rows, [100.0] * len(labels), height=0.62, color=COLORS["rule"])
+        axes.barh(rows, percents, height=0.62, color=COLORS["pruned"])
         for row, percent in zip(rows, percents, strict=True):
-            axes.text(102, row, f"{percent:.0f}", va="center", color=COLOURS["ink"])
+            axes.text(102, row, f"{percent:.0f}", va="center", color=COLORS["ink"])
         axes.set_yticks(rows, labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlim(0, 110)
@@ -135,19 +135,19 @@ def _draw(name: str, description: str, height: float, paint: Callable[[Any], Non
         "svg.hashsalt": "vitprune",  # the same ids in every run
         "text.parse_math": False,  # do not interpret "$" in names
         "font.size": 10,
-        "text.color": COLOURS["ink"],
-        "axes.labelcolor": COLOURS["muted"],
-        "axes.edgecolor": COLOURS["muted"],
+        "text.color": COLORS["ink"],
+        "axes.labelcolor": COLORS["muted"],
+        "axes.edgecolor": COLORS["muted"],
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.linewidth": 0.8,
-        "grid.color": COLOURS["rule"],
+        "grid.color": COLORS["rule"],
         "grid.linewidth": 0.8,
         "axes.axisbelow": True,
-        "xtick.color": COLOURS["muted"],
-        "ytick.color": COLOURS["muted"],
-        "xtick.labelcolor": COLOURS["muted"],
-        "ytick.labelcolor": COLOURS["muted"],
+        "xtick.color": COLORS["muted"],
+        "ytick.color": COLORS["muted"],
+        "xtick.labelcolor": COLORS["muted"],
+        "ytick.labelcolor": COLORS["muted"],
         "figure.facecolor": "none",
         "axes.facecolor": "none",
     }
@@ -160,13 +160,13 @@ def _draw(name: str, description: str, height: float, paint: Callable[[Any], Non
 
 
 def _inline(document: str, name: str, description: str) -> Markup:
-    # Ids must be unique among all plots of the page; the page sets colours and size.
+    # Ids must be unique among all plots of the page; the page sets colors and size.
     svg = document[document.index("<svg") :]
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", svg, count=2)
     svg = re.sub(r' id="', f' id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for colour, painted in COLOURS.items():
-        svg = svg.replace(painted, f"var(--{colour})")
+    for color, painted in COLORS.items():
+        svg = svg.replace(painted, f"var(--{color})")
     title = html.escape(description, quote=True)
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1))

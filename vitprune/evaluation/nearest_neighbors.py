@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of feature vectors."""
+"""Weighted k-nearest-neighbor classification of feature vectors."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch.nn import functional as F
 
 from vitprune.errors import BadInput
 
-NEIGHBOURS, TEMPERATURE, CHUNK = 20, 0.07, 1024
+NEIGHBORS, TEMPERATURE, CHUNK = 20, 0.07, 1024
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     features: Tensor,
     labels: Tensor,
     reference: tuple[Tensor, Tensor] | None = None,
-    neighbours: int = NEIGHBOURS,
+    neighbors: int = NEIGHBORS,
     temperature: float = TEMPERATURE,
 ) -> dict[str, float]:
     """Classify images by the labels of the most similar ones, each weighted by exp(cosine similarity / temperature).
@@ -23,7 +23,7 @@ def nearest_neighbours(
         labels: Their labels, (N,).
         reference: Features (M, C) and labels (M,) of the images to compare with; None: the other images of `features`
             (leave-one-out).
-        neighbours: Number of most similar images.
+        neighbors: Number of most similar images.
         temperature: Divisor of the similarity.
 
     Returns:
@@ -32,7 +32,7 @@ def nearest_neighbours(
     Raises:
         BadInput: an image has no label, there is nothing to compare with, or the features differ in width.
 
-    Source: Wu et al. 2018 (instance discrimination), as DINO evaluates features: 20 neighbours, temperature 0.07.
+    Source: Wu et al. 2018 (instance discrimination), as DINO evaluates features: 20 neighbors, temperature 0.07.
     """
     others, answers = (features, labels) if reference is None else reference
     number = len(others) - (reference is None)
@@ -47,7 +47,7 @@ def nearest_neighbours(
         similarity = own[start : start + CHUNK] @ rows.T
         if reference is None:
             similarity[torch.arange(len(similarity)), start + torch.arange(len(similarity))] = -torch.inf
-        best, nearest = similarity.topk(min(neighbours, number), dim=1)
+        best, nearest = similarity.topk(min(neighbors, number), dim=1)
         votes = torch.zeros(len(best), classes, dtype=torch.float64)
         votes.scatter_add_(1, answers[nearest], (best.double() / temperature).exp())
         hits = votes.topk(min(5, classes), dim=1).indices == labels[start : start + CHUNK, None]

@@ -513,6 +513,8 @@ def _match_weight(module: nn.Module) -> None:
     """Set the recorded sizes of a layer to those of its weight; a group of a convolution is removed as a whole."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, nn.Conv2d) and module.groups > 1:
         per_group, module.out_channels = module.out_channels // module.groups, module.weight.shape[0]
         module.groups = module.out_channels // per_group

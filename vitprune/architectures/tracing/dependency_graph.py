@@ -143,10 +143,12 @@ class ChannelGraph:
         """Return all groups in the order of the forward pass.
 
         Args:
-            heads: Number of heads by root, for channels that alternate by head within a parameter.
+            heads: Number of heads by root, for channels that alternate by head within a parameter; with it, only the
+                groups of these channels are returned.
             in_part: Allow contracted channels along a part of an axis, such as queries and keys of a fused layer.
         """
-        groups = [self._group(axes, labels, heads, in_part) for axes, labels in self._members]
+        members = [entry for entry in self._members if not heads or int(entry[1][0]) in heads]
+        groups = [self._group(axes, labels, heads, in_part) for axes, labels in members]
         order = {name: index for index, name in enumerate(self._trace.writers)}
         return sorted(groups, key=lambda group: min((order[name] for name in group.writers), default=len(order)))
 

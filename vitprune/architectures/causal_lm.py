@@ -23,7 +23,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.num_classes, self.context, self.in_chans = vocabulary, context, 1
         self.embed_dim = self.num_features = self.head_hidden_size = width
-        self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,), "context_length": context, "classifier": "head"}
+        self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,), "context_length": context}
+        self.pretrained_cfg |= {"first_conv": "token_embed", "classifier": "head"}
         self.feature_info = [{"num_chs": width, "module": f"blocks.{index}"} for index in range(depth)]
         self.token_embed = nn.Embedding(vocabulary, width)
         self.pos_embed = nn.Parameter(torch.empty(1, context, width))

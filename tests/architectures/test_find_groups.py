@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from tests.support.model_zoo import ZOO, batches, images, predict, random_masks, redrawn, tiny
+from tests.support.pruned_models import rebuild
 from tests.support.reference_kl import literal_vit
 from vitprune import BadInput, find_groups, prune, shrink, zero
-from vitprune.architectures import merge_heads, rebuild, structure, uniform_args
+from vitprune.architectures import merge_heads, structure, uniform_args
 from vitprune.config.prune_config import KINDS
 from vitprune.pruning.select import select
 

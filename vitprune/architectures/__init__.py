@@ -29,7 +29,7 @@ from vitprune.architectures.size_attributes import Sizes
 from vitprune.architectures.tracing.fingerprint import unchanged
 from vitprune.config.prune_config import APART, KINDS
 from vitprune.errors import BadInput
-from vitprune.groups import Group, recorded_shapes, resize_group
+from vitprune.groups import SUFFIXES, Group, recorded_shapes, resize_group
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.wrappers import plain_model
@@ -51,8 +51,8 @@ STREAMS: dict[type[nn.Module], dict[str, str]] = {  # names of residual groups, 
     },
 }
 UNITS = ".units"  # end of the name of some groups of hidden units in files of earlier versions
-HEADS = ".heads"  # end of the name of a group of heads
-OF_PARTS = tuple(f".{kind}" for kind in APART)  # ends of the names of groups of these kinds
+HEADS = SUFFIXES["head"]  # end of the name of a group of heads
+OF_PARTS = tuple(SUFFIXES[kind] for kind in APART)  # ends of the names of groups of these kinds
 
 
 @check_arguments()
@@ -89,7 +89,7 @@ def _refuse_shared(model: nn.Module, groups: Sequence[Group]) -> None:
     for part in (part for group in groups for part in group.slices):
         first = names.setdefault(model.get_parameter(part.param), part.param)
         if first != part.param:
-            raise BadInput(f"{part.param}: is the same parameter as {first}; give each layer its own (copy.deepcopy)")
+            raise BadInput(traced_groups.same_parameter(part.param, first))
 
 
 def _find(model: nn.Module, kind: str) -> list[Group]:
@@ -134,7 +134,7 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return what `rebuild` needs: the shapes of all groups that can be cut, removed modules, merged tokens.
+    """Return the shapes of all groups that can be cut, removed modules and merged tokens, for `resize_to_structure`.
 
     Args:
         model: Any model.
@@ -180,16 +180,6 @@ def _cuttable(model: nn.Module, kind: str) -> list[Group]:
         return find_groups(model, [kind])
     except BadInput:  # the model has no such group, or it cannot be cut
         return []
-
-
-def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """Cut a dense model to a recorded structure, in place, and return it; its weights are overwritten later.
-
-    Raises:
-        BadInput: as of `resize_to_structure`.
-    """
-    resize_to_structure(model, shapes)
-    return model
 
 
 def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[Cut]:

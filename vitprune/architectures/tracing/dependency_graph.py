@@ -16,7 +16,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from vitprune.architectures.tracing.op_rules import apply_rms_norm_rule, apply_rule, propagate_to_fixpoint
-from vitprune.architectures.tracing.recorded_run import Entered, Operation, RecordedPass, record_run
+from vitprune.architectures.tracing.recorded_run import Entered, Operation, RecordedPass
 from vitprune.architectures.tracing.trace import NO_HEADS, Site, Trace
 from vitprune.architectures.tracing.union_find import NO_CHANNEL, Array
 from vitprune.groups import ParamSlice
@@ -52,16 +52,6 @@ class ChannelGroup:
     why_not: str = ""
     normalized: str = ""
     roots: tuple[int, ...] = ()
-
-
-def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup]:
-    """Find all groups of coupled channels of a model, in the order of the forward pass.
-
-    Args:
-        model: The model; it runs once, in evaluation mode. Parameters may be on the meta device.
-        example_input: An image (1, C, H, W), or tokens (1, T), on the device of the model.
-    """
-    return ChannelGraph(run_trace(record_run(model, example_input)), model).groups()
 
 
 class _AxisLabels:

@@ -61,7 +61,9 @@ class _AxisLabels:
         self.labels = labels
         self._order = labels.argsort(kind="stable")
         self._sorted = labels[self._order]
-        self.present, self.counts = np.unique(labels[labels != NO_CHANNEL], return_counts=True)
+        of_channels = self._sorted[np.searchsorted(self._sorted, NO_CHANNEL, "right") :]
+        starts = np.flatnonzero(np.diff(of_channels, prepend=NO_CHANNEL))
+        self.present, self.counts = of_channels[starts], np.diff(starts, append=len(of_channels))
 
     def positions(self, labels: Array) -> Array:
         """Return the positions of labels that occur equally often, (labels, occurrences)."""
@@ -73,14 +75,17 @@ class _AxisLabels:
 def _by_signature(axes: Mapping[Axis, _AxisLabels]) -> list[tuple[list[Axis], Array]]:
     """Partition all labels by how often they occur along each axis; return each class with its axes."""
     known, first_seen = np.unique(np.concatenate([axis.labels for axis in axes.values()]), return_index=True)
-    classes = np.zeros(len(known), dtype=np.int64)
-    for axis in axes.values():  # partition refinement: labels of one class that differ in one count are separated
-        where = np.searchsorted(known, axis.present)
-        _, refined = np.unique(classes[where] * (axis.counts.max(initial=0) + 1) + axis.counts, return_inverse=True)
-        classes[where] = classes.max() + 1 + refined
+    classes, last = np.zeros(len(known), dtype=np.int64), 0
+    where = {key: np.searchsorted(known, axis.present) for key, axis in axes.items()}
+    for key, axis in axes.items():  # partition refinement: labels of one class that differ in one count are separated
+        values = classes[where[key]] * (axis.counts.max(initial=0) + 1) + axis.counts
+        is_one_class = len(values) and values.min() == values.max()
+        refined = np.zeros_like(values) if is_one_class else np.unique(values, return_inverse=True)[1]
+        classes[where[key]] = last + 1 + refined
+        last += 1 + int(refined.max(initial=-1))
     axes_by_class: dict[int, list[Axis]] = defaultdict(list)
     for key in sorted(axes):
-        for number in np.unique(classes[np.searchsorted(known, axes[key].present)]).tolist():
+        for number in np.unique(classes[where[key]]).tolist():
             axes_by_class[number].append(key)
     members = {number: np.flatnonzero(classes == number) for number in axes_by_class}
     numbers = sorted(members, key=lambda number: int(first_seen[members[number]].min()))
@@ -106,6 +111,8 @@ def _labels_by_axis(trace: Trace) -> dict[Axis, Tensor]:
 
 def _along(roots: Tensor, axis: int, alone: Tensor) -> tuple[Tensor, bool] | None:
     """Return the labels along an axis, and whether some are not used; None if used elements of one position differ."""
+    if roots.dim() == 1 and len(roots) > 1:
+        return roots, False
     flat = roots.movedim(axis, 0).reshape(roots.shape[axis], -1)
     used = ~alone[flat] if roots.dim() > 1 or len(roots) == 1 else torch.ones_like(flat, dtype=torch.bool)
     labels = flat.gather(1, used.int().argmax(dim=1, keepdim=True))  # of the first used element

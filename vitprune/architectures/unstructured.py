@@ -23,18 +23,14 @@ class Recipe:
 
     Attributes:
         keep: Layers whose weights are kept, besides stem, classifier and depth-wise convolutions.
-        types: All types of layers (DIMAP modules) of the family; a layer of another type is an error. Empty: any.
+        types: All types of layers (DIMAP modules) of the family; a layer of another type is an error. Empty: any. With
+            the type stem, the layers of the stem after the first one are pruned.
         others: Types of layers whose type is not told by their last name.
     """
 
     keep: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
     others: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def prunes_stem(self) -> bool:
-        """Whether the layers of the stem after the first one are pruned."""
-        return "stem" in self.types
 
 
 ANY_LAYERS = Recipe()
@@ -62,7 +58,7 @@ def weights(model: nn.Module, recipe: Recipe = ANY_LAYERS) -> list[Group]:
         BadInput: a layer does not use its weights unchanged or is unknown in its family, or there is no layer to prune.
     """
     layers = [(path, layer) for path, layer in _matrix_layers(model) if path and _is_prunable(layer, recipe)]
-    kept = _stem_and_classifier(model, recipe.prunes_stem) if layers else set()
+    kept = _stem_and_classifier(model, "stem" in recipe.types) if layers else set()
     layers = [(path, layer) for path, layer in layers if not is_within(path, kept) and not _matches(path, recipe.keep)]
     if not layers:
         raise BadInput(

@@ -242,6 +242,7 @@ def run_trace(run: RecordedPass, heads: Mapping[Site, Tensor] = NO_HEADS, ignore
         labels = trace.labels_of(value)
         if labels is not None:
             trace.mark_unprunable(labels, IS_OUTPUT)
+    trace.forget_tensors()
     return trace
 
 

@@ -18,7 +18,7 @@ SHARED = {
     "check",  # a command and the library function that it calls
     "import_scores",  # a stage of projects that start from published scores
     # defined by each module of architectures/, and called as MODULE.NAME
-    *("groups", "chain", "merge_heads", "rebuild", "uniform_args", "plain", "weights"),
+    *("groups", "merge_heads", "uniform_args"),
     # what a check of pipeline/verify.py recomputes and the report shows
     *("images", "calibration", "curves", "cycles", "evaluation", "losses", "sparsity"),
 }

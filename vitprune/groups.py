@@ -18,6 +18,7 @@ from vitprune.runtime.wrappers import plain_model
 CHANNEL_NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)  # with a normalized_shape
 REMOVED = ("branch", "block")  # kinds whose units are modules; blocks are removed last, since they are renumbered
 RECORDED_SHAPES = "vitprune_shapes"  # attribute of a model
+SUFFIXES = {"head": ".heads", "qk": ".qk", "vo": ".vo"}  # of the names of groups by kind; others have none
 EMPTY = (dict, OrderedDict, set, list)  # types of attributes that `meta_copy` copies itself if they are empty
 Scores = dict[str, Tensor]
 """Importance of the units by group name, each tensor of the group's shape; larger = more important."""
@@ -494,8 +495,8 @@ def recorded_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _record_shape(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None:
     shapes = recorded_shapes(model) | {group.name: shape}
-    channels = group.name.removesuffix(".heads")
-    for name in (channels, f"{channels}.qk", f"{channels}.vo") if group.kind == "head" else ():
+    channels = group.name.removesuffix(SUFFIXES["head"])
+    for name in (channels, channels + SUFFIXES["qk"], channels + SUFFIXES["vo"]) if group.kind == "head" else ():
         if name in shapes:
             shapes[name] = (shape[0], *shapes[name][1:])
     setattr(model, RECORDED_SHAPES, shapes)
@@ -513,6 +514,8 @@ def _match_weight(module: nn.Module) -> None:
     """Set the recorded sizes of a layer to those of its weight; a group of a convolution is removed as a whole."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, nn.Conv2d) and module.groups > 1:
         per_group, module.out_channels = module.out_channels // module.groups, module.weight.shape[0]
         module.groups = module.out_channels // per_group

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from benchmarks.lib.deit_tiny import Batches, load_dense, load_images, split
 from benchmarks.lib.results import Row, arguments, real_data, write_results, write_table
-from vitprune.architectures import vit
 from vitprune.evaluation.accuracy import accuracy
 from vitprune.evaluation.cost import count
 from vitprune.evaluation.losses import cross_entropy
@@ -155,7 +154,7 @@ def prune(dense: nn.Module, gradients: Mapping[str, Tensor], setup: Setup, ratio
     model.zero_grad()
     for block in model.blocks:
         resize(block.attn, setup.part)
-    vit.resize_width(model, (model.pos_embed.shape[2],))
+    model.embed_dim = model.num_features = model.head_hidden_size = model.pos_embed.shape[2]
     return model
 
 

@@ -13,9 +13,10 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from tests.support.model_zoo import SMALL, ZOO, batches, cost, images, predict, redrawn, same_state, state, tiny
+from tests.support.pruned_models import rebuild
 from tests.support.reference_kl import kl
 from vitprune import BadInput, find_groups, load, prune, save, score, shrink
-from vitprune.architectures import rebuild, structure
+from vitprune.architectures import structure
 from vitprune.architectures.block_removal import IdentityBlock
 from vitprune.evaluation.check_model import check
 from vitprune.evaluation.cost import group_costs

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from tests.support.model_zoo import predict, random_masks, redrawn, state
 from tests.support.plans import context, plan_for
+from tests.support.pruned_models import rebuild
 from tests.support.reference_kl import LiveNorm, kl
 from vitprune import count, find_groups, prune, score, shrink, zero
-from vitprune.architectures import merge_heads, rebuild, structure
+from vitprune.architectures import merge_heads, structure
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.chain_builders import build_chain
 from vitprune.config.train_config import TrainConfig

@@ -8,7 +8,7 @@ import torch
 from timm.models.pvt_v2 import Attention
 from torch import nn
 
-from tests.support.model_zoo import images, predict, random_masks, same_state, state, tiny
+from tests.support.model_zoo import ZOO, images, predict, random_masks, redrawn, same_state, state, tiny
 from tests.support.plans import context
 from tests.support.reference_kl import LiveNorm, kl
 from vitprune import BadInput, find_groups, prune, shrink, zero
@@ -40,6 +40,15 @@ def stream_of(norm: str) -> tuple[str, int]:
     return ".".join(norm.split(".")[:2]) + ".residual", 1
 
 
+def use_kept_channels(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    """Let every norm of a model use only the channels that masks keep."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            group, side_by_side = stream_of(path)
+            live = next(mask for key, mask in masks.items() if key.endswith(group))
+            model.set_submodule(path, LiveNorm(module, live.repeat(side_by_side)))
+
+
 @pytest.mark.parametrize("name", ["pvt", "pvt-linear", "swin"])
 @pytest.mark.parametrize("removed", [1, 0.3])
 def test_each_norm_uses_only_its_kept_residual_channels(name: str, removed: float) -> None:
@@ -48,17 +57,24 @@ def test_each_norm_uses_only_its_kept_residual_channels(name: str, removed: floa
     masks = random_masks(groups, removed)
     x = images(masked)
     dense = predict(masked, x)
-    for path, module in list(masked.named_modules()):
-        if isinstance(module, nn.LayerNorm):
-            group, side_by_side = stream_of(path)
-            live = next(mask for key, mask in masks.items() if key.endswith(group))
-            masked.set_submodule(path, LiveNorm(module, live.repeat(side_by_side)))
+    use_kept_channels(masked, masks)
     shrink(shrunk, groups, masks)
     torch.testing.assert_close(predict(shrunk, x), predict(masked, x), **CLOSE)
     assert (predict(shrunk, x) - dense).abs().max() > 1e-3
     kept = [int(mask.sum()) for key, mask in masks.items() if key.endswith(".residual")]
     assert shrunk.num_features == shrunk.head_hidden_size == kept[-1]
     assert [feature["num_chs"] for feature in shrunk.feature_info] == kept
+
+
+def test_a_swin_whose_classifier_reads_two_pools_side_by_side() -> None:
+    args = ZOO["swin"][1] | {"global_pool": "catavgmax"}
+    model = redrawn(timm.create_model("swin_tiny_patch4_window7_224", **args), 0).double()
+    groups, x = find_groups(model, ["residual"]), images(model)
+    shrink(model, groups, random_masks(groups, 16))
+    assert (model.num_features, model.head_hidden_size, model.head.in_features) == (32, 64, 32)
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (3, 64)
+    model.reset_classifier(5)
+    assert predict(model, x).shape == (3, 5)
 
 
 def test_groups_of_a_pvt_by_hand(pvt: nn.Module) -> None:
@@ -224,8 +240,7 @@ def test_the_structure_of_a_pvt_names_its_streams_and_reductions(pvt: nn.Module)
 @pytest.mark.parametrize(
     ("path", "kind", "why"),
     [
-        ("stages.0.blocks.1", "residual", r"^stages.0.blocks.1 .*only timm's PVTv2 Block"),
-        ("stages.0.blocks.1.attn", "weight", r"^stages.0.blocks.1.attn .*only timm's PVTv2 Attention"),
+        ("stages.0.blocks.1", "residual", r"^PyramidVisionTransformerV2: it does not run .*Sequential.forward"),
         (
             "stages.0.blocks.1.mlp",
             "ffn",
@@ -243,6 +258,30 @@ def test_unsupported_modules_of_a_pvt_are_named(pvt: nn.Module, path: str, kind:
     pvt.set_submodule(path, nn.Softmax(dim=-1) if path == "stages.0.norm" else nn.Sequential())
     with pytest.raises(BadInput, match=why):
         find_groups(pvt, [kind])
+
+
+class OwnAttention(Attention):
+    """An attention of a user's own class."""
+
+
+def test_a_pvt_with_an_attention_of_another_class() -> None:
+    masked, shrunk, x = pvt_of_own_attentions(), pvt_of_own_attentions(), images(tiny("pvt"))
+    groups = find_groups(shrunk, ["residual"])
+    assert [group.name for group in groups] == [group.name for group in find_groups(tiny("pvt"), ["residual"])]
+    masks = random_masks(groups, 0.3)
+    use_kept_channels(masked, masks)
+    shrink(shrunk, groups, masks)
+    torch.testing.assert_close(predict(shrunk, x), predict(masked, x), **CLOSE)
+    with pytest.raises(BadInput, match=r"^stages.0.blocks.0.attn .OwnAttention.: its class is not timm's"):
+        find_groups(pvt_of_own_attentions(), ["weight"])
+
+
+def pvt_of_own_attentions() -> nn.Module:
+    model = tiny("pvt")
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.attn.__class__ = OwnAttention
+    return model
 
 
 class GatedNorm(nn.Module):

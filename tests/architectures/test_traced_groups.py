@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from tests.support.model_zoo import SMALL, tiny
 from tests.support.other_models import MODELS, make_model
+from tests.support.pruned_models import rebuild
 from vitprune import BadInput, find_groups, permute, shrink, zero
-from vitprune.architectures import rebuild, structure, traced_groups
+from vitprune.architectures import structure, traced_groups
 from vitprune.evaluation.check_model import random_odd_masks
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.outputs import main_tensor

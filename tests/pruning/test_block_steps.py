@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from tests.support.model_zoo import VIT, ZOO, batches, images, predict, random_masks, redrawn, same_state, state, tiny
 from tests.support.plans import plan_for
+from tests.support.pruned_models import rebuild
 from tests.support.reference_kl import kl
 from vitprune import METHODS, BadInput, data, find_groups, load, prune, save, score, shrink, zero
-from vitprune.architectures import rebuild, structure
+from vitprune.architectures import structure
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.criteria.kl import leave_one_out as by_kl
 from vitprune.evaluation.cost import count, group_costs

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import timm
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.support.model_zoo import ZOO, random_masks, redrawn
 from vitprune import find_groups, shrink
+from vitprune.architectures import resize_to_structure
 
 DEEP = {"depth": 4}
 DEIT3 = {"init_values": 0.1, "no_embed_class": True}
@@ -42,6 +43,12 @@ def dense_of(family: str) -> nn.Module:
 def _dense(family: str) -> nn.Module:
     architecture, args = FAMILIES[family]
     return redrawn(timm.create_model(architecture, **args), 0)
+
+
+def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Cut a dense model to a recorded structure, in place, and return it."""
+    resize_to_structure(model, shapes)
+    return model
 
 
 def masks_of(groups: list) -> dict[str, torch.Tensor]:

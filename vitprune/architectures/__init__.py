@@ -3,19 +3,13 @@
 The only package that depends on architectures by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.efficientformer import EfficientFormer
-from timm.models.efficientformer_v2 import EfficientFormerV2
-from timm.models.efficientnet import EfficientNet
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
-from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
 from vitprune.architectures import (
@@ -23,7 +17,6 @@ from vitprune.architectures import (
     branch_removal,
     pvt,
     residual_stream,
-    swin,
     token_merging,
     traced_groups,
     unstructured,
@@ -31,38 +24,35 @@ from vitprune.architectures import (
     vit,
 )
 from vitprune.architectures.causal_lm import Decoder
-from vitprune.architectures.causal_lm import groups as decoder_groups
 from vitprune.architectures.narrow_attention import TwoWidthAttention
 from vitprune.architectures.size_attributes import Sizes
 from vitprune.architectures.tracing.fingerprint import unchanged
 from vitprune.config.prune_config import APART, KINDS
 from vitprune.errors import BadInput
-from vitprune.groups import Group, recorded_shapes, resize_group
+from vitprune.groups import SUFFIXES, Group, recorded_shapes, resize_group
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.input_size import set_input_size
 from vitprune.runtime.wrappers import plain_model
 
-Finder = Callable[[nn.Module, str], list[Group]]
 Cut = tuple[Group, tuple[int, ...]]
 
 VISION_TRANSFORMERS = (VisionTransformer, VisionTransformerDistilled)
-FAMILIES: dict[type[nn.Module], Finder] = {  # models with special group names and sizes
-    **dict.fromkeys(VISION_TRANSFORMERS, vit.groups),
-    SwinTransformer: swin.groups,
-    PyramidVisionTransformerV2: pvt.groups,
-    Decoder: decoder_groups,
+STREAMS: dict[type[nn.Module], dict[str, str]] = {  # names of residual groups, by a layer that writes them
+    **{family: {r"patch_embed\.proj": "residual"} for family in VISION_TRANSFORMERS},
+    Decoder: {"token_embed": "residual"},
+    SwinTransformer: {
+        r"patch_embed\.proj": "layers.0.residual",
+        r"layers\.(\d+)\.downsample\.reduction": r"layers.\1.residual",
+    },
+    PyramidVisionTransformerV2: {
+        r"patch_embed\.proj": "stages.0.residual",
+        r"stages\.(\d+)\.downsample\.proj": r"stages.\1.residual",
+        r"stages\.\d+\.blocks\.\d+\.attn\.sr": r"\g<0>",  # the channels of its reduced map
+    },
 }
 UNITS = ".units"  # end of the name of some groups of hidden units in files of earlier versions
-HEADS = ".heads"  # end of the name of a group of heads
-OF_PARTS = tuple(f".{kind}" for kind in APART)  # ends of the names of groups of these kinds
-TABLES: dict[type[nn.Module], unstructured.Table] = {
-    Xcit: unstructured_tables.XCIT,
-    EfficientFormer: unstructured_tables.EFFICIENTFORMER,
-    EfficientFormerV2: unstructured_tables.EFFICIENTFORMER_V2,
-    ConvNeXt: unstructured_tables.CONVNEXT,
-    ResNet: unstructured_tables.RESNET,
-    EfficientNet: unstructured_tables.EFFICIENTNET,
-}
+HEADS = SUFFIXES["head"]  # end of the name of a group of heads
+OF_PARTS = tuple(SUFFIXES[kind] for kind in APART)  # ends of the names of groups of these kinds
 
 
 @check_arguments()
@@ -99,23 +89,20 @@ def _refuse_shared(model: nn.Module, groups: Sequence[Group]) -> None:
     for part in (part for group in groups for part in group.slices):
         first = names.setdefault(model.get_parameter(part.param), part.param)
         if first != part.param:
-            raise BadInput(f"{part.param}: is the same parameter as {first}; give each layer its own (copy.deepcopy)")
+            raise BadInput(traced_groups.same_parameter(part.param, first))
 
 
 def _find(model: nn.Module, kind: str) -> list[Group]:
     if kind == "branch":
         return branch_removal.groups(model)
-    if kind == "block" and not removes_sublayers(model):
-        return block_removal.groups(model)
+    if kind == "block":
+        return [vit.sublayers(model)] if removes_sublayers(model) else block_removal.groups(model)
     if kind in traced_groups.KINDS:
         return traced_groups.groups(model, kind)
-    if type(model) in FAMILIES:
-        return FAMILIES[type(model)](model, kind)
     if kind == "residual":
-        return residual_stream.groups(model)
-    if type(model) in TABLES:
-        return unstructured.weights(TABLES[type(model)], model)
-    return unstructured.all_weights(model)
+        is_hybrid = hasattr(getattr(model, "patch_embed", None), "backbone")  # with streams of a convolutional network
+        return residual_stream.groups(model, {} if is_hybrid else STREAMS.get(type(model), {}))
+    return unstructured.weights(model, unstructured_tables.RECIPES.get(type(model), unstructured.ANY_LAYERS))
 
 
 def removes_sublayers(model: nn.Module) -> bool:
@@ -147,7 +134,7 @@ def merge_heads(model: nn.Module, groups: Sequence[Group], number: int | None) -
 
 
 def structure(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return what `rebuild` needs: the shapes of all groups that can be cut, removed modules, merged tokens.
+    """Return the shapes of all groups that can be cut, removed modules and merged tokens, for `resize_to_structure`.
 
     Args:
         model: Any model.
@@ -193,16 +180,6 @@ def _cuttable(model: nn.Module, kind: str) -> list[Group]:
         return find_groups(model, [kind])
     except BadInput:  # the model has no such group, or it cannot be cut
         return []
-
-
-def rebuild(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """Cut a dense model to a recorded structure, in place, and return it; its weights are overwritten later.
-
-    Raises:
-        BadInput: as of `resize_to_structure`.
-    """
-    resize_to_structure(model, shapes)
-    return model
 
 
 def resize_to_structure(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[Cut]:

@@ -122,9 +122,10 @@ def block_members(model: nn.Module) -> list[str]:
     """
     result = []
     for path, module in model.named_modules():
-        is_member = isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Sequential | nn.ModuleList)
+        if not path or not isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Sequential | nn.ModuleList):
+            continue
         layers = sum(parameter.dim() > 1 for parameter in module.parameters())
-        if path and is_member and layers > 1 and not any(type(inner) is IdentityBlock for inner in module.modules()):
+        if layers > 1 and not any(type(inner) is IdentityBlock for inner in module.modules()):
             result.append(path)
     return result
 

@@ -1,15 +1,8 @@
-"""Causal language model built from timm's transformer Block, and its groups, which are those of a ViT."""
-
-from typing import Any
+"""Causal language model built from timm's transformer Block."""
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-
-from vitprune.architectures import vit
-from vitprune.architectures.residual_stream import group_along
-from vitprune.architectures.tracing.cache import traced_channels
-from vitprune.groups import Group
 
 
 class Decoder(nn.Module):
@@ -31,6 +24,7 @@ class Decoder(nn.Module):
         self.num_classes, self.context, self.in_chans = vocabulary, context, 1
         self.embed_dim = self.num_features = self.head_hidden_size = width
         self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,), "context_length": context}
+        self.pretrained_cfg |= {"first_conv": "token_embed", "classifier": "head"}
         self.feature_info = [{"num_chs": width, "module": f"blocks.{index}"} for index in range(depth)]
         self.token_embed = nn.Embedding(vocabulary, width)
         self.pos_embed = nn.Parameter(torch.empty(1, context, width))
@@ -63,19 +57,3 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the next-token logits (B, T, vocabulary) of tokens (B, T)."""
         return self.forward_head(self.forward_features(tokens))
-
-
-def groups(model: Any, kind: str) -> list[Group]:
-    """Find all groups of one kind, with the same names as in a ViT.
-
-    Raises:
-        BadInput: a block, attention or MLP of the model is of an unknown class.
-    """
-    if kind != "residual":
-        return vit.groups(model, kind)
-    return [group_along(traced_channels(model), "residual", "token_embed.weight", 1, _resize_width)]
-
-
-def _resize_width(model: Any, shape: tuple[int, ...]) -> None:
-    vit.resize_width(model, shape)
-    model.token_embed.embedding_dim = shape[0]

@@ -6,16 +6,16 @@ from typing import Any
 
 import timm.layers
 from timm.layers import Attention, Mlp
+from timm.models import pvt_v2
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from vitprune.architectures import pvt
 from vitprune.architectures.block_removal import IdentityBlock
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.architectures.chain import AttentionLayers, Branch, Chain, MlpLayers, Step
+from vitprune.architectures.inferred_widths import original_class
 from vitprune.architectures.slices import not_prunable
 from vitprune.architectures.token_merging import without_merging
 from vitprune.errors import BadInput
@@ -136,7 +136,7 @@ def _pvt(model: Any) -> Chain:
 
 
 def _pvt_block(path: str, block: Any) -> list[Step]:
-    attn, mlp, no_scale = pvt.plain(path, block).attn, block.mlp, nn.Identity()
+    attn, mlp, no_scale = _plain_pvt_block(path, block).attn, block.mlp, nn.Identity()
     for leaf, layer in (("attn.proj", attn.proj), ("mlp.fc2", mlp.fc2)):
         if not isinstance(layer, nn.Linear):
             raise not_prunable(f"{path}.{leaf}", layer, "expected a Linear layer")
@@ -144,6 +144,21 @@ def _pvt_block(path: str, block: Any) -> list[Step]:
         Branch(f"{path}.attn", "attention", block.norm1, partial(_run_on_map, attn), no_scale, attn.proj),
         Branch(f"{path}.mlp", "ffn", block.norm2, partial(_run_on_map, mlp), no_scale, mlp.fc2),
     ]
+
+
+def _plain_pvt_block(path: str, block: Any) -> Any:
+    """Return the block.
+
+    Raises:
+        BadInput: the block, its attention or its MLP is of an unknown class.
+    """
+    if type(block) is not pvt_v2.Block:
+        raise not_prunable(path, block, "only timm's PVTv2 Block is supported")
+    if original_class(type(block.attn)) is not pvt_v2.Attention:
+        raise not_prunable(f"{path}.attn", block.attn, "only timm's PVTv2 Attention is supported")
+    if original_class(type(block.mlp)) is not pvt_v2.MlpWithDepthwiseConv:
+        raise not_prunable(f"{path}.mlp", block.mlp, "only timm's MLP with a depth-wise convolution is supported")
+    return block
 
 
 def _run_on_map(module: Any, feature_map: Tensor) -> Tensor:
@@ -179,6 +194,6 @@ CHAINS: dict[type[nn.Module], Callable[[Any], Chain]] = {
     VisionTransformer: _vit,
     VisionTransformerDistilled: _vit,
     SwinTransformer: _swin,
-    PyramidVisionTransformerV2: _pvt,
+    pvt_v2.PyramidVisionTransformerV2: _pvt,
     Decoder: _decoder,
 }

@@ -1,6 +1,7 @@
 """Find groups of residual-stream channels in the channel dependency graph of a model."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,26 +18,60 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, Resize, is_within
 
 NARROW = "a narrower residual stream"
+RESIDUAL = "residual"  # end of the name of a group of a stream
+NO_NAMES: Mapping[str, str] = {}
 _CLASSES: StructureCache[dict[tuple[str, ...], Classes | BadInput]] = StructureCache()
 WIDTH_ATTRIBUTES = ("num_features", "head_hidden_size", "in_features", "embed_dim")  # of a timm model, or of its head
 
 
-def groups(model: nn.Module) -> list[Group]:
-    """Find the channels of every residual stream of a timm model, each with all layers that write and read it.
+def groups(model: nn.Module, names: Mapping[str, str] = NO_NAMES) -> list[Group]:
+    """Find the channels of every residual stream of a model, each with all layers that write and read it.
+
+    Args:
+        model: Any model.
+        names: Names of groups by the path of a layer that writes their channels, both as for `re.sub`. If the model has
+            such layers, its groups are those with these names, in this order, and they may reach the output of the
+            model. Otherwise every stream is a group, named after the first layer that writes it.
 
     Raises:
         BadInput: a stream cannot be pruned, for the reason given, or there is none.
 
     Source: UP-ViTs, component 1.
     """
+    named = _named_streams(model, names)
+    streams = named or _all_streams(model)
+    features = _feature_entries(model, {name: one for name, one in streams.items() if name.endswith(RESIDUAL)})
+    last = [name for name in named if name.endswith(RESIDUAL)][-1:]
+    return after_trial(
+        model, [_group(model, name, one, features.get(name, ()), name in last) for name, one in streams.items()]
+    )
+
+
+def _named_streams(model: nn.Module, names: Mapping[str, str]) -> dict[str, ChannelGroup]:
+    channels, result = traced_channels(model), {}
+    modules = dict(model.named_modules())
+    for pattern, template in names.items():
+        for match in filter(None, (re.fullmatch(pattern, path) for path in modules)):
+            path, name = match.group(), match.expand(template)
+            site = (f"{path}.weight", 1 if isinstance(modules[path], nn.Embedding) else 0)
+            found = [one for one in channels if any((part.param, part.axis) == site for part in one.slices)]
+            if not found:
+                raise BadInput(
+                    f"{name}: {site[0]} has no separate channels along axis {site[1]}, so they cannot be pruned"
+                )
+            _refuse_unprunable(found[0], "" if found[0].why_not.endswith(IS_OUTPUT) else found[0].why_not)
+            result[name] = found[0]
+    return result
+
+
+def _all_streams(model: nn.Module) -> dict[str, ChannelGroup]:
     streams = [group for group in traced_channels(model) if group.kind == "residual" and len(group.writers) > 1]
     streams = [stream for stream in streams if not _is_output(model, stream)]
     if not streams:
         raise BadInput(f"{type(model).__name__}: it has no residual stream between its layers")
     for stream in streams:
         _refuse_unprunable(stream, stream.why_not)
-    features = _feature_entries(model, streams)
-    return after_trial(model, [_group(model, stream, features[index]) for index, stream in enumerate(streams)])
+    return {f"{_first_writer(stream)}.{RESIDUAL}": stream for stream in streams}
 
 
 def after_trial(model: nn.Module, groups: Sequence[Group]) -> list[Group]:
@@ -110,29 +145,6 @@ def _record(classes: Classes, resize: Resize | None, owner: nn.Module, shape: tu
         restore_class(module)
 
 
-def group_along(
-    channels: Sequence[ChannelGroup], name: str, param: str, axis: int, resize: Resize | None = None, owner: str = ""
-) -> Group:
-    """Build the residual group of the channels along one axis of a parameter, for models with sizes of their own.
-
-    Args:
-        channels: The coupled channels of the model, from `traced_channels`; they may reach the output of the model.
-        name: Name of the group.
-        param: A parameter of the residual stream, such as the weight of the patch embedding.
-        axis: Its axis of channels.
-        resize: Function that records a new width in the module `owner`; None if nothing does.
-        owner: Path of the module that `resize` changes; empty for the model.
-
-    Raises:
-        BadInput: the channels cannot be pruned, for the reason given.
-    """
-    for stream in channels:
-        if any((part.param, part.axis) == (param, axis) for part in stream.slices):
-            _refuse_unprunable(stream, "" if stream.why_not.endswith(IS_OUTPUT) else stream.why_not)
-            return Group(name, "residual", (stream.units,), stream.slices, "", owner, resize, buffers=stream.buffers)
-    raise BadInput(f"{name}: {param} has no separate channels along axis {axis}, so they cannot be pruned")
-
-
 def _refuse_unprunable(stream: ChannelGroup, why: str) -> None:
     if why or stream.units == 1:
         why = why or "its channels are all coupled with each other"
@@ -148,36 +160,44 @@ def _first_writer(stream: ChannelGroup) -> str:
     return (*stream.writers, *(part.param for part in stream.slices))[0].rpartition(".")[0]
 
 
-def _feature_entries(model: Any, streams: Sequence[ChannelGroup]) -> list[list[int]]:
+def _feature_entries(model: Any, streams: Mapping[str, ChannelGroup]) -> dict[str, list[int]]:
     """Indices into timm's feature_info that hold the width of each stream: it passes the end of the entry's module."""
-    result: list[list[int]] = [[] for _ in streams]
+    result: dict[str, list[int]] = {name: [] for name in streams}
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     for number, feature in enumerate(getattr(model, "feature_info", ())):
         inside = [index for path, index in order.items() if is_within(path, [feature["module"]])]
         end = max(inside, default=len(order))
-        earlier = [index for index, stream in enumerate(streams) if order[_first_writer(stream)] <= end]
-        same_width = [index for index in earlier if streams[index].units == feature["num_chs"]]
+        earlier = [name for name, stream in streams.items() if order[_first_writer(stream)] <= end]
+        same_width = [name for name in earlier if streams[name].units == feature["num_chs"]]
         if same_width:
             result[same_width[-1]].append(number)
     return result
 
 
-def _group(model: Any, stream: ChannelGroup, features: Sequence[int]) -> Group:
+def _group(model: Any, name: str, stream: ChannelGroup, features: Sequence[int], is_last: bool) -> Group:
     names = vars(model).get("pretrained_cfg", {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
-    read = [name for name in names if any((p.param, p.axis) == (f"{name}.weight", 1) for p in stream.slices)]
-    heads = tuple(dict.fromkeys(name.rpartition(".")[0] for name in read))
-    resize = partial(_resize, stream.units, features, heads)
-    name, shape = f"{_first_writer(stream)}.residual", (stream.units,)
-    return Group(name, "residual", shape, stream.slices, resize=resize, buffers=stream.buffers)
+    read = {part.param.removesuffix(".weight"): part.length for part in stream.slices if part.axis == 1}
+    heads = [name for name in names if is_last or name in read]
+    ends = tuple(dict.fromkeys(["", *(name.rpartition(".")[0] for name in heads)] if heads or is_last else ()))
+    side_by_side = {1, *(read.get(name, 1) for name in heads)}  # pools of the stream that a classifier reads
+    owner = "" if name.endswith(RESIDUAL) else name.rpartition(".")[0]  # channels inside one module
+    resize = partial(_resize, {number * stream.units: number for number in side_by_side}, features, ends)
+    return Group(name, "residual", (stream.units,), stream.slices, "", owner, resize, buffers=stream.buffers)
 
 
-def _resize(old: int, features: Sequence[int], heads: Sequence[str], model: Any, shape: tuple[int, ...]) -> None:
-    """Record a new width where timm's interfaces read it."""
+def _resize(
+    old: Mapping[int, int], features: Sequence[int], ends: Sequence[str], model: Any, shape: tuple[int, ...]
+) -> None:
+    """Record a new width where timm's interfaces read it: in feature_info, and in the model and its classifier.
+
+    `old` are old widths with the number of times that they contain the stream.
+    """
     for number in features:
         model.feature_info[number]["num_chs"] = shape[0]
-    for module in (model, *(model.get_submodule(path) for path in heads)) if heads else ():
+    for module in (model.get_submodule(path) for path in ends):
         for name in WIDTH_ATTRIBUTES:
-            if getattr(module, name, None) == old:
-                setattr(module, name, shape[0])
+            width = getattr(module, name, None)
+            if isinstance(width, int) and width in old:
+                setattr(module, name, old[width] * shape[0])
     record_scales(model)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitprune.architectures.inferred_widths import Classes, inferring_classes, restore_class, set_class
 from vitprune.architectures.narrow_attention import narrow_class
+from vitprune.architectures.tracing.meta_operations import RememberedShapes
 from vitprune.architectures.tracing.recorded_run import Call
 from vitprune.config.prune_config import APART
 from vitprune.errors import BadInput
@@ -275,7 +276,7 @@ def without_values(owner: nn.Module) -> nn.Module:
 
 def _output_shape(module: nn.Module, call: Call) -> Sequence[int]:
     args, kwargs = call
-    with torch.no_grad(), eval_mode(module):
+    with torch.no_grad(), eval_mode(module), RememberedShapes():
         return next(tensors_of(module(*args, **kwargs))).shape
 
 

@@ -1,6 +1,5 @@
 """Groups of the single weights of layers, and the error that names a module."""
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from timm.layers import Conv2dSame
@@ -12,7 +11,6 @@ from vitprune.groups import Group, ParamSlice
 
 # use their weights unchanged, unlike StdConv2d, which standardizes them, zeros too; the last is in MultiheadAttention
 PLAIN = (nn.Linear, nn.Conv2d, Conv2dSame, NonDynamicallyQuantizableLinear)
-BLOCK_LINEARS = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}  # layer: its type
 NOT_PLAIN = "expected a Linear or Conv2d layer that uses its weights unchanged"
 
 
@@ -38,18 +36,3 @@ def weight_group(path: str, layer: Any, layer_type: str) -> Group:
         raise not_prunable(path, layer, NOT_PLAIN)
     param = f"{path}.weight"
     return Group(param, "weight", tuple(layer.weight.shape), (ParamSlice(param, None),), layer_type)
-
-
-def block_weights(
-    blocks: Iterable[tuple[str, nn.Module]], layer_types: Mapping[str, str] = BLOCK_LINEARS
-) -> list[Group]:
-    """Return the groups of all single weights of these layers of every block, given as (path, block).
-
-    A removed branch has no layers.
-    """
-    return [
-        weight_group(f"{path}.{leaf}", block.get_submodule(leaf), layer_type)
-        for path, block in blocks
-        for leaf, layer_type in layer_types.items()
-        if list(block.get_submodule(leaf.partition(".")[0]).children())
-    ]

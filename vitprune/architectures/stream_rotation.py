@@ -15,7 +15,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitprune.architectures import vit
+from vitprune.architectures import find_groups
 from vitprune.errors import BadInput
 from vitprune.groups import CHANNEL_NORMS
 
@@ -157,7 +157,7 @@ def _check_channels(model: nn.Module, layers: StreamLayers) -> None:
     known |= {(f"{path}.gamma", 0) for path in layers.writers.values() if path}
     known |= {(name, parameters[name].dim() - 1) for name in layers.tokens}
     known = {(name, axis) for name, axis in known if name in parameters}
-    (group,) = vit.groups(model, "residual")
+    (group,) = find_groups(model, ["residual"])
     different = known ^ {(part.param, part.axis) for part in group.slices}
     if different:
         raise _refused(min(different)[0], "is not used as in a plain ViT")

@@ -15,12 +15,11 @@ from vitprune.architectures.tracing.fingerprint import StructureCache, fingerpri
 from vitprune.architectures.tracing.recorded_run import Call, record_run, recorded
 from vitprune.config.prune_config import APART, HEAD_CHANNELS
 from vitprune.errors import BadInput
-from vitprune.groups import Group, ParamSlice, Projections, Resize, is_within, share_positions
+from vitprune.groups import SUFFIXES, Group, ParamSlice, Projections, Resize, is_within, share_positions
 
 KINDS = ("ffn", "head", *HEAD_CHANNELS)
 MAX_PROOFS = 1024  # that are kept
 NOTHING = dict.fromkeys(KINDS, "no attention with heads") | {"ffn": "no MLP or bottleneck"}
-SUFFIXES = {"head": ".heads", "qk": ".qk", "vo": ".vo"}  # of the names of groups
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,13 @@ def _shared_weight(model: nn.Module) -> str:
     names: dict[Tensor, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and (first := names.setdefault(module.weight, path)) != path:
-            same = f"{path}.weight: is the same parameter as {first}.weight"
-            return f"{same}; give each layer its own (copy.deepcopy)"
+            return same_parameter(f"{path}.weight", f"{first}.weight")
     return ""
+
+
+def same_parameter(name: str, first: str) -> str:
+    """Return the error message for two layers with one common parameter, given by its two names."""
+    return f"{name}: is the same parameter as {first}; give each layer its own (copy.deepcopy)"
 
 
 def left_out(model: nn.Module, kind: str) -> dict[str, str]:
@@ -117,7 +120,7 @@ def merge_heads(model: nn.Module, group: Group, number: int) -> Group:
         return group
     if group.shape[0] % number:
         raise BadInput(f"{group.name}: {group.shape[0]} heads cannot merge into {number}; give a divisor")
-    heads = _proven_of(model, "head").groups.get(f"{group.name}.heads")
+    heads = _proven_of(model, "head").groups.get(group.name + SUFFIXES["head"])
     sizes, of_heads = (getattr(one and one.resize, "__self__", None) for one in (group, heads))
     if heads is None or not isinstance(sizes, Sizes) or not isinstance(of_heads, Sizes):
         raise BadInput(_refusal(group.owner, model.get_submodule(group.owner), "its heads cannot be cut or merged"))

@@ -1,7 +1,8 @@
-"""Groups of single weights (unstructured pruning): of all layers, or of those in the table of a model family."""
+"""Groups of single weights (unstructured pruning) of all layers but stem, classifier and depth-wise convolutions."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -17,40 +18,22 @@ LAYER_TYPES |= {"fc1_g": "mlp", "fc1_x": "mlp"}
 
 
 @dataclass(frozen=True)
-class Table:
-    """All layers of a model family, by path; # stands for any number between two dots.
-
-    An entry matches full paths only. An entry with numbers takes precedence over one with #.
+class Recipe:
+    """Layers of a model family that differ from those of other models, by patterns of paths as in `fnmatch`.
 
     Attributes:
-        prune: Layers whose weights are pruned, with their type (DIMAP module).
-        keep: Layers whose weights are kept, with the reason.
+        keep: Layers whose weights are kept, besides stem, classifier and depth-wise convolutions.
+        types: All types of layers (DIMAP modules) of the family; a layer of another type is an error. Empty: any. With
+            the type stem, the layers of the stem after the first one are pruned.
+        others: Types of layers whose type is not told by their last name.
     """
 
-    prune: Mapping[str, str]
-    keep: Mapping[str, str]
+    keep: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
-def weights(table: Table, model: nn.Module) -> list[Group]:
-    """Return the groups of single weights of the table's layers, one per layer, in the model's order.
-
-    Raises:
-        BadInput: a layer of the model is not in the table or of an unknown class.
-    """
-    result = []
-    for path, layer in _matrix_layers(model):
-        name = _table_entry(table, path)
-        if name is None:
-            raise not_prunable(path, layer, "not in the table of prunable layers")
-        if name not in table.keep:
-            result.append(weight_group(path, layer, table.prune[name]))
-    return result
-
-
-def _table_entry(table: Table, path: str) -> str | None:
-    """Key of a layer in the table: its path, or the path with # for every number, as in stages.#.blocks.#.mlp.fc1."""
-    general = ".".join("#" if part.isdecimal() else part for part in path.split("."))
-    return next((name for name in (path, general) if name in table.keep or name in table.prune), None)
+ANY_LAYERS = Recipe()
 
 
 def _matrix_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -61,25 +44,35 @@ def _matrix_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, model.get_submodule(path)
 
 
-def all_weights(model: nn.Module) -> list[Group]:
-    """Return the groups of single weights of all Linear and Conv2d layers.
+def weights(model: nn.Module, recipe: Recipe = ANY_LAYERS) -> list[Group]:
+    """Return the groups of single weights of all Linear and Conv2d layers, one per layer, in the model's order.
 
     Stem, classifier and depth-wise convolutions are not pruned. The layer types are qkv, proj and mlp as in DIMAP, and
     the names of layers otherwise.
 
+    Args:
+        model: Any model.
+        recipe: The exceptions of its family.
+
     Raises:
-        BadInput: a layer does not use its weights unchanged, or there is no layer to prune.
+        BadInput: a layer does not use its weights unchanged or is unknown in its family, or there is no layer to prune.
     """
-    layers = [(path, layer) for path, layer in _matrix_layers(model) if path and _is_prunable(layer)]
-    kept = _stem_and_classifier(model) if layers else set()
-    layers = [(path, layer) for path, layer in layers if not is_within(path, kept)]
+    layers = [(path, layer) for path, layer in _matrix_layers(model) if path and _is_prunable(layer, recipe)]
+    kept = _stem_and_classifier(model, "stem" in recipe.types) if layers else set()
+    layers = [(path, layer) for path, layer in layers if not is_within(path, kept) and not _matches(path, recipe.keep)]
     if not layers:
         raise BadInput(
             f"{type(model).__name__}: this model is not supported; it has no Linear or Conv2d layer to prune"
         )
-    for path, _ in layers:
-        _refuse_own_class(model, path)
-    return [weight_group(path, layer, _layer_type(path)) for path, layer in layers]
+    return [_weight_group(model, path, layer, recipe) for path, layer in layers]
+
+
+def _weight_group(model: nn.Module, path: str, layer: nn.Module, recipe: Recipe) -> Group:
+    _refuse_own_class(model, path)
+    layer_type = _layer_type(path, recipe)
+    if recipe.types and layer_type not in recipe.types:
+        raise not_prunable(path, layer, "not in the table of prunable layers")
+    return weight_group(path, layer, layer_type)
 
 
 def dense_projections(model: nn.Module) -> dict[str, str]:
@@ -88,10 +81,15 @@ def dense_projections(model: nn.Module) -> dict[str, str]:
     return {f"{path}.in_proj_weight": f"{path}.in_proj_weight: is no layer; it is not pruned" for path in fused}
 
 
-def _is_prunable(layer: nn.Module) -> bool:
+def _is_prunable(layer: nn.Module, recipe: Recipe) -> bool:
     if isinstance(layer, nn.Conv2d):
         return not 1 < layer.groups == layer.in_channels
-    return isinstance(layer, nn.Linear)
+    return isinstance(layer, nn.Linear) or bool(recipe.types)  # a layer of another class is an error there
+
+
+def _matches(path: str, patterns: Iterable[str]) -> str:
+    """Return the first pattern that a path matches; empty if there is none."""
+    return next((pattern for pattern in patterns if fnmatchcase(path, pattern)), "")
 
 
 def _refuse_own_class(model: nn.Module, path: str) -> None:
@@ -109,13 +107,13 @@ def _package(module: nn.Module) -> str:
     return type(module).__module__.partition(".")[0]
 
 
-def _stem_and_classifier(model: nn.Module) -> set[str]:
+def _stem_and_classifier(model: nn.Module, first_layer_only: bool) -> set[str]:
     """Paths of the stem and the classifiers: those of timm's config, else the first and the last layer that runs."""
     config: Any = getattr(model, "pretrained_cfg", {})
     first, classifiers = _paths(config.get("first_conv")), _paths(config.get("classifier"))
     modules = dict(model.named_modules())
     if first and all(path in modules for path in first):
-        return {_stem(path) for path in first} | set(classifiers)
+        return {path if first_layer_only else _stem(path) for path in first} | set(classifiers)
     return set(end_layers(model))
 
 
@@ -129,8 +127,10 @@ def _stem(path: str) -> str:
     return f"{first}.{others[0]}" if len(others) > 1 and others[0].isdecimal() else first
 
 
-def _layer_type(path: str) -> str:
+def _layer_type(path: str, recipe: Recipe) -> str:
     """DIMAP module by the last name in a path that is neither a number nor in INNER_LAYERS, else that name."""
+    if pattern := _matches(path, recipe.others):
+        return recipe.others[pattern]
     names = [name for name in path.split(".") if not name.isdecimal()]
     name = next((name for name in reversed(names) if name not in INNER_LAYERS), names[-1])
     return LAYER_TYPES.get(name, name)

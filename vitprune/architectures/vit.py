@@ -1,39 +1,25 @@
 """Groups of timm's VisionTransformer: ViT, DeiT, DeiT3, DINOv2 and other models built from its Block."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import Attention, Mlp, PatchEmbed
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vitprune.architectures import residual_stream, unstructured
-from vitprune.architectures.residual_stream import after_trial, group_along
-from vitprune.architectures.slices import block_weights
-from vitprune.architectures.tracing.cache import traced_channels
 from vitprune.groups import Group
 
 ATTENTION = ("attn", "norm1", "ls1", "drop_path1")  # modules of a block that belong to its attention
 FFN = ("mlp", "norm2", "ls2", "drop_path2")
 
 
-def groups(model: Any, kind: str) -> list[Group]:
-    """Find all groups of kind residual, block or weight.
+def sublayers(model: Any) -> Group:
+    """Return the group of all sub-layers, attention and FFN in turn.
 
-    Raises:
-        BadInput: the model cannot be pruned so.
-
-    Source: UP-ViTs: residual stream (component 1), blocks.
+    Source: UP-ViTs, blocks.
     """
-    if kind == "residual":
-        if not isinstance(model.patch_embed, PatchEmbed):  # a convolutional network
-            return residual_stream.groups(model)
-        group = group_along(traced_channels(model), "residual", "patch_embed.proj.weight", 0, resize_width)
-        return after_trial(model, [group])
-    if kind == "weight" and not has_plain_blocks(model):
-        return unstructured.all_weights(model)
     paths = [f"blocks.{index}" for index in range(len(model.blocks))]
-    return [_block_group(paths)] if kind == "block" else block_weights(zip(paths, model.blocks, strict=True))
+    modules = tuple(tuple(f"{path}.{leaf}" for leaf in leaves) for path in paths for leaves in (ATTENTION, FFN))
+    return Group("blocks", "block", (len(modules),), (), sublayers=modules, drop=_drop)
 
 
 def has_plain_blocks(model: Any, others: tuple[type, ...] = ()) -> bool:
@@ -57,19 +43,6 @@ def uniform_args(model: Any) -> dict[str, int | float]:
     if attn_dim != width or int(width * (hidden / width)) != hidden or (pool and pool.mlp.fc1.out_features != hidden):
         return {}
     return {"embed_dim": width, "depth": depth, "num_heads": num_heads, "mlp_ratio": hidden / width}
-
-
-def resize_width(model: Any, shape: tuple[int, ...]) -> None:
-    """Record a new width of the residual stream."""
-    model.embed_dim = model.num_features = model.head_hidden_size = shape[0]
-    for feature in model.feature_info:
-        feature["num_chs"] = shape[0]
-
-
-def _block_group(paths: Sequence[str]) -> Group:
-    """The group of all sub-layers, attention and FFN in turn."""
-    sublayers = tuple(tuple(f"{path}.{leaf}" for leaf in leaves) for path in paths for leaves in (ATTENTION, FFN))
-    return Group("blocks", "block", (len(sublayers),), (), sublayers=sublayers, drop=_drop)
 
 
 def _drop(model: Any, keep: Tensor) -> None:

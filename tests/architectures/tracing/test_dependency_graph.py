@@ -12,10 +12,16 @@ from tests.support import reference_groups
 from tests.support.model_zoo import ZOO, images, tiny
 from vitprune import BadInput, find_groups
 from vitprune.architectures.causal_lm import Decoder
-from vitprune.architectures.tracing.dependency_graph import ChannelGroup, channel_groups
+from vitprune.architectures.tracing.dependency_graph import ChannelGraph, ChannelGroup, run_trace
+from vitprune.architectures.tracing.recorded_run import record_run
 from vitprune.groups import Group, ParamSlice, meta_copy, positions, reordered_positions, shrink, unit_sums, zero
 
 Slice = tuple[str, int | None, int, int]
+
+
+def channel_groups(model: nn.Module, inputs: Tensor) -> list[ChannelGroup]:
+    """Return all groups of coupled channels of a model."""
+    return ChannelGraph(run_trace(record_run(model, inputs)), model).groups()
 
 
 def where(result: ChannelGroup) -> set[Slice]:

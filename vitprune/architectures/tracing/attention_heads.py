@@ -270,8 +270,9 @@ def _units_of_rows(
     `different` are heads whose keys and values differ in width.
     """
     heads_of_root: dict[int, set[int]] = defaultdict(set)
-    for root, label in zip(trace.sets.find(labelled.touched).tolist(), labelled.touched.tolist(), strict=True):
-        heads_of_root[root].add(int(head_of_number[labelled.number_of[label]]))
+    heads = head_of_number[labelled.number_of[labelled.touched]].tolist()
+    for root, head in zip(trace.sets.find(labelled.touched).tolist(), heads, strict=True):
+        heads_of_root[root].add(head)
     wanted = trace.sets.find_unique([row for of_head in chosen.values() for row in of_head])
     modules_of_root: dict[int, set[str]] = defaultdict(set)
     for (_, module), of_head in (entry for of_role in rows for entry in of_role.items()):

@@ -8,7 +8,7 @@ from torch import nn
 from vitprune.architectures.token_merging import without_merging
 from vitprune.architectures.tracing.attention_heads import AttentionTrace, trace_attention
 from vitprune.architectures.tracing.dependency_graph import ChannelGraph, ChannelGroup, run_trace
-from vitprune.architectures.tracing.example_run import NotRunningError, run_once, with_example
+from vitprune.architectures.tracing.example_run import NotRunningError, meta_input, run_once, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.architectures.tracing.recorded_run import Left, recorded
 from vitprune.architectures.tracing.trace import Trace
@@ -98,9 +98,10 @@ def _trial_error(model: nn.Module, groups: Sequence[Group]) -> str:
     try:
         for group in groups:
             resize_group(copy, group, (group.units - group.units // 3,))
-    except Exception as error:
+        run_once(copy, meta_input(copy))
+    except Exception as error:  # a forward pass may raise anything
         return first_line(error)
-    return shape_error(copy)
+    return ""
 
 
 def shape_error(model: nn.Module) -> str:
@@ -110,15 +111,6 @@ def shape_error(model: nn.Module) -> str:
     except NotRunningError as error:
         return error.reason
     return ""
-
-
-def output_shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    """Return the shapes of all tensors that a model returns at its own input size.
-
-    Raises:
-        BadInput: the model does not run.
-    """
-    return with_example(model, lambda copy, inputs: [tuple(one.shape) for one in tensors_of(run_once(copy, inputs))])
 
 
 def end_layers(model: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from vitprune.architectures.tracing.op_rules import apply_rms_norm_rule, apply_rule, propagate_to_fixpoint
-from vitprune.architectures.tracing.recorded_run import Entered, Operation, RecordedPass, record_run
+from vitprune.architectures.tracing.recorded_run import Entered, Operation, RecordedPass
 from vitprune.architectures.tracing.trace import NO_HEADS, Site, Trace
 from vitprune.architectures.tracing.union_find import NO_CHANNEL, Array
 from vitprune.groups import ParamSlice
@@ -54,16 +54,6 @@ class ChannelGroup:
     roots: tuple[int, ...] = ()
 
 
-def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup]:
-    """Find all groups of coupled channels of a model, in the order of the forward pass.
-
-    Args:
-        model: The model; it runs once, in evaluation mode. Parameters may be on the meta device.
-        example_input: An image (1, C, H, W), or tokens (1, T), on the device of the model.
-    """
-    return ChannelGraph(run_trace(record_run(model, example_input)), model).groups()
-
-
 class _AxisLabels:
     """Labels along one axis of a parameter, searchable by label."""
 
@@ -71,7 +61,9 @@ class _AxisLabels:
         self.labels = labels
         self._order = labels.argsort(kind="stable")
         self._sorted = labels[self._order]
-        self.present, self.counts = np.unique(labels[labels != NO_CHANNEL], return_counts=True)
+        of_channels = self._sorted[np.searchsorted(self._sorted, NO_CHANNEL, "right") :]
+        starts = np.flatnonzero(np.diff(of_channels, prepend=NO_CHANNEL))
+        self.present, self.counts = of_channels[starts], np.diff(starts, append=len(of_channels))
 
     def positions(self, labels: Array) -> Array:
         """Return the positions of labels that occur equally often, (labels, occurrences)."""
@@ -83,14 +75,17 @@ class _AxisLabels:
 def _by_signature(axes: Mapping[Axis, _AxisLabels]) -> list[tuple[list[Axis], Array]]:
     """Partition all labels by how often they occur along each axis; return each class with its axes."""
     known, first_seen = np.unique(np.concatenate([axis.labels for axis in axes.values()]), return_index=True)
-    classes = np.zeros(len(known), dtype=np.int64)
-    for axis in axes.values():  # partition refinement: labels of one class that differ in one count are separated
-        where = np.searchsorted(known, axis.present)
-        _, refined = np.unique(classes[where] * (axis.counts.max(initial=0) + 1) + axis.counts, return_inverse=True)
-        classes[where] = classes.max() + 1 + refined
+    classes, last = np.zeros(len(known), dtype=np.int64), 0
+    where = {key: np.searchsorted(known, axis.present) for key, axis in axes.items()}
+    for key, axis in axes.items():  # partition refinement: labels of one class that differ in one count are separated
+        values = classes[where[key]] * (axis.counts.max(initial=0) + 1) + axis.counts
+        is_one_class = len(values) and values.min() == values.max()
+        refined = np.zeros_like(values) if is_one_class else np.unique(values, return_inverse=True)[1]
+        classes[where[key]] = last + 1 + refined
+        last += 1 + int(refined.max(initial=-1))
     axes_by_class: dict[int, list[Axis]] = defaultdict(list)
     for key in sorted(axes):
-        for number in np.unique(classes[np.searchsorted(known, axes[key].present)]).tolist():
+        for number in np.unique(classes[where[key]]).tolist():
             axes_by_class[number].append(key)
     members = {number: np.flatnonzero(classes == number) for number in axes_by_class}
     numbers = sorted(members, key=lambda number: int(first_seen[members[number]].min()))
@@ -116,6 +111,8 @@ def _labels_by_axis(trace: Trace) -> dict[Axis, Tensor]:
 
 def _along(roots: Tensor, axis: int, alone: Tensor) -> tuple[Tensor, bool] | None:
     """Return the labels along an axis, and whether some are not used; None if used elements of one position differ."""
+    if roots.dim() == 1 and len(roots) > 1:
+        return roots, False
     flat = roots.movedim(axis, 0).reshape(roots.shape[axis], -1)
     used = ~alone[flat] if roots.dim() > 1 or len(roots) == 1 else torch.ones_like(flat, dtype=torch.bool)
     labels = flat.gather(1, used.int().argmax(dim=1, keepdim=True))  # of the first used element
@@ -143,10 +140,12 @@ class ChannelGraph:
         """Return all groups in the order of the forward pass.
 
         Args:
-            heads: Number of heads by root, for channels that alternate by head within a parameter.
+            heads: Number of heads by root, for channels that alternate by head within a parameter; with it, only the
+                groups of these channels are returned.
             in_part: Allow contracted channels along a part of an axis, such as queries and keys of a fused layer.
         """
-        groups = [self._group(axes, labels, heads, in_part) for axes, labels in self._members]
+        members = [entry for entry in self._members if not heads or int(entry[1][0]) in heads]
+        groups = [self._group(axes, labels, heads, in_part) for axes, labels in members]
         order = {name: index for index, name in enumerate(self._trace.writers)}
         return sorted(groups, key=lambda group: min((order[name] for name in group.writers), default=len(order)))
 
@@ -243,6 +242,7 @@ def run_trace(run: RecordedPass, heads: Mapping[Site, Tensor] = NO_HEADS, ignore
         labels = trace.labels_of(value)
         if labels is not None:
             trace.mark_unprunable(labels, IS_OUTPUT)
+    trace.forget_tensors()
     return trace
 
 

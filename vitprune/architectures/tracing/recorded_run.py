@@ -5,13 +5,13 @@ All analyses of a model's structure read the same record, so that the model runs
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vitprune.architectures.tracing.example_run import with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
@@ -32,28 +32,28 @@ class Operation:
     kwargs: Mapping[str, Any]
     result: Any
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Its name without the overload."""
         name: str = self.func.overloadpacket.__name__
         return name
 
-    @property
+    @cached_property
     def is_mutable(self) -> bool:
         """Whether it writes into an argument."""
         return bool(self.func._schema.is_mutable)
 
-    @property
+    @cached_property
     def reads_shapes_only(self) -> bool:
         """Whether its result does not depend on the values of its arguments."""
         return self.name.startswith(MADE_LIKE)
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """All tensors that it was given."""
         return [*tensors_of(self.args), *tensors_of(dict(self.kwargs))]
 
-    @property
+    @cached_property
     def results(self) -> list[Tensor]:
         """All tensors that it returned."""
         return list(tensors_of(self.result))
@@ -103,21 +103,28 @@ class RecordedPass:
 
     def apart(self, paths: Collection[str]) -> set[str]:
         """Return the modules whose first arguments do not depend on the input; none if no module's do."""
-        reached: Any = WeakIdKeyDictionary({self.inputs: True})
+        reached = {id(self.inputs)}
         depends: dict[str, bool] = {}
         for event in self.events:
             if isinstance(event, Entered) and event.path in paths:
-                depends.setdefault(event.path, any(one in reached for one in tensors_of((event.args, event.kwargs))))
+                depends.setdefault(
+                    event.path, any(id(one) in reached for one in tensors_of((event.args, event.kwargs)))
+                )
             elif isinstance(event, Operation) and not event.reads_shapes_only:
                 spread(reached, event)
         return {path for path, is_reached in depends.items() if not is_reached} if any(depends.values()) else set()
 
 
-def spread(reached: Any, operation: Operation) -> None:
-    """Add the results of an operation to the tensors that are reached, if one of its arguments is."""
-    if any(value in reached for value in operation.tensors):
-        for value in [*operation.results, *tensors_of(operation.args[:1] if operation.is_mutable else ())]:
-            reached[value] = True
+def spread(reached: set[int], operation: Operation) -> None:
+    """Add the results of an operation to the tensors that are reached, if one of its arguments is.
+
+    Args:
+        reached: The ids of tensors of one record, which keeps them all.
+        operation: An operation of this record.
+    """
+    if any(id(value) in reached for value in operation.tensors):
+        written = tensors_of(operation.args[:1] if operation.is_mutable else ())
+        reached.update(id(value) for value in [*operation.results, *written])
 
 
 def record_run(model: nn.Module, inputs: Tensor) -> RecordedPass:

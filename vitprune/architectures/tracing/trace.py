@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vitprune.architectures.tracing.union_find import NO_CHANNEL, UnionFind, compact, squeeze_broadcast
 
@@ -67,6 +66,8 @@ class Product:
 class Trace:
     """Channel labels of tensors, of the axes of weight matrices and of the elements of other parameters.
 
+    All tensors are those of one record, which keeps them during the trace.
+
     Attributes:
         sets: The union-find over all labels.
         heads: A second one over the same labels; labels of one head of a product are united.
@@ -114,15 +115,15 @@ class Trace:
         self.running = [("", model_name)]
         self._shapes = {name: value.shape for name, value in tensors.items()}
         self._learned = {name for name, value in tensors.items() if isinstance(value, nn.Parameter)}
-        self._by_tensor: Any = WeakIdKeyDictionary()  # labels of an activation, or ParameterView
+        self._by_id: dict[int, Tensor | ParameterView] = {}  # labels of an activation, or view, by the id of a tensor
         for name, value in tensors.items():
             if value.is_floating_point():
                 axes = tuple(range(value.dim()))
-                self._by_tensor[value] = ParameterView(name, axes, (0,) * len(axes), tuple(value.shape))
+                self._by_id[id(value)] = ParameterView(name, axes, (0,) * len(axes), tuple(value.shape))
 
     def labels_of(self, value: Any) -> Tensor | None:
         """Return the labels of a tensor's elements, None if it has none; a parameter gets new labels."""
-        entry = self._by_tensor.get(value) if isinstance(value, Tensor) else None
+        entry = self._by_id.get(id(value))
         if not isinstance(entry, ParameterView):
             return entry if isinstance(entry, Tensor) else None
         if entry.name not in self.elements:
@@ -134,12 +135,12 @@ class Trace:
 
     def parameter_of(self, value: Any) -> ParameterView | None:
         """Return the parameter that a tensor is a view of, None for any other tensor."""
-        entry = self._by_tensor.get(value) if isinstance(value, Tensor) else None
+        entry = self._by_id.get(id(value))
         return entry if isinstance(entry, ParameterView) else None
 
     def is_labelled_activation(self, value: Tensor) -> bool:
         """Return whether a tensor has labels and is not a parameter."""
-        return isinstance(self._by_tensor.get(value), Tensor)
+        return isinstance(self._by_id.get(id(value)), Tensor)
 
     def are_of_buffer(self, labels: Tensor) -> bool:
         """Return whether labels are those of a buffer's elements, of which the first one is looked at."""
@@ -152,7 +153,11 @@ class Trace:
         if isinstance(value, Tensor) and labels is not None and value.is_floating_point():
             if isinstance(labels, Tensor):
                 labels = squeeze_broadcast(labels).expand(value.shape)
-            self._by_tensor[value] = labels
+            self._by_id[id(value)] = labels
+
+    def forget_tensors(self) -> None:
+        """Forget the labels of single tensors, at the end of the record that keeps them."""
+        self._by_id.clear()
 
     def axis_labels(self, weight: ParameterView, axis: int) -> Tensor:
         """Return the labels along an axis of a weight matrix; `axis` counts the axes of the view."""

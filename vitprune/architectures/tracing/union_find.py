@@ -41,11 +41,14 @@ class UnionFind:
 
     def find(self, labels: Tensor) -> Tensor:
         """Return the representative of every label, in the shape of `labels`."""
-        roots = self._parent[labels.numpy()]
+        return torch.from_numpy(np.asarray(self._roots(labels.numpy())))
+
+    def _roots(self, labels: Array) -> Array:
+        roots: Array = self._parent[labels]
         while True:
             above = self._parent[roots]
             if (above == roots).all():
-                return torch.from_numpy(np.asarray(roots))
+                return roots
             roots = above
 
     def are_alone(self) -> Tensor:
@@ -64,14 +67,14 @@ class UnionFind:
         """Unite the labels of two tensors element by element, with broadcasting; `NO_CHANNEL` is never united."""
         first, second = broadcast_aligned(first, second)
         shape = np.broadcast_shapes(first.shape, second.shape)
-        a, b = first.expand(shape).flatten(), second.expand(shape).flatten()
+        a, b = first.expand(shape).flatten().numpy(), second.expand(shape).flatten().numpy()
         while True:
-            a, b = self.find(a), self.find(b)
+            a, b = self._roots(a), self._roots(b)
             differ = (a != b) & (a != NO_CHANNEL) & (b != NO_CHANNEL)
-            if not bool(differ.any()):
+            if not differ.any():
                 return
             a, b = a[differ], b[differ]
-            np.minimum.at(self._parent, torch.maximum(a, b).numpy(), torch.minimum(a, b).numpy())
+            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
     def mark_unprunable(self, labels: Tensor, why: str) -> None:
         """Record that the channels of these labels cannot be pruned; the first reason for a label is kept."""
@@ -97,6 +100,8 @@ class UnionFind:
 
 def squeeze_broadcast(labels: Tensor) -> Tensor:
     """Return the labels with size 1 along every expanded axis."""
+    if 0 not in labels.stride():
+        return labels
     for axis, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
         if size > 1 and stride == 0:
             labels = labels.narrow(axis, 0, 1)

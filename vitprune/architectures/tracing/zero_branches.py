@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vitprune.architectures.tracing.op_rules import ADDITIONS, REARRANGEMENTS
 from vitprune.architectures.tracing.recorded_run import Entered, Left, Operation, RecordedPass, spread
@@ -76,23 +75,23 @@ def find_branches(run: RecordedPass, blocks: Collection[str]) -> list[ResidualBr
 
 @dataclass
 class _ZeroOutput:
-    """Tensors that are zero if a module's output is; `sites`: numbers of the additions that they are part of."""
+    """Ids of tensors that are zero if a module's output is; `sites`: numbers of additions that they are part of."""
 
     path: str
     block: str
     shape: OutputShape
-    zeros: Any
-    others: Any  # further outputs of the module, which nobody may read
+    zeros: set[int]
+    others: set[int]  # further outputs of the module, which nobody may read
     sites: list[int] = field(default_factory=list)
     scaled: list[tuple[str, OutputShape]] = field(default_factory=list)  # modules that were given and returned zeros
     failed: bool = False
 
     def follow(self, operation: Operation, number: int, is_stream: Callable[[Tensor], bool]) -> None:
         """Follow the zeros through an operation."""
-        given = [value for value in operation.tensors if value in self.zeros]
+        given = [value for value in operation.tensors if id(value) in self.zeros]
         if operation.reads_shapes_only:
             return
-        if any(value in self.others for value in operation.tensors):
+        if any(id(value) in self.others for value in operation.tensors):
             self.failed = True
         elif not given:
             return
@@ -102,10 +101,9 @@ class _ZeroOutput:
             self.sites.append(number)
             self.failed = not fits
             if operation.is_mutable and given[0] is operation.args[0]:
-                del self.zeros[given[0]]
+                self.zeros.remove(id(given[0]))
         elif _gives_zero(operation, given):
-            for value in operation.results:
-                self.zeros[value] = True
+            self.zeros.update(map(id, operation.results))
         else:
             self.failed = True
 
@@ -169,12 +167,11 @@ def _started(event: Left, block: str, active: Sequence[_ZeroOutput]) -> _ZeroOut
     if shape is None:
         return None
     for candidate in active:
-        if all(value in candidate.zeros for value in [*given, *values]):
+        if all(id(value) in candidate.zeros for value in [*given, *values]):
             candidate.scaled.append((event.path, shape))
     if values[0] is given[0]:
         return None
-    zeros, others = (WeakIdKeyDictionary(dict.fromkeys(part, True)) for part in (values[:1], values[1:]))
-    return _ZeroOutput(event.path, block, shape, zeros, others)
+    return _ZeroOutput(event.path, block, shape, {id(values[0])}, set(map(id, values[1:])))
 
 
 def _modules_without_effect(run: RecordedPass, branches: Sequence[ResidualBranch]) -> dict[str, dict[str, OutputShape]]:
@@ -184,7 +181,7 @@ def _modules_without_effect(run: RecordedPass, branches: Sequence[ResidualBranch
         in_block.setdefault(branch.block, []).append(branch.path)
     result: dict[str, dict[str, OutputShape]] = {branch.path: {} for branch in branches}
     running: list[str] = []  # branches that run now
-    effects: dict[tuple[str, str], Any] = {}  # (branch, module): tensors that depend on the module
+    effects: dict[tuple[str, str], set[int]] = {}  # (branch, module): ids of tensors that depend on the module
     shapes: dict[str, OutputShape] = {}
     calls: Counter[str] = Counter()
     for event in run.events:
@@ -197,7 +194,7 @@ def _modules_without_effect(run: RecordedPass, branches: Sequence[ResidualBranch
         else:
             for key in [key for key in effects if key[0] in in_block.get(event.path, ())]:
                 reached = effects.pop(key)
-                if not any(value in reached for value in tensors_of(event.output)):
+                if not any(id(value) in reached for value in tensors_of(event.output)):
                     result[key[0]][key[1]] = shapes[key[1]]
             if event.path in result:
                 running.pop()
@@ -211,7 +208,7 @@ def _modules_without_effect(run: RecordedPass, branches: Sequence[ResidualBranch
                         path for block in in_block if _is_below(event.path, block) for path in in_block[block]
                     ):
                         if not is_within(path, [event.path]):
-                            effects[path, event.path] = WeakIdKeyDictionary({event.output: True})
+                            effects[path, event.path] = {id(event.output)}
     return {path: {name: s for name, s in unused.items() if calls[name] == 1} for path, unused in result.items()}
 
 

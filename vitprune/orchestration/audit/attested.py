@@ -104,7 +104,7 @@ def stages(collected: CollectedRun) -> Lines:
 
 
 def pipeline(collected: CollectedRun) -> Lines:
-    """Say where commands, dependencies, outputs or code of the run differ from those of this vitprune."""
+    """Yield a note for every command, dependency, output and code of the run that differs from this vitprune's."""
     stages = load_yaml(collected.records / "dvc.yaml")["stages"]
     shipped = shipped_pipeline()
     for stage in (*shipped, *(stages.keys() - shipped.keys())):

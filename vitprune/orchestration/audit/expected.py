@@ -85,7 +85,7 @@ class RecordingClient:
         self.runs[run].files.add(Path(path).name if folder is None else f"{folder}/{Path(path).name}")
 
     def log_text(self, run: str, text: str, name: str) -> None:
-        """Record the path of the run log, whose SHA-256 is a tag."""
+        """Record the name of a text file. The text is the run log, whose SHA-256 is a tag."""
         self.runs[run].files.add(name)
 
     def set_terminated(self, run: str, status: str, ended: int) -> None:
@@ -97,7 +97,7 @@ class RecordingClient:
         return []
 
     def create_logged_model(self, *given: Any, **options: Any) -> Any:
-        """Return a finished model, so that no files are uploaded."""
+        """Return a model that is finished already: then the caller uploads no files."""
         return SimpleNamespace(model_id="", status=LoggedModelStatus.READY)
 
 

@@ -72,19 +72,19 @@ def trace_attention(run: RecordedPass, trace: Trace, apart: bool = False) -> Att
         apart: Find channels of kinds qk and vo instead of attention.
     """
     model = run.model
-    labelled = _LabelledHeads(trace)
-    if not labelled.count:
+    labeled = _LabeledHeads(trace)
+    if not labeled.count:
         return AttentionTrace([], {})
-    numbers = labelled.numbers_by_site()
+    numbers = labeled.numbers_by_site()
     by_head = run_trace(run, numbers)
-    shared = _tables_outside(by_head, trace, labelled)
+    shared = _tables_outside(by_head, trace, labeled)
     if shared:
         by_head = run_trace(run, numbers, shared)
-    _tie_shared_tables(by_head, trace, labelled)
+    _tie_shared_tables(by_head, trace, labeled)
     _tie_fused_rows(by_head)
     groups = _tie_mixed_heads(by_head, model)
     head_of_number = by_head.sets.find(by_head.head_labels)  # by number: representative of the head
-    modules, widths = _products_of_heads(trace, labelled, head_of_number)
+    modules, widths = _products_of_heads(trace, labeled, head_of_number)
     all_heads = set(head_of_number[1:].tolist())
     heads = []
     for channels in groups:
@@ -95,13 +95,13 @@ def trace_attention(run: RecordedPass, trace: Trace, apart: bool = False) -> Att
             heads.append(TracedUnits(channels, channels.units, tuple(inside), channels.why_not or norm, width))
     products = frozenset(product.module for product in trace.products)
     if apart:
-        return AttentionTrace(heads, _channels_apart(trace, model, labelled, head_of_number), products)
-    of_heads, others = _channels_of_heads(trace, model, labelled, head_of_number)
+        return AttentionTrace(heads, _channels_apart(trace, model, labeled, head_of_number), products)
+    of_heads, others = _channels_of_heads(trace, model, labeled, head_of_number)
     of_heads += _heads_without_channels(others, heads, of_heads)
     return AttentionTrace(heads, {"attention": of_heads}, products)
 
 
-class _LabelledHeads:
+class _LabeledHeads:
     """Number of the head of every label of a trace, 0 for labels outside any head."""
 
     def __init__(self, trace: Trace) -> None:
@@ -127,12 +127,12 @@ class _LabelledHeads:
         return {site: values for site, values in numbers.items() if bool(values.any())}
 
 
-def _tables_outside(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -> set[str]:
+def _tables_outside(by_head: Trace, trace: Trace, labeled: _LabeledHeads) -> set[str]:
     """Return tables that several attentions read, such as rotary frequencies, whose entries were coupled with heads.
 
     In an attention of one head, a table that all heads share looks like a table with one entry per head.
     """
-    modules, _ = _products_of_heads(trace, labelled, by_head.sets.find(by_head.head_labels))
+    modules, _ = _products_of_heads(trace, labeled, by_head.sets.find(by_head.head_labels))
     counts = Counter(by_head.sets.find(by_head.head_labels[1:]).tolist())
     several = {root for root, paths in modules.items() if len(paths) > 1 and counts[root] > 1}
     tables = {name: labels for name, labels in by_head.elements.items() if _contains(by_head, labels, several)}
@@ -145,12 +145,12 @@ def _tables_outside(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -> s
     }
 
 
-def _tie_shared_tables(by_head: Trace, trace: Trace, labelled: _LabelledHeads) -> None:
+def _tie_shared_tables(by_head: Trace, trace: Trace, labeled: _LabeledHeads) -> None:
     """Unite the heads of several attentions that have one position of a table, such as frequencies (blocks, heads, c).
 
     A table can be cut along one axis only: the one along which the heads of one attention differ.
     """
-    modules, _ = _products_of_heads(trace, labelled, by_head.sets.find(by_head.head_labels))
+    modules, _ = _products_of_heads(trace, labeled, by_head.sets.find(by_head.head_labels))
     for elements in by_head.elements.values():
         if not _contains(by_head, elements, modules):
             continue
@@ -208,7 +208,7 @@ def _tie_mixed_heads(trace: Trace, model: nn.Module) -> list[ChannelGroup]:
 
 
 def _products_of_heads(
-    trace: Trace, labelled: _LabelledHeads, head_of_number: Tensor
+    trace: Trace, labeled: _LabeledHeads, head_of_number: Tensor
 ) -> tuple[Mapping[int, set[str]], Mapping[int, int]]:
     """Return by head the paths of the modules of its products, and the number of channels of its queries or values."""
     modules: dict[int, set[str]] = defaultdict(set)
@@ -216,7 +216,7 @@ def _products_of_heads(
     for product in trace.products:
         for labels, axis in ((product.left, -1), (product.right, -2 if product.over_channels else -1)):
             if labels is not None:
-                for number in np.unique(labelled.number_of[squeeze_broadcast(labels)].numpy()).tolist():
+                for number in np.unique(labeled.number_of[squeeze_broadcast(labels)].numpy()).tolist():
                     head = int(head_of_number[number])
                     modules[head].add(product.module)
                     if trace.varies_along(labels, axis):
@@ -225,21 +225,21 @@ def _products_of_heads(
 
 
 def _channels_apart(
-    trace: Trace, model: nn.Module, labelled: _LabelledHeads, head_of_number: Tensor
+    trace: Trace, model: nn.Module, labeled: _LabeledHeads, head_of_number: Tensor
 ) -> dict[str, list[TracedUnits]]:
     """Return the channels of q and k, and those of v and the output, by kind."""
-    rows, graph = _rows_by_head(trace, labelled, head_of_number), ChannelGraph(trace, model)
+    rows, graph = _rows_by_head(trace, labeled, head_of_number), ChannelGraph(trace, model)
     return {
-        kind: _units_of_rows(trace, graph, labelled, head_of_number, rows, rows[role], in_part=True)[0]
+        kind: _units_of_rows(trace, graph, labeled, head_of_number, rows, rows[role], in_part=True)[0]
         for kind, role in (("qk", 0), ("vo", 2))
     }
 
 
 def _channels_of_heads(
-    trace: Trace, model: nn.Module, labelled: _LabelledHeads, head_of_number: Tensor
+    trace: Trace, model: nn.Module, labeled: _LabeledHeads, head_of_number: Tensor
 ) -> tuple[list[TracedUnits], list[ChannelGroup]]:
     """Tie the channels of q and k to those of v by their position; return the tied channels, and all groups."""
-    rows = _rows_by_head(trace, labelled, head_of_number)
+    rows = _rows_by_head(trace, labeled, head_of_number)
     queries, _, values = rows
     different = set()
     for (head, module), of_head in queries.items():
@@ -252,13 +252,13 @@ def _channels_of_heads(
                 different.add(head)
     _tie_fused_rows(trace)
     graph = ChannelGraph(trace, model)
-    return _units_of_rows(trace, graph, labelled, head_of_number, rows, queries, different=different)
+    return _units_of_rows(trace, graph, labeled, head_of_number, rows, queries, different=different)
 
 
 def _units_of_rows(
     trace: Trace,
     graph: ChannelGraph,
-    labelled: _LabelledHeads,
+    labeled: _LabeledHeads,
     head_of_number: Tensor,
     rows: tuple[Rows, Rows, Rows],
     chosen: Rows,
@@ -270,8 +270,8 @@ def _units_of_rows(
     `different` are heads whose keys and values differ in width.
     """
     heads_of_root: dict[int, set[int]] = defaultdict(set)
-    heads = head_of_number[labelled.number_of[labelled.touched]].tolist()
-    for root, head in zip(trace.sets.find(labelled.touched).tolist(), heads, strict=True):
+    heads = head_of_number[labeled.number_of[labeled.touched]].tolist()
+    for root, head in zip(trace.sets.find(labeled.touched).tolist(), heads, strict=True):
         heads_of_root[root].add(head)
     wanted = trace.sets.find_unique([row for of_head in chosen.values() for row in of_head])
     modules_of_root: dict[int, set[str]] = defaultdict(set)
@@ -359,7 +359,7 @@ def _parts_of(trace: Trace, channels: ChannelGroup, chosen: Tensor) -> list[tupl
     return result
 
 
-def _rows_by_head(trace: Trace, labelled: _LabelledHeads, head_of_number: Tensor) -> tuple[Rows, Rows, Rows]:
+def _rows_by_head(trace: Trace, labeled: _LabeledHeads, head_of_number: Tensor) -> tuple[Rows, Rows, Rows]:
     """Return by head and module the labels of the channels of queries, keys and values, of products with logits."""
     queries: Rows = defaultdict(list)
     keys: Rows = defaultdict(list)
@@ -376,7 +376,7 @@ def _rows_by_head(trace: Trace, labelled: _LabelledHeads, head_of_number: Tensor
             chosen = [(left[:, :, 0], values)]
         for rows, of_role in chosen:
             for row in squeeze_broadcast(rows):
-                known = of_role[int(head_of_number[labelled.number_of[row[0]]]), product.module]
+                known = of_role[int(head_of_number[labeled.number_of[row[0]]]), product.module]
                 if not any(torch.equal(row, other) for other in known):
                     known.append(row)
     return queries, keys, values

@@ -117,7 +117,7 @@ def _elementwise(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[s
     if not full:  # such as frequencies for all positions of a grid, which is a buffer
         learned = [(value, labels) for value, labels in operands if not trace.are_of_buffer(labels)]
         full = _operands_of_all_channels(trace, learned)
-    if func.overloadpacket.__name__ in ADDITIONS and sum(trace.is_labelled_activation(v) for v, _ in operands) > 1:
+    if func.overloadpacket.__name__ in ADDITIONS and sum(trace.is_labeled_activation(v) for v, _ in operands) > 1:
         trace.residual_sums.append(squeeze_broadcast(operands[0][1]))
     elif func.overloadpacket.__name__ in ADDITIONS and len(operands) == 2:
         pairs = zip(operands, operands[::-1], strict=True)
@@ -143,7 +143,7 @@ def _operands_of_all_channels(
     for value, labels in operands:
         others = [other for _, other in operands if _broadcasts_over_channels(trace, labels.shape, other)]
         trace.deferred += [(labels, other) for other in others]
-        full += [] if others else [(not trace.is_labelled_activation(value), squeeze_broadcast(labels).numel(), labels)]
+        full += [] if others else [(not trace.is_labeled_activation(value), squeeze_broadcast(labels).numel(), labels)]
     return full
 
 

@@ -138,7 +138,7 @@ class Trace:
         entry = self._by_id.get(id(value))
         return entry if isinstance(entry, ParameterView) else None
 
-    def is_labelled_activation(self, value: Tensor) -> bool:
+    def is_labeled_activation(self, value: Tensor) -> bool:
         """Return whether a tensor has labels and is not a parameter."""
         return isinstance(self._by_id.get(id(value)), Tensor)
 

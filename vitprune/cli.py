@@ -2,6 +2,8 @@
 
 Every command imports what it needs in its function, so help, --version and shell completion load neither torch nor
 Prefect.
+
+The arguments of a command are described once, in the `help` of their annotations, which --help and the docs show.
 """
 
 import os

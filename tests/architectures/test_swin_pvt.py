@@ -63,6 +63,7 @@ def test_each_norm_uses_only_its_kept_residual_channels(name: str, removed: floa
     assert (predict(shrunk, x) - dense).abs().max() > 1e-3
     kept = [int(mask.sum()) for key, mask in masks.items() if key.endswith(".residual")]
     assert shrunk.num_features == shrunk.head_hidden_size == kept[-1]
+    assert getattr(shrunk, "embed_dim", kept[0]) == kept[0]  # PVTv2 has none
     assert [feature["num_chs"] for feature in shrunk.feature_info] == kept
 
 

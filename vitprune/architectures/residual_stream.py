@@ -21,6 +21,7 @@ NARROW = "a narrower residual stream"
 RESIDUAL = "residual"  # end of the name of a group of a stream
 NO_NAMES: Mapping[str, str] = {}
 _CLASSES: StructureCache[dict[tuple[str, ...], Classes | BadInput]] = StructureCache()
+FIRST_WIDTH = ("embed_dim",)  # of a model whose stages have different widths
 WIDTH_ATTRIBUTES = ("num_features", "head_hidden_size", "in_features", "embed_dim")  # of a timm model, or of its head
 
 
@@ -41,9 +42,14 @@ def groups(model: nn.Module, names: Mapping[str, str] = NO_NAMES) -> list[Group]
     named = _named_streams(model, names)
     streams = named or _all_streams(model)
     features = _feature_entries(model, {name: one for name, one in streams.items() if name.endswith(RESIDUAL)})
-    last = [name for name in named if name.endswith(RESIDUAL)][-1:]
+    stages = [name for name in named if name.endswith(RESIDUAL)]
+    ends = {name: (name == stages[0], name == stages[-1]) for name in stages}
     return after_trial(
-        model, [_group(model, name, one, features.get(name, ()), name in last) for name, one in streams.items()]
+        model,
+        [
+            _group(model, name, one, features.get(name, ()), *ends.get(name, (False, False)))
+            for name, one in streams.items()
+        ],
     )
 
 
@@ -174,29 +180,40 @@ def _feature_entries(model: Any, streams: Mapping[str, ChannelGroup]) -> dict[st
     return result
 
 
-def _group(model: Any, name: str, stream: ChannelGroup, features: Sequence[int], is_last: bool) -> Group:
+def _group(
+    model: Any, name: str, stream: ChannelGroup, features: Sequence[int], is_first: bool, is_last: bool
+) -> Group:
+    """Return the group of a stream; the model states the widths of its first and its last stream itself."""
     names = vars(model).get("pretrained_cfg", {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     read = {part.param.removesuffix(".weight"): part.length for part in stream.slices if part.axis == 1}
     heads = [name for name in names if is_last or name in read]
-    ends = tuple(dict.fromkeys(["", *(name.rpartition(".")[0] for name in heads)] if heads or is_last else ()))
+    attributes: dict[str, Sequence[str]] = dict.fromkeys((name.rpartition(".")[0] for name in heads), WIDTH_ATTRIBUTES)
+    if heads or is_last:
+        attributes[""] = WIDTH_ATTRIBUTES
+    elif is_first:
+        attributes[""] = FIRST_WIDTH
     side_by_side = {1, *(read.get(name, 1) for name in heads)}  # pools of the stream that a classifier reads
     owner = "" if name.endswith(RESIDUAL) else name.rpartition(".")[0]  # channels inside one module
-    resize = partial(_resize, {number * stream.units: number for number in side_by_side}, features, ends)
+    resize = partial(_resize, {number * stream.units: number for number in side_by_side}, features, attributes)
     return Group(name, "residual", (stream.units,), stream.slices, "", owner, resize, buffers=stream.buffers)
 
 
 def _resize(
-    old: Mapping[int, int], features: Sequence[int], ends: Sequence[str], model: Any, shape: tuple[int, ...]
+    old: Mapping[int, int],
+    features: Sequence[int],
+    attributes: Mapping[str, Sequence[str]],
+    model: Any,
+    shape: tuple[int, ...],
 ) -> None:
     """Record a new width where timm's interfaces read it: in feature_info, and in the model and its classifier.
 
-    `old` are old widths with the number of times that they contain the stream.
+    `old` are old widths with the number of times that they contain the stream, `attributes` names by path of a module.
     """
     for number in features:
         model.feature_info[number]["num_chs"] = shape[0]
-    for module in (model.get_submodule(path) for path in ends):
-        for name in WIDTH_ATTRIBUTES:
+    for module, names in ((model.get_submodule(path), names) for path, names in attributes.items()):
+        for name in names:
             width = getattr(module, name, None)
             if isinstance(width, int) and width in old:
                 setattr(module, name, old[width] * shape[0])

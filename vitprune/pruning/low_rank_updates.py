@@ -38,9 +38,10 @@ def _groups(model: nn.Module, kind: str) -> list[Group]:
 def _low_rank_update(module: nn.Module) -> tuple[str, str, str] | None:
     """Return the names of the frozen layer W and of the trainable layers A and B of a module, or None."""
     layers = [(name, layer) for name, layer in module.named_children() if isinstance(layer, nn.Linear)]
-    for (base, w), (first, a), (second, b) in itertools.permutations(layers, 3):
-        trained = (w.weight.requires_grad, a.weight.requires_grad, b.weight.requires_grad) == (False, True, True)
+    frozen = [pair for pair in layers if not pair[1].weight.requires_grad]
+    trained = [pair for pair in layers if pair[1].weight.requires_grad]
+    for (base, w), ((first, a), (second, b)) in itertools.product(frozen, itertools.permutations(trained, 2)):
         sizes = (a.in_features, a.out_features, b.out_features) == (w.in_features, b.in_features, w.out_features)
-        if trained and sizes and b.in_features < min(w.in_features, w.out_features):
+        if sizes and b.in_features < min(w.in_features, w.out_features):
             return base, first, second
     return None

@@ -29,12 +29,15 @@ def main() -> None:
     folder = Path(sys.argv[1])
     job, images = json.loads((folder / "job.json").read_text()), load_file(folder / "images.safetensors")["images"]
     portable_lib._unsafe_reset_threadpool(job["threads"])
-    runtime, methods, facts, logits = Runtime.get(), {}, {}, {}
+    runtime, programs, methods, facts, logits = Runtime.get(), [], {}, {}, {}
     for name in job["models"]:
         program = to_edge_transform_and_lower(
             torch.export.load(folder / f"{name}.pt2"), partitioner=[XnnpackPartitioner()]
         ).to_executorch()
-        methods[name] = runtime.load_program(program.buffer).load_method("forward")
+        buffer = program.buffer
+        loaded = runtime.load_program(buffer)
+        methods[name] = loaded.load_method("forward")
+        programs.append((buffer, loaded))  # methods read this memory
         facts[name] = {"outside": operations(program.exported_program().graph_module)}
         logits[name] = methods[name].execute([images])[0].clone()
     save_file(logits, folder / "logits.safetensors")

@@ -178,7 +178,7 @@ def _head_of_map(model: Any, feature_map: Tensor) -> Tensor:
 
 
 def _decoder(model: Any) -> Chain:
-    """The logits of a causal language model are (B, tokens, vocabulary)."""
+    """Build the chain of a causal language model; its logits are (B, tokens, vocabulary)."""
     steps: list[Step] = []
     for index, block in enumerate(model.blocks):
         path, mlp, no_scale = f"blocks.{index}", block.mlp, nn.Identity()

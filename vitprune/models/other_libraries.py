@@ -54,7 +54,7 @@ REFUSED = ("backbone", "use_pretrained_backbone", "use_timm_backbone", "timm_kwa
 
 @dataclass(frozen=True)
 class Factory:
-    """What builds the dense model.
+    """How to build the dense model of a saved one.
 
     Attributes:
         library: transformers, torchvision or own (a class of the user).

@@ -122,7 +122,7 @@ def _along(roots: Tensor, axis: int, alone: Tensor) -> tuple[Tensor, bool] | Non
 
 
 class ChannelGraph:
-    """Groups of coupled channels of a finished trace, as it is now.
+    """Groups of coupled channels of a finished trace; later changes of the trace are not seen.
 
     Args:
         trace: The finished trace.

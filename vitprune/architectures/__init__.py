@@ -106,7 +106,7 @@ def _find(model: nn.Module, kind: str) -> list[Group]:
 
 
 def removes_sublayers(model: nn.Module) -> bool:
-    """Return whether kind block removes half-blocks (attention or MLP) of a model; in other models it removes whole blocks."""
+    """Return whether kind `block` removes half-blocks (attention or MLP) of a model; else it removes whole blocks."""
     if type(model) not in VISION_TRANSFORMERS:
         return type(model) is Decoder
     return vit.has_plain_blocks(model, (branch_removal.ZeroBranch, TwoWidthAttention))

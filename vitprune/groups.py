@@ -64,11 +64,11 @@ class ParamSlice:
         return sum(self.segments) or self.outer * self.runs * self.inner
 
     def end(self, units: int) -> int:
-        """Return the position after the last one of all units, for a number of units."""
+        """Return the position after the last unit, if the group has this number of units."""
         return (self.start or 0) + units * self.length
 
     def with_equal_repetitions(self, units: int) -> "list[tuple[int, ParamSlice]]":
-        """Return the slice in parts of equal repetitions, each with its first position, for a number of units."""
+        """Return parts of equal repetitions, each with its first position, if the group has this number of units."""
         starts = itertools.accumulate((units * width for width in self.segments), initial=self.start or 0)
         parts = [replace(self, segments=(), inner=width) for width in self.segments] or [self]
         return list(zip(starts, parts, strict=False))

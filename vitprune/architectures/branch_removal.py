@@ -67,7 +67,7 @@ class UnusedLayer(nn.Module):
         return x if self.output_shape.length is None else _zeros(x, self.output_shape)
 
     def set_window_size(self, *sizes: Any, **more: Any) -> None:
-        """Do nothing, as ZeroBranch."""
+        """Do nothing: no windows are computed here."""
 
 
 def groups(model: nn.Module) -> list[Group]:

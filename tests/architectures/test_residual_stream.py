@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.support.model_zoo import SMALL
+from tests.support.model_zoo import SMALL, images, predict, tiny
 from tests.support.plans import context
 from tests.support.reference_kl import assert_fades
 from vitprune import BadInput, find_groups, load, save, shrink
@@ -112,3 +112,15 @@ def test_the_trace_is_cached_while_shapes_are_unchanged(monkeypatch: pytest.Monk
     first = [group.name for group in find_groups(model, ["residual"])]
     monkeypatch.setattr(cache, "run_trace", lambda *given: pytest.fail("traced again"))
     assert [group.name for group in find_groups(model, ["residual"])] == first
+
+
+@pytest.mark.parametrize("classifier", [[None], True, "no.such.layer", ["head", 3]])
+def test_a_malformed_classifier_in_the_config_of_timm_is_ignored(vit: nn.Module, classifier: object) -> None:
+    expected = tiny("vit")
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "classifier": classifier}
+    for model in (vit, expected):
+        for kind in ("residual", "ffn"):
+            groups = find_groups(model, [kind])
+            shrink(model, groups, {g.name: torch.arange(g.units).view(g.shape) < g.units // 2 for g in groups})
+    assert (vit.embed_dim, vit.num_features) == (expected.embed_dim, expected.num_features) == (24, 24)
+    torch.testing.assert_close(predict(vit, images(vit)), predict(expected, images(vit)))

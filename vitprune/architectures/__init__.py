@@ -102,7 +102,7 @@ def _find(model: nn.Module, kind: str) -> list[Group]:
     if kind == "residual":
         is_hybrid = hasattr(getattr(model, "patch_embed", None), "backbone")  # with streams of a convolutional network
         return residual_stream.groups(model, {} if is_hybrid else STREAMS.get(type(model), {}))
-    return unstructured.weights(model, unstructured_tables.RECIPES.get(type(model), unstructured.ANY_LAYERS))
+    return unstructured.single_weights(model, unstructured_tables.RECIPES.get(type(model), unstructured.ANY_LAYERS))
 
 
 def removes_sublayers(model: nn.Module) -> bool:

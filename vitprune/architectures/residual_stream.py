@@ -16,6 +16,7 @@ from vitprune.architectures.tracing.example_run import run_once, with_example
 from vitprune.architectures.tracing.fingerprint import StructureCache
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Resize, is_within
+from vitprune.runtime.wrappers import layers_of_config
 
 NARROW = "a narrower residual stream"
 RESIDUAL = "residual"  # end of the name of a group of a stream
@@ -184,16 +185,16 @@ def _group(
     model: Any, name: str, stream: ChannelGroup, features: Sequence[int], is_first: bool, is_last: bool
 ) -> Group:
     """Return the group of a stream; the model states the widths of its first and its last stream itself."""
-    names = vars(model).get("pretrained_cfg", {}).get("classifier") or ()
-    names = (names,) if isinstance(names, str) else tuple(names)
+    modules = dict(model.named_modules())
+    classifiers = [path for path in layers_of_config(model, "classifier") if path in modules]
     read = {part.param.removesuffix(".weight"): part.length for part in stream.slices if part.axis == 1}
-    heads = [name for name in names if is_last or name in read]
-    attributes: dict[str, Sequence[str]] = dict.fromkeys((name.rpartition(".")[0] for name in heads), WIDTH_ATTRIBUTES)
+    heads = [path for path in classifiers if is_last or path in read]
+    attributes: dict[str, Sequence[str]] = dict.fromkeys((path.rpartition(".")[0] for path in heads), WIDTH_ATTRIBUTES)
     if heads or is_last:
         attributes[""] = WIDTH_ATTRIBUTES
     elif is_first:
         attributes[""] = FIRST_WIDTH
-    side_by_side = {1, *(read.get(name, 1) for name in heads)}  # pools of the stream that a classifier reads
+    side_by_side = {1, *(read.get(path, 1) for path in heads)}  # pools of the stream that a classifier reads
     owner = "" if name.endswith(RESIDUAL) else name.rpartition(".")[0]  # channels inside one module
     resize = partial(_resize, {number * stream.units: number for number in side_by_side}, features, attributes)
     return Group(name, "residual", (stream.units,), stream.slices, "", owner, resize, buffers=stream.buffers)

@@ -16,6 +16,7 @@ from vitprune.architectures.tracing.recorded_run import Call, record_run, record
 from vitprune.config.prune_config import APART, HEAD_CHANNELS
 from vitprune.errors import BadInput
 from vitprune.groups import SUFFIXES, Group, ParamSlice, Projections, Resize, is_within, share_positions
+from vitprune.runtime.wrappers import layers_of_config
 
 KINDS = ("ffn", "head", *HEAD_CHANNELS)
 MAX_PROOFS = 1024  # that are kept
@@ -234,11 +235,10 @@ def _stem(all_channels: Sequence[ChannelGroup]) -> Iterator[tuple[int, ...]]:
 
 def _is_outer(model: Any, owner: str) -> bool:
     """Whether a module is a list of blocks, or contains the classifier."""
-    names = vars(model).get("pretrained_cfg", {}).get("classifier") or ()
     module = model.get_submodule(owner)
     is_list = isinstance(module, nn.Sequential | nn.ModuleList)
     layers = [sum(parameter.dim() > 1 for parameter in child.parameters()) for child in module.children()]
-    classifiers = (names,) if isinstance(names, str) else names
+    classifiers = layers_of_config(model, "classifier")
     return (is_list and max(layers, default=0) > 1) or any(is_within(name, [owner]) for name in classifiers)
 
 

@@ -1,6 +1,6 @@
 """Groups of single weights (unstructured pruning) of all layers but stem, classifier and depth-wise convolutions."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +11,7 @@ from vitprune.architectures.slices import not_prunable, weight_group
 from vitprune.architectures.tracing.cache import end_layers
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within
+from vitprune.runtime.wrappers import is_timm_model, layers_of_config
 
 INNER_LAYERS = ("conv", "linear", "ln")  # names of a layer inside a module with its norm
 LAYER_TYPES = {"q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "qk": "qkv", "fc1": "mlp", "fc2": "mlp"}
@@ -37,14 +38,18 @@ ANY_LAYERS = Recipe()
 
 
 def _matrix_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Paths and modules of all layers whose weight has two axes or more."""
-    for name, parameter in model.named_parameters():
+    """Paths and modules of all layers whose weight has two axes or more.
+
+    A weight that layers of a timm model share has several paths and is refused; timm itself shares only depth-wise
+    ones.
+    """
+    for name, parameter in model.named_parameters(remove_duplicate=not is_timm_model(model)):
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and parameter.dim() > 1:
             yield path, model.get_submodule(path)
 
 
-def weights(model: nn.Module, recipe: Recipe = ANY_LAYERS) -> list[Group]:
+def single_weights(model: nn.Module, recipe: Recipe = ANY_LAYERS) -> list[Group]:
     """Return the groups of single weights of all Linear and Conv2d layers, one per layer, in the model's order.
 
     Stem, classifier and depth-wise convolutions are not pruned. The layer types are qkv, proj and mlp as in DIMAP, and
@@ -109,16 +114,11 @@ def _package(module: nn.Module) -> str:
 
 def _stem_and_classifier(model: nn.Module, first_layer_only: bool) -> set[str]:
     """Paths of the stem and the classifiers: those of timm's config, else the first and the last layer that runs."""
-    config: Any = getattr(model, "pretrained_cfg", {})
-    first, classifiers = _paths(config.get("first_conv")), _paths(config.get("classifier"))
+    first, classifiers = layers_of_config(model, "first_conv"), layers_of_config(model, "classifier")
     modules = dict(model.named_modules())
     if first and all(path in modules for path in first):
         return {path if first_layer_only else _stem(path) for path in first} | set(classifiers)
     return set(end_layers(model))
-
-
-def _paths(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _stem(path: str) -> str:

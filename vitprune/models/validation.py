@@ -261,6 +261,11 @@ def _check_preprocessing(path: Path, preprocessing: Mapping[str, Any]) -> None:
     for key in SOURCES:
         if preprocessing.get(key) is not None:
             raise BadInput(f"{path}: pretrained_cfg.{key}: a source of weights; remove it")
+    for key in ("first_conv", "classifier"):
+        layers = preprocessing.get(key)
+        names = layers if isinstance(layers, list) else [layers]
+        if layers is not None and not all(isinstance(name, str) for name in names):
+            raise BadInput(f"{path}: pretrained_cfg.{key} must be the path of a layer or a list of paths; correct it")
     for key in ("mean", "std"):
         values = preprocessing.get(key) or []
         if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):

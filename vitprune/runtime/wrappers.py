@@ -1,5 +1,6 @@
 """Wrappers of a model: torch.compile, data parallelism, averaged weights, timm's feature extraction."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from timm.models._features import FeatureGetterNet
@@ -35,6 +36,19 @@ def plain_model(model: Any) -> nn.Module:
 def is_timm_model(model: nn.Module) -> bool:
     """Return whether a model has timm's config of a model, as those of timm.create_model and `vitprune.load` have."""
     return "pretrained_cfg" in vars(model)
+
+
+def layers_of_config(model: nn.Module, key: str) -> tuple[str, ...]:
+    """Return the paths of the layers that timm's config of a model names; none if there is no such config.
+
+    Args:
+        model: Any model.
+        key: first_conv or classifier.
+    """
+    config = getattr(model, "pretrained_cfg", None)
+    names = config.get(key) if isinstance(config, Mapping) else None
+    listed = names if isinstance(names, list | tuple) else [names]
+    return tuple(name for name in listed if isinstance(name, str))
 
 
 def _inner(model: Any) -> Any:

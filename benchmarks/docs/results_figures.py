@@ -73,7 +73,8 @@ def seconds(path: Path) -> None:
 def latency(path: Path) -> None:
     """Draw the speed-up against MACs of the engines, batch 1, DeiT-Tiny."""
     rows, curves = results("engines"), []
-    for engine, color in (("onnxruntime", DARK), ("OpenVINO", GREEN), ("torch", YELLOW), ("torch.compile", RED)):
+    colors = {"onnxruntime": DARK, "OpenVINO": GREEN, "torch": YELLOW, "torch.compile": RED, "ExecuTorch": BLUE}
+    for engine, color in colors.items():
         found = [
             re.fullmatch(rf"DeiT-Tiny, ([\d.]+)x MACs, batch 1, {re.escape(engine)}, speed-up", row) for row in rows
         ]

@@ -191,7 +191,7 @@ SECTIONS: dict[str, tuple[Measured, ...]] = {
             "engines.md",
             "speed.engines",
             "engines",
-            "pruned models in onnxruntime, OpenVINO, torch and torch.compile: latency and speed-up",
+            "pruned models in onnxruntime, OpenVINO, torch, torch.compile and ExecuTorch: latency and speed-up",
         ),
     ),
     "Support": (

@@ -42,14 +42,15 @@ def groups(model: nn.Module, names: Mapping[str, str] = NO_NAMES) -> list[Group]
     """
     named = _named_streams(model, names)
     streams = named or _all_streams(model)
-    features = _feature_entries(model, {name: one for name, one in streams.items() if name.endswith(RESIDUAL)})
+    residual = {name: stream for name, stream in streams.items() if name.endswith(RESIDUAL)}
+    features = _feature_entries(model, residual)
     stages = [name for name in named if name.endswith(RESIDUAL)]
     ends = {name: (name == stages[0], name == stages[-1]) for name in stages}
     return after_trial(
         model,
         [
-            _group(model, name, one, features.get(name, ()), *ends.get(name, (False, False)))
-            for name, one in streams.items()
+            _group(model, name, stream, features.get(name, ()), *ends.get(name, (False, False)))
+            for name, stream in streams.items()
         ],
     )
 
@@ -61,13 +62,14 @@ def _named_streams(model: nn.Module, names: Mapping[str, str]) -> dict[str, Chan
         for match in filter(None, (re.fullmatch(pattern, path) for path in modules)):
             path, name = match.group(), match.expand(template)
             site = (f"{path}.weight", 1 if isinstance(modules[path], nn.Embedding) else 0)
-            found = [one for one in channels if any((part.param, part.axis) == site for part in one.slices)]
-            if not found:
+            along = (group for group in channels if any((part.param, part.axis) == site for part in group.slices))
+            stream = next(along, None)
+            if stream is None:
                 raise BadInput(
                     f"{name}: {site[0]} has no separate channels along axis {site[1]}, so they cannot be pruned"
                 )
-            _refuse_unprunable(found[0], "" if found[0].why_not.endswith(IS_OUTPUT) else found[0].why_not)
-            result[name] = found[0]
+            _refuse_unprunable(stream, "" if stream.why_not.endswith(IS_OUTPUT) else stream.why_not)
+            result[name] = stream
     return result
 
 
@@ -168,7 +170,7 @@ def _first_writer(stream: ChannelGroup) -> str:
 
 
 def _feature_entries(model: Any, streams: Mapping[str, ChannelGroup]) -> dict[str, list[int]]:
-    """Indices into timm's feature_info that hold the width of each stream: it passes the end of the entry's module."""
+    """Return by stream the indices of the entries of timm's feature_info whose module has this stream as its output."""
     result: dict[str, list[int]] = {name: [] for name in streams}
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     for number, feature in enumerate(getattr(model, "feature_info", ())):

@@ -175,8 +175,8 @@ def _trace(model: nn.Module) -> _Units:
 
 
 def _trace_apart(model: nn.Module) -> _Units:
-    found = traced_attention(model, apart=True).channels
-    traced = {kind: [(group, _owner(group.channels, group.modules)) for group in found.get(kind, ())] for kind in APART}
+    units = traced_attention(model, apart=True).channels
+    traced = {kind: [(group, _owner(group.channels, group.modules)) for group in units.get(kind, ())] for kind in APART}
     run, paths = recorded(model), {owner for of_kind in traced.values() for _, owner in of_kind}
     return _Units(traced, run.calls(paths), set())
 
@@ -292,7 +292,7 @@ _PROOFS: "dict[Hashable, _Proof | BadInput]" = {}
 
 
 def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
-    """Give every group sizes that are proven on its owner; equal modules are proven once."""
+    """Find and prove on its module which size attributes change with every group; equal modules are proven once."""
     of_ffn, result = kind == "ffn", _Proven()
     owners = [owner for group, owner in units.traced.get(kind, ()) if not (of_ffn and _is_in_part(group))]
     taken = {owner for _, owner in units.traced.get("attention", []) + units.traced["head"]} if of_ffn else set()
@@ -325,8 +325,11 @@ def _prove_all(model: nn.Module, kind: str, units: _Units) -> _Proven:
 def _tied_projections(model: nn.Module, group: TracedUnits) -> Projections | None:
     """Return the projections of the attention that channels of q and k, or of v and output, belong to."""
     params = {part.param for part in group.channels.slices}
-    found = (other.projections for other in _proven_of(model, "attention").groups.values())
-    return next((one for one in found if one and not params.isdisjoint(f"{path}.weight" for path in one.layers)), None)
+    for attention in _proven_of(model, "attention").groups.values():
+        layers = attention.projections.layers if attention.projections else ()
+        if not params.isdisjoint(f"{path}.weight" for path in layers):
+            return attention.projections
+    return None
 
 
 @dataclass(frozen=True)

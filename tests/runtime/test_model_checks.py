@@ -10,7 +10,10 @@ from torch.nn.utils import prune as torch_prune
 
 import vitprune
 from tests.support.model_zoo import batches, tiny
-from vitprune import BadInput
+from vitprune import BadInput, find_groups
+from vitprune.criteria import ScoringContext
+from vitprune.criteria.obs.gradients import weight_gradients
+from vitprune.criteria.obs.weight_blocks import BlockRange
 
 
 class LowRank(nn.Linear):
@@ -113,11 +116,35 @@ def test_a_layer_with_a_low_rank_update_is_named_if_it_is_not_pruned(vit: nn.Mod
     }
 
 
-def test_single_weights_of_shared_layers_are_refused_and_units_are_pruned(vit: nn.Module) -> None:
+def test_a_layer_that_blocks_share_is_pruned_once(vit: nn.Module) -> None:
     vit.blocks[1].mlp = vit.blocks[0].mlp
-    with pytest.raises(BadInput, match=r"^blocks.1.mlp.fc1.weight: is the same parameter as blocks.0.mlp.fc1.weight"):
-        vitprune.prune(vit, "magnitude", sparsity=0.5)
+    names = [group.name for group in find_groups(vit, ["weight"])]
+    assert [name for name in names if ".mlp." in name] == ["blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"]
+    for method in ("magnitude", "ovit"):
+        result = vitprune.prune(vit, method, sparsity=0.5, calibration=batches(vit))
+        assert result.model.blocks[0].mlp is result.model.blocks[1].mlp
+        assert result.sparsity == {"weight": 0.5}
+        zeros = sum(int((result.model.get_parameter(name) == 0).sum()) for name in names)
+        assert zeros == sum(result.model.get_parameter(name).numel() for name in names) // 2
+    with pytest.raises(BadInput, match=r"^blocks.0.mlp.fc1: runs more than once per forward pass; exclude it"):
+        vitprune.prune(vit, "obc", sparsity=0.5, calibration=batches(vit))
     result = vitprune.prune(vit, "channel-taylor", sparsity={"ffn": 0.25}, calibration=batches(vit))
     assert result.model.blocks[0].mlp is result.model.blocks[1].mlp
+
+
+def test_gradients_of_a_shared_layer_are_summed_over_its_calls(vit: nn.Module) -> None:
+    vit.blocks[1].mlp = vit.blocks[0].mlp
+    block = BlockRange("blocks.0.mlp.fc1.weight", 60, 0, 60)
+    images, labels = batches(vit)[0]
+    batch = (images[:1], labels[:1])
+    [(_, gradients)] = weight_gradients(vit.double(), [block], [batch], ScoringContext())
+    nn.functional.cross_entropy(vit(batch[0]), batch[1]).backward()
+    torch.testing.assert_close(gradients[0], vit.blocks[0].mlp.fc1.weight.grad.flatten()[:60])
+
+
+def test_single_weights_of_two_layers_with_one_parameter_are_refused(vit: nn.Module) -> None:
+    vit.blocks[1].mlp.fc1.weight = vit.blocks[0].mlp.fc1.weight
+    with pytest.raises(BadInput, match=r"^blocks.1.mlp.fc1.weight: is the same parameter as blocks.0.mlp.fc1.weight"):
+        vitprune.prune(vit, "magnitude", sparsity=0.5)
     vit.blocks[1].mlp = copy.deepcopy(vit.blocks[0].mlp)
     assert vitprune.prune(vit, "magnitude", sparsity=0.5).sparsity == {"weight": 0.5}

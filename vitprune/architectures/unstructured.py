@@ -11,7 +11,7 @@ from vitprune.architectures.slices import not_prunable, weight_group
 from vitprune.architectures.tracing.cache import end_layers
 from vitprune.errors import BadInput
 from vitprune.groups import Group, is_within
-from vitprune.runtime.wrappers import is_timm_model, layers_of_config
+from vitprune.runtime.wrappers import layers_of_config
 
 INNER_LAYERS = ("conv", "linear", "ln")  # names of a layer inside a module with its norm
 LAYER_TYPES = {"q": "qkv", "k": "qkv", "v": "qkv", "kv": "qkv", "qk": "qkv", "fc1": "mlp", "fc2": "mlp"}
@@ -38,15 +38,11 @@ ANY_LAYERS = Recipe()
 
 
 def _matrix_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Paths and modules of all layers whose weight has two axes or more.
-
-    A weight that layers of a timm model share has several paths and is refused; timm itself shares only depth-wise
-    ones.
-    """
-    for name, parameter in model.named_parameters(remove_duplicate=not is_timm_model(model)):
-        path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and parameter.dim() > 1:
-            yield path, model.get_submodule(path)
+    """Paths and modules of all layers whose weight has two axes or more; a layer that runs several times is one."""
+    for path, module in model.named_modules():
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is not None and weight.dim() > 1:
+            yield path, module
 
 
 def single_weights(model: nn.Module, recipe: Recipe = ANY_LAYERS) -> list[Group]:

@@ -21,7 +21,7 @@ def path_inside(root: Path, name: object, source: str) -> Path:
 
     Args:
         root: The folder.
-        name: The path as the stranger's file gives it.
+        name: The path as the untrusted file gives it.
         source: The file or tag that gives it, for the message.
 
     Returns:

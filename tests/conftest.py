@@ -50,6 +50,7 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.hookimpl(optionalhook=True)  # also runs without pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
     """Return one process more than there are cores, at most 4, since pipeline tests wait for other processes."""
     return min(4, (os.cpu_count() or 1) + 1)

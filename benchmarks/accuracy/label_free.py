@@ -3,7 +3,8 @@
 Calibration on rows 600..799 of imagenet-val-800 (200 images), or on imagenet-one-per-class-1000 (1,000 images);
 evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. `top-1` is without reconstruction, with
 corrected norms (`prune.correct_norms`). The reconstruction follows a pruning without its held-out images, once per
-seed, and is given as the mean of the seeds. Rows with merged tokens change the number of tokens (prune.merge_tokens).
+seed, and is given as the mean of the seeds. Rows with cycles prune gradually (prune.cycles), with a third of the passes
+after each of the three. Rows with merged tokens change the number of tokens (prune.merge_tokens).
 Rows of Torch-Pruning are of its setting of highest top-1 (peers.md), which uses labels, followed by the same correction
 and reconstruction. Seconds of the reconstruction include the pruning; one process; other work on the machine makes them
 longer. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an interrupted benchmark continues;
@@ -58,10 +59,24 @@ GOALS: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, greedy", "n:m")),
-    **dict.fromkeys(("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "magnitude")),
-    "half of the FFN": ("unit-obs", "corp", "channel-magnitude", PEER),
-    "0.7x MACs": ("unit-obs", "unit-obs, 8 merged tokens", "unit-obs, searched widths", "channel-magnitude", PEER),
-    "0.5x MACs": ("unit-obs", "unit-obs, 12 merged tokens", "unit-obs, searched widths", "channel-magnitude", PEER),
+    **dict.fromkeys(("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "obc, 3 cycles", "magnitude")),
+    "half of the FFN": ("unit-obs", "unit-obs, 3 cycles", "corp", "channel-magnitude", PEER),
+    "0.7x MACs": (
+        "unit-obs",
+        "unit-obs, 3 cycles",
+        "unit-obs, 8 merged tokens",
+        "unit-obs, searched widths",
+        "channel-magnitude",
+        PEER,
+    ),
+    "0.5x MACs": (
+        "unit-obs",
+        "unit-obs, 3 cycles",
+        "unit-obs, 12 merged tokens",
+        "unit-obs, searched widths",
+        "channel-magnitude",
+        PEER,
+    ),
 }
 PEER_SETUPS = {  # the settings of highest top-1 in docs/results/peers.md
     "half of the FFN": (Goal(removed=0.5), Setup("taylor", "global, not normalised", "ffn")),
@@ -152,6 +167,10 @@ def measure(case: Case, goal: str, method: str, images: int, seeds: Sequence[int
         return
     batches = case.calibration[images]
     config = ReconstructConfig(passes=1 if quick else PASSES[images] * LONGER.get(goal, 1))
+    if method.endswith(" cycles"):
+        for seed in (seed for seed in seeds if seed != WITHOUT):
+            yield gradual(case, goal, method, images, seed, config)
+        return
     start = time.perf_counter()
     if WITHOUT in seeds:
         model, _ = prune_once(case.dense, goal, method, batches)
@@ -165,6 +184,18 @@ def measure(case: Case, goal: str, method: str, images: int, seeds: Sequence[int
         model, start = copy.deepcopy(pruned), time.perf_counter()
         nats = reconstruct(model, teacher, batches, config, seed).facts["nats_after"]
         yield evaluated(case, model, goal, method, images, seed, seconds + time.perf_counter() - start, nats)
+
+
+def gradual(case: Case, goal: str, method: str, images: int, seed: int, reconstruction: ReconstructConfig) -> Measured:
+    """Prune in several cycles, each with a reconstruction, whose passes are divided among them; evaluate."""
+    name, _, variant = method.partition(", ")
+    cycles, start = int(variant.split()[0]), time.perf_counter()
+    each = reconstruction.model_copy(update={"passes": -(-reconstruction.passes // cycles)})
+    plan = plan_for(PruneConfig(method=name, cycles=cycles, reconstruct=each, **GOALS[goal]), SCORE, seed)
+    model = prepared(copy.deepcopy(case.dense), plan, case.calibration[images])
+    *_, last = prune_cycles(model, plan, case.calibration[images])
+    nats = last.reconstruction.facts["nats_after"]
+    return evaluated(case, model, goal, method, images, seed, time.perf_counter() - start, nats)
 
 
 def evaluated(

@@ -1,6 +1,7 @@
 """Reconstruction towards the dense model: selection by held-out images, preserved zeros, bit-identical results."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.support.plans import plan_for
 from vitprune import BadInput, ReconstructConfig, ScoreConfig, find_groups, prune
 from vitprune.errors import NotFinite
 from vitprune.pruning.prune_cycles import prune_cycles
-from vitprune.pruning.reconstruct import _loss, reconstruct
+from vitprune.pruning.reconstruct import Reconstruction, _loss, reconstruct
 
 FEW = ReconstructConfig(passes=3, lr=1e-3, batch_size=4, holdout=5)
 LONGER = FEW.model_copy(update={"passes": 10})  # the rate rises over ten steps, which are two passes and a half
@@ -131,6 +132,33 @@ def test_prune_reconstructs_after_every_cycle() -> None:
     cycles = list(prune_cycles(pruned, plan_for("magnitude", 0.6, cycles=2, reconstruct=FEW), data))
     assert len(cycles) == 2
     assert all(cycle.reconstruction.facts["nats_after"] < cycle.reconstruction.facts["nats_before"] for cycle in cycles)
+
+
+def test_prune_in_cycles_equals_prune_cycles() -> None:
+    model = tiny("vit", dtype=torch.float32)
+    data, settings = batches(model, 3, 6), {"sparsity": {"ffn": 0.5}, "cycles": 3, "reconstruct": FEW}
+    result = prune(model, "unit-obs", calibration=data, **settings)
+    plan = plan_for("unit-obs", settings["sparsity"], cycles=3, reconstruct=FEW)
+    expected = copy.deepcopy(model)
+    cycles = list(prune_cycles(expected, plan, data))
+    assert [round(cycle.target["ffn"], 4) for cycle in cycles] == [0.3519, 0.4815, 0.5]
+    assert result.sparsity == {"ffn": 0.5}
+    assert result.reconstruction == cycles[-1].reconstruction.facts
+    assert all(torch.equal(value, state(expected)[name]) for name, value in state(result.model).items())
+
+
+def test_a_budget_is_divided_among_the_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines = []
+
+    def record(*arguments: object) -> Reconstruction:
+        deadlines.append(arguments[-1])
+        return Reconstruction()
+
+    monkeypatch.setattr("vitprune.pruning.prune_cycles.reconstruct_weights", record)
+    model = tiny("vit")
+    start = time.perf_counter()
+    prune(model, "magnitude", sparsity=0.5, calibration=batches(model, 3, 6), reconstruct=True, cycles=4, budget="400s")
+    assert [round((deadline - start) / 100, 1) for deadline in deadlines] == pytest.approx([1, 2, 3, 4], abs=0.3)
 
 
 def test_streams_are_compared_in_the_order_of_permuted_channels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,8 @@ class PruneResult:
         skipped: Kinds of the method that this model does not have, and modules that cannot be pruned, each with the
             reason.
         seconds: Duration in seconds.
-        reconstruction: KL divergence from the dense logits on held-out images before and after the reconstruction, in
-            nats per image, the pass that was kept and the number of passes; empty without a reconstruction.
+        reconstruction: KL divergence from the dense logits on held-out images before and after the last
+            reconstruction, in nats per image, the pass that was kept and the number of passes; empty without.
         allocation: The same divergence for the widths of the ranking and for those of the search, and the number of
             evaluated models; empty without a search.
         chosen_method: Name of the method that "auto" stands for; empty if a method was given.
@@ -164,6 +164,7 @@ def prune(
     scope: str | None = None,
     round_to: int | Mapping[Kind, int] | None = None,
     rules: Sequence[Rule | Mapping[str, object]] = (),
+    cycles: int = 1,
     merge_heads_to: int | None = None,
     rotate_residual: bool = False,
     merge_tokens: int | None = None,
@@ -176,7 +177,7 @@ def prune(
     within: str | None = None,
     seed: int = 0,
 ) -> PruneResult:
-    """Prune a copy of a model in one cycle; the model itself is not changed.
+    """Prune a copy of a model; the model itself is not changed.
 
     Give exactly one of `sparsity` and `target`; N:M methods need neither. A model in half precision is pruned in
     float32, and the result has the model's own type. The result has no wrapper of torch.compile or data parallelism.
@@ -198,6 +199,8 @@ def prune(
             it.
         round_to: Remaining units of every group are a multiple of this.
         rules: Constraints on single groups, such as {"match": "blocks.0.mlp", "ignore": True}.
+        cycles: Number of pruning cycles. With several, the sparsity or cost approaches its goal on a cubic schedule,
+            every cycle computes new scores, and `reconstruct` and `correct_norms` follow each.
         merge_heads_to: Merge the attention heads into this many first.
         rotate_residual: Rotate the residual stream of a plain ViT first, so that its last channels matter least.
         merge_tokens: Merge this many tokens of a plain ViT before every block but the first, see
@@ -242,6 +245,7 @@ def prune(
         "scope": scope,
         "round_to": round_to,
         "rules": rules,
+        "cycles": cycles,
         "merge_heads_to": merge_heads_to,
         "rotate_residual": rotate_residual,
         "merge_tokens": merge_tokens,
@@ -268,7 +272,7 @@ def prune(
         raise BadInput("FeatureGetterNet: residual channels are its output; prune other kinds")
     batches = images_of_classes(batches, plan.config.classes)
     pruned = prepared(pruned, plan, batches)
-    cycle = _run_cycle(pruned, plan, batches, deadline, skipped)
+    cycle = _run_cycles(pruned, plan, batches, deadline, skipped)
     if example_input is not None:
         with scoring_mode(pruned):
             _check_finite(pruned, example_input)
@@ -276,13 +280,13 @@ def prune(
     return result_of(model, pruned, cycle, start, skipped, example_input, chosen)
 
 
-def _run_cycle(
+def _run_cycles(
     model: nn.Module, plan: Plan, batches: Batches, deadline: float | None, skipped: Mapping[str, str]
 ) -> Cycle:
-    """Prune a model in place in one cycle; an error of an unreachable target names what is not pruned."""
+    """Prune a model in place, return the last cycle; an error of an unreachable target names what is not pruned."""
     with scoring_mode(model):
         try:
-            (cycle,) = prune_cycles(model, plan, batches, deadline=deadline)
+            *_, cycle = prune_cycles(model, plan, batches, deadline=deadline)
         except Unreachable as error:
             raise Unreachable("; ".join([str(error), *_not_pruned(skipped)])) from None
     return cycle

@@ -1,6 +1,7 @@
 """Prune a model cycle by cycle: scores, masks, weight update, removal of units, reconstruction and correction."""
 
 import copy
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -102,7 +103,7 @@ def prune_cycles(
         statistics: Statistics of the criterion, for the weight update of a first cycle with known masks.
         resume: Where an interrupted run continues.
         orders: Orders of channels that belong to `first` and `statistics`, see `Importance.orders`.
-        deadline: See `reconstruct`.
+        deadline: See `reconstruct`; the time until then is divided equally among the cycles.
 
     Yields:
         Every cycle after its pruning.
@@ -114,6 +115,7 @@ def prune_cycles(
     state = cycle_state(dense, plan) if resume is None else cycle_state(dense, plan, resume.number + 1, resume.masks)
     logits = dense_logits(all_tokens, batches) if plan.config.correct_norms else []
     given = given_masks(first, plan, state) if first is not None and resume is None else None
+    start, first_number = time.perf_counter(), state.number
     while state.number <= plan.config.cycles:
         complete = False
         while not complete:
@@ -131,7 +133,9 @@ def prune_cycles(
             state, complete = replace(state, masks=selected.masks), selected.complete
         if runs and (why := shape_error(model)):
             raise BadInput(f"{type(model).__name__}: the pruned model does not run ({why}); prune other kinds")
-        reconstruction = _reconstruct(model, teachers, batches, plan, state.number, deadline)
+        share = (state.number - first_number + 1) / (plan.config.cycles - first_number + 1)
+        limit = None if deadline is None else start + share * (deadline - start)
+        reconstruction = _reconstruct(model, teachers, batches, plan, state.number, limit)
         corrected = _correct(model, logits, batches, plan, state.number)
         yield Cycle(
             number=state.number,

@@ -377,9 +377,8 @@ def resize_group(model: nn.Module, group: Group, shape: tuple[int, ...]) -> None
     """
     size = torch.Size(shape).numel()
     if not 0 < size <= group.units or len(shape) != len(group.shape):
-        raise BadInput(
-            f"{group.name}: shape {list(shape)} does not fit into {list(group.shape)}; is this the right model?"
-        )
+        why = f"shape {list(shape)} does not fit into {list(group.shape)}"
+        raise BadInput(f"{group.name}: {why}; is this the right model?")
     keep = torch.arange(group.units) < size
     _cut(model, [(group, keep, _kept_shape(group, keep) if group.kind == "block" else shape)])
 
@@ -389,9 +388,8 @@ def _fitting(group: Group, masks: Masks) -> Tensor:
         raise BadInput(f"{group.name}: no mask for this group; give one bool tensor of shape {list(group.shape)}")
     mask = masks[group.name]
     if mask.dtype != torch.bool or mask.numel() != group.units:
-        raise BadInput(
-            f"{group.name}: mask is {mask.dtype} {list(mask.shape)}, needed is torch.bool {list(group.shape)}"
-        )
+        needed = f"torch.bool {list(group.shape)}"
+        raise BadInput(f"{group.name}: mask is {mask.dtype} {list(mask.shape)}, needed is {needed}")
     return mask.flatten()
 
 
@@ -400,9 +398,8 @@ def _kept_shape(group: Group, mask: Tensor) -> tuple[int, ...]:
         raise BadInput(f"{group.name}: single weights cannot be cut out of a tensor; use zero")
     kept = mask.flatten().nonzero().flatten()
     if group.kind == "block" and (len(kept) % 2 or bool((kept % 2 != torch.arange(len(kept)) % 2).any())):
-        raise BadInput(
-            f"{group.name}: kept sub-layers would not alternate attention and FFN; remove pairs of neighbors"
-        )
+        why = "kept sub-layers would not alternate attention and FFN"
+        raise BadInput(f"{group.name}: {why}; remove pairs of neighbors")
     if group.whole_blocks and not torch.equal(mask.flatten()[::2], mask.flatten()[1::2]):
         raise BadInput(f"{group.name}: half of a block would be removed; remove both units of a block")
     rows = mask.view(group.shape).flatten(1) if len(group.shape) > 1 else mask.view(1, -1)
@@ -516,17 +513,15 @@ def _match_weight(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
-    elif isinstance(module, nn.Conv2d) and module.groups > 1:
+    elif isinstance(module, nn.Conv2d):
         per_group, module.out_channels = module.out_channels // module.groups, module.weight.shape[0]
-        module.groups = module.out_channels // per_group
+        module.groups = module.out_channels // per_group if module.groups > 1 else 1
         module.in_channels = module.groups * module.weight.shape[1]
     elif isinstance(module, nn.ConvTranspose2d):  # depth-wise, or of one group
         module.in_channels, module.groups = len(module.weight), len(module.weight) if module.groups > 1 else 1
         module.out_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = module.weight.shape[0]
-    elif isinstance(module, nn.Conv2d):
-        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = module.weight.shape[0]
     elif isinstance(module, CHANNEL_NORMS):

@@ -201,9 +201,8 @@ def _mapping(path: Path, remedy: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; {remedy}") from None
     if not isinstance(raw, dict):
-        raise BadInput(
-            f"{path}: must be a mapping of sections, {'but is empty' if raw is None else f'is {type(raw).__name__}'}"
-        )
+        found = "but is empty" if raw is None else f"is {type(raw).__name__}"
+        raise BadInput(f"{path}: must be a mapping of sections, {found}")
     return raw
 
 

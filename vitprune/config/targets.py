@@ -52,9 +52,8 @@ class Target(Section):
     @model_validator(mode="after")
     def _check_one_cost(self) -> Self:
         if len(self.costs) != 1:
-            raise ValueError(
-                f"give one cost of {', '.join(name for name in type(self).model_fields if name != 'table')}"
-            )
+            names = ", ".join(name for name in type(self).model_fields if name != "table")
+            raise ValueError(f"give one cost of {names}")
         if self.table is not None and self.latency is None and self.latency_ms is None:
             raise at_key("table", "is for latency and latency_ms; remove it", str(self.table))
         return self

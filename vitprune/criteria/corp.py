@@ -32,11 +32,9 @@ def corp(model: nn.Module, groups: Sequence[Group], batches: Batches, context: S
     Source: CORP (arXiv 2602.05243): ranking by energy and weights on the dense model. Its separate pruning of q and k
         is not implemented, because timm's attention has one width for q, k and v.
     """
-    unsupported = [group for group in groups if group.kind != "ffn"]
-    if unsupported:
-        raise BadInput(
-            f"{unsupported[0].name}: corp scores ffn, not kind {unsupported[0].kind!r}; set prune.kinds to [ffn]"
-        )
+    for group in groups:
+        if group.kind != "ffn":
+            raise BadInput(f"{group.name}: corp scores ffn, not kind {group.kind!r}; set prune.kinds to [ffn]")
     statistics = collect_unit_moments(model, groups, batches, context)
     scores: Scores = {}
     for group in groups:

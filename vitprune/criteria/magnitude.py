@@ -77,14 +77,12 @@ def _energy(weight: Tensor) -> Tensor:
 
 
 def _descending(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort magnitudes in descending order and return them with their positions; ties as in `select`.
-
-    The bits of a non-negative float32 sort like the float itself, so magnitude and position are packed into one int64:
-    numpy sorts these many times faster than torch sorts pairs.
-    """
+    """Sort magnitudes in descending order and return them with their positions; ties as in `select`."""
     if flat.dtype == torch.float64:
         order = flat.abs().argsort(stable=True).flip(0)
         return flat.abs()[order], order
+    # The bits of a non-negative float32 sort like the float itself, so magnitude and position are packed into one
+    # int64: numpy sorts these many times faster than torch sorts pairs.
     keys = flat.float().abs().view(torch.int32).long().bitwise_left_shift_(32)
     keys += torch.arange(len(flat))
     keys.numpy().sort()

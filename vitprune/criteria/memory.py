@@ -1,6 +1,6 @@
 """Activation memory of a forward pass, and the batch size that fits into a memory limit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,7 @@ def max_batch_size(model: nn.Module, run: Callable[[Tensor], object], image: Ten
         image: One image, (1, ...).
         memory: Limit in bytes.
     """
-    return max(1, memory // activation_bytes(model, run, image))
-
-
-def activation_bytes(model: nn.Module, run: Callable[[Tensor], object], image: Tensor) -> int:
-    """Return the bytes that autograd saves in the forward pass of one image, parameters excluded."""
-    saved: dict[int, int] = {}
+    saved: dict[int, int] = {}  # bytes that autograd saves, by address
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def record(tensor: Tensor) -> Tensor:
@@ -31,9 +26,4 @@ def activation_bytes(model: nn.Module, run: Callable[[Tensor], object], image: T
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         run(image)
-    return max(1, sum(saved.values()))
-
-
-def minibatches(images: Tensor, size: int) -> Iterator[Tensor]:
-    """Yield the images in order, `size` at a time."""
-    return (images[start : start + size] for start in range(0, len(images), size))
+    return max(1, memory // max(1, sum(saved.values())))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitprune.criteria import Batches, ScoringContext, Statistics, layer_io
 from vitprune.criteria.fisher_directions import fisher_directions
-from vitprune.criteria.memory import max_batch_size, minibatches
+from vitprune.criteria.memory import max_batch_size
 from vitprune.errors import BadInput
 from vitprune.groups import Group, Projections
 from vitprune.runtime.eval_mode import eval_mode, frozen
@@ -20,7 +20,6 @@ from vitprune.runtime.messages import warn
 from vitprune.runtime.progress import track
 
 NUM_FOLDS = 2  # moments of even and odd images: a ridge is selected on images that were not fitted
-
 MANY_CLASSES, NARROW = 100, 0.3  # least classes of a warning; predicted classes relative to the most that are possible
 
 GradMoment = Literal["metric", "metric_diagonal"]
@@ -48,9 +47,8 @@ def find_consumer(model: nn.Module, group: Group) -> Consumer:
         and isinstance(model.get_submodule(part.param.rpartition(".")[0]), nn.Linear)
     ]
     if len(result) != 1 or group.kind == "residual":
-        raise BadInput(
-            f"{group.name}: {len(result)} Linear layers read its units, the method needs one; choose another"
-        )
+        why = f"{len(result)} Linear layers read its units, the method needs one"
+        raise BadInput(f"{group.name}: {why}; choose another")
     return result[0]
 
 
@@ -135,7 +133,7 @@ def collect_layer_moments(
     with eval_mode(model), frozen(model):
         size = _at_once(model, readers, attentions, batches[0][0], context)
         for batch, _ in track(batches, "collecting second moments"):
-            for images in minibatches(batch, size):
+            for images in torch.split(batch, size):
                 result, logits = _of_batch(model, readers, attentions, images, context, grads, first)
                 for name, value in result.items():
                     _add(total, name, value)
@@ -155,11 +153,7 @@ def _warn_if_narrow(predicted: int, classes: int, images: int) -> None:
 
 
 def _at_once(
-    model: nn.Module,
-    readers: Sequence[str],
-    attentions: Sequence[Projections],
-    images: Tensor,
-    context: ScoringContext,
+    model: nn.Module, readers: Sequence[str], attentions: Sequence[Projections], images: Tensor, context: ScoringContext
 ) -> int:
     """Number of images per forward pass that fits into `context.config.memory`."""
     image = images[:1].to(next(model.parameters()).device)
@@ -183,10 +177,9 @@ def _of_batch(
         record_layer_io(model, readers, _makers(attentions)) as (inputs, outputs),
     ):
         logits = model(images.to(device))
-    unused = [path for path in readers if path not in inputs]
-    if unused:
-        raise BadInput(f"{unused[0]}: is not used in the forward pass; exclude it")
     for path in readers:
+        if path not in inputs:
+            raise BadInput(f"{path}: is not used in the forward pass; exclude it")
         if inputs[path].numel() % (len(images) * inputs[path].shape[-1]):
             raise BadInput(f"{path}: its inputs do not belong to single images; exclude it")
     parity = torch.arange(first, first + len(images), device=device) % NUM_FOLDS
@@ -194,14 +187,12 @@ def _of_batch(
     result = {f"{path}/inputs": _of_inputs(layer, inputs[path], parity) for path, layer in layers.items()}
     if grads is None:
         return result, logits.detach()
-    paths = list(outputs)
+    leaves = list(outputs.values())
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
     number = context.config.directions(diagonal=grads == "metric_diagonal")
     for direction in fisher_directions(probability, None, number, context.seed, where):
-        output_grads = torch.autograd.grad(
-            logits, [outputs[p] for p in paths], direction.to(logits.dtype), retain_graph=True
-        )
-        by_path = dict(zip(paths, output_grads, strict=True))
+        output_grads = torch.autograd.grad(logits, leaves, direction.to(logits.dtype), retain_graph=True)
+        by_path = dict(zip(outputs, output_grads, strict=True))
         for attention in attentions:
             query = attention.select(by_path)[0].flatten(0, -3)  # (tokens of all images, heads, c)
             _add(result, f"{attention.path}/query_grad_sq", query.double().square().sum(dim=(0, 2)).cpu())

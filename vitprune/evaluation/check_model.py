@@ -93,20 +93,11 @@ def check(
     for kind in kinds:
         start = time.process_time()
         try:
-            groups = find_groups(dense, [kind])
+            groups = _removable_groups(dense, kind)
         except BadInput as error:
             yield ModelCheck(name, kind, 0.0, "refused", str(error))
             continue
         seconds = round(time.process_time() - start, 3)
-        if groups[0].units == {"block": 2, "branch": 1}.get(kind, 0):
-            yield ModelCheck(
-                name, kind, 0.0, "refused", f"{type(dense).__name__}: it has only one {kind}, which cannot be removed"
-            )
-            continue
-        if all(group.units == 1 for group in groups):
-            only = f"{groups[0].name}: no group of kind {kind!r} has more than one unit, which cannot be removed"
-            yield ModelCheck(name, kind, 0.0, "refused", only)
-            continue
         for number, ratio in enumerate(ratios):
             result = check_removal(dense, groups, random_odd_masks(groups, ratio, seed=number), inputs)
             verdict = "failed" if result.failures else "proven"
@@ -114,6 +105,15 @@ def check(
             others = left_out(dense, kind)
             sizes = traced_groups.size_attributes_of(groups)
             yield ModelCheck(name, kind, ratio, verdict, why, len(groups), result, size, sizes, others, seconds)
+
+
+def _removable_groups(model: nn.Module, kind: str) -> list[Group]:
+    groups = find_groups(model, [kind])
+    if groups[0].units == {"block": 2, "branch": 1}.get(kind, 0):
+        raise BadInput(f"{type(model).__name__}: it has only one {kind}, which cannot be removed")
+    if all(group.units == 1 for group in groups):
+        raise BadInput(f"{groups[0].name}: no group of kind {kind!r} has more than one unit, which cannot be removed")
+    return groups
 
 
 def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:
@@ -154,8 +154,8 @@ def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.M
     return randomize_parameters(model), _noise(2, channels, *sizes)
 
 
-def _noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def random_odd_masks(groups: Sequence[Group], ratio: float, seed: int = 0) -> Masks:
@@ -183,7 +183,7 @@ def random_odd_masks(groups: Sequence[Group], ratio: float, seed: int = 0) -> Ma
     return masks
 
 
-def print_check(name: str, kinds: Sequence[str] | None, ratios: Sequence[float], as_json: bool = False) -> bool:
+def print_check(name: str, kinds: Sequence[str] | None, ratios: Sequence[float], as_json: bool) -> bool:
     """Print the results of `check` as a table, or as one JSON object per line; return whether no kind failed.
 
     Args:

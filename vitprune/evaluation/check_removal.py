@@ -66,7 +66,7 @@ def check_removal(dense: nn.Module, groups: Sequence[Group], masks: Masks, input
     failures: list[str] = []
     difference = float("nan")
     try:
-        expected = logits_of(masked_reference(dense, groups, masks), [inputs])[0]
+        expected = logits_of(_masked_reference(dense, groups, masks), [inputs])[0]
         smaller = (zero if kind == "weight" else shrink)(copy.deepcopy(dense), groups, masks)
         logits = logits_of(smaller, [inputs])[0]
         scale = float(expected.abs().max())
@@ -76,9 +76,10 @@ def check_removal(dense: nn.Module, groups: Sequence[Group], masks: Masks, input
         if not float((expected - dense_logits).abs().max()) >= MIN_CHANGE * scale:
             failures.append("removing the units does not change the logits, so the check proves nothing")
         counts[1] = sum(p.numel() for p in smaller.parameters()), count_macs(smaller, inputs[:1])
-        failures += (
-            _check_zeros(smaller, groups, masks) if kind == "weight" else _check_costs(dense, groups, masks, counts)
-        )
+        if kind == "weight":
+            failures += _check_zeros(smaller, groups, masks)
+        else:
+            failures += _check_costs(dense, groups, masks, counts)
         failures += _check_round_trip(smaller, dense, inputs) + _check_backward(smaller, inputs)
     except Exception as error:  # wrong slices can break a forward pass in any way
         failures.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
@@ -86,20 +87,10 @@ def check_removal(dense: nn.Module, groups: Sequence[Group], masks: Masks, input
     return RemovalCheck(difference, before, after, macs_before, macs_after, tuple(failures))
 
 
-def masked_reference(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
-    """Copy a model at full size and disable the removed units.
-
-    The weights of the units are zeroed. Norms of the residual stream use the remaining channels only. Removed blocks
-    and branches add nothing to the residual stream.
-
-    Args:
-        dense: The model.
-        groups: Groups of one kind.
-        masks: Masks by group name, True = kept.
-
-    Returns:
-        The reference model.
-    """
+def _masked_reference(dense: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
+    """Return a copy of a model at full size, in which the removed units of groups of one kind have no effect."""
+    # The weights of the units are zeroed. Norms of the residual stream use the remaining channels only. Removed blocks
+    # and branches add nothing to the residual stream.
     model = copy.deepcopy(dense)
     if groups[0].kind not in ("residual", *REMOVED):
         return zero(model, groups, masks)
@@ -142,14 +133,12 @@ def _narrow_norm_output(
 
 
 def _channel_axis(norm: nn.Module, dimensions: int) -> int:
-    """Return the axis over which a norm computes mean and variance.
-
-    If it is not the last axis, scaling the columns of an image does not change the normalized values of a pixel.
-    """
+    """Return the axis over which a norm computes mean and variance."""
     if isinstance(norm, nn.GroupNorm):
         return 1
     if dimensions < 4:
         return -1
+    # if it is not the last axis, scaling the columns of an image does not change the normalized values of a pixel
     width = len(next(norm.parameters()))
     pixels = torch.randn(1, width, 2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scale = torch.linspace(1, 2, width, dtype=torch.float64)

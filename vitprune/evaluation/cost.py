@@ -58,7 +58,8 @@ def count(model: nn.Module, example_input: Tensor) -> Counts:
     """
     model = plain_model(model)
     total, per_layer = count_macs(model, checked_input("example_input", example_input, model)[:1])
-    zeros = {name: _zero_share(model.get_parameter(f"{name}.weight")) for name in per_layer}
+    weights = {name: model.get_parameter(f"{name}.weight") for name in per_layer}
+    zeros = {name: 1 - int(weight.count_nonzero()) / weight.numel() for name, weight in weights.items()}
     parameters = list(model.parameters())
     return Counts(
         params=sum(p.numel() for p in parameters),
@@ -98,10 +99,10 @@ def count_macs(model: nn.Module, image: Tensor) -> tuple[int, dict[str, int]]:
         model: The model.
         image: Input (1, C, H, W), or tokens.
     """
-    layers = _Layers(model)
+    layers, weight = _Layers(model), next(model.parameters())
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), eval_mode(model), frozen(model), unfused_attention(model), counter, layers:
-        model(_cast(model, image))
+        model(image.to(weight) if image.is_floating_point() else image.to(weight.device))  # tokens remain integers
     return int(counter.get_total_flops() // 2), layers.macs
 
 
@@ -115,10 +116,6 @@ def _nominal_saving(model: nn.Module, per_layer: dict[str, int]) -> int:
     zeros = sum(w.numel() - int(w.count_nonzero()) for w in weights)
     prunable = sum(per_layer.get(group.name.removesuffix(".weight"), 0) for group in groups)
     return round(prunable * zeros / sum(w.numel() for w in weights))
-
-
-def _zero_share(weight: Tensor) -> float:
-    return 1 - int(weight.count_nonzero()) / weight.numel()
 
 
 class _Layers(TorchFunctionMode):
@@ -139,9 +136,3 @@ class _Layers(TorchFunctionMode):
                 used = output.numel() // weight.shape[0] * weight.numel()
                 self.macs[name] = self.macs.get(name, 0) + used
         return output
-
-
-def _cast(model: nn.Module, image: Tensor) -> Tensor:
-    """Move the input to the model's device and, unless it is integer tokens, to the type of its weights."""
-    weight = next(model.parameters())
-    return image.to(weight) if image.is_floating_point() else image.to(weight.device)

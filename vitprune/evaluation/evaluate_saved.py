@@ -28,18 +28,13 @@ class SourceBatches:
         for first in range(0, len(self.rows), BATCH_SIZE):
             rows = self.rows[first : first + BATCH_SIZE]
             encoded = [self.source.read(self.source.ids[row]) for row in rows]
-            images = [
-                self.transform.image(data.decode(part, self.transform.mode, self.transform.orient)) for part in encoded
-            ]
+            decoded = (data.decode(part, self.transform.mode, self.transform.orient) for part in encoded)
+            images = [self.transform.image(image) for image in decoded]
             yield torch.stack(images), torch.tensor([self.source.labels[row] for row in rows])
 
 
 def evaluate_saved(
-    directory: Path,
-    spec: str,
-    metric: Metric = "accuracy",
-    dense: Path | None = None,
-    threshold: float = 0.0,
+    directory: Path, spec: str, metric: Metric = "accuracy", dense: Path | None = None, threshold: float = 0.0
 ) -> dict[str, float]:
     """Return the result of `evaluate` for a saved model on an image source, with the model's own preprocessing.
 
@@ -66,11 +61,5 @@ def evaluate_saved(
         SourceBatches(source, transform, [row for row, name in enumerate(splits) if name == split])
         for split in ("eval", "train")
     )
-    return evaluate(
-        model,
-        batches,
-        metric,
-        dense=other,
-        reference=reference if reference.rows and metric == "knn" else None,
-        threshold=threshold,
-    )
+    compared = reference if reference.rows and metric == "knn" else None
+    return evaluate(model, batches, metric, dense=other, reference=compared, threshold=threshold)

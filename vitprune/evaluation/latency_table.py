@@ -57,9 +57,8 @@ class LatencyTable:
             )
         from sklearn.isotonic import IsotonicRegression  # takes two seconds, which every stage would wait
 
-        patterns = [pattern for pattern in self.times if pattern == group.name] or [
-            pattern for pattern in self.times if fnmatchcase(group.name, pattern)
-        ]
+        matching = [pattern for pattern in self.times if fnmatchcase(group.name, pattern)]
+        patterns = [group.name] if group.name in self.times else matching
         if len(patterns) != 1:
             named = f"{' and '.join(patterns[:2])} both match" if patterns else "no row names"
             raise BadInput(f"{self.source}: {named} group {group.name}; vitprune inspect lists the groups")

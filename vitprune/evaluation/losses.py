@@ -82,15 +82,3 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
                 f"{classes - 1}, or choose a method that needs no labels (vitprune methods)"
             )
         raise BadInput(f"labels: {label} is not a class; the model has the classes 0 to {classes - 1}{missing}")
-
-
-class CrossEntropy(nn.Module):
-    """`cross_entropy` as a module, for timm's distillation tasks."""
-
-    def __init__(self, smoothing: float = 0.0):
-        super().__init__()
-        self.smoothing = smoothing
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over all outputs."""
-        return cross_entropy(logits, labels, self.smoothing)

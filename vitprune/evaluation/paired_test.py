@@ -46,14 +46,7 @@ class McNemarTable:
         return self.difference - low, self.difference + high
 
     def _distance(self, lower: int, lower_end: int, upper: int, upper_end: int) -> float:
-        """Return the distance of one end of the interval from the difference, in percent.
-
-        Args:
-            lower: Images that one model classifies correctly.
-            lower_end: End of its Wilson interval, 0 or 1.
-            upper: Images that the other model classifies correctly.
-            upper_end: End of its Wilson interval.
-        """
+        """Distance in percent of an end from the difference, by two models' correct images and Wilson interval ends."""
         below = abs(lower / self.images - _wilson(lower, self.images)[lower_end])
         above = abs(upper / self.images - _wilson(upper, self.images)[upper_end])
         return 100 * math.sqrt(max(0.0, below**2 - 2 * self._correlation * below * above + above**2))
@@ -123,15 +116,15 @@ def compare_classes(predictions: pa.Table) -> list[ClassComparison]:
     for label in np.unique(labels):
         in_class = labels == label
         wrong, times = np.unique(predicted[in_class & dense & ~pruned], return_counts=True)
-        most_frequent = int(np.argmax(times)) if len(times) else None
+        taken_for, taken_times = (int(wrong[times.argmax()]), int(times.max())) if len(times) else (None, 0)
         results.append(
             ClassComparison(
                 label=int(label),
                 images=int(np.sum(in_class)),
                 dense=int(np.sum(in_class & dense)),
                 pruned=int(np.sum(in_class & pruned)),
-                taken_for=None if most_frequent is None else int(wrong[most_frequent]),
-                taken_times=0 if most_frequent is None else int(times[most_frequent]),
+                taken_for=taken_for,
+                taken_times=taken_times,
             )
         )
     return sorted(results, key=lambda result: (result.pruned - result.dense, result.images, result.label))

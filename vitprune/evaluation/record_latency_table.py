@@ -45,11 +45,7 @@ class _Measurement:
 
 
 def record_latency_table(
-    model: nn.Module,
-    engine: str,
-    batch_size: int = 1,
-    kinds: Sequence[str] = ("ffn", "attention"),
-    runs: int = 50,
+    model: nn.Module, engine: str, batch_size: int = 1, kinds: Sequence[str] = ("ffn", "attention"), runs: int = 50
 ) -> LatencyTable:
     """Measure the time of every group at several widths.
 
@@ -97,9 +93,8 @@ def record_latency_table(
     try:
         by_table = table.fraction_at(table.all_times(groups), half)
     except BadInput as error:
-        raise BadInput(
-            f"--runs {runs}: too few on a device that is busy ({error}); use more, or an idle device"
-        ) from error
+        why = f"too few on a device that is busy ({error})"
+        raise BadInput(f"--runs {runs}: {why}; use more, or an idle device") from error
     check = f"every group at half width: {measured(half).ratio:.3f} of the dense model's latency measured, "
     check += f"{by_table:.3f} by this table"
     return replace(table, notes=(_conditions(engine, next(model.parameters()).device, batch_size, runs), check))
@@ -133,12 +128,8 @@ def record_to_file(
         model = model.cuda()
     table = record_latency_table(model, engine, batch_size, kinds, runs)
     write_latency_table(replace(table, notes=(name, *table.notes)), path)
-    return "\n".join(
-        [
-            f"{path}: {table.milliseconds:.4g} ms; {table.notes[-1]}",
-            f"Next: set prune.target to {{latency: 0.5, table: {path}}}",
-        ]
-    )
+    next_step = f"Next: set prune.target to {{latency: 0.5, table: {path}}}"
+    return f"{path}: {table.milliseconds:.4g} ms; {table.notes[-1]}\n{next_step}"
 
 
 def _narrower(width: int) -> list[int]:

@@ -69,9 +69,8 @@ def allocated_cycle_masks(
     if config.evaluations < needed:
         raise BadInput(f"prune.allocation.evaluations {config.evaluations}: {groups} groups need at least {needed}")
     search = AllocationSearch(model, plan, state, fit, judge)
-    best = minimize(
-        search.nats, len(search.groups), config.evaluations, plan.seed + state.number, config.spread, "searching widths"
-    )
+    seed = plan.seed + state.number
+    best = minimize(search.nats, len(search.groups), config.evaluations, seed, config.spread, "searching widths")
     factors = search.factors(best.point)
     selected = select_cycle_masks(model, _scaled(scores, factors), plan, state, batches)
     facts = {"nats_before": best.start, "nats_after": best.value, "evaluations": best.evaluations}

@@ -28,9 +28,8 @@ def auto_method(kinds: Collection[str], whole_units: bool, rotated: bool = False
         usable = METHODS[name].scopes.keys() - (set() if rotated or name != "unit-obs" else {"residual"})
         if wanted <= usable and (exact or name != "upvits"):
             return name
-    raise BadInput(
-        f"method auto: no method prunes {', '.join(sorted(wanted))} together; prune them one after the other"
-    )
+    names = ", ".join(sorted(wanted))
+    raise BadInput(f"method auto: no method prunes {names} together; prune them one after the other")
 
 
 def has_exact_scores(model: nn.Module) -> bool:

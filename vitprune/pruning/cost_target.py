@@ -149,9 +149,8 @@ def bisect(
     fewest = _remaining(masks_at(high))
     smallest = cost(masks_at(high))
     if smallest > limit:
-        raise Unreachable(
-            f"prune.target: {limit:g} of the dense model cannot be reached, the smallest is {smallest:.4f}"
-        )
+        wanted = f"prune.target: {limit:g} of the dense model"
+        raise Unreachable(f"{wanted} cannot be reached, the smallest is {smallest:.4f}")
     most = _remaining(masks_at(low))
     if cost(masks_at(low)) <= limit:
         return low, low
@@ -252,14 +251,12 @@ def _count_model(model: nn.Module, groups: Sequence[Group], cost: str) -> CostMo
         if cost == "params":
             return sum(parameter.numel() for parameter in smaller.parameters())
         total, per_layer = count_macs(smaller, example)
-        return total - sum(
-            per_layer.get(n.removesuffix(".weight"), 0) * _zeros(used, masks[n]) for n, used in weights.items()
-        )
+        zeros = {name: _zeros(used, masks[name]) for name, used in weights.items()}
+        return total - sum(per_layer.get(name.removesuffix(".weight"), 0) * share for name, share in zeros.items())
 
     all_tokens, before = without_merging(model), counted(all_units(groups))
     dense = before if all_tokens is model else _count_model(all_tokens, groups, cost).dense
-    start = before / dense
-    return CostModel(cost, dense, lambda masks: counted(masks) / dense, start=start)
+    return CostModel(cost, dense, lambda masks: counted(masks) / dense, start=before / dense)
 
 
 def _counted_once(model: nn.Module, image: Tensor) -> tuple[nn.Module, Tensor]:

@@ -4,7 +4,6 @@ Masks are indexed as in the dense model and cumulative: a unit that a cycle remo
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -74,9 +73,6 @@ class Costs:
         if self.times:
             return select_by_latency(scores, share, groups, self.times, masks, constraints)
         return select_by_macs(scores, share, groups, self.macs_per_unit, masks, constraints)
-
-
-NO_COSTS = Costs()
 
 
 @dataclass(frozen=True)
@@ -254,12 +250,17 @@ def given_masks(masks: Masks, plan: Plan, state: CycleState) -> CycleMasks:
     if state.costs.model is None:
         target = cycle_target({}, plan, state).target
         return CycleMasks(masks, target, complete=next_block_removal(state.groups, target, state.masks) == target)
-    units, removed = Counter[str](), Counter[str]()
-    for group in state.groups:
-        units[group.kind] += group.units
-        removed[group.kind] += int((~masks[group.name]).sum())
-    target = {kind: removed[kind] / units[kind] for kind in units}
+    target = sparsity_per_kind(state.groups, masks)
     return CycleMasks(masks, target, complete=not set(REMOVED) & set(plan.sparsity))
+
+
+def sparsity_per_kind(groups: Sequence[Group], masks: Masks) -> dict[str, float]:
+    """Return the fraction of the units that masks remove, per kind."""
+    result = {}
+    for kind in dict.fromkeys(group.kind for group in groups):
+        units = torch.cat([masks[group.name].flatten() for group in groups if group.kind == kind])
+        result[kind] = int((~units).sum()) / units.numel()
+    return result
 
 
 def scores_in_dense(scores: Scores, names: Mapping[str, str], state: CycleState) -> Scores:
@@ -391,7 +392,7 @@ def costs_for(dense: nn.Module, groups: Sequence[Group], plan: Plan) -> Costs:
     Raises:
         BadInput: the target is out of the model's reach, or a rule or an N:M pattern does not fit it.
     """
-    state = CycleState(plan.config.cycles, all_units(groups), groups, NO_COSTS)
+    state = CycleState(plan.config.cycles, all_units(groups), groups, Costs())
     constraints = constraints_for(plan, state)
     _check_runs(dense, groups, plan, constraints)
     macs_kinds = [group for group in groups if group.kind in plan.macs_kinds]

@@ -29,12 +29,7 @@ class WidthOptions:
 
 
 def select_by_latency(
-    scores: Scores,
-    share: float,
-    groups: Sequence[Group],
-    times: GroupTimes,
-    previous: Masks,
-    bounds: Constraints,
+    scores: Scores, share: float, groups: Sequence[Group], times: GroupTimes, previous: Masks, bounds: Constraints
 ) -> Masks:
     """Remove the units with the least importance in all, so that a share of the time that can be saved is saved.
 

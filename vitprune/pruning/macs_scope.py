@@ -18,21 +18,13 @@ MacsPerUnit = dict[str, float]  # by group: fraction of the dense model's MACs t
 
 @dataclass(frozen=True)
 class _RemovalStep:
-    """Units of a group that are removed together: one or a multiple, for attention channels in every head alike.
+    """Units of a group that are removed together: one or a multiple, for attention channels in every head alike."""
 
-    Attributes:
-        rate: Importance per MAC saved; steps are removed in ascending order.
-        macs: MACs saved, as a fraction of the dense model's.
-        min_budget: The step is removed if at least this much of the budget is left.
-        group: Name of the group.
-        units: Flat indices of the units.
-    """
-
-    rate: float
-    macs: float
-    min_budget: float
+    rate: float  # importance per MAC saved; steps are removed in ascending order
+    macs: float  # saved, as a fraction of the dense model's
+    min_budget: float  # the step is removed if at least this much of the budget is left
     group: str
-    units: Tensor
+    units: Tensor  # flat indices
 
 
 def macs_per_unit(groups: Sequence[Group], share_of: CostFn) -> MacsPerUnit:
@@ -56,12 +48,7 @@ def macs_per_unit(groups: Sequence[Group], share_of: CostFn) -> MacsPerUnit:
 
 
 def select_by_macs(
-    scores: Scores,
-    share: float,
-    groups: Sequence[Group],
-    costs: MacsPerUnit,
-    previous: Masks,
-    bounds: Constraints,
+    scores: Scores, share: float, groups: Sequence[Group], costs: MacsPerUnit, previous: Masks, bounds: Constraints
 ) -> Masks:
     """Remove the units with the least importance per MAC until a share of the MACs of all units is removed.
 
@@ -125,9 +112,8 @@ def removal_order(group: Group, scores: Tensor, mask: Tensor) -> tuple[Tensor, T
     rows = scores.detach().cpu().double().reshape(-1, group.shape[-1])
     row_masks = mask.reshape(rows.shape)
     indices = torch.arange(rows.numel()).view(rows.shape)
-    order = torch.stack(
-        [index[keep][row[keep].argsort(stable=True)] for index, row, keep in zip(indices, rows, row_masks, strict=True)]
-    )
+    parts = zip(indices, rows, row_masks, strict=True)
+    order = torch.stack([index[keep][row[keep].argsort(stable=True)] for index, row, keep in parts])
     return order, rows.flatten()[order].sum(dim=0).cummax(dim=0).values
 
 
@@ -141,10 +127,9 @@ def _removal_steps(
     result = []
     for step in removal_steps(left, kept):
         units, size = order[:, step[0] : step[1]].flatten(), step[1] - step[0]
-        if step[0] == 0 and left > kept[-1]:  # mandatory
-            result.append(_RemovalStep(-math.inf, macs * size, -math.inf, group.name, units))
-        else:
+        rate = min_budget = -math.inf
+        if step[0] > 0 or left <= kept[-1]:  # not mandatory
             min_budget = macs * size * (0.5 + 1e-9 if constraint.multiple > 1 else 1 - 1e-9)
             rate = float(importance[middle(step)]) / macs
-            result.append(_RemovalStep(rate, macs * size, min_budget, group.name, units))
+        result.append(_RemovalStep(rate, macs * size, min_budget, group.name, units))
     return result

@@ -69,8 +69,10 @@ class Method:
         return self.criterion is not exact.exact_kl and self.rescore is None
 
 
-def _single(criterion: Criterion, scope: str, about: str, free_scope: bool = False) -> Method:
-    return Method(criterion, {"weight": scope}, ("weight",), free_scope, about)
+def _single(
+    criterion: Criterion, scope: str, about: str, free_scope: bool = False, update: UpdateFromStats | None = None
+) -> Method:
+    return Method(criterion, {"weight": scope}, ("weight",), free_scope, about, update)
 
 
 def _blockwise(criterion: Criterion, recompute_update: RecomputeUpdate, about: str) -> Method:
@@ -135,28 +137,24 @@ METHODS: dict[str, Method] = {
         cap.fisher_diagonal,
         "global",
         "squared weight times the diagonal of the Fisher matrix (ovit with blocks of one weight)",
-        True,
+        free_scope=True,
     ),
-    "fastcap": Method(
+    "fastcap": _single(
         fastcap.fastcap,
-        {"weight": "layer"},
-        ("weight",),
-        True,
+        "layer",
         "one Fisher matrix per layer, columns pruned from left to right (FastCAP: CAP, algorithm 2)",
-        fastcap.columnwise_update,
+        free_scope=True,
+        update=fastcap.columnwise_update,
     ),
-    "obc": Method(
+    "obc": _single(
         obc.obc,
-        {"weight": "global"},
-        ("weight",),
-        True,
+        "global",
         "OBS per output row on the input Hessian, remaining weights solved again (OBC, NeurIPS 2022); also N:M",
-        obc.obc_update,
+        free_scope=True,
+        update=obc.obc_update,
     ),
     "magnitude-obs": _blockwise(
-        cap.with_joint_update(magnitude.magnitude),
-        cap.joint_update,
-        "smallest weights, weight update of ovit",
+        cap.with_joint_update(magnitude.magnitude), cap.joint_update, "smallest weights, weight update of ovit"
     ),
     "channel-magnitude": _structured(
         magnitude.magnitude, "smallest L2 norm of a unit's rows (Li et al., ICLR 2017)", free_scope=True

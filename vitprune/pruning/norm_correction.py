@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vitprune.criteria import Batches, ScoringContext
 from vitprune.criteria.fisher_directions import fisher_directions
-from vitprune.criteria.memory import max_batch_size, minibatches
+from vitprune.criteria.memory import max_batch_size
 from vitprune.criteria.moments import record_layer_io
 from vitprune.errors import BadInput
 from vitprune.evaluation.logits import logits_of
@@ -75,17 +75,15 @@ def correct_norms(model: nn.Module, target: Sequence[Tensor], batches: Batches, 
     every = max(1, -(-total * DIRECTIONS * width * next(model.parameters()).element_size() // context.config.memory))
     batches = [(images[::every], labels[::every]) for images, labels in batches]
     target = [logits[::every] for logits in target]
-    jacobian, errors = _system(model, layers, target, batches, context)
+    system = _system(model, layers, target, batches, context)
     odd = torch.arange(sum(len(images) for images, _ in batches)) % 2 == 1
     before = sum(_divergence(model, {}, target, batches, half) for half in (odd, ~odd)) / 2
-    after = {
-        damping: _held_out(model, names, (jacobian, errors), damping, target, batches, odd) for damping in DAMPINGS
-    }
+    after = {damping: _held_out(model, names, system, damping, target, batches, odd) for damping in DAMPINGS}
     damping = min(after, key=after.__getitem__)
     facts = {"nats_before": before, "nats_after": min(before, after[damping])}
     if after[damping] >= before:
         return Corrected({}, facts)
-    return Corrected(_updated(model, names, _step(jacobian, errors, damping)), facts | {"damping": damping})
+    return Corrected(_updated(model, names, _step(*system, damping)), facts | {"damping": damping})
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def _system(
             image = batches[0][0][:1].to(target[0].device)
             size = max_batch_size(model, model, image, context.config.memory)
         for (batch, _), logits in track(list(zip(batches, target, strict=True)), "correcting"):
-            for images, expected in zip(minibatches(batch, size), minibatches(logits, size), strict=True):
+            for images, expected in zip(torch.split(batch, size), torch.split(logits, size), strict=True):
                 parts.append(_batch_system(model, layers, expected, images, context.seed, first))
                 first += len(images)
     jacobian, errors = zip(*parts, strict=True)
@@ -154,10 +152,8 @@ def _batch_system(
     for direction in fisher_directions(probability, None, DIRECTIONS, seed, indices):
         outer = direction.to(logits.dtype)
         grads = torch.autograd.grad(logits, [outputs[path] for path in paths], outer, retain_graph=True)
-        parts = [
-            _parameter_grads(model, layer, inputs[layer.path], grad, len(images))
-            for layer, grad in zip(layers, grads, strict=True)
-        ]
+        pairs = zip(layers, grads, strict=True)
+        parts = [_parameter_grads(model, layer, inputs[layer.path], grad, len(images)) for layer, grad in pairs]
         rows.append(torch.cat(parts, dim=1))
         errors.append((direction * difference).flatten(1).sum(dim=1))
     return torch.stack(rows, dim=1).flatten(0, 1), torch.stack(errors, dim=1).flatten()

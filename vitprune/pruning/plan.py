@@ -144,11 +144,10 @@ def plan_of(params: Params) -> Plan:
         BadInput: as `plan_for`, or a kind is to be pruned that is not scored.
     """
     plan = plan_for(params.prune, params.score, params.seed)
-    unscored = [kind for kind in plan.sparsity if kind not in scored_kinds(plan)]
-    if unscored:
-        raise BadInput(
-            f"prune.sparsity.{unscored[0]}: only {', '.join(scored_kinds(plan))} are scored; add it to prune.kinds"
-        )
+    scored = scored_kinds(plan)
+    for kind in plan.sparsity:
+        if kind not in scored:
+            raise BadInput(f"prune.sparsity.{kind}: only {', '.join(scored)} are scored; add it to prune.kinds")
     return plan
 
 
@@ -208,9 +207,8 @@ def _check_kinds(plan: Plan) -> None:
     if config.merge_tokens is not None and config.target is not None and config.target.table is not None:
         raise BadInput("prune.merge_tokens: the times of prune.target.table are those of all tokens; set one to null")
     if len({plan.sparsity[kind] for kind in plan.macs_kinds}) > 1:
-        raise BadInput(
-            f"prune.sparsity: {', '.join(plan.macs_kinds)} share one fraction of the MACs; give all the same"
-        )
+        names = ", ".join(plan.macs_kinds)
+        raise BadInput(f"prune.sparsity: {names} share one fraction of the MACs; give all the same")
 
 
 def _check_pattern(plan: Plan, implied: float | None) -> None:
@@ -238,11 +236,8 @@ def _check_allocation(plan: Plan) -> None:
     config = plan.config
     if config.allocation is None:
         return
-    if (
-        set(plan.macs_kinds) != set(plan.sparsity)
-        or plan.method.rescore is not None
-        or set(plan.sparsity) - set(ADDITIVE)
-    ):
+    all_compete = set(plan.macs_kinds) == set(plan.sparsity) <= set(ADDITIVE)
+    if not all_compete or plan.method.rescore is not None:
         raise BadInput("prune.allocation: is for units that compete per MAC; use unit-obs, or scope macs")
     if config.target is not None and config.target.is_measured:
         raise BadInput("prune.allocation: a latency target needs prune.target.table (vitprune latency-table)")

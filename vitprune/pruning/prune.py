@@ -30,7 +30,7 @@ from vitprune.errors import BadInput, Unreachable
 from vitprune.evaluation.cost import Counts, count
 from vitprune.groups import Group, Masks, Scores, check_groups, is_within
 from vitprune.pruning.auto import auto_method, has_exact_scores
-from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores
+from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores, sparsity_per_kind
 from vitprune.pruning.low_rank_updates import low_rank_updates
 from vitprune.pruning.methods import CRITERIA, METHODS, Method, method_named
 from vitprune.pruning.plan import Plan, plan_for
@@ -295,11 +295,7 @@ def _run_cycles(
 def _fitting_plan(
     model: nn.Module, settings: dict[str, Any], method: Method, config: ScoreConfig, seed: int
 ) -> tuple[Plan, dict[str, str]]:
-    """Return the plan for the kinds that a model has, and what is left out with the reason.
-
-    Raises:
-        BadInput: the model has no kind of the method, or as `plan_for`.
-    """
+    """Return the plan for the kinds that a model has, and what is left out with the reason."""
     skipped: dict[str, str] = {}
     if settings["kinds"] is None and not isinstance(settings["sparsity"], Mapping):
         available, skipped = available_kinds(model, method.kinds, method)
@@ -318,18 +314,13 @@ def _not_pruned(skipped: Mapping[str, str]) -> list[str]:
 
 
 def _usable(model: nn.Module, plan: Plan, images: Tensor) -> tuple[Plan, dict[str, str]]:
-    """Return the plan without the groups that its method cannot score, and these with the reason.
-
-    Raises:
-        BadInput: it can score none.
-    """
+    """Return the plan without the groups that its method cannot score, and these with the reason."""
     groups = all_groups(model, plan, list(plan.sparsity))
     reasons = unusable_groups(model, groups, images, plan.method)
     if groups and len(reasons) == len(groups):
         raise BadInput(next(iter(reasons.values())))
-    rules = tuple(
-        rule for rule in plan.config.rules if not _is_needless(rule, [group.name for group in groups], reasons)
-    )
+    names = [group.name for group in groups]
+    rules = tuple(rule for rule in plan.config.rules if not _is_needless(rule, names, reasons))
     config = plan.config.model_copy(update={"rules": rules})
     return replace(plan, config=config, left_out=frozenset(reasons)), reasons
 
@@ -341,11 +332,7 @@ def _is_needless(rule: Rule, names: Sequence[str], left_out: Container[str]) -> 
 
 
 def _outside(model: nn.Module, within: str, kinds: Sequence[str], method: Method) -> list[dict[str, object]]:
-    """Rule that ignores all groups outside a module; none if there is no group outside.
-
-    Raises:
-        BadInput: the model has no such module, or no group in it.
-    """
+    """Return the rule that ignores all groups outside a module; none if there is no group outside."""
     if within not in dict(model.named_modules()) or not within:
         raise BadInput(f"within {within!r}: the model has no module of this name; give a path of named_modules")
     groups = [group for kind in available_kinds(model, kinds, method)[0] for group in find_groups(model, [kind])]
@@ -408,9 +395,10 @@ def result_of(
     return_output(pruned)
     restore_classes(pruned)
     return PruneResult(
-        model=_rewrapped(dense, pruned),
+        # a feature extractor, if the dense model is one
+        model=copy.deepcopy(dense, {id(dense.model): pruned}) if isinstance(dense, FeatureGetterNet) else pruned,
         masks=cycle.masks,
-        sparsity=_sparsity_per_kind(cycle),
+        sparsity=sparsity_per_kind(cycle.groups, cycle.masks),
         before=before,
         after=count(pruned, example),
         target_miss="".join(str(report.get("why", "")) for report in cycle.cost.values()),
@@ -421,19 +409,6 @@ def result_of(
         chosen_method=chosen_method,
         correction=cycle.corrected,
     )
-
-
-def _rewrapped(model: nn.Module, pruned: nn.Module) -> nn.Module:
-    """Return the pruned model, as a feature extractor if the dense one is."""
-    return copy.deepcopy(model, {id(model.model): pruned}) if isinstance(model, FeatureGetterNet) else pruned
-
-
-def _sparsity_per_kind(cycle: Cycle) -> dict[str, float]:
-    result = {}
-    for kind in dict.fromkeys(group.kind for group in cycle.groups):
-        masks = torch.cat([cycle.masks[group.name].flatten() for group in cycle.groups if group.kind == kind])
-        result[kind] = int((~masks).sum()) / masks.numel()
-    return result
 
 
 def _check_finite(model: nn.Module, example_input: Tensor) -> None:

@@ -15,20 +15,11 @@ from vitprune.errors import BadInput
 from vitprune.groups import Group, Masks, Scores, permute
 from vitprune.pruning.allocation_search import allocated_cycle_masks
 from vitprune.pruning.apply_masks import apply_masks, copy_params
-from vitprune.pruning.cycle_masks import (
-    CostReport,
-    CycleState,
-    cycle_state,
-    given_masks,
-    groups_for,
-    reached_cost,
-)
+from vitprune.pruning.cycle_masks import CostReport, CycleState, cycle_state, given_masks, groups_for, reached_cost
 from vitprune.pruning.held_out import fitted_images
-from vitprune.pruning.norm_correction import correct_norms as corrected_norms
-from vitprune.pruning.norm_correction import dense_logits
+from vitprune.pruning.norm_correction import correct_norms, dense_logits
 from vitprune.pruning.plan import Plan
-from vitprune.pruning.reconstruct import Reconstruction
-from vitprune.pruning.reconstruct import reconstruct as reconstruct_weights
+from vitprune.pruning.reconstruct import Reconstruction, reconstruct
 
 NOT_RECONSTRUCTED = Reconstruction()
 NO_ORDERS: Mapping[str, Tensor] = {}
@@ -181,17 +172,12 @@ def _update_for_given(
 
 
 def _reconstruct(
-    model: nn.Module,
-    teachers: Sequence[nn.Module],
-    batches: Batches,
-    plan: Plan,
-    number: int,
-    deadline: float | None,
+    model: nn.Module, teachers: Sequence[nn.Module], batches: Batches, plan: Plan, number: int, deadline: float | None
 ) -> Reconstruction:
     """Reconstruct the model towards the dense one, if the plan says so."""
     if plan.config.reconstruct is None:
         return NOT_RECONSTRUCTED
-    return reconstruct_weights(model, teachers[0], batches, plan.config.reconstruct, plan.seed + number, deadline)
+    return reconstruct(model, teachers[0], batches, plan.config.reconstruct, plan.seed + number, deadline)
 
 
 def _correct(
@@ -200,6 +186,6 @@ def _correct(
     """Correct norms and biases towards the dense model's logits, if the plan says so; return figures about it."""
     if not plan.config.correct_norms:
         return {}
-    corrected = corrected_norms(model, logits, batches, plan.context(number))
+    corrected = correct_norms(model, logits, batches, plan.context(number))
     copy_params(model, corrected.values)
     return corrected.facts

@@ -89,8 +89,8 @@ def reconstruct(
         raise BadInput("prune.reconstruct.mirror: the inputs are not images (B, C, H, W); set it to false")
     if not _trained(model):
         raise BadInput("prune.reconstruct: all parameters of the blocks are frozen; call requires_grad_(True) first")
-    fit, test = images[~held], images[held].to(device)
-    with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(_cuda(device)):
+    fit, test, forked = images[~held], images[held].to(device), [device] if device.type == "cuda" else []
+    with eval_mode(model), eval_mode(dense), frozen(dense), torch.random.fork_rng(forked):
         expected = _logits(dense, test, config.batch_size)
         nats, curve = [float(kl_divergence(_logits(model, test, config.batch_size), expected))], []
         bases = input_bases(model, _trained(model), torch.split(fit[:BASIS_IMAGES], config.batch_size))
@@ -107,9 +107,8 @@ def reconstruct(
             if nats[-1] < nats[kept]:
                 best, kept = _state(model), len(curve)
         model.load_state_dict(best)
-    return Reconstruction(
-        {"nats_before": nats[0], "nats_after": nats[kept], "pass": kept, "passes": config.passes}, curve
-    )
+    facts = {"nats_before": nats[0], "nats_after": nats[kept], "pass": kept, "passes": config.passes}
+    return Reconstruction(facts, curve)
 
 
 @dataclass
@@ -122,14 +121,7 @@ class _Batch:
 
 
 class _Targets:
-    """Outputs of the dense model for the images and their mirror images; each is computed once if they can be stored.
-
-    Args:
-        dense: The dense model.
-        images: The images, (N, C, H, W).
-        paths: Paths of its blocks.
-        mirror: Whether half of the images of a batch are mirrored.
-    """
+    """Outputs of the dense model for images and their mirror images; each is computed once if they can be stored."""
 
     def __init__(self, dense: nn.Module, images: Tensor, paths: Sequence[str], mirror: bool) -> None:
         self._dense, self.images, self._paths, self._mirror = dense, images, paths, mirror
@@ -228,10 +220,8 @@ def _removed(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the stages that have the blocks, and of norms; all without blocks.
-
-    Classifier and embeddings keep their values: a few images have too few classes to fit a classifier.
-    """
+    """Return the parameters of the stages that have the blocks, and of norms; all without blocks."""
+    # classifier and embeddings keep their values: a few images have too few classes to fit a classifier
     stages = {path.split(".")[0] for path in _blocks(model)}
     result = []
     for path, module in model.named_modules():
@@ -244,26 +234,24 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 def _loss(model: nn.Module, batch: _Batch, weight: float) -> Tensor:
     with torch.enable_grad(), _recorded(model, list(batch.streams)) as outputs:
         divergence = kl_divergence(model(batch.images), batch.logits)
-        pairs = [
-            (outputs[path], target)
+        errors = [
+            (outputs[path] - target).square().mean() / target.var()
             for path, target in batch.streams.items()
             if path in outputs and outputs[path].shape == target.shape
         ]
-        errors = [(output - target).square().mean() / target.var() for output, target in pairs]
         loss: Tensor = divergence + weight * torch.stack(errors).mean() if errors else divergence
         return loss
 
 
 def _shared_blocks(model: nn.Module, dense: nn.Module) -> list[str]:
-    """Paths of the blocks of both models: neighbors of one class in a list, that have no such neighbors inside.
-
-    None if tokens are merged: then most outputs have other shapes, and the weight of the others would grow.
-    """
+    """Paths of the blocks of both models; none if tokens are merged."""
+    # with merged tokens, most outputs have other shapes, and the weight of the others would grow
     ours, theirs = _blocks(model), _blocks(dense)
     return ours if ours == theirs and without_merging(model) is model else []
 
 
 def _blocks(model: nn.Module) -> list[str]:
+    """Paths of neighbors of one class in a list, that have no such neighbors inside."""
     result = []
     for path, module in model.named_modules():
         children = list(module.named_children())
@@ -294,7 +282,3 @@ def _logits(model: nn.Module, images: Tensor, size: int) -> Tensor:
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def _cuda(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []

@@ -28,9 +28,8 @@ class ScorePosterior:
 
     def __post_init__(self) -> None:
         self.seen = torch.zeros(len(self.surrogate), dtype=torch.int64)
-        self.exact, self.control, self.squares, self.products, self.controls = (
-            torch.zeros_like(self.surrogate) for _ in range(5)
-        )
+        zeros = (torch.zeros_like(self.surrogate) for _ in range(5))
+        self.exact, self.control, self.squares, self.products, self.controls = zeros
 
     def add(self, units: Tensor, exact: Tensor, control: Tensor) -> None:
         """Add the exact and the surrogate scores of units on further images, (units, images) each.

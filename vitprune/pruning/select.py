@@ -300,9 +300,8 @@ def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float, bounds: C
     # k * k matrices (or as one with k * k * d_in columns, channels last), so neighboring positions are never in a run.
     inputs_last = score.movedim(1, -1)  # (d_out, [k, k,] d_in)
     if score.shape[1] % m:
-        raise BadInput(
-            f"{name}: rows of {score.shape[1]} weights cannot be divided into runs of {m}; exclude it by a rule"
-        )
+        why = f"rows of {score.shape[1]} weights cannot be divided into runs of {m}"
+        raise BadInput(f"{name}: {why}; exclude it by a rule")
     runs = inputs_last.reshape(-1, m)
     order = runs.argsort(dim=1, stable=True)  # ascending: the first m - n are removed
     mask = torch.ones_like(runs, dtype=torch.bool).scatter(1, order[:, : m - n], False)

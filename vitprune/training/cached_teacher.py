@@ -62,10 +62,7 @@ class CachedDistillationTask(nn.Module):
 
 @torch.no_grad()
 def cache_teacher(
-    task: Any,
-    settings: DistillConfig,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    dist: ProcessGroup,
+    task: Any, settings: DistillConfig, batches: Iterable[tuple[Tensor, Tensor]], dist: ProcessGroup
 ) -> Tensor:
     """Compute the teacher's outputs of all images, in the precision of the training.
 

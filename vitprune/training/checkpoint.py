@@ -60,10 +60,8 @@ def pack(states: ParameterState, prefix: str) -> Snapshot:
             elif isinstance(value, JSON_TYPES):
                 values[name][key] = value
             else:
-                kind = type(value).__name__
-                raise BadInput(
-                    f"train.optimizer: state {key} is a {kind}, which cannot be saved; use another optimizer"
-                )
+                why = f"state {key} is a {type(value).__name__}, which cannot be saved"
+                raise BadInput(f"train.optimizer: {why}; use another optimizer")
     return Snapshot(tensors, {prefix: values})
 
 
@@ -115,7 +113,7 @@ class TrainingState:
         tensors = optimizer.tensors | _add_prefix("weights", self.module.state_dict())
         if self.average is not None:
             tensors |= _add_prefix("average", self.average.module.state_dict())
-        for kind, local in self._random_states().items():
+        for kind, local in rng_states(next(self.module.parameters()).device).items():
             for rank, state in enumerate(self.dist.gather(local.double())):
                 tensors[f"random/{kind}/{rank}"] = state.to(torch.uint8)
         groups = pack(self._param_groups(), "groups")
@@ -140,7 +138,7 @@ class TrainingState:
         self.generator.bit_generator.state = snapshot.facts["generator"]
         if self.scaler is not None and "scaler" in snapshot.facts:
             self.scaler.load_state_dict(snapshot.facts["scaler"])
-        for kind in self._random_states():
+        for kind in rng_states(device):
             state = snapshot.tensors.get(f"random/{kind}/{self.dist.rank}")
             if state is not None:
                 set_rng_state(kind, state)
@@ -153,12 +151,11 @@ class TrainingState:
     def _parameters(self) -> Iterable[tuple[int, nn.Parameter]]:
         return enumerate(p for group in self.optimizer.param_groups for p in group["params"])
 
-    def _random_states(self) -> dict[str, Tensor]:
-        """States of torch's generators, the only global ones that training uses between two batches."""
-        states = {"cpu": torch.get_rng_state()}
-        if next(self.module.parameters()).device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state()
-        return states
+
+def rng_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's generators, the only global ones that training uses between two batches."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | cuda
 
 
 def set_rng_state(kind: str, state: Tensor) -> None:
@@ -282,7 +279,5 @@ class Checkpointer:
         stop = bool(self._dist.all_reduce(torch.tensor(float(self._stop_requested()))))
         self._last_write = time.monotonic()
         if stop:
-            position = f"epoch {snapshot.facts['epoch'] + 1}, step {snapshot.facts['step']}"
-            raise Interrupted(
-                f"stopped by a signal, checkpoint saved at {position}; run again to resume", EXIT_PREEMPTED
-            )
+            saved = f"checkpoint saved at epoch {snapshot.facts['epoch'] + 1}, step {snapshot.facts['step']}"
+            raise Interrupted(f"stopped by a signal, {saved}; run again to resume", EXIT_PREEMPTED)

@@ -153,12 +153,8 @@ def work_key(stage: str, settings: Mapping[str, Any], inputs: Iterable[Path], de
         32 hexadecimal digits.
     """
     files = sorted(file for path in inputs for file in ([path] if path.is_file() else path.rglob("*")))
-    environment = [
-        platform.python_version(),
-        platform.machine(),
-        device,
-        *(metadata.version(name) for name in PACKAGES),
-    ]
+    versions = [metadata.version(name) for name in PACKAGES]
+    environment = [platform.python_version(), platform.machine(), device, *versions]
     checksums = {str(file): sha256(file) for file in files if file.is_file()}
     text = json.dumps(settings, sort_keys=True, default=str)
     return hash_strings(stage, text, json.dumps([checksums, environment]), _code())

@@ -1,5 +1,6 @@
 """Training tasks: cross-entropy, logit distillation and feature distillation."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ from torch import nn
 
 from vitprune.config.train_config import DistillConfig
 from vitprune.errors import BadInput
-from vitprune.evaluation.losses import CrossEntropy
+from vitprune.evaluation.losses import cross_entropy
 
 
 def classification(model: nn.Module, smoothing: float = 0.0) -> nn.Module:
     """Return the task of cross-entropy on labels with label smoothing."""
-    task: nn.Module = ClassificationTask(model, CrossEntropy(smoothing), verbose=False)
+    task: nn.Module = ClassificationTask(model, partial(cross_entropy, smoothing=smoothing), verbose=False)
     return task
 
 
@@ -42,9 +43,8 @@ def logit_distillation(
     classes, taught = (vars(model).get("num_classes") for model in (student, teacher))
     if classes != taught:
         raise BadInput(f"teacher: has {taught} classes, the model has {classes}; give the dense model, or use features")
-    task: nn.Module = LogitDistillationTask(
-        **_distillation_arguments(student, teacher, alpha, smoothing), temperature=temperature
-    )
+    arguments = _distillation_arguments(student, teacher, alpha, smoothing)
+    task: nn.Module = LogitDistillationTask(**arguments, temperature=temperature)
     return task
 
 
@@ -78,7 +78,7 @@ def _distillation_arguments(student: nn.Module, teacher: nn.Module, alpha: float
     """Arguments that timm's two distillation tasks share."""
     return {
         "student_model": student, "teacher_model": teacher.eval().requires_grad_(False), "verbose": False,
-        "criterion": CrossEntropy(smoothing), "distill_loss_weight": alpha, "task_loss_weight": 1.0,
+        "criterion": partial(cross_entropy, smoothing=smoothing), "distill_loss_weight": alpha, "task_loss_weight": 1.0,
     }  # fmt: skip
 
 

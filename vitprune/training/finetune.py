@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitprune.architectures import find_groups
@@ -15,6 +14,7 @@ from vitprune.config.section import check_seed
 from vitprune.config.train_config import DistillConfig, TrainConfig
 from vitprune.data.batch_checks import checked_input, checked_stream, first_image, no_images
 from vitprune.errors import BadInput
+from vitprune.evaluation.logits import logits_of
 from vitprune.runtime.arguments import check_arguments
 from vitprune.runtime.eval_mode import eval_mode, frozen
 from vitprune.runtime.input_size import input_size
@@ -102,9 +102,8 @@ def finetune(
     zeros = keep_zeros if isinstance(keep_zeros, FrozenZeros) else zero_weights(model) if keep_zeros else None
     name, steps = "fine-tuning" if segment is None else segment.name, len(loader)
     span = segment.span(config, steps) if segment is not None else None
-    others = [
-        network for network in (model, teacher) if network is not None and not is_timm_model(plain_model(network))
-    ]
+    networks = [model] if teacher is None else [model, teacher]
+    others = [network for network in networks if not is_timm_model(plain_model(network))]
     with returning_logits(*others), _with_timm_attributes(others, loader), _unchanged(teacher):
         classes = vars(model).get("num_classes")
         task: Any = classification(model, config.smoothing)
@@ -165,7 +164,7 @@ def _with_timm_attributes(models: Sequence[Any], loader: Iterable[Any]) -> Itera
         size = input_size(model)
         same = {"input_size": size, "mean": (0.0,) * size[0], "std": (1.0,) * size[0]}  # teacher and student alike
         classes = getattr(model, "num_classes", None) or getattr(model, "num_labels", None)
-        classes = classes or _class_count(model, loader)
+        classes = classes or logits_of(model, [first_image(loader, model, "loader")])[0].shape[-1]
         for name, value in {"num_classes": classes, "in_chans": size[0], "pretrained_cfg": same}.items():
             if not hasattr(model, name):
                 setattr(model, name, value)
@@ -175,13 +174,6 @@ def _with_timm_attributes(models: Sequence[Any], loader: Iterable[Any]) -> Itera
     finally:
         for model, name in added:
             delattr(model, name)
-
-
-def _class_count(model: nn.Module, loader: Iterable[Any]) -> int:
-    """Return the number of a model's logits for the first image."""
-    image = first_image(loader, model, "loader").to(next(model.parameters()).device)
-    with torch.no_grad(), eval_mode(model):
-        return int(model(image).shape[-1])
 
 
 def zero_weights(model: nn.Module) -> FrozenZeros | None:

@@ -81,9 +81,8 @@ def _removed_weights(model: nn.Module, masks: Masks | None) -> list[tuple[nn.Par
         elif group.name in masks and masks[group.name].numel() == parameter.numel():
             zeros = ~masks[group.name].bool().view_as(parameter).to(parameter.device)
         else:
-            raise BadInput(
-                f"masks: {group.name} has no mask of shape {list(parameter.shape)}; give the masks of `prune`"
-            )
+            why = f"{group.name} has no mask of shape {list(parameter.shape)}"
+            raise BadInput(f"masks: {why}; give the masks of `prune`")
         if bool(zeros.any()):
             removed.append((parameter, zeros))
     return removed
@@ -97,10 +96,8 @@ def set_removed_to_zero(removed: RemovedWeights) -> None:
 
 
 def _set_zero_after(optimizer: Any, removed: RemovedWeights) -> Callable[[], None]:
-    """Set removed weights to zero after every step; return a function that ends this.
-
-    The method is replaced, not hooked: timm's Lookahead runs no hooks of torch. A scheduler may replace it again.
-    """
+    """Set removed weights to zero after every step; return a function that ends this."""
+    # the method is replaced, not hooked: timm's Lookahead runs no hooks of torch; a scheduler may replace it again
     step, active = optimizer.step, [True]
 
     def step_and_set_zero(self: Any, *args: Any, **options: Any) -> Any:

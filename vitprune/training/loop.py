@@ -45,17 +45,14 @@ class FrozenZeros:
 
 @dataclass
 class _Counters:
-    """Progress of a training: epochs and steps done, losses of the current epoch, micro-batches per batch.
-
-    `best` is the highest top-1 so far, `since` the number of epochs after it.
-    """
+    """Progress of a training: epochs and steps done, losses of the current epoch, micro-batches per batch."""
 
     epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)
     micro_batches: int = 1
-    best: float | None = None
-    since: int = 0
+    best: float | None = None  # highest top-1 so far
+    since: int = 0  # epochs after it
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"done": len(self.losses)}
@@ -142,8 +139,10 @@ def train(
 def _epoch_row(
     counters: _Counters, recipe: TrainConfig, rate_at: Callable[[int], float], name: str
 ) -> dict[str, float]:
-    step = counters.step
-    row = {"epoch": counters.epoch + 1, "step": step, "loss": _mean(counters.losses, name), "lr": rate_at(step - 1)}
+    if not counters.losses:
+        raise BadInput(f"{name}: there is no batch to train on; check the train split")
+    step, loss = counters.step, sum(counters.losses) / len(counters.losses)
+    row = {"epoch": counters.epoch + 1, "step": step, "loss": loss, "lr": rate_at(step - 1)}
     # a different number of micro-batches: memory did not suffice for the configured one
     return row | ({"micro_batches": counters.micro_batches} if counters.micro_batches != recipe.accumulate else {})
 
@@ -187,22 +186,12 @@ def _after_step(pairs: Sequence[_MaskedParameter], model: nn.Module, average: Mo
 
 
 def _masked_parameters(model: nn.Module, frozen_zeros: FrozenZeros | None) -> list[_MaskedParameter]:
-    """Zero the pruned weights and return their parameters with the masks on the parameters' device.
-
-    Raises:
-        BadInput: a mask does not fit the model.
-    """
+    """Zero the pruned weights and return their parameters with the masks on the parameters' device."""
     if frozen_zeros is None:
         return []
     zero(model, frozen_zeros.groups, frozen_zeros.masks)
     named = [(model.get_parameter(group.name), frozen_zeros.masks[group.name]) for group in frozen_zeros.groups]
     return [(parameter, mask.view_as(parameter).to(parameter)) for parameter, mask in named]
-
-
-def _mean(losses: Sequence[float], name: str) -> float:
-    if not losses:
-        raise BadInput(f"{name}: there is no batch to train on; check the train split")
-    return sum(losses) / len(losses)
 
 
 def _make_mix(task: Any, recipe: TrainConfig, generator: np.random.Generator, dist: ProcessGroup) -> MixFn:
@@ -215,11 +204,7 @@ def _make_mix(task: Any, recipe: TrainConfig, generator: np.random.Generator, di
 
 
 def _step(
-    train_step: TrainStep,
-    batch: tuple[Tensor, ...],
-    name: str,
-    pairs: Sequence[_MaskedParameter],
-    counters: _Counters,
+    train_step: TrainStep, batch: tuple[Tensor, ...], name: str, pairs: Sequence[_MaskedParameter], counters: _Counters
 ) -> float:
     where = f"{name}, epoch {counters.epoch + 1}, step {counters.step + 1}"
 
@@ -230,10 +215,8 @@ def _step(
 
     loss, norm = train_step.step(batch, mask_gradients, where)
     counters.micro_batches = train_step.micro_batches
-    if not math.isfinite(loss):
-        line = f"{where}: the loss is {loss}; lower the learning rate (lr) or check the images and the weights"
-        raise NotFinite(line, counters.epoch, len(counters.losses))
-    if not math.isfinite(norm):
-        line = f"{where}: the gradient is {norm}; lower the learning rate (lr) or check the weights"
-        raise NotFinite(line, counters.epoch, len(counters.losses))
+    for what, value, suspects in ("loss", loss, "the images and the weights"), ("gradient", norm, "the weights"):
+        if not math.isfinite(value):
+            line = f"{where}: the {what} is {value}; lower the learning rate (lr) or check {suspects}"
+            raise NotFinite(line, counters.epoch, len(counters.losses))
     return loss

@@ -53,9 +53,8 @@ def make_optimizer(module: nn.Module, model: nn.Module, recipe: TrainConfig) -> 
     try:
         return create_optimizer_v2(module, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, **more)
     except (TypeError, ValueError) as error:
-        raise BadInput(
-            f"train.optimizer {recipe.optimizer!r}: timm cannot create it ({error}); use other settings"
-        ) from None
+        why = f"timm cannot create it ({error})"
+        raise BadInput(f"train.optimizer {recipe.optimizer!r}: {why}; use other settings") from None
 
 
 def _by_layer(module: nn.Module, model: nn.Module, recipe: TrainConfig) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput
 from vitprune.runtime.distributed import ProcessGroup
-from vitprune.training.checkpoint import set_rng_state
+from vitprune.training.checkpoint import rng_states, set_rng_state
 
 LAUNCHES = ("NO", "MULTI_CPU", "MULTI_GPU")  # of accelerate's DistributedType
 PRECISIONS = {False: "no", True: "bf16", "bfloat16": "bf16", "float16": "fp16"}
@@ -77,9 +77,7 @@ class TrainStep:
 
     def _passes(self, batch: tuple[Tensor, ...], total: int, where: str) -> Tensor:
         """Accumulate gradients of the batch's mean loss; returns this share's part of that loss (), float64."""
-        random = {"cpu": torch.get_rng_state()}
-        if batch[0].device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state()
+        random = rng_states(batch[0].device)
         while True:
             try:
                 return self._backward(batch, total)
@@ -114,9 +112,8 @@ class TrainStep:
 
     def _disable_compile(self, where: str, cause: str) -> None:
         if self._dist.size > 1:
-            raise BadInput(
-                f"{where}: train.compile failed in one of {self._dist.size} processes ({cause}); set it to false"
-            )
+            why = f"train.compile failed in one of {self._dist.size} processes ({cause})"
+            raise BadInput(f"{where}: {why}; set it to false")
         self._forward, self._compiled = self._task, False
         print(f"{where}: train.compile failed ({cause}); continuing without it", file=sys.stderr)
 
@@ -124,17 +121,14 @@ class TrainStep:
         if self._dist.size > 1:
             raise BadInput(f"{where}: out of memory in one of {self._dist.size} processes; double train.accumulate")
         if self.micro_batches >= images:
-            raise BadInput(
-                f"{where}: out of memory with one image at a time; use a smaller model or img_size ({cause})"
-            )
+            remedy = "use a smaller model or img_size"
+            raise BadInput(f"{where}: out of memory with one image at a time; {remedy} ({cause})")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.micro_batches = min(images, 2 * self.micro_batches)
         size = -(-images // self.micro_batches)
-        print(
-            f"{where}: out of memory; continuing with {self.micro_batches} micro-batches of {size} images",
-            file=sys.stderr,
-        )
+        smaller = f"{self.micro_batches} micro-batches of {size} images"
+        print(f"{where}: out of memory; continuing with {smaller}", file=sys.stderr)
 
 
 @contextmanager

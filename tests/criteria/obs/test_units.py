@@ -82,7 +82,7 @@ def test_the_attention_basis_preserves_the_function(name: str, kind: str) -> Non
     statistics = collect_unit_moments(model, groups, batches(model, 3, 8), DEFAULT_CONTEXT, grads=True)
     turned = copy.deepcopy(model)
     for group in groups:
-        for path, value in rotate_attention(model, group, statistics).items():
+        for path, value in rotate_attention(model, group, statistics, {})[0].items():
             turned.get_parameter(path).data.copy_(value)
     x = images(model)
     assert not torch.equal(turned.state_dict()[path], model.state_dict()[path])

@@ -83,10 +83,8 @@ def _in_heads(context: BranchContext, inside: AttentionLayers, consumer: nn.Line
     def ablate(units: Tensor) -> Tensor:
         head, channel = units.to(q.device) // width, units.to(q.device) % width
         channel_q, channel_k = q[head, :, :, channel], k[head, :, :, channel]  # (C, B, queries), (C, B, tokens)
-        weights = torch.addcmul(
-            logits[head], channel_q[..., None], channel_k[..., None, :], value=-inside.scale
-        ).softmax(-1)
-        changed = weights @ v[head]  # (C, B, queries, width)
+        without = torch.addcmul(logits[head], channel_q[..., None], channel_k[..., None, :], value=-inside.scale)
+        changed = without.softmax(-1) @ v[head]  # (C, B, queries, width)
         changed[torch.arange(len(units), device=q.device), :, :, channel] = 0
         change = (changed - z[head]).flatten(1, 2) @ rows[head]  # (C, B * queries, channels)
         return context.stream_out[None] + change.view(len(units), *context.stream_out.shape)

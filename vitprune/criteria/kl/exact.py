@@ -167,9 +167,8 @@ def _branch_run(dense: _DensePass, group: Group) -> Step:
     index = _step_index(dense.chain, group)
     branch = dense.chain.steps[index]
     assert isinstance(branch, Branch)
-    context = BranchContext(
-        branch, dense.streams[index], dense.streams[index + 1], num_tokens_needed(dense.chain, index)
-    )
+    queries = num_tokens_needed(dense.chain, index)
+    context = BranchContext(branch, dense.streams[index], dense.streams[index + 1], queries)
     ablate = ablation_fn(dense.model, group, context)
     return lambda units: logits_from_step(dense.chain, index + 1, ablate(units).flatten(0, 1))
 
@@ -201,11 +200,9 @@ RUNS: dict[str, Callable[[_DensePass, Group], Step]] = {"residual": _residual_ru
 
 
 def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
-    """Return KL in nats of candidates' logits (C * B, ..., classes) from (B, ..., classes), summed over positions.
-
-    With d = change of the logits minus its mean under p, sum p (log p - log q) = log(1 + sum p (e^d - 1)). This is
-    accurate to about 1e-16 relative to d, where a difference of logarithms is accurate to 1e-16 absolute.
-    """
+    """Return KL in nats of candidates' logits (C * B, ..., classes) from (B, ..., classes), summed over positions."""
+    # With d = change of the logits minus its mean under p, sum p (log p - log q) = log(1 + sum p (e^d - 1)). This is
+    # accurate to about 1e-16 relative to d, where a difference of logarithms is accurate to 1e-16 absolute.
     probability = dense.softmax(-1)
     change = logits.double().view(-1, *dense.shape) - dense
     change = change - (probability * change).sum(-1, keepdim=True)

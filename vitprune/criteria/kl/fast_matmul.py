@@ -67,9 +67,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu" and x.dtype == torch.float32 and bool(torch.backends.mkldnn.enabled) and _onednn_works()
-    )
+    is_enabled = x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
+    return is_enabled and x.dtype == torch.float32 and _onednn_works()
 
 
 @functools.cache
@@ -85,7 +84,7 @@ def _onednn_works() -> bool:
     return True
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none") -> Tensor:
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "none") -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, act, [], "none")
     return product
 

@@ -1,6 +1,7 @@
 """Second-order KL importance (UP-ViTs) of all units from a few backward passes per image."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,8 @@ def fisher_kl(model: nn.Module, groups: Sequence[Group], batches: Batches, conte
     scores = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
     first = context.first
     for images, _ in track(batches, "taking gradients"):
-        for name, value in fisher_kl_per_image(
-            model, groups, images, context, range(first, first + len(images))
-        ).items():
+        positions = range(first, first + len(images))
+        for name, value in fisher_kl_per_image(model, groups, images, context, positions).items():
             scores[name] += value.sum(dim=1)
         first += len(images)
     for group in groups:
@@ -71,9 +71,8 @@ def fisher_kl_per_image(
     images = images.detach().to(device)
     with eval_mode(model), frozen(model), torch.enable_grad():
         with record_gates(model, gates, 1):
-            size = max_batch_size(
-                model, lambda image: _forward(model, image, context), images[:1], context.config.memory
-            )
+            run = partial(_forward, model, context=context)
+            size = max_batch_size(model, run, images[:1], context.config.memory)
         indices = range(len(images)) if positions is None else positions
         starts = range(0, len(images), size)
         pieces = [_minibatch_scores(model, gates, images[n : n + size], context, indices[n : n + size]) for n in starts]
@@ -87,9 +86,8 @@ def _minibatch_scores(
     with record_gates(model, gates, len(images)) as tape:
         logits = _forward(model, images, context)
         probability = logits.detach().double().softmax(dim=-1)  # (B, ..., classes)
-        for direction in fisher_directions(
-            probability, tape.head(logits), context.config.directions(), context.seed, positions
-        ):
+        head, number = tape.head(logits), context.config.directions()
+        for direction in fisher_directions(probability, head, number, context.seed, positions):
             for name, grad in tape.derivatives(logits, direction.to(logits.dtype), gates).items():
                 half = grad.double().square() / 2  # (B, units)
                 total[name] = total[name] + half if name in total else half

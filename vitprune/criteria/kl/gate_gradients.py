@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vitprune.errors import BadInput
 from vitprune.groups import REMOVED, Group, ParamSlice
+from vitprune.runtime.hooks import forward_hooks
 from vitprune.runtime.norm_axis import norm_axis, norm_eps
 
 CENTERED_NORMS, RMS_NORMS = nn.LayerNorm, ("RMSNorm", "RmsNorm", "RmsNorm2d")
@@ -72,6 +73,11 @@ class GateTape:
             raise _unsupported(probe[0], "it runs more than once per forward pass")
         self.grads[probe] = value
 
+    def note(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Note a Linear layer and its output: the last call is the head."""
+        assert isinstance(module, nn.Linear)
+        self.last_linear = [(module, output)]
+
     def head(self, logits: Tensor) -> Tensor | None:
         """Return the weight (classes, d) of the Linear layer whose output is the logits, None if there is none."""
         return next((layer.weight.detach() for layer, output in self.last_linear if output is logits), None)
@@ -105,9 +111,8 @@ def find_gates(model: nn.Module, groups: Sequence[Group]) -> list[UnitGate]:
         if group.kind == "weight":
             raise BadInput(f"{group.name}: Fisher scores are for units, not for kind 'weight'; use taylor or energy")
         if group.whole_blocks:
-            raise BadInput(
-                f"{group.name}: blocks that are removed with all their layers can be scored only by kl-literal"
-            )
+            why = "blocks that are removed with all their layers can be scored only by kl-literal"
+            raise BadInput(f"{group.name}: {why}")
         gates_of_group = [_gate(group, part, (path, "input")) for path, part in _consumers(model, group)]
         if group.kind in REMOVED:
             gates_of_group += [_branch(group, unit) for unit in range(group.units)]
@@ -127,9 +132,8 @@ def _gate(group: Group, part: ParamSlice, probe: Probe) -> UnitGate:
 
 def _branch(group: Group, unit: int) -> UnitGate:
     """Return the gate of a branch; in groups of blocks, it is in the pair that it begins and in the pair before."""
-    pairs = (
-        [unit] if group.kind == "branch" else [pair for pair in (unit - 1, unit) if 0 <= pair < group.num_candidates]
-    )
+    pairs = [unit] if group.kind == "branch" else [unit - 1, unit]
+    pairs = [pair for pair in pairs if 0 <= pair < group.num_candidates]
     return UnitGate(group.name, (group.sublayers[unit][0], "output"), 1, group.units, 1, tuple(pairs))
 
 
@@ -165,10 +169,9 @@ def _query(model: nn.Module, group: Group) -> UnitGate:
     fused = [(path, part) for path, part in rows if part.outer == 3]
     separate = [(path, part) for path, part in rows if part.outer == 1 and path.rpartition(".")[2] in ("q", "q_proj")]
     if len(fused) + len(separate) != 1:
-        raise BadInput(
-            f"{group.name}: cannot tell which rows are q; supported are a fused qkv, and separate q and kv layers"
-        )
-    path, part = (fused + separate)[0]
+        why = "cannot tell which rows are q; supported are a fused qkv, and separate q and kv layers"
+        raise BadInput(f"{group.name}: {why}")
+    ((path, part),) = fused + separate
     return UnitGate(group.name, (path, "query"), 1, group.units, part.inner)
 
 
@@ -204,18 +207,9 @@ def record_gates(model: nn.Module, gates: Sequence[UnitGate], images: int) -> It
                 widths = [gate.outer * gate.units * gate.inner for gate in gates if gate.probe == probe]
                 handle = module.register_forward_hook(_output_hook(tape, probe, widths[0]))
             stack.callback(handle.remove)
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                stack.callback(module.register_forward_hook(_note_hook(tape)).remove)
+        linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+        stack.enter_context(forward_hooks((layer, tape.note) for layer in linear))
         yield tape
-
-
-def _note_hook(tape: GateTape) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        assert isinstance(module, nn.Linear)
-        tape.last_linear = [(module, output)]  # the last call is the head
-
-    return note
 
 
 def _input_hook(tape: GateTape, probe: Probe) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
@@ -256,9 +250,8 @@ def _over_tokens(value: Tensor, images: int, width: int) -> Reader:
 
 def _over_all(value: Tensor, images: int) -> Reader:
     def read(gradient: Tensor) -> Tensor:
-        return (
-            (_at_least_float32(value) * _at_least_float32(gradient)).reshape(images, -1).sum(dim=1, keepdim=True)
-        )  # (B, 1)
+        product = _at_least_float32(value) * _at_least_float32(gradient)
+        return product.reshape(images, -1).sum(dim=1, keepdim=True)  # (B, 1)
 
     return read
 
@@ -271,11 +264,9 @@ def _over_pixels(value: Tensor) -> Reader:
 
 
 def _statistics(path: str, norm: Any, value: Tensor, output: Tensor, images: int) -> Reader:
-    """Sum the derivative of a norm w.r.t. a channel's weight in its mean and variance over tokens.
-
-    With mean = sum(g x) / sum(g) and var = sum(g (x - mean)^2) / sum(g), at g = 1:
-    dy_j/dg_c = -w_j / d * (xhat_c + xhat_j (xhat_c^2 - v) / 2), v = var / (var + eps); RMSNorm has no first term.
-    """
+    """Sum the derivative of a norm w.r.t. a channel's weight in its mean and variance over tokens."""
+    # With mean = sum(g x) / sum(g) and var = sum(g (x - mean)^2) / sum(g), at g = 1:
+    # dy_j/dg_c = -w_j / d * (xhat_c + xhat_j (xhat_c^2 - v) / 2), v = var / (var + eps); RMSNorm has no first term.
     axis = norm_axis(norm, value, output)
     if axis is None:
         raise _unsupported(path, f"{type(norm).__name__} does more than normalize, scale and shift its channels")

@@ -34,12 +34,9 @@ def _head_outputs(inside: AttentionLayers, normed: Tensor, queries: int | None) 
 
 
 def _few_queries(inside: AttentionLayers, normed: Tensor, queries: int, width: int) -> Tensor:
-    """Return the head outputs for few queries without computing keys and values.
-
-    It uses q (W_k n) = (q W_k) n and sum a (W_v n) = W_v (sum a n).
-
-    The key bias adds a constant to all logits of a query, which softmax cancels; the attention weights a sum to 1.
-    """
+    """Return the head outputs for few queries without computing keys and values."""
+    # q (W_k n) = (q W_k) n, and sum a (W_v n) = W_v (sum a n), with attention weights a, which sum to 1. The key bias
+    # adds a constant to all logits of a query, which softmax cancels.
     heads, channels = inside.heads, normed.shape[-1]
     weights = inside.qkv.weight.view(3, heads, width, channels)
     bias = None if inside.qkv.bias is None else inside.qkv.bias.view(3, heads, width)

@@ -46,10 +46,8 @@ def drop_residual_channels(chain: Chain, channels: Tensor, images: int) -> Chain
 
 
 def _norm_without_channel(norm: nn.LayerNorm, stream: Tensor) -> Tensor:
-    """LayerNorm of streams with one zero channel, with mean and variance of the other channels.
-
-    With n channels of mean m and variance v, these are m n / (n - 1) and (v - m^2 / (n - 1)) n / (n - 1).
-    """
+    """LayerNorm of streams with one zero channel, with mean and variance of the other channels."""
+    # with n channels of mean m and variance v, these are m n / (n - 1) and (v - m^2 / (n - 1)) n / (n - 1)
     number = stream.shape[-1]
     normed, mean, scale = torch.native_layer_norm(stream, (number,), None, None, norm.eps)
     ratio = number / (number - 1)

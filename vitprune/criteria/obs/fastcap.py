@@ -33,9 +33,8 @@ def fastcap(model: nn.Module, groups: Sequence[Group], batches: Batches, context
     context = replace(context, pattern=None)
     statistics: Statistics = {}
     parts = split_into_blocks(model, groups, context.config.fisher_block_size)
-    for chunk in chunk_by_memory(
-        parts, context.config.memory, 2 * max((len(labels) for _, labels in batches), default=1)
-    ):
+    gradients = 2 * max((len(labels) for _, labels in batches), default=1)
+    for chunk in chunk_by_memory(parts, context.config.memory, gradients):
         for part, values in weight_gradients(model, chunk, batches, context):
             rows = values.reshape(-1, part.size).double()
             moment = 2 * (rows.mT @ rows).cpu() / count_gradients(batches, context)

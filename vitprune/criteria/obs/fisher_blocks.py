@@ -64,28 +64,17 @@ class FisherBlocks:
         if self._cache:
             yield from self._cache.items()
             return
-        result = collect_fisher_blocks(self.model, self.chunks[number], self.batches, self.context, f"fisher-{number}")
+        result = _collect_blocks(self.model, self.chunks[number], self.batches, self.context, f"fisher-{number}")
         if len(self.chunks) == 1:
             self._cache = dict(result)
         for part in self.chunks[number]:
             yield part, result.pop(part)
 
 
-def collect_fisher_blocks(
-    model: nn.Module, parts: Sequence[BlockRange], batches: Batches, context: ScoringContext, name: str = "fisher"
+def _collect_blocks(
+    model: nn.Module, parts: Sequence[BlockRange], batches: Batches, context: ScoringContext, name: str
 ) -> dict[BlockRange, Tensor]:
-    """Collect the damped Fisher blocks of some block ranges.
-
-    Args:
-        model: The model.
-        parts: The block ranges.
-        batches: Labeled calibration batches.
-        context: The scoring options; partial sums are saved to and resumed from `context.partial`.
-        name: Name of the partial sums.
-
-    Returns:
-        Matrices (blocks, B, B) by block range.
-    """
+    """Return the damped Fisher blocks of block ranges; `context.partial` holds the partial sums under a name."""
     device, notes = next(model.parameters()).device, context.partial
     noted = notes.read(name) if notes else {}
     done = int(noted["done"]) if noted else 0
@@ -102,7 +91,7 @@ def collect_fisher_blocks(
     for total in sums.values():
         symmetrize(context.dist.all_reduce(total))
         total /= number
-        total.diagonal(dim1=1, dim2=2).add_(effective_damping(context.config, number))
+        total.diagonal(dim1=1, dim2=2).add_(_effective_damping(context.config, number))
     return sums
 
 
@@ -110,12 +99,10 @@ def _label(part: BlockRange) -> str:
     return f"{part.param}/{part.start}"
 
 
-def effective_damping(config: ScoreConfig, gradients: int) -> float:
-    """Return the damping that is added to the diagonal.
-
-    A per-image gradient has `gradient_batch` times the variance of a batch gradient, and masks and updates depend only
-    on the ratio of Fisher and damping: per-image Fisher matrices get `gradient_batch` times the configured damping.
-    """
+def _effective_damping(config: ScoreConfig, gradients: int) -> float:
+    """Return the damping that is added to the diagonal."""
+    # A per-image gradient has `gradient_batch` times the variance of a batch gradient, and masks and updates depend
+    # only on the ratio of Fisher and damping: per-image Fisher matrices get `gradient_batch` times the damping.
     return config.damping_for(gradients) * (config.gradient_batch if config.per_sample else 1)
 
 
@@ -129,10 +116,8 @@ def add_outer_products(total: Tensor, values: Tensor) -> None:
     if size == 1:
         total += by_block.double().square().sum(dim=0)[:, None]
         return
-    block_step, strip = (
-        BLOCKS_PER_PRODUCT if total.device.type == "cpu" else blocks,
-        -(-size // STRIPS) if size >= MIN_STRIP_SIZE else size,
-    )
+    block_step = BLOCKS_PER_PRODUCT if total.device.type == "cpu" else blocks
+    strip = -(-size // STRIPS) if size >= MIN_STRIP_SIZE else size
     for at in range(0, blocks, block_step):
         rows = by_block[:, at : at + block_step].transpose(0, 1).double()  # (blocks, gradients, B)
         for kept in range(0, size, strip):
@@ -143,8 +128,8 @@ def add_outer_products(total: Tensor, values: Tensor) -> None:
 def symmetrize(total: Tensor) -> None:
     """Copy the lower triangle of the sums (blocks, B, B) to the upper one, in place."""
     for at in range(0, len(total), BLOCKS_AT_ONCE):
-        block_step = total[at : at + BLOCKS_AT_ONCE]
-        block_step.copy_(block_step.tril() + block_step.tril(-1).mT)
+        part = total[at : at + BLOCKS_AT_ONCE]
+        part.copy_(part.tril() + part.tril(-1).mT)
 
 
 def invert_blocks(fisher: Tensor) -> Tensor:
@@ -190,9 +175,9 @@ def _local_losses(model: nn.Module, fisher: FisherBlocks, chunk: int, score_fn: 
     for number, (part, matrices) in enumerate(fisher.chunk(chunk)):
         if fisher.context.dist.owns(number):
             weights = _weights(model, part)
-            starts = range(0, part.blocks, _at_once(matrices))
-            pieces = [score_fn(matrices[n : n + starts.step], weights[n : n + starts.step]) for n in starts]
-            result[_label(part)] = torch.cat(pieces).flatten().cpu()
+            size = _at_once(matrices)
+            pieces = zip(torch.split(matrices, size), torch.split(weights, size), strict=True)
+            result[_label(part)] = torch.cat([score_fn(*piece) for piece in pieces]).flatten().cpu()
         else:
             result[_label(part)] = torch.zeros(part.stop - part.start, dtype=torch.float64)
     return result
@@ -216,12 +201,10 @@ def blockwise_update(model: nn.Module, groups: Sequence[Group], fisher: FisherBl
                 continue
             weights = _weights(model, part)
             keep = keep_flat[part.param][part.start : part.stop].view(weights.shape).to(weights.device)
-            starts = range(0, part.blocks, _at_once(matrices))
-            new = [
-                solve(matrices[n : n + starts.step], weights[n : n + starts.step], keep[n : n + starts.step])
-                for n in starts
-            ]
-            result[part.param][part.start : part.stop] = torch.cat(new).flatten().cpu()
+            size = _at_once(matrices)
+            pieces = zip(*(torch.split(values, size) for values in (matrices, weights, keep)), strict=True)
+            new = torch.cat([solve(*piece) for piece in pieces])
+            result[part.param][part.start : part.stop] = new.flatten().cpu()
         return {param: value.view(model.get_parameter(param).shape) for param, value in result.items()}
 
     return update
@@ -267,7 +250,6 @@ def _factor(fisher: Tensor) -> Tensor:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(fisher)
     if bool(info.any()):
-        raise BadInput(
-            "score.damping: a Fisher block is not positive definite; raise it, or check the weights and images"
-        )
+        why = "a Fisher block is not positive definite"
+        raise BadInput(f"score.damping: {why}; raise it, or check the weights and images")
     return factor

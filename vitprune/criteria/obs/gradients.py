@@ -65,15 +65,13 @@ def weight_gradients(
     device = next(model.parameters()).device
     masks = {part: _flat(model, part) != 0 for part in parts}
     if context.config.per_sample:
-        stream = augmented_images(
-            batches, number, context.seed, lambda batch_index: _is_pending(context, batch_index, done)
-        )
+        stream = augmented_images(batches, number, context.seed, partial(_is_pending, context, done=done))
         take = _per_image
     else:
         stream = augmented_images(batches, number * context.config.gradient_batch, context.seed)
-        take = partial(_per_batch, done=done)
+        take = partial(_per_batch, context=context, done=done)
     with eval_mode(model), frozen(model), highest_matmul_precision():
-        for part, values in take(model, parts, ((x.to(device), y.to(device)) for x, y in stream), context):
+        for part, values in take(model, parts, ((x.to(device), y.to(device)) for x, y in stream)):
             yield part, values * masks[part]
 
 
@@ -98,17 +96,16 @@ def _flat(model: nn.Module, part: BlockRange) -> Tensor:
 
 
 def _per_image(
-    model: nn.Module, parts: Sequence[BlockRange], stream: Iterator[tuple[Tensor, Tensor]], context: ScoringContext
+    model: nn.Module, parts: Sequence[BlockRange], stream: Iterator[tuple[Tensor, Tensor]]
 ) -> Iterator[GradientChunk]:
     layers = {part.param: model.get_submodule(part.param.rpartition(".")[0]) for part in parts}
-    plain_params = [
-        param for param, owner in layers.items() if param.endswith(".weight") and layer_io.is_plain_layer(owner)
-    ]
-    other_parts = [part for part in parts if part.param not in plain_params]
+    weights = {param: layer for param, layer in layers.items() if param.endswith(".weight")}
+    plain = {param: layer for param, layer in weights.items() if layer_io.is_plain_layer(layer)}
+    other_parts = [part for part in parts if part.param not in plain]
     for images, labels in stream:
-        calls = _run(model, {param: layers[param] for param in plain_params}, images, labels)
+        calls = _run(model, plain, images, labels)
         for part in parts:
-            if part.param in plain_params:
+            if part.param in plain:
                 grads = [_products(layers[part.param], part, len(images), *call) for call in calls[part.param]]
                 yield part, torch.stack(grads).sum(dim=0) if len(grads) > 1 else grads[0]
         if other_parts:

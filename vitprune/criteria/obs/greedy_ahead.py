@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from vitprune.criteria.obs.greedy_numba import MIN_VARIANCE, cheapest_weight, collect_nonzero
+from vitprune.criteria.obs.greedy import MIN_VARIANCE
+from vitprune.criteria.obs.greedy_numba import cheapest_weight, collect_nonzero, subtract_lines
 
 Array = np.ndarray[Any, Any]
 
@@ -94,7 +95,7 @@ def _refresh(
             columns[j, done + line] = recent[line, j]
         if slot[j] >= 0 and costs[j] < limit:
             free[slot[j]] = False
-            _catch_up(recent, ahead[slot[j], step:count], j, step - done, step, count)
+            subtract_lines(recent, ahead[slot[j], step:count], j, step - done, step, count)
         else:
             slot[j] = -1
     empty = np.flatnonzero(free)
@@ -147,29 +148,6 @@ def _subtract_products(columns: Array, ahead: Array, slots: Array, positions: Ar
                         ahead[q[3], i] -= t3
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
-def _catch_up(recent: Array, row: Array, position: int, lines: int, first: int, count: int) -> None:
-    """Subtract the recent lines from the columns first..count of a weight's row."""
-    line = 0
-    while line + 4 <= lines:
-        a0, a1, a2, a3 = (
-            recent[line, position],
-            recent[line + 1, position],
-            recent[line + 2, position],
-            recent[line + 3, position],
-        )
-        f0, f1 = recent[line, first:count], recent[line + 1, first:count]
-        f2, f3 = recent[line + 2, first:count], recent[line + 3, first:count]
-        for j in range(len(row)):
-            row[j] -= a0 * f0[j] + a1 * f1[j] + a2 * f2[j] + a3 * f3[j]
-        line += 4
-    while line < lines:
-        a0, f0 = recent[line, position], recent[line, first:count]
-        for j in range(len(row)):
-            row[j] -= a0 * f0[j]
-        line += 1
-
-
 @njit(cache=True, nogil=True)
 def _move_to_front(
     columns: Array,
@@ -198,7 +176,7 @@ def _move_to_front(
 def _append(recent: Array, row: Array, state: Array, lines: int, step: int, count: int) -> None:
     """Finish the next row of the factor, and update the remaining weights and variances."""
     rest = row[step + 1 : count]
-    _catch_up(recent, rest, step, lines, step + 1, count)
+    subtract_lines(recent, rest, step, lines, step + 1, count)
     w, d, new = state[0, step + 1 : count], state[1, step + 1 : count], recent[lines, step + 1 : count]
     pivot = 1 / sqrt(state[1, step])
     share = state[0, step] * pivot

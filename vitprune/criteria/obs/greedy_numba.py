@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-Array = np.ndarray[Any, Any]
+from vitprune.criteria.obs.greedy import MIN_VARIANCE
 
-MIN_VARIANCE = 1e-300  # lower bound of a conditional variance after rounding
+Array = np.ndarray[Any, Any]
 
 
 @njit(cache=True, nogil=True)
@@ -81,26 +81,32 @@ def _swap(factor: Array, state: Array, order: Array, step: int, index: int) -> N
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
+def subtract_lines(lines: Array, row: Array, position: int, number: int, first: int, count: int) -> None:
+    """Subtract the first lines of a factor, times their value at a weight, from the columns first..count of its row."""
+    line = 0
+    while line + 4 <= number:  # four at a time, with the sums in registers
+        a0, a1 = lines[line, position], lines[line + 1, position]
+        a2, a3 = lines[line + 2, position], lines[line + 3, position]
+        f0, f1 = lines[line, first:count], lines[line + 1, first:count]
+        f2, f3 = lines[line + 2, first:count], lines[line + 3, first:count]
+        for j in range(len(row)):
+            row[j] -= a0 * f0[j] + a1 * f1[j] + a2 * f2[j] + a3 * f3[j]
+        line += 4
+    while line < number:
+        a0, f0 = lines[line, position], lines[line, first:count]
+        for j in range(len(row)):
+            row[j] -= a0 * f0[j]
+        line += 1
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
 def _remove(h: Array, factor: Array, state: Array, order: Array, step: int, count: int) -> None:
     """Compute the next row of the factor, and update the remaining weights and variances."""
     left = count - step - 1
     w, d, row, indices = state[0, step + 1 :], state[1, step + 1 :], state[2, step + 1 :], order[step + 1 :]
     for j in range(left):
         row[j] = h[indices[j]]
-    line = 0
-    while line + 4 <= step:  # four at a time, with the sums in registers
-        a0, a1 = factor[line, step], factor[line + 1, step]
-        a2, a3 = factor[line + 2, step], factor[line + 3, step]
-        f0, f1 = factor[line, step + 1 :], factor[line + 1, step + 1 :]
-        f2, f3 = factor[line + 2, step + 1 :], factor[line + 3, step + 1 :]
-        for j in range(left):
-            row[j] -= a0 * f0[j] + a1 * f1[j] + a2 * f2[j] + a3 * f3[j]
-        line += 4
-    while line < step:
-        a0, f0 = factor[line, step], factor[line, step + 1 :]
-        for j in range(left):
-            row[j] -= a0 * f0[j]
-        line += 1
+    subtract_lines(factor, row[:left], step, step, step + 1, count)
     pivot = 1 / sqrt(state[1, step])
     share, new_row = state[0, step] * pivot, factor[step, step + 1 :]
     for j in range(left):

@@ -47,9 +47,8 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: Sc
     every = context.pattern[1] if context.pattern else 1
     fitting = fitting_groups(model, groups, every)
     split_into_blocks(model, fitting, 1, every)
-    statistics = collect_layer_moments(
-        model, [_path(model, group) for group in fitting], [], batches, context, "metric_diagonal"
-    )
+    paths = [_path(model, group) for group in fitting]
+    statistics = collect_layer_moments(model, paths, [], batches, context, "metric_diagonal")
     images = sum(len(labels) for _, labels in batches)
     chosen = ChannelOrders((), {})
     if context.pattern is not None and context.config.permute:
@@ -142,8 +141,7 @@ def _rows(model: nn.Module, group: Group) -> Tensor:
 
 
 def _bias(model: nn.Module, group: Group) -> Tensor | None:
-    layer = model.get_submodule(_path(model, group))
-    bias = layer.bias
+    bias = model.get_submodule(_path(model, group)).bias
     return bias.detach().double() if isinstance(bias, Tensor) else None
 
 

@@ -136,11 +136,9 @@ def _conjugate_gradients(residual: Tensor, kept: Tensor, matrix: Tensor, inverse
 
 
 def _factors_are_cheaper(keep: Tensor) -> bool:
-    """Return whether Cholesky factors take less time than conjugate gradients.
-
-    Both times are in 0.1 ns, as measured on one AVX2 core (benchmarks/speed/obc_phases.py).
-    """
+    """Return whether Cholesky factors take less time than conjugate gradients."""
     (rows, width), most = keep.shape, int(keep.sum(dim=1).max())
+    # both times in 0.1 ns, as measured on one AVX2 core (benchmarks/speed/obc_phases.py)
     return rows * most**2 * (most + 150) < 20 * rows * width**2 + 0.7 * width**3 + 3e7
 
 

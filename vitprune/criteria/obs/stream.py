@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitprune.architectures.stream_rotation import rotate_stream, stream_layers
 from vitprune.criteria import Batches, ScoringContext, Statistics
 from vitprune.criteria.fisher_directions import fisher_directions
-from vitprune.criteria.memory import max_batch_size, minibatches
+from vitprune.criteria.memory import max_batch_size
 from vitprune.criteria.moments import record_layer_io
 from vitprune.criteria.obs.unit_elimination import ridge_refit
 from vitprune.errors import BadInput
@@ -141,7 +141,7 @@ def _norm_moments(
         with record_layer_io(model, [], norms):
             size = max_batch_size(model, model, batches[0][0][:1].to(device), context.config.memory)
         for batch, _ in track(batches, "finding the important directions of the stream"):
-            for images in minibatches(batch, size):
+            for images in torch.split(batch, size):
                 for path, sums in _of_images(model, norms, images.to(device), context, first).items():
                     before = total.get(path, (0.0, 0.0))
                     total[path] = before[0] + sums[0], before[1] + sums[1]

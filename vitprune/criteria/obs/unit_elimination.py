@@ -63,9 +63,8 @@ def ridge_refit(
     """
     rotated, moments = _rotate(weight.double(), halves, basis)
     indices = kept if bias is None else torch.cat([kept, torch.tensor([moments.shape[-1] - 1])])
-    errors = [
-        sum(_held_out(rotated, a, b, indices, ridge) for a, b in fit_and_test_moments(moments)) for ridge in RIDGES
-    ]
+    folds = fit_and_test_moments(moments)
+    errors = [sum(_held_out(rotated, fit, test, indices, ridge) for fit, test in folds) for ridge in RIDGES]
     ridge = RIDGES[int(torch.tensor(errors).argmin())]
     solved = _solve(rotated, moments.sum(dim=0), indices, ridge)
     full = torch.zeros(weight.shape, dtype=torch.float64).index_copy(1, kept, solved[:, : len(kept)])
@@ -135,10 +134,10 @@ def _remove(carried: Tensor, inverse: Tensor, index: slice) -> None:
     share = torch.linalg.solve(rows[:, index], rows)  # (inner, k+1)
     carried -= carried[:, index].clone() @ share
     inverse -= rows.T @ share
-    size = rows.shape[0]
     inverse[index, :] = 0
     inverse[:, index] = 0
-    inverse[index, index] = torch.eye(size, dtype=torch.float64)  # keeps the block invertible until the next compaction
+    # the identity keeps the block invertible until the next compaction
+    inverse[index, index] = torch.eye(len(rows), dtype=torch.float64)
     carried[:, index] = 0
 
 

@@ -1,7 +1,6 @@
 """Structured OBS (unit-obs): greedy elimination of units, basis change of attention, ridge refit of consumers."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from vitprune.runtime.progress import track
 
 KINDS = ("ffn", "head", *HEAD_CHANNELS, "residual")
 QUERY, KEY, VALUE = 0, 1, 2  # positions in `Projections.layers`
-NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 TINY = 1e-300
 RIDGE = 1e-3  # of elimination; `ridge_refit` selects another
 
@@ -48,9 +46,9 @@ def unit_obs(model: nn.Module, groups: Sequence[Group], batches: Batches, contex
 
     Source: CAP's elimination with the Fisher metric of UP-ViTs' KL; the refit is ridge regression on the dense outputs.
     """
-    unsupported = [group for group in groups if group.kind not in KINDS]
-    if unsupported:
-        raise BadInput(f"{unsupported[0].name}: unit-obs scores {', '.join(KINDS)}, not kind {unsupported[0].kind!r}")
+    for group in groups:
+        if group.kind not in KINDS:
+            raise BadInput(f"{group.name}: unit-obs scores {', '.join(KINDS)}, not kind {group.kind!r}")
     readers = stream_readers(model) if any(group.kind == "residual" for group in groups) else []
     units = [group for group in groups if group.kind != "residual"]
     statistics = collect_unit_moments(model, units, batches, context, grads=True) if units else {}
@@ -101,9 +99,8 @@ def with_refit_update(criterion: Criterion) -> Criterion:
 
     def refitted(model: nn.Module, groups: Sequence[Group], batches: Batches, context: ScoringContext) -> Importance:
         result = criterion(model, groups, batches, context)
-        statistics = collect_unit_moments(
-            model, [group for group in groups if group.kind != "residual"], batches, context
-        )
+        units = [group for group in groups if group.kind != "residual"]
+        statistics = collect_unit_moments(model, units, batches, context)
         return Importance(result.scores, refit_update(model, groups, statistics), result.facts, statistics)
 
     return refitted
@@ -119,11 +116,11 @@ def refit_consumer(model: nn.Module, group: Group, statistics: Statistics, mask:
 
 
 def rotate_attention(
-    model: nn.Module, group: Group, statistics: Statistics, changed: Mapping[str, Tensor] = NOTHING
-) -> dict[str, Tensor]:
-    """Return the parameters of an attention in a new basis of a group's channels, by name.
+    model: nn.Module, group: Group, statistics: Statistics, changed: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], OutputBasis | None]:
+    """Return the parameters of an attention in a new basis of a group's channels, by name, and the basis of v and proj.
 
-    The attention computes the same function as before.
+    The attention computes the same function as before. For channels of q and k, the second basis is None.
 
     Args:
         model: The model.
@@ -131,17 +128,7 @@ def rotate_attention(
         statistics: Those of `collect_unit_moments`.
         changed: Parameters that are used instead of the model's.
     """
-    return _rotated(model, group, *_bases(model, group, statistics), changed)
-
-
-def _rotated(
-    model: nn.Module,
-    group: Group,
-    logits: LogitsBasis | None,
-    output: OutputBasis | None,
-    changed: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Return the parameters of an attention in new bases."""
+    logits, output = _bases(model, group, statistics)
     projections, result, sides = find_projections(group), {}, dict[int, Tensor]()
     if logits is not None:
         sides = {QUERY: logits.query, KEY: logits.key}
@@ -159,7 +146,7 @@ def _rotated(
     if output is not None:
         name = f"{find_consumer(model, group).path}.weight"
         result[name] = known[name].cpu().double() @ _block_diagonal(output.back)
-    return result
+    return result, output
 
 
 def _rotate_and_refit(
@@ -168,8 +155,7 @@ def _rotate_and_refit(
     """Return the new basis, and proj refitted on the kept channels of it."""
     if bool(mask.all()):
         return {}
-    logits, output = _bases(model, group, statistics)
-    result = _rotated(model, group, logits, output, changed)
+    result, output = rotate_attention(model, group, statistics, changed)
     if output is None:
         return result
     kept = mask.flatten().nonzero().flatten()
@@ -208,14 +194,12 @@ def _bases(model: nn.Module, group: Group, statistics: Statistics) -> tuple[Logi
 
 
 def _channel_losses(model: nn.Module, group: Group, statistics: Statistics) -> Tensor:
-    """Loss in nats of every channel of the new basis, through logits and output; (heads, c), descending.
-
-    The mean squared gradient w.r.t. a logit is that w.r.t. q divided by the second moment of k.
-    """
+    """Loss in nats of every channel of the new basis, through logits and output; (heads, c), descending."""
     nats = torch.zeros(group.shape, dtype=torch.float64)
     logits, output = _bases(model, group, statistics)
     if logits is not None:
         maker = find_projections(group).path
+        # the mean squared gradient w.r.t. a logit is that w.r.t. q divided by the second moment of k
         key_energy = statistics[f"{maker}/key"].diagonal(dim1=1, dim2=2).sum(dim=1)  # (heads,)
         grad_sq = statistics[f"{maker}/query_grad_sq"] / (statistics[f"{maker}/tokens"] * key_energy).clamp_min(TINY)
         nats += grad_sq[:, None] * logits.energies

@@ -139,11 +139,7 @@ def save(
 
 
 def _refuse_other_model(model: nn.Module, config: ModelConfig) -> None:
-    """Refuse a model that is not the one built from its config.
-
-    Raises:
-        BadInput: weights, structure or logits differ.
-    """
+    """Refuse a model whose weights, structure or logits are not those of the one built from its config."""
     name, header = type(model).__name__, header_of(model)
     try:
         with torch.device("meta"):

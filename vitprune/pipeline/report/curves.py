@@ -65,9 +65,8 @@ def _accuracy_plot(records: list[dict[str, Any]], dense_top1: float) -> plots.Pl
         plots.Line(x, y, "pruned", marker="o"),
     ]
     description = f"Top-1 over {len(records)} cycles, from {y[0]:.2f} % to {y[-1]:.2f} %"
-    svg = plots.curves(
-        "accuracy", description, lines, _cycle_axis(records), plots.Axis("top-1, %"), range(len(records))
-    )
+    axes = _cycle_axis(records), plots.Axis("top-1, %")
+    svg = plots.curves("accuracy", description, lines, *axes, range(len(records)))
     return plots.Plot(svg, "Accuracy", "after pruning and after fine-tuning")
 
 

@@ -127,10 +127,8 @@ def save(
         config = json.loads(partial.read_text())
         # timm writes the value of the published input size
         config["pretrained_cfg"]["crop_pct"] = data_config(model)["crop_pct"]
-        config["vitprune"] = {
-            "format": FORMAT,
-            "structure": {name: list(shape) for name, shape in structure(model).items()},
-        }
+        shapes = {name: list(shape) for name, shape in structure(model).items()}
+        config["vitprune"] = {"format": FORMAT, "structure": shapes}
         classes = kept_classes(model)
         config["vitprune"] |= {} if classes is None else {"classes": list(classes)}
         partial.write_text(json.dumps(config, indent=2) + "\n")

@@ -80,13 +80,8 @@ class RunLog:
         """Log the start (seconds since 1970): params, commit, versions, dvc.yaml and params.yaml."""
         params = flatten(load_yaml(self.project / "params.yaml") or {})
         files = [self._keep(name) for name in ("params.yaml", "dvc.yaml")]
-        start = {
-            "fact": "start",
-            "time": started,
-            "params": params,
-            "git": _git_state(self.project),
-            "versions": _versions(),
-        }
+        start = {"fact": "start", "time": started, "params": params}
+        start |= {"git": _git_state(self.project), "versions": _versions()}
         if sweep := os.environ.get(SWEEP):
             start["sweep"] = json.loads(sweep)
         signing_key()  # an unusable key is an error before the first stage

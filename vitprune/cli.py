@@ -29,6 +29,7 @@ ModelName = Annotated[
     str | None,
     typer.Option(help=r"Name in MLflow's registry.  \[default: VITPRUNE_MODEL_NAME, else the name of the folder]"),
 ]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm model, or the directory of a saved model.")]
 
 app = typer.Typer(
     name="vitprune", no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"max_content_width": 120}
@@ -355,9 +356,7 @@ def schema() -> None:
 
 
 @app.command(rich_help_panel=MODELS, epilog="Example: vitprune inspect deit_small_patch16_224")
-def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A timm model, or the directory of a saved model.")],
-) -> None:
+def inspect(model: Model) -> None:
     """List the prunable groups of a model, with the parameters and MACs of each."""
     from rich.console import Console
     from rich.markup import escape
@@ -420,7 +419,7 @@ def check(
     epilog="Example: vitprune latency-table deit_tiny_patch16_224 --on ort --output deit_tiny.csv",
 )
 def latency_table(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A timm model, or the directory of a saved model.")],
+    model: Model,
     output: Annotated[Path, typer.Option(help="The CSV file to write.")],
     on: Annotated[
         str, typer.Option(help="Engine: torch (on a GPU if there is one), ort (onnxruntime) or openvino.")

@@ -86,12 +86,7 @@ class Entry:
         macs = {"macs": goal.macs} if goal.macs is not None else None
         shares = goal.removed or dict.fromkeys(goal.kinds, 1.0)
         return PruneConfig(
-            method=self.method,
-            sparsity=shares,
-            scope=self.scope,
-            cycles=self.steps,
-            schedule="linear",
-            target=macs,
+            method=self.method, sparsity=shares, scope=self.scope, cycles=self.steps, schedule="linear", target=macs
         )
 
 
@@ -237,13 +232,14 @@ def _scores(case: Setup, plans: Sequence[Plan]) -> Importance:
 def _measure(case: Setup, entry: Entry, name: str, plan: Plan, importance: Importance | None) -> PrunedResult:
     """Prune for one goal; evaluate before and after the correction."""
     model = copy.deepcopy(case.dense)
-    first = _masks(model, plan, importance) if importance else None
+    first, statistics = None, None
+    if importance:
+        first = dict(select_cycle_masks(model, importance.scores, plan, cycle_state(model, plan)).masks)
+        statistics = dict(importance.statistics)
     if first and not entry.refit:
         shrink(model, groups_for(model, plan), first)
     else:
-        for _ in prune_cycles(
-            model, plan, case.calibration, first, dict(importance.statistics) if importance else None
-        ):
+        for _ in prune_cycles(model, plan, case.calibration, first, statistics):
             pass
     before = accuracy(model, case.held_out)[0]["top1"]
     after = accuracy(corrected(case, model), case.held_out)[0]["top1"] if entry.correction else None
@@ -252,8 +248,3 @@ def _measure(case: Setup, entry: Entry, name: str, plan: Plan, importance: Impor
     result = PrunedResult(entry.label, name, entry.ours, before, after, macs)
     print(result, flush=True)
     return result
-
-
-def _masks(model: nn.Module, plan: Plan, importance: Importance) -> dict[str, Tensor]:
-    """Select the masks of a one-cycle plan."""
-    return dict(select_cycle_masks(model, importance.scores, plan, cycle_state(model, plan)).masks)

@@ -86,9 +86,8 @@ class Site:
             names = self.metric_names(flow)
             (parent,) = self.search_runs(f"tags.`vitprune.key` = '{flow}'")
         incomplete = toy_project.differing_keys(names, self.metrics)
-        return [f"{stage}: metrics in MLflow are not complete" for stage in incomplete] + self.toy.audit(
-            parent.info.run_id
-        )
+        problems = [f"{stage}: metrics in MLflow are not complete" for stage in incomplete]
+        return problems + self.toy.audit(parent.info.run_id)
 
     def metric_names(self, flow: str) -> dict[str, list[str]]:
         """Return the metric names of a flow's run and of its stages' runs, including cached stages."""
@@ -273,9 +272,8 @@ def site(folder: Path) -> Iterator[Site]:
         remote = stack.enter_context(servers.remote(folder / "remote"))
         toy = toy_project.create(disk / "project", running, remote, folder)
         environment = Site(toy, disk, running, remote, folder, stack)
-        (parent,) = environment.search_runs(
-            "tags.`vitprune.prefect_flow_run_id` != '' and tags.`vitprune.project` != ''"
-        )
+        query = "tags.`vitprune.prefect_flow_run_id` != '' and tags.`vitprune.project` != ''"
+        (parent,) = environment.search_runs(query)
         environment.metrics = environment.metric_names(parent.data.tags["vitprune.key"])
         environment.start_worker()
         running.run("prefect", "--no-prompt", "deploy", "--all", where=toy.project)

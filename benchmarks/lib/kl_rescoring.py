@@ -23,15 +23,7 @@ from vitprune.pruning.rescoring import adaptive_rescoring
 from vitprune.pruning.select import candidate_pools, select
 
 KINDS = ("ffn", "attention", "residual")
-SAMPLED = (
-    "blocks.2.mlp",
-    "blocks.6.mlp",
-    "blocks.10.mlp",
-    "blocks.1.attn",
-    "blocks.5.attn",
-    "blocks.9.attn",
-    "residual",
-)
+SAMPLED = (*(f"blocks.{n}.mlp" for n in (2, 6, 10)), *(f"blocks.{n}.attn" for n in (1, 5, 9)), "residual")
 CHUNK = 16
 
 
@@ -45,10 +37,9 @@ def rescoring_rows(
     fisher = 1e3 * (time.perf_counter() - start) / len(images)
     units = {kind: sum(group.units for group in groups.values() if group.kind == kind) for kind in KINDS}
     literal_total = sum(literal[kind] * number for kind, number in units.items())
+    ratio = literal_total / fisher
     rows = [Row("Fisher, all units of an image", fisher, "ms", runs=1)]
-    rows.append(
-        Row("literal / Fisher, all units", literal_total / fisher, "x", ">= 1000", literal_total / fisher >= 1000)
-    )
+    rows.append(Row("literal / Fisher, all units", ratio, "x", ">= 1000", ratio >= 1000))
     chosen = {
         name: torch.randperm(groups[name].units, generator=torch.Generator().manual_seed(0))[:pool].sort().values
         for name in SAMPLED
@@ -73,10 +64,8 @@ def fisher_images(model: nn.Module, groups: list[Group], images: Tensor) -> dict
     """Return the Fisher scores of every image, (units, images) per group."""
     starts = range(0, len(images), CHUNK)
     parts = [
-        fisher_kl_per_image(
-            model, groups, images[n : n + CHUNK], DEFAULT_CONTEXT, range(n, n + len(images[n : n + CHUNK]))
-        )
-        for n in starts
+        fisher_kl_per_image(model, groups, chunk, DEFAULT_CONTEXT, range(start, start + len(chunk)))
+        for start, chunk in zip(starts, images.split(CHUNK), strict=True)
     ]
     return {group.name: torch.cat([part[group.name] for part in parts], dim=1) for group in groups}
 

@@ -110,9 +110,8 @@ def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
     path.write_text("[\n" + ",\n".join(records) + "\n]\n")
     table = Table("what", "value", "unit", "target", "holds", title=f"{name}: {stamp['machine']}")
     for row in rows:
-        table.add_row(
-            row.what, f"{row.value:.4g}", row.unit, row.target or "", {True: "yes", False: "NO", None: ""}[row.holds]
-        )
+        holds = {True: "yes", False: "NO", None: ""}[row.holds]
+        table.add_row(row.what, f"{row.value:.4g}", row.unit, row.target or "", holds)
     Console().print(table)
     if any(row.holds is False for row in rows):
         sys.exit(1)

@@ -49,10 +49,8 @@ class Saliency(nn.Module):
 def load_saliency(folder: Path) -> nn.Module:
     """Load the dense model in float32, in evaluation mode."""
     model = Saliency()
-    weights = {
-        name: value.float() for name, value in load_file(folder / "vit_small_dinov2_saliency.safetensors").items()
-    }
-    model.load_state_dict(weights)
+    weights = load_file(folder / "vit_small_dinov2_saliency.safetensors")
+    model.load_state_dict({name: value.float() for name, value in weights.items()})
     return model.eval()
 
 

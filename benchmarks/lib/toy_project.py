@@ -15,11 +15,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.support import (
-    servers,
-    tamper_worker,
-    tiny_project,
-)
+from tests.support import servers, tamper_worker, tiny_project
 from vitprune.orchestration.audit.rerun import CLOCK
 from vitprune.orchestration.execution.dvc_cache import Store, cache_dir
 from vitprune.orchestration.execution.lock_and_repair import STATE
@@ -172,16 +168,7 @@ def _is_running(process: psutil.Process, stage: str | None) -> bool:
 
 def flow_of(project: Path, env: Mapping[str, str], log: Path, *words: str) -> "subprocess.Popen[bytes]":
     """Start a command of the flows in a new process group; write its output to `log`."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "vitprune.cli",
-        *(words or ("run",)),
-        "--project",
-        str(project),
-    ]
+    command = [sys.executable, "-W", "ignore", "-m", "vitprune.cli", *(words or ("run",)), "--project", str(project)]
     with log.open("w") as file:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
 

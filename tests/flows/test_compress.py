@@ -10,9 +10,11 @@ import pytest
 from tests.support import preloaded, shell_pipeline
 from tests.support.shared import add_empty_store
 from tests.support.shell_pipeline import REPOSITORY, processes_of, sleepers, wait_for
+from vitprune.config.params import load_params
+from vitprune.errors import BadInput
 from vitprune.orchestration.execution.lock_and_repair import LOCKFILE_COPY, exclusive, is_complete, repair
 from vitprune.orchestration.execution.processes import MARK, run
-from vitprune.orchestration.execution.run_stage import FailureClass, check_params, reproduce
+from vitprune.orchestration.execution.run_stage import FailureClass, reproduce
 
 pytestmark = pytest.mark.pipeline
 DEAD = "http://127.0.0.1:9"
@@ -100,10 +102,11 @@ def test_a_damaged_cache_object_fails_the_stage_and_the_command_of_the_message_r
 
 
 def test_a_misspelled_parameter_that_dvc_ignores_is_an_error(project: Path) -> None:
-    assert check_params(project) == ""
+    load_params(project / "params.yaml")
     with (project / "params.yaml").open("a") as file:
         file.write("sparsty: 1\n")
-    assert "sparsty" in check_params(project)
+    with pytest.raises(BadInput, match="sparsty"):
+        load_params(project / "params.yaml")
 
 
 def test_a_second_run_is_refused_in_one_line(project: Path) -> None:

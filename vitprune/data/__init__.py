@@ -54,10 +54,7 @@ __all__ = [
 
 
 def open_source(
-    spec: str,
-    classes: Sequence[str] | None = None,
-    eval_source: str | None = None,
-    setting: str = SourceError.setting,
+    spec: str, classes: Sequence[str] | None = None, eval_source: str | None = None, setting: str = SourceError.setting
 ) -> Source:
     """Open an image source.
 

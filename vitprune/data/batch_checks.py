@@ -35,12 +35,7 @@ def checked_batches(batches: Any, model: nn.Module) -> list[tuple[Tensor, Tensor
 
 
 def checked_stream(
-    batches: Any,
-    model: nn.Module,
-    name: str,
-    classes: int | None = None,
-    labeled: bool = True,
-    mapped: bool = True,
+    batches: Any, model: nn.Module, name: str, classes: int | None = None, labeled: bool = True, mapped: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield checked batches one by one.
 

@@ -108,15 +108,9 @@ def open_folder(root: Path, classes: Sequence[str] | None) -> Source:
         raise BadInput(
             f"folder:{root}: no images in its sub-folders{also}; put the images of each class into their own folder"
         )
-    return Source(
-        f"folder:{root}",
-        tuple(ids),
-        tuple(labels),
-        names,
-        tuple(splits) if len(parts) == 2 else None,
-        FolderReader(root),
-        tuple(path.relative_to(root).as_posix() for path in left_out),
-    )
+    native = tuple(splits) if len(parts) == 2 else None
+    others = tuple(path.relative_to(root).as_posix() for path in left_out)
+    return Source(f"folder:{root}", tuple(ids), tuple(labels), names, native, FolderReader(root), others)
 
 
 def _folders_of(folder: Path) -> list[Path]:

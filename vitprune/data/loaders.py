@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -113,10 +113,10 @@ def open_split(manifest: pa.Table, source: Source, split: str, transform: Transf
     read: ReadRow = SourceRows(source, ids, [row["sha256"] for row in rows])
     table = ImageTable(ids, labels, transform, read, None)
     if not transform.random and len(rows) * math.prod(transform.shape) * 4 <= MEMORY:
-        return ImageTable(ids, labels, transform, read, _all_tensors(table, split))
+        return replace(table, tensors=_all_tensors(table, split))
     if _encoded_size(read, len(rows)) <= MEMORY:
         encoded = list(track(map(read, range(len(rows))), f"reading the {split} images", len(rows)))
-        return ImageTable(ids, labels, transform, encoded.__getitem__, None)
+        return replace(table, read=encoded.__getitem__)
     return table
 
 
@@ -191,8 +191,7 @@ def _epoch(
 
 def batch_ids(table: ImageTable, batch_size: int, seed: int, epoch: int, number: int, repeats: int = 1) -> list[str]:
     """Return the image ids of batch `number` (from 0) of `train_batches`."""
-    batches, _ = _epoch(table, batch_size, seed, epoch, repeats)
-    return [table.ids[int(row) % len(table)] for row in batches[number]]
+    return [table.ids[row] for row in batch_rows(table, batch_size, seed, epoch, repeats)[number]]
 
 
 def batch_rows(

@@ -8,9 +8,8 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.nn import functional as F
 
-MixFn = Callable[
-    [Tensor, Tensor], tuple[Tensor, Tensor]
-]  # images (B, C, H, W), labels (B,) -> images, soft labels (B, classes)
+# images (B, C, H, W), labels (B,) -> images, soft labels (B, classes)
+MixFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def make_mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | np.random.Generator) -> MixFn:

@@ -76,11 +76,9 @@ def checked_label(label: Any, classes: Sequence[str] | None, where: str) -> int:
     Raises:
         BadInput: it is no whole number, or outside the classes.
     """
-    text = label.strip() if isinstance(label, str) else label
+    text: Any = label.strip() if isinstance(label, str) else label
     is_text = isinstance(text, str) and text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 20
-    is_whole = (
-        isinstance(text, int | float) and not isinstance(text, bool) and abs(text) < 1 << 64 and text == int(text)
-    )
+    is_whole = type(text) in (int, float) and abs(text) < 1 << 64 and text == int(text)
     if not (is_text or is_whole):
         raise BadInput(f"{where} has the label {shown(label)}, which must be one integer")
     number, highest = int(text), MAX_LABEL if classes is None else len(classes) - 1
@@ -186,15 +184,11 @@ def join(train: Source, evaluation: Source) -> Source:
     held_out = [
         row for row in range(len(evaluation.ids)) if evaluation.splits is None or evaluation.splits[row] == "eval"
     ]
-    return Source(
-        f"{train.spec} and {evaluation.spec}",
-        tuple(train.ids[row] for row in kept) + tuple(EVAL_PREFIX + evaluation.ids[row] for row in held_out),
-        tuple(train.labels[row] for row in kept) + tuple(evaluation.labels[row] for row in held_out),
-        train.classes,
-        ("train",) * len(kept) + ("eval",) * len(held_out),
-        JoinedReader(train.read, evaluation.read),
-        train.left_out + evaluation.left_out,
-    )
+    spec, reader = f"{train.spec} and {evaluation.spec}", JoinedReader(train.read, evaluation.read)
+    ids = tuple(train.ids[row] for row in kept) + tuple(EVAL_PREFIX + evaluation.ids[row] for row in held_out)
+    labels = tuple(train.labels[row] for row in kept) + tuple(evaluation.labels[row] for row in held_out)
+    splits = ("train",) * len(kept) + ("eval",) * len(held_out)
+    return Source(spec, ids, labels, train.classes, splits, reader, train.left_out + evaluation.left_out)
 
 
 def _relabeled(evaluation: Source, train: Source) -> Source:

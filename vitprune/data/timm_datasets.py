@@ -59,15 +59,10 @@ def open_timm(spec: str, classes: Sequence[str] | None) -> Source:
     with without_retry_lines():
         datasets = {"train": _create(spec, name, root, "train")} | _evaluation(name, root)
     labels_of, names = _labels(spec, datasets, classes)
-    splits = tuple("train" if split == "train" else "eval" for split, labels in labels_of.items() for _ in labels)
-    return Source(
-        spec,
-        tuple(f"{split}#{row}" for split, labels in labels_of.items() for row in range(len(labels))),
-        tuple(label for labels in labels_of.values() for label in labels),
-        names,
-        splits if len(datasets) == 2 else None,
-        TimmReader(spec, datasets),
-    )
+    rows = [(split, row, label) for split, labels in labels_of.items() for row, label in enumerate(labels)]
+    ids, labels = tuple(f"{split}#{row}" for split, row, _ in rows), tuple(label for _, _, label in rows)
+    splits = tuple("train" if split == "train" else "eval" for split, _, _ in rows) if len(datasets) == 2 else None
+    return Source(spec, ids, labels, names, splits, TimmReader(spec, datasets))
 
 
 def _create(spec: str, name: str, root: str, split: str) -> Any:

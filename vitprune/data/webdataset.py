@@ -196,7 +196,7 @@ def _index_shard(root: Path, shard: str) -> dict[str, Sample]:
     try:
         if not (root / shard).is_file() and (root / shard).exists():
             raise SourceError(f"{root / shard}: not a regular file")
-        with (root / shard).open("rb") as file, _opened_tar(file) as tar:
+        with (root / shard).open("rb") as file, tarfile.open(fileobj=BoundedReads(file), mode="r:") as tar:  # type: ignore[call-overload]
             for member in tar:
                 match = KEY.fullmatch(member.name)
                 if member.isreg() and match and not _is_meta(member.name):
@@ -209,10 +209,6 @@ def _index_shard(root: Path, shard: str) -> dict[str, Sample]:
         reason = first_line(error)[:200]
         raise BadInput(f"{root / shard}: not a complete, uncompressed tar file ({reason}); write it again") from None
     return samples
-
-
-def _opened_tar(file: IO[bytes]) -> tarfile.TarFile:
-    return tarfile.open(fileobj=BoundedReads(file), mode="r:")  # type: ignore[call-overload, no-any-return]
 
 
 def _is_meta(name: str) -> bool:

@@ -72,11 +72,9 @@ def same_logits(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
 def _logits(model: Any, images: Tensor) -> Tensor:
     model.cpu()
     with torch.inference_mode(False), torch.no_grad(), eval_mode(model):
-        if not images.is_floating_point():
-            output: Tensor = main_tensor(model.double()(images))
-            return output
-        weights = model.state_dict()
-        model.float()(images.float())  # some modules, such as ConViT's, make buffers of this type in their first pass
-        model.double().load_state_dict(weights, strict=False)  # float rounds weights in float64
-        output = main_tensor(model.double()(images.double()))
+        if images.is_floating_point():
+            weights, images = model.state_dict(), images.double()
+            model.float()(images.float())  # some modules, as ConViT's, make buffers of this type in their first pass
+            model.double().load_state_dict(weights, strict=False)  # float rounds weights in float64
+        output: Tensor = main_tensor(model.double()(images))
     return output

@@ -1,5 +1,6 @@
 """Export to a timm directory and to ONNX, each compared with the original model."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -122,11 +123,7 @@ def onnxruntime_session(path: Path) -> Any:
 
 
 def _onnx_program(model: nn.Module, images: Tensor, opset: int | None, dynamic_size: bool) -> Any:
-    """Return the ONNX program; without fused attention if torch cannot export that, as with a position bias.
-
-    Raises:
-        BadInput: the model cannot be exported.
-    """
+    """Return the ONNX program; without fused attention if torch cannot export that, as with a position bias."""
     # names, not torch.export.Dim, which PVT's convolutions would fix
     axes = {0: "batch", 2: "height", 3: "width"} if dynamic_size else {0: "batch"}
     export = partial(
@@ -142,19 +139,13 @@ def _onnx_program(model: nn.Module, images: Tensor, opset: int | None, dynamic_s
     )
     with warnings.catch_warnings(), scoring_mode(model):
         warnings.simplefilter("ignore")  # deprecations inside the exporter
-        try:
-            return export()
-        except Exception:  # the exporter has errors of its own for each step
-            with unfused_attention(model):
-                return _refuse_failure(export)
-
-
-def _refuse_failure(export: Callable[[], Any]) -> Any:
-    try:
-        return export()
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise ExportError(f"export.onnx: torch cannot export this model ({first_line(cause)})") from None
+        for mode in (contextlib.nullcontext(), unfused_attention(model)):
+            try:
+                with mode:
+                    return export()
+            except Exception as error:  # the exporter has errors of its own for each step
+                cause = error.__cause__ or error
+    raise ExportError(f"export.onnx: torch cannot export this model ({first_line(cause)})")
 
 
 def _logits(model: nn.Module, example_input: Tensor) -> Tensor:

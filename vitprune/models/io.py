@@ -127,10 +127,8 @@ def save(
         config = json.loads(partial.read_text())
         # timm writes the value of the published input size
         config["pretrained_cfg"]["crop_pct"] = data_config(model)["crop_pct"]
-        config["vitprune"] = {
-            "format": FORMAT,
-            "structure": {name: list(shape) for name, shape in structure(model).items()},
-        }
+        shapes = {name: list(shape) for name, shape in structure(model).items()}
+        config["vitprune"] = {"format": FORMAT, "structure": shapes}
         classes = kept_classes(model)
         config["vitprune"] |= {} if classes is None else {"classes": list(classes)}
         partial.write_text(json.dumps(config, indent=2) + "\n")
@@ -139,11 +137,7 @@ def save(
 
 
 def _refuse_other_model(model: nn.Module, config: ModelConfig) -> None:
-    """Refuse a model that is not the one built from its config.
-
-    Raises:
-        BadInput: weights, structure or logits differ.
-    """
+    """Refuse a model whose weights, structure or logits are not those of the one built from its config."""
     name, header = type(model).__name__, header_of(model)
     try:
         with torch.device("meta"):

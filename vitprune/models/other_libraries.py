@@ -170,15 +170,13 @@ def _factory_of(model: nn.Module, factory: str | None, args: Mapping[str, Any]) 
             raise BadInput(f"factory {factory!r}: unknown; write torchvision:NAME")
         classes = kept_classes(model)
         return Factory(TORCHVISION, model_name, {**({"num_classes": len(classes)} if classes else {}), **args})
-    if package == TRANSFORMERS and _is_public(kind):
-        return Factory(TRANSFORMERS, name, _structural(model.config.to_dict()))  # type: ignore[operator, union-attr]
+    if package == TRANSFORMERS:
+        import transformers
+
+        if getattr(transformers, name, None) is kind:
+            config: Any = model.config
+            return Factory(TRANSFORMERS, name, _structural(config.to_dict()))
     return Factory(OWN, name, {})
-
-
-def _is_public(kind: type[nn.Module]) -> bool:
-    import transformers
-
-    return getattr(transformers, kind.__name__, None) is kind
 
 
 def _structural(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,11 +198,7 @@ def _names(model: nn.Module) -> dict[str, Any]:
 
 
 def _build(factory: Factory) -> nn.Module:
-    """Build the dense model; nothing is downloaded, and no code is loaded but that of the installed library.
-
-    Raises:
-        BadInput: the library is not installed, or has no such model.
-    """
+    """Build the dense model; nothing is downloaded, and no code is loaded but that of the installed library."""
     with torch.random.fork_rng(devices=[]):
         return _constructed(factory)
 

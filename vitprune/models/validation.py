@@ -35,14 +35,8 @@ FACTORY_ARGS = (
     "model_cfg", "feature_cfg", "feature_cls", "features_only", "kwargs_filter", "out_indices", "device", "dtype",
     "scriptable", "exportable", "no_jit",
 )  # fmt: skip
-SOURCES = (
-    "url",
-    "file",
-    "hf_hub_id",
-    "hf_hub_filename",
-    "source",
-    "state_dict",
-)  # keys of pretrained_cfg that name a source of weights
+# keys of pretrained_cfg that name a source of weights
+SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES = FLOATS | OTHERS | {"BOOL": torch.bool}
@@ -180,19 +174,6 @@ def check_fit(path: Path, header: Mapping[str, TensorSpec], expected: Mapping[st
                 raise BadInput(
                     f"{path}: weight {name} has type {entry.dtype}, {first_float[0]} has {first_float[1]}; use one type"
                 )
-
-
-def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Check that all weights are finite.
-
-    Raises:
-        BadInput: a weight is infinite or NaN.
-    """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise BadInput(
-                f"{path}: weight {name} has values that are not finite; the training diverged, do not use it"
-            )
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
-from vitprune.models.validation import FLOATS, check_finite, check_fit, read_header
+from vitprune.models.validation import FLOATS, check_fit, read_header
 from vitprune.runtime.files import atomic_write
 
 
@@ -64,7 +64,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     check_fit(path, read_header(path), model.state_dict(), type(model).__name__)
     tensors = read_weights(path)
-    check_finite(path, tensors)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            problem = "has values that are not finite; the training diverged, do not use it"
+            raise BadInput(f"{path}: weight {name} {problem}")
     model.load_state_dict(tensors, strict=True)
 
 

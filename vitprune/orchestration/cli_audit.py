@@ -126,10 +126,8 @@ def _checks(
         if name != "complete":
             yield name, run_check(name, collected)
     for name in verify.CHECKS:
-        recomputed = (
-            stages.differences(name) if name in verify.REPEATED else _recomputed(collected, name, options.limit)
-        )
-        yield name, recomputed
+        is_repeated = name in verify.REPEATED
+        yield name, stages.differences(name) if is_repeated else _recomputed(collected, name, options.limit)
     if options.rerun:
         yield "rerun", rerun.rerun(collected)
 

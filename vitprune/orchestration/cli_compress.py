@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitprune.errors import BadInput
-from vitprune.orchestration.execution.lock_and_repair import Busy, exclusive
+from vitprune.orchestration.execution.lock_and_repair import exclusive
 from vitprune.orchestration.interrupts import run_interruptibly
 from vitprune.orchestration.prefect_setup import LOST_SERVER, prepared_flow, server_answers
 
@@ -35,8 +35,6 @@ def run_pipeline(project: Path, stage_limit: float | None) -> int:
     try:
         with exclusive(project):
             pass
-    except Busy as error:
-        raise BadInput(str(error)) from None
     except OSError as error:
         raise BadInput(f"{error.filename or project}: {error.strerror or error}") from None
     return run_interruptibly(lambda interrupted: _run(project, stage_limit, interrupted), STOPPED)

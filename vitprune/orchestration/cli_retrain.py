@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from vitprune.errors import BadInput
 from vitprune.orchestration.cli_compress import check_stage_limit, checked_project
 from vitprune.orchestration.interrupts import run_interruptibly
 from vitprune.orchestration.prefect_setup import prepared_flow
@@ -28,7 +27,6 @@ def run_retraining(project: Path, model: str | None, branch: str, stage_limit: f
     """
     check_stage_limit(stage_limit)
     project = checked_project(project)
-
     return run_interruptibly(lambda interrupted: _run(project, model, branch, stage_limit), STOPPED)
 
 
@@ -51,7 +49,7 @@ def roll_back(project: Path, model: str | None) -> None:
     Raises:
         BadInput: there is no champion, or no former one, or MLflow has lost the versions.
     """
-    from vitprune.orchestration.tracking.registry import RegistryError, registry
+    from vitprune.orchestration.tracking.registry import registry
     from vitprune.orchestration.tracking.registry_copy import keep_copy, refuse_lost
     from vitprune.orchestration.tracking.store import mlflow_session
 
@@ -59,10 +57,7 @@ def roll_back(project: Path, model: str | None) -> None:
     with mlflow_session(project):
         models = registry(project, model)
         refuse_lost(project, models)
-        try:
-            old, new = models.roll_back()
-        except RegistryError as error:
-            raise BadInput(str(error)) from None
+        old, new = models.roll_back()
         keep_copy(project, models)
     print(f"{models.name}: version {new} is champion again, in place of version {old}")
 

@@ -11,7 +11,7 @@ from typing import Any
 from vitprune.errors import BadInput
 from vitprune.orchestration.cli_compress import check_stage_limit, checked_project
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
-from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
+from vitprune.orchestration.execution.lock_and_repair import STATE, exclusive
 from vitprune.orchestration.execution.worktrees import WorktreeError, project_state
 from vitprune.orchestration.interrupts import run_interruptibly
 from vitprune.orchestration.prefect_setup import prepared_flow
@@ -66,10 +66,7 @@ def run_sweep(project: Path, options: SweepOptions) -> int:
             _plan(project, folder, options)
             return 0 if options.check else _run(project, folder, options)
 
-    try:
-        return run_interruptibly(body, STOPPED)
-    except Busy as error:
-        raise BadInput(str(error)) from None
+    return run_interruptibly(body, STOPPED)
 
 
 def remove_worktrees(project: Path, name: str) -> None:
@@ -84,18 +81,15 @@ def remove_worktrees(project: Path, name: str) -> None:
     if Path(name).name != name or not plan.is_file():
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/sweep.json"))) or "none"
         raise BadInput(f"sweep {name}: not in {project}; its sweeps: {known}")
-    try:
-        with exclusive(folder, activity="sweep"):
-            directories = [folder / run["directory"] for run in read_json(plan)["runs"]]
-            waiting = [path for directory in directories for path in (directory / STATE / "journal").glob("*.jsonl")]
-            if waiting:
-                raise BadInput(f"{waiting[0]}: MLflow does not have this run; run vitprune sync first")
-            for directory in directories:
-                adopt(directory, project)
-            shutil.rmtree(folder / "runs", ignore_errors=True)
-            git(project, "worktree", "prune")
-    except Busy as error:
-        raise BadInput(str(error)) from None
+    with exclusive(folder, activity="sweep"):
+        directories = [folder / run["directory"] for run in read_json(plan)["runs"]]
+        waiting = [path for directory in directories for path in (directory / STATE / "journal").glob("*.jsonl")]
+        if waiting:
+            raise BadInput(f"{waiting[0]}: MLflow does not have this run; run vitprune sync first")
+        for directory in directories:
+            adopt(directory, project)
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        git(project, "worktree", "prune")
     print(f"{folder / 'runs'}: removed; a further run of the sweep takes finished stages from DVC's cache")
 
 
@@ -120,9 +114,8 @@ def _plan(project: Path, folder: Path, options: SweepOptions) -> None:
         methods = [name.strip() for name in str(options.methods).split(",")]
         file.write_text(dump_yaml({"methods": methods, "targets": targets, "against": options.against}))
     try:
-        plan: dict[str, Any] = call(
-            "vitprune.orchestration.torch_calls:plan_sweep", str(file.resolve()), str(project), project=folder
-        )
+        function = "vitprune.orchestration.torch_calls:plan_sweep"
+        plan: dict[str, Any] = call(function, str(file.resolve()), str(project), project=folder)
         prefix = project_state(project).prefix
     except (IsolatedCallError, WorktreeError) as error:
         raise BadInput(str(error)) from None

@@ -13,10 +13,11 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from vitprune.config.params import load_params
 from vitprune.errors import BadInput
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
 from vitprune.orchestration.execution.lock_and_repair import Busy, exclusive, keep_lockfile, repair
-from vitprune.orchestration.execution.run_stage import STAGES, FailureClass, StageResult, check_params, reproduce
+from vitprune.orchestration.execution.run_stage import STAGES, FailureClass, StageResult, reproduce
 from vitprune.orchestration.prefect_artifacts import publish
 from vitprune.orchestration.tracking.journal import RunLog
 from vitprune.orchestration.tracking.live_curves import follow
@@ -113,10 +114,9 @@ def summary_line(results: Sequence[StageResult]) -> str:
 
 
 def _run_all(project: Path, run_stage: RunStage, warn: Callable[[str], None]) -> Outcome:
-    if error := check_params(project):
-        return Outcome(error=error, exit_code=2)
     run_log = RunLog(project, str(flow_run.id))
     try:
+        load_params(project / "params.yaml")  # DVC, which reads only the keys of its stages, ignores a misspelled one
         run_log.start(time.time())
     except BadInput as error:
         return Outcome(error=str(error), exit_code=2)
@@ -156,8 +156,7 @@ def _result(stage: str, project: Path, run_stage: RunStage) -> StageResult:
 def upload_run(project: Path, flow_run_id: str) -> UploadResult:
     """Upload the run log to MLflow, and those of earlier runs that could not be uploaded; a failure is no error."""
     try:
-        return UploadResult(
-            **call("vitprune.orchestration.tracking.replay:replay_as_dict", str(project), flow_run_id, project=project)
-        )
+        function = "vitprune.orchestration.tracking.replay:replay_as_dict"
+        return UploadResult(**call(function, str(project), flow_run_id, project=project))
     except IsolatedCallError as error:
         return UploadResult(0, 1, error=str(error))

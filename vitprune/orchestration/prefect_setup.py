@@ -30,10 +30,7 @@ def configure_prefect(project: Path) -> tuple[list[str], Callable[[], None]]:
         Messages for the user, one line each, and a function that waits until the started server answers.
     """
     os.environ[MARK] = str(project)
-    for name, value in {
-        "DO_NOT_TRACK": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    }.items():
+    for name, value in {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}.items():
         os.environ.setdefault(name, value)
     lost, server = os.environ.pop(LOST_SERVER, None), os.environ.get("PREFECT_API_URL")
     if server and not server_answers(server):

@@ -19,7 +19,7 @@ from vitprune.errors import BadInput
 from vitprune.orchestration.compress import Outcome
 from vitprune.orchestration.execution import worktrees
 from vitprune.orchestration.execution.isolated import IsolatedCallError, call
-from vitprune.orchestration.execution.lock_and_repair import STATE, Busy, exclusive
+from vitprune.orchestration.execution.lock_and_repair import STATE, exclusive
 from vitprune.orchestration.execution.worktrees import WorktreeError
 from vitprune.orchestration.tracking.kept_files import adopt, archived
 from vitprune.orchestration.tracking.registry import PASSED, VERSION_OF_DATA, Registry, registry
@@ -104,9 +104,8 @@ class _Retraining:
     def _compare(self, worktree: Path, champion: ModelVersion | None) -> dict[str, Any]:
         weights = None if champion is None else str(self.models.download(champion, worktree / STATE / "champion"))
         try:
-            comparison: dict[str, Any] = call(
-                "vitprune.orchestration.torch_calls:compare_models", str(worktree), weights, project=worktree
-            )
+            function = "vitprune.orchestration.torch_calls:compare_models"
+            comparison: dict[str, Any] = call(function, str(worktree), weights, project=worktree)
         except IsolatedCallError as error:
             raise RetrainingError(f"comparison failed: {error}; the worktree {worktree} is kept") from None
         return comparison
@@ -126,24 +125,20 @@ class _Retraining:
         pushed = worktrees.push(worktree)
         subject = f"retrain: data version {challenger.tags[VERSION_OF_DATA][:12]}"
         commit = worktrees.commit_worktree(self.project, worktree, self.branch, subject, self._provenance(challenger))
-        version = self.models.add(
-            challenger.run, challenger.flow_run_id, {**challenger.tags, "vitprune.commit": commit}
-        )
+        tags = {**challenger.tags, "vitprune.commit": commit}
+        version = self.models.add(challenger.run, challenger.flow_run_id, tags)
         self.models.promote(version)
         self._keep_copy()
         adopt(worktree, self.project)
         worktrees.remove(self.project, worktree)
         where = "pushed to the DVC remote" if pushed else "not pushed, as the project has no DVC remote"
-        message = (
-            f"version {version.version} is champion now ({challenger.comparison['difference']:+.2f} points against "
-        )
-        message += f"{challenger.against}), commit {commit[:12]} on {self.branch}, outputs {where}"
+        points = f"{challenger.comparison['difference']:+.2f} points against {challenger.against}"
+        result = f"version {version.version} is champion now ({points})"
+        message = f"{result}, commit {commit[:12]} on {self.branch}, outputs {where}"
         return Retrained(message, str(version.version), challenger.run)
 
     def _keep_copy(self) -> None:
-        with contextlib.suppress(
-            MlflowException
-        ):  # the version exists; `vitprune sync` and the next run write the copy
+        with contextlib.suppress(MlflowException):  # `vitprune sync` and the next run write the copy
             keep_copy(self.project, self.models)
 
     def _provenance(self, challenger: "_Challenger") -> dict[str, Any]:
@@ -196,7 +191,7 @@ def execute_retraining(project: Path, model: str | None, branch: str, compress: 
                 replay_all(project)
                 refuse_lost(project, models)
             result = _Retraining(project, models, branch, compress, str(flow_run.id)).run()
-    except (WorktreeError, Busy, BadInput, RetrainingError) as error:
+    except (WorktreeError, BadInput, RetrainingError) as error:
         result = Retrained(str(error), exit_code=1)
     get_run_logger().info(result.message)
     if result.exit_code:

@@ -13,7 +13,8 @@ def rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for key, name in (("top1", "top-1"), *((("top5", "top-5"),) if shows_top5(evaluation) else ())):
         table.append((name, f"{dense[key]:.2f} %", f"{pruned[key]:.2f} %"))
     for key, name in (("params", "params"), ("nonzero_params", "non-zero params"), ("macs", "MACs")):
-        table.append((name, amount(dense[key]), amount(pruned[key]) + _share(kept.get(key))))
+        share = f" ({100 * kept[key]:.0f} %)" if key in kept else ""
+        table.append((name, amount(dense[key]), amount(pruned[key]) + share))
     table.append(("non-zero MACs", amount(dense["nonzero_macs"]), amount(pruned["nonzero_macs"])))
     if "latency_ms" in dense:
         table.append(("latency (p10 to p90)", _latency(dense["latency_ms"]), _latency(pruned["latency_ms"])))
@@ -26,10 +27,6 @@ def amount(value: float) -> str:
         if value >= unit:
             return f"{value / unit:.2f}{name}"
     return f"{value:.0f}"
-
-
-def _share(kept: float | None) -> str:
-    return "" if kept is None else f" ({100 * kept:.0f} %)"
 
 
 def _latency(spread: Mapping[str, Any]) -> str:

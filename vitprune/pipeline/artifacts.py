@@ -99,13 +99,8 @@ def sparsity_rows(groups: Iterable[Group], masks: Masks) -> list[dict[str, Any]]
     """Return the rows of tables.SPARSITY: units, kept units and sparsity of each group."""
     kept = {group.name: int(masks[group.name].sum()) for group in groups}
     return [
-        {
-            "group": g.name,
-            "kind": g.kind,
-            "units": g.units,
-            "kept": kept[g.name],
-            "sparsity": 1 - kept[g.name] / g.units,
-        }
+        {"group": g.name, "kind": g.kind, "units": g.units}
+        | {"kept": kept[g.name], "sparsity": 1 - kept[g.name] / g.units}
         for g in groups
     ]
 

@@ -44,6 +44,6 @@ def _pruned_weights(dense: nn.Module) -> FrozenZeros | None:
     """Return the masks of single weights of the last cycle; None for structured pruning."""
     folder = max(OUT.glob("cycles/[0-9]*"))
     kinds = {row["kind"] for row in tables.read_table(folder / "sparsity.parquet", tables.SPARSITY).to_pylist()}
-    return (
-        FrozenZeros(find_groups(dense, ["weight"]), models.read_weights(folder / MASKS)) if "weight" in kinds else None
-    )
+    if "weight" not in kinds:
+        return None
+    return FrozenZeros(find_groups(dense, ["weight"]), models.read_weights(folder / MASKS))

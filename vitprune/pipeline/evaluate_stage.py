@@ -36,10 +36,8 @@ def run(params: Params) -> None:
         top, predicted = accuracy(answering, data.eval_batches(table, params.evaluate.batch_size))
         predictions.append(predicted.tolist())
         result[name] = top | asdict(count(model, example))
-    names = tables.EVALUATION.names
-    rows = [
-        dict(zip(names, row, strict=True)) for row in zip(table.ids, table.labels.tolist(), *predictions, strict=True)
-    ]
+    columns = zip(table.ids, table.labels.tolist(), *predictions, strict=True)
+    rows = [dict(zip(tables.EVALUATION.names, row, strict=True)) for row in columns]
     tables.write_table(rows, tables.EVALUATION, EVALUATION)
     result |= {"kept": kept_costs(result), "top1_drop": result["dense"]["top1"] - result["pruned"]["top1"]}
     write_json(METRICS / "evaluate.json", result | {"images": len(table)})

@@ -17,13 +17,7 @@ from vitprune.pipeline.artifacts import MASKS, SCORES, History, model_facts, sum
 from vitprune.pipeline.dense_stage import zeros_to_keep
 from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, OUT, PLOTS, calibration, device
 from vitprune.pipeline.score_stage import ORDERS, STATISTICS, load_prepared
-from vitprune.pipeline.stage_training import (
-    Evaluate,
-    StageCheckpoint,
-    make_evaluator,
-    stage_checkpoint,
-    train_model,
-)
+from vitprune.pipeline.stage_training import Evaluate, StageCheckpoint, make_evaluator, stage_checkpoint, train_model
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.plan import Plan, plan_of
 from vitprune.pruning.prune_cycles import Cycle, ResumePoint, prune_cycles

@@ -137,10 +137,9 @@ def _logits(model: nn.Module, params: Params, step: int = 1) -> Tensor:
     table, batch = open_images("eval", model, params), params.evaluate.batch_size
     rows = range(0, len(table), step)
     with torch.inference_mode(), eval_mode(model):
-        parts = [
-            torch.stack(list(map(table.image, rows[first : first + batch]))) for first in range(0, len(rows), batch)
-        ]
-        return torch.cat([model(part.to(device())).float().cpu() for part in parts])
+        parts = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+        images = (torch.stack(list(map(table.image, part))) for part in parts)
+        return torch.cat([model(inputs.to(device())).float().cpu() for inputs in images])
 
 
 def _labels(outputs: Tensor, model: nn.Module) -> Tensor:
@@ -195,7 +194,7 @@ def cycles(run: RecordedRun) -> Lines:
     rows = []
     for number, folder in enumerate(folders, 1):
         masks = models.read_weights(folder / MASKS)
-        yield from _masks(folder, folder / "metrics.json", groups)
+        yield from _masks(folder, groups)
         yield from _regrown(folder, previous, masks, label)
         yield from _wrong_shapes(folder, dense, groups, masks)
         yield from _costs(folder, folder / "metrics.json")
@@ -229,9 +228,7 @@ def curves(run: RecordedRun) -> Lines:
         values = [{name: value for name, value in row.items() if name != "stage"} for row in rows]
         yield from compare_rows(f"plots/{stage}.csv", numbers(PLOTS / f"{stage}.csv"), values)
         if stage != "prune":
-            yield from compare_facts(
-                f"metrics/{stage}.json", read_json(METRICS / f"{stage}.json"), {"epochs": len(rows)}
-            )
+            yield from compare_file(METRICS / f"{stage}.json", {"epochs": len(rows)})
 
 
 def trained_stages(run: RecordedRun) -> Lines:
@@ -260,19 +257,17 @@ def recheck(name: str, run: RecordedRun) -> Lines:
         yield f"{name}: cannot be computed again ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
-def _masks(folder: Path, facts: Path, groups: Sequence[Group]) -> Lines:
+def _masks(folder: Path, groups: Sequence[Group]) -> Lines:
     masks = models.read_weights(folder / MASKS)
     for group in groups:
         if group.name not in masks or masks[group.name].numel() != group.units:
             yield f"{folder / MASKS}: no mask of {group.units} units for {group.name}"
             return
     path = folder / "sparsity.parquet"
-    yield from compare_rows(
-        str(path), tables.read_table(path, tables.SPARSITY).to_pylist(), sparsity_rows(groups, masks)
-    )
-    yield from compare_facts(
-        str(facts), read_json(facts), mask_facts(groups, masks) | {"masks_sha256": sha256(folder / MASKS)}
-    )
+    rows = tables.read_table(path, tables.SPARSITY).to_pylist()
+    yield from compare_rows(str(path), rows, sparsity_rows(groups, masks))
+    facts = mask_facts(groups, masks) | {"masks_sha256": sha256(folder / MASKS)}
+    yield from compare_file(folder / "metrics.json", facts)
 
 
 def _regrown(folder: Path, before: Masks, masks: Masks, label: str) -> Lines:

@@ -44,9 +44,7 @@ MANY = {
 }
 
 
-def check_arguments(
-    but: Container[str] = (),
-) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+def check_arguments(but: Container[str] = ()) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorate a function so that it refuses arguments whose type is not the annotated one.
 
     Elements of lists and mappings are checked if their type is a class. Batches are only checked to be iterable.

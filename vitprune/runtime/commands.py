@@ -20,7 +20,7 @@ def git(directory: Path, *arguments: str) -> Completed:
         Exit code, stdout and stderr; exit code 127 where git is not installed.
     """
     command = ["git", "--no-optional-locks", "-c", "core.hooksPath=/dev/null", *arguments]
-    return _run(command, directory, os.environ | {"GIT_TERMINAL_PROMPT": "0"})
+    return captured(command, directory, os.environ | {"GIT_TERMINAL_PROMPT": "0"})
 
 
 def dvc(directory: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Completed:
@@ -35,7 +35,7 @@ def dvc(directory: Path, *arguments: str, env: Mapping[str, str] | None = None) 
         Exit code, stdout and stderr.
     """
     variables = dict(os.environ if env is None else env) | {"DVC_NO_ANALYTICS": "1"}
-    return _run([sys.executable, "-m", "dvc", *arguments], directory, variables)
+    return captured([sys.executable, "-m", "dvc", *arguments], directory, variables)
 
 
 def error_line(completed: Completed) -> str:
@@ -47,7 +47,14 @@ def error_line(completed: Completed) -> str:
     return last.removeprefix("ERROR: ").removeprefix("Error: ").removeprefix("fatal: ")
 
 
-def _run(command: list[str], directory: Path, env: Mapping[str, str]) -> Completed:
+def captured(command: list[str], directory: Path, env: Mapping[str, str]) -> Completed:
+    """Run a command without input, and return its exit code and output; exit code 127 where there is no such program.
+
+    Args:
+        command: Program and arguments.
+        directory: Working directory.
+        env: Environment variables.
+    """
     try:
         return subprocess.run(
             command,

@@ -1,7 +1,7 @@
 """Context managers: evaluation mode, parameters without gradients, and a state that gradients can be computed in."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -47,26 +47,29 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
     The caller's modes and the checkpointing of the model are restored at the end.
     """
-    checkpointed = [module for module in model.modules() if vars(module).get("grad_checkpointing") is True]
     device = next(model.parameters()).device.type
-    for module in checkpointed:
-        module.grad_checkpointing = False  # type: ignore[assignment]
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for module in checkpointed:
-            module.grad_checkpointing = True  # type: ignore[assignment]
+    with (
+        _disabled(model, "grad_checkpointing"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device, enabled=False),
+    ):
+        yield
+
+
+def unfused_attention(model: nn.Module) -> AbstractContextManager[None]:
+    """Disable fused attention of a model."""
+    return _disabled(model, "fused_attn")
 
 
 @contextmanager
-def unfused_attention(model: nn.Module) -> Iterator[None]:
-    """Disable fused attention of a model."""
-    fused = [module for module in model.modules() if vars(module).get("fused_attn") is True]
-    for module in fused:
-        module.fused_attn = False  # type: ignore[assignment]
+def _disabled(model: nn.Module, flag: str) -> Iterator[None]:
+    """Set an attribute of modules from True to False; set it back at the end."""
+    enabled = [module for module in model.modules() if vars(module).get(flag) is True]
+    for module in enabled:
+        setattr(module, flag, False)
     try:
         yield
     finally:
-        for module in fused:
-            module.fused_attn = True  # type: ignore[assignment]
+        for module in enabled:
+            setattr(module, flag, True)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +104,17 @@ def atomic_files(path: Path) -> Iterator[Path]:
         yield Path(folder) / path.name
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
             os.replace(file, path.with_name(file.name))
+
+
+def place_file(source: Path, target: Path, link: bool = True) -> None:
+    """Hard-link a file, or copy it: to another file system, and if `link` is false. An earlier target is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    if link:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def size_of(folder: Path) -> int:

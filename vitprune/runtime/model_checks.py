@@ -36,9 +36,8 @@ def float_type(model: nn.Module) -> torch.dtype:
     Raises:
         BadInput: there are several.
     """
-    types: list[torch.dtype] = sorted(
-        {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}, key=str
-    )
+    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    types: list[torch.dtype] = sorted(dtypes, key=str)
     if len(types) != 1:
         name, listed = type(model).__name__, ", ".join(map(str, types))
         raise BadInput(f"{name}: weights are {listed}; give them one type" if types else f"{name}: has no weights")
@@ -48,9 +47,8 @@ def float_type(model: nn.Module) -> torch.dtype:
 def _refuse_computed_weights(path: str, module: nn.Module) -> None:
     """Refuse layers whose weight is computed from other parameters, or whose forward pass was replaced."""
     forward = vars(module).get("forward")
-    if (
-        forward is not None and getattr(forward, "__self__", None) is not module
-    ):  # a copy would run the original's layers
+    # a copy of the model would run the original's layers
+    if forward is not None and getattr(forward, "__self__", None) is not module:
         where = path or type(module).__name__
         raise BadInput(f"{where}: its method forward was replaced by a function; give the model before that")
     if is_parametrized(module):

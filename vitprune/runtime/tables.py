@@ -14,19 +14,9 @@ from vitprune.runtime.messages import first_line
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 MANIFEST = pa.schema([("id", pa.string()), ("split", pa.string()), ("label", pa.int64()), ("sha256", pa.string())])
 CALIBRATION = pa.schema([("id", pa.string()), ("label", pa.int64()), ("sha256", pa.string()), ("image", IMAGE)])
-SPARSITY = pa.schema(
-    [
-        ("group", pa.string()),
-        ("kind", pa.string()),
-        ("units", pa.int64()),
-        ("kept", pa.int64()),
-        ("sparsity", pa.float64()),
-    ]
-)
-SCORES = pa.schema(
-    [("group", pa.string()), ("kind", pa.string()), ("units", pa.int64())]
-    + [(statistic, pa.float64()) for statistic in ("min", "p25", "median", "p75", "max", "mean")]
-)
+GROUP = [("group", pa.string()), ("kind", pa.string()), ("units", pa.int64())]
+SPARSITY = pa.schema([*GROUP, ("kept", pa.int64()), ("sparsity", pa.float64())])
+SCORES = pa.schema([*GROUP, *((name, pa.float64()) for name in ("min", "p25", "median", "p75", "max", "mean"))])
 EVALUATION = pa.schema([("id", pa.string()), ("label", pa.int64()), ("dense", pa.int64()), ("pruned", pa.int64())])
 
 

@@ -10,13 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vitprune.errors import BadInput
 
-WITH_MODULE = (
-    nn.DataParallel,
-    nn.parallel.DistributedDataParallel,
-    AveragedModel,
-    ModelEmaV2,
-    ModelEmaV3,
-)
+WITH_MODULE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 
 
 def plain_model(model: Any) -> nn.Module:

@@ -62,10 +62,7 @@ class Attestation:
             subjects: Digests of the files that it wrote.
             dependencies: Digests of what it read.
         """
-        parameters = {
-            "command": entry.get("cmd", ""),
-            "params": entry.get("params", {}).get("params.yaml", {}),
-        }
+        parameters = {"command": entry.get("cmd", ""), "params": entry.get("params", {}).get("params.yaml", {})}
         times = (fact["started"], fact["started"] + fact["seconds"])
         package = {"vitprune": {"sha256": code_digest(PACKAGE)}}
         facts = {"cached": fact["cached"], "seconds": fact["seconds"]}

@@ -115,11 +115,8 @@ def pipeline(collected: CollectedRun) -> Lines:
             for word, names in (("lacks", missing), ("adds", added)):
                 if names:
                     yield Note(f"dvc.yaml: {stage}: {key} {word} {', '.join(names)}, unlike vitprune's pipeline")
-    digests = {
-        code_digest(package)
-        for package in (PACKAGE, collected.tree / "vitprune")
-        if (package / "__init__.py").is_file()
-    }
+    packages = (PACKAGE, collected.tree / "vitprune")
+    digests = {code_digest(package) for package in packages if (package / "__init__.py").is_file()}
     used = {statement.dependencies.get("vitprune", {}).get("sha256", "") for statement in collected.statements[:-1]}
     if not used <= digests:
         yield Note("the run used another code of vitprune than this audit and the commit; install its version")

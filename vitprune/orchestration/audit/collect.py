@@ -198,10 +198,8 @@ def _download(client: MlflowClient, run: Run, folder: Path) -> None:
 
 def _check_out(collected: CollectedRun, worktree: Path) -> None:
     """Check out the run's commit, then replace files by the recorded ones and by those of its dvc.lock."""
-    added = collected.commit and git(
-        collected.project, "worktree", "add", "--detach", "--force", "--end-of-options", str(worktree), collected.commit
-    )
-    if added and added.returncode:
+    words = ("--detach", "--force", "--end-of-options", str(worktree), collected.commit)
+    if collected.commit and git(collected.project, "worktree", "add", *words).returncode:
         collected.missing.append(f"git: commit {collected.commit} is not in {collected.project}; run git fetch there")
     tree = collected.tree
     tree.mkdir(parents=True, exist_ok=True)

@@ -127,11 +127,8 @@ def actual(client: MlflowClient, experiment: str, key: str) -> list[RunContent]:
 
 def _content(client: MlflowClient, run: Run) -> RunContent:
     info = run.info
-    points = {
-        (name, point.step, point.value)
-        for name in run.data.metrics
-        for point in client.get_metric_history(info.run_id, name)
-    }
+    histories = {name: client.get_metric_history(info.run_id, name) for name in run.data.metrics}
+    points = {(name, point.step, point.value) for name, history in histories.items() for point in history}
     return RunContent(
         tags=dict(run.data.tags),
         params=dict(run.data.params),

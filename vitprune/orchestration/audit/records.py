@@ -16,6 +16,7 @@ from vitprune.orchestration.audit.model_records import logged_model
 from vitprune.orchestration.execution.dvc_cache import LockedFile, MissingFile, is_cached, pointers, read_lock, tree_md5
 from vitprune.orchestration.execution.lock_and_repair import STATE
 from vitprune.orchestration.execution.run_stage import STAGES
+from vitprune.orchestration.execution.worktrees import tracked_data
 from vitprune.orchestration.tracking.journal import JOURNAL, RunLog, flatten
 from vitprune.orchestration.tracking.kept_files import UPLOADED
 from vitprune.orchestration.tracking.logged_model import KEY
@@ -99,14 +100,10 @@ def commit(collected: CollectedRun) -> Lines:
         recorded = (collected.records / name).read_text(encoding="utf-8")
         if name not in differing and shown.stdout != recorded:
             yield f"{name}: differs from commit {collected.commit[:12]}, and the run recorded no such change"
+    tracked = tracked_data(collected.tree)
     for path, digest in _inputs(collected).items():
         file = collected.tree / path
-        if (
-            file.is_symlink()
-            or path in _tracked_by_dvc(collected)
-            or path in differing
-            or any(other.startswith(f"{path}/") for other in differing)
-        ):
+        if file.is_symlink() or path in tracked or any(f"{other}/".startswith(f"{path}/") for other in differing):
             continue  # not in git: the check of images reads them one by one
         if not file.exists():
             yield f"{path}: is neither in commit {collected.commit[:12]} nor in the project"
@@ -121,7 +118,10 @@ def artifacts(collected: CollectedRun) -> Lines:
     except MissingFile as error:
         yield str(error)
         return
-    for file in (*files, *collected.store.files(_available(collected))):
+    for name, entry in pointers(collected.tree).items():
+        if not collected.store.missing({name: entry}):  # else the data is read from the project
+            files += collected.store.files({name: entry})
+    for file in files:
         path = collected.tree / file.path
         if is_cached(file.path) and path.is_file() and md5(path) != file.md5:
             yield f"{file.path}: DVC's copy has the MD5 {md5(path)}, {_source(file)} says {file.md5}"
@@ -156,7 +156,8 @@ def project(collected: CollectedRun) -> Lines:
         return
     for name, entry in entries.items():
         yield from _changed_files(collected, name, entry)
-    contents = _contents(collected, entries)
+    outputs = [out["path"] for entry in entries.values() for out in entry.get("outs", ())]
+    contents = {name: sorted((collected.project / name).rglob("*")) for name in outputs}  # of a file nothing
     yield from _links(collected, contents)
     yield from _other_files(collected, entries, contents)
 
@@ -176,11 +177,6 @@ def run_check(name: str, collected: CollectedRun) -> Lines:
         yield f"{name}: cannot be checked ({type(error).__name__}: {reason})"
 
 
-def _tracked_by_dvc(collected: CollectedRun) -> set[str]:
-    """Return the paths that the run's .dvc files track."""
-    return {out["path"] for entry in pointers(collected.tree).values() for out in entry["outs"]}
-
-
 def _changed_files(collected: CollectedRun, name: str, entry: Mapping[str, Any]) -> Lines:
     """Yield the project's files that differ from an entry; one line for a folder whose list is not in the cache."""
     for out in entry.get("outs", ()):
@@ -196,12 +192,6 @@ def _changed_files(collected: CollectedRun, name: str, entry: Mapping[str, Any])
             local = collected.project / file.path
             if local.is_file() and md5(local) != file.md5:
                 yield f"{local}: has the MD5 {md5(local)}, {_source(file)} says {file.md5}"
-
-
-def _contents(collected: CollectedRun, entries: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """Return everything below every output in the project, sorted; nothing for a file."""
-    names = [out["path"] for entry in entries.values() for out in entry.get("outs", ())]
-    return {name: sorted((collected.project / name).rglob("*")) for name in names}
 
 
 def _links(collected: CollectedRun, contents: Mapping[str, Sequence[Path]]) -> Lines:
@@ -222,21 +212,12 @@ def _other_files(collected: CollectedRun, entries: Mapping[str, Any], contents: 
             if not folder.is_dir() or not collected.store.path_of(out["md5"]).is_file():
                 continue  # the checksum of the folder is compared
             listed = {collected.project / file.path for file in collected.store.files({name: {"outs": [out]}})}
-            others = [
-                path
-                for path in contents[out["path"]]
-                if path.is_file() and path not in listed and "__pycache__" not in path.parts
-            ]
+            others = [path for path in contents[out["path"]] if path.is_file() and path not in listed]
+            others = [path for path in others if "__pycache__" not in path.parts]
             if others:
                 number = "1 file that is" if len(others) == 1 else f"{len(others)} files that are"
                 first, source = others[0].relative_to(collected.project), name if name.endswith(".dvc") else "dvc.lock"
                 yield Note(f"{out['path'].rstrip('/')} has {number} not in {source}, {first}")
-
-
-def _available(collected: CollectedRun) -> dict[str, Any]:
-    """Return the run's .dvc files whose data is in the store; other data is read from the project."""
-    entries = pointers(collected.tree)
-    return {name: entry for name, entry in entries.items() if not collected.store.missing({name: entry})}
 
 
 def _source(file: LockedFile) -> str:

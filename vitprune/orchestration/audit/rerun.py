@@ -7,14 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vitprune.orchestration.audit.collect import CollectedRun
-from vitprune.orchestration.execution.dvc_cache import (
-    LockedFile,
-    MissingFile,
-    Store,
-    pointers,
-    read_lock,
-    use_cache,
-)
+from vitprune.orchestration.execution.dvc_cache import LockedFile, MissingFile, Store, pointers, read_lock, use_cache
 from vitprune.orchestration.execution.processes import process_environment, run
 from vitprune.runtime.commands import error_line, git
 from vitprune.runtime.files import md5, read_json, sha256
@@ -85,10 +78,9 @@ def _compare_numbers(recorded: Path, again: Path) -> Iterator[str]:
         if md5(recorded / name) != md5(again / name):
             yield f"{name}: differs in the rerun"
     before, after = (read_json(tree / "metrics/evaluate.json") for tree in (recorded, again))
+    costs = ("params", "macs", "nonzero_params", "nonzero_macs")
     for model in ("dense", "pruned"):
-        tolerances = {"top1": TOP1} | {
-            cost: COSTS * before[model][cost] for cost in ("params", "macs", "nonzero_params", "nonzero_macs")
-        }
+        tolerances = {"top1": TOP1} | {cost: COSTS * before[model][cost] for cost in costs}
         for key, tolerance in tolerances.items():
             if abs(before[model][key] - after[model][key]) > tolerance:
                 yield f"metrics/evaluate.json: {model}: {key} is {before[model][key]}, {after[model][key]} in the rerun"

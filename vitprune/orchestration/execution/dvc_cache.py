@@ -141,11 +141,7 @@ class Store:
 
 
 def _listed_files(path: Path, source: str) -> list[tuple[str, str]]:
-    """Return the relative paths and the MD5s in DVC's list of a folder.
-
-    Raises:
-        BadInput: it is not such a list.
-    """
+    """Return the relative paths and the MD5s in DVC's list of a folder."""
     try:
         return [(row["relpath"], row["md5"]) for row in json.loads(path.read_bytes())]
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -6,14 +6,13 @@ arguments and a JSON value as result.
 """
 
 import json
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from vitprune.orchestration.execution.processes import process_environment
-from vitprune.runtime.commands import error_line
+from vitprune.runtime.commands import captured, error_line
 from vitprune.runtime.messages import first_line
 
 
@@ -21,14 +20,13 @@ class IsolatedCallError(Exception):
     """The function raised; its message in one line."""
 
 
-def call(function: str, *arguments: str | None, project: Path, extra_env: dict[str, str] | None = None) -> Any:
+def call(function: str, *arguments: str | None, project: Path) -> Any:
     """Call a function in a new process, in a project's directory and environment.
 
     Args:
         function: MODULE:FUNCTION.
         arguments: Strings for the function; None is passed on.
         project: Working directory of the process.
-        extra_env: Further environment variables.
 
     Returns:
         The function's result, through JSON.
@@ -37,10 +35,7 @@ def call(function: str, *arguments: str | None, project: Path, extra_env: dict[s
         IsolatedCallError: the function raised, or the process was killed.
     """
     command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, function, json.dumps(arguments)]
-    env = process_environment(project) | (extra_env or {})
-    completed = subprocess.run(
-        command, cwd=project, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
+    completed = captured(command, project, process_environment(project))
     if completed.returncode:
         raise IsolatedCallError(error_line(completed))
     return json.loads(completed.stdout.splitlines()[-1])

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from vitprune.errors import BadInput
 from vitprune.orchestration.execution.dvc_cache import cache_dir
 from vitprune.orchestration.execution.processes import kill_marked
 from vitprune.orchestration.execution.run_stage import STAGES
 
 STATE = Path(".vitprune")
 LOCKFILE_COPY = STATE / "dvc.lock.complete"
-RUN_CACHE_GRACE = 2.0  # seconds in which another DVC process fills a new folder of the run cache
+RUN_CACHE_GRACE = 2.0  # seconds in which another DVC process that shares the run cache fills a new folder
 
 
-class Busy(Exception):
+class Busy(BadInput):
     """Another process holds the project's lock."""
 
 
@@ -78,10 +79,7 @@ def repair(project: Path, log: Callable[[str], None]) -> None:
 
 
 def _drop_empty(runs: Path) -> int:
-    """Remove empty folders of the run cache, with which every later DVC command fails; return their number.
-
-    Another run may share the cache and be about to write, so folders of the last two seconds are kept.
-    """
+    """Remove empty folders of the run cache, with which every later DVC command fails; return their number."""
     empty = [folder for folder in runs.glob("*/*") if folder.is_dir() and not any(folder.iterdir())]
     old = [folder for folder in empty if time.time() - folder.stat().st_mtime > RUN_CACHE_GRACE]
     for folder in old:
@@ -114,10 +112,7 @@ def is_complete(lock: Path) -> bool:
 
 
 def _release_stale_rwlock(directory: Path, log: Callable[[str], None]) -> None:
-    """Remove DVC's rwlock if no running DVC process holds it.
-
-    DVC does so itself, except if the file is truncated or another process has the same PID as the killed one.
-    """
+    """Remove DVC's rwlock if no running DVC process holds it; DVC keeps a truncated one, and one of a reused PID."""
     path, guard = directory / "rwlock", directory / "rwlock.lock"
     if not path.exists():
         return

@@ -107,15 +107,12 @@ def _follow(
     deadline: float | None,
     line: Callable[[str], None],
 ) -> bool:
-    """Pass on lines until the output ends; return False if the deadline is reached first.
-
-    A background process may keep the pipe open, so the end of the command ends the output too.
-    """
+    """Pass on lines until the output ends; return False if the deadline is reached first."""
     while True:
         try:
             text = lines.get(timeout=0.2)
         except queue.Empty:
-            if process.poll() is not None:
+            if process.poll() is not None:  # a background process of the command may keep the pipe open
                 return True
         else:
             if text is None:
@@ -126,11 +123,7 @@ def _follow(
 
 
 def _interrupt_stage(dvc: int) -> None:
-    """Send SIGTERM to the command that a DVC process runs, wait until it has ended, and kill it after GRACE.
-
-    Processes that the command has started itself, such as data loaders, are not signaled: it ends them. DVC ends with
-    the command, and releases its locks.
-    """
+    """Send SIGTERM to the command that a DVC process runs, but not to its children; kill what is left after GRACE."""
     try:
         root = psutil.Process(dvc)
         descendants = root.children(recursive=True)

@@ -9,8 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vitprune.config.params import load_params
-from vitprune.errors import BadInput
 from vitprune.orchestration.attestation.signing import PASSPHRASE, SIGNING_KEY
 from vitprune.orchestration.execution.dvc_cache import damaged_output
 from vitprune.orchestration.execution.processes import process_environment, run
@@ -62,6 +60,11 @@ _INPUT = re.compile(
     r"^ERROR: .*(Parameters .* are missing from|YAML file structure is corrupted|not inside of a DVC repository"
     r"|is git-ignored|Stage '.*' not found inside)|^'.*dvc.yaml' (validation failed|is invalid)"
 )
+# DVC's hints about its lock file, git and remotes.
+_HINT = re.compile(
+    r"\s*(To track the changes with git|git add |To enable auto staging|dvc config core\.autostage|Use `dvc push`"
+    r"|Generating lock file|Updating lock file|Data and pipelines are up to date)"
+)
 _EXITED = re.compile(r"^ERROR: failed to reproduce .* exited with (-?\d+)$")
 # killed by a signal (worker lost, out of memory); 75 (EX_TEMPFAIL): the stage asks for a retry
 _KILLED = {-9, -15, 75, 137, 143}
@@ -87,7 +90,7 @@ def reproduce(stage: str, project: Path, limit: float | None, log: Callable[[str
         ran = ran or text == f"Running stage '{stage}':"
         lines.append(text)
         del lines[:-400]
-        if text.strip() and not _is_dvc_hint(text):
+        if text.strip() and not _HINT.match(text):
             log(text)
 
     started = time.time()
@@ -130,31 +133,3 @@ def _error_line(stage: str, lines: list[str], code: int) -> str:
     if invalid := next((text for text in lines if _INPUT.search(text)), ""):
         return f"{stage}: {invalid} {' '.join(' '.join(lines).removeprefix(invalid).split())[:200]}"
     return f"{stage}: ended with exit code {code} and no error line; see the output above"
-
-
-def _is_dvc_hint(text: str) -> bool:
-    """Whether a line is one of DVC's hints about its lock file, git and remotes."""
-    return text.strip().startswith(
-        (
-            "To track the changes with git",
-            "git add ",
-            "To enable auto staging",
-            "dvc config core.autostage",
-            "Use `dvc push`",
-            "Generating lock file",
-            "Updating lock file",
-            "Data and pipelines are up to date",
-        )
-    )
-
-
-def check_params(project: Path) -> str:
-    """Return what is wrong with a project's params.yaml in one line; empty if it is valid.
-
-    DVC reads only the keys that a stage names, so it would take a misspelled key for "nothing changed".
-    """
-    try:
-        load_params(project / "params.yaml")
-    except BadInput as error:
-        return str(error)
-    return ""

@@ -18,17 +18,10 @@ from vitprune.runtime.yaml_files import dump_yaml, load_yaml
 
 COMMITTER = {"user.name": "vitprune-retrain", "user.email": "vitprune-retrain@localhost"}
 # Written by runs, in addition to the outs of dvc.yaml: never copied from the project into the directory of a run.
-WRITTEN_BY_RUNS: tuple[str, ...] = (
-    "out",
-    "metrics",
-    "plots",
-    "dvc.lock",
-    "params.yaml",
-    "mlflow.db",
-    "mlruns",
-    "mlartifacts",
+WRITTEN_BY_RUNS = (
+    *("out", "metrics", "plots", "dvc.lock", "params.yaml", "mlflow.db", "mlruns", "mlartifacts"),
+    *(str(STATE), ".dvc/cache", ".dvc/tmp", ".dvc/config.local", ".git", ".venv"),
 )
-WRITTEN_BY_RUNS += (str(STATE), ".dvc/cache", ".dvc/tmp", ".dvc/config.local", ".git", ".venv")
 LOCAL_SOURCES = ("folder:", "parquet:", "wds/")
 
 
@@ -205,9 +198,8 @@ def update_data(directory: Path) -> None:
     if names and dvc_in_project(directory, "checkout", *names).returncode:
         run_dvc(directory, "pull", *names)
     if run_git(directory, "status", "--porcelain", "--untracked-files=no"):  # the run's commit has to name the data
-        run_git(
-            directory, *_committer(directory), "commit", "--quiet", "--all", "-m", "data: update to the newest version"
-        )
+        message = "data: update to the newest version"
+        run_git(directory, *_committer(directory), "commit", "--quiet", "--all", "-m", message)
 
 
 def data_version(directory: Path) -> str:

@@ -1,6 +1,6 @@
 """Text at the top of a run's page in MLflow: result, place of the report, versions of the packages."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vitprune.orchestration.summary import amount
@@ -33,13 +33,10 @@ def description(start: Mapping[str, Any], stages: Iterable[Mapping[str, Any]], e
 
 
 def _table(measured: Mapping[str, float]) -> list[str]:
-    rows = list(_rows(measured))
-    return ["| | dense | pruned |", "| --- | ---: | ---: |", *rows, ""] if rows else []
-
-
-def _rows(measured: Mapping[str, float]) -> Iterator[str]:
+    rows = []
     for key, name in (("top1", "top-1"), *_COSTS):
         pair = [measured.get(f"{model}.{key}") for model in ("dense", "pruned")]
         cells = [f"{value:.2f} %" if key == "top1" else amount(value) for value in pair if value is not None]
         if len(cells) == len(pair):
-            yield f"| {name} | {cells[0]} | {cells[1]} |"
+            rows.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    return ["| | dense | pruned |", "| --- | ---: | ---: |", *rows, ""] if rows else []

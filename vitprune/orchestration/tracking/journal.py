@@ -22,7 +22,7 @@ from vitprune.orchestration.execution.processes import dvc_in_project
 from vitprune.orchestration.execution.run_stage import StageResult
 from vitprune.pipeline.report.inputs import read_evaluation
 from vitprune.runtime.commands import error_line, git
-from vitprune.runtime.files import read_optional_json, sha256
+from vitprune.runtime.files import place_file, read_optional_json, sha256
 from vitprune.runtime.yaml_files import load_yaml
 
 SWEEP = "VITPRUNE_SWEEP"  # environment variable of a sweep's runs: key and name of the sweep, name of the run, as JSON
@@ -80,13 +80,8 @@ class RunLog:
         """Log the start (seconds since 1970): params, commit, versions, dvc.yaml and params.yaml."""
         params = flatten(load_yaml(self.project / "params.yaml") or {})
         files = [self._keep(name) for name in ("params.yaml", "dvc.yaml")]
-        start = {
-            "fact": "start",
-            "time": started,
-            "params": params,
-            "git": _git_state(self.project),
-            "versions": _versions(),
-        }
+        start = {"fact": "start", "time": started, "params": params}
+        start |= {"git": _git_state(self.project), "versions": _versions()}
         if sweep := os.environ.get(SWEEP):
             start["sweep"] = json.loads(sweep)
         signing_key()  # an unusable key is an error before the first stage
@@ -120,20 +115,10 @@ class RunLog:
         return f"{BUNDLE}: not added to DVC ({error_line(completed)})" if completed.returncode else ""
 
     def _keep(self, name: str) -> dict[str, str]:
-        """Copy a file of the project into the spool; return its name and SHA-256.
-
-        Stages replace their outputs and never modify them, so outputs are hard-linked; other files are copied.
-        """
-        source, kept = self.project / name, self.spool / name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.unlink(missing_ok=True)
-        try:
-            if not name.startswith("out/"):
-                raise OSError
-            os.link(source, kept)
-        except OSError:
-            shutil.copyfile(source, kept)
-        return {"path": name, "sha256": sha256(kept)}
+        """Copy a file of the project into the spool; return its name and SHA-256."""
+        is_output = name.startswith("out/")  # stages replace their outputs and never modify them: a link suffices
+        place_file(self.project / name, self.spool / name, link=is_output)
+        return {"path": name, "sha256": sha256(self.spool / name)}
 
     def _append(self, fact: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,12 +136,7 @@ def stage_outputs(project: Path, stage: str, keep: Keep) -> dict[str, Any]:
         stage: Name of the stage.
         keep: Called with the path of every file to upload; returns the path and its SHA-256.
     """
-    names = [
-        f"metrics/{stage}.json",
-        f"plots/{stage}.csv",
-        *STAGE_FILES.get(stage, ()),
-        *CURVES.get(stage, "").split(),
-    ]
+    names = [f"metrics/{stage}.json", f"plots/{stage}.csv", *STAGE_FILES.get(stage, ()), *CURVES.get(stage, "").split()]
     if stage == "prune":
         names.append("plots/cycles.csv")
     folder = project / "metrics"
@@ -226,19 +206,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     lines, facts = path.read_bytes().splitlines(), list[dict[str, Any]]()
     for number, line in enumerate(lines, 1):
         try:
-            facts.append(_event(line))
+            fact = json.loads(line)
+            if not isinstance(fact, dict) or not isinstance(fact.get("fact"), str):
+                raise ValueError
+            facts.append(fact)
         except (ValueError, RecursionError):
             if number == len(lines):
                 break
             raise BadInput(f"{path}: line {number} is not an event of a run log; move the file away") from None
     return facts
-
-
-def _event(line: bytes) -> dict[str, Any]:
-    fact = json.loads(line)
-    if not isinstance(fact, dict) or not isinstance(fact.get("fact"), str):
-        raise ValueError
-    return fact
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -263,7 +239,5 @@ def _git_state(project: Path) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that compute and record."""
-    versions = {
-        package: metadata.version(package) for package in ("vitprune", "torch", "timm", "dvc", "prefect", "mlflow")
-    }
-    return versions | {"python": platform.python_version()}
+    packages = ("vitprune", "torch", "timm", "dvc", "prefect", "mlflow")
+    return {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}

@@ -11,7 +11,7 @@ from vitprune.errors import BadInput
 from vitprune.orchestration.attestation.statements import BUNDLE, LINK
 from vitprune.orchestration.execution.dvc_cache import MissingFile, Store, cache_dir, read_lock
 from vitprune.orchestration.tracking.journal import RunLog, read_log
-from vitprune.runtime.files import sha256
+from vitprune.runtime.files import place_file, sha256
 from vitprune.runtime.untrusted import path_inside
 
 UPLOADED = "uploaded"  # directory of the logs that MLflow has, beside the others
@@ -25,7 +25,7 @@ def archive(run_log: RunLog) -> None:
     for path in sorted(run_log.spool.rglob("*")):
         name = path.relative_to(run_log.spool).as_posix()
         if path.is_file() and not any(sha256(path) == sha256(other) for other in cached.get(name, ())):
-            _link(path, folder / run_log.flow_run_id / name)
+            place_file(path, folder / run_log.flow_run_id / name)
     folder.mkdir(exist_ok=True)
     os.replace(run_log.path, folder / run_log.path.name)
     shutil.rmtree(run_log.spool, ignore_errors=True)  # last: until here an interrupted upload can be repeated
@@ -52,14 +52,11 @@ def restore(run_log: RunLog) -> frozenset[str]:
         source = next((path for path in candidates if path.is_file() and sha256(path) == file["sha256"]), None)
         if source is None:
             lost.add(name)
-        elif source == candidates[-1]:  # may be edited in place
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
         else:
-            _link(source, target)
+            place_file(source, target, link=source != candidates[-1])  # the project's may be edited in place
     for name in (BUNDLE, LINK):
         if (kept / name).is_file():
-            _link(kept / name, run_log.spool / name)
+            place_file(kept / name, run_log.spool / name)
     os.replace(log, run_log.path)
     return frozenset(lost)
 
@@ -70,8 +67,8 @@ def adopt(worktree: Path, project: Path) -> None:
         source, target = run_log.path.parent / UPLOADED, replace(run_log, project=project).path.parent / UPLOADED
         for path in (source / run_log.flow_run_id).rglob("*"):
             if path.is_file():
-                _link(path, target / path.relative_to(source))
-        _link(source / run_log.path.name, target / run_log.path.name)
+                place_file(path, target / path.relative_to(source))
+        place_file(source / run_log.path.name, target / run_log.path.name)
 
 
 def _files(facts: list[dict[str, Any]]) -> Iterator[Mapping[str, str]]:
@@ -93,13 +90,3 @@ def _paths_in_cache(project: Path, *locks: Path) -> dict[str, list[Path]]:
             if (path := store.path_of(file.md5)).is_file():
                 paths.setdefault(file.path, []).append(path)
     return paths
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it to another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,10 +71,8 @@ def _rows(path: Path, started: float) -> int:
 
 
 def _upload(project: Path, arguments: tuple[str, ...]) -> None:
-    try:
+    with suppress(IsolatedCallError):  # the records of the stage have the curve when it has ended
         call("vitprune.orchestration.tracking.live_curves:log_curve", *arguments, project=project)
-    except IsolatedCallError:
-        return  # the records of the stage have the curve when it has ended
 
 
 def log_curve(project_path: str, flow_run_id: str, stage: str, times: str) -> int:
@@ -90,7 +88,6 @@ def log_curve(project_path: str, flow_run_id: str, stage: str, times: str) -> in
 
     from vitprune.orchestration.tracking.replay import upload_lock
     from vitprune.orchestration.tracking.store import open_client, short_timeouts
-    from vitprune.orchestration.tracking.upload import MOST_METRICS, batches_of
 
     project = Path(project_path)
     run_log = RunLog(project, flow_run_id)
@@ -109,8 +106,7 @@ def log_curve(project_path: str, flow_run_id: str, stage: str, times: str) -> in
                 for name, value in row.items()
                 if isinstance(value, int | float) and name != "step"
             ]
-            for batch in batches_of(points, MOST_METRICS):
-                client.log_batch(run, batch)
+            client.log_batch(run, points)
     return len(new)
 
 

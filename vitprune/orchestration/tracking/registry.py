@@ -19,7 +19,7 @@ REFUSED = re.compile(r"['\"`/:]")  # characters that MLflow does not take in the
 VERSION_OF_DATA, PASSED, BEFORE = "vitprune.data_version", "vitprune.passed", "vitprune.champion_before"
 
 
-class RegistryError(Exception):
+class RegistryError(BadInput):
     """The registry has no such run or version; one line that says what to do."""
 
 
@@ -62,7 +62,7 @@ class Registry:
         Raises:
             RegistryError: MLflow has no model of the run.
         """
-        key = self._model_key(run, flow_run_id)
+        key = self._model_key(flow_run_id)
         model = find_model(self.client, self.experiment, KEY, key)
         if model is None:
             raise RegistryError(f"run {run}: MLflow has no logged model of it; run `vitprune sync`, then retrain again")
@@ -98,7 +98,7 @@ class Registry:
         self.client.set_registered_model_alias(self.name, CHAMPION, before)
         return str(current.version), str(before)
 
-    def _model_key(self, run: str, flow_run_id: str) -> str:
+    def _model_key(self, flow_run_id: str) -> str:
         """Return the key of the logged model: for a cached stage that of the run that computed it."""
         stage = f"{flow_run_id}/distill"
         stage_run = find_run(self.client, self.experiment, KEY, stage)

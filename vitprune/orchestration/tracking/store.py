@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -15,7 +14,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from vitprune.errors import BadInput
-from vitprune.runtime.commands import error_line
+from vitprune.runtime.commands import captured, error_line
 from vitprune.runtime.messages import first_line
 from vitprune.runtime.untrusted import without_credentials
 
@@ -104,16 +103,15 @@ def open_client(project: Path) -> tuple[MlflowClient, str]:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vitprune"
     with short_timeouts(15):  # a server under load is slow to answer
         experiment = client.get_experiment_by_name(name)
-        if experiment is not None:
-            return client, experiment.experiment_id
-        location = (project / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
-        try:
-            return client, client.create_experiment(name, artifact_location=location, tags=KIND)
-        except MlflowException:
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-            return client, experiment.experiment_id  # another flow has created it in between
+        if experiment is None:
+            location = (project / ARTIFACTS).as_uri() if uri.startswith("sqlite:") else None
+            try:
+                return client, client.create_experiment(name, artifact_location=location, tags=KIND)
+            except MlflowException:  # another flow may have created it in between
+                experiment = client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        return client, experiment.experiment_id
 
 
 def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> Run | None:
@@ -141,7 +139,7 @@ def create_or_migrate(database: Path) -> None:
     if database.exists():
         shutil.copyfile(database, partial)
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{partial}"]
-    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    completed = captured(command, Path(), os.environ)
     if completed.returncode != 0:
         raise MlflowException(f"{database}: migration to the schema of this MLflow failed ({error_line(completed)})")
     os.replace(partial, database)

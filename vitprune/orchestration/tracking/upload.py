@@ -4,7 +4,7 @@ An MLflow run is found again by its tag `vitprune.key` (FLOW, FLOW/STAGE or FLOW
 is continued.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,6 @@ from vitprune.orchestration.tracking.store import find_run
 from vitprune.runtime.files import read_json_lines, sha256
 
 Fact = Mapping[str, Any]
-MOST_METRICS, MOST_PARAMS = 1000, 100  # MLflow's limits for one call
 TimedRow = tuple[dict[str, Any], float]  # an epoch of a curve, and when it was recorded, in seconds since 1970
 JOURNAL_DIGEST, BUNDLE_DIGEST = "vitprune.journal_sha256", "vitprune.attestation_sha256"
 CACHED, HASH = "vitprune.cached", "vitprune.dvc_stage_hash"
@@ -179,17 +178,14 @@ class Uploader:
             return
         time, name = _milliseconds(ended), model.model_id
         rows = [Metric(key, float(value), time, 0, model_id=name) for key, value in numbers.items()]
-        for batch in batches_of(rows, MOST_METRICS):
-            self.client.log_batch(parent, batch)
+        self.client.log_batch(parent, rows)
 
     def _params(self, run: str, params: Mapping[str, Any]) -> None:
-        for batch in batches_of(params.items(), MOST_PARAMS):
-            self.client.log_batch(run, params=[Param(name, str(value)) for name, value in batch])
+        self.client.log_batch(run, params=[Param(name, str(value)) for name, value in params.items()])
 
     def _metrics(self, run: str, metrics: Mapping[str, float], ended: float, step: int = 0) -> None:
         time = _milliseconds(ended)
-        for batch in batches_of(metrics.items(), MOST_METRICS):
-            self.client.log_batch(run, [Metric(name, float(value), time, step) for name, value in batch])
+        self.client.log_batch(run, [Metric(name, float(value), time, step) for name, value in metrics.items()])
 
     def _curves(self, run: str, rows: list[TimedRow]) -> None:
         """Log training curves: one row and its time per epoch."""
@@ -202,8 +198,7 @@ class Uploader:
             for name, value in row.items()
             if isinstance(value, int | float) and name not in {"step", "cycle"}
         ]
-        for batch in batches_of(points, MOST_METRICS):
-            self.client.log_batch(run, batch)
+        self.client.log_batch(run, points)
 
     def _history(self, file: Fact) -> list[dict[str, Any]]:
         if not file["path"].endswith("history.jsonl") or file["path"] in self.lost:
@@ -248,12 +243,6 @@ def digest_tags(fact: Fact) -> dict[str, str]:
     masks = next((file["sha256"] for file in fact.get("files", ()) if file["path"].endswith("masks.safetensors")), None)
     tags = {} if masks is None else {"vitprune.masks_sha256": masks}
     return tags | ({"vitprune.sha256": fact["sha256"]} if fact.get("sha256") else {})
-
-
-def batches_of(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Split rows into batches that MLflow accepts in one call."""
-    items = list(rows)
-    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _milliseconds(seconds: float) -> int:

@@ -102,11 +102,7 @@ def _refuse_without(tool: str, present: bool, remedy: str) -> None:
 
 
 def _located(source: str, root: Path) -> tuple[str, str | None, int | None]:
-    """Return the source for params.yaml, its path if it is local, and its number of classes if it is known.
-
-    The given path is relative to the current directory. Inside the project it becomes relative to the project, else
-    absolute.
-    """
+    """Return the source for params.yaml, its path (relative inside the project) if it is local, and its class count."""
     kind = next((prefix for prefix in LOCAL if source.startswith(prefix)), None)
     if kind is None and source != "digits" and not source.startswith(("hfds/", "torch/")):
         raise BadInput(f"--source {source}: unknown; {data.source_hint(source)}")
@@ -200,11 +196,7 @@ def _make_repository(root: Path) -> None:
 
 
 def _name_remote(root: Path, address: str) -> None:
-    """Make an address the default DVC remote, unless it already is.
-
-    Raises:
-        BadInput: there is another default remote.
-    """
+    """Make an address the default DVC remote, unless it already is; refuse another one."""
     name = dvc(root, "config", "core.remote").stdout.strip()
     configured = dvc(root, "config", f"remote.{name}.url").stdout.strip() if name else ""
     if configured and configured != address:

@@ -16,16 +16,7 @@ DEFAULT_MODEL = "deit_tiny_patch16_224"
 TRAIN = {"epochs": 100, "batch_size": 256, "lr": 0.0005, "weight_decay": 0.05, "warmup_epochs": 5, "smoothing": 0.1}
 RECOVER = {"epochs": 3, "batch_size": 128, "lr": 0.0001, "weight_decay": 0.05, "augment": "light"}
 DISTILL = {"epochs": 30, "batch_size": 128, "lr": 0.0001, "weight_decay": 0.05, "warmup_epochs": 1, "augment": "deit"}
-SPARSITY = {
-    "ffn": 0.5,
-    "attention": 0.25,
-    "qk": 0.25,
-    "vo": 0.25,
-    "head": 0.25,
-    "residual": 0.1,
-    "block": 0.25,
-    "branch": 0.25,
-}
+SPARSITY = {"ffn": 0.5, "residual": 0.1} | dict.fromkeys(("attention", "qk", "vo", "head", "block", "branch"), 0.25)
 
 
 def render(demo: str, source: str, model: str | None, method: str, classes: int | None) -> str:

@@ -16,23 +16,20 @@ def cycles(project: Path, dense_top1: float) -> dict[str, Any] | None:
     records = _cycle_records(project)
     if not records:
         return None
-    rows = []
-    for record in records:
-        stem = f"cycle.{record['cycle']:.0f}"
-        number = {key: numbers.finite(record.get(key)) for key in ("top1_before", "top1_after", *_CYCLE_SIZES)}
-        rows.append(
-            {
-                "cycle": numbers.grouped(f"{stem}.cycle", record["cycle"]),
-                "sparsity": [
-                    (kind, numbers.fixed(f"{stem}.sparsity.{kind}", 100 * share, 1))
-                    for kind, share in _by_kind(record).items()
-                ],
-                "top1": [numbers.fixed(f"{stem}.{key}", number[key], 2) for key in ("top1_before", "top1_after")],
-                "sizes": [numbers.si_count(f"{stem}.{key}", number[key]) for key in _CYCLE_SIZES],
-                "digest": str(record.get("masks_sha256") or ""),
-            }
-        )
-    return {"plots": [_accuracy_plot(records, dense_top1), _schedule_plot(records)], "rows": rows}
+    drawn = [_accuracy_plot(records, dense_top1), _schedule_plot(records)]
+    return {"plots": drawn, "rows": [_cycle_row(record) for record in records]}
+
+
+def _cycle_row(record: dict[str, Any]) -> dict[str, Any]:
+    stem, shares = f"cycle.{record['cycle']:.0f}", _by_kind(record).items()
+    number = {key: numbers.finite(record.get(key)) for key in ("top1_before", "top1_after", *_CYCLE_SIZES)}
+    return {
+        "cycle": numbers.grouped(f"{stem}.cycle", record["cycle"]),
+        "sparsity": [(kind, numbers.fixed(f"{stem}.sparsity.{kind}", 100 * share, 1)) for kind, share in shares],
+        "top1": [numbers.fixed(f"{stem}.{key}", number[key], 2) for key in ("top1_before", "top1_after")],
+        "sizes": [numbers.si_count(f"{stem}.{key}", number[key]) for key in _CYCLE_SIZES],
+        "digest": str(record.get("masks_sha256") or ""),
+    }
 
 
 def _cycle_records(project: Path) -> list[dict[str, Any]]:
@@ -60,14 +57,11 @@ def _accuracy_plot(records: list[dict[str, Any]], dense_top1: float) -> plots.Pl
             if (top1 := numbers.finite(value)) is not None:
                 x.append(float(position))
                 y.append(top1)
-    lines = [
-        plots.Line([0, len(records)], [dense_top1] * 2, "dense", "dense", "--"),
-        plots.Line(x, y, "pruned", marker="o"),
-    ]
+    dense = plots.Line([0, len(records)], [dense_top1] * 2, "dense", "dense", "--")
+    lines = [dense, plots.Line(x, y, "pruned", marker="o")]
     description = f"Top-1 over {len(records)} cycles, from {y[0]:.2f} % to {y[-1]:.2f} %"
-    svg = plots.curves(
-        "accuracy", description, lines, _cycle_axis(records), plots.Axis("top-1, %"), range(len(records))
-    )
+    axes = _cycle_axis(records), plots.Axis("top-1, %")
+    svg = plots.curves("accuracy", description, lines, *axes, range(len(records)))
     return plots.Plot(svg, "Accuracy", "after pruning and after fine-tuning")
 
 

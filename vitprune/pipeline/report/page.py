@@ -142,13 +142,8 @@ def _latency(evaluation: dict[str, Any]) -> dict[str, Any]:
     cells = [_milliseconds("dense.latency_ms.median", dense), _milliseconds("pruned.latency_ms.median", pruned)]
     change = numbers.relative_change("change.latency_ms", dense, pruned)
     row = _row("Latency, ms", "median, p10\N{EN DASH}p90", cells, change)
-    row["spreads"] = [
-        [
-            _milliseconds(name, _number(evaluation, name))
-            for name in (f"{model}.latency_ms.p10", f"{model}.latency_ms.p90")
-        ]
-        for model in _MODELS
-    ]
+    names = [[f"{model}.latency_ms.{bound}" for bound in ("p10", "p90")] for model in _MODELS]
+    row["spreads"] = [[_milliseconds(name, _number(evaluation, name)) for name in pair] for pair in names]
     return row
 
 

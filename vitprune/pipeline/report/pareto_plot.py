@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 
 from vitprune.runtime.files import atomic_write
 
@@ -169,20 +170,20 @@ def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: DensePoin
     """Label each point with its target, without overlap with points and other labels if possible."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    word, to_points, inside = _common(points), 72 / figure.dpi, axes.get_window_extent().extents
+    word, to_points, area = _common(points), 72 / figure.dpi, axes.get_window_extent()
     wanted = [(f"dense, {dense.top1:.1f} %", (1.0, dense.top1), 10.0)]
     wanted += [(point.target.removeprefix(f"{word} "), (point.gain, point.top1), 8.5) for point in points]
     spots = [axes.transData.transform(at) for _, at, _ in wanted]
-    taken = [_box(x, y, 5 / to_points, 5 / to_points) for x, y in spots] + [
-        axes.get_legend().get_window_extent().extents
-    ]
+    taken = [axes.get_legend().get_window_extent(), *(_box(x, y, 5 / to_points, 5 / to_points) for x, y in spots)]
     for (text, at, size), (x, y) in zip(wanted, spots, strict=True):
         wide, high = 0.3 * size * len(text) / to_points, 0.6 * size / to_points  # half of each, of an average letter
         offsets = [(dx * (wide + 7 / to_points), dy * (high + 6 / to_points)) for dx, dy in AROUND]
-        fit = [(dx, dy) for dx, dy in offsets if _within(_box(x + dx, y + dy, wide, high), inside)] or offsets
-        free = [(dx, dy) for dx, dy in fit if not any(_meet(_box(x + dx, y + dy, wide, high), box) for box in taken)]
+        boxes = {(dx, dy): _box(x + dx, y + dy, wide, high) for dx, dy in offsets}
+        inside = [offset for offset, box in boxes.items() if area.contains(*box.min) and area.contains(*box.max)]
+        fit = inside or offsets
+        free = [offset for offset in fit if not any(map(boxes[offset].fully_overlaps, taken))]
         dx, dy = (free or fit)[0]
-        taken.append(_box(x + dx, y + dy, wide, high))
+        taken.append(boxes[dx, dy])
         axes.annotate(
             text, at, (dx * to_points, dy * to_points), textcoords="offset points", ha="center", va="center",
             fontsize=size, weight="bold" if at == wanted[0][1] else "normal", color=INK, zorder=6,
@@ -190,13 +191,5 @@ def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: DensePoin
         )  # fmt: skip
 
 
-def _box(x: float, y: float, wide: float, high: float) -> tuple[float, float, float, float]:
-    return x - wide, y - high, x + wide, y + high
-
-
-def _meet(box: Sequence[float], other: Sequence[float]) -> bool:
-    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
-
-
-def _within(box: Sequence[float], outer: Sequence[float]) -> bool:
-    return box[0] >= outer[0] and box[1] >= outer[1] and box[2] <= outer[2] and box[3] <= outer[3]
+def _box(x: float, y: float, wide: float, high: float) -> Bbox:
+    return Bbox.from_extents(x - wide, y - high, x + wide, y + high)

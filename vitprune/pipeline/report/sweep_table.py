@@ -14,9 +14,7 @@ from vitprune.pipeline.report.pareto_plot import SCALE, DensePoint, Point, draw,
 from vitprune.runtime import tables
 from vitprune.runtime.files import read_optional_json, write_text
 
-NUMBERS = (
-    "top1", "top5", "params", "nonzero_params", "macs", "nonzero_macs", "latency_ms", "throughput",
-)  # fmt: skip
+NUMBERS = ("top1", "top5", "params", "nonzero_params", "macs", "nonzero_macs", "latency_ms", "throughput")
 SWEEP = pa.schema(
     [(name, pa.string()) for name in ("run", "method", "target", "status", "error")]
     + [(f"{prefix}{name}", pa.float64()) for prefix in ("", "dense_") for name in NUMBERS]
@@ -59,11 +57,8 @@ def write_sweep(folder: Path, out: Path) -> list[dict[str, Any]]:
 
 def _row(folder: Path, run: Mapping[str, str], against: str) -> dict[str, Any]:
     """Return the row of a run: method and target, status, and the metrics of the pruned and the dense model."""
-    result = read_optional_json(folder / "results" / f"{run['name']}.json") or {
-        "status": "waiting",
-        "error": "",
-        "seconds": None,
-    }
+    waiting = {"status": "waiting", "error": "", "seconds": None}
+    result = read_optional_json(folder / "results" / f"{run['name']}.json") or waiting
     row: dict[str, Any] = {"run": run["name"], "method": run["method"], "target": run["target"]}
     row |= {name: result[name] for name in ("status", "error", "seconds")} | {"front": False}
     if result["status"] != FINISHED:

@@ -21,8 +21,8 @@ class ScoreConfig(Section):
     """Images per batch of the calibration set. Only the pipeline uses it; in Python, give batches of this size."""
 
     memory_mb: Annotated[float, Field(gt=0)] = 1024
-    """Memory in MiB for activations and Fisher matrices; a smaller value takes longer. The model itself is not
-    included."""
+    """Memory in MiB for activations that autograd saves and for Fisher matrices; a smaller value takes longer. The
+    model, gradients and temporary tensors are not included: the peak can be several times larger."""
 
     fisher_directions: Count | None = None
     """Gradients per image for the Fisher matrix of the logits (kl-fisher, unit-obs, obc). The scores are exact if it is

@@ -125,7 +125,7 @@ class DistillConfig(Section):
     """Distance: KL divergence of the softened logits, or mean squared error of the features before the head."""
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the distance. UP-ViTs takes 20 for the features of PVTv2."""
+    """Weight of the distance. The recipe of PVTv2 takes 20 for features."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the logits; not used for features."""

@@ -30,7 +30,7 @@ def corp(model: nn.Module, groups: Sequence[Group], batches: Batches, context: S
         BadInput: no batches, or a group of another kind.
 
     Source: CORP (arXiv 2602.05243): ranking by energy and weights on the dense model. Its separate pruning of q and k
-        is not implemented, because timm's attention has one width for q, k and v.
+        is not implemented; `unit_obs` scores kind `qk`.
     """
     for group in groups:
         if group.kind != "ffn":

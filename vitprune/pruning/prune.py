@@ -188,7 +188,7 @@ def prune(
         method: Name of a method in `METHODS`, or "auto": the method that loses the least accuracy without training, for
             the given kinds or target (with one sparsity or an N:M scope: single weights), with `reconstruct` and a
             `budget` of three minutes.
-        sparsity: Fraction of units to remove, one for all kinds or one per kind.
+        sparsity: Fraction of units to remove, one for all kinds or one per kind (scope macs: fraction of their MACs).
         target: Cost of the pruned model, such as {"macs": 0.5}, {"params": "12M"} or {"latency_ms": 20}.
         kinds: Kinds to prune; None: all default kinds of the method that the model has, with whole heads in place of
             attention channels that cannot be pruned, see `PruneResult.skipped`.

@@ -10,7 +10,8 @@ from tests.support.model_zoo import batches, images, predict, tiny
 from tests.support.plans import context, plan_for
 from vitprune import BadInput, ScoreConfig, find_groups, prune
 from vitprune.criteria import DEFAULT_CONTEXT
-from vitprune.criteria.obs.obc import obc
+from vitprune.criteria.obs.greedy import eliminate_weights, loss_increments
+from vitprune.criteria.obs.obc import _restrict, _row_losses, obc
 from vitprune.criteria.obs.row_solve import solve_rows
 from vitprune.criteria.obs.unit_elimination import RIDGES
 from vitprune.groups import Group, ParamSlice
@@ -150,6 +151,24 @@ def test_zero_weights_score_zero_and_remain_zero() -> None:
     alone = Group("0.weight", "weight", (4, 6), WEIGHT)
     expected = obc(smaller, [alone], cut, DEFAULT_CONTEXT).scores["0.weight"]
     torch.testing.assert_close(scores[:, [0, 2, 3, 5, 6, 7]], expected, rtol=0.05, atol=0)  # the ridge's mean differs
+
+
+def test_rows_with_zeros_are_scored_with_several_threads() -> None:
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(800, 160, generator=generator).double()
+    moments, rows = inputs.T @ inputs / 800, torch.randn(6, 160, generator=generator).double()
+    rows[:, ::3] = 0
+    expected = [
+        loss_increments(eliminate_weights(torch.linalg.inv(_restrict(moments, row[None] != 0)), row[None], None, None))
+        for row in rows
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # torch's batched LU then has wrong results
+    try:
+        losses = _row_losses(rows, moments, DEFAULT_CONTEXT)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(losses, torch.cat(expected))
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4)])

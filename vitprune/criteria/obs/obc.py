@@ -95,7 +95,9 @@ def _row_losses(rows: Tensor, conditional: Tensor, context: ScoringContext) -> T
     for part in row_chunks(len(rows), rows.shape[1], context.config.memory):
         weights = rows[part]
         if bool((weights == 0).any()):
-            matrices = torch.linalg.inv(_restrict(conditional, weights != 0))
+            # not by LU: torch's batched LU is wrong, or does not end, with several threads (pytorch issue 142815)
+            factors, _ = torch.linalg.cholesky_ex(_restrict(conditional, weights != 0))
+            matrices = torch.cholesky_inverse(factors).mT  # contiguous rows, as the elimination needs
         else:
             matrices = inverse.expand(len(weights), -1, -1)
         losses = eliminate_weights(matrices, weights, pattern=context.pattern, ahead=precision)

@@ -26,7 +26,8 @@ from vitprune.orchestration.attestation.signing import (
     trusted_keys,
     verified_by,
 )
-from vitprune.orchestration.attestation.statements import LINK, Attestation, code_digest, read_chain
+from vitprune.orchestration.attestation.statements import LINK, Attestation, read_chain
+from vitprune.runtime.files import code_digest
 
 PEM, RAW = serialization.Encoding.PEM, serialization.PublicFormat
 NO_PASSPHRASE = serialization.NoEncryption()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import vitprune
 from tests.support.model_zoo import batches, noisy, random_masks, state, tiny
 from vitprune import BadInput, find_groups, zero
 from vitprune.config.train_config import TrainConfig
@@ -144,6 +145,17 @@ def test_the_key_depends_on_settings_files_and_device(tmp_path: Path) -> None:
     others = [work_key("prune", {"seed": 0}, [file], "cpu"), work_key("prune", {"seed": 1}, [file], "cpu")]
     others += [work_key("distill", {"seed": 0}, [file], "cpu"), work_key("prune", {"seed": 0}, [file], "cuda")]
     assert len({key, *others}) == 5
+
+
+def test_the_key_depends_on_the_code_of_all_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Path(vitprune.__file__).parent == checkpoint_store.PACKAGE
+    monkeypatch.setattr(checkpoint_store, "PACKAGE", tmp_path)
+    module = tmp_path / "criteria/magnitude.py"
+    module.parent.mkdir()
+    module.write_text("a = 1\n")
+    before = work_key("prune", {}, [], "cpu")
+    module.write_text("a = 2\n")
+    assert work_key("prune", {}, [], "cpu") != before
 
 
 def test_the_interval_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from vitprune.errors import BadInput
 
+PACKAGE = Path(__file__).parents[1]  # vitprune
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
@@ -218,6 +219,13 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 checksum of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_digest(package: Path) -> str:
+    """Return the SHA-256 of a package's Python files: of the sorted lines `SHA-256  path`."""
+    files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+    lines = "".join(f"{sha256(package / name)}  {name}\n" for name in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def md5(path: Path) -> str:

@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from vitprune.errors import BadInput
 from vitprune.models.weights import read_weights, write_weights
-from vitprune.runtime.files import read_json, sha256, write_json
+from vitprune.runtime.files import PACKAGE, code_digest, read_json, sha256, write_json
 
 INDEX, STATE, TENSORS = "index.json", "state.json", "tensors.safetensors"
 PACKAGES = ("accelerate", "numpy", "safetensors", "timm", "torch")
@@ -157,19 +156,12 @@ def work_key(stage: str, settings: Mapping[str, Any], inputs: Iterable[Path], de
     environment = [platform.python_version(), platform.machine(), device, *versions]
     checksums = {str(file): sha256(file) for file in files if file.is_file()}
     text = json.dumps(settings, sort_keys=True, default=str)
-    return hash_strings(stage, text, json.dumps([checksums, environment]), _code())
+    return hash_strings(stage, text, json.dumps([checksums, environment]), code_digest(PACKAGE))
 
 
 def hash_strings(*parts: str) -> str:
     """Return the hash of several strings, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-@cache
-def _code() -> str:
-    """Return a hash of the source code of this package."""
-    root = Path(__file__).parent
-    return hash_strings(*(f"{file.relative_to(root)} {sha256(file)}" for file in sorted(root.rglob("*.py"))))
 
 
 def _index(directory: Path, key: str) -> dict[str, Any]:

@@ -16,22 +16,14 @@ from typing import Any
 import vitprune
 from vitprune.errors import BadInput
 from vitprune.orchestration.attestation.signing import read_envelopes, seal, signing_key
-from vitprune.runtime.files import sha256
+from vitprune.runtime.files import PACKAGE, code_digest, sha256
 
 STATEMENT, PROVENANCE = "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1"
 STAGE_TYPE, RUN_TYPE, BUILDER = "urn:vitprune:stage:v1", "urn:vitprune:run:v1", "urn:vitprune:flow:v1"
 BUNDLE = "attestation.jsonl"  # one envelope per line, as an in-toto bundle
 LINK = "run.link"  # the signed run as a link, the older format that in-toto's command line reads
-PACKAGE = Path(vitprune.__file__).parent
 
 Digests = Mapping[str, Mapping[str, str]]  # of paths: algorithm and hexadecimal digest
-
-
-def code_digest(package: Path) -> str:
-    """Return the SHA-256 of a package's Python files: of the sorted lines `SHA-256  path`."""
-    files = sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
-    lines = "".join(f"{sha256(package / name)}  {name}\n" for name in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def descriptors(digests: Digests) -> list[dict[str, Any]]:

@@ -11,14 +11,14 @@ from typing import Any
 from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]
 
 from vitprune.orchestration.attestation.signing import key_fingerprint, read_envelopes, verified_by
-from vitprune.orchestration.attestation.statements import BUNDLE, LINK, PACKAGE, Statement, code_digest, timestamp
+from vitprune.orchestration.attestation.statements import BUNDLE, LINK, Statement, timestamp
 from vitprune.orchestration.audit.collect import RECORDED, CollectedRun
 from vitprune.orchestration.execution.dvc_cache import is_cached, read_lock
 from vitprune.orchestration.execution.run_stage import STAGES
 from vitprune.orchestration.tracking.journal import JOURNAL, flatten, stage_outputs
 from vitprune.orchestration.tracking.logged_model import KEY
 from vitprune.pipeline.project_template import shipped_pipeline
-from vitprune.runtime.files import read_json, sha256
+from vitprune.runtime.files import PACKAGE, code_digest, read_json, sha256
 from vitprune.runtime.messages import Note
 from vitprune.runtime.yaml_files import load_yaml
 

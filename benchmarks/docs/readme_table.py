@@ -58,18 +58,20 @@ def other_libraries(goal: str) -> Value:
     return Value("sparsifiers", f"(?!vitprune)(?!dense).*, {goal}", max)
 
 
-def structured(about: str, goal: str, peers: str, ours: Value | None = None, note: str = "") -> Figure:
-    """Return a row for units, by default the best of ours, compared with the best of Torch-Pruning's settings."""
-    best = Value("peers", f"{peers}: (?!.*calibration).*(?<!MACs)(?<!params)", max)
-    value = ours or Value("structured", f"best of ours, {goal}")
-    return Figure(about, value.results, value, best, f"Torch-Pruning, best setting{note}")
+def label_free(about: str, goal: str, seed: str, note: str) -> Figure:
+    """Return a row for units that are removed with 200 images; seed -1: without reconstruction."""
+    ours, theirs = (
+        Value("label_free", f"{goal}, {method}, 200 images, seed {seed}") for method in ("unit-obs", "Torch-Pruning")
+    )
+    return Figure(about, "label_free", ours, theirs, f"Torch-Pruning, best setting, {note}")
 
 
 def merging(macs: str, merged: int) -> Figure:
     """Return a row for units removed from a model that merges tokens."""
     about = f"{macs} MACs, {merged} tokens merged before every block but the first"
-    goal = f"{macs} MACs"
-    return structured(about, goal, goal, Value("token_merging", f"{goal}, {merged} merged"), ", all tokens")
+    best = Value("peers", f"{macs} MACs: (?!.*calibration).*(?<!MACs)(?<!params)", max)
+    ours = Value("token_merging", f"{macs} MACs, {merged} merged")
+    return Figure(about, "token_merging", ours, best, "Torch-Pruning, best setting, all tokens")
 
 
 FIGURES = (
@@ -87,15 +89,9 @@ FIGURES = (
         other_libraries("2:4"),
         "SparseGPT, the best of five libraries, not fitted",
     ),
-    structured("50 % of the FFN units removed", "50 % of FFN", "50% of ffn"),
-    structured("0.7x MACs", "0.7x MACs", "0.7x MACs"),
-    structured(
-        "0.5x MACs" + FITTED,
-        "0.5x MACs",
-        "0.5x MACs",
-        Value("label_free", r"0.5x MACs, unit-obs, 200 images, seed \d"),
-        ", not fitted",
-    ),
+    label_free("50 % of the FFN units removed", "half of the FFN", "-1", "norms corrected in the same way"),
+    label_free("0.7x MACs", "0.7x MACs", "-1", "norms corrected in the same way"),
+    label_free("0.5x MACs" + FITTED, "0.5x MACs", r"\d", "fitted in the same way"),
     merging("0.7x", 8),
     merging("0.5x", 16),
     Figure(

@@ -1,12 +1,16 @@
 """Properties of every criterion: it does not change the model, ignores dropout and refuses bad input."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
 from tests.support.model_zoo import batches, same_state, state, tiny
-from vitprune import CRITERIA, METHODS, BadInput, find_groups, score
+from vitprune import CRITERIA, METHODS, BadInput, find_groups, prune, score
 from vitprune.criteria.magnitude import magnitude
 
+SECOND_ORDER = ("corp", "fastcap", "magnitude-obs", "obc", "ovit", "unit-obs", "upvits-refit", "woodfisher-joint")
 KINDS = {"random": "ffn", "magnitude": "ffn", "energy": "weight", "taylor": "ffn", "kl-literal": "head"}
 
 
@@ -38,6 +42,19 @@ def test_a_criterion_does_not_change_the_model(vit: torch.nn.Module, criterion: 
         (g.name, g.shape, torch.float64) for g in groups
     ]
     assert not any(s.requires_grad for s in result.values())
+
+
+@pytest.mark.parametrize("method", SECOND_ORDER)
+def test_only_single_matrices_are_factorized_by_lu(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("inv", "inv_ex", "solve", "solve_ex", "lu", "lu_factor", "det", "slogdet"):
+        monkeypatch.setattr(torch.linalg, name, partial(_single, getattr(torch.linalg, name)))
+    model = tiny("thin")
+    prune(model, method, sparsity=0.5, calibration=batches(model), cycles=2, correct_norms=True)
+
+
+def _single(function: Callable[..., object], matrix: torch.Tensor, *arguments: object) -> object:
+    assert matrix.ndim == 2, "batches have wrong results on a CPU with several threads"
+    return function(matrix, *arguments)
 
 
 def test_data_dependent_criteria_refuse_missing_batches(vit: torch.nn.Module) -> None:

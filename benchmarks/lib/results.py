@@ -98,15 +98,17 @@ def machine() -> str:
 def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
     """Print the rows and write them to benchmarks/results/NAME.json, one per line (quick: NAME-quick.json, untracked).
 
-    The seconds of the command are written as well, except where it continued an interrupted run. Exit with code 1 if a
-    promised bound does not hold.
+    The seconds of the command are written as well, except where it continued an interrupted run; rows that it did not
+    measure again keep their machine and date. Exit with code 1 if a promised bound does not hold.
     """
     RESULTS.mkdir(exist_ok=True)
     stamp: dict[str, Any] = {"machine": machine(), "date": datetime.date.today().isoformat()}
     path = RESULTS / (f"{name}-quick.json" if quick else f"{name}.json")
     if path.stem not in CONTINUED:
         stamp["run_seconds"] = round(time.monotonic() - STARTED)
-    records = [json.dumps(asdict(row) | stamp) for row in rows]
+    before = json.loads(path.read_text()) if path.stem in CONTINUED and path.exists() else []
+    stamps = {(row["what"], row["value"]): {key: row[key] for key in ("machine", "date")} for row in before}
+    records = [json.dumps(asdict(row) | stamps.get((row.what, row.value), stamp)) for row in rows]
     path.write_text("[\n" + ",\n".join(records) + "\n]\n")
     table = Table("what", "value", "unit", "target", "holds", title=f"{name}: {stamp['machine']}")
     for row in rows:
@@ -147,5 +149,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _write_page(path: Path, title: str, about: str, body: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {title}", "", " ".join(about.split()), "", f"{datetime.date.today().isoformat()}, {machine()}", ""]
+    measured = f"{datetime.date.today().isoformat()}, {machine()}"
+    if path.stem in CONTINUED:
+        measured += f"; rows of earlier runs: machine and date in benchmarks/results/{path.stem}.json"
+    lines = [f"# {title}", "", " ".join(about.split()), "", measured, ""]
     path.write_text("\n".join([*lines, *body]) + "\n")

@@ -59,7 +59,9 @@ def gradual_prune(
     """
     recipe = config.finetune
     if recipe is None:
-        raise BadInput("prune.finetune: gradual_prune trains after every cycle; give a TrainConfig, or use prune")
+        raise BadInput(
+            "prune.finetune: gradual_prune trains after every cycle; give a TrainConfig, or use prune with cycles"
+        )
     plan, pruned = plan_for(config, score, seed), working_copy(model)
     epochs = plan.epochs(recipe.epochs)
     start, memory = time.perf_counter(), OptimizerState()

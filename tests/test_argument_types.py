@@ -42,7 +42,7 @@ def arguments(name: str, folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scored = {"config": ScoreConfig(), "seed": 0}
     onnx = folder / "model.onnx"
-    settings = {"sparsity": {"ffn": 0.5}, "kinds": ["ffn"], "scope": "layer", "round_to": 8}
+    settings = {"sparsity": {"ffn": 0.5}, "kinds": ["ffn"], "scope": "layer", "round_to": 8, "cycles": 1}
     settings |= {"target": None, "rules": [], "merge_heads_to": None, "rotate_residual": False, "merge_tokens": None}
     settings |= {"classes": None, "correct_norms": False, "allocation": False, "budget": None, "within": "blocks"}
     settings |= {"reconstruct": False, "example_input": images, "calibration": data}

@@ -154,7 +154,7 @@ def test_a_budget_is_divided_among_the_cycles(monkeypatch: pytest.MonkeyPatch) -
         deadlines.append(arguments[-1])
         return Reconstruction()
 
-    monkeypatch.setattr("vitprune.pruning.prune_cycles.reconstruct_weights", record)
+    monkeypatch.setattr("vitprune.pruning.prune_cycles.reconstruct", record)
     model = tiny("vit")
     start = time.perf_counter()
     prune(model, "magnitude", sparsity=0.5, calibration=batches(model, 3, 6), reconstruct=True, cycles=4, budget="400s")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.accuracy.torch_pruning import Goal, Setup, mean_gradients, torch_pruning_case
 from benchmarks.lib.deit_tiny import load_dense, load_images, split
 from benchmarks.lib.results import Recorded, Row, arguments, real_data, write_results, write_table
-from vitprune import PruneConfig, ScoreConfig, plan_for
+from vitprune import PruneConfig, ScoreConfig, plan_for, prune
 from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.reconstruct_config import ReconstructConfig
 from vitprune.criteria import ScoringContext
@@ -191,11 +191,12 @@ def gradual(case: Case, goal: str, method: str, images: int, seed: int, reconstr
     name, _, variant = method.partition(", ")
     cycles, start = int(variant.split()[0]), time.perf_counter()
     each = reconstruction.model_copy(update={"passes": -(-reconstruction.passes // cycles)})
-    plan = plan_for(PruneConfig(method=name, cycles=cycles, reconstruct=each, **GOALS[goal]), SCORE, seed)
-    model = prepared(copy.deepcopy(case.dense), plan, case.calibration[images])
-    *_, last = prune_cycles(model, plan, case.calibration[images])
-    nats = last.reconstruction.facts["nats_after"]
-    return evaluated(case, model, goal, method, images, seed, time.perf_counter() - start, nats)
+    batches, settings = case.calibration[images], GOALS[goal]
+    result = prune(
+        case.dense, name, cycles=cycles, reconstruct=each, calibration=batches, config=SCORE, seed=seed, **settings
+    )
+    nats = result.reconstruction["nats_after"]
+    return evaluated(case, result.model, goal, method, images, seed, time.perf_counter() - start, nats)
 
 
 def evaluated(

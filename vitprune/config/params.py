@@ -201,8 +201,8 @@ def _mapping(path: Path, remedy: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; {remedy}") from None
     if not isinstance(raw, dict):
-        found = "but is empty" if raw is None else f"is {type(raw).__name__}"
-        raise BadInput(f"{path}: must be a mapping of sections, {found}")
+        instead = "but is empty" if raw is None else f"is {type(raw).__name__}"
+        raise BadInput(f"{path}: must be a mapping of sections, {instead}")
     return raw
 
 

@@ -1,4 +1,4 @@
-"""Create, load and save timm models: safetensors and config.json only."""
+"""Create, load and save models: safetensors and config.json only."""
 
 import functools
 import json

@@ -27,7 +27,7 @@ from vitprune.runtime.files import sha256
 ROOT = Path(__file__).parents[2]
 OUTPUTS = ("out", "data", "metrics", "plots")
 GIT = ".gitignore"  # written by DVC
-LOCKS = ("lock", "retrain.lock", "mirror.lock")
+LOCKS = ("lock", "retrain.lock", "upload.lock")
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _legend(axes: Any, points: Sequence[Point]) -> None:
     """Draw the legend at the lower left, where few runs are (low accuracy at low gain)."""
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda at: (names[at] != "dense", names[at] == "Pareto front"))
-    word = _common(points)
+    word = _common_word(points)
     axes.legend(
         [handles[at] for at in order], [names[at] for at in order], loc="lower left", frameon=True, framealpha=0.85,
         facecolor=PAPER, edgecolor="none", labelcolor=INK, fontsize=9.5, handlelength=1.8, borderaxespad=0.6,
@@ -160,7 +160,7 @@ def _legend(axes: Any, points: Sequence[Point]) -> None:
     ).set_zorder(6)  # fmt: skip
 
 
-def _common(points: Sequence[Point]) -> str:
+def _common_word(points: Sequence[Point]) -> str:
     """Return the first word of the targets, if all are this word and a number; else an empty string."""
     words = {tuple(point.target.split(" ")[:1]) if point.target.count(" ") == 1 else () for point in points}
     return next(iter(words))[0] if len(words) == 1 and () not in words else ""
@@ -170,7 +170,7 @@ def _labels(figure: Figure, axes: Any, points: Sequence[Point], dense: DensePoin
     """Label each point with its target, without overlap with points and other labels if possible."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    word, to_points, area = _common(points), 72 / figure.dpi, axes.get_window_extent()
+    word, to_points, area = _common_word(points), 72 / figure.dpi, axes.get_window_extent()
     wanted = [(f"dense, {dense.top1:.1f} %", (1.0, dense.top1), 10.0)]
     wanted += [(point.target.removeprefix(f"{word} "), (point.gain, point.top1), 8.5) for point in points]
     spots = [axes.transData.transform(at) for _, at, _ in wanted]

@@ -158,7 +158,7 @@ class Params(Section):
 
     @property
     def planned_epochs(self) -> str:
-        """The epochs of every training, in words."""
+        """Number of epochs of every training, as text for a message."""
         trainings = ((self.dense.train, "dense"), (self.prune.finetune, "prune"), (self.distill.train, "distill"))
         planned = {stage: recipe.epochs for recipe, stage in trainings if recipe is not None}
         cycles = f" in each of {self.prune.cycles} cycles" if self.prune.cycles > 1 else ""
@@ -176,7 +176,7 @@ def load_params(path: Path) -> Params:
 
 
 def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a YAML file of sections. A key `base` names another file in its directory, whose settings it replaces.
+    """Read a YAML file of sections. Its key `base` names a file in the same directory with the settings that it omits.
 
     Args:
         path: The file.

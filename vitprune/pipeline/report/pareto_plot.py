@@ -65,7 +65,15 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw(points: Sequence[Point], dense: DensePoint, against: str, title: str, out: Path) -> None:
-    """Write the plot as PNG or SVG, according to the suffix of `out`."""
+    """Write the plot as PNG or SVG, according to the suffix of `out`.
+
+    Args:
+        points: The runs of the sweep.
+        dense: The dense model.
+        against: Quantity of the horizontal axis, a key of AXES.
+        title: Title of the plot.
+        out: The file.
+    """
     style = {
         "svg.hashsalt": "vitprune",
         "text.parse_math": False,
@@ -112,7 +120,7 @@ def _paint(figure: Figure, points: Sequence[Point], dense: DensePoint, against: 
 
 
 def _axes(axes: Any, points: Sequence[Point], dense: DensePoint, against: str) -> None:
-    """Set the scales: gain relative to dense at the bottom, cost at the top."""
+    """Set the scales: gain relative to the dense model on the lower axis, cost on the upper axis."""
     name, unit = AXES[against]
     gains, tops = [1.0, *(point.gain for point in points)], [dense.top1, *(point.top1 for point in points)]
     wide, high = max(max(gains) - min(gains), 0.1), max(max(tops) - min(tops), 1.0)
@@ -149,7 +157,7 @@ def _stairs(axes: Any, best: Sequence[tuple[float, float]]) -> None:
 
 
 def _legend(axes: Any, points: Sequence[Point]) -> None:
-    """Draw the legend at the lower left, where few runs are (low accuracy at low gain)."""
+    """Draw the legend at the lower left: few runs have a low accuracy at a low gain."""
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda at: (names[at] != "dense", names[at] == "Pareto front"))
     word = _common_word(points)

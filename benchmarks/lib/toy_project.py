@@ -27,7 +27,6 @@ from vitprune.runtime.files import sha256
 ROOT = Path(__file__).parents[2]
 OUTPUTS = ("out", "data", "metrics", "plots")
 GIT = ".gitignore"  # written by DVC
-LOCKS = ("lock", "retrain.lock", "upload.lock")
 
 
 @dataclass(frozen=True)
@@ -102,14 +101,12 @@ class Toy:
         return result + [f"{name} is locked" for name in self._locked_files()] + self._leftovers()
 
     def _locked_files(self) -> Iterator[str]:
-        for name in LOCKS:
-            path = self.project / STATE / name
-            if path.exists():
-                with path.open("a") as file:
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        yield f"{STATE / name}"
+        for path in sorted((self.project / STATE).glob("*lock")):
+            with path.open("a") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield f"{STATE / path.name}"
         rwlock = self.project / ".dvc/tmp/rwlock"
         if rwlock.exists() and any(json.loads(rwlock.read_text() or "{}").values()):
             yield "DVC's rwlock"

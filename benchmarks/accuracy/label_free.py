@@ -6,9 +6,11 @@ corrected norms (`prune.correct_norms`). The reconstruction follows a pruning wi
 seed, and is given as the mean of the seeds. Rows with cycles prune gradually (prune.cycles), with a third of the passes
 after each of the three. Rows with merged tokens change the number of tokens (prune.merge_tokens).
 Rows of Torch-Pruning are of its setting of highest top-1 (peers.md), which uses labels, followed by the same correction
-and reconstruction. Seconds of the reconstruction include the pruning; one process; other work on the machine makes them
-longer. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an interrupted benchmark continues;
-delete the file to start over. Needs VITPRUNE_REAL_DATA, and Torch-Pruning for its rows (pip install 'vitprune[bench]').
+and reconstruction. SNOWS fits the weights that remain after a selection by magnitude (n:m), on 128 images, for 300
+seconds (benchmarks/lib/snows.py). Seconds of the reconstruction include the pruning; one process; other work on the
+machine makes them longer. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an interrupted
+benchmark continues; delete the file to start over. Needs VITPRUNE_REAL_DATA, and Torch-Pruning for its rows
+(pip install 'vitprune[bench]').
 Writes benchmarks/results/label_free.json and docs/results/label_free.md.
 """
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.accuracy.torch_pruning import Goal, Setup, mean_gradients, torch_pruning_case
 from benchmarks.lib.deit_tiny import load_dense, load_images, split
 from benchmarks.lib.results import Recorded, Row, arguments, real_data, write_results, write_table
+from benchmarks.lib.snows import fit_by_snows
 from vitprune import PruneConfig, ScoreConfig, plan_for, prune
 from vitprune.config.allocation_config import AllocationConfig
 from vitprune.config.reconstruct_config import ReconstructConfig
@@ -43,7 +46,8 @@ ROOT = Path(__file__).parents[2]
 Batches = Sequence[tuple[Tensor, Tensor]]
 SEEDS, WITHOUT, PASSES, EVALUATIONS = (0, 1, 2), -1, {200: 18, 1000: 4}, 100
 LONGER = {"0.5x MACs": 2}  # times as many passes
-PEER = "Torch-Pruning"
+PEER, SNOWS = "Torch-Pruning", "SNOWS"
+SNOWS_IMAGES, SNOWS_SECONDS = 128, 300.0
 SCORE = ScoreConfig(memory_mb=4096)
 
 GOALS: dict[str, dict[str, Any]] = {
@@ -58,7 +62,7 @@ GOALS: dict[str, dict[str, Any]] = {
     "0.5x MACs": {"target": {"macs": 0.5}},
 }
 METHODS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, greedy", "n:m")),
+    **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, greedy", "n:m", SNOWS)),
     **dict.fromkeys(("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "obc, 3 cycles", "magnitude")),
     "half of the FFN": ("unit-obs", "unit-obs, 3 cycles", "corp", "channel-magnitude", PEER),
     "0.7x MACs": (
@@ -171,6 +175,10 @@ def measure(case: Case, goal: str, method: str, images: int, seeds: Sequence[int
         for seed in (seed for seed in seeds if seed != WITHOUT):
             yield gradual(case, goal, method, images, seed, config)
         return
+    if method == SNOWS:
+        if SEEDS[0] in seeds:  # nothing is random
+            yield by_snows(case, goal, images)
+        return
     start = time.perf_counter()
     if WITHOUT in seeds:
         model, _ = prune_once(case.dense, goal, method, batches)
@@ -197,6 +205,16 @@ def gradual(case: Case, goal: str, method: str, images: int, seed: int, reconstr
     )
     nats = result.reconstruction["nats_after"]
     return evaluated(case, result.model, goal, method, images, seed, time.perf_counter() - start, nats)
+
+
+def by_snows(case: Case, goal: str, images: int) -> Measured:
+    """Select by magnitude, then fit by SNOWS; evaluate."""
+    start, batches = time.perf_counter(), case.calibration[images]
+    model, dense = prune_once(case.dense, goal, "n:m", batches)
+    inputs = torch.cat([inputs for inputs, _ in batches])
+    iterations = fit_by_snows(model, dense, inputs[:SNOWS_IMAGES], inputs[SNOWS_IMAGES:], SNOWS_SECONDS)
+    print("iterations of the layers:", iterations)
+    return evaluated(case, model, goal, SNOWS, images, SEEDS[0], time.perf_counter() - start)
 
 
 def evaluated(

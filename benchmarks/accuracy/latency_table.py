@@ -26,7 +26,7 @@ from vitprune.evaluation.latency import alternating_times
 from vitprune.evaluation.latency_table import write_latency_table
 from vitprune.evaluation.record_latency_table import record_latency_table
 from vitprune.groups import Masks
-from vitprune.pruning.cost_target import bisect
+from vitprune.pruning.cost_target import least_scalar
 from vitprune.pruning.cycle_masks import cycle_state, groups_for, select_cycle_masks, select_masks
 from vitprune.pruning.plan import Plan
 from vitprune.pruning.prune_cycles import prune_cycles
@@ -87,7 +87,7 @@ def by_macs(dense: nn.Module, importance: Importance, plan: Plan, limit: float) 
     def masks_at(scalar: float) -> Masks:
         return select_masks(importance.scores, ranking, ranking.shares(scalar), state)
 
-    return masks_at(bisect(masks_at, cost, limit)[1])
+    return masks_at(least_scalar(masks_at, cost, limit)[1])
 
 
 def measured(case: Setup, plan: Plan, importance: Importance, masks: Masks, runs: int) -> Mapping[str, float]:

@@ -5,7 +5,9 @@ inverse of every block after every weight (right-looking, batched torch, float32
 stored); also its fastest form in torch, updated in place. Ours: outer products of gradients summed in float64 with one
 Cholesky inverse at the end, and left-looking elimination to the end, storing only losses. Both sides run in one process
 on the same numbers, one thread each, in CPU time. Gradients are synthetic: products of an output gradient and an input
-with correlated channels, summed over 197 tokens. Writes benchmarks/results/obs.json and docs/results/obs.md.
+with correlated channels, summed over 197 tokens. Also the elimination of the 3,072 hidden units of an FFN of DeiT-B:
+reference, a new inverse after every unit (float64, in place, removed units left out every 64 steps). Writes
+benchmarks/results/obs.json and docs/results/obs.md.
 """
 
 import ctypes
@@ -19,11 +21,13 @@ from torch import Tensor
 from benchmarks.lib.results import Row, arguments, write_results, write_table
 from vitprune.criteria.obs.fisher_blocks import add_outer_products, invert_blocks, symmetrize
 from vitprune.criteria.obs.greedy import eliminate_weights
+from vitprune.criteria.obs.unit_elimination import add_ridge, eliminate_units
 
 ROOT = Path(__file__).parents[2]
 WIDTH, TOKENS, BLOCK, SHARE = 384, 197, 192, 0.5
 GRADIENTS, CHUNK, DAMP = 1024, 128, 1e-7
 PAPER = 4096  # gradients that the paper takes
+UNITS, OUTPUTS, RIDGE = 3072, 768, 1e-3
 FASTER, CHEAPER, SMALLER, AGREEMENT = 100.0, 15.0, 50.0, 0.999
 
 
@@ -38,6 +42,7 @@ def main() -> None:
     weights, gradients = (value.to(device) for value in layer(rows, 256 if options.quick else GRADIENTS))
     fisher, results = fisher_rows(gradients)
     results += greedy_rows(fisher, weights, options.threads)
+    results += unit_rows(256 if options.quick else UNITS)
     if options.quick:  # both sides fit in the CPU cache, so the bounds do not apply
         results = [Row(row.what, row.value, row.unit) for row in results]
     else:
@@ -163,6 +168,51 @@ def right_looking(h: Tensor, weights: Tensor, in_place: bool = False) -> tuple[T
             h = h - torch.bmm(column[:, :, None], column[:, None, :]) / pivot[:, None, None]
         traces[step + 1] = w
     return order, traces
+
+
+def unit_rows(units: int) -> list[Row]:
+    """Return the time of both eliminations of units, and how often they remove the same unit at the same step."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2 * units, units, generator=generator)
+    rows[:, units // 2 :] += rows[:, : units // 2]  # correlated
+    inputs = torch.cat([rows, torch.ones(len(rows), 1)], dim=1).double()
+    moment, weight = inputs.T @ inputs, torch.randn(OUTPUTS, units, generator=generator)
+    errors = torch.randn(OUTPUTS, 2 * OUTPUTS, generator=generator).double()
+    metric = errors @ errors.T
+    orders: list[Tensor] = []
+    slow = timed(lambda: orders.append(unit_by_unit(weight, moment, metric)))
+    ours = timed(lambda: orders.append(eliminate_units(weight, moment, metric, 1, RIDGE).argsort()))
+    same = float((orders[0] == orders[1]).double().mean())
+    return [
+        Row(f"{units} units, one update per unit", slow, "s"),
+        Row(f"{units} units, ours", ours, "s"),
+        Row("one update per unit / ours", slow / ours, "x"),
+        Row("same unit at the same step", same, "of all", f">= {AGREEMENT:g}", same >= AGREEMENT),
+    ]
+
+
+def unit_by_unit(weight: Tensor, moment: Tensor, metric: Tensor) -> Tensor:
+    """Return the units in the order of their removal: w_j^T G w_j / [C^-1]_jj, C^-1 and w updated for every unit."""
+    values, vectors = torch.linalg.eigh(metric)
+    carried = (vectors * values.clamp_min(0).sqrt()).T @ weight.double()
+    inverse = torch.linalg.inv(add_ridge(moment, RIDGE))
+    units, removed, order = torch.arange(weight.shape[1]), list[int](), list[int]()
+    while len(order) < weight.shape[1]:
+        if len(removed) == 64:
+            left = torch.ones(len(units), dtype=torch.bool)
+            left[removed] = False
+            rows = torch.cat([left, torch.tensor([True])])
+            units, carried, inverse, removed = units[left], carried[:, left], inverse[rows][:, rows], []
+        costs = carried.square().sum(dim=0) / inverse.diagonal()[:-1]
+        costs[removed] = torch.inf
+        index = int(costs.argmin())
+        row, pivot = inverse[index].clone(), inverse[index, index].clone()
+        carried -= carried[:, index, None] * row[:-1] / pivot
+        inverse.addr_(row, row / pivot, alpha=-1)
+        inverse[index], inverse[:, index], inverse[index, index] = 0, 0, 1
+        removed.append(index)
+        order.append(int(units[index]))
+    return torch.tensor(order)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -21,7 +21,7 @@ from vitprune.criteria.kl import leave_one_out as by_kl
 from vitprune.data import example_input
 from vitprune.models.weights import read_weights, write_weights
 from vitprune.pipeline import mask_stage
-from vitprune.pruning.cost_target import bisect, make_cost_model
+from vitprune.pruning.cost_target import least_scalar, make_cost_model
 from vitprune.pruning.cycle_masks import cycle_state, select_masks
 from vitprune.pruning.prune_cycles import prune_cycles
 
@@ -135,7 +135,7 @@ def test_blocks_are_removed_one_by_one_until_the_target_is_reached(monkeypatch: 
     assert torch.equal(again.masks["blocks"], cycle.masks["blocks"])
 
 
-def test_bisection_by_hand() -> None:
+def test_the_search_by_hand() -> None:
     def masks_at(scalar: float) -> dict[str, Tensor]:
         return {"a": torch.arange(10) >= int(scalar * 10 + 0.5)}
 
@@ -143,12 +143,31 @@ def test_bisection_by_hand() -> None:
         return float(masks["a"].sum()) / 10
 
     remaining = [
-        int(masks_at(bisect(masks_at, share_of, limit)[1])["a"].sum()) for limit in (0.95, 0.5, 0.49, 0.1, 0.0)
+        int(masks_at(least_scalar(masks_at, share_of, limit)[1])["a"].sum()) for limit in (0.95, 0.5, 0.49, 0.1, 0.0)
     ]
     assert remaining == [9, 5, 4, 1, 0]
-    assert bisect(masks_at, share_of, 1.0) == (0.0, 0.0)
+    assert least_scalar(masks_at, share_of, 1.0) == (0.0, 0.0)
     with pytest.raises(BadInput, match=r"^prune.target: 0.2 of the dense model .* the smallest is 0.3000$"):
-        bisect(masks_at, lambda masks: 0.3 + share_of(masks), 0.2)
+        least_scalar(masks_at, lambda masks: 0.3 + share_of(masks), 0.2)
+
+
+@pytest.mark.parametrize(("power", "most"), [(1.0, 10), (0.5, 15), (3.0, 15), (0.2, 21)])
+def test_the_search_counts_few_candidates(power: float, most: int) -> None:
+    units, counted = torch.arange(100_000), []
+
+    def masks_at(scalar: float) -> dict[str, Tensor]:
+        return {"a": units >= int(scalar * len(units))}
+
+    def cost(masks: dict[str, Tensor]) -> float:
+        counted.append(float(masks["a"].double().mean()) ** power)
+        return counted[-1]
+
+    for limit in (0.9, 0.5, 0.3):
+        counted.clear()
+        low, high = least_scalar(masks_at, cost, limit)
+        assert len(counted) <= most  # bisection: 19
+        assert cost(masks_at(high)) <= limit < cost(masks_at(low))
+        assert int(high * len(units)) - int(low * len(units)) == 1
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_latency_has_percentiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "why" in record  # a half of the dense model's milliseconds, 17 % below the target
 
 
-def test_a_biased_latency_bisection_is_corrected() -> None:
+def test_a_biased_search_by_latency_is_corrected() -> None:
     def masks_at(scalar: float) -> dict[str, Tensor]:
         return {"a": torch.arange(1000) >= int(scalar * 1000)}
 

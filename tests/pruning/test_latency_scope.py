@@ -114,7 +114,7 @@ def test_only_groups_that_save_time_are_pruned(vit: nn.Module, tmp_path: Path) -
 
 @pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("target", [{"latency": 0.75}, {"latency_ms": 3.0}])
-def test_other_scopes_reach_the_target_by_bisection(vit: nn.Module, tmp_path: Path, target: dict[str, float]) -> None:
+def test_other_scopes_reach_the_target_by_a_search(vit: nn.Module, tmp_path: Path, target: dict[str, float]) -> None:
     path = table(tmp_path / "table.csv", BOTH)
     settings = {"kinds": ["ffn"], "target": target | {"table": path}}
     (cycle,) = prune_cycles(vit, plan_for("drawn", **settings), ())

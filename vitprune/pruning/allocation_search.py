@@ -20,7 +20,7 @@ from vitprune.groups import Group, Masks, Scores
 from vitprune.pruning.apply_masks import apply_masks
 from vitprune.pruning.block_steps import to_dense_names
 from vitprune.pruning.constraints import UNCONSTRAINED, Constraint, Constraints
-from vitprune.pruning.cost_target import bisect
+from vitprune.pruning.cost_target import least_scalar
 from vitprune.pruning.cycle_masks import (
     CycleMasks,
     CycleState,
@@ -181,10 +181,10 @@ def selector(plan: Plan, state: CycleState) -> Select:
     limit = max(limit, linear_cost(masks_at(equal, math.nextafter(1.0, 0.0))))  # few widths may not reach the target
 
     def selected(scores: Scores) -> Masks:
-        return masks_at(scores, bisect(partial(masks_at, scores), linear_cost, limit, PRECISION)[1])
+        return masks_at(scores, least_scalar(partial(masks_at, scores), linear_cost, limit, PRECISION)[1])
 
     if costs.model.cost == "macs":  # a share of the MACs has the same cost for all scores
-        share = bisect(partial(masks_at, equal), linear_cost, limit, PRECISION)[1]
+        share = least_scalar(partial(masks_at, equal), linear_cost, limit, PRECISION)[1]
         return lambda scores: masks_at(scores, share)
     return selected
 

@@ -1,4 +1,4 @@
-"""Reach a cost target (parameters, MACs or latency) by bisection over the sparsity."""
+"""Reach a cost target (parameters, MACs or latency) by a search over the sparsity."""
 
 import copy
 import math
@@ -20,6 +20,7 @@ from vitprune.runtime.messages import warn
 
 COUNTS = ("params", "macs")
 EXACT, MEASURED = 1e-9, 0.01  # precision of the scalar; measurements are noisy
+BEYOND = 0.05  # distance of a step from the interpolation towards the middle, so that both ends of an interval move
 CLOSE = 0.02  # relative deviation from the target above which it is explained
 STEADY = 1.5  # largest ratio of the 90th to the 10th percentile of a clock that other processes do not disturb
 SHORT_RUNS, LONG_RUNS = 15, 45  # forward passes per latency measurement: in the search, and of its result
@@ -126,10 +127,12 @@ def make_cost_model(
     return _latency_model(copy.deepcopy(model), groups, cost)
 
 
-def bisect(
+def least_scalar(
     masks_at: Callable[[float], Masks], cost: CostFn, limit: float, precision: float = EXACT
 ) -> tuple[float, float]:
-    """Find the least scalar in 0..1 whose masks cost no more than a limit, by bisection.
+    """Find the least scalar in 0..1 whose masks cost no more than a limit.
+
+    By linear interpolation, and by bisection after a step that did not halve the interval.
 
     The cost is below the limit by less than one removal from every candidate pool.
 
@@ -151,17 +154,22 @@ def bisect(
     if smallest > limit:
         wanted = f"prune.target: {limit:g} of the dense model"
         raise Unreachable(f"{wanted} cannot be reached, the smallest is {smallest:.4f}")
-    most = _remaining(masks_at(low))
-    if cost(masks_at(low)) <= limit:
+    most, largest = _remaining(masks_at(low)), cost(masks_at(low))
+    if largest <= limit:
         return low, low
-    while high - low > precision and most - fewest > 1:
-        middle = (low + high) / 2
-        masks = masks_at(middle)
+    is_halved = True
+    while (width := high - low) > precision and most - fewest > 1:
+        share = (largest - limit) / (largest - smallest) if is_halved and smallest < largest else 0.5
+        scalar = low + width * (share + BEYOND * (0.5 - share))
+        masks = masks_at(scalar)
         remaining = _remaining(masks)
-        if remaining == fewest or (remaining != most and cost(masks) <= limit):
-            high, fewest = middle, remaining
+        reached = {fewest: smallest, most: largest}.get(remaining)
+        reached = cost(masks) if reached is None else reached
+        if reached <= limit:
+            high, fewest, smallest = scalar, remaining, reached
         else:
-            low, most = middle, remaining
+            low, most, largest = scalar, remaining, reached
+        is_halved = high - low <= width / 2
     return low, high
 
 

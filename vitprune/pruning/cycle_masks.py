@@ -23,10 +23,10 @@ from vitprune.pruning.cost_target import (
     COUNTS,
     CostModel,
     Latencies,
-    bisect,
     explain_miss,
     fraction_of,
     is_fraction,
+    least_scalar,
     make_cost_model,
     refine_latency,
     step_between,
@@ -347,7 +347,7 @@ def cycle_target(scores: Scores, plan: Plan, state: CycleState) -> CycleTarget:
     if state.costs.times:  # a sum of times within a limit is selected directly
         saving = sum(float(times[-1] - times[1]) for times in state.costs.times.values())
         return CycleTarget(shares(min((1 - limit) * model.dense / saving, math.nextafter(1.0, 0.0))))
-    low, high = bisect(masks_at, model, limit, model.precision)
+    low, high = least_scalar(masks_at, model, limit, model.precision)
     if (measure := model.latencies) is not None:
         high, latency = refine_latency(
             masks_at, lambda masks: _relative_latency(measure(masks), model), limit, high, model.start

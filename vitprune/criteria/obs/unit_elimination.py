@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 RIDGES = tuple(10.0**-power for power in (6, 5, 4, 3, 2, 1))  # relative to the mean second moment of the inputs
-COMPACT_EVERY = 64  # steps between two compactions of the working matrices
+COMPACT_EVERY = 64  # removals that are applied together
 
 
 def eliminate_units(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int, ridge: float) -> Tensor:
@@ -22,26 +22,81 @@ def eliminate_units(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int, 
 
     Source: CAP (Kuznedelev et al. 2023) with units instead of weights.
     """
-    units = weight.shape[1] // inner
     root = _root(metric)
-    units_left = torch.arange(units)
-    inverse = torch.linalg.inv(add_ridge(inputs, ridge))  # (k+1, k+1)
     carried = torch.cat([root.T @ weight.double(), torch.zeros(len(root), 1, dtype=torch.float64)], dim=1)
-    nats = torch.full((units,), torch.inf, dtype=torch.float64)
-    removed: list[int] = []
+    elimination = _Elimination(carried, torch.linalg.inv(add_ridge(inputs, ridge)), inner)
+    nats = torch.full((weight.shape[1] // inner,), torch.inf, dtype=torch.float64)
     level = 0.0
-    for step in range(units):
-        if len(removed) == COMPACT_EVERY or (removed and step == units - 1):
-            units_left, inverse, carried = _compacted(units_left, inverse, carried, removed, inner)
-            removed = []
-        costs = _costs(carried, inverse, inner)
-        costs[removed] = torch.inf
-        index = int(costs.argmin())
-        level = max(level * (1 + 1e-9), float(costs[index]) / 2)
-        nats[units_left[index]] = level
-        _remove(carried, inverse, slice(index * inner, (index + 1) * inner))
-        removed.append(index)
+    for _ in range(len(nats)):
+        unit, cost = elimination.remove_cheapest()
+        level = max(level * (1 + 1e-9), cost / 2)
+        nats[unit] = level
     return nats
+
+
+class _Elimination:
+    """Weights (o, k+1) and inverse moment (k+1, k+1) of the inputs of the units that remain.
+
+    Removals are collected: until the next compaction, the weights are `carried - columns @ shares` and the inverse is
+    `inverse - rows.T @ shares`. A removal then reads the matrices once, and does not write them.
+    """
+
+    def __init__(self, carried: Tensor, inverse: Tensor, inner: int) -> None:
+        self._carried, self._inverse, self._inner = carried, inverse, inner
+        self._units = torch.arange((carried.shape[1] - 1) // inner)
+        self._collected = COMPACT_EVERY if inner == 1 else 1  # costs of wider units are read from the matrices
+        self._start()
+
+    def remove_cheapest(self) -> tuple[int, float]:
+        """Remove the unit of the least cost w_j^T G w_j / [C^-1]_jj; return its number and the cost."""
+        if self._removed and len(self._removed) in (self._collected, len(self._units) - 1):
+            self._compact()
+        costs = self._costs()
+        costs[self._removed] = torch.inf
+        index = int(costs.argmin())
+        self._remove(index)
+        return int(self._units[index]), float(costs[index])
+
+    def _start(self) -> None:
+        width, most = self._carried.shape[1], self._collected * self._inner
+        self._removed: list[int] = []
+        self._rows, self._shares = self._inverse.new_empty(most, width), self._inverse.new_empty(most, width)
+        self._columns = self._carried.new_empty(len(self._carried), most)
+        if self._inner == 1:
+            self._energy = self._carried[:, :-1].square().sum(dim=0)
+            self._diagonal = self._inverse.diagonal()[:-1].clone()
+
+    def _costs(self) -> Tensor:
+        if self._inner == 1:
+            return self._energy / self._diagonal
+        return _block_costs(self._carried, self._inverse, self._inner)
+
+    def _remove(self, index: int) -> None:
+        inner, start = self._inner, len(self._removed) * self._inner
+        inputs, collected = slice(index * inner, (index + 1) * inner), slice(0, start)
+        rows = self._inverse[inputs] - self._rows[collected, inputs].T @ self._shares[collected]  # (inner, k+1)
+        share = torch.linalg.solve(rows[:, inputs], rows)
+        columns = self._carried[:, inputs] - self._columns[:, collected] @ self._shares[collected, inputs]
+        if inner == 1:
+            products = columns.T @ self._carried - (columns.T @ self._columns[:, collected]) @ self._shares[collected]
+            energy = columns.square().sum() * share.square() - 2 * share * products  # (1, k+1)
+            self._energy = (self._energy + energy[0, :-1]).clamp_min(0)
+            self._diagonal = (self._diagonal - (rows * share)[0, :-1]).clamp_min(torch.finfo(torch.float64).tiny)
+        added = slice(start, start + inner)
+        self._rows[added], self._shares[added], self._columns[:, added] = rows, share, columns
+        self._removed.append(index)
+
+    def _compact(self) -> None:
+        """Apply the collected removals, and leave out the removed inputs."""
+        remaining = torch.ones(len(self._units), dtype=torch.bool)
+        remaining[self._removed] = False
+        inputs = torch.cat([remaining.repeat_interleave(self._inner), torch.tensor([True])])
+        number = len(self._removed) * self._inner
+        rows, shares = self._rows[:number, inputs], self._shares[:number, inputs]
+        self._inverse = torch.addmm(self._inverse[inputs][:, inputs], rows.T, shares, alpha=-1)
+        self._carried = torch.addmm(self._carried[:, inputs], self._columns[:, :number], shares, alpha=-1)
+        self._units = self._units[remaining]
+        self._start()
 
 
 def ridge_refit(
@@ -115,36 +170,10 @@ def _root(metric: Tensor) -> Tensor:
     return root
 
 
-def _costs(carried: Tensor, inverse: Tensor, inner: int) -> Tensor:
-    units = (carried.shape[1] - 1) // inner
-    if inner == 1:
-        diagonal = inverse.diagonal()[:-1].clamp_min(torch.finfo(torch.float64).tiny)
-        single: Tensor = carried[:, :-1].square().sum(dim=0) / diagonal
-        return single
-    indices = torch.arange(units * inner).view(units, inner)
+def _block_costs(carried: Tensor, inverse: Tensor, inner: int) -> Tensor:
+    """Return the costs of units of several inputs."""
+    indices = torch.arange(carried.shape[1] - 1).view(-1, inner)
     blocks = inverse[indices[:, :, None], indices[:, None, :]]  # (units, inner, inner)
-    columns = carried[:, :-1].T.reshape(units, inner, -1)  # (units, inner, o)
+    columns = carried[:, :-1].T.reshape(len(indices), inner, -1)  # (units, inner, o)
     joint: Tensor = (columns * torch.linalg.lstsq(blocks, columns, driver="gelsd").solution).sum(dim=(1, 2))
     return joint
-
-
-def _remove(carried: Tensor, inverse: Tensor, index: slice) -> None:
-    """Downdate the weights and the inverse for the removed inputs, in place."""
-    rows = inverse[index].clone()  # (inner, k+1)
-    share = torch.linalg.solve(rows[:, index], rows)  # (inner, k+1)
-    carried -= carried[:, index].clone() @ share
-    inverse -= rows.T @ share
-    inverse[index, :] = 0
-    inverse[:, index] = 0
-    # the identity keeps the block invertible until the next compaction
-    inverse[index, index] = torch.eye(len(rows), dtype=torch.float64)
-    carried[:, index] = 0
-
-
-def _compacted(
-    units_left: Tensor, inverse: Tensor, carried: Tensor, removed: list[int], inner: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    remaining = torch.ones(len(units_left), dtype=torch.bool)
-    remaining[removed] = False
-    inputs = torch.cat([remaining.repeat_interleave(inner), torch.tensor([True])])
-    return units_left[remaining], inverse[inputs][:, inputs].contiguous(), carried[:, inputs].contiguous()

@@ -2,16 +2,16 @@
 
 Calibration on the first images of imagenet-one-per-class-1000, evaluation on the first of imagenet-val-800; no label is
 used. MACs are those of the backbone; the decoder is not pruned. Values: mean correlation of the heatmap with that of
-the dense model, and mean IoU at 0.5. Torch-Pruning removes hidden units and attention channels by one global ranking,
-by the L2 norm or by the first-order change of the mean squared logits; its ratio is found by bisection. Rows that were
-measured are recorded in benchmarks/results/saliency-notes.jsonl, so that an interrupted benchmark continues; delete the
-file to start over. Needs VITPRUNE_REAL_DATA, and Torch-Pruning for its rows (pip install 'vitprune[bench]'). Writes
+the dense model, and mean IoU at 0.5. *Reconstructed*: four passes over the calibration images, of which a tenth is held
+out. Torch-Pruning removes hidden units and attention channels by one global ranking, by the L2 norm or by the
+first-order change of the mean squared logits; its ratio is found by bisection. Rows that were measured are recorded in
+benchmarks/results/saliency-notes.jsonl, so that an interrupted benchmark continues; delete the file to start over.
+Needs VITPRUNE_REAL_DATA, and Torch-Pruning for its rows (pip install 'vitprune[bench]'). Writes
 benchmarks/results/saliency.json and docs/results/saliency.md.
 """
 
 import copy
 import io
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from benchmarks.lib.saliency import MEAN, SIDE, STD, heatmap_agreement, load_sal
 from vitprune import ReconstructConfig, ScoreConfig, count, prune
 
 ROOT = Path(__file__).parents[2]
-METHODS = (
+OF_UNITS = (
     "unit-obs",
     "unit-obs, reconstructed",
     "upvits-fisher",
@@ -38,29 +38,34 @@ METHODS = (
     "Torch-Pruning, l2",
     "Torch-Pruning, taylor",
 )
-FRACTIONS, PASSES = (0.7, 0.5), 4
+METHODS = {
+    "0.7x MACs": OF_UNITS,
+    "0.5x MACs": OF_UNITS,
+    "2:4": ("obc", "obc, reconstructed", "n:m"),
+}
+FRACTIONS, PASSES = {"0.7x MACs": 0.7, "0.5x MACs": 0.5}, 4
 
 
 @dataclass(frozen=True)
 class Measured:
     """Agreement of the heatmaps of one pruned model with those of the dense one."""
 
+    goal: str
     method: str
-    fraction: float
     correlation: float
     overlap: float
-    seconds: float
 
 
 def main() -> None:
-    """Prune with every method to every fraction of the backbone's MACs, and write the table."""
+    """Prune with every method to every goal, and write the table."""
     options = arguments(
         __doc__,
         {
             "images": (200, "calibration images"),
-            "evaluated": (200, "images of the evaluation"),
+            "evaluated": (800, "images of the evaluation"),
             "threads": (2, "threads"),
-            "methods": (";".join(METHODS), "methods, separated by semicolons"),
+            "goals": (",".join(METHODS), "goals"),
+            "methods": ("", "methods, separated by semicolons; empty: all of each goal"),
         },
     )
     torch.set_num_threads(options.threads)
@@ -69,47 +74,44 @@ def main() -> None:
     calibration = read_images(folder / "imagenet-one-per-class-1000.parquet", images).split(20)
     held_out = read_images(folder / "imagenet-val-800.parquet", evaluated)
     expected = heatmaps(dense, held_out)
-    known = Recorded("saliency", Measured, options.quick)
-    done: list[Measured] = []
-    for method in METHODS[:1] if options.quick else options.methods.split(";"):
-        for fraction in FRACTIONS[:1] if options.quick else FRACTIONS:
-            row = next((row for row in known if (row.method, row.fraction) == (method, fraction)), None)
-            if row is None:
-                start = time.perf_counter()
-                model = pruned(dense, method, fraction, calibration)
-                seconds = time.perf_counter() - start
-                row = Measured(method, fraction, *heatmap_agreement(heatmaps(model, held_out), expected), seconds)
-                known.record(row)
-            done.append(row)
+    done, methods = Recorded("saliency", Measured, options.quick), options.methods.split(";")
+    wanted = [(goal, method) for goal in options.goals.split(",") for method in METHODS[goal]]
+    for goal, method in wanted[:1] if options.quick else wanted:
+        is_known = any((row.goal, row.method) == (goal, method) for row in done)
+        if not is_known and (methods == [""] or method in methods):
+            model = pruned(dense, goal, method, calibration)
+            done.record(Measured(goal, method, *heatmap_agreement(heatmaps(model, held_out), expected)))
     rows = []
     for row in done:
-        what = f"{row.fraction}x MACs of the backbone, {row.method}"
+        what = f"{row.goal}, {row.method}"
         rows += [Row(f"{what}, correlation", row.correlation, ""), Row(f"{what}, IoU", row.overlap, "")]
     if not options.quick:
-        header = ["MACs of the backbone", "method", "correlation", "IoU", "seconds"]
+        order = [(goal, method) for goal, methods in METHODS.items() for method in methods]
         cells = [
-            [f"{row.fraction}x", row.method, f"{row.correlation:.3f}", f"{row.overlap:.3f}", f"{row.seconds:.0f}"]
-            for row in done
+            [row.goal, row.method, f"{row.correlation:.3f}", f"{row.overlap:.3f}"]
+            for row in sorted(done, key=lambda row: order.index((row.goal, row.method)))
         ]
         about = f"{images} calibration images, {evaluated} evaluated. {__doc__}"
+        header = ["goal", "method", "correlation", "IoU"]
         write_table(ROOT / "docs/results/saliency.md", "A saliency network without labels", about, header, cells)
     write_results("saliency", rows, options.quick)
 
 
-def pruned(dense: nn.Module, method: str, fraction: float, calibration: Sequence[Tensor]) -> nn.Module:
-    """Return the model with a backbone of a fraction of its MACs."""
-    example = calibration[0][:1]
-    total = count(dense, example).macs
-    backbone = total - count(dense.decoder, torch.zeros(1, 384, SIDE // 14, SIDE // 14)).macs
-    macs = 1 - (1 - fraction) * backbone / total
+def pruned(dense: nn.Module, goal: str, method: str, calibration: Sequence[Tensor]) -> nn.Module:
+    """Return the model with a pruned backbone."""
     name, _, variant = method.partition(", ")
-    if name == "Torch-Pruning":
-        gradients = mean_gradients(dense, calibration) if variant == "taylor" else {}
-        return closest(dense, macs, lambda ratio: by_torch_pruning(dense, gradients, variant, ratio))
+    if goal in FRACTIONS:
+        example = calibration[0][:1]
+        total = count(dense, example).macs
+        backbone = total - count(dense.decoder, torch.zeros(1, 384, SIDE // 14, SIDE // 14)).macs
+        macs = 1 - (1 - FRACTIONS[goal]) * backbone / total
+        if name == "Torch-Pruning":
+            gradients = mean_gradients(dense, calibration) if variant == "taylor" else {}
+            return closest(dense, macs, lambda ratio: by_torch_pruning(dense, gradients, variant, ratio))
     return prune(
         dense,
         name,
-        target={"macs": macs},
+        **({"target": {"macs": macs}} if goal in FRACTIONS else {"scope": goal}),
         calibration=calibration,
         within="backbone",
         config=ScoreConfig(memory_mb=4096),

@@ -21,7 +21,7 @@ from vitprune.evaluation.accuracy import accuracy
 from vitprune.pruning.prune_cycles import prune_cycles
 
 REFERENCE = Path(__file__).with_name("golden_masks_reference.json")
-SETTINGS = ScoreConfig(memory_mb=4096, damping=4e-6)
+SETTINGS = ScoreConfig(memory_mb=4096, damping=4e-6, fisher_directions=8)
 CASES = {
     "obc, 50 % of weights": (Entry("obc", correction=True), Goal("", {"weight": 0.5})),
     "ovit, 50 % of weights": (Entry("ovit"), Goal("", {"weight": 0.5})),

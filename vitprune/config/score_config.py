@@ -7,7 +7,7 @@ from pydantic import Field
 
 from vitprune.config.section import Count, Section
 
-DIRECTIONS, DIAGONAL_DIRECTIONS = 8, 2
+DIRECTIONS, SUMMED_DIRECTIONS = 8, 2
 FEW_GRADIENTS, FEW_GRADIENTS_DAMPING = 512, 4e-6
 MANY_GRADIENTS, MANY_GRADIENTS_DAMPING = 4096, 1e-8
 
@@ -26,7 +26,8 @@ class ScoreConfig(Section):
 
     fisher_directions: Count | None = None
     """Gradients per image for the Fisher matrix of the logits (kl-fisher, unit-obs, obc). The scores are exact if it is
-    at least the number of classes. Default null: 8, or 2 for obc, which needs only its diagonal."""
+    at least the number of classes; otherwise at least two are used. Default null: 8, or 2 for unit-obs and obc, which
+    sum them over all tokens of all images."""
 
     autocast: bool = False
     """Compute the forward and backward passes of kl-fisher in bfloat16."""
@@ -65,9 +66,9 @@ class ScoreConfig(Section):
         """Memory limit in bytes."""
         return int(self.memory_mb * (1 << 20))
 
-    def directions(self, diagonal: bool = False) -> int:
-        """Return `fisher_directions`; by default 8, or 2 if a criterion needs only the diagonal of the matrix."""
-        return self.fisher_directions or (DIAGONAL_DIRECTIONS if diagonal else DIRECTIONS)
+    def directions(self, summed: bool = False) -> int:
+        """Return `fisher_directions`; by default 8, or 2 if a criterion sums gradients over tokens and images."""
+        return self.fisher_directions or (SUMMED_DIRECTIONS if summed else DIRECTIONS)
 
     def damping_for(self, gradients: int) -> float:
         """Return the damping for a number of gradients: the value given, else the default for that number.

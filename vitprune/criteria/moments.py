@@ -189,7 +189,7 @@ def _of_batch(
         return result, logits.detach()
     leaves = list(outputs.values())
     probability, where = logits.detach().double().softmax(dim=-1), range(first, first + len(images))
-    number = context.config.directions(diagonal=grads == "metric_diagonal")
+    number = context.config.directions(summed=True)
     for direction in fisher_directions(probability, None, number, context.seed, where):
         output_grads = torch.autograd.grad(logits, leaves, direction.to(logits.dtype), retain_graph=True)
         by_path = dict(zip(outputs, output_grads, strict=True))

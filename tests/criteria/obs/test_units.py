@@ -55,6 +55,17 @@ def test_unit_elimination_does_not_depend_on_the_compaction_interval(monkeypatch
     torch.testing.assert_close(eliminate_units(weight, moments, metric, 1, 1e-3), full, rtol=1e-6, atol=0)
 
 
+def test_the_metric_is_a_sum_of_two_gradients_per_image(vit: nn.Module) -> None:
+    groups, seen = find_groups(vit, ["ffn"]), batches(vit, 2, 8)
+    default, two, eight = (
+        collect_unit_moments(vit, groups, seen, context(fisher_directions=number), grads=True) for number in (None, 2, 8)
+    )
+    metric = next(name for name in default if name.endswith("/metric"))
+    torch.testing.assert_close(default[metric], two[metric], rtol=0, atol=0)
+    assert not torch.allclose(default[metric], eight[metric], rtol=1e-3, atol=0)
+    assert default[metric].trace() == pytest.approx(float(eight[metric].trace()), rel=0.3)  # both are unbiased
+
+
 def test_refit_recovers_duplicated_inputs_exactly() -> None:
     weight, moments, _ = problem(6, 4)
     twice = torch.cat([torch.eye(7), torch.eye(7)[:6]]).double()[

@@ -58,7 +58,8 @@ def test_unit_elimination_does_not_depend_on_the_compaction_interval(monkeypatch
 def test_the_metric_is_a_sum_of_two_gradients_per_image(vit: nn.Module) -> None:
     groups, seen = find_groups(vit, ["ffn"]), batches(vit, 2, 8)
     default, two, eight = (
-        collect_unit_moments(vit, groups, seen, context(fisher_directions=number), grads=True) for number in (None, 2, 8)
+        collect_unit_moments(vit, groups, seen, context(fisher_directions=number), grads=True)
+        for number in (None, 2, 8)
     )
     metric = next(name for name in default if name.endswith("/metric"))
     torch.testing.assert_close(default[metric], two[metric], rtol=0, atol=0)

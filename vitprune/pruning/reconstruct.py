@@ -60,11 +60,10 @@ def reconstruct(
 
     Classifier and embeddings are not changed.
 
-    Minimizes the KL divergence of the logits (of a map or a sequence: the mean over its positions) plus `stream_weight`
-    times the mean relative squared error of the block outputs, each relative to the variance of the dense one; outputs
-    of another shape are left out. Weights that are zero remain zero. The held-out images decide which pass is kept; if
-    none has a lower KL divergence than the pruned model, it is not changed. On one device, the same seed gives
-    bit-identical weights.
+    Minimizes the KL divergence of the logits plus `stream_weight` times the mean relative squared error of the block
+    outputs, each relative to the variance of the dense one; outputs of another shape are left out. Weights that are
+    zero remain zero. The held-out images decide which pass is kept; if none has a lower KL divergence than the pruned
+    model, it is not changed. On one device, the same seed gives bit-identical weights.
 
     Args:
         model: The pruned model.
@@ -234,8 +233,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _loss(model: nn.Module, batch: _Batch, weight: float) -> Tensor:
     with torch.enable_grad(), _recorded(model, list(batch.streams)) as outputs:
-        positions = batch.logits[0, ..., 0].numel()  # 1 for a classifier
-        divergence = kl_divergence(model(batch.images), batch.logits) / positions
+        divergence = kl_divergence(model(batch.images), batch.logits)
         errors = [
             (outputs[path] - target).square().mean() / target.var()
             for path, target in batch.streams.items()

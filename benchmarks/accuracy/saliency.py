@@ -86,7 +86,7 @@ def main() -> None:
         what = f"{row.goal}, {row.method}"
         rows += [Row(f"{what}, correlation", row.correlation, ""), Row(f"{what}, IoU", row.overlap, "")]
     if not options.quick:
-        order = [(goal, method) for goal, methods in METHODS.items() for method in methods]
+        order = [(goal, method) for goal, names in METHODS.items() for method in names]
         cells = [
             [row.goal, row.method, f"{row.correlation:.3f}", f"{row.overlap:.3f}"]
             for row in sorted(done, key=lambda row: order.index((row.goal, row.method)))

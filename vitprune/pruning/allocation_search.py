@@ -162,7 +162,7 @@ class ReusedUpdates:
 
 
 def selector(plan: Plan, state: CycleState) -> Select:
-    """Return a function from scores to masks of a cycle that meets the target with few different widths."""
+    """Return a function that selects the masks of a cycle by scores, to meet the target with few different widths."""
     groups, costs, bounds = state.groups, state.costs, coarse(state.groups, constraints_for(plan, state))
     if costs.times or costs.model is None:
         share = next(iter(cycle_target({}, plan, state).target.values()))

@@ -37,19 +37,20 @@ def eliminate_units(weight: Tensor, inputs: Tensor, metric: Tensor, inner: int, 
 class _Elimination:
     """Weights (o, k+1) and inverse moment (k+1, k+1) of the inputs of the units that remain.
 
-    Removals are collected: until the next compaction, the weights are `carried - columns @ shares` and the inverse is
-    `inverse - rows.T @ shares`. A removal then reads the matrices once, and does not write them.
+    Removals are collected: until the next compaction, which follows after `interval` removals, the weights are
+    `carried - columns @ shares` and the inverse is `inverse - rows.T @ shares`. A removal then reads the matrices once,
+    and does not write them.
     """
 
     def __init__(self, carried: Tensor, inverse: Tensor, inner: int) -> None:
         self._carried, self._inverse, self._inner = carried, inverse, inner
         self._units = torch.arange((carried.shape[1] - 1) // inner)
-        self._collected = COMPACT_EVERY if inner == 1 else 1  # costs of wider units are read from the matrices
+        self._interval = COMPACT_EVERY if inner == 1 else 1  # costs of wider units are read from the matrices
         self._start()
 
     def remove_cheapest(self) -> tuple[int, float]:
         """Remove the unit of the least cost w_j^T G w_j / [C^-1]_jj; return its number and the cost."""
-        if self._removed and len(self._removed) in (self._collected, len(self._units) - 1):
+        if self._removed and len(self._removed) in (self._interval, len(self._units) - 1):
             self._compact()
         costs = self._costs()
         costs[self._removed] = torch.inf
@@ -58,7 +59,7 @@ class _Elimination:
         return int(self._units[index]), float(costs[index])
 
     def _start(self) -> None:
-        width, most = self._carried.shape[1], self._collected * self._inner
+        width, most = self._carried.shape[1], self._interval * self._inner
         self._removed: list[int] = []
         self._rows, self._shares = self._inverse.new_empty(most, width), self._inverse.new_empty(most, width)
         self._columns = self._carried.new_empty(len(self._carried), most)

@@ -21,6 +21,7 @@ from vitprune import BadInput, evaluate, find_groups, prune, save
 from vitprune.cli import app
 from vitprune.data.batch_checks import first_image
 from vitprune.evaluation.agreement import cosine, linear_cka, map_iou
+from vitprune.evaluation.evaluate_saved import evaluate_saved
 from vitprune.evaluation.nearest_neighbors import nearest_neighbors
 from vitprune.evaluation.pooled_features import pooled_features
 
@@ -218,6 +219,26 @@ def test_the_command_evaluates_a_saved_model_on_a_folder(tmp_path: Path) -> None
     ):
         with pytest.raises(BadInput, match=message):
             CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("content", [b"no image", None], ids=["broken", "missing"])
+def test_an_image_of_a_source_that_cannot_be_decoded_is_named(tmp_path: Path, content: bytes | None) -> None:
+    save(tiny("vit", dtype=torch.float32), tmp_path / "model")
+    for index in range(4):
+        path = tmp_path / "my photos" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (30 * index, 0, 0)).save(path)
+    if content is None:
+        path.unlink()
+        path.symlink_to(tmp_path / "gone.png")
+        why = "No such file or directory"
+    else:
+        path.write_bytes(content)
+        why = "no image of a known format"
+    source = f"folder:{tmp_path / 'my photos'}"
+    message = rf"^b/3\.png: cannot be decoded \({why}\); repair it, or remove it from {source}$"
+    with pytest.raises(BadInput, match=message):
+        evaluate_saved(tmp_path / "model", source)
 
 
 def half(groups: list) -> dict[str, Tensor]:

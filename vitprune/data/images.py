@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from vitprune.runtime.messages import first_line
 
 # Formats with a decoder in Pillow itself: EPS would run Ghostscript, and an icon holds another file
 FORMATS = (
@@ -98,6 +100,13 @@ def examine(data: bytes, orient: bool = True) -> ExaminedImage:
         picture = _converted(image, "RGB", orient)
         pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
         return ExaminedImage(bytes_sha256(data), pixels, orient and _orientation(image) in TRANSPOSE)
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return in words why an image cannot be read or decoded, from the error of its source or of `decode`."""
+    if isinstance(error, UnidentifiedImageError):  # whose message has an address in memory
+        return "no image of a known format"
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)[:200]
 
 
 def encode(image: Image.Image) -> bytes:

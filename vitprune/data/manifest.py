@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
-from vitprune.data.images import ExaminedImage, examine
+from vitprune.data.images import ExaminedImage, examine, why_unreadable
 from vitprune.data.sources import Source
 from vitprune.errors import BadInput
-from vitprune.runtime.messages import first_line
 from vitprune.runtime.progress import track
 
 NAMED = 8  # maximum number of corrupt images in an error message
@@ -95,10 +93,8 @@ def _examined(source: Source, orient: bool) -> Iterator[ExaminedImage | str]:
             return examine(source.read(image_id), orient)
         except (MemoryError, BadInput):
             raise
-        except UnidentifiedImageError:
-            return "no image of a known format"
         except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-            return (isinstance(error, OSError) and error.strerror) or first_line(error)[:200]
+            return why_unreadable(error)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # about metadata

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vitprune import data, models
+from vitprune.data.images import why_unreadable
 from vitprune.errors import BadInput
 from vitprune.evaluation.evaluate import Metric, evaluate
 from vitprune.runtime.wrappers import is_timm_model
@@ -24,13 +25,25 @@ class SourceBatches:
     rows: list[int]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches."""
+        """Yield the batches.
+
+        Raises:
+            BadInput: an image cannot be read or decoded.
+        """
         for first in range(0, len(self.rows), BATCH_SIZE):
             rows = self.rows[first : first + BATCH_SIZE]
-            encoded = [self.source.read(self.source.ids[row]) for row in rows]
-            decoded = (data.decode(part, self.transform.mode, self.transform.orient) for part in encoded)
-            images = [self.transform.image(image) for image in decoded]
+            images = [self._image(self.source.ids[row]) for row in rows]
             yield torch.stack(images), torch.tensor([self.source.labels[row] for row in rows])
+
+    def _image(self, image_id: str) -> Tensor:
+        try:
+            image = data.decode(self.source.read(image_id), self.transform.mode, self.transform.orient)
+        except (MemoryError, BadInput):
+            raise
+        except Exception as error:  # of the file system, and of Pillow's decoders
+            why = f"cannot be decoded ({why_unreadable(error)})"
+            raise BadInput(f"{image_id}: {why}; repair it, or remove it from {self.source.spec}") from None
+        return self.transform.image(image)
 
 
 def evaluate_saved(

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 import vitprune
 from tests.support.digits_project import ORDER, project_in
-from vitprune import BadInput, find_groups, shrink
+from vitprune import BadInput, find_groups, models, shrink
 from vitprune.architectures import structure
 from vitprune.config.params import Params, read_yaml
 from vitprune.pipeline import stages
@@ -147,6 +147,18 @@ def test_with_the_same_classes_the_classifier_is_kept(pruned):
     for args in ({}, {"num_classes": 10}):
         start = initial_model(Params.model_validate(settings(source, model__args=args, dense__train=None)))
         assert torch.equal(start.model.head.weight, vitprune.load(source).head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_checkpoint_of_another_type_is_pruned_in_float32(dtype, tmp_path, monkeypatch):
+    small = {"img_size": 32, "patch_size": 8, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    vitprune.save(models.create("vit_tiny_patch16_224", small | {"num_classes": 3}).to(dtype), tmp_path / "given")
+    model = {"model__name": "vit_tiny_patch16_224", "model__args": {}, "dense__train": None}
+    method = {"prune__method": "unit-obs", "prune__sparsity": 0.3, "prune__kinds": ["ffn"]}
+    short = {"calibrate__size": 8, "prune__finetune": None, "distill__train": None}
+    result = run_all(tmp_path, settings(tmp_path / "given", **model, **method, **short), monkeypatch)
+    assert {weight.dtype for weight in load_file("out/export/timm/model.safetensors").values()} == {torch.float32}
+    assert result["evaluate"]["kept"]["macs"] < 1
 
 
 REFUSED = [

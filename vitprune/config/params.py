@@ -75,7 +75,7 @@ class Dense(Section):
 
     checkpoint: Path | None = None
     """For start: checkpoint. A safetensors file with the weights of `model`, or the directory of a saved model, pruned
-    or not; `model.args.num_classes` may then be another number of classes."""
+    or not; `model.args.num_classes` may then be another number of classes. Weights of any type become float32."""
 
     train: TrainConfig | None = None
     """The training run; null: none. Required for start: train."""

@@ -96,8 +96,8 @@ def zeros_to_keep(model: nn.Module, params: Params, pruned: FrozenZeros | None, 
 
 
 def _from_directory(directory: Path, params: Params) -> InitialModel:
-    """Load the model of a directory, with a new classifier if the number of classes differs."""
-    model: Any = models.load(directory)
+    """Load the model of a directory in float32, as the images are, with a new classifier for other classes."""
+    model: Any = models.load(directory).float()
     architecture = model.pretrained_cfg["architecture"]
     if params.model.name.partition(".")[0] != architecture:
         raise BadInput(f"model.name: {params.model.name}, but {directory} holds {architecture}; set it to that")
@@ -123,11 +123,9 @@ def _from_directory(directory: Path, params: Params) -> InitialModel:
 
 
 def _new_classifier(model: Any, classes: int, seed: int) -> None:
-    dtype = next(model.parameters()).dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.reset_classifier(classes)
-    model.to(dtype)
 
 
 def _count(frozen: FrozenZeros | None) -> int:

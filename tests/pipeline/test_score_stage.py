@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,6 +29,7 @@ from vitprune.criteria.taylor import taylor
 from vitprune.models.weights import read_weights
 from vitprune.pipeline import score_stage, stages
 from vitprune.pruning.methods import METHODS
+from vitprune.runtime import tables
 from vitprune.runtime.distributed import ProcessGroup
 from vitprune.runtime.files import sha256
 
@@ -159,3 +161,21 @@ def test_criteria_that_are_not_sums_over_batches_use_one_process(vit: nn.Module,
     additive = {name for name, row in METHODS.items() if row.additive}
     assert {"taylor", "channel-taylor", "upvits", "upvits-literal", "upvits-exact", "upvits-fisher"} <= additive
     assert not {"random", "magnitude", "lamp", "dimap", "channel-magnitude"} & additive
+
+
+@pytest.mark.parametrize("method", ["obc", "ovit"])
+def test_layers_that_do_not_fit_a_pattern_and_are_ignored_have_no_quartiles(method, tmp_path, monkeypatch) -> None:
+    ignored = [{"match": r"blocks\.\d\.(attn\..*|mlp\.fc1.*)", "ignore": True}]
+    setting = {"method": method, "scope": "2:4", "sparsity": None, "kinds": None, "rules": ignored, "finetune": None}
+    project = project_in(tmp_path / "project", **setting, cycles=1)
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["model"]["args"] |= {"embed_dim": 42, "num_heads": 3, "depth": 1}  # rows of 42 weights, and of 168 in fc2
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(project)
+    for stage in ORDER[: ORDER.index("prune") + 1]:
+        stages.run(stage, project)
+    rows = tables.read_table(Path("out/score/summary.parquet"), tables.SCORES).to_pylist()
+    assert {row["group"]: row["median"] is None for row in rows} == {
+        f"blocks.0.{name}.weight": name != "mlp.fc2" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    assert all((row["max"] is None) == (row["mean"] is None) == (row["median"] is None) for row in rows)

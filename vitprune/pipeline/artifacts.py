@@ -106,12 +106,14 @@ def sparsity_rows(groups: Iterable[Group], masks: Masks) -> list[dict[str, Any]]
 
 
 def summary_rows(groups: Iterable[Group], scores: Scores) -> list[dict[str, Any]]:
-    """Return the rows of tables.SCORES: quartiles and mean of each group's finite scores."""
-    return [{"group": g.name, "kind": g.kind, "units": g.units} | _quartiles(scores[g.name]) for g in groups]
+    """Return the rows of tables.SCORES: quartiles and mean of each group's finite scores, null without."""
+    return [{"group": g.name, "kind": g.kind, "units": g.units, **_quartiles(scores[g.name])} for g in groups]
 
 
-def _quartiles(score: torch.Tensor) -> dict[str, float]:
+def _quartiles(score: torch.Tensor) -> Mapping[str, float | None]:
     ranked = score[score.isfinite()].double().sort().values  # units that must not be removed score infinity
     ranks = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
+    if not len(ranked):  # of a layer that does not fit an N:M pattern and that a rule ignores
+        return dict.fromkeys((*ranks, "mean"))
     quartiles = {name: float(ranked[round(rank * (len(ranked) - 1))]) for name, rank in ranks.items()}
     return quartiles | {"mean": float(ranked.mean())}

@@ -185,3 +185,13 @@ def test_n_of_m_of_a_convolution_by_hand() -> None:
     assert mask.tolist() == [[[[False, True]], [[False, True]], [[True, False]], [[True, False]]]]
     with pytest.raises(BadInput, match=r"^w: rows of 4 weights cannot be divided into runs of 8"):
         select({"w": weight}, 0.5, "4:8")
+
+
+def test_layers_of_a_sequential_that_have_only_numbers() -> None:
+    inner = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+    stem, head = [nn.Conv2d(3, 16, 8, 8), nn.Flatten(2)], [nn.Flatten(), nn.Linear(256, 10)]
+    model = nn.Sequential(*stem, nn.Linear(16, 16), inner, *head)
+    for method in ("magnitude", "dimap"):
+        result = prune(model, method, sparsity=0.5, example_input=torch.randn(1, 3, 32, 32))
+        assert list(result.masks) == ["2.weight", "3.0.weight", "3.2.weight"]
+        assert result.sparsity == {"weight": 0.5}

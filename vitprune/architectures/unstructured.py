@@ -124,9 +124,12 @@ def _stem(path: str) -> str:
 
 
 def _layer_type(path: str, recipe: Recipe) -> str:
-    """DIMAP module by the last name in a path that is neither a number nor in INNER_LAYERS, else that name."""
+    """DIMAP module by the last name in a path that is neither a number nor in INNER_LAYERS, else that name.
+
+    Layers of an nn.Sequential without such a name have the empty one, so that they are ranked together.
+    """
     if pattern := _matches(path, recipe.others):
         return recipe.others[pattern]
     names = [name for name in path.split(".") if not name.isdecimal()]
-    name = next((name for name in reversed(names) if name not in INNER_LAYERS), names[-1])
+    name = next((name for name in reversed(names) if name not in INNER_LAYERS), names[-1] if names else "")
     return LAYER_TYPES.get(name, name)

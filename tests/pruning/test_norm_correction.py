@@ -138,6 +138,26 @@ def test_a_correction_needs_images() -> None:
         list(prune_cycles(tiny("vit"), plan_for("channel-magnitude", 0.4, correct_norms=True), []))
 
 
+def test_one_image_cannot_judge_a_correction(vit: nn.Module) -> None:
+    one, two = batches(vit, 1, 1), batches(vit, 1, 2)
+    with pytest.raises(BadInput, match=r"^prune.correct_norms: 1 calibration image; give at least 2, "):
+        prune(vit, "channel-magnitude", sparsity=0.4, calibration=one, correct_norms=True)
+    assert prune(vit, "channel-magnitude", sparsity=0.4, calibration=two, correct_norms=True).correction
+    # little memory leaves two images, one for each half
+    few = correct_norms(vit, dense_logits(tiny("vit", 1), batches(vit, 1, 8)), batches(vit, 1, 8), context(memory=1))
+    ends = [(images[::7], labels[::7]) for images, labels in batches(vit, 1, 8)]
+    same = correct_norms(vit, dense_logits(tiny("vit", 1), ends), ends, DEFAULT_CONTEXT)
+    assert few.facts == pytest.approx(same.facts)
+
+
+def test_a_model_without_biases_and_norms_is_refused() -> None:
+    layers = [nn.Conv2d(3, 8, 8, 8, bias=False), nn.Flatten(), nn.Linear(128, 16, bias=False)]
+    model = nn.Sequential(*layers, nn.GELU(), nn.Linear(16, 4, bias=False))
+    given = [(torch.randn(4, 3, 32, 32), torch.arange(4))]
+    with pytest.raises(BadInput, match=r"^prune.correct_norms: Sequential has no scale of a norm and no bias that"):
+        prune(model, "magnitude", sparsity=0.4, calibration=given, correct_norms=True)
+
+
 def test_the_result_says_whether_the_correction_helped() -> None:
     model = tiny("vit")
     given = batches(model, 4, 8)

@@ -45,10 +45,12 @@ def dense_logits(model: nn.Module, batches: Batches) -> list[Tensor]:
     """Return the logits of the dense model for every batch, (B, ..., classes) each.
 
     Raises:
-        BadInput: no batches.
+        BadInput: there are fewer than two images.
     """
     if not batches:
         raise BadInput("prune.correct_norms: needs images, and there are none; give calibration batches")
+    if sum(len(images) for images, _ in batches) < 2:
+        raise BadInput("prune.correct_norms: 1 calibration image; give at least 2, half of them judge the other half")
     return logits_of(model, (images for images, _ in batches))
 
 
@@ -66,13 +68,20 @@ def correct_norms(model: nn.Module, target: Sequence[Tensor], batches: Batches, 
         batches: Calibration batches; labels are not used.
         context: The scoring options.
 
+    Raises:
+        BadInput: the model has no scale or bias that the logits depend on, or a layer runs more than once.
+
     Source: Gauss-Newton for UP-ViTs' score (equation 1) to second order; Martens 2020 for the Fisher matrix as metric.
     """
     layers = _layers(model, batches[0][0][:1])
+    if not layers:
+        why = "has no scale of a norm and no bias that can be corrected"
+        raise BadInput(f"prune.correct_norms: {type(model).__name__} {why}; set it to false")
     names = [name for layer in layers for name in layer.names]
     width = sum(model.get_parameter(name).numel() for name in names)
     total = sum(len(images) for images, _ in batches)
     every = max(1, -(-total * DIRECTIONS * width * next(model.parameters()).element_size() // context.config.memory))
+    every = min(every, total - 1)  # two images are the least for the cross-validation
     batches = [(images[::every], labels[::every]) for images, labels in batches]
     target = [logits[::every] for logits in target]
     system = _system(model, layers, target, batches, context)
@@ -114,6 +123,8 @@ def _layers(model: nn.Module, images: Tensor) -> list[_Layer]:
         with record_layer_io(model, [layer.path for layer in layers], []) as (inputs, outputs):
             logits = model(images.to(device))
         layers = [layer for layer in layers if layer.path in outputs]
+        if not layers:
+            return []
         grads = torch.autograd.grad(logits.sum(), [outputs[layer.path] for layer in layers], allow_unused=True)
     for layer, grad in zip(layers, grads, strict=True):
         io, norm = (inputs[layer.path], outputs[layer.path]), model.get_submodule(layer.path)

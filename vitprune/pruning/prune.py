@@ -264,9 +264,9 @@ def prune(
     set_input_size(pruned, example_input if example_input is not None or not batches else batches[0][0])
     if within is not None:
         settings["rules"] = [*rules, *_outside(pruned, within, kinds or used.kinds, used)]
-    plan, skipped = _fitting_plan(pruned, settings, used, config, seed)
+    plan, skipped = fitting_plan(pruned, PruneConfig(**settings), config, seed)
     if batches:
-        plan, unusable = _usable(pruned, plan, batches[0][0])
+        plan, unusable = usable_plan(pruned, plan, batches[0][0])
         skipped |= unusable
     if isinstance(model, FeatureGetterNet) and "residual" in plan.sparsity:
         raise BadInput("FeatureGetterNet: residual channels are its output; prune other kinds")
@@ -292,17 +292,30 @@ def _run_cycles(
     return cycle
 
 
-def _fitting_plan(
-    model: nn.Module, settings: dict[str, Any], method: Method, config: ScoreConfig, seed: int
+def fitting_plan(
+    model: nn.Module, config: PruneConfig, score_config: ScoreConfig, seed: int
 ) -> tuple[Plan, dict[str, str]]:
-    """Return the plan for the kinds that a model has, and what is left out with the reason."""
-    skipped: dict[str, str] = {}
-    if settings["kinds"] is None and not isinstance(settings["sparsity"], Mapping):
+    """Return the plan for the kinds that a model has, and what is left out.
+
+    Args:
+        model: The dense model.
+        config: The settings. Without kinds and sparsities per kind: the default kinds of the method.
+        score_config: Options of the criteria.
+        seed: Seed of the run.
+
+    Returns:
+        The plan, and the reason by name of a kind or module that is left out.
+
+    Raises:
+        BadInput: the model has none of the default kinds, or as `plan_for`.
+    """
+    method, skipped = method_named(config.method), dict[str, str]()
+    if config.kinds is None and not isinstance(config.sparsity, Mapping):
         available, skipped = available_kinds(model, method.kinds, method)
         if not available:
             raise BadInput(next(iter(skipped.values())))
-        settings = settings | {"kinds": available if skipped else None}
-    plan = plan_for(PruneConfig(**settings), config, seed)
+        config = config.model_copy(update={"kinds": available if skipped else None})
+    plan = plan_for(config, score_config, seed)
     skipped |= {name: why for kind in plan.sparsity for name, why in left_out(model, kind).items()}
     skipped |= low_rank_updates(model) if "ffn" in plan.sparsity else {}
     return plan, skipped | (dense_projections(model) if "weight" in plan.sparsity else {})
@@ -313,8 +326,17 @@ def _not_pruned(skipped: Mapping[str, str]) -> list[str]:
     return [*reasons[:SHOWN], *([f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else [])]
 
 
-def _usable(model: nn.Module, plan: Plan, images: Tensor) -> tuple[Plan, dict[str, str]]:
-    """Return the plan without the groups that its method cannot score, and these with the reason."""
+def usable_plan(model: nn.Module, plan: Plan, images: Tensor) -> tuple[Plan, dict[str, str]]:
+    """Return a plan without the groups that its method cannot score, and these with the reason.
+
+    Args:
+        model: The dense model.
+        plan: The plan.
+        images: Calibration images (B, C, H, W).
+
+    Raises:
+        BadInput: no group is left, or as `unusable_groups`.
+    """
     groups = all_groups(model, plan, list(plan.sparsity))
     reasons = unusable_groups(model, groups, images, plan.method)
     if groups and len(reasons) == len(groups):

@@ -12,7 +12,7 @@ import vitprune
 from tests.architectures.test_traced_groups import SIZES
 from tests.support.model_zoo import batches, redrawn, same_state, tiny
 from tests.support.other_models import MODELS, make_model
-from vitprune import BadInput
+from vitprune import BadInput, find_groups
 from vitprune.architectures.narrow_attention import BY_HAND, call_output_projections, restore_classes
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.outputs import main_tensor
@@ -111,6 +111,19 @@ def test_output_projections_are_called_and_the_classes_restored(name: str) -> No
     assert len(called) >= 2
     restore_classes(model)
     assert not any(type(module) in BY_HAND.values() for module in model.modules())
+
+
+@pytest.mark.parametrize("criterion", ["kl-fisher", "unit-obs", "fisher-diagonal", "fastcap", "ovit", "obc"])
+def test_score_records_the_layers_of_torch_attention_as_prune_does(criterion: str) -> None:
+    model = redrawn(make_model("torchvision vit"), 1)
+    kinds = ["ffn", "head"] if criterion in ("kl-fisher", "unit-obs") else ["weight"]
+    images = calibration("torchvision vit", model)[0]  # one batch
+    pairs = [(images[:2], torch.tensor([0, 1]))]
+    scores = vitprune.score(model, find_groups(model, kinds), criterion, pairs)
+    assert all(bool(value.any()) for value in scores.values())
+    assert not any(type(module) in BY_HAND.values() for module in model.modules())
+    if criterion == "fisher-diagonal":
+        assert vitprune.prune(model, criterion, sparsity=0.5, calibration=pairs).sparsity == {"weight": 0.5}
 
 
 @pytest.mark.parametrize("name", ["torchvision vit", "open_clip", "siglip"])

@@ -56,7 +56,8 @@ class Method:
     @property
     def records_layers(self) -> bool:
         """Whether inputs and outputs of single layers are recorded, so that these must be called as modules."""
-        return self.check_group is not None or self.collective or self.update_from_stats is not None
+        recording = self.check_group is not None or self.update_from_stats is not None
+        return recording or self.collective or self.criterion is cap.fisher_diagonal
 
     @property
     def needs_runs_in_memory(self) -> bool:
@@ -236,6 +237,11 @@ CRITERIA: dict[str, Criterion] = {
     "obc": obc.obc,
 }
 """Importance criteria by name, for `score`: functions of (model, groups, batches, context) -> Importance."""
+
+
+def records_layers(criterion: Criterion) -> bool:
+    """Return whether a criterion is that of a method which records inputs and outputs of single layers."""
+    return any(method.criterion is criterion and method.records_layers for method in METHODS.values())
 
 
 def method_named(name: str, key: str = "method") -> Method:

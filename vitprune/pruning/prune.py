@@ -32,7 +32,7 @@ from vitprune.groups import Group, Masks, Scores, check_groups, is_within
 from vitprune.pruning.auto import auto_method, has_exact_scores
 from vitprune.pruning.cycle_masks import all_groups, available_kinds, refuse_equal_scores, sparsity_per_kind
 from vitprune.pruning.low_rank_updates import low_rank_updates
-from vitprune.pruning.methods import CRITERIA, METHODS, Method, method_named
+from vitprune.pruning.methods import CRITERIA, METHODS, Method, method_named, records_layers
 from vitprune.pruning.plan import Plan, plan_for
 from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune_cycles import Cycle, prune_cycles
@@ -139,6 +139,8 @@ def score(
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     check_seed(seed)
     work = working_copy(model)
+    if records_layers(function):
+        call_output_projections(work)
     check_groups(work, groups)
     with scoring_mode(work):
         given = checked_batches(batches, work)

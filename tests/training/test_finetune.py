@@ -105,3 +105,21 @@ def test_a_class_of_ones_own_is_distilled() -> None:
 def test_an_empty_loader_is_refused(build: Callable[[], nn.Module]) -> None:
     with pytest.raises(BadInput, match=r"^loader: no images; give at least one batch$"):
         vitprune.finetune(build(), [], RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "message"),
+    [
+        (torch.rand(4, 5).softmax(1), {}, r"^labels: have shape \(4, 5\); \(4, 7\) is needed for these images$"),
+        (torch.zeros(4, 2).long(), {}, r"^labels: have shape \(4, 2\); \(4,\) is needed for these images$"),
+        (torch.zeros(4), {}, r"^labels: are torch.float64; give class indices as integers$"),
+        (torch.rand(4, 7).softmax(1), {"mixup": 1.0}, r"^train.mixup, train.cutmix: labels are torch.float64 of shape"),
+        (torch.tensor([0, 1, -100, 2]), {"mixup": 1.0}, r"^train.mixup, train.cutmix: label -100 is no class, so its"),
+        (torch.tensor([0, 1, -100, 2]), {"cutmix": 1.0}, r"^train.mixup, train.cutmix: label -100 is no class, so its"),
+    ],
+)
+def test_labels_that_cannot_be_trained_on_are_refused(labels: Tensor, more: dict, message: str) -> None:
+    model = tiny("vit")
+    labels = labels.double() if labels.is_floating_point() else labels
+    with pytest.raises(BadInput, match=message):
+        vitprune.finetune(model, [(batches(model, 1, 4)[0][0], labels)], TrainConfig(epochs=1, lr=0.001, **more))

@@ -8,6 +8,8 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitprune.errors import BadInput
+
 # images (B, C, H, W), labels (B,) -> images, soft labels (B, classes)
 MixFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -26,7 +28,8 @@ def make_mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | 
         seed: Seed or generator; each call draws the next numbers.
 
     Returns:
-        Maps images (B, C, H, W) and labels (B,) to images and soft labels (B, classes).
+        Maps images (B, C, H, W) and labels (B,) to images and soft labels (B, classes). It raises BadInput if the
+        labels are no class indices.
 
     Source: Zhang et al. 2018 (Mixup), Yun et al. 2019 (CutMix), DeiT for the combination.
     """
@@ -34,6 +37,7 @@ def make_mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | 
     mixing = Mixup(mixup, cut, prob=prob, label_smoothing=0.0, num_classes=classes) if mixup else None
 
     def mix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        _check_labels(labels, classes)
         if mixing is not None:
             return _seeded(mixing, images, labels, int(generator.integers(2**32)))
         if prob < 1 and generator.random() >= prob:
@@ -41,6 +45,16 @@ def make_mixer(mixup: float, cut: float, prob: float, classes: int, seed: int | 
         return cutmix(images, labels, classes, cut, generator)
 
     return mix
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.is_floating_point() or labels.dim() != 1:
+        why = f"labels are {labels.dtype} of shape {tuple(labels.shape)}, not class indices (B,)"
+        raise BadInput(f"train.mixup, train.cutmix: {why}; set both to 0")
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        why = f"label {int(wrong[0])} is no class, so its image cannot be mixed"
+        raise BadInput(f"train.mixup, train.cutmix: {why}; leave it out, or set both to 0")
 
 
 def _seeded(mixing: Mixup, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
         logits: (..., classes).
         labels: Class indices (...), or class probabilities (..., classes).
         smoothing: Label smoothing.
+
+    Raises:
+        BadInput: labels of another shape.
     """
+    _check_shape(labels, logits)
     targets = labels.flatten(0, -2) if labels.is_floating_point() else labels.flatten()
     return F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=smoothing)
 
@@ -64,13 +68,10 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     Raises:
         BadInput: they are not.
     """
-    classes, wanted = logits.shape[-1], logits.shape if labels.is_floating_point() else logits.shape[:-1]
-    if labels.is_floating_point() and labels.shape == logits.shape[:-1]:
-        raise BadInput(f"labels: are {labels.dtype}; give class indices as integers")
-    if labels.shape != wanted:
-        raise BadInput(f"labels: have shape {tuple(labels.shape)}; {tuple(wanted)} is needed for these images")
+    _check_shape(labels, logits)
     if labels.is_floating_point():
         return
+    classes = logits.shape[-1]
     used = labels[labels != IGNORED] if logits.dim() > 2 else labels
     wrong = used[(used < 0) | (used >= classes)]
     if len(wrong) or not len(used):
@@ -82,3 +83,11 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
                 f"{classes - 1}, or choose a method that needs no labels (vitprune methods)"
             )
         raise BadInput(f"labels: {label} is not a class; the model has the classes 0 to {classes - 1}{missing}")
+
+
+def _check_shape(labels: Tensor, logits: Tensor) -> None:
+    wanted = logits.shape if labels.is_floating_point() else logits.shape[:-1]
+    if labels.is_floating_point() and labels.shape == logits.shape[:-1]:
+        raise BadInput(f"labels: are {labels.dtype}; give class indices as integers")
+    if labels.shape != wanted:
+        raise BadInput(f"labels: have shape {tuple(labels.shape)}; {tuple(wanted)} is needed for these images")

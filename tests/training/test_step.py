@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import vitprune
 from tests.support import preloaded
 from tests.support.model_zoo import batches, random_masks, state, tiny
 from tests.support.train_worker import CASES, cached_outputs, trained
-from vitprune import BadInput, data, find_groups, zero
+from vitprune import BadInput, DistillConfig, data, find_groups, zero
 from vitprune.config.params import load_params
 from vitprune.config.train_config import TrainConfig
 from vitprune.errors import Interrupted
@@ -60,6 +61,24 @@ def test_micro_batches_give_the_step_of_the_batch(accumulate: int, clip: float |
     full, parts = (trained({"clip": clip, "ema": 0.5} | more) for more in ({}, {"accumulate": accumulate}))
     assert len(full) == len(parts) > 4
     assert max(furthest(one, other) for one, other in zip(full, parts, strict=True)) < 1e-9
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_micro_batches_with_unlabeled_images_give_the_step_of_the_batch(alpha: float | None) -> None:
+    images, labels = batches(tiny("vit"), 1, 8)[0]
+    given = [(images, torch.where(torch.tensor([0, 1, 0, 0, 1, 1, 0, 1]).bool(), -100, labels))] * 2
+    results = []
+    for accumulate in (1, 2, 3):
+        model = tiny("vit")
+        recipe = TrainConfig(epochs=1, lr=0.01, optimizer="sgd", accumulate=accumulate)
+        teacher = None if alpha is None else tiny("vit", 1)
+        history = vitprune.finetune(model, given, recipe, teacher, distillation=DistillConfig(alpha=alpha or 1.0))
+        results.append((history[0]["loss"], state(model)))
+    for loss, weights in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-12)
+        assert furthest(weights, results[0][1]) < 1e-12
+    with pytest.raises(BadInput, match="step 1: no image of a micro-batch has a label; leave such images out, or set"):
+        vitprune.finetune(tiny("vit"), given, TrainConfig(epochs=1, lr=0.01, accumulate=8))
 
 
 def test_local_shares_partition_the_batch_in_order() -> None:

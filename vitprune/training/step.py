@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from vitprune.config.train_config import TrainConfig
+from vitprune.data.batch_checks import IGNORED
 from vitprune.errors import BadInput
 from vitprune.runtime.distributed import ProcessGroup
 from vitprune.training.checkpoint import rng_states, set_rng_state
@@ -57,10 +58,11 @@ class TrainStep:
             Mean loss and gradient norm of the whole batch.
 
         Raises:
-            BadInput: out of memory with one image at a time, or in one of several processes.
+            BadInput: out of memory with one image at a time, or in one of several processes; or no image of a
+                micro-batch has a label.
         """
-        total = int(self._dist.all_reduce(torch.tensor(len(batch[0]))))
-        loss = self._dist.all_reduce(self._passes(batch, total, where))
+        images, labels = self._dist.all_reduce(torch.tensor([len(batch[0]), label_count(batch[1])])).tolist()
+        loss = self._dist.all_reduce(self._passes(batch, images, labels, where))
         mask_gradients()
         value, norm = torch.stack([loss, self._norm().to(loss)]).tolist()  # one device synchronization
         if math.isfinite(value) and (math.isfinite(norm) or self.scaler is not None):
@@ -75,12 +77,14 @@ class TrainStep:
         self._accelerator.unscale_gradients()
         return get_total_norm([p.grad for p in self._module.parameters() if p.grad is not None])
 
-    def _passes(self, batch: tuple[Tensor, ...], total: int, where: str) -> Tensor:
+    def _passes(self, batch: tuple[Tensor, ...], images: int, labels: int, where: str) -> Tensor:
         """Accumulate gradients of the batch's mean loss; returns this share's part of that loss (), float64."""
         random = rng_states(batch[0].device)
         while True:
             try:
-                return self._backward(batch, total)
+                return self._backward(batch, images, labels, where)
+            except BadInput:
+                raise
             except Exception as error:
                 memory, cause = _out_of_memory(error), str(error).strip().partition("\n")[0]
                 if not memory and not self._compiled:
@@ -93,19 +97,25 @@ class TrainStep:
             for kind, state in random.items():
                 set_rng_state(kind, state)
 
-    def _backward(self, batch: tuple[Tensor, ...], total: int) -> Tensor:
+    def _backward(self, batch: tuple[Tensor, ...], images: int, labels: int, where: str) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
         value = torch.zeros((), dtype=torch.float64, device=batch[0].device)
         if not len(batch[0]):  # an empty share still takes part in the all-reduce
-            pieces = [(tuple(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in batch), 0.0)]
+            pieces = [(tuple(tensor.new_zeros((1, *tensor.shape[1:])) for tensor in batch), 0.0, 0.0)]
         else:
             count = min(self.micro_batches, len(batch[0]))
             split = zip(*(tensor.tensor_split(count) for tensor in batch), strict=True)
-            pieces = [(piece, len(piece[0]) / total) for piece in split]
-        for number, (piece, share) in enumerate(pieces):
+            pieces = [(piece, len(piece[0]) / images, label_count(piece[1]) / max(1, labels)) for piece in split]
+            if not all(labeled for _, _, labeled in pieces):
+                remedy = "leave such images out, or set train.accumulate to 1"
+                raise BadInput(f"{where}: no image of a micro-batch has a label; {remedy}")
+        for number, (piece, share, labeled) in enumerate(pieces):
             last = number == len(pieces) - 1
             with nullcontext() if last else self._accelerator.no_sync(self._task):
-                loss = self._forward(*piece)["loss"]
+                losses = self._forward(*piece)
+                loss = losses["loss"]
+                if labeled != share:  # the loss of labels is a mean over those that have one
+                    loss = loss + losses.get("task_loss", loss) * (labeled / share - 1)
                 self._accelerator.backward(loss * (share * self._dist.size))  # DDP averages over the processes
             value += loss.detach().double() * share
         return value
@@ -167,6 +177,11 @@ def _out_of_memory(error: Exception) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))
+
+
+def label_count(labels: Tensor) -> int:
+    """Return the number of labels, without those of no class (-100); of class probabilities, the number of images."""
+    return len(labels) if labels.is_floating_point() else int((labels != IGNORED).sum())
 
 
 def local_share(images: Tensor, labels: Tensor, dist: ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -96,10 +96,13 @@ def rows_of_classes(classes: Sequence[int] | None) -> pa.Table:
 
 
 def calibration(model: nn.Module, params: Params) -> Batches:
-    """Load the calibration images with the preprocessing of a model; labels are positions in `prune.classes`."""
+    """Load the calibration images with the preprocessing of a model; labels are its outputs.
+
+    If the model was cut to some classes, by `prune.classes` or in its checkpoint, images of others are left out.
+    """
     transform = data.transform(data.data_config(model), None, params.dataset.exif_orientation)
     batches = data.load_calibration(CALIBRATION, transform, params.score.batch_size)
-    return images_of_classes(batches, params.prune.classes)
+    return images_of_classes(batches, kept_classes(model))
 
 
 def data_workers() -> int:

@@ -53,6 +53,18 @@ def test_the_second_head_of_volo_is_cut() -> None:
     assert keep_classes(model, CLASSES).aux_head.out_features == 3
 
 
+def test_a_new_classifier_has_classes_of_its_own(tmp_path: Path) -> None:
+    cut = keep_classes(tiny("vit", dtype=torch.float32), CLASSES)
+    cut.reset_classifier(6)
+    assert kept_classes(cut) is None
+    x = images(cut, 6).float()
+    vitprune.finetune(cut, [(x, torch.arange(6))], TrainConfig(epochs=1, lr=0.001))
+    assert set(accuracy(cut, [(x, torch.arange(6))])[1].tolist()) <= set(range(6))
+    save(cut, tmp_path)
+    assert kept_classes(load(tmp_path)) is None
+    assert keep_classes(cut, [4, 1]).head.out_features == 2
+
+
 @pytest.mark.parametrize("method", ["upvits", "upvits-fisher", "unit-obs", "obc", "ovit", "channel-taylor"])
 def test_pruning_for_classes_equals_pruning_of_the_model_with_these_outputs(method: str) -> None:
     model = tiny("vit")

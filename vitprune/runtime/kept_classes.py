@@ -6,15 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.errors import BadInput
-from vitprune.runtime.wrappers import plain_model
+from vitprune.runtime.wrappers import is_timm_model, plain_model
 
 CLASSES = "vitprune_classes"  # attribute of a model
 SHOWN = 8  # classes in a message
 
 
 def kept_classes(model: nn.Module) -> tuple[int, ...] | None:
-    """Return the class of the dense model at every output; None if all classes are kept."""
-    classes: tuple[int, ...] | None = vars(plain_model(model)).get(CLASSES)
+    """Return the class of the dense model at every output; None if all are kept, or the classifier is another one."""
+    plain = plain_model(model)
+    classes: tuple[int, ...] | None = vars(plain).get(CLASSES)
+    if classes is not None and is_timm_model(plain) and plain.num_classes != len(classes):
+        return None  # after reset_classifier the outputs are no classes of the dense model
     return classes
 
 

@@ -3,8 +3,9 @@
 Calibration on rows 600..799 of imagenet-val-800 (200 images), or on imagenet-one-per-class-1000 (1,000 images);
 evaluation on rows 0..599 of imagenet-val-800, standard error about 1.6 points. `top-1` is without reconstruction, with
 corrected norms (`prune.correct_norms`). The reconstruction follows a pruning without its held-out images, once per
-seed, and is given as the mean of the seeds. Rows with cycles prune gradually (prune.cycles), with a third of the passes
-after each of the three. Rows with merged tokens change the number of tokens (prune.merge_tokens).
+seed, and is given as the mean of the seeds: 18 passes over 200 images, 4 over 1,000, twice as many at 0.5x MACs, or as
+many as the method says. Rows with cycles prune gradually (prune.cycles), with a third of the passes after each of the
+three. Rows with merged tokens change the number of tokens (prune.merge_tokens).
 Rows of Torch-Pruning are of its setting of highest top-1 (peers.md), which uses labels, followed by the same correction
 and reconstruction. SNOWS fits the weights that remain after a selection by magnitude (n:m), on 128 images, for 300
 seconds (benchmarks/lib/snows.py). Seconds of the reconstruction include the pruning; one process; other work on the
@@ -63,11 +64,14 @@ GOALS: dict[str, dict[str, Any]] = {
     "0.5x MACs": {"target": {"macs": 0.5}},
 }
 METHODS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, greedy", "n:m", SNOWS)),
-    **dict.fromkeys(("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "obc, 3 cycles", "magnitude")),
-    "half of the FFN": ("unit-obs", "unit-obs, 3 cycles", "corp", "channel-magnitude", PEER),
+    **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, 3 passes", "obc, greedy", "n:m", SNOWS)),
+    **dict.fromkeys(
+        ("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "obc, 3 passes", "obc, 3 cycles", "magnitude")
+    ),
+    "half of the FFN": ("unit-obs", "unit-obs, 3 passes", "unit-obs, 3 cycles", "corp", "channel-magnitude", PEER),
     "0.7x MACs": (
         "unit-obs",
+        "unit-obs, 3 passes",
         "unit-obs, 3 cycles",
         "unit-obs, 8 merged tokens",
         "unit-obs, searched widths",
@@ -76,6 +80,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
     "0.5x MACs": (
         "unit-obs",
+        "unit-obs, 3 passes",
         "unit-obs, 3 cycles",
         "unit-obs, 12 merged tokens",
         "unit-obs, searched widths",
@@ -168,10 +173,13 @@ def load_case(folder: Path, quick: bool) -> Case:
 
 def measure(case: Case, goal: str, method: str, images: int, seeds: Sequence[int], quick: bool) -> Iterator[Measured]:
     """Prune for one goal, then correct the norms, or reconstruct with every seed; evaluate each."""
+    batches = case.calibration[images]
+    passes = PASSES[images] * LONGER.get(goal, 1)
+    if method.endswith(" passes"):
+        passes, seeds = int(method.split()[-2]), [seed for seed in seeds if seed != WITHOUT]
     if not seeds:
         return
-    batches = case.calibration[images]
-    config = ReconstructConfig(passes=1 if quick else PASSES[images] * LONGER.get(goal, 1))
+    config = ReconstructConfig(passes=1 if quick else passes)
     if method.endswith(" cycles"):
         for seed in (seed for seed in seeds if seed != WITHOUT):
             yield gradual(case, goal, method, images, seed, config)

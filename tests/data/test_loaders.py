@@ -107,10 +107,11 @@ def test_every_epoch_has_its_own_order_and_random_numbers(manifest: pa.Table, di
 
 def test_a_last_batch_of_one_image_is_dropped(manifest: pa.Table, digits: data.Source) -> None:
     train = manifest.filter(pa.compute.equal(manifest["split"], "train"))
-    for rows, sizes in ((33, [16, 16]), (34, [16, 16, 2]), (1, [1])):
+    for rows, size, sizes in ((33, 16, [16, 16]), (34, 16, [16, 16, 2]), (1, 16, [1]), (5, 1, [1] * 5), (1, 1, [1])):
         table = data.open_split(train.slice(0, rows), digits, "train", data.transform(GRAY8))
-        assert [len(labels) for _, labels in data.train_batches(table, 16, 0, 0)] == sizes
-        assert sum(len(labels) for _, labels in data.eval_batches(table, 16)) == rows
+        assert [len(labels) for _, labels in data.train_batches(table, size, 0, 0)] == sizes
+        assert data.batch_count(rows, size) == len(sizes)
+        assert sum(len(labels) for _, labels in data.eval_batches(table, size)) == rows
 
 
 def test_eval_batches_are_in_manifest_order(manifest: pa.Table, digits: data.Source) -> None:

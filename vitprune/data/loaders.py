@@ -149,7 +149,7 @@ def train_batches(
     begin: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Yield the batches of one epoch in seeded random order. The last batch is dropped if it has a single image.
+    """Yield the batches of one epoch in seeded random order. A last batch of one image is dropped if others have more.
 
     Args:
         table: The images.
@@ -183,10 +183,8 @@ def _epoch(
     numbers = torch.from_numpy(rng.random((len(table) * repeats, 4), dtype=np.float32))
     # repetition k of row r is sample r + k * rows, with its own random numbers
     order = (order[:, None] + len(table) * np.arange(repeats)).flatten()[: len(table)]
-    batches = [order[start : start + batch_size] for start in range(0, len(table), batch_size)]
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches.pop()
-    return batches, numbers
+    starts = range(0, len(table), batch_size)[: batch_count(len(table), batch_size)]
+    return [order[start : start + batch_size] for start in starts], numbers
 
 
 def batch_ids(table: ImageTable, batch_size: int, seed: int, epoch: int, number: int, repeats: int = 1) -> list[str]:

@@ -169,6 +169,7 @@ def test_gradual_prune_alternates_pruning_and_training(vit: nn.Module) -> None:
     again = vitprune.gradual_prune(vit, config, loader)
     one_shot = vitprune.prune(vit, "magnitude", sparsity=0.75)
     assert same_state(vit, before)
+    assert [result.model.training, vitprune.gradual_prune(vit.train(), config, loader).model.training] == [False, True]
     assert same_state(result.model, state(again.model))
     assert result.sparsity == {"weight": 0.75}
     assert zeros(result.model) == zeros(one_shot.model) == 41472

@@ -4,12 +4,13 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from timm.utils import ModelEma, ModelEmaV3
 from torch import Tensor, nn
 
 import vitprune
-from tests.support.model_zoo import batches, tiny
+from tests.support.model_zoo import SMALL, batches, predict, redrawn, tiny
 from tests.support.other_models import make_model
 from vitprune import BadInput, DistillConfig, TrainConfig
 
@@ -32,6 +33,19 @@ def test_the_teacher_is_not_changed(name: str) -> None:
     vitprune.finetune(student, loader, RECIPE, teacher)
     assert flags(teacher) == before
     assert all(torch.equal(value, weights[key]) for key, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_keeps_its_mode(training: bool) -> None:
+    model = redrawn(timm.create_model("levit_128s", **SMALL["levit_128s"], num_classes=4), 0).train(training)
+    model.head.eval()
+    before, images = flags(model), torch.randn(4, 3, 64, 64)
+    vitprune.finetune(model, [(images, torch.arange(4))], TrainConfig(epochs=1, lr=0.05))
+    assert flags(model) == before
+    if not training:  # attention biases that were cached before the training are not used; eval() drops them too
+        with torch.no_grad():
+            logits = model(images)
+        assert torch.equal(logits, predict(model, images))
 
 
 @pytest.mark.parametrize(

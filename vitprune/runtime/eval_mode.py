@@ -10,21 +10,27 @@ from torch import nn
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation mode; restore the mode of every module at the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    with kept_mode(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def kept_mode(model: nn.Module) -> Iterator[None]:
+    """Restore the mode of every module at the end; tensors that modules cache in evaluation mode are dropped."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        model.train()  # drops them
+        for module, training in modes:
+            module.training = training
 
 
 def drop_cached(model: nn.Module) -> None:
     """Drop tensors that modules cache in evaluation mode, such as LeViT's biases: they cannot be copied or resized."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    for module, training in modes:
-        module.training = training
+    with kept_mode(model):
+        pass
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from vitprune.data.batch_checks import checked_input, checked_stream, first_imag
 from vitprune.errors import BadInput
 from vitprune.evaluation.logits import logits_of
 from vitprune.runtime.arguments import check_arguments
-from vitprune.runtime.eval_mode import eval_mode, frozen
+from vitprune.runtime.eval_mode import eval_mode, frozen, kept_mode
 from vitprune.runtime.input_size import input_size
 from vitprune.runtime.outputs import require_classifier, returning_logits
 from vitprune.runtime.wrappers import is_timm_model, plain_model
@@ -65,7 +65,7 @@ def finetune(
     seed: int = 0,
     segment: RecoverySegment | None = None,
 ) -> list[dict[str, float]]:
-    """Train a pruned model in place, on labels or by distillation from the dense model.
+    """Train a pruned model in place, on labels or by distillation from the dense model; it keeps its mode.
 
     Args:
         model: The model.
@@ -104,7 +104,7 @@ def finetune(
     span = segment.span(config, steps) if segment is not None else None
     networks = [model] if teacher is None else [model, teacher]
     others = [network for network in networks if not is_timm_model(plain_model(network))]
-    with returning_logits(*others), _with_timm_attributes(others, loader), _unchanged(teacher):
+    with kept_mode(model), returning_logits(*others), _with_timm_attributes(others, loader), _unchanged(teacher):
         classes = vars(model).get("num_classes")
         task: Any = classification(model, config.smoothing)
         if teacher is not None:

@@ -1,5 +1,7 @@
 """Parameters, MACs, accuracy and latency, compared with values computed by hand."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -165,6 +167,14 @@ def test_latency_alternates_models_and_returns_percentiles(vit: nn.Module, swin:
     assert [(row["runs"], row["batch"]) for row in result] == [(5, 2), (5, 2)]
     assert all(0 < row["p10"] <= row["median"] <= row["p90"] for row in result)
     assert latency([swin], images(swin), runs=1)[0]["p10"] > 0
+
+
+def test_latency_takes_models_of_different_types_and_keeps_their_modes(vit: nn.Module) -> None:
+    models = [vit, copy.deepcopy(vit).bfloat16().train(), copy.deepcopy(vit).float()]
+    models[2].blocks[0].train()
+    modes = [[module.training for module in model.modules()] for model in models]
+    assert len(latency([*models, models[0]], images(vit, 2), runs=1)) == 4
+    assert [[module.training for module in model.modules()] for model in models] == modes
 
 
 def test_environment_names_versions_and_device() -> None:

@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -17,17 +18,19 @@ from torch import Tensor, nn
 from vitprune.data.batch_checks import checked_input
 from vitprune.errors import BadInput
 from vitprune.runtime.arguments import check_arguments
+from vitprune.runtime.eval_mode import eval_mode
 
 
 @check_arguments()
 def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> list[dict[str, float]]:
     """Measure the latency of a forward pass of several models.
 
-    The models run alternately, so that other load on the machine affects all of them equally.
+    The models run alternately, so that other load on the machine affects all of them equally. They run in evaluation
+    mode and keep their own mode.
 
     Args:
         models: Models on the same device.
-        example_input: Batch (B, C, H, W).
+        example_input: Batch (B, C, H, W), which every model gets in its own type.
         runs: Measured runs per model, after a warm-up of max(3, runs / 5).
 
     Returns:
@@ -38,12 +41,14 @@ def latency(models: Sequence[nn.Module], example_input: Tensor, runs: int) -> li
     """
     if not models or runs < 1:
         raise BadInput("latency: give a list of models, as in [model], and at least one run")
-    for model in models:
-        example_input = checked_input("example_input", example_input, model)
-    device = next(models[0].parameters()).device
-    batch = example_input.to(device)
-    times = alternating_times([partial(run_model, model.eval(), batch) for model in models], runs)
-    return [_percentiles(durations) | {"runs": runs, "batch": len(batch)} for durations in times]
+    with ExitStack() as modes:
+        calls = []
+        for model in models:
+            modes.enter_context(eval_mode(model))
+            batch = checked_input("example_input", example_input, model).to(next(model.parameters()).device)
+            calls.append(partial(run_model, model, batch))
+        times = alternating_times(calls, runs)
+    return [_percentiles(durations) | {"runs": runs, "batch": len(example_input)} for durations in times]
 
 
 def alternating_times(calls: Sequence[Callable[[], object]], runs: int) -> list[list[float]]:

@@ -191,6 +191,17 @@ def is_within(name: str, paths: Iterable[str]) -> bool:
     return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
 
+def dense_name(name: str, paths: Mapping[str, str]) -> str:
+    """Return the name of a group or parameter in the dense model.
+
+    Args:
+        name: Its name in the model.
+        paths: Path in the dense model of every module that has another one there, see `block_steps.dense_paths`.
+    """
+    path = next((path for path in paths if is_within(name, [path])), "")
+    return paths.get(path, "") + name.removeprefix(path)
+
+
 def index_grid(part: ParamSlice, units: int) -> Tensor:
     """Return the indices along the slice's axis, (outer, heads, runs, units / heads, inner), for a number of units."""
     return torch.arange(part.length * units).view(part.outer, part.heads, part.runs, units // part.heads, part.inner)

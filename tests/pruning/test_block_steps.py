@@ -10,22 +10,41 @@ import timm
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from tests.support.model_zoo import VIT, ZOO, batches, images, predict, random_masks, redrawn, same_state, state, tiny
 from tests.support.plans import plan_for
 from tests.support.pruned_models import rebuild
 from tests.support.reference_kl import kl
-from vitprune import METHODS, BadInput, data, find_groups, load, prune, save, score, shrink, zero
+from vitprune import (
+    METHODS,
+    BadInput,
+    PruneConfig,
+    TrainConfig,
+    data,
+    find_groups,
+    finetune,
+    gradual_prune,
+    load,
+    prune,
+    save,
+    score,
+    shrink,
+    zero,
+)
 from vitprune.architectures import structure
 from vitprune.architectures.causal_lm import Decoder
 from vitprune.criteria.kl import leave_one_out as by_kl
 from vitprune.evaluation.cost import count, group_costs
 from vitprune.groups import mask_without
-from vitprune.pruning.block_steps import next_block_removal, to_dense_names
+from vitprune.pruning.block_steps import dense_paths, next_block_removal, to_dense_names
 from vitprune.pruning.cycle_masks import cycle_state, select_masks
 from vitprune.pruning.methods import Method
 from vitprune.pruning.prune_cycles import Cycle, prune_cycles
 from vitprune.pruning.select import select_blocks
+from vitprune.training.finetune import RecoverySegment
+from vitprune.training.lr_schedule import learning_rate
+from vitprune.training.optimizers import OptimizerState
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 VITS = [name for name, (architecture, _) in ZOO.items() if architecture.startswith(("vit", "deit"))]
@@ -202,6 +221,50 @@ def test_groups_keep_their_dense_names() -> None:
         "blocks.11.attn.heads",
         "blocks.11.mlp.fc1.weight",
     )
+
+
+def test_remaining_blocks_keep_their_optimizer_state_when_earlier_ones_are_removed() -> None:
+    model, first, later = deep(4), images(deep(1), 3, 1), images(deep(1), 3, 2)
+    (group,), memory, labels = find_groups(model, ["block"]), OptimizerState(), torch.arange(3)
+    recipe = TrainConfig(epochs=1, lr=0.01, optimizer="momentum", weight_decay=0.0, clip=None)
+    finetune(model, [(first, labels)], recipe, segment=RecoverySegment(1, [1, 1], memory))
+    before = {name: value["momentum_buffer"].clone() for name, value in memory.items()}
+    mask = mask_without(group, 0) & mask_without(group, 5)  # block 0, FFN 2 and attention 3
+    shrink(model, [group], {"blocks": mask})
+    grads = torch.autograd.grad(cross_entropy(model(later), labels), list(model.parameters()))
+    paths = dense_paths([group], {"blocks": mask})
+    finetune(model, [(later, labels)], recipe, segment=RecoverySegment(2, [1, 1], memory, paths))
+    blocks = {"blocks.0.": "blocks.1.", "blocks.1.": "blocks.2."}
+    for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
+        old = blocks.get(name[:9], name[:9]) + name[9:]
+        old = old.replace("2.mlp", "3.mlp").replace("2.norm2", "3.norm2")
+        torch.testing.assert_close(memory[old]["momentum_buffer"], 0.9 * before[old] + grad, **CLOSE)
+    assert len(memory) == len(grads)
+
+
+def test_whole_blocks_of_a_traced_model_keep_their_paths() -> None:
+    model = tiny("swin")
+    (group,) = find_groups(model, ["block"])
+    assert group.whole_blocks
+    assert dense_paths([group], {"blocks": mask_without(group, 0)}) == {}
+
+
+def test_gradual_pruning_of_blocks_carries_the_state_of_every_block() -> None:
+    model, config = deep(4), {"method": "upvits-blocks", "sparsity": 0.5, "cycles": 2, "schedule": "linear"}
+    given = batches(model)
+    recipe = TrainConfig(epochs=1, lr=0.01, optimizer="momentum", weight_decay=0.0, optimizer_state="keep")
+    result = gradual_prune(model, PruneConfig(**config, finetune=recipe), given, calibration=given)
+    by_hand, optimizer = copy.deepcopy(model), None
+    for _ in prune_cycles(by_hand, plan_for("upvits-blocks", 0.5, cycles=2, schedule="linear"), given):
+        optimizer = optimizer or torch.optim.SGD(by_hand.parameters(), momentum=0.9)  # holds the same parameters
+        for step, (x, labels) in enumerate(given):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, len(given), 0.01, 0.0)
+            optimizer.zero_grad()
+            cross_entropy(by_hand(x), labels).backward()
+            nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+            optimizer.step()
+    assert len(result.model.blocks) == 2
+    torch.testing.assert_close(state(result.model), state(by_hand), **CLOSE)
 
 
 def test_select_blocks_by_hand() -> None:

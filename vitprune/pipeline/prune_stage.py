@@ -18,6 +18,7 @@ from vitprune.pipeline.dense_stage import zeros_to_keep
 from vitprune.pipeline.project_data import CALIBRATION, MANIFEST, METRICS, OUT, PLOTS, calibration, device
 from vitprune.pipeline.score_stage import ORDERS, STATISTICS, load_prepared
 from vitprune.pipeline.stage_training import Evaluate, StageCheckpoint, make_evaluator, stage_checkpoint, train_model
+from vitprune.pruning.block_steps import dense_paths
 from vitprune.pruning.cycle_masks import groups_for
 from vitprune.pruning.plan import Plan, plan_of
 from vitprune.pruning.prune_cycles import Cycle, ResumePoint, prune_cycles
@@ -122,7 +123,8 @@ def finetune_cycle(
     if recipe is None:
         return
     epochs = plan.epochs(recipe.epochs)
-    segment = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
+    kept, paths = memory if recipe.optimizer_state == "keep" else None, dense_paths(cycle.groups, cycle.masks)
+    segment = RecoverySegment(cycle.number, epochs, kept, paths)
     recipe = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
     task = classification(model, recipe.smoothing)
     train_model(task, recipe, params, history, store, frozen_zeros, evaluate, segment, dist)

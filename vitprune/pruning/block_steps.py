@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from vitprune.groups import Group, Masks, is_within, removed_modules
+from vitprune.groups import Group, Masks, dense_name, is_within, removed_modules
 from vitprune.pruning.select import blocks_removed
 
 
@@ -41,16 +41,24 @@ def to_dense_names(dense: Sequence[Group], now: Sequence[Group], kept: Masks) ->
         now: Groups of the model, whose blocks are numbered without the removed ones.
         kept: Masks of the dense model's groups.
     """
-    moved: dict[str, str] = {}
+    paths = dense_paths(dense, kept)
+    return {group.name: dense_name(group.name, paths) for group in now}
+
+
+def dense_paths(dense: Sequence[Group], kept: Masks) -> dict[str, str]:
+    """Map the paths of the sub-layers of a model with removed blocks to those in the dense model.
+
+    Args:
+        dense: Groups of the dense model.
+        kept: Their masks. Groups of whole blocks leave an `IdentityBlock` in place of a block, so no path changes.
+    """
+    result: dict[str, str] = {}
     for group in dense:
-        if group.kind == "block":
-            left = [path for path, keep in zip(group.sublayers, kept[group.name].tolist(), strict=True) if keep]
-            moved |= {new: old for (new, *_), (old, *_) in zip(group.sublayers, left, strict=False)}
-    names = {}
-    for group in now:
-        path = next((path for path in moved if is_within(group.name, [path])), None)
-        names[group.name] = group.name if path is None else moved[path] + group.name.removeprefix(path)
-    return names
+        if group.kind == "block" and not group.whole_blocks:
+            left = [paths for paths, keep in zip(group.sublayers, kept[group.name].tolist(), strict=True) if keep]
+            for now, before in zip(group.sublayers, left, strict=False):
+                result |= dict(zip(now, before, strict=True))
+    return result
 
 
 def remaining_groups(groups: Sequence[Group], masks: Masks) -> list[Group]:

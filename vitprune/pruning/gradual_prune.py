@@ -13,6 +13,7 @@ from vitprune.criteria import DEFAULT_SCORE_CONFIG, Batches
 from vitprune.data.batch_checks import checked_batches, first_image
 from vitprune.data.class_subset import images_of_classes
 from vitprune.errors import BadInput
+from vitprune.pruning.block_steps import dense_paths
 from vitprune.pruning.methods import method_named
 from vitprune.pruning.preparation import prepared
 from vitprune.pruning.prune import PruneResult, fitting_plan, result_of, usable_plan, working_copy
@@ -79,7 +80,8 @@ def gradual_prune(
     with scoring_mode(pruned):
         for cycle in prune_cycles(pruned, plan, batches):
             keep_zeros = config.keep_zeros or FrozenZeros(cycle.zeroed, cycle.masks)
-            segment = RecoverySegment(cycle.number, epochs, memory if recipe.optimizer_state == "keep" else None)
+            kept, paths = memory if recipe.optimizer_state == "keep" else None, dense_paths(cycle.groups, cycle.masks)
+            segment = RecoverySegment(cycle.number, epochs, kept, paths)
             settings = recipe.model_copy(update={"epochs": epochs[cycle.number - 1]})
             seed_of_cycle = (seed + SEED_STEP * cycle.number) % SEEDS
             finetune(pruned, loader, settings, teacher, keep_zeros, seed=seed_of_cycle, segment=segment)

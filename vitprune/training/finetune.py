@@ -1,9 +1,9 @@
 """Fine-tune a pruned model on a data loader, with or without a teacher; removed weights remain zero."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,11 +36,13 @@ class RecoverySegment:
         cycle: Number of the cycle, from 1.
         epochs: Epochs of the fine-tuning after each cycle.
         memory: Optimizer state to continue from and to update; None starts with a new optimizer.
+        paths: Paths in the dense model by path, of modules that a removal of blocks has renamed.
     """
 
     cycle: int
     epochs: list[int]
     memory: OptimizerState | None
+    paths: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -50,8 +52,9 @@ class RecoverySegment:
     def span(self, recipe: TrainConfig, steps: int) -> ScheduleSpan:
         """Return the position of this segment in the schedule, given the number of steps of an epoch."""
         if recipe.decay_over == "cycle":
-            return ScheduleSpan(0, recipe.epochs * steps, self.memory)
-        return ScheduleSpan(sum(self.epochs[: self.cycle - 1]) * steps, sum(self.epochs) * steps, self.memory)
+            return ScheduleSpan(0, recipe.epochs * steps, self.memory, self.paths)
+        before = sum(self.epochs[: self.cycle - 1])
+        return ScheduleSpan(before * steps, sum(self.epochs) * steps, self.memory, self.paths)
 
 
 @check_arguments()

@@ -111,7 +111,7 @@ def train(
     pairs = _masked_parameters(pruned, frozen_zeros)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     masks = frozen_zeros.masks if frozen_zeros else {}
-    carried = carry_optimizer_state(optimizer, pruned, span.memory if span else None, masks)
+    carried = carry_optimizer_state(optimizer, pruned, span, masks)
     depth, ema = stochastic_depth(pruned, recipe.drop_path), _weight_average(pruned, recipe.ema)
     stepping, options = make_train_step(task, optimizer, recipe, device, dist), forward_options(task, recipe)
     with forked, carried, depth, options, ema as average, stepping as train_step:

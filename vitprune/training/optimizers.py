@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from vitprune.config.train_config import TrainConfig
 from vitprune.errors import BadInput
+from vitprune.groups import dense_name
 from vitprune.training.lr_schedule import learning_rate
 
-OptimizerState = dict[str, dict[str, Any]]  # parameter -> its optimizer state
+OptimizerState = dict[str, dict[str, Any]]  # name of a parameter in the dense model -> its optimizer state
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class ScheduleSpan:
         before: Steps of earlier trainings.
         total: Steps of all trainings.
         memory: Optimizer state to start from, replaced in place by the final one; None to start without state.
+        paths: Paths in the dense model by path, of modules that a removal of blocks has renamed.
     """
 
     before: int
     total: int
     memory: OptimizerState | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_optimizer(module: nn.Module, model: nn.Module, recipe: TrainConfig) -> Any:
@@ -84,26 +87,29 @@ def set_learning_rate(optimizer: Any, value: float) -> None:
 
 @contextmanager
 def carry_optimizer_state(
-    optimizer: Any, model: nn.Module, memory: OptimizerState | None, masks: Mapping[str, Tensor]
+    optimizer: Any, model: nn.Module, span: ScheduleSpan | None, masks: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Load optimizer state at the start and store the final state at the end.
 
     Args:
         optimizer: The optimizer.
-        model: Model whose parameter names are the keys of `memory`.
-        memory: State to load, replaced in place by the final state; None for neither. The state of a parameter whose
-            shape has changed is dropped.
+        model: The model that is trained.
+        span: Its `memory` is loaded and replaced in place by the final state; None for neither. The state of a
+            parameter whose shape has changed is dropped.
         masks: Masks by parameter; the state of masked weights is set to zero.
     """
-    named = dict(model.named_parameters())
-    for name, state in (memory or {}).items():
+    if span is None or span.memory is None:
+        yield
+        return
+    named = {dense_name(name, span.paths): (name, parameter) for name, parameter in model.named_parameters()}
+    for key, (name, parameter) in named.items():
+        state = span.memory.get(key, {})
         tensors = [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
-        if name not in named or any(value.shape != named[name].shape for value in tensors):
+        if not state or any(value.shape != parameter.shape for value in tensors):
             continue
         for value in tensors if name in masks else ():
             value.masked_fill_(~masks[name].view_as(value).to(value.device), 0)
-        optimizer.state[named[name]].update(state)
+        optimizer.state[parameter].update(state)
     yield
-    if memory is not None:
-        memory.clear()
-        memory.update({name: dict(optimizer.state[p]) for name, p in named.items() if p in optimizer.state})
+    span.memory.clear()
+    span.memory.update({key: dict(optimizer.state[p]) for key, (_, p) in named.items() if p in optimizer.state})

@@ -114,6 +114,11 @@ def test_memory_limits_the_number_of_images() -> None:
     thinner = [(images[::2], labels[::2]) for images, labels in given]
     same = correct_norms(other, dense_logits(model, thinner), thinner, DEFAULT_CONTEXT)
     assert few.facts == pytest.approx(same.facts)
+    images, labels = (torch.cat(parts) for parts in zip(*given, strict=True))
+    for sizes in ([1] * 16, [3, 5, 1, 7]):  # of the batches
+        split = list(zip(images.split(sizes), labels.split(sizes), strict=True))
+        few = correct_norms(other, dense_logits(model, split), split, context(memory=width * 8 * module.DIRECTIONS * 8))
+        assert few.facts == pytest.approx(same.facts)
 
 
 def test_a_plan_with_correction_records_it_and_has_a_lower_kl() -> None:

@@ -82,8 +82,7 @@ def correct_norms(model: nn.Module, target: Sequence[Tensor], batches: Batches, 
     total = sum(len(images) for images, _ in batches)
     every = max(1, -(-total * DIRECTIONS * width * next(model.parameters()).element_size() // context.config.memory))
     every = min(every, total - 1)  # two images are the least for the cross-validation
-    batches = [(images[::every], labels[::every]) for images, labels in batches]
-    target = [logits[::every] for logits in target]
+    batches, target = _thinned(batches, target, every)
     system = _system(model, layers, target, batches, context)
     odd = torch.arange(sum(len(images) for images, _ in batches)) % 2 == 1
     before = sum(_divergence(model, {}, target, batches, half) for half in (odd, ~odd)) / 2
@@ -93,6 +92,18 @@ def correct_norms(model: nn.Module, target: Sequence[Tensor], batches: Batches, 
     if after[damping] >= before:
         return Corrected({}, facts)
     return Corrected(_updated(model, names, _step(*system, damping)), facts | {"damping": damping})
+
+
+def _thinned(batches: Batches, target: Sequence[Tensor], every: int) -> tuple[Batches, list[Tensor]]:
+    """Return one of `every` consecutive images of all batches, and its target; batches without one are left out."""
+    kept, expected, first = [], [], 0
+    for (images, labels), logits in zip(batches, target, strict=True):
+        start = -first % every
+        first += len(images)
+        if start < len(images):
+            kept.append((images[start::every], labels[start::every]))
+            expected.append(logits[start::every])
+    return kept, expected
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,16 @@ def test_votes_are_weighted_by_similarity() -> None:
 
 def test_without_a_reference_every_image_is_compared_with_the_others() -> None:
     features, labels = angles(0, 1, 90, 91), torch.tensor([0, 0, 1, 2])
-    assert nearest_neighbors(features, labels, neighbors=1) == {"knn_top1": 50.0, "knn_top5": 100.0}
+    assert nearest_neighbors(features, labels, neighbors=1) == {"knn_top1": 50.0, "knn_top5": 50.0}
     assert nearest_neighbors(features, labels, (features, labels), neighbors=1)["knn_top1"] == 100.0
+
+
+@pytest.mark.parametrize("classes", [3, 9])
+def test_only_classes_with_votes_are_among_the_top_5(classes: int) -> None:
+    reference = angles(10, 20, 30, 40), torch.tensor([classes, classes, 1, 1])
+    queries = angles(*range(classes + 1))
+    result = nearest_neighbors(queries, torch.arange(classes + 1), reference)
+    assert result["knn_top5"] == pytest.approx(100 * 2 / (classes + 1))  # classes 1 and `classes`
 
 
 def test_knn_equals_a_loop_over_images() -> None:

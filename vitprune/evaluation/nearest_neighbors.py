@@ -27,7 +27,7 @@ def nearest_neighbors(
         temperature: Divisor of the similarity.
 
     Returns:
-        `knn_top1` and `knn_top5` in percent.
+        `knn_top1` and `knn_top5` in percent. A class without a vote is not among the top 5.
 
     Raises:
         BadInput: an image has no label, there is nothing to compare with, or the features differ in width.
@@ -50,6 +50,7 @@ def nearest_neighbors(
         best, nearest = similarity.topk(min(neighbors, number), dim=1)
         votes = torch.zeros(len(best), classes, dtype=torch.float64)
         votes.scatter_add_(1, answers[nearest], (best.double() / temperature).exp())
-        hits = votes.topk(min(5, classes), dim=1).indices == labels[start : start + CHUNK, None]
+        most, winners = votes.topk(min(5, classes), dim=1)
+        hits = (winners == labels[start : start + CHUNK, None]) & (most > 0)
         right1, right5 = right1 + int(hits[:, 0].sum()), right5 + int(hits.sum())
     return {"knn_top1": 100 * right1 / len(own), "knn_top5": 100 * right5 / len(own)}

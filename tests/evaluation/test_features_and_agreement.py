@@ -168,7 +168,16 @@ def test_labels_of_knn_are_not_those_of_the_classifier() -> None:
 
 def test_invalid_calls_are_refused(vit: nn.Module) -> None:
     x, y = batches(vit)[0]
+    soft, refused = torch.eye(7, dtype=torch.float64)[y], r"^knn: {} have labels {} of shape \({}\); give class indices"
     for call, message in (
+        (lambda: evaluate(vit, [(x, soft)], "knn"), refused.format("batches", "torch.float64", "3, 7")),
+        (lambda: evaluate(vit, [(x, y)], "knn", reference=[(x, soft)]), refused.format("reference", ".*64", "3, 7")),
+        (lambda: evaluate(vit, [(x, y)], "knn", reference=[(x, y.float())]), refused.format("reference", ".*32", "3,")),
+        (lambda: evaluate(vit, [(x, y[:, None])], "knn"), refused.format("batches", "torch.int64", "3, 1")),
+        (
+            lambda: evaluate(vit, [(x, y)], "knn", reference=[x]),
+            r"^knn: every image .* \(images, labels\) as reference$",
+        ),
         (lambda: evaluate(vit, [(x, y)], "top1"), r"^metric 'top1': unknown; use one of accuracy, knn, cosine"),
         (lambda: evaluate(vit, [x], "cka"), r"^metric 'cka': compares with the dense model; give dense"),
         (lambda: evaluate(vit, [x], "knn"), r"^knn: every image needs a label; give pairs"),

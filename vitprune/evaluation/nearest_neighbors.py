@@ -30,14 +30,18 @@ def nearest_neighbors(
         `knn_top1` and `knn_top5` in percent. A class without a vote is not among the top 5.
 
     Raises:
-        BadInput: an image has no label, there is nothing to compare with, or the features differ in width.
+        BadInput: an image has no class index as label, there is nothing to compare with, or the features differ in width.
 
     Source: Wu et al. 2018 (instance discrimination), as DINO evaluates features: 20 neighbors, temperature 0.07.
     """
     others, answers = (features, labels) if reference is None else reference
     number = len(others) - (reference is None)
-    if min(int(labels.min()), int(answers.min())) < 0 or labels.is_floating_point():
-        raise BadInput("knn: every image needs a label; give pairs (images, labels)")
+    for name, given in ("batches", labels), ("reference", answers):
+        if given.is_floating_point() or given.dim() != 1:
+            shape = tuple(given.shape)
+            raise BadInput(f"knn: {name} have labels {given.dtype} of shape {shape}; give class indices (B,)")
+        if int(given.min()) < 0:
+            raise BadInput(f"knn: every image needs a label; give pairs (images, labels) as {name}")
     if number < 1 or others.shape[1] != features.shape[1]:
         raise BadInput(f"knn: {number} images to compare with, of {others.shape[1]} features; give reference images")
     rows, own = F.normalize(others, dim=1), F.normalize(features, dim=1)

@@ -30,7 +30,7 @@ def nearest_neighbors(
         `knn_top1` and `knn_top5` in percent. A class without a vote is not among the top 5.
 
     Raises:
-        BadInput: an image has no class index as label, there is nothing to compare with, or the features differ in width.
+        BadInput: a label is no class index, there is nothing to compare with, or the features differ in width.
 
     Source: Wu et al. 2018 (instance discrimination), as DINO evaluates features: 20 neighbors, temperature 0.07.
     """

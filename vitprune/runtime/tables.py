@@ -33,11 +33,13 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         BadInput: the file is missing, is not Parquet, or lacks a column of the schema.
     """
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:  # of a path that is a directory, pyarrow would merge all files
+            table = pq.read_table(file)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; run the stage that writes it first") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput(f"{path}: not a readable Parquet file ({first_line(error)})") from None
+        why = f"not a readable Parquet file ({first_line(error)})"
+        raise BadInput(f"{path}: {why}; run the stage that writes it again") from None
     missing = set(schema.names) - set(table.column_names)
     if missing:
         raise BadInput(f"{path}: column {', '.join(sorted(missing))} is missing; the table needs {schema.names}")

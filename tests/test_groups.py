@@ -8,7 +8,7 @@ import torch
 
 from tests.support.model_zoo import ZOO, images, predict, random_masks, same_state, state, tiny
 from tests.support.reference_kl import LiveNorm, literal_vit
-from vitprune import BadInput, find_groups, shrink, zero
+from vitprune import BadInput, find_groups, permute, shrink, zero
 from vitprune.config.prune_config import KINDS, Kind
 from vitprune.groups import ParamSlice, positions, resize_group, unit_sums
 
@@ -237,6 +237,25 @@ def test_groups_that_are_out_of_date_are_refused(vit: torch.nn.Module) -> None:
         with pytest.raises(BadInput, match=r"^blocks.0.mlp.fc1.bias: axis 0 is 96 long, the group is out of date"):
             apply(vit, groups, masks)
     assert same_state(vit, before)
+
+
+@pytest.mark.parametrize("apply", [zero, shrink, permute])
+@pytest.mark.parametrize(
+    ("name", "kind", "other", "missing"),
+    [
+        ("swin", "ffn", "vit", "layers.0.blocks.0.mlp.fc1.bias"),
+        ("vit", "attention", "extra", "blocks.0.attn.qkv.bias"),
+    ],
+)
+def test_groups_of_another_model_are_refused(apply, name: str, kind: str, other: str, missing: str) -> None:
+    groups, model = find_groups(tiny(name), [kind]), tiny(other)
+    orders = {group.name: torch.arange(group.units) for group in groups}
+    before = state(model)
+    with pytest.raises(
+        BadInput, match=rf": the model has no {missing}, it is another model's group; call find_groups$"
+    ):
+        apply(model, groups, orders if apply is permute else random_masks(groups, 0.5))
+    assert same_state(model, before)
 
 
 @pytest.mark.parametrize("apply", [zero, shrink])

@@ -291,7 +291,7 @@ def zero(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module:
     result, model = model, plain_model(model)
     fitting = [(group, _fitting(group, masks)) for group in groups]
     for group, keep in fitting:
-        _refuse_stale(model, group)
+        _check_group(model, group)
         why = {"residual": "residual channels cannot be zeroed, LayerNorm would still count them; shrink them"}
         why |= dict.fromkeys(REMOVED, f"{group.name} cannot be zeroed, they are removed from the model; shrink them")
         if group.kind in why and not bool(keep.all()):
@@ -329,8 +329,7 @@ def shrink(model: nn.Module, groups: Sequence[Group], masks: Masks) -> nn.Module
     """
     result, model = model, plain_model(model)
     _refuse_shared_axes(groups)
-    for group in groups:
-        _refuse_stale(model, group)
+    check_groups(model, groups)
     blocks = [(group, _fitting(group, masks)) for group in groups if group.kind in REMOVED]
     blocks.sort(key=lambda pair: REMOVED.index(pair[0].kind))
     removed = removed_modules([group for group, _ in blocks], masks)
@@ -360,7 +359,7 @@ def permute(model: nn.Module, groups: Sequence[Group], orders: Mapping[str, Tens
     result, model = model, plain_model(model)
     chosen = [(group, orders[group.name].flatten().cpu()) for group in groups if group.name in orders]
     for group, order in chosen:
-        _refuse_stale(model, group)
+        _check_group(model, group)
         heads = group.shape[0] if len(group.shape) > 1 else 1
         if not torch.equal(order.view(heads, -1).sort(dim=1).values.flatten(), torch.arange(group.units)):
             raise BadInput(f"{group.name}: its order is not a permutation of {group.units} units within their heads")
@@ -449,21 +448,24 @@ def check_groups(model: nn.Module, groups: Sequence[Group]) -> None:
     Raises:
         BadInput: they are groups of another model or of another shape of it.
     """
-    names = model.state_dict(keep_vars=True)
     for group in groups:
-        missing = next((part.param for part in group.slices + group.buffers if part.param not in names), None)
-        if missing is not None:
-            raise BadInput(f"{group.name}: the model has no {missing}, it is another model's group; call find_groups")
-        _refuse_stale(model, group)
+        _check_group(model, group)
 
 
-def _refuse_stale(model: nn.Module, group: Group) -> None:
+def _check_group(model: nn.Module, group: Group) -> None:
     modules = dict(model.named_modules()) if group.sublayers else {}
     for body, *_ in group.sublayers:
         if body not in modules:
             raise BadInput(f"{group.name}: the model has no {body}, the group is out of date; call find_groups again")
     for part in group.slices + group.buffers:
-        tensor = _tensor(model, part.param)
+        try:
+            tensor = _tensor(model, part.param)
+        except AttributeError:
+            why = f"the model has no {part.param}, it is another model's group"
+            raise BadInput(f"{group.name}: {why}; call find_groups") from None
+        if part.axis is not None and part.axis >= tensor.dim():
+            why = f"{part.param} has {tensor.dim()} axes, it is another model's group"
+            raise BadInput(f"{group.name}: {why}; call find_groups")
         length = tensor.numel() if part.axis is None else tensor.shape[part.axis]
         end = part.end(group.units)
         if end > length or (part.start is None and end != length):
@@ -511,10 +513,11 @@ def _record_shape(model: nn.Module, group: Group, shape: tuple[int, ...]) -> Non
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer by name."""
+    """Return a parameter or buffer by name; AttributeError if there is none."""
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
-    assert isinstance(tensor, Tensor)
+    if not isinstance(tensor, Tensor):
+        raise AttributeError(f"{name} is no tensor")
     return tensor
 
 

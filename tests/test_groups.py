@@ -258,6 +258,37 @@ def test_groups_of_another_model_are_refused(apply, name: str, kind: str, other:
     assert same_state(model, before)
 
 
+@pytest.mark.parametrize(
+    ("kind", "order", "why"),
+    [
+        ("weight", torch.arange(6912), "units of kind weight have no other order; leave its order out"),
+        ("block", torch.arange(4), "units of kind block have no other order; leave its order out"),
+        (
+            "ffn",
+            torch.arange(192.0),
+            "its order is not a permutation of 192 units within their heads; give the integers",
+        ),
+        ("ffn", torch.arange(192).clamp(min=1), "its order is not a permutation of 192 units"),
+        ("ffn", torch.ones(192, dtype=torch.bool), "its order is not a permutation of 192 units"),
+        ("attention", torch.arange(47), "its order is not a permutation of 48 units"),
+        ("attention", torch.arange(48).flip(0), "its order is not a permutation of 48 units within their heads"),
+    ],
+)
+def test_orders_that_are_no_permutation_are_refused(vit: torch.nn.Module, kind: str, order, why: str) -> None:
+    groups, before = find_groups(vit, [kind]), state(vit)
+    with pytest.raises(BadInput, match=f"^{groups[-1].name}: {why}"):
+        permute(vit, groups, {groups[-1].name: order})
+    assert same_state(vit, before)
+
+
+def test_orders_of_any_integer_type_are_accepted(vit: torch.nn.Module) -> None:
+    group, x = find_groups(vit, ["ffn"])[0], images(vit)
+    expected, weight = predict(vit, x), vit.get_parameter(group.slices[0].param).detach().clone()
+    permute(vit, [group], {group.name: torch.arange(191, -1, -1, dtype=torch.int16)})
+    assert torch.equal(vit.get_parameter(group.slices[0].param), weight.flip(0))
+    torch.testing.assert_close(predict(vit, x), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("apply", [zero, shrink])
 def test_masks_in_place_of_groups_are_refused(vit: torch.nn.Module, apply) -> None:
     groups = find_groups(vit, ["ffn"])

@@ -345,7 +345,7 @@ def permute(model: nn.Module, groups: Sequence[Group], orders: Mapping[str, Tens
 
     Args:
         model: The model.
-        groups: Groups of kind ffn, head, attention or residual.
+        groups: Groups of kind ffn, head, attention, qk, vo or residual.
         orders: By name of group, the old index of every unit in its new position, (units,). Attention channels may
             only change their position within their head. Groups without an order are not changed.
 
@@ -353,21 +353,25 @@ def permute(model: nn.Module, groups: Sequence[Group], orders: Mapping[str, Tens
         The model.
 
     Raises:
-        BadInput: an order is not a permutation of the group's units, or a group no longer fits its parameters. The
-            model is unchanged then.
+        BadInput: an order is not a permutation of the group's units, its group is of another kind, or a group no longer
+            fits its parameters. The model is unchanged then.
     """
     result, model = model, plain_model(model)
     chosen = [(group, orders[group.name].flatten().cpu()) for group in groups if group.name in orders]
     for group, order in chosen:
         _check_group(model, group)
-        heads = group.shape[0] if len(group.shape) > 1 else 1
-        if not torch.equal(order.view(heads, -1).sort(dim=1).values.flatten(), torch.arange(group.units)):
-            raise BadInput(f"{group.name}: its order is not a permutation of {group.units} units within their heads")
+        if group.kind in ("weight", *REMOVED):
+            raise BadInput(f"{group.name}: units of kind {group.kind} have no other order; leave its order out")
+        rows = (group.shape[0], -1) if len(group.shape) > 1 else (1, -1)
+        fits = len(order) == group.units and torch.can_cast(order.dtype, torch.int64)
+        if not fits or not torch.equal(order.long().view(rows).sort().values.flatten(), torch.arange(group.units)):
+            why = f"is not a permutation of {group.units} units within their heads"
+            raise BadInput(f"{group.name}: its order {why}; give the integers 0 to {group.units - 1}")
     for group, order in chosen:
         for part in group.slices + group.buffers:
             assert part.axis is not None
             tensor = _tensor(model, part.param)
-            index = reordered_positions(part, order, tensor.shape[part.axis]).to(tensor.device)
+            index = reordered_positions(part, order.long(), tensor.shape[part.axis]).to(tensor.device)
             tensor.copy_(tensor.index_select(part.axis, index))
     drop_cached(model)
     return result

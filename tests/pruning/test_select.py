@@ -216,6 +216,27 @@ def test_unknown_scopes_and_missing_groups_are_refused() -> None:
         select({"a": torch.ones(4)}, 0.5, "module")
 
 
+def test_n_of_m_needs_scores_of_rows() -> None:
+    with pytest.raises(
+        BadInput, match=r"^a: scope '2:4' needs scores of weights .*, these are \[8\]; exclude it by a rule"
+    ):
+        select({"a": torch.rand(8)}, 0.5, "2:4")
+
+
+@pytest.mark.parametrize("scope", ["layer", "head", "2:4"])
+@pytest.mark.parametrize(
+    ("previous", "found"),
+    [
+        ({}, "has no mask"),
+        ({"a": torch.ones(2, 8)}, r"its mask is torch.float32 \[2, 8\]"),
+        ({"a": torch.ones(2, 7, dtype=torch.bool)}, r"its mask is torch.bool \[2, 7\]"),
+    ],
+)
+def test_previous_masks_that_do_not_fit_are_refused(scope: str, previous: dict, found: str) -> None:
+    with pytest.raises(BadInput, match=rf"^previous: a: {found}; give torch.bool \[2, 8\]$"):
+        select({"a": torch.rand(2, 8)}, 0.5, scope, previous=previous)
+
+
 def test_scores_are_not_changed() -> None:
     scores = draw(BARE, 0)
     before = {name: score.clone() for name, score in scores.items()}

@@ -71,11 +71,13 @@ def select(
 
     Raises:
         BadInput: the sparsity is outside 0..1, a score is NaN, the scope is unknown or does not fit the shape of a
-            group, or N:M is combined with a constraint other than that a group is ignored.
+            group, N:M is combined with a constraint other than that a group is ignored, or a mask of `previous` is
+            missing or of another type or size.
 
     Source: UP-ViTs (the same sparsity in each group, stable order), DIMAP (one threshold per module).
     """
     _refuse_outside(sparsity)
+    previous = None if previous is None else {name: _previous(name, scores[name], previous) for name in scores}
     ranked = {name: _ranked(name, score, previous, keep_at_least) for name, score in scores.items()}
     pattern = pattern_of(scope)
     if pattern:
@@ -235,6 +237,15 @@ def _refuse_outside(sparsity: float) -> None:
         raise BadInput(f"sparsity {sparsity}: must be at least 0 and below 1 (the fraction to remove)")
 
 
+def _previous(name: str, score: Tensor, previous: Masks) -> Tensor:
+    """Return the mask of the cycle before in the shape of the scores, on the CPU."""
+    mask = previous.get(name)
+    if mask is None or mask.dtype != torch.bool or mask.numel() != score.numel():
+        found = "has no mask" if mask is None else f"its mask is {mask.dtype} {list(mask.shape)}"
+        raise BadInput(f"previous: {name}: {found}; give torch.bool {list(score.shape)}")
+    return mask.cpu().view(score.shape)
+
+
 def _ranked(name: str, score: Tensor, previous: Masks | None, keep_at_least: int) -> Tensor:
     """Return scores as float64 with removed units at -inf and protected units at +inf."""
     if bool(score.isnan().any()):
@@ -296,6 +307,9 @@ def _n_of_m(name: str, score: Tensor, n: int, m: int, sparsity: float, bounds: C
         raise BadInput(f"{name}: scope '{n}:{m}' removes {implied:g} of every layer; a rule can only ignore one")
     if abs(sparsity - implied) > 1e-9:
         raise BadInput(f"scope '{n}:{m}': removes {implied:g}, but sparsity is {sparsity:g}; set it to {implied:g}")
+    if score.dim() < 2:
+        shape = f"needs scores of weights (outputs, inputs, ...), these are {list(score.shape)}"
+        raise BadInput(f"{name}: scope '{n}:{m}' {shape}; exclude it by a rule")
     # A run is along the input channels, at one position of a k x k kernel: sparse matrix units multiply the kernel as
     # k * k matrices (or as one with k * k * d_in columns, channels last), so neighboring positions are never in a run.
     inputs_last = score.movedim(1, -1)  # (d_out, [k, k,] d_in)

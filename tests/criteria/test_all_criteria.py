@@ -8,6 +8,7 @@ import torch
 
 from tests.support.model_zoo import batches, same_state, state, tiny
 from vitprune import CRITERIA, METHODS, BadInput, find_groups, prune, score
+from vitprune.criteria import Importance
 from vitprune.criteria.magnitude import magnitude
 
 SECOND_ORDER = ("corp", "fastcap", "magnitude-obs", "obc", "ovit", "unit-obs", "upvits-refit", "woodfisher-joint")
@@ -69,6 +70,22 @@ def test_an_unknown_criterion_name_is_refused_and_a_function_is_accepted(vit: to
         score(vit, groups, "best")
     selected, named = score(vit, groups, magnitude), score(vit, groups, "magnitude")
     assert all(torch.equal(selected[name], named[name]) for name in named)
+
+
+@pytest.mark.parametrize(("scores", "found"), [(None, "no scores"), (torch.ones(191), r"scores \[191\]")])
+def test_a_criterion_that_does_not_score_every_unit_is_refused(vit: torch.nn.Module, scores, found: str) -> None:
+    groups = find_groups(vit, ["ffn"])
+    given = {groups[0].name: torch.arange(192.0)} | ({} if scores is None else {groups[1].name: scores})
+    with pytest.raises(BadInput, match=rf"^criterion: returned {found} for blocks.1.mlp; it must return \[192\]$"):
+        score(vit, groups, lambda *_: Importance(given), batches(vit))
+    with pytest.raises(BadInput, match=rf"^criterion: returned {found} for blocks.1.mlp"):
+        score(vit, groups[1:], lambda *_: Importance(given), batches(vit))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_no_groups_are_refused(vit: torch.nn.Module, criterion: str) -> None:
+    with pytest.raises(BadInput, match=r"^groups: is empty; give groups of find_groups$"):
+        score(vit, [], criterion, batches(vit))
 
 
 def test_a_one_pass_iterator_of_batches_is_refused(vit):

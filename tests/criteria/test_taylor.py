@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.support.model_zoo import batches, predict
 from vitprune import find_groups, score
-from vitprune.groups import Group
+from vitprune.groups import Group, ParamSlice
 
 
 def loss_when_scaled(model: torch.nn.Module, group: Group, unit: int, by: float, batch: tuple) -> float:
@@ -40,6 +40,16 @@ def test_taylor_is_the_squared_derivative_of_the_loss(vit: torch.nn.Module, kind
             for b in data
         ]
         assert float(result[unit]) == pytest.approx(sum(grad**2 for grad in grads), rel=1e-4, abs=1e-18)
+
+
+def test_a_weight_that_is_not_used_has_the_score_0(vit: torch.nn.Module) -> None:
+    groups, data = find_groups(vit, ["weight"]), batches(vit)
+    expected = score(vit, groups, "taylor", data)
+    vit.spare = torch.nn.Linear(5, 4).double()
+    spare = Group("spare.weight", "weight", (4, 5), (ParamSlice("spare.weight", None),))
+    result = score(vit, [spare, *groups], "taylor", data)
+    assert torch.equal(result.pop("spare.weight"), torch.zeros(4, 5, dtype=torch.float64))
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 def test_taylor_works_on_frozen_parameters_and_under_no_grad(vit: torch.nn.Module) -> None:

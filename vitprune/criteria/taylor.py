@@ -36,7 +36,7 @@ def taylor(model: nn.Module, groups: Sequence[Group], batches: Batches, context:
     for images, labels in track(batches, "taking gradients"):
         with eval_mode(model), torch.enable_grad():
             loss = loss_at(model, named, images.to(device), labels.to(device))
-        gradients = torch.autograd.grad(loss, list(named.values()))
+        gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)  # 0 of an unused weight
         products = {name: g * w.detach() for (name, w), g in zip(named.items(), gradients, strict=True)}
         for group in groups:
             scores[group.name] += unit_sums(group, products).square()

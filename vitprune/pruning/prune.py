@@ -131,13 +131,16 @@ def score(
         Scores by group name, each of the group's shape; larger = more important.
 
     Raises:
-        BadInput: there is no such criterion, it needs batches, or the model or a batch cannot be used.
+        BadInput: there is no such criterion, it needs batches, it does not score every unit, there are no groups, or
+            the model or a batch cannot be used.
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
         why = "is a method, not a criterion" if criterion in METHODS else "unknown"
         raise BadInput(f"criterion {criterion!r}: {why}; use one of {', '.join(CRITERIA)}")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     check_seed(seed)
+    if not groups:
+        raise BadInput("groups: is empty; give groups of find_groups")
     work = working_copy(model)
     if records_layers(function):
         call_output_projections(work)
@@ -148,9 +151,18 @@ def score(
         if not isinstance(importance, Importance):
             raise BadInput(f"criterion: returned a {type(importance).__name__}; it must return an Importance")
         scores = importance.scores
+    _check_scores(scores, groups)
     if given:  # without images, weights that are zero are all alike
         refuse_equal_scores(scores, groups)
     return scores
+
+
+def _check_scores(scores: Scores, groups: Sequence[Group]) -> None:
+    for group in groups:
+        found = scores.get(group.name)
+        if not isinstance(found, Tensor) or found.numel() != group.units:
+            what = f"scores {list(found.shape)}" if isinstance(found, Tensor) else "no scores"
+            raise BadInput(f"criterion: returned {what} for {group.name}; it must return {list(group.shape)}")
 
 
 @check_arguments(but=PruneConfig.model_fields.keys() - {"kinds", "rules", "classes", "reconstruct", "allocation"})

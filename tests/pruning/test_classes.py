@@ -8,7 +8,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 import vitprune
 from tests.support.model_zoo import SMALL, VIT, batches, images, predict, redrawn, same_state, state, tiny
@@ -223,6 +223,15 @@ def test_user_defined_and_torchvision_models_load_with_fewer_outputs(tmp_path: P
 def test_invalid_classes_are_refused(classes: list[int], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         prune(tiny("vit"), "magnitude", sparsity=0.5, classes=classes)
+
+
+@pytest.mark.parametrize("labels", [torch.eye(3), torch.arange(3.0), torch.zeros(3, 7, dtype=torch.int64)])
+def test_labels_that_do_not_fit_the_classes_are_refused(labels: Tensor) -> None:
+    model = tiny("vit")
+    message = rf"^prune.classes: labels are {labels.dtype} of shape .*; give class indices .* of more than 5 classes$"
+    for method in ("channel-taylor", "unit-obs"):
+        with pytest.raises(BadInput, match=message):
+            prune(model, method, sparsity=0.5, classes=CLASSES, calibration=[(images(model, 3), labels)])
 
 
 def test_models_without_a_classifier_or_already_cut_are_refused() -> None:

@@ -22,7 +22,8 @@ def images_of_classes(batches: Batches, classes: Sequence[int] | None) -> Batche
         classes: The classes (`prune.classes`); None for all.
 
     Raises:
-        BadInput: there are batches, and no image of these classes.
+        BadInput: there are batches, and no image of these classes; or labels are neither class indices nor
+            probabilities of classes of which these are some.
     """
     if classes is None:
         return batches
@@ -34,7 +35,11 @@ def images_of_classes(batches: Batches, classes: Sequence[int] | None) -> Batche
 
 
 def _of_classes(images: Tensor, labels: Tensor, classes: list[int]) -> tuple[Tensor, Tensor]:
-    if labels.is_floating_point():
+    soft = labels.is_floating_point()
+    if labels.dim() != 1 + soft or (soft and max(classes) >= labels.shape[1]):
+        wanted = f"class indices (B,), or probabilities (B, classes) of more than {max(classes)} classes"
+        raise BadInput(f"prune.classes: labels are {labels.dtype} of shape {tuple(labels.shape)}; give {wanted}")
+    if soft:
         shares = labels[:, classes]
         total = shares.sum(dim=1, keepdim=True)
         present = total[:, 0] > 0

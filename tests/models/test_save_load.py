@@ -293,6 +293,19 @@ def test_the_dtype_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) ->
     assert {p.dtype for p in load(tmp_path).parameters()} == {dtype}
 
 
+def test_tensors_that_overlap_are_saved(tmp_path: Path) -> None:
+    model, shared = tiny("vit"), torch.arange(60.0, dtype=torch.float64)
+    for block, first in zip(model.blocks, (0, 2), strict=True):
+        block.norm1.bias.data = shared[first : first + 48]
+    before = state(model)
+    save(model, tmp_path)
+    assert same_state(load(tmp_path), before)
+    parts = {"all": shared, "end": shared[2:], "even": shared[::2], "none": shared[:0], "same": shared}
+    models.write_weights(parts, tmp_path / "parts.safetensors")
+    read = models.read_weights(tmp_path / "parts.safetensors")
+    assert all(torch.equal(read[name], value) for name, value in parts.items())
+
+
 def _act(model: nn.Module) -> None:
     for block in model.blocks:
         block.mlp.act = nn.ReLU()

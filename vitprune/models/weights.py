@@ -43,8 +43,9 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     pointers: set[int] = set()
     for name, tensor in tensors.items():
         array = tensor.detach().cpu().contiguous()
-        plain[name] = array.clone() if array.data_ptr() in pointers else array  # a module with two names
-        pointers.add(array.data_ptr())
+        pointer = array.untyped_storage().data_ptr()
+        plain[name] = array.clone() if pointer in pointers else array  # a module with two names, or a view
+        pointers.add(pointer)
     with atomic_write(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # safetensors lets nobody else read its files

@@ -108,6 +108,13 @@ def test_unknown_kinds_and_ratios_are_refused(kinds, ratios, why) -> None:
         list(check(*VIT[:1], kinds, ratios))
 
 
+@pytest.mark.parametrize(("size", "expected"), [(32, (32, 32)), ((32, 64), (32, 64)), ([64, 32], (64, 32))])
+def test_the_size_of_the_arguments_is_used(size: object, expected: tuple[int, int]) -> None:
+    args = {"img_size": size, "depth": 1, "embed_dim": 16, "num_heads": 2}
+    (result,) = check("vit_tiny_patch16_224", ["ffn"], [0.5], args)
+    assert (result.verdict, result.image_size) == ("proven", expected)
+
+
 def test_a_single_head_is_refused() -> None:
     (result,) = check("vit_tiny_patch16_224", ["head"], [0.5], {"depth": 2, "num_heads": 1, "embed_dim": 16})
     assert (result.verdict, result.why) == (

@@ -139,7 +139,7 @@ def make_test_model(name: str, args: dict[str, Any] | None = None) -> tuple[nn.M
         model = models.create(name, arguments, key="model")
     channels, *sizes = example_input(model, 1).shape[1:]
     if "img_size" in arguments:
-        return randomize_parameters(model), _noise(2, channels, arguments["img_size"], arguments["img_size"])
+        return randomize_parameters(model), _noise(2, channels, *sizes)
     trials = [] if max(sizes) <= SIDES[0] else [(side, side) for side in SIDES]
     for size in trials:
         images = torch.zeros(1, channels, *size)

@@ -134,4 +134,21 @@ def test_invalid_models_and_metrics_are_refused(tmp_path: Path) -> None:
         (tmp_path / "metrics/evaluate.json").write_text(content)
         with pytest.raises(BadInput, match=r"metrics/evaluate.json: not .*; run the stage that writes it again"):
             write_card(tmp_path, tmp_path)
+    (tmp_path / "metrics/evaluate.json").unlink()
+    (tmp_path / "out/cycles/01").mkdir(parents=True)
+    for file, content, key in (
+        ("metrics/evaluate.json", {"dense": 5}, "dense"),
+        ("metrics/evaluate.json", {"pruned": [{"top1": 5}]}, "pruned"),
+        ("metrics/evaluate.json", {"dense": {"top1": "80"}, "pruned": {"top1": 79.5}}, "dense.top1"),
+        ("metrics/evaluate.json", {"images": "many"}, "images"),
+        ("metrics/dense.json", {"from": ["train"]}, "from"),
+        ("metrics/score.json", {"method": 3}, "method"),
+        ("metrics/prune.json", {"cycles": "two"}, "cycles"),
+        ("out/cycles/01/metrics.json", {"sparsity": {"ffn": None}}, "sparsity.ffn"),
+    ):
+        (tmp_path / "metrics/prune.json").write_text(json.dumps({"cycles": 1}))
+        (tmp_path / file).write_text(json.dumps(content))
+        with pytest.raises(BadInput, match=rf"{file}: the value of {key} has another type; run the stage that writes"):
+            write_card(tmp_path, tmp_path)
+        (tmp_path / file).unlink()
     assert not (tmp_path / "README.md").exists()

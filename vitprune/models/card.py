@@ -9,6 +9,7 @@ import jinja2
 import timm
 import yaml
 
+from vitprune.errors import BadInput
 from vitprune.models.io import SavedModel, describe_saved
 from vitprune.models.validation import WEIGHTS
 from vitprune.runtime.arguments import check_arguments
@@ -20,6 +21,13 @@ INITIAL_WEIGHTS = {
     "pretrained": "timm's published weights",
     "checkpoint": "a checkpoint",
     "train": "random weights, trained",
+}
+TYPES: dict[str, dict[str, type]] = {  # of the values that a card shows, by file and key; those in a dict are numbers
+    "dense": {"from": str, "checkpoint_sha256": str, "sha256": str},
+    "score": {"method": str},
+    "prune": {"cycles": int},
+    "evaluate": {"images": int, "dense": dict, "pruned": dict},
+    "cycle": {"sparsity": dict, "masks_sha256": str},
 }
 NUMBERS = {  # key of metrics/evaluate.json -> label and format
     "top1": ("Top-1 accuracy, %", "{:.2f}"),
@@ -116,10 +124,10 @@ def write_card(directory: str | Path, project: str | Path | None = None) -> None
 def _facts(project: Path, saved: SavedModel) -> dict[str, Any]:
     """Read the metrics of a project."""
     dense, score, prune, evaluation = (
-        _read_metrics(project / f"metrics/{name}.json") for name in ("dense", "score", "prune", "evaluate")
+        _read_metrics(project / f"metrics/{name}.json", name) for name in ("dense", "score", "prune", "evaluate")
     )
     cycles = prune.get("cycles")
-    last = _read_metrics(project / f"out/cycles/{cycles:02d}/metrics.json") if isinstance(cycles, int) else {}
+    last = {} if cycles is None else _read_metrics(project / f"out/cycles/{cycles:02d}/metrics.json", "cycle")
     return {
         "base": _base(saved) if dense.get("from") == "pretrained" else {},
         "method": score.get("method") if last else None,
@@ -166,5 +174,14 @@ def _origin(dense: Mapping[str, Any]) -> dict[str, str]:
     return origin
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _read_metrics(path: Path, file: str) -> dict[str, Any]:
+    """Return the values of TYPES that a metrics file has; none if there is no such file."""
+    content = read_json(path) if path.is_file() else {}
+    given = {key: content[key] for key in TYPES[file] if content.get(key) is not None}
+    for key, value in given.items():
+        inner = value if isinstance(value, dict) else {}
+        wrong = [f"{key}.{name}" for name, number in inner.items() if not isinstance(number, int | float)]
+        wrong += [] if isinstance(value, TYPES[file][key]) else [key]
+        if wrong:
+            raise BadInput(f"{path}: the value of {wrong[0]} has another type; run the stage that writes it again")
+    return given

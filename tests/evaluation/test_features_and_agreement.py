@@ -173,6 +173,10 @@ def test_invalid_calls_are_refused(vit: nn.Module) -> None:
         (lambda: evaluate(vit, [(x, soft)], "knn"), refused.format("batches", "torch.float64", "3, 7")),
         (lambda: evaluate(vit, [(x, y)], "knn", reference=[(x, soft)]), refused.format("reference", ".*64", "3, 7")),
         (lambda: evaluate(vit, [(x, y)], "knn", reference=[(x, y.float())]), refused.format("reference", ".*32", "3,")),
+        (
+            lambda: evaluate(vit, [(x, y), (x, soft)], "knn"),
+            r"^batches: have labels of several shapes; give class",
+        ),
         (lambda: evaluate(vit, [(x, y[:, None])], "knn"), refused.format("batches", "torch.int64", "3, 1")),
         (
             lambda: evaluate(vit, [(x, y)], "knn", reference=[x]),

@@ -34,7 +34,8 @@ def pooled_features(model: nn.Module, batches: Iterable[Any], where: str = "batc
         Features (N, C) in float32 and labels (N,), on the CPU.
 
     Raises:
-        BadInput: there are no images, a batch cannot be used, or the output is of another shape.
+        BadInput: there are no images, a batch cannot be used, batches have labels of several shapes, or the output is
+            of another shape.
     """
     model = plain_model(model)
     device = next(model.parameters()).device
@@ -43,6 +44,8 @@ def pooled_features(model: nn.Module, batches: Iterable[Any], where: str = "batc
         for images, labels in checked_stream(track(batches, "evaluating"), model, where, labeled=False, mapped=False):
             features.append(_features(model, images.to(device)).float().cpu())
             targets.append(labels.cpu())
+    if len({labels.shape[1:] for labels in targets}) > 1:
+        raise BadInput(f"{where}: have labels of several shapes; give class indices (B,) in all of them")
     return torch.cat(features), torch.cat(targets)
 
 

@@ -11,9 +11,11 @@ and reconstruction. SNOWS fits the weights that remain after a selection by magn
 seconds (benchmarks/lib/snows.py). Seconds of the reconstruction include the pruning; one process; other work on the
 machine makes them longer. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an interrupted
 benchmark continues; delete the file to start over. Needs VITPRUNE_REAL_DATA, and Torch-Pruning for its rows
-(pip install 'vitprune[bench]'). Rows of unit-obs with reconstruction, 1,000 images or merged tokens were measured with
-eight gradients per image for the scores (score.fisher_directions) instead of two, except one seed of three cycles at
-0.7x MACs. Writes benchmarks/results/label_free.json and docs/results/label_free.md.
+(pip install 'vitprune[bench]'). Some rows were measured with another number of gradients per image
+(score.fisher_directions) than the present default: rows of unit-obs with reconstruction, 1,000 images or merged tokens
+with eight instead of two, except those of three passes and one seed of three cycles at 0.7x MACs; rows of obc with 1:4,
+with 4:8, and with 2:4 and 1,000 images with two instead of eight. Writes benchmarks/results/label_free.json and
+docs/results/label_free.md.
 """
 
 import copy

@@ -11,10 +11,9 @@ and reconstruction. SNOWS fits the weights that remain after a selection by magn
 seconds (benchmarks/lib/snows.py). Seconds of the reconstruction include the pruning; one process; other work on the
 machine makes them longer. Results are recorded in benchmarks/results/label_free-notes.jsonl, so that an interrupted
 benchmark continues; delete the file to start over. Needs VITPRUNE_REAL_DATA, and Torch-Pruning for its rows
-(pip install 'vitprune[bench]'). Some rows were measured with another number of gradients per image
-(score.fisher_directions) than the present default: rows of unit-obs with reconstruction, 1,000 images or merged tokens
-with eight instead of two, except those of three passes and one seed of three cycles at 0.7x MACs; rows of obc with 1:4,
-with 4:8, and with 2:4 and 1,000 images with two instead of eight. Writes benchmarks/results/label_free.json and
+(pip install 'vitprune[bench]'). Rows with eight gradients per image take them for the scores (score.fisher_directions)
+instead of two; so do rows of unit-obs with reconstruction, 1,000 images or merged tokens, except those of three passes
+and one seed of three cycles at 0.7x MACs. Writes benchmarks/results/label_free.json and
 docs/results/label_free.md.
 """
 
@@ -53,6 +52,7 @@ LONGER = {"0.5x MACs": 2}  # times as many passes
 PEER, SNOWS = "Torch-Pruning", "SNOWS"
 SNOWS_IMAGES, SNOWS_SECONDS = 128, 300.0
 SCORE = ScoreConfig(memory_mb=4096)
+SCORES = {"greedy": {"nm_search": "greedy", "permute": False}, "8 gradients": {"fisher_directions": 8}}
 
 GOALS: dict[str, dict[str, Any]] = {
     "2:4": {"scope": "2:4"},
@@ -66,7 +66,7 @@ GOALS: dict[str, dict[str, Any]] = {
     "0.5x MACs": {"target": {"macs": 0.5}},
 }
 METHODS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, 3 passes", "obc, greedy", "n:m", SNOWS)),
+    **dict.fromkeys(("2:4", "1:4", "4:8"), ("obc", "obc, 8 gradients", "obc, 3 passes", "obc, greedy", "n:m", SNOWS)),
     **dict.fromkeys(
         ("weights 50 %", "weights 60 %", "weights 75 %"), ("obc", "obc, 3 passes", "obc, 3 cycles", "magnitude")
     ),
@@ -242,8 +242,7 @@ def prune_once(dense: nn.Module, goal: str, method: str, batches: Batches) -> tu
         pruned = torch_pruning_case(dense, mean_gradients(dense, batches), setup, peer_goal)
         return pruned.eval(), copy.deepcopy(dense)
     name, _, variant = method.partition(", ")
-    greedy = {"nm_search": "greedy", "permute": False}
-    config = SCORE.model_copy(update=greedy) if variant == "greedy" else SCORE
+    config = SCORE.model_copy(update=SCORES.get(variant, {}))
     allocation = AllocationConfig(evaluations=EVALUATIONS) if variant == "searched widths" else None
     merged = int(variant.split()[0]) if variant.endswith("merged tokens") else None
     settings = {"method": name, "allocation": allocation, "merge_tokens": merged}

@@ -27,8 +27,8 @@ class ScoreConfig(Section):
     fisher_directions: Count | None = None
     """Gradients per image for the Fisher matrix of the logits (kl-fisher, unit-obs, obc). The scores are exact if it is
     at least the number of classes; otherwise at least two are used. Default null: 8, or 2 for unit-obs and obc, which
-    sum them over all tokens of all images; 8 for obc with `permute` and an N:M pattern, whose orders of channels depend
-    on them. With fewer than 100 images, 8 are slightly better for unit-obs."""
+    sum them over all tokens of all images. 8 are more accurate, and take longer, for unit-obs with fewer than 100
+    images, and for obc with an N:M pattern and `permute` without a reconstruction."""
 
     autocast: bool = False
     """Compute the forward and backward passes of kl-fisher in bfloat16."""

@@ -251,14 +251,3 @@ def test_images_that_cover_few_classes_are_reported(classes: int, capsys: pytest
     obc(model, [group], [(torch.randn(50, 6), torch.zeros(50).long())], DEFAULT_CONTEXT)
     line = "warning: calibration: on these 50 images the model answers only 1 of its 200 classes"
     assert (line in capsys.readouterr().err) == (classes == 200)
-
-
-@pytest.mark.parametrize(("pattern", "permuted", "number"), [(None, True, 2), ((2, 4), False, 2), ((2, 4), True, 8)])
-def test_orders_of_channels_take_more_gradients(
-    pattern: tuple[int, int] | None, permuted: bool, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, used = tiny("vit"), []
-    monkeypatch.setattr("vitprune.criteria.moments.fisher_directions", lambda *args: used.append(args[2]) or [args[0]])
-    setting = context(pattern=pattern, permute=permuted)
-    obc(model, find_groups(model, ["weight"]), batches(model, 1, 4), setting)
-    assert set(used) == {number}

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +45,6 @@ def obc(model: nn.Module, groups: Sequence[Group], batches: Batches, context: Sc
         gradients is ours: K-FAC (Martens & Grosse, ICML 2015) with the diagonal of its second factor.
     """
     every = context.pattern[1] if context.pattern else 1
-    if context.pattern is not None and context.config.permute:  # an order of channels weights the rows of all layers
-        config = context.config.model_copy(update={"fisher_directions": context.config.directions()})
-        context = replace(context, config=config)
     fitting = fitting_groups(model, groups, every)
     split_into_blocks(model, fitting, 1, every)
     paths = [_path(model, group) for group in fitting]
